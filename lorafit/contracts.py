@@ -1,0 +1,194 @@
+"""What rooms hand to each other: the rows on their way to a batch, and the protocols that kinds fulfil."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Message = dict[str, Any]
+"""One chat message in OpenAI's form: role, content, tool_calls, tool_call_id, name, reasoning_content, weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a source after its format has read it: a chat, or a prompt with its completion, or plain text.
+
+    Exactly one of `messages`, `completion` and `text` is set (`prompt` goes with `completion`).
+
+    Attributes:
+        file: The file or hub data set as the recipe names it.
+        line: Line in the file, from 1 (the row's number for parquet and hub data).
+        must_contain: Strings that a right answer holds; used by the metric of that name.
+    """
+
+    file: str
+    line: int
+    messages: tuple[Message, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    prompt: str = ""
+    completion: str | None = None
+    text: str | None = None
+    must_contain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokens of one row and which of them carry loss. `trained[i]` means: token i is to be predicted."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prepared row, as the loop takes it.
+
+    Attributes:
+        index: Its number in the ExampleSet.
+        input_ids: Token ids, `[tokens]`, a sequence of ints (a numpy view of the prepared file).
+        trained: 0/1 for each token: whether it is to be predicted.
+        file: Where it came from.
+        line: Line there, from 1.
+    """
+
+    index: int
+    input_ids: Sequence[int]
+    trained: Sequence[int]
+    file: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRow:
+    """One held-out row that an answer is generated for.
+
+    Attributes:
+        prompt_ids: What the model gets, generation prompt included.
+        prompt_text: The same for people.
+        reference: The answer that the row holds, without the end-of-turn token.
+        must_contain: Strings that a right answer holds.
+    """
+
+    prompt_ids: list[int]
+    prompt_text: str
+    reference: str
+    must_contain: tuple[str, ...]
+    file: str
+    line: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch. Built on the CPU; integer index tensors only, so that no step waits for the device.
+
+        input_ids      [batch, seq]   right-padded; causal models need no attention mask then
+        label_index    [labels]       flat position (row * seq + column) whose hidden state predicts ...
+        label_ids      [labels]       ... this token. Position t predicts token t + 1, so column < seq - 1.
+        weight         int            the number of labels (known on the host, before the forward)
+
+    Attributes:
+        rows: Indices of the examples, for messages about a bad step.
+        tokens: Real tokens, padding apart.
+    """
+
+    input_ids: torch.Tensor
+    label_index: torch.Tensor
+    label_ids: torch.Tensor
+    weight: int
+    rows: tuple[int, ...]
+    tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device` (copied without waiting)."""
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.label_index.to(device, non_blocking=True),
+            self.label_ids.to(device, non_blocking=True),
+            self.weight,
+            self.rows,
+            self.tokens,
+        )
+
+
+class Examples(Protocol):
+    """Prepared rows by number; lengths are known without reading tokens."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each row."""
+
+    @property
+    def trained_counts(self) -> Sequence[int]:
+        """Tokens that carry loss, of each row."""
+
+
+class StepHook(Protocol):
+    """What a method does between steps (AdaLoRA's budget, DyLoRA's rank, unfreezing). Named by its adapter kind."""
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Called after `optimizer.step()` of step `step` and before gradients are cleared."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """JSON-able state that a resume needs."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+
+class Reporter(Protocol):
+    """Where a long job says what it does. The CLI's draws bars and writes to stderr; tests' collects."""
+
+    def info(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    def track(self, total: int, what: str) -> Progress: ...
+
+
+class Progress(Protocol):
+    """One bar: `with reporter.track(100, "tokenising") as bar: bar.advance(1, loss=2.1)`."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def advance(self, amount: int = 1, **shown: Any) -> None: ...
+
+
+class Silent:
+    """A Reporter that keeps quiet; warnings are kept for whoever asks."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def info(self, message: str) -> None:
+        """Drops it."""
+
+    def warn(self, message: str) -> None:
+        """Keeps it."""
+        self.warnings.append(message)
+
+    def track(self, total: int, what: str) -> SilentProgress:
+        """A bar that nobody sees."""
+        return SilentProgress()
+
+
+class SilentProgress:
+    """A bar that nobody sees."""
+
+    def __enter__(self) -> SilentProgress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def advance(self, amount: int = 1, **shown: Any) -> None:
+        """Nothing to draw."""

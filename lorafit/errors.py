@@ -1,0 +1,159 @@
+"""Every error a user can meet, with its exit code.
+
+    LorafitError                  1   our own bug, when nothing below fits
+    ├── UsageError                2   wrong command line, or an output that is in the way
+    ├── RecipeError               3   the recipe
+    ├── DataError                 4   rows, files, masks
+    ├── ModelError                5   base model, tokenizer, chat template or adapter
+    ├── CheckpointError           6   a checkpoint or run folder
+    ├── ResourceError             7   out of memory or disk
+    ├── SafetyError               8   refused for safety
+    ├── NumericsError             9   NaN, Inf, a proof that failed
+    ├── DoesNotFitError          10   the estimate says that it does not fit
+    ├── StoppedBySignal       128+n   stopped by signal n after its state was saved
+    └── Problems                  ·   several errors at once; exits as its first
+
+A message reads `<file>[:line[:column]][: key]: <what>; <what to do>`. `lorafit.cli` is the one place that turns these into
+exit codes and prints them behind `error: `.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MESSAGE_LIMIT_CHARACTERS = 292  # with "error: " in front, and a little room, a line stays under 300
+
+
+class LorafitError(Exception):
+    """Base of every error that lorafit raises on purpose.
+
+    Args:
+        what: What is wrong, in lower case, without a full stop.
+        file: The file (or flag, e.g. `--set`) the error is in, as the user would name it.
+        line: Line in that file, from 1.
+        column: Column in that line, from 1.
+        key: Dotted recipe key, row field or tensor name.
+        todo: What the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        column: int | None = None,
+        key: str | None = None,
+        todo: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what, self.file, self.line, self.column, self.key, self.todo = what, file, line, column, key, todo
+
+    def __str__(self) -> str:
+        place = self.file or ""
+        if place and self.line is not None:
+            place += f":{self.line}" + (f":{self.column}" if self.column is not None else "")
+        head = ": ".join(part for part in (place, self.key or "") if part)
+        tail = f"; {self.todo}" if self.todo else ""
+        room = MESSAGE_LIMIT_CHARACTERS - len(head) - len(tail)
+        what = " ".join(self.what.split())
+        if len(what) > room > 40:
+            what = what[: room - 1] + "…"
+        message = f"{head}: {what}{tail}" if head else f"{what}{tail}"
+        return message if len(message) <= MESSAGE_LIMIT_CHARACTERS else message[: MESSAGE_LIMIT_CHARACTERS - 1] + "…"
+
+    def at(self, file: str | None = None, line: int | None = None, key: str | None = None) -> LorafitError:
+        """Fills in the place where the raiser could not know it; what is already known stays. Returns self."""
+        self.file = self.file or file
+        self.line = self.line if self.line is not None else line
+        self.key = self.key or key
+        return self
+
+
+class UsageError(LorafitError):
+    """The command line is wrong, or the output is in the way."""
+
+    exit_code = 2
+
+
+class RecipeError(LorafitError):
+    """The recipe does not hold a valid run."""
+
+    exit_code = 3
+
+
+class DataError(LorafitError):
+    """A data file or a row of it cannot be trained on as it is."""
+
+    exit_code = 4
+
+
+class ModelError(LorafitError):
+    """Base model, tokenizer, chat template or adapter cannot be used."""
+
+    exit_code = 5
+
+
+class CheckpointError(LorafitError):
+    """A run folder or checkpoint cannot be used."""
+
+    exit_code = 6
+
+
+class ResourceError(LorafitError):
+    """Memory or disk ran out."""
+
+    exit_code = 7
+
+
+class SafetyError(LorafitError):
+    """Refused because it would run foreign code, leak a secret or leave its folder."""
+
+    exit_code = 8
+
+
+class NumericsError(LorafitError):
+    """A number that must be finite or equal is not."""
+
+    exit_code = 9
+
+
+class DoesNotFitError(LorafitError):
+    """The estimate says that the run does not fit into memory."""
+
+    exit_code = 10
+
+
+class StoppedBySignal(LorafitError):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, what: str, *, signal_number: int, todo: str | None = None) -> None:
+        super().__init__(what, todo=todo)
+        self.exit_code = 128 + signal_number
+
+
+class Problems(LorafitError):
+    """Several errors found in one go. Exits as its first; prints one line each and a last one with the count.
+
+    Raises:
+        ValueError: For an empty sequence, which would be no error at all.
+    """
+
+    def __init__(self, errors: Sequence[LorafitError], *, file: str) -> None:
+        if not errors:
+            raise ValueError("Problems needs at least one error")
+        first = str(errors[0])
+        first = first.removeprefix(f"{file}:").strip() if first.startswith(f"{file}: ") else first
+        super().__init__(f"{len(errors)} errors; first: {first}", file=file)
+        self.errors = tuple(errors)
+        self.exit_code = errors[0].exit_code
+
+
+def raise_all(errors: Sequence[LorafitError], *, file: str) -> None:
+    """Raises nothing for no error, the error itself for one, and `Problems` for several."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise Problems(errors, file=file)

@@ -1,0 +1,262 @@
+"""Every path in a run folder, and how files get there: whole or not at all.
+
+    runs/NAME/
+      manifest.json  recipe.yaml  plan.json  metrics.jsonl  best.json  report.json  report.md
+      checkpoints/step-000100/{adapter/, optimizer.safetensors, state.json, ..., MANIFEST}
+      adapter/                                    PEFT layout, loadable by PEFT and vLLM
+
+A folder is written to a temporary sibling, fsynced, hashed into a MANIFEST that is written last, and renamed. A folder
+without a valid MANIFEST does not exist for a reader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import CheckpointError, ResourceError, UsageError
+
+MANIFEST = "MANIFEST"
+TEMPORARY_PREFIX = ".tmp-"
+_STEP = re.compile(r"^step-(\d{6,})$")
+_READ_BYTES = 1 << 20
+_DISK_ERRORS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file too large for the limit set here",
+    errno.EIO: "input/output error",
+    errno.EROFS: "read-only file system",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk, a quota, an I/O error or a read-only disk into a ResourceError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            raise ResourceError(
+                _DISK_ERRORS[error.errno], file=str(path), todo="free or change the disk; what was saved before is intact"
+            ) from error
+        raise
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex; reads a MiB at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to write to; on success it is fsynced and takes `path`'s place, else it is removed.
+
+    Raises:
+        ResourceError: The disk is full, read-only or broken; `path` is as it was.
+    """
+    temporary = _temporary(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            _remove(temporary)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically; NaN and Infinity are refused."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling folder to fill; on success it gets its MANIFEST and becomes `path`.
+
+    Args:
+        path: The folder that shall exist, whole, afterwards.
+        replace: Whether an existing `path` gives way (it is moved aside first, and removed last).
+
+    Raises:
+        ResourceError: The disk is full, read-only or broken; `path` is as it was.
+        UsageError: `path` exists and `replace` is false.
+    """
+    temporary = _temporary(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        temporary.mkdir()
+        try:
+            yield temporary
+            entries = {}
+            for file in _files_below(temporary):
+                file.chmod(0o644)
+                _sync(file)
+                entries[file.relative_to(temporary).as_posix()] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+            manifest = temporary / MANIFEST
+            manifest.write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            for folder in [manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+                _sync(folder)
+            if path.exists() and not replace:
+                raise UsageError("exists already", file=str(path), todo="choose another output")
+            aside = path.parent / f"{TEMPORARY_PREFIX}old-{path.name}-{os.getpid()}"
+            if path.exists():
+                path.rename(aside)
+            temporary.rename(path)
+            _sync(path.parent)
+            _remove(aside)
+        except BaseException:
+            _remove(temporary)
+            raise
+
+
+def check_manifest(folder: Path, *, hashes: bool = True) -> str | None:
+    """Why the folder is not whole, or None where every file has the size and hash of its MANIFEST."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, entry in entries.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, its size should be {entry['bytes']}"
+            if hashes and hash_file(file) != entry["sha256"]:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run. Makes nothing by itself."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        """Versions, seed, and hashes of data, base and template; written at the start."""
+        return self.root / "manifest.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was used, with paths relative to the run folder."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The resolved plan."""
+        return self.root / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step and one an evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def best(self) -> Path:
+        """Which checkpoint is best, by which metric."""
+        return self.root / "best.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter in PEFT's layout."""
+        return self.root / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint at the edge behind optimizer step `step`."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def report(self, suffix: str) -> Path:
+        """`report.json` or `report.md`."""
+        return self.root / f"report.{suffix}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint folder, valid or not, in order."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (_STEP.match(p.name) for p in self.checkpoints.iterdir() if p.is_dir())
+        return sorted(int(m.group(1)) for m in found if m)
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint; None where no metric selects one."""
+        if not self.best.is_file():
+            return None
+        try:
+            return int(json.loads(self.best.read_text(encoding="utf-8"))["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError("cannot be read", file=str(self.best), todo="name a step with --checkpoint") from error
+
+    def find_checkpoint(self, which: str) -> Path:
+        """The checkpoint folder for `best`, `last` or a step's number, checked against its MANIFEST.
+
+        Raises:
+            CheckpointError: There is none, or it is not whole.
+        """
+        steps = self.steps()
+        listed = f"there are steps {', '.join(map(str, steps))}" if steps else "there are none"
+        if which == "best":
+            best = self.best_step()
+            if best is None:
+                raise CheckpointError("no metric selected a best checkpoint", file=str(self.root), todo="use --checkpoint last")
+            which = str(best)
+        if which == "last":
+            for step in reversed(steps):
+                if check_manifest(self.checkpoint(step)) is None:
+                    return self.checkpoint(step)
+            raise CheckpointError("no usable checkpoint", file=str(self.root), todo=listed)
+        if not which.isdigit():
+            raise UsageError(f"'{which}' is not best, last or a step", key="--checkpoint", todo=listed)
+        folder = self.checkpoint(int(which))
+        reason = check_manifest(folder) if folder.is_dir() else "no such checkpoint"
+        if reason is not None:
+            raise CheckpointError(f"step {which}: {reason}", file=str(folder), todo=listed)
+        return folder
