@@ -1,0 +1,112 @@
+"""LoRA: a frozen weight W becomes W + (alpha / r) * B A, and only A [r, in] and B [out, r] are trained.
+
+Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), section 4.1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator
+
+from lorafit.errors import RecipeError
+from lorafit.kinds.adapters import AdapterSection, adapters
+from lorafit.registry import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lorafit.contracts import StepHook
+    from lorafit.shapes import LinearShape, ModelShape
+
+
+class LoraSection(AdapterSection):
+    """Low-rank adapters beside frozen linears."""
+
+    kind: Literal["lora"] = "lora"
+    """LoRA."""
+    r: int = Field(default=16, ge=1, le=4096)
+    """Rank: width of the bottleneck."""
+    alpha: float = Field(default=32, gt=0.0, le=1e6, allow_inf_nan=False)
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linears that get an adapter, e.g. [q_proj, v_proj]; all-linear: every one but the output head and MoE routers."""
+    init_from: str | None = None
+    """Folder of an adapter to go on from, relative to the recipe; r, alpha and targets must agree with it."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_name_something(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("no trainable parameters: the list is empty; name linears or write all-linear")
+        if isinstance(value, list) and any(not name.strip() for name in value):
+            raise ValueError("holds an empty name")
+        return value
+
+
+@adapters.register("lora")
+class Lora:
+    """PEFT's LoRA with fp32 adapter weights, B = 0 at the start."""
+
+    section = LoraSection
+
+    def targets(self, section: LoraSection, shape: ModelShape) -> tuple[LinearShape, ...]:
+        """The linears that get an adapter.
+
+        Raises:
+            RecipeError: A name matches no linear of the model; the message lists those that exist.
+        """
+        if section.target_modules == "all-linear":
+            return shape.linears
+        known = [linear.name for linear in shape.linears]
+        wanted = [name.rsplit(".", 1)[-1] for name in section.target_modules]
+        for name, last in zip(section.target_modules, wanted, strict=True):
+            if last not in known:
+                close = nearest(last, known, count=1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise RecipeError(
+                    f"'{name}' matches no linear of this model ({shape.model_type})",
+                    key="adapter.target_modules",
+                    todo=f"{hint}available: {', '.join(known)}",
+                )
+        return tuple(linear for linear in shape.linears if linear.name in wanted)
+
+    def trainable_parameters(self, section: LoraSection, linear: LinearShape) -> int:
+        """A [r, in] and B [out, r] of all `linear.count` layers."""
+        return section.r * (linear.in_features + linear.out_features) * linear.count
+
+    def rank(self, section: LoraSection) -> int:
+        """r."""
+        return section.r
+
+    def build(
+        self, section: LoraSection, model: torch.nn.Module, target_modules: Sequence[str], seed: int
+    ) -> torch.nn.Module:
+        """The PEFT model with a fresh adapter: A from Kaiming-uniform under `seed`, B zero, both fp32."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
+
+        modules = dict(model.named_modules())
+        wanted = [m for name, m in modules.items() if any(name == t or name.endswith(f".{t}") for t in target_modules)]
+        config = LoraConfig(
+            r=section.r,
+            lora_alpha=section.alpha,
+            lora_dropout=section.dropout,
+            target_modules=list(target_modules),
+            fan_in_fan_out=bool(wanted) and all(isinstance(m, Conv1D) for m in wanted),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            adapted: torch.nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)
+        return adapted
+
+    def step_hook(self, section: LoraSection, model: torch.nn.Module) -> StepHook | None:
+        """LoRA does nothing between steps."""
+        return None

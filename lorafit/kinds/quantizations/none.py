@@ -1,0 +1,43 @@
+"""No quantisation: the frozen linears keep the model's dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lorafit.kinds.quantizations import QuantizationSection, quantizations
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.shapes import LinearShape
+
+
+class NoneSection(QuantizationSection):
+    """Frozen linear weights stay as they are."""
+
+    kind: Literal["none"] = "none"
+    """Plain weights in the model's dtype."""
+
+
+@quantizations.register("none")
+class NoQuantization:
+    """Plain weights."""
+
+    section = NoneSection
+    is_quantized: ClassVar[bool] = False
+
+    def weight_bytes(self, section: NoneSection, linear: LinearShape, dtype_bytes: int) -> int:
+        """Bytes of the plain weights."""
+        return linear.weight_parameters * dtype_bytes
+
+    def constant_bytes(self, section: NoneSection, linear: LinearShape) -> int:
+        """There are no constants."""
+        return 0
+
+    def workspace_bytes(self, section: NoneSection, largest: LinearShape, dtype_bytes: int) -> int:
+        """Nothing is dequantised."""
+        return 0
+
+    def transformers_config(self, section: NoneSection, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
+        """None: nothing to tell transformers."""
+        return None
