@@ -1,4 +1,12 @@
-"""Metrics of an evaluation. Those over tokens read sums; those over answers compare generated text with references."""
+"""Metrics of an evaluation. Those over tokens read sums; those over answers compare generated text with references.
+
+Every metric is a function of sums over rows, so that one definition serves the corpus, a single row and every resample
+of a bootstrap:
+
+    rows --row_sums--> [rows, k] --sum over the rows (all, one, or drawn)--> [k] --values--> {"rouge1": .., "rougeL": ..}
+
+A mean has k = 2 (numerator, denominator), BLEU has its n-gram counts and lengths.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +23,7 @@ class RowScore:
 
     Attributes:
         loss_sum: Summed cross-entropy over its trained tokens, in nats.
-        tokens: Its trained tokens.
+        tokens: Its trained tokens; 0 where it was not scored.
         correct: Trained tokens whose most likely prediction was right.
         answer: The generated answer; None where nothing was generated.
         reference: The answer that the row holds.
@@ -37,25 +45,27 @@ class Metric(Protocol):
         needs: `loss` for those over trained tokens, `answers` for those over generated text.
         better: Which direction is better.
         during_training: Whether it may be named in `evaluation.during`.
-        per_row: Whether the corpus value is the mean of row values (else it is recomputed over the resampled corpus).
+        percent: Whether its values are shares of 1, shown in per cent.
+        condition: What a row needs so that it can be scored, e.g. `a row that names must_contain`.
     """
 
     needs: Literal["loss", "answers"]
     better: Literal["lower", "higher"]
     during_training: bool
+    percent: bool
+    condition: str
 
-    def applies(self, rows: Sequence[RowScore]) -> bool:
-        """Whether these rows can be scored (e.g. some row names must_contain strings)."""
+    def usable(self, row: RowScore) -> bool:
+        """Whether this row can be scored (e.g. it names must_contain strings). Rows that cannot are counted."""
 
-    def score(self, rows: Sequence[RowScore]) -> dict[str, float]:
-        """Corpus values by name, e.g. `{"rouge1": .., "rougeL": ..}`; the first is the headline."""
+    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
+        """What each usable row adds to the sums, `[rows][k]`."""
 
-    def row_values(self, rows: Sequence[RowScore]) -> list[tuple[float, float]] | None:
-        """For each row the headline's (numerator, denominator), so that a bootstrap can resample rows cheaply and the
-        worst rows can be listed; the corpus value is f(sum of numerators / sum of denominators). None if it has no such form."""
+    def values(self, sums: Sequence[float]) -> dict[str, float]:
+        """Values by name from sums over any rows, `[k]`; the first is the headline."""
 
-    def finish(self, mean: float) -> float:
-        """f above: identity for means, exp for perplexity."""
+    def signature(self) -> str:
+        """Which program and settings computed it, so that others can compare."""
 
 
 metrics: Registry[Metric] = Registry("metric", "lorafit.kinds.metrics")
