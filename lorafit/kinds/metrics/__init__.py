@@ -3,7 +3,7 @@
 Every metric is a function of sums over rows, so that one definition serves the corpus, a single row and every resample
 of a bootstrap:
 
-    rows --row_sums--> [rows, k] --sum over the rows (all, one, or drawn)--> [k] --values--> {"rouge1": .., "rougeL": ..}
+    rows --row_sums--> [rows, k] --sum over rows (all, one, or drawn)--> [k] --values--> {"rougeL": .., "rouge1": ..}
 
 A mean has k = 2 (numerator, denominator), BLEU has its n-gram counts and lengths.
 """

@@ -25,8 +25,8 @@ def _scorer() -> Any:
 class Bleu:
     """Corpus BLEU: n-gram counts are summed over rows before precisions are taken."""
 
-    needs: Literal["answers"] = "answers"
-    better: Literal["higher"] = "higher"
+    needs: Literal["loss", "answers"] = "answers"
+    better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = False
     condition = "a row with a reference answer"

@@ -23,8 +23,8 @@ def _scorer() -> Any:
 class Chrf:
     """Corpus chrF2: character n-gram counts are summed over rows before the F-score is taken."""
 
-    needs: Literal["answers"] = "answers"
-    better: Literal["higher"] = "higher"
+    needs: Literal["loss", "answers"] = "answers"
+    better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = False
     condition = "a row with a reference answer"

@@ -17,8 +17,8 @@ def normalize(text: str) -> str:
 class ExactMatch:
     """Answer equal to reference, white space apart."""
 
-    needs: Literal["answers"] = "answers"
-    better: Literal["higher"] = "higher"
+    needs: Literal["loss", "answers"] = "answers"
+    better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True
     condition = "a row with a reference answer"

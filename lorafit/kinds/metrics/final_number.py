@@ -30,8 +30,8 @@ def read_final_number(text: str, *, marked: bool = False) -> Decimal | None:
 class FinalNumber:
     """Final number equal to the reference's."""
 
-    needs: Literal["answers"] = "answers"
-    better: Literal["higher"] = "higher"
+    needs: Literal["loss", "answers"] = "answers"
+    better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True
     condition = "a row whose reference ends in '#### number'"

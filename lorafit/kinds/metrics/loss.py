@@ -12,8 +12,8 @@ from lorafit.kinds.metrics import RowScore, metrics
 class Loss:
     """Mean negative log-likelihood of a trained token, weighted by tokens, not by rows."""
 
-    needs: Literal["loss"] = "loss"
-    better: Literal["lower"] = "lower"
+    needs: Literal["loss", "answers"] = "loss"
+    better: Literal["lower", "higher"] = "lower"
     during_training = True
     percent = False
     condition = "a row with trained tokens"

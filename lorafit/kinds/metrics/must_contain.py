@@ -27,8 +27,8 @@ def holds_all(answer: str, strings: Sequence[str]) -> bool:
 class MustContain:
     """All strings of the row occur in the answer."""
 
-    needs: Literal["answers"] = "answers"
-    better: Literal["higher"] = "higher"
+    needs: Literal["loss", "answers"] = "answers"
+    better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True
     condition = "a row that names must_contain"

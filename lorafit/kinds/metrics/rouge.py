@@ -29,8 +29,8 @@ def _scorer() -> Any:
 class Rouge:
     """Overlap of words, word pairs and longest common subsequences. ROUGE-Lsum takes each line as a sentence."""
 
-    needs: Literal["answers"] = "answers"
-    better: Literal["higher"] = "higher"
+    needs: Literal["loss", "answers"] = "answers"
+    better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = False
     condition = "a row whose reference holds letters a-z or digits"

@@ -12,8 +12,8 @@ from lorafit.kinds.metrics import RowScore, metrics
 class TokenAccuracy:
     """Top-1 accuracy over trained tokens, teacher-forced."""
 
-    needs: Literal["loss"] = "loss"
-    better: Literal["higher"] = "higher"
+    needs: Literal["loss", "answers"] = "loss"
+    better: Literal["lower", "higher"] = "higher"
     during_training = True
     percent = True
     condition = "a row with trained tokens"

@@ -28,12 +28,12 @@ class Task(Protocol):
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> Encoded | None:
         """Tokens and loss positions of one row; None where nothing of it can be learnt."""
 
-    def build_loss(self, model: torch.nn.Module, objective: Callable[[torch.nn.Module], torch.nn.Module]) -> torch.nn.Module:
+    def build_loss(
+        self, model: torch.nn.Module, objective: Callable[[torch.nn.Module], torch.nn.Module]
+    ) -> torch.nn.Module:
         """The module of model and loss that is trained."""
 
-    def predict(
-        self, prompts: Sequence[list[int]], generate: Callable[[Sequence[list[int]]], list[Any]]
-    ) -> list[Any]:
+    def predict(self, prompts: Sequence[list[int]], generate: Callable[[Sequence[list[int]]], list[Any]]) -> list[Any]:
         """Answers for prompts."""
 
 

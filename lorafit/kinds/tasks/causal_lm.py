@@ -22,11 +22,13 @@ class CausalLm:
     loss_unit = "tokens"
 
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> Encoded | None:
-        """The rendered row; None where no token is trained. The first token has nothing before it to predict it from."""
+        """The rendered row; None where no token is trained (the first cannot be: nothing stands before it)."""
         encoded = render(sample)
         return encoded if encoded is not None and any(encoded.trained[1:]) else None
 
-    def build_loss(self, model: torch.nn.Module, objective: Callable[[torch.nn.Module], torch.nn.Module]) -> torch.nn.Module:
+    def build_loss(
+        self, model: torch.nn.Module, objective: Callable[[torch.nn.Module], torch.nn.Module]
+    ) -> torch.nn.Module:
         """The objective over the model as it is: cross-entropy over trained tokens."""
         return objective(model)
 
