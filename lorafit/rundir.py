@@ -29,7 +29,7 @@ MANIFEST = "MANIFEST"
 TEMPORARY_PREFIX = ".tmp-"
 _STEP = re.compile(r"^step-(\d{6,})$")
 _READ_BYTES = 1 << 20
-_DISK_ERRORS = {
+DISK_ERRORS = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "disk quota exceeded",
     errno.EFBIG: "file too large for the limit set here",
@@ -44,9 +44,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_ERRORS:
+        if error.errno in DISK_ERRORS:
             raise ResourceError(
-                _DISK_ERRORS[error.errno], file=str(path), todo="free or change the disk; what was saved before is intact"
+                DISK_ERRORS[error.errno], file=str(path), todo="free or change the disk; what was saved before is intact"
             ) from error
         raise
 

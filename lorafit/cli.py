@@ -1,0 +1,372 @@
+"""The command line. Bodies import lazily, so that `--help` needs neither torch nor pydantic.
+
+This is the one place where errors become exit codes and lines on stderr. Results go to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from lorafit.errors import LorafitError, Problems, StoppedBySignal, UsageError
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+
+EXIT_OUR_BUG = 1
+EXIT_BROKEN_PIPE = 141
+_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # base of every error that typer finds in a command line
+
+_COMMON_FLAGS = {
+    "json": "One JSON object on stdout instead of tables.",
+    "quiet": "Only errors and the result.",
+    "verbose": "Say more.",
+    "debug": "Show tracebacks and the libraries' own logs.",
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """The flags that every command has, and what follows from them."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+    @property
+    def reporter(self) -> Reporter:
+        """Where progress and warnings go: stderr."""
+        from lorafit.reporting import ConsoleReporter
+
+        return ConsoleReporter(quiet=self.quiet, verbose=self.verbose)
+
+    def result(self, result: Any) -> None:
+        """Prints a result: `to_json()` with `--json`, else `render(console)` through rich."""
+        if self.json:
+            typer.echo(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False))
+        else:
+            from lorafit.reporting import result_console
+
+            result.render(result_console())
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the flags that every command has; its body gets them as its first argument, a Session."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, typer.Option(f"--{name}", help=text)])
+        for name, text in _COMMON_FLAGS.items()
+    ]
+
+    def run(**values: Any) -> None:
+        session = Session(**{name: values.pop(name) for name in _COMMON_FLAGS})
+        _ran_with.append(session)
+        if not session.debug:
+            _quieten_libraries()
+        function(session, **values)
+
+    everything = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters] + flags
+    run.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in everything}
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
+
+
+_ran_with: list[Session] = []
+app = typer.Typer(
+    name="lorafit",
+    help="Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. training.epochs=1. Repeatable.")
+]
+Checkpoint = Annotated[str | None, typer.Option(metavar="best|last|STEP", help="Which checkpoint; the saved adapter if left out.")]
+
+
+@app.command()
+@_command
+def train(
+    session: Session,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder instead of the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    resume_from: Annotated[int | None, typer.Option(metavar="STEP", min=0, help="Go on from this checkpoint.")] = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Take the resolved values of another run's plan.json.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, then stop before the weights are loaded.")] = False,
+    allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Resume on another kind of device or number of ranks.")] = False,
+) -> None:
+    """Plan, check, train and save."""
+    from lorafit import pipeline
+
+    result = pipeline.train(
+        recipe,
+        overrides=overrides or [],
+        output=output,
+        resume=resume or resume_from is not None,
+        resume_from=resume_from,
+        plan_file=plan,
+        dry_run=dry_run,
+        allow_inexact=allow_inexact,
+        reporter=session.reporter,
+    )
+    session.result(result)
+
+
+@app.command(name="eval")
+@_command
+def evaluate(
+    session: Session,
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A run folder, or the recipe of one.")],
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    split: Annotated[str | None, typer.Option(metavar="test|validation", help="Rows to score; test where the recipe has it.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
+) -> None:
+    """Held-out metrics of base and tuned model, side by side, on the same rows."""
+    from lorafit import pipeline
+
+    result = pipeline.evaluate(
+        run, overrides=overrides or [], checkpoint=checkpoint, split=split, limit=limit, reporter=session.reporter
+    )
+    session.result(result)
+
+
+@app.command()
+@_command
+def merge(
+    session: Session,
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder, or an adapter folder.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged model goes.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="dequantized|original", help="Weights to merge into; what was trained on if left out.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the check of what was written.")] = False,
+) -> None:
+    """Merge an adapter into its base, tensor by tensor, verified."""
+    from lorafit import pipeline
+
+    result = pipeline.merge(
+        run, output=output, base_kind=base, checkpoint=checkpoint, verify=not no_verify, reporter=session.reporter
+    )
+    session.result(result)
+
+
+@app.command()
+@_command
+def generate(
+    session: Session,
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter or a model folder.")],
+    prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="A file of prompts: text, one a line, or jsonl rows.")
+    ] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Answer with the base model too.")] = False,
+    checkpoint: Checkpoint = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1.0, help="Nucleus of the sampled tokens.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+) -> None:
+    """Answer a prompt, or a file of prompts."""
+    from lorafit import pipeline
+
+    result = pipeline.generate(
+        run,
+        prompt=prompt,
+        input_file=input_file,
+        compare_base=compare_base,
+        checkpoint=checkpoint,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        reporter=session.reporter,
+    )
+    session.result(result)
+
+
+@app.command(name="estimate-memory")
+@_command
+def estimate_memory(
+    session: Session,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(metavar="SIZE|NAME", help="e.g. 24GiB or rtx-4090; exit 10 where it does not fit.")] = None,
+    headroom: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the memory that must stay free.")] = 0.05,
+) -> None:
+    """Itemised peak memory, without weights and without a GPU."""
+    from lorafit import pipeline
+
+    result = pipeline.estimate(recipe, overrides=overrides or [], gpu=gpu, headroom=headroom, reporter=session.reporter)
+    session.result(result)
+    result.raise_unless_fits()
+
+
+@app.command()
+@_command
+def validate(session: Session, recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Every error of a recipe at once, with file, line and the nearest valid name."""
+    from lorafit import pipeline
+
+    session.result(pipeline.validate(recipe, overrides=overrides or []))
+
+
+@app.command()
+@_command
+def preview(
+    session: Session,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+) -> None:
+    """Rendered rows with trained and untrained tokens told apart, lengths, and what is cut or dropped."""
+    from lorafit import pipeline
+
+    session.result(pipeline.preview(recipe, overrides=overrides or [], rows=rows, reporter=session.reporter))
+
+
+def _quieten_libraries() -> None:
+    """Keeps the libraries' bars and advice off the terminal; ours say what matters. `--debug` leaves them on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "transformers", "datasets", "huggingface_hub", "torch", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _termination_as_error() -> Iterator[None]:
+    """Makes SIGTERM an exception, so that half-written files are removed; training puts its own handler over this one."""
+
+    def stop(number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        raise StoppedBySignal(f"stopped by {name}; nothing was left half-written", signal_number=number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def _report(error: LorafitError) -> int:
+    for part in error.errors if isinstance(error, Problems) else ():
+        _say(f"error: {part}")
+    _say(f"error: {error}")
+    return error.exit_code
+
+
+def _report_command_line(error: Exception) -> int:
+    text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    name, _, rest = text.partition(" (Possible options: ")
+    if rest:
+        text = f"{name}; did you mean {rest.rstrip(')')}?"
+    text = text.replace(". Did you mean ", "; did you mean ").replace("'", "").rstrip(".")
+    if text:
+        _say(f"error: {text[:1].lower()}{text[1:]}" + ("" if "did you mean" in text else "; see lorafit --help"))
+    return UsageError.exit_code
+
+
+def _report_bug(error: BaseException) -> int:
+    """Writes the traceback to a file and names it."""
+    import tempfile
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    descriptor, name = tempfile.mkstemp(prefix="lorafit-traceback-", suffix=".txt", text=True)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    _say(f"error: a bug in lorafit ({what}); please report it with the traceback saved in {name}")
+    return EXIT_OUR_BUG
+
+
+def _os_error(error: OSError) -> LorafitError | None:
+    """Errors of the file system that are the user's to mend, whatever room they come from."""
+    import errno
+
+    from lorafit.errors import ResourceError
+    from lorafit.rundir import DISK_ERRORS
+
+    file = str(error.filename) if error.filename is not None else None
+    if error.errno == errno.ENAMETOOLONG:
+        return UsageError("file name too long", file=file and f"{file[:60]}…", todo="choose a shorter name")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return UsageError("permission denied", file=file, todo="change its permissions or choose another path")
+    if error.errno in DISK_ERRORS:
+        return ResourceError(DISK_ERRORS[error.errno], file=file, todo="free or change the disk; what was saved before is intact")
+    return None
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    """Runs the app; every way it can end becomes an exit code and at most one last line `error: ...`."""
+    try:
+        result = run()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except LorafitError as error:
+        if _debugging():
+            raise
+        return _report(error)
+    except _CommandLineError as error:
+        return _report_command_line(error)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("error: stopped by SIGINT; nothing was left half-written")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains again at exit
+        return EXIT_BROKEN_PIPE
+    except MemoryError:
+        _say("error: out of memory; lower training.micro_batch_tokens or data.max_length, or see lorafit estimate-memory")
+        return 7
+    except Exception as error:
+        if _debugging():
+            raise
+        known = _os_error(error) if isinstance(error, OSError) else None
+        return _report(known) if known else _report_bug(error)
+
+
+def _debugging() -> bool:
+    return bool(_ran_with) and _ran_with[-1].debug
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `lorafit` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    with _termination_as_error():
+        code = _exit_code(lambda: app(args=arguments, standalone_mode=False))
+    sys.exit(code)

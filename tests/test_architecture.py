@@ -1,0 +1,225 @@
+"""The house keeps its floors: imports go down, no circles, no crowded rooms, no heavy import where none is needed."""
+
+from __future__ import annotations
+
+import ast
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lorafit"
+FLOORS = (  # top to bottom; a room imports only from floors below its own
+    {"cli"},
+    {"studies"},
+    {"pipeline"},
+    {"dryrun"},
+    {"train", "evaluate"},
+    {"objective"},
+    {"data", "model"},
+    {"plan"},
+    {"memory"},
+    {"recipe"},
+    {"kinds"},
+    {"ops", "rundir", "shipped", "devices", "model_shapes", "reporting"},
+    {"registry"},
+    {"errors", "shapes", "contracts", "__init__"},
+)
+LIGHT = {"cli", "plan", "memory", "recipe", "kinds", *(room for floor in FLOORS[11:] for room in floor)} - {"ops"}
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "rich", "numpy", "pyarrow", "sacrebleu", "rouge_score"}
+MOST_LINES = 400
+MOST_LINES_IN_A_FUNCTION = 80
+HELP_SECONDS = 0.15
+
+
+def modules(package: Path) -> dict[str, ast.Module]:
+    """Every module of the package by dotted name below it, parsed."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def type_checking_nodes(tree: ast.Module) -> set[ast.AST]:
+    blocks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test))
+    return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
+
+
+def imports(tree: ast.Module, *, top_level_only: bool = False, with_types: bool = True) -> Iterator[tuple[str, int]]:
+    """Dotted names that a module imports; `from a import b` gives `a.b`."""
+    skipped = set() if with_types else type_checking_nodes(tree)
+    nodes: Iterator[ast.AST] | list[ast.AST] = ast.walk(tree)
+    if top_level_only:
+        in_functions = {
+            inner
+            for n in ast.walk(tree)
+            if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for inner in ast.walk(n)
+        }
+        nodes = [n for n in ast.walk(tree) if n not in in_functions]
+    for node in nodes:
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the floor"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def floor_of(module: str) -> int:
+    room = module.split(".")[0]
+    for number, floor in enumerate(FLOORS):
+        if room in floor:
+            return number
+    raise AssertionError(f"lorafit/{room} stands on no floor: add it to FLOORS")
+
+
+def ours(name: str, known: dict[str, ast.Module]) -> str | None:
+    """The module of the package that an imported dotted name means."""
+    if not name.startswith("lorafit."):
+        return "__init__" if name == "lorafit" else None
+    parts = name.split(".")[1:]
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in known:
+            return ".".join(parts[:end])
+    return "__init__"
+
+
+def floor_breaks(package: Path) -> list[str]:
+    """Imports that go up, or into another room of the same floor, or from one kind to another."""
+    known, breaks = modules(package), []
+    for module, tree in known.items():
+        for name, line in imports(tree):
+            target = ours(name, known)
+            if target is None or target == module:
+                continue
+            here, there = floor_of(module), floor_of(target)
+            same_room = module.split(".")[0] == target.split(".")[0]
+            if there < here or (there == here and not same_room):
+                breaks.append(f"{module}:{line} imports {target}")
+            if same_room and module.startswith("kinds.") and is_kind(module) and is_kind(target):
+                breaks.append(f"{module}:{line} imports the kind {target}")
+    return breaks
+
+
+def is_kind(module: str) -> bool:
+    parts = module.split(".")
+    return len(parts) == 3 and not parts[2].startswith("_")
+
+
+def circles(package: Path) -> list[str]:
+    """Modules that import each other at module level."""
+    known = modules(package)
+    graph: dict[str, set[str]] = {}
+    for module, tree in known.items():
+        targets = (ours(n, known) for n, _ in imports(tree, top_level_only=True, with_types=False))
+        graph[module] = {t for t in targets if t and t not in (module, "__init__")}
+    found, done = [], set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            found.append(" > ".join((*path[path.index(module) :], module)))
+            return
+        if module not in done:
+            for target in graph[module]:
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+    return found
+
+
+def crowded(package: Path) -> list[str]:
+    """Modules and functions that are too long."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > MOST_LINES:
+            found.append(f"{path.name}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MOST_LINES_IN_A_FUNCTION:
+                    found.append(f"{path.name}:{node.lineno} {node.name}: {length} lines")
+    return found
+
+
+def heavy_imports(package: Path) -> list[str]:
+    """Heavy libraries imported at module level of light rooms."""
+    return [
+        f"{module}:{line} imports {name}"
+        for module, tree in modules(package).items()
+        if module.split(".")[0] in LIGHT
+        for name, line in imports(tree, top_level_only=True, with_types=False)
+        if name.split(".")[0] in HEAVY
+    ]
+
+
+def test_imports_go_down() -> None:
+    assert floor_breaks(PACKAGE) == []
+
+
+def test_no_circles() -> None:
+    assert circles(PACKAGE) == []
+
+
+def test_no_room_is_crowded() -> None:
+    assert crowded(PACKAGE) == []
+
+
+def test_light_rooms_import_nothing_heavy() -> None:
+    assert heavy_imports(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "check"),
+    [
+        ("memory.py", "from lorafit.plan import plan\n", floor_breaks),
+        ("train/loop.py", "def f():\n    from lorafit.evaluate.runner import score\n", floor_breaks),
+        ("kinds/metrics/a.py", "from lorafit.kinds.metrics.b import B\n", floor_breaks),
+        ("plan.py", "import torch\n", heavy_imports),
+        ("data/source.py", "\n" * 401, crowded),
+        ("data/batch.py", "from lorafit.data.source import x\n", circles),
+    ],
+)
+def test_a_planted_break_is_seen(tmp_path: Path, file: str, text: str, check: object) -> None:
+    """The checks above can fail: each sees the break planted for it, and a clean copy has none."""
+    stubs = {"plan.py": "", "memory.py": "", "train/loop.py": "", "evaluate/runner.py": "", "data/batch.py": ""}
+    stubs |= {"data/source.py": "from lorafit.data.batch import y\n", "kinds/metrics/a.py": "", "kinds/metrics/b.py": ""}
+    for name, content in stubs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert check(tmp_path) == []  # type: ignore[operator]
+    (tmp_path / file).write_text(text)
+    assert len(check(tmp_path)) >= 1  # type: ignore[operator]
+
+
+def run_lorafit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sysconfig.get_path("scripts")) / "lorafit"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"}, check=False)
+
+
+def test_help_imports_nothing_heavy_and_is_quick() -> None:
+    """The time is reported, never judged strictly: another load on the machine must not fail the tests."""
+    code = "import sys; import lorafit.cli; print([m for m in ('torch', 'pydantic', 'rich', 'yaml', 'numpy') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert run_lorafit("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    print(f"lorafit --help: median {statistics.median(seconds):.3f} s, wanted {HELP_SECONDS} s")
+    assert min(seconds) < 10 * HELP_SECONDS
