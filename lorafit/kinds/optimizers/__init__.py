@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from pydantic import Field
 
 from lorafit.kinds.section import Section
 from lorafit.registry import Registry
@@ -12,11 +14,30 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lorafit.contracts import Reporter
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Decay of a running mean."""
+
+WeightDecay = Annotated[float, Field(ge=0.0, le=1.0)]
+"""Off by default: decay pulls an adapter towards doing nothing, the low rank regularises already, and dropout on the
+adapter is the usual means (Source: QLoRA's training script, https://github.com/artidoro/qlora, `weight_decay` 0.0)."""
+
+_QUANTIZED_BLOCK = 256  # Source: bitsandbytes, blockwise optimizer states; an fp32 absmax for each 256 values
+_MIN_8BIT_VALUES = 4096  # Source: bitsandbytes' default of min_8bit_size
+
 
 class OptimizerSection(Section):
     """What every optimizer's section has."""
 
     kind: str
+
+
+class EightBitSection(OptimizerSection):
+    """What every optimizer with 8-bit state has."""
+
+    min_8bit_size: int = Field(default=_MIN_8BIT_VALUES, ge=1)
+    """Parameter tensors with fewer values than this keep fp32 state."""
 
 
 class OptimizerKind(Protocol):
@@ -37,3 +58,22 @@ class OptimizerKind(Protocol):
 
 
 optimizers: Registry[OptimizerKind] = Registry("optimizer", "lorafit.kinds.optimizers")
+
+
+def quantized_state_bytes(parameters: int) -> int:
+    """Bytes of one 8-bit moment: a byte a value and an fp32 absmax for each block of 256."""
+    return parameters + 4 * (parameters // _QUANTIZED_BLOCK)
+
+
+def build_optimizer(
+    section: Any,
+    parameters: Iterable[torch.nn.Parameter],
+    learning_rate: float,
+    device: torch.device,
+    reporter: Reporter,
+) -> torch.optim.Optimizer:
+    """The optimizer that a section names; says once that a paged one runs unpaged where there is no CUDA."""
+    kind = optimizers.get(section.kind)
+    if kind.is_paged(section) and device.type != "cuda":
+        reporter.info(f"{section.kind} runs unpaged: paging needs a CUDA device, and changes no update")
+    return kind.build(section, parameters, learning_rate, device)

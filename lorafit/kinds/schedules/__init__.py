@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field, model_validator
 
 from lorafit.kinds.section import Section
 from lorafit.registry import Registry
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A share of the peak learning rate."""
 
 
 class ScheduleSection(Section):
@@ -36,3 +40,27 @@ class Schedule(Protocol):
 
 
 schedules: Registry[Schedule] = Registry("schedule", "lorafit.kinds.schedules")
+
+
+def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
+    """Steps of warm-up of a run of `total_steps`; a ratio is rounded up, and warm-up never outlasts the run."""
+    if section.warmup_steps is not None:
+        return min(section.warmup_steps, total_steps)
+    return min(math.ceil((section.warmup_ratio or 0.0) * total_steps), total_steps)
+
+
+def learning_rate_at(section: ScheduleSection, peak: float, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (1 to `total_steps`): a pure function.
+
+        step                1 .. W                  W + 1 .. N
+        learning rate       peak * step / (W + 1)   peak * factor((step - 1 - W) / (N - W))
+
+    The first step of warm-up is not 0 (which would waste it), the first step behind it is the peak, and the last step
+    is not 0 either. transformers' schedules are the same behind the warm-up, and count it from 0.
+
+    Source: nanoGPT, train.py, get_lr, https://github.com/karpathy/nanoGPT.
+    """
+    warmup = warmup_steps(section, total_steps)
+    if step <= warmup:
+        return peak * step / (warmup + 1)
+    return peak * schedules.get(section.kind).factor(section, step - 1 - warmup, total_steps - warmup, warmup)

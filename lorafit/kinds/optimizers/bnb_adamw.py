@@ -1,0 +1,121 @@
+"""bitsandbytes' AdamW, with 8-bit or 32-bit state, paged or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from lorafit.kinds.optimizers import (
+    Beta,
+    EightBitSection,
+    OptimizerSection,
+    WeightDecay,
+    optimizers,
+    quantized_state_bytes,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _AdamWOptions(OptimizerSection):
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the running mean of gradients and of their squares (each 0 to below 1)."""
+    eps: float = Field(default=1e-8, gt=0.0, le=1.0)
+    """Added to the root of the second moment."""
+    weight_decay: WeightDecay = 0.0
+    """Decoupled decay of the adapter's weights."""
+
+
+class AdamW8bitSection(_AdamWOptions, EightBitSection):
+    """AdamW of bitsandbytes, blockwise 8-bit state: about 2 bytes a trainable parameter."""
+
+    kind: Literal["adamw_8bit"] = "adamw_8bit"
+
+
+class PagedAdamW8bitSection(_AdamWOptions, EightBitSection):
+    """adamw_8bit whose state moves to host memory when a GPU runs full; unpaged on a CPU."""
+
+    kind: Literal["paged_adamw_8bit"] = "paged_adamw_8bit"
+
+
+class AdamW32bitSection(_AdamWOptions):
+    """AdamW of bitsandbytes, fp32 state: 8 bytes a trainable parameter."""
+
+    kind: Literal["adamw_bnb_32bit"] = "adamw_bnb_32bit"
+
+
+class PagedAdamW32bitSection(_AdamWOptions):
+    """adamw_bnb_32bit whose state moves to host memory when a GPU runs full; unpaged on a CPU."""
+
+    kind: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
+
+
+class _BnbAdamW:
+    """Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022; AdamW: Loshchilov & Hutter, 2019."""
+
+    paged: ClassVar[bool] = False
+
+    def state_bytes(self, section: _AdamWOptions, parameters: int) -> int:
+        """Two moments, 8-bit with their constants or fp32."""
+        return 2 * quantized_state_bytes(parameters) if isinstance(section, EightBitSection) else 8 * parameters
+
+    def is_paged(self, section: _AdamWOptions) -> bool:
+        """Whether its state can leave the GPU."""
+        return self.paged
+
+    def build(
+        self,
+        section: _AdamWOptions,
+        parameters: Iterable[torch.nn.Parameter],
+        learning_rate: float,
+        device: torch.device,
+    ) -> torch.optim.Optimizer:
+        """bitsandbytes' AdamW."""
+        import bitsandbytes.optim
+
+        eight_bit = isinstance(section, EightBitSection)
+        # AdamW8bit and its siblings differ from AdamW in these arguments alone.
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW(
+            parameters,
+            lr=learning_rate,
+            betas=section.betas,
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            optim_bits=8 if eight_bit else 32,
+            is_paged=self.paged and device.type == "cuda",
+            **({"min_8bit_size": section.min_8bit_size} if isinstance(section, EightBitSection) else {}),
+        )
+        return optimizer
+
+
+@optimizers.register("adamw_8bit")
+class AdamW8bit(_BnbAdamW):
+    """8-bit state."""
+
+    section = AdamW8bitSection
+
+
+@optimizers.register("paged_adamw_8bit")
+class PagedAdamW8bit(_BnbAdamW):
+    """8-bit state, paged."""
+
+    section = PagedAdamW8bitSection
+    paged = True
+
+
+@optimizers.register("adamw_bnb_32bit")
+class AdamW32bit(_BnbAdamW):
+    """fp32 state."""
+
+    section = AdamW32bitSection
+
+
+@optimizers.register("paged_adamw_32bit")
+class PagedAdamW32bit(_BnbAdamW):
+    """fp32 state, paged."""
+
+    section = PagedAdamW32bitSection
+    paged = True

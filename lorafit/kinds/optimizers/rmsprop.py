@@ -1,0 +1,64 @@
+"""torch's RMSprop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from lorafit.kinds.optimizers import Beta, OptimizerSection, WeightDecay, optimizers
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RMSpropSection(OptimizerSection):
+    """RMSprop of torch, fp32 state: 4 bytes a trainable parameter, 4 more with momentum, 4 more if centered."""
+
+    kind: Literal["rmsprop"] = "rmsprop"
+    alpha: Beta = 0.99
+    """Decay of the running mean of squared gradients (0 to below 1)."""
+    eps: float = Field(default=1e-8, gt=0.0, le=1.0)
+    """Added to its root."""
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the last step's direction that is kept (0 to below 1)."""
+    centered: bool = False
+    """Normalise by the variance of the gradient instead of its second moment."""
+    weight_decay: WeightDecay = 0.0
+    """L2 penalty, added to the gradient."""
+
+
+@optimizers.register("rmsprop")
+class RMSprop:
+    """Source: Tieleman & Hinton, lecture 6.5 of Neural Networks for Machine Learning, 2012; centered: Graves, 2013."""
+
+    section = RMSpropSection
+
+    def state_bytes(self, section: RMSpropSection, parameters: int) -> int:
+        """fp32 squares, and where asked momentum and means."""
+        return 4 * parameters * (1 + bool(section.momentum) + section.centered)
+
+    def is_paged(self, section: RMSpropSection) -> bool:
+        """Never."""
+        return False
+
+    def build(
+        self,
+        section: RMSpropSection,
+        parameters: Iterable[torch.nn.Parameter],
+        learning_rate: float,
+        device: torch.device,
+    ) -> torch.optim.Optimizer:
+        """torch.optim.RMSprop."""
+        import torch
+
+        return torch.optim.RMSprop(
+            parameters,
+            lr=learning_rate,
+            alpha=section.alpha,
+            eps=section.eps,
+            momentum=section.momentum,
+            centered=section.centered,
+            weight_decay=section.weight_decay,
+        )

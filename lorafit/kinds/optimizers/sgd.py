@@ -1,0 +1,60 @@
+"""Stochastic gradient descent with momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from lorafit.kinds.optimizers import OptimizerSection, WeightDecay, optimizers
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SGDSection(OptimizerSection):
+    """SGD of torch: 4 bytes of state a trainable parameter, none without momentum."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Share of the last step's direction that is kept (0 to below 1); 0: plain SGD without state."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    weight_decay: WeightDecay = 0.0
+    """L2 penalty, added to the gradient."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> SGDSection:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+@optimizers.register("sgd")
+class SGD:
+    """Source: Sutskever et al., On the importance of initialization and momentum in deep learning, 2013."""
+
+    section = SGDSection
+
+    def state_bytes(self, section: SGDSection, parameters: int) -> int:
+        """One fp32 buffer where there is momentum."""
+        return 4 * parameters if section.momentum else 0
+
+    def is_paged(self, section: SGDSection) -> bool:
+        """Never."""
+        return False
+
+    def build(
+        self, section: SGDSection, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
+    ) -> torch.optim.Optimizer:
+        """torch.optim.SGD."""
+        import torch
+
+        return torch.optim.SGD(
+            parameters,
+            lr=learning_rate,
+            momentum=section.momentum,
+            nesterov=section.nesterov,
+            weight_decay=section.weight_decay,
+        )

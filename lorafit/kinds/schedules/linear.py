@@ -1,0 +1,26 @@
+"""A straight line from the peak down."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lorafit.kinds.schedules import Ratio, ScheduleSection, schedules
+
+
+class LinearSection(ScheduleSection):
+    """A straight line from the peak to min_ratio of it."""
+
+    kind: Literal["linear"] = "linear"
+    min_ratio: Ratio = 0.0
+    """Share of the peak learning rate at the end (0 to 1)."""
+
+
+@schedules.register("linear")
+class Linear:
+    """Linear decay."""
+
+    section = LinearSection
+
+    def factor(self, section: LinearSection, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
+        """min + (1 - min) * (1 - progress)."""
+        return section.min_ratio + (1.0 - section.min_ratio) * (1.0 - progress_steps / max(1, decay_steps))

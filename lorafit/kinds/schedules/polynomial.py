@@ -1,0 +1,31 @@
+"""A power of the share of steps that is left."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lorafit.kinds.schedules import Ratio, ScheduleSection, schedules
+
+
+class PolynomialSection(ScheduleSection):
+    """(1 - progress) ** power, from the peak to min_ratio of it."""
+
+    kind: Literal["polynomial"] = "polynomial"
+    power: float = Field(default=1.0, gt=0.0, le=10.0)
+    """Exponent; 1 is linear, more falls faster at first."""
+    min_ratio: Ratio = 0.0
+    """Share of the peak learning rate at the end (0 to 1)."""
+
+
+@schedules.register("polynomial")
+class Polynomial:
+    """Source: transformers, get_polynomial_decay_schedule_with_warmup."""
+
+    section = PolynomialSection
+
+    def factor(self, section: PolynomialSection, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
+        """min + (1 - min) * (1 - progress) ** power."""
+        remaining = 1.0 - progress_steps / max(1, decay_steps)
+        return float(section.min_ratio + (1.0 - section.min_ratio) * remaining**section.power)
