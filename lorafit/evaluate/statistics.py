@@ -1,0 +1,195 @@
+"""Is the tuned model better than the base, or is that luck of the rows? A paired bootstrap, and a plain sentence.
+
+    rows     base sums [rows, k]      tuned sums [rows, k]
+    draw     rows with replacement, the same rows for both          10,000 times
+    each     values(sums of the drawn rows) of tuned minus base  -> difference
+    interval 2.5 % and 97.5 % quantile of the differences
+
+The same drawn rows for both models is what makes it paired: rows that are hard for both cancel out.
+
+Source: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 13 (percentile interval); Koehn (2004),
+"Statistical Significance Tests for Machine Translation Evaluation", section 4 (paired bootstrap over corpus scores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lorafit.kinds.metrics import Metric, RowScore
+
+Floats = npt.NDArray[np.float64]
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+LEAST_ROWS = 6
+"""Fewest rows for a verdict. Where all n rows move one way, a two-sided sign test gives p = 2 ** (1 - n): 0.06 for 5."""
+ROUGH_ROWS = 30
+"""Below this many rows the sentence says that the interval is rough: percentile intervals are too narrow then."""
+_CHUNK_CELLS = 1 << 22  # counts held at a time: 32 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Base and tuned model on one value of one metric, on the same rows.
+
+    Attributes:
+        metric: The metric's name in the recipe.
+        name: Name of the value, e.g. `rougeL` of `rouge`.
+        better: Which direction is better.
+        percent: Whether the values are shares of 1, shown in per cent.
+        base: The base model's value.
+        tuned: The tuned model's value.
+        difference: tuned - base.
+        low: Lower end of the 95 % interval of the difference.
+        high: Upper end.
+        rows: Rows that were scored.
+        rows_better: Rows on which the tuned model scored better.
+        rows_worse: Rows on which it scored worse; the others are equal.
+        verdict: What the interval says.
+    """
+
+    metric: str
+    name: str
+    better: Literal["lower", "higher"]
+    percent: bool
+    base: float
+    tuned: float
+    difference: float
+    low: float
+    high: float
+    rows: int
+    rows_better: int
+    rows_worse: int
+    verdict: Verdict
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with its numbers, for people."""
+        rows = f"{self.rows} row{'s' if self.rows != 1 else ''}"
+        change = f"from {self.show(self.base)} to {self.show(self.tuned)}"
+        if self.rows < LEAST_ROWS:
+            few = f"fewer than {LEAST_ROWS} rows allow no verdict"
+            return f"{self.name}: not distinguishable with {rows}, {change}; {few}"
+        span = f"95 % interval {self.show_change(self.low)} to {self.show_change(self.high)}"
+        head = f"{self.verdict} with {rows}" if self.verdict == "not distinguishable" else f"{self.verdict} on {rows}"
+        rough = "; so few rows give a rough interval" if self.rows < ROUGH_ROWS else ""
+        return f"{self.name}: {head}, {change} (difference {self.show_change(self.difference)}, {span}){rough}"
+
+    def show(self, value: float) -> str:
+        """A value as people read it."""
+        return f"{100 * value:.1f} %" if self.percent else _digits(value)
+
+    def show_change(self, value: float) -> str:
+        """A difference as people read it: with its sign, shares in points of per cent."""
+        sign = "+" if value > 0 else "-" if value < 0 else ""
+        return f"{sign}{100 * abs(value):.1f} points" if self.percent else f"{sign}{_digits(abs(value))}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields and the sentence."""
+        return {**asdict(self), "sentence": self.sentence}
+
+
+def _digits(value: float) -> str:
+    """Four significant digits where they help, without an exponent where one is not needed."""
+    if value == 0 or 0.001 <= abs(value) < 100_000:
+        return f"{value:.{max(0, min(4, 3 - int(np.floor(np.log10(abs(value))))))}f}" if value else "0"
+    return f"{value:.3e}"
+
+
+def compare(
+    name: str,
+    metric: Metric,
+    base_rows: Sequence[RowScore],
+    tuned_rows: Sequence[RowScore],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> list[Comparison]:
+    """One Comparison for each value of the metric; both lists hold the same rows in the same order, all usable.
+
+    Args:
+        name: The metric's name.
+        metric: The metric.
+        base_rows: Scores of the base model, `[rows]`.
+        tuned_rows: Scores of the tuned model, `[rows]`.
+        seed: Decides the draws; the same seed gives the same interval.
+        resamples: How often rows are drawn.
+
+    Raises:
+        ValueError: No rows, or two lists of different length.
+    """
+    if not base_rows or len(base_rows) != len(tuned_rows):
+        raise ValueError(f"paired rows are needed, not {len(base_rows)} and {len(tuned_rows)}")
+    base, tuned = (np.asarray(metric.row_sums(rows), dtype=np.float64) for rows in (base_rows, tuned_rows))
+    base_values, tuned_values = metric.values(base.sum(axis=0).tolist()), metric.values(tuned.sum(axis=0).tolist())
+    differences = bootstrap_differences(metric, base, tuned, seed=seed, resamples=resamples)
+    tail = (1 - CONFIDENCE) / 2
+    lows, highs = np.quantile(differences, [tail, 1 - tail], axis=0)
+    by_row = np.stack([_values(metric, row_b, row_t) for row_b, row_t in zip(base, tuned, strict=True)])
+    sign = 1.0 if metric.better == "higher" else -1.0
+    found = []
+    for column, value_name in enumerate(base_values):
+        low, high = float(lows[column]), float(highs[column])
+        found.append(
+            Comparison(
+                metric=name,
+                name=value_name,
+                better=metric.better,
+                percent=metric.percent,
+                base=base_values[value_name],
+                tuned=tuned_values[value_name],
+                difference=tuned_values[value_name] - base_values[value_name],
+                low=low,
+                high=high,
+                rows=len(base_rows),
+                rows_better=int((sign * by_row[:, column] > 0).sum()),
+                rows_worse=int((sign * by_row[:, column] < 0).sum()),
+                verdict=judge(low, high, metric.better, len(base_rows)),
+            )
+        )
+    return found
+
+
+def judge(low: float, high: float, better: Literal["lower", "higher"], rows: int) -> Verdict:
+    """What an interval of tuned - base says: a direction only where it leaves out 0 and the rows are enough."""
+    if rows < LEAST_ROWS or low <= 0 <= high:
+        return "not distinguishable"
+    return "better" if (low > 0) == (better == "higher") else "worse"
+
+
+def bootstrap_differences(metric: Metric, base: Floats, tuned: Floats, *, seed: int, resamples: int) -> Floats:
+    """Differences tuned - base of every value on resampled rows, `[resamples, values]`.
+
+    Args:
+        metric: Turns sums into values.
+        base: Row sums of the base model, `[rows, k]`.
+        tuned: Row sums of the tuned model, `[rows, k]`.
+        seed: Decides the draws.
+        resamples: How often rows are drawn.
+    """
+    found: list[Floats] = []
+    for counts in draw_counts(len(base), resamples, seed):
+        for base_sums, tuned_sums in zip(counts @ base, counts @ tuned, strict=True):
+            found.append(_values(metric, base_sums, tuned_sums))
+    return np.stack(found)
+
+
+def _values(metric: Metric, base_sums: Floats, tuned_sums: Floats) -> Floats:
+    base, tuned = metric.values(base_sums.tolist()), metric.values(tuned_sums.tolist())
+    return np.array([tuned[name] - base[name] for name in base])
+
+
+def draw_counts(rows: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each row is drawn in each resample, in chunks `[some resamples, rows]`; every line sums to `rows`."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, min(resamples, _CHUNK_CELLS // rows))
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        draws = rng.integers(0, rows, size=(size, rows)) + rows * np.arange(size)[:, None]
+        yield np.bincount(draws.ravel(), minlength=size * rows).reshape(size, rows).astype(np.float64)
