@@ -16,6 +16,7 @@ class LinearShape:
         count: How many the whole model holds.
         bias: Whether it has a bias vector.
         transposed: Stored `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
+        role: What it does in its layer: `q`, `k`, `v`, `qkv`, `o`, `gate`, `up`, `gate_up`, `down`, or `` for another.
     """
 
     name: str
@@ -24,6 +25,7 @@ class LinearShape:
     count: int
     bias: bool = False
     transposed: bool = False
+    role: str = ""
 
     @property
     def weight_parameters(self) -> int:
@@ -37,7 +39,20 @@ class ModelShape:
 
     Attributes:
         linears: Every kind of linear layer inside the decoder layers (head and embeddings apart).
-        other_parameters: Parameters outside linears' weights, embeddings and head: norms, biases, position tables, routers.
+        other_parameters: Parameters outside linears' weights, embeddings, head and experts: norms, biases, position
+            tables, routers.
+        expert_parameters: Weights of the fused experts of a mixture: 3-D tensors that no quantisation touches.
+        experts: Experts a layer; 0 for a dense model.
+        experts_per_token: How many of them see a token.
+        expert_size: Inner width of one expert.
+        norm: `rms` (computed in fp32 by transformers' own code) or `layer` (torch's LayerNorm).
+        norms_per_layer: Norms over the hidden width in one decoder layer.
+        qk_norm: Whether queries and keys are normalised too.
+        activation: Of the MLP, by transformers' name.
+        parallel: Attention and MLP read the same input (Phi, Falcon, GPT-NeoX, Cohere).
+        hidden_dropout: The model's own dropout on what its blocks add to the stream.
+        attention_dropout: The model's own dropout on attention weights.
+        softcap: Whether a soft-cap on attention scores forces eager attention (Gemma 2).
     """
 
     model_type: str
@@ -56,6 +71,18 @@ class ModelShape:
     other_parameters: int
     gated_mlp: bool = True
     position_parameters: int = 0
+    expert_parameters: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    norm: str = "rms"
+    norms_per_layer: int = 2
+    qk_norm: bool = False
+    activation: str = "silu"
+    parallel: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    softcap: bool = False
 
     @property
     def linear_parameters(self) -> int:
@@ -65,7 +92,8 @@ class ModelShape:
     @property
     def total_parameters(self) -> int:
         """The published parameter count; a tied head is counted once."""
-        return self.linear_parameters + self.embedding_parameters + self.head_parameters + self.other_parameters
+        inside = self.linear_parameters + self.expert_parameters + self.other_parameters
+        return inside + self.embedding_parameters + self.head_parameters
 
 
 @dataclass(frozen=True, slots=True)
