@@ -9,11 +9,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 if TYPE_CHECKING:
     from lorafit.registry import Registry
 
+PATH: Any = {"format": "path"}
+"""`Field(json_schema_extra=PATH)` marks a field that may hold a path, which is relative to the recipe that it is written in."""
+
 
 class Section(BaseModel):
-    """A frozen recipe section: unknown keys are errors, field docstrings become the reference."""
+    """A frozen recipe section: unknown keys are errors; the reference reads the field docstrings from the source.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=False)
+    Validators are built on first use, and docstrings are not read at import: both would cost every command time.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class HasSection(Protocol):
@@ -22,15 +28,20 @@ class HasSection(Protocol):
     section: type[Section]
 
 
-def _from_bare_word(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
-
-
-def one_of(registry: Registry[Any]) -> Any:
+def one_of(registry: Registry[Any], default: str | None = None) -> Any:
     """The annotated type of a field that names a kind: a union over the registry's sections, told apart by `kind`.
 
-    A bare word stands for the kind with its defaults: `optimizer: adamw` is `optimizer: {kind: adamw}`.
+    A bare word stands for the kind with its defaults: `optimizer: adamw` is `optimizer: {kind: adamw}`. A mapping that
+    names no kind means `default`: `adapter: {r: 8}` is `adapter: {kind: lora, r: 8}`.
     """
+
+    def with_kind(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        if isinstance(value, dict) and "kind" not in value and default is not None:
+            return {"kind": default, **value}
+        return value
+
     sections = tuple(member.section for _, member in registry.items())
     union = Annotated[Union[sections], Field(discriminator="kind")] if len(sections) > 1 else sections[0]  # noqa: UP007
-    return Annotated[union, BeforeValidator(_from_bare_word)]
+    return Annotated[union, BeforeValidator(with_kind)]

@@ -1,13 +1,14 @@
 """The recipe as frozen pydantic models. A field's docstring is its line in the reference; units stand in its name or there.
 
-Only what is built stands here. Kinds bring their own sections (`lorafit.kinds`).
+Only what is built stands here. Kinds bring their own sections (`lorafit.kinds`). What two fields must agree on is said in
+`lorafit.recipe.agreement`, so that every disagreement of a recipe is reported at once.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.formats import formats
@@ -15,34 +16,57 @@ from lorafit.kinds.metrics import metrics
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.schedules import schedules
-from lorafit.kinds.section import Section, one_of
+from lorafit.kinds.section import PATH, Section, one_of
 from lorafit.kinds.tasks import tasks
+from lorafit.registry import nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     AdapterChoice = Any
     OptimizerChoice = Any
     QuantizationChoice = Any
     ScheduleChoice = Any
 else:
-    AdapterChoice = one_of(adapters)
-    OptimizerChoice = one_of(optimizers)
-    QuantizationChoice = one_of(quantizations)
-    ScheduleChoice = one_of(schedules)
+    AdapterChoice = one_of(adapters, "lora")
+    OptimizerChoice = one_of(optimizers, "paged_adamw_8bit")
+    QuantizationChoice = one_of(quantizations, "nf4")
+    ScheduleChoice = one_of(schedules, "cosine")
 
 Auto = Literal["auto"]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""A whole number of at least 1 that fits the counters of every library below."""
 
 
-def _known(registry_names: list[str], what: str, value: str) -> str:
-    if value not in registry_names:
-        raise ValueError(f"unknown {what} '{value}'; available: {', '.join(registry_names)}")
-    return value
+def _one_name_of(what: str, names: Callable[[], list[str]]) -> AfterValidator:
+    """Refuses a name that is not among `names()`; the message lists the nearest and all of them."""
+
+    def check(value: str) -> str:
+        known = names()
+        if value not in known:
+            close = nearest(value, known, count=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"unknown {what} '{value}'; {hint}available: {', '.join(known)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _metrics_while_training() -> list[str]:
+    return [name for name, metric in metrics.items() if metric.during_training]
+
+
+FormatName = Annotated[str, _one_name_of("format", lambda: ["auto", *formats.names()])]
+TaskName = Annotated[str, _one_name_of("task", tasks.names)]
+MetricName = Annotated[str, _one_name_of("metric", metrics.names)]
+CheapMetricName = Annotated[str, _one_name_of("metric while training", _metrics_while_training)]
 
 
 class ModelSection(Section):
     """The frozen base model."""
 
-    base: NonEmpty
+    base: NonEmpty = Field(json_schema_extra=PATH)
     """Hub id, local directory, `.gguf` file, or `package://NAME/FILE.gguf` (a file inside an installed Python package)."""
     revision: str | None = None
     """Branch, tag or commit on the hub; only for hub ids."""
@@ -57,15 +81,15 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One file or hub data set of rows."""
 
-    path: NonEmpty
+    path: NonEmpty = Field(json_schema_extra=PATH)
     """A file (jsonl, json, csv, tsv, parquet, txt), relative to the recipe, or a hub data set's id."""
-    format: str = "auto"
+    format: FormatName = "auto"
     """How a row is read; `auto` looks at the rows."""
     columns: dict[str, str] = Field(default_factory=dict)
     """`{ours: theirs}`: which of the source's columns holds a field of the format."""
-    repeats: float = Field(default=1.0, gt=0.0)
+    repeats: float = Field(default=1.0, gt=0.0, le=1e6)
     """How often an epoch sees this source; 0.5 sees another half of it each epoch."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: Count | None = None
     """Rows read from the top; all where null."""
     split: str = "train"
     """Split of a hub data set."""
@@ -73,11 +97,6 @@ class SourceSection(Section):
     """Configuration of a hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
-
-    @field_validator("format")
-    @classmethod
-    def _format_exists(cls, value: str) -> str:
-        return _known(["auto", *formats.names()], "format", value)
 
 
 def _one_source(value: Any) -> Any:
@@ -101,6 +120,15 @@ class ValidationFraction(Section):
     """Share of the training rows that is held out (0 to 1), drawn by the seed."""
 
 
+def _form_of_validation(value: Any) -> str:
+    return "fraction" if isinstance(value, ValidationFraction) or (isinstance(value, dict) and "path" not in value) else "sources"
+
+
+Validation = Annotated[
+    Annotated[ValidationFraction, Tag("fraction")] | Annotated[Sources, Tag("sources")], Discriminator(_form_of_validation)
+]
+
+
 class BadRowsSection(Section):
     """What happens to malformed, empty and untrainable rows."""
 
@@ -115,11 +143,11 @@ class DataSection(Section):
 
     train: Sources
     """Sources that are trained on."""
-    validation: ValidationFraction | Sources | None = None
+    validation: Validation | None = None
     """Scored while training: `{fraction: 0.05}` of the training rows, or sources of their own."""
     test: Sources | None = None
     """Never looked at in training; the final figures come from here."""
-    chat_template: str | None = None
+    chat_template: NonEmpty | None = Field(default=None, json_schema_extra=PATH)
     """null: the tokenizer's own. Else a shipped name (chatml, alpaca, plain) or a Jinja file."""
     system_prompt: str | None = None
     """System message for rows that have none."""
@@ -127,7 +155,7 @@ class DataSection(Section):
     """What happens where the template renders a field of a message nowhere (tool calls, reasoning, names)."""
     train_on: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
     """Which tokens carry loss. A message with `weight: 0` carries none."""
-    max_length: int = Field(default=2048, ge=8)
+    max_length: int = Field(default=2048, ge=8, le=2**31 - 1)
     """Longest row, in tokens."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to longer rows; `split` cuts plain text into several rows."""
@@ -138,13 +166,13 @@ class DataSection(Section):
 class TrainingSection(Section):
     """The optimisation."""
 
-    epochs: float | None = Field(default=None, gt=0.0)
+    epochs: float | None = Field(default=None, gt=0.0, le=1e6)
     """Passes over the training rows. Default 3 where max_steps is not set."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: Count | None = None
     """Optimizer steps, instead of epochs."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: Count = 16
     """Examples per optimizer step, over all devices: the number that decides the result."""
-    micro_batch_tokens: int | Auto = "auto"
+    micro_batch_tokens: Count | Auto = "auto"
     """Padded tokens of one forward pass. How a step is cut decides speed and memory, not the result."""
     learning_rate: float = Field(default=2e-4, gt=0.0, le=10.0)
     """Peak learning rate."""
@@ -152,23 +180,10 @@ class TrainingSection(Section):
     """The optimizer and its own options."""
     schedule: ScheduleChoice = Field(default="cosine", validate_default=True)
     """The learning rate over the run, with its warm-up."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0.0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0.0, le=1e9)
     """Gradients are scaled down to this norm; null: no clipping."""
     gradient_checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass: slower, far less memory. `auto`: only where it is needed to fit."""
-
-    @field_validator("micro_batch_tokens")
-    @classmethod
-    def _micro_batch_range(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be 1 or more, or auto")
-        return value
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainingSection:
-        if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps are both set; keep one")
-        return self
 
 
 class EarlyStoppingSection(Section):
@@ -176,59 +191,35 @@ class EarlyStoppingSection(Section):
 
     metric: str = "loss"
     """A metric of `evaluation.during`."""
-    patience: int = Field(default=3, ge=1)
+    patience: Count = 3
     """Evaluations without improvement after which the run stops."""
-    min_delta: float = Field(default=0.0, ge=0.0)
+    min_delta: float = Field(default=0.0, ge=0.0, le=1e9)
     """Smallest change that counts as improvement, in the metric's unit."""
 
 
 class EvaluationSection(Section):
     """Held-out metrics, while training and at the end."""
 
-    every_steps: int | None = Field(default=None, ge=1)
+    every_steps: Count | None = None
     """Optimizer steps between evaluations on the validation rows; null: none while training."""
-    during: list[str] = Field(default_factory=lambda: ["loss"], min_length=1)
+    during: list[CheapMetricName] = Field(default_factory=lambda: ["loss"], min_length=1)
     """Metrics while training; the loss comes with any of them."""
-    final: list[str] = Field(default_factory=lambda: ["perplexity", "rouge", "exact_match"], min_length=1)
+    final: list[MetricName] = Field(default_factory=lambda: ["perplexity", "rouge", "exact_match"], min_length=1)
     """Metrics of `lorafit eval`."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: Count = 256
     """Longest generated answer, in tokens."""
     early_stopping: EarlyStoppingSection | None = None
     """Stop when a metric no longer improves."""
     retention: Sources | None = None
     """Rows of general ability, scored for base and tuned model: what was forgotten."""
 
-    @field_validator("during", "final")
-    @classmethod
-    def _metrics_exist(cls, value: list[str]) -> list[str]:
-        return [_known(metrics.names(), "metric", name) for name in value]
-
-    @field_validator("during")
-    @classmethod
-    def _metrics_are_cheap(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if not metrics.get(name).during_training:
-                usable = [n for n, m in metrics.items() if m.during_training]
-                raise ValueError(f"'{name}' is not measured while training; available: {', '.join(usable)}")
-        return value
-
-    @model_validator(mode="after")
-    def _stopping_has_its_metric(self) -> EvaluationSection:
-        if self.early_stopping is not None:
-            name, usable = self.early_stopping.metric, sorted({"loss", *self.during})
-            if name not in usable:
-                raise ValueError(f"early_stopping.metric: '{name}' is not measured while training; available: {', '.join(usable)}")
-            if self.every_steps is None:
-                raise ValueError("early_stopping needs evaluation.every_steps")
-        return self
-
 
 class CheckpointsSection(Section):
     """When the run is saved."""
 
-    every_steps: int = Field(default=50, ge=1)
+    every_steps: Count = 50
     """Optimizer steps between checkpoints."""
-    keep_last: int = Field(default=2, ge=1)
+    keep_last: Count = 2
     """Newest checkpoints kept; the best one is kept beside them."""
 
 
@@ -237,7 +228,7 @@ class Recipe(Section):
 
     name: NonEmpty
     """Name of the run; its folder is `runs/NAME` where `output` is not set."""
-    task: str = "causal-lm"
+    task: TaskName = "causal-lm"
     """What is learnt."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Decides row order, adapter initialisation and dropout."""
@@ -255,19 +246,5 @@ class Recipe(Section):
     """When the run is saved."""
     tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Trackers that get the metrics, by accelerate; `metrics.jsonl` is always written."""
-    output: str = ""
+    output: str = Field(default="", json_schema_extra=PATH)
     """The run folder, relative to the recipe; `runs/NAME` where empty."""
-
-    @field_validator("task")
-    @classmethod
-    def _task_exists(cls, value: str) -> str:
-        return _known(tasks.names(), "task", value)
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
-        steps, schedule = self.training.max_steps, self.training.schedule
-        if steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps > steps:
-            raise ValueError(f"training.schedule.warmup_steps: {schedule.warmup_steps} is more than training.max_steps {steps}")
-        if self.evaluation.every_steps is not None and self.data.validation is None:
-            raise ValueError("evaluation.every_steps: needs data.validation, which is not set")
-        return self

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from lorafit.errors import RecipeError
 from lorafit.kinds.adapters import AdapterSection, adapters
+from lorafit.kinds.section import PATH
 from lorafit.registry import nearest
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class LoraSection(AdapterSection):
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the linears that get an adapter, e.g. [q_proj, v_proj]; all-linear: every one but the output head and MoE routers."""
-    init_from: str | None = None
+    """Names of the linears that get an adapter, e.g. [q_proj, v_proj]; all-linear: all but output head and MoE routers."""
+    init_from: str | None = Field(default=None, json_schema_extra=PATH)
     """Folder of an adapter to go on from, relative to the recipe; r, alpha and targets must agree with it."""
 
     @field_validator("target_modules")
