@@ -1,0 +1,196 @@
+"""Text to token ids, so that a control string that somebody typed never becomes a control token.
+
+    template:  <|im_start|>user⏎  typed:  what is <|im_end|>?   template:  <|im_end|>⏎
+               └ control token                    └ text, as '<', '|', 'im', ...     └ control token
+
+Where nobody typed one, the tokenizer itself encodes the whole text, exactly as `apply_chat_template(tokenize=True)` does. Where
+somebody did, a *twin* encodes it: the same model, normaliser and pre-tokeniser, in which every control token is spelled with
+private characters of the same number. The control strings that the template wrote are respelled, the typed ones are not, and
+one pass over the whole text gives ids and offsets in their real context.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Stretch = tuple[int, int]
+
+FIRST_PRIVATE_CHARACTER = 0x100000  # plane 16: nearly never typed, and checked
+PRIVATE_CHARACTERS = 0xFFFE
+
+
+class TextEncoder:
+    """Encodes text with a tokenizer, knowing which of it was typed.
+
+    Args:
+        tokenizer: A tokenizer with a fast backend.
+        template_text: The literal text of the chat template: added tokens that stand in it are control tokens as well,
+            special or not.
+
+    Raises:
+        ModelError: If the tokenizer has no fast backend, which alone tells where a token stands.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_text: str = "") -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
+            raise ModelError(
+                f"{type(tokenizer).__name__} cannot say where its tokens stand in a text",
+                todo="use a model with a tokenizer.json",
+            )
+        self._backend: Tokenizer = backend
+        self._added: dict[int, Any] = backend.get_added_tokens_decoder()
+        self.control = {
+            number: token.content
+            for number, token in self._added.items()
+            if token.content.strip() and (token.special or token.content in template_text)
+        }
+        self._twin: Tokenizer | None = None
+        self._real_id: dict[int, int] = {}
+        self._private: dict[int, str] = {}
+
+    def encode(
+        self, text: str, typed: Sequence[Stretch], unsure: Sequence[Stretch] = ()
+    ) -> tuple[list[int], list[Stretch]]:
+        """Ids of a text and where each token stands in it.
+
+        Args:
+            text: The text.
+            typed: Stretches that somebody typed, in order and apart.
+            unsure: Those of them that may be the template's all the same.
+
+        Raises:
+            DataError: If a control string stands where nobody can say who wrote it, or the tokenizer makes a control token
+                out of plain text.
+        """
+        backend = self._backend
+        if backend.truncation is not None or backend.padding is not None:  # left there by somebody's last call
+            backend.no_truncation()
+            backend.no_padding()
+        encoding = backend.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        control = self.control
+        if not any(number in control for number in ids):
+            return ids, encoding.offsets
+        offsets: list[Stretch] = encoding.offsets
+        places = [
+            self._place(text, number, offset) for number, offset in zip(ids, offsets, strict=True) if number in control
+        ]
+        if not any(_overlaps(typed, *place) for place in places):
+            return ids, offsets
+        return self._encode_with_twin(text, typed, unsure)
+
+    def _place(self, text: str, number: int, offset: Stretch) -> Stretch:
+        """Where a control string itself stands; tokens may swallow the blanks beside it."""
+        content = self.control[number]
+        start = text.find(content, *offset)
+        return (start, start + len(content)) if start >= 0 else offset
+
+    def _encode_with_twin(
+        self, text: str, typed: Sequence[Stretch], unsure: Sequence[Stretch]
+    ) -> tuple[list[int], list[Stretch]]:
+        twin = self._twin or self._build_twin()
+        if any(FIRST_PRIVATE_CHARACTER <= ord(letter) for letter in text) and any(
+            private in text for private in self._private.values()
+        ):
+            raise DataError("the text holds private characters that stand for control tokens here", todo="remove them")
+        pieces: list[str] = []
+        place = 0
+        for start, end in [*typed, (len(text), len(text))]:
+            pieces += [self._respell(text[place:start]), text[start:end]]
+            place = end
+        for start, end in unsure:
+            piece = text[start:end]
+            found = next((content for content in self.control.values() if content in piece), None)
+            if found is not None:
+                raise DataError(
+                    f"cannot tell whether {found!r} was typed or written by the chat template", key="data.chat_template"
+                )
+        respelled = "".join(pieces)
+        encoding = twin.encode(respelled, add_special_tokens=False)
+        real = self._real_id
+        ids = [real.get(number, number) for number in encoding.ids]
+        for number, twin_number, (start, end) in zip(ids, encoding.ids, encoding.offsets, strict=True):
+            if number in self.control and twin_number not in real:
+                raise DataError(
+                    f"the tokenizer makes the control token {self.control[number]!r} of plain text {text[start:end]!r}"
+                )
+        return ids, encoding.offsets
+
+    def _respell(self, written: str) -> str:
+        """A stretch of the template's with its control strings in private characters."""
+        if not written:
+            return written
+        encoding = self._backend.encode(written, add_special_tokens=False)
+        pieces, place = [], 0
+        for number, offset in zip(encoding.ids, encoding.offsets, strict=True):
+            if number in self.control:
+                start, end = self._place(written, number, offset)
+                pieces += [written[place:start], self._private[number]]
+                place = end
+        return "".join([*pieces, written[place:]])
+
+    def _build_twin(self) -> Tokenizer:
+        from tokenizers import AddedToken, Tokenizer
+
+        twin = Tokenizer(self._backend.model)
+        if self._backend.normalizer is not None:
+            twin.normalizer = self._backend.normalizer
+        if self._backend.pre_tokenizer is not None:
+            twin.pre_tokenizer = self._backend.pre_tokenizer
+        if len(self.control) > PRIVATE_CHARACTERS:
+            raise ModelError(f"the tokenizer has {len(self.control):,} control tokens, more than private characters")
+        for number, content in self.control.items():
+            self._private[number] = chr(FIRST_PRIVATE_CHARACTER + len(self._private)) * len(content)
+        for number, token in sorted(self._added.items()):
+            respelled = AddedToken(
+                self._private.get(number, token.content),
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=token.normalized,
+                special=token.special,
+            )
+            (twin.add_special_tokens if token.special else twin.add_tokens)([respelled])
+            self._real_id[twin.token_to_id(respelled.content)] = number
+        self._twin = twin
+        return twin
+
+
+def _overlaps(stretches: Sequence[Stretch], start: int, end: int) -> bool:
+    """Whether one of the stretches (in order, apart) holds a character of start to end."""
+    place = bisect_left(stretches, (end,))
+    return place > 0 and stretches[place - 1][1] > start
+
+
+def mark_trained(offsets: Sequence[Stretch], spans: Sequence[Stretch]) -> list[bool]:
+    """Which tokens carry loss, from the characters that do.
+
+    A token that straddles a border carries loss if at least half of its characters do: a header's newline and the blanks that
+    begin an answer can share one token, and the ids must stay what the tokenizer makes of the whole.
+
+    Args:
+        offsets: Where each token stands, `[tokens]`. Their ends never fall; blanks that a tokenizer leaves out of its offsets
+            belong to the token behind them.
+        spans: Stretches that carry loss, in order and apart.
+    """
+    trained = [False] * len(offsets)
+    ends = [end for _, end in offsets]
+    for span_start, span_end in spans:
+        for number in range(bisect_right(ends, span_start), len(offsets)):
+            start, end = offsets[number]
+            if number and ends[number - 1] < start:
+                start = ends[number - 1]
+            if start >= span_end and end > span_end:
+                break
+            if 2 * (min(end, span_end) - max(start, span_start)) >= end - start:
+                trained[number] = True
+    return trained

@@ -1,0 +1,418 @@
+"""Chats to text with the characters that carry loss, and to token ids with the tokens that do.
+
+    messages --template--> Rendering(text, spans) --tokenizer--> Encoded(input_ids, trained)
+
+`ChatRenderer` is the only code that does this: training, preview, evaluation and `mask_chat` all use it. How spans are found is
+told in `lorafit.data.turns`, how typed control strings stay text in `lorafit.data.encode`; `docs/masks.md` draws both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from weakref import WeakKeyDictionary
+
+import jinja2
+
+from lorafit.contracts import Encoded
+from lorafit.data.dropped import TOOLS, Dropped, find_dropped
+from lorafit.data.encode import Stretch, TextEncoder, mark_trained
+from lorafit.data.filters import TemplateLimitError
+from lorafit.data.provenance import BLURRED
+from lorafit.data.sandbox import ChatTemplate, Traced, compile_template
+from lorafit.data.turns import Habits, Turn, find_turns, learn_habits
+from lorafit.errors import DataError, LorafitError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["assistant", "last_turn", "completion", "all"]
+Messages = Sequence[Mapping[str, Any]]
+
+SHIPPED_TEMPLATES = ("alpaca", "chatml", "plain")
+KEY = "data.chat_template"
+
+
+class RenderError(DataError):
+    """A chat that the template refuses, or of which it drops something that should be trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A rendered chat. All places are characters of `text`.
+
+    Attributes:
+        text: What the template makes of the chat, equal to `apply_chat_template(tokenize=False)`.
+        spans: What carries loss, in order.
+        turns: Every assistant turn, whether it carries loss or not.
+        typed: What somebody typed; all else was written by the template itself.
+        unsure: The part of `typed` that may be the template's all the same.
+        warnings: Dropped fields (with `dropped_fields: warn`) and turns without an end-of-turn token, one text each.
+        history_dropped: Fields that the template shows in the last turn only, one name for each time it happens.
+    """
+
+    text: str
+    spans: tuple[Stretch, ...]
+    turns: tuple[Turn, ...]
+    typed: tuple[Stretch, ...]
+    unsure: tuple[Stretch, ...] = ()
+    warnings: tuple[str, ...] = ()
+    history_dropped: tuple[str, ...] = ()
+
+
+def shipped_template(name: str) -> str:
+    """The text of a chat template that comes with lorafit.
+
+    Raises:
+        KeyError: For a name that is not in `SHIPPED_TEMPLATES`.
+    """
+    if name not in SHIPPED_TEMPLATES:
+        raise KeyError(name)
+    return resources.files("lorafit.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+class ChatRenderer:
+    """Renders and encodes chats for one tokenizer, one template and one choice of what carries loss.
+
+    Args:
+        tokenizer: Its template is used where none is given; it is not changed.
+        chat_template: A shipped name (`SHIPPED_TEMPLATES`) or the text of a template.
+        train_on: `assistant`: every assistant turn without `weight: 0`; `last_turn`: the last of them; `completion`: those
+            behind the last user message; `all`: every token.
+        dropped_fields: What to do with a field that the template renders nowhere: `error` or `warn`.
+        system_prompt: The system message of chats that have none.
+
+    Raises:
+        ModelError: Without any template, or for one that is not valid, not allowed or uses unknown variables.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        train_on: TrainOn = "assistant",
+        dropped_fields: Literal["error", "warn"] = "error",
+        system_prompt: str | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._sources = _template_sources(tokenizer, chat_template)
+        self.template = chat_template or tokenizer.chat_template
+        self._train_on = train_on
+        self._dropped_fields = dropped_fields
+        self._system_prompt = system_prompt
+        self._variables = dict(tokenizer.special_tokens_map)
+        self._end_token = str(tokenizer.eos_token or "")
+        templates = {source: _compile(source) for source in self._sources.values()}
+        self.encoder = TextEncoder(tokenizer, "\0".join(template.literal_text() for template in templates.values()))
+        self._control = re.compile("|".join(map(re.escape, self.encoder.control.values())) or "(?!)")
+        self._habits: dict[str, Habits] = {}
+        for source, template in templates.items():
+            render = _BoundTemplate(template, None, self._variables)
+            _check_variables(render)
+            self._habits[source] = learn_habits(render)
+
+    def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> Rendering:
+        """Renders a chat and finds what carries loss.
+
+        Args:
+            messages: The chat, in OpenAI's form. An assistant message with `weight: 0` carries no loss.
+            tools: JSON schemas of the tools.
+
+        Raises:
+            RenderError: If the template refuses the chat, drops a field, or two ways to find a turn disagree.
+            ModelError: If the template itself is at fault.
+        """
+        chat = self._prepare(messages)
+        source = self._source(tools)
+        render, whole, chat = self._trace(chat, tools, source)
+        self._check_official(whole.text, chat, tools, source)
+        turns = find_turns(chat, whole, render, self._habits[source], self._end_token)
+        dropped = find_dropped(whole, lambda message: _attempt_cut(render, chat, message), self._control)
+        warnings = self._judge_dropped(dropped, chat)
+        warnings += [f"message {turn.message + 1}: no end-of-turn token" for turn in turns if not turn.has_end_token]
+        typed, unsure = self._typed_stretches(whole)
+        return Rendering(
+            text=whole.text,
+            spans=tuple(self._spans(whole.text, turns, chat, messages)),
+            turns=tuple(turns),
+            typed=tuple(typed),
+            unsure=tuple(unsure),
+            warnings=tuple(warnings),
+            history_dropped=tuple(name for _, name in dropped.history),
+        )
+
+    def encode(self, rendering: Rendering) -> Encoded:
+        """Token ids of a rendering, and which of them carry loss.
+
+        Raises:
+            DataError: If a control string stands where nobody can say who wrote it.
+        """
+        ids, offsets = self.encoder.encode(rendering.text, rendering.typed, rendering.unsure)
+        if self._train_on == "all":
+            return Encoded(ids, [True] * len(ids))
+        return Encoded(ids, mark_trained(offsets, rendering.spans))
+
+    def prompt_ids(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a chat with the generation prompt behind it: what a model is given to answer.
+
+        Raises:
+            RenderError: If the template refuses the chat.
+        """
+        chat = self._prepare(messages)
+        _, whole, _ = self._trace(chat, tools, self._source(tools), add_generation_prompt=True)
+        typed, unsure = self._typed_stretches(whole)
+        return self.encoder.encode(whole.text, typed, unsure)[0]
+
+    def _source(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """The template for a chat; some tokenizers have one for chats with tools."""
+        return self._sources["tool_use" if tools and "tool_use" in self._sources else "default"]
+
+    def _prepare(self, messages: Messages) -> list[dict[str, Any]]:
+        """The chat as the template gets it: no weights, and the system prompt where there is none."""
+        if not messages:
+            raise RenderError("the chat holds no messages")
+        chat = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        if self._system_prompt is not None and chat[0].get("role") not in ("system", "developer"):
+            chat.insert(0, {"role": "system", "content": self._system_prompt})
+        return chat
+
+    def _trace(
+        self,
+        chat: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        source: str,
+        add_generation_prompt: bool = False,
+    ) -> tuple[_BoundTemplate, Traced, list[dict[str, Any]]]:
+        """Renders a chat. A template that takes arguments of tool calls as text only (DeepSeek's) gets them as JSON."""
+        render = _BoundTemplate(_compile(source), tools, self._variables)
+        try:
+            return render, render.traced(chat, add_generation_prompt), chat
+        except RenderError:
+            as_text = _with_text_arguments(chat)
+            if as_text == chat:
+                raise
+            try:
+                return render, render.traced(as_text, add_generation_prompt), as_text
+            except RenderError:
+                pass
+            raise
+
+    def _check_official(
+        self, text: str, chat: Messages, tools: Sequence[Mapping[str, Any]] | None, source: str
+    ) -> None:
+        official = self._tokenizer.apply_chat_template(chat, tools=tools, chat_template=source, tokenize=False)
+        if official != text:
+            place = next(
+                (k for k, (a, b) in enumerate(zip(official, text, strict=False)) if a != b),
+                min(len(official), len(text)),
+            )
+            raise RenderError(
+                f"lorafit and transformers render this chat differently from character {place} on: "
+                f"{text[place : place + 20]!r}, {official[place : place + 20]!r}",
+                key=KEY,
+                todo="report the template",
+            )
+
+    def _judge_dropped(self, dropped: Dropped, chat: Messages) -> list[str]:
+        said = [
+            "the tools are not rendered"
+            if message == TOOLS
+            else f"{field} of message {message + 1} ({chat[message].get('role')})"
+            for message, field in dropped.lost
+        ]
+        if said and self._dropped_fields == "error":
+            raise RenderError(
+                f"the chat template drops {', '.join(said)}",
+                key=KEY,
+                todo="use another template, or `dropped_fields: warn`",
+            )
+        return [f"dropped: {text}" for text in said]
+
+    def _typed_stretches(self, whole: Traced) -> tuple[list[Stretch], list[Stretch]]:
+        """What was typed, and which of it perhaps. Where no control string was typed at all, nothing depends on a perhaps."""
+        unsure = _stretches(whole, lambda start: start == BLURRED)
+        if unsure and not any(self._control.search(leaf.text) for leaf in whole.leaves):
+            return _stretches(whole, lambda start: start != BLURRED), []
+        return _stretches(whole, lambda start: True), unsure
+
+    def _spans(self, text: str, turns: Sequence[Turn], chat: Messages, messages: Messages) -> Iterable[Stretch]:
+        if self._train_on == "all":
+            return [(0, len(text))]
+        added = len(chat) - len(messages)
+        if self._train_on == "last_turn":
+            turns = turns[-1:]
+        elif self._train_on == "completion":
+            last_user = max((index for index, message in enumerate(chat) if message.get("role") == "user"), default=-1)
+            turns = [turn for turn in turns if turn.message > last_user]
+        return [
+            (turn.start, turn.end)
+            for turn in turns
+            if turn.end > turn.start and messages[turn.message - added].get("weight", 1) != 0
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundTemplate:
+    """A template with a chat's tools and the tokenizer's special tokens; turns what it raises into our errors."""
+
+    template: ChatTemplate
+    tools: Sequence[Mapping[str, Any]] | None
+    variables: Mapping[str, Any]
+
+    def traced(self, messages: Messages, add_generation_prompt: bool) -> Traced:
+        try:
+            return self.template.render(
+                messages, self.tools, variables=self.variables, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template can raise anything
+            _explain(error)
+
+    def plain(self, messages: Messages, add_generation_prompt: bool) -> str:
+        try:
+            return self.template.render_plain(
+                messages, self.tools, variables=self.variables, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:
+            _explain(error)
+
+
+def _explain(error: Exception) -> NoReturn:
+    if isinstance(error, LorafitError):
+        raise error
+    line = None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    place = f" at line {line}" if line else ""
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        raise ModelError(f"what the chat template does{place} is not allowed: {error}", key=KEY) from error
+    if isinstance(error, (TemplateLimitError, MemoryError, RecursionError, OverflowError)):
+        limit = "" if isinstance(error, TemplateLimitError) else "time limit or size limit: "
+        raise ModelError(f"the chat template was stopped{place}: {limit}{error}", key=KEY) from error
+    message = " ".join(str(error).split()) or type(error).__name__
+    raise RenderError(
+        f"the chat template refuses this chat{place}: {message}", key=KEY, todo="correct the row"
+    ) from error
+
+
+def _template_sources(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> dict[str, str]:
+    """The templates to use, by name; `default` is always one of them."""
+    if chat_template is not None:
+        return {"default": shipped_template(chat_template) if chat_template in SHIPPED_TEMPLATES else chat_template}
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, dict) and own:
+        return {**own, "default": own.get("default") or next(iter(own.values()))}
+    if isinstance(own, str) and own:
+        return {"default": own}
+    raise ModelError(
+        "the tokenizer has no chat template, as is usual for base models",
+        key=KEY,
+        todo=f"set data.chat_template to one of {', '.join(SHIPPED_TEMPLATES)}, or to a file",
+    )
+
+
+def _compile(source: str) -> ChatTemplate:
+    try:
+        return compile_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"the chat template is not valid, line {error.lineno}: {error.message}", key=KEY) from error
+    except jinja2.TemplateError as error:
+        raise ModelError(f"the chat template is not valid: {error}", key=KEY) from error
+
+
+def _check_variables(render: _BoundTemplate) -> None:
+    """Finds a template that fails for any chat because a name in it is unknown.
+
+    Raises:
+        ModelError: With the line of the template.
+    """
+    for chat in (
+        [{"role": "user", "content": "q"}],
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    ):
+        try:
+            render.traced(chat, False)
+        except RenderError as error:
+            if isinstance(error.__cause__, jinja2.UndefinedError):
+                raise ModelError(error.what, key=KEY, todo="correct the template") from error
+
+
+def _attempt_cut(render: _BoundTemplate, chat: Messages, message: int) -> Traced | None:
+    try:
+        return render.traced(chat[: message + 1], False)
+    except LorafitError:
+        return None
+
+
+def _with_text_arguments(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat with arguments of tool calls as JSON text."""
+    import json
+
+    def call_as_text(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        inner = call.get("function")
+        if isinstance(inner, Mapping):
+            return {**call, "function": call_as_text(inner)}
+        arguments = call.get("arguments")
+        return (
+            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            if isinstance(arguments, (dict, list))
+            else call
+        )
+
+    return [
+        {**message, "tool_calls": [call_as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in chat
+    ]
+
+
+def _stretches(whole: Traced, wanted: Any) -> list[Stretch]:
+    """Stretches of typed characters, neighbours joined."""
+    stretches: list[Stretch] = []
+    place = 0
+    for length, origin, start in whole.runs:
+        if length and origin > 0 and wanted(start):
+            if stretches and stretches[-1][1] == place:
+                stretches[-1] = (stretches[-1][0], place + length)
+            else:
+                stretches.append((place, place + length))
+        place += length
+    return stretches
+
+
+_renderers: WeakKeyDictionary[Any, ChatRenderer] = WeakKeyDictionary()
+
+
+def mask_chat(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of a chat and its labels, as training makes them.
+
+    Args:
+        messages: The chat, in OpenAI's form.
+        tools: JSON schemas of the tools, or None.
+        tokenizer: With a chat template.
+
+    Returns:
+        `input_ids` and `labels`, of equal length: `labels[i]` is `input_ids[i]` where the token carries loss, else -100. They
+        are not shifted.
+
+    Raises:
+        RenderError: If the template refuses the chat or drops something that should be trained.
+        ModelError: If there is no usable template.
+    """
+    renderer = _renderers.get(tokenizer)
+    if renderer is None or renderer.template != tokenizer.chat_template:
+        renderer = _renderers[tokenizer] = ChatRenderer(tokenizer)
+    encoded = renderer.encode(renderer.render(messages, tools))
+    labels = [number if trained else -100 for number, trained in zip(encoded.input_ids, encoded.trained, strict=True)]
+    return encoded.input_ids, labels

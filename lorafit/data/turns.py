@@ -1,0 +1,300 @@
+"""Finds what the model writes in a rendered chat: each assistant turn, from behind its header to its end-of-turn token.
+
+    <|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎Paris.<|im_end|>⏎
+    └────── header ─────┘└──────────── turn ────────────────┘     (the template's newline behind it is not generated)
+
+The first method reads the tracing: the stretch of text that the template wrote while its loop stood at the message, less the
+header. The header is what the generation prompt ends with, because that is what the model will be given. The second method
+renders prefixes of the chat and applies wherever a prefix renders as it does inside the whole: the prompt before a turn must
+end where the turn starts, and the chat cut after it where the turn ends. Where the template has `{% generation %}` marks, the
+typed characters inside them must be the ones found. A disagreement is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from lorafit.data.sandbox import Traced
+from lorafit.errors import DataError, LorafitError
+
+Messages = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
+
+
+class Render(Protocol):
+    """A chat template bound to the tools of one chat and to the tokenizer's special tokens."""
+
+    def traced(self, messages: Messages, add_generation_prompt: bool) -> Traced: ...
+
+    def plain(self, messages: Messages, add_generation_prompt: bool) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One assistant turn in a rendering, in characters.
+
+    Attributes:
+        message: Its number in the chat.
+        header: Where its header starts.
+        start: Where the model starts to write.
+        end: Behind its end-of-turn token.
+        answer_end: Behind the last character that is not part of the end-of-turn token.
+    """
+
+    message: int
+    header: int
+    start: int
+    end: int
+    answer_end: int
+
+    @property
+    def has_end_token(self) -> bool:
+        return self.end > self.answer_end
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What a template does in every chat, learnt from a small one.
+
+    Attributes:
+        prompt: The header of its generation prompt.
+        unprompted_header: What it writes before an answer although no generation prompt announces it.
+        dangling: What it writes behind the last message even where no generation prompt was asked for.
+    """
+
+    prompt: str
+    unprompted_header: str
+    dangling: str
+
+
+def learn_habits(render: Render) -> Habits:
+    """Renders small chats to see how the template opens an answer. A template that refuses them has no habits."""
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    prompt = dangling = unprompted = ""
+    try:
+        prompt = _opening(render, [ask])
+        bare = render.traced([ask], False)
+        dangling = bare.text[bare.tail :] if bare.tail else ""
+        if not prompt.strip():
+            chat = render.traced([ask, answer, ask], False)
+            region = chat.regions.get(1, [(0, 0)])[0]
+            lead = chat.text[region[0] : _typed_extent(chat, 1, region)[0]]
+            unprompted = lead if lead.strip() else ""
+    except LorafitError:
+        pass
+    return Habits(prompt, unprompted, dangling)
+
+
+def find_turns(messages: Messages, whole: Traced, render: Render, habits: Habits, end_token: str) -> list[Turn]:
+    """All assistant turns that the rendering holds.
+
+    Args:
+        messages: The chat.
+        whole: Its rendering.
+        render: Renders parts of it.
+        habits: What is known of the template.
+        end_token: The tokenizer's end token, "" if it has none.
+
+    Raises:
+        DataError: If a turn cannot be found, or two ways to find it disagree.
+    """
+    turns = []
+    for index, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        turn = _find_turn(index, messages, whole, render, habits, end_token)
+        if turn is not None:
+            turns.append(turn)
+    _check_apart(turns, messages, whole)
+    _check_generation_marks(turns, whole)
+    return turns
+
+
+def _find_turn(
+    index: int, messages: Messages, whole: Traced, render: Render, habits: Habits, end_token: str
+) -> Turn | None:
+    prompt = _attempt(lambda: render.plain(messages[:index], True)) if index else None
+    prompt = prompt if prompt is not None and whole.text.startswith(prompt) else None
+    region = _region(index, whole)
+    if region is None:
+        return _turn_by_prefixes(index, messages, whole, render, prompt)
+    first, last = _typed_extent(whole, index, region)
+    if prompt is not None and region[0] <= len(prompt) <= region[1]:
+        start = len(prompt)
+    else:
+        start = _behind_header(index, messages, whole, render, habits, region[0], first)
+    if not whole.text[region[0] : start].strip() and whole.text.startswith(habits.unprompted_header, start):
+        start += len(habits.unprompted_header)
+    last = max(last, start)
+    answer_end, end = _end(whole.text, start, last, region[1], habits, end_token)
+    turn = Turn(index, region[0], start, end, answer_end)
+    _check_prefix(turn, messages, whole, render, habits)
+    return turn
+
+
+def _region(index: int, whole: Traced) -> tuple[int, int] | None:
+    """The one stretch that was written for a message; None where the template does not loop over the messages."""
+    regions = whole.regions.get(index, [])
+    if len(regions) > 1:
+        regions = [region for region in regions if _typed_extent(whole, index, region)[1] > region[0]]
+    if len(regions) > 1:
+        raise DataError(
+            f"the chat template writes message {index + 1} in {len(regions)} places, so its answer cannot be told apart",
+            key="data.chat_template",
+            todo="use another template",
+        )
+    return regions[0] if regions else None
+
+
+def _typed_extent(whole: Traced, index: int, region: tuple[int, int]) -> tuple[int, int]:
+    """Where the first typed character of a message stands in a region, and behind its last; (end, start) without any."""
+    first, last, place = region[1], region[0], 0
+    for length, origin, _ in whole.runs:
+        a, b = max(place, region[0]), min(place + length, region[1])
+        if a < b and origin > 0 and whole.leaves[origin - 1].message == index:
+            first, last = min(first, a), max(last, b)
+        place += length
+        if place >= region[1]:
+            break
+    return first, last
+
+
+def _opening(render: Render, messages: Messages) -> str:
+    """What the generation prompt adds behind the messages: the header of the answer that follows."""
+    prompt = render.traced(messages, True)
+    behind_loop = prompt.text[prompt.tail :] if prompt.tail else ""
+    bare = _attempt(lambda: render.plain(messages, False))
+    added = prompt.text[len(bare) :] if bare is not None and prompt.text.startswith(bare) else ""
+    return max(added, behind_loop, key=len)
+
+
+def _behind_header(
+    index: int, messages: Messages, whole: Traced, render: Render, habits: Habits, start: int, first_typed: int
+) -> int:
+    """Where the turn starts when the prompt before it does not render as it does in the whole."""
+    opening = _attempt(lambda: _opening(render, messages[:index])) if index else None
+    opening = habits.prompt if opening is None else opening
+    text = whole.text
+    if not opening.strip():
+        return (
+            start + len(opening) if text.startswith(opening, start) and start + len(opening) <= first_typed else start
+        )
+    place = text.find(opening, start, first_typed)
+    if place >= 0:
+        return place + len(opening)
+    same = 0
+    while same < len(opening) and start + same < first_typed and text[start + same] == opening[same]:
+        same += 1
+    if opening[:same].strip() or habits.unprompted_header:
+        return start + same
+    lead = text[start:first_typed]
+    if lead.strip():
+        raise DataError(
+            f"message {index + 1} starts with {lead[:40]!r}, but the chat template's generation prompt is {opening[:40]!r}: "
+            "cannot tell where the answer starts",
+            key="data.chat_template",
+            todo="use another template",
+        )
+    return start
+
+
+def _end(text: str, start: int, last: int, region_end: int, habits: Habits, end_token: str) -> tuple[int, int]:
+    """Behind the answer, and behind its end-of-turn token, both without the blanks that the template writes there."""
+    tail = text[last:region_end]
+    opening = habits.prompt.strip()
+    if opening and tail.rstrip().endswith(opening):  # a generation prompt that nobody asked for
+        tail = tail.rstrip()[: -len(opening)]
+    if end_token and end_token in tail:
+        tail = tail[: tail.index(end_token) + len(end_token)]
+    tail = tail.rstrip()
+    if tail:
+        return last, last + len(tail)
+    for place in (last, region_end):
+        if end_token and text.startswith(end_token, place):
+            return last, place + len(end_token)
+    return last, last
+
+
+def _turn_by_prefixes(index: int, messages: Messages, whole: Traced, render: Render, prompt: str | None) -> Turn | None:
+    """The second method alone, for templates that do not loop over the messages themselves."""
+    cut = _attempt(lambda: render.plain(messages[: index + 1], False))
+    typed = _typed_extent(whole, index, (0, len(whole.text)))
+    if typed[1] == 0 and not messages[index].get("content"):
+        return None
+    if prompt is None or cut is None or not whole.text.startswith(cut) or not len(prompt) <= typed[0] <= len(cut):
+        raise DataError(
+            f"cannot find where the chat template writes message {index + 1}",
+            key="data.chat_template",
+            todo="use a template that loops over the messages",
+        )
+    end = max(len(cut.rstrip()), typed[1])
+    return Turn(index, len(prompt), len(prompt), end, typed[1])
+
+
+def _check_prefix(turn: Turn, messages: Messages, whole: Traced, render: Render, habits: Habits) -> None:
+    """The chat cut after a turn must end where the turn ends, if it renders as in the whole."""
+    if turn.message + 1 == len(messages):
+        return
+    cut = _attempt(lambda: render.plain(messages[: turn.message + 1], False))
+    if cut is None:
+        return
+    cut = cut.removesuffix(habits.dangling)
+    if not whole.text.startswith(cut) or len(cut) < turn.start:
+        return
+    low, high = sorted((turn.end, len(cut.rstrip())))
+    if whole.text[low:high].strip():
+        raise DataError(
+            f"two ways to find the answer in message {turn.message + 1} disagree: it ends at character {turn.end} of the "
+            f"rendering, or at {len(cut.rstrip())}",
+            key="data.chat_template",
+            todo="use another template",
+        )
+
+
+def _check_apart(turns: Sequence[Turn], messages: Messages, whole: Traced) -> None:
+    """No turn may hold text of a message that is not the assistant's."""
+    place = 0
+    for length, origin, _ in whole.runs:
+        if length and origin > 0:
+            author = whole.leaves[origin - 1].message
+            for turn in turns:
+                inside = turn.start < place + length and place < turn.end
+                if inside and (author < 0 or messages[author].get("role") != "assistant"):
+                    raise DataError(
+                        f"the chat template writes text of {f'message {author + 1}' if author >= 0 else 'the tools'} "
+                        f"inside the answer of message {turn.message + 1}",
+                        key="data.chat_template",
+                        todo="use another template",
+                    )
+        place += length
+
+
+def _check_generation_marks(turns: Sequence[Turn], whole: Traced) -> None:
+    """Where the template marks what is generated, typed characters must be trained inside the marks and nowhere else."""
+    if not whole.generation:
+        return
+    place = 0
+    for length, origin, _ in whole.runs:
+        a, b = place, place + length
+        place = b
+        if not length or origin <= 0:
+            continue
+        marked = any(start <= a and b <= end for start, end in whole.generation)
+        found = any(turn.start <= a and b <= turn.end for turn in turns)
+        if marked != found:
+            raise DataError(
+                f"the chat template's generation marks {'hold' if marked else 'leave out'} {whole.text[a:b][:40]!r}, which is "
+                f"{'not part' if marked else 'part'} of an assistant turn",
+                key="data.chat_template",
+                todo="use another template, or correct its marks",
+            )
+
+
+def _attempt(action: Callable[[], T]) -> T | None:
+    """The result, or None where the template refuses the shorter chat."""
+    try:
+        return action()
+    except LorafitError:
+        return None
