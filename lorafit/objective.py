@@ -1,0 +1,176 @@
+"""The module of model and loss that training and evaluation share.
+
+    fast    backbone -> last hidden states -> those that a label follows -> head and cross-entropy, in chunks
+    exact   the model's own forward, its head fed with those hidden states alone: soft-caps and logit scales behind
+            the head run too
+
+`prove_objective` compares either with the model's own loss from full logits, on one row, before step 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lorafit.errors import NumericsError
+from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
+from lorafit.ops.rng import preserved_rng
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Batch, Reporter
+
+_IGNORED_LABEL = -100  # what transformers leaves out of its loss
+_TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative; logits are rounded to the dtype
+
+
+class Objective(nn.Module):
+    """Summed cross-entropy of a causal language model over the labels of a micro-batch.
+
+    Args:
+        model: The base model or a PEFT model around it.
+        autocast_dtype: What the forward computes in; None: as the weights are (fp32).
+        exact: Start on the exact path. It is also taken where the head is not a plain linear layer.
+    """
+
+    def __init__(self, model: nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast_dtype = autocast_dtype
+        self.exact = exact or self._plain_head() is None
+        if autocast_dtype is not None:
+            _let_autocast_cast(model)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+        """(loss_sum, weight, aux): nats summed over the labels, their number, `correct` predictions."""
+        with self._autocast(batch):
+            if self.exact:
+                logits = self._labelled_logits(batch)
+                full = logits if logits.dtype == torch.float64 else logits.float()
+                loss_sum = functional.cross_entropy(full, batch.label_ids, reduction="sum")
+                correct = (logits.detach().argmax(-1) == batch.label_ids).sum()
+            else:
+                loss_sum, correct = linear_cross_entropy(self._labelled_states(batch), *self._head(), batch.label_ids)
+        return loss_sum, batch.weight, {"correct": correct}
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each label's loss, fp32 [labels], and whether it was the most likely token, bool [labels]."""
+        with self._autocast(batch):
+            if self.exact:
+                return score_logits(self._labelled_logits(batch), batch.label_ids)
+            return score_linear(self._labelled_states(batch), *self._head(), batch.label_ids)
+
+    def own_loss(self, batch: Batch) -> torch.Tensor:
+        """The model's own loss from full logits, summed over the labels: what `score` must agree with."""
+        labels = torch.full_like(batch.input_ids, _IGNORED_LABEL).flatten()
+        labels[batch.label_index + 1] = batch.label_ids
+        with torch.no_grad(), self._autocast(batch):
+            outputs = self.model(
+                input_ids=batch.input_ids, labels=labels.view_as(batch.input_ids), use_cache=False, return_dict=True
+            )
+        loss: torch.Tensor = outputs.loss.double() * batch.weight
+        return loss
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, the PEFT model around it taken off."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _autocast(self, batch: Batch) -> contextlib.AbstractContextManager[object]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(batch.input_ids.device.type, dtype=self.autocast_dtype)
+
+    def _plain_head(self) -> nn.Linear | None:
+        """The output embedding where it is a linear layer and nothing else (no adapter, not quantised, no wrapper)."""
+        base = self.base
+        head = base.get_output_embeddings()
+        has_backbone = isinstance(getattr(base, base.base_model_prefix, None), nn.Module)
+        return head if type(head) is nn.Linear and has_backbone else None
+
+    def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        head = self.base.get_output_embeddings()
+        return head.weight, head.bias
+
+    def _labelled_states(self, batch: Batch) -> torch.Tensor:
+        """Hidden states that a label follows, [labels, hidden]. Right-padded causal rows need no attention mask."""
+        base = self.base
+        backbone = getattr(base, base.base_model_prefix)
+        hidden = backbone(input_ids=batch.input_ids, use_cache=False, return_dict=True).last_hidden_state
+        states: torch.Tensor = hidden.flatten(0, 1).index_select(0, batch.label_index)
+        return states
+
+    def _labelled_logits(self, batch: Batch) -> torch.Tensor:
+        """Logits of the labels, [labels, vocabulary], by the model's own forward."""
+        with _head_sees_only(self.base.get_output_embeddings(), batch.label_index):
+            outputs = self.model(input_ids=batch.input_ids, use_cache=False, return_dict=True)
+        logits: torch.Tensor = outputs.logits.squeeze(0)
+        return logits
+
+
+@contextlib.contextmanager
+def _head_sees_only(head: nn.Module, label_index: torch.Tensor) -> Iterator[None]:
+    """The head gets [1, labels, hidden] instead of [batch, seq, hidden]; an integer index, so that no device waits."""
+
+    def select(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        states = arguments[0].flatten(0, 1).index_select(0, label_index)
+        return (states.unsqueeze(0), *arguments[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _let_autocast_cast(model: nn.Module) -> None:
+    """Adapters leave their input's dtype alone: autocast casts their fp32 weights instead, which are far smaller.
+
+    PEFT would cast every input up to fp32 before autocast casts it down again.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+
+
+def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> None:
+    """Compares the objective with the model's own loss from full logits, on one small batch (on the model's device).
+
+    Where the fast path differs (soft-caps, logit scales, unusual heads) the objective goes over to the exact one, and
+    says so. Modes and random numbers are left as they were.
+
+    Raises:
+        NumericsError: The exact path differs too, or the model's own loss is not finite.
+    """
+    was_training = objective.training
+    objective.eval()
+    try:
+        with preserved_rng():
+            own = float(objective.own_loss(batch))
+            if not torch.isfinite(torch.tensor(own)):
+                raise NumericsError(
+                    f"the model's own loss on one row is {own}",
+                    todo="check the base model's weights, or use another model.dtype",
+                )
+            tolerance = _TOLERANCE[objective.autocast_dtype] * max(abs(own), 1.0)
+            ours = float(objective.score(batch)[0].sum(dtype=torch.float64))
+            if abs(ours - own) > tolerance and not objective.exact:
+                reporter.warn(
+                    f"the chunked loss ({ours:.6g}) is not this model's own ({own:.6g}): something stands behind its "
+                    "head; going on with the exact path, which is slower"
+                )
+                objective.exact = True
+                ours = float(objective.score(batch)[0].sum(dtype=torch.float64))
+            if abs(ours - own) > tolerance or ours != ours:
+                raise NumericsError(
+                    f"the loss that would be trained ({ours:.6g}) is not the model's own ({own:.6g})",
+                    todo="this architecture is not supported; please report it",
+                )
+    finally:
+        objective.train(was_training)

@@ -1,0 +1,137 @@
+"""Cross-entropy of labelled hidden states against a linear head, in chunks: no logits where no label is.
+
+    hidden [labels, hidden] --chunk--> logits [chunk, vocabulary] --> loss, correct, and at once the chunk's gradient
+                                       (fp32, at most LOGITS_CHUNK_BYTES, gone before the next chunk)
+
+The gradient of the hidden states is computed in the forward pass, while the chunk's probabilities exist; the backward
+pass only scales it. With p = softmax(h W^T + b) and one-hot y:  d loss / d h = (p - y) W,  d loss / d W = (p - y)^T h,
+d loss / d b = p - y.  Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+LOGITS_CHUNK_BYTES = 64 * 2**20
+_FP32_BYTES = 4
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Labels whose fp32 logits are held at once."""
+    return max(1, LOGITS_CHUNK_BYTES // (_FP32_BYTES * vocabulary))
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy and how many labels were the most likely token.
+
+    Args:
+        hidden: Labelled hidden states, [labels, hidden].
+        weight: The head, [vocabulary, hidden]; gets a gradient where it is trained.
+        bias: The head's bias, [vocabulary], or None.
+        labels: Token ids, [labels].
+
+    Returns:
+        loss_sum (fp32 scalar, in nats; differentiable once) and correct (int64 scalar).
+    """
+    loss_sum, correct = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    return loss_sum, correct
+
+
+@torch.no_grad()
+def score_linear(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each label, fp32 [labels], and whether it was the most likely token, bool [labels]; no gradient."""
+    chunks = _chunks(*_as_computed(hidden, weight, bias), labels)
+    scored = [score_logits(logits, ids) for _, logits, ids in chunks]
+    if not scored:
+        return hidden.new_zeros(0, dtype=torch.float32), labels.new_zeros(0, dtype=torch.bool)
+    return torch.cat([loss for loss, _ in scored]), torch.cat([correct for _, correct in scored])
+
+
+def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score_linear` from logits [labels, vocabulary] that exist already."""
+    losses = functional.cross_entropy(_in_full(logits), labels, reduction="none")
+    return losses, logits.argmax(-1) == labels
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """See the module. Sums are fp32, or fp64 where the input is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        states, head, head_bias = _as_computed(hidden, weight, bias)
+        full = _in_full(hidden[:0]).dtype
+        loss_sum = hidden.new_zeros((), dtype=full)
+        correct = labels.new_zeros(())
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=full) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=full) if bias is not None and wants_bias else None
+
+        for rows, raw_logits, ids in _chunks(states, head, head_bias, labels):
+            highest, predicted = raw_logits.max(dim=-1, keepdim=True)
+            correct += (predicted.squeeze(-1) == ids).sum()
+            logits = raw_logits.to(full, copy=raw_logits.dtype == full).sub_(highest)
+            target = logits.gather(-1, ids.unsqueeze(-1))
+            exponentials = logits.exp_()
+            total = exponentials.sum(dim=-1, keepdim=True)
+            loss_sum += (total.log() - target).sum()
+            if not (wants_hidden or wants_weight or wants_bias):
+                continue
+            error = exponentials.div_(total)  # softmax, then minus one-hot
+            error.scatter_add_(-1, ids.unsqueeze(-1), torch.full_like(target, -1.0))
+            if grad_bias is not None:
+                grad_bias += error.sum(dim=0)
+            error = error.to(states.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = (error @ head).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += error.T @ states[rows]
+
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(correct)
+        return loss_sum, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # In full precision: an fp16 loss scale alone may be more than fp16 holds.
+        gradients = [None if g is None else (_in_full(g) * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
+        return (*gradients, None)
+
+
+def _in_full(tensor: torch.Tensor) -> torch.Tensor:
+    """fp32, or what is wider already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _as_computed(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Operands in the dtype that a linear layer would compute in here: autocast's, else the head's own."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _chunks(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yields (rows, logits [chunk, vocabulary], labels [chunk])."""
+    size = chunk_rows(weight.shape[0])
+    for start in range(0, hidden.shape[0], size):
+        rows = slice(start, start + size)
+        yield rows, functional.linear(hidden[rows], weight, bias), labels[rows]

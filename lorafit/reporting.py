@@ -1,0 +1,149 @@
+"""What a person sees: messages, warnings and bars on stderr, results on stdout. rich is imported when first needed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafit.contracts import Progress
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+def result_console() -> Console:
+    """Where results go: stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+class ConsoleReporter:
+    """contracts.Reporter for people. On a terminal bars are drawn; elsewhere a line is written now and then.
+
+    Args:
+        quiet: Keep quiet; the result and errors are somebody else's.
+        verbose: Write a line for each step of a bar where no bar is drawn.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self._quiet = quiet
+        self._verbose = verbose
+        self._bar: _DrawnBar | None = None
+
+    def info(self, message: str) -> None:
+        """One line."""
+        self._write(message)
+
+    def warn(self, message: str) -> None:
+        """One line that stands out."""
+        self._write(f"warning: {message}", style="yellow")
+
+    def track(self, total: int, what: str) -> Progress:
+        """A bar of `total` units, drawn or written."""
+        if self._quiet:
+            from lorafit.contracts import SilentProgress
+
+            return SilentProgress()
+        if sys.stderr.isatty() and self._bar is None:
+            return _DrawnBar(self, total, what)
+        return _WrittenBar(total, what, every_seconds=0.0 if self._verbose else _LINE_EVERY_SECONDS)
+
+    def _write(self, message: str, style: str = "") -> None:
+        if self._quiet:
+            return
+        if self._bar is not None:  # above the bar, which is drawn anew
+            self._bar.print(message, style)
+        elif style and sys.stderr.isatty():
+            from rich.console import Console
+
+            Console(stderr=True, highlight=False).print(message, style=style, markup=False, soft_wrap=True)
+        else:
+            _write_line(message)
+
+
+class _DrawnBar:
+    """A live bar. While one is drawn, other bars are written."""
+
+    def __init__(self, reporter: ConsoleReporter, total: int, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._reporter = reporter
+        self._live = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}", markup=False),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True, highlight=False),
+            transient=True,
+        )
+        self._task = self._live.add_task(what, total=total, shown="")
+
+    def __enter__(self) -> _DrawnBar:
+        self._live.start()
+        self._reporter._bar = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reporter._bar = None
+        self._live.stop()
+
+    def advance(self, amount: int = 1, **shown: Any) -> None:
+        if shown:
+            self._live.update(self._task, shown=_in_words(shown))
+        self._live.advance(self._task, amount)
+
+    def print(self, message: str, style: str) -> None:
+        self._live.console.print(message, style=style or None, markup=False, soft_wrap=True)
+
+
+class _WrittenBar:
+    """Lines instead of a bar: the first, one every few seconds, and the last."""
+
+    def __init__(self, total: int, what: str, *, every_seconds: float) -> None:
+        self._total, self._what, self._every_seconds = total, what, every_seconds
+        self._done = 0
+        self._began = time.monotonic()
+        self._written: float | None = None
+
+    def __enter__(self) -> _WrittenBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def advance(self, amount: int = 1, **shown: Any) -> None:
+        self._done += amount
+        now = time.monotonic()
+        is_last = self._done >= self._total
+        if self._written is not None and now - self._written < self._every_seconds and not is_last:
+            return
+        if self._written is None and not shown and not is_last and now - self._began < self._every_seconds:
+            return  # quick jobs say only that they are done
+        self._written = now
+        left = "" if is_last else f"  {_clock((now - self._began) / self._done * (self._total - self._done))} left"
+        _write_line(f"{self._what} {self._done}/{self._total}  {_in_words(shown)}{left}".rstrip())
+
+
+def _write_line(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _in_words(shown: dict[str, Any]) -> str:
+    parts = []
+    for name, value in shown.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(f"{name.replace('_', ' ')} {text}")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,53 @@
+"""Signals that ask a run to stop. They set a flag; the loop reads it where its state is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from lorafit.errors import StoppedBySignal
+
+_WATCHED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # those that this platform has; SIGUSR1 is Slurm's early warning
+
+
+class StopRequested(Exception):  # noqa: N818 - a wish, not an error
+    """A signal asked to stop. Raised by `StopSignals.check`, handled by the loop, never shown."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopSignals:
+    """While entered, signals set `received` instead of ending the process; afterwards the handlers are as before.
+
+    A second SIGINT ends at once, without saving. Outside the main thread, where Python takes no handlers, nothing happens.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for name in _WATCHED:
+                if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise StoppedBySignal("stopped by a second SIGINT: the last steps are not saved", signal_number=number)
+        self.received = number
+
+    def check(self) -> None:
+        """Raises StopRequested where a signal came."""
+        if self.received is not None:
+            raise StopRequested(self.received)

@@ -1,0 +1,98 @@
+"""What a resume needs beside weights and optimizer: plain numbers, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorafit.ops.rng import RngState
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far."""
+
+    step: int
+    metric: str
+    value: float
+
+    def improved_by(self, value: float, *, lower_is_better: bool) -> float:
+        """How much better `value` is, in the metric's unit; negative where it is worse."""
+        return self.value - value if lower_is_better else value - self.value
+
+
+@dataclass(slots=True)
+class TrainState:
+    """The edge behind optimizer step `step`. It alone owns what a resume needs.
+
+    Attributes:
+        step: Optimizer steps taken.
+        epoch: Passes over the rows so far, e.g. 1.5.
+        tokens: Real tokens seen, padding apart.
+        trained_tokens: Those that carried loss.
+        seconds: Time spent in steps.
+        micro_batch_tokens: Padded tokens of a forward pass; halved after an out-of-memory. 0: as the plan says.
+        evaluated_step: The last step whose evaluation is in the log.
+        best: The best evaluation by the metric that selects; None where none does, or none was made.
+        patience_value: The value that the next evaluation must beat by `min_delta`.
+        evaluations_without_improvement: Since that value.
+        stopped_early: Patience ran out at `step`.
+        overflows: fp16 steps that were skipped.
+        overflows_in_row: The last of them without a good step between.
+        scaler: fp16's loss scale.
+        hooks: State of each StepHook.
+        events: What happened on the way (an out-of-memory, a stop), with its step.
+        rng: Each rank's random number generators at this edge.
+    """
+
+    step: int = 0
+    epoch: float = 0.0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    micro_batch_tokens: int = 0
+    evaluated_step: int = 0
+    best: Best | None = None
+    patience_value: float | None = None
+    evaluations_without_improvement: int = 0
+    stopped_early: bool = False
+    overflows: int = 0
+    overflows_in_row: int = 0
+    scaler: dict[str, float] = field(default_factory=dict)
+    hooks: list[Mapping[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    rng: list[RngState] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainState:
+        """What `to_json` gave. Raises TypeError for anything else."""
+        best = values["best"]
+        return cls(**{**values, "best": Best(**best) if best else None})
+
+    def is_complete(self, total_steps: int) -> bool:
+        """Whether nothing is left to do."""
+        return self.step >= total_steps or self.stopped_early
+
+    def judge(self, value: float, metric: str, *, lower_is_better: bool, min_delta: float = 0.0) -> bool:
+        """Takes one evaluation into account, for the best checkpoint and for early stopping.
+
+        The best checkpoint is the best at all; patience counts evaluations not better by more than `min_delta`.
+
+        Returns:
+            Whether this is the best so far.
+        """
+        reference = None if self.patience_value is None else Best(0, metric, self.patience_value)
+        if reference is None or reference.improved_by(value, lower_is_better=lower_is_better) > min_delta:
+            self.patience_value, self.evaluations_without_improvement = value, 0
+        else:
+            self.evaluations_without_improvement += 1
+        if self.best is None or self.best.improved_by(value, lower_is_better=lower_is_better) > 0:
+            self.best = Best(self.step, metric, value)
+            return True
+        return False

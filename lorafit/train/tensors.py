@@ -1,0 +1,132 @@
+"""Optimizer state as safetensors and JSON, dtypes exact: no pickle is read or written.
+
+    optimizer.safetensors   NAME/KEY            each tensor of each parameter's state, stored once where it is shared
+    optimizer.json          {"optimizer": CLASS, "states": {NAME: {KEY: {"tensor": "NAME/KEY"} | {"value": 3}}}}
+
+`Optimizer.load_state_dict` is not used: it casts fp32 moments to the dtype of the parameter.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from lorafit.errors import CheckpointError
+
+TENSORS_FILE = "optimizer.safetensors"
+SKELETON_FILE = "optimizer.json"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: With its errno; safetensors itself hides a full disk in the text of its own error.
+    """
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        code = re.search(r"code: (\d+)", str(error))
+        number = int(code.group(1)) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file into memory; nothing stays mapped, so that a file cut short later does no harm."""
+    tensors: dict[str, torch.Tensor] = load(path.read_bytes())
+    return tensors
+
+
+def save_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> None:
+    """Writes the state of every parameter, by the parameter's name."""
+    tensors: dict[str, torch.Tensor] = {}
+    stored: dict[tuple[int, int, torch.dtype], str] = {}  # bitsandbytes shares its quantisation maps between parameters
+    states: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        entries: dict[str, Any] = {}
+        states[name] = entries
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                identity = (value.data_ptr(), value.numel(), value.dtype)
+                place = stored.setdefault(identity, f"{name}/{key}")
+                tensors.setdefault(place, value)
+                entries[key] = {"tensor": place}
+            else:
+                entries[key] = {"value": value}
+    write_tensors(folder / TENSORS_FILE, tensors)
+    skeleton = {"optimizer": type(optimizer).__name__, "states": states}
+    (folder / SKELETON_FILE).write_text(json.dumps(skeleton, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def load_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> None:
+    """Takes back what `save_optimizer` wrote.
+
+    Raises:
+        CheckpointError: Parameters or shapes are not those that were saved.
+    """
+    skeleton = json.loads((folder / SKELETON_FILE).read_text(encoding="utf-8"))
+    tensors = read_tensors(folder / TENSORS_FILE)
+    if skeleton["optimizer"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"holds the state of {skeleton['optimizer']}, the recipe's optimizer is {type(optimizer).__name__}",
+            file=str(folder),
+            todo="name the optimizer that was used",
+        )
+    states = skeleton["states"]
+    if different := sorted(set(states) ^ set(parameters)):
+        raise CheckpointError(
+            f"its optimizer knows other parameters, {len(different)} differ, first {different[0]}",
+            file=str(folder),
+            todo="the recipe's adapter must be the one that was trained",
+        )
+    optimizer.state.clear()
+    places = [(g, i, p) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
+    names = {parameter: name for name, parameter in parameters.items()}
+    for group_index, index, parameter in places:
+        entries = states[names[parameter]]
+        values = {key: tensors[e["tensor"]] if "tensor" in e else e["value"] for key, e in entries.items()}
+        if values and hasattr(optimizer, "init_state"):
+            # bitsandbytes: its own buffers (paged ones, shared maps), filled.
+            optimizer.init_state(optimizer.param_groups[group_index], parameter, group_index, index)
+            _fill(optimizer.state[parameter], values, f"{folder}: {names[parameter]}")
+        elif values:
+            # torch keeps its step counter on the CPU; every other tensor lies with its parameter.
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if isinstance(value, torch.Tensor) and key != "step" else value
+                for key, value in values.items()
+            }
+
+
+def _fill(state: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
+    if set(state) != set(values):
+        raise CheckpointError(
+            f"optimizer state has {sorted(values)}, this optimizer wants {sorted(state)}",
+            file=where,
+            todo="the recipe's optimizer must be the one that was used",
+        )
+    for key, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            state[key] = value
+        elif state[key].shape != value.shape or state[key].dtype != value.dtype:
+            raise CheckpointError(
+                f"optimizer state {key} is {value.dtype} {list(value.shape)}, "
+                f"this optimizer wants {state[key].dtype} {list(state[key].shape)}",
+                file=where,
+                todo="the recipe's optimizer must be the one that was used",
+            )
+        else:
+            state[key].copy_(value)
