@@ -30,12 +30,12 @@ class LoraSection(AdapterSection):
     """LoRA."""
     r: int = Field(default=16, ge=1, le=4096)
     """Rank: width of the bottleneck."""
-    alpha: float = Field(default=32, gt=0.0, le=1e6, allow_inf_nan=False)
+    alpha: float = Field(default=32.0, gt=0.0, le=1e6, allow_inf_nan=False)
     """The update is scaled by alpha / r."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the linears that get an adapter, e.g. [q_proj, v_proj]; all-linear: all but output head and MoE routers."""
+    """Names of the linears that get an adapter, e.g. [q_proj, v_proj]; all-linear: all but head and MoE routers."""
     init_from: str | None = Field(default=None, json_schema_extra=PATH)
     """Folder of an adapter to go on from, relative to the recipe; r, alpha and targets must agree with it."""
 
@@ -44,8 +44,9 @@ class LoraSection(AdapterSection):
     def _targets_name_something(cls, value: str | list[str]) -> str | list[str]:
         if not value:
             raise ValueError("no trainable parameters: the list is empty; name linears or write all-linear")
-        if isinstance(value, list) and any(not name.strip() for name in value):
-            raise ValueError("holds an empty name")
+        wrong = [name for name in value if not name.strip() or "." in name] if isinstance(value, list) else []
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no linear's name; give the last part of its path, e.g. q_proj")
         return value
 
 
@@ -64,17 +65,16 @@ class Lora:
         if section.target_modules == "all-linear":
             return shape.linears
         known = [linear.name for linear in shape.linears]
-        wanted = [name.rsplit(".", 1)[-1] for name in section.target_modules]
-        for name, last in zip(section.target_modules, wanted, strict=True):
-            if last not in known:
-                close = nearest(last, known, count=1)
+        for name in section.target_modules:
+            if name not in known:
+                close = nearest(name, known, count=1)
                 hint = f"did you mean {close[0]}? " if close else ""
                 raise RecipeError(
                     f"'{name}' matches no linear of this model ({shape.model_type})",
                     key="adapter.target_modules",
                     todo=f"{hint}available: {', '.join(known)}",
                 )
-        return tuple(linear for linear in shape.linears if linear.name in wanted)
+        return tuple(linear for linear in shape.linears if linear.name in section.target_modules)
 
     def trainable_parameters(self, section: LoraSection, linear: LinearShape) -> int:
         """A [r, in] and B [out, r] of all `linear.count` layers."""
@@ -96,7 +96,7 @@ class Lora:
         wanted = [m for name, m in modules.items() if any(name == t or name.endswith(f".{t}") for t in target_modules)]
         config = LoraConfig(
             r=section.r,
-            lora_alpha=section.alpha,
+            lora_alpha=int(section.alpha) if section.alpha.is_integer() else section.alpha,
             lora_dropout=section.dropout,
             target_modules=list(target_modules),
             fan_in_fan_out=bool(wanted) and all(isinstance(m, Conv1D) for m in wanted),

@@ -1,0 +1,272 @@
+"""Adapters on disk, in PEFT's layout, read and written strictly.
+
+    FOLDER/adapter_config.json           PEFT's; loads in PEFT and vLLM
+           adapter_model.safetensors     fp32; base_model.model.<path>.lora_A.weight, ...lora_B.weight
+           lorafit.json                  the base's name and digest, and how it was quantised
+
+PEFT loads a file in which no tensor fits with no more than a warning; here each mismatch is an error, all listed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit import __version__
+from lorafit.errors import ModelError, RecipeError, SafetyError
+from lorafit.model.check import list_names
+from lorafit.model.weights import TensorEntry, read_header, read_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.model.base import Base
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+NOTES = "lorafit.json"
+ADAPTER_NAME = "default"
+_PICKLE = "adapter_model.bin"
+_IMPORTING_KEYS = {"megatron_core": (None, "megatron.core"), "megatron_config": (None,), "auto_mapping": (None,)}
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk, its files checked, its tensors not read yet.
+
+    Attributes:
+        config: adapter_config.json.
+        tensors: Entries of adapter_model.safetensors by name.
+        notes: lorafit.json; empty for adapters that other tools made.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    notes: dict[str, Any]
+
+
+def read_adapter(folder: Path) -> AdapterFolder:
+    """Config and tensor headers of an adapter.
+
+    Raises:
+        ModelError: A file is missing, incomplete or no adapter of a known kind.
+        SafetyError: Only pickle weights, or a config that would import a module.
+    """
+    config = _read_object(folder / CONFIG, folder)
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"is an adapter of type {config.get('peft_type')!r}, not LORA", file=str(folder / CONFIG))
+    for key, harmless in _IMPORTING_KEYS.items():
+        if config.get(key) not in harmless:
+            raise SafetyError(
+                "would import a module that the file names", file=str(folder / CONFIG), key=key, todo="remove it"
+            )
+    if not (folder / WEIGHTS).is_file():
+        if (folder / _PICKLE).exists():
+            raise SafetyError(
+                f"{_PICKLE} is a pickle file, which can run code and is never opened",
+                file=str(folder),
+                todo=f"use an adapter with {WEIGHTS}",
+            )
+        raise ModelError(f"{WEIGHTS} is missing", file=str(folder), todo="get the whole adapter folder")
+    notes = _read_object(folder / NOTES, folder) if (folder / NOTES).is_file() else {}
+    return AdapterFolder(folder, config, read_header(folder / WEIGHTS), notes)
+
+
+def save_adapter(
+    model: Any, folder: Path, *, base_name: str, base_digest: str, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the adapter called `default` into an existing folder (made whole by the caller's `atomic_dir`).
+
+    Args:
+        model: The PEFT model.
+        folder: Where the three files go.
+        base_name: `Base.name`.
+        base_digest: `Base.digest`.
+        quantization: `inspect.describe_quantization`'s summary, so that the folder alone says what it was trained on.
+    """
+    from safetensors.torch import save_file
+
+    config = model.peft_config[ADAPTER_NAME].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config |= {"base_model_name_or_path": base_name, "inference_mode": True, "peft_type": "LORA", "auto_mapping": None}
+    config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
+    tensors = {name: value.detach().to("cpu").contiguous() for name, value in adapter_tensors(model).items()}
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    notes = {
+        "format": 1,
+        "lorafit": __version__,
+        "base": {"name": base_name, "digest": base_digest},
+        "quantization": dict(quantization) if quantization else None,
+        "transposed": transposed_targets(model),
+    }
+    for name, value in ((CONFIG, config), (NOTES, notes)):
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's live parameters by the names they have on disk."""
+    from peft import get_peft_model_state_dict
+
+    prefix = model.base_model.prefix
+    own = {name: parameter for name, parameter in model.named_parameters() if prefix in name}
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, state_dict=own, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+    )
+    return state
+
+
+def transposed_targets(model: Any) -> list[str]:
+    """Names of adapted layers whose weight lies `[in, out]` on disk (GPT-2's Conv1D, quantised or not)."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = set()
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None and (isinstance(base, Conv1D) or getattr(base, "source_cls", None) is Conv1D):
+            found.add(name.rsplit(".", 1)[-1])
+    return sorted(found)
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Puts a saved adapter's values into the model's adapter, in place (shapes and dtype of the model stay).
+
+    Raises:
+        ModelError: Missing or superfluous tensors, wrong shapes; all are counted.
+    """
+    import torch
+
+    saved = read_adapter(folder)
+    live = adapter_tensors(model)
+    check_fit(saved, {name: tuple(value.shape) for name, value in live.items()})
+    with torch.no_grad():
+        for name, parameter in live.items():
+            parameter.copy_(read_rows(saved.tensors[name]))
+
+
+def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ModelError where an adapter's tensors are not exactly the wanted ones; names every mismatch."""
+    missing = [name for name in wanted if name not in saved.tensors]
+    extra = [name for name in saved.tensors if name not in wanted]
+    misshapen = [n for n, shape in wanted.items() if n in saved.tensors and saved.tensors[n].shape != shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(wanted)} missing adapter tensors ({list_names(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} adapter tensors find no home in this model ({list_names(extra)})")
+    if misshapen:
+        name = sorted(misshapen)[0]
+        has, needs = list(saved.tensors[name].shape), list(wanted[name])
+        problems.append(f"{len(misshapen)} of another shape ({name} is {has}, the model needs {needs})")
+    if problems:
+        raise ModelError("; ".join(problems), file=str(saved.path / WEIGHTS), todo="use the base it was trained on")
+
+
+def check_base(saved: AdapterFolder, base: Base) -> None:
+    """Raises ModelError where the adapter was trained on another base (by digest), or its own files disagree."""
+    trained = saved.notes.get("base") or {}
+    written = saved.config.get("base_model_name_or_path")
+    if not trained:
+        return
+    if written != trained.get("name"):
+        raise ModelError(
+            f"base mismatch: {CONFIG} says '{written}', {NOTES} says '{trained.get('name')}'",
+            file=str(saved.path),
+            todo="restore the file that was changed",
+        )
+    if base.digest and trained.get("digest") and base.digest != trained["digest"]:
+        raise ModelError(
+            f"trained on '{trained['name']}' ({trained['digest'][:12]}), "
+            f"but this base is '{base.name}' ({base.digest[:12]})",
+            file=str(saved.path),
+            todo="use the base it was trained on",
+        )
+
+
+def open_adapter(base_model: Any, folder: Path, *, trainable: bool, base: Base | None = None) -> Any:
+    """The loaded base with a saved adapter on it.
+
+    Args:
+        base_model: From `load_model`.
+        folder: The adapter's.
+        trainable: Whether its weights require gradients.
+        base: Checked against the adapter's notes where given.
+
+    Raises:
+        ModelError: It does not fit, in any respect; nothing is guessed.
+        SafetyError: See `read_adapter`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from lorafit.model.load import keep_weights_unpacked
+    from lorafit.model.quiet import quiet_libraries
+
+    saved = read_adapter(folder)
+    if base is not None:
+        check_base(saved, base)
+    known = LoraConfig.__dataclass_fields__
+    foreign = {key: value for key, value in saved.config.items() if key not in known and value}
+    if foreign:
+        raise ModelError(f"keys this PEFT does not know: {list_names(foreign)}", file=str(folder / CONFIG))
+    fields = {
+        key: value for key, value in saved.config.items() if key in known and key not in ("peft_type", "auto_mapping")
+    }
+    fields |= {"inference_mode": not trainable, "init_lora_weights": True}
+    with quiet_libraries():
+        try:
+            model = get_peft_model(base_model, LoraConfig(**fields), adapter_name=ADAPTER_NAME)
+        except (ValueError, TypeError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise ModelError(f"does not fit this model: {first}", file=str(folder / CONFIG)) from error
+    load_adapter_weights(model, folder)
+    keep_weights_unpacked(model)
+    for parameter in adapter_tensors(model).values():
+        parameter.requires_grad_(trainable)
+    return model
+
+
+def go_on_from(model: Any, folder: Path) -> None:
+    """Gives a fresh adapter the weights of a saved one that has the same rank, scaling and targets.
+
+    Raises:
+        RecipeError: Rank, scaling or targets of recipe and adapter differ.
+        ModelError: See `read_adapter`.
+    """
+    saved, fresh = read_adapter(folder), model.peft_config[ADAPTER_NAME]
+    for key, ours in (("r", "r"), ("lora_alpha", "alpha")):
+        theirs, asked = saved.config.get(key), getattr(fresh, key)
+        if theirs != asked:
+            raise RecipeError(
+                f"the recipe says {asked:g}, the adapter to go on from has {theirs}", key=f"adapter.{ours}"
+            )
+    unlike = [
+        key
+        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+        if saved.config.get(key)
+    ]
+    if unlike or saved.config.get("bias", "none") != "none":
+        raise RecipeError(f"{folder} is no plain LoRA adapter ({', '.join(unlike) or 'bias'})", key="adapter.init_from")
+    live = {name: tuple(value.shape) for name, value in adapter_tensors(model).items()}
+    if live.keys() != saved.tensors.keys():
+        raise RecipeError(
+            f"{folder} adapts other layers: {list_names(saved.tensors.keys() ^ live.keys())}",
+            key="adapter.target_modules",
+            todo="name the targets it was trained with",
+        )
+    load_adapter_weights(model, folder)
+
+
+def _read_object(file: Path, folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{file.name} is missing", file=str(folder), todo="name an adapter folder or a run") from error
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file.name} is no valid JSON", file=str(folder), todo="get the file again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file.name} is no JSON object", file=str(folder), todo="get the file again")
+    return value

@@ -1,0 +1,323 @@
+"""The frozen base model as a folder on this disk, wherever the recipe found it.
+
+    hub id                    a snapshot in Hugging Face's cache (safetensors, config and tokenizer files only)
+    local folder              itself
+    FILE.gguf                 converted once into $LORAFIT_CACHE/bases/SHA256 (default ~/.cache/lorafit)
+    package://NAME/FILE.gguf  the same, for a file inside an installed Python package, which is not imported
+
+No torch at module level: `read_config` serves commands that must be quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import ModelError, SafetyError
+from lorafit.model.weights import read_index
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+    from lorafit.recipe.schema import ModelSection
+
+PACKAGE_SCHEME = "package://"
+CONFIG = "config.json"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+_HUB_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.spm"),
+    *("spiece.model", "sentencepiece*.model", "additional_chat_templates/*"),
+)
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_VOLATILE_KEYS = ("transformers_version", "_name_or_path", "use_cache")
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this disk.
+
+    Attributes:
+        path: Folder with safetensors, config.json and tokenizer.
+        name: What `base_model_name_or_path` of an adapter says: the hub id, the local folder as the recipe writes it
+            (an absolute path is cut to the folder's name), or the content name of a converted GGUF file.
+        config: The parsed config.json.
+        digest: Fingerprint of config and weights (see `fingerprint`); empty where weights were not asked for.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    digest: str
+
+
+def cache_folder() -> Path:
+    """`$LORAFIT_CACHE`, else `~/.cache/lorafit`."""
+    return Path(os.environ.get("LORAFIT_CACHE") or Path.home() / ".cache" / "lorafit")
+
+
+def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weights: bool = True) -> Base:
+    """The base model that `model.base` names, downloaded or converted if need be.
+
+    Args:
+        model: The recipe's section.
+        folder: The recipe's folder, which local paths are relative to.
+        reporter: Told about downloads and conversions.
+        weights: Whether the weights are needed; if not, a hub model comes without them.
+
+    Raises:
+        ModelError: Not found, not whole, already quantised, or the hub cannot be reached.
+        SafetyError: It asks for foreign code, or holds only pickle files.
+    """
+    text = model.base
+    if (file := _gguf_file(text, folder)) is not None:
+        from lorafit.model.gguf import convert_gguf
+
+        _refuse_revision(model)
+        path = convert_gguf(file, cache_folder() / "bases", reporter)
+        name = path.name
+    elif (local := _local_folder(text, folder)) is not None:
+        _refuse_revision(model)
+        path, name = local, _written_name(text)
+    else:
+        path, name = _snapshot(model, reporter, weights=weights), text
+    config = load_config(path)
+    return Base(path, name, config, fingerprint(path, config) if weights else "")
+
+
+def read_config(model: ModelSection, folder: Path) -> dict[str, Any]:
+    """The base's config.json alone: no weights, no download of weights, no conversion.
+
+    Raises:
+        ModelError: Not found, unreadable, or the hub cannot be reached.
+        SafetyError: It asks for foreign code.
+    """
+    if (file := _gguf_file(model.base, folder)) is not None:
+        from lorafit.model.gguf import read_gguf_config
+
+        return read_gguf_config(file, cache_folder() / "bases")
+    if (local := _local_folder(model.base, folder)) is not None:
+        return load_config(local)
+    return _hub_config(model)
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json, checked.
+
+    Raises:
+        ModelError: The folder or the file is missing or no JSON object, or the weights are quantised already.
+        SafetyError: It switches remote code on, or names an attention kernel of the hub.
+    """
+    file = folder / CONFIG
+    if not folder.is_dir():
+        raise ModelError(f"no such model folder, so no {CONFIG}", file=str(folder), todo="check model.base")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{CONFIG} is missing", file=str(folder), todo="check model.base, or get the whole model"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ModelError(
+            f"is no valid JSON ({type(error).__name__})", file=str(file), todo="get the file again"
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError("names no model_type", file=str(file), todo="get the whole model")
+    refuse_foreign_code(config, file)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"the weights are quantised already ({method})",
+            file=str(file),
+            key="quantization_config",
+            todo="use the model's original weights as base; model.quantization quantises them",
+        )
+    return config
+
+
+def refuse_foreign_code(value: Any, file: Path, key: str = "") -> None:
+    """Raises SafetyError where a config, at any depth, turns on remote code or names an attention kernel of the hub."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            place = f"{key}.{name}" if key else str(name)
+            if name == "trust_remote_code" and inner:
+                raise SafetyError(
+                    "switches foreign code on", file=str(file), key=place, todo="remove the key, if you trust the rest"
+                )
+            if name in _ATTENTION_KEYS and isinstance(inner, str) and "/" in inner:
+                raise SafetyError(
+                    f"names a kernel of the hub ({inner})", file=str(file), key=place, todo="remove the key"
+                )
+            if name == "transformers_weights" and inner:
+                raise SafetyError(
+                    "redirects the weights to another file", file=str(file), key=place, todo="remove the key"
+                )
+            refuse_foreign_code(inner, file, place)
+    elif isinstance(value, list):
+        for inner in value:
+            refuse_foreign_code(inner, file, key)
+
+
+def fingerprint(folder: Path, config: dict[str, Any]) -> str:
+    """SHA-256 over the config, every tensor's name, dtype and shape, and 4 KiB from the middle of each tensor.
+
+    Reading all of a large model at each start would take minutes; another training of the same architecture differs in
+    nearly every tensor, so the samples tell bases apart. Quantised runs prove all codes besides.
+    """
+    settled = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
+    digest = hashlib.sha256(json.dumps(settled, sort_keys=True).encode("utf-8"))
+    streams: dict[Path, Any] = {}
+    try:
+        for name, entry in sorted(read_index(folder).items()):
+            digest.update(f"\n{name} {entry.dtype} {entry.shape}\n".encode())
+            if entry.file not in streams:
+                streams[entry.file] = entry.file.open("rb")
+            middle = max(0, (entry.size_bytes - _SAMPLE_BYTES) // 2)
+            streams[entry.file].seek(entry.offset + middle)
+            digest.update(streams[entry.file].read(min(_SAMPLE_BYTES, entry.size_bytes)))
+    finally:
+        for stream in streams.values():
+            stream.close()
+    return digest.hexdigest()
+
+
+def _refuse_revision(model: ModelSection) -> None:
+    if model.revision is not None:
+        raise ModelError(f"'{model.base}' is no hub id, so it has no revision", key="model.revision", todo="remove it")
+
+
+def _written_name(text: str) -> str:
+    """A local folder's name for the adapter: as written; an absolute path, which tells where the user works, is cut."""
+    path = Path(text).expanduser()
+    return path.name if path.is_absolute() else text.rstrip("/")
+
+
+def _gguf_file(text: str, folder: Path) -> Path | None:
+    """The GGUF file that `text` names; None where it names something else."""
+    if text.startswith(PACKAGE_SCHEME):
+        return _file_in_package(text)
+    if not text.lower().endswith(".gguf"):
+        return None
+    file = folder / Path(text).expanduser()
+    if not file.is_file():
+        raise ModelError(
+            "no such file", file=str(file), key="model.base", todo="check the path; it is relative to the recipe"
+        )
+    return file
+
+
+def _file_in_package(text: str) -> Path:
+    name, _, inside = text.removeprefix(PACKAGE_SCHEME).partition("/")
+    if not name or not inside or ".." in PurePosixPath(inside).parts or not inside.lower().endswith(".gguf"):
+        raise ModelError(
+            f"'{text}' is not package://NAME/FILE.gguf", key="model.base", todo="name a .gguf file inside a package"
+        )
+    folders = _package_folders(name)
+    if not folders:
+        raise ModelError(
+            f"no installed package is called '{name}'", key="model.base", todo=f"pip install {name}, or check the name"
+        )
+    for place in folders:
+        if (place / inside).is_file():
+            return place / inside
+    found = sorted(p.relative_to(place).as_posix() for place in folders for p in place.rglob("*.gguf"))
+    listed = f"it holds {', '.join(found[:5])}" if found else "it holds no .gguf file"
+    raise ModelError(f"package '{name}' has no file {inside}", key="model.base", todo=listed)
+
+
+def _package_folders(name: str) -> list[Path]:
+    """Folders of an installed package, by import name or distribution name, without importing it."""
+    import_names = [name] if name.isidentifier() else []
+    try:
+        distribution = importlib.metadata.distribution(name)
+        listed = (distribution.read_text("top_level.txt") or "").split()
+        listed += [Path(str(f)).parts[0] for f in distribution.files or [] if str(f).endswith("__init__.py")]
+        import_names += [n for n in dict.fromkeys(listed) if n.isidentifier() and n not in import_names]
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        pass
+    folders = []
+    for import_name in import_names:
+        spec = importlib.util.find_spec(import_name)  # of a top-level name: finds, does not import
+        folders += [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    return folders
+
+
+def _local_folder(text: str, folder: Path) -> Path | None:
+    """The local folder that `text` names; None for a hub id."""
+    written = Path(text).expanduser()
+    path = folder / written
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(
+            "is a file, not a model folder", file=str(path), key="model.base", todo="name a folder, or a .gguf file"
+        )
+    looks_local = written.is_absolute() or text.startswith((".", "~")) or not _HUB_ID.match(text)
+    if looks_local:
+        raise ModelError(
+            f"no such model folder (with {CONFIG})",
+            file=str(path),
+            key="model.base",
+            todo="check the path; it is relative to the recipe",
+        )
+    return None
+
+
+def _hub_error(model: ModelSection, error: Exception) -> ModelError:
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        what, todo = "is gated on the hub", "accept its licence there and set HF_TOKEN"
+    elif kind == "RevisionNotFoundError":
+        what, todo = f"has no revision '{model.revision}' on the hub", "check model.revision"
+    elif kind in ("RepositoryNotFoundError", "HFValidationError"):
+        what, todo = "is no local folder and not on the hub", "check model.base, or set HF_TOKEN for a private one"
+    else:
+        what = f"is not on this disk and the hub cannot be reached ({kind})"
+        todo = "connect once, or copy the model here and give model.base its folder"
+    return ModelError(f"'{model.base}' {what}", key="model.base", todo=todo)
+
+
+def _snapshot(model: ModelSection, reporter: Reporter, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [p for p in _HUB_FILES if weights or "safetensors" not in p]
+    try:
+        reporter.info(f"looking for {model.base} on the hub")
+        path = Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
+    except Exception as error:  # hub errors share no base class over versions: network, HTTP, cache, validation
+        raise _hub_error(model, error) from error
+    if weights and not any(path.glob("model*.safetensors")):
+        raise SafetyError(
+            f"'{model.base}' has no safetensors weights on the hub, only pickles, which are never opened",
+            key="model.base",
+            todo="use a model or revision in safetensors format",
+        )
+    return path
+
+
+def _hub_config(model: ModelSection) -> dict[str, Any]:
+    """config.json of a hub model: from the cache, from the facts that lorafit ships, or from the hub."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    from lorafit.shipped import shipped
+
+    cached = try_to_load_from_cache(model.base, CONFIG, revision=model.revision)
+    if isinstance(cached, str):
+        return load_config(Path(cached).parent)
+    facts = shipped("models", f"{model.base.replace('/', '--')}.json")
+    if model.revision is None and facts.is_file():
+        config: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
+        return config
+    try:
+        return load_config(Path(hf_hub_download(model.base, CONFIG, revision=model.revision)).parent)
+    except (ModelError, SafetyError):
+        raise
+    except Exception as error:  # as above
+        raise _hub_error(model, error) from error

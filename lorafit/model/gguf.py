@@ -1,0 +1,134 @@
+"""GGUF files as bases: converted once, bit-repeatably, into a folder of safetensors with tokenizer and chat template.
+
+The dtype follows the file: fp32 where most of its values are F32, fp16 where they are F16, else bf16 (quantised types
+hold fewer significant bits than bf16's eight, and most models were trained in it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import ModelError, UsageError
+from lorafit.rundir import atomic_dir, check_manifest, hash_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.contracts import Reporter
+
+CONVERSION = 1
+"""Number of this conversion; it goes into the content name, so that a changed conversion makes another folder."""
+
+
+def content_name(file: Path) -> str:
+    """Name of the folder that a GGUF file is converted into: SHA-256 of its bytes and of the conversion's number.
+
+    Raises:
+        ModelError: It does not begin like a GGUF file.
+    """
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"is no GGUF file (it begins with {magic!r})", file=str(file), todo="get the file again")
+    return hashlib.sha256(f"lorafit gguf {CONVERSION} {hash_file(file)}".encode()).hexdigest()
+
+
+def convert_gguf(file: Path, bases: Path, reporter: Reporter) -> Path:
+    """The folder `bases`/SHA256 of safetensors for a GGUF file; made if it is not there yet.
+
+    Two processes that come at once are no problem: one converts, the other waits and takes the result.
+
+    Raises:
+        ModelError: No GGUF file, or an architecture that transformers cannot read.
+        ResourceError: The disk is full.
+    """
+    folder = bases / content_name(file)
+    if check_manifest(folder, hashes=False) is None:
+        return folder
+    with _lock(bases / f".{folder.name}.lock"):
+        if check_manifest(folder, hashes=False) is None:
+            return folder
+        reporter.info(f"converting {file.name} to safetensors, once, into {folder}")
+        try:
+            with atomic_dir(folder, replace=True) as temporary:
+                _convert(file, temporary)
+        except UsageError:
+            if check_manifest(folder, hashes=False) is not None:  # else another process was first, without our lock
+                raise
+    return folder
+
+
+def read_gguf_config(file: Path, bases: Path) -> dict[str, Any]:
+    """The config.json that converting would give, from the file's header alone.
+
+    Raises:
+        ModelError: No GGUF file, or an architecture that transformers cannot read.
+    """
+    converted = bases / content_name(file) / "config.json"
+    if converted.is_file():
+        config: dict[str, Any] = json.loads(converted.read_text(encoding="utf-8"))
+        return config
+    from transformers import AutoConfig
+
+    with _errors(file):
+        found: dict[str, Any] = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).to_dict()
+        return found
+
+
+@contextlib.contextmanager
+def _errors(file: Path) -> Iterator[None]:
+    """Says what transformers and gguf raise in our words."""
+    try:
+        yield
+    except (ValueError, KeyError, NotImplementedError, IndexError, RuntimeError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot be read as GGUF: {first}", file=str(file), todo="get it again, or use safetensors"
+        ) from error
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock; where the file system knows none, goes on without (atomic_dir keeps results whole)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _dtype(file: Path) -> torch.dtype:
+    import torch
+    from gguf import GGUFReader
+
+    elements: Counter[str] = Counter()
+    for tensor in GGUFReader(str(file)).tensors:
+        elements[tensor.tensor_type.name] += int(tensor.n_elements)
+    return {"F32": torch.float32, "F16": torch.float16}.get(elements.most_common(1)[0][0], torch.bfloat16)
+
+
+def _convert(file: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from lorafit.model.quiet import quiet_libraries
+
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    bars = contextlib.redirect_stderr(io.StringIO())  # the reader's own bar knows no switch
+    with quiet_libraries(), _errors(file), bars:
+        place = str(file.parent)
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, gguf_file=file.name, dtype=_dtype(file), quantization_config=GgufConfig(dequantize=True)
+        )
+        model.config._name_or_path = ""
+        model.save_pretrained(str(target))
+        tokenizer.save_pretrained(str(target))

@@ -1,0 +1,238 @@
+"""Tokenizer, quantised base and adapter: from a Base to the model that is trained.
+
+No `prepare_model_for_kbit_training`: it would make embeddings, norms and head fp32, twice as slow and large, and is not
+needed for correct gradients. Checkpointing is the non-reentrant kind, which needs no gradient at the model's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import ModelError, RecipeError
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.quantizations import quantizations
+from lorafit.model.check import check_loading, check_weights
+from lorafit.model.quiet import quiet_libraries
+from lorafit.model.weights import read_index
+from lorafit.registry import nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.contracts import Reporter
+    from lorafit.model.base import Base
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
+
+
+def load_tokenizer(base: Base) -> Any:
+    """The base's tokenizer.
+
+    Raises:
+        ModelError: The folder holds none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet_libraries():
+        try:
+            return AutoTokenizer.from_pretrained(str(base.path), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            todo = "get tokenizer.json and tokenizer_config.json of this model"
+            raise ModelError(f"the tokenizer cannot be read: {first}", file=str(base.path), todo=todo) from error
+
+
+def load_model(
+    base: Base,
+    *,
+    quantization: Any,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    attention: str,
+    device: torch.device | str,
+    auto_class: str = "AutoModelForCausalLM",
+    reporter: Reporter,
+) -> Any:
+    """The base model, frozen, its linears quantised as asked; embeddings, head and norms in `dtype`.
+
+    Args:
+        base: From `resolve_base`.
+        quantization: The recipe's section, of any kind.
+        dtype: Of weights that are not quantised, and what weights are rounded to before they are quantised.
+        compute_dtype: Of products with dequantised weights.
+        attention: `eager`, `sdpa`, `flash_attention_2`, or `auto` for transformers' choice.
+        device: Where the whole model goes.
+        auto_class: The transformers class of the task.
+        reporter: Told what is loaded.
+
+    Raises:
+        ModelError: Weights are missing, superfluous, misshapen or unreadable, or transformers does not know the model.
+        SafetyError: Pickle weights, an index that leaves the folder, foreign code.
+    """
+    import torch
+    import transformers
+
+    entries = read_index(base.path)
+    reporter.info(f"loading {base.name} ({quantization.kind})")
+    with quiet_libraries():
+        auto = getattr(transformers, auto_class)
+        config = _config(base)
+        skeleton = _build_skeleton(auto, config, base)
+        check_weights(skeleton, entries, base.path)
+        kind = quantizations.get(quantization.kind)
+        settings = kind.transformers_config(quantization, compute_dtype, unquantised_names(skeleton))
+        del skeleton
+        options: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
+        if attention != "auto":
+            options["attn_implementation"] = attention
+        try:
+            model, info = auto.from_pretrained(
+                str(base.path),
+                config=config,
+                dtype=dtype,
+                device_map={"": torch.device(device)},
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        except (ImportError, ValueError, RuntimeError, OSError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise _model_error(base, error) from error
+    check_loading(info, base.path)
+    keep_weights_unpacked(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False  # else packed rows see each other, and checkpointing warns
+    return model
+
+
+def keep_weights_unpacked(model: torch.nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in place at the first forward in eval mode.
+
+    On CPUs with AVX512-BF16 it does so, and `train()` does not undo it: later gradients, merges and saves are wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def enable_checkpointing(model: Any, enabled: bool) -> None:
+    """Switches recomputation of activations in the backward pass on (non-reentrant) or off."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with quiet_libraries():
+        if not enabled:
+            base.gradient_checkpointing_disable()
+        elif hasattr(base, "activation_checkpointing_enable"):  # its name since transformers 5.20
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.config.use_cache = False
+
+
+def attach_adapter(model: Any, section: Any, seed: int, *, folder: Path | None = None) -> Any:
+    """The model with the recipe's adapter: fresh, or going on from `init_from` (relative to `folder`).
+
+    Raises:
+        RecipeError: A target matches nothing, or `init_from` disagrees with the recipe.
+        ModelError: The adapter of `init_from` does not fit this model.
+    """
+    targets = choose_targets(model, section.target_modules)
+    with quiet_libraries():
+        adapted = adapters.get(section.kind).build(section, model, targets, seed)
+        keep_weights_unpacked(adapted)
+        if section.init_from is not None:
+            from lorafit.model.adapter import go_on_from
+
+            go_on_from(adapted, (folder or Path()) / section.init_from)
+    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise RecipeError("the adapter has no trainable parameters", key="adapter")
+    return adapted
+
+
+def choose_targets(model: Any, asked: str | Sequence[str]) -> list[str]:
+    """Names for PEFT's `target_modules` that match exactly the wanted linears: last parts of paths where those suffice.
+
+    Raises:
+        RecipeError: A name matches no linear; the message lists those that exist.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    linears = linear_names(model)
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    names = kinds if isinstance(asked, str) else list(asked)
+    for name in names:
+        if name not in kinds:
+            close = nearest(name, kinds, count=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            todo = f"{hint}available: {', '.join(kinds)}"
+            raise RecipeError(f"'{name}' matches no linear of this model", key="adapter.target_modules", todo=todo)
+    wanted = {name for name in linears if name.rsplit(".", 1)[-1] in names}
+    matched = {name for name in modules if name.rsplit(".", 1)[-1] in names}
+    return sorted(names) if matched == wanted else sorted(wanted)
+
+
+def linear_names(model: Any) -> list[str]:
+    """Paths of the linears that may carry an adapter, Conv1D included: all but the output head and MoE routers."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    excluded = {*head_names(model), *router_names(model)}
+    kinds = (torch.nn.Linear, Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name not in excluded]
+
+
+def head_names(model: Any) -> list[str]:
+    """Paths of the output head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def router_names(model: Any) -> list[str]:
+    """Paths of linears that choose experts: their name says so and their width is the number of experts (or one)."""
+    import torch
+
+    text_config = model.config.get_text_config()
+    counts = {getattr(text_config, key, None) for key in _EXPERT_COUNTS} - {None}
+    return [
+        name
+        for name, module in model.named_modules()
+        if counts
+        and isinstance(module, torch.nn.Linear)
+        and name.rsplit(".", 1)[-1] in _ROUTER_NAMES
+        and module.out_features in (counts | {1})
+    ]
+
+
+def unquantised_names(model: Any) -> list[str]:
+    """Paths that stay in the compute dtype: bitsandbytes leaves none out by itself once a list is given."""
+    return [*head_names(model), *router_names(model)]
+
+
+def _config(base: Base) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(base.path), trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise _model_error(base, error) from error
+
+
+def _build_skeleton(auto: Any, config: Any, base: Base) -> Any:
+    """The model on the meta device: names and shapes, no memory."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=False)
+    except (ValueError, RuntimeError, TypeError, ImportError, AttributeError) as error:
+        raise _model_error(base, error) from error
+
+
+def _model_error(base: Base, error: Exception) -> ModelError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(f"transformers cannot load this model: {lines[0]}", file=str(base.path))

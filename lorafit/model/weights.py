@@ -1,0 +1,294 @@
+"""safetensors files by plain reads: headers first, checked before anything is loaded; tensors by rows, when wanted.
+
+    8 bytes length n | n bytes JSON header | data
+                       {"name": {"dtype": "BF16", "shape": [out, in], "data_offsets": [begin, end]}, ...}
+
+Nothing is mapped into memory: a mapping counts as resident memory as soon as it is read, and a merge must stay small.
+
+Source: safetensors' format description (https://huggingface.co/docs/safetensors), which asks readers to refuse holes,
+overlaps, duplicate keys and headers over 100 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import ModelError, SafetyError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADER_LIMIT_BYTES = 100_000_000
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin", "consolidated.00.pth")
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_TORCH_NAMES = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for a safetensors dtype name such as `BF16`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name for a torch dtype."""
+    return {value: key for key, value in _TORCH_NAMES.items()}[str(dtype).removeprefix("torch.")]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies.
+
+    Attributes:
+        offset: First byte of its data, from the start of the file.
+        size_bytes: Bytes of its data.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+    @property
+    def elements(self) -> int:
+        """Values it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Length of its first axis; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_elements(self) -> int:
+        """Values of one step along its first axis."""
+        return math.prod(self.shape[1:])
+
+
+def _look(file: Path, head: bytes, size: int) -> str | None:
+    """What a file that is no safetensors file looks like; None where nothing is odd."""
+    if size == 0:
+        return "is empty (0 bytes)"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the weights"
+    if head.lstrip()[:1] == b"<":
+        return "looks like an HTML or XML page, not weights"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "looks like a pickle file, not safetensors"
+    if size < 10:
+        return f"is incomplete: it has only {size} bytes"
+    return None
+
+
+def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise KeyError(key)
+        made[key] = value
+    return made
+
+
+def _parse(file: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_doubles)
+    except KeyError as error:
+        raise ModelError(
+            f"duplicate tensor {error} in the header", file=str(file), todo="get the file again"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError("the header is not valid JSON", file=str(file), todo="get the file again") from error
+    if not isinstance(header, dict):
+        raise ModelError("the header is not an object", file=str(file), todo="get the file again")
+    return header
+
+
+def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    """One tensor of a header, its dtype, shape and offsets checked against each other."""
+
+    def refuse(why: str) -> ModelError:
+        return ModelError(f"the header's entry for '{name}' is wrong: {why}", file=str(file), todo="get the file again")
+
+    try:
+        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise refuse("dtype, shape or data_offsets is missing") from error
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+        raise refuse("shape and data_offsets must be whole numbers from 0")
+    if dtype not in DTYPE_BYTES:
+        raise refuse(f"unknown dtype {dtype!r}")
+    if begin > end or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise refuse(f"{dtype} {list(shape)} does not take bytes {begin} to {end}")
+    return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Every tensor of one safetensors file, in the order of its data, checked without reading any data.
+
+    Raises:
+        ModelError: Missing, empty, incomplete, a pointer or a page instead of weights, or a header that lies.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(512)
+            if looks := _look(file, head, size):
+                raise ModelError(looks, file=str(file), todo="get the file again")
+            length = int.from_bytes(head[:8], "little")
+            if length > HEADER_LIMIT_BYTES:
+                raise ModelError(f"the header claims {length} bytes; no safetensors file", file=str(file))
+            if 8 + length > size:
+                raise ModelError(f"is incomplete: it ends inside the header ({size} bytes)", file=str(file))
+            stream.seek(8)
+            header = _parse(file, stream.read(length))
+    except FileNotFoundError as error:
+        raise ModelError("does not exist", file=str(file)) from error
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror})", file=str(file)) from error
+    header.pop("__metadata__", None)
+    entries = sorted(
+        (_entry(file, n, v, 8 + length) for n, v in header.items()), key=lambda e: (e.offset, e.size_bytes)
+    )
+    expected = 8 + length
+    for entry in entries:
+        if entry.offset != expected:
+            kind = "overlaps" if entry.offset < expected else "leaves a hole before"
+            raise ModelError(f"the header {kind} tensor '{entry.name}'", file=str(file), todo="get the file again")
+        expected += entry.size_bytes
+    if expected != size:
+        missing = f"is incomplete: {expected - size} bytes are missing"
+        gap = missing if size < expected else "more bytes follow than its header tells of"
+        raise ModelError(gap, file=str(file), todo="get the file again")
+    return {entry.name: entry for entry in entries}
+
+
+def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """The weight files of a folder and the index's tensor -> file (empty for a single file)."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], {}
+    index = folder / INDEX
+    if not index.is_file():
+        for name in _PICKLES:
+            if (folder / name).exists():
+                raise SafetyError(
+                    f"{name} is a pickle file, which can run code and is never opened",
+                    file=str(folder),
+                    todo="use weights in safetensors format",
+                )
+        raise ModelError(f"holds no weights ({SINGLE} or {INDEX})", file=str(folder), todo="get the whole model folder")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError("is no valid index (weight_map)", file=str(index), todo="get the file again") from error
+    for name in names:
+        path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
+        if path.is_absolute() or ".." in path.parts or "\\" in str(path):
+            raise SafetyError(
+                f"names a file outside the model folder: {name}", file=str(index), todo="do not use this model"
+            )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:3])}",
+            file=str(folder),
+            todo="get the whole model folder",
+        )
+    return [folder / name for name in names], weight_map
+
+
+def read_index(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a model folder by name, from the headers of its safetensors files.
+
+    Raises:
+        ModelError: No weights, a missing shard, a tensor the index promises and no shard holds, one in two shards.
+        SafetyError: Only pickle files, or an index that points outside the folder.
+    """
+    files, weight_map = _shards(folder)
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise ModelError(f"duplicate tensor '{name}', also in {entries[name].file.name}", file=str(file))
+            entries[name] = entry
+    absent = [name for name in weight_map if name not in entries]
+    if absent:
+        raise ModelError(
+            f"{len(absent)} missing tensors that {INDEX} names: {', '.join(absent[:3])}",
+            file=str(folder),
+            todo="get the whole model folder",
+        )
+    return entries
+
+
+def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows `start` to `stop` of a tensor (all of it by default) in the file's dtype: `[stop - start, ...]`.
+
+    Raises:
+        ModelError: The file ended early.
+    """
+    import torch
+
+    stop = entry.rows if stop is None else stop
+    row_bytes = entry.row_elements * DTYPE_BYTES[entry.dtype]
+    wanted = (stop - start) * row_bytes
+    buffer = bytearray(wanted)
+    view, done = memoryview(buffer), 0
+    descriptor = os.open(entry.file, os.O_RDONLY)
+    try:
+        while done < wanted:
+            count = os.preadv(descriptor, [view[done:]], entry.offset + start * row_bytes + done)
+            if count == 0:
+                raise ModelError(
+                    f"ended while '{entry.name}' was read", file=str(entry.file), todo="get the file again"
+                )
+            done += count
+    finally:
+        os.close(descriptor)
+    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+    if wanted == 0:
+        return torch.empty(shape, dtype=torch_dtype(entry.dtype))
+    return torch.frombuffer(buffer, dtype=torch_dtype(entry.dtype)).reshape(shape)
+
+
+def build_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """Length and JSON header of a safetensors file that holds these (name, dtype, shape) in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
