@@ -263,7 +263,16 @@ def _decoder(facts: _Config, family: _Family) -> ModelShape:
         hidden_dropout=float(facts.get("hidden_dropout", 0.0)),
         attention_dropout=float(facts.get("attention_dropout", 0.0)),
         softcap=family.softcap and facts.get("attn_logit_softcapping", 50.0) is not None,
+        plain_head=_has_plain_head(facts),
     )
+
+
+def _has_plain_head(facts: _Config) -> bool:
+    """Whether the loss from head times hidden states is the model's own: no soft-cap, no logit scale behind the head."""
+    default_cap = 30.0 if facts.type == "gemma2" else None
+    default_scale = 0.0625 if facts.type in ("cohere", "cohere2") else 1.0
+    scale = facts.get("logit_scale", default_scale) if facts.type.startswith("cohere") else facts.get("logits_scaling", 1.0)
+    return facts.get("final_logit_softcapping", default_cap) is None and scale == 1.0
 
 
 def _attention_linears(

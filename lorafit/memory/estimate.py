@@ -1,0 +1,291 @@
+"""The estimate: components that stay, phases that come and go, and the card that all of it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lorafit.kinds.adapters import Adapter
+from lorafit.kinds.optimizers import OptimizerKind
+from lorafit.kinds.quantizations import Quantization
+from lorafit.memory.layer import LayerPeak, Numerics, Work, layer_operations, layer_peak
+from lorafit.shapes import LinearShape, ModelShape
+
+LOGITS_CHUNK_BYTES = 64 * 2**20
+"""Of fp32 logits that the chunked loss holds at once. Source: lorafit.ops.cross_entropy, whose constant a test compares."""
+
+ALLOCATOR_FACTOR = {"cuda": 1.10, "cpu": 1.05}
+"""Reserved beside allocated: torch's caching allocator rounds and fragments. Source: the published fms-hf-tuning benchmark,
+fused-loss rows, (nvidia-smi - context) / max_memory_allocated = 1.10; lower with short, equal rows, higher with full logits."""
+
+CONTEXT_BYTES = {"cuda": 512 * 2**20, "cpu": 600 * 2**20}
+"""CUDA context and kernels: 0.4-0.6 GiB by card and driver. On a CPU: interpreter and libraries after their import
+(torch, transformers, peft, bitsandbytes), measured as resident memory."""
+
+COMPONENTS = (
+    "base_weights",
+    "quantization_constants",
+    "adapter",
+    "gradients",
+    "optimizer_state",
+    "kept_activations",
+    "recomputation",
+    "loss",
+    "workspace",
+)
+"""Everything that is a tensor, in the order of the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What is alive at one phase's worst moment, beside the fixed components."""
+
+    name: str
+    where: str
+    kept_bytes: int = 0
+    recomputation_bytes: int = 0
+    loss_bytes: int = 0
+    workspace_bytes: int = 0
+    casts_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        parts = (self.kept_bytes, self.recomputation_bytes, self.loss_bytes, self.workspace_bytes, self.casts_bytes)
+        return sum(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Peak memory of one training process, itemised at its worst moment.
+
+    Attributes:
+        fixed: Components that stay, in bytes: base_weights, quantization_constants, adapter, gradients, optimizer_state.
+        phases: forward, loss, backward, update.
+        device_kind: `cpu` or `cuda`.
+        micro_batch_tokens: Padded tokens of the forward that was estimated.
+        gradient_checkpointing: Whether it was estimated with it.
+        paged_bytes: Optimizer state among the fixed that a paged optimizer can move to host memory.
+        unquantized_expert_bytes: Experts of a mixture among the base weights: no quantisation touches them.
+    """
+
+    fixed: Mapping[str, int]
+    phases: tuple[Phase, ...]
+    device_kind: str
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    paged_bytes: int = 0
+    unquantized_expert_bytes: int = 0
+    allocator_factor: float = field(default=0.0)
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total_bytes)
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Bytes by component at the peak; they add up to `tensor_bytes`."""
+        peak = self.peak_phase
+        return {
+            **self.fixed,
+            "adapter": self.fixed["adapter"] + peak.casts_bytes,
+            "kept_activations": peak.kept_bytes,
+            "recomputation": peak.recomputation_bytes,
+            "loss": peak.loss_bytes,
+            "workspace": peak.workspace_bytes,
+        }
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Peak of live tensors: what `torch.cuda.max_memory_allocated` reports."""
+        return sum(self.fixed.values()) + self.peak_phase.total_bytes
+
+    @property
+    def context_bytes(self) -> int:
+        """What the process takes before any tensor."""
+        return CONTEXT_BYTES[self.device_kind]
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the card must have: tensors x allocator factor + context."""
+        factor = self.allocator_factor or ALLOCATOR_FACTOR[self.device_kind]
+        return round(self.tensor_bytes * factor) + self.context_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, in bytes."""
+        return {
+            "components_bytes": self.components,
+            "phases_bytes": {phase.name: phase.total_bytes + sum(self.fixed.values()) for phase in self.phases},
+            "peak_phase": self.peak_phase.name,
+            "peak_where": self.peak_phase.where,
+            "tensor_bytes": self.tensor_bytes,
+            "allocator_factor": self.allocator_factor or ALLOCATOR_FACTOR[self.device_kind],
+            "context_bytes": self.context_bytes,
+            "needed_bytes": self.needed_bytes,
+            "device_kind": self.device_kind,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "paged_bytes": self.paged_bytes,
+            "unquantized_expert_bytes": self.unquantized_expert_bytes,
+        }
+
+
+def fits(estimate: MemoryEstimate, device_bytes: int, headroom: float = 0.05) -> bool:
+    """Tensors x allocator factor + context <= usable memory x (1 - headroom)."""
+    return estimate.needed_bytes <= device_bytes * (1.0 - headroom)
+
+
+def labels_of(micro_batch_tokens: int, longest_tokens: int, longest_trained_tokens: int) -> int:
+    """Most labels in a micro-batch: as many rows as fit, each with the most trained tokens that any row has."""
+    rows = max(1, micro_batch_tokens // max(1, longest_tokens))
+    return rows * min(longest_trained_tokens, longest_tokens - 1) if longest_tokens > 1 else rows
+
+
+def estimate(
+    shape: ModelShape,
+    *,
+    quantization: Quantization,
+    quantization_section: Any,
+    adapter: Adapter,
+    adapter_section: Any,
+    optimizer: OptimizerKind,
+    optimizer_section: Any,
+    dtype_bytes: int,
+    micro_batch_tokens: int,
+    longest_tokens: int,
+    labels: int,
+    gradient_checkpointing: bool,
+    attention: str = "sdpa",
+    device_kind: str = "cuda",
+) -> MemoryEstimate:
+    """Peak memory of lorafit's own training step.
+
+    Args:
+        dtype_bytes: Of weights that are not quantised, and of compute: 2 for bf16 and fp16 (under autocast), 4 for fp32.
+        micro_batch_tokens: Padded tokens of one forward; at least one longest row is counted.
+        longest_tokens: Tokens of the longest row: what eager attention grows with.
+        labels: Trained tokens in the micro-batch.
+        attention: `eager`, or any that keeps no scores.
+
+    Raises:
+        RecipeError: The adapter's targets match nothing in this model.
+    """
+    tokens = max(micro_batch_tokens, longest_tokens)
+    targets = adapter.targets(adapter_section, shape)
+    trainable = sum(adapter.trainable_parameters(adapter_section, linear) for linear in targets)
+
+    def dequantised(linear: LinearShape) -> int:
+        return quantization.workspace_bytes(quantization_section, replace(linear, count=1), dtype_bytes)
+
+    numerics = Numerics(
+        stream_bytes=dtype_bytes,
+        compute_bytes=dtype_bytes,
+        autocast=dtype_bytes < 4,
+        device_kind="cpu" if device_kind == "cpu" else "cuda",
+        keeps_inputs=bool(getattr(quantization, "keeps_inputs", False)),
+    )
+    work = Work(
+        row_tokens=longest_tokens,
+        adapted=targets,
+        rank=adapter.rank(adapter_section),
+        dropout=float(getattr(adapter_section, "dropout", 0.0)),
+        attention=attention,
+        dequantised_bytes=dequantised,
+        numerics=numerics,
+    )
+    outside = shape.embedding_parameters + shape.head_parameters + shape.other_parameters
+    experts_bytes = shape.expert_parameters * dtype_bytes
+    weights = [quantization.weight_bytes(quantization_section, linear, dtype_bytes) for linear in shape.linears]
+    state_bytes = optimizer.state_bytes(optimizer_section, trainable)
+    fixed = {
+        "base_weights": sum(weights) + outside * dtype_bytes + experts_bytes,
+        "quantization_constants": sum(quantization.constant_bytes(quantization_section, x) for x in shape.linears),
+        "adapter": 4 * trainable,
+        "gradients": 4 * trainable,
+        "optimizer_state": state_bytes,
+    }
+    return MemoryEstimate(
+        fixed=fixed,
+        phases=step_phases(shape, work, tokens, labels, gradient_checkpointing, trainable),
+        device_kind=numerics.device_kind,
+        micro_batch_tokens=tokens,
+        gradient_checkpointing=gradient_checkpointing,
+        paged_bytes=state_bytes if optimizer.is_paged(optimizer_section) and device_kind == "cuda" else 0,
+        unquantized_expert_bytes=experts_bytes if quantization.is_quantized else 0,
+    )
+
+
+def step_phases(
+    shape: ModelShape, work: Work, tokens: int, labels: int, checkpointing: bool, trainable: int
+) -> tuple[Phase, ...]:
+    """Forward, loss, backward and update of one step, each at its worst moment."""
+    n = work.numerics
+    operations = layer_operations(shape, work)
+    forward_peak = layer_peak(operations, tokens, "forward")
+    backward_peak = layer_peak(operations, tokens, "backward")
+    casts = trainable * n.compute_bytes if n.autocast else 0  # autocast caches its casts of the adapters' weights
+    stream = shape.hidden_size * n.stream_bytes * tokens
+    final_norm = (4 * shape.hidden_size + shape.hidden_size * n.compute_bytes) * tokens
+    head_bytes = _head_states_bytes(shape, n, labels)
+    if checkpointing:
+        leaked = _leaked_bytes(shape, n, tokens) * shape.layers
+        inputs = stream * (shape.layers + 1) + leaked
+        layer_casts = casts // shape.layers
+        recomputed = max(forward_peak, backward_peak, key=lambda peak: peak.peak_bytes)
+        gradient = stream  # of the layer's output, while the layer is recomputed
+        return (
+            Phase("forward", forward_peak.where, inputs, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
+            Phase("loss", "loss", inputs + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
+            Phase(
+                "backward", f"recomputation: {recomputed.where}", inputs,
+                recomputed.peak_bytes - recomputed.fixed_bytes + gradient, 0, recomputed.fixed_bytes, layer_casts,
+            ),
+            Phase("update", "optimizer step", 0, 0, 0, 4 * trainable, 0),
+        )  # fmt: skip
+    kept = forward_peak.kept_bytes * shape.layers
+    return (
+        Phase("forward", forward_peak.where, kept, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
+        Phase("loss", "loss", kept + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
+        Phase("backward", backward_peak.where, kept, _moment(backward_peak), head_bytes // 2, backward_peak.fixed_bytes, casts),
+        Phase("update", "optimizer step", 0, 0, 0, 4 * trainable, 0),
+    )
+
+
+def _moment(peak: LayerPeak) -> int:
+    """What a layer's worst moment adds to what the layer keeps."""
+    return max(peak.peak_bytes - peak.fixed_bytes - peak.kept_bytes, 0)
+
+
+def _leaked_bytes(shape: ModelShape, n: Numerics, tokens: int) -> int:
+    """Inputs that LLM.int8() holds as plain attributes of its autograd nodes, out of checkpointing's reach."""
+    if not n.keeps_inputs:
+        return 0
+    widths = {linear.role or linear.name: linear.in_features for linear in shape.linears}
+    shared = [widths[roles[0]] for roles in (("q", "k", "v"), ("gate", "up")) if roles[0] in widths]
+    single = [width for role, width in widths.items() if role not in ("q", "k", "v", "gate", "up")]
+    return sum(shared + single) * n.compute_bytes * tokens
+
+
+def _head_states_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
+    """The labelled hidden states and their gradient."""
+    return 2 * n.compute_bytes * shape.hidden_size * labels
+
+
+def loss_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
+    """One chunk of the linear cross-entropy, or all logits where something stands behind the head.
+
+    A chunk: logits as computed, their fp32 copy that becomes probabilities in place, and the error in the compute dtype;
+    the next chunk's logits and copy are made while the last chunk's are still there.
+    """
+    c = n.compute_bytes
+    states = _head_states_bytes(shape, n, labels)
+    if not shape.plain_head:  # logits, scaled logits, fp32 copy, log-softmax
+        return states + shape.vocabulary * labels * (2 * c + 8)
+    rows = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
+    if labels <= rows:
+        per_label = (c + 4 + c if c < 4 else 8) * shape.vocabulary
+        return states + per_label * labels
+    per_label = (2 * c + 8 if c < 4 else 12) * shape.vocabulary
+    return states + per_label * rows

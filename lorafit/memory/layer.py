@@ -1,0 +1,314 @@
+"""What one decoder layer holds, operation by operation: what it keeps for the backward pass, and what is alive beside it.
+
+    forward    norm ─ q k v ─ rotate ─ attention ─ o ─ norm ─ gate up ─ act·up ─ down
+               each operation adds `kept`; while it runs, a moment's bytes are alive besides
+    backward   the same list from its end: what was kept goes, gradients come
+
+    peak of a layer = max over operations i and their moments of  (kept_1 + .. + kept_i) + moment
+
+All sizes are bytes a token of the micro-batch (padding counted) unless a name says otherwise. The terms are derived in
+docs/memory.md; `tests/unit/memory` counts live storage of a real step and compares.
+
+Source: what each operation of torch 2 saves for its backward (`derivatives.yaml`), and the modeling files of
+transformers 5 and tuners/lora/layer.py of PEFT 0.21 for what is called in which order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lorafit.shapes import LinearShape, ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How a training stack computes; the defaults are lorafit's own: bf16 autocast over fp32 adapters.
+
+    Attributes:
+        stream_bytes: Of the residual stream, a value.
+        compute_bytes: Of the operands of matrix products.
+        adapter_bytes: Of adapter weights.
+        autocast: Whether torch's autocast is on.
+        device_kind: `cpu` or `cuda`: a CPU keeps a dropout mask in the input's dtype, a GPU one byte a value.
+        casts_adapter_inputs: PEFT's default, which lorafit's objective turns off under autocast: an adapter's input is cast
+            to the adapter's dtype before autocast casts it down again.
+        keeps_inputs: Every linear keeps its input: full fine-tuning, and LLM.int8().
+        fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
+    """
+
+    stream_bytes: int = 2
+    compute_bytes: int = 2
+    adapter_bytes: int = 4
+    autocast: bool = True
+    device_kind: str = "cuda"
+    casts_adapter_inputs: bool = False
+    keeps_inputs: bool = False
+    fused_norm: bool = False
+
+    @property
+    def wide_on_gpu(self) -> bool:
+        """Whether autocast computes pow and LayerNorm in fp32 (CUDA's list has them, the CPU's has not)."""
+        return self.autocast and self.device_kind != "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One micro-batch in one layer.
+
+    Attributes:
+        row_tokens: Padded length of a row: what eager attention grows with.
+        adapted: The linears that carry an adapter.
+        rank: Width of the adapters' bottleneck.
+        dropout: On the adapters' inputs.
+        attention: `eager`, or anything that keeps no scores.
+        dequantised_bytes: Bytes of the dequantised copy of one linear's weight; 0 where weights are plain.
+    """
+
+    row_tokens: int
+    adapted: tuple[LinearShape, ...]
+    rank: int
+    dropout: float
+    attention: str
+    dequantised_bytes: Callable[[LinearShape], int]
+    numerics: Numerics = Numerics()
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Something alive only for a moment: bytes a token, and bytes that do not grow with tokens (a dequantised weight)."""
+
+    phase: str
+    token_bytes: float
+    fixed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One step of a layer: what it keeps for the backward pass, and its moments."""
+
+    name: str
+    kept: float
+    moments: tuple[Moment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPeak:
+    """The most that one layer holds.
+
+    Attributes:
+        kept_bytes: What the whole layer leaves for its backward pass.
+        peak_bytes: Kept so far plus the moment, at the worst moment.
+        fixed_bytes: The dequantised weight among them.
+        where: Phase and operation of that moment.
+    """
+
+    kept_bytes: int
+    peak_bytes: int
+    fixed_bytes: int
+    where: str
+
+
+def layer_peak(operations: list[Operation], tokens: int, phase: str) -> LayerPeak:
+    """Walks the operations and keeps the worst moment of a phase (`forward` or `backward`)."""
+    kept = 0.0
+    peak, fixed, where = 0.0, 0, ""
+    for operation in operations:
+        kept += operation.kept
+        for moment in (m for m in operation.moments if m.phase == phase):
+            bytes_now = (kept + moment.token_bytes) * tokens + moment.fixed_bytes
+            if bytes_now > peak:
+                peak, fixed, where = bytes_now, moment.fixed_bytes, f"{moment.phase} of {operation.name}"
+    return LayerPeak(round(kept * tokens), round(max(peak, kept * tokens)), fixed, where)
+
+
+def layer_operations(shape: ModelShape, work: Work) -> list[Operation]:
+    """The operations of one decoder layer in forward order."""
+    n = work.numerics
+    hidden, stream = shape.hidden_size, shape.hidden_size * n.stream_bytes
+    norm_out = hidden * _norm_out_bytes(shape, n)
+    attention = [
+        _norm("norm", shape, n),
+        *_inputs(shape, work, ("q", "k", "v", "qkv")),
+        *_attention(shape, work),
+        *_outputs(shape, work, "o"),
+        *_dropped_stream(shape, n),
+    ]
+    mlp = [
+        *([] if shape.norms_per_layer == 1 else [_norm("norm", shape, n)]),
+        *_inputs(shape, work, ("gate", "up", "gate_up")),
+        *_activation(shape, work),
+        *_outputs(shape, work, "down"),
+        *_dropped_stream(shape, n),
+    ]
+    # While a block runs, the stream that goes past it and the norm's output (its argument) are alive; on the way back the
+    # stream's gradient is. With parallel blocks the first block's result waits too.
+    waiting = stream if shape.parallel else 0
+    block = {"forward": stream + norm_out, "backward": stream + waiting}
+    post = [_norm("post norm", shape, n)] if shape.norms_per_layer == 4 else []
+    return [_beside(op, block) for op in [*attention, *post, *mlp, *post]]
+
+
+def _beside(operation: Operation, alive: dict[str, int]) -> Operation:
+    moments = operation.moments or (Moment("forward", 0.0),)
+    return replace(
+        operation, moments=tuple(replace(m, token_bytes=m.token_bytes + alive[m.phase]) for m in moments)
+    )
+
+
+def _norm(name: str, shape: ModelShape, n: Numerics) -> Operation:
+    """RMSNorm of transformers: an fp32 copy of the input, from which pow and mul take their gradient.
+
+    Its backward holds the gradients of both branches (x·r and mean x²) in fp32: four copies at its worst.
+    """
+    hidden = shape.hidden_size
+    if shape.norm == "layer":
+        kept = hidden * (4 if n.wide_on_gpu else n.stream_bytes) + 8
+        return Operation(name, kept, (Moment("forward", 4 * hidden), Moment("backward", 8 * hidden)))
+    if n.fused_norm:
+        kept = hidden * n.stream_bytes + 4
+        return Operation(name, kept, (Moment("backward", 2 * n.stream_bytes * hidden),))
+    moments = (Moment("forward", hidden * (4 + n.compute_bytes)), Moment("backward", (16 + n.compute_bytes) * hidden))
+    return Operation(name, 4 * hidden + 4, moments)
+
+
+def _adapter_reads(work: Work, input_bytes: int) -> int:
+    """Bytes of a value of what an adapter gets: its input, or PEFT's cast of it."""
+    n = work.numerics
+    return n.adapter_bytes if n.casts_adapter_inputs or not n.autocast else input_bytes
+
+
+def _own_copy_bytes(work: Work, input_bytes: int) -> int:
+    """Bytes of a value of the tensor that A multiplies and keeps; 0 where that is the block's shared input itself."""
+    n, reads = work.numerics, _adapter_reads(work, input_bytes)
+    multiplied = n.compute_bytes if n.autocast else reads
+    return multiplied if work.dropout > 0 or multiplied != input_bytes or reads != input_bytes else 0
+
+
+def _linear(linear: LinearShape, work: Work, *, input_bytes: int, alive: float) -> Operation:
+    """One linear with its adapter: y = W x + s·B·A·dropout(x).
+
+    Kept for an adapter: what A multiplies, where that is no tensor that others keep; the dropout mask; A's result [rank].
+    A frozen W keeps nothing of x. Forward: casts and dropout's result beside W's result, then B's result, scaled, and the
+    sum. Backward: the same casts as gradients, with A's input gone; and for W the gradients of both paths and their sum,
+    beside W dequantised.
+    """
+    n, width_in, width_out = work.numerics, linear.in_features, linear.out_features
+    c, result, weight = n.compute_bytes, n.compute_bytes * linear.out_features, work.dequantised_bytes(linear)
+    base = [Moment("forward", alive + result, weight)]
+    if linear not in work.adapted:
+        return Operation(linear.name, 0.0, (*base, Moment("backward", result + c * width_in, weight)))
+    reads, copy = _adapter_reads(work, input_bytes), _own_copy_bytes(work, input_bytes)
+    mask = (reads if n.device_kind == "cpu" else 1) if work.dropout > 0 else 0
+    stages = [reads] * ((reads != input_bytes) + (work.dropout > 0))  # cast, dropout
+    if n.autocast and reads != c:
+        stages.append(c)
+    wide = max(sum(stages) - copy, 0)  # the last of them is the copy that stays
+    steps = [c if n.autocast else reads, *reversed(stages), input_bytes]  # widths of the gradient on its way back
+    returns = max(max(x + y for x, y in zip(steps, steps[1:], strict=False)) - copy, 0) if len(stages) else steps[0]
+    low = c if n.autocast else n.adapter_bytes
+    moments = [
+        Moment("forward", alive + result + wide * width_in),
+        Moment("forward", alive + result + 2 * low * width_out + (reads * width_in if reads != input_bytes else 0)),
+        Moment("backward", result + returns * width_in),
+        Moment("backward", result + (3 * c - copy - mask) * width_in, weight),
+    ]
+    return Operation(linear.name, (copy + mask) * width_in + low * work.rank, (*base, *moments))
+
+
+def _inputs(shape: ModelShape, work: Work, roles: tuple[str, ...]) -> list[Operation]:
+    """The linears that read a block's normalised input, in order; earlier results wait for the later ones."""
+    n, found, waiting = work.numerics, [], 0.0
+    linears = [linear for linear in shape.linears if linear.role in roles]
+    width = _norm_out_bytes(shape, n)
+    shared = n.keeps_inputs or any(linear in work.adapted for linear in linears) and not _own_copy_bytes(work, width)
+    for number, linear in enumerate(linears):
+        operation = _linear(linear, work, input_bytes=width, alive=waiting)
+        if shared and number == 0:  # the norm's output itself is kept, once for all
+            operation = replace(operation, kept=operation.kept + linear.in_features * width)
+        waiting += linear.out_features * n.compute_bytes
+        found.append(operation)
+    return found
+
+
+def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
+    """The linear that ends a block (twice in a mixture with a shared expert)."""
+    n, found = work.numerics, []
+    width = n.compute_bytes if role == "o" else _product_bytes(shape, n)
+    for linear in (linear for linear in shape.linears if linear.role == role):
+        kept_anyway = role == "o" or shape.activation == "relu"  # attention keeps its result, and so does relu
+        shared = n.keeps_inputs or (linear in work.adapted and not _own_copy_bytes(work, width))
+        held = 0 if kept_anyway else linear.in_features * width
+        operation = _linear(linear, work, input_bytes=width, alive=0.0 if shared else held)
+        found.append(replace(operation, kept=operation.kept + held) if shared else operation)
+    return found
+
+
+def _norm_out_bytes(shape: ModelShape, n: Numerics) -> int:
+    return 4 if shape.norm == "layer" and n.wide_on_gpu else n.compute_bytes
+
+
+def _product_bytes(shape: ModelShape, n: Numerics) -> int:
+    return 4 if shape.activation == "gelu_new" and n.wide_on_gpu else n.compute_bytes
+
+
+def _attention(shape: ModelShape, work: Work) -> list[Operation]:
+    """Rotation and attention. Flash keeps q, k, v, its output and a log-sum a head; eager keeps every score twice."""
+    n = work.numerics
+    c, q_width, kv_width = n.compute_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    operations = []
+    if shape.qk_norm:
+        wide = 4 * (q_width + kv_width)
+        operations.append(Operation("query and key norm", wide, (Moment("forward", 6 * q_width), Moment("backward", 16 * q_width))))
+    scores = shape.heads * work.row_tokens
+    expands = shape.kv_heads < shape.heads
+    math_dropout = n.device_kind == "cpu" and shape.attention_dropout > 0  # no CPU flash kernel takes dropout
+    if work.attention == "eager" or shape.softcap or math_dropout:
+        softmax = 4 if c < 4 else 0  # softmax in fp32 keeps its result; its bf16 copy multiplies v
+        kept = scores * (softmax + c) + c * (q_width + 2 * (q_width if expands else kv_width))
+        kept += scores * c if shape.softcap else 0
+        kept += scores * (c if n.device_kind == "cpu" else 1) if shape.attention_dropout > 0 else 0
+        moments = (Moment("forward", scores * (2 * c + 4)), Moment("backward", scores * (c + 8) + 3 * c * q_width))
+    else:
+        kept = c * (2 * q_width + 2 * kv_width) + 4 * shape.heads
+        # CUDA's flash backward sums dq in fp32 and makes dk, dv for every query head
+        gpu = 4 * q_width + 2 * c * q_width if n.device_kind != "cpu" else 0
+        moments = (Moment("forward", 3 * c * q_width), Moment("backward", c * (2 * q_width + 2 * kv_width) + gpu))
+    operations.append(Operation("attention", kept, moments))
+    return operations
+
+
+def _activation(shape: ModelShape, work: Work) -> list[Operation]:
+    """What stands between the MLP's linears, by activation; the experts of a mixture whole."""
+    n = work.numerics
+    c = n.compute_bytes
+    found = []
+    if shape.experts:
+        found.append(_experts(shape, c))
+    inner = sum(linear.in_features for linear in shape.linears if linear.role == "down")
+    if not inner:
+        return found
+    if shape.gated_mlp:  # act keeps its input, act·up keeps both factors
+        kept, backward = 3 * c * inner, 4 * c * inner
+    elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one
+        kept = (4 + 4 + 4 + c if n.wide_on_gpu else 4 * c) * inner
+        backward = 4 * _product_bytes(shape, n) * inner
+    else:  # gelu keeps its input, relu its result
+        kept, backward = c * inner, 2 * c * inner
+    found.append(Operation("activation", kept, (Moment("forward", c * inner), Moment("backward", backward))))
+    return found
+
+
+def _experts(shape: ModelShape, c: int) -> Operation:
+    """Frozen fused experts: each token goes through `experts_per_token` gated MLPs and is weighted by its router."""
+    ways, inner, hidden = shape.experts_per_token, shape.expert_size, shape.hidden_size
+    kept = ways * (3 * c * inner + c * hidden) + 8 * shape.experts
+    return Operation("experts", kept, (Moment("forward", ways * c * hidden), Moment("backward", ways * 4 * c * inner)))
+
+
+def _dropped_stream(shape: ModelShape, n: Numerics) -> list[Operation]:
+    """The model's own dropout on a block's result: a mask."""
+    if shape.hidden_dropout == 0:
+        return []
+    mask = n.compute_bytes if n.device_kind == "cpu" else 1
+    return [Operation("dropout", mask * shape.hidden_size, (Moment("forward", 2 * n.compute_bytes * shape.hidden_size),))]
