@@ -40,6 +40,7 @@ type: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m lorafit.recipe.reference
+	$(BIN)/python docs/write_help.py
 
 check: test lint type
 
