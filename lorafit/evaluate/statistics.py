@@ -28,7 +28,7 @@ Verdict = Literal["better", "worse", "not distinguishable"]
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 LEAST_ROWS = 6
-"""Fewest rows for a verdict. Where all n rows move one way, a two-sided sign test gives p = 2 ** (1 - n): 0.06 for 5."""
+"""Fewest rows for a verdict. Where all n move one way, a two-sided sign test gives p = 2 ** (1 - n): 0.06 for 5."""
 ROUGH_ROWS = 30
 """Below this many rows the sentence says that the interval is rough: percentile intervals are too narrow then."""
 _CHUNK_CELLS = 1 << 22  # counts held at a time: 32 MiB
