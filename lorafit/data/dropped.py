@@ -1,8 +1,9 @@
 """Finds what a chat template leaves out: text of a message that the rendering does not hold.
 
-A field that is missing from the whole but appears when the chat is cut after its message is *history*: templates such as
-Qwen3's show the reasoning of the last turn only. That is how the model will be prompted, so it is supported, and counted.
-A field that appears in neither is lost: what should be trained, or what an answer depends on, would vanish without a word.
+A field that is missing from the whole but appears when the chat is cut after its message is *history*: templates such
+as Qwen3's show the reasoning of the last turn only. That is how the model will be prompted, so it is supported, and
+counted. A field that appears in neither is lost: what should be trained, or what an answer depends on, would vanish
+without a word.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     template:  <|im_start|>user⏎  typed:  what is <|im_end|>?   template:  <|im_end|>⏎
                └ control token                    └ text, as '<', '|', 'im', ...     └ control token
 
-Where nobody typed one, the tokenizer itself encodes the whole text, exactly as `apply_chat_template(tokenize=True)` does. Where
-somebody did, a *twin* encodes it: the same model, normaliser and pre-tokeniser, in which every control token is spelled with
-private characters of the same number. The control strings that the template wrote are respelled, the typed ones are not, and
-one pass over the whole text gives ids and offsets in their real context.
+Where nobody typed one, the tokenizer itself encodes the whole text, exactly as `apply_chat_template(tokenize=True)`
+does. Where somebody did, a *twin* encodes it: the same model, normaliser and pre-tokeniser, in which every control
+token is spelled with private characters of the same number. The control strings that the template wrote are
+respelled, the typed ones are not, and one pass over the whole text gives ids and offsets in their real context.
 """
 
 from __future__ import annotations
@@ -53,9 +53,21 @@ class TextEncoder:
             for number, token in self._added.items()
             if token.content.strip() and (token.special or token.content in template_text)
         }
+        plain, full = (
+            backend.encode("a", add_special_tokens=False).ids,
+            backend.encode("a", add_special_tokens=True).ids,
+        )
+        place = next((k for k in range(len(full)) if full[k : k + len(plain)] == plain), 0)
+        self.prefix: list[int] = full[:place]
+        """What the tokenizer puts in front of a text by itself: a BOS, or nothing."""
         self._twin: Tokenizer | None = None
         self._real_id: dict[int, int] = {}
         self._private: dict[int, str] = {}
+
+    @property
+    def bos(self) -> int | None:
+        """The token that the tokenizer puts in front of a text by itself, if it does."""
+        return self.prefix[0] if self.prefix else None
 
     def encode(
         self, text: str, typed: Sequence[Stretch], unsure: Sequence[Stretch] = ()
@@ -68,8 +80,8 @@ class TextEncoder:
             unsure: Those of them that may be the template's all the same.
 
         Raises:
-            DataError: If a control string stands where nobody can say who wrote it, or the tokenizer makes a control token
-                out of plain text.
+            DataError: If a control string stands where nobody can say who wrote it, or the tokenizer makes a control
+                token out of plain text.
         """
         backend = self._backend
         if backend.truncation is not None or backend.padding is not None:  # left there by somebody's last call
@@ -98,7 +110,7 @@ class TextEncoder:
         self, text: str, typed: Sequence[Stretch], unsure: Sequence[Stretch]
     ) -> tuple[list[int], list[Stretch]]:
         twin = self._twin or self._build_twin()
-        if any(FIRST_PRIVATE_CHARACTER <= ord(letter) for letter in text) and any(
+        if any(ord(letter) >= FIRST_PRIVATE_CHARACTER for letter in text) and any(
             private in text for private in self._private.values()
         ):
             raise DataError("the text holds private characters that stand for control tokens here", todo="remove them")
@@ -160,7 +172,9 @@ class TextEncoder:
                 special=token.special,
             )
             (twin.add_special_tokens if token.special else twin.add_tokens)([respelled])
-            self._real_id[twin.token_to_id(respelled.content)] = number
+            twin_number = twin.token_to_id(respelled.content)
+            assert twin_number is not None, "a token that was just added"
+            self._real_id[twin_number] = number
         self._twin = twin
         return twin
 
@@ -174,12 +188,12 @@ def _overlaps(stretches: Sequence[Stretch], start: int, end: int) -> bool:
 def mark_trained(offsets: Sequence[Stretch], spans: Sequence[Stretch]) -> list[bool]:
     """Which tokens carry loss, from the characters that do.
 
-    A token that straddles a border carries loss if at least half of its characters do: a header's newline and the blanks that
-    begin an answer can share one token, and the ids must stay what the tokenizer makes of the whole.
+    A token that straddles a border carries loss if at least half of its characters do: a header's newline and the
+    blanks that begin an answer can share one token, and the ids must stay what the tokenizer makes of the whole.
 
     Args:
-        offsets: Where each token stands, `[tokens]`. Their ends never fall; blanks that a tokenizer leaves out of its offsets
-            belong to the token behind them.
+        offsets: Where each token stands, `[tokens]`. Their ends never fall; blanks that a tokenizer leaves out of its
+            offsets belong to the token behind them.
         spans: Stretches that carry loss, in order and apart.
     """
     trained = [False] * len(offsets)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from json.encoder import encode_basestring, encode_basestring_ascii  # type: ignore[attr-defined]
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any
 
 import jinja2
@@ -67,7 +67,9 @@ def format_filter(value: Any, *args: Any, **kwargs: Any) -> str:
 def format_braces(
     environment: SandboxedEnvironment, pattern: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> str:
-    """`pattern.format(...)` in the sandbox; followed for bare fields, blurred for those with a conversion or a format."""
+    """`pattern.format(...)` in the sandbox; followed for bare fields, blurred for those with a conversion or a
+    format.
+    """
     formatter = SandboxedFormatter(environment)
     pieces: list[str] = []
     automatic = 0
@@ -84,7 +86,7 @@ def format_braces(
         filled = formatter.vformat(specification or "", args, kwargs)
         digits = "".join(c if c.isdigit() else " " for c in filled).split()
         check_size(max(map(int, digits), default=0))
-        pieces.append(blur(formatter.format_field(formatter.convert_field(value, conversion), filled), value))  # type: ignore[arg-type]
+        pieces.append(blur(formatter.format_field(formatter.convert_field(value, conversion), filled), value))
     return limited_glue(pieces)
 
 
@@ -141,4 +143,4 @@ def tojson(
 
     write_value(value, "\n")
     text = glue(pieces)
-    return text if text == plain else blur(plain, value)  # type: ignore[no-any-return]
+    return text if text == plain else blur(plain, value)

@@ -1,8 +1,8 @@
 """Text that remembers who wrote each of its characters.
 
-`Typed` is a `str` whose characters know the string of the chat they came from (a *leaf*: the content of message 3, the name of
-a called function, ...). Plain strings are the template's own. What a template does to strings (adding, slicing, stripping,
-splitting, replacing, joining, formatting, JSON) keeps that knowledge:
+`Typed` is a `str` whose characters know the string of the chat they came from (a *leaf*: the content of message 3,
+the name of a called function, ...). Plain strings are the template's own. What a template does to strings (adding,
+slicing, stripping, splitting, replacing, joining, formatting, JSON) keeps that knowledge:
 
     '<|im_start|>user\\n' + Typed('hi') + '<|im_end|>'
      ──── template ────     leaf 1        template
@@ -11,7 +11,7 @@ A run is `(length, origin, start)`:
 
     origin  0  the template            start  >= 0  character `start` of the leaf, and on from there
             n  leaf n (from 1)                WHOLE  from the leaf, as a whole, places not known (escaped, repeated)
-           <0  a mark, length 0               BLURRED  perhaps from the leaf, perhaps the template's: an operation not followed
+           <0  a mark, length 0               BLURRED  perhaps from the leaf: an operation that is not followed
 
 Where an operation is not followed the result is blurred, never taken for the template's own text.
 """
@@ -76,7 +76,9 @@ class Typed(str):
         return (self._cut(place, place + 1) for place in range(len(self)))
 
     def _cut(self, start: int, stop: int, keep_marks: bool = False) -> Typed:
-        """Characters `start` to `stop`. Marks on the borders stay; with `keep_marks` those outside move to the border."""
+        """Characters `start` to `stop`. Marks on the borders stay; with `keep_marks` those outside move to the
+        border.
+        """
         text = str.__getitem__(self, slice(start, stop))
         runs = self._runs
         if len(runs) == 1:
@@ -147,12 +149,12 @@ class Typed(str):
         return lines
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        return tuple(self._pieces(str.partition(self, sep)))  # type: ignore[return-value]
+        return tuple(self._pieces(str.partition(self, sep)))
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
-        return tuple(self._pieces(str.rpartition(self, sep)))  # type: ignore[return-value]
+        return tuple(self._pieces(str.rpartition(self, sep)))
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Typed:
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         if not old:
             return blur(str.replace(self, old, new, count), self, new)
         parts = str.split(self, old, count)
@@ -167,27 +169,27 @@ class Typed(str):
             parts += [self, piece] if parts else [piece]
         return glue_typed(parts)
 
-    def _same_places(self, text: str) -> Typed:
+    def _same_places(self, text: str) -> str:
         return Typed(text, self._runs) if len(text) == len(self) else blur(text, self)
 
-    def upper(self) -> Typed:
+    def upper(self) -> str:
         return self._same_places(str.upper(self))
 
-    def lower(self) -> Typed:
+    def lower(self) -> str:
         return self._same_places(str.lower(self))
 
-    def title(self) -> Typed:
+    def title(self) -> str:
         return self._same_places(str.title(self))
 
-    def capitalize(self) -> Typed:
+    def capitalize(self) -> str:
         return self._same_places(str.capitalize(self))
 
 
-def _blurring(name: str) -> Callable[..., Typed]:
+def _blurring(name: str) -> Callable[..., str]:
     """A method of `str` whose result is not followed."""
     plain = getattr(str, name)
 
-    def method(self: Typed, *args: Any, **kwargs: Any) -> Typed:
+    def method(self: Typed, *args: Any, **kwargs: Any) -> str:
         return blur(plain(self, *args, **kwargs), self, args, kwargs)
 
     method.__name__ = name
@@ -244,11 +246,11 @@ def origins_in(value: Any) -> set[int]:
     return set()
 
 
-def blur(text: str, *sources: Any) -> Any:
+def blur(text: str, *sources: Any) -> str:
     """`text` made from `sources` in a way that was not followed: it may all be typed by the first of their leaves.
 
-    The other leaves are remembered as runs of no length, so that they do not count as dropped. Marks in the sources stay, at the
-    start. A text made of plain strings alone is returned as it is.
+    The other leaves are remembered as runs of no length, so that they do not count as dropped. Marks in the sources
+    stay, at the start. A text made of plain strings alone is returned as it is.
     """
     origins = sorted(origins_in(sources))
     marks = tuple(run for source in sources if isinstance(source, Typed) for run in source._runs if run[1] < 0)
@@ -265,7 +267,7 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return value
     text = str(value)
-    return blur(text, value) if isinstance(value, (dict, list, tuple)) else text  # type: ignore[no-any-return]
+    return blur(text, value) if isinstance(value, (dict, list, tuple)) else text
 
 
 _PERCENT = re.compile(r"%(?:%|s|\((\w+)\)s|(.))", re.DOTALL)
@@ -284,7 +286,7 @@ def format_percent(pattern: str, values: Any) -> str:
     source = pattern if isinstance(pattern, Typed) else Typed(pattern, runs_of(pattern))
     for hole in _PERCENT.finditer(pattern):
         if hole[2]:
-            return blur(expected, pattern, values)  # type: ignore[no-any-return]
+            return blur(expected, pattern, values)
         pieces.append(source[place : hole.start()])
         if hole[0] == "%%":
             pieces.append("%")
@@ -293,4 +295,4 @@ def format_percent(pattern: str, values: Any) -> str:
         place = hole.end()
     pieces.append(source[place:])
     result = glue_typed(pieces)
-    return result if result == expected else blur(expected, pattern, values)  # type: ignore[no-any-return]
+    return result if result == expected else blur(expected, pattern, values)

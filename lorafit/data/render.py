@@ -2,8 +2,9 @@
 
     messages --template--> Rendering(text, spans) --tokenizer--> Encoded(input_ids, trained)
 
-`ChatRenderer` is the only code that does this: training, preview, evaluation and `mask_chat` all use it. How spans are found is
-told in `lorafit.data.turns`, how typed control strings stay text in `lorafit.data.encode`; `docs/masks.md` draws both.
+`ChatRenderer` is the only code that does this: training, preview, evaluation and `mask_chat` all use it. How spans
+are found is told in `lorafit.data.turns`, how typed control strings stay text in `lorafit.data.encode`;
+`docs/masks.md` draws both.
 """
 
 from __future__ import annotations
@@ -11,33 +12,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-import jinja2
-
 from lorafit.contracts import Encoded
+from lorafit.data.chat_template import (
+    KEY,
+    BoundTemplate,
+    Messages,
+    RenderError,
+    check_variables,
+    template_sources,
+    with_text_arguments,
+)
 from lorafit.data.dropped import TOOLS, Dropped, find_dropped
 from lorafit.data.encode import Stretch, TextEncoder, mark_trained
-from lorafit.data.filters import TemplateLimitError
 from lorafit.data.provenance import BLURRED
-from lorafit.data.sandbox import ChatTemplate, Traced, compile_template
+from lorafit.data.sandbox import Traced
+from lorafit.data.truncate import Truncated, truncate_chat
 from lorafit.data.turns import Habits, Turn, find_turns, learn_habits
-from lorafit.errors import DataError, LorafitError, ModelError
+from lorafit.errors import LorafitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
-Messages = Sequence[Mapping[str, Any]]
-
-SHIPPED_TEMPLATES = ("alpaca", "chatml", "plain")
-KEY = "data.chat_template"
-
-
-class RenderError(DataError):
-    """A chat that the template refuses, or of which it drops something that should be trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,7 @@ class Rendering:
         turns: Every assistant turn, whether it carries loss or not.
         typed: What somebody typed; all else was written by the template itself.
         unsure: The part of `typed` that may be the template's all the same.
+        all_trained: Whether every token carries loss, those of no length too.
         warnings: Dropped fields (with `dropped_fields: warn`) and turns without an end-of-turn token, one text each.
         history_dropped: Fields that the template shows in the last turn only, one name for each time it happens.
     """
@@ -59,19 +59,14 @@ class Rendering:
     turns: tuple[Turn, ...]
     typed: tuple[Stretch, ...]
     unsure: tuple[Stretch, ...] = ()
+    all_trained: bool = False
     warnings: tuple[str, ...] = ()
     history_dropped: tuple[str, ...] = ()
 
-
-def shipped_template(name: str) -> str:
-    """The text of a chat template that comes with lorafit.
-
-    Raises:
-        KeyError: For a name that is not in `SHIPPED_TEMPLATES`.
-    """
-    if name not in SHIPPED_TEMPLATES:
-        raise KeyError(name)
-    return resources.files("lorafit.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+    @property
+    def answers(self) -> tuple[Stretch, ...]:
+        """What the model writes: the spans, or every assistant turn where all of the text carries loss."""
+        return tuple((turn.start, turn.end) for turn in self.turns) if self.all_trained else self.spans
 
 
 class ChatRenderer:
@@ -80,8 +75,8 @@ class ChatRenderer:
     Args:
         tokenizer: Its template is used where none is given; it is not changed.
         chat_template: A shipped name (`SHIPPED_TEMPLATES`) or the text of a template.
-        train_on: `assistant`: every assistant turn without `weight: 0`; `last_turn`: the last of them; `completion`: those
-            behind the last user message; `all`: every token.
+        train_on: `assistant`: every assistant turn without `weight: 0`; `last_turn`: the last of them; `completion`:
+            those behind the last user message; `all`: every token.
         dropped_fields: What to do with a field that the template renders nowhere: `error` or `warn`.
         system_prompt: The system message of chats that have none.
 
@@ -99,20 +94,20 @@ class ChatRenderer:
         system_prompt: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._sources = _template_sources(tokenizer, chat_template)
+        self._sources = template_sources(tokenizer, chat_template)
         self.template = chat_template or tokenizer.chat_template
         self._train_on = train_on
         self._dropped_fields = dropped_fields
         self._system_prompt = system_prompt
         self._variables = dict(tokenizer.special_tokens_map)
         self._end_token = str(tokenizer.eos_token or "")
-        templates = {source: _compile(source) for source in self._sources.values()}
+        templates = {source: compile_or_explain(source) for source in self._sources.values()}
         self.encoder = TextEncoder(tokenizer, "\0".join(template.literal_text() for template in templates.values()))
         self._control = re.compile("|".join(map(re.escape, self.encoder.control.values())) or "(?!)")
         self._habits: dict[str, Habits] = {}
         for source, template in templates.items():
-            render = _BoundTemplate(template, None, self._variables)
-            _check_variables(render)
+            render = BoundTemplate(template, None, self._variables)
+            check_variables(render)
             self._habits[source] = learn_habits(render)
 
     def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> Rendering:
@@ -141,6 +136,7 @@ class ChatRenderer:
             turns=tuple(turns),
             typed=tuple(typed),
             unsure=tuple(unsure),
+            all_trained=self._train_on == "all",
             warnings=tuple(warnings),
             history_dropped=tuple(name for _, name in dropped.history),
         )
@@ -151,10 +147,26 @@ class ChatRenderer:
         Raises:
             DataError: If a control string stands where nobody can say who wrote it.
         """
-        ids, offsets = self.encoder.encode(rendering.text, rendering.typed, rendering.unsure)
-        if self._train_on == "all":
-            return Encoded(ids, [True] * len(ids))
-        return Encoded(ids, mark_trained(offsets, rendering.spans))
+        ids, offsets = self.locate(rendering)
+        return Encoded(ids, [True] * len(ids) if rendering.all_trained else mark_trained(offsets, rendering.spans))
+
+    def locate(self, rendering: Rendering) -> tuple[list[int], list[Stretch]]:
+        """Token ids of a rendering and where each stands in its text."""
+        return self.encoder.encode(rendering.text, rendering.typed, rendering.unsure)
+
+    def truncate(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, max_length: int
+    ) -> Truncated | None:
+        """A chat cut to `max_length` tokens: oldest turns first, then the prompt from its left
+        (`lorafit.data.truncate`).
+
+        Returns:
+            None where nothing useful of an answer fits.
+
+        Raises:
+            RenderError: As `render`.
+        """
+        return truncate_chat(self, messages, tools, max_length)
 
     def prompt_ids(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Token ids of a chat with the generation prompt behind it: what a model is given to answer.
@@ -186,13 +198,13 @@ class ChatRenderer:
         tools: Sequence[Mapping[str, Any]] | None,
         source: str,
         add_generation_prompt: bool = False,
-    ) -> tuple[_BoundTemplate, Traced, list[dict[str, Any]]]:
+    ) -> tuple[BoundTemplate, Traced, list[dict[str, Any]]]:
         """Renders a chat. A template that takes arguments of tool calls as text only (DeepSeek's) gets them as JSON."""
-        render = _BoundTemplate(_compile(source), tools, self._variables)
+        render = BoundTemplate(compile_or_explain(source), tools, self._variables)
         try:
             return render, render.traced(chat, add_generation_prompt), chat
         except RenderError:
-            as_text = _with_text_arguments(chat)
+            as_text = with_text_arguments(chat)
             if as_text == chat:
                 raise
             try:
@@ -233,7 +245,9 @@ class ChatRenderer:
         return [f"dropped: {text}" for text in said]
 
     def _typed_stretches(self, whole: Traced) -> tuple[list[Stretch], list[Stretch]]:
-        """What was typed, and which of it perhaps. Where no control string was typed at all, nothing depends on a perhaps."""
+        """What was typed, and which of it perhaps. Where no control string was typed at all, nothing depends on a
+        perhaps.
+        """
         unsure = _stretches(whole, lambda start: start == BLURRED)
         if unsure and not any(self._control.search(leaf.text) for leaf in whole.leaves):
             return _stretches(whole, lambda start: start != BLURRED), []
@@ -255,124 +269,11 @@ class ChatRenderer:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class _BoundTemplate:
-    """A template with a chat's tools and the tokenizer's special tokens; turns what it raises into our errors."""
-
-    template: ChatTemplate
-    tools: Sequence[Mapping[str, Any]] | None
-    variables: Mapping[str, Any]
-
-    def traced(self, messages: Messages, add_generation_prompt: bool) -> Traced:
-        try:
-            return self.template.render(
-                messages, self.tools, variables=self.variables, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template can raise anything
-            _explain(error)
-
-    def plain(self, messages: Messages, add_generation_prompt: bool) -> str:
-        try:
-            return self.template.render_plain(
-                messages, self.tools, variables=self.variables, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:
-            _explain(error)
-
-
-def _explain(error: Exception) -> NoReturn:
-    if isinstance(error, LorafitError):
-        raise error
-    line = None
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    place = f" at line {line}" if line else ""
-    if isinstance(error, jinja2.exceptions.SecurityError):
-        raise ModelError(f"what the chat template does{place} is not allowed: {error}", key=KEY) from error
-    if isinstance(error, (TemplateLimitError, MemoryError, RecursionError, OverflowError)):
-        limit = "" if isinstance(error, TemplateLimitError) else "time limit or size limit: "
-        raise ModelError(f"the chat template was stopped{place}: {limit}{error}", key=KEY) from error
-    message = " ".join(str(error).split()) or type(error).__name__
-    raise RenderError(
-        f"the chat template refuses this chat{place}: {message}", key=KEY, todo="correct the row"
-    ) from error
-
-
-def _template_sources(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> dict[str, str]:
-    """The templates to use, by name; `default` is always one of them."""
-    if chat_template is not None:
-        return {"default": shipped_template(chat_template) if chat_template in SHIPPED_TEMPLATES else chat_template}
-    own = getattr(tokenizer, "chat_template", None)
-    if isinstance(own, dict) and own:
-        return {**own, "default": own.get("default") or next(iter(own.values()))}
-    if isinstance(own, str) and own:
-        return {"default": own}
-    raise ModelError(
-        "the tokenizer has no chat template, as is usual for base models",
-        key=KEY,
-        todo=f"set data.chat_template to one of {', '.join(SHIPPED_TEMPLATES)}, or to a file",
-    )
-
-
-def _compile(source: str) -> ChatTemplate:
-    try:
-        return compile_template(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"the chat template is not valid, line {error.lineno}: {error.message}", key=KEY) from error
-    except jinja2.TemplateError as error:
-        raise ModelError(f"the chat template is not valid: {error}", key=KEY) from error
-
-
-def _check_variables(render: _BoundTemplate) -> None:
-    """Finds a template that fails for any chat because a name in it is unknown.
-
-    Raises:
-        ModelError: With the line of the template.
-    """
-    for chat in (
-        [{"role": "user", "content": "q"}],
-        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
-    ):
-        try:
-            render.traced(chat, False)
-        except RenderError as error:
-            if isinstance(error.__cause__, jinja2.UndefinedError):
-                raise ModelError(error.what, key=KEY, todo="correct the template") from error
-
-
-def _attempt_cut(render: _BoundTemplate, chat: Messages, message: int) -> Traced | None:
+def _attempt_cut(render: BoundTemplate, chat: Messages, message: int) -> Traced | None:
     try:
         return render.traced(chat[: message + 1], False)
     except LorafitError:
         return None
-
-
-def _with_text_arguments(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The chat with arguments of tool calls as JSON text."""
-    import json
-
-    def call_as_text(call: Any) -> Any:
-        if not isinstance(call, Mapping):
-            return call
-        inner = call.get("function")
-        if isinstance(inner, Mapping):
-            return {**call, "function": call_as_text(inner)}
-        arguments = call.get("arguments")
-        return (
-            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-            if isinstance(arguments, (dict, list))
-            else call
-        )
-
-    return [
-        {**message, "tool_calls": [call_as_text(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else message
-        for message in chat
-    ]
 
 
 def _stretches(whole: Traced, wanted: Any) -> list[Stretch]:
@@ -403,8 +304,8 @@ def mask_chat(
         tokenizer: With a chat template.
 
     Returns:
-        `input_ids` and `labels`, of equal length: `labels[i]` is `input_ids[i]` where the token carries loss, else -100. They
-        are not shifted.
+        `input_ids` and `labels`, of equal length: `labels[i]` is `input_ids[i]` where the token carries loss, else
+        -100. They are not shifted.
 
     Raises:
         RenderError: If the template refuses the chat or drops something that should be trained.

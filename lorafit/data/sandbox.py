@@ -1,13 +1,14 @@
 """Runs a chat template as transformers does, but so that the rendering knows who wrote each character.
 
-`ChatTemplate(source).render(...)` gives the text, the runs of `lorafit.data.provenance`, and the stretch of text that the
-template wrote while its loop stood at each message:
+`ChatTemplate(source).render(...)` gives the text, the runs of `lorafit.data.provenance`, and the stretch of text that
+the template wrote while its loop stood at each message:
 
     <|im_start|>user⏎hi<|im_end|>⏎<|im_start|>assistant⏎hello<|im_end|>⏎
     └────── message 0 ──────────┘ └──────────── message 1 ──────────────┘
 
-For that, every `for` of the template gets two invisible outputs: a mark at the start of its body and one behind its end.
-A template is foreign code: it runs in Jinja's immutable sandbox, and one that runs or grows without end is stopped.
+For that, every `for` of the template gets two invisible outputs: a mark at the start of its body and one behind its
+end. A template is foreign code: it runs in Jinja's immutable sandbox, and one that runs or grows without end is
+stopped.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import jinja2.ext
 import jinja2.nodes as nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from lorafit.data.filters import (
@@ -45,8 +46,11 @@ LOOP_TURNS_LIMIT = 5_000_000
 
 GENERATION_START, GENERATION_END, LOOP_END, FIRST_MESSAGE = -1, -2, -3, -10
 
-KNOWN_ROLES = frozenset("system developer user assistant tool function ipython model environment observation".split())
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # transformers fills the first two from any of them
+KNOWN_ROLES = frozenset(
+    ["system", "developer", "user", "assistant", "tool", "function", "ipython", "model", "environment", "observation"]
+)
+# transformers fills the first two from any of them
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Record(dict[str, Any]):
@@ -62,7 +66,9 @@ TEXT_METHODS = frozenset(name for name in dir(str) if name[0] != "_" and not nam
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One string of the chat: `message` (-1 for tools), the path to it there, its text; a key has the path of its value."""
+    """One string of the chat: `message` (-1 for tools), the path to it there, its text; a key has the path of its
+    value.
+    """
 
     message: int
     path: tuple[str | int, ...]
@@ -224,7 +230,7 @@ def _trace(result: str, leaves: list[Leaf]) -> Traced:
     return traced
 
 
-# --- the environment: transformers' own settings, with strings that keep their origin -----------------------------------------
+# --- the environment: transformers' own settings, with strings that keep their origin ---
 
 
 class _CodeGenerator(CodeGenerator):
@@ -239,7 +245,7 @@ class _CodeGenerator(CodeGenerator):
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}`: marks where the template's author says that the model writes."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (Jinja declares it so)
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -279,7 +285,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, finalize=shown, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
         )
         self.loop_turns = 0
-        self.concat = limited_glue  # type: ignore[assignment]
+        self.concat = limited_glue  # type: ignore[method-assign]
         self.filters = {name: followed(plain) for name, plain in self.filters.items()}
         self.filters |= {"tojson": tojson, "join": join, "replace": replace, "format": format_filter}
         self.filters |= {"lorafit_mark": self._mark, "lorafit_loop_end": _loop_end}
@@ -306,7 +312,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return limited_glue(shown(part) for part in parts)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        # The sandbox's own checks take half of a rendering's time; these types hold nothing that is not the template's to read.
+        # The sandbox's own checks take half of a rendering's time; all that these types hold is the template's to read.
         kind = type(obj)
         if kind is Record or kind is dict:
             if attribute not in DICT_ATTRIBUTES:

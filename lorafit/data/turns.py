@@ -3,11 +3,11 @@
     <|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎Paris.<|im_end|>⏎
     └────── header ─────┘└──────────── turn ────────────────┘     (the template's newline behind it is not generated)
 
-The first method reads the tracing: the stretch of text that the template wrote while its loop stood at the message, less the
-header. The header is what the generation prompt ends with, because that is what the model will be given. The second method
-renders prefixes of the chat and applies wherever a prefix renders as it does inside the whole: the prompt before a turn must
-end where the turn starts, and the chat cut after it where the turn ends. Where the template has `{% generation %}` marks, the
-typed characters inside them must be the ones found. A disagreement is an error.
+The first method reads the tracing: the stretch of text that the template wrote while its loop stood at the message,
+less the header. The header is what the generation prompt ends with, because that is what the model will be given. The
+second method renders prefixes of the chat and applies wherever a prefix renders as it does inside the whole: the
+prompt before a turn must end where the turn starts, and the chat cut after it where the turn ends. Where the template
+has `{% generation %}` marks, the typed characters inside them must be the ones found. A disagreement is an error.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _region(index: int, whole: Traced) -> tuple[int, int] | None:
         regions = [region for region in regions if _typed_extent(whole, index, region)[1] > region[0]]
     if len(regions) > 1:
         raise DataError(
-            f"the chat template writes message {index + 1} in {len(regions)} places, so its answer cannot be told apart",
+            f"the chat template writes message {index + 1} in {len(regions)} places: its answer cannot be told apart",
             key="data.chat_template",
             todo="use another template",
         )
@@ -149,7 +149,7 @@ def _region(index: int, whole: Traced) -> tuple[int, int] | None:
 
 
 def _typed_extent(whole: Traced, index: int, region: tuple[int, int]) -> tuple[int, int]:
-    """Where the first typed character of a message stands in a region, and behind its last; (end, start) without any."""
+    """From the first typed character of a message in a region to behind its last; (end, start) without any."""
     first, last, place = region[1], region[0], 0
     for length, origin, _ in whole.runs:
         a, b = max(place, region[0]), min(place + length, region[1])
@@ -192,8 +192,8 @@ def _behind_header(
     lead = text[start:first_typed]
     if lead.strip():
         raise DataError(
-            f"message {index + 1} starts with {lead[:40]!r}, but the chat template's generation prompt is {opening[:40]!r}: "
-            "cannot tell where the answer starts",
+            f"message {index + 1} starts with {lead[:40]!r}, but the chat template's generation prompt is "
+            f"{opening[:40]!r}: cannot tell where the answer starts",
             key="data.chat_template",
             todo="use another template",
         )
@@ -246,8 +246,8 @@ def _check_prefix(turn: Turn, messages: Messages, whole: Traced, render: Render,
     low, high = sorted((turn.end, len(cut.rstrip())))
     if whole.text[low:high].strip():
         raise DataError(
-            f"two ways to find the answer in message {turn.message + 1} disagree: it ends at character {turn.end} of the "
-            f"rendering, or at {len(cut.rstrip())}",
+            f"two ways to find the answer in message {turn.message + 1} disagree: it ends at character {turn.end} of "
+            f"the rendering, or at {len(cut.rstrip())}",
             key="data.chat_template",
             todo="use another template",
         )
@@ -272,7 +272,7 @@ def _check_apart(turns: Sequence[Turn], messages: Messages, whole: Traced) -> No
 
 
 def _check_generation_marks(turns: Sequence[Turn], whole: Traced) -> None:
-    """Where the template marks what is generated, typed characters must be trained inside the marks and nowhere else."""
+    """Where the template marks what is generated, typed text must be trained inside the marks and nowhere else."""
     if not whole.generation:
         return
     place = 0
@@ -285,8 +285,8 @@ def _check_generation_marks(turns: Sequence[Turn], whole: Traced) -> None:
         found = any(turn.start <= a and b <= turn.end for turn in turns)
         if marked != found:
             raise DataError(
-                f"the chat template's generation marks {'hold' if marked else 'leave out'} {whole.text[a:b][:40]!r}, which is "
-                f"{'not part' if marked else 'part'} of an assistant turn",
+                f"the chat template's generation marks {'hold' if marked else 'leave out'} {whole.text[a:b][:40]!r}, "
+                f"which is {'not part' if marked else 'part'} of an assistant turn",
                 key="data.chat_template",
                 todo="use another template, or correct its marks",
             )

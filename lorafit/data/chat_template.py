@@ -1,0 +1,152 @@
+"""Chat templates from everywhere, and what they raise as our errors: the tokenizer's own, a shipped one, a file's
+text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jinja2
+
+from lorafit.data.filters import TemplateLimitError
+from lorafit.data.sandbox import ChatTemplate, Traced, compile_template
+from lorafit.errors import DataError, LorafitError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+
+SHIPPED_TEMPLATES = ("alpaca", "chatml", "plain")
+KEY = "data.chat_template"
+
+
+class RenderError(DataError):
+    """A chat that the template refuses, or of which it drops something that should be trained."""
+
+
+def shipped_template(name: str) -> str:
+    """The text of a chat template that comes with lorafit.
+
+    Raises:
+        KeyError: For a name that is not in `SHIPPED_TEMPLATES`.
+    """
+    if name not in SHIPPED_TEMPLATES:
+        raise KeyError(name)
+    return resources.files("lorafit.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundTemplate:
+    """A template with a chat's tools and the tokenizer's special tokens; turns what it raises into our errors."""
+
+    template: ChatTemplate
+    tools: Sequence[Mapping[str, Any]] | None
+    variables: Mapping[str, Any]
+
+    def traced(self, messages: Messages, add_generation_prompt: bool) -> Traced:
+        try:
+            return self.template.render(
+                messages, self.tools, variables=self.variables, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template can raise anything
+            explain(error)
+
+    def plain(self, messages: Messages, add_generation_prompt: bool) -> str:
+        try:
+            return self.template.render_plain(
+                messages, self.tools, variables=self.variables, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:
+            explain(error)
+
+
+def explain(error: Exception) -> NoReturn:
+    if isinstance(error, LorafitError):
+        raise error
+    line = None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    place = f" at line {line}" if line else ""
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        raise ModelError(f"what the chat template does{place} is not allowed: {error}", key=KEY) from error
+    if isinstance(error, (TemplateLimitError, MemoryError, RecursionError, OverflowError)):
+        limit = "" if isinstance(error, TemplateLimitError) else "time limit or size limit: "
+        raise ModelError(f"the chat template was stopped{place}: {limit}{error}", key=KEY) from error
+    message = " ".join(str(error).split()) or type(error).__name__
+    raise RenderError(
+        f"the chat template refuses this chat{place}: {message}", key=KEY, todo="correct the row"
+    ) from error
+
+
+def template_sources(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> dict[str, str]:
+    """The templates to use, by name; `default` is always one of them."""
+    if chat_template is not None:
+        return {"default": shipped_template(chat_template) if chat_template in SHIPPED_TEMPLATES else chat_template}
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, dict) and own:
+        return {**own, "default": own.get("default") or next(iter(own.values()))}
+    if isinstance(own, str) and own:
+        return {"default": own}
+    raise ModelError(
+        "the tokenizer has no chat template, as is usual for base models",
+        key=KEY,
+        todo=f"set data.chat_template to one of {', '.join(SHIPPED_TEMPLATES)}, or to a file",
+    )
+
+
+def compile_or_explain(source: str) -> ChatTemplate:
+    try:
+        return compile_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"the chat template is not valid, line {error.lineno}: {error.message}", key=KEY) from error
+    except jinja2.TemplateError as error:
+        raise ModelError(f"the chat template is not valid: {error}", key=KEY) from error
+
+
+def check_variables(render: BoundTemplate) -> None:
+    """Finds a template that fails for any chat because a name in it is unknown.
+
+    Raises:
+        ModelError: With the line of the template.
+    """
+    for chat in (
+        [{"role": "user", "content": "q"}],
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    ):
+        try:
+            render.traced(chat, False)
+        except RenderError as error:
+            if isinstance(error.__cause__, jinja2.UndefinedError):
+                raise ModelError(error.what, key=KEY, todo="correct the template") from error
+
+
+def with_text_arguments(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat with arguments of tool calls as JSON text."""
+
+    def call_as_text(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        inner = call.get("function")
+        if isinstance(inner, Mapping):
+            return {**call, "function": call_as_text(inner)}
+        arguments = call.get("arguments")
+        return (
+            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            if isinstance(arguments, (dict, list))
+            else call
+        )
+
+    return [
+        {**message, "tool_calls": [call_as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in chat
+    ]

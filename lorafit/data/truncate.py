@@ -1,0 +1,144 @@
+"""Cuts a row that is longer than `max_length`.
+
+    system | turn 1 | turn 2 | question answer<end>      a chat of several turns
+    system |          turn 2 | question answer<end>      1. the oldest turns go, the system message stays
+                            estion answer<end>           2. the prompt is cut from its left; a BOS stays
+                               ion ans                   3. an answer still too long ends where it was cut
+
+A turn is a user message with all that follows it up to the next one, so that what is left starts with a user message
+and holds every call together with its result. Tokens behind the last trained one teach nothing and go before anything
+else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Encoded
+from lorafit.data.encode import mark_trained
+
+if TYPE_CHECKING:
+    from lorafit.data.render import ChatRenderer
+
+Messages = Sequence[Mapping[str, Any]]
+
+PROMPT_SHARE = (
+    4  # where an answer must be cut, a quarter of the room is the prompt's: an answer to nothing teaches nothing
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated(Encoded):
+    """A row that fits.
+
+    Attributes:
+        dropped_messages: Messages of the oldest turns that went.
+        cut_prompt_tokens: Tokens cut from the left of what was left.
+        cut_answer_tokens: Tokens cut from the end of the answer, the end-of-turn token among them.
+    """
+
+    dropped_messages: int = 0
+    cut_prompt_tokens: int = 0
+    cut_answer_tokens: int = 0
+
+
+def truncate_chat(
+    renderer: ChatRenderer, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, max_length: int
+) -> Truncated | None:
+    """See `ChatRenderer.truncate`."""
+    chats = _shorter_chats(messages)
+    low, high = 0, len(chats) - 1
+    while low < high:  # the first that fits, else the last; fewer turns never make a chat longer
+        middle = (low + high) // 2
+        if _useful_tokens(renderer.encode(renderer.render(chats[middle], tools)).trained) <= max_length:
+            high = middle
+        else:
+            low = middle + 1
+    rendering = renderer.render(chats[low], tools)
+    _, offsets = renderer.locate(rendering)
+    answers = mark_trained(offsets, rendering.answers)
+    first = rendering.answers[0][0] if rendering.answers else 0
+    header = next((turn.header for turn in rendering.turns if turn.start == first), first)
+    return cut_tokens(
+        renderer.encode(rendering),
+        answers,
+        max_length,
+        bos=renderer.encoder.bos,
+        header_tokens=sum(header <= start and end <= first for start, end in offsets),
+        dropped_messages=len(messages) - len(chats[low]),
+    )
+
+
+def cut_tokens(
+    encoded: Encoded,
+    answers: Sequence[bool],
+    max_length: int,
+    *,
+    bos: int | None,
+    header_tokens: int = 0,
+    dropped_messages: int = 0,
+) -> Truncated | None:
+    """Cuts the tokens of one row to `max_length`: its prompt from the left, then, if it must be, its answer from the
+    right.
+
+    Args:
+        encoded: The row.
+        answers: Which tokens an answer holds, whether they carry loss or not; the first of them ends the prompt.
+        max_length: In tokens.
+        bos: The id that stays in front of a cut prompt, if the row starts with it.
+        header_tokens: Tokens right before the first answer that are never cut: its header.
+        dropped_messages: Passed on.
+
+    Returns:
+        None if no token that carries loss is left.
+    """
+    useful = _useful_tokens(encoded.trained)
+    ids, trained = encoded.input_ids[:useful], encoded.trained[:useful]
+    prompt = next((place for place, is_answer in enumerate(answers[:useful]) if is_answer), useful)
+    answer = useful - prompt
+    header = min(header_tokens, prompt)
+    kept_prompt = min(prompt, max_length - answer)
+    if kept_prompt < header:
+        kept_prompt = min(prompt, max(header, max_length // PROMPT_SHARE))
+    left = list(range(prompt - kept_prompt, prompt))
+    if 0 < len(left) < prompt and bos is not None and ids[0] == bos and kept_prompt > header:
+        left[0] = 0
+    kept = [*left, *range(prompt, useful)][:max_length]
+    while kept and not trained[kept[-1]]:
+        kept.pop()
+    if not any(trained[place] for place in kept[1:]):  # the first token of a row is never predicted
+        return None
+    return Truncated(
+        [ids[place] for place in kept],
+        [trained[place] for place in kept],
+        dropped_messages=dropped_messages,
+        cut_prompt_tokens=prompt - kept_prompt,
+        cut_answer_tokens=useful - 1 - kept[-1],
+    )
+
+
+def _useful_tokens(trained: Sequence[bool]) -> int:
+    """Tokens up to the last one that carries loss."""
+    return next((place for place in range(len(trained), 0, -1) if trained[place - 1]), 0)
+
+
+def _shorter_chats(messages: Messages) -> list[Messages]:
+    """The chat, and the same without its oldest turn, its two oldest, ... as long as an answer that carries loss is
+    left.
+    """
+    first = next((place for place, message in enumerate(messages) if not _is_system(message)), len(messages))
+    starts = [place for place in range(first, len(messages)) if messages[place].get("role") == "user"]
+    chats: list[Messages] = [messages]
+    for start in starts:
+        rest = messages[start:]
+        if start > first and any(
+            message.get("role") == "assistant" and message.get("weight", 1) != 0 for message in rest
+        ):
+            chats.append([*messages[:first], *rest])
+    return chats
+
+
+def _is_system(message: Mapping[str, Any]) -> bool:
+    return message.get("role") in ("system", "developer")
