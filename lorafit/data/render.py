@@ -22,6 +22,7 @@ from lorafit.data.chat_template import (
     Messages,
     RenderError,
     check_variables,
+    compile_or_explain,
     template_sources,
     with_text_arguments,
 )
