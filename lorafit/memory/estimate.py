@@ -9,7 +9,16 @@ from typing import Any
 from lorafit.kinds.adapters import Adapter
 from lorafit.kinds.optimizers import OptimizerKind
 from lorafit.kinds.quantizations import Quantization
-from lorafit.memory.layer import LayerPeak, Numerics, Work, layer_operations, layer_peak
+from lorafit.memory.layer import (
+    LayerPeak,
+    Numerics,
+    Work,
+    final_norm_bytes,
+    keeps_layer_input,
+    layer_operations,
+    layer_peak,
+    ungraded_bytes,
+)
 from lorafit.shapes import LinearShape, ModelShape
 
 LOGITS_CHUNK_BYTES = 64 * 2**20
@@ -227,29 +236,26 @@ def step_phases(
     backward_peak = layer_peak(operations, tokens, "backward")
     casts = trainable * n.compute_bytes if n.autocast else 0  # autocast caches its casts of the adapters' weights
     stream = shape.hidden_size * n.stream_bytes * tokens
-    final_norm = (4 * shape.hidden_size + shape.hidden_size * n.compute_bytes) * tokens
-    head_bytes = _head_states_bytes(shape, n, labels)
+    final_norm = final_norm_bytes(shape, n) * tokens
+    mask = n.compute_bytes * work.row_tokens * tokens if work.attention == "eager" or shape.softcap else 0
+    update = Phase("update", "optimizer step", 0, 0, 0, 4 * trainable, 0)
     if checkpointing:
-        leaked = _leaked_bytes(shape, n, tokens) * shape.layers
-        inputs = stream * (shape.layers + 1) + leaked
-        layer_casts = casts // shape.layers
-        recomputed = max(forward_peak, backward_peak, key=lambda peak: peak.peak_bytes)
-        gradient = stream  # of the layer's output, while the layer is recomputed
+        inputs = stream * shape.layers + _leaked_bytes(shape, n, tokens) * shape.layers + mask
+        again = final_norm if keeps_layer_input(shape, n) else 0
+        worst = max(forward_peak, backward_peak, key=lambda peak: peak.peak_bytes)
+        recomputed = worst.peak_bytes - worst.fixed_bytes - again + (stream if worst is forward_peak else 0)
         return (
             Phase("forward", forward_peak.where, inputs, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
             Phase("loss", "loss", inputs + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
-            Phase(
-                "backward", f"recomputation: {recomputed.where}", inputs,
-                recomputed.peak_bytes - recomputed.fixed_bytes + gradient, 0, recomputed.fixed_bytes, layer_casts,
-            ),
-            Phase("update", "optimizer step", 0, 0, 0, 4 * trainable, 0),
-        )  # fmt: skip
-    kept = forward_peak.kept_bytes * shape.layers
+            Phase("backward", f"recomputed {worst.where}", inputs, recomputed, 0, worst.fixed_bytes, casts // shape.layers),
+            update,
+        )
+    kept = forward_peak.kept_bytes * shape.layers - round(ungraded_bytes(operations, work) * tokens) + mask
     return (
         Phase("forward", forward_peak.where, kept, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
         Phase("loss", "loss", kept + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
-        Phase("backward", backward_peak.where, kept, _moment(backward_peak), head_bytes // 2, backward_peak.fixed_bytes, casts),
-        Phase("update", "optimizer step", 0, 0, 0, 4 * trainable, 0),
+        Phase("backward", backward_peak.where, kept, _moment(backward_peak), 0, backward_peak.fixed_bytes, casts),
+        update,
     )
 
 
@@ -285,7 +291,5 @@ def loss_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
         return states + shape.vocabulary * labels * (2 * c + 8)
     rows = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
     if labels <= rows:
-        per_label = (c + 4 + c if c < 4 else 8) * shape.vocabulary
-        return states + per_label * labels
-    per_label = (2 * c + 8 if c < 4 else 12) * shape.vocabulary
-    return states + per_label * rows
+        return states + ((2 * c + 4 if c < 4 else 8) * shape.vocabulary + c * shape.hidden_size) * labels
+    return states + ((2 * c + 8 if c < 4 else 12) * shape.vocabulary + c * shape.hidden_size) * rows

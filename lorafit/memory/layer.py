@@ -144,9 +144,30 @@ def layer_operations(shape: ModelShape, work: Work) -> list[Operation]:
     # While a block runs, the stream that goes past it and the norm's output (its argument) are alive; on the way back the
     # stream's gradient is. With parallel blocks the first block's result waits too.
     waiting = stream if shape.parallel else 0
-    block = {"forward": stream + norm_out, "backward": stream + waiting}
+    past = 0 if _norm_keeps_stream(shape, n) else stream
+    block = {"forward": past + norm_out, "backward": stream + waiting}
     post = [_norm("post norm", shape, n)] if shape.norms_per_layer == 4 else []
-    return [_beside(op, block) for op in [*attention, *post, *mlp, *post]]
+    return [_beside(operation, block) for operation in [*attention, *post, *mlp, *post]]
+
+
+def final_norm_bytes(shape: ModelShape, numerics: Numerics) -> int:
+    """What the norm behind the last layer keeps, a token."""
+    return round(_norm("norm", shape, numerics).kept)
+
+
+def ungraded_bytes(operations: list[Operation], work: Work) -> float:
+    """What the very first layer does not keep, a token: nothing needs a gradient before its first adapter."""
+    kept = 0.0
+    for operation in operations:
+        if work.numerics.keeps_inputs or any(operation.name == linear.name for linear in work.adapted):
+            return kept
+        kept += operation.kept
+    return kept
+
+
+def keeps_layer_input(shape: ModelShape, numerics: Numerics) -> bool:
+    """Whether that is the layer's own input, which checkpointing has counted already."""
+    return _norm_keeps_stream(shape, numerics)
 
 
 def _beside(operation: Operation, alive: dict[str, int]) -> Operation:
@@ -185,19 +206,22 @@ def _own_copy_bytes(work: Work, input_bytes: int) -> int:
     return multiplied if work.dropout > 0 or multiplied != input_bytes or reads != input_bytes else 0
 
 
-def _linear(linear: LinearShape, work: Work, *, input_bytes: int, alive: float) -> Operation:
+def _linear(
+    linear: LinearShape, work: Work, *, input_bytes: int, alive: float, ends_block: bool = False, freed: float = 0.0
+) -> Operation:
     """One linear with its adapter: y = W x + s·B·A·dropout(x).
 
     Kept for an adapter: what A multiplies, where that is no tensor that others keep; the dropout mask; A's result [rank].
     A frozen W keeps nothing of x. Forward: casts and dropout's result beside W's result, then B's result, scaled, and the
     sum. Backward: the same casts as gradients, with A's input gone; and for W the gradients of both paths and their sum,
-    beside W dequantised.
+    beside W dequantised. What ends a block gets the stream's own gradient, which is counted there; `freed` is kept input
+    that is gone once A's gradient is known.
     """
     n, width_in, width_out = work.numerics, linear.in_features, linear.out_features
     c, result, weight = n.compute_bytes, n.compute_bytes * linear.out_features, work.dequantised_bytes(linear)
-    base = [Moment("forward", alive + result, weight)]
+    base, arriving = [Moment("forward", alive + result, weight)], 0 if ends_block else result
     if linear not in work.adapted:
-        return Operation(linear.name, 0.0, (*base, Moment("backward", result + c * width_in, weight)))
+        return Operation(linear.name, 0.0, (*base, Moment("backward", arriving + c * width_in, weight)))
     reads, copy = _adapter_reads(work, input_bytes), _own_copy_bytes(work, input_bytes)
     mask = (reads if n.device_kind == "cpu" else 1) if work.dropout > 0 else 0
     stages = [reads] * ((reads != input_bytes) + (work.dropout > 0))  # cast, dropout
@@ -210,8 +234,8 @@ def _linear(linear: LinearShape, work: Work, *, input_bytes: int, alive: float) 
     moments = [
         Moment("forward", alive + result + wide * width_in),
         Moment("forward", alive + result + 2 * low * width_out + (reads * width_in if reads != input_bytes else 0)),
-        Moment("backward", result + returns * width_in),
-        Moment("backward", result + (3 * c - copy - mask) * width_in, weight),
+        Moment("backward", arriving + returns * width_in),
+        Moment("backward", arriving + (3 * c - copy - mask) * width_in - freed, weight),
     ]
     return Operation(linear.name, (copy + mask) * width_in + low * work.rank, (*base, *moments))
 
@@ -239,9 +263,16 @@ def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
         kept_anyway = role == "o" or shape.activation == "relu"  # attention keeps its result, and so does relu
         shared = n.keeps_inputs or (linear in work.adapted and not _own_copy_bytes(work, width))
         held = 0 if kept_anyway else linear.in_features * width
-        operation = _linear(linear, work, input_bytes=width, alive=0.0 if shared else held)
+        operation = _linear(
+            linear, work, input_bytes=width, alive=0.0 if shared else held, ends_block=True, freed=held if shared else 0.0
+        )
         found.append(replace(operation, kept=operation.kept + held) if shared else operation)
     return found
+
+
+def _norm_keeps_stream(shape: ModelShape, n: Numerics) -> bool:
+    """Whether what a norm keeps is the stream's own tensor, and no cast of it."""
+    return n.fused_norm or (n.stream_bytes == 4 if shape.norm == "rms" else not n.wide_on_gpu)
 
 
 def _norm_out_bytes(shape: ModelShape, n: Numerics) -> int:
@@ -268,7 +299,8 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
         kept = scores * (softmax + c) + c * (q_width + 2 * (q_width if expands else kv_width))
         kept += scores * c if shape.softcap else 0
         kept += scores * (c if n.device_kind == "cpu" else 1) if shape.attention_dropout > 0 else 0
-        moments = (Moment("forward", scores * (2 * c + 4)), Moment("backward", scores * (c + 8) + 3 * c * q_width))
+        freed = c if c < 4 else 0  # the bf16 copy is used up before softmax's fp32 gradients stand at their most
+        moments = (Moment("forward", scores * c), Moment("backward", scores * (8 - freed) + 3 * c * q_width))
     else:
         kept = c * (2 * q_width + 2 * kv_width) + 4 * shape.heads
         # CUDA's flash backward sums dq in fp32 and makes dk, dv for every query head
@@ -289,7 +321,7 @@ def _activation(shape: ModelShape, work: Work) -> list[Operation]:
     if not inner:
         return found
     if shape.gated_mlp:  # act keeps its input, act·up keeps both factors
-        kept, backward = 3 * c * inner, 4 * c * inner
+        kept, backward = 3 * c * inner, 3 * c * inner
     elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one
         kept = (4 + 4 + 4 + c if n.wide_on_gpu else 4 * c) * inner
         backward = 4 * _product_bytes(shape, n) * inner
