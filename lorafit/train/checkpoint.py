@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON, whole or not there.
 
-    checkpoints/step-000100/
-      adapter/                  PEFT layout
-      optimizer.safetensors     every moment, dtype exact          optimizer.json   what belongs to which parameter
-      state.json                {train, resolved, environment}     MANIFEST         sizes and hashes, written last
+checkpoints/step-000100/
+  adapter/                  PEFT layout
+  optimizer.safetensors     every moment, dtype exact          optimizer.json   what belongs to which parameter
+  state.json                {train, resolved, environment}     MANIFEST         sizes and hashes, written last
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 class StepProgress:
     """The training bar: `training 12/240  loss 1.23  lr 1e-04  grad 0.5  812 tok/s  1.2 of 1.5 GiB`."""
 
-    def __init__(
-        self, reporter: Reporter, *, steps: int, device: torch.device, estimate_bytes: int | None
-    ) -> None:
+    def __init__(self, reporter: Reporter, *, steps: int, device: torch.device, estimate_bytes: int | None) -> None:
         self._bar: Progress = reporter.track(steps, "training")
         self._device = device
         self._estimate_bytes = estimate_bytes

@@ -23,7 +23,7 @@ class StopRequested(Exception):  # noqa: N818 - a wish, not an error
 class StopSignals:
     """While entered, signals set `received` instead of ending the process; afterwards the handlers are as before.
 
-    A second SIGINT ends at once, without saving. Outside the main thread, where Python takes no handlers, nothing happens.
+    A second SIGINT ends at once, without saving. Outside the main thread Python takes no handlers, and none are set.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        self.received = None
         if threading.current_thread() is threading.main_thread():
             for name in _WATCHED:
                 if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) != signal.SIG_IGN:

@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorafit.errors import NumericsError
+
 if TYPE_CHECKING:
     from lorafit.ops.rng import RngState
+
+MOST_OVERFLOWS_IN_ROW = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class TrainState:
         tokens: Real tokens seen, padding apart.
         trained_tokens: Those that carried loss.
         seconds: Time spent in steps.
-        micro_batch_tokens: Padded tokens of a forward pass; halved after an out-of-memory. 0: as the plan says.
+        micro_batch_limit_tokens: What an out-of-memory left of the plan's token budget; None: all of it.
         evaluated_step: The last step whose evaluation is in the log.
         best: The best evaluation by the metric that selects; None where none does, or none was made.
         patience_value: The value that the next evaluation must beat by `min_delta`.
@@ -52,7 +56,7 @@ class TrainState:
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
-    micro_batch_tokens: int = 0
+    micro_batch_limit_tokens: int | None = None
     evaluated_step: int = 0
     best: Best | None = None
     patience_value: float | None = None
@@ -79,6 +83,31 @@ class TrainState:
         """Whether nothing is left to do."""
         return self.step >= total_steps or self.stopped_early
 
+    def token_budget(self, planned_tokens: int) -> int:
+        """Padded tokens of a forward pass."""
+        return min(planned_tokens, self.micro_batch_limit_tokens or planned_tokens)
+
+    def lower_token_budget(self, tokens: int) -> None:
+        """After an out-of-memory in the step behind this edge."""
+        self.micro_batch_limit_tokens = tokens
+        self.events.append({"kind": "out_of_memory", "step": self.step + 1, "micro_batch_tokens": tokens})
+
+    def count_overflow(self, is_overflow: bool, step: int, loss_scale: float) -> None:
+        """Takes note of whether fp16 gradients of `step` overflowed.
+
+        Raises:
+            NumericsError: For the 20th time in a row.
+        """
+        in_row = self.overflows_in_row + 1 if is_overflow else 0
+        if in_row >= MOST_OVERFLOWS_IN_ROW:
+            raise NumericsError(
+                f"step {step}: fp16 gradients overflowed {in_row} times in a row, {self.overflows + 1} skipped steps in "
+                f"all, loss scale {loss_scale:g}",
+                todo="use model.dtype bf16 or fp32, or lower training.learning_rate",
+            )
+        self.overflows_in_row = in_row
+        self.overflows += is_overflow
+
     def judge(self, value: float, metric: str, *, lower_is_better: bool, min_delta: float = 0.0) -> bool:
         """Takes one evaluation into account, for the best checkpoint and for early stopping.
 
@@ -96,3 +125,24 @@ class TrainState:
             self.best = Best(self.step, metric, value)
             return True
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """How a run ended.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        adapter_step: The step whose adapter is the run's.
+        was_complete: Nothing was left to do.
+    """
+
+    steps: int
+    adapter_step: int
+    best: Best | None
+    stopped_early: bool
+    was_complete: bool
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    peak_memory_bytes: int

@@ -1,0 +1,36 @@
+"""Telling an out-of-memory from other errors, and saying what to lower."""
+
+from __future__ import annotations
+
+import torch
+
+from lorafit.errors import ResourceError
+
+_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host ran out of memory; torch's CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+
+
+def out_of_memory(where: str, longest_tokens: int, micro_batch_tokens: int) -> ResourceError:
+    """The error a user sees.
+
+    Args:
+        where: E.g. `at step 12`.
+        longest_tokens: Sequence length of the longest row of that step.
+        micro_batch_tokens: The token budget in force.
+    """
+    return ResourceError(
+        f"out of memory {where}: seq length {longest_tokens}, micro_batch_tokens {micro_batch_tokens}",
+        todo="lower training.micro_batch_tokens or data.max_length, or set training.gradient_checkpointing: true",
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives cached blocks back, so that the next try starts from an unbroken pool."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
