@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from lorafit.errors import ResourceError
@@ -180,6 +181,12 @@ def _casting_modules(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
 
 
+def _generator(seed: int, row: int, device: torch.device) -> torch.Generator:
+    """A row's own random numbers. Mixed, since torch on a CPU reads only the lower 32 bits of a seed."""
+    mixed = int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(mixed)
+
+
 class _GumbelNoise:
     """Logits processor: adds each row's own noise, so that the largest sum is a sample of the softmax."""
 
@@ -234,9 +241,7 @@ class _Writer:
             processors.append(TemperatureLogitsWarper(self.temperature))
             if self.top_p < 1:
                 processors.append(TopPLogitsWarper(self.top_p))
-            # 2 ** 32 rows lie between two seeds, so that seed 1 of row 0 is not seed 0 of row 1
-            seeds = [(self.seed << 32) + row for row in rows]
-            processors.append(_GumbelNoise([torch.Generator(device).manual_seed(s) for s in seeds]))
+            processors.append(_GumbelNoise([_generator(self.seed, row, device) for row in rows]))
         return processors
 
     def _read(self, tokens: list[int], seconds: float) -> Answer:
