@@ -150,6 +150,7 @@ _ALIASES = {
     "hidden_act": ("activation_function", "hidden_activation", "activation"),
     "hidden_dropout": ("resid_pdrop", "residual_dropout", "resid_dropout", "dropout"),
     "attention_dropout": ("attn_pdrop",),
+    "num_experts": ("num_local_experts",),
 }
 
 
@@ -263,6 +264,7 @@ def _decoder(facts: _Config, family: _Family) -> ModelShape:
         hidden_dropout=float(facts.get("hidden_dropout", 0.0)),
         attention_dropout=float(facts.get("attention_dropout", 0.0)),
         softcap=family.softcap and facts.get("attn_logit_softcapping", 50.0) is not None,
+        math_attention=facts.type == "falcon" and kv_heads == 1 < heads,
         plain_head=_has_plain_head(facts),
     )
 

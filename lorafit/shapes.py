@@ -53,6 +53,7 @@ class ModelShape:
         hidden_dropout: The model's own dropout on what its blocks add to the stream.
         attention_dropout: The model's own dropout on attention weights.
         softcap: Whether a soft-cap on attention scores forces eager attention (Gemma 2).
+        math_attention: Whether sdpa falls back to plain matrix products in fp32 (Falcon's multi-query broadcast).
         plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in chunks.
     """
 
@@ -84,6 +85,7 @@ class ModelShape:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     softcap: bool = False
+    math_attention: bool = False
     plain_head: bool = True
 
     @property

@@ -193,7 +193,7 @@ def estimate(
         compute_bytes=dtype_bytes,
         autocast=dtype_bytes < 4,
         device_kind="cpu" if device_kind == "cpu" else "cuda",
-        keeps_inputs=bool(getattr(quantization, "keeps_inputs", False)),
+        keeps_inputs=quantization.keeps_inputs,
     )
     work = Work(
         row_tokens=longest_tokens,

@@ -284,7 +284,11 @@ def _product_bytes(shape: ModelShape, n: Numerics) -> int:
 
 
 def _attention(shape: ModelShape, work: Work) -> list[Operation]:
-    """Rotation and attention. Flash keeps q, k, v, its output and a log-sum a head; eager keeps every score twice."""
+    """Rotation and attention.
+
+    Flash keeps q, k, v, its output and a log-sum a head; eager keeps every score, in fp32 and as computed; sdpa without a
+    flash kernel keeps them in fp32.
+    """
     n = work.numerics
     c, q_width, kv_width = n.compute_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     operations = []
@@ -294,7 +298,12 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
     scores = shape.heads * work.row_tokens
     expands = shape.kv_heads < shape.heads
     math_dropout = n.device_kind == "cpu" and shape.attention_dropout > 0  # no CPU flash kernel takes dropout
-    if work.attention == "eager" or shape.softcap or math_dropout:
+    if work.attention != "eager" and not shape.softcap and (shape.math_attention or math_dropout):
+        # fp32 throughout: softmax keeps its result, dropout its mask and the product that multiplies v
+        copies = 3 if shape.attention_dropout > 0 else 1
+        kept = 4 * (copies * scores + 3 * q_width)
+        moments = (Moment("forward", 4 * scores), Moment("backward", (4 if copies == 3 else 8) * scores))
+    elif work.attention == "eager" or shape.softcap:
         softmax = 4 if c < 4 else 0  # softmax in fp32 keeps its result; its bf16 copy multiplies v
         kept = scores * (softmax + c) + c * (q_width + 2 * (q_width if expands else kv_width))
         kept += scores * c if shape.softcap else 0
@@ -335,7 +344,9 @@ def _experts(shape: ModelShape, c: int) -> Operation:
     """Frozen fused experts: each token goes through `experts_per_token` gated MLPs and is weighted by its router."""
     ways, inner, hidden = shape.experts_per_token, shape.expert_size, shape.hidden_size
     kept = ways * (3 * c * inner + c * hidden) + 8 * shape.experts
-    return Operation("experts", kept, (Moment("forward", ways * c * hidden), Moment("backward", ways * 4 * c * inner)))
+    weighted = (c + 8) * hidden  # by fp32 router weights: results, or their gradients, in fp32 twice
+    moments = (Moment("forward", ways * weighted), Moment("backward", ways * max(4 * c * inner, weighted)))
+    return Operation("experts", kept, moments)
 
 
 def _dropped_stream(shape: ModelShape, n: Numerics) -> list[Operation]:

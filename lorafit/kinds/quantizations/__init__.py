@@ -22,10 +22,15 @@ class QuantizationSection(Section):
 
 
 class Quantization(Protocol):
-    """One way to store the frozen linear weights."""
+    """One way to store the frozen linear weights.
+
+    Attributes:
+        keeps_inputs: Whether its linears keep their input for the backward pass, out of checkpointing's reach.
+    """
 
     section: type[Any]
     is_quantized: ClassVar[bool]
+    keeps_inputs: ClassVar[bool]
 
     def weight_bytes(self, section: Any, linear: LinearShape, dtype_bytes: int) -> int:
         """Bytes of the codes (or of the plain weights) of all `linear.count` weights."""

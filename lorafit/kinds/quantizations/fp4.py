@@ -39,6 +39,7 @@ class Fp4:
 
     section = Fp4Section
     is_quantized: ClassVar[bool] = True
+    keeps_inputs: ClassVar[bool] = False
 
     def weight_bytes(self, section: Fp4Section, linear: LinearShape, dtype_bytes: int) -> int:
         """Two weights a byte."""

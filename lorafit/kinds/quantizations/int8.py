@@ -30,6 +30,7 @@ class Int8:
 
     section = Int8Section
     is_quantized: ClassVar[bool] = True
+    keeps_inputs: ClassVar[bool] = True  # MatMul8bitLt and MatMul8bitFp hold it as a plain attribute of the node
 
     def weight_bytes(self, section: Int8Section, linear: LinearShape, dtype_bytes: int) -> int:
         """One byte a weight."""

@@ -39,6 +39,7 @@ class Nf4:
 
     section = Nf4Section
     is_quantized: ClassVar[bool] = True
+    keeps_inputs: ClassVar[bool] = False
 
     def weight_bytes(self, section: Nf4Section, linear: LinearShape, dtype_bytes: int) -> int:
         """Two weights a byte."""

@@ -25,6 +25,7 @@ class NoQuantization:
 
     section = NoneSection
     is_quantized: ClassVar[bool] = False
+    keeps_inputs: ClassVar[bool] = False
 
     def weight_bytes(self, section: NoneSection, linear: LinearShape, dtype_bytes: int) -> int:
         """Bytes of the plain weights."""
