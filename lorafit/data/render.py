@@ -101,15 +101,15 @@ class ChatRenderer:
         self._dropped_fields = dropped_fields
         self._system_prompt = system_prompt
         self._variables = dict(tokenizer.special_tokens_map)
-        self._end_token = str(tokenizer.eos_token or "")
         templates = {source: compile_or_explain(source) for source in self._sources.values()}
         self.encoder = TextEncoder(tokenizer, "\0".join(template.literal_text() for template in templates.values()))
         self._control = re.compile("|".join(map(re.escape, self.encoder.control.values())) or "(?!)")
+        end_token = str(tokenizer.eos_token or "")
         self._habits: dict[str, Habits] = {}
         for source, template in templates.items():
             render = BoundTemplate(template, None, self._variables)
             check_variables(render)
-            self._habits[source] = learn_habits(render)
+            self._habits[source] = learn_habits(render, end_token, self._control)
 
     def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> Rendering:
         """Renders a chat and finds what carries loss.
@@ -126,7 +126,7 @@ class ChatRenderer:
         source = self._source(tools)
         render, whole, chat = self._trace(chat, tools, source)
         self._check_official(whole.text, chat, tools, source)
-        turns = find_turns(chat, whole, render, self._habits[source], self._end_token)
+        turns = find_turns(chat, whole, render, self._habits[source])
         dropped = find_dropped(whole, lambda message: _attempt_cut(render, chat, message), self._control)
         warnings = self._judge_dropped(dropped, chat)
         warnings += [f"message {turn.message + 1}: no end-of-turn token" for turn in turns if not turn.has_end_token]
@@ -232,9 +232,7 @@ class ChatRenderer:
 
     def _judge_dropped(self, dropped: Dropped, chat: Messages) -> list[str]:
         said = [
-            "the tools are not rendered"
-            if message == TOOLS
-            else f"{field} of message {message + 1} ({chat[message].get('role')})"
+            "the tools" if message == TOOLS else f"{field} of message {message + 1} ({chat[message].get('role')})"
             for message, field in dropped.lost
         ]
         if said and self._dropped_fields == "error":

@@ -12,12 +12,14 @@ has `{% generation %}` marks, the typed characters inside them must be the ones 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from lorafit.data.chat_template import KEY, RenderError
 from lorafit.data.sandbox import Traced
-from lorafit.errors import DataError, LorafitError
+from lorafit.errors import LorafitError
 
 Messages = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
@@ -59,17 +61,21 @@ class Habits:
     """What a template does in every chat, learnt from a small one.
 
     Attributes:
+        end_token: The tokenizer's end token, "" if it has none.
+        control: Matches control strings.
         prompt: The header of its generation prompt.
         unprompted_header: What it writes before an answer although no generation prompt announces it.
         dangling: What it writes behind the last message even where no generation prompt was asked for.
     """
 
-    prompt: str
-    unprompted_header: str
-    dangling: str
+    end_token: str
+    control: re.Pattern[str]
+    prompt: str = ""
+    unprompted_header: str = ""
+    dangling: str = ""
 
 
-def learn_habits(render: Render) -> Habits:
+def learn_habits(render: Render, end_token: str, control: re.Pattern[str]) -> Habits:
     """Renders small chats to see how the template opens an answer. A template that refuses them has no habits."""
     ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     prompt = dangling = unprompted = ""
@@ -81,13 +87,13 @@ def learn_habits(render: Render) -> Habits:
             chat = render.traced([ask, answer, ask], False)
             region = chat.regions.get(1, [(0, 0)])[0]
             lead = chat.text[region[0] : _typed_extent(chat, 1, region)[0]]
-            unprompted = lead if lead.strip() else ""
+            unprompted = lead.rstrip(" ") if lead.strip() else ""  # the blank belongs to the answer's first token
     except LorafitError:
         pass
-    return Habits(prompt, unprompted, dangling)
+    return Habits(end_token, control, prompt, unprompted, dangling)
 
 
-def find_turns(messages: Messages, whole: Traced, render: Render, habits: Habits, end_token: str) -> list[Turn]:
+def find_turns(messages: Messages, whole: Traced, render: Render, habits: Habits) -> list[Turn]:
     """All assistant turns that the rendering holds.
 
     Args:
@@ -95,16 +101,15 @@ def find_turns(messages: Messages, whole: Traced, render: Render, habits: Habits
         whole: Its rendering.
         render: Renders parts of it.
         habits: What is known of the template.
-        end_token: The tokenizer's end token, "" if it has none.
 
     Raises:
-        DataError: If a turn cannot be found, or two ways to find it disagree.
+        RenderError: If a turn cannot be found, or two ways to find it disagree.
     """
     turns = []
     for index, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        turn = _find_turn(index, messages, whole, render, habits, end_token)
+        turn = _find_turn(index, messages, whole, render, habits)
         if turn is not None:
             turns.append(turn)
     _check_apart(turns, messages, whole)
@@ -112,14 +117,12 @@ def find_turns(messages: Messages, whole: Traced, render: Render, habits: Habits
     return turns
 
 
-def _find_turn(
-    index: int, messages: Messages, whole: Traced, render: Render, habits: Habits, end_token: str
-) -> Turn | None:
+def _find_turn(index: int, messages: Messages, whole: Traced, render: Render, habits: Habits) -> Turn | None:
     prompt = _attempt(lambda: render.plain(messages[:index], True)) if index else None
     prompt = prompt if prompt is not None and whole.text.startswith(prompt) else None
     region = _region(index, whole)
     if region is None:
-        return _turn_by_prefixes(index, messages, whole, render, prompt)
+        return _turn_by_prefixes(index, messages, whole, render, habits, prompt)
     first, last = _typed_extent(whole, index, region)
     if prompt is not None and region[0] <= len(prompt) <= region[1]:
         start = len(prompt)
@@ -128,7 +131,7 @@ def _find_turn(
     if not whole.text[region[0] : start].strip() and whole.text.startswith(habits.unprompted_header, start):
         start += len(habits.unprompted_header)
     last = max(last, start)
-    answer_end, end = _end(whole.text, start, last, region[1], habits, end_token)
+    answer_end, end = _end(whole.text, start, last, region[1], habits)
     turn = Turn(index, region[0], start, end, answer_end)
     _check_prefix(turn, messages, whole, render, habits)
     return turn
@@ -140,9 +143,9 @@ def _region(index: int, whole: Traced) -> tuple[int, int] | None:
     if len(regions) > 1:
         regions = [region for region in regions if _typed_extent(whole, index, region)[1] > region[0]]
     if len(regions) > 1:
-        raise DataError(
+        raise RenderError(
             f"the chat template writes message {index + 1} in {len(regions)} places: its answer cannot be told apart",
-            key="data.chat_template",
+            key=KEY,
             todo="use another template",
         )
     return regions[0] if regions else None
@@ -187,22 +190,26 @@ def _behind_header(
     same = 0
     while same < len(opening) and start + same < first_typed and text[start + same] == opening[same]:
         same += 1
+    for piece in (opening, text[start : start + len(opening) + same]):  # not in the middle of a control string
+        same = next(
+            (found.start() for found in habits.control.finditer(piece) if found.start() < same < found.end()), same
+        )
     if opening[:same].strip() or habits.unprompted_header:
         return start + same
     lead = text[start:first_typed]
     if lead.strip():
-        raise DataError(
+        raise RenderError(
             f"message {index + 1} starts with {lead[:40]!r}, but the chat template's generation prompt is "
             f"{opening[:40]!r}: cannot tell where the answer starts",
-            key="data.chat_template",
+            key=KEY,
             todo="use another template",
         )
     return start
 
 
-def _end(text: str, start: int, last: int, region_end: int, habits: Habits, end_token: str) -> tuple[int, int]:
+def _end(text: str, start: int, last: int, region_end: int, habits: Habits) -> tuple[int, int]:
     """Behind the answer, and behind its end-of-turn token, both without the blanks that the template writes there."""
-    tail = text[last:region_end]
+    tail, end_token = text[last:region_end], habits.end_token
     opening = habits.prompt.strip()
     if opening and tail.rstrip().endswith(opening):  # a generation prompt that nobody asked for
         tail = tail.rstrip()[: -len(opening)]
@@ -217,20 +224,24 @@ def _end(text: str, start: int, last: int, region_end: int, habits: Habits, end_
     return last, last
 
 
-def _turn_by_prefixes(index: int, messages: Messages, whole: Traced, render: Render, prompt: str | None) -> Turn | None:
+def _turn_by_prefixes(
+    index: int, messages: Messages, whole: Traced, render: Render, habits: Habits, prompt: str | None
+) -> Turn | None:
     """The second method alone, for templates that do not loop over the messages themselves."""
     cut = _attempt(lambda: render.plain(messages[: index + 1], False))
-    typed = _typed_extent(whole, index, (0, len(whole.text)))
-    if typed[1] == 0 and not messages[index].get("content"):
+    first, last = _typed_extent(whole, index, (0, len(whole.text)))
+    if prompt is not None and cut is not None and whole.text.startswith(cut):
+        start = len(prompt)
+        if start <= min(first, len(cut)) and last <= len(cut):
+            answer_end, end = _end(whole.text, start, max(last, start), len(cut), habits)
+            return Turn(index, start, start, end, answer_end)
+    if last == 0 and not messages[index].get("content"):
         return None
-    if prompt is None or cut is None or not whole.text.startswith(cut) or not len(prompt) <= typed[0] <= len(cut):
-        raise DataError(
-            f"cannot find where the chat template writes message {index + 1}",
-            key="data.chat_template",
-            todo="use a template that loops over the messages",
-        )
-    end = max(len(cut.rstrip()), typed[1])
-    return Turn(index, len(prompt), len(prompt), end, typed[1])
+    raise RenderError(
+        f"cannot find where the chat template writes message {index + 1}",
+        key=KEY,
+        todo="use a template that loops over the messages",
+    )
 
 
 def _check_prefix(turn: Turn, messages: Messages, whole: Traced, render: Render, habits: Habits) -> None:
@@ -245,10 +256,10 @@ def _check_prefix(turn: Turn, messages: Messages, whole: Traced, render: Render,
         return
     low, high = sorted((turn.end, len(cut.rstrip())))
     if whole.text[low:high].strip():
-        raise DataError(
+        raise RenderError(
             f"two ways to find the answer in message {turn.message + 1} disagree: it ends at character {turn.end} of "
             f"the rendering, or at {len(cut.rstrip())}",
-            key="data.chat_template",
+            key=KEY,
             todo="use another template",
         )
 
@@ -262,10 +273,10 @@ def _check_apart(turns: Sequence[Turn], messages: Messages, whole: Traced) -> No
             for turn in turns:
                 inside = turn.start < place + length and place < turn.end
                 if inside and (author < 0 or messages[author].get("role") != "assistant"):
-                    raise DataError(
+                    raise RenderError(
                         f"the chat template writes text of {f'message {author + 1}' if author >= 0 else 'the tools'} "
                         f"inside the answer of message {turn.message + 1}",
-                        key="data.chat_template",
+                        key=KEY,
                         todo="use another template",
                     )
         place += length
@@ -284,10 +295,10 @@ def _check_generation_marks(turns: Sequence[Turn], whole: Traced) -> None:
         marked = any(start <= a and b <= end for start, end in whole.generation)
         found = any(turn.start <= a and b <= turn.end for turn in turns)
         if marked != found:
-            raise DataError(
+            raise RenderError(
                 f"the chat template's generation marks {'hold' if marked else 'leave out'} {whole.text[a:b][:40]!r}, "
                 f"which is {'not part' if marked else 'part'} of an assistant turn",
-                key="data.chat_template",
+                key=KEY,
                 todo="use another template, or correct its marks",
             )
 
