@@ -30,7 +30,6 @@ WEIGHTS = "adapter_model.safetensors"
 NOTES = "lorafit.json"
 ADAPTER_NAME = "default"
 _PICKLE = "adapter_model.bin"
-_IMPORTING_KEYS = {"megatron_core": (None, "megatron.core"), "megatron_config": (None,), "auto_mapping": (None,)}
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
     config = _read_object(folder / CONFIG, folder)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"is an adapter of type {config.get('peft_type')!r}, not LORA", file=str(folder / CONFIG))
-    for key, harmless in _IMPORTING_KEYS.items():
-        if config.get(key) not in harmless:
-            raise SafetyError(
-                "would import a module that the file names", file=str(folder / CONFIG), key=key, todo="remove it"
-            )
+    _refuse_imports(config, folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         if (folder / _PICKLE).exists():
             raise SafetyError(
@@ -258,6 +253,20 @@ def go_on_from(model: Any, folder: Path) -> None:
             todo="name the targets it was trained with",
         )
     load_adapter_weights(model, folder)
+
+
+def _refuse_imports(config: Mapping[str, Any], file: Path) -> None:
+    """PEFT imports modules that these keys name. Written by PEFT itself they name transformers and megatron.core."""
+    mapping = config.get("auto_mapping") or {}
+    library = str(mapping.get("parent_library", "")) if isinstance(mapping, dict) else str(mapping)
+    named = {
+        "megatron_core": config.get("megatron_core") not in (None, "megatron.core"),
+        "megatron_config": config.get("megatron_config") is not None,
+        "auto_mapping.parent_library": bool(library) and not library.startswith("transformers."),
+    }
+    for key, foreign in named.items():
+        if foreign:
+            raise SafetyError("would import a module that the file names", file=str(file), key=key, todo="remove it")
 
 
 def _read_object(file: Path, folder: Path) -> dict[str, Any]:

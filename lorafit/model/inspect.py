@@ -145,7 +145,8 @@ def hash_tensor(tensor: torch.Tensor) -> str:
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    data: Any = flat.view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
 
 
 def sum_codes(codes: torch.Tensor, *, packed: bool) -> str:
@@ -207,7 +208,7 @@ def quantized_hashes(model: Any) -> dict[str, dict[str, Any]]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     proofs: dict[str, dict[str, Any]] = {}
     for path, module in base.named_modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         name = path.removesuffix(".base_layer")
         if getattr(weight, "quant_state", None) is not None:
             proofs[name] = hash_four_bit(weight.data, weight.quant_state)

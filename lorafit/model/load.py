@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
-from lorafit.model.check import check_loading, check_weights
+from lorafit.model.check import check_loading, check_weights, list_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.weights import read_index
 from lorafit.registry import nearest
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lorafit.contracts import Reporter
     from lorafit.model.base import Base
 
+FOUR_BIT_KINDS = ("nf4", "fp4")
+_BLOCK_WEIGHTS = 64
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 
@@ -83,7 +85,10 @@ def load_model(
         skeleton = _build_skeleton(auto, config, base)
         check_weights(skeleton, entries, base.path)
         kind = quantizations.get(quantization.kind)
-        settings = kind.transformers_config(quantization, compute_dtype, unquantised_names(skeleton))
+        plain = unquantised_names(skeleton)
+        if quantization.kind in FOUR_BIT_KINDS and torch.device(device).type == "cpu":
+            plain += _leave_narrow(skeleton, reporter)
+        settings = kind.transformers_config(quantization, compute_dtype, plain)
         del skeleton
         options: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
         if attention != "auto":
@@ -211,6 +216,25 @@ def router_names(model: Any) -> list[str]:
 def unquantised_names(model: Any) -> list[str]:
     """Paths that stay in the compute dtype: bitsandbytes leaves none out by itself once a list is given."""
     return [*head_names(model), *router_names(model)]
+
+
+def _leave_narrow(model: Any, reporter: Reporter) -> list[str]:
+    """Paths of linears that bitsandbytes 0.50 dequantises wrongly on a CPU, to be left unquantised, with a warning.
+
+    Where a row is no multiple of 64 weights, its vector code pairs weights with the constants of other blocks.
+    """
+    narrow = []
+    for name in linear_names(model):
+        module = model.get_submodule(name)
+        inputs = getattr(module, "in_features", None) or module.weight.shape[0]  # Conv1D lies [in, out]
+        if inputs % _BLOCK_WEIGHTS:
+            narrow.append(name)
+    if narrow:
+        reporter.warn(
+            f"{len(narrow)} linears stay unquantised: their input width is no multiple of {_BLOCK_WEIGHTS}, "
+            f"which 4-bit weights on a CPU need ({list_names(narrow)})"
+        )
+    return narrow
 
 
 def _config(base: Base) -> Any:

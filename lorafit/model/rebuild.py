@@ -1,0 +1,201 @@
+"""A quantised weight made again from the base's file, block by block, and proven to be the one that training saw.
+
+bitsandbytes quantises a flat tensor in blocks of 64 values, so stretches of rows that hold a multiple of 64 values give
+the same codes as the whole tensor, for a small part of its 14 temporary bytes a value. Double quantisation then codes
+all absmax values together; the subtracted mean is the run's own, since a mean's last bit depends on device and threads.
+
+    file rows --cast--> weights_dtype --quantise--> codes, absmax --> hashes == the run's? --> dequantised rows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import NumericsError
+from lorafit.model.inspect import count_differences, hash_four_bit, hash_tensor
+from lorafit.model.weights import TensorEntry, read_rows
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_ELEMENTS = 2 * 1024 * 1024
+"""Values worked on at a time: 8 MiB in fp32."""
+QUANTISED_BLOCK = 64
+_NESTED_BLOCK = 256
+
+
+def row_blocks(rows: int, row_elements: int, *, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Stretches of rows of about BLOCK_ELEMENTS values; all but the last hold a multiple of `multiple` values."""
+    step = multiple // math.gcd(row_elements, multiple) if row_elements else 1
+    height = max(1, BLOCK_ELEMENTS // max(1, row_elements) // step) * step
+    for start in range(0, rows, height):
+        yield start, min(rows, start + height)
+
+
+class PlainRows:
+    """A weight as the file holds it, read when asked for."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        self.entry = entry
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the file's tensor, in the file's dtype: `[stop - start, ...]`."""
+        return read_rows(self.entry, start, stop)
+
+
+class FourBitRows:
+    """NF4 or FP4 values of a weight, as training saw them.
+
+    Holds half a byte a value, and the constants. A transposed weight (GPT-2's Conv1D is quantised `[out, in]`, stored
+    `[in, out]`) is held dequantised instead; such weights are small.
+
+    Args:
+        entry: The weight in the base's file.
+        used: The run's quantization.json, tensors apart.
+        proof: That weight's entry of its `tensors`; None where the run stored none.
+    """
+
+    def __init__(self, entry: TensorEntry, used: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
+        import torch
+        from bitsandbytes.functional import dequantize_blockwise
+
+        self._dtype: torch.dtype = getattr(torch, used["weights_dtype"])
+        self._kind = str(used["kind"])
+        self._transposed = bool(proof and proof.get("transposed"))
+        self._shape = entry.shape[::-1] if self._transposed else entry.shape
+        codes, absmax = self._quantise(entry)
+        state = self._state(absmax, used, proof)
+        self.proof = hash_four_bit(codes, state)
+        self._codes = codes
+        self._absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        self._whole: torch.Tensor | None = None
+        if self._transposed:
+            blocks = row_blocks(*self._shape, multiple=QUANTISED_BLOCK)
+            self._whole = torch.cat([self._dequantise(*block) for block in blocks]).t()
+            del self._codes, self._absmax
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows in the file's orientation, dequantised to the dtype the weights had when training quantised them."""
+        return self._dequantise(start, stop) if self._whole is None else self._whole[start:stop]
+
+    def _quantise(self, entry: TensorEntry) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+        from bitsandbytes.functional import quantize_4bit
+
+        source = read_rows(entry).t() if self._transposed else None
+        total = entry.elements
+        codes = torch.empty((total + 1) // 2, dtype=torch.uint8)
+        absmax = torch.empty(-(-total // QUANTISED_BLOCK), dtype=torch.float32)
+        rows, width = self._shape
+        for start, stop in row_blocks(rows, width, multiple=QUANTISED_BLOCK):
+            values = read_rows(entry, start, stop) if source is None else source[start:stop]
+            packed, state = quantize_4bit(
+                values.to(self._dtype).contiguous(), blocksize=QUANTISED_BLOCK, quant_type=self._kind
+            )
+            first = start * width
+            codes[first // 2 : first // 2 + packed.numel()] = packed.reshape(-1)
+            block = first // QUANTISED_BLOCK
+            absmax[block : block + state.absmax.numel()] = state.absmax
+        return codes, absmax
+
+    def _state(self, absmax: torch.Tensor, used: Mapping[str, Any], proof: Mapping[str, Any] | None) -> Any:
+        import torch
+        from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+        code = get_4bit_type(self._kind, device="cpu")
+        fields = {"shape": torch.Size(self._shape), "dtype": self._dtype, "code": code, "quant_type": self._kind}
+        if not used["double_quant"]:
+            return QuantState(absmax=absmax, blocksize=QUANTISED_BLOCK, **fields)
+        stored = proof.get("offset") if proof else None
+        offset = absmax.mean() if stored is None else torch.tensor(stored, dtype=torch.float32)
+        nested, state2 = quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+        return QuantState(absmax=nested, offset=offset, state2=state2, blocksize=QUANTISED_BLOCK, **fields)
+
+    def _dequantise(self, start: int, stop: int) -> torch.Tensor:
+        """Any stretch of rows; it is widened to whole blocks of 64 values and cut again.
+
+        As one long row: bitsandbytes' CPU code is wrong for rows that are no multiple of 64 wide.
+        """
+        import torch
+        from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+
+        width = self._shape[1]
+        first, last = start * width, stop * width
+        low = first // QUANTISED_BLOCK * QUANTISED_BLOCK
+        high = min(-(-last // QUANTISED_BLOCK) * QUANTISED_BLOCK, self._shape[0] * width)
+        state = QuantState(
+            absmax=self._absmax[low // QUANTISED_BLOCK : -(-high // QUANTISED_BLOCK)],
+            shape=torch.Size((1, high - low)),
+            dtype=self._dtype,
+            blocksize=QUANTISED_BLOCK,
+            code=get_4bit_type(self._kind, device="cpu"),
+            quant_type=self._kind,
+        )
+        flat: torch.Tensor = dequantize_4bit(self._codes[low // 2 : (high + 1) // 2].unsqueeze(1), state).reshape(-1)
+        return flat[first - low : last - low].reshape(stop - start, width)
+
+
+class Int8Rows:
+    """LLM.int8() values of a weight: rows are quantised one by one, so nothing is held between reads but the scales.
+
+    bitsandbytes quantises from fp16; the dequantised values are the ones its backward pass uses.
+    """
+
+    def __init__(self, entry: TensorEntry, used: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
+        import torch
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        self._dtype: torch.dtype = getattr(torch, used["weights_dtype"])
+        self._transposed = bool(proof and proof.get("transposed"))
+        source = read_rows(entry).t() if self._transposed else None
+        shape = entry.shape[::-1] if self._transposed else entry.shape
+        self._codes = torch.empty(shape, dtype=torch.int8)
+        self._scales = torch.empty(shape[0], dtype=torch.float32)
+        for start, stop in row_blocks(*shape):
+            values = read_rows(entry, start, stop) if source is None else source[start:stop]
+            values = values.to(self._dtype).to(torch.float16).contiguous()
+            self._codes[start:stop], self._scales[start:stop], _ = int8_vectorwise_quant(values)
+        self.proof: dict[str, Any] = {"codes": hash_tensor(self._codes), "constants": hash_tensor(self._scales)}
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows in the file's orientation, dequantised to the weights' dtype."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        rows = slice(None) if self._transposed else slice(start, stop)
+        columns = slice(start, stop) if self._transposed else slice(None)
+        values: torch.Tensor = int8_vectorwise_dequant(self._codes[rows, columns], self._scales[rows]).to(self._dtype)
+        return values.t() if self._transposed else values
+
+
+REBUILDERS: dict[str, type[FourBitRows] | type[Int8Rows]] = {"nf4": FourBitRows, "fp4": FourBitRows, "int8": Int8Rows}
+
+
+def compare_proof(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], *, same_device: bool) -> int:
+    """Compares a rebuilt weight with what the run stored.
+
+    Args:
+        name: The weight's, for the message.
+        ours: Proof of the rebuilt weight.
+        theirs: The run's.
+        same_device: Whether it was quantised on the same kind of device as now.
+
+    Returns:
+        Codes that are one level off; 0 where both are equal. Only another kind of device may have any.
+
+    Raises:
+        NumericsError: They differ and the device is the same, or nothing tells by how much.
+    """
+    exact = ("codes", "constants", "nested")
+    wrong = [key for key in exact if ours.get(key) != theirs.get(key)]
+    if not wrong:
+        return 0
+    sums = [key for key in ("code_sums", "constant_sums") if key in theirs]
+    if same_device or not sums or "nested" in wrong:
+        raise NumericsError(
+            f"the rebuilt base differs from the one the run was trained on ({', '.join(wrong)})",
+            key=name,
+            todo="use the run's own base files; else merge with --base original",
+        )
+    return max(1, sum(count_differences(ours[key], theirs[key]) for key in sums))
