@@ -150,6 +150,8 @@ class Reporter(Protocol):
 
     def warn(self, message: str) -> None: ...
 
+    def show(self, renderable: Any) -> None: ...
+
     def track(self, total: int, what: str) -> Progress: ...
 
 
@@ -175,6 +177,9 @@ class Silent:
     def warn(self, message: str) -> None:
         """Keeps it."""
         self.warnings.append(message)
+
+    def show(self, renderable: Any) -> None:
+        """Drops it."""
 
     def track(self, total: int, what: str) -> SilentProgress:
         """A bar that nobody sees."""

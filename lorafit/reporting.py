@@ -42,6 +42,13 @@ class ConsoleReporter:
         """One line that stands out."""
         self._write(f"warning: {message}", style="yellow")
 
+    def show(self, renderable: Any) -> None:
+        """A table or text for rich."""
+        if not self._quiet:
+            from rich.console import Console
+
+            Console(stderr=True, highlight=False).print(renderable)
+
     def track(self, total: int, what: str) -> Progress:
         """A bar of `total` units, drawn or written."""
         if self._quiet:

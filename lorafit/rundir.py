@@ -106,6 +106,20 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of a run folder.
+
+    Raises:
+        CheckpointError: It is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError("is missing", file=str(path), todo="is this folder a whole run?") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read ({type(error).__name__})", file=str(path), todo="restore it") from error
+
+
 def _files_below(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
