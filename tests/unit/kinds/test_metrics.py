@@ -1,0 +1,152 @@
+"""Metrics equal sacrebleu, rouge_score and plain formulas called directly; every metric keeps the contract of sums."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
+from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics.final_number import read_final_number
+from lorafit.kinds.metrics.must_contain import holds_all
+
+TEXTS = [  # answer, reference
+    ("The cat sat on the mat.", "The cat is sitting on the mat."),
+    ("", "Nothing was said."),
+    ("Then you are paid.\nRefunds take 5 working days.", "Refunds take 14 working days.\nThen we pay you."),
+    ("Перевод готов .", "Перевод не готов."),
+    ("running quickly through fields", "runs quick through the field"),
+    ("a b c d e f", "a b c d e f"),
+]
+ROWS = [
+    RowScore(loss_sum=3.5 * (i + 1), tokens=i + 2, correct=i + 1, answer=a, reference=r, must_contain=("the",))
+    for i, (a, r) in enumerate(TEXTS)
+]
+
+
+def score(name, rows=ROWS):
+    metric = metrics.get(name)
+    usable = [row for row in rows if metric.usable(row)]
+    return metric.values([sum(column) for column in zip(*metric.row_sums(usable), strict=True)])
+
+
+def test_bleu_and_chrf_equal_sacrebleu_over_the_corpus():
+    answers, references = [a for a, _ in TEXTS], [r for _, r in TEXTS]
+    assert score("bleu") == {"bleu": pytest.approx(sacrebleu.corpus_bleu(answers, [references]).score, abs=1e-12)}
+    assert score("chrf") == {"chrf": pytest.approx(sacrebleu.corpus_chrf(answers, [references]).score, abs=1e-12)}
+    assert "tok:13a" in metrics.get("bleu").signature()
+    assert f"version:{sacrebleu.__version__}" in metrics.get("chrf").signature()
+
+
+def test_rouge_equals_rouge_score_averaged_over_the_rows_it_can_read():
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    readable = [(a, r) for a, r in TEXTS if not r.startswith("Перевод")]
+    direct = [scorer.score(r, a) for a, r in readable]
+    found = score("rouge")
+    assert set(found) == set(kinds)
+    for kind in kinds:
+        assert found[kind] == pytest.approx(sum(s[kind].fmeasure for s in direct) / len(direct), abs=1e-12)
+    assert found["rougeL"] != pytest.approx(found["rougeLsum"])
+    assert next(iter(found)) == "rougeL"
+
+
+def test_token_metrics_weigh_by_tokens():
+    loss, tokens = sum(row.loss_sum for row in ROWS), sum(row.tokens for row in ROWS)
+    assert score("loss") == {"loss": pytest.approx(loss / tokens)}
+    assert score("perplexity") == {"perplexity": pytest.approx(math.exp(loss / tokens))}
+    assert score("token_accuracy") == {"token_accuracy": pytest.approx(sum(r.correct for r in ROWS) / tokens)}
+
+
+def test_perplexity_stays_a_number():
+    assert math.isfinite(score("perplexity", [RowScore(1e6, 1, 0)])["perplexity"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("  The  answer\n is 4 ", "The answer is 4", True),
+        ("the answer is 4", "The answer is 4", False),
+        ("The answer is 4.", "The answer is 4", False),
+        ("a\u00a0b", "a b", True),
+    ],
+)
+def test_exact_match_ignores_white_space_alone(answer, reference, right):
+    assert score("exact_match", [RowScore(0.0, 0, 0, answer, reference)]) == {"exact_match": float(right)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "strings", "right"),
+    [
+        ("You have 30 DAYS.", ("30 days",), True),
+        ("You have 30\u00a0days.", ("30 days",), True),
+        ("You have thirty days.", ("30 days",), False),
+        ("Write to help@shop.example in 30 days", ("30 days", "HELP@shop.example"), True),
+        ("in 30 days", ("30 days", "help"), False),
+        ("STRASSE 5", ("straße",), True),
+        ("²", ("2",), True),
+    ],
+)
+def test_must_contain_wants_every_string_in_any_case(answer, strings, right):
+    assert holds_all(answer, strings) is right
+    rows = [RowScore(0.0, 0, 0, answer, "", strings), RowScore(0.0, 0, 0, answer, "")]
+    assert [metrics.get("must_contain").usable(row) for row in rows] == [True, False]
+    assert score("must_contain", rows) == {"must_contain": float(right)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("so 2 * 540 = 1080\n#### 1,080", True),
+        ("it is $1080.00 in all", True),
+        ("#### 1080 and then 7 more words", True),
+        ("1080 apples, or 90 a month", False),
+        ("10800", False),
+        ("-1080", False),
+        ("none", False),
+    ],
+)
+def test_final_number_compares_numbers(answer, right):
+    rows = [RowScore(0.0, 0, 0, answer, "540 * 2 = 1080\n#### 1080"), RowScore(0.0, 0, 0, answer, "no mark, 1080")]
+    assert [metrics.get("final_number").usable(row) for row in rows] == [True, False]
+    assert score("final_number", rows) == {"final_number": float(right)}
+
+
+def test_final_number_reads_the_last_mark():
+    assert read_final_number("#### 3 ... #### -4.50") == -4.5
+    assert read_final_number("3 and 4", marked=True) is None
+
+
+@pytest.mark.parametrize("name", metrics.names())
+def test_contract_sums_of_rows_give_the_corpus(name):
+    metric = metrics.get(name)
+    rows = [
+        RowScore(2.0, 3, 1, "it is 4 #### 4", "it is 4 #### 4", ("4",)),
+        RowScore(9.0, 5, 0, "it is 5", "we have 7 #### 7", ("7",)),
+    ]
+    assert all(metric.usable(row) for row in rows)
+    one, both, twice = score(name, rows[:1]), score(name, rows), score(name, rows * 2)
+    assert both == pytest.approx(twice)  # a corpus seen twice is no better
+    assert list(one) == list(both)
+    headline = next(iter(both))
+    assert (one[headline] > both[headline]) == (metric.better == "higher")
+    assert metric.condition
+    assert metric.signature()
+    assert metric.needs == ("loss" if metric.during_training else "answers")
+    assert not metric.usable(RowScore(0.0, 0, 0))
+    if metric.percent:
+        assert all(0 <= value <= 1 for value in both.values())
+
+
+def test_naming_metrics_imports_nothing_heavy():
+    code = (
+        "import sys; from lorafit.kinds.metrics import metrics; from lorafit.kinds.tasks import tasks; "
+        "metrics.names(), tasks.names(); "
+        "print([name for name in ('torch', 'numpy', 'sacrebleu', 'rouge_score', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
