@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from lorafit.kinds.optimizers import (
-    Beta,
     EightBitSection,
     OptimizerSection,
     WeightDecay,
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class _RMSpropOptions(OptimizerSection):
-    alpha: Beta = 0.99
-    """Decay of the running mean of squared gradients (0 to below 1)."""
+    alpha: float = Field(default=0.99, gt=0.0, lt=1.0)
+    """Decay of the running mean of squared gradients (above 0, below 1)."""
     eps: float = Field(default=1e-8, gt=0.0, le=1.0)
     """Added to its root."""
     weight_decay: WeightDecay = 0.0

@@ -1,0 +1,115 @@
+"""Every optimizer trains, brings only options that take effect, and holds the state that it says it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from lorafit.contracts import Silent
+from lorafit.kinds.optimizers import build_optimizer, optimizers
+
+CPU = torch.device("cpu")
+OPTIONS: dict[str, dict[str, Any]] = {  # for each option another value than its default
+    "betas": {"betas": (0.5, 0.6)},
+    "eps": {"eps": 0.1},
+    "weight_decay": {"weight_decay": 0.5},
+    "momentum": {"momentum": 0.3},
+    "nesterov": {"nesterov": True},
+    "alpha": {"alpha": 0.5},
+    "centered": {"centered": True},
+    "decay_rate": {"decay_rate": -0.3},
+    "clip_threshold": {"clip_threshold": 0.1},
+    "beta1": {"beta1": 0.8},
+    "scale_parameter": {"scale_parameter": True},
+    "min_8bit_size": {"min_8bit_size": 10**6},
+}
+
+
+def trained(name: str, **options: Any) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+    """A [128, 64] matrix after five steps on a noisy quadratic."""
+    kind = optimizers.get(name)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(128, 64))
+    optimizer = kind.build(kind.section(**options), [weight], 1e-2, CPU)
+    for _ in range(5):
+        (weight - 1 + 0.1 * torch.randn(128, 64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weight.detach(), optimizer
+
+
+def options() -> list[tuple[str, str]]:
+    return [
+        (name, field) for name, kind in optimizers.items() for field in kind.section.model_fields if field != "kind"
+    ]
+
+
+@pytest.mark.parametrize("name", optimizers.names())
+def test_trains_and_holds_the_bytes_it_says(name: str) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(128, 64)
+    weight, optimizer = trained(name)
+    assert (weight - 1).norm() < (start - 1).norm()
+    section = optimizers.get(name).section()
+    (state,) = optimizer.state.values()
+    held = {
+        k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() > 1 and not k.startswith("qmap")
+    }
+    said = optimizers.get(name).state_bytes(section, weight.numel())
+    held_bytes = sum(v.numel() * v.element_size() for v in held.values())
+    if name == "adafactor":  # 1/r of the matrix, counted for r = 8
+        assert held_bytes <= said
+    else:
+        assert held_bytes == pytest.approx(said, rel=0.01)
+    assert any(v.dtype == torch.uint8 for v in held.values()) == ("8bit" in name)
+
+
+@pytest.mark.parametrize(("name", "field"), options())
+def test_every_option_takes_effect(name: str, field: str) -> None:
+    plain, _ = trained(name)
+    changed, _ = trained(name, **OPTIONS[field])
+    assert not torch.equal(plain, changed)
+
+
+def test_the_default_decays_nothing_and_uses_the_betas_of_language_models() -> None:
+    for name, kind in optimizers.items():
+        assert kind.section().weight_decay == 0.0
+        if "adamw" in name:
+            assert kind.section().betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("name", optimizers.names())
+def test_paged_runs_unpaged_on_a_cpu_and_says_so_once(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    class Listener(Silent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard: list[str] = []
+
+        def info(self, message: str) -> None:
+            self.heard.append(message)
+
+    listener, weight = Listener(), torch.nn.Parameter(torch.ones(128, 64))
+    optimizer = build_optimizer(optimizers.get(name).section(), [weight], 1e-3, CPU, listener)
+    weight.sum().backward()
+    optimizer.step()
+    assert len(listener.heard) == int("paged" in name)
+    assert not [w for w in recwarn if "aged" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("adamw", {"momentum": 0.9}),
+        ("sgd", {"betas": (0.9, 0.9)}),
+        ("adamw", {"betas": (0.9, 1.0)}),
+        ("lion_8bit", {"eps": 1e-8}),
+        ("sgd", {"nesterov": True, "momentum": 0.0}),
+        ("adamw_bnb_32bit", {"min_8bit_size": 1}),
+    ],
+)
+def test_options_of_other_kinds_and_bad_values_are_refused(name: str, bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        optimizers.get(name).section(**bad)

@@ -1,0 +1,93 @@
+"""Chunked cross-entropy equals the naive one in value and gradient, whatever is trained and however it is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lorafit.ops import cross_entropy
+from lorafit.ops.cross_entropy import chunk_rows, linear_cross_entropy, score_linear
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 3 labels for a vocabulary of 11, so that 7 labels take three chunks, the last one short."""
+    monkeypatch.setattr(cross_entropy, "LOGITS_CHUNK_BYTES", 3 * 4 * 11)
+
+
+def operands(dtype: torch.dtype, labels: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(labels, 5, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=dtype, requires_grad=True)
+    bias = torch.randn(11, dtype=dtype, requires_grad=True)
+    return hidden, weight, bias, torch.randint(0, 11, (labels,))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradcheck_in_fp64(with_bias: bool) -> None:
+    hidden, weight, bias, labels = operands(torch.float64)
+    assert chunk_rows(11) == 3
+    arguments = (hidden, weight, bias if with_bias else None, labels)
+    assert torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a)[0], arguments)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "all"])
+def test_equals_naive(trained: str) -> None:
+    hidden, weight, bias, labels = operands(torch.float64)
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        tensor.requires_grad_(trained in (name, "all"))
+    used = [t for t in (hidden, weight, bias) if t.requires_grad]
+    logits = functional.linear(hidden, weight, bias)
+    naive = functional.cross_entropy(logits, labels, reduction="sum")
+    loss_sum, correct = linear_cross_entropy(hidden, weight, bias, labels)
+    torch.testing.assert_close(loss_sum, naive)
+    assert int(correct) == int((logits.argmax(-1) == labels).sum())
+    wanted = torch.autograd.grad(naive * 0.3, used)
+    for ours, theirs in zip(torch.autograd.grad(loss_sum * 0.3, used), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_bf16_sums_in_fp32() -> None:
+    hidden, weight, _, labels = operands(torch.bfloat16, labels=2000)
+    loss_sum, _ = linear_cross_entropy(hidden, weight, None, labels)
+    naive = functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+    assert loss_sum.dtype == torch.float32
+    torch.testing.assert_close(loss_sum, naive, rtol=1e-5, atol=0)
+
+
+def test_autocast_decides_the_dtype() -> None:
+    hidden, weight, bias, labels = operands(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_sum, _ = linear_cross_entropy(hidden, weight, bias, labels)
+        naive = functional.cross_entropy(functional.linear(hidden, weight, bias).float(), labels, reduction="sum")
+    torch.testing.assert_close(loss_sum, naive)
+    loss_sum.backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.float32
+
+
+def test_a_large_loss_scale_does_not_overflow_fp16() -> None:
+    hidden, weight, _, labels = operands(torch.float16)
+    loss_sum, _ = linear_cross_entropy(hidden * 0.01, weight * 0.01, None, labels)
+    (loss_sum * 2.0**17).backward()  # more than fp16 holds; its product with the gradient here is not
+    assert hidden.grad is not None and bool(torch.isfinite(hidden.grad).all())
+
+
+def test_score_gives_each_label() -> None:
+    hidden, weight, bias, labels = operands(torch.float32)
+    losses, correct = score_linear(hidden, weight, bias, labels)
+    logits = functional.linear(hidden, weight, bias)
+    torch.testing.assert_close(losses, functional.cross_entropy(logits, labels, reduction="none"))
+    assert correct.tolist() == (logits.argmax(-1) == labels).tolist()
+    empty = score_linear(hidden[:0], weight, bias, labels[:0])
+    assert empty[0].shape == (0,) and empty[1].dtype == torch.bool
+
+
+def test_runs_on_fake_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        hidden, weight = torch.randn(9, 5, requires_grad=True), torch.randn(11, 5)
+        loss_sum, _ = linear_cross_entropy(hidden, weight, None, torch.zeros(9, dtype=torch.long))
+        loss_sum.backward()
+        assert hidden.grad is not None and hidden.grad.shape == (9, 5)

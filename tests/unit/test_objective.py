@@ -1,0 +1,163 @@
+"""The objective is the model's own loss, on either path, and its proof sees where it is not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from lorafit.contracts import Batch, Silent
+from lorafit.errors import NumericsError
+from lorafit.objective import Objective, prove_objective
+
+SIZES = {
+    "vocab_size": 83,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama() -> torch.nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def gemma() -> torch.nn.Module:
+    """Its logits are soft-capped behind the head."""
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5, sliding_window=64))
+
+
+def cohere() -> torch.nn.Module:
+    """Its logits are scaled behind the head."""
+    return CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25))
+
+
+def gpt2() -> torch.nn.Module:
+    sizes = {"vocab_size": 83, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+
+def with_lora(model: torch.nn.Module, *extra: str) -> torch.nn.Module:
+    names = ["c_attn"] if isinstance(model, GPT2LMHeadModel) else ["q_proj", "down_proj"]
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules=[*names, *extra], lora_dropout=0.0, init_lora_weights=False)
+    )
+
+
+def batch() -> Batch:
+    """Two rows, of 9 and 6 tokens; labels at the end of each."""
+    ids = torch.randint(1, 83, (2, 9), generator=torch.Generator().manual_seed(3))
+    ids[1, 6:] = 0
+    index = torch.tensor([3, 4, 5, 6, 7, 9 + 1, 9 + 4])
+    return Batch(ids, index, ids.flatten()[index + 1], 7, (0, 1), 15)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_loss_and_gradients_are_the_models_own(build: object, exact: bool) -> None:
+    torch.manual_seed(0)
+    model = with_lora(build())  # type: ignore[operator]
+    twin = copy.deepcopy(model)
+    objective = Objective(model, exact=exact)
+    assert objective.exact is exact
+    loss_sum, weight, aux = objective(batch())
+    loss_sum.backward()
+
+    rows = batch()
+    labels = torch.full((18,), -100)
+    labels[rows.label_index + 1] = rows.label_ids
+    theirs = twin(input_ids=rows.input_ids, labels=labels.view(2, 9), use_cache=False)
+    (theirs.loss * weight).backward()
+    torch.testing.assert_close(loss_sum, theirs.loss * weight, rtol=1e-5, atol=0)
+    logits = theirs.logits.flatten(0, 1)[rows.label_index]
+    assert int(aux["correct"]) == int((logits.argmax(-1) == rows.label_ids).sum())
+    compared = 0
+    for ours, other in zip(model.parameters(), twin.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-6)
+            compared += 1
+    assert compared >= 4
+    losses, correct = objective.score(batch())
+    torch.testing.assert_close(losses.sum(), loss_sum.detach(), rtol=1e-5, atol=0)
+    assert int(correct.sum()) == int(aux["correct"])
+
+
+@pytest.mark.parametrize("build", [gemma, cohere])
+def test_soft_caps_and_scales_are_seen_and_the_exact_path_is_right(build: object) -> None:
+    torch.manual_seed(0)
+    objective = Objective(with_lora(build()))  # type: ignore[operator]
+    assert not objective.exact
+    objective.train()
+    state, reporter = torch.get_rng_state(), Silent()
+    prove_objective(objective, batch(), reporter)
+    assert objective.exact and objective.training and torch.equal(state, torch.get_rng_state())
+    assert "exact path" in reporter.warnings[0]
+    torch.testing.assert_close(objective(batch())[0].double(), objective.own_loss(batch()), rtol=1e-4, atol=1e-4)
+
+
+def test_ordinary_models_stay_on_the_fast_path() -> None:
+    for build in (llama, gpt2):
+        objective, reporter = Objective(with_lora(build())), Silent()
+        prove_objective(objective, batch(), reporter)
+        assert not objective.exact and reporter.warnings == []
+
+
+def test_a_head_with_an_adapter_takes_the_exact_path_and_is_trained() -> None:
+    torch.manual_seed(0)
+    objective = Objective(with_lora(llama(), "lm_head"))
+    assert objective.exact
+    prove_objective(objective, batch(), Silent())
+    objective(batch())[0].backward()
+    gradients = [p.grad for n, p in objective.named_parameters() if "lm_head" in n and p.requires_grad]
+    assert len(gradients) == 2 and all(g is not None and bool(g.any()) for g in gradients)
+
+
+def test_a_loss_that_is_not_the_models_own_is_refused() -> None:
+    class Doubled(LlamaForCausalLM):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            outputs = super().forward(*args, **kwargs)
+            if outputs.loss is not None:
+                outputs.loss = outputs.loss * 2
+            return outputs
+
+    with pytest.raises(NumericsError, match="not the model's own"):
+        prove_objective(Objective(Doubled(LlamaConfig(**SIZES))), batch(), Silent())
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="own loss on one row is nan"):
+        prove_objective(Objective(model), batch(), Silent())
+
+
+def test_autocast_computes_in_bf16_and_leaves_adapters_fp32() -> None:
+    torch.manual_seed(0)
+    model = with_lora(llama()).to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    seen: list[torch.dtype] = []
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    objective = Objective(model, autocast_dtype=torch.bfloat16)
+    prove_objective(objective, batch(), Silent())
+    objective(batch())[0].backward()
+    assert set(seen) == {torch.bfloat16}  # not cast up to fp32 first
+    assert layer.lora_A["default"].weight.grad.dtype == torch.float32
