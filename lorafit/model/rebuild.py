@@ -138,9 +138,9 @@ class FourBitRows:
 
 
 class Int8Rows:
-    """LLM.int8() values of a weight: rows are quantised one by one, so nothing is held between reads but the scales.
+    """LLM.int8() values of a weight; holds a byte a value, and a scale a row.
 
-    bitsandbytes quantises from fp16; the dequantised values are the ones its backward pass uses.
+    bitsandbytes quantises from fp16. Its forward pass multiplies the codes themselves, so their values stay unrounded.
     """
 
     def __init__(self, entry: TensorEntry, used: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
@@ -160,12 +160,12 @@ class Int8Rows:
         self.proof: dict[str, Any] = {"codes": hash_tensor(self._codes), "constants": hash_tensor(self._scales)}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows in the file's orientation, dequantised to the weights' dtype."""
+        """Rows in the file's orientation: code x scale / 127 in fp32."""
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         rows = slice(None) if self._transposed else slice(start, stop)
         columns = slice(start, stop) if self._transposed else slice(None)
-        values: torch.Tensor = int8_vectorwise_dequant(self._codes[rows, columns], self._scales[rows]).to(self._dtype)
+        values: torch.Tensor = int8_vectorwise_dequant(self._codes[rows, columns], self._scales[rows])
         return values.t() if self._transposed else values
 
 

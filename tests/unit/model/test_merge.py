@@ -117,7 +117,7 @@ def test_gpt2_is_rebuilt_the_way_conv1d_is_quantised(tmp_path: Path, kind: str) 
         for name, module in made.model.base_model.model.named_modules():
             if getattr(module, "lora_A", None) is not None and len(module.lora_A):
                 exact = dequantised(module.get_base_layer()).float() + module.get_delta_weight("default").detach()
-                assert float((merged.get_submodule(name).weight.t() - exact).abs().max()) < 1e-6
+                assert float((merged.get_submodule(name).weight.detach().t() - exact).abs().max()) < 1e-6
 
 
 def test_original_keeps_untouched_tensors_byte_for_byte(trained: Callable[..., Trained]) -> None:
