@@ -86,7 +86,7 @@ def step_gradients(model, rows):
 
 
 def test_evaluating_nf4_changes_neither_weights_nor_later_gradients(nf4, tokenizer, make_rows):
-    """bitsandbytes repacks NF4 weights at the first eval forward on CPUs with AVX512-BF16 (seen to fail without care)."""
+    """bitsandbytes repacks NF4 weights at the first eval forward on AVX512-BF16 CPUs (seen to fail without care)."""
     rows, questions = make_rows([("hi", "there"), ("a b", "c d e")])
     codes = {name: p.data.clone() for name, p in nf4.named_parameters() if p.dtype == torch.uint8}
     assert codes
