@@ -1,0 +1,202 @@
+"""From prepared rows to micro-batches, all of it pure functions.
+
+(seed, epoch) --epoch_order--> rows of the epoch --StepRows--> rows of a step --cut_step--> micro-batches
+
+rows of a step by length     ████████████ ██████████ | █████ ████ ████ | ██ ██ █        | = where cut_step cuts
+as padded micro-batches      ████████████             █████             ██
+                             ██████████░░             ████░             ██
+                                                      ████░             █░      ░ = padding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lorafit.contracts import Batch, Example
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Integers = NDArray[np.int64]
+
+_EPOCHS_KEPT = 4
+MICRO_BATCH_COST_TOKENS = (
+    128  # about what starting a forward costs (unpacking NF4 weights), so that cuts are not too fine
+)
+
+
+class RepeatedRows(Protocol):
+    """Rows of several sources, each seen so many times an epoch."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def source_of(self) -> Sequence[int]:
+        """Number of each row's source."""
+
+    @property
+    def repeats(self) -> Sequence[float]:
+        """How often an epoch sees each source."""
+
+
+def shuffle(count: int, *key: int) -> Integers:
+    """0 to count - 1 in an order that `key` alone decides, on every machine and numpy version.
+
+    Each number is mixed with the key by SplitMix64's finaliser, a bijection of 64-bit integers; then they are sorted.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014), section 5, with the
+    constants of java.util.SplittableRandom.
+    """
+    state = np.uint64(0)
+    for part in key:
+        state = _mix(np.array([state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF)], dtype=np.uint64))[0]
+    with np.errstate(over="ignore"):
+        numbers = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state
+    return np.argsort(_mix(numbers), kind="stable").astype(np.int64)
+
+
+def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
+        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return numbers ^ (numbers >> np.uint64(31))
+
+
+def _partial_rows(count: int, repeats: float) -> int:
+    """How many rows of a source an epoch sees once more than the rest; at least one where any is asked for."""
+    share = repeats - int(repeats)
+    return min(count, max(1, round(share * count))) if share > 1e-9 and count else 0
+
+
+def rows_per_epoch(examples: RepeatedRows) -> int:
+    """Rows of one epoch, repeats counted; the same for every epoch."""
+    counts = np.bincount(np.asarray(examples.source_of, dtype=np.int64), minlength=len(examples.repeats))
+    return sum(
+        int(count) * int(repeats) + _partial_rows(int(count), repeats)
+        for count, repeats in zip(counts, examples.repeats, strict=True)
+    )
+
+
+def epoch_order(examples: RepeatedRows, seed: int, epoch: int) -> Integers:
+    """Row numbers of one epoch in the order in which they are trained on, `[rows_per_epoch]`.
+
+    `repeats: 2` holds each row twice. `repeats: 0.5` holds another half each epoch: the seed fixes an order of the
+    source's rows, and each epoch goes on in it where the last one stopped, so that rows are seen equally often.
+
+    Args:
+        examples: Rows and their sources.
+        seed: The recipe's.
+        epoch: From 0.
+    """
+    chosen = []
+    source_of = np.asarray(examples.source_of, dtype=np.int64)
+    for source, repeats in enumerate(examples.repeats):
+        rows = np.flatnonzero(source_of == source)
+        chosen += [rows] * int(repeats)
+        partial = _partial_rows(len(rows), repeats)
+        if partial:
+            places = (np.arange(partial) + epoch * partial) % len(rows)
+            chosen.append(rows[shuffle(len(rows), seed, source, 1)[places]])
+    together = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+    return together[shuffle(len(together), seed, epoch, 2)]
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch of that many rows; a last, smaller step is kept."""
+    return -(-rows // batch_size)
+
+
+class StepRows:
+    """The rows of every optimizer step: a function of (seed, step) alone, whatever was asked before.
+
+    Args:
+        examples: The training rows.
+        seed: The recipe's.
+        batch_size: Rows of a step; the last of an epoch may have fewer.
+    """
+
+    def __init__(self, examples: RepeatedRows, seed: int, batch_size: int) -> None:
+        self._rows, self._batch_size = rows_per_epoch(examples), batch_size
+        self.steps_per_epoch = steps_per_epoch(self._rows, batch_size)
+        self._order = lru_cache(maxsize=_EPOCHS_KEPT)(lambda epoch: epoch_order(examples, seed, epoch))
+
+    def rows(self, step: int) -> tuple[float, list[int]]:
+        """Epochs that are done after the step, and the numbers of its rows.
+
+        Args:
+            step: From 1; may be beyond the first epoch.
+        """
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        start = place * self._batch_size
+        rows = self._order(epoch)[start : start + self._batch_size]
+        return epoch + (start + len(rows)) / self._rows, [int(row) for row in rows]
+
+
+def cut_step(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Cuts the rows of a step into micro-batches, the longest rows first.
+
+    Among all cuts of the rows sorted by length that keep `rows x longest` of a micro-batch within the budget, it takes
+    the one with the fewest padded tokens, where each micro-batch counts as `MICRO_BATCH_COST_TOKENS` more. A row longer
+    than the budget is a micro-batch of its own. What a step computes does not depend on the cut, speed and memory do.
+
+    Args:
+        rows: Row numbers; may repeat.
+        lengths: Tokens of each row of the whole set, by row number.
+        token_budget: Padded tokens of a micro-batch.
+    """
+    if not rows:
+        return []
+    ordered = sorted(rows, key=lambda row: (-int(lengths[row]), row))
+    tokens = np.array([int(lengths[row]) for row in ordered], dtype=np.int64)
+    count = len(ordered)
+    cheapest = np.zeros(count + 1, dtype=np.int64)  # of rows i.. to the end
+    cut_at = np.zeros(count, dtype=np.int64)
+    for first in range(count - 1, -1, -1):
+        widest = max(1, token_budget // max(1, int(tokens[first])))
+        ends = np.arange(first + 1, min(count, first + widest) + 1)
+        costs = MICRO_BATCH_COST_TOKENS + tokens[first] * (ends - first) + cheapest[ends]
+        best = int(np.argmin(costs))
+        cheapest[first], cut_at[first] = costs[best], ends[best]
+    cuts, place = [], 0
+    while place < count:
+        end = int(cut_at[place])
+        cuts.append(ordered[place:end])
+        place = end
+    return cuts
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pads examples on the right into one micro-batch.
+
+    Position t of a row predicts its token t + 1, so the label of token t stands at index t - 1. Padding is known by
+    length, never by `ids == pad_id`: in many tokenizers the pad token is also the end of a turn.
+
+    Args:
+        examples: At least one.
+        pad_id: Any valid id; no label ever points at a padded position.
+    """
+    import torch
+
+    arrays: list[Any] = [np.asarray(example.input_ids, dtype=np.int64) for example in examples]
+    width = max(len(ids) for ids in arrays)
+    input_ids = np.full((len(arrays), width), pad_id, dtype=np.int64)
+    indices, labels = [], []
+    for row, (ids, example) in enumerate(zip(arrays, examples, strict=True)):
+        input_ids[row, : len(ids)] = ids
+        places = np.flatnonzero(np.asarray(example.trained, dtype=np.uint8)[1:])
+        indices.append(row * width + places)
+        labels.append(ids[places + 1])
+    label_index = np.concatenate(indices).astype(np.int64)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        label_index=torch.from_numpy(label_index),
+        label_ids=torch.from_numpy(np.concatenate(labels)),
+        weight=len(label_index),
+        rows=tuple(example.index for example in examples),
+        tokens=sum(len(ids) for ids in arrays),
+    )

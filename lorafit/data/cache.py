@@ -1,0 +1,137 @@
+"""Prepared rows kept by the content they were made of.
+
+    $LORAFIT_CACHE/data/
+      KEY/                       a store (see lorafit.data.store), report.json, MANIFEST; whole or not there
+      index/SOURCES.json         what KEY was last made of, for the same sources: names the reason of a miss
+      locks/KEY                  held while KEY is built, so that two processes do not build it twice
+
+KEY is a hash of parts: the bytes of the sources, the tokenizer, the chat template, the options, the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import ResourceError
+from lorafit.rundir import TEMPORARY_PREFIX, atomic_dir, check_manifest, write_json
+
+Parts = Mapping[str, str]
+
+_CODE = ("data/*.py", "data/templates/*", "kinds/*.py", "kinds/formats/*.py", "kinds/tasks/*.py")
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What the cache has for some parts.
+
+    Attributes:
+        folder: Where the prepared rows are, or shall be.
+        hit: Whether they are there, whole.
+        reason: Why, in words, e.g. `cache miss: tokenizer changed`.
+    """
+
+    folder: Path
+    hit: bool
+    reason: str
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """A hash of the code that makes rows into tokens, ours and the libraries' versions."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for pattern in _CODE:
+        for file in sorted(package.glob(pattern)):
+            digest.update(file.name.encode() + file.read_bytes())
+    for library in _LIBRARIES:
+        digest.update(f"{library} {metadata.version(library)}".encode())
+    return digest.hexdigest()
+
+
+class PreparedCache:
+    """The folder of prepared rows.
+
+    Args:
+        root: The cache's root; rows live in `data` below it.
+
+    Raises:
+        ResourceError: It cannot be written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / "data"
+        try:
+            for name in ("index", "locks"):
+                (self._folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"the cache folder cannot be written: {(error.strerror or type(error).__name__).lower()}"
+            raise ResourceError(what, file=str(root), todo="set LORAFIT_CACHE to a folder that can") from None
+
+    def find(self, parts: Parts, name: str) -> Lookup:
+        """Looks for rows made of `parts`.
+
+        Args:
+            parts: What the rows are made of: a hash by what it is.
+            name: What the sources are called, to compare with what was there before.
+        """
+        folder = self._folder / _hash(parts)
+        if folder.is_dir():
+            damage = check_manifest(folder)
+            if damage is None:
+                return Lookup(folder, True, "cache hit: sources, tokenizer, template, options and code are the same")
+            return Lookup(folder, False, f"cache miss: the cached copy is damaged ({damage})")
+        return Lookup(folder, False, f"cache miss: {self._compare(parts, name)}")
+
+    def _compare(self, parts: Parts, name: str) -> str:
+        before = _read_json(self._index(name))
+        if not isinstance(before, dict):
+            return "not prepared before"
+        changed = [part for part in parts if before.get(part) != parts[part]]
+        changed += [part for part in before if part not in parts]
+        return f"{', '.join(changed)} changed" if changed else "the cached copy was removed"
+
+    def _index(self, name: str) -> Path:
+        return self._folder / "index" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+
+    def remember(self, parts: Parts, name: str) -> None:
+        """Notes what the rows of `name` are made of now."""
+        if _read_json(self._index(name)) != dict(parts):
+            write_json(self._index(name), dict(parts))
+
+    @contextlib.contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Waits until no other process builds `folder`, and keeps others from it."""
+        with (self._folder / "locks" / folder.name).open("w") as lock:
+            with contextlib.suppress(OSError):  # some network disks have no locks: then both build, and one is kept
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def build(self, folder: Path) -> Iterator[Path]:
+        """Yields a temporary folder that becomes `folder` whole, or not at all; removes what killed builds left."""
+        for leftover in self._folder.glob(f"{TEMPORARY_PREFIX}*{folder.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with atomic_dir(folder, replace=True) as temporary:
+            yield temporary
+
+
+def _hash(parts: Parts) -> str:
+    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,295 @@
+"""Rows of a recipe, prepared: read, checked, rendered, tokenised, kept in the cache, and split.
+
+data.train ──> samples ──> tokens ──> store (cache) ──┬─ rows ──> train
+                                                      └─ fraction drawn by the seed ──> validation
+data.validation, data.test, evaluation.retention ──> a store each
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafit.contracts import Sample
+from lorafit.data.batch import rows_per_epoch, shuffle
+from lorafit.data.cache import PreparedCache, code_version
+from lorafit.data.encoding import Encode, EncodedChunk, Encoder, PlacedSample, count_workers, encode_all
+from lorafit.data.ledger import Ledger
+from lorafit.data.report import DataReport, SplitReport, find_overlaps, report_split
+from lorafit.data.sample_renderer import Renderer, build_renderer
+from lorafit.data.source import SampleSet, read_sources
+from lorafit.data.store import ExampleSet, StoreWriter
+from lorafit.errors import DataError
+from lorafit.shapes import DatasetFacts
+
+if TYPE_CHECKING:
+    from lorafit.contracts import GenerationRow, Reporter
+    from lorafit.recipe.schema import DataSection, SourceSection
+
+__all__ = ["ExampleSet", "Prepared", "Renderer", "build_renderer", "prepare"]
+
+_REPORT = "report.json"
+_FRACTION_KEY = 3  # tells this draw of the seed from the orders of epochs
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All splits of a recipe.
+
+    Attributes:
+        train: What is trained on.
+        validation: Scored while training.
+        test: Scored at the end only.
+        retention: Rows of general ability.
+        report: What was found.
+        digest: SHA-256 of the tokens and loss positions of all splits.
+    """
+
+    train: ExampleSet
+    validation: ExampleSet | None
+    test: ExampleSet | None
+    retention: ExampleSet | None
+    report: DataReport
+    digest: str
+    _sources: dict[str, SampleSet]
+    _renderer: Renderer
+
+    def facts(self) -> DatasetFacts:
+        """What plan and memory must know of the rows."""
+        source_of = np.asarray(self.train.source_of)
+        repeats = np.asarray(self.train.repeats)[source_of]
+        lengths, trained = np.asarray(self.train.lengths), np.asarray(self.train.trained_counts)
+        return DatasetFacts(
+            rows=rows_per_epoch(self.train),
+            tokens=round(float((lengths * repeats).sum())),
+            trained_tokens=round(float((trained * repeats).sum())),
+            longest_tokens=int(lengths.max()),
+            longest_trained_tokens=int(trained.max()),
+            validation_rows=len(self.validation) if self.validation is not None else 0,
+            validation_longest_tokens=int(max(self.validation.lengths)) if self.validation is not None else 0,
+        )
+
+    def samples(self, split: str) -> SampleSet:
+        """The sources that the rows of a split came from; rows that were held out came from those of `train`."""
+        return self._sources.get(split, self._sources["train"])
+
+    def generation_rows(self, split: str, limit: int | None = None) -> list[GenerationRow]:
+        """Prompts and reference answers for the rows of a split, in their order; plain text has none.
+
+        Args:
+            split: `train`, `validation`, `test` or `retention`.
+            limit: Only for the split's first rows.
+        """
+        examples: ExampleSet | None = getattr(self, split)
+        if examples is None:
+            return []
+        source_of, lines = np.asarray(examples.source_of)[:limit], examples.lines[:limit]
+        wanted = set(zip(source_of.tolist(), lines.tolist(), strict=True))
+        found = []
+        for number, line, sample in self.samples(split).rows():
+            if isinstance(sample, Sample) and (number, line) in wanted:
+                row = self._renderer.generation_row(sample)
+                found += [row] if row is not None else []
+        return found
+
+
+def prepare(
+    data: DataSection,
+    *,
+    folder: Path,
+    renderer: Renderer,
+    encode: Encode,
+    seed: int,
+    cache_dir: Path,
+    reporter: Reporter,
+    retention: Sequence[SourceSection] | None = None,
+) -> Prepared:
+    """Prepares every split of a recipe, or takes it from the cache.
+
+    Args:
+        data: The recipe's section.
+        folder: The recipe's folder.
+        renderer: From `build_renderer`.
+        encode: The task's `encode`.
+        seed: Draws the rows of `validation: {fraction: ...}`.
+        cache_dir: The cache's root.
+        reporter: Gets progress, cache hits and misses, and warnings.
+        retention: Sources of `evaluation.retention`.
+
+    Raises:
+        DataError: Rows or files are bad, too long, or none are left.
+        ModelError: There is no usable chat template or tokenizer.
+        ResourceError: The cache cannot be written, or memory ran out.
+    """
+    sections = {"train": data.train, "validation": data.validation, "test": data.test, "retention": retention}
+    sources = {
+        split: read_sources(section, folder, data.bad_rows, reporter)
+        for split, section in sections.items()
+        if isinstance(section, Sequence)
+    }
+    cache = PreparedCache(cache_dir)
+    encoder = Encoder(renderer, encode, data.max_length, data.overlength)
+    sets: dict[str, ExampleSet] = {}
+    ledgers: dict[str, Ledger] = {}
+    said: dict[str, str] = {}
+    for split, samples in sources.items():
+        preparation = _Preparation(split, samples, data, encoder, cache, folder, reporter)
+        sets[split], ledgers[split], said[split] = preparation.run()
+    if data.validation is not None and not isinstance(data.validation, Sequence):
+        sets["train"], sets["validation"] = hold_out(sets["train"], data.validation.fraction, seed)
+    reports = {split: report_split(sets[split], ledgers.get(split), said.get(split, said["train"])) for split in sets}
+    report = _finish_report(reports, sets, sources, renderer)
+    for warning in report.warnings:
+        reporter.warn(warning)
+    digests = {split: examples.digest() for split, examples in sorted(sets.items())}
+    return Prepared(
+        train=sets["train"],
+        validation=sets.get("validation"),
+        test=sets.get("test"),
+        retention=sets.get("retention"),
+        report=report,
+        digest=hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+        _sources=sources,
+        _renderer=renderer,
+    )
+
+
+def hold_out(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
+    """Splits rows into those that stay and `fraction` of them, at least one, drawn by the seed.
+
+    Raises:
+        DataError: There are too few rows to leave one on each side.
+    """
+    if len(examples) < 2:
+        todo = "give data.validation sources of its own"
+        raise DataError(f"{len(examples)} row is too few to hold out a fraction", file=examples.files[0], todo=todo)
+    order = shuffle(len(examples), seed, _FRACTION_KEY)
+    count = min(len(examples) - 1, max(1, round(fraction * len(examples))))
+    return examples.select(order[count:]), examples.select(order[:count])
+
+
+def _finish_report(
+    reports: dict[str, SplitReport], sets: dict[str, ExampleSet], sources: dict[str, SampleSet], renderer: Renderer
+) -> DataReport:
+    overlaps = find_overlaps(sets)
+    warnings = []
+    for overlap in overlaps:
+        one, other = overlap.places[0]
+        warnings.append(
+            f"{overlap.rows} rows of {overlap.second} occur in {overlap.first} as well, the first at {other} and {one}"
+        )
+    for split, report in reports.items():
+        for what, count in sorted(report.seen.items()):
+            if not what.startswith("history: "):
+                warnings.append(f"{split}: {what} in {count} rows")
+    for samples in sources.values():
+        warnings += [warning for source in samples.sources for warning in source.warnings()]
+    if "strftime_now" in renderer.template:
+        warnings.append("the chat template writes today's date into the rows: another day gives other tokens")
+    return DataReport(reports, overlaps, tuple(warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Preparation:
+    """One split on its way into the cache."""
+
+    split: str
+    samples: SampleSet
+    data: DataSection
+    encoder: Encoder
+    cache: PreparedCache
+    folder: Path
+    reporter: Reporter
+
+    def run(self) -> tuple[ExampleSet, Ledger, str]:
+        """The rows, what was counted, and what the cache said."""
+        name = json.dumps([self.split, str(self.folder.resolve()), [source.name for source in self.samples.sources]])
+        parts = self._parts()
+        lookup = self.cache.find(parts, name)
+        with self.cache.locked(lookup.folder):
+            if not lookup.hit:
+                again = self.cache.find(parts, name)  # another process may have built it while we waited
+                lookup = again if again.hit else lookup
+            self.reporter.info(f"{self.split} rows: {lookup.reason}")
+            if not lookup.hit:
+                self._build(lookup.folder)
+        self.cache.remember(parts, name)
+        names = [source.name for source in self.samples.sources]
+        stored = json.loads((lookup.folder / _REPORT).read_text(encoding="utf-8"))
+        ledger = Ledger.from_json(stored, names, self.data.bad_rows)
+        for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
+            source.unread.update({} if source.unread else counts.unread)
+        repeats = [source.section.repeats for source in self.samples.sources]
+        return ExampleSet(lookup.folder, names, repeats), ledger, lookup.reason
+
+    def _parts(self) -> dict[str, str]:
+        data = self.data
+        parts = {f"data of {source.name}": source.key() for source in self.samples.sources}
+        for number, source in enumerate(self.samples.sources):
+            section = source.section
+            parts[f"source {number + 1}"] = json.dumps([source.format, section.columns, section.limit], sort_keys=True)
+        parts |= self.encoder.renderer.key()
+        options = data.model_dump(
+            include={"system_prompt", "dropped_fields", "train_on", "max_length", "overlength", "bad_rows"}, mode="json"
+        )
+        parts |= {option: json.dumps(value) for option, value in options.items()}
+        if "strftime_now" in self.encoder.renderer.template:
+            parts["today's date"] = np.datetime64("today").astype(str)
+        encode: Any = self.encoder.encode
+        return {**parts, "task": getattr(encode, "__qualname__", repr(encode)), "code": code_version()}
+
+    def _build(self, target: Path) -> None:
+        guess = sum(source.guess_rows() for source in self.samples.sources)
+        ledger = self.samples.new_ledger()
+        with self.cache.build(target) as folder:
+            with StoreWriter(folder) as writer, self.reporter.track(guess, f"preparing {self.split} rows") as bar:
+                for encoded in encode_all(self.encoder, self._usable(ledger), count_workers(guess)):
+                    writer.write(encoded.chunk)
+                    _count(ledger, encoded)
+                    bar.advance(encoded.samples)
+            ledger.judge()
+            self._check_left(ledger)
+            for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
+                counts.unread = dict(source.unread)
+                if source.changed():
+                    raise DataError("was written to while it was read", file=source.name, todo="start again")
+            (folder / _REPORT).write_text(json.dumps(ledger.to_json()), encoding="utf-8")
+
+    def _usable(self, ledger: Ledger) -> Iterator[PlacedSample]:
+        for number, line, row in self.samples.rows():
+            ledger.count_read(number)
+            if isinstance(row, DataError):
+                ledger.note_bad(number, line, row)
+            else:
+                yield number, line, row
+
+    def _check_left(self, ledger: Ledger) -> None:
+        """Raises DataError where no row is left, and says where they went."""
+        if any(source.kept for source in ledger.sources):
+            return
+        files = ", ".join(source.file for source in ledger.sources)
+        read, dropped = (sum(getattr(source, name) for source in ledger.sources) for name in ("read", "dropped"))
+        if not read:
+            raise DataError("no rows", file=files)
+        if dropped:
+            what = f"no rows left: {dropped} of {read} are longer than max_length {self.data.max_length}"
+            raise DataError(what, file=files, todo="raise data.max_length, or set data.overlength: truncate")
+        raise DataError(f"no rows left: {read} of {read} are bad", file=files, todo="correct them")
+
+
+def _count(ledger: Ledger, encoded: EncodedChunk) -> None:
+    for source, examples in encoded.examples:
+        ledger.count_kept(source, examples)
+    for source, line, error in encoded.bad:
+        ledger.note_bad(source, line, error)
+    for source, line, error in encoded.overlong:
+        ledger.note_overlong(source, line, error)
+    for what, source, line, reason in encoded.lengths:
+        ledger.note_length(what, source, line, reason)
+    ledger.seen.update(encoded.seen)

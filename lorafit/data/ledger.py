@@ -1,0 +1,160 @@
+"""Counts of what became of the rows of one split, and the rule for the bad ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import DataError, LorafitError, Problems
+
+if TYPE_CHECKING:
+    from lorafit.recipe.schema import BadRowsSection
+
+NOTES_KEPT = 1000
+ERRORS_SHOWN = 5
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """What became of the rows of one source.
+
+    Attributes:
+        read: Rows read.
+        kept: Examples made of them (`split` makes several of one row).
+        bad: Malformed, empty and untrainable rows.
+        dropped: Rows left out for their length.
+        cut: Rows shortened to the longest length.
+        split: Rows cut into several examples.
+        unread: Columns that the format does not read, with the number of rows that hold them.
+    """
+
+    file: str
+    format: str
+    read: int = 0
+    kept: int = 0
+    bad: int = 0
+    dropped: int = 0
+    cut: int = 0
+    split: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What happened to one row: `bad`, `dropped`, `cut` or `split`, and why."""
+
+    what: str
+    source: int
+    line: int
+    reason: str
+
+
+class Ledger:
+    """Counts and notes of one pass over the sources of a split.
+
+    Args:
+        sources: Name and format of each source.
+        bad_rows: The rule for bad rows.
+
+    Attributes:
+        sources: Counts, one for each source.
+        notes: The first `NOTES_KEPT` rows that something happened to.
+        seen: Other things worth a number, e.g. fields that a template drops, by what they are.
+    """
+
+    def __init__(self, sources: Sequence[tuple[str, str]], bad_rows: BadRowsSection) -> None:
+        self.sources = [SourceCounts(name, kind) for name, kind in sources]
+        self.notes: list[Note] = []
+        self.seen: Counter[str] = Counter()
+        self._bad_rows = bad_rows
+        self._bad: list[DataError] = []
+        self._overlong: list[DataError] = []
+        self._overlong_count = 0
+
+    def count_read(self, source: int) -> None:
+        """One more row was read."""
+        self.sources[source].read += 1
+
+    def count_kept(self, source: int, examples: int = 1) -> None:
+        """A row gave that many examples."""
+        self.sources[source].kept += examples
+
+    def note_bad(self, source: int, line: int, error: DataError) -> None:
+        """A row cannot be trained on."""
+        self.sources[source].bad += 1
+        error.at(file=self.sources[source].file, line=line)
+        if len(self._bad) < NOTES_KEPT:
+            self._bad.append(error)
+        self._note("bad", source, line, f"{error.key}: {error.what}" if error.key else error.what)
+
+    def note_overlong(self, source: int, line: int, error: DataError) -> None:
+        """A row is too long and the recipe says that this is an error."""
+        self._overlong_count += 1
+        if len(self._overlong) < ERRORS_SHOWN:
+            self._overlong.append(error)
+
+    def note_length(self, what: str, source: int, line: int, reason: str) -> None:
+        """A row was `dropped`, `cut` or `split` for its length."""
+        counts = self.sources[source]
+        setattr(counts, what, getattr(counts, what) + 1)
+        self._note(what, source, line, reason)
+
+    def _note(self, what: str, source: int, line: int, reason: str) -> None:
+        if len(self.notes) < NOTES_KEPT:
+            self.notes.append(Note(what, source, line, reason[:300]))
+
+    def judge(self) -> None:
+        """Applies the recipe's rules once all rows are read.
+
+        Raises:
+            DataError: Rows are bad and the policy is `error`, or more of a source are than may be, or rows are too
+                long; several as `Problems`, which shows the first five and counts all.
+        """
+        errors: list[LorafitError] = []
+        count = 0
+        order = {source.file: number for number, source in enumerate(self.sources)}
+        self._bad.sort(key=lambda error: (order.get(error.file or "", 0), error.line or 0))
+        if self._bad_rows.policy == "error":
+            errors += self._bad
+            count += sum(source.bad for source in self.sources)
+        else:
+            for number, source in enumerate(self.sources):
+                if source.bad > self._bad_rows.max_fraction * source.read:
+                    errors.append(self._too_many(number))
+                    count += 1
+        errors += self._overlong
+        count += self._overlong_count
+        if count == 1:
+            raise errors[0]
+        if errors:
+            problems = Problems(errors[:ERRORS_SHOWN], file=errors[0].file or "data")
+            problems.what = problems.what.replace(f"{len(problems.errors)} errors", f"{count} errors", 1)
+            raise problems
+
+    def _too_many(self, number: int) -> DataError:
+        source = self.sources[number]
+        limit = f"the limit bad_rows.max_fraction is {self._bad_rows.max_fraction:g}"
+        first = next((f"; first: line {note.line}: {note.reason}" for note in self.notes if note.source == number), "")
+        what = f"{source.bad} of {source.read} rows are bad, {limit}{first}"
+        return DataError(what, file=source.file, todo="correct them, or raise the limit")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that a cached copy must be able to say again."""
+        return {
+            "sources": [asdict(source) for source in self.sources],
+            "notes": [[note.what, note.source, note.line, note.reason] for note in self.notes],
+            "seen": dict(self.seen),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], names: Sequence[str], bad_rows: BadRowsSection) -> Ledger:
+        """The ledger of a cached split; files are called what the recipe calls them now."""
+        ledger = cls([], bad_rows)
+        ledger.sources = [
+            SourceCounts(**{**counts, "file": name}) for counts, name in zip(value["sources"], names, strict=True)
+        ]
+        ledger.notes = [Note(*note) for note in value["notes"]]
+        ledger.seen = Counter(value["seen"])
+        return ledger

@@ -1,0 +1,259 @@
+"""What training will see: rendered rows with the tokens that carry loss told apart, and what became of all rows.
+
+With colours trained text is green and the rest dim; without, it stands between marks:
+
+    train.jsonl:17  12 tokens, 5 trained
+    <|im_start|>user
+    Capital of France?<|im_end|>
+    <|im_start|>assistant
+    ⟦Paris.<|im_end|>⟧
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafit.contracts import Sample
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lorafit.data.examples import Prepared
+    from lorafit.data.report import Bar, SplitReport
+    from lorafit.data.sample_renderer import Renderer
+    from lorafit.data.store import ExampleSet
+
+SPLITS = ("train", "validation", "test", "retention")
+ROWS_SHOWN = 3
+NOTES_SHOWN = 20
+BAR_CHARACTERS = 40
+IGNORED_LABEL = -100
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewRow:
+    """One prepared row.
+
+    Attributes:
+        split: Where it is used.
+        file, line: Where it came from.
+        rendering: Its text; of a row that was cut, what is left of it.
+        input_ids: Its tokens, `[tokens]`.
+        labels: The same, or -100 where nothing is learnt, `[tokens]`; not shifted.
+        segments: The text of stretches of tokens that are all trained, or all not.
+    """
+
+    split: str
+    file: str
+    line: int
+    rendering: str
+    input_ids: list[int]
+    labels: list[int]
+    segments: list[tuple[str, bool]]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(label != IGNORED_LABEL for label in self.labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without the segments."""
+        names = ("split", "file", "line", "rendering", "input_ids", "labels")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Rows to look at, and the report of all of them."""
+
+    rows: list[PreviewRow]
+    prepared: Prepared
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        report = self.prepared.report.to_json()
+        return {"rows": [row.to_json() for row in self.rows], "report": report, "digest": self.prepared.digest}
+
+    def render(self, console: Console) -> None:
+        """Prints rows and report."""
+        for row in self.rows:
+            _print_row(console, row)
+        report = self.prepared.report
+        console.print(_source_table(console, self.prepared))
+        for split, part in report.splits.items():
+            _print_split(console, split, part)
+        for overlap in report.overlaps:
+            places = ", ".join(f"{other} = {one}" for one, other in overlap.places[:3])
+            _say(console, f"{overlap.rows} rows of {overlap.second} occur in {overlap.first} as well: {places}")
+        _say(console, f"tokens that carry loss: {report.trained_share:.1%} of the training tokens")
+
+
+def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOWN) -> Preview:
+    """The first rows of each training source in turn, then of the other splits, as they will be trained on.
+
+    Args:
+        prepared: All splits.
+        renderer: What they were rendered with.
+        rows: How many; all of them where None.
+    """
+    found: list[PreviewRow] = []
+    for split in SPLITS:
+        examples: ExampleSet | None = getattr(prepared, split)
+        if examples is None:
+            continue
+        room = len(examples) if rows is None else rows - len(found)
+        chosen = _first_of_each(examples, room)
+        wanted = {(int(np.asarray(examples.source_of)[n]), int(examples.lines[n])) for n in chosen}
+        texts = {place: _own_text(renderer, sample) for place, sample in _find_samples(prepared, split, wanted)}
+        for number in chosen:
+            place = (int(np.asarray(examples.source_of)[number]), int(examples.lines[number]))
+            found.append(_show_row(renderer, split, examples, number, texts.get(place)))
+    return Preview(found, prepared)
+
+
+def _first_of_each(examples: ExampleSet, count: int) -> list[int]:
+    """Row numbers: the first of each source, then the second of each, ..., in all `count`."""
+    source_of = np.asarray(examples.source_of)
+    by_source = [np.flatnonzero(source_of == number)[:count] for number in range(len(examples.files))]
+    in_turn = [(place, source, int(row)) for source, rows in enumerate(by_source) for place, row in enumerate(rows)]
+    return sorted(row for _, _, row in sorted(in_turn)[: max(0, count)])
+
+
+def _find_samples(
+    prepared: Prepared, split: str, wanted: set[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], Sample]]:
+    left = len(wanted)
+    if not left:
+        return
+    for number, line, sample in prepared.samples(split).rows():
+        if (number, line) in wanted and isinstance(sample, Sample):
+            yield (number, line), sample
+            left -= 1
+            if not left:
+                return
+
+
+def _own_text(renderer: Renderer, sample: Sample) -> tuple[str, list[int]]:
+    encoded = renderer.render(sample)
+    return renderer.text(sample), encoded.input_ids if encoded is not None else []
+
+
+def _show_row(
+    renderer: Renderer, split: str, examples: ExampleSet, number: int, own: tuple[str, list[int]] | None
+) -> PreviewRow:
+    example = examples[number]
+    ids, trained = np.asarray(example.input_ids).tolist(), np.asarray(example.trained).astype(bool)
+    labels = np.where(trained, np.asarray(ids, dtype=np.int64), IGNORED_LABEL).tolist()
+    segments = list(_segments(renderer, ids, trained.tolist()))
+    whole = own[0] if own is not None and own[1] == ids else "".join(text for text, _ in segments)
+    return PreviewRow(split, example.file, example.line, whole, ids, labels, segments)
+
+
+def _segments(renderer: Renderer, ids: list[int], trained: list[bool]) -> Iterator[tuple[str, bool]]:
+    """Text of stretches of tokens. Each is what the decoding grows by: a token's text can depend on what is before."""
+    decoded, start = "", 0
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and trained[end] == trained[start]:
+            continue
+        longer = renderer.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        grown = str(longer)
+        yield grown[len(decoded) :], trained[start]
+        decoded, start = grown, end
+
+
+def _printable(console: Console, text: str) -> str:
+    """The text without control characters, which could steer a terminal, and in what the terminal can show."""
+    plain = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+    return plain.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+
+def _can_show(console: Console, text: str) -> bool:
+    try:
+        text.encode(console.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(_printable(console, text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_row(console: Console, row: PreviewRow) -> None:
+    from rich.text import Text
+
+    head = f"{row.file}:{row.line}  {row.split}, {len(row.input_ids)} tokens, {row.trained_tokens} trained"
+    _say(console, head, style="bold")
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
+    opening, closing = ("⟦", "⟧") if _can_show(console, "⟦⟧") else ("[[", "]]")
+    body: Text = Text()
+    for text, trained in row.segments:
+        shown = _printable(console, text)
+        if coloured:
+            body.append(shown, style="bold green" if trained else "dim")
+        else:
+            body.append(f"{opening}{shown}{closing}" if trained else shown)
+    console.print(body, soft_wrap=True)
+    console.print()
+
+
+def _source_table(console: Console, prepared: Prepared) -> Table:
+    from rich.box import ASCII2, SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    box = SIMPLE if _can_show(console, "─") else ASCII2
+    table = Table(box=box, title="rows by source", title_justify="left")
+    table.add_column("split")
+    table.add_column("source")
+    table.add_column("format")
+    for name in ("read", "examples", "bad", "dropped", "cut", "split", "repeats"):
+        table.add_column(name, justify="right")
+    for split, part in prepared.report.splits.items():
+        repeats = getattr(prepared, split).repeats
+        for counts, repeat in zip(part.sources, repeats, strict=False):
+            numbers = (counts.read, counts.kept, counts.bad, counts.dropped, counts.cut, counts.split)
+            file = Text(_printable(console, counts.file))
+            repeated = f"{repeat:g}" if split == "train" else ""
+            table.add_row(split, file, counts.format, *map(str, numbers), repeated)
+        if not part.sources:
+            table.add_row(split, "held out of train", "", "", str(part.rows), "", "", "", "", "")
+    return table
+
+
+def _print_split(console: Console, split: str, part: SplitReport) -> None:
+    share = part.trained_tokens / part.tokens
+    head = f"{split}: {part.rows} rows, {part.tokens} tokens, {share:.1%} carry loss, longest {part.longest_tokens}"
+    _say(console, head, style="bold")
+    for line in draw_histogram(part.histogram, "█" if _can_show(console, "█") else "#"):
+        _say(console, line)
+    for what, count in sorted(part.seen.items()):
+        _say(console, f"  {what}: {count} rows")
+    for counts in part.sources:
+        if counts.unread:
+            columns = ", ".join(f"{name} ({count})" for name, count in sorted(counts.unread.items()))
+            _say(console, f"  {counts.file}: columns that are not read: {columns}")
+    for note in part.notes[:NOTES_SHOWN]:
+        _say(console, f"  {note.file}:{note.line}: {note.what}: {note.reason}")
+    happened = sum(counts.bad + counts.dropped + counts.cut + counts.split for counts in part.sources)
+    if happened > NOTES_SHOWN:
+        _say(console, f"  ... and {happened - NOTES_SHOWN} more")
+
+
+def draw_histogram(bars: tuple[Bar, ...], block: str) -> list[str]:
+    """Lines of text, one a bar: lengths from-to, rows, and a bar as long as their share of the largest."""
+    most = max((bar.rows for bar in bars), default=1)
+    width = len(str(bars[-1].high)) if bars else 1
+    lines = []
+    for bar in bars:
+        length = max(round(bar.rows / most * BAR_CHARACTERS), 1 if bar.rows else 0)
+        lines.append(f"  {bar.low:>{width}}-{bar.high:<{width}} {bar.rows:>7} {block * length}".rstrip())
+    return lines

@@ -1,0 +1,147 @@
+"""What a preparation found, as plain numbers: counts by source, lengths, overlaps, and rows with their fate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafit.data.ledger import Ledger, SourceCounts
+
+if TYPE_CHECKING:
+    from lorafit.data.store import ExampleSet
+
+HISTOGRAM_BARS = 12
+PLACES_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class RowNote:
+    """One row that was `bad`, `dropped`, `cut` or `split`, and why."""
+
+    what: str
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Rows of `low` to `high` tokens, both included."""
+
+    low: int
+    high: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Rows that two splits share.
+
+    Attributes:
+        first, second: The splits.
+        rows: Rows of `second` that occur in `first`.
+        places: The first of them, as (place in `first`, place in `second`), each `file:line`.
+    """
+
+    first: str
+    second: str
+    rows: int
+    places: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitReport:
+    """One split after preparation.
+
+    Attributes:
+        rows: Its examples.
+        trained_tokens: Of its `tokens`, those that carry loss.
+        histogram: Rows by their length.
+        sources: What became of the rows of each source; empty for rows held out of the training sources.
+        notes: The first rows that something happened to.
+        seen: What the template did with fields, with the number of rows.
+        cache: Hit or miss, and why.
+    """
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    longest_tokens: int
+    histogram: tuple[Bar, ...]
+    sources: tuple[SourceCounts, ...]
+    notes: tuple[RowNote, ...]
+    seen: dict[str, int]
+    cache: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """All splits after preparation."""
+
+    splits: dict[str, SplitReport]
+    overlaps: tuple[Overlap, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the training tokens that carry loss (0 to 1)."""
+        train = self.splits["train"]
+        return train.trained_tokens / train.tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "trained_share": self.trained_share}
+
+
+def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str) -> SplitReport:
+    """The report of a split; without a ledger for rows that were held out of another one."""
+    lengths = np.asarray(examples.lengths)
+    notes = ledger.notes if ledger else []
+    return SplitReport(
+        rows=len(examples),
+        tokens=int(lengths.sum()),
+        trained_tokens=int(np.asarray(examples.trained_counts).sum()),
+        longest_tokens=int(lengths.max(initial=0)),
+        histogram=count_lengths(lengths.tolist()),
+        sources=tuple(ledger.sources) if ledger else (),
+        notes=tuple(RowNote(note.what, examples.files[note.source], note.line, note.reason) for note in notes),
+        seen=dict(ledger.seen) if ledger else {},
+        cache=cache,
+    )
+
+
+def count_lengths(lengths: Sequence[int]) -> tuple[Bar, ...]:
+    """A histogram of at most `HISTOGRAM_BARS` bars of equal, round width."""
+    if not lengths:
+        return ()
+    rough = max(lengths) / HISTOGRAM_BARS
+    unit = 10 ** math.floor(math.log10(rough)) if rough >= 1 else 1
+    width = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * HISTOGRAM_BARS >= max(lengths))
+    counts = np.bincount((np.asarray(lengths) - 1) // width)
+    return tuple(Bar(place * width + 1, (place + 1) * width, int(rows)) for place, rows in enumerate(counts))
+
+
+def find_overlaps(splits: dict[str, ExampleSet]) -> tuple[Overlap, ...]:
+    """Rows with the same tokens in two splits."""
+    found = []
+    names = list(splits)
+    for number, first in enumerate(names):
+        for second in names[number + 1 :]:
+            one, other = splits[first], splits[second]
+            shared = np.flatnonzero(np.isin(other.hashes, one.hashes))
+            if len(shared):
+                order = np.argsort(one.hashes, kind="stable")
+                there = order[np.searchsorted(one.hashes, other.hashes[shared[:PLACES_SHOWN]], sorter=order)]
+                places = zip(there.tolist(), shared[:PLACES_SHOWN].tolist(), strict=True)
+                pairs = tuple((_place(one, a), _place(other, b)) for a, b in places)
+                found.append(Overlap(first, second, len(shared), pairs))
+    return tuple(found)
+
+
+def _place(examples: ExampleSet, index: int) -> str:
+    example = examples[index]
+    return f"{example.file}:{example.line}"

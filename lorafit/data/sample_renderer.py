@@ -1,0 +1,196 @@
+"""One way from a sample of any kind to tokens: chats by their template, prompts and plain text verbatim."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Encoded, GenerationRow, Message, Sample
+from lorafit.data.chat_template import SHIPPED_TEMPLATES
+from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
+from lorafit.data.render import ChatRenderer, Rendering
+from lorafit.errors import DataError, ModelError
+from lorafit.registry import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorafit.recipe.schema import DataSection
+
+
+class Renderer:
+    """Renders samples for one tokenizer and the `data` section of one recipe.
+
+    Messages, instructions and questions are chats. A prompt with its completion is used verbatim, unless the recipe
+    names a chat template, which makes it a chat of one turn each. Plain text stays plain text.
+
+    Args:
+        tokenizer: The base model's.
+        data: The recipe's section.
+        chat_template: Text of the template that the recipe names; None for the tokenizer's own.
+
+    Attributes:
+        seen: What the template did with fields of the rows rendered so far, e.g. `history: reasoning_content`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection, chat_template: str | None) -> None:
+        self.tokenizer, self._data, self._named_template = tokenizer, data, chat_template
+        self.seen: Counter[str] = Counter()
+
+    @cached_property
+    def chats(self) -> ChatRenderer:
+        """Made when the first chat comes: a base model without a template needs none for plain text.
+
+        Raises:
+            ModelError: There is no template, or not a usable one.
+        """
+        return ChatRenderer(
+            self.tokenizer,
+            chat_template=self._named_template,
+            train_on=self._data.train_on,
+            dropped_fields=self._data.dropped_fields,
+            system_prompt=self._data.system_prompt,
+        )
+
+    @property
+    def template(self) -> str:
+        """Text of the chat template; empty where there is none."""
+        own: Any = self._named_template or getattr(self.tokenizer, "chat_template", None) or ""
+        return own if isinstance(own, str) else "\n".join(f"{name}: {text}" for name, text in sorted(own.items()))
+
+    def key(self) -> dict[str, str]:
+        """Hashes of all that decides how a sample becomes tokens, but for the code, by what it is."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # what a last call may have left there is no part of the tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+        vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        special = sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items())
+        parts = {"tokenizer": f"{vocabulary}{special}", "chat template": f"{bool(self._named_template)}{self.template}"}
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
+
+    def render(self, sample: Sample) -> Encoded | None:
+        """The whole sample as tokens, however long.
+
+        Raises:
+            DataError: Nothing in it can be trained, or the template refuses it.
+            ModelError: There is no usable chat template or end token.
+        """
+        messages = self._messages(sample)
+        if messages is not None:
+            rendering = self._render_chat(messages, sample)
+            self.seen.update(f"history: {name}" for name in set(rendering.history_dropped))
+            self.seen.update({_without_place(warning) for warning in rendering.warnings})
+            return self.chats.encode(rendering)
+        if sample.completion is not None:
+            train_on = self._data.train_on
+            return encode_completion(sample.prompt, sample.completion, self.tokenizer, train_on=train_on)
+        pieces = encode_text(sample.text or "", self.tokenizer, sys.maxsize)
+        return pieces[0] if pieces else None
+
+    def truncate(self, sample: Sample) -> Encoded | None:
+        """The sample cut to `max_length`; None where nothing to train on is left."""
+        limit = self._data.max_length
+        messages = self._messages(sample)
+        if messages is not None:
+            return self.chats.truncate(messages, sample.tools, limit)
+        if sample.completion is not None:
+            train_on = self._data.train_on
+            return truncate_completion(sample.prompt, sample.completion, self.tokenizer, limit, train_on=train_on)
+        pieces = encode_text(sample.text or "", self.tokenizer, limit, "truncate")
+        return pieces[0] if pieces else None
+
+    def split(self, sample: Sample) -> list[Encoded]:
+        """Plain text cut into rows of `max_length`.
+
+        Raises:
+            DataError: The sample is not plain text.
+        """
+        if sample.text is None:
+            what = f"longer than max_length {self._data.max_length}, and only plain text can be split"
+            raise DataError(what, todo="set data.overlength to truncate or drop, or raise data.max_length")
+        return encode_text(sample.text, self.tokenizer, self._data.max_length, "split")
+
+    def text(self, sample: Sample) -> str:
+        """The sample as the template writes it, whole."""
+        messages = self._messages(sample)
+        if messages is not None:
+            return self._render_chat(messages, sample).text
+        return sample.prompt + sample.completion if sample.completion is not None else sample.text or ""
+
+    def generation_row(self, sample: Sample) -> GenerationRow | None:
+        """The prompt before the sample's last trained answer, and that answer; None for plain text.
+
+        The reference is what the model would have to write, reasoning and tool calls as the template has them.
+        """
+        messages = self._messages(sample)
+        if messages is None:
+            if sample.completion is None:
+                return None
+            prompt_ids, reference = completion_prompt_ids(sample.prompt, self.tokenizer), sample.completion
+        else:
+            last = max((number for number, turn in enumerate(messages) if _is_trained(turn)), default=None)
+            if last is None:
+                return None
+            prompt_ids = self.chats.prompt_ids(messages[:last], sample.tools)
+            rendering = self.chats.render(messages[: last + 1], sample.tools)
+            turn = rendering.turns[-1]
+            reference = rendering.text[turn.start : turn.answer_end]
+        prompt_text = self.tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return GenerationRow(prompt_ids, str(prompt_text), reference, sample.must_contain, sample.file, sample.line)
+
+    def _messages(self, sample: Sample) -> tuple[Message, ...] | None:
+        if sample.messages is not None:
+            return sample.messages
+        if sample.completion is not None and self._named_template is not None:
+            answer = {"role": "assistant", "content": sample.completion}
+            return ({"role": "user", "content": sample.prompt}, answer)
+        return None
+
+    def _render_chat(self, messages: tuple[Message, ...], sample: Sample) -> Rendering:
+        if self._data.train_on != "all" and not any(turn["role"] == "assistant" for turn in messages):
+            raise DataError("no assistant turn: nothing to train on", key="messages")
+        return self.chats.render(messages, sample.tools)
+
+
+def build_renderer(tokenizer: PreTrainedTokenizerBase, data: DataSection, folder: Path) -> Renderer:
+    """The renderer of a recipe.
+
+    Args:
+        tokenizer: The base model's.
+        data: The recipe's section.
+        folder: The recipe's folder, which a template's path is relative to.
+
+    Raises:
+        ModelError: `chat_template` is neither a shipped name nor a readable file.
+    """
+    return Renderer(tokenizer, data, _read_template(data.chat_template, folder))
+
+
+def _read_template(named: str | None, folder: Path) -> str | None:
+    if named is None or named in SHIPPED_TEMPLATES:
+        return named
+    try:
+        return (folder / Path(named).expanduser()).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ModelError(f"template file '{named}' is not UTF-8", key="data.chat_template") from None
+    except OSError as error:
+        close = nearest(named, SHIPPED_TEMPLATES, count=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        todo = f"{hint}shipped are {', '.join(SHIPPED_TEMPLATES)}; else name a file"
+        what = f"template '{named}' cannot be read: {(error.strerror or type(error).__name__).lower()}"
+        raise ModelError(what, key="data.chat_template", todo=todo) from None
+
+
+def _is_trained(turn: Message) -> bool:
+    return bool(turn["role"] == "assistant" and turn.get("weight", 1) != 0)
+
+
+def _without_place(warning: str) -> str:
+    """The warning without the message's number, so that equal ones are counted together."""
+    head, _, rest = warning.partition(": ")
+    return rest if head.startswith("message ") else warning.split(" of message ")[0]

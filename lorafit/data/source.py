@@ -1,0 +1,312 @@
+"""Sources of a recipe: which file or hub data set, which format, and its rows as samples with file and line.
+
+    SourceSection --open--> Source(name, format, columns) --read--> (line, Sample | DataError), one row at a time
+
+Opening looks at every file before anything heavy is imported: is it there, is it data, which format have its rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.data.files import SUFFIXES, Fingerprint, check_file, take_fingerprint
+from lorafit.data.hub import HubRows, is_hub_id
+from lorafit.data.ledger import Ledger
+from lorafit.data.readers import RawRow, RawRows, read_file
+from lorafit.errors import DataError, LorafitError, RecipeError, raise_all
+from lorafit.kinds.fields import listed, missing_field
+from lorafit.kinds.formats import Format, formats
+from lorafit.registry import nearest
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter, Sample
+    from lorafit.recipe.schema import BadRowsSection, SourceSection
+
+ROWS_LOOKED_AT = 100
+
+
+class Source:
+    """One opened source. Reading it again gives the same rows.
+
+    Args:
+        section: The source as the recipe has it.
+        folder: The recipe's folder.
+
+    Attributes:
+        name: The file or id as the recipe names it.
+        format: Name of the rows' format.
+        unread: How many rows hold each column that the format does not read; filled while reading.
+
+    Raises:
+        DataError: The file is missing or no data, or its first rows have no format, or several.
+        SafetyError: It is or ships a script.
+        RecipeError: `columns` names a field that no format has.
+    """
+
+    def __init__(self, section: SourceSection, folder: Path) -> None:
+        self.section, self.name = section, section.path
+        self.unread: Counter[str] = Counter()
+        self._path, self._hub = _locate(section, folder)
+        self._fingerprint: Fingerprint | None = None
+        self._check_columns()
+        self.format = section.format if section.format != "auto" else self._find_format()
+        self._reader = formats.get(self.format)
+        self._required = {
+            self.section.columns.get(field, field) for field, needed in self._reader.fields.items() if needed
+        }
+
+    def read(self) -> Iterator[tuple[int, Sample | DataError]]:
+        """Every row, up to the source's `limit`, as a sample or as the error that says why it is none.
+
+        Raises:
+            DataError: The file cannot be read any further.
+        """
+        for line, row in self._raw_rows():
+            yield line, self._read_row(line, row)
+
+    def key(self) -> str:
+        """A hash of the bytes that the rows come from, for a cache."""
+        if self._hub is not None:
+            return self._hub.fingerprint()
+        return self._take_fingerprint().sha256
+
+    def changed(self) -> bool:
+        """Whether the file was written to since `key` was taken."""
+        before = self._fingerprint
+        if before is None or self._path is None:
+            return False
+        now = self._path.stat()
+        return (now.st_mtime_ns, now.st_size) != (before.changed_at_ns, before.size_bytes)
+
+    def guess_rows(self) -> int:
+        """About how many rows there are, for a progress bar and the number of workers."""
+        if self._hub is not None:
+            count = self._hub.count()
+        else:
+            found = self._take_fingerprint()
+            count = max(1, found.lines, found.size_bytes // 4000)
+        return min(count, self.section.limit or count)
+
+    def warnings(self) -> list[str]:
+        """Columns that no one reads and that look like a misspelt field, said once all rows are read."""
+        optional = [field for field, needed in self._reader.fields.items() if not needed]
+        said = []
+        for column, count in sorted(self.unread.items()):
+            close = nearest(column, optional, count=1)
+            if close:
+                said.append(f"{self.name}: column '{column}' ({count} rows) is not read; did you mean '{close[0]}'?")
+        return said
+
+    def _take_fingerprint(self) -> Fingerprint:
+        if self._fingerprint is None:
+            assert self._path is not None
+            self._fingerprint = take_fingerprint(self._path)
+        return self._fingerprint
+
+    def _raw_rows(self) -> RawRows:
+        rows = self._hub.rows() if self._hub is not None else self._file_rows()
+        return islice(rows, self.section.limit)
+
+    def _file_rows(self) -> RawRows:
+        assert self._path is not None
+        try:
+            yield from read_file(self._path, list(self.section.columns.values()), self._is_row)
+        except LorafitError as error:
+            raise error.at(file=self.name) from None
+        except OSError as error:
+            what = f"cannot be read: {(error.strerror or type(error).__name__).lower()}"
+            raise DataError(what, file=self.name) from None
+
+    def _is_row(self, row: RawRow) -> bool:
+        return _format_of(_rename(row, self.section.columns)) is not None
+
+    def _read_row(self, line: int, row: RawRow | DataError) -> Sample | DataError:
+        if isinstance(row, DataError):
+            row.at(file=self.name, line=line)
+            return row
+        try:
+            self._check_mapped(row)
+            mapped = _rename(row, self.section.columns)
+            for column in mapped.keys() - self._reader.fields.keys():
+                self.unread[column] += 1
+            return self._reader.read(mapped, self.name, line)
+        except DataError as error:
+            error.at(file=self.name, line=line)
+            return error
+
+    def _check_mapped(self, row: RawRow) -> None:
+        for ours, theirs in self.section.columns.items():
+            if theirs not in row and theirs in self._required:
+                close = nearest(theirs, row, count=1)
+                hint = f"did you mean '{close[0]}'?" if close else "correct columns in the recipe"
+                raise DataError(f"missing column '{theirs}'; found {listed(row)}", key=ours, todo=hint)
+
+    def _check_columns(self) -> None:
+        chosen = [self.section.format] if self.section.format != "auto" else formats.names()
+        known = {field for name in chosen for field in formats.get(name).fields}
+        for ours in self.section.columns:
+            if ours not in known:
+                close = nearest(ours, known, count=1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                todo = f"{hint}fields are {', '.join(sorted(known))}"
+                raise RecipeError(f"columns of {self.name}: unknown field '{ours}'", key="columns", todo=todo)
+
+    def _find_format(self) -> str:
+        """The format of the first rows, which must all have the same."""
+        found: dict[str, int] = {}
+        errors: list[DataError] = []
+        strange: tuple[int, RawRow] | None = None
+        for line, row in islice(self._raw_rows(), ROWS_LOOKED_AT):
+            if isinstance(row, DataError):
+                row.at(file=self.name, line=line)
+                errors.append(row)
+                continue
+            mapped = _rename(row, self.section.columns)
+            name = _format_of(mapped)
+            if name is not None:
+                found.setdefault(name, line)
+            elif strange is None:
+                strange = line, mapped
+        if len(found) > 1:
+            seen = " and ".join(f"{name} (line {line})" for name, line in found.items())
+            todo = "name one with format:, or split the file into two sources"
+            raise DataError(f"rows look like different formats: {seen}", file=self.name, todo=todo)
+        if found:
+            return next(iter(found))
+        if strange is not None:
+            raise self._unknown_format(*strange)
+        raise_all(errors[:5], file=self.name)
+        raise DataError("no rows", file=self.name)
+
+    def _unknown_format(self, line: int, row: RawRow) -> DataError:
+        for _, kind in sorted(formats.items(), key=lambda item: item[1].priority):
+            missing = [field for field, needed in kind.fields.items() if needed and field not in row]
+            if all(nearest(field, row, count=1) for field in missing) or not row:
+                error = missing_field(missing[0], row)
+                error.at(file=self.name, line=line)
+                return error
+        todo = "map them, e.g. columns: {prompt: THEIRS, completion: THEIRS}, or {text: THEIRS}"
+        if Path(self.name).suffix.lower() in (".csv", ".tsv"):
+            todo += "; numbers where there is no header: {text: '1'}"
+        return DataError(f"no known format has the columns {listed(row)}", file=self.name, line=line, todo=todo)
+
+
+def _format_of(row: RawRow) -> str | None:
+    kinds: list[tuple[str, Format]] = sorted(formats.items(), key=lambda item: item[1].priority)
+    return next((name for name, kind in kinds if kind.matches(row)), None)
+
+
+def _rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
+    """The row with our names for the mapped columns; a name of ours that was taken gives way."""
+    if not columns:
+        return row
+    renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
+    renamed.update({ours: row[theirs] for ours, theirs in columns.items() if theirs in row})
+    return renamed
+
+
+def _locate(section: SourceSection, folder: Path) -> tuple[Path | None, HubRows | None]:
+    """The local file of a source, checked, or the hub data set that its name stands for."""
+    path = folder / Path(section.path).expanduser()
+    looks_local = section.path.lower().endswith((*SUFFIXES, ".py")) or not is_hub_id(section.path)
+    if looks_local or os.path.lexists(path):
+        check_file(path, section.path)
+        return path, None
+    hub = HubRows(section.path, subset=section.subset, split=section.split, revision=section.revision)
+    return None, hub
+
+
+class SampleSet:
+    """The samples of several sources, read lazily, one at a time and in order.
+
+    Iterating gives every usable row; bad rows go to the ledger, and the rule of the recipe is applied at the end.
+
+    Attributes:
+        sources: The opened sources.
+        ledger: What was counted in the last complete pass.
+    """
+
+    def __init__(self, sources: Sequence[Source], bad_rows: BadRowsSection, reporter: Reporter) -> None:
+        self.sources, self._bad_rows, self._reporter = tuple(sources), bad_rows, reporter
+        self.ledger = self.new_ledger()
+
+    def new_ledger(self) -> Ledger:
+        """An empty ledger for one pass over these sources."""
+        return Ledger([(source.name, source.format) for source in self.sources], self._bad_rows)
+
+    def rows(self) -> Iterator[tuple[int, int, Sample | DataError]]:
+        """Every row as (number of its source, line, sample or error)."""
+        for number, source in enumerate(self.sources):
+            source.unread.clear()
+            for line, row in source.read():
+                yield number, line, row
+
+    def __iter__(self) -> Iterator[Sample]:
+        self.ledger = self.new_ledger()
+        for number, line, row in self.rows():
+            self.ledger.count_read(number)
+            if isinstance(row, DataError):
+                self.ledger.note_bad(number, line, row)
+            else:
+                self.ledger.count_kept(number)
+                yield row
+        self.ledger.judge()
+        for source in self.sources:
+            for warning in source.warnings():
+                self._reporter.warn(warning)
+
+
+def read_sources(
+    sources: Sequence[SourceSection], folder: Path, bad_rows: BadRowsSection, reporter: Reporter
+) -> SampleSet:
+    """Opens every source, so that a missing or unreadable one is an error before anything heavy starts.
+
+    Args:
+        sources: Sources of one split.
+        folder: The recipe's folder, which paths are relative to.
+        bad_rows: What happens to rows that are none.
+        reporter: Gets warnings.
+
+    Raises:
+        DataError: One source cannot be opened; several of them as `Problems`.
+        SafetyError: One is or ships a script.
+    """
+    opened, errors = [], []
+    for section in sources:
+        try:
+            opened.append(Source(section, folder))
+        except LorafitError as error:
+            errors.append(error)
+    raise_all(errors, file="data")
+    return SampleSet(opened, bad_rows, reporter)
+
+
+def check_sources(
+    splits: Mapping[str, Sequence[SourceSection]], folder: Path, bad_rows: BadRowsSection
+) -> dict[str, Any]:
+    """Reads all rows of all splits without a tokenizer, as `validate` does.
+
+    Returns:
+        For each split the rows read and those that are usable.
+
+    Raises:
+        DataError: Rows or files are bad; those of all splits as `Problems`.
+    """
+    from lorafit.contracts import Silent
+
+    errors: list[LorafitError] = []
+    counts = {}
+    for split, sources in splits.items():
+        try:
+            samples = read_sources(sources, folder, bad_rows, Silent())
+            usable = sum(1 for _ in samples)
+            counts[split] = {"read": sum(entry.read for entry in samples.ledger.sources), "usable": usable}
+        except LorafitError as error:
+            errors.extend(getattr(error, "errors", [error]))
+    raise_all(errors, file="data")
+    return counts

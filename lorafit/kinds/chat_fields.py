@@ -1,0 +1,150 @@
+"""Turns and tools of a chat, brought to one form: OpenAI's, with `arguments` as objects, as templates want them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorafit.contracts import Message
+from lorafit.errors import DataError
+from lorafit.kinds.fields import Row, describe, listed, read_json, read_json_list, wrong_type
+from lorafit.registry import nearest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_MEANT = {
+    "human": "user", "prompter": "user",
+    "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant", "chatgpt": "assistant",
+    "function": "tool", "ipython": "tool", "observation": "tool", "environment": "tool",
+}  # fmt: skip
+
+
+def read_entries(row: Row, name: str) -> list[dict[str, Any]]:
+    """The entries of a chat's list; a JSON list in a string (from a table) is read too.
+
+    Raises:
+        DataError: It is no list of objects, or an empty one.
+    """
+    value = row[name]
+    if isinstance(value, str):
+        value = read_json_list(value, name)
+    if not isinstance(value, list):
+        raise wrong_type(name, "list", value)
+    if not value:
+        raise DataError("is empty; a chat needs a user and an assistant turn", key=name)
+    for number, entry in enumerate(value):
+        if not isinstance(entry, dict):
+            raise wrong_type(f"{name}[{number}]", "object", entry)
+    return value
+
+
+def check_role(role: Any, place: str) -> str:
+    """The role, if it is one.
+
+    Raises:
+        DataError: It is not; the message names the one that was probably meant.
+    """
+    if not isinstance(role, str):
+        raise wrong_type(f"{place}.role", "string", role)
+    if role in ROLES:
+        return role
+    close = [_MEANT[role.lower()]] if role.lower() in _MEANT else nearest(role, ROLES, count=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise DataError(f"unknown role '{role}'", key=f"{place}.role", todo=f"{hint}roles are {', '.join(ROLES)}")
+
+
+def read_content(value: Any, place: str) -> str:
+    """The text of a turn: a string, or parts `{type: text, text: ...}`, joined by newlines as vLLM and llama.cpp do.
+
+    Raises:
+        DataError: It is something else, or a part is not text.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise wrong_type(f"{place}.content", "string", value)
+    parts = []
+    for number, part in enumerate(value):
+        key = f"{place}.content[{number}]"
+        if isinstance(part, str):
+            parts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif isinstance(part, dict) and part.get("type") != "text":
+            raise DataError(f"part of type {describe(part.get('type'))} is not supported; only text is", key=key)
+        else:
+            raise wrong_type(key, "{type: text, text: string}", part)
+    return "\n".join(parts)
+
+
+def read_weight(value: Any, role: str, place: str) -> int:
+    """Whether a turn carries loss: 1, or 0.
+
+    Raises:
+        DataError: It is another number, or stands on a turn that never carries loss.
+    """
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        if role != "assistant" and value:
+            raise DataError(f"a turn of the {role} never carries loss", key=f"{place}.weight", todo="leave weight out")
+        return int(value)
+    raise wrong_type(f"{place}.weight", "0 or 1", value)
+
+
+def read_call(value: Any, place: str) -> dict[str, Any]:
+    """One tool call as `{type, function: {name, arguments: object}, id?}`; a flat `{name, arguments}` is wrapped.
+
+    Raises:
+        DataError: It has no name, or its arguments are no JSON object.
+    """
+    if not isinstance(value, dict):
+        raise wrong_type(place, "object", value)
+    function = value.get("function", value if "name" in value else None)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise DataError(f"tool call has no function name; found {listed(value)}", key=place)
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = read_json(arguments, f"{place}.arguments") if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise wrong_type(f"{place}.arguments", "object", arguments)
+    call: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": value["id"], **call} if value.get("id") is not None else call
+
+
+def read_tools(row: Row, name: str = "tools") -> tuple[dict[str, Any], ...] | None:
+    """The tools a chat may call, as `{type: function, function: {...}}`; None for none. A string holds them as JSON.
+
+    Raises:
+        DataError: It is something else, or a tool has no name.
+    """
+    value = row.get(name)
+    if isinstance(value, str):
+        value = read_json(value, name) if value.strip() else None
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise wrong_type(name, "list", value)
+    tools = []
+    for number, tool in enumerate(value):
+        key = f"{name}[{number}]"
+        if not isinstance(tool, dict):
+            raise wrong_type(key, "object", tool)
+        function = tool.get("function", tool if "name" in tool else None)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise DataError(f"tool has no name; found {listed(tool)}", key=key)
+        tools.append({"type": "function", "function": function} if function is tool else tool)
+    return tuple(tools)
+
+
+def user_turn(content: str) -> Message:
+    """A turn of the user."""
+    return {"role": "user", "content": content}
+
+
+def assistant_turn(content: str) -> Message:
+    """A turn of the assistant."""
+    return {"role": "assistant", "content": content}
+
+
+def with_system(system: str, turns: list[Message]) -> tuple[Message, ...]:
+    """The turns behind a system message, if there is one."""
+    return ({"role": "system", "content": system}, *turns) if system else tuple(turns)

@@ -1,0 +1,131 @@
+"""Reading the fields of a row: the right type, or an error that names the field and what was found instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lorafit.errors import DataError
+from lorafit.kinds.strict_json import JsonError, parse_json
+from lorafit.registry import nearest
+
+Row = Mapping[str, Any]
+
+MUST_CONTAIN = "must_contain"
+_TYPE_NAMES = {dict: "object", list: "list", str: "string", bool: "boolean", int: "integer", float: "number"}
+
+
+def describe(value: Any) -> str:
+    """A value's type in JSON's words, with the value where it is short: `integer 1`, `null`, `list`."""
+    if value is None:
+        return "null"
+    name = _TYPE_NAMES.get(type(value), type(value).__name__)
+    if isinstance(value, str):
+        return f"{name} '{shorten(value)}'"
+    return f"{name} {value}" if isinstance(value, int | float) else name
+
+
+def shorten(text: str, length: int = 30) -> str:
+    """The beginning of a text, for a message."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def listed(names: Iterable[Any], count: int = 8) -> str:
+    """Names behind each other, the first `count` of them."""
+    names = [shorten(str(name)) for name in names]
+    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
+
+
+def missing_field(name: str, row: Row) -> DataError:
+    """The error for a row without a field it needs; names the column that was probably meant."""
+    if not row:
+        return DataError(f"empty row: missing field '{name}'", key=name)
+    close = nearest(name, [key for key in row if isinstance(key, str)], count=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    todo = f"{hint}rename it, or map it with columns: {{{name}: {close[0] if close else 'THEIRS'}}}"
+    return DataError(f"missing field '{name}'; found {listed(row)}", key=name, todo=todo)
+
+
+def wrong_type(name: str, expected: str, value: Any) -> DataError:
+    """The error for a field of another type."""
+    return DataError(f"expected {expected}, found {describe(value)}", key=name)
+
+
+def read_string(row: Row, name: str) -> str:
+    """A string that must be there and may be empty.
+
+    Raises:
+        DataError: It is missing or of another type.
+    """
+    if name not in row:
+        raise missing_field(name, row)
+    value = row[name]
+    if not isinstance(value, str):
+        raise wrong_type(name, "string", value)
+    return value
+
+
+def read_filled_string(row: Row, name: str) -> str:
+    """A string that must be there and hold more than blanks.
+
+    Raises:
+        DataError: It is missing, blank or of another type.
+    """
+    value = read_string(row, name)
+    if not value.strip():
+        raise DataError("is empty", key=name)
+    return value
+
+
+def read_optional_string(row: Row, name: str) -> str:
+    """A string that may be missing or null, and is empty then.
+
+    Raises:
+        DataError: It is of another type.
+    """
+    return "" if row.get(name) is None else read_string(row, name)
+
+
+def read_must_contain(row: Row) -> tuple[str, ...]:
+    """Strings that a right answer holds: one string, a list of them, or (from a table) a JSON list as a string.
+
+    Raises:
+        DataError: It is something else, or one of them is empty and would be met by any answer.
+    """
+    value = row.get(MUST_CONTAIN)
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        value = read_json_list(value, MUST_CONTAIN) if value.lstrip().startswith('["') else [value]
+    if not isinstance(value, list):
+        raise wrong_type(MUST_CONTAIN, "string or list of strings", value)
+    for item in value:
+        if not isinstance(item, str):
+            raise wrong_type(MUST_CONTAIN, "list of strings", item)
+        if not item.strip():
+            raise DataError("holds an empty string, which every answer contains", key=MUST_CONTAIN)
+    return tuple(value)
+
+
+def read_json_list(text: str, name: str) -> list[Any]:
+    """A JSON list that stands in a string, as tables hold it.
+
+    Raises:
+        DataError: It is no valid JSON, or no list.
+    """
+    value = read_json(text, name)
+    if not isinstance(value, list):
+        raise wrong_type(name, "list", value)
+    return value
+
+
+def read_json(text: str, name: str) -> Any:
+    """The JSON value that stands in a string.
+
+    Raises:
+        DataError: It is no valid JSON.
+    """
+    try:
+        return parse_json(text)
+    except JsonError as error:
+        raise DataError(error.what, key=name) from None

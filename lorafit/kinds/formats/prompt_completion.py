@@ -1,0 +1,26 @@
+"""Prompts with what comes after them: `{"prompt": "...", "completion": "..."}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorafit.contracts import Sample
+from lorafit.kinds.fields import Row, read_filled_string, read_must_contain, read_string
+from lorafit.kinds.formats import formats
+
+
+@formats.register("prompt_completion")
+class PromptCompletion:
+    """Used verbatim, prompt + completion + end of text, unless the recipe names a chat template."""
+
+    priority = 50
+    fields: Mapping[str, bool] = {"prompt": True, "completion": True, "must_contain": False}
+
+    def matches(self, row: Row) -> bool:
+        """Whether the row has a prompt and a completion."""
+        return "prompt" in row and "completion" in row
+
+    def read(self, row: Row, file: str, line: int) -> Sample:
+        """Both strings as they are; the prompt may be empty."""
+        prompt, completion = read_string(row, "prompt"), read_filled_string(row, "completion")
+        return Sample(file, line, prompt=prompt, completion=completion, must_contain=read_must_contain(row))

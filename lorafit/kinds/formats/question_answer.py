@@ -1,0 +1,28 @@
+"""Questions with their answers: `{"question": "...", "answer": "...", "system": ...}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorafit.contracts import Sample
+from lorafit.kinds.chat_fields import assistant_turn, user_turn, with_system
+from lorafit.kinds.fields import Row, read_filled_string, read_must_contain, read_optional_string
+from lorafit.kinds.formats import formats
+
+
+@formats.register("question_answer")
+class QuestionAnswer:
+    """A chat of one turn each: the user asks, the assistant answers."""
+
+    priority = 40
+    fields: Mapping[str, bool] = {"question": True, "answer": True, "system": False, "must_contain": False}
+
+    def matches(self, row: Row) -> bool:
+        """Whether the row has a question and an answer."""
+        return "question" in row and "answer" in row
+
+    def read(self, row: Row, file: str, line: int) -> Sample:
+        """A chat of two turns, behind the system message if there is one."""
+        turns = [user_turn(read_filled_string(row, "question")), assistant_turn(read_filled_string(row, "answer"))]
+        messages = with_system(read_optional_string(row, "system"), turns)
+        return Sample(file, line, messages=messages, must_contain=read_must_contain(row))

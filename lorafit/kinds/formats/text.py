@@ -1,0 +1,25 @@
+"""Plain text: `{"text": "..."}`, or a txt file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorafit.contracts import Sample
+from lorafit.kinds.fields import Row, read_filled_string, read_must_contain
+from lorafit.kinds.formats import formats
+
+
+@formats.register("text")
+class Text:
+    """Every token is trained, the end of text included."""
+
+    priority = 60
+    fields: Mapping[str, bool] = {"text": True, "must_contain": False}
+
+    def matches(self, row: Row) -> bool:
+        """Whether the row has a text."""
+        return "text" in row
+
+    def read(self, row: Row, file: str, line: int) -> Sample:
+        """The text as it is."""
+        return Sample(file, line, text=read_filled_string(row, "text"), must_contain=read_must_contain(row))

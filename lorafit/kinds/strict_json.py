@@ -1,0 +1,107 @@
+"""JSON without the leniencies of the standard parser: what two readers could read differently is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+DEPTH_LIMIT = 100  # a chat with tools is about 12 deep; Python's own parser dies near 1000
+_BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+class JsonError(ValueError):
+    """Why a text is not JSON that can be relied on; `position` is an offset into it, or None where it is not known."""
+
+    def __init__(self, what: str, position: int | None = None) -> None:
+        super().__init__(what)
+        self.what, self.position = what, position
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise JsonError(f"duplicate key '{key}'")
+            seen.add(key)
+    return row
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise JsonError(f"invalid JSON: {name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise JsonError(f"number {text[:20]} is too large: it would become Infinity")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+
+
+def depth_of(text: str) -> int:
+    """How deep arrays and objects are nested; brackets inside strings do not count."""
+    depth = deepest = 0
+    for match in _BRACKET_OR_STRING.finditer(text):
+        first = match.group()[0]
+        if first in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif first in "]}":
+            depth -= 1
+    return deepest
+
+
+def check_depth(text: str) -> None:
+    """Raises JsonError where arrays and objects are nested deeper than `DEPTH_LIMIT`."""
+    if text.count("[") + text.count("{") > DEPTH_LIMIT and depth_of(text) > DEPTH_LIMIT:
+        raise JsonError(f"nested deeper than {DEPTH_LIMIT} levels")
+
+
+def check_text(value: Any) -> None:
+    """Raises JsonError where a string in `value` holds half of a surrogate pair, which no UTF-8 text can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise JsonError(f"lone surrogate \\u{ord(error.object[error.start]):04x}: half of a character") from None
+
+
+def decode_at(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at `start`, and where it ends. Depth is the caller's to check.
+
+    Raises:
+        JsonError: It is malformed, or holds a duplicate key, NaN, Infinity or a lone surrogate.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except JsonError:
+        raise
+    except json.JSONDecodeError as error:
+        raise JsonError(f"invalid JSON: {error.msg[0].lower()}{error.msg[1:]}", error.pos) from None
+    except RecursionError:
+        raise JsonError(f"nested deeper than {DEPTH_LIMIT} levels") from None
+    except ValueError:  # an integer of more digits than Python converts
+        raise JsonError("invalid JSON: a number has too many digits") from None
+    if text.find("\\u", start, end) >= 0:
+        check_text(value)
+    return value, end
+
+
+def parse_json(text: str) -> Any:
+    """The one JSON value that `text` holds.
+
+    Raises:
+        JsonError: It is malformed, nested too deep, or holds a duplicate key, NaN, Infinity or a lone surrogate.
+    """
+    check_depth(text)
+    start = len(text) - len(text.lstrip(" \t\r\n"))
+    value, end = decode_at(text, start)
+    rest = text[end:].lstrip(" \t\r\n")
+    if rest:
+        raise JsonError("invalid JSON: extra data behind the value", len(text) - len(rest))
+    return value
