@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from lorafit.registry import Registry
 
 PATH: Any = {"format": "path"}
-"""`Field(json_schema_extra=PATH)` marks a field that may hold a path, which is relative to the recipe that it is written in."""
+"""`Field(json_schema_extra=PATH)` marks a path, relative to the recipe that it is written in."""
+PATH_OR_NAME: Any = {"format": "path-or-name"}
+"""The same for a field that may also hold a hub id or a shipped name."""
 
 
 class Section(BaseModel):

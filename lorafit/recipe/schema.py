@@ -1,7 +1,7 @@
-"""The recipe as frozen pydantic models. A field's docstring is its line in the reference; units stand in its name or there.
+"""The recipe as frozen pydantic models. A field's docstring is its line in the reference, with its unit.
 
-Only what is built stands here. Kinds bring their own sections (`lorafit.kinds`). What two fields must agree on is said in
-`lorafit.recipe.agreement`, so that every disagreement of a recipe is reported at once.
+Only what is built stands here. Kinds bring their own sections (`lorafit.kinds`). What two fields must agree on stands
+in `lorafit.recipe.agreement`, so that every disagreement of a recipe is reported at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorafit.kinds.metrics import metrics
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.schedules import schedules
-from lorafit.kinds.section import PATH, Section, one_of
+from lorafit.kinds.section import PATH, PATH_OR_NAME, Section, one_of
 from lorafit.kinds.tasks import tasks
 from lorafit.registry import nearest
 
@@ -66,12 +66,13 @@ CheapMetricName = Annotated[str, _one_name_of("metric while training", _metrics_
 class ModelSection(Section):
     """The frozen base model."""
 
-    base: NonEmpty = Field(json_schema_extra=PATH)
-    """Hub id, local directory, `.gguf` file, or `package://NAME/FILE.gguf` (a file inside an installed Python package)."""
+    base: NonEmpty = Field(json_schema_extra=PATH_OR_NAME)
+    """Hub id, local directory, `.gguf` file, or `package://NAME/FILE.gguf` (a file in an installed Python package)."""
     revision: str | None = None
     """Branch, tag or commit on the hub; only for hub ids."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of weights that are not quantised, and of compute. `auto`: bf16 where the device computes it at speed, else fp16 on a GPU, fp32 on a CPU."""
+    """Of weights that are not quantised, and of compute. `auto`: bf16 where the device computes it at speed, else fp16
+    on a GPU, fp32 on a CPU."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention implementation of transformers. `auto`: the rehearsal decides."""
     quantization: QuantizationChoice = Field(default="nf4", validate_default=True)
@@ -81,7 +82,7 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One file or hub data set of rows."""
 
-    path: NonEmpty = Field(json_schema_extra=PATH)
+    path: NonEmpty = Field(json_schema_extra=PATH_OR_NAME)
     """A file (jsonl, json, csv, tsv, parquet, txt), relative to the recipe, or a hub data set's id."""
     format: FormatName = "auto"
     """How a row is read; `auto` looks at the rows."""
@@ -121,11 +122,16 @@ class ValidationFraction(Section):
 
 
 def _form_of_validation(value: Any) -> str:
-    return "fraction" if isinstance(value, ValidationFraction) or (isinstance(value, dict) and "path" not in value) else "sources"
+    return (
+        "fraction"
+        if isinstance(value, ValidationFraction) or (isinstance(value, dict) and "path" not in value)
+        else "sources"
+    )
 
 
 Validation = Annotated[
-    Annotated[ValidationFraction, Tag("fraction")] | Annotated[Sources, Tag("sources")], Discriminator(_form_of_validation)
+    Annotated[ValidationFraction, Tag("fraction")] | Annotated[Sources, Tag("sources")],
+    Discriminator(_form_of_validation),
 ]
 
 
@@ -147,7 +153,7 @@ class DataSection(Section):
     """Scored while training: `{fraction: 0.05}` of the training rows, or sources of their own."""
     test: Sources | None = None
     """Never looked at in training; the final figures come from here."""
-    chat_template: NonEmpty | None = Field(default=None, json_schema_extra=PATH)
+    chat_template: NonEmpty | None = Field(default=None, json_schema_extra=PATH_OR_NAME)
     """null: the tokenizer's own. Else a shipped name (chatml, alpaca, plain) or a Jinja file."""
     system_prompt: str | None = None
     """System message for rows that have none."""

@@ -1,0 +1,212 @@
+"""pydantic's errors in our words, each at the key, line and column that a reader has to mend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from lorafit.errors import RecipeError
+from lorafit.recipe.expect import allowed_range, expectation
+from lorafit.recipe.outline import (
+    Choice,
+    Group,
+    Items,
+    Leaf,
+    Slot,
+    Table,
+    Variants,
+    fields_at,
+    recipe_outline,
+    slot_at,
+    slot_below,
+    variant_of,
+)
+from lorafit.recipe.suggest import answer_unknown_key, suggest_word
+from lorafit.recipe.tree import Entry, KeyPath, find, key_text, nearest_entry, parse_key, shown
+
+_RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+_EMPTY_ERRORS = {"too_short", "string_too_short"}
+_NAMED_KEY = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+|\[\d+\])*): (.+)", re.DOTALL)
+_FIRST_WORD = re.compile(r"[a-z_0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One error of the recipe.
+
+    Attributes:
+        path: The key it is about.
+        error: What is said.
+        meant: The key that an unknown one was very likely meant to be; its absence is no error of its own then.
+        is_missing: Whether a required key is absent.
+    """
+
+    path: KeyPath
+    error: RecipeError
+    meant: KeyPath | None = None
+    is_missing: bool = False
+
+
+def finding(tree: Entry, path: KeyPath, what: str, todo: str | None = None, meant: KeyPath | None = None) -> Finding:
+    """A finding about the key at `path`, placed where the tree has it, or else where the nearest section starts."""
+    entry = nearest_entry(tree, path)
+    error = RecipeError(what, **entry.at.known, key=key_text(path) or None, todo=todo)
+    return Finding(path, error, meant)
+
+
+def explain(errors: Sequence[ErrorDetails], tree: Entry) -> list[Finding]:
+    """One finding a key; what several branches of a union said about it becomes one sentence.
+
+    Args:
+        errors: What pydantic found in the values of `tree`.
+        tree: The recipe as it was written.
+    """
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    slots: dict[KeyPath, Slot | None] = {}
+    for error in errors:
+        path, slot = real_path(error["loc"], tree)
+        by_path.setdefault(path, []).append(error)
+        slots[path] = slot
+    found = [_explain_one(path, slots[path], group, tree) for path, group in by_path.items()]
+    meant = {f.meant for f in found if f.meant is not None}
+    return [f for f in found if not (f.is_missing and any(m[: len(f.path)] == f.path for m in meant))]
+
+
+def real_path(loc: Sequence[str | int], tree: Entry) -> tuple[KeyPath, Slot | None]:
+    """The key that pydantic's `loc` means, and its slot: without the tags of unions and the names of types in it."""
+    slot: Slot | None = recipe_outline()
+    entry: Entry | None = tree
+    path: list[str | int] = []
+    parts = list(loc)
+    while parts:
+        if isinstance(slot, Variants) or (isinstance(slot, Choice) and len(slot.kinds) > 1):
+            parts.pop(0)  # the tag
+            if isinstance(slot, Variants):
+                slot = variant_of(slot, entry) if entry is not None else None
+            if not parts:
+                break
+        if isinstance(slot, Leaf) and not isinstance(parts[0], int):
+            break  # the name of a type
+        part = parts.pop(0)
+        if isinstance(slot, Choice) and part == "kind":
+            break  # the choice itself is wrong
+        path.append(part)
+        slot = slot_below(slot, entry, part)
+        entry = find(entry, (part,)) if entry is not None else None
+    return tuple(path), slot
+
+
+def _explain_one(path: KeyPath, slot: Slot | None, errors: list[ErrorDetails], tree: Entry) -> Finding:
+    kinds = {error["type"] for error in errors}
+    entry = find(tree, path)
+    first = errors[0]
+    if "extra_forbidden" in kinds:
+        section = find(tree, path[:-1]) or tree
+        answer = answer_unknown_key(path, slot_at(path[:-1], tree), section)
+        placed = nearest_entry(tree, path)
+        where = placed.key_place if find(tree, path) is not None else placed.at
+        error = RecipeError(answer.what, **where.known, key=_short(key_text(path)), todo=answer.todo)
+        return Finding(path, error, answer.meant)
+    if "missing" in kinds:
+        return _missing(path, slot, tree)
+    if isinstance(slot, Choice) and kinds & {"union_tag_invalid", "union_tag_not_found", "literal_error"}:
+        return _unknown_kind(path, slot, entry, tree)
+    value_errors = [error for error in errors if error["type"] in ("value_error", "assertion_error")]
+    if value_errors:
+        return _said_by_validator(path, slot, value_errors[0]["msg"], tree)
+    value = entry.value if entry is not None else first.get("input")
+    if kinds & _RANGE_ERRORS and isinstance(value, int | float) and not isinstance(value, bool):
+        return finding(tree, path, f"must be {allowed_range(slot)} (allowed range), found {shown(value)}")
+    if kinds & _EMPTY_ERRORS and value in ("", (), []):
+        return finding(tree, path, f"must not be empty, expected {expectation(slot)}")
+    return _wrong_type(path, slot, value, errors, tree)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def _missing(path: KeyPath, slot: Slot | None, tree: Entry) -> Finding:
+    above = nearest_entry(tree, path[:-1])
+    if isinstance(path[-1], int):
+        above_slot = slot_at(path[:-1], tree)
+        return finding(tree, path[:-1], f"expected {expectation(above_slot)}, found {shown(above)}")
+    needed = [name for name, field in (fields_at(slot, None) or {}).items() if field.required]
+    todo = f"add {path[-1]}: " + (f"{{{', '.join(f'{name}: …' for name in needed)}}}" if needed else expectation(slot))
+    error = RecipeError("is missing", **above.at.known, key=key_text(path), todo=todo)
+    return Finding(path, error, is_missing=True)
+
+
+def _unknown_kind(path: KeyPath, slot: Choice, entry: Entry | None, tree: Entry) -> Finding:
+    value = entry.value if entry is not None else None
+    if isinstance(value, dict) and "kind" in value:
+        path, named = (*path, "kind"), value["kind"].value
+    else:
+        named = value
+    what = str(path[-2] if path[-1] == "kind" else path[-1])
+    known = f"available: {', '.join(slot.kinds)}"
+    if not isinstance(named, str):
+        if isinstance(named, dict):
+            return finding(tree, path, "names no kind", f"add kind; {known}")
+        return finding(tree, path, f"expected the name of a kind, found {shown(named)}", known)
+    return finding(tree, path, f"unknown {what} {shown(named)}", f"{suggest_word(named, slot.kinds)}{known}")
+
+
+def _said_by_validator(path: KeyPath, slot: Slot | None, message: str, tree: Entry) -> Finding:
+    """A validator's own words. It may start with the key it means, relative to its section or from the top."""
+    text = message.split(", ", 1)[1] if message.startswith(("Value error, ", "Assertion failed, ")) else message
+    named = _NAMED_KEY.fullmatch(text)
+    if named is not None:
+        key = parse_key(named[1])
+        for candidate in ((*path, *key), key):
+            if _is_known(candidate, tree):
+                path, text = candidate, named[2]
+                break
+    else:
+        entry = find(tree, path)
+        word = _FIRST_WORD.match(text)
+        fields = fields_at(slot, entry) if entry is not None else None
+        if fields is not None and word is not None and word[0] in fields:
+            path = (*path, word[0])
+    what, _, todo = text.partition("; ")
+    return finding(tree, path, what, todo or None)
+
+
+def _is_known(path: KeyPath, tree: Entry) -> bool:
+    return slot_at(path, tree) is not None
+
+
+def _wrong_type(path: KeyPath, slot: Slot | None, value: Any, errors: Sequence[ErrorDetails], tree: Entry) -> Finding:
+    wanted = expectation(slot) if slot is not None else errors[0]["msg"].lower()
+    todo = None
+    if isinstance(value, str):
+        todo = _mend_text(value, slot) or None
+    elif isinstance(slot, Leaf) and any(form is str for form, _ in slot.forms) and isinstance(value, int | float):
+        todo = "quote it"
+    elif isinstance(value, float) and value.is_integer():
+        todo = f"write {int(value)}"
+    elif value is None and isinstance(slot, Group | Choice | Items | Table):
+        todo = "fill it in, or remove the key"
+    return finding(tree, path, f"expected {wanted}, found {shown(value)}", todo)
+
+
+def _mend_text(value: str, slot: Slot | None) -> str:
+    """What to do about text where none belongs."""
+    if not isinstance(slot, Leaf):
+        return ""
+    types = [form for form, _ in slot.forms]
+    if bool in types and value.lower() in ("true", "false"):
+        return "remove the quotes"
+    words = [str(word) for form in types for word in getattr(form, "__args__", ()) if isinstance(word, str)]
+    if words:
+        return suggest_word(value, words).rstrip()
+    if int in types or float in types:
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value.strip()):
+            return "remove the quotes"
+        if re.fullmatch(r"[-+]?\d+,\d+", value.strip()):
+            return f"write {value.strip().replace(',', '.')}"
+    return ""

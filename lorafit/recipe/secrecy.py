@@ -1,0 +1,75 @@
+"""Secrets have no place in a recipe, which is copied into every run folder: what looks like one is refused.
+
+A message never holds the value, nor a key that looks like one itself.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lorafit.errors import SafetyError
+from lorafit.recipe.tree import Entry, KeyPath, key_text, walk
+
+_WORD_BREAK = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
+_SECRET_WORDS = re.compile(
+    "token|secrets?|password|passwd|passphrase|pwd|credentials?|bearer|authorization|(api|access|secret)(key|token)"
+)
+_OWNERS_OF_KEYS = re.compile(
+    "api|access|secret|private|auth|wandb|hf|openai|anthropic|azure|aws|gcp|ssh|encryption|signing|license"
+)
+_TOKENS_OF_TEXT = re.compile(  # `pad_token` and its like are a tokenizer's words, no secrets
+    "pad|eos|bos|unk|sep|cls|mask|eot|eom|boi|eoi|end|start|stop|first|last|next|new|per|image|audio|video|special"
+    "|additional|extra|added|think|prompt|response|tool|label|trained|padded"
+)
+_SECRET_VALUES = re.compile(
+    r"\bhf_(?=[A-Za-z]*[0-9A-Z])[A-Za-z0-9]{12,}\b|\bhf_[A-Za-z0-9]{20,}\b"  # Hugging Face
+    r"|\bsk-[A-Za-z0-9_-]{16,}"  # OpenAI, Anthropic
+    r"|\b(ghp|gho|ghu|ghs|ghr)_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_-]{16,}"
+    r"|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[0-9A-Za-z_-]{30,}|\bxox[abeprs]-[A-Za-z0-9-]{10,}"
+    r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}"  # a JSON web token
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|://[^/\s:@]+:[^/\s:@]+@"  # user:password in an address
+)
+HIDDEN = "…"
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a key names a secret, e.g. `hf_token`, `apiKey`, `wandb_api_key`, `password`; `pad_token` does not."""
+    words = [word.lower() for word in _WORD_BREAK.split(key) if word]
+    for before, word in zip(["", *words], words, strict=False):
+        if word == "token" and _TOKENS_OF_TEXT.fullmatch(before):
+            continue
+        if _SECRET_WORDS.fullmatch(word) or (word == "key" and _OWNERS_OF_KEYS.fullmatch(before)):
+            return True
+    return False
+
+
+def is_secret_value(value: object) -> bool:
+    """Whether a text holds something of a known secret's form."""
+    return isinstance(value, str) and _SECRET_VALUES.search(value) is not None
+
+
+def find_secrets(tree: Entry) -> list[tuple[KeyPath, SafetyError]]:
+    """Every entry that looks like a secret, outermost first, with its error; nothing below one is looked at."""
+    found: list[tuple[KeyPath, SafetyError]] = []
+    for path, entry in walk(tree):
+        if any(path[: len(known)] == known for known, _ in found):
+            continue
+        key = path[-1] if path and isinstance(path[-1], str) else ""
+        if is_secret_value(key) or is_secret_key(key):
+            found.append((path, _refusal("a secret in a recipe", path, entry)))
+        elif is_secret_value(entry.value):
+            found.append((path, _refusal("the value looks like a secret", path, entry)))
+    return found
+
+
+def _refusal(what: str, path: KeyPath, entry: Entry) -> SafetyError:
+    key = key_text(tuple(HIDDEN if is_secret_value(part) else part for part in path))
+    place = {**entry.key_place.known, "file": hidden_place(entry.key_place.file)}
+    todo = "use the environment (HF_TOKEN, WANDB_API_KEY) instead; recipes are copied into run folders"
+    return SafetyError(what, **place, key=key, todo=todo)
+
+
+def hidden_place(file: str) -> str:
+    """A place's name without the value that a `--set KEY=VALUE` carries in it."""
+    return f"{file.partition('=')[0]}={HIDDEN}" if file.startswith("--set ") and "=" in file else file

@@ -1,0 +1,117 @@
+"""What an unknown key or word was meant to be: a misspelling, a key of another section, or another tool's name."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lorafit.recipe.names import FOREIGN_NAMES, FOREIGN_VALUES, NAMES_IN_A_SOURCE
+from lorafit.recipe.outline import (
+    Choice,
+    Slot,
+    every_key,
+    fields_at,
+    fields_of,
+    kind_of,
+    recipe_outline,
+    variant_of,
+)
+from lorafit.recipe.tree import Entry, KeyPath, key_text
+from lorafit.registry import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What to say about an unknown key.
+
+    Attributes:
+        what: What is wrong.
+        todo: What to write instead.
+        meant: The key that was very likely meant.
+    """
+
+    what: str
+    todo: str
+    meant: KeyPath | None = None
+
+
+def answer_unknown_key(path: KeyPath, slot: Slot | None, section: Entry) -> Answer:
+    """What to say about the key at `path`, which `section` (with the schema's `slot`) does not have."""
+    key, parent = str(path[-1]), path[:-1]
+    fields = fields_at(slot, section) or {}
+    choice = variant_of(slot, section)
+    known = [*fields, *(["kind"] if isinstance(choice, Choice) else []), *([] if parent else ["extends"])]
+    folded = _fold(key)
+    if folded in known:
+        return Answer(f"unknown key{_letters_that_deceive(key)}", f"did you mean {folded}?", (*parent, folded))
+    foreign = _foreign_name(folded, fields, parent)
+    if foreign is not None:
+        return foreign
+    others = _kinds_with(folded, choice) if isinstance(choice, Choice) else []
+    if others:
+        what = (
+            f"unknown key; {kind_of(choice, section)} has no {folded}" if isinstance(choice, Choice) else "unknown key"
+        )
+        return Answer(what, f"it belongs to {' and '.join(others[:3])}")
+    elsewhere = _keys_called(folded)
+    if elsewhere:
+        return Answer("unknown key here", f"did you mean {_either(elsewhere)}?", elsewhere[0])
+    close = nearest(key, known, count=2)
+    if close:
+        return Answer(
+            f"unknown key{_letters_that_deceive(key)}", f"did you mean {' or '.join(close)}?", (*parent, close[0])
+        )
+    far = nearest(key, dict.fromkeys(str(p[-1]) for p, _ in every_key(recipe_outline())), count=1)
+    if far:
+        elsewhere = _keys_called(far[0])
+        return Answer(f"unknown key{_letters_that_deceive(key)}", f"did you mean {_either(elsewhere)}?", elsewhere[0])
+    where = "this section has" if parent else "a recipe has"
+    return Answer(f"unknown key{_letters_that_deceive(key)}", f"{where} {', '.join(known)}")
+
+
+def suggest_word(word: str, known: Iterable[str]) -> str:
+    """`did you mean lora? ` for a word that is not among `known`, or nothing."""
+    known = list(known)
+    ours = FOREIGN_VALUES.get(word.strip().lower())
+    close = [ours] if ours in known else nearest(word.strip(), known, count=2)
+    return f"did you mean {' or '.join(str(name) for name in close)}? " if close else ""
+
+
+def _fold(key: str) -> str:
+    return unicodedata.normalize("NFKC", key).strip().lower().replace("-", "_")
+
+
+def _foreign_name(folded: str, fields: Iterable[str], parent: KeyPath) -> Answer | None:
+    if "repeats" in fields and folded in NAMES_IN_A_SOURCE:
+        ours = NAMES_IN_A_SOURCE[folded]
+        return Answer("unknown key", f"a source's key for this is {ours}", (*parent, ours))
+    if folded not in FOREIGN_NAMES:
+        return None
+    ours, _, note = FOREIGN_NAMES[folded].partition(": ")
+    if not ours:
+        return Answer("unknown key", note)
+    return Answer("unknown key", f"here it is {ours}{f' ({note})' if note else ''}", tuple(ours.split(".")))
+
+
+def _kinds_with(name: str, choice: Choice) -> list[str]:
+    return [kind for kind, model in choice.kinds.items() if name in fields_of(model)]
+
+
+def _keys_called(name: str) -> list[KeyPath]:
+    """Every key of the schema with that last part; lists of sources are all alike, so the first speaks for them."""
+    paths = list(dict.fromkeys(path for path, _ in every_key(recipe_outline())))
+    sources = [path[:-1] for path in paths if path[-1] == "repeats"]
+    return [path for path in paths if path[-1] == name and path[:-1] not in sources[1:]]
+
+
+def _either(paths: list[KeyPath]) -> str:
+    return " or ".join(key_text(path) for path in paths[:3])
+
+
+def _letters_that_deceive(key: str) -> str:
+    """Names a letter that only looks like a Latin one, or that cannot be seen."""
+    odd = next((letter for letter in key if ord(letter) > 126 or not letter.isprintable()), None)
+    if odd is None:
+        return ""
+    return f" (with {unicodedata.name(odd, f'U+{ord(odd):04X}')})"
