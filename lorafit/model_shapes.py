@@ -1,7 +1,7 @@
 """`config.json` -> ModelShape, by arithmetic alone: no torch, no weights, well under a millisecond.
 
-A family is a row of `_FAMILIES`: how its class in transformers lays out a decoder layer. Whatever is not there can still
-be read, slower, through transformers' own class on the meta device (`lorafit.class_shapes`).
+A family is a row of `_FAMILIES`: how its class in transformers lays out a decoder layer. Whatever is not there can
+still be read, slower, through transformers' own class on the meta device (`lorafit.class_shapes`).
 
 Source: the modeling files of transformers 5; the tests build each class on the meta device and compare every total.
 """
@@ -59,8 +59,8 @@ class _Family:
 
 _LLAMA = _Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
 _GPT2 = _Family(
-    qkv=("c_attn",), out="c_proj", up=("c_fc",), down="c_proj", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-    norm="layer", norm_bias=True, tied=True, activation="gelu_new", positions=0, transposed=True,
+    qkv=("c_attn",), out="c_proj", up=("c_fc",), down="c_proj", gated=False, qkv_bias=True, out_bias=True,
+    mlp_bias=True, norm="layer", norm_bias=True, tied=True, activation="gelu_new", positions=0, transposed=True,
 )  # fmt: skip
 _QWEN_MOE = _Family(qk_norm="head", qkv_bias="attention_bias", out_bias="attention_bias", experts="num_experts")
 
@@ -176,9 +176,13 @@ class _Config:
         """
         value = self.get(key, default)
         if value is None:
-            raise ModelError("is missing", file="config.json", key=key, todo=f"a {self.type} model's config.json needs it")
+            raise ModelError(
+                "is missing", file="config.json", key=key, todo=f"a {self.type} model's config.json needs it"
+            )
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
-            raise ModelError(f"{value!r} is not a positive whole number", file="config.json", key=key, todo="repair the file")
+            raise ModelError(
+                f"{value!r} is not a positive whole number", file="config.json", key=key, todo="repair the file"
+            )
         return value
 
     def flag(self, flag: Flag) -> bool:
@@ -270,10 +274,13 @@ def _decoder(facts: _Config, family: _Family) -> ModelShape:
 
 
 def _has_plain_head(facts: _Config) -> bool:
-    """Whether the loss from head times hidden states is the model's own: no soft-cap, no logit scale behind the head."""
+    """Whether the loss from head times hidden states is the model's own: no soft-cap, no logit scale behind the
+    head."""
     default_cap = 30.0 if facts.type == "gemma2" else None
     default_scale = 0.0625 if facts.type in ("cohere", "cohere2") else 1.0
-    scale = facts.get("logit_scale", default_scale) if facts.type.startswith("cohere") else facts.get("logits_scaling", 1.0)
+    scale = (
+        facts.get("logit_scale", default_scale) if facts.type.startswith("cohere") else facts.get("logits_scaling", 1.0)
+    )
     return facts.get("final_logit_softcapping", default_cap) is None and scale == 1.0
 
 

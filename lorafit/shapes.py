@@ -54,7 +54,8 @@ class ModelShape:
         attention_dropout: The model's own dropout on attention weights.
         softcap: Whether a soft-cap on attention scores forces eager attention (Gemma 2).
         math_attention: Whether sdpa falls back to plain matrix products in fp32 (Falcon's multi-query broadcast).
-        plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in chunks.
+        plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in
+            chunks.
     """
 
     model_type: str
@@ -130,7 +131,8 @@ class DeviceFacts:
     Attributes:
         kind: `cpu`, `cuda` or `mps`.
         name: Name to print, e.g. `NVIDIA L4` or `cpu`.
-        memory_bytes: Usable memory: what torch reports for a card; on a CPU the smaller of available RAM and the cgroup's limit.
+        memory_bytes: Usable memory: what torch reports for a card; on a CPU the smaller of available RAM and the
+            cgroup's limit.
         bf16: Whether bf16 matrix products run at speed.
         count: Processes that train together.
     """

@@ -22,11 +22,14 @@ from lorafit.memory.layer import (
 from lorafit.shapes import LinearShape, ModelShape
 
 LOGITS_CHUNK_BYTES = 64 * 2**20
-"""Of fp32 logits that the chunked loss holds at once. Source: lorafit.ops.cross_entropy, whose constant a test compares."""
+"""Of fp32 logits that the chunked loss holds at once. Source: lorafit.ops.cross_entropy, whose constant a test
+compares."""
 
 ALLOCATOR_FACTOR = {"cuda": 1.10, "cpu": 1.05}
-"""Reserved beside allocated: torch's caching allocator rounds and fragments. Source: the published fms-hf-tuning benchmark,
-fused-loss rows, (nvidia-smi - context) / max_memory_allocated = 1.10; lower with short, equal rows, higher with full logits."""
+"""Reserved beside allocated: torch's caching allocator rounds and fragments. Source: the published fms-hf-tuning
+benchmark, fused-loss rows, (nvidia-smi - context) / max_memory_allocated = 1.10; lower with short, equal rows, higher
+with full
+logits."""
 
 CONTEXT_BYTES = {"cuda": 512 * 2**20, "cpu": 600 * 2**20}
 """CUDA context and kernels: 0.4-0.6 GiB by card and driver. On a CPU: interpreter and libraries after their import
@@ -70,7 +73,8 @@ class MemoryEstimate:
     """Peak memory of one training process, itemised at its worst moment.
 
     Attributes:
-        fixed: Components that stay, in bytes: base_weights, quantization_constants, adapter, gradients, optimizer_state.
+        fixed: Components that stay, in bytes: base_weights, quantization_constants, adapter, gradients,
+            optimizer_state.
         phases: forward, loss, backward, update.
         device_kind: `cpu` or `cuda`.
         micro_batch_tokens: Padded tokens of the forward that was estimated.
@@ -172,7 +176,8 @@ def estimate(
     """Peak memory of lorafit's own training step.
 
     Args:
-        dtype_bytes: Of weights that are not quantised, and of compute: 2 for bf16 and fp16 (under autocast), 4 for fp32.
+        dtype_bytes: Of weights that are not quantised, and of compute: 2 for bf16 and fp16 (under autocast), 4 for
+            fp32.
         micro_batch_tokens: Padded tokens of one forward; at least one longest row is counted.
         longest_tokens: Tokens of the longest row: what eager attention grows with.
         labels: Trained tokens in the micro-batch.
@@ -238,22 +243,23 @@ def step_phases(
     stream = shape.hidden_size * n.stream_bytes * tokens
     final_norm = final_norm_bytes(shape, n) * tokens
     mask = n.compute_bytes * work.row_tokens * tokens if work.attention == "eager" or shape.softcap else 0
-    update = Phase("update", "optimizer step", 0, 0, 0, 4 * trainable, 0)
+    update = Phase("update", "", 0, 0, 0, 4 * trainable, 0)
     if checkpointing:
         inputs = stream * shape.layers + _leaked_bytes(shape, n, tokens) * shape.layers + mask
         again = final_norm if keeps_layer_input(shape, n) else 0
         worst = max(forward_peak, backward_peak, key=lambda peak: peak.peak_bytes)
+        where = f"{'recomputing ' if worst is forward_peak else ''}{worst.where}"
         recomputed = worst.peak_bytes - worst.fixed_bytes - again + (stream if worst is forward_peak else 0)
         return (
             Phase("forward", forward_peak.where, inputs, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
-            Phase("loss", "loss", inputs + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
-            Phase("backward", f"recomputed {worst.where}", inputs, recomputed, 0, worst.fixed_bytes, casts // shape.layers),
+            Phase("loss", "", inputs + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
+            Phase("backward", where, inputs, recomputed, 0, worst.fixed_bytes, casts // shape.layers),
             update,
         )
     kept = forward_peak.kept_bytes * shape.layers - round(ungraded_bytes(operations, work) * tokens) + mask
     return (
         Phase("forward", forward_peak.where, kept, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
-        Phase("loss", "loss", kept + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
+        Phase("loss", "", kept + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
         Phase("backward", backward_peak.where, kept, _moment(backward_peak), 0, backward_peak.fixed_bytes, casts),
         update,
     )
@@ -282,8 +288,8 @@ def _head_states_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
 def loss_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
     """One chunk of the linear cross-entropy, or all logits where something stands behind the head.
 
-    A chunk: logits as computed, their fp32 copy that becomes probabilities in place, and the error in the compute dtype;
-    the next chunk's logits and copy are made while the last chunk's are still there.
+    A chunk: logits as computed, their fp32 copy that becomes probabilities in place, and the error in the compute
+    dtype; the next chunk's logits and copy are made while the last chunk's are still there.
     """
     c = n.compute_bytes
     states = _head_states_bytes(shape, n, labels)

@@ -1,4 +1,5 @@
-"""What one decoder layer holds, operation by operation: what it keeps for the backward pass, and what is alive beside it.
+"""What one decoder layer holds, operation by operation: what it keeps for the backward pass, and what is alive beside
+it.
 
     forward    norm ─ q k v ─ rotate ─ attention ─ o ─ norm ─ gate up ─ act·up ─ down
                each operation adds `kept`; while it runs, a moment's bytes are alive besides
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from lorafit.shapes import LinearShape, ModelShape
 
@@ -31,7 +33,8 @@ class Numerics:
         adapter_bytes: Of adapter weights.
         autocast: Whether torch's autocast is on.
         device_kind: `cpu` or `cuda`: a CPU keeps a dropout mask in the input's dtype, a GPU one byte a value.
-        casts_adapter_inputs: PEFT's default, which lorafit's objective turns off under autocast: an adapter's input is cast
+        casts_adapter_inputs: PEFT's default, which lorafit's objective turns off under autocast: an adapter's input is
+            cast
             to the adapter's dtype before autocast casts it down again.
         keeps_inputs: Every linear keeps its input: full fine-tuning, and LLM.int8().
         fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
@@ -76,7 +79,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Something alive only for a moment: bytes a token, and bytes that do not grow with tokens (a dequantised weight)."""
+    """Something alive only for a moment: bytes a token, and bytes that do not grow with tokens (a dequantised
+    weight)."""
 
     phase: str
     token_bytes: float
@@ -100,7 +104,7 @@ class LayerPeak:
         kept_bytes: What the whole layer leaves for its backward pass.
         peak_bytes: Kept so far plus the moment, at the worst moment.
         fixed_bytes: The dequantised weight among them.
-        where: Phase and operation of that moment.
+        where: The operation of that moment.
     """
 
     kept_bytes: int
@@ -118,7 +122,7 @@ def layer_peak(operations: list[Operation], tokens: int, phase: str) -> LayerPea
         for moment in (m for m in operation.moments if m.phase == phase):
             bytes_now = (kept + moment.token_bytes) * tokens + moment.fixed_bytes
             if bytes_now > peak:
-                peak, fixed, where = bytes_now, moment.fixed_bytes, f"{moment.phase} of {operation.name}"
+                peak, fixed, where = bytes_now, moment.fixed_bytes, operation.name
     return LayerPeak(round(kept * tokens), round(max(peak, kept * tokens)), fixed, where)
 
 
@@ -141,8 +145,8 @@ def layer_operations(shape: ModelShape, work: Work) -> list[Operation]:
         *_outputs(shape, work, "down"),
         *_dropped_stream(shape, n),
     ]
-    # While a block runs, the stream that goes past it and the norm's output (its argument) are alive; on the way back the
-    # stream's gradient is. With parallel blocks the first block's result waits too.
+    # While a block runs, the stream that goes past it and the norm's output (its argument) are alive; on the way back
+    # the stream's gradient is. With parallel blocks the first block's result waits too.
     waiting = stream if shape.parallel else 0
     past = 0 if _norm_keeps_stream(shape, n) else stream
     block = {"forward": past + norm_out, "backward": stream + waiting}
@@ -172,9 +176,7 @@ def keeps_layer_input(shape: ModelShape, numerics: Numerics) -> bool:
 
 def _beside(operation: Operation, alive: dict[str, int]) -> Operation:
     moments = operation.moments or (Moment("forward", 0.0),)
-    return replace(
-        operation, moments=tuple(replace(m, token_bytes=m.token_bytes + alive[m.phase]) for m in moments)
-    )
+    return replace(operation, moments=tuple(replace(m, token_bytes=m.token_bytes + alive[m.phase]) for m in moments))
 
 
 def _norm(name: str, shape: ModelShape, n: Numerics) -> Operation:
@@ -211,11 +213,11 @@ def _linear(
 ) -> Operation:
     """One linear with its adapter: y = W x + s·B·A·dropout(x).
 
-    Kept for an adapter: what A multiplies, where that is no tensor that others keep; the dropout mask; A's result [rank].
-    A frozen W keeps nothing of x. Forward: casts and dropout's result beside W's result, then B's result, scaled, and the
-    sum. Backward: the same casts as gradients, with A's input gone; and for W the gradients of both paths and their sum,
-    beside W dequantised. What ends a block gets the stream's own gradient, which is counted there; `freed` is kept input
-    that is gone once A's gradient is known.
+    Kept for an adapter: what A multiplies, where that is no tensor that others keep; the dropout mask; A's result
+    [rank]. A frozen W keeps nothing of x. Forward: casts and dropout's result beside W's result, then B's result,
+    scaled, and the sum. Backward: the same casts as gradients, with A's input gone; and for W the gradients of both
+    paths and their sum, beside W dequantised. What ends a block gets the stream's own gradient, which is counted
+    there; `freed` is kept input that is gone once A's gradient is known.
     """
     n, width_in, width_out = work.numerics, linear.in_features, linear.out_features
     c, result, weight = n.compute_bytes, n.compute_bytes * linear.out_features, work.dequantised_bytes(linear)
@@ -229,7 +231,7 @@ def _linear(
         stages.append(c)
     wide = max(sum(stages) - copy, 0)  # the last of them is the copy that stays
     steps = [c if n.autocast else reads, *reversed(stages), input_bytes]  # widths of the gradient on its way back
-    returns = max(max(x + y for x, y in zip(steps, steps[1:], strict=False)) - copy, 0) if len(stages) else steps[0]
+    returns = max(max(x + y for x, y in pairwise(steps)) - copy, 0) if len(stages) else steps[0]
     low = c if n.autocast else n.adapter_bytes
     moments = [
         Moment("forward", alive + result + wide * width_in),
@@ -245,7 +247,7 @@ def _inputs(shape: ModelShape, work: Work, roles: tuple[str, ...]) -> list[Opera
     n, found, waiting = work.numerics, [], 0.0
     linears = [linear for linear in shape.linears if linear.role in roles]
     width = _norm_out_bytes(shape, n)
-    shared = n.keeps_inputs or any(linear in work.adapted for linear in linears) and not _own_copy_bytes(work, width)
+    shared = n.keeps_inputs or (any(x in work.adapted for x in linears) and not _own_copy_bytes(work, width))
     for number, linear in enumerate(linears):
         operation = _linear(linear, work, input_bytes=width, alive=waiting)
         if shared and number == 0:  # the norm's output itself is kept, once for all
@@ -264,7 +266,12 @@ def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
         shared = n.keeps_inputs or (linear in work.adapted and not _own_copy_bytes(work, width))
         held = 0 if kept_anyway else linear.in_features * width
         operation = _linear(
-            linear, work, input_bytes=width, alive=0.0 if shared else held, ends_block=True, freed=held if shared else 0.0
+            linear,
+            work,
+            input_bytes=width,
+            alive=0.0 if shared else held,
+            ends_block=True,
+            freed=held if shared else 0.0,
         )
         found.append(replace(operation, kept=operation.kept + held) if shared else operation)
     return found
@@ -286,15 +293,17 @@ def _product_bytes(shape: ModelShape, n: Numerics) -> int:
 def _attention(shape: ModelShape, work: Work) -> list[Operation]:
     """Rotation and attention.
 
-    Flash keeps q, k, v, its output and a log-sum a head; eager keeps every score, in fp32 and as computed; sdpa without a
-    flash kernel keeps them in fp32.
+    Flash keeps q, k, v, its output and a log-sum a head; eager keeps every score, in fp32 and as computed; sdpa without
+    a flash kernel keeps them in fp32.
     """
     n = work.numerics
     c, q_width, kv_width = n.compute_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     operations = []
     if shape.qk_norm:
         wide = 4 * (q_width + kv_width)
-        operations.append(Operation("query and key norm", wide, (Moment("forward", 6 * q_width), Moment("backward", 16 * q_width))))
+        operations.append(
+            Operation("query and key norm", wide, (Moment("forward", 6 * q_width), Moment("backward", 16 * q_width)))
+        )
     scores = shape.heads * work.row_tokens
     expands = shape.kv_heads < shape.heads
     math_dropout = n.device_kind == "cpu" and shape.attention_dropout > 0  # no CPU flash kernel takes dropout
@@ -354,4 +363,6 @@ def _dropped_stream(shape: ModelShape, n: Numerics) -> list[Operation]:
     if shape.hidden_dropout == 0:
         return []
     mask = n.compute_bytes if n.device_kind == "cpu" else 1
-    return [Operation("dropout", mask * shape.hidden_size, (Moment("forward", 2 * n.compute_bytes * shape.hidden_size),))]
+    return [
+        Operation("dropout", mask * shape.hidden_size, (Moment("forward", 2 * n.compute_bytes * shape.hidden_size),))
+    ]

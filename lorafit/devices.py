@@ -1,0 +1,195 @@
+"""Where a run happens: the device of this process, or a card named on the command line.
+
+torch is imported only where a GPU may have to be asked; sizes and names of cards need none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import UsageError
+from lorafit.registry import nearest
+from lorafit.shapes import DeviceFacts
+from lorafit.shipped import shipped
+
+_UNITS = {
+    "": 2**30,
+    "g": 2**30,
+    "gib": 2**30,
+    "gb": 10**9,
+    "m": 2**20,
+    "mib": 2**20,
+    "mb": 10**6,
+    "t": 2**40,
+    "tib": 2**40,
+    "tb": 10**12,
+}
+_SIZE = re.compile(r"^\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*$", re.IGNORECASE)
+_SMALLEST_BYTES, _LARGEST_BYTES = 2**28, 2**44
+_RANGE = "0.25GiB to 16384GiB"
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86; the last is what Linux calls it on Arm
+
+
+def parse_size(text: str, flag: str) -> int | None:
+    """Bytes of a size such as `24GiB`, `24GB` (10^9), `80gib` or `24` (GiB); None where the text is no size at all.
+
+    Raises:
+        UsageError: The size is out of range, or its unit is unknown.
+    """
+    match = _SIZE.match(text)
+    if match is None:
+        return None
+    number, unit = float(match[1]), match[2].lower()
+    if unit not in _UNITS:
+        raise UsageError(f"'{text}' has no unit of memory", key=flag, todo="write for example 24GiB or 24GB")
+    size = number * _UNITS[unit]
+    if not math.isfinite(size) or not _SMALLEST_BYTES <= size <= _LARGEST_BYTES:
+        raise UsageError(f"'{text}' is out of range", key=flag, todo=f"a size lies in the range {_RANGE}")
+    return round(size)
+
+
+def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
+    """The card that `--gpu` means: a size, or a name from `configs/hardware`.
+
+    Raises:
+        UsageError: Neither; or the size is out of range.
+    """
+    size = parse_size(text, flag)
+    if size is not None:
+        return DeviceFacts(kind="cuda", name=f"a {format_bytes(size)} GPU", memory_bytes=size, bf16=True)
+    card = find_card(text)
+    if card is None:
+        close = nearest(text, [name for known in cards() for name in known["names"]], count=2)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UsageError(
+            f"'{text}' is neither a size in the range {_RANGE} nor a known card",
+            key=flag,
+            todo=f"{hint}write for example 24GiB, or one of: {', '.join(str(known['names'][0]) for known in cards())}",
+        )
+    return DeviceFacts(
+        kind="cuda", name=str(card["names"][0]), memory_bytes=usable_bytes(card), bf16=bool(card["bf16"])
+    )
+
+
+def usable_bytes(card: dict[str, Any]) -> int:
+    """What torch reports for a card where that is known, else what its label says."""
+    return round(float(card.get("torch_gib") or card["label_gib"]) * 2**30)
+
+
+@cache
+def cards() -> tuple[dict[str, Any], ...]:
+    """Every card of `configs/hardware`, in order of its file."""
+    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in sorted(shipped("hardware").glob("*.json")))
+
+
+def find_card(name: str) -> dict[str, Any] | None:
+    """The card of that name, whatever its case, blanks and hyphens; `NVIDIA` and `GeForce` may stand before it."""
+    wanted = _plain(name)
+    return next((card for card in cards() if wanted in {_plain(known) for known in card["names"]}), None)
+
+
+def _plain(name: str) -> str:
+    letters = re.sub(r"[^a-z0-9]", "", name.lower())
+    return re.sub(r"^(nvidia|amd|geforce|quadro|tesla|instinct)+", "", letters)
+
+
+def format_bytes(size: int | float) -> str:
+    """`24 GiB`, `1.5 GiB`, `310 MiB`, `12 KiB`."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= scale:
+            value = size / scale
+            return f"{value:.0f} {unit}" if value >= 100 or value == round(value) else f"{value:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def read_device(kind: str = "auto", *, count: int | None = None) -> DeviceFacts:
+    """The device that this process trains on.
+
+    Args:
+        kind: `cpu`, `cuda` or `mps`; `auto` takes the first GPU there is.
+        count: Processes that train together; from torchrun's WORLD_SIZE where None.
+    """
+    processes = count if count is not None else max(1, int(os.environ.get("WORLD_SIZE", "1") or 1))
+    if kind != "cpu":
+        import torch
+
+        if kind in ("auto", "cuda") and torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            # compute capability 8.0 (Ampere) is the first with bf16 tensor cores; ROCm reports 9.x for its own
+            bf16 = properties.major >= 8
+            return DeviceFacts("cuda", properties.name, properties.total_memory, bf16, processes)
+        if kind in ("auto", "mps") and torch.backends.mps.is_available():
+            limit = torch.mps.recommended_max_memory()
+            return DeviceFacts("mps", "Apple GPU", min(limit, cpu_memory_bytes()), False, processes)
+    return DeviceFacts("cpu", "cpu", cpu_memory_bytes() // processes, _cpu_has_bf16(), processes)
+
+
+def cpu_memory_bytes() -> int:
+    """Memory this process may have in all: the smaller of available RAM, the control group's limit and `ulimit -v`.
+
+    What the process holds already counts as available, since an estimate counts the interpreter and libraries too.
+    """
+    import psutil
+
+    process = psutil.Process()
+    own = process.memory_info()
+    limits = [psutil.virtual_memory().available + own.rss]
+    limits += [limit - used + own.rss for limit, used in _cgroup_limits()]
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return int(max(0, min(limits)))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(soft - own.vms + own.rss)
+    return int(max(0, min(limits)))
+
+
+def _cgroup_limits(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """(limit, use that cannot be reclaimed) in bytes of this process's control group and of each above it."""
+    try:
+        lines = own.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root if not controllers else root / "memory"
+        names = ("memory.max", "memory.current", "inactive_file") if not controllers else (
+            "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")  # fmt: skip
+        folder = base / path.strip("/")
+        for place in (folder, *folder.parents):
+            if place != base and base not in place.parents:
+                break
+            yield from _read_cgroup(place, *names)
+
+
+def _read_cgroup(folder: Path, limit_name: str, usage_name: str, reclaimable: str) -> Iterator[tuple[int, int]]:
+    try:
+        limit = int((folder / limit_name).read_text(encoding="ascii"))
+        used = int((folder / usage_name).read_text(encoding="ascii"))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):  # "max" is no number: no limit here
+        return
+    if limit < _LARGEST_BYTES:  # version 1 writes almost 2^63 for no limit
+        yield limit, max(0, used - int(statistics.get(reclaimable, 0)))
+
+
+def _cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bf16 in hardware."""
+    try:
+        text = cpuinfo.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    lines = (line for line in text.splitlines() if line.lower().startswith(("flags", "features")))
+    return any(flag in line.split() for line in lines for flag in _BF16_FLAGS)

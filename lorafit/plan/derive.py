@@ -1,0 +1,290 @@
+"""The plan: every number that follows from a recipe and from facts, and nothing that has to be measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from lorafit.devices import format_bytes
+from lorafit.errors import DataError, DoesNotFitError, RecipeError
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.schedules import warmup_steps
+from lorafit.memory import MemoryEstimate, fits
+from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_compute_dtype, resolve_dtype
+
+if TYPE_CHECKING:
+    from lorafit.recipe.schema import Recipe
+    from lorafit.shapes import DatasetFacts, DeviceFacts, ModelShape
+
+DEFAULT_EPOCHS = 3.0
+MOST_MICRO_BATCH_TOKENS = 16_384
+"""Beyond this a forward pass gains no speed on any card: its products are large enough. The rehearsal picks below
+it."""
+HEADROOM = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen. Holds bounds where the recipe says `auto`; the rehearsal picks between them.
+
+    Attributes:
+        epochs: Passes over the training rows that `total_steps` make.
+        warmup_steps: Steps in which the learning rate climbs.
+        dtype: `bf16`, `fp16` or `fp32`.
+        attention: As the recipe says; `auto` is left to the rehearsal.
+        gradient_checkpointing: True or False where recipe or memory decide; `auto` where both can fit.
+        micro_batch_tokens: As the recipe says.
+        min_micro_batch_tokens: Lower bound for `auto`: one longest row.
+        max_micro_batch_tokens: Upper bound for `auto`: what fits, at most a whole step of this rank.
+        select_metric: The metric that chooses the best checkpoint; None: the last one is taken.
+        memory: The estimate for the smallest micro-batch, with checkpointing only where it is needed.
+        memory_at_most: The estimate for the largest micro-batch within the bounds.
+        memory_least: The least this run can need: one longest row, checkpointed.
+        fits: Whether `memory_least` fits.
+        warnings: What a user should know before the run.
+    """
+
+    name: str
+    model: str
+    rows: int
+    tokens: int
+    trained_tokens: int
+    longest_tokens: int
+    validation_rows: int
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    epochs: float
+    warmup_steps: int
+    learning_rate: float
+    schedule: str
+    optimizer: str
+    dtype: str
+    compute_dtype: str
+    quantization: str
+    attention: str
+    gradient_checkpointing: bool | str
+    micro_batch_tokens: int | str
+    min_micro_batch_tokens: int
+    max_micro_batch_tokens: int
+    evaluate_every_steps: int | None
+    save_every_steps: int
+    keep_last: int
+    select_metric: str | None
+    total_parameters: int
+    trainable_parameters: int
+    device: DeviceFacts
+    memory: MemoryEstimate
+    memory_at_most: MemoryEstimate
+    memory_least: MemoryEstimate
+    fits: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def trained_share(self) -> float:
+        """Share of tokens that carry loss (0 to 1)."""
+        return self.trained_tokens / self.tokens if self.tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        device = {f.name: getattr(self.device, f.name) for f in fields(self.device)}
+        estimates = {k: v.to_json() for k, v in plain.items() if isinstance(v, MemoryEstimate)}
+        return (
+            plain | estimates | {"device": device, "warnings": list(self.warnings), "trained_share": self.trained_share}
+        )
+
+
+def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> Plan:
+    """Derives every number of a run.
+
+    Raises:
+        RecipeError: Numbers of the recipe do not go together, with the rows and the model it names.
+        DataError: There is no row to train on.
+    """
+    if dataset.rows < 1 or dataset.trained_tokens < 1:
+        raise DataError("no row with a trained token is left to train on", key="data.train", todo="see lorafit preview")
+    training, evaluation = recipe.training, recipe.evaluation
+    steps_per_epoch = math.ceil(dataset.rows / training.batch_size)
+    total_steps, epochs = _length(recipe, steps_per_epoch)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    question = MemoryQuestion(
+        recipe=recipe,
+        shape=shape,
+        longest_tokens=dataset.longest_tokens,
+        longest_trained_tokens=dataset.longest_trained_tokens,
+        dtype=dtype,
+        attention=estimated_attention(recipe, shape),
+        device_kind=device.kind,
+    )
+    _check_attention(recipe, device)
+    _check_length(dataset, shape)
+    bounds = _bounds(question, dataset, device)
+    targets = adapters.get(recipe.adapter.kind).targets(recipe.adapter, shape)
+    trainable = sum(adapters.get(recipe.adapter.kind).trainable_parameters(recipe.adapter, t) for t in targets)
+    stopping = evaluation.early_stopping
+    return Plan(
+        name=recipe.name,
+        model=recipe.model.base,
+        rows=dataset.rows,
+        tokens=dataset.tokens,
+        trained_tokens=dataset.trained_tokens,
+        longest_tokens=dataset.longest_tokens,
+        validation_rows=dataset.validation_rows,
+        batch_size=training.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        epochs=epochs,
+        warmup_steps=_warmup(recipe, total_steps),
+        learning_rate=training.learning_rate,
+        schedule=training.schedule.kind,
+        optimizer=training.optimizer.kind,
+        dtype=dtype,
+        compute_dtype=resolve_compute_dtype(recipe, dtype),
+        quantization=recipe.model.quantization.kind,
+        attention=recipe.model.attention,
+        gradient_checkpointing=bounds.checkpointing,
+        micro_batch_tokens=training.micro_batch_tokens,
+        min_micro_batch_tokens=bounds.least_tokens,
+        max_micro_batch_tokens=bounds.most_tokens,
+        evaluate_every_steps=evaluation.every_steps,
+        save_every_steps=recipe.checkpoints.every_steps,
+        keep_last=recipe.checkpoints.keep_last,
+        select_metric=stopping.metric if stopping else ("loss" if evaluation.every_steps else None),
+        total_parameters=shape.total_parameters,
+        trainable_parameters=trainable,
+        device=device,
+        memory=bounds.memory,
+        memory_at_most=question.at(bounds.most_tokens, bounds.checkpointing is not False),
+        memory_least=bounds.memory_least,
+        fits=_can_fit(bounds.memory_least, device),
+        warnings=_warnings(recipe, shape, dataset, device, dtype, total_steps),
+    )
+
+
+def require_fit(plan: Plan) -> None:
+    """Called before any weight is loaded.
+
+    Raises:
+        DoesNotFitError: Not even one longest row with checkpointing fits on the device.
+    """
+    if plan.fits:
+        return
+    need, have = plan.memory_least.needed_bytes, plan.device.memory_bytes
+    raise DoesNotFitError(
+        f"one row of {plan.longest_tokens} tokens with checkpointing needs {format_bytes(need)} of memory; "
+        f"{plan.device.name} has {format_bytes(have)}, of which {HEADROOM:.0%} stay free",
+        todo="lower data.max_length or adapter.r, quantise the model, or take more memory; see lorafit estimate-memory",
+    )
+
+
+def _can_fit(least: MemoryEstimate, device: DeviceFacts) -> bool:
+    """The refusal errs on the user's side: what a paged optimizer can move out does not count."""
+    paged = least.paged_bytes / least.tensor_bytes
+    return fits(least, round(device.memory_bytes / max(1.0 - paged, 1e-9)), HEADROOM)
+
+
+def _length(recipe: Recipe, steps_per_epoch: int) -> tuple[int, float]:
+    """Optimizer steps in all, and how many epochs they are; a part of an epoch is rounded up to whole steps."""
+    training = recipe.training
+    if training.max_steps is not None:
+        return training.max_steps, training.max_steps / steps_per_epoch
+    epochs = DEFAULT_EPOCHS if training.epochs is None else training.epochs
+    # a millionth of a step is rounding of the product, not a step
+    return max(1, math.ceil(epochs * steps_per_epoch - 1e-6)), epochs
+
+
+def _warmup(recipe: Recipe, total_steps: int) -> int:
+    asked = recipe.training.schedule.warmup_steps
+    if asked is not None and asked > total_steps:
+        raise RecipeError(
+            f"warmup_steps {asked} is more than the {total_steps} steps of the run",
+            key="training.schedule.warmup_steps",
+            todo="lower it, or use warmup_ratio",
+        )
+    return warmup_steps(recipe.training.schedule, total_steps)
+
+
+def _check_attention(recipe: Recipe, device: DeviceFacts) -> None:
+    if recipe.model.attention == "flash_attention_2" and device.kind == "cpu":
+        raise RecipeError("flash_attention_2 runs on no CPU", key="model.attention", todo="write sdpa or auto")
+
+
+def _check_length(dataset: DatasetFacts, shape: ModelShape) -> None:
+    longest = max(dataset.longest_tokens, dataset.validation_longest_tokens)
+    if shape.position_parameters and longest > shape.max_positions:
+        raise RecipeError(
+            f"the longest row has {longest} tokens; {shape.model_type} has {shape.max_positions} learned positions",
+            key="data.max_length",
+            todo=f"set it to {shape.max_positions} or less",
+        )
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    checkpointing: bool | str
+    least_tokens: int
+    most_tokens: int
+    memory: MemoryEstimate
+    memory_least: MemoryEstimate
+
+
+def _bounds(question: MemoryQuestion, dataset: DatasetFacts, device: DeviceFacts) -> _Bounds:
+    """Token budget and checkpointing, as far as memory alone decides them."""
+    training = question.recipe.training
+    asked = training.gradient_checkpointing
+    longest = dataset.longest_tokens
+    rows_of_rank = math.ceil(min(training.batch_size, dataset.rows) / device.count)
+    whole_step = rows_of_rank * longest
+    least_memory = question.at(longest, True)
+    if training.micro_batch_tokens != "auto":
+        tokens = max(int(training.micro_batch_tokens), longest)
+        plain = question.at(tokens, False)
+        if asked == "auto":
+            asked = not fits(plain, device.memory_bytes, HEADROOM)
+        return _Bounds(asked, tokens, tokens, question.at(tokens, bool(asked)), least_memory)
+
+    most = max(longest, min(MOST_MICRO_BATCH_TOKENS, whole_step))
+    without = question.largest_tokens(False, most, device.memory_bytes, HEADROOM) if asked is not True else None
+    with_it = question.largest_tokens(True, most, device.memory_bytes, HEADROOM) if asked is not False else None
+    if asked == "auto":
+        asked = True if without is None else (False if without == most else "auto")
+    largest = max(without or longest, (with_it or longest) if asked is not False else longest)
+    memory = question.at(longest, without is None and asked is not False)
+    return _Bounds(asked, longest, largest, memory, least_memory)
+
+
+def _warnings(
+    recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts, dtype: str, total_steps: int
+) -> tuple[str, ...]:
+    found = []
+    training = recipe.training
+    if dtype == "fp16" and device.kind == "cpu":
+        found.append("fp16 on a CPU is slow and overflows easily; bf16 or fp32 is meant for it")
+    if dtype == "bf16" and not device.bf16:
+        found.append(
+            f"{device.name} has no bf16 arithmetic; it is emulated, and slow: fp16 on a GPU, fp32 on a CPU is faster"
+        )
+    if training.batch_size > dataset.rows:
+        found.append(
+            f"batch_size {training.batch_size} is more than the {dataset.rows} rows: every step is a whole epoch"
+        )
+    every = recipe.evaluation.every_steps
+    if every is not None and every > total_steps:
+        found.append(
+            f"evaluation.every_steps {every} is more than the run's {total_steps} steps: evaluated at its end only"
+        )
+    if dataset.longest_tokens > shape.max_positions:
+        found.append(
+            f"the longest row has {dataset.longest_tokens} tokens; the model was made for {shape.max_positions}"
+        )
+    if shape.expert_parameters and recipe.model.quantization.kind != "none":
+        share = shape.expert_parameters / shape.total_parameters
+        found.append(
+            f"the experts ({share:.0%} of the parameters) are loaded unquantised: no quantisation reaches them"
+        )
+    if optimizers.get(training.optimizer.kind).is_paged(training.optimizer) and device.kind != "cuda":
+        found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}")
+    return tuple(found)

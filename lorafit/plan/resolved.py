@@ -1,0 +1,67 @@
+"""The values that a run really used: what `auto` became. Saved with every checkpoint, so that a resume measures
+nothing anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lorafit.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPlan:
+    """A plan without `auto`.
+
+    Attributes:
+        micro_batch_tokens: Padded tokens of one training forward.
+        evaluation_micro_batch_tokens: Padded tokens of one evaluation forward.
+        attention: `eager`, `sdpa` or `flash_attention_2`.
+        dtype: `bf16`, `fp16` or `fp32`: of weights that are not quantised.
+        compute_dtype: Of products with dequantised weights.
+        ranks: Processes that train together.
+        source: Where the values come from: `recipe`, `run`, `plan`, `cache` or `rehearsal`.
+        measured: What the rehearsal measured: seconds and bytes by candidate.
+    """
+
+    micro_batch_tokens: int
+    evaluation_micro_batch_tokens: int
+    attention: str
+    gradient_checkpointing: bool
+    dtype: str
+    compute_dtype: str
+    device_kind: str
+    ranks: int
+    source: str
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], file: str = "plan.json") -> ResolvedPlan:
+        """What `to_json` gave.
+
+        Raises:
+            CheckpointError: A value is missing or of another type.
+        """
+        taken: dict[str, Any] = {"measured": {}}
+        for known in fields(cls):
+            value = values.get(known.name, taken.get(known.name))
+            if not _is_valid(str(known.type), value):
+                raise CheckpointError(
+                    f"{value!r} is no valid value" if known.name in values else "is missing",
+                    file=file,
+                    key=known.name,
+                    todo="take a plan.json that a run of lorafit wrote",
+                )
+            taken[known.name] = value
+        return cls(**taken)
+
+
+def _is_valid(wanted: str, value: object) -> bool:
+    if wanted == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, {"str": str, "bool": bool, "dict[str, Any]": dict}[wanted])
