@@ -101,8 +101,8 @@ class TrainState:
         in_row = self.overflows_in_row + 1 if is_overflow else 0
         if in_row >= MOST_OVERFLOWS_IN_ROW:
             raise NumericsError(
-                f"step {step}: fp16 gradients overflowed {in_row} times in a row, {self.overflows + 1} skipped steps in "
-                f"all, loss scale {loss_scale:g}",
+                f"step {step}: fp16 gradients overflowed {in_row} times in a row, {self.overflows + 1} skipped steps "
+                f"in all, loss scale {loss_scale:g}",
                 todo="use model.dtype bf16 or fp32, or lower training.learning_rate",
             )
         self.overflows_in_row = in_row

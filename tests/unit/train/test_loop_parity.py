@@ -35,7 +35,7 @@ def plain_losses(job: Job, steps: int) -> tuple[list[float], list[float], torch.
             count = int((wanted[:, 1:] != -100).sum())
             outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=wanted)
             (outputs.loss * count / total).backward()
-            loss_sum += float(outputs.loss) * count
+            loss_sum += float(outputs.loss.detach()) * count
         losses.append(loss_sum / total)
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
         for group in optimizer.param_groups:
