@@ -1,13 +1,14 @@
 """`config.json` -> ModelShape, by arithmetic alone: no torch, no weights, well under a millisecond.
 
 A family is a row of `_FAMILIES`: how its class in transformers lays out a decoder layer. Whatever is not there can
-still be read, slower, through transformers' own class on the meta device (`lorafit.class_shapes`).
+still be read, slower, through transformers' own class on the meta device (`lorafit.model.class_shape`).
 
 Source: the modeling files of transformers 5; the tests build each class on the meta device and compare every total.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from lorafit.errors import ModelError
 from lorafit.registry import nearest
 from lorafit.shapes import LinearShape, ModelShape
+from lorafit.shipped import shipped
 
 Flag = bool | str
 """A fixed answer, or the config's key that holds it."""
@@ -193,6 +195,19 @@ class _Config:
 def known_families() -> list[str]:
     """The model types that `read_shape` knows, sorted."""
     return sorted(_FAMILIES)
+
+
+def known_config(hub_id: str) -> dict[str, Any] | None:
+    """The config of a well-known model that lorafit ships (`configs/models`), by its hub id; None where it has none."""
+    folder = shipped("models")
+    first = folder / f"{hub_id.replace('/', '--')}.json"
+    paths = [first] if "/" in hub_id and first.is_file() else sorted(folder.glob("*.json"))
+    for path in paths:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if hub_id.lower() in (known.lower() for known in facts["ids"]):
+            config: dict[str, Any] = facts["config"]
+            return config
+    return None
 
 
 def read_shape(config: Mapping[str, Any]) -> ModelShape:

@@ -140,7 +140,7 @@ def layer_operations(shape: ModelShape, work: Work) -> list[Operation]:
     ]
     mlp = [
         *([] if shape.norms_per_layer == 1 else [_norm("norm", shape, n)]),
-        *_inputs(shape, work, ("gate", "up", "gate_up")),
+        *_inputs(shape, work, ("gate", "up", "gate_up", "")),
         *_activation(shape, work),
         *_outputs(shape, work, "down"),
         *_dropped_stream(shape, n),

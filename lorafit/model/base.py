@@ -306,14 +306,12 @@ def _hub_config(model: ModelSection) -> dict[str, Any]:
     """config.json of a hub model: from the cache, from the facts that lorafit ships, or from the hub."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    from lorafit.shipped import shipped
+    from lorafit.model_shapes import known_config
 
     cached = try_to_load_from_cache(model.base, CONFIG, revision=model.revision)
     if isinstance(cached, str):
         return load_config(Path(cached).parent)
-    facts = shipped("models", f"{model.base.replace('/', '--')}.json")
-    if model.revision is None and facts.is_file():
-        config: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
+    if model.revision is None and (config := known_config(model.base)) is not None:
         return config
     try:
         return load_config(Path(hf_hub_download(model.base, CONFIG, revision=model.revision)).parent)

@@ -15,6 +15,8 @@ from lorafit.memory import MemoryEstimate, fits
 from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_compute_dtype, resolve_dtype
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lorafit.recipe.schema import Recipe
     from lorafit.shapes import DatasetFacts, DeviceFacts, ModelShape
 
@@ -86,6 +88,12 @@ class Plan:
     def trained_share(self) -> float:
         """Share of tokens that carry loss (0 to 1)."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
+
+    def table(self) -> Table:
+        """The plan for people."""
+        from lorafit.plan.render import plan_table
+
+        return plan_table(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -15,6 +15,8 @@ from lorafit.memory import MemoryEstimate, fits
 from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_dtype
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lorafit.recipe.schema import Recipe
     from lorafit.shapes import DatasetFacts, DeviceFacts, ModelShape
 
@@ -56,7 +58,13 @@ class RecipeEstimate:
         """Whether it fits on the card; None where no card was named."""
         return None if self.device is None else fits(self.memory, self.device.memory_bytes, self.headroom)
 
-    def require_fit(self) -> None:
+    def render(self, console: Console) -> None:
+        """The table for people."""
+        from lorafit.plan.render import estimate_table
+
+        console.print(estimate_table(self))
+
+    def raise_unless_fits(self) -> None:
         """For `--gpu`.
 
         Raises:
