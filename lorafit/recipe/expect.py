@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from lorafit.recipe.outline import Choice, Group, Items, Leaf, Slot, Variants
+from lorafit.recipe.words import LARGEST_COUNT, OneNameOf
 
 _NAMES = {str: "text", int: "a whole number", float: "a number"}
-_PLURALS = {str: "texts", int: "whole numbers", float: "numbers"}
+_PLURALS = {str: "names", int: "whole numbers", float: "numbers"}
 
 
 def expectation(slot: Slot | None) -> str:
@@ -59,8 +60,10 @@ def _bare(form: Any) -> Any:
 
 
 def _plural(slot: Slot) -> str:
-    if isinstance(slot, Leaf) and get_origin(slot.forms[0][0]) is Literal:
-        return f"names among {', '.join(form_names(slot.forms[0][0]))}"
+    form, limits = slot.forms[0] if isinstance(slot, Leaf) else (None, ())
+    names = form_names(form) if get_origin(form) is Literal else listed_names(limits)
+    if names is not None:
+        return f"names among {', '.join(names)}"
     return _PLURALS.get(slot.forms[0][0], "values") if isinstance(slot, Leaf) else "mappings"
 
 
@@ -71,12 +74,23 @@ def either(names: Sequence[str]) -> str:
     return " or ".join(names)
 
 
-def allowed_range(slot: Slot | None) -> str:
-    """The limits on a number, e.g. `from 0 to below 1`, `1 or more`; empty where there are none."""
+def listed_names(limits: Sequence[Any]) -> list[str] | None:
+    """The names that a validator among `limits` lets through; None where anything goes."""
+    validators = (limit.func for limit in limits if isinstance(limit, AfterValidator))
+    return next((validator.names() for validator in validators if isinstance(validator, OneNameOf)), None)
+
+
+def allowed_range(slot: Slot | None, found: float = 0) -> str:
+    """The limits on a number, e.g. `between 0 and 1`, `at least 1`; empty where there are none.
+
+    Args:
+        slot: Where the number stands.
+        found: The number. A limit that only keeps counters from overflowing is left out where it does not matter.
+    """
     if not isinstance(slot, Leaf):
         return ""
     for _, limits in slot.forms:
-        words = _range_words(limits)
+        words = _range_words([one for one in limits if getattr(one, "le", 0) != LARGEST_COUNT or found > LARGEST_COUNT])
         if words:
             return words
     return ""

@@ -25,8 +25,9 @@ from lorafit.recipe.outline import (
     slot_below,
     variant_of,
 )
-from lorafit.recipe.suggest import answer_unknown_key, suggest_word
+from lorafit.recipe.suggest import answer_unknown_key
 from lorafit.recipe.tree import Entry, KeyPath, find, key_text, nearest_entry, parse_key, shown
+from lorafit.recipe.words import suggest_word
 
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 _EMPTY_ERRORS = {"too_short", "string_too_short"}
@@ -120,7 +121,7 @@ def _explain_one(path: KeyPath, slot: Slot | None, errors: list[ErrorDetails], t
         return _said_by_validator(path, slot, value_errors[0]["msg"], tree)
     value = entry.value if entry is not None else first.get("input")
     if kinds & _RANGE_ERRORS and isinstance(value, int | float) and not isinstance(value, bool):
-        return finding(tree, path, f"must be {allowed_range(slot)} (allowed range), found {shown(value)}")
+        return finding(tree, path, f"must be {allowed_range(slot, value)} (allowed range), found {shown(value)}")
     if kinds & _EMPTY_ERRORS and value in ("", (), []):
         return finding(tree, path, f"must not be empty, expected {expectation(slot)}")
     return _wrong_type(path, slot, value, errors, tree)

@@ -18,11 +18,9 @@ from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.schedules import schedules
 from lorafit.kinds.section import PATH, PATH_OR_NAME, Section, one_of
 from lorafit.kinds.tasks import tasks
-from lorafit.registry import nearest
+from lorafit.recipe.words import LARGEST_COUNT, OneNameOf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     AdapterChoice = Any
     OptimizerChoice = Any
     QuantizationChoice = Any
@@ -35,32 +33,17 @@ else:
 
 Auto = Literal["auto"]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-"""A whole number of at least 1 that fits the counters of every library below."""
-
-
-def _one_name_of(what: str, names: Callable[[], list[str]]) -> AfterValidator:
-    """Refuses a name that is not among `names()`; the message lists the nearest and all of them."""
-
-    def check(value: str) -> str:
-        known = names()
-        if value not in known:
-            close = nearest(value, known, count=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"unknown {what} '{value}'; {hint}available: {', '.join(known)}")
-        return value
-
-    return AfterValidator(check)
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 
 
 def _metrics_while_training() -> list[str]:
     return [name for name, metric in metrics.items() if metric.during_training]
 
 
-FormatName = Annotated[str, _one_name_of("format", lambda: ["auto", *formats.names()])]
-TaskName = Annotated[str, _one_name_of("task", tasks.names)]
-MetricName = Annotated[str, _one_name_of("metric", metrics.names)]
-CheapMetricName = Annotated[str, _one_name_of("metric while training", _metrics_while_training)]
+FormatName = Annotated[str, AfterValidator(OneNameOf("format", lambda: ["auto", *formats.names()]))]
+TaskName = Annotated[str, AfterValidator(OneNameOf("task", tasks.names))]
+MetricName = Annotated[str, AfterValidator(OneNameOf("metric", metrics.names))]
+CheapMetricName = Annotated[str, AfterValidator(OneNameOf("metric while training", _metrics_while_training))]
 
 
 class ModelSection(Section):
@@ -161,7 +144,7 @@ class DataSection(Section):
     """What happens where the template renders a field of a message nowhere (tool calls, reasoning, names)."""
     train_on: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
     """Which tokens carry loss. A message with `weight: 0` carries none."""
-    max_length: int = Field(default=2048, ge=8, le=2**31 - 1)
+    max_length: int = Field(default=2048, ge=8, le=LARGEST_COUNT)
     """Longest row, in tokens."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to longer rows; `split` cuts plain text into several rows."""

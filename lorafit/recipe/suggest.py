@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lorafit.recipe.names import FOREIGN_NAMES, FOREIGN_VALUES, NAMES_IN_A_SOURCE
+from lorafit.recipe.names import FOREIGN_NAMES, NAMES_IN_A_SOURCE
 from lorafit.recipe.outline import (
     Choice,
     Slot,
@@ -68,14 +68,6 @@ def answer_unknown_key(path: KeyPath, slot: Slot | None, section: Entry) -> Answ
         return Answer(f"unknown key{_letters_that_deceive(key)}", f"did you mean {_either(elsewhere)}?", elsewhere[0])
     where = "this section has" if parent else "a recipe has"
     return Answer(f"unknown key{_letters_that_deceive(key)}", f"{where} {', '.join(known)}")
-
-
-def suggest_word(word: str, known: Iterable[str]) -> str:
-    """`did you mean lora? ` for a word that is not among `known`, or nothing."""
-    known = list(known)
-    ours = FOREIGN_VALUES.get(word.strip().lower())
-    close = [ours] if ours in known else nearest(word.strip(), known, count=2)
-    return f"did you mean {' or '.join(str(name) for name in close)}? " if close else ""
 
 
 def _fold(key: str) -> str:

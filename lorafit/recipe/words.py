@@ -1,0 +1,82 @@
+"""Fields that hold a name out of a list, and the names that other tools use for the same things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from lorafit.registry import nearest
+
+LARGEST_COUNT = 2**31 - 1
+"""Whole numbers up to this fit the counters of every library below."""
+
+FOREIGN_VALUES: Mapping[str, str] = {
+    "bfloat16": "bf16",
+    "torch.bfloat16": "bf16",
+    "float16": "fp16",
+    "torch.float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "torch.float32": "fp32",
+    "flash_attn": "flash_attention_2",
+    "flash_attention": "flash_attention_2",
+    "fa2": "flash_attention_2",
+    "4bit": "nf4",
+    "int4": "nf4",
+    "bnb_4bit": "nf4",
+    "qlora": "lora",
+    "8bit": "int8",
+    "bnb_8bit": "int8",
+    "llm.int8": "int8",
+    "adamw_torch": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_apex_fused": "adamw",
+    "adam_torch": "adam",
+    "adamw8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_32bit": "adamw_bnb_32bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "lion": "lion_32bit",
+    "paged_lion": "paged_lion_32bit",
+    "rmsprop_torch": "rmsprop",
+    "rmsprop_8bit": "rmsprop_bnb_8bit",
+    "rmsprop_bnb": "rmsprop_bnb_32bit",
+    "constant_with_warmup": "constant",
+    "cosine_with_min_lr": "cosine",
+    "poly": "polynomial",
+    "inverse_sqrt_lr": "inverse_sqrt",
+    "sft": "causal-lm",
+    "causal_lm": "causal-lm",
+    "sharegpt": "sharegpt",
+    "chat_template": "messages",
+    "chat": "messages",
+    "openai": "messages",
+    "conversational": "messages",
+    "completion": "text",
+    "eval_loss": "loss",
+    "accuracy": "token_accuracy",
+    "output": "completion",
+}
+
+
+def suggest_word(word: str, known: Iterable[str]) -> str:
+    """`did you mean lora? ` for a word that is not among `known`, or nothing."""
+    known = list(known)
+    ours = FOREIGN_VALUES.get(word.strip().lower())
+    close = [ours] if ours in known else nearest(word.strip(), known, count=2)
+    return f"did you mean {' or '.join(str(name) for name in close)}? " if close else ""
+
+
+class OneNameOf:
+    """A validator that refuses a name not among `names()`; its message lists the nearest and all of them."""
+
+    def __init__(self, what: str, names: Callable[[], list[str]]) -> None:
+        self.what, self.names = what, names
+
+    def __call__(self, value: str) -> str:
+        known = self.names()
+        if value not in known:
+            raise ValueError(
+                f"unknown {self.what} '{value}'; {suggest_word(value, known)}available: {', '.join(known)}"
+            )
+        return value
