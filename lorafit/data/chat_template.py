@@ -117,15 +117,18 @@ def check_variables(render: BoundTemplate) -> None:
     Raises:
         ModelError: With the line of the template.
     """
-    for chat in (
-        [{"role": "user", "content": "q"}],
-        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
-    ):
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    undefined: RenderError | None = None
+    for chat in ([ask], [ask, answer], [{"role": "system", "content": "s"}, ask, answer]):
         try:
             render.traced(chat, False)
+            return
         except RenderError as error:
-            if isinstance(error.__cause__, jinja2.UndefinedError):
-                raise ModelError(error.what, key=KEY, todo="correct the template") from error
+            undefined = error if isinstance(error.__cause__, jinja2.UndefinedError) else undefined
+    if undefined is not None:
+        raise ModelError(
+            undefined.what.replace("refuses this chat", "fails for any chat"), key=KEY, todo="correct the template"
+        ) from undefined
 
 
 def with_text_arguments(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:

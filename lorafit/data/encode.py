@@ -11,6 +11,7 @@ respelled, the typed ones are not, and one pass over the whole text gives ids an
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ Stretch = tuple[int, int]
 
 FIRST_PRIVATE_CHARACTER = 0x100000  # plane 16: nearly never typed, and checked
 PRIVATE_CHARACTERS = 0xFFFE
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class TextEncoder:
@@ -60,6 +62,7 @@ class TextEncoder:
         place = next((k for k in range(len(full)) if full[k : k + len(plain)] == plain), 0)
         self.prefix: list[int] = full[:place]
         """What the tokenizer puts in front of a text by itself: a BOS, or nothing."""
+        self._unknown = tokenizer.unk_token_id
         self._twin: Tokenizer | None = None
         self._real_id: dict[int, int] = {}
         self._private: dict[int, str] = {}
@@ -94,11 +97,18 @@ class TextEncoder:
             return ids, encoding.offsets
         offsets: list[Stretch] = encoding.offsets
         places = [
-            self._place(text, number, offset) for number, offset in zip(ids, offsets, strict=True) if number in control
+            self._place(text, number, offset)
+            for number, offset in zip(ids, offsets, strict=True)
+            if number in control and not self._is_fallback(text, number, offset)
         ]
         if not any(_overlaps(typed, *place) for place in places):
             return ids, offsets
         return self._encode_with_twin(text, typed, unsure)
+
+    def _is_fallback(self, text: str, number: int, offset: Stretch) -> bool:
+        """Whether a control token (`<unk>`, a byte such as `<0x0A>`) stands for characters unknown to the model."""
+        content = self.control.get(number, "")
+        return (number == self._unknown or _BYTE.fullmatch(content) is not None) and content not in text[slice(*offset)]
 
     def _place(self, text: str, number: int, offset: Stretch) -> Stretch:
         """Where a control string itself stands; tokens may swallow the blanks beside it."""
@@ -131,7 +141,8 @@ class TextEncoder:
         real = self._real_id
         ids = [real.get(number, number) for number in encoding.ids]
         for number, twin_number, (start, end) in zip(ids, encoding.ids, encoding.offsets, strict=True):
-            if number in self.control and twin_number not in real:
+            fallback = self._is_fallback(respelled, number, (start, end))
+            if number in self.control and twin_number not in real and not fallback:
                 raise DataError(
                     f"the tokenizer makes the control token {self.control[number]!r} of plain text {text[start:end]!r}"
                 )

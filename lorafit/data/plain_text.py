@@ -119,8 +119,11 @@ def _typed_ids(encoder: TextEncoder, text: str) -> list[int]:
 
 def _continuation(encoder: TextEncoder, text: str) -> list[int]:
     """Ids of a text that goes on behind another one: without the blank that some tokenizers put in front of a text."""
-    ids, newline = _typed_ids(encoder, "\n" + text), _typed_ids(encoder, "\n")
-    return ids[len(newline) :] if ids[: len(newline)] == newline else _typed_ids(encoder, text)
+    for anchor in ("\n", ".", "a", "0"):
+        ids, before = _typed_ids(encoder, anchor + text), _typed_ids(encoder, anchor)
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+    return _typed_ids(encoder, text)
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -42,7 +42,7 @@ from lorafit.data.filters import (
 )
 from lorafit.data.provenance import Run, Typed, format_percent, glue, runs_of, shown, typed_leaf
 
-LOOP_TURNS_LIMIT = 5_000_000
+LOOP_TURNS_LIMIT = 2_000_000
 
 GENERATION_START, GENERATION_END, LOOP_END, FIRST_MESSAGE = -1, -2, -3, -10
 
@@ -333,8 +333,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             for text, count in ((left, right), (right, left)):
                 if isinstance(text, (str, list, tuple)) and isinstance(count, int):
                     check_size(len(text) * count)
-        if operator == "**" and isinstance(right, (int, float)):
-            check_size(abs(right) * 64)
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            check_size(left.bit_length() * abs(right) // 3)  # about its digits
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
