@@ -4,8 +4,10 @@
     rows of one batch               [_ _ P P P P P | . . .]     stands in the same column; the mask hides
     rows x (prompt + new) <= budget [_ _ _ P P P P | . . .]     the padding, positions count from its end
 
-A sampled token is the largest of `logits / temperature + noise` with Gumbel noise from a generator of the row's own, so
-that a row draws the same numbers alone and in any batch.
+A batch is written in rounds: when half of its rows have ended, the others go on without them, with their cache.
+
+A sampled token is the largest of `logits / temperature + noise` with Gumbel noise of (seed, row, place), so that a row
+draws the same numbers alone and in any batch.
 
 Source: Gumbel-max trick, Maddison, Tarlow and Minka (2014), "A* Sampling", section 2; nucleus sampling, Holtzman et al.
 (2020), "The Curious Case of Neural Text Degeneration", section 3.1.
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 16_384
 """Default bound of rows x (prompt + new tokens) in one batch: 2 GiB of keys and values for Llama-3.1-8B in bf16."""
 BATCH_ROWS = 64
+LEAST_ROUND_ROWS = 4
+"""Below this many rows it is not worth ending a round to drop those that have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def generate_answers(
         reporter.warn(f"{full} of {len(prompts)} prompts fill the model's {limit} positions and got no answer")
     writer = _Writer(model, tokenizer, stops, temperature, top_p, seed)
     waiting = cut_prompts([len(prompt) for prompt in prompts], rooms, batch_tokens=batch_tokens, batch_rows=batch_rows)
-    with _plain_generation(model, stops), reporter.track(sum(map(len, waiting)), what) as bar:
+    with torch.no_grad(), _plain_generation(model, stops), reporter.track(sum(map(len, waiting)), what) as bar:
         while waiting:
             rows = waiting.pop(0)
             try:
@@ -181,24 +185,49 @@ def _casting_modules(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
 
 
-def _generator(seed: int, row: int, device: torch.device) -> torch.Generator:
-    """A row's own random numbers. Mixed, since torch on a CPU reads only the lower 32 bits of a seed."""
-    mixed = int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(mixed)
-
-
 class _GumbelNoise:
-    """Logits processor: adds each row's own noise, so that the largest sum is a sample of the softmax."""
+    """Logits processor: adds each row's own noise, so that the largest sum is a sample of the softmax.
 
-    def __init__(self, generators: list[torch.Generator]) -> None:
-        self._generators = generators
+    The noise is a function of (seed, row, place in the answer), and not of what was drawn before.
+
+    Args:
+        seed: Decides everything.
+        rows: Numbers of the rows in this batch.
+        start: Column of the first generated token.
+    """
+
+    def __init__(self, seed: int, rows: Sequence[int], start: int) -> None:
+        self._seed, self._rows, self._start = seed, rows, start
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores plus noise, `[batch, vocabulary]`."""
         noise = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
+        generator = torch.Generator(noise.device)
+        for line, row in zip(noise, self._rows, strict=True):
+            # mixed first: torch on a CPU reads only the lower 32 bits of a seed
+            key = np.random.SeedSequence([self._seed, row, input_ids.shape[1] - self._start])
+            line.exponential_(generator=generator.manual_seed(int(key.generate_state(1, np.uint64)[0])))
         return scores - noise.log()
+
+
+class _HalfEnded:
+    """Stopping criterion: ends a round once half of its rows have ended, so that the others go on without them."""
+
+    def __init__(self, stops: torch.Tensor) -> None:
+        self._stops = stops
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """One value for all rows, `[batch]`. Rows that ended go on with padding, which is itself a stop token."""
+        ended = torch.isin(input_ids[:, -1], self._stops)
+        return (ended.float().mean() >= 0.5).expand(len(input_ids))
+
+
+def _keep_rows(cache: Any, index: torch.Tensor, columns: int) -> Any:
+    """The cache with some of its rows; None where it cannot be cut, and the next round reads its prompts again."""
+    if not hasattr(cache, "batch_select_indices") or cache.get_seq_length() != columns - 1:
+        return None
+    cache.batch_select_indices(index)
+    return cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,27 +242,52 @@ class _Writer:
     seed: int
 
     def write(self, rows: Sequence[int], prompts: Sequence[list[int]], room: int) -> list[Answer]:
-        """The answers of one batch; `rows` are the prompts' numbers, which seed their noise."""
+        """The answers of one batch, in rounds: rows that have ended are dropped at the end of each.
+
+        Args:
+            rows: The prompts' numbers, which seed their noise.
+            prompts: Token ids.
+            room: New tokens of the longest answer.
+        """
         started = time.perf_counter()
-        longest = max(map(len, prompts))
-        pad = self.stops[0] if self.stops else 0
-        device = self.model.get_input_embeddings().weight.device
-        input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        with torch.no_grad():
+        start, going, cache = max(map(len, prompts)), list(range(len(prompts))), None
+        input_ids, mask = self._pad(prompts, start)
+        written: list[list[int]] = [[] for _ in prompts]
+        while going:
+            kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                max_new_tokens=room,
+                max_new_tokens=room - (input_ids.shape[1] - start),
                 do_sample=False,
                 use_cache=True,
-                logits_processor=self._processors(rows, device),
+                return_dict_in_generate=True,
+                logits_processor=self._processors([rows[place] for place in going], start),
+                stopping_criteria=self._criteria(len(going), input_ids.device),
+                **kept,
             )
-        written = output[:, longest:].tolist()
+            for place, tokens in zip(going, output.sequences[:, start:].tolist(), strict=True):
+                written[place] = tokens
+            columns = output.sequences.shape[1]
+            left = [i for i, place in enumerate(going) if not set(self.stops) & set(written[place])]
+            if columns - start >= room or not left:
+                break
+            index = torch.tensor(left, device=input_ids.device)
+            cache = _keep_rows(output.past_key_values, index, columns)
+            input_ids, going = output.sequences[index], [going[i] for i in left]
+            mask = torch.nn.functional.pad(mask[index], (0, columns - mask.shape[1]), value=1)
         seconds = (time.perf_counter() - started) / len(prompts)
         return [self._read(tokens, seconds) for tokens in written]
 
-    def _processors(self, rows: Sequence[int], device: torch.device) -> Any:
+    def _pad(self, prompts: Sequence[list[int]], columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask, `[batch, columns]`, padded on the left. Known by length: the pad token may be a real one."""
+        pad = self.stops[0] if self.stops else 0
+        device = self.model.get_input_embeddings().weight.device
+        ids = [[pad] * (columns - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _processors(self, rows: Sequence[int], start: int) -> Any:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
         processors = LogitsProcessorList()
@@ -241,8 +295,14 @@ class _Writer:
             processors.append(TemperatureLogitsWarper(self.temperature))
             if self.top_p < 1:
                 processors.append(TopPLogitsWarper(self.top_p))
-            processors.append(_GumbelNoise([_generator(self.seed, row, device) for row in rows]))
+            processors.append(_GumbelNoise(self.seed, rows, start))
         return processors
+
+    def _criteria(self, rows: int, device: torch.device) -> Any:
+        from transformers import StoppingCriteriaList
+
+        worth_it = self.stops and rows >= LEAST_ROUND_ROWS
+        return StoppingCriteriaList([_HalfEnded(torch.tensor(self.stops, device=device))] if worth_it else [])
 
     def _read(self, tokens: list[int], seconds: float) -> Answer:
         """Cuts behind the first stop token, which the rest of a batch goes on past with padding."""
