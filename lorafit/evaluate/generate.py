@@ -162,16 +162,17 @@ def _first_id(tokenizer: Any, stops: Sequence[int]) -> int:
 def _plain_generation(model: Any, stops: list[int]) -> Iterator[None]:
     """A neutral generation config in place of the model's own, whose penalties and sampling `generate` would mix in.
 
-    Adapters cast their input to their own dtype meanwhile, as they do for whoever loads them with PEFT; under the
-    objective autocast does that, which does not reach `generate`.
+    Meanwhile adapters cast their input to their own dtype, as they do for whoever loads them with PEFT, unless the
+    caller computes under autocast, which casts their weights instead; the objective may have left them either way.
     """
     from transformers import GenerationConfig
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = inner.generation_config
     casts = [(module, module.cast_input_dtype_enabled) for module in _casting_modules(model)]
+    autocast = torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
     for module, _ in casts:
-        module.cast_input_dtype_enabled = True
+        module.cast_input_dtype_enabled = not autocast
     inner.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0)
     try:
         yield

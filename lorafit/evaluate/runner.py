@@ -8,6 +8,7 @@ Base (adapter off) and tuned (adapter on) see the same micro-batches and the sam
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def evaluate_during(
 
 def evaluate_pair(
     model: Any,
-    objective: torch.nn.Module,
+    objective: Any,
     tokenizer: Any,
     examples: Examples,
     generation_rows: Sequence[GenerationRow],
@@ -218,7 +219,9 @@ def evaluate_pair(
 
     def run(side: str) -> _Side:
         kept = score(retention, what=f"retention, {side} model") if retention is not None else []
-        return _Side(score(examples, what=f"scoring, {side} model"), answer(what=f"answers, {side} model"), kept)
+        losses = score(examples, what=f"scoring, {side} model")
+        with autocast(objective, device):
+            return _Side(losses, answer(what=f"answers, {side} model"), kept)
 
     with evaluating(objective):
         with adapter_off(model):
@@ -243,6 +246,13 @@ def evaluate_pair(
         base_speed=Speed.of(base.answers) if asked else None,
         tuned_speed=Speed.of(tuned.answers) if asked else None,
     )
+
+
+def autocast(objective: Any, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The precision in which the objective computes, for what runs beside it."""
+    if objective.autocast_dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=objective.autocast_dtype)
 
 
 def find_pad_id(tokenizer: Any) -> int:

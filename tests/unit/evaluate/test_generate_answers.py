@@ -171,12 +171,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_row_that_does_not_is_an_err
         generate_answers(llama, tokenizer, prompts, max_new_tokens=6, reporter=Silent())
 
 
-def test_adapters_over_a_half_precision_base_answer_without_autocast(attach, llama, tokenizer):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_over_a_half_precision_base_answer_with_and_without_autocast(attach, llama, tokenizer, autocast):
     tuned = attach(llama.to(torch.bfloat16)).eval()
     layers = [module for module in tuned.modules() if hasattr(module, "cast_input_dtype_enabled")]
     for layer in layers:
         layer.cast_input_dtype_enabled = False  # as the objective leaves them
-    answers = generate_answers(tuned, tokenizer, ids_of(tokenizer), max_new_tokens=4, reporter=Silent())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        answers = generate_answers(tuned, tokenizer, ids_of(tokenizer), max_new_tokens=4, reporter=Silent())
     assert all(answer.tokens for answer in answers)
     assert not any(layer.cast_input_dtype_enabled for layer in layers)
 
