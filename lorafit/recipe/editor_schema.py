@@ -118,7 +118,4 @@ def _json_limits(limits: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _json_default(field: Field) -> Any:
-    default = field.default
-    if isinstance(default, BaseModel):
-        return default.model_dump(mode="json")
-    return list(default) if isinstance(default, tuple) else default
+    return list(field.default) if isinstance(field.default, tuple) else field.default

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
 from pydantic import AfterValidator, BaseModel
@@ -43,16 +42,12 @@ def form_names(form: Any) -> list[str]:
         return ["true", "false"]
     if get_origin(form) is Literal:
         return [str(value) for value in get_args(form)]
-    if get_origin(form) is Annotated:
-        return form_names(get_args(form)[0])
-    if get_origin(form) in (Union, types.UnionType):
-        return [name for part in get_args(form) for name in form_names(part)]
     if get_origin(form) is tuple:
         parts = get_args(form)
         return [f"a list of {len(parts)} {_PLURALS.get(_bare(parts[0]), 'values')}"]
     if get_origin(form) is list:
         return [f"a list of {_PLURALS.get(_bare(get_args(form)[0]), 'values')}"]
-    return [_NAMES.get(form, "null" if form is type(None) else str(form))]
+    return [_NAMES.get(form, str(form))]
 
 
 def _bare(form: Any) -> Any:

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Discriminator, Tag
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from lorafit.kinds.section import PATH, PATH_OR_NAME
 from lorafit.recipe.tree import Entry, KeyPath, Unreadable, find, mapping
@@ -86,17 +85,26 @@ class Field:
     """One field of a section.
 
     Attributes:
-        default: `PydanticUndefined` where it is required.
+        info: What pydantic knows about it, its default among that.
         is_path: Whether it holds a path.
         may_be_path: Whether it holds a path, a hub id or a shipped name.
     """
 
     name: str
     slot: Slot
-    required: bool
-    default: Any
+    info: FieldInfo
     is_path: bool
     may_be_path: bool
+
+    @property
+    def required(self) -> bool:
+        """Whether a recipe must say it."""
+        return self.info.is_required()
+
+    @property
+    def default(self) -> Any:
+        """What it is where a recipe says nothing, in the recipe's own words: `{}` for a section."""
+        return self.info.get_default(call_default_factory=True, validated_data={})
 
 
 @cache
@@ -106,11 +114,9 @@ def fields_of(model: type[BaseModel]) -> Mapping[str, Field]:
     for name, info in model.model_fields.items():
         if name == "kind":
             continue
-        default = info.get_default(call_default_factory=True) if not info.is_required() else PydanticUndefined
-        metadata = (*info.metadata, info)
-        slot = slot_of(info.annotation, metadata, default)
+        slot = slot_of(info.annotation, (*info.metadata, info), info.default)
         mark = info.json_schema_extra
-        found[name] = Field(name, slot, info.is_required(), default, mark == PATH, mark == PATH_OR_NAME)
+        found[name] = Field(name, slot, info, mark == PATH, mark == PATH_OR_NAME)
     return found
 
 

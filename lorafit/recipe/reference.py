@@ -145,7 +145,7 @@ def _default_words(field: Field) -> str:
     if field.required:
         return "**required**"
     default = field.default
-    if isinstance(default, BaseModel):
+    if isinstance(field.slot, Group) and default is not None:
         return "see below"
     if isinstance(default, float):
         return f"`{default:g}`"

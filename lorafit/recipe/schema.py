@@ -148,7 +148,7 @@ class DataSection(Section):
     """Longest row, in tokens."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to longer rows; `split` cuts plain text into several rows."""
-    bad_rows: BadRowsSection = Field(default_factory=BadRowsSection)
+    bad_rows: BadRowsSection = Field(default={}, validate_default=True)
     """What happens to rows that cannot be trained on."""
 
 
@@ -227,11 +227,11 @@ class Recipe(Section):
     """What is trained beside it."""
     data: DataSection
     """Rows and how they become tokens."""
-    training: TrainingSection = Field(default_factory=TrainingSection)
+    training: TrainingSection = Field(default={}, validate_default=True)
     """The optimisation."""
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    evaluation: EvaluationSection = Field(default={}, validate_default=True)
     """Held-out metrics."""
-    checkpoints: CheckpointsSection = Field(default_factory=CheckpointsSection)
+    checkpoints: CheckpointsSection = Field(default={}, validate_default=True)
     """When the run is saved."""
     tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Trackers that get the metrics, by accelerate; `metrics.jsonl` is always written."""
