@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 EXIT_OUR_BUG = 1
 EXIT_BROKEN_PIPE = 141
-_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # base of every error that typer finds in a command line
+_CommandLineError: type[Exception] = typer.BadParameter.__mro__[
+    2
+]  # base of every error that typer finds in a command line
 
 _COMMON_FLAGS = {
     "json": "One JSON object on stdout instead of tables.",
@@ -66,7 +68,12 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(function, include_extras=True)
     parameters = list(inspect.signature(function).parameters.values())[1:]
     flags = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, typer.Option(f"--{name}", help=text)])
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option(f"--{name}", help=text)],
+        )
         for name, text in _COMMON_FLAGS.items()
     ]
 
@@ -96,9 +103,14 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. training.epochs=1. Repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. training.epochs=1. Repeatable."
+    ),
 ]
-Checkpoint = Annotated[str | None, typer.Option(metavar="best|last|STEP", help="Which checkpoint; the saved adapter if left out.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="best|last|STEP", help="Which checkpoint; the saved adapter if left out.")
+]
 
 
 @app.command()
@@ -110,9 +122,15 @@ def train(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder instead of the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     resume_from: Annotated[int | None, typer.Option(metavar="STEP", min=0, help="Go on from this checkpoint.")] = None,
-    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Take the resolved values of another run's plan.json.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, then stop before the weights are loaded.")] = False,
-    allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Resume on another kind of device or number of ranks.")] = False,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take the resolved values of another run's plan.json.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan and check, then stop before the weights are loaded.")
+    ] = False,
+    allow_inexact: Annotated[
+        bool, typer.Option("--allow-inexact", help="Resume on another kind of device or number of ranks.")
+    ] = False,
 ) -> None:
     """Plan, check, train and save."""
     from lorafit import pipeline
@@ -138,7 +156,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A run folder, or the recipe of one.")],
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
-    split: Annotated[str | None, typer.Option(metavar="test|validation", help="Rows to score; test where the recipe has it.")] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="test|validation", help="Rows to score; test where the recipe has it.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
 ) -> None:
     """Held-out metrics of base and tuned model, side by side, on the same rows."""
@@ -157,7 +177,8 @@ def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder, or an adapter folder.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged model goes.")],
     base: Annotated[
-        str | None, typer.Option(metavar="dequantized|original", help="Weights to merge into; what was trained on if left out.")
+        str | None,
+        typer.Option(metavar="dequantized|original", help="Weights to merge into; what was trained on if left out."),
     ] = None,
     checkpoint: Checkpoint = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the check of what was written.")] = False,
@@ -211,13 +232,15 @@ def estimate_memory(
     session: Session,
     recipe: RecipeFile,
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option(metavar="SIZE|NAME", help="e.g. 24GiB or rtx-4090; exit 10 where it does not fit.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE|NAME", help="e.g. 24GiB or rtx-4090; exit 10 where it does not fit.")
+    ] = None,
     headroom: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the memory that must stay free.")] = 0.05,
 ) -> None:
     """Itemised peak memory, without weights and without a GPU."""
     from lorafit import pipeline
 
-    result = pipeline.estimate(recipe, overrides=overrides or [], gpu=gpu, headroom=headroom, reporter=session.reporter)
+    result = pipeline.estimate(recipe, overrides=overrides or [], gpu=gpu, headroom=headroom)
     session.result(result)
     result.raise_unless_fits()
 
@@ -262,7 +285,7 @@ def _quieten_libraries() -> None:
 
 @contextlib.contextmanager
 def _termination_as_error() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that half-written files are removed; training puts its own handler over this one."""
+    """Makes SIGTERM an exception, so that half-written files are removed; training puts its own handler over it."""
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name
@@ -326,7 +349,9 @@ def _os_error(error: OSError) -> LorafitError | None:
     if error.errno in (errno.EACCES, errno.EPERM):
         return UsageError("permission denied", file=file, todo="change its permissions or choose another path")
     if error.errno in DISK_ERRORS:
-        return ResourceError(DISK_ERRORS[error.errno], file=file, todo="free or change the disk; what was saved before is intact")
+        return ResourceError(
+            DISK_ERRORS[error.errno], file=file, todo="free or change the disk; what was saved before is intact"
+        )
     return None
 
 
@@ -349,7 +374,9 @@ def _exit_code(run: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains again at exit
         return EXIT_BROKEN_PIPE
     except MemoryError:
-        _say("error: out of memory; lower training.micro_batch_tokens or data.max_length, or see lorafit estimate-memory")
+        _say(
+            "error: out of memory; lower training.micro_batch_tokens or data.max_length, or see lorafit estimate-memory"
+        )
         return 7
     except Exception as error:
         if _debugging():

@@ -13,8 +13,8 @@
     ├── StoppedBySignal       128+n   stopped by signal n after its state was saved
     └── Problems                  ·   several errors at once; exits as its first
 
-A message reads `<file>[:line[:column]][: key]: <what>; <what to do>`. `lorafit.cli` is the one place that turns these into
-exit codes and prints them behind `error: `.
+A message reads `<file>[:line[:column]][: key]: <what>; <what to do>`. `lorafit.cli` is the one place that turns these
+into exit codes and prints them behind `error: `.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class DoesNotFitError(LorafitError):
     exit_code = 10
 
 
-class StoppedBySignal(LorafitError):
+class StoppedBySignal(LorafitError):  # noqa: N818 - not a fault
     """A signal asked the run to stop; its state is saved."""
 
     def __init__(self, what: str, *, signal_number: int, todo: str | None = None) -> None:
@@ -134,7 +134,7 @@ class StoppedBySignal(LorafitError):
         self.exit_code = 128 + signal_number
 
 
-class Problems(LorafitError):
+class Problems(LorafitError):  # noqa: N818 - several
     """Several errors found in one go. Exits as its first; prints one line each and a last one with the count.
 
     Raises:

@@ -241,7 +241,8 @@ def _head_counts(facts: _Config, hidden: int, family: _Family) -> tuple[int, int
 def _decoder(facts: _Config, family: _Family) -> ModelShape:
     hidden, layers, vocabulary = facts.size("hidden_size"), facts.size("num_hidden_layers"), facts.size("vocab_size")
     heads, kv_heads, head_dim = _head_counts(facts, hidden, family)
-    inner = facts.size("intermediate_size", None if family.gated else 4 * hidden)
+    inner_key = "ffn_hidden_size" if facts.type == "falcon" else "intermediate_size"
+    inner = facts.size(inner_key, None if family.gated else 4 * hidden)
     experts = facts.size(family.experts) if family.experts else 0
     expert_size = facts.size("moe_intermediate_size", inner) if experts else 0
     if facts.type == "opt":

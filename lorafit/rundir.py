@@ -46,7 +46,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise ResourceError(
-                DISK_ERRORS[error.errno], file=str(path), todo="free or change the disk; what was saved before is intact"
+                DISK_ERRORS[error.errno],
+                file=str(path),
+                todo="free or change the disk; what was saved before is intact",
             ) from error
         raise
 
@@ -147,7 +149,10 @@ def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for file in _files_below(temporary):
                 file.chmod(0o644)
                 _sync(file)
-                entries[file.relative_to(temporary).as_posix()] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+                entries[file.relative_to(temporary).as_posix()] = {
+                    "bytes": file.stat().st_size,
+                    "sha256": hash_file(file),
+                }
             manifest = temporary / MANIFEST
             manifest.write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             for folder in [manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
@@ -206,6 +211,11 @@ class RunDir:
         return self.root / "plan.json"
 
     @property
+    def quantization(self) -> Path:
+        """Hashes of every packed base tensor, so that a merge can prove that it rebuilt the same base."""
+        return self.root / "quantization.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a step and one an evaluation."""
         return self.root / "metrics.jsonl"
@@ -247,7 +257,9 @@ class RunDir:
         try:
             return int(json.loads(self.best.read_text(encoding="utf-8"))["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError("cannot be read", file=str(self.best), todo="name a step with --checkpoint") from error
+            raise CheckpointError(
+                "cannot be read", file=str(self.best), todo="name a step with --checkpoint"
+            ) from error
 
     def find_checkpoint(self, which: str) -> Path:
         """The checkpoint folder for `best`, `last` or a step's number, checked against its MANIFEST.
@@ -260,7 +272,9 @@ class RunDir:
         if which == "best":
             best = self.best_step()
             if best is None:
-                raise CheckpointError("no metric selected a best checkpoint", file=str(self.root), todo="use --checkpoint last")
+                raise CheckpointError(
+                    "no metric selected a best checkpoint", file=str(self.root), todo="use --checkpoint last"
+                )
             which = str(best)
         if which == "last":
             for step in reversed(steps):

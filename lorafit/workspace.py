@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError, UsageError
-from lorafit.rundir import RunDir, read_json, write_json
+from lorafit.rundir import RunDir, atomic_file, read_json, write_json
 
 if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+    from lorafit.plan import ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
+    from lorafit.recipe.schema import Recipe, SourceSection
 
 LONGEST_NAME_BYTES = 255
-_RECORDED = ("lorafit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+_RECORDED = (
+    "lorafit",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,12 @@ class OpenedRun:
     loaded: LoadedRecipe
     run: RunDir
     manifest: dict[str, Any]
+
+    def resolved(self) -> ResolvedPlan:
+        """The values that the run was trained with."""
+        from lorafit.plan import ResolvedPlan
+
+        return ResolvedPlan.from_json(read_json(self.run.plan), str(self.run.plan))
 
     def adapter(self, checkpoint: str | None) -> tuple[Path, int | None]:
         """The adapter's folder, and its step: the saved one, or that of a checkpoint.
@@ -39,7 +59,11 @@ class OpenedRun:
             return folder / "adapter", int(folder.name.removeprefix("step-"))
         if not self.run.adapter.is_dir():
             steps = self.run.steps()
-            todo = f"name one of its checkpoints with --checkpoint: {', '.join(map(str, steps))}" if steps else "train first"
+            todo = (
+                f"name one of its checkpoints with --checkpoint: {', '.join(map(str, steps))}"
+                if steps
+                else "train first"
+            )
             raise CheckpointError("the run has no finished adapter", file=str(self.run.root), todo=todo)
         best = self.run.best_step()
         return self.run.adapter, best if best is not None else max(self.run.steps(), default=None)
@@ -62,7 +86,9 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
     if path.is_dir():
         run = RunDir(path)
         if not is_run(path):
-            raise CheckpointError("is no run folder (no manifest.json)", file=str(path), todo="name a run folder or a recipe")
+            raise CheckpointError(
+                "is no run folder (no manifest.json)", file=str(path), todo="name a run folder or a recipe"
+            )
         loaded = load_recipe(run.recipe, overrides)
     else:
         loaded = load_recipe(path, overrides)
@@ -74,7 +100,37 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
     return OpenedRun(loaded, run, read_json(run.manifest))
 
 
-def check_output(output: Path, inputs: Iterable[Path], *, shown: str) -> None:
+def sources_of(recipe: Recipe) -> list[Sequence[SourceSection]]:
+    """The sources of every split that has its own."""
+    splits = (recipe.data.train, recipe.data.validation, recipe.data.test, recipe.evaluation.retention)
+    return [sources for sources in splits if isinstance(sources, Sequence)]
+
+
+def inputs_of(loaded: LoadedRecipe) -> list[Path]:
+    """Local files and folders that a run reads and must not write over."""
+    recipe, found = loaded.recipe, [Path(loaded.file)]
+    found += [loaded.path(source.path) for sources in sources_of(recipe) for source in sources]
+    texts = [recipe.model.base, recipe.data.chat_template, recipe.adapter.init_from]
+    found += [loaded.path(text) for text in texts if text]
+    return [path for path in found if path.exists()]
+
+
+def command_of(recipe_file: Path, overrides: Sequence[str], output: Path | None) -> str:
+    """The command that started a run, for a message that says how to go on."""
+    words = ["lorafit", "train", str(recipe_file)]
+    for override in overrides:
+        words += ["--set", override]
+    if output is not None:
+        words += ["--output", str(output)]
+    return shlex.join(words)
+
+
+def own_rank() -> int:
+    """This process's number under torchrun; 0 where there is one process."""
+    return int(os.environ.get("RANK", "0") or 0)
+
+
+def check_output(output: Path, inputs: Iterable[Path]) -> None:
     """Refuses an output folder that cannot be written, has too long a name, or would hold one of the inputs.
 
     Raises:
@@ -87,15 +143,17 @@ def check_output(output: Path, inputs: Iterable[Path], *, shown: str) -> None:
     for entry in inputs:
         source = entry.resolve()
         if made == source or made in source.parents:
-            what = f"the output {shown} is, or holds, {entry.name}, which is also an input"
+            what = f"the output {output.name} is, or holds, {entry.name}, which is also an input"
             raise UsageError(what, key="output", todo="choose a folder of its own")
     if output.exists() and not output.is_dir():
-        raise UsageError(f"the output {shown} is a file", key="output", todo="choose a folder")
+        raise UsageError(f"the output {output.name} is a file", key="output", todo="choose a folder")
     parent = made
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"the output {shown} is not writable", file=str(parent), key="output", todo="choose another folder")
+        raise UsageError(
+            f"the output {output.name} is not writable", file=str(parent), key="output", todo="choose another folder"
+        )
 
 
 def check_unused(run: RunDir, *, command: str) -> None:
@@ -106,16 +164,108 @@ def check_unused(run: RunDir, *, command: str) -> None:
     """
     if run.steps() or run.adapter.exists():
         raise UsageError(
-            "holds a run already", file=str(run.root), key="output", todo=f"go on with {command} --resume, or give --output"
+            "holds a run already",
+            file=str(run.root),
+            key="output",
+            todo=f"go on with {command} --resume, or give --output",
         )
 
 
-def write_manifest(run: RunDir, facts: dict[str, Any]) -> None:
-    """Writes what the run is made of, at its start: versions, seed, and hashes of data, base, tokenizer and template."""
-    versions = {"python": platform.python_version()}
+_HARMLESS = (
+    *(
+        "name",
+        "output",
+        "tracking",
+        "checkpoints",
+        "evaluation.every_steps",
+        "evaluation.final",
+        "evaluation.retention",
+    ),
+    *("evaluation.max_new_tokens", "data.test", "training.micro_batch_tokens", "training.gradient_checkpointing"),
+)
+"""What a resume may change: it decides what is saved, shown and measured, not what is learnt."""
+
+
+def check_same_run(run: RunDir, loaded: LoadedRecipe, facts: Mapping[str, Any], reporter: Reporter) -> None:
+    """Refuses to go on with other rows, another base or another recipe; says what changed harmlessly.
+
+    Raises:
+        CheckpointError: It would not be the same run.
+    """
+    if not run.recipe.is_file() or not run.manifest.is_file():
+        return  # nothing was started here: the run begins at step 0
+    from lorafit.recipe.load import load_recipe
+
+    before = _leaves(load_recipe(run.recipe).recipe.model_dump(mode="json"))
+    now = _leaves(load_recipe_from(loaded, run).model_dump(mode="json"))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    stops_early = loaded.recipe.evaluation.early_stopping is not None
+    for key in changed:
+        what = f"{key}: {before.get(key)} was changed to {now.get(key)}"
+        harmless = key.startswith(_HARMLESS) and not (stops_early and key.startswith("evaluation.every_steps"))
+        if not harmless and not _only_longer(key, before, now):
+            raise CheckpointError(
+                f"{what}, so it would not be the same run",
+                file=str(run.root),
+                todo="change it back, or train into another --output",
+            )
+        reporter.info(what)
+    recorded = read_json(run.manifest)
+    for what in ("data", "base", "tokenizer", "chat_template"):
+        if recorded.get(what) != facts.get(what):
+            raise CheckpointError(
+                f"the {what.replace('_', ' ')} changed since the run was started, so it would not be the same run",
+                file=str(run.root),
+                todo="restore it, or train into another --output",
+            )
+
+
+def load_recipe_from(loaded: LoadedRecipe, run: RunDir) -> Recipe:
+    """The recipe with its paths as the run folder's copy has them, so that the two can be compared."""
+    import tempfile
+
+    from lorafit.recipe.load import dump_recipe, load_recipe
+
+    with tempfile.TemporaryDirectory(dir=run.root, prefix=".tmp-recipe-") as folder:
+        copy = Path(folder) / "recipe.yaml"
+        copy.write_text(dump_recipe(loaded, run.root), encoding="utf-8")
+        return load_recipe(copy).recipe
+
+
+def _only_longer(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """A constant learning rate does not depend on the length of the run: then it may be trained longer."""
+    if key not in ("training.max_steps", "training.epochs") or now.get("training.schedule.kind") != "constant":
+        return False
+    old, new = before.get(key), now.get(key)
+    ratio = now.get("training.schedule.warmup_ratio")
+    return old is not None and new is not None and new > old and not ratio
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _leaves(inner, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def installed_versions() -> list[str]:
+    """`name version` of everything that decides what a run computes."""
+    found = [f"python {platform.python_version()}"]
     for name in _RECORDED:
         try:
-            versions[name] = version(name)
+            found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            versions[name] = "none"
+            found.append(f"{name} none")
+    return found
+
+
+def describe_run(run: RunDir, loaded: LoadedRecipe, facts: Mapping[str, Any]) -> None:
+    """manifest.json and recipe.yaml, at the start: versions, seed, hashes of data, base, tokenizer and template."""
+    from lorafit.recipe.load import dump_recipe
+
+    with atomic_file(run.recipe) as temporary:
+        temporary.write_text(dump_recipe(loaded, run.root), encoding="utf-8")
+    versions = dict(entry.split(" ", 1) for entry in installed_versions())
     write_json(run.manifest, {"format": 1, "versions": versions, **facts})

@@ -5,8 +5,10 @@ samples ──chunks of 256──> encode_chunk (in this process, or in forked w
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +30,7 @@ PlacedSample = tuple[int, int, Sample]
 CHUNK_ROWS = 256
 PARALLEL_FROM_ROWS = 5000
 WORKERS_LIMIT = 16
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 _CHUNKS_AHEAD = 4  # for each worker; bounds what waits in memory
 
 
@@ -162,8 +165,12 @@ _worker_encoder: Encoder | None = None
 
 
 def _start_worker(encoder: Encoder) -> None:
+    """Keeps the encoder, leaves Ctrl-C to the parent, and dies with it even where it was killed."""
     global _worker_encoder
     _worker_encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _encode_in_worker(samples: Sequence[PlacedSample]) -> EncodedChunk:

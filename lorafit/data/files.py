@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from lorafit.errors import DataError, SafetyError
+from lorafit.kinds.fields import shorten
 from lorafit.registry import nearest
 
 LINE_LIMIT_BYTES = 16 << 20
@@ -81,7 +82,7 @@ def check_file(path: Path, name: str) -> None:
         raise _missing_error(path, name) from None
     except OSError as error:
         what = f"cannot be read: {(error.strerror or type(error).__name__).lower()}"
-        raise DataError(what, file=name) from None
+        raise DataError(what, file=shorten(name, 80)) from None
     _check_head(head, path.suffix.lower(), name)
 
 

@@ -66,7 +66,7 @@ class HubRows:
             )
         if "split" in lower and ("unknown" in lower or "bad" in lower):
             return DataError(text, file=self.name, key="split")
-        if "config" in lower and ("missing" in lower or "not found" in lower):
+        if "config" in lower and any(part in lower for part in ("missing", "not found", "for config")):
             return DataError(text, file=self.name, key="subset")
         if "DatasetNotFoundError" in kinds or "RepositoryNotFoundError" in kinds:
             todo = "check the id; a private or gated one needs HF_TOKEN in the environment"

@@ -160,7 +160,7 @@ def _end_of_value(text: str, start: int, error: JsonError) -> int:
 
 def _json_error(text: str, start: int, error: JsonError) -> DataError:
     position = start if error.position is None else error.position
-    ended = position >= len(text.rstrip(_BLANKS))
+    ended = position >= len(text.rstrip(_BLANKS)) or "unterminated string" in error.what
     what = error.what.replace("invalid JSON", "truncated or invalid JSON") if ended else error.what
     column = position - text.rfind("\n", 0, position)
     return DataError(what, line=_line_of(text, min(position, len(text.rstrip(_BLANKS)))), column=column)

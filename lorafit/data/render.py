@@ -37,6 +37,8 @@ from lorafit.errors import LorafitError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_END_TOKEN = "the chat template writes no end-of-turn token, so the model does not learn to stop"
+
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 
 
@@ -51,7 +53,8 @@ class Rendering:
         typed: What somebody typed; all else was written by the template itself.
         unsure: The part of `typed` that may be the template's all the same.
         all_trained: Whether every token carries loss, those of no length too.
-        warnings: Dropped fields (with `dropped_fields: warn`) and turns without an end-of-turn token, one text each.
+        warnings: Dropped fields (where they are no errors) and turns without an end-of-turn token, one text for each; equal
+            ones are to be counted.
         history_dropped: Fields that the template shows in the last turn only, one name for each time it happens.
     """
 
@@ -78,7 +81,8 @@ class ChatRenderer:
         chat_template: A shipped name (`SHIPPED_TEMPLATES`) or the text of a template.
         train_on: `assistant`: every assistant turn without `weight: 0`; `last_turn`: the last of them; `completion`:
             those behind the last user message; `all`: every token.
-        dropped_fields: What to do with a field that the template renders nowhere: `error` or `warn`.
+        dropped_fields: What to do with a field that the template renders nowhere: `error`; `warn`; or `trained`: an
+            error for what would carry loss (content, reasoning and calls of the assistant), else a warning.
         system_prompt: The system message of chats that have none.
 
     Raises:
@@ -91,7 +95,7 @@ class ChatRenderer:
         *,
         chat_template: str | None = None,
         train_on: TrainOn = "assistant",
-        dropped_fields: Literal["error", "warn"] = "error",
+        dropped_fields: Literal["error", "trained", "warn"] = "error",
         system_prompt: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
@@ -103,7 +107,8 @@ class ChatRenderer:
         self._variables = dict(tokenizer.special_tokens_map)
         templates = {source: compile_or_explain(source) for source in self._sources.values()}
         self.encoder = TextEncoder(tokenizer, "\0".join(template.literal_text() for template in templates.values()))
-        self._control = re.compile("|".join(map(re.escape, self.encoder.control.values())) or "(?!)")
+        longest_first = sorted(self.encoder.control.values(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         end_token = str(tokenizer.eos_token or "")
         self._habits: dict[str, Habits] = {}
         for source, template in templates.items():
@@ -129,7 +134,7 @@ class ChatRenderer:
         turns = find_turns(chat, whole, render, self._habits[source])
         dropped = find_dropped(whole, lambda message: _attempt_cut(render, chat, message), self._control)
         warnings = self._judge_dropped(dropped, chat)
-        warnings += [f"message {turn.message + 1}: no end-of-turn token" for turn in turns if not turn.has_end_token]
+        warnings += [NO_END_TOKEN for turn in turns if not turn.has_end_token]
         typed, unsure = self._typed_stretches(whole)
         return Rendering(
             text=whole.text,
@@ -231,16 +236,22 @@ class ChatRenderer:
             )
 
     def _judge_dropped(self, dropped: Dropped, chat: Messages) -> list[str]:
-        said = [
-            "the tools" if message == TOOLS else f"{field} of message {message + 1} ({chat[message].get('role')})"
-            for message, field in dropped.lost
-        ]
-        if said and self._dropped_fields == "error":
-            raise RenderError(
-                f"the chat template drops {', '.join(said)}",
-                key=KEY,
-                todo="use another template, or `dropped_fields: warn`",
-            )
+        """Warnings for fields that are rendered nowhere.
+
+        Raises:
+            RenderError: Where they are errors.
+        """
+        refused, said = [], []
+        for message, field in dropped.lost:
+            role = None if message == TOOLS else chat[message].get("role")
+            said.append("the tools" if message == TOOLS else f"{field} of {role}")
+            if self._dropped_fields == "error" or (
+                self._dropped_fields == "trained" and role == "assistant" and field != "name"
+            ):
+                refused.append("the tools" if message == TOOLS else f"{field} of message {message + 1} ({role})")
+        if refused:
+            todo = "use another template, or `dropped_fields: warn`"
+            raise RenderError(f"the chat template drops {', '.join(refused)}", key=KEY, todo=todo)
         return [f"dropped: {text}" for text in said]
 
     def _typed_stretches(self, whole: Traced) -> tuple[list[Stretch], list[Stretch]]:
@@ -312,7 +323,7 @@ def mask_chat(
     """
     renderer = _renderers.get(tokenizer)
     if renderer is None or renderer.template != tokenizer.chat_template:
-        renderer = _renderers[tokenizer] = ChatRenderer(tokenizer)
+        renderer = _renderers[tokenizer] = ChatRenderer(tokenizer, dropped_fields="trained")
     encoded = renderer.encode(renderer.render(messages, tools))
     labels = [number if trained else -100 for number, trained in zip(encoded.input_ids, encoded.trained, strict=True)]
     return encoded.input_ids, labels

@@ -184,6 +184,10 @@ class ExampleSet:
         """The same store with some of the rows of this set, in their old order."""
         return ExampleSet(self.folder, self.files, self.repeats, np.sort(self._rows[rows]))
 
+    def first(self, count: int) -> ExampleSet:
+        """Its first rows."""
+        return self.select(np.arange(min(count, len(self)), dtype=np.int64))
+
     def digest(self) -> str:
         """SHA-256 of the tokens and loss positions of all rows, in order: neither paths nor line ends matter."""
         digest = hashlib.sha256(np.asarray(self.lengths, dtype="<i8").tobytes())

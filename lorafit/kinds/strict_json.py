@@ -82,7 +82,8 @@ def decode_at(text: str, start: int) -> tuple[Any, int]:
     except JsonError:
         raise
     except json.JSONDecodeError as error:
-        raise JsonError(f"invalid JSON: {error.msg[0].lower()}{error.msg[1:]}", error.pos) from None
+        what = error.msg[0].lower() + error.msg[1:].removesuffix(" starting at")
+        raise JsonError(f"invalid JSON: {what}", error.pos) from None
     except RecursionError:
         raise JsonError(f"nested deeper than {DEPTH_LIMIT} levels") from None
     except ValueError:  # an integer of more digits than Python converts

@@ -321,6 +321,8 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
         moments = (Moment("forward", scores * c), Moment("backward", scores * (8 - freed) + 3 * c * q_width))
     else:
         kept = c * (2 * q_width + 2 * kv_width) + 4 * shape.heads
+        if shape.position_parameters == 0 and any(linear.role == "qkv" for linear in shape.linears):
+            kept += c * (q_width + kv_width)  # v is a view of the fused result, whose rotated q and k are copies
         # CUDA's flash backward sums dq in fp32 and makes dk, dv for every query head
         gpu = 4 * q_width + 2 * c * q_width if n.device_kind != "cpu" else 0
         moments = (Moment("forward", 3 * c * q_width), Moment("backward", c * (2 * q_width + 2 * kv_width) + gpu))
@@ -354,7 +356,8 @@ def _experts(shape: ModelShape, c: int) -> Operation:
     ways, inner, hidden = shape.experts_per_token, shape.expert_size, shape.hidden_size
     kept = ways * (3 * c * inner + c * hidden) + 8 * shape.experts
     weighted = (c + 8) * hidden  # by fp32 router weights: results, or their gradients, in fp32 twice
-    moments = (Moment("forward", ways * weighted), Moment("backward", ways * max(4 * c * inner, weighted)))
+    returns = 3 * c * inner - c * hidden  # their gradients through act·up, when the weighted results are gone
+    moments = (Moment("forward", ways * weighted), Moment("backward", ways * max(returns, weighted)))
     return Operation("experts", kept, moments)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -79,6 +79,26 @@ class MergeReport:
     largest_error: float
     seconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the output by its name."""
+        return {**asdict(self), "output": self.output.name}
+
+    def describe(self) -> list[str]:
+        """For people, line by line."""
+        size = self.written_bytes / 2**20
+        lines = [
+            f"merged {self.merged_tensors} of {self.tensors} tensors into the {self.kind} base: {self.output}, "
+            f"{size:,.0f} MiB in {self.seconds:.1f} s"
+        ]
+        if self.proven:
+            off = f", {self.codes_off} codes one level off" if self.codes_off else ""
+            lines.append(f"{self.rebuilt_tensors} quantised tensors rebuilt and proven to be the run's{off}")
+        if self.verified:
+            lines.append(
+                f"every tensor read back: equal to W + s B A within {self.largest_error:.2f} of its rounding bound"
+            )
+        return lines
+
 
 def merge_adapter(
     base: Base,
@@ -89,6 +109,7 @@ def merge_adapter(
     quantization: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    check: Callable[[Path], None] | None = None,
     reporter: Reporter,
 ) -> MergeReport:
     """Writes base + adapter as a model folder that plain transformers loads.
@@ -101,6 +122,7 @@ def merge_adapter(
         quantization: The run's quantization.json (`inspect.describe_quantization`); needed for `dequantized`.
         dtype: Of all written floats; by default training's own for `dequantized`, the file's for `original`.
         verify: Whether each written tensor is read back and compared with W + s * B A.
+        check: Called with the finished folder before it gets its name; what it raises leaves no output.
         reporter: Shows progress.
 
     Raises:
@@ -137,6 +159,8 @@ def merge_adapter(
         codes_off, proven = writer.conclude(reporter)
         _copy_rest(base, adapter_folder, temporary, writer)
         _write_notes(temporary, base, adapter, kind, used)
+        if check is not None:
+            check(temporary)
     return MergeReport(
         output=output,
         kind=kind,

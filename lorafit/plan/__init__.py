@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from lorafit.plan.derive import Plan, plan, require_fit
+from lorafit.plan.derive import Plan, memory_question, plan, require_fit
 from lorafit.plan.question import MemoryQuestion
 from lorafit.plan.render import estimate_table, plan_table
 from lorafit.plan.resolved import ResolvedPlan
@@ -23,6 +23,7 @@ __all__ = [
     "Saving",
     "estimate_recipe",
     "estimate_table",
+    "memory_question",
     "plan",
     "plan_table",
     "require_fit",

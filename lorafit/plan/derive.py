@@ -118,15 +118,7 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
     steps_per_epoch = math.ceil(dataset.rows / training.batch_size)
     total_steps, epochs = _length(recipe, steps_per_epoch)
     dtype = resolve_dtype(recipe.model.dtype, device)
-    question = MemoryQuestion(
-        recipe=recipe,
-        shape=shape,
-        longest_tokens=dataset.longest_tokens,
-        longest_trained_tokens=dataset.longest_trained_tokens,
-        dtype=dtype,
-        attention=estimated_attention(recipe, shape),
-        device_kind=device.kind,
-    )
+    question = memory_question(recipe, shape, dataset, device)
     _check_attention(recipe, device)
     _check_length(dataset, shape)
     bounds = _bounds(question, dataset, device)
@@ -169,6 +161,21 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
         memory_least=bounds.memory_least,
         fits=_can_fit(bounds.memory_least, device),
         warnings=_warnings(recipe, shape, dataset, device, dtype, total_steps),
+    )
+
+
+def memory_question(
+    recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts
+) -> MemoryQuestion:
+    """What a step of this run holds, by micro-batch and checkpointing; the rehearsal asks it too."""
+    return MemoryQuestion(
+        recipe=recipe,
+        shape=shape,
+        longest_tokens=dataset.longest_tokens,
+        longest_trained_tokens=dataset.longest_trained_tokens,
+        dtype=resolve_dtype(recipe.model.dtype, device),
+        attention=estimated_attention(recipe, shape),
+        device_kind=device.kind,
     )
 
 

@@ -1,0 +1,194 @@
+"""What a recipe names, opened: base, tokenizer, rows, device; and the model, loaded and proven, when it is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Reporter, Sample, Silent
+from lorafit.kinds.tasks import tasks
+from lorafit.workspace import is_run, open_run, sources_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.contracts import Examples
+    from lorafit.data.examples import Prepared, Renderer
+    from lorafit.evaluate.speaker import Speaker
+    from lorafit.model.base import Base
+    from lorafit.objective import Objective
+    from lorafit.plan import ResolvedPlan
+    from lorafit.recipe.load import LoadedRecipe
+    from lorafit.recipe.schema import Recipe
+    from lorafit.shapes import DeviceFacts, ModelShape
+
+_PROOF_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a recipe names, opened and checked, weights apart."""
+
+    loaded: LoadedRecipe
+    base: Base
+    shape: ModelShape
+    tokenizer: Any
+    renderer: Renderer
+    rows: Prepared
+    device: DeviceFacts
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe's values."""
+        return self.loaded.recipe
+
+    @property
+    def pad_id(self) -> int:
+        """What fills up short rows."""
+        from lorafit.evaluate.runner import find_pad_id
+
+        return find_pad_id(self.tokenizer)
+
+    def writes_chats(self) -> bool:
+        """Whether training rows were rendered by a chat template; else prompts go to the model verbatim."""
+        if self.recipe.data.chat_template is not None:
+            return True
+        samples = (row for _, _, row in self.rows.samples("train").rows() if isinstance(row, Sample))
+        return any(sample.messages is not None for sample in samples)
+
+    def facts(self) -> dict[str, Any]:
+        """What the run is made of, and what a resume must find again."""
+        return {
+            "seed": self.recipe.seed,
+            "recipe": self.loaded.digest,
+            "data": self.rows.digest,
+            "base": {"name": self.base.name, "digest": self.base.digest},
+            **{name.replace(" ", "_"): digest for name, digest in self.renderer.key().items()},
+        }
+
+
+def open_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
+    """Opens a recipe. Files of rows are looked for before anything heavy starts.
+
+    Raises:
+        DataError: Files or rows are bad.
+        ModelError: Base or tokenizer cannot be used.
+    """
+    from lorafit.data.source import read_sources
+
+    recipe = loaded.recipe
+    for sources in sources_of(recipe):
+        read_sources(sources, loaded.folder, recipe.data.bad_rows, Silent())
+    from lorafit.data.examples import build_renderer, prepare
+    from lorafit.devices import read_device
+    from lorafit.model.base import cache_folder, resolve_base
+    from lorafit.model.load import load_tokenizer
+    from lorafit.model_shapes import read_shape
+
+    base = resolve_base(recipe.model, loaded.folder, reporter)
+    tokenizer = load_tokenizer(base)
+    renderer = build_renderer(tokenizer, recipe.data, loaded.folder)
+    rows = prepare(
+        recipe.data,
+        folder=loaded.folder,
+        renderer=renderer,
+        encode=tasks.get(recipe.task).encode,
+        seed=recipe.seed,
+        cache_dir=cache_folder() / "data",
+        reporter=reporter,
+        retention=recipe.evaluation.retention,
+    )
+    return Job(loaded, base, read_shape(base.config), tokenizer, renderer, rows, read_device())
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`bf16`, `fp16` or `fp32` as torch has them."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def autocast_dtype(name: str) -> torch.dtype | None:
+    """What a forward computes in beside fp32 adapter weights; None: as they are."""
+    return None if name == "fp32" else torch_dtype(name)
+
+
+def load_base(job: Job, *, dtype: str, compute_dtype: str, attention: str, device: Any, reporter: Reporter) -> Any:
+    """The frozen base, quantised as the recipe says."""
+    from lorafit.model.load import load_model
+
+    return load_model(
+        job.base,
+        quantization=job.recipe.model.quantization,
+        dtype=torch_dtype(dtype),
+        compute_dtype=torch_dtype(compute_dtype),
+        attention=attention,
+        device=device,
+        auto_class=tasks.get(job.recipe.task).auto_class,
+        reporter=reporter,
+    )
+
+
+def prove(job: Job, model: Any, dtype: str, examples: Examples, reporter: Reporter) -> Objective:
+    """The objective around a model, compared with the model's own loss on one row.
+
+    Raises:
+        NumericsError: They differ on every path.
+    """
+    from lorafit.data.batch import collate
+    from lorafit.objective import Objective, prove_objective
+
+    def build(wrapped: torch.nn.Module) -> Objective:
+        return Objective(wrapped, autocast_dtype=autocast_dtype(dtype))
+
+    objective: Any = tasks.get(job.recipe.task).build_loss(model, build)
+    lengths = examples.lengths
+    row = max(range(min(len(examples), 64)), key=lambda n: lengths[n] if lengths[n] <= _PROOF_TOKENS else -lengths[n])
+    device = model.get_input_embeddings().weight.device
+    prove_objective(objective, collate([examples[row]], job.pad_id).to(device), reporter)
+    return objective  # type: ignore[no-any-return]
+
+
+def load_adapted(job: Job, adapter: Path, resolved: ResolvedPlan, reporter: Reporter) -> Any:
+    """Base and trained adapter in the precision of the run."""
+    import torch
+
+    from lorafit.model.adapter import open_adapter
+
+    base = load_base(
+        job,
+        dtype=resolved.dtype,
+        compute_dtype=resolved.compute_dtype,
+        attention=resolved.attention,
+        device=torch.device(job.device.kind),
+        reporter=reporter,
+    )
+    return open_adapter(base, adapter, trainable=False, base=job.base)
+
+
+def load_tuned(
+    job: Job, adapter: Path, resolved: ResolvedPlan, examples: Examples, reporter: Reporter
+) -> tuple[Any, Objective]:
+    """The same, and the objective around it, proven."""
+    model = load_adapted(job, adapter, resolved, reporter)
+    return model, prove(job, model, resolved.dtype, examples, reporter)
+
+
+def open_speaker(run_or_model: Path, checkpoint: str | None, reporter: Reporter) -> Speaker:
+    """What answers prompts: a run's adapter on its base, or a plain model folder.
+
+    Raises:
+        UsageError: There is nothing at the path.
+        CheckpointError: It is neither a run nor a model.
+    """
+    from lorafit.evaluate.speaker import Speaker, chats_of, load_plain_model
+
+    if run_or_model.is_dir() and not is_run(run_or_model) and (run_or_model / "config.json").is_file():
+        model, tokenizer = load_plain_model(run_or_model)
+        return Speaker(model, tokenizer, chats_of(tokenizer, chat_template=None, system_prompt=None))
+    opened = open_run(run_or_model)
+    adapter, _ = opened.adapter(checkpoint)
+    job, resolved = open_job(opened.loaded, reporter), opened.resolved()
+    chats = job.renderer.chats if job.writes_chats() else None
+    return Speaker(load_adapted(job, adapter, resolved, reporter), job.tokenizer, chats, autocast_dtype(resolved.dtype))

@@ -1,0 +1,262 @@
+"""Composition root and Python API: each command of lorafit as a function. Read `train` first, then `Training.run`.
+
+    recipe ─> output free? ─> base, tokenizer ─> rows ─> plan ─> fits? ─> model + adapter ─> objective, proven
+                                                          ─> rehearsal ─> fit ─> run folder
+
+Every other room gets its section of the recipe or plain values from here; none of them knows the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafit.contracts import Reporter, Silent
+from lorafit.errors import DataError, UsageError
+from lorafit.job import load_tuned, open_job
+from lorafit.rundir import RunDir
+from lorafit.workspace import check_output, check_unused, command_of, inputs_of, is_run, open_run, own_rank
+
+if TYPE_CHECKING:
+    from lorafit.data.preview import Preview
+    from lorafit.plan import RecipeEstimate
+    from lorafit.results import Evaluated, Generated, Merged, Trained, Validated
+
+
+def validate(recipe_file: Path, *, overrides: Sequence[str] = ()) -> Validated:
+    """Checks a recipe alone: no torch, no data, no model."""
+    from lorafit.recipe.load import load_recipe
+    from lorafit.results import Validated
+
+    return Validated(load_recipe(recipe_file, overrides))
+
+
+def preview(
+    recipe_file: Path, *, overrides: Sequence[str] = (), rows: int = 3, reporter: Reporter | None = None
+) -> Preview:
+    """Rows as the model will see them."""
+    from lorafit.data import preview as room
+    from lorafit.recipe.load import load_recipe
+
+    job = open_job(load_recipe(recipe_file, overrides), reporter or Silent())
+    return room.preview(job.rows, job.renderer, rows)
+
+
+def estimate(
+    recipe_file: Path, *, overrides: Sequence[str] = (), gpu: str | None = None, headroom: float = 0.05
+) -> RecipeEstimate:
+    """Peak memory from the recipe and the base's config alone: rows are taken to be as long as `max_length`."""
+    from lorafit.devices import parse_gpu
+    from lorafit.model.base import read_config
+    from lorafit.model_shapes import read_shape
+    from lorafit.plan import estimate_recipe
+    from lorafit.recipe.load import load_recipe
+
+    device = parse_gpu(gpu) if gpu is not None else None
+    loaded = load_recipe(recipe_file, overrides)
+    shape = read_shape(read_config(loaded.recipe.model, loaded.folder))
+    return estimate_recipe(loaded.recipe, shape, device=device, headroom=headroom)
+
+
+def train(
+    recipe_file: Path,
+    *,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    resume: bool = False,
+    resume_from: int | None = None,
+    plan_file: Path | None = None,
+    dry_run: bool = False,
+    allow_inexact: bool = False,
+    reporter: Reporter | None = None,
+) -> Trained:
+    """Plans, checks, trains and saves a run; or goes on with one.
+
+    Args:
+        recipe_file: The recipe.
+        overrides: `KEY=VALUE` flags over it.
+        output: A run folder instead of the recipe's.
+        resume: Go on with the run in the output folder.
+        resume_from: From the checkpoint of this step; implies `resume`.
+        plan_file: Another run's `plan.json`, whose resolved values are taken.
+        dry_run: Stop before the weights are loaded.
+        allow_inexact: Resume on another kind of device or number of processes.
+        reporter: Gets progress and warnings; silent where None.
+    """
+    from lorafit.plan import plan, require_fit
+    from lorafit.recipe.load import load_recipe
+    from lorafit.results import Trained
+
+    reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
+    loaded = load_recipe(recipe_file, overrides, output=output)
+    run, command = RunDir(loaded.output), command_of(recipe_file, overrides, output)
+    resume = resume or resume_from is not None
+    check_output(run.root, inputs_of(loaded))
+    if not resume:
+        check_unused(run, command=command)
+    job = open_job(loaded, reporter)
+    the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
+    reporter.show(the_plan.table())
+    require_fit(the_plan)
+    if dry_run:
+        return Trained(run, the_plan, None, None)
+
+    from lorafit.training import Training
+
+    training = Training(job, run, the_plan, reporter, resume_command=f"{command} --resume")
+    return training.run(resume=resume, resume_from=resume_from, plan_file=plan_file, allow_inexact=allow_inexact)
+
+
+def evaluate(
+    run_or_recipe: Path,
+    *,
+    overrides: Sequence[str] = (),
+    checkpoint: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    reporter: Reporter | None = None,
+) -> Evaluated:
+    """Scores base and tuned model on the same held-out rows, and writes the report into the run folder.
+
+    Args:
+        run_or_recipe: A run folder, or the recipe that made it.
+        overrides: `KEY=VALUE` flags over its recipe, e.g. other metrics.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        split: `test`, `validation` or `train`; `test` where the recipe has it, else `validation`.
+        limit: Only the first rows.
+        reporter: Gets progress and warnings; silent where None.
+    """
+    from lorafit.evaluate.evaluation import About
+    from lorafit.evaluate.report import write_report
+    from lorafit.evaluate.runner import evaluate_pair
+    from lorafit.evaluate.speaker import end_of_turn_ids
+    from lorafit.model.inspect import coverage
+    from lorafit.results import Evaluated
+
+    reporter = reporter or Silent()
+    opened = open_run(run_or_recipe, overrides)
+    adapter, step = opened.adapter(checkpoint)
+    job, resolved = open_job(opened.loaded, reporter), opened.resolved()
+    split = split or ("test" if job.rows.test is not None else "validation")
+    examples = {"test": job.rows.test, "validation": job.rows.validation, "train": job.rows.train}.get(split)
+    if examples is None:
+        raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo="set data.test or data.validation")
+    if limit is not None:
+        examples = examples.first(limit)
+    model, objective = load_tuned(job, adapter, resolved, examples, reporter)
+    found, evaluation = coverage(model), job.recipe.evaluation
+    chose = split == "validation" and evaluation.every_steps is not None
+    result = evaluate_pair(
+        model,
+        objective,
+        job.tokenizer,
+        examples,
+        job.rows.generation_rows(split, limit),
+        evaluation.final,
+        max_new_tokens=evaluation.max_new_tokens,
+        stop_ids=end_of_turn_ids(job.renderer.chats if job.renderer.template else None),
+        micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
+        seed=job.recipe.seed,
+        reporter=reporter,
+        retention=job.rows.retention,
+        about=About(
+            run=opened.run.root.name,
+            checkpoint_step=step,
+            split=split,
+            seen_in_training=split == "train" or chose,
+            trainable_parameters=found.trainable_parameters,
+            total_parameters=found.total_parameters,
+        ),
+    )
+    write_report(opened.run, result)
+    return Evaluated(opened.run, result)
+
+
+def merge(
+    run_or_adapter: Path,
+    *,
+    output: Path,
+    base_kind: str | None = None,
+    checkpoint: str | None = None,
+    verify: bool = True,
+    reporter: Reporter | None = None,
+) -> Merged:
+    """Merges an adapter into its base tensor by tensor, and compares logits where both models fit into memory.
+
+    Args:
+        run_or_adapter: A run folder, its recipe, or an adapter folder.
+        output: Where the merged model goes.
+        base_kind: `dequantized` or `original`; what was trained on where None.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        verify: Whether what was written is read back and compared, and logits are.
+        reporter: Gets progress and warnings; silent where None.
+    """
+    from lorafit.merging import merge_adapter_folder, merge_run
+
+    reporter = reporter or Silent()
+    if base_kind not in (None, "dequantized", "original"):
+        raise UsageError(f"'{base_kind}' is no base", key="--base", todo="use dequantized or original")
+    if not is_run(run_or_adapter) and (run_or_adapter / "adapter_config.json").is_file():
+        return merge_adapter_folder(run_or_adapter, output, base_kind, verify=verify, reporter=reporter)
+    return merge_run(open_run(run_or_adapter), output, base_kind, checkpoint, verify=verify, reporter=reporter)
+
+
+def generate(
+    run_or_model: Path,
+    *,
+    prompt: str | None = None,
+    input_file: Path | None = None,
+    compare_base: bool = False,
+    checkpoint: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Generated:
+    """Answers a prompt or a file of prompts, with the base model beside the tuned one where asked.
+
+    Args:
+        run_or_model: A run folder, its recipe, or a model folder such as a merge.
+        prompt: One prompt; or
+        input_file: A file of them.
+        compare_base: Answer with the adapter off too; needs a run.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        temperature: 0 is greedy.
+        top_p: Nucleus of the sampled tokens, 0 to 1.
+        max_new_tokens: Longest answer.
+        seed: Of the sampling.
+        reporter: Gets progress and warnings; silent where None.
+    """
+    from lorafit.evaluate.speaker import read_prompts
+
+    reporter = reporter or Silent()
+    prompts = read_prompts(prompt, input_file)
+    from lorafit.evaluate.generate import generate_answers
+    from lorafit.evaluate.isolation import adapter_off, evaluating
+    from lorafit.job import open_speaker
+    from lorafit.results import Generated
+
+    speaker = open_speaker(run_or_model, checkpoint, reporter)
+    if compare_base and not hasattr(speaker.model, "disable_adapter"):
+        raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")
+    answer = partial(
+        generate_answers,
+        speaker.model,
+        speaker.tokenizer,
+        [speaker.prompt_ids(messages) for messages in prompts],
+        max_new_tokens=max_new_tokens,
+        stop_ids=speaker.stop_ids,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        reporter=reporter,
+    )
+    with evaluating(speaker.model), speaker.autocast():
+        tuned = answer(what="answers")
+        with adapter_off(speaker.model) if compare_base else nullcontext():
+            base = answer(what="answers, base model") if compare_base else None
+    return Generated(prompts, tuned, base)

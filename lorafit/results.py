@@ -1,0 +1,181 @@
+"""What each command gives back: plain values for `--json`, and the same for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Message
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafit.evaluate.evaluation import Evaluation
+    from lorafit.evaluate.generate import Answer
+    from lorafit.evaluate.parity import Parity
+    from lorafit.model.merge import MergeReport
+    from lorafit.plan import Plan, ResolvedPlan
+    from lorafit.recipe.load import LoadedRecipe
+    from lorafit.rundir import RunDir
+    from lorafit.train.state import FitResult
+
+_GIB, _MIB = 1 << 30, 1 << 20
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A recipe without errors."""
+
+    loaded: LoadedRecipe
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved recipe, every default written out."""
+        return {
+            "valid": True,
+            "file": self.loaded.file,
+            "digest": self.loaded.digest,
+            "recipe": self.loaded.recipe.model_dump(mode="json"),
+        }
+
+    def render(self, console: Console) -> None:
+        """One line."""
+        console.print(f"{self.loaded.file} is valid", markup=False)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, or only its plan after a dry run (`fit` and `resolved` are None then)."""
+
+    run: RunDir
+    plan: Plan
+    resolved: ResolvedPlan | None
+    fit: FitResult | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plan, resolved plan and how training ended."""
+        from dataclasses import asdict
+
+        return {
+            "run": self.run.root.name,
+            "plan": self.plan.to_json(),
+            "resolved": self.resolved.to_json() if self.resolved else None,
+            "result": asdict(self.fit) if self.fit else None,
+        }
+
+    def render(self, console: Console) -> None:
+        """How it ended, memory beside its estimate, and what to do next."""
+        if self.fit is None:
+            console.print("dry run: nothing was loaded or written", markup=False)
+            return
+        fit = self.fit
+        if not fit.was_complete:
+            rate = f", {fit.tokens / fit.seconds:,.0f} tokens/s" if fit.seconds else ""
+            console.print(f"trained {fit.steps} steps in {_clock(fit.seconds)}{rate}", markup=False)
+            estimate = self.plan.memory.needed_bytes
+            console.print(
+                f"peak memory {fit.peak_memory_bytes / _MIB:,.0f} MiB measured, {estimate / _MIB:,.0f} MiB estimated",
+                markup=False,
+            )
+        which = f"the adapter of step {fit.adapter_step}"
+        if fit.best is not None and fit.best.step == fit.adapter_step:
+            which += f" (best {fit.best.metric}: {fit.best.value:.4g})"
+        shown = _near(self.run)
+        console.print(f"{which} is in {shown}/adapter; next: lorafit eval {shown}", markup=False)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation and the run it belongs to."""
+
+    run: RunDir
+    evaluation: Evaluation
+
+    def to_json(self) -> dict[str, Any]:
+        """As in `report.json`."""
+        return self.evaluation.to_json()
+
+    def render(self, console: Console) -> None:
+        """The table, and where the report is."""
+        from lorafit.evaluate.report import render_table
+
+        console.print(render_table(self.evaluation))
+        console.print(f"\nreport: {_near(self.run)}/report.md", markup=False)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge, and the comparison of logits where there was memory for it."""
+
+    report: MergeReport
+    parity: Parity | None
+    parity_skipped: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Both."""
+        return {
+            **self.report.to_json(),
+            "parity": self.parity.to_json() if self.parity else None,
+            "parity_skipped": self.parity_skipped or None,
+        }
+
+    def render(self, console: Console) -> None:
+        """What was written and proven."""
+        for line in self.report.describe():
+            console.print(line, markup=False)
+        if self.parity is not None:
+            for line in self.parity.describe():
+                console.print(line, markup=False)
+        elif self.parity_skipped:
+            console.print(f"logits were not compared: {self.parity_skipped}", markup=False)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Answers to prompts, with the base model's beside them where asked."""
+
+    prompts: Sequence[Sequence[Message]]
+    answers: Sequence[Answer]
+    base_answers: Sequence[Answer] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry a prompt, in order."""
+        rows = []
+        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            row: dict[str, Any] = {
+                "messages": list(prompt),
+                "answer": answer.text,
+                "tokens": answer.tokens,
+                "ended": answer.ended,
+            }
+            if self.base_answers is not None:
+                row["base_answer"] = self.base_answers[number].text
+            rows.append(row)
+        return {"answers": rows}
+
+    def render(self, console: Console) -> None:
+        """The answers; prompts are repeated only where there are several, or two models."""
+        is_plain = len(self.prompts) == 1 and self.base_answers is None
+        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            if is_plain:
+                console.print(answer.text, markup=False)
+                continue
+            console.print(f"{'' if number == 0 else chr(10)}> {prompt[-1]['content']}", style="bold", markup=False)
+            if self.base_answers is not None:
+                console.print(f"base:  {self.base_answers[number].text}", markup=False)
+                console.print(f"tuned: {answer.text}", style="green", markup=False)
+            else:
+                console.print(answer.text, markup=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _near(run: RunDir) -> str:
+    """The run folder as the user would type it: relative where that is shorter."""
+    import os
+
+    relative = os.path.relpath(run.root)
+    return relative if len(relative) < len(str(run.root)) else str(run.root)

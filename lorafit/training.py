@@ -1,0 +1,200 @@
+"""From a checked plan to a published adapter: finds the checkpoint to go on from, loads, proves, rehearses, trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Reporter, Silent
+from lorafit.job import load_base, prove, torch_dtype
+from lorafit.rundir import RunDir, read_json, write_json
+from lorafit.workspace import check_same_run, describe_run, installed_versions, own_rank
+
+if TYPE_CHECKING:
+    from lorafit.job import Job
+    from lorafit.objective import Objective
+    from lorafit.plan import Plan, ResolvedPlan
+    from lorafit.results import Trained
+    from lorafit.train.checkpoint import Checkpoint, CheckpointStore
+    from lorafit.train.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Training:
+    """One call of `lorafit train`, its recipe opened and its plan accepted."""
+
+    job: Job
+    where: RunDir
+    plan: Plan
+    reporter: Reporter
+    resume_command: str
+
+    def run(self, *, resume: bool, resume_from: int | None, plan_file: Path | None, allow_inexact: bool) -> Trained:
+        """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
+        from lorafit.model.adapter import load_adapter_weights
+        from lorafit.model.inspect import coverage, coverage_table, describe_quantization
+        from lorafit.model.load import attach_adapter
+        from lorafit.results import Trained
+        from lorafit.train.checkpoint import CheckpointStore
+        from lorafit.train.state import TrainState
+        from lorafit.train.tracking import build_accelerator
+
+        job, recipe = self.job, self.job.recipe
+        store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
+        checkpoint, events = self._find_checkpoint(store, resume_from, allow_inexact) if resume else (None, [])
+        if own_rank() == 0:
+            describe_run(self.where, job.loaded, job.facts())
+        accelerator = build_accelerator(
+            use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root
+        )
+        base = load_base(
+            job,
+            dtype=self.plan.dtype,
+            compute_dtype=self.plan.compute_dtype,
+            attention=self.plan.attention,
+            device=accelerator.device,
+            reporter=self.reporter,
+        )
+        model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
+        self.reporter.show(coverage_table(coverage(model)))
+        used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
+        objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
+        resolved = self._resolve(objective, accelerator, checkpoint, plan_file)
+        if accelerator.is_main_process:
+            write_json(self.where.quantization, used)
+            write_json(self.where.plan, {**resolved.to_json(), "plan": self.plan.to_json()})
+        trainer = self._build_trainer(model, objective, resolved, accelerator, store, used)
+        state = TrainState()
+        if checkpoint is not None:
+            state = trainer.restore(checkpoint, partial(load_adapter_weights, model))
+        state.events += events
+        trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"))
+        result = trainer.fit(state)
+        trainer.trackers.finish()
+        return Trained(self.where, self.plan, resolved, result)
+
+    def _find_checkpoint(
+        self, store: CheckpointStore, step: int | None, allow_inexact: bool
+    ) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
+        from lorafit.train.checkpoint import Environment, check_continuity
+
+        device = self.job.device
+        check_same_run(self.where, self.job.loaded, self.job.facts(), self.reporter)
+        checkpoint = store.open(step)
+        if checkpoint is None:
+            return None, []
+        events = check_continuity(
+            checkpoint.environment,
+            Environment.here(device.kind, device.count),
+            allow_inexact=allow_inexact,
+            reporter=self.reporter,
+            where=str(checkpoint.folder),
+        )
+        return checkpoint, events
+
+    def _resolve(
+        self, objective: Objective, accelerator: Any, checkpoint: Checkpoint | None, plan_file: Path | None
+    ) -> ResolvedPlan:
+        """Settles `auto` on the run's real shapes."""
+        from lorafit.data.batch import StepRows
+        from lorafit.kinds.optimizers import optimizers
+        from lorafit.memory import fits
+        from lorafit.model.base import cache_folder
+        from lorafit.model.load import enable_checkpointing
+        from lorafit.plan import ResolvedPlan, memory_question
+        from lorafit.train.rehearsal import Rehearsal
+        from lorafit.train.resolve import cached_plan_file, resolve_plan
+
+        job, recipe = self.job, self.job.recipe
+        question = memory_question(recipe, job.shape, job.rows.facts(), job.device)
+        optimizer = recipe.training.optimizer
+        rehearsal = Rehearsal(
+            objective,
+            job.rows.train,
+            job.rows.validation if self.plan.evaluate_every_steps is not None else None,
+            StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
+            job.pad_id,
+            accelerator.device,
+            self.reporter,
+            set_checkpointing=partial(enable_checkpointing, objective.model),
+            fits=lambda tokens, on: fits(question.at(tokens, on), job.device.memory_bytes),
+            optimizer_bytes=optimizers.get(optimizer.kind).state_bytes(optimizer, self.plan.trainable_parameters),
+        )
+        given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
+        key = [json.dumps(job.facts(), sort_keys=True), job.device.name, str(job.device.count), *installed_versions()]
+        return resolve_plan(
+            self.plan,
+            rehearsal,
+            accelerator,
+            self.reporter,
+            resumed=ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder)) if checkpoint else None,
+            given=given,
+            cache_file=cached_plan_file(cache_folder(), key),
+        )
+
+    def _build_trainer(
+        self,
+        model: Any,
+        objective: Objective,
+        resolved: ResolvedPlan,
+        accelerator: Any,
+        store: CheckpointStore,
+        used: Mapping[str, Any],
+    ) -> Trainer:
+        """The loop with everything it is handed."""
+        from lorafit.data.batch import StepRows
+        from lorafit.evaluate.runner import Ranks, evaluate_during
+        from lorafit.kinds.adapters import adapters
+        from lorafit.kinds.optimizers import build_optimizer
+        from lorafit.kinds.schedules import learning_rate_at
+        from lorafit.model.adapter import save_adapter
+        from lorafit.model.inspect import summarise_quantization
+        from lorafit.train.loop import Trainer
+
+        job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hook = adapters.get(recipe.adapter.kind).step_hook(recipe.adapter, model)
+        evaluate_rows = None
+        if job.rows.validation is not None and self.plan.evaluate_every_steps is not None:
+            evaluate_rows = evaluate_during(
+                objective,
+                job.rows.validation,
+                recipe.evaluation.during,
+                micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
+                pad_id=job.pad_id,
+                device=accelerator.device,
+                reporter=Silent(),
+                ranks=Ranks(
+                    accelerator.process_index, accelerator.num_processes, lambda t: accelerator.reduce(t, "sum")
+                ),
+            )
+        return Trainer(
+            objective,
+            build_optimizer(training.optimizer, trainable, training.learning_rate, accelerator.device, self.reporter),
+            lambda step: learning_rate_at(training.schedule, training.learning_rate, step, self.plan.total_steps),
+            StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
+            job.rows.train,
+            self.plan,
+            resolved,
+            store,
+            accelerator,
+            self.reporter,
+            pad_id=job.pad_id,
+            save_adapter=partial(
+                save_adapter,
+                model,
+                base_name=job.base.name,
+                base_digest=job.base.digest,
+                quantization=summarise_quantization(used),
+            ),
+            evaluate=evaluate_rows,
+            early_stopping=recipe.evaluation.early_stopping,
+            max_grad_norm=training.max_grad_norm,
+            hooks=[hook] if hook is not None else [],
+            estimate_bytes=self.plan.memory.needed_bytes,
+            resume_command=self.resume_command,
+        )
