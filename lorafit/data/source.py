@@ -214,7 +214,8 @@ def _locate(section: SourceSection, folder: Path) -> tuple[Path | None, HubRows 
     """The local file of a source, checked, or the hub data set that its name stands for."""
     path = folder / Path(section.path).expanduser()
     looks_local = section.path.lower().endswith((*SUFFIXES, ".py")) or not is_hub_id(section.path)
-    if looks_local or os.path.lexists(path):
+    is_in_folder = "/" in section.path and (folder / section.path.split("/")[0]).is_dir()
+    if looks_local or is_in_folder or os.path.lexists(path):
         check_file(path, section.path)
         return path, None
     hub = HubRows(section.path, subset=section.subset, split=section.split, revision=section.revision)

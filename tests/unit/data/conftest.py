@@ -1,0 +1,51 @@
+"""Fixtures of the data tests: tokenizers, and one call that prepares rows as training does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_data import Listener, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from lorafit.data.examples import Prepared, build_renderer, prepare
+from lorafit.kinds.tasks import tasks
+from lorafit.recipe.schema import DataSection, SourceSection
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base_tokenizer() -> PreTrainedTokenizerFast:
+    """As base models have it: no chat template."""
+    return make_tokenizer(chat_template=None)
+
+
+@pytest.fixture
+def listener() -> Listener:
+    return Listener()
+
+
+@pytest.fixture
+def prepare_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, listener: Listener) -> Callable[..., Prepared]:
+    """`prepare_rows(train="d.jsonl", max_length=64, ...)` with files in tmp_path and a cache of its own."""
+
+    def run(*, using: Any = None, seed: int = 0, retention: list[SourceSection] | None = None, **data: Any) -> Prepared:
+        section = DataSection(**data)
+        return prepare(
+            section,
+            folder=tmp_path,
+            renderer=build_renderer(using or tokenizer, section, tmp_path),
+            encode=tasks.get("causal-lm").encode,
+            seed=seed,
+            cache_dir=tmp_path / "cache",
+            reporter=listener,
+            retention=retention,
+        )
+
+    return run

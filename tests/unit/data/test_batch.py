@@ -1,0 +1,205 @@
+"""Order, steps, micro-batches and padding: pure functions with the promises the loop relies on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafit.contracts import Example
+from lorafit.data.batch import (
+    MICRO_BATCH_COST_TOKENS,
+    StepRows,
+    collate,
+    cut_step,
+    epoch_order,
+    rows_per_epoch,
+    shuffle,
+    steps_per_epoch,
+)
+
+GOLDEN = {(0, 0): [0, 7, 8, 2, 5, 9, 4, 6, 3, 1], (7, 3): [7, 2, 0, 9, 5, 3, 4, 8, 6, 1]}
+
+
+@dataclass
+class Rows:
+    """Sources with so many rows each."""
+
+    counts: list[int]
+    repeats: list[float]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def source_of(self) -> list[int]:
+        return [source for source, count in enumerate(self.counts) for _ in range(count)]
+
+
+sources = st.lists(
+    st.tuples(st.integers(1, 12), st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 3.0])), min_size=1, max_size=3
+).map(lambda pairs: Rows([count for count, _ in pairs], [repeats for _, repeats in pairs]))
+seeds = st.integers(0, 2**32 - 1)
+
+
+@given(st.integers(0, 200), seeds, st.integers(0, 50))
+def test_shuffle_is_a_permutation_of_its_key_alone(count: int, seed: int, epoch: int) -> None:
+    order = shuffle(count, seed, epoch)
+    assert sorted(order.tolist()) == list(range(count))
+    assert (order == shuffle(count, seed, epoch)).all()
+
+
+def test_shuffle_never_changes() -> None:
+    """Golden values: a run of today must be resumable with every later version of lorafit and numpy."""
+    assert shuffle(10, 0, 0).tolist() == GOLDEN[0, 0]
+    assert shuffle(10, 7, 3).tolist() == GOLDEN[7, 3]
+
+
+def test_shuffle_is_even() -> None:
+    """Over many seeds each number comes first about equally often, and neighbours do not stay together."""
+    firsts = Counter(int(shuffle(8, seed)[0]) for seed in range(4000))
+    assert all(400 < firsts[number] < 600 for number in range(8))
+    order = shuffle(10_000, 1)
+    assert np.count_nonzero(np.diff(order) == 1) < 10
+    assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05
+    assert abs(np.corrcoef(shuffle(10_000, 1, 0), shuffle(10_000, 1, 1))[0, 1]) < 0.05
+
+
+@given(sources, seeds, st.integers(0, 9))
+def test_an_epoch_holds_each_row_as_often_as_its_source_says(rows: Rows, seed: int, epoch: int) -> None:
+    order = epoch_order(rows, seed, epoch)
+    assert len(order) == rows_per_epoch(rows)
+    seen = Counter(order.tolist())
+    first = 0
+    for count, repeats in zip(rows.counts, rows.repeats, strict=True):
+        times = [seen[row] for row in range(first, first + count)]
+        whole = int(repeats)
+        assert all(whole <= time <= whole + (repeats > whole) for time in times)
+        assert sum(times) == whole * count + (max(1, round((repeats - whole) * count)) if repeats > whole else 0)
+        first += count
+
+
+@given(st.integers(1, 12), st.sampled_from([0.25, 0.5, 1.5, 2.25]), seeds)
+def test_partial_repeats_see_all_rows_equally_often(count: int, repeats: float, seed: int) -> None:
+    """After as many epochs as there are rows, each was seen as often as every other."""
+    rows = Rows([count], [repeats])
+    seen = Counter(row for epoch in range(count) for row in epoch_order(rows, seed, epoch).tolist())
+    assert len(set(seen.values())) == 1 and len(seen) == count
+
+
+def test_a_half_is_followed_by_the_other_half() -> None:
+    rows = Rows([10], [0.5])
+    first, second = (set(epoch_order(rows, 3, epoch).tolist()) for epoch in (0, 1))
+    assert len(first) == len(second) == 5 and not first & second
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    rows = Rows([50], [1.0])
+    orders = {tuple(epoch_order(rows, seed, epoch).tolist()) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@given(sources, seeds, st.integers(1, 7), st.integers(1, 40))
+def test_steps_are_functions_of_their_number(rows: Rows, seed: int, batch_size: int, step: int) -> None:
+    """Steps asked for in any order give what the epochs laid end to end give."""
+    steps = StepRows(rows, seed, batch_size)
+    per_epoch = steps_per_epoch(rows_per_epoch(rows), batch_size)
+    assert steps.steps_per_epoch == per_epoch
+    epoch, place = divmod(step - 1, per_epoch)
+    expected = epoch_order(rows, seed, epoch)[place * batch_size : (place + 1) * batch_size].tolist()
+    progress, found = steps.rows(step)
+    assert found == expected and 0 < len(found) <= batch_size
+    assert epoch < progress <= epoch + 1
+    assert (progress == epoch + 1) == (place == per_epoch - 1)
+    steps.rows(1)
+    assert steps.rows(step) == (progress, found)
+
+
+lengths = st.lists(st.integers(1, 60), min_size=1, max_size=9)
+
+
+def cost(cut: list[list[int]], tokens: list[int]) -> int:
+    return sum(MICRO_BATCH_COST_TOKENS + len(part) * max(tokens[row] for row in part) for part in cut)
+
+
+@given(lengths, st.integers(1, 300))
+def test_a_cut_is_a_partition_within_the_budget(tokens: list[int], budget: int) -> None:
+    rows = list(range(len(tokens)))
+    cut = cut_step(rows, tokens, budget)
+    assert sorted(row for part in cut for row in part) == rows
+    assert all(part for part in cut)
+    for part in cut:
+        longest = max(tokens[row] for row in part)
+        assert len(part) == 1 or len(part) * longest <= budget
+
+
+@settings(deadline=None)
+@given(lengths, st.integers(1, 300))
+def test_a_cut_is_the_cheapest(tokens: list[int], budget: int) -> None:
+    """Against every cut of the sorted rows."""
+    ordered = sorted(range(len(tokens)), key=lambda row: -tokens[row])
+    best = min(
+        cost(cut, tokens)
+        for count in range(len(tokens))
+        for places in combinations(range(1, len(tokens)), count)
+        for cut in [[ordered[a:b] for a, b in zip((0, *places), (*places, len(tokens)), strict=True)]]
+        if all(len(part) == 1 or len(part) * tokens[part[0]] <= budget for part in cut)
+    )
+    assert cost(cut_step(list(range(len(tokens))), tokens, budget), tokens) == best
+
+
+def test_one_long_row_does_not_pad_the_others() -> None:
+    tokens = [1000] + [100] * 15
+    assert [len(part) for part in cut_step(range(16), tokens, 16_384)] == [1, 15]
+
+
+def test_rows_that_come_twice_and_none_at_all() -> None:
+    assert cut_step([], [5], 10) == []
+    assert sorted(row for part in cut_step([0, 0, 1], [5, 7], 14) for row in part) == [0, 0, 1]
+
+
+def test_a_large_evaluation_is_cut_quickly() -> None:
+    tokens = (np.arange(20_000) % 500 + 1).tolist()
+    cut = cut_step(range(20_000), tokens, 8192)
+    padded = sum(len(part) * tokens[part[0]] for part in cut)
+    assert sum(len(part) for part in cut) == 20_000
+    assert padded < 1.03 * sum(tokens)
+
+
+def example(index: int, ids: list[int], trained: list[int]) -> Example:
+    return Example(index, ids, trained, "d.jsonl", index + 1)
+
+
+def test_collate_pads_on_the_right_and_points_before_each_label() -> None:
+    """Token 9 is a label although it is the pad token too; the first token of a row never is one."""
+    batch = collate([example(4, [5, 6, 9], [0, 1, 1]), example(2, [7, 8, 3, 4, 9], [1, 0, 0, 0, 1])], pad_id=9)
+    assert batch.input_ids.tolist() == [[5, 6, 9, 9, 9], [7, 8, 3, 4, 9]]
+    assert batch.label_index.tolist() == [0, 1, 5 + 3]
+    assert batch.label_ids.tolist() == [6, 9, 9]
+    assert (batch.weight, batch.rows, batch.tokens) == (3, (4, 2), 8)
+    assert {str(t.dtype) for t in (batch.input_ids, batch.label_index, batch.label_ids)} == {"torch.int64"}
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_collate_keeps_every_label(rows: list[list[tuple[int, bool]]]) -> None:
+    examples = [example(n, [i for i, _ in row], [int(t) for _, t in row]) for n, row in enumerate(rows)]
+    batch = collate(examples, pad_id=0)
+    width = batch.input_ids.shape[1]
+    labels = {
+        (index // width, index % width + 1): token
+        for index, token in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True)
+    }
+    expected = {(n, t): i for n, row in enumerate(rows) for t, (i, trained) in enumerate(row) if trained and t}
+    assert labels == expected
+    assert batch.weight == len(expected)
+    assert all(index % width < width - 1 for index in batch.label_index.tolist())
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "steps"), [(10, 4, 3), (8, 4, 2), (1, 16, 1)])
+def test_the_last_smaller_step_is_kept(rows: int, batch_size: int, steps: int) -> None:
+    assert steps_per_epoch(rows, batch_size) == steps

@@ -1,0 +1,463 @@
+"""Preparation of all splits: what is kept, cut, dropped and said, and a cache that is right or not used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_data import CHATML, Listener, chat, make_tokenizer, write_jsonl
+from transformers import PreTrainedTokenizerFast
+
+from lorafit.contracts import Examples
+from lorafit.data import cache as cache_module
+from lorafit.data import encoding
+from lorafit.data.examples import Prepared, hold_out
+from lorafit.errors import DataError, LorafitError, ModelError, ResourceError
+from lorafit.recipe.schema import SourceSection
+
+Prepare = Callable[..., Prepared]
+
+
+def rows_of(examples: Any) -> list[tuple[list[int], list[int], str, int]]:
+    found = (examples[index] for index in range(len(examples)))
+    return [(list(map(int, e.input_ids)), list(map(int, e.trained)), e.file, e.line) for e in found]
+
+
+def failure(prepare_rows: Prepare, **data: Any) -> LorafitError:
+    with pytest.raises(LorafitError) as caught:
+        prepare_rows(**data)
+    return caught.value
+
+
+def test_rows_are_what_the_template_and_the_tokenizer_make(
+    tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [chat("Capital of France?", "Paris."), chat("2+2?", "4"), {"messages": chat("a", "b")["messages"] * 2}]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    prepared = prepare_rows(train="d.jsonl")
+    found = rows_of(prepared.train)
+    for (ids, trained, file, line), row in zip(found, rows, strict=True):
+        assert ids == tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+        assert tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t]) == "".join(
+            f"{m['content']}<|im_end|>" for m in row["messages"] if m["role"] == "assistant"
+        )
+        assert file == "d.jsonl" and rows[line - 1] is row
+    examples: Examples = prepared.train
+    assert list(examples.lengths) == [len(ids) for ids, *_ in found]
+    assert list(examples.trained_counts) == [sum(trained) for _, trained, *_ in found]
+    facts = prepared.facts()
+    assert facts.rows == 3 and facts.longest_tokens == max(examples.lengths)
+    assert facts.tokens == sum(examples.lengths) and facts.trained_tokens == sum(examples.trained_counts)
+
+
+def test_tokens_stay_on_disk(tmp_path: Path, prepare_rows: Prepare) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a"), chat("q", "b")])
+    train = prepare_rows(train="d.jsonl").train
+    view: Any = train[1].input_ids
+    assert isinstance(view.base, np.memmap) or isinstance(view, np.memmap)
+    with pytest.raises(IndexError):
+        train[2]
+    with pytest.raises(IndexError):
+        train[-1]
+
+
+def test_kinds_of_rows(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_jsonl(tmp_path / "pc.jsonl", [{"prompt": "two words", "completion": " and more"}])
+    write_jsonl(tmp_path / "qa.jsonl", [{"question": "two words", "answer": " and more"}])
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "two words"}])
+
+    def texts(name: str, **data: Any) -> tuple[str, str]:
+        [(ids, trained, *_)] = rows_of(prepare_rows(train=name, **data).train)
+        return tokenizer.decode(ids), tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t])
+
+    assert texts("pc.jsonl") == ("two words and more<|im_end|>", " and more<|im_end|>")
+    asked = "<|im_start|>user\ntwo words<|im_end|>\n<|im_start|>assistant\n and more<|im_end|>\n"
+    assert texts("qa.jsonl") == (asked, " and more<|im_end|>")
+    assert texts("pc.jsonl", chat_template="chatml")[1] == " and more<|im_end|>"
+    assert texts("pc.jsonl", chat_template="chatml")[0].startswith("<|im_start|>user\ntwo words")
+    assert texts("t.jsonl")[0] == "two words<|im_end|>"
+    [(ids, trained, *_)] = rows_of(prepare_rows(train="t.jsonl").train)
+    assert trained == [0] + [1] * (len(ids) - 1)  # nothing stands before the first
+
+
+def test_a_template_from_a_file(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
+    (tmp_path / "own.jinja").write_text(CHATML.replace("assistant\\n", "assistant:\\n"), encoding="utf-8")
+    prepared = prepare_rows(train="d.jsonl", chat_template="own.jinja")
+    assert tokenizer.decode(list(prepared.train[0].input_ids)).startswith("<|im_start|>user\nq<|im_end|>")
+    error = failure(prepare_rows, train="d.jsonl", chat_template="chatlm")
+    assert error.exit_code == 5 and "did you mean chatml" in str(error)
+
+
+def test_base_models_need_a_named_template_for_chats_only(
+    tmp_path: Path, prepare_rows: Prepare, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write_jsonl(tmp_path / "c.jsonl", [chat("q", "a")])
+    write_jsonl(tmp_path / "pc.jsonl", [{"prompt": "q", "completion": "a"}])
+    with pytest.raises(ModelError, match="chatml") as caught:
+        prepare_rows(train="c.jsonl", using=base_tokenizer)
+    assert caught.value.exit_code == 5
+    assert len(prepare_rows(train="pc.jsonl", using=base_tokenizer).train) == 1
+    assert len(prepare_rows(train="c.jsonl", using=base_tokenizer, chat_template="chatml").train) == 1
+
+
+def test_untrainable_rows(tmp_path: Path, prepare_rows: Prepare) -> None:
+    silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a"), {"messages": [{"role": "user", "content": "q"}]}, silent])
+    error = failure(prepare_rows, train="d.jsonl")
+    said = [str(e) for e in error.errors]  # type: ignore[attr-defined]
+    assert error.exit_code == 4 and "2 errors" in str(error)
+    assert "d.jsonl:2" in said[0] and "assistant" in said[0]
+    assert "d.jsonl:3" in said[1] and "no trainable tokens" in said[1]
+    prepared = prepare_rows(train="d.jsonl", bad_rows={"policy": "skip", "max_fraction": 0.7})
+    assert [line for *_, line in rows_of(prepared.train)] == [1]
+    assert len(prepare_rows(train="d.jsonl", train_on="all").train) == 3
+    assert len(prepare_rows(train="d.jsonl", train_on="all").train[2].input_ids) > 5
+
+
+LONG = " ".join(["words"] * 60)
+
+
+def test_overlong_rows(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a"), chat(LONG, "end"), chat("q", LONG)])
+    error = failure(prepare_rows, train="d.jsonl", max_length=60)
+    assert error.exit_code == 4 and "2 errors" in str(error)
+    assert "d.jsonl:2" in str(error) and "max_length is 60" in str(error)
+    dropped = prepare_rows(train="d.jsonl", max_length=60, overlength="drop")
+    assert [line for *_, line in rows_of(dropped.train)] == [1]
+    counts = dropped.report.splits["train"].sources[0]
+    assert (counts.read, counts.kept, counts.dropped, counts.bad) == (3, 1, 2, 0)
+    cut = prepare_rows(train="d.jsonl", max_length=60, overlength="truncate")
+    assert cut.report.splits["train"].sources[0].cut == 2
+    assert all(length <= 60 for length in cut.train.lengths)
+    ids, trained, *_ = rows_of(cut.train)[1]
+    assert tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t]) == "end<|im_end|>"
+    assert [(n.what, n.line) for n in cut.report.splits["train"].notes] == [("cut", 2), ("cut", 3)]
+    assert "only plain text can be split" in str(
+        failure(prepare_rows, train="d.jsonl", max_length=60, overlength="split")
+    )
+
+
+def test_text_is_split(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "d.txt").write_text(LONG + "\n", encoding="utf-8")
+    prepared = prepare_rows(train="d.txt", max_length=16, overlength="split")
+    found = rows_of(prepared.train)
+    assert len(found) > 3 and all(len(ids) <= 16 for ids, *_ in found)
+    assert tokenizer.decode([i for ids, *_ in found for i in ids]) == LONG + "<|im_end|>"
+    assert all(trained == [0] + [1] * (len(trained) - 1) for _, trained, *_ in found)
+    counts = prepared.report.splits["train"].sources[0]
+    assert (counts.read, counts.kept, counts.split) == (1, len(found), 1)
+
+
+def test_nothing_left(tmp_path: Path, prepare_rows: Prepare) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")] * 3)
+    error = failure(prepare_rows, train="d.jsonl", max_length=8, overlength="drop")
+    assert error.exit_code == 4 and "no rows left: 3 of 3" in str(error) and "max_length" in str(error)
+    (tmp_path / "e.jsonl").write_text("\n", encoding="utf-8")
+    assert "no rows" in str(failure(prepare_rows, train={"path": "e.jsonl", "format": "text"}))
+
+
+def test_bad_rows_of_several_sources_count_apart(tmp_path: Path, prepare_rows: Prepare) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n}"} for n in range(95)])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": 1}, {"text": "b"}])
+    error = failure(prepare_rows, train=["a.jsonl", "b.jsonl"], bad_rows={"policy": "skip", "max_fraction": 0.05})
+    assert "b.jsonl" in str(error) and "1 of 2" in str(error)
+
+
+def test_validation_is_drawn_by_the_seed(tmp_path: Path, prepare_rows: Prepare) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [{"text": f"row number {n}"} for n in range(40)])
+    first = prepare_rows(train="d.jsonl", validation={"fraction": 0.25}, seed=1)
+    again = prepare_rows(train="d.jsonl", validation={"fraction": 0.25}, seed=1)
+    other = prepare_rows(train="d.jsonl", validation={"fraction": 0.25}, seed=2)
+    assert first.validation is not None and other.validation is not None
+    held = [line for *_, line in rows_of(first.validation)]
+    stayed = [line for *_, line in rows_of(first.train)]
+    assert len(held) == 10 and sorted(held + stayed) == list(range(1, 41))
+    assert first.digest == again.digest != other.digest
+    assert first.report.overlaps == ()
+    assert first.facts().validation_rows == 10 and first.facts().rows == 30
+    write_jsonl(tmp_path / "one.jsonl", [{"text": "row"}])
+    assert "too few" in str(failure(prepare_rows, train="one.jsonl", validation={"fraction": 0.5}))
+    with pytest.raises(DataError):
+        hold_out(prepare_rows(train="one.jsonl").train, 0.1, 0)
+
+
+def test_overlaps_are_counted_and_warned_about(tmp_path: Path, prepare_rows: Prepare, listener: Listener) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n}"} for n in range(5)])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": f"row {n}"} for n in (7, 3, 8, 1)])
+    write_jsonl(tmp_path / "c.jsonl", [{"prompt": "row", "completion": " 8"}])  # the same tokens in another form
+    prepared = prepare_rows(
+        train="a.jsonl", validation="b.jsonl", test="c.jsonl", retention=[SourceSection(path="b.jsonl")]
+    )
+    found = {(o.first, o.second): (o.rows, o.places) for o in prepared.report.overlaps}
+    assert found["train", "validation"] == (2, (("a.jsonl:4", "b.jsonl:2"), ("a.jsonl:2", "b.jsonl:4")))
+    assert found["validation", "test"] == (1, (("b.jsonl:3", "c.jsonl:1"),))
+    assert ("train", "test") not in found
+    assert found["validation", "retention"][0] == 4
+    assert any("2 rows of validation occur in train" in warning for warning in listener.warnings)
+
+
+def test_repeats_count_in_the_facts(tmp_path: Path, prepare_rows: Prepare) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n}"} for n in range(4)])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": f"other {n}"} for n in range(4)])
+    prepared = prepare_rows(train=[{"path": "a.jsonl", "repeats": 2.5}, {"path": "b.jsonl", "repeats": 0.5}])
+    assert prepared.facts().rows == 10 + 2
+    lengths = list(prepared.train.lengths)
+    assert prepared.facts().tokens == round(2.5 * sum(lengths[:4]) + 0.5 * sum(lengths[4:]))
+
+
+def test_generation_rows(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+    several = [*chat("one", "first")["messages"], *chat("two", "second")["messages"], {"role": "user", "content": "x"}]
+    rows = [{**chat("q", "a"), "must_contain": ["a"]}, {"messages": several}]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    write_jsonl(tmp_path / "v.jsonl", [{"prompt": "q ", "completion": "c"}, {"prompt": "r ", "completion": "d"}])
+    prepared = prepare_rows(train="d.jsonl", validation="v.jsonl")
+    one, two = prepared.generation_rows("train")
+    assert (one.reference, one.must_contain, one.line) == ("a", ("a",), 1)
+    assert one.prompt_text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert one.prompt_ids == tokenizer.apply_chat_template(
+        [{"role": "user", "content": "q"}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert two.reference == "second" and "first<|im_end|>" in two.prompt_text and "x" not in two.prompt_text
+    assert [(r.prompt_text, r.reference) for r in prepared.generation_rows("validation")] == [("q ", "c"), ("r ", "d")]
+    assert len(prepared.generation_rows("validation", limit=1)) == 1
+    assert prepared.generation_rows("test") == []
+    held = prepare_rows(train="v.jsonl", validation={"fraction": 0.5})
+    assert held.validation is not None
+    assert [r.line for r in held.generation_rows("validation")] == [held.validation[0].line]
+
+
+def test_hit_and_miss_say_why(tmp_path: Path, prepare_rows: Prepare, listener: Listener) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("Capital of France?", "Paris."), chat("q", "a")])
+
+    def said(**data: Any) -> str:
+        listener.infos.clear()
+        prepare_rows(train="d.jsonl", **data)
+        return listener.infos[-1]
+
+    assert "cache miss: not prepared before" in said()
+    cold = prepare_rows(train="d.jsonl")
+    assert "cache hit" in listener.infos[-1]
+    assert "cache miss: max_length changed" in said(max_length=1024)
+    assert "cache miss: train_on, max_length changed" in said(train_on="last_turn")
+    assert "cache miss: chat template, train_on changed" in said(chat_template="chatml")
+    assert "cache miss: tokenizer, chat template changed" in said(using=make_tokenizer(300))
+    assert "cache hit" in said()
+    assert prepare_rows(train="d.jsonl").digest == cold.digest
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
+    assert "cache miss: data of d.jsonl changed" in said()
+    assert len(prepare_rows(train="d.jsonl").train) == 1
+
+
+def test_another_tokenizer_never_gets_cached_ids(tmp_path: Path, prepare_rows: Prepare, listener: Listener) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("What is the capital of France?", "Paris, of some words.")])
+    small, large = make_tokenizer(270), make_tokenizer(400)
+    prepare_rows(train="d.jsonl", using=large)
+    switched = rows_of(prepare_rows(train="d.jsonl", using=small).train)
+    assert "cache miss" in listener.infos[-1]
+    [(ids, *_)] = switched
+    row = chat("What is the capital of France?", "Paris, of some words.")["messages"]
+    assert ids == small.apply_chat_template(row, tokenize=True, return_dict=False)
+    assert ids != large.apply_chat_template(row, tokenize=True, return_dict=False)
+
+
+def test_changed_code_is_a_miss(
+    tmp_path: Path, prepare_rows: Prepare, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
+    prepare_rows(train="d.jsonl")
+    monkeypatch.setattr(cache_module, "_LIBRARIES", ("pytest",))
+    cache_module.code_version.cache_clear()
+    try:
+        prepare_rows(train="d.jsonl")
+    finally:
+        cache_module.code_version.cache_clear()
+    assert "cache miss: code changed" in listener.infos[-1]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_copy_is_not_used(tmp_path: Path, prepare_rows: Prepare, listener: Listener, damage: str) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a"), chat("r", "b")])
+    cold = prepare_rows(train="d.jsonl")
+    victim = cold.train.folder / ("MANIFEST" if damage == "manifest" else "tokens.int32")
+    content = bytearray(victim.read_bytes())
+    if damage == "flip":
+        content[0] ^= 1
+        victim.write_bytes(content)
+    elif damage == "cut":
+        victim.write_bytes(content[:-4])
+    else:
+        victim.unlink()
+    again = prepare_rows(train="d.jsonl")
+    assert "cache miss: the cached copy is damaged" in listener.infos[-1]
+    assert again.digest == cold.digest
+    prepare_rows(train="d.jsonl")
+    assert "cache hit" in listener.infos[-1]
+
+
+def test_what_was_counted_is_said_again_from_the_cache(
+    tmp_path: Path, prepare_rows: Prepare, listener: Listener
+) -> None:
+    rows = [
+        {"instruction": "a", "output": "b", "inputs": "c"},
+        {"instruction": LONG, "output": LONG},
+        {"instruction": 1},
+    ]
+    write_jsonl(tmp_path / "d.jsonl", [*rows[:2], *rows[:1] * 20, rows[2]])
+    data = {"train": "d.jsonl", "max_length": 40, "overlength": "truncate", "bad_rows": {"policy": "skip"}}
+    cold = prepare_rows(**data)
+    said = sorted(listener.warnings)
+    listener.warnings.clear()
+    warm = prepare_rows(**data)
+    assert "cache hit" in listener.infos[-1]
+    assert sorted(listener.warnings) == said and any("'inputs'" in warning for warning in said)
+    before, after = (p.report.to_json()["splits"]["train"] for p in (cold, warm))
+    assert {**before, "cache": ""} == {**after, "cache": ""}
+    assert before["sources"][0]["unread"] == {"inputs": 21}
+    assert [(note["what"], note["line"]) for note in before["notes"]] == [("bad", 23), ("cut", 2)]
+
+
+def test_workers_give_what_one_process_gives(
+    tmp_path: Path, prepare_rows: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same rows, same order, same notes, with a bad row and a long one among them."""
+    rows: list[dict[str, Any]] = [chat(f"question {n}", f"answer {n}") for n in range(900)]
+    rows[300], rows[700] = {"messages": [{"role": "user", "content": "q"}]}, chat("q", LONG)
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    data = {"train": "d.jsonl", "max_length": 60, "overlength": "drop", "bad_rows": {"policy": "skip"}}
+    inline = prepare_rows(**data)
+    started: list[int] = []
+    monkeypatch.setattr("lorafit.data.examples.count_workers", lambda rows: started.append(rows) or 3)
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", 64)
+    subprocess.run(["rm", "-r", str(tmp_path / "cache")], check=True)
+    parallel = prepare_rows(**data)
+    assert started and started[0] >= 900
+    assert parallel.digest == inline.digest
+    one, other = (p.report.to_json()["splits"]["train"] for p in (inline, parallel))
+    assert one == other
+    assert [(n["what"], n["line"]) for n in one["notes"]] == [("bad", 301), ("dropped", 701)]
+
+
+def test_few_rows_start_no_process() -> None:
+    assert encoding.count_workers(encoding.PARALLEL_FROM_ROWS - 1) == 0
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_used(
+    tmp_path: Path, prepare_rows: Prepare, listener: Listener
+) -> None:
+    """SIGKILL while tokens are written: no entry, no orphan; the next run removes the rest and makes the same ids."""
+    write_jsonl(tmp_path / "d.jsonl", [{"text": f"row {n}"} for n in range(6000)])
+    code = """
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[2])
+        from tiny_data import make_tokenizer, Listener
+        from lorafit.data.examples import build_renderer, prepare
+        from lorafit.kinds.tasks import tasks
+        from lorafit.recipe.schema import DataSection
+        folder, section = Path(sys.argv[1]), DataSection(train="d.jsonl")
+        prepare(section, folder=folder, renderer=build_renderer(make_tokenizer(), section, folder),
+                encode=tasks.get("causal-lm").encode, seed=0, cache_dir=folder / "cache", reporter=Listener())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parent)]
+    process = subprocess.Popen(command)
+    data = tmp_path / "cache" / "data"
+    deadline = time.monotonic() + 60
+    while not any(file.stat().st_size for file in data.glob(".tmp-*/tokens.int32")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert list(data.glob(".tmp-*")) and not list(data.glob("*/MANIFEST"))
+    warm = prepare_rows(train="d.jsonl")
+    assert "cache miss" in listener.infos[-1]
+    assert not list(data.glob(".tmp-*"))
+    subprocess.run(["rm", "-r", str(tmp_path / "cache")], check=True)
+    assert prepare_rows(train="d.jsonl").digest == warm.digest
+    assert not [p for p in _processes() if str(tmp_path) in p]
+
+
+def _processes() -> list[str]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return found
+
+
+def test_two_processes_build_once(tmp_path: Path, prepare_rows: Prepare) -> None:
+    """The second waits for the first and then finds its rows."""
+    write_jsonl(tmp_path / "d.jsonl", [{"text": f"row {n}"} for n in range(1500)])
+    code = """
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[2])
+        from tiny_data import make_tokenizer, Listener
+        from lorafit.data.examples import build_renderer, prepare
+        from lorafit.kinds.tasks import tasks
+        from lorafit.recipe.schema import DataSection
+        folder, section, listener = Path(sys.argv[1]), DataSection(train="d.jsonl"), Listener()
+        renderer = build_renderer(make_tokenizer(), section, folder)
+        prepared = prepare(section, folder=folder, renderer=renderer, encode=tasks.get("causal-lm").encode, seed=0,
+                           cache_dir=folder / "cache", reporter=listener)
+        print(prepared.digest, listener.infos[-1])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parent)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert all(process.returncode == 0 for process in both)
+    assert len({line.split()[0] for line in said}) == 1
+    assert sum("cache miss" in line for line in said) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_cannot_be_written(tmp_path: Path, prepare_rows: Prepare) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
+    (tmp_path / "cache").mkdir(mode=0o500)
+    with pytest.raises(ResourceError, match="LORAFIT_CACHE"):
+        prepare_rows(train="d.jsonl")
+
+
+def test_a_cache_where_a_file_is_in_the_way(tmp_path: Path, prepare_rows: Prepare) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
+    (tmp_path / "cache").write_text("", encoding="utf-8")
+    with pytest.raises(ResourceError, match="LORAFIT_CACHE"):
+        prepare_rows(train="d.jsonl")
+
+
+def test_a_file_that_is_written_to_meanwhile(
+    tmp_path: Path, prepare_rows: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
+    real = encoding.Encoder.encode_chunk
+
+    def slow(self: encoding.Encoder, samples: Any) -> Any:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(chat("late", "row")) + "\n")
+        return real(self, samples)
+
+    monkeypatch.setattr(encoding.Encoder, "encode_chunk", slow)
+    assert "was written to while it was read" in str(failure(prepare_rows, train="d.jsonl"))
+    assert not list((tmp_path / "cache" / "data").glob("*/MANIFEST"))
+
+
+def test_the_digest_is_of_rows_alone(tmp_path: Path, prepare_rows: Prepare) -> None:
+    rows = [chat("q", "a"), chat("r", "b")]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=3), encoding="utf-8")
+    digests = [prepare_rows(train=name).digest for name in ("a.jsonl", "b.json")]
+    assert digests[0] == digests[1] and len(bytes.fromhex(digests[0])) == hashlib.sha256().digest_size
+    assert prepare_rows(train="a.jsonl", train_on="all").digest != digests[0]
