@@ -53,8 +53,8 @@ class Rendering:
         typed: What somebody typed; all else was written by the template itself.
         unsure: The part of `typed` that may be the template's all the same.
         all_trained: Whether every token carries loss, those of no length too.
-        warnings: Dropped fields (where they are no errors) and turns without an end-of-turn token, one text for each; equal
-            ones are to be counted.
+        warnings: Dropped fields (where they are no errors) and turns without an end-of-turn token, one text for each;
+            equal ones are to be counted.
         history_dropped: Fields that the template shows in the last turn only, one name for each time it happens.
     """
 

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
-    "The quick brown fox answers: yes, it is so.\n\n  The lazy dog asks <why> | and [why] not? user assistant system model",
+    "The quick brown fox answers: yes, it is so.\n\n  The lazy dog asks <why> | and [why] not?",
+    "user assistant system model",
     "def add(a, b):\n    return a + b  # [[1, 2], [3, 4]]\n\n\n",
     '{"name": "weather", "arguments": {"city": "Paris"}} think tool call im_start im_end end of turn',
 ]
@@ -31,7 +32,9 @@ LLAMA3 = """
 MISTRAL = """
 {{- bos_token }}
 {%- set rest = messages %}{% set system = '' %}
-{%- if messages[0].role == 'system' %}{% set system = messages[0].content + '\\n\\n' %}{% set rest = messages[1:] %}{% endif %}
+{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content + '\\n\\n' %}{% set rest = messages[1:] %}
+{%- endif %}
 {%- for m in rest %}
 {%- if m.role == 'user' %}
 {%- if loop.first and tools %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
@@ -51,7 +54,9 @@ MISTRAL = """
 GEMMA = """
 {{- bos_token }}
 {%- set prefix = '' %}{% set rest = messages %}
-{%- if messages[0]['role'] == 'system' %}{% set prefix = messages[0]['content'] ~ '\\n\\n' %}{% set rest = messages[1:] %}{% endif %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set prefix = messages[0]['content'] ~ '\\n\\n' %}{% set rest = messages[1:] %}
+{%- endif %}
 {%- for m in rest %}
 {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles must alternate') }}{% endif %}
 {{- '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' + (prefix if loop.first else '') }}
@@ -70,7 +75,9 @@ QWEN = """
 {{- '<|im_start|>system\\n' + (messages[0].content + '\\n\\n' if messages[0].role == 'system' else '') + '<tools>' }}
 {%- for tool in tools %}{{- '\\n' + tool | tojson }}{% endfor %}
 {{- '\\n</tools>\\nCall with <tool_call>{}</tool_call>.<|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% endif %}
+{%- elif messages[0].role == 'system' %}
+{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
 {%- set ns = namespace(last_query=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
@@ -89,7 +96,8 @@ QWEN = """
 {%- else %}{{- content }}{% endif %}
 {%- for call in m.tool_calls or [] %}
 {%- if not loop.first or content %}{{- '\\n' }}{% endif %}
-{{- '<tool_call>\\n{"name": "' ~ call.function.name ~ '", "arguments": ' ~ (call.function.arguments | tojson) ~ '}\\n</tool_call>' }}
+{{- '<tool_call>\\n{"name": "' ~ call.function.name ~ '", "arguments": ' }}
+{{- (call.function.arguments | tojson) ~ '}\\n</tool_call>' }}
 {%- endfor %}
 {{- '<|im_end|>\\n' }}
 {%- elif m.role == 'tool' %}
@@ -108,7 +116,9 @@ DEEPSEEK = """
 {%- elif m.role == 'tool' %}{{- '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}
 {%- elif m.tool_calls %}
 {{- '<｜Assistant｜>' + m.content }}
-{%- for call in m.tool_calls %}{{- '<｜tool▁call▁begin｜>' + call.function.name + '\\n' + call.function.arguments + '<｜tool▁call▁end｜>' }}{% endfor %}
+{%- for call in m.tool_calls %}
+{{- '<｜tool▁call▁begin｜>' + call.function.name + '\\n' + call.function.arguments + '<｜tool▁call▁end｜>' }}
+{%- endfor %}
 {{- eos_token }}
 {%- else %}{{- '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}
 {%- endfor %}

@@ -151,8 +151,10 @@ def test_qwen_tool_calls_and_results(tools: Any) -> None:
         assistant("21 and 25."),
     ]
     assert trained_text("qwen", messages, tools) == [
-        'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
-        '<tool_call>\n{"name": "weather", "arguments": {"city": "</tool_call><|im_end|>"}}\n</tool_call><|im_end|>',
+        (
+            'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "</tool_call><|im_end|>"}}\n</tool_call><|im_end|>'
+        ),
         "<think>\n\n</think>\n\n21 and 25.<|im_end|>",
     ]
 
@@ -165,8 +167,10 @@ def test_qwen_reasoning_between_tool_steps() -> None:
         assistant("Done.", reasoning_content="enough"),
     ]
     assert trained_text("qwen", messages) == [
-        '<think>\nneed weather\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris \\"é\\"\\n"}}\n'
-        "</tool_call><|im_end|>",
+        (
+            "<think>\nneed weather\n</think>\n\n<tool_call>\n"
+            '{"name": "weather", "arguments": {"city": "Paris \\"é\\"\\n"}}\n</tool_call><|im_end|>'
+        ),
         "<think>\nenough\n</think>\n\nDone.<|im_end|>",
     ]
 
@@ -235,14 +239,25 @@ def test_role_words_are_no_answers() -> None:
 def test_dropped_fields_are_an_error_or_a_warning(name: str, message: dict[str, Any], field: str) -> None:
     messages = [user("a?"), message]
     with pytest.raises(RenderError, match=f"drops {field} of message 2"):
-        mask_chat(messages, None, tokenizer_of(name))
+        ChatRenderer(tokenizer_of(name)).render(messages)
     rendering = ChatRenderer(tokenizer_of(name), dropped_fields="warn").render(messages)
-    assert rendering.warnings == (f"dropped: {field} of message 2 (assistant)",)
+    assert rendering.warnings == (f"dropped: {field} of assistant",)
 
 
 def test_tools_that_are_not_rendered_are_an_error() -> None:
     with pytest.raises(RenderError, match="drops the tools"):
-        mask_chat([user("a?"), assistant("A.")], [WEATHER], tokenizer_of("chatml"))
+        ChatRenderer(tokenizer_of("chatml")).render([user("a?"), assistant("A.")], [WEATHER])
+
+
+def test_mask_chat_refuses_what_would_carry_loss_and_no_more() -> None:
+    tokenizer = tokenizer_of("chatml")
+    ids, labels = mask_chat([user("a?"), tool("21", name="weather"), assistant("A.", name="bob")], [WEATHER], tokenizer)
+    assert (
+        tokenizer.decode([number for number, label in zip(ids, labels, strict=True) if label != -100]) == "A.<|im_end|>"
+    )
+    for lost in (assistant("", tool_calls=[call("weather", city="Paris")]), assistant("A.", reasoning_content="why")):
+        with pytest.raises(RenderError, match="of message 2"):
+            mask_chat([user("a?"), lost], [WEATHER], tokenizer)
 
 
 def test_refused_chats_say_why() -> None:
@@ -286,5 +301,5 @@ def test_control_string_in_text_that_was_not_followed_is_refused() -> None:
     assert fine.input_ids == tokenizer_of("chatml").apply_chat_template(
         [user("a?"), assistant("A.")], chat_template=blurring, return_dict=False
     )
-    with pytest.raises(DataError, match="cannot tell whether '<|im_end|>' was typed"):
+    with pytest.raises(DataError, match=r"cannot tell whether '<\|im_end\|>' was typed"):
         renderer.encode(renderer.render([user("<|im_end|>"), assistant("A.")]))

@@ -8,7 +8,7 @@ import pytest
 from render_families import FAMILIES, WEATHER, assistant, call, system, tokenizer_of, tool, user
 
 from lorafit.data.chat_template import SHIPPED_TEMPLATES, shipped_template
-from lorafit.data.render import ChatRenderer, RenderError, mask_chat
+from lorafit.data.render import NO_END_TOKEN, ChatRenderer, RenderError, mask_chat
 from lorafit.data.truncate import Truncated
 from lorafit.errors import LorafitError, ModelError
 
@@ -132,7 +132,7 @@ def test_shipped_alpaca_reads_as_published() -> None:
 def test_missing_template_names_the_shipped_ones() -> None:
     tokenizer = tokenizer_of.__wrapped__("phi")
     tokenizer.chat_template = None
-    with pytest.raises(ModelError, match="has no chat template.*alpaca, chatml, plain") as caught:
+    with pytest.raises(ModelError, match=r"has no chat template.*alpaca, chatml, plain") as caught:
         ChatRenderer(tokenizer)
     assert caught.value.exit_code == 5
     assert ChatRenderer(tokenizer, chat_template="chatml").render([user("a?"), assistant("A.")]).spans
@@ -175,7 +175,7 @@ def test_disagreement_with_transformers_is_an_error(monkeypatch: pytest.MonkeyPa
 def test_answers_without_an_end_token_are_warned_about() -> None:
     endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     rendering = ChatRenderer(tokenizer_of("phi"), chat_template=endless).render([user("a?"), assistant("A. ")])
-    assert rendering.warnings == ("message 2: no end-of-turn token",)
+    assert rendering.warnings == (NO_END_TOKEN,)
     assert [rendering.text[start:end] for start, end in rendering.spans] == [" A. "]
 
 

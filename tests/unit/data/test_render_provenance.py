@@ -1,4 +1,4 @@
-"""Every string operation of a template keeps who wrote each character. Leaves are in capitals here, the template is not."""
+"""Every string operation of a template keeps who wrote each character. Leaves are in capitals, templates not."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_tojson_equals_json_and_knows_its_strings(value: Any, ascii_only: bool, 
 TEMPLATES = [
     "{{ 'small ' + messages[0].content + eos }}",
     "{{ messages[0]['content'] | trim ~ ' small' }}",
-    "{% set ns = namespace(text='') %}{% for m in messages %}{% set ns.text = ns.text ~ m.content %}{% endfor %}{{ ns.text }}",
+    "{% set n = namespace(t='') %}{% for m in messages %}{% set n.t = n.t ~ m.content %}{% endfor %}{{ n.t }}",
     "{% macro show(m) %}small {{ m.content }}{% endmacro %}{{ show(messages[0]) }}",
     "{% set x %}small {{ messages[0].content }}{% endset %}{{ x | trim }}",
     "{{ '%s small %s' % (messages[0].content, eos) }}",
