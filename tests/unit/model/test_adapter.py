@@ -1,0 +1,159 @@
+"""Adapters are written as PEFT writes them, and read only where everything fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lorafit.errors import LorafitError, ModelError, RecipeError, SafetyError
+from lorafit.model.adapter import (
+    CONFIG,
+    NOTES,
+    WEIGHTS,
+    adapter_tensors,
+    check_base,
+    load_adapter_weights,
+    open_adapter,
+    read_adapter,
+    save_adapter,
+)
+from lorafit.model.base import Base
+from lorafit.model.load import attach_adapter
+from tests.unit.model.conftest import Trained, load, logits, lora, make_gpt2, make_llama, open_base, train_like
+
+
+def change(folder: Path, **values: object) -> None:
+    file = folder / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_peft_reads_what_we_write(tmp_path: Path, family: str) -> None:
+    folder = tmp_path / "base"
+    made = train_like(open_base(make_gpt2(folder) if family == "gpt2" else make_llama(folder)), "none")
+    plain = AutoModelForCausalLM.from_pretrained(made.base.path, attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(plain, made.adapter)
+    assert torch.equal(logits(theirs), logits(made.model))
+    config = json.loads((made.adapter / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "base" and config["inference_mode"] is True
+    assert isinstance(config["lora_alpha"], int) and config["target_modules"] == sorted(config["target_modules"])
+    notes = json.loads((made.adapter / NOTES).read_text())
+    assert notes["base"] == {"name": "base", "digest": made.base.digest}
+    assert notes["transposed"] == (["c_attn", "c_fc", "c_proj"] if family == "gpt2" else [])
+
+
+def test_files_are_equal_each_time(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    made = trained("nf4")
+    (tmp_path / "again").mkdir()
+    used = {key: value for key, value in made.quantization.items() if key != "tensors"}  # type: ignore[union-attr]
+    save_adapter(made.model, tmp_path / "again", base_name="base", base_digest=made.base.digest, quantization=used)
+    for name in (CONFIG, WEIGHTS, NOTES):
+        assert (tmp_path / "again" / name).read_bytes() == (made.adapter / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
+def test_open_and_load_give_the_saved_model(trained: Callable[..., Trained], kind: str) -> None:
+    made = trained(kind)
+    wanted = logits(made.model)
+    opened = open_adapter(load(made.base, kind), made.adapter, trainable=False, base=made.base)
+    assert torch.equal(logits(opened), wanted)
+    assert not any(parameter.requires_grad for parameter in opened.parameters())
+    fresh = attach_adapter(load(made.base, kind), lora(), 5)
+    parameters = {id(parameter) for parameter in fresh.parameters()}
+    load_adapter_weights(fresh, made.adapter)
+    assert torch.equal(logits(fresh), wanted) and {id(p) for p in fresh.parameters()} == parameters
+    trainable = open_adapter(load(made.base, kind), made.adapter, trainable=True)
+    assert sum(p.requires_grad for p in trainable.parameters()) == len(adapter_tensors(trainable)) == 28
+
+
+def test_every_mismatch_is_counted(trained: Callable[..., Trained]) -> None:
+    made = trained("none")
+    file = made.adapter / WEIGHTS
+    whole = load_file(file)
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    cases = {
+        "28 of 28 missing adapter tensors": {"zzz": torch.ones(1)},
+        "14 of 28 missing adapter tensors": dict(sorted(whole.items())[::2]),
+        "1 adapter tensors find no home in this model": whole | {"zzz": torch.ones(1)},
+        "1 of another shape": whole | {name: torch.ones(4, 64)},
+    }
+    for says, tensors in cases.items():
+        save_file(tensors, file)
+        with pytest.raises(ModelError, match=says):
+            open_adapter(load(made.base), made.adapter, trainable=False)
+        with pytest.raises(ModelError, match=says):
+            load_adapter_weights(made.model, made.adapter)
+
+
+def test_an_adapter_of_a_wider_base_does_not_open(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    made = trained("none")
+    wider = open_base(make_llama(tmp_path / "wider", hidden_size=256))
+    with pytest.raises(ModelError, match="of another shape"):
+        open_adapter(load(wider), made.adapter, trainable=False)
+    with pytest.raises(ModelError, match=r"trained on 'base' \(.*but this base is 'wider'"):
+        open_adapter(load(wider), made.adapter, trainable=False, base=wider)
+
+
+def test_names_of_the_base_must_agree(trained: Callable[..., Trained]) -> None:
+    made = trained("none")
+    change(made.adapter, base_model_name_or_path="org/other")
+    with pytest.raises(ModelError, match="base mismatch: .*'org/other'.*'base'"):
+        check_base(read_adapter(made.adapter), made.base)
+    (made.adapter / NOTES).unlink()  # another tool's adapter: its shapes decide
+    check_base(read_adapter(made.adapter), made.base)
+
+
+def test_missing_broken_and_foreign_files(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    made = trained("none")
+    weights, config = (made.adapter / WEIGHTS).read_bytes(), (made.adapter / CONFIG).read_text()
+
+    def refused(says: str, kind: type[LorafitError] = ModelError) -> None:
+        with pytest.raises(kind, match=says):
+            read_adapter(made.adapter)
+
+    for content, says in ((b"", "empty"), (weights[:-7], "incomplete"), (b"version https://git-lfs", "git-lfs")):
+        (made.adapter / WEIGHTS).write_bytes(content)
+        refused(f"{WEIGHTS}: .*{says}")
+    (made.adapter / WEIGHTS).unlink()
+    refused(f"{WEIGHTS} is missing")
+    (made.adapter / "adapter_model.bin").write_bytes(b"\x80\x02")
+    refused("adapter_model.bin is a pickle", SafetyError)
+    (made.adapter / WEIGHTS).write_bytes(weights)
+    change(made.adapter, megatron_core="antigravity")
+    refused("megatron_core", SafetyError)
+    (made.adapter / CONFIG).write_text(config)
+    change(made.adapter, auto_mapping={"parent_library": "os"})
+    refused("auto_mapping.parent_library", SafetyError)
+    (made.adapter / CONFIG).write_text(config)
+    change(made.adapter, peft_type="LOHA")
+    refused("'LOHA', not LORA")
+    (made.adapter / CONFIG).write_text("[")
+    refused(f"{CONFIG} is no valid JSON")
+    (made.adapter / CONFIG).unlink()
+    refused(f"{CONFIG} is missing")
+
+
+def test_going_on_from_an_adapter(trained: Callable[..., Trained], llama: Base) -> None:
+    made = trained("none")
+    relative = {"folder": made.adapter.parent}
+    going_on = attach_adapter(load(llama), lora(init_from=made.adapter.name), 9, **relative)
+    assert torch.equal(logits(going_on), logits(made.model))
+    assert all(p.requires_grad for p in adapter_tensors(going_on).values())
+    cases = {
+        "says 8, the adapter to go on from has 4": {"r": 8},
+        "says 3.5, the adapter to go on from has 8": {"alpha": 3.5},
+        "adapts other layers": {"target_modules": ["q_proj"]},
+    }
+    for says, other in cases.items():
+        with pytest.raises(RecipeError, match=says):
+            attach_adapter(load(llama), lora(init_from=made.adapter.name, **other), 9, **relative)
+    change(made.adapter, use_rslora=True)
+    with pytest.raises(RecipeError, match="no plain LoRA adapter"):
+        attach_adapter(load(llama), lora(init_from=made.adapter.name), 9, **relative)
