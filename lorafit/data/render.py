@@ -185,6 +185,26 @@ class ChatRenderer:
         typed, unsure = self._typed_stretches(whole)
         return self.encoder.encode(whole.text, typed, unsure)[0]
 
+    def end_of_turn_id(self) -> int | None:
+        """The control token that the template writes behind an answer, which need not be the tokenizer's end token.
+
+        None where the template writes none, or refuses a chat of one question and one answer.
+        """
+        try:
+            rendering = self.render([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+        except LorafitError:
+            return None
+        turn = rendering.turns[-1]
+        ids, offsets = self.locate(rendering)
+        return next(
+            (
+                number
+                for number, (start, end) in zip(ids, offsets, strict=True)
+                if end > turn.answer_end and start < turn.end and number in self.encoder.control
+            ),
+            None,
+        )
+
     def _source(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         """The template for a chat; some tokenizers have one for chats with tools."""
         return self._sources["tool_use" if tools and "tool_use" in self._sources else "default"]

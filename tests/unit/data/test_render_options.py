@@ -86,6 +86,14 @@ def test_prompt_and_answer_ids_meet() -> None:
         assert encoded.trained.index(True) == len(prompt)
 
 
+def test_end_of_turn_is_the_templates_and_not_the_tokenizers() -> None:
+    for name in ("chatml", "llama3", "mistral", "gemma", "phi", "qwen", "deepseek"):
+        tokenizer = tokenizer_of(name)
+        assert ChatRenderer(tokenizer).end_of_turn_id() == tokenizer.convert_tokens_to_ids(FAMILIES[name].end)
+    endless = "{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}"
+    assert ChatRenderer(tokenizer_of("phi"), chat_template=endless).end_of_turn_id() is None
+
+
 def test_labels_are_unshifted_ids() -> None:
     tokenizer = tokenizer_of("llama3")
     ids, labels = mask_chat([user("a?"), assistant("A.")], None, tokenizer)
