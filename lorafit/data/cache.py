@@ -63,20 +63,20 @@ class PreparedCache:
     """The folder of prepared rows.
 
     Args:
-        root: The cache's root; rows live in `data` below it.
+        folder: Where they live; made if it is not there.
 
     Raises:
         ResourceError: It cannot be written to.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._folder = root / "data"
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         try:
             for name in ("index", "locks"):
                 (self._folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"the cache folder cannot be written: {(error.strerror or type(error).__name__).lower()}"
-            raise ResourceError(what, file=str(root), todo="set LORAFIT_CACHE to a folder that can") from None
+            raise ResourceError(what, file=str(folder), todo="set LORAFIT_CACHE to a folder that can") from None
 
     def find(self, parts: Parts, name: str) -> Lookup:
         """Looks for rows made of `parts`.

@@ -118,7 +118,7 @@ def prepare(
         renderer: From `build_renderer`.
         encode: The task's `encode`.
         seed: Draws the rows of `validation: {fraction: ...}`.
-        cache_dir: The cache's root.
+        cache_dir: Folder of prepared rows, e.g. `~/.cache/lorafit/data`.
         reporter: Gets progress, cache hits and misses, and warnings.
         retention: Sources of `evaluation.retention`.
 

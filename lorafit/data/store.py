@@ -191,7 +191,9 @@ class ExampleSet:
     def digest(self) -> str:
         """SHA-256 of the tokens and loss positions of all rows, in order: neither paths nor line ends matter."""
         digest = hashlib.sha256(np.asarray(self.lengths, dtype="<i8").tobytes())
-        for start, end in zip(self._starts.tolist(), self._ends.tolist(), strict=True):
-            digest.update(self._tokens[start:end])
-            digest.update(self._trained[start:end])
+        gaps = np.flatnonzero(self._starts[1:] != self._ends[:-1]) + 1
+        firsts, lasts = np.append(0, gaps), np.append(gaps, len(self)) - 1
+        for values in (self._tokens, self._trained):
+            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                digest.update(values[self._starts[first] : self._ends[last]])
         return digest.hexdigest()

@@ -372,7 +372,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parent)]
     process = subprocess.Popen(command)
-    data = tmp_path / "cache" / "data"
+    data = tmp_path / "cache"
     deadline = time.monotonic() + 60
     while not any(file.stat().st_size for file in data.glob(".tmp-*/tokens.int32")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -451,7 +451,7 @@ def test_a_file_that_is_written_to_meanwhile(
 
     monkeypatch.setattr(encoding.Encoder, "encode_chunk", slow)
     assert "was written to while it was read" in str(failure(prepare_rows, train="d.jsonl"))
-    assert not list((tmp_path / "cache" / "data").glob("*/MANIFEST"))
+    assert not list((tmp_path / "cache").glob("*/MANIFEST"))
 
 
 def test_the_digest_is_of_rows_alone(tmp_path: Path, prepare_rows: Prepare) -> None:
