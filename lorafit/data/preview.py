@@ -141,9 +141,10 @@ def _find_samples(
                 return
 
 
-def _own_text(renderer: Renderer, sample: Sample) -> tuple[str, list[int]]:
-    encoded = renderer.render(sample)
-    return renderer.text(sample), encoded.input_ids if encoded is not None else []
+def _own_text(renderer: Renderer, sample: Sample) -> tuple[str, list[int]] | None:
+    """A chat as its template writes it, with its tokens; what is verbatim is decoded instead, with its end token."""
+    text, encoded = renderer.text(sample), renderer.render(sample)
+    return (text, encoded.input_ids) if text is not None and encoded is not None else None
 
 
 def _show_row(
@@ -206,26 +207,30 @@ def _print_row(console: Console, row: PreviewRow) -> None:
 
 
 def _source_table(console: Console, prepared: Prepared) -> Table:
+    """Counts by source; columns in which nothing happened are left out."""
     from rich.box import ASCII2, SIMPLE
     from rich.table import Table
     from rich.text import Text
 
+    rows: list[list[str | Text]] = []
+    for split, part in prepared.report.splits.items():
+        repeats = getattr(prepared, split).repeats if split == "train" else [1.0] * len(part.sources)
+        for counts, repeat in zip(part.sources, repeats, strict=True):
+            fates = (counts.bad, counts.dropped, counts.cut, counts.split)
+            cells = [str(number) if number else "" for number in fates]
+            cells.append(f"{repeat:g}" if repeat != 1 else "")
+            file = Text(_printable(console, counts.file), overflow="fold")
+            rows.append([split, file, counts.format, str(counts.read), str(counts.kept), *cells])
+        if not part.sources:
+            rows.append([split, "held out of train", "", "", str(part.rows), "", "", "", "", ""])
+    heads = ("split", "source", "format", "read", "examples", "bad", "dropped", "cut", "split up", "repeats")
     box = SIMPLE if _can_show(console, "─") else ASCII2
     table = Table(box=box, title="rows by source", title_justify="left")
-    table.add_column("split")
-    table.add_column("source")
-    table.add_column("format")
-    for name in ("read", "examples", "bad", "dropped", "cut", "split", "repeats"):
-        table.add_column(name, justify="right")
-    for split, part in prepared.report.splits.items():
-        repeats = getattr(prepared, split).repeats
-        for counts, repeat in zip(part.sources, repeats, strict=False):
-            numbers = (counts.read, counts.kept, counts.bad, counts.dropped, counts.cut, counts.split)
-            file = Text(_printable(console, counts.file))
-            repeated = f"{repeat:g}" if split == "train" else ""
-            table.add_row(split, file, counts.format, *map(str, numbers), repeated)
-        if not part.sources:
-            table.add_row(split, "held out of train", "", "", str(part.rows), "", "", "", "", "")
+    shown = [place for place in range(len(heads)) if place < 5 or any(row[place] for row in rows)]
+    for place in shown:
+        table.add_column(heads[place], justify="right" if place > 2 else "left", no_wrap=place > 2 or place == 0)
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     return table
 
 

@@ -115,12 +115,10 @@ class Renderer:
             raise DataError(what, todo="set data.overlength to truncate or drop, or raise data.max_length")
         return encode_text(sample.text, self.tokenizer, self._data.max_length, "split")
 
-    def text(self, sample: Sample) -> str:
-        """The sample as the template writes it, whole."""
+    def text(self, sample: Sample) -> str | None:
+        """A chat as the template writes it, whole; None for what goes through no template."""
         messages = self._messages(sample)
-        if messages is not None:
-            return self._render_chat(messages, sample).text
-        return sample.prompt + sample.completion if sample.completion is not None else sample.text or ""
+        return self._render_chat(messages, sample).text if messages is not None else None
 
     def generation_row(self, sample: Sample) -> GenerationRow | None:
         """The prompt before the sample's last trained answer, and that answer; None for plain text.

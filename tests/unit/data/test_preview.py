@@ -113,7 +113,7 @@ def test_the_report_is_printed(tmp_path: Path, look: Callable[..., Preview]) -> 
     rules = {"bad_rows": {"policy": "skip", "max_fraction": 0.5}, "overlength": "drop", "max_length": 40}
     text = printed(look(1, train={"path": "d.jsonl", "repeats": 1.5}, test="t.jsonl", **rules))
     table = next(line.split() for line in text.splitlines() if line.split()[:2] == ["train", "d.jsonl"])
-    assert table == ["train", "d.jsonl", "text", "4", "2", "1", "1", "0", "0", "1.5"]
+    assert table == ["train", "d.jsonl", "text", "4", "2", "1", "1", "1.5"]
     assert "d.jsonl:2: bad: text: expected string" in text
     assert "d.jsonl:3: dropped:" in text
     assert "columns that are not read: label (1)" in text
@@ -144,4 +144,4 @@ def test_segments_join_to_the_text_of_sentencepiece_like_tokenizers(tmp_path: Pa
     section = DataSection(train="d.jsonl")
     found = preview(prepare_rows(train="d.jsonl", using=own), build_renderer(own, section, tmp_path), None)
     assert [text for text, _ in found.rows[0].segments] == ["some", " words<|im_end|>"]
-    assert found.rows[0].rendering == " some words"
+    assert found.rows[0].rendering == "some words<|im_end|>"
