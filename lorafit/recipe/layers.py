@@ -17,7 +17,7 @@ from lorafit.errors import LorafitError, Problems, RecipeError, SafetyError, Usa
 from lorafit.recipe.outline import Choice, Group, Slot, Table, expand, kind_of, recipe_outline, slot_below, variant_of
 from lorafit.recipe.paths import absolute, moved
 from lorafit.recipe.reader import MOST_BYTES, decode, read_tree, read_value
-from lorafit.recipe.secrecy import find_secrets, hidden_place, is_secret_key, is_secret_value
+from lorafit.recipe.secrecy import find_secrets, is_secret_key, is_secret_value, shown_flag
 from lorafit.recipe.tree import Entry, KeyPath, Place, Unreadable, find, key_text, mapping, parse_key, shown, with_entry
 from lorafit.registry import nearest
 from lorafit.shipped import shipped
@@ -106,7 +106,8 @@ def _read_one(text: str, place: Place) -> tuple[Entry, list[LorafitError]]:
             f"expected a mapping of sections, found {shown(tree)}", **tree.place.known, todo="start with name: my-run"
         )
     tree, secrets = _without_secrets(tree)
-    return tree, [*errors, *secrets]
+    hidden = tuple(secret.key for secret in secrets if secret.key)
+    return tree, [*secrets, *(error for error in errors if not (error.key or "").startswith(hidden))]
 
 
 def _without_secrets(tree: Entry) -> tuple[Entry, list[SafetyError]]:
@@ -204,14 +205,17 @@ def _read_flag(flag: str) -> tuple[KeyPath, Entry, list[LorafitError]]:
     """
     key, equals, text = flag.partition("=")
     key, text = key.strip(), text.strip()
-    secret = is_secret_value(text) or any(is_secret_key(part) or is_secret_value(part) for part in key.split("."))
-    words = " ".join(flag.split())
+    words = shown_flag(flag)
     words = words if len(words) <= _SHOWN_FLAG_CHARACTERS else f"{words[: _SHOWN_FLAG_CHARACTERS - 1]}…"
-    place = Place(hidden_place(f"--set {words}") if secret else f"--set {words}")
+    place = Place(f"--set {words}")
     try:
         path = parse_key(key)
-    except ValueError as error:
-        raise UsageError(str(error), file=place.file, todo="write --set KEY=VALUE, e.g. training.epochs=1") from None
+    except ValueError:
+        raise UsageError(
+            "no key such as training.epochs or data.train[0].path",
+            file=place.file,
+            todo="write --set KEY=VALUE, e.g. training.epochs=1",
+        ) from None
     if not equals:
         raise UsageError("no '=' in it", file=place.file, todo="write --set KEY=VALUE, e.g. training.epochs=1")
     entry, errors = read_value(text, place, path)

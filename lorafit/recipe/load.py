@@ -121,10 +121,10 @@ def _judge(tree: Entry) -> tuple[Recipe | None, list[Finding]]:
             found = explain(error.errors(include_url=False), tree)
         known = {f.path for f in findings}
         findings += [f for f in found if f.path not in known and not _follows(f, touched)]
+        touched += [f.meant for f in found if f.meant is not None and find(tree, f.meant) is None]
         for one in found:
             tree = _mended(tree, one)
             touched.append(one.path)
-            touched += [one.meant] if one.meant is not None else []
     if recipe is not None:
         for rule in disagreements(recipe):
             if not any(a[: len(b)] == b or b[: len(a)] == a for a in rule.paths for b in touched):

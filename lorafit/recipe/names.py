@@ -175,7 +175,6 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "num_epochs": "training.epochs",
     "n_epochs": "training.epochs",
     "max_epochs": "training.epochs",
-    "epoch": "training.epochs",
     "iters": "training.max_steps",
     "max_iters": "training.max_steps",
     "num_steps": "training.max_steps",

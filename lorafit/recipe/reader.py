@@ -23,23 +23,25 @@ DEEPEST_LEVEL = 32
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufffe\uffff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CORE_TAG = "tag:yaml.org,2002:"
-_SYNTAX_WORDS = (  # what PyYAML says, what is wrong, what to do
+_SYNTAX_WORDS = (  # what PyYAML says, what is wrong, what to do; the first that fits
+    ("expected ',' or", "a comma is missing here", "write [a, b] or {a: 1, b: 2}"),
+    ("expected <block end>, but found '<scalar>'", "text behind a closing quote or bracket", "quote the whole value"),
+    ("expected <block end>, but found ']'", "nothing opens this bracket", "remove it"),
+    ("expected <block end>, but found '}'", "nothing opens this bracket", "remove it"),
+    ("expected <block end>", "wrong indentation", "start the keys of one section in one column"),
+    ("expected the node content", "a value is missing here", "write one, or null"),
     ("character '\\t'", "a tab where YAML wants spaces", "indent with spaces"),
     ("mapping values are not allowed", "a second ': ' in one value", "quote the value, or start a new line"),
+    ("sequence entries are not allowed", "a list item in the middle of a line", "start it on a line of its own"),
     ("could not find expected ':'", "a key without ': '", "write key: value"),
-    ("expected ',' or ']'", "'[' is never closed", "add ']'"),
-    ("expected ',' or '}'", "'{' is never closed", "add '}'"),
     ("found unexpected end of stream", "a quote is never closed", "close the quote"),
     ("found unexpected document separator", "a quote is never closed", "close the quote"),
-    ("expected <block end>", "wrong indentation", "start the keys of one section in one column"),
     ("that cannot start any token", "a value cannot start with this character", "quote the value"),
-    (
-        "found unknown escape character",
-        "unknown escape in a double-quoted text",
-        "write \\\\ for a backslash, or use '…'",
-    ),
+    ("found unknown escape character", "unknown escape in a double-quoted text", "double the backslash"),
+    ("tag handle", "tags are not allowed", "remove it; recipes hold plain values"),
 )
-_OPENED_EARLIER = ("expected ',' or", "found unexpected end of stream", "found unexpected document separator")
+_UNCLOSED_BRACKET = ("'<stream end>'", "or ']', but got ':'", "or '}', but got ':'")
+_CLOSING = {"[": "]", "{": "}"}
 
 
 class _StopReadingError(Exception):
@@ -114,6 +116,7 @@ class _Reading:
         self.errors: list[RecipeError] = []
         self.anchors: dict[str, Entry | None] = {}  # None while its value is being read
         self.count = 0
+        self.open_brackets: list[tuple[str, Any]] = []
         self.events: Any = None
 
     def document(self, text: str, path: KeyPath) -> Entry:
@@ -175,6 +178,14 @@ class _Reading:
     def content(self, event: Any, path: KeyPath, place: Place, key_place: Place) -> Entry:
         if isinstance(event, yaml.ScalarEvent):
             return Entry(self.scalar(event, path, place), place, key_place)
+        if event.flow_style:
+            self.open_brackets.append(("[" if isinstance(event, yaml.SequenceStartEvent) else "{", event.start_mark))
+        entry = self.collection(event, path, place, key_place)
+        if event.flow_style:
+            self.open_brackets.pop()
+        return entry
+
+    def collection(self, event: Any, path: KeyPath, place: Place, key_place: Place) -> Entry:
         if isinstance(event, yaml.SequenceStartEvent):
             items: list[Entry] = []
             while not self.events.check_event(yaml.SequenceEndEvent):
@@ -265,7 +276,11 @@ class _Reading:
     def syntax_error(self, error: yaml.MarkedYAMLError) -> RecipeError:
         """PyYAML's complaint in our words, at the place that a reader has to mend."""
         problem = str(error.problem or error.context)
-        opened_earlier = error.context_mark is not None and problem.startswith(_OPENED_EARLIER)
-        mark = error.context_mark if opened_earlier else error.problem_mark or error.context_mark
-        what, todo = next(((w, t) for sign, w, t in _SYNTAX_WORDS if sign in problem), (problem, None))
+        if self.open_brackets and any(sign in problem for sign in _UNCLOSED_BRACKET):
+            bracket, mark = self.open_brackets[-1]
+            what, todo = f"'{bracket}' is never closed", f"add '{_CLOSING[bracket]}'"
+        else:
+            what, todo = next(((w, t) for sign, w, t in _SYNTAX_WORDS if sign in problem), (problem, "quote the value"))
+            is_open_quote = "is never closed" in what and error.context_mark is not None
+            mark = error.context_mark if is_open_quote else error.problem_mark or error.context_mark
         return RecipeError(f"invalid YAML: {what}", **self.place(mark).known, todo=todo)

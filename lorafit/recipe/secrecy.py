@@ -6,13 +6,14 @@ A message never holds the value, nor a key that looks like one itself.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from lorafit.errors import SafetyError
 from lorafit.recipe.tree import Entry, KeyPath, key_text, walk
 
 _WORD_BREAK = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_WORDS = re.compile(
-    "token|secrets?|password|passwd|passphrase|pwd|credentials?|bearer|authorization|(api|access|secret)(key|token)"
+    "secrets?|password|passwd|passphrase|pwd|credentials?|bearer|authorization|(api|access|secret)(key|token)"
 )
 _OWNERS_OF_KEYS = re.compile(
     "api|access|secret|private|auth|wandb|hf|openai|anthropic|azure|aws|gcp|ssh|encryption|signing|license"
@@ -36,12 +37,10 @@ HIDDEN = "…"
 def is_secret_key(key: str) -> bool:
     """Whether a key names a secret, e.g. `hf_token`, `apiKey`, `wandb_api_key`, `password`; `pad_token` does not."""
     words = [word.lower() for word in _WORD_BREAK.split(key) if word]
-    for before, word in zip(["", *words], words, strict=False):
-        if word == "token" and _TOKENS_OF_TEXT.fullmatch(before):
-            continue
-        if _SECRET_WORDS.fullmatch(word) or (word == "key" and _OWNERS_OF_KEYS.fullmatch(before)):
-            return True
-    return False
+    if words and words[-1] == "token" and not (len(words) > 1 and _TOKENS_OF_TEXT.fullmatch(words[-2])):
+        return True
+    owned = any(word == "key" and _OWNERS_OF_KEYS.fullmatch(owner) for owner, word in pairwise(words))
+    return owned or any(_SECRET_WORDS.fullmatch(word) for word in words)
 
 
 def is_secret_value(value: object) -> bool:
@@ -65,11 +64,13 @@ def find_secrets(tree: Entry) -> list[tuple[KeyPath, SafetyError]]:
 
 def _refusal(what: str, path: KeyPath, entry: Entry) -> SafetyError:
     key = key_text(tuple(HIDDEN if is_secret_value(part) else part for part in path))
-    place = {**entry.key_place.known, "file": hidden_place(entry.key_place.file)}
     todo = "use the environment (HF_TOKEN, WANDB_API_KEY) instead; recipes are copied into run folders"
-    return SafetyError(what, **place, key=key, todo=todo)
+    return SafetyError(what, **entry.key_place.known, key=key, todo=todo)
 
 
-def hidden_place(file: str) -> str:
-    """A place's name without the value that a `--set KEY=VALUE` carries in it."""
-    return f"{file.partition('=')[0]}={HIDDEN}" if file.startswith("--set ") and "=" in file else file
+def shown_flag(flag: str) -> str:
+    """A `KEY=VALUE` flag as messages may name it: without what is, or may be, a secret."""
+    key, equals, value = " ".join(flag.split()).partition("=")
+    if any(is_secret_key(word) for word in re.findall(r"[\w.-]+", flag)) or is_secret_value(value):
+        value = HIDDEN
+    return _SECRET_VALUES.sub(HIDDEN, f"{key}{equals}{value}")

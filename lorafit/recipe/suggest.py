@@ -43,6 +43,9 @@ def answer_unknown_key(path: KeyPath, slot: Slot | None, section: Entry) -> Answ
     choice = variant_of(slot, section)
     known = [*fields, *(["kind"] if isinstance(choice, Choice) else []), *([] if parent else ["extends"])]
     folded = _fold(key)
+    glued = folded.split(":")[0]
+    if ":" in folded and glued in known:
+        return Answer("a key without a space behind its colon", f"write {glued}: value", (*parent, glued))
     if folded in known:
         return Answer(f"unknown key{_letters_that_deceive(key)}", f"did you mean {folded}?", (*parent, folded))
     foreign = _foreign_name(folded, fields, parent)

@@ -1,0 +1,74 @@
+"""What two fields must agree on, and what is no disagreement."""
+
+from __future__ import annotations
+
+import pytest
+from recipe_texts import MINIMAL, Fails, Loads, parts
+
+AGREE = [
+    "training: {max_steps: 10, schedule: {warmup_steps: 10}}\n",
+    "training: {schedule: {warmup_steps: 500}}\n",
+    "training: {epochs: 2}\n",
+    "evaluation: {during: [perplexity], early_stopping: {metric: loss}, every_steps: 5}\n",
+    "evaluation: {during: [perplexity], early_stopping: {metric: perplexity}, every_steps: 5}\n",
+    "model: {base: org/model, revision: main}\n",
+]
+
+
+@pytest.mark.parametrize("text", AGREE)
+def test_what_agrees(loads: Loads, text: str) -> None:
+    given = {line.split(":")[0] for line in text.splitlines()}
+    lines = [
+        "name: x\n",
+        "model: {base: b}\n",
+        "data: {train: [a.jsonl, {path: org/rows, split: test, revision: main, subset: s}], validation: v.jsonl}\n",
+    ]
+    loads("".join(line for line in lines if line.split(":")[0] not in given) + text)
+
+
+@pytest.mark.parametrize(
+    ("source", "option"),
+    [
+        ("{path: a.jsonl, split: test}", "split"),
+        ("{path: b/a.CSV, subset: x}", "subset"),
+        ("{path: a.parquet, revision: main}", "revision"),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.train", "data.test", "data.validation", "evaluation.retention"])
+def test_options_of_the_hub_on_a_file(fails: Fails, key: str, source: str, option: str) -> None:
+    error = fails(MINIMAL, [f"{key}=[c.txt, {source}]"])
+    assert f"{key}[1].{option}: only hub data sets have a {option}, and path is a file; remove it" in str(error)
+
+
+@pytest.mark.parametrize("base", ["package://p/m.gguf", "models/m.gguf"])
+def test_a_revision_of_a_file(fails: Fails, base: str) -> None:
+    error = fails(MINIMAL.replace("base: b", f"base: {base}, revision: main"))
+    assert "model.revision: only hub ids have revisions, and model.base is a file" in str(error)
+
+
+def test_early_stopping_needs_evaluations(fails: Fails) -> None:
+    error = fails(
+        MINIMAL.replace("a.jsonl", "a.jsonl, validation: v.jsonl") + "evaluation: {early_stopping: {patience: 2}}\n"
+    )
+    assert "r.yaml:4:14: evaluation.early_stopping: needs evaluation.every_steps" in str(error)
+
+
+def test_all_disagreements_are_found_at_once(fails: Fails) -> None:
+    error = fails(
+        "name: x\nmodel: {base: m.gguf, revision: v1}\ndata: {train: a.jsonl}\n"
+        "training: {epochs: 1, max_steps: 5, schedule: {warmup_steps: 6}}\n"
+        "evaluation: {every_steps: 2, early_stopping: {metric: bleu}}\n"
+    )
+    assert [line.split(": ")[1] for line in parts(error)] == [
+        "model.revision",
+        "training.max_steps",
+        "training.schedule.warmup_steps",
+        "evaluation.every_steps",
+        "evaluation.early_stopping.metric",
+    ]
+
+
+def test_a_rule_is_not_asked_about_what_is_already_wrong(fails: Fails) -> None:
+    """`max_steps` is unreadable, so nobody can say that the warm-up is longer than it."""
+    error = fails(MINIMAL + "training: {max_steps: 1:30, schedule: {warmup_steps: 500}}\n")
+    assert [line.split(": ")[1] for line in parts(error)] == ["training.max_steps"]

@@ -1,0 +1,226 @@
+"""Names from other tools, misspellings, and keys in the wrong section."""
+
+from __future__ import annotations
+
+import pytest
+from recipe_texts import MINIMAL, Fails, parts
+
+from lorafit.recipe.names import FOREIGN_NAMES, NAMES_IN_A_SOURCE
+from lorafit.recipe.outline import Choice, every_key, fields_of, recipe_outline
+from lorafit.recipe.schema import SourceSection
+from lorafit.recipe.words import FOREIGN_VALUES, OneNameOf
+
+KEYS = {".".join(map(str, path)): slot for path, slot in every_key(recipe_outline())}
+OURS = {name: ours.partition(": ")[0] for name, ours in FOREIGN_NAMES.items()}
+
+
+def test_every_answer_names_a_key_that_exists() -> None:
+    """The table cannot rot: a key that is renamed must be renamed in it."""
+    choices = {f"{key}.kind" for key, slot in KEYS.items() if isinstance(slot, Choice)}
+    assert {ours for ours in OURS.values() if ours} - set(KEYS) - choices == {"extends"}
+    assert set(NAMES_IN_A_SOURCE.values()) <= set(fields_of(SourceSection))
+
+
+def test_a_foreign_name_is_never_one_of_ours_in_its_place() -> None:
+    """A name that is a key of ours at the top would never be looked up."""
+    assert not set(FOREIGN_NAMES) & set(fields_of(recipe_outline().model))
+    assert not set(NAMES_IN_A_SOURCE) & set(fields_of(SourceSection))
+
+
+def test_every_foreign_value_has_a_value_of_ours() -> None:
+    from lorafit.recipe.expect import form_names, listed_names
+    from lorafit.recipe.outline import Items, Leaf
+
+    ours: set[str] = set()
+    for slot in KEYS.values():
+        if isinstance(slot, Choice):
+            ours |= set(slot.kinds)
+        leaf = slot.item if isinstance(slot, Items) else slot
+        for form, limits in leaf.forms if isinstance(leaf, Leaf) else ():
+            ours |= set(form_names(form)) | set(listed_names(limits) or ())
+    assert set(FOREIGN_VALUES.values()) <= ours
+
+
+ANSWERS = [  # where, what another tool calls it, ours
+    ("", "base_model", "model.base"),
+    ("", "model_name_or_path", "model.base"),
+    ("", "load_in_4bit", "model.quantization"),
+    ("", "bnb_4bit_quant_type", "model.quantization.kind"),
+    ("", "bf16", "model.dtype"),
+    ("", "fp16", "model.dtype"),
+    ("", "flash_attention", "model.attention"),
+    ("", "lora_r", "adapter.r"),
+    ("", "lora_alpha", "adapter.alpha"),
+    ("", "lora_dropout", "adapter.dropout"),
+    ("", "lora_target_modules", "adapter.target_modules"),
+    ("", "lora_target_linear", "adapter.target_modules"),
+    ("", "finetuning_type", "adapter.kind"),
+    ("adapter", "lora_alpha", "adapter.alpha"),
+    ("adapter", "rank", "adapter.r"),
+    ("", "datasets", "data.train"),
+    ("", "dataset", "data.train"),
+    ("", "val_set_size", "data.validation.fraction"),
+    ("", "sequence_len", "data.max_length"),
+    ("", "cutoff_len", "data.max_length"),
+    ("training", "max_seq_length", "data.max_length"),
+    ("training", "max_length", "data.max_length"),
+    ("", "train_on_inputs", "data.train_on"),
+    ("training", "assistant_only_loss", "data.train_on"),
+    ("training", "completion_only_loss", "data.train_on"),
+    ("", "template", "data.chat_template"),
+    ("", "sample_packing", "training.micro_batch_tokens"),
+    ("training", "packing", "training.micro_batch_tokens"),
+    ("training", "per_device_train_batch_size", "training.batch_size"),
+    ("", "micro_batch_size", "training.micro_batch_tokens"),
+    ("", "gradient_accumulation_steps", "training.micro_batch_tokens"),
+    ("training", "num_train_epochs", "training.epochs"),
+    ("", "num_epochs", "training.epochs"),
+    ("training", "lr", "training.learning_rate"),
+    ("", "lr_scheduler_type", "training.schedule"),
+    ("training", "optim", "training.optimizer"),
+    ("training", "warmup_ratio", "training.schedule.warmup_ratio"),
+    ("", "warmup_steps", "training.schedule.warmup_steps"),
+    ("training", "weight_decay", "training.optimizer.weight_decay"),
+    ("", "learning_rate", "training.learning_rate"),
+    ("", "gradient_checkpointing", "training.gradient_checkpointing"),
+    ("", "max_grad_norm", "training.max_grad_norm"),
+    ("training", "random_state", "seed"),
+    ("training", "save_steps", "checkpoints.every_steps"),
+    ("training", "save_total_limit", "checkpoints.keep_last"),
+    ("training", "eval_steps", "evaluation.every_steps"),
+    ("", "early_stopping_patience", "evaluation.early_stopping.patience"),
+    ("training", "logging_steps", "metrics.jsonl"),
+    ("training", "output_dir", "output"),
+    ("", "report_to", "tracking"),
+    ("", "wandb_project", "WANDB_PROJECT"),
+    ("", "trust_remote_code", "never run"),
+    ("", "deepspeed", "accelerate"),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "ours"), ANSWERS, ids=[f"{s}.{n}".strip(".") for s, n, _ in ANSWERS])
+def test_another_tools_name_is_answered_with_ours(fails: Fails, section: str, name: str, ours: str) -> None:
+    text = f"{section}: {{{name}: 1}}\n" if section else f"{name}: 1\n"
+    error = fails(MINIMAL + text)
+    assert error.exit_code == 3
+    assert f"{section}.{name}".strip(".") + ": unknown key" in str(error)
+    assert ours in str(error)
+
+
+def test_every_foreign_name_is_answered_wherever_it_stands(fails: Fails) -> None:
+    """All of them at once, one line each, each naming its key."""
+    error = fails(MINIMAL + "".join(f"{name}: 1\n" for name in FOREIGN_NAMES))
+    lines = {line.split(": ")[1]: line for line in parts(error)}
+    assert set(lines) == set(FOREIGN_NAMES)
+    for name, ours in OURS.items():
+        assert not ours or f"here it is {ours}" in lines[name]
+        assert len(lines[name]) < 292
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("type", "format"), ("file", "path"), ("name", "subset"), ("weight", "repeats"), ("max_samples", "limit")],
+)
+def test_another_tools_names_in_a_source(fails: Fails, name: str, ours: str) -> None:
+    error = fails(MINIMAL.replace("a.jsonl}", f"[{{path: a, {name}: 1}}]}}"))
+    assert f"data.train[0].{name}: unknown key; a source's key for this is {ours}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.epoch", "epochs"),
+        ("training.learnig_rate", "learning_rate"),
+        ("training.schedule.warmup_step", "warmup_steps"),
+        ("data.trian", "train"),
+        ("data.validaton", "validation"),
+        ("evaluation.early_stoping.patience", "early_stopping"),
+        ("checkpoints.keep", "keep_last"),
+        ("modle.base", "model"),
+        ("extend", "extends"),
+        ("adapter.target_module", "target_modules"),
+    ],
+)
+def test_a_misspelling_is_answered_with_the_nearest_name(fails: Fails, key: str, meant: str) -> None:
+    error = fails(MINIMAL, [f"{key}=3"])
+    assert f"did you mean {meant}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("epochs", "training.epochs"),
+        ("r", "adapter.r"),
+        ("data.learning_rate", "training.learning_rate"),
+        ("training.attention", "model.attention"),
+        ("training.path", "data.train.path"),
+        ("max_lenght", "data.max_length"),
+        ("training.keep_last", "checkpoints.keep_last"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(fails: Fails, key: str, meant: str) -> None:
+    assert f"did you mean {meant}" in str(fails(MINIMAL, [f"{key}=3"]))
+
+
+def test_a_key_like_no_other_gets_the_list(fails: Fails) -> None:
+    assert "this section has every_steps, keep_last" in str(fails(MINIMAL + "checkpoints: {zzzzqq: 1}\n"))
+
+
+VALUES = [
+    ("training.optimizer=adamw_torch", "adamw"),
+    ("training.optimizer=adamw_bnb_8bit", "adamw_8bit"),
+    ("training.schedule=constant_with_warmup", "constant"),
+    ("model.quantization=4bit", "nf4"),
+    ("model.dtype=float16", "fp16"),
+    ("model.attention=flash_attn", "flash_attention_2"),
+    ("adapter=qlora", "lora"),
+    ("task=sft", "causal-lm"),
+    ("evaluation.final=[accuracy]", "token_accuracy"),
+]
+
+
+@pytest.mark.parametrize(("flag", "ours"), VALUES)
+def test_another_tools_word_is_answered_with_ours(fails: Fails, flag: str, ours: str) -> None:
+    assert f"did you mean {ours}" in str(fails(MINIMAL, [flag]))
+
+
+def test_one_name_of_says_what_there_is() -> None:
+    check = OneNameOf("colour", lambda: ["red", "green"])
+    assert check("red") == "red"
+    with pytest.raises(ValueError, match=r"unknown colour 'gren'; did you mean green\? available: red, green"):
+        check("gren")
+
+
+def test_a_whole_axolotl_config_is_answered_line_by_line(fails: Fails) -> None:
+    text = """\
+base_model: NousResearch/Llama-2-7b-hf
+load_in_4bit: true
+datasets:
+  - path: mhenrichsen/alpaca_2k_test
+    type: alpaca
+val_set_size: 0.05
+output_dir: ./outputs/out
+adapter: qlora
+sequence_len: 4096
+sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_target_linear: true
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 4
+optimizer: paged_adamw_32bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+flash_attention: true
+warmup_steps: 10
+evals_per_epoch: 4
+saves_per_epoch: 1
+weight_decay: 0.0
+"""
+    lines = parts(fails(text))
+    answered = {line.split(": ")[1] for line in lines}
+    written = {line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")}
+    assert answered == written | {"name"}, "each of its keys, and the one that is missing"
+    assert not any("missing" in line for line in lines if ": name: " not in line)
