@@ -144,7 +144,7 @@ def prepare(
     if data.validation is not None and not isinstance(data.validation, Sequence):
         sets["train"], sets["validation"] = hold_out(sets["train"], data.validation.fraction, seed)
     reports = {split: report_split(sets[split], ledgers.get(split), said.get(split, said["train"])) for split in sets}
-    report = _finish_report(reports, sets, sources, renderer)
+    report = _finish_report(reports, sets, sources, data, renderer)
     for warning in report.warnings:
         reporter.warn(warning)
     digests = {split: examples.digest() for split, examples in sorted(sets.items())}
@@ -175,7 +175,11 @@ def hold_out(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleS
 
 
 def _finish_report(
-    reports: dict[str, SplitReport], sets: dict[str, ExampleSet], sources: dict[str, SampleSet], renderer: Renderer
+    reports: dict[str, SplitReport],
+    sets: dict[str, ExampleSet],
+    sources: dict[str, SampleSet],
+    data: DataSection,
+    renderer: Renderer,
 ) -> DataReport:
     overlaps = find_overlaps(sets)
     warnings = []
@@ -190,9 +194,24 @@ def _finish_report(
                 warnings.append(f"{split}: {what} in {count} rows")
     for samples in sources.values():
         warnings += [warning for source in samples.sources for warning in source.warnings()]
+    warnings += _warn_of_verbatim(sources, data, renderer)
     if "strftime_now" in renderer.template:
         warnings.append("the chat template writes today's date into the rows: another day gives other tokens")
     return DataReport(reports, overlaps, tuple(warnings))
+
+
+def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer: Renderer) -> list[str]:
+    """What a recipe may expect of rows that go through no template."""
+    plain = {"text"} if data.chat_template is not None else {"text", "prompt_completion"}
+    found = {source.format: source.name for samples in sources.values() for source in samples.sources}
+    warnings = []
+    for kind in sorted(plain & found.keys()):
+        if data.system_prompt is not None:
+            warnings.append(f"{found[kind]}: rows of {kind} are verbatim: data.system_prompt is not used")
+        if kind == "prompt_completion" and renderer.template:
+            todo = "for chats map them, columns: {question: prompt, answer: completion}"
+            warnings.append(f"{found[kind]}: prompts and completions go through no chat template; {todo}")
+    return warnings
 
 
 @dataclass(frozen=True, slots=True)

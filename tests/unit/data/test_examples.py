@@ -91,6 +91,19 @@ def test_kinds_of_rows(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrai
     assert trained == [0] + [1] * (len(ids) - 1)  # nothing stands before the first
 
 
+def test_rows_that_pass_the_template_by_are_said(
+    tmp_path: Path, prepare_rows: Prepare, listener: Listener, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write_jsonl(tmp_path / "pc.jsonl", [{"prompt": "two words", "completion": " and more"}])
+    prepare_rows(train="pc.jsonl", system_prompt="be brief")
+    assert any("pc.jsonl" in warning and "system_prompt is not used" in warning for warning in listener.warnings)
+    assert any("no chat template" in warning and "question: prompt" in warning for warning in listener.warnings)
+    listener.warnings.clear()
+    prepare_rows(train="pc.jsonl", system_prompt="be brief", chat_template="chatml")
+    prepare_rows(train="pc.jsonl", using=base_tokenizer)
+    assert listener.warnings == []
+
+
 def test_a_template_from_a_file(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
     write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
     (tmp_path / "own.jinja").write_text(CHATML.replace("assistant\\n", "assistant:\\n"), encoding="utf-8")
