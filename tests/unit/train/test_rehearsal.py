@@ -1,0 +1,171 @@
+"""The rehearsal settles what is open, tries the heaviest micro-batches, and leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_run import PAD, Job, Rows
+
+from lorafit.contracts import Silent
+from lorafit.errors import ResourceError
+from lorafit.ops.rng import capture_rng
+from lorafit.plan import ResolvedPlan
+from lorafit.train.rehearsal import Rehearsal
+from lorafit.train.resolve import cached_plan_file, resolve_plan
+from lorafit.train.state import TrainState
+
+
+def stage(job: Job, **values: Any) -> Rehearsal:
+    trainer = job.trainer()
+    return Rehearsal(
+        objective=job.objective,
+        examples=job.rows,
+        validation=Rows(6, seed=5),
+        step_rows=trainer.step_rows,
+        pad_id=PAD,
+        device=torch.device("cpu"),
+        reporter=Silent(),
+        set_checkpointing=values.pop("set_checkpointing", lambda wanted: None),
+        **values,
+    )
+
+
+def open_plan(**fixed: Any) -> Any:
+    values = {
+        "attention": "auto",
+        "gradient_checkpointing": "auto",
+        "micro_batch_tokens": "auto",
+        "min_micro_batch_tokens": 40,
+        "max_micro_batch_tokens": 320,
+        "dtype": "fp32",
+        "compute_dtype": "fp32",
+    }
+    return SimpleNamespace(**{**values, **fixed})
+
+
+def resolve(rehearsal: Rehearsal, plan: Any, **sources: Any) -> ResolvedPlan:
+    return resolve_plan(plan, rehearsal, Accelerator(cpu=True), Silent(), **sources)
+
+
+def forwards(rehearsal: Rehearsal) -> list[tuple[int, int]]:
+    """Shapes of all forward passes from now on."""
+    seen: list[tuple[int, int]] = []
+    embeddings = rehearsal.objective.base.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    return seen
+
+
+def test_it_leaves_no_trace(job: Callable[..., Job]) -> None:
+    """Weights, gradients, random numbers, mode; and the run that follows is the run without it."""
+    plain = job("plain", dropout=0.3)
+    plain.trainer().fit(TrainState())
+
+    one = job("one", dropout=0.3)
+    rehearsal = stage(one)
+    trainer = one.trainer()
+    rehearsal.objective, rng = one.objective, capture_rng()
+    before = [p.detach().clone() for p in one.model.parameters()]
+    one.objective.eval()
+    resolved = resolve(rehearsal, open_plan(attention="eager"))
+    assert resolved.source == "rehearsal" and not one.objective.training
+    assert all(torch.equal(a, b) for a, b in zip(before, one.model.parameters(), strict=True))
+    assert all(p.grad is None for p in one.model.parameters()) and capture_rng() == rng
+    trainer.fit(TrainState())
+    assert one.files(8) == plain.files(8)
+
+
+def test_it_measures_what_is_open_and_picks_within_the_bounds(job: Callable[..., Job]) -> None:
+    rehearsal = stage(job())
+    resolved = resolve(rehearsal, open_plan())
+    assert resolved.attention in ("eager", "sdpa")
+    assert rehearsal.objective.base.config._attn_implementation == resolved.attention
+    assert resolved.micro_batch_tokens in (40, 80, 160, 320) and resolved.gradient_checkpointing is False
+    assert set(resolved.measured["attention_tokens_per_second"]) == {"eager", "sdpa"}
+    rates = {int(k): v for k, v in resolved.measured["budget_tokens_per_second"].items()}
+    assert min(rates) == 40 and resolved.measured["peak_memory_bytes"] > 0
+    assert rates[resolved.micro_batch_tokens] >= 0.97 * max(rates.values())
+
+
+def test_the_smallest_budget_within_three_per_cent_is_taken(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {40: 80.0, 80: 98.0, 160: 100.0, 320: 99.0}
+    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget: rates[budget])
+    assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
+    bounded = stage(job(), fits=lambda tokens, checkpointing: tokens <= 40)
+    assert resolve(bounded, open_plan(attention="sdpa")).micro_batch_tokens == 40
+
+
+def test_fixed_values_are_kept_and_only_the_heaviest_micro_batches_run(job: Callable[..., Job]) -> None:
+    one = job()
+    rehearsal = stage(one)
+    seen = forwards(rehearsal)
+    resolved = resolve(rehearsal, open_plan(attention="eager", gradient_checkpointing=False, micro_batch_tokens=128))
+    assert (resolved.source, resolved.micro_batch_tokens, resolved.attention) == ("recipe", 128, "eager")
+    longest, held_out = max(one.rows.lengths), max(rehearsal.validation.lengths)  # type: ignore[union-attr]
+    assert seen == [(128 // longest, longest), (128 // held_out, held_out)]
+
+
+def test_checkpointing_goes_on_where_the_estimate_says_so(job: Callable[..., Job]) -> None:
+    switched: list[bool] = []
+    rehearsal = stage(job(), set_checkpointing=switched.append, fits=lambda tokens, checkpointing: checkpointing)
+    assert resolve(rehearsal, open_plan(attention="sdpa")).gradient_checkpointing is True and switched == [True]
+
+
+def test_out_of_memory_lowers_the_budget_then_turns_checkpointing_on_then_ends(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget: float(budget))  # the largest is the fastest
+    tried: list[tuple[int, bool]] = []
+
+    def limited(self: Rehearsal, choice: Any) -> None:
+        tried.append((choice.micro_batch_tokens, choice.gradient_checkpointing))
+        if not (choice.gradient_checkpointing and roomy):
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Rehearsal, "_try", limited)
+    roomy = True
+    resolved = resolve(stage(job()), open_plan(attention="sdpa"))
+    assert tried == [(320, False), (160, False), (80, False), (40, False), (40, True)]
+    assert (resolved.micro_batch_tokens, resolved.gradient_checkpointing) == (40, True)
+    roomy = False
+    with pytest.raises(ResourceError, match=r"out of memory before step 1: seq length 40"):
+        resolve(stage(job()), open_plan(attention="sdpa"))
+
+
+def test_sources_come_in_order_and_the_recipe_wins(job: Callable[..., Job], tmp_path: Path) -> None:
+    def known(tokens: int) -> ResolvedPlan:
+        return ResolvedPlan(tokens, tokens, "eager", False, "fp32", "fp32", "cpu", 1, "rehearsal", {"seconds": 1})
+
+    cache = cached_plan_file(tmp_path, ["recipe", "data"])
+    cache.parent.mkdir()
+    cache.write_text(json.dumps(known(33).to_json()))
+    rehearsal = stage(job())
+    seen = forwards(rehearsal)
+    everything = {"resumed": known(31), "given": known(32), "cache_file": cache}
+    for wanted, tokens in (("run", 31), ("plan", 32), ("cache", 33)):
+        resolved = resolve(rehearsal, open_plan(), **everything)
+        assert (resolved.source, resolved.micro_batch_tokens, resolved.attention) == (wanted, tokens, "eager")
+        assert bool(seen) == (wanted == "plan")  # another run's plan is tried; the others have been
+        seen.clear()
+        everything.pop({"run": "resumed", "plan": "given", "cache": "cache_file"}[wanted])
+    fixed = resolve(rehearsal, open_plan(micro_batch_tokens=64), resumed=known(31))
+    assert (fixed.micro_batch_tokens, fixed.attention) == (64, "eager")
+
+
+def test_a_rehearsal_is_cached_and_a_broken_cache_is_measured_anew(job: Callable[..., Job], tmp_path: Path) -> None:
+    cache = cached_plan_file(tmp_path, ["a", "b"])
+    assert cache != cached_plan_file(tmp_path, ["ab", ""])
+    first = resolve(stage(job()), open_plan(), cache_file=cache)
+    again = resolve(stage(job()), open_plan(), cache_file=cache)
+    assert (first.source, again.source) == ("rehearsal", "cache")
+    assert again.micro_batch_tokens == first.micro_batch_tokens
+    cache.write_text("{")
+    assert resolve(stage(job()), open_plan(), cache_file=cache).source == "rehearsal"
