@@ -188,7 +188,9 @@ def ask(hub_id: str = "meta-llama/Llama-3.1-8B", **changes: Any) -> MemoryEstima
     optimizer = optimizers.get(changes.pop("optimizer", "adamw"))
     adapter = adapters.get("lora")
     section = adapter.section(
-        r=changes.pop("r", 16), dropout=changes.pop("dropout", 0.05), target_modules=changes.pop("targets", "all-linear")
+        r=changes.pop("r", 16),
+        dropout=changes.pop("dropout", 0.05),
+        target_modules=changes.pop("targets", "all-linear"),
     )
     tokens = changes.pop("tokens", 1024)
     numbers: dict[str, Any] = {

@@ -1,0 +1,123 @@
+"""Sizes, names of cards, and the memory that a CPU process really has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorafit import devices
+from lorafit.devices import cards, find_card, format_bytes, parse_gpu, read_device, usable_bytes
+from lorafit.errors import UsageError
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 * GIB), ("80gib", 80 * GIB), ("24GB", 24 * 10**9), ("24", 24 * GIB), (" 1.5 GiB ", 3 * GIB // 2), ("500MiB", 500 * 2**20)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    facts = parse_gpu(text)
+    assert (facts.kind, facts.memory_bytes, facts.bf16) == ("cuda", size, True)
+
+
+@pytest.mark.parametrize("text", ["RTX-4090", "rtx 4090", "NVIDIA GeForce RTX 4090", "rtx4090"])
+def test_names_are_found_however_they_are_written(text: str) -> None:
+    facts = parse_gpu(text)
+    assert facts.name == "RTX-4090"
+    assert 23 * GIB < facts.memory_bytes < 24 * GIB  # what torch reports, not the label
+
+
+@pytest.mark.parametrize("text", ["-1GiB", "0", "1e999GiB", "0.1GiB", "99999GiB", "24 parsecs", "", "nan", "RTX 4099"])
+def test_what_is_no_card_names_flag_and_range(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_gpu(text)
+    message = str(caught.value)
+    assert message.startswith("--gpu: ")
+    assert "range" in message or "24GiB" in message
+    assert caught.value.exit_code == 2
+
+
+def test_a_misspelt_card_gets_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match="did you mean RTX-4090"):
+        parse_gpu("RTX-4099")
+
+
+def test_cards_are_whole() -> None:
+    assert len(cards()) >= 25
+    names = [plain for card in cards() for plain in {devices._plain(name) for name in card["names"]}]
+    assert len(names) == len(set(names))  # no name means two cards
+    for card in cards():
+        assert 0.9 * card["label_gib"] * GIB < usable_bytes(card) <= card["label_gib"] * GIB
+        assert card["source"].startswith("https://")
+        assert 10 < card["peak_tflops"] < 3000
+        assert 100 < card["bandwidth_gb_per_second"] < 10_000
+        assert card["peak_dtype"] == ("bf16" if card["bf16"] else "fp16")
+    t4 = find_card("T4")
+    assert t4 is not None
+    assert not t4["bf16"]
+    assert not parse_gpu("T4").bf16
+
+
+def test_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = read_device("cpu")
+    one = read_device("cpu", count=1)
+    assert (one.kind, one.count, two.count) == ("cpu", 1, 2)
+    assert 2**28 < two.memory_bytes < one.memory_bytes  # processes share what there is
+
+
+def test_an_address_limit_bounds_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    import psutil
+
+    own = psutil.Process().memory_info()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (own.vms + 2**30, resource.RLIM_INFINITY))
+    assert devices.cpu_memory_bytes() < own.rss + 2**30 + 2**28
+
+
+def write_cgroup(folder: Path, limit: str, used: int, reclaimable: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(limit + "\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {reclaimable}\n")
+
+
+def test_control_groups_count_up_to_the_root(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("0::/system/job\n")
+    write_cgroup(root / "system" / "job", str(4 * GIB), GIB, GIB // 2)
+    write_cgroup(root / "system", str(2 * GIB), GIB, 0)
+    write_cgroup(root, "max", GIB, 0)
+    assert sorted(devices._cgroup_limits(root, own)) == [(2 * GIB, GIB), (4 * GIB, GIB // 2)]
+
+
+def test_control_groups_of_version_one(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("12:cpu,cpuacct:/job\n5:memory:/job\n")
+    folder = root / "memory" / "job"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{GIB}\n")
+    (folder / "memory.usage_in_bytes").write_text("1000\n")
+    (folder / "memory.stat").write_text("total_inactive_file 200\n")
+    assert list(devices._cgroup_limits(root, own)) == [(GIB, 800)]
+    (folder / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")  # how version 1 says: none
+    assert list(devices._cgroup_limits(root, own)) == []
+    assert list(devices._cgroup_limits(root, tmp_path / "nothing")) == []
+
+
+def test_bf16_is_read_from_the_cpus_flags(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("model name: X\nflags : fpu avx512f avx512_bf16\n")
+    assert devices._cpu_has_bf16(info)
+    info.write_text("flags : fpu avx512f\n")
+    assert not devices._cpu_has_bf16(info)
+    assert not devices._cpu_has_bf16(tmp_path / "nothing")
+
+
+def test_bytes_for_people() -> None:
+    assert [format_bytes(x) for x in (24 * GIB, 3 * GIB // 2, 310 * 2**20, 12 * 2**10, 5)] == [
+        "24 GiB", "1.5 GiB", "310 MiB", "12 KiB", "5 B",
+    ]  # fmt: skip

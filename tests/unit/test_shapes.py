@@ -1,0 +1,123 @@
+"""Shapes against published parameter counts and against transformers' own classes on the meta device."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lorafit.errors import ModelError
+from lorafit.model.class_shape import find_shape, read_class_shape
+from lorafit.model_shapes import known_config, known_families, read_shape
+from lorafit.shipped import shipped
+
+FACTS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(shipped("models").glob("*.json"))}
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TINY: list[dict[str, Any]] = [
+    {"model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True},
+    {"model_type": "llama", **SIZES, "head_dim": 24, "tie_word_embeddings": True},
+    {"model_type": "qwen3_moe", **SIZES, "moe_intermediate_size": 24, "num_experts": 4, "head_dim": 16},
+    {"model_type": "phi", **SIZES, "qk_layernorm": True},
+    {"model_type": "stablelm", **SIZES, "use_qkv_bias": True, "qk_layernorm": True},
+    {"model_type": "stablelm", **SIZES, "use_parallel_residual": True},
+    {"model_type": "cohere", **SIZES, "use_qk_norm": True},
+    {"model_type": "cohere2", **SIZES},
+    {"model_type": "exaone4", **SIZES},
+    {"model_type": "gpt_neox", **{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, "attention_bias": False},
+    {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 80, "vocab_size": 100, "n_positions": 32},
+    {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+     "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+    {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+     "multi_query": False, "parallel_attn": False},
+    {"model_type": "opt", "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+     "vocab_size": 100, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+]  # fmt: skip
+
+
+def class_parameters(config: dict[str, Any]) -> int:
+    import torch
+    import transformers
+
+    values = dict(config)
+    settings = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(settings)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_totals_are_the_published_counts(name: str) -> None:
+    facts = FACTS[name]
+    total, published = read_shape(facts["config"]).total_parameters, facts["published_parameters"]
+    if facts.get("published_rounded"):  # where the hub's page shows three digits
+        assert abs(total / published - 1) < 0.002
+    else:
+        assert total == published
+
+
+def test_known_totals_and_what_is_known() -> None:
+    config = known_config("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert config is not None
+    assert read_shape(config).total_parameters == 134_515_008  # the tied head is counted once
+    assert read_shape(config).head_parameters == 0
+    assert known_config("meta-llama/llama-3.1-8b-instruct") == known_config("meta-llama/Llama-3.1-8B")
+    assert known_config("nobody/nothing") is None
+    assert len(FACTS) >= 25
+    assert {"gpt2", "opt", "falcon", "mixtral", "gemma2", "gemma3_text", "phi3", "qwen3"} <= {
+        facts["config"]["model_type"] for facts in FACTS.values()
+    }
+
+
+def test_totals_are_those_of_the_classes() -> None:
+    """One shipped model of each family, its smallest, and configs with what those leave out."""
+    smallest: dict[str, dict[str, Any]] = {}
+    for facts in sorted(FACTS.values(), key=lambda facts: facts["published_parameters"]):
+        smallest.setdefault(facts["config"]["model_type"], facts["config"])
+    for config in [*smallest.values(), *TINY]:
+        assert read_shape(config).total_parameters == class_parameters(config), config
+    tried = set(smallest) | {config["model_type"] for config in TINY} | {"ministral"}
+    assert tried >= set(known_families())
+
+
+def test_linears_are_the_classes_linears() -> None:
+    for name in ("meta-llama--Llama-3.2-1B", "openai-community--gpt2", "microsoft--phi-2", "Qwen--Qwen1.5-MoE-A2.7B"):
+        config = FACTS[name]["config"]
+        ours, theirs = read_shape(config), read_class_shape(config)
+        sizes = [
+            sorted((x.name, x.in_features, x.out_features, x.count, x.bias, x.transposed) for x in shape.linears)
+            for shape in (ours, theirs)
+        ]
+        assert sizes[0] == sizes[1]
+        assert ours.expert_parameters == theirs.expert_parameters
+        assert ours.total_parameters == theirs.total_parameters
+
+
+def test_an_unknown_family_is_read_from_its_class() -> None:
+    config = {"model_type": "glm4", **SIZES, "head_dim": 16}
+    shape = find_shape(config)
+    assert shape.total_parameters == class_parameters(config)
+    assert {linear.role for linear in shape.linears} == {"q", "k", "v", "o", "gate_up", "down"}
+    with pytest.raises(ModelError, match="cannot build"):
+        find_shape({"model_type": "no-such-model"})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "lama"}, "did you mean llama"),
+        ({}, "names no model_type"),
+        ({"model_type": "llama"}, "hidden_size: is missing"),
+        ({"model_type": "llama", **SIZES, "vocab_size": -1}, "vocab_size: -1 is not a positive"),
+        ({"model_type": "llama", **SIZES, "num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"model_type": "llama", **SIZES, "hidden_size": True}, "hidden_size"),
+    ],
+)
+def test_a_bad_config_names_what_is_wrong(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        read_shape(config)
+    assert said in str(caught.value)
+    assert "config.json" in str(caught.value)
