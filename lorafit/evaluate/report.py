@@ -44,7 +44,9 @@ def describe(evaluation: Evaluation) -> list[str]:
     lines = [f"{len(evaluation.rows)} {about.split} rows, {evaluation.trained_tokens} trained tokens{generated}"]
     if about.checkpoint_step is not None:
         lines[0] += f"; adapter of step {about.checkpoint_step}"
-    if about.seen_in_training:
+    if about.split == "train":
+        lines.append("these rows were trained on: the figures say what was learnt by heart, not what is understood")
+    elif about.seen_in_training:
         lines.append(
             f"the {about.split} rows were used twice: they also chose the checkpoint, so that these figures are "
             "optimistic; set data.test for honest ones"

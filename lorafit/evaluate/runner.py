@@ -191,13 +191,9 @@ def evaluate_pair(
         DataError: There are no rows.
         NumericsError: A row's loss is not finite.
     """
-    if not len(examples) and not generation_rows:
-        raise DataError("no rows to evaluate on", todo="set data.test or data.validation")
     started = time.perf_counter()
-    device = model.get_input_embeddings().weight.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    asked = [row for row in generation_rows if _is_asked(row, metric_names)]
+    device = forget_peak_memory(model.get_input_embeddings().weight.device)
+    asked = find_asked(examples, generation_rows, metric_names)
     score = partial(
         score_examples,
         objective,
@@ -227,25 +223,42 @@ def evaluate_pair(
         with adapter_off(model):
             base = run("base")
         tuned = run("tuned")
-    rows = join_rows(examples, base.losses, tuned.losses, asked, base.answers, tuned.answers)
-    comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
-    retained = join_rows(retention, base.retained, tuned.retained) if retention is not None else ()
+    found = _conclude(examples, retention, asked, base, tuned, metric_names, tokenizer, seed)
     return Evaluation(
+        **found,
         about=about or About(),
-        comparisons=comparisons,
-        unscored=unscored,
-        rows=rows,
-        worst=fill_text(find_worst(rows, comparisons), examples, tokenizer),
-        signatures={name: metrics.get(name).signature() for name in metric_names},
         seconds=time.perf_counter() - started,
         peak_memory_bytes=find_peak_memory_bytes(device),
         seed=seed,
         max_new_tokens=max_new_tokens,
-        retention=compare_rows(retained, RETENTION_METRICS, seed=seed)[0] if retained else (),
-        retention_rows=len(retained),
-        base_speed=Speed.of(base.answers) if asked else None,
-        tuned_speed=Speed.of(tuned.answers) if asked else None,
     )
+
+
+def _conclude(
+    examples: Examples,
+    retention: Examples | None,
+    asked: Sequence[GenerationRow],
+    base: _Side,
+    tuned: _Side,
+    metric_names: Sequence[str],
+    tokenizer: Any,
+    seed: int,
+) -> dict[str, Any]:
+    """The fields of an Evaluation that follow from what both models scored and wrote."""
+    rows = join_rows(examples, base.losses, tuned.losses, asked, base.answers, tuned.answers)
+    comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
+    retained = join_rows(retention, base.retained, tuned.retained) if retention is not None else ()
+    return {
+        "comparisons": comparisons,
+        "unscored": unscored,
+        "rows": rows,
+        "worst": fill_text(find_worst(rows, comparisons), examples, tokenizer),
+        "signatures": {name: metrics.get(name).signature() for name in metric_names},
+        "retention": compare_rows(retained, RETENTION_METRICS, seed=seed)[0] if retained else (),
+        "retention_rows": len(retained),
+        "base_speed": Speed.of(base.answers) if asked else None,
+        "tuned_speed": Speed.of(tuned.answers) if asked else None,
+    }
 
 
 def autocast(objective: Any, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -263,6 +276,13 @@ def find_pad_id(tokenizer: Any) -> int:
     return 0
 
 
+def forget_peak_memory(device: torch.device) -> torch.device:
+    """Lets the peak of a GPU begin anew; a process's own peak on a CPU cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return device
+
+
 def find_peak_memory_bytes(device: torch.device) -> int:
     """Most memory used so far: allocated by torch on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
@@ -274,7 +294,16 @@ def find_peak_memory_bytes(device: torch.device) -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _is_asked(row: GenerationRow, metric_names: Sequence[str]) -> bool:
-    """Whether some metric would read an answer to this row; others are not worth generating."""
-    probe = RowScore(0.0, 0, 0, answer="", reference=row.reference, must_contain=row.must_contain)
-    return any(metrics.get(name).needs == "answers" and metrics.get(name).usable(probe) for name in metric_names)
+def find_asked(
+    examples: Examples, generation_rows: Sequence[GenerationRow], metric_names: Sequence[str]
+) -> list[GenerationRow]:
+    """Rows whose answer some metric would read; others are not worth generating.
+
+    Raises:
+        DataError: There are no rows at all.
+    """
+    if not len(examples) and not generation_rows:
+        raise DataError("no rows to evaluate on", todo="set data.test or data.validation")
+    readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs == "answers"]
+    probes = [RowScore(0.0, 0, 0, "", row.reference, row.must_contain) for row in generation_rows]
+    return [row for row, probe in zip(generation_rows, probes, strict=True) if any(m.usable(probe) for m in readers)]

@@ -77,6 +77,7 @@ def test_the_report_says_what_a_reader_must_know():
         assert "retention: 42 rows" in text.lower()
         assert "gained: loss: better" in text
     assert "used twice" not in draw(build(about=About("x", None, "test", False)))
+    assert "rows were trained on" in draw(build(about=About("x", None, "train", True)))
 
 
 def test_worst_rows_are_shown_as_they_are():
