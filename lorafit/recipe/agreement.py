@@ -23,11 +23,13 @@ class Disagreement:
         keys: The keys it is about; the error stands at the first.
         what: What is wrong.
         todo: What to do about it.
+        is_missing: Whether one of them is absent, rather than wrong.
     """
 
     keys: tuple[str, ...]
     what: str
     todo: str
+    is_missing: bool = False
 
     @property
     def paths(self) -> tuple[KeyPath, ...]:
@@ -57,7 +59,8 @@ def _warmup_fits_into_the_run(recipe: Recipe) -> Iterator[Disagreement]:
 def _evaluation_has_rows(recipe: Recipe) -> Iterator[Disagreement]:
     if recipe.evaluation.every_steps is not None and recipe.data.validation is None:
         keys = ("evaluation.every_steps", "data.validation")
-        yield Disagreement(keys, "needs data.validation, which is not set", "add rows there, e.g. {fraction: 0.05}")
+        todo = "add rows there, e.g. {fraction: 0.05}"
+        yield Disagreement(keys, "needs data.validation, which is not set", todo, is_missing=True)
 
 
 def _early_stopping_is_measured(recipe: Recipe) -> Iterator[Disagreement]:
@@ -66,7 +69,8 @@ def _early_stopping_is_measured(recipe: Recipe) -> Iterator[Disagreement]:
         return
     if evaluation.every_steps is None:
         keys = ("evaluation.early_stopping", "evaluation.every_steps")
-        yield Disagreement(keys, "needs evaluation.every_steps, which is not set", "add it, e.g. every_steps: 50")
+        todo = "add it, e.g. every_steps: 50"
+        yield Disagreement(keys, "needs evaluation.every_steps, which is not set", todo, is_missing=True)
     measured = list(dict.fromkeys(["loss", *evaluation.during]))
     if evaluation.early_stopping.metric not in measured:
         keys = ("evaluation.early_stopping.metric", "evaluation.during")

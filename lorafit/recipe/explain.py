@@ -43,7 +43,7 @@ class Finding:
         path: The key it is about.
         error: What is said.
         meant: The key that an unknown one was very likely meant to be; its absence is no error of its own then.
-        is_missing: Whether a required key is absent.
+        is_missing: Whether what is wrong is that something is absent.
     """
 
     path: KeyPath
@@ -52,11 +52,11 @@ class Finding:
     is_missing: bool = False
 
 
-def finding(tree: Entry, path: KeyPath, what: str, todo: str | None = None, meant: KeyPath | None = None) -> Finding:
+def finding(tree: Entry, path: KeyPath, what: str, todo: str | None = None, *, is_missing: bool = False) -> Finding:
     """A finding about the key at `path`, placed where the tree has it, or else where the nearest section starts."""
     entry = nearest_entry(tree, path)
     error = RecipeError(what, **entry.at.known, key=key_text(path) or None, todo=todo)
-    return Finding(path, error, meant)
+    return Finding(path, error, is_missing=is_missing)
 
 
 def explain(errors: Sequence[ErrorDetails], tree: Entry) -> list[Finding]:

@@ -128,7 +128,7 @@ def _judge(tree: Entry) -> tuple[Recipe | None, list[Finding]]:
     if recipe is not None:
         for rule in disagreements(recipe):
             if not any(a[: len(b)] == b or b[: len(a)] == a for a in rule.paths for b in touched):
-                findings.append(finding(tree, rule.paths[0], rule.what, rule.todo))
+                findings.append(finding(tree, rule.paths[0], rule.what, rule.todo, is_missing=rule.is_missing))
     return (recipe if not findings else None), findings
 
 
@@ -156,20 +156,19 @@ def _mended(tree: Entry, one: Finding) -> Entry:
 
 
 def _in_order(of_text: Sequence[LorafitError], findings: Sequence[Finding], main: str) -> list[LorafitError]:
-    """Refusals for safety first, then as a reader meets them: the recipe, what it extends, the flags."""
+    """Refusals for safety first; then what the text says wrongly, what it means wrongly, and what it does not say.
 
-    def order(error: LorafitError) -> tuple[bool, bool, str, int, int]:
+    Within each as a reader meets them: the recipe, what it extends, the flags.
+    """
+
+    def order(ranked: tuple[int, LorafitError]) -> tuple[int, bool, str, int, int]:
+        rank, error = ranked
         file = error.file or ""
-        is_flag = file.startswith("--set ")
-        return (
-            not isinstance(error, SafetyError),
-            is_flag,
-            "" if file == main else file,
-            error.line or 0,
-            error.column or 0,
-        )
+        return (rank, file.startswith("--set "), "" if file == main else file, error.line or 0, error.column or 0)
 
-    return sorted([*of_text, *(f.error for f in findings)], key=order)
+    ranked = [(0 if isinstance(error, SafetyError) else 1, error) for error in of_text]
+    ranked += [(3 if f.is_missing else 2, f.error) for f in findings]
+    return [error for _, error in sorted(ranked, key=order)]
 
 
 def _digest(recipe: Recipe) -> str:

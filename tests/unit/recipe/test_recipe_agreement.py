@@ -63,8 +63,8 @@ def test_all_disagreements_are_found_at_once(fails: Fails) -> None:
         "model.revision",
         "training.max_steps",
         "training.schedule.warmup_steps",
-        "evaluation.every_steps",
         "evaluation.early_stopping.metric",
+        "evaluation.every_steps",
     ]
 
 

@@ -188,10 +188,16 @@ def test_a_number_out_of_range_names_the_range(fails: Fails, flag: str) -> None:
 
 
 def test_several_errors_are_all_listed(fails: Fails) -> None:
-    error = fails(MINIMAL + "adapter: {dropuot: 0.1}\ntraining: {learning_rate: fast}\nseed: 010\n")
+    error = fails(MINIMAL + "adapter: {dropuot: 0.1}\ntraining: {learning_rate: fast}\nseed: -1\n")
     assert isinstance(error, Problems)
     assert [line.split(": ")[0] for line in parts(error)] == ["r.yaml:4:11", "r.yaml:5:27", "r.yaml:6:7"]
     assert str(error).startswith("r.yaml: 3 errors; first: r.yaml:4:11: adapter.dropuot: unknown key")
+
+
+def test_what_the_text_says_wrongly_comes_before_what_it_means_wrongly_and_what_it_lacks(fails: Fails) -> None:
+    error = fails("model: {bas: b}\nadapter: {dropuot: 0.1}\nseed: 010\nseed: 2\na: &a [*a]\n")
+    keys = [line.split(": ")[1] for line in parts(error)]
+    assert keys == ["seed", "seed", "a[0]", "model.bas", "adapter.dropuot", "name", "data"]
 
 
 def test_errors_that_hide_behind_others_are_listed_too(fails: Fails) -> None:

@@ -303,9 +303,9 @@ class TestFlags:
         )
 
     def test_flags_are_listed_behind_the_recipe(self, fails: Fails) -> None:
-        lines = parts(fails(MINIMAL + "seed: -1\n", ["adapter.r=0", "training.epochs=no"]))
+        lines = parts(fails(MINIMAL + "seed: -1\n", ["adapter.r=0", "training.epochs=-1"]))
         assert [line.split(": ")[0] for line in lines] == [
             "r.yaml:4:7",
             "--set adapter.r=0",
-            "--set training.epochs=no",
+            "--set training.epochs=-1",
         ]

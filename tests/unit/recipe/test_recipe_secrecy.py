@@ -126,7 +126,7 @@ def test_what_else_is_wrong_with_a_secret_is_not_said(fails: Fails) -> None:
 
 def test_a_secret_comes_first_among_other_errors_and_hides_them_nowhere(fails: Fails) -> None:
     error = fails(
-        f"naem: x\nmodel: {{base: b, api_key: {CANARY}}}\ndata: {{train: a, max_length: no}}\nhf_token: x\nseed: -1\n"
+        f"naem: x\nmodel: {{base: b, api_key: {CANARY}}}\ndata: {{train: a, max_length: x}}\nhf_token: x\nseed: -1\n"
     )
     assert error.exit_code == 8
     lines = parts(error)
