@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic_core import ErrorDetails
 
@@ -32,6 +32,7 @@ from lorafit.recipe.words import suggest_word
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 _EMPTY_ERRORS = {"too_short", "string_too_short"}
 _NAMED_KEY = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+|\[\d+\])*): (.+)", re.DOTALL)
+_SHOWN_WORD_CHARACTERS = 40
 _FIRST_WORD = re.compile(r"[a-z_0-9]+")
 
 
@@ -86,10 +87,10 @@ def real_path(loc: Sequence[str | int], tree: Entry) -> tuple[KeyPath, Slot | No
     while parts:
         if isinstance(slot, Variants) or (isinstance(slot, Choice) and len(slot.kinds) > 1):
             parts.pop(0)  # the tag
-            if isinstance(slot, Variants):
-                slot = variant_of(slot, entry) if entry is not None else None
             if not parts:
                 break
+            if isinstance(slot, Variants):
+                slot = variant_of(slot, entry) if entry is not None else None
         if isinstance(slot, Leaf) and not isinstance(parts[0], int):
             break  # the name of a type
         part = parts.pop(0)
@@ -183,28 +184,34 @@ def _is_known(path: KeyPath, tree: Entry) -> bool:
 
 def _wrong_type(path: KeyPath, slot: Slot | None, value: Any, errors: Sequence[ErrorDetails], tree: Entry) -> Finding:
     wanted = expectation(slot) if slot is not None else errors[0]["msg"].lower()
-    todo = None
-    if isinstance(value, str):
-        todo = _mend_text(value, slot) or None
-    elif isinstance(slot, Leaf) and any(form is str for form, _ in slot.forms) and isinstance(value, int | float):
-        todo = "quote it"
-    elif isinstance(value, float) and value.is_integer():
-        todo = f"write {int(value)}"
-    elif value is None and isinstance(slot, Group | Choice | Items | Table):
-        todo = "fill it in, or remove the key"
-    return finding(tree, path, f"expected {wanted}, found {shown(value)}", todo)
+    todo = _mend_text(value, slot) if isinstance(value, str) else _mend_other(value, slot)
+    return finding(tree, path, f"expected {wanted}, found {shown(value)}", todo or None)
+
+
+def _mend_other(value: Any, slot: Slot | None) -> str:
+    """What to do about a number, a boolean or nothing where it does not belong."""
+    if value is None:
+        return "fill it in, or remove the key" if isinstance(slot, Group | Choice | Items | Table) else ""
+    if not isinstance(value, int | float):
+        return ""
+    if isinstance(slot, Leaf) and any(form is str for form, _ in slot.forms):
+        return "quote it"
+    if isinstance(slot, Variants):
+        groups = (form for form in slot.forms.values() if isinstance(form, Group))
+        return next((f"write {{{next(iter(group.model.model_fields))}: {shown(value)}}}" for group in groups), "")
+    return f"write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
 
 
 def _mend_text(value: str, slot: Slot | None) -> str:
     """What to do about text where none belongs."""
-    if not isinstance(slot, Leaf):
-        return ""
-    types = [form for form, _ in slot.forms]
+    types = [form for form, _ in slot.forms] if isinstance(slot, Leaf) else []
     if bool in types and value.lower() in ("true", "false"):
         return "remove the quotes"
     words = [str(word) for form in types for word in getattr(form, "__args__", ()) if isinstance(word, str)]
-    if words:
-        return suggest_word(value, words).rstrip()
+    if words and (suggestion := suggest_word(value, words)):
+        return suggestion.rstrip()
+    if isinstance(slot, Items) or any(get_origin(form) is list for form in types):
+        return f"write [{value[:_SHOWN_WORD_CHARACTERS]}]"
     if int in types or float in types:
         if re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value.strip()):
             return "remove the quotes"

@@ -32,7 +32,16 @@ else:
     ScheduleChoice = one_of(schedules, "cosine")
 
 Auto = Literal["auto"]
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _one_line(value: str) -> str:
+    if any(letter in value for letter in "\n\r\t\v\f\x85\u2028\u2029"):
+        raise ValueError("holds a tab or a line break; write it on one line")
+    return value
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Word = Annotated[str, StringConstraints(min_length=1), AfterValidator(_one_line)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 
 
@@ -49,9 +58,9 @@ CheapMetricName = Annotated[str, AfterValidator(OneNameOf("metric while training
 class ModelSection(Section):
     """The frozen base model."""
 
-    base: NonEmpty = Field(json_schema_extra=PATH_OR_NAME)
+    base: Word = Field(json_schema_extra=PATH_OR_NAME)
     """Hub id, local directory, `.gguf` file, or `package://NAME/FILE.gguf` (a file in an installed Python package)."""
-    revision: str | None = None
+    revision: Word | None = None
     """Branch, tag or commit on the hub; only for hub ids."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of weights that are not quantised, and of compute. `auto`: bf16 where the device computes it at speed, else fp16
@@ -65,7 +74,7 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One file or hub data set of rows."""
 
-    path: NonEmpty = Field(json_schema_extra=PATH_OR_NAME)
+    path: Word = Field(json_schema_extra=PATH_OR_NAME)
     """A file (jsonl, json, csv, tsv, parquet, txt), relative to the recipe, or a hub data set's id."""
     format: FormatName = "auto"
     """How a row is read; `auto` looks at the rows."""
@@ -75,11 +84,11 @@ class SourceSection(Section):
     """How often an epoch sees this source; 0.5 sees another half of it each epoch."""
     limit: Count | None = None
     """Rows read from the top; all where null."""
-    split: str = "train"
+    split: Word = "train"
     """Split of a hub data set."""
-    subset: str | None = None
+    subset: Word | None = None
     """Configuration of a hub data set."""
-    revision: str | None = None
+    revision: Word | None = None
     """Branch, tag or commit of a hub data set."""
 
 
@@ -136,7 +145,7 @@ class DataSection(Section):
     """Scored while training: `{fraction: 0.05}` of the training rows, or sources of their own."""
     test: Sources | None = None
     """Never looked at in training; the final figures come from here."""
-    chat_template: NonEmpty | None = Field(default=None, json_schema_extra=PATH_OR_NAME)
+    chat_template: Word | None = Field(default=None, json_schema_extra=PATH_OR_NAME)
     """null: the tokenizer's own. Else a shipped name (chatml, alpaca, plain) or a Jinja file."""
     system_prompt: str | None = None
     """System message for rows that have none."""
@@ -215,7 +224,7 @@ class CheckpointsSection(Section):
 class Recipe(Section):
     """One run, whole."""
 
-    name: NonEmpty
+    name: Word
     """Name of the run; its folder is `runs/NAME` where `output` is not set."""
     task: TaskName = "causal-lm"
     """What is learnt."""
@@ -235,5 +244,5 @@ class Recipe(Section):
     """When the run is saved."""
     tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Trackers that get the metrics, by accelerate; `metrics.jsonl` is always written."""
-    output: str = Field(default="", json_schema_extra=PATH)
+    output: Line = Field(default="", json_schema_extra=PATH)
     """The run folder, relative to the recipe; `runs/NAME` where empty."""

@@ -86,7 +86,7 @@ def _foreign_name(folded: str, fields: Iterable[str], parent: KeyPath) -> Answer
     ours, _, note = FOREIGN_NAMES[folded].partition(": ")
     if not ours:
         return Answer("unknown key", note)
-    return Answer("unknown key", f"here it is {ours}{f' ({note})' if note else ''}", tuple(ours.split(".")))
+    return Answer("unknown key", f"in lorafit this is {ours}{f' ({note})' if note else ''}", tuple(ours.split(".")))
 
 
 def _kinds_with(name: str, choice: Choice) -> list[str]:

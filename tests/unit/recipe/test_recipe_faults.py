@@ -150,6 +150,21 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     ("full-width letters", MINIMAL + "\uff53eed: 1\n", ["FULLWIDTH LATIN SMALL LETTER S", "did you mean seed"]),
     ("capitals", MINIMAL + "Training: {epochs: 1}\n", ["r.yaml:4:1", "Training", "did you mean training"]),
     ("hyphens", MINIMAL + "training: {batch-size: 1}\n", ["training.batch-size", "did you mean batch_size"]),
+    ("text for a list", MINIMAL + "tracking: wandb\n", ["tracking", "found 'wandb'", "write [wandb]"]),
+    ("a target for a list", MINIMAL + "adapter: {target_modules: q_proj}\n", ["target_modules", "write [q_proj]"]),
+    (
+        "a target that is nearly a word",
+        MINIMAL + "adapter: {target_modules: all_linear}\n",
+        ["target_modules", "did you mean all-linear"],
+    ),
+    (
+        "share without its name",
+        MINIMAL.replace("a.jsonl}", "a.jsonl, validation: 0.1}"),
+        ["data.validation", "found 0.1", "write {fraction: 0.1}"],
+    ),
+    ("line break in a name", MINIMAL.replace("name: x", 'name: "a\\nb"'), ["r.yaml:1:7", "name", "line break"]),
+    ("line break in a path", MINIMAL + "output: |\n  a\n  b\n", ["r.yaml:4:9", "output", "line break"]),
+    ("no space behind a colon", MINIMAL + "training: {epochs:3}\n", ["training.epochs:3", "write epochs: value"]),
     ("very long key", MINIMAL + "k" * 900 + ": 1\n", ["r.yaml:4:1", "unknown key"]),
     ("very long value", MINIMAL + f"seed: {'v' * 100_000}\n", ["r.yaml:4:7: seed", "expected a whole number", "vvv…"]),
 ]
