@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_texts import MINIMAL, Loads
 
@@ -235,6 +235,7 @@ TREES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(TREES)
 def test_whatever_a_recipe_holds_it_ends_in_a_recipe_or_an_error_of_ours(
     tmp_path_factory: pytest.TempPathFactory, tree: object
@@ -248,6 +249,7 @@ def test_whatever_a_recipe_holds_it_ends_in_a_recipe_or_an_error_of_ours(
         assert len(f"error: {error}") < 300
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_whatever_a_file_holds_it_ends_in_a_recipe_or_an_error_of_ours(
     tmp_path_factory: pytest.TempPathFactory, text: str
@@ -259,6 +261,7 @@ def test_whatever_a_file_holds_it_ends_in_a_recipe_or_an_error_of_ours(
     assert caught.value.exit_code in (3, 8)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_whatever_a_flag_holds_it_ends_in_a_recipe_or_an_error_of_ours(
     tmp_path_factory: pytest.TempPathFactory, flag: str

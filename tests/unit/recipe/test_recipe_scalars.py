@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafit.recipe.dump import dump_yaml
@@ -78,12 +78,14 @@ def test_what_a_refused_word_would_have_meant() -> None:
     assert yaml.safe_load("2e-4") == "2e-4"
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_is_read_back(number: float) -> None:
     text = dump_yaml({"a": number})
     assert plain(read_tree(text, Place("x", 1, 1))[0]) == {"a": number}
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=-(2**64), max_value=2**64))
 def test_every_whole_number_is_read_back(number: int) -> None:
     assert read_scalar(str(number)) == number
@@ -97,6 +99,7 @@ WORDS = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(TEXT.filter(bool), st.lists(TEXT | WORDS, max_size=3), max_size=3))
 def test_every_text_is_read_back(values: dict[str, list[str]]) -> None:
     tree, errors = read_tree(dump_yaml(values), Place("x", 1, 1))
