@@ -8,6 +8,7 @@ An edge is the state behind an optimizer step; only edges are saved. A step that
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -281,7 +282,8 @@ class Trainer:
     def _evaluate(self, state: TrainState) -> bool:
         """Writes the held-out metrics down; returns whether they are the best so far. Leaves the training as it was."""
         assert self.evaluate is not None
-        with preserved_rng():
+        alone = self.accelerator.num_processes == 1  # several ranks stop together, at the edge
+        with preserved_rng(), self.signals.interrupting() if alone else contextlib.nullcontext():
             values = self.evaluate()
         self.objective.train()
         check_metrics(state.step, values)
@@ -346,10 +348,8 @@ class Trainer:
 
     def _check_signals_of_all_ranks(self) -> None:
         if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            received = [number for number in gather_object([self.signals.received]) if number is not None]
-            self.signals.received = received[0] if received else None
+            number = torch.tensor([self.signals.received or 0], device=self.accelerator.device)
+            self.signals.received = int(self.accelerator.gather(number).max()) or None
         self.signals.check()
 
     def _record(self, values: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -28,6 +30,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._may_interrupt = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -47,6 +50,18 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise StoppedBySignal("stopped by a second SIGINT: the last steps are not saved", signal_number=number)
         self.received = number
+        if self._may_interrupt:
+            raise StopRequested(number)
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """What runs inside changes nothing that is kept, so a signal may end it anywhere: an evaluation can be long."""
+        self.check()
+        self._may_interrupt = True
+        try:
+            yield
+        finally:
+            self._may_interrupt = False
 
     def check(self) -> None:
         """Raises StopRequested where a signal came."""

@@ -212,6 +212,29 @@ def test_signals_save_the_edge_and_handlers_are_restored(job: Callable[..., Job]
     assert one.store.open().state.step == 3  # type: ignore[union-attr]
 
 
+def test_a_signal_ends_an_evaluation_which_the_resume_makes_up_for(job: Callable[..., Job]) -> None:
+    whole, one = (
+        job(name, plan=TinyPlan(total_steps=6, evaluate_every_steps=3), options={"evaluate": lambda: {"loss": 1.0}})
+        for name in ("whole", "one")
+    )
+    whole.trainer().fit(TrainState())
+    trainer = one.trainer()
+
+    def interrupted() -> dict[str, float]:
+        torch.rand(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the evaluation went on")
+
+    trainer.evaluate = interrupted
+    with pytest.raises(StoppedBySignal, match="saved step 3"):
+        trainer.fit(TrainState())
+    assert [line["step"] for line in one.lines()] == [1, 2, 3]
+    trainer, state = one.resume()
+    trainer.fit(state)
+    assert [line["step"] for line in one.lines()] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert one.files(6) == whole.files(6)
+
+
 def test_a_second_interrupt_ends_at_once(job: Callable[..., Job]) -> None:
     one = job()
     trainer = one.trainer()
