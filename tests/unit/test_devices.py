@@ -15,7 +15,8 @@ GIB = 2**30
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GiB", 24 * GIB), ("80gib", 80 * GIB), ("24GB", 24 * 10**9), ("24", 24 * GIB), (" 1.5 GiB ", 3 * GIB // 2), ("500MiB", 500 * 2**20)],
+    [("24GiB", 24 * GIB), ("80gib", 80 * GIB), ("24GB", 24 * 10**9), ("24", 24 * GIB), (" 1.5 GiB ", 3 * GIB // 2),
+     ("500MiB", 500 * 2**20)],
 )  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     facts = parse_gpu(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,13 +35,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2 with its dropout": GPT2,
     "phi3": {"model_type": "phi3", **SIZES},
     "opt": {
-        "model_type": "opt", **{k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")},
+        "model_type": "opt",
+        **{k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")},
         "ffn_dim": 512, "word_embed_proj_dim": 128, "max_position_embeddings": 512,
     },
     "falcon": {"model_type": "falcon", **SIZES, "multi_query": True},
     "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Products this small only wait for each other on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(config: dict[str, Any], quantization: str, dtype: torch.dtype, attention: str) -> Any:

@@ -44,7 +44,12 @@ def recipe(**sections: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def make(device: DeviceFacts | None = None, facts: DatasetFacts = ROWS, hub_id: str = "meta-llama/Llama-3.1-8B", **sections: Any) -> Plan:  # fmt: skip
+def make(
+    device: DeviceFacts | None = None,
+    facts: DatasetFacts = ROWS,
+    hub_id: str = "meta-llama/Llama-3.1-8B",
+    **sections: Any,
+) -> Plan:
     return plan(recipe(**sections), shape_of(hub_id), facts, device or card(24))
 
 
@@ -76,7 +81,8 @@ def test_warm_up() -> None:
 
 @pytest.mark.parametrize(
     ("device", "dtype"),
-    [(card(24), "bf16"), (card(16, bf16=False), "fp16"), (card(64, kind="cpu"), "bf16"), (card(64, kind="cpu", bf16=False), "fp32")],
+    [(card(24), "bf16"), (card(16, bf16=False), "fp16"), (card(64, kind="cpu"), "bf16"),
+     (card(64, kind="cpu", bf16=False), "fp32")],
 )  # fmt: skip
 def test_dtype_follows_the_device(device: DeviceFacts, dtype: str) -> None:
     found = make(device)
@@ -125,7 +131,7 @@ def test_bounds_of_the_token_budget() -> None:
     assert free.memory_least.tensor_bytes < free.memory.tensor_bytes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     gib=st.floats(min_value=6, max_value=40),
     longest=st.integers(min_value=16, max_value=2000),
@@ -241,7 +247,8 @@ def test_a_resolved_plan_survives_json() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("micro_batch_tokens", "many"), ("ranks", 0), ("ranks", True), ("gradient_checkpointing", 1), ("attention", None), ("measured", [])],
+    [("micro_batch_tokens", "many"), ("ranks", 0), ("ranks", True), ("gradient_checkpointing", 1), ("attention", None),
+     ("measured", [])],
 )  # fmt: skip
 def test_a_spoilt_resolved_plan_names_its_key(key: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"plan.json: {key}"):
@@ -266,7 +273,7 @@ def test_the_verdict_and_what_would_save() -> None:
     guess = estimate_recipe(recipe(), shape_of(), None, card(8))
     assert guess.fits is False
     assert guess.memory.gradient_checkpointing  # taken where the card needs it
-    with pytest.raises(DoesNotFitError, match="--gpu: does not fit: needs 8.11 GiB"):
+    with pytest.raises(DoesNotFitError, match=r"--gpu: does not fit: needs 8\.11 GiB"):
         guess.raise_unless_fits()
     assert estimate_recipe(recipe(), shape_of(), None, card(8), headroom=0.0).fits is False
     assert estimate_recipe(recipe(), shape_of(), None, card(9)).fits is True
@@ -306,7 +313,8 @@ def test_a_70b_estimate_is_quick_and_imports_no_torch() -> None:
         "from lorafit.plan import estimate_recipe\n"
         "from lorafit.recipe.schema import Recipe\n"
         "recipe = Recipe.model_validate({'name': 'x', 'model': {'base': 'b'}, 'data': {'train': 'a.jsonl'}})\n"
-        "guess = estimate_recipe(recipe, read_shape(known_config('meta-llama/Llama-3.1-70B')), None, parse_gpu('A100-80GB'))\n"
+        "shape = read_shape(known_config('meta-llama/Llama-3.1-70B'))\n"
+        "guess = estimate_recipe(recipe, shape, None, parse_gpu('A100-80GB'))\n"
         "assert guess.fits, guess.to_json()\n"
         "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'numpy', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
