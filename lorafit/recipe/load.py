@@ -11,30 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import LorafitError, SafetyError, raise_all
+from lorafit.errors import raise_all
 from lorafit.recipe.agreement import disagreements
-from lorafit.recipe.dump import dump_yaml
-from lorafit.recipe.explain import Finding, explain, finding
 from lorafit.recipe.layers import read_layers
-from lorafit.recipe.outline import Group, plain, recipe_outline, slot_at
+from lorafit.recipe.outline import plain, recipe_outline
 from lorafit.recipe.paths import absolute, moved
 from lorafit.recipe.tree import (
     Entry,
-    KeyPath,
     Place,
-    Unreadable,
     entry_of,
-    find,
     nearest_entry,
     parse_key,
-    walk,
-    with_entry,
 )
 
 if TYPE_CHECKING:
     from lorafit.recipe.schema import Recipe
-
-_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -83,12 +74,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, output: str | Path
         Problems: Several of these.
     """
     layers = read_layers(path, overrides)
-    recipe, findings = _judge(layers.tree)
-    if not layers.is_whole:
-        findings = [f for f in findings if not f.is_missing]
-    errors = _in_order(layers.errors, findings, str(path))
-    raise_all(errors, file=str(path))
-    assert recipe is not None, "a recipe without an error is a recipe"
+    recipe = _valid_recipe(layers.tree)
+    if recipe is None or layers.errors:
+        from lorafit.recipe.diagnosis import diagnose
+
+        raise_all(diagnose(layers, main=str(path)), file=str(path))
+        raise AssertionError("a recipe that is not valid has an error")
     folder = absolute(path).parent
     return LoadedRecipe(
         recipe=recipe,
@@ -100,75 +91,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, output: str | Path
     )
 
 
-def _judge(tree: Entry) -> tuple[Recipe | None, list[Finding]]:
-    """The recipe, and everything that is wrong with it.
-
-    One error hides others: a section with an unknown key is not compared with its neighbours. So what was found is
-    mended (taken away, or filled in), the rest is judged again, and rules are asked that touch nothing mended.
-    """
+def _valid_recipe(tree: Entry) -> Recipe | None:
+    """The recipe; None where anything is wrong with it."""
     from pydantic import ValidationError
 
     from lorafit.recipe.schema import Recipe
 
-    touched = [path for path, entry in walk(tree) if entry.value is Unreadable.VALUE]
-    findings: list[Finding] = []
-    recipe = None
-    for _ in range(_ROUNDS):
-        try:
-            recipe = Recipe.model_validate(plain(tree, recipe_outline()), strict=True)
-            break
-        except ValidationError as error:
-            found = explain(error.errors(include_url=False), tree)
-        known = {f.path for f in findings}
-        findings += [f for f in found if f.path not in known and not _follows(f, touched)]
-        touched += [f.meant for f in found if f.meant is not None and find(tree, f.meant) is None]
-        for one in found:
-            tree = _mended(tree, one)
-            touched.append(one.path)
-    if recipe is not None:
-        for rule in disagreements(recipe):
-            if not any(a[: len(b)] == b or b[: len(a)] == a for a in rule.paths for b in touched):
-                findings.append(finding(tree, rule.paths[0], rule.what, rule.todo, is_missing=rule.is_missing))
-    return (recipe if not findings else None), findings
-
-
-def _follows(one: Finding, touched: Sequence[KeyPath]) -> bool:
-    """Whether a finding only says that something is missing which was known to be wrong, and taken away."""
-    if one.is_missing:
-        return any(path[: len(one.path)] == one.path or one.path[: len(path)] == path for path in touched)
-    return one.path in touched
-
-
-def _mended(tree: Entry, one: Finding) -> Entry:
-    """The tree with a stand-in for what is missing, or without what is wrong."""
-    path = one.path
-    if one.is_missing:
-        above = find(tree, path[:-1])
-        if above is None or not isinstance(above.value, dict):
-            return tree
-        stand_in: Any = {} if isinstance(slot_at(path, tree), Group) else "missing"
-        return with_entry(tree, path, entry_of(stand_in, above.place))
-    if path and path[-1] == "kind":
-        path = path[:-1]
-    while path and find(tree, path) is None:
-        path = path[:-1]
-    return with_entry(tree, path, None) if path else tree
-
-
-def _in_order(of_text: Sequence[LorafitError], findings: Sequence[Finding], main: str) -> list[LorafitError]:
-    """Refusals for safety first; then what the text says wrongly, what it means wrongly, and what it does not say.
-
-    Within each as a reader meets them: the recipe, what it extends, the flags.
-    """
-
-    def order(ranked: tuple[int, LorafitError]) -> tuple[int, bool, str, int, int]:
-        rank, error = ranked
-        file = error.file or ""
-        return (rank, file.startswith("--set "), "" if file == main else file, error.line or 0, error.column or 0)
-
-    ranked = [(0 if isinstance(error, SafetyError) else 1, error) for error in of_text]
-    ranked += [(3 if f.is_missing else 2, f.error) for f in findings]
-    return [error for _, error in sorted(ranked, key=order)]
+    try:
+        recipe = Recipe.model_validate(plain(tree, recipe_outline()), strict=True)
+    except ValidationError:
+        return None
+    return None if disagreements(recipe) else recipe
 
 
 def _digest(recipe: Recipe) -> str:
@@ -189,6 +122,8 @@ def _run_folder(recipe: Recipe, folder: Path) -> Path:
 
 def dump_recipe(loaded: LoadedRecipe, folder: Path) -> str:
     """The resolved recipe as YAML that `load_recipe` reads from `folder`: every default written out, paths relative."""
+    from lorafit.recipe.dump import dump_yaml
+
     values = loaded.recipe.model_dump(mode="json")
     tree = entry_of({**values, "output": ""}, Place(loaded.file))
     folder = absolute(folder)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from recipe_texts import Fails, Loads
 
 from lorafit.errors import LorafitError
 from lorafit.recipe.load import LoadedRecipe, load_recipe
+from tests.unit.recipe.recipe_texts import Fails, Loads
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from recipe_texts import MINIMAL, Fails, Loads, parts
+
+from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
 
 AGREE = [
     "training: {max_steps: 10, schedule: {warmup_steps: 10}}\n",

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_texts import MINIMAL, Fails, Loads, parts
 
 from lorafit.errors import UsageError
 from lorafit.recipe.layers import preset_names
+from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
 
 FAMILY = """\
 model: {base: meta-llama/Llama-3.1-8B, revision: main}

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recipe_texts import MINIMAL, Loads
 
 from lorafit.errors import LorafitError, RecipeError
 from lorafit.recipe.load import dump_recipe, load_recipe
 from lorafit.recipe.schema import Recipe
+from tests.unit.recipe.recipe_texts import MINIMAL, Loads
 
 RICH = """\
 name: 'no'

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from recipe_texts import MINIMAL, Fails, parts
 
 from lorafit.recipe.names import FOREIGN_NAMES, NAMES_IN_A_SOURCE
 from lorafit.recipe.outline import Choice, every_key, fields_of, recipe_outline
 from lorafit.recipe.schema import SourceSection
 from lorafit.recipe.words import FOREIGN_VALUES, OneNameOf
+from tests.unit.recipe.recipe_texts import MINIMAL, Fails, parts
 
 KEYS = {".".join(map(str, path)): slot for path, slot in every_key(recipe_outline())}
 OURS = {name: ours.partition(": ")[0] for name, ours in FOREIGN_NAMES.items()}

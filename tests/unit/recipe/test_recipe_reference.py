@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from recipe_texts import MINIMAL, Fails, Loads
 
 from lorafit.recipe.docstrings import field_docs
 from lorafit.recipe.editor_schema import json_schema
@@ -18,6 +17,7 @@ from lorafit.recipe.reader import read_tree
 from lorafit.recipe.reference import reference_markdown
 from lorafit.recipe.tree import Place
 from lorafit.shipped import shipped
+from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads
 
 CHECKOUT = Path(__file__).parents[3]
 SCHEMA = json_schema()

@@ -1,0 +1,102 @@
+"""Everything that is wrong with a recipe. Imported only for one that is not valid, so that a valid one does not pay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorafit.errors import LorafitError, SafetyError
+from lorafit.recipe.agreement import disagreements
+from lorafit.recipe.explain import Finding, explain, finding
+from lorafit.recipe.layers import Layers
+from lorafit.recipe.outline import Group, plain, recipe_outline, slot_at
+from lorafit.recipe.schema import Recipe
+from lorafit.recipe.tree import Entry, KeyPath, Unreadable, entry_of, find, walk, with_entry
+
+_ROUNDS = 5
+
+
+def diagnose(layers: Layers, main: str) -> list[LorafitError]:
+    """Every error of a recipe, in the order in which they are said.
+
+    One error hides others: a section with an unknown key is not compared with its neighbours. So what was found is
+    mended (taken away, or filled in), the rest is judged again, and rules are asked that touch nothing mended.
+
+    Args:
+        layers: The recipe as it was written.
+        main: What messages call the recipe's own file.
+    """
+    tree = layers.tree
+    touched = [path for path, entry in walk(tree) if entry.value is Unreadable.VALUE]
+    findings: list[Finding] = []
+    for _ in range(_ROUNDS):
+        judged = _judge(tree)
+        if isinstance(judged, Recipe):
+            findings += _contradictions(judged, tree, touched)
+            break
+        known = {one.path for one in findings}
+        findings += [one for one in judged if one.path not in known and not _follows(one, touched)]
+        touched += [one.meant for one in judged if one.meant is not None and find(tree, one.meant) is None]
+        for one in judged:
+            tree = _mended(tree, one)
+            touched.append(one.path)
+    if not layers.is_whole:  # what is missing may stand in what could not be read
+        findings = [one for one in findings if not one.is_missing]
+    return _in_order(layers.errors, findings, main)
+
+
+def _judge(tree: Entry) -> Recipe | list[Finding]:
+    try:
+        return Recipe.model_validate(plain(tree, recipe_outline()), strict=True)
+    except ValidationError as error:
+        return explain(error.errors(include_url=False), tree)
+
+
+def _contradictions(recipe: Recipe, tree: Entry, touched: Sequence[KeyPath]) -> list[Finding]:
+    """The rules that a recipe breaks, those apart that ask about something mended."""
+    return [
+        finding(tree, rule.paths[0], rule.what, rule.todo, is_missing=rule.is_missing)
+        for rule in disagreements(recipe)
+        if not any(a[: len(b)] == b or b[: len(a)] == a for a in rule.paths for b in touched)
+    ]
+
+
+def _follows(one: Finding, touched: Sequence[KeyPath]) -> bool:
+    """Whether a finding only says that something is missing which was known to be wrong, and taken away."""
+    if one.is_missing:
+        return any(path[: len(one.path)] == one.path or one.path[: len(path)] == path for path in touched)
+    return one.path in touched
+
+
+def _mended(tree: Entry, one: Finding) -> Entry:
+    """The tree with a stand-in for what is missing, or without what is wrong."""
+    path = one.path
+    if one.is_missing:
+        above = find(tree, path[:-1])
+        if above is None or not isinstance(above.value, dict):
+            return tree
+        stand_in: Any = {} if isinstance(slot_at(path, tree), Group) else "missing"
+        return with_entry(tree, path, entry_of(stand_in, above.place))
+    if path and path[-1] == "kind":
+        path = path[:-1]
+    while path and find(tree, path) is None:
+        path = path[:-1]
+    return with_entry(tree, path, None) if path else tree
+
+
+def _in_order(of_text: Sequence[LorafitError], findings: Sequence[Finding], main: str) -> list[LorafitError]:
+    """Refusals for safety first; then what the text says wrongly, what it means wrongly, and what it does not say.
+
+    Within each as a reader meets them: the recipe, what it extends, the flags.
+    """
+
+    def order(ranked: tuple[int, LorafitError]) -> tuple[int, bool, str, int, int]:
+        rank, error = ranked
+        file = error.file or ""
+        return (rank, file.startswith("--set "), "" if file == main else file, error.line or 0, error.column or 0)
+
+    ranked = [(0 if isinstance(error, SafetyError) else 1, error) for error in of_text]
+    ranked += [(3 if f.is_missing else 2, f.error) for f in findings]
+    return [error for _, error in sorted(ranked, key=order)]
