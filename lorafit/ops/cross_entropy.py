@@ -37,7 +37,8 @@ def linear_cross_entropy(
         labels: Token ids, [labels].
 
     Returns:
-        loss_sum (fp32 scalar, in nats; differentiable once) and correct (int64 scalar).
+        loss_sum (fp32 scalar, in nats; differentiable once) and correct (int64 scalar; where several tokens are the
+        most likely, any of them counts).
     """
     loss_sum, correct = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
     return loss_sum, correct
@@ -78,10 +79,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=full) if bias is not None and wants_bias else None
 
         for rows, raw_logits, ids in _chunks(states, head, head_bias, labels):
-            highest, predicted = raw_logits.max(dim=-1, keepdim=True)
-            correct += (predicted.squeeze(-1) == ids).sum()
-            logits = raw_logits.to(full, copy=raw_logits.dtype == full).sub_(highest)
+            logits = raw_logits.to(full)  # then in place: each further pass over [chunk, vocabulary] costs a step 1 %
+            logits.sub_(logits.amax(dim=-1, keepdim=True))
             target = logits.gather(-1, ids.unsqueeze(-1))
+            correct += (target >= 0).sum()
             exponentials = logits.exp_()
             total = exponentials.sum(dim=-1, keepdim=True)
             loss_sum += (total.log() - target).sum()
