@@ -37,40 +37,35 @@ class Answer:
 
 
 def answer_unknown_key(path: KeyPath, slot: Slot | None, section: Entry) -> Answer:
-    """What to say about the key at `path`, which `section` (with the schema's `slot`) does not have."""
+    """What to say about the key at `path`, which `section` (with the schema's `slot`) does not have.
+
+    Asked in this order: the same name written differently, another tool's name, an option of another kind, a key of
+    another section, the nearest name of this section, the nearest of all.
+    """
     key, parent = str(path[-1]), path[:-1]
+    unknown, folded = f"unknown key{_letters_that_deceive(key)}", _fold(key)
     fields = fields_at(slot, section) or {}
     choice = variant_of(slot, section)
     known = [*fields, *(["kind"] if isinstance(choice, Choice) else []), *([] if parent else ["extends"])]
-    folded = _fold(key)
-    glued = folded.split(":")[0]
-    if ":" in folded and glued in known:
-        return Answer("a key without a space behind its colon", f"write {glued}: value", (*parent, glued))
+    before_colon = folded.split(":")[0]
+    if ":" in folded and before_colon in known:
+        return Answer("no space behind the colon", f"write {before_colon}: value", (*parent, before_colon))
     if folded in known:
-        return Answer(f"unknown key{_letters_that_deceive(key)}", f"did you mean {folded}?", (*parent, folded))
+        return Answer(unknown, f"did you mean {folded}?", (*parent, folded))
     foreign = _foreign_name(folded, fields, parent)
     if foreign is not None:
         return foreign
-    others = _kinds_with(folded, choice) if isinstance(choice, Choice) else []
-    if others:
-        what = (
-            f"unknown key; {kind_of(choice, section)} has no {folded}" if isinstance(choice, Choice) else "unknown key"
-        )
+    if isinstance(choice, Choice) and (others := _kinds_with(folded, choice)):
+        what = f"unknown key; {kind_of(choice, section)} has no {folded}"
         return Answer(what, f"it belongs to {' and '.join(others[:3])}")
-    elsewhere = _keys_called(folded)
-    if elsewhere:
+    if elsewhere := _keys_called(folded):
         return Answer("unknown key here", f"did you mean {_either(elsewhere)}?", elsewhere[0])
-    close = nearest(key, known, count=2)
-    if close:
-        return Answer(
-            f"unknown key{_letters_that_deceive(key)}", f"did you mean {' or '.join(close)}?", (*parent, close[0])
-        )
-    far = nearest(key, dict.fromkeys(str(p[-1]) for p, _ in every_key(recipe_outline())), count=1)
-    if far:
+    if close := nearest(key, known, count=2):
+        return Answer(unknown, f"did you mean {' or '.join(close)}?", (*parent, close[0]))
+    if far := nearest(key, sorted({str(p[-1]) for p, _ in every_key(recipe_outline())}), count=1):
         elsewhere = _keys_called(far[0])
-        return Answer(f"unknown key{_letters_that_deceive(key)}", f"did you mean {_either(elsewhere)}?", elsewhere[0])
-    where = "this section has" if parent else "a recipe has"
-    return Answer(f"unknown key{_letters_that_deceive(key)}", f"{where} {', '.join(known)}")
+        return Answer(unknown, f"did you mean {_either(elsewhere)}?", elsewhere[0])
+    return Answer(unknown, f"{'this section' if parent else 'a recipe'} has {', '.join(known)}")
 
 
 def _fold(key: str) -> str:

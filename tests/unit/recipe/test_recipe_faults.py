@@ -164,7 +164,11 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     ),
     ("line break in a name", MINIMAL.replace("name: x", 'name: "a\\nb"'), ["r.yaml:1:7", "name", "line break"]),
     ("line break in a path", MINIMAL + "output: |\n  a\n  b\n", ["r.yaml:4:9", "output", "line break"]),
-    ("no space behind a colon", MINIMAL + "training: {epochs:3}\n", ["training.epochs:3", "write epochs: value"]),
+    (
+        "no space behind a colon",
+        MINIMAL + "training: {epochs:3}\n",
+        ["training.epochs:3", "no space behind the colon", "write epochs: value"],
+    ),
     ("very long key", MINIMAL + "k" * 900 + ": 1\n", ["r.yaml:4:1", "unknown key"]),
     ("very long value", MINIMAL + f"seed: {'v' * 100_000}\n", ["r.yaml:4:7: seed", "expected a whole number", "vvv…"]),
 ]
