@@ -260,12 +260,13 @@ def preview(
     session: Session,
     recipe: RecipeFile,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    rows: Annotated[int | None, typer.Option(min=0, help="Rows to show: 3, or all of them with --json.")] = None,
 ) -> None:
     """Rendered rows with trained and untrained tokens told apart, lengths, and what is cut or dropped."""
     from lorafit import pipeline
 
-    session.result(pipeline.preview(recipe, overrides=overrides or [], rows=rows, reporter=session.reporter))
+    shown = rows if rows is not None or session.json else 3
+    session.result(pipeline.preview(recipe, overrides=overrides or [], rows=shown, reporter=session.reporter))
 
 
 def _quieten_libraries() -> None:

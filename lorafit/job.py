@@ -57,6 +57,11 @@ class Job:
         samples = (row for _, _, row in self.rows.samples("train").rows() if isinstance(row, Sample))
         return any(sample.messages is not None for sample in samples)
 
+    def stop_ids(self) -> list[int]:
+        """The token that the chat template writes behind an answer, which need not be the model's eos."""
+        end = self.renderer.chats.end_of_turn_id() if self.writes_chats() else None
+        return [] if end is None else [end]
+
     def facts(self) -> dict[str, Any]:
         """What the run is made of, and what a resume must find again."""
         return {

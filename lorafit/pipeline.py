@@ -35,9 +35,9 @@ def validate(recipe_file: Path, *, overrides: Sequence[str] = ()) -> Validated:
 
 
 def preview(
-    recipe_file: Path, *, overrides: Sequence[str] = (), rows: int = 3, reporter: Reporter | None = None
+    recipe_file: Path, *, overrides: Sequence[str] = (), rows: int | None = 3, reporter: Reporter | None = None
 ) -> Preview:
-    """Rows as the model will see them."""
+    """Rows as the model will see them; all of them where `rows` is None."""
     from lorafit.data import preview as room
     from lorafit.recipe.load import load_recipe
 
@@ -132,7 +132,6 @@ def evaluate(
     from lorafit.evaluate.evaluation import About
     from lorafit.evaluate.report import write_report
     from lorafit.evaluate.runner import evaluate_pair
-    from lorafit.evaluate.speaker import end_of_turn_ids
     from lorafit.model.inspect import coverage
     from lorafit.results import Evaluated
 
@@ -157,7 +156,7 @@ def evaluate(
         job.rows.generation_rows(split, limit),
         evaluation.final,
         max_new_tokens=evaluation.max_new_tokens,
-        stop_ids=end_of_turn_ids(job.renderer.chats if job.renderer.template else None),
+        stop_ids=job.stop_ids(),
         micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
         seed=job.recipe.seed,
         reporter=reporter,

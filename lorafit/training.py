@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
 from lorafit.job import load_base, prove, torch_dtype
-from lorafit.rundir import RunDir, read_json, write_json
+from lorafit.rundir import RunDir, check_manifest, read_json, write_json
 from lorafit.workspace import check_same_run, describe_run, installed_versions, own_rank
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorafit.results import Trained
     from lorafit.train.checkpoint import Checkpoint, CheckpointStore
     from lorafit.train.loop import Trainer
+    from lorafit.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class Training:
         from lorafit.model.load import attach_adapter
         from lorafit.results import Trained
         from lorafit.train.checkpoint import CheckpointStore
-        from lorafit.train.state import TrainState
+        from lorafit.train.state import FitResult, TrainState
         from lorafit.train.tracking import build_accelerator
 
         job, recipe = self.job, self.job.recipe
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
         checkpoint, events = self._find_checkpoint(store, resume_from, allow_inexact) if resume else (None, [])
+        if checkpoint is not None and self._is_published(checkpoint.state):
+            self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
+            return Trained(self.where, self.plan, None, FitResult.of_complete(checkpoint.state))
         if own_rank() == 0:
             describe_run(self.where, job.loaded, job.facts())
         accelerator = build_accelerator(
@@ -76,6 +80,12 @@ class Training:
         result = trainer.fit(state)
         trainer.trackers.finish()
         return Trained(self.where, self.plan, resolved, result)
+
+    def _is_published(self, state: TrainState) -> bool:
+        """Whether nothing is left to do: the last step is behind, evaluated where it should be, and the adapter is out."""
+        is_evaluated = self.plan.evaluate_every_steps is None or state.evaluated_step >= state.step
+        is_whole = check_manifest(self.where.adapter) is None
+        return state.is_complete(self.plan.total_steps) and is_evaluated and is_whole
 
     def _find_checkpoint(
         self, store: CheckpointStore, step: int | None, allow_inexact: bool

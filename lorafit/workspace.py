@@ -211,8 +211,9 @@ def check_same_run(run: RunDir, loaded: LoadedRecipe, facts: Mapping[str, Any], 
             )
         reporter.info(what)
     recorded = read_json(run.manifest)
+    recorded["base"], now_base = recorded.get("base", {}).get("digest"), facts["base"]["digest"]
     for what in ("data", "base", "tokenizer", "chat_template"):
-        if recorded.get(what) != facts.get(what):
+        if recorded.get(what) != (now_base if what == "base" else facts.get(what)):
             raise CheckpointError(
                 f"the {what.replace('_', ' ')} changed since the run was started, so it would not be the same run",
                 file=str(run.root),

@@ -14,7 +14,7 @@ import torch
 from lorafit.contracts import Message
 from lorafit.data.plain_text import completion_prompt_ids
 from lorafit.data.render import ChatRenderer
-from lorafit.errors import DataError, LorafitError, ModelError, UsageError
+from lorafit.errors import DataError, ModelError, UsageError
 
 _PROMPT_FIELDS = ("messages", "prompt", "question", "instruction")
 
@@ -38,7 +38,8 @@ class Speaker:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a turn in the chat template."""
-        return end_of_turn_ids(self.chats)
+        end = self.chats.end_of_turn_id() if self.chats is not None else None
+        return [] if end is None else [end]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, the header of the answer included.
@@ -64,19 +65,6 @@ def chats_of(tokenizer: Any, *, chat_template: str | None, system_prompt: str | 
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         return None
     return ChatRenderer(tokenizer, chat_template=chat_template, system_prompt=system_prompt)
-
-
-def end_of_turn_ids(chats: ChatRenderer | None) -> list[int]:
-    """The control token that the template writes behind an answer (e.g. `<|eot_id|>`, which need not be the eos)."""
-    if chats is None:
-        return []
-    try:
-        rendered = chats.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    except LorafitError:
-        return []  # a template that refuses this plain chat ends its turns by the eos of the model
-    ids, offsets = chats.locate(rendered)
-    behind = [token for token, (_, end) in zip(ids, offsets, strict=True) if end == rendered.turns[-1].end]
-    return [token for token in behind[-1:] if token in chats.encoder.control]
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[list[Message]]:

@@ -199,6 +199,7 @@ def estimate(
         autocast=dtype_bytes < 4,
         device_kind="cpu" if device_kind == "cpu" else "cuda",
         keeps_inputs=quantization.keeps_inputs,
+        leaks_inputs=quantization.keeps_inputs,
     )
     work = Work(
         row_tokens=longest_tokens,
@@ -222,7 +223,7 @@ def estimate(
     }
     return MemoryEstimate(
         fixed=fixed,
-        phases=step_phases(shape, work, tokens, labels, gradient_checkpointing, trainable),
+        phases=step_phases(shape, work, tokens, loss_bytes(shape, numerics, labels), gradient_checkpointing, trainable),
         device_kind=numerics.device_kind,
         micro_batch_tokens=tokens,
         gradient_checkpointing=gradient_checkpointing,
@@ -232,9 +233,9 @@ def estimate(
 
 
 def step_phases(
-    shape: ModelShape, work: Work, tokens: int, labels: int, checkpointing: bool, trainable: int
+    shape: ModelShape, work: Work, tokens: int, loss: int, checkpointing: bool, trainable: int
 ) -> tuple[Phase, ...]:
-    """Forward, loss, backward and update of one step, each at its worst moment."""
+    """Forward, loss, backward and update of one step, each at its worst moment; `loss` is what computing it takes."""
     n = work.numerics
     operations = layer_operations(shape, work)
     forward_peak = layer_peak(operations, tokens, "forward")
@@ -243,23 +244,24 @@ def step_phases(
     stream = shape.hidden_size * n.stream_bytes * tokens
     final_norm = final_norm_bytes(shape, n) * tokens
     mask = n.compute_bytes * work.row_tokens * tokens if work.attention == "eager" or shape.softcap else 0
-    update = Phase("update", "", 0, 0, 0, 4 * trainable, 0)
+    update = Phase("update", "", 0, 0, 0, n.adapter_bytes * trainable, 0)
     if checkpointing:
-        inputs = stream * shape.layers + _leaked_bytes(shape, n, tokens) * shape.layers + mask
+        stored = 1 if n.offloads_layer_inputs else shape.layers
+        inputs = stream * stored + _leaked_bytes(shape, n, tokens) * shape.layers + mask
         again = final_norm if keeps_layer_input(shape, n) else 0
         worst = max(forward_peak, backward_peak, key=lambda peak: peak.peak_bytes)
         where = f"{'recomputing ' if worst is forward_peak else ''}{worst.where}"
         recomputed = worst.peak_bytes - worst.fixed_bytes - again + (stream if worst is forward_peak else 0)
         return (
             Phase("forward", forward_peak.where, inputs, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
-            Phase("loss", "", inputs + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
+            Phase("loss", "", inputs + final_norm, 0, loss, 0, casts),
             Phase("backward", where, inputs, recomputed, 0, worst.fixed_bytes, casts // shape.layers),
             update,
         )
     kept = forward_peak.kept_bytes * shape.layers - round(ungraded_bytes(operations, work) * tokens) + mask
     return (
         Phase("forward", forward_peak.where, kept, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
-        Phase("loss", "", kept + final_norm, 0, loss_bytes(shape, n, labels), 0, casts),
+        Phase("loss", "", kept + final_norm, 0, loss, 0, casts),
         Phase("backward", backward_peak.where, kept, _moment(backward_peak), 0, backward_peak.fixed_bytes, casts),
         update,
     )
@@ -272,7 +274,7 @@ def _moment(peak: LayerPeak) -> int:
 
 def _leaked_bytes(shape: ModelShape, n: Numerics, tokens: int) -> int:
     """Inputs that LLM.int8() holds as plain attributes of its autograd nodes, out of checkpointing's reach."""
-    if not n.keeps_inputs:
+    if not n.leaks_inputs:
         return 0
     widths = {linear.role or linear.name: linear.in_features for linear in shape.linears}
     shared = [widths[roles[0]] for roles in (("q", "k", "v"), ("gate", "up")) if roles[0] in widths]

@@ -37,6 +37,8 @@ class Numerics:
             cast
             to the adapter's dtype before autocast casts it down again.
         keeps_inputs: Every linear keeps its input: full fine-tuning, and LLM.int8().
+        leaks_inputs: And out of checkpointing's reach: LLM.int8().
+        offloads_layer_inputs: Checkpointed layer inputs wait in host memory.
         fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
     """
 
@@ -47,6 +49,8 @@ class Numerics:
     device_kind: str = "cuda"
     casts_adapter_inputs: bool = False
     keeps_inputs: bool = False
+    leaks_inputs: bool = False
+    offloads_layer_inputs: bool = False
     fused_norm: bool = False
 
     @property

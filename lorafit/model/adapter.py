@@ -74,7 +74,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
 def save_adapter(
     model: Any, folder: Path, *, base_name: str, base_digest: str, quantization: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes the adapter called `default` into an existing folder (made whole by the caller's `atomic_dir`).
+    """Writes the adapter called `default` into a folder (made whole by the caller's `atomic_dir`).
 
     Args:
         model: The PEFT model.
@@ -85,6 +85,7 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[ADAPTER_NAME].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     config |= {"base_model_name_or_path": base_name, "inference_mode": True, "peft_type": "LORA", "auto_mapping": None}

@@ -146,3 +146,18 @@ class FitResult:
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
+
+    @classmethod
+    def of_complete(cls, state: TrainState) -> FitResult:
+        """Of a run that had ended before: nothing was done, nothing was measured."""
+        return cls(
+            steps=state.step,
+            adapter_step=state.best.step if state.best else state.step,
+            best=state.best,
+            stopped_early=state.stopped_early,
+            was_complete=True,
+            tokens=state.tokens,
+            trained_tokens=state.trained_tokens,
+            seconds=state.seconds,
+            peak_memory_bytes=0,
+        )
