@@ -39,6 +39,7 @@ class Numerics:
         keeps_inputs: Every linear keeps its input: full fine-tuning, and LLM.int8().
         leaks_inputs: And out of checkpointing's reach: LLM.int8().
         offloads_layer_inputs: Checkpointed layer inputs wait in host memory.
+        trains_a: Whether the adapters' A is trained; a frozen one (LoRA-FA) keeps nothing of its input.
         fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
     """
 
@@ -51,6 +52,7 @@ class Numerics:
     keeps_inputs: bool = False
     leaks_inputs: bool = False
     offloads_layer_inputs: bool = False
+    trains_a: bool = True
     fused_norm: bool = False
 
     @property
@@ -208,6 +210,8 @@ def _adapter_reads(work: Work, input_bytes: int) -> int:
 def _own_copy_bytes(work: Work, input_bytes: int) -> int:
     """Bytes of a value of the tensor that A multiplies and keeps; 0 where that is the block's shared input itself."""
     n, reads = work.numerics, _adapter_reads(work, input_bytes)
+    if not n.trains_a:
+        return 0
     multiplied = n.compute_bytes if n.autocast else reads
     return multiplied if work.dropout > 0 or multiplied != input_bytes or reads != input_bytes else 0
 
@@ -251,7 +255,9 @@ def _inputs(shape: ModelShape, work: Work, roles: tuple[str, ...]) -> list[Opera
     n, found, waiting = work.numerics, [], 0.0
     linears = [linear for linear in shape.linears if linear.role in roles]
     width = _norm_out_bytes(shape, n)
-    shared = n.keeps_inputs or (any(x in work.adapted for x in linears) and not _own_copy_bytes(work, width))
+    shared = n.keeps_inputs or (
+        n.trains_a and any(x in work.adapted for x in linears) and not _own_copy_bytes(work, width)
+    )
     for number, linear in enumerate(linears):
         operation = _linear(linear, work, input_bytes=width, alive=waiting)
         if shared and number == 0:  # the norm's output itself is kept, once for all
@@ -267,7 +273,7 @@ def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
     width = n.compute_bytes if role == "o" else _product_bytes(shape, n)
     for linear in (linear for linear in shape.linears if linear.role == role):
         kept_anyway = role == "o" or shape.activation == "relu"  # attention keeps its result, and so does relu
-        shared = n.keeps_inputs or (linear in work.adapted and not _own_copy_bytes(work, width))
+        shared = n.keeps_inputs or (n.trains_a and linear in work.adapted and not _own_copy_bytes(work, width))
         held = 0 if kept_anyway else linear.in_features * width
         operation = _linear(
             linear,
