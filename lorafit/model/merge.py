@@ -86,10 +86,8 @@ class MergeReport:
     def describe(self) -> list[str]:
         """For people, line by line."""
         size = self.written_bytes / 2**20
-        lines = [
-            f"merged {self.merged_tensors} of {self.tensors} tensors into the {self.kind} base: {self.output}, "
-            f"{size:,.0f} MiB in {self.seconds:.1f} s"
-        ]
+        what = f"merged {self.merged_tensors} of {self.tensors} tensors into the {self.kind} base"
+        lines = [f"{what}: {self.output}, {size:,.0f} MiB in {self.seconds:.1f} s"]
         if self.proven:
             off = f", {self.codes_off} codes one level off" if self.codes_off else ""
             lines.append(f"{self.rebuilt_tensors} quantised tensors rebuilt and proven to be the run's{off}")

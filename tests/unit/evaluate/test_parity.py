@@ -39,6 +39,20 @@ def test_merged_into_what_was_trained_is_the_adapter(made: Trained) -> None:
     require_parity(parity)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bf16_models_are_compared_in_fp32_and_left_as_they_were(tmp_path: Path, kind: str) -> None:
+    made = train_like(open_base(make_llama(tmp_path / "base")), kind, dtype=torch.bfloat16)
+    merged = merge(made, "dequantized")
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    parity = compare_merge(made.model, merged, ROWS, reporter=Silent())
+    assert parity.mean_kl < 2e-5 and parity.max_logit_difference < 0.02  # the merged weights' own rounding is left
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16} and merged.training is False
+    after = dict(made.model.named_parameters())
+    assert all(after[n].dtype is p.dtype and torch.equal(after[n], p) for n, p in before.items())
+    layers = [m for m in made.model.modules() if hasattr(m, "compute_dtype")]
+    assert all(layer.compute_dtype is torch.bfloat16 for layer in layers)
+
+
 def test_merged_into_other_weights_is_further_away(made: Trained) -> None:
     near = compare_merge(made.model, merge(made, "dequantized"), ROWS, reporter=Silent())
     far = compare_merge(made.model, merge(made, "original"), ROWS, reporter=Silent())

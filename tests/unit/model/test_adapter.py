@@ -104,7 +104,7 @@ def test_an_adapter_of_a_wider_base_does_not_open(trained: Callable[..., Trained
 def test_names_of_the_base_must_agree(trained: Callable[..., Trained]) -> None:
     made = trained("none")
     change(made.adapter, base_model_name_or_path="org/other")
-    with pytest.raises(ModelError, match="base mismatch: .*'org/other'.*'base'"):
+    with pytest.raises(ModelError, match=r"base mismatch: .*'org/other'.*'base'"):
         check_base(read_adapter(made.adapter), made.base)
     (made.adapter / NOTES).unlink()  # another tool's adapter: its shapes decide
     check_base(read_adapter(made.adapter), made.base)
