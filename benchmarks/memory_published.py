@@ -201,22 +201,17 @@ def main(path: Path) -> int:
                 unknown.append((row.get("id", "?"), str(error)))
     print(f"{'row':52} {'predicted':>9} {'measured':>9} {'error':>7}  card")
     refused = 0
-    for row in described:
-        error = row.predicted_bytes / row.measured_bytes - 1
-        verdict = card_verdict(row)
+    for one in described:
+        verdict = card_verdict(one)
         refused += verdict == "refused at headroom 0.05"
-        print(
-            f"{row.id:52.52} {row.predicted_bytes / GIB:9.2f} {row.measured_bytes / GIB:9.2f} {error:+7.1%}  {verdict}"
-        )
+        sizes = f"{one.predicted_bytes / GIB:9.2f} {one.measured_bytes / GIB:9.2f}"
+        print(f"{one.id:52.52} {sizes} {one.error:+7.1%}  {verdict}")
     for title, key in (("by source", "source"), ("by measure", "measure")):
         print(f"\n{title}")
         for value in sorted({str(getattr(one, key)) for one in described}):
-            errors = [
-                abs(row.predicted_bytes / row.measured_bytes - 1) for row in described if getattr(row, key) == value
-            ]
-            print(
-                f"  {value:30} {len(errors):3} rows, mean error {sum(errors) / len(errors):5.1%}, largest {max(errors):5.1%}"
-            )
+            errors = [abs(one.error) for one in described if getattr(one, key) == value]
+            mean = sum(errors) / len(errors)
+            print(f"  {value:30} {len(errors):3} rows, mean error {mean:5.1%}, largest {max(errors):5.1%}")
     print(f"\n{len(described)} rows described, {len(unknown)} not; the default headroom refuses {refused} that did run")
     for name, reason in unknown:
         print(f"  not described: {name}: {reason}")

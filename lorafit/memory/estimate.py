@@ -299,5 +299,5 @@ def loss_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
         return states + shape.vocabulary * labels * (2 * c + 8)
     rows = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
     if labels <= rows:
-        return states + ((2 * c + 4 if c < 4 else 8) * shape.vocabulary + c * shape.hidden_size) * labels
-    return states + ((2 * c + 8 if c < 4 else 12) * shape.vocabulary + c * shape.hidden_size) * rows
+        return states + ((2 * c + 4 if c < 4 else 4) * shape.vocabulary + c * shape.hidden_size) * labels
+    return states + ((2 * c + 8 if c < 4 else 8) * shape.vocabulary + c * shape.hidden_size) * rows
