@@ -74,6 +74,28 @@ def check_loading(info: Mapping[str, Any], folder: Path) -> None:
             raise ModelError(f"{len(names)} {label} while loading: {list_names(names)}", file=str(folder))
 
 
+def check_finite(model: torch.nn.Module, folder: Path) -> None:
+    """Looks for NaN and Inf: plain weights by their extremes, quantised ones by their constants, which inherit them.
+
+    Raises:
+        ModelError: A weight holds one; the first names and their number are given.
+    """
+    import torch
+
+    broken = []
+    for name, parameter in model.named_parameters():
+        state, scales = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
+        if state is not None:
+            evidence = state.offset.reshape(1) if state.nested else state.absmax
+        else:
+            evidence = parameter.detach() if scales is None else scales
+        if evidence.numel() and not all(torch.isfinite(edge) for edge in torch.aminmax(evidence)):
+            broken.append(name)
+    if broken:
+        what = f"{len(broken)} tensors hold non-finite values, NaN or Inf ({list_names(broken)})"
+        raise ModelError(what, file=str(folder), todo="get the weights again")
+
+
 def _place(
     skeleton: Any, entries: Mapping[str, TensorEntry], wanted: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, TensorEntry | None], list[str]]:

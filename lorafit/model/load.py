@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
-from lorafit.model.check import check_loading, check_weights, list_names
+from lorafit.model.check import check_finite, check_loading, check_weights, list_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.weights import read_index
 from lorafit.registry import nearest
@@ -110,6 +110,7 @@ def load_model(
                 raise
             raise _model_error(base, error) from error
     check_loading(info, base.path)
+    check_finite(model, base.path)
     keep_weights_unpacked(model)
     model.requires_grad_(False)
     model.config.use_cache = False  # else packed rows see each other, and checkpointing warns

@@ -165,6 +165,24 @@ def test_missing_extra_and_misshapen_weights_are_counted_before_loading(llama: B
         load(llama)
 
 
+@pytest.mark.parametrize("kind", ["none", "nf4", "fp4", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_named(llama: Base, kind: str, value: float, name: str) -> None:
+    def poke(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].reshape(-1)[77] = value
+
+    edit(llama, poke)
+    with pytest.raises(ModelError, match=rf"1 tensors hold non-finite values, NaN or Inf \({name}\)"):
+        load(llama, kind)
+
+
+def test_double_quantised_constants_show_it_too(llama: Base) -> None:
+    edit(llama, lambda t: t["model.layers.1.mlp.up_proj.weight"].reshape(-1)[77:78].fill_(float("nan")))
+    with pytest.raises(ModelError, match="non-finite"):
+        load(llama, "nf4", double_quant=False)
+
+
 def test_integers_where_floats_belong(llama: Base) -> None:
     edit(llama, lambda t: t.update({"model.norm.weight": torch.ones(128, dtype=torch.int32)}))
     with pytest.raises(ModelError, match=r"model.norm.weight holds I32"):
