@@ -37,6 +37,12 @@ def stage(job: Job, **values: Any) -> Rehearsal:
     )
 
 
+@pytest.fixture(autouse=True)
+def from_one_row_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These rows are tiny, so that measuring begins at one longest row."""
+    monkeypatch.setattr("lorafit.train.rehearsal._FIRST_BUDGET_TOKENS", 1)
+
+
 def open_plan(**fixed: Any) -> Any:
     values = {
         "attention": "auto",
@@ -101,6 +107,19 @@ def test_the_smallest_budget_within_three_per_cent_is_taken(
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
     bounded = stage(job(), fits=lambda tokens, checkpointing: tokens <= 40)
     assert resolve(bounded, open_plan(attention="sdpa")).micro_batch_tokens == 40
+
+
+def test_measuring_begins_at_a_size_that_is_never_far_from_the_best(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine so slow that one measurement takes all the time keeps that size, if it fits."""
+    monkeypatch.setattr("lorafit.train.rehearsal._FIRST_BUDGET_TOKENS", 200)
+    monkeypatch.setattr("lorafit.train.rehearsal._MOST_SECONDS", -1.0)
+    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget: float(budget))
+    assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 200
+    tight = stage(job(), fits=lambda tokens, checkpointing: tokens <= 100)
+    assert resolve(tight, open_plan(attention="sdpa")).micro_batch_tokens == 100
+    assert resolve(stage(job()), open_plan(attention="sdpa", max_micro_batch_tokens=60)).micro_batch_tokens == 60
 
 
 def test_fixed_values_are_kept_and_only_the_heaviest_micro_batches_run(job: Callable[..., Job]) -> None:
