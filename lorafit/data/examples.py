@@ -244,7 +244,7 @@ class _Preparation:
         ledger = Ledger.from_json(stored, names, self.data.bad_rows)
         for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
             source.unread.update({} if source.unread else counts.unread)
-        repeats = [source.section.repeats for source in self.samples.sources]
+        repeats = [getattr(source.section, "repeats", 1.0) for source in self.samples.sources]
         return ExampleSet(lookup.folder, names, repeats), ledger, lookup.reason
 
     def _parts(self) -> dict[str, str]:

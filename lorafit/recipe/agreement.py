@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -85,7 +85,7 @@ def _hub_options_belong_to_the_hub(recipe: Recipe) -> Iterator[Disagreement]:
             ("model.revision", "model.base"), "only hub ids have revisions, and model.base is a file", "remove it"
         )
     validation = recipe.data.validation
-    lists = {
+    lists: dict[str, Sequence[SourceSection]] = {
         "data.train": recipe.data.train,
         "data.validation": validation if isinstance(validation, list) else [],
         "data.test": recipe.data.test or [],

@@ -89,7 +89,8 @@ def _pages(path: KeyPath, slot: Slot) -> list[str]:
         return [_section_page(path, slot.item.model, " (each source)")] if path == ("data", "train") else []
     if isinstance(slot, Variants):
         models = [form.model for form in slot.forms.values() if isinstance(form, Group)]
-        return [_section_page(path, model, f" (or sources, as in {key_text(('data', 'train'))})") for model in models]
+        note = f" (or sources, as in {key_text(('data', 'train'))}, without repeats)"
+        return [_section_page(path, model, note) for model in models]
     if not isinstance(slot, Group):
         return []
     pages = [_section_page(path, slot.model)]

@@ -80,8 +80,6 @@ class SourceSection(Section):
     """How a row is read; `auto` looks at the rows."""
     columns: dict[str, str] = Field(default_factory=dict)
     """`{ours: theirs}`: which of the source's columns holds a field of the format."""
-    repeats: float = Field(default=1.0, gt=0.0, le=1e6)
-    """How often an epoch sees this source; 0.5 sees another half of it each epoch."""
     limit: Count | None = None
     """Rows read from the top; all where null."""
     split: Word = "train"
@@ -90,6 +88,13 @@ class SourceSection(Section):
     """Configuration of a hub data set."""
     revision: Word | None = None
     """Branch, tag or commit of a hub data set."""
+
+
+class TrainSourceSection(SourceSection):
+    """One file or hub data set of rows. Only training has epochs, so only its sources have `repeats`."""
+
+    repeats: float = Field(default=1.0, gt=0.0, le=1e6)
+    """How often an epoch sees this source; 0.5 sees another half of it each epoch."""
 
 
 def _one_source(value: Any) -> Any:
@@ -104,6 +109,7 @@ def _one_source(value: Any) -> Any:
 
 
 Sources = Annotated[list[SourceSection], Field(min_length=1), BeforeValidator(_one_source)]
+TrainSources = Annotated[list[TrainSourceSection], Field(min_length=1), BeforeValidator(_one_source)]
 
 
 class ValidationFraction(Section):
@@ -139,7 +145,7 @@ class BadRowsSection(Section):
 class DataSection(Section):
     """Rows and how they become tokens."""
 
-    train: Sources
+    train: TrainSources
     """Sources that are trained on."""
     validation: Validation | None = None
     """Scored while training: `{fraction: 0.05}` of the training rows, or sources of their own."""

@@ -20,6 +20,8 @@ from lorafit.recipe.outline import (
 from lorafit.recipe.tree import Entry, KeyPath, key_text
 from lorafit.registry import nearest
 
+_MARK_OF_A_SOURCE = "subset"  # a key that sources of rows have, and no other section
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -73,8 +75,8 @@ def _fold(key: str) -> str:
 
 
 def _foreign_name(folded: str, fields: Iterable[str], parent: KeyPath) -> Answer | None:
-    if "repeats" in fields and folded in NAMES_IN_A_SOURCE:
-        ours = NAMES_IN_A_SOURCE[folded]
+    ours = NAMES_IN_A_SOURCE.get(folded, "")
+    if ours in fields and _MARK_OF_A_SOURCE in fields:
         return Answer("unknown key", f"a source's key for this is {ours}", (*parent, ours))
     if folded not in FOREIGN_NAMES:
         return None
@@ -91,7 +93,7 @@ def _kinds_with(name: str, choice: Choice) -> list[str]:
 def _keys_called(name: str) -> list[KeyPath]:
     """Every key of the schema with that last part; lists of sources are all alike, so the first speaks for them."""
     paths = list(dict.fromkeys(path for path, _ in every_key(recipe_outline())))
-    sources = [path[:-1] for path in paths if path[-1] == "repeats"]
+    sources = [path[:-1] for path in paths if path[-1] == _MARK_OF_A_SOURCE]
     return [path for path in paths if path[-1] == name and path[:-1] not in sources[1:]]
 
 

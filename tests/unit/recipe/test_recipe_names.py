@@ -6,7 +6,7 @@ import pytest
 
 from lorafit.recipe.names import FOREIGN_NAMES, NAMES_IN_A_SOURCE
 from lorafit.recipe.outline import Choice, every_key, fields_of, recipe_outline
-from lorafit.recipe.schema import SourceSection
+from lorafit.recipe.schema import TrainSourceSection
 from lorafit.recipe.words import FOREIGN_VALUES, OneNameOf
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, parts
 
@@ -18,13 +18,13 @@ def test_every_answer_names_a_key_that_exists() -> None:
     """The table cannot rot: a key that is renamed must be renamed in it."""
     choices = {f"{key}.kind" for key, slot in KEYS.items() if isinstance(slot, Choice)}
     assert {ours for ours in OURS.values() if ours} - set(KEYS) - choices == {"extends"}
-    assert set(NAMES_IN_A_SOURCE.values()) <= set(fields_of(SourceSection))
+    assert set(NAMES_IN_A_SOURCE.values()) <= set(fields_of(TrainSourceSection))
 
 
 def test_a_foreign_name_is_never_one_of_ours_in_its_place() -> None:
     """A name that is a key of ours at the top would never be looked up."""
     assert not set(FOREIGN_NAMES) & set(fields_of(recipe_outline().model))
-    assert not set(NAMES_IN_A_SOURCE) & set(fields_of(SourceSection))
+    assert not set(NAMES_IN_A_SOURCE) & set(fields_of(TrainSourceSection))
 
 
 def test_every_foreign_value_has_a_value_of_ours() -> None:
@@ -224,3 +224,9 @@ weight_decay: 0.0
     written = {line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")}
     assert answered == written | {"name"}, "each of its keys, and the one that is missing"
     assert not any("missing" in line for line in lines if ": name: " not in line)
+
+
+def test_only_training_repeats_rows(fails: Fails) -> None:
+    """Held-out rows are scored once each: `repeats` would do nothing there."""
+    error = fails(MINIMAL.replace("a.jsonl}", "a.jsonl, test: [{path: b.jsonl, repeats: 2}]}"))
+    assert "data.test[0].repeats: unknown key here; did you mean data.train.repeats?" in str(error)
