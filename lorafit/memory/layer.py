@@ -229,9 +229,10 @@ def _linear(
     """
     n, width_in, width_out = work.numerics, linear.in_features, linear.out_features
     c, result, weight = n.compute_bytes, n.compute_bytes * linear.out_features, work.dequantised_bytes(linear)
-    base, arriving = [Moment("forward", alive + result, weight)], 0 if ends_block else result
+    arriving = 0 if ends_block else result
     if linear not in work.adapted:
-        return Operation(linear.name, 0.0, (*base, Moment("backward", arriving + c * width_in, weight)))
+        plain = (Moment("forward", alive + result, weight), Moment("backward", arriving + c * width_in, weight))
+        return Operation(linear.name, 0.0, plain)
     reads, copy = _adapter_reads(work, input_bytes), _own_copy_bytes(work, input_bytes)
     mask = (reads if n.device_kind == "cpu" else 1) if work.dropout > 0 else 0
     stages = [reads] * ((reads != input_bytes) + (work.dropout > 0))  # cast, dropout
@@ -241,13 +242,15 @@ def _linear(
     steps = [c if n.autocast else reads, *reversed(stages), input_bytes]  # widths of the gradient on its way back
     returns = max(max(x + y for x, y in pairwise(steps)) - copy, 0) if len(stages) else steps[0]
     low = c if n.autocast else n.adapter_bytes
-    moments = [
+    kept = (copy + mask) * width_in + low * work.rank
+    moments = (
+        Moment("forward", alive + result - kept, weight),  # W comes first, when the adapter has kept nothing yet
         Moment("forward", alive + result + wide * width_in),
         Moment("forward", alive + result + 2 * low * width_out + (reads * width_in if reads != input_bytes else 0)),
         Moment("backward", arriving + returns * width_in),
         Moment("backward", arriving + (3 * c - copy - mask) * width_in - freed, weight),
-    ]
-    return Operation(linear.name, (copy + mask) * width_in + low * work.rank, (*base, *moments))
+    )
+    return Operation(linear.name, kept, moments)
 
 
 def _inputs(shape: ModelShape, work: Work, roles: tuple[str, ...]) -> list[Operation]:
