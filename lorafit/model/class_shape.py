@@ -74,7 +74,10 @@ def read_class_shape(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(
         model_type=kind,
         hidden_size=hidden,
-        intermediate_size=max((x.in_features for x in linears if x.role == "down"), default=int(getattr(text, "intermediate_size", 4 * hidden))),
+        intermediate_size=max(
+            (x.in_features for x in linears if x.role == "down"),
+            default=int(getattr(text, "intermediate_size", 4 * hidden)),
+        ),
         layers=int(text.num_hidden_layers),
         heads=heads,
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),

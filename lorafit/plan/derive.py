@@ -164,9 +164,7 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
     )
 
 
-def memory_question(
-    recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts
-) -> MemoryQuestion:
+def memory_question(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> MemoryQuestion:
     """What a step of this run holds, by micro-batch and checkpointing; the rehearsal asks it too."""
     return MemoryQuestion(
         recipe=recipe,
