@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 
 EXIT_OUR_BUG = 1
 EXIT_BROKEN_PIPE = 141
-_CommandLineError: type[Exception] = typer.BadParameter.__mro__[
-    2
-]  # base of every error that typer finds in a command line
+_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
 
 _COMMON_FLAGS = {
     "json": "One JSON object on stdout instead of tables.",
@@ -101,7 +100,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", readable=False, help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -326,7 +325,6 @@ def _report_command_line(error: Exception) -> int:
 def _report_bug(error: BaseException) -> int:
     """Writes the traceback to a file and names it."""
     import tempfile
-    import traceback
 
     text = "".join(traceback.format_exception(error))
     descriptor, name = tempfile.mkstemp(prefix="lorafit-traceback-", suffix=".txt", text=True)
@@ -363,8 +361,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except LorafitError as error:
-        if _debugging():
-            raise
+        _show_traceback()
         return _report(error)
     except _CommandLineError as error:
         return _report_command_line(error)
@@ -380,14 +377,15 @@ def _exit_code(run: Callable[[], Any]) -> int:
         )
         return 7
     except Exception as error:
-        if _debugging():
-            raise
+        _show_traceback()
         known = _os_error(error) if isinstance(error, OSError) else None
         return _report(known) if known else _report_bug(error)
 
 
-def _debugging() -> bool:
-    return bool(_ran_with) and _ran_with[-1].debug
+def _show_traceback() -> None:
+    """With `--debug`. Exit code and last line are the same with it."""
+    if _ran_with and _ran_with[-1].debug:
+        _say(traceback.format_exc())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -395,6 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    _ran_with.clear()
     with _termination_as_error():
         code = _exit_code(lambda: app(args=arguments, standalone_mode=False))
     sys.exit(code)

@@ -139,7 +139,12 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
     for part in output.parts:
         if len(os.fsencode(part)) > LONGEST_NAME_BYTES:
             raise UsageError(f"name too long: '{part[:40]}…'", key="output", todo=f"{LONGEST_NAME_BYTES} bytes at most")
-    made = output.resolve()
+    try:
+        made = output.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: what Python 3.11 and 3.12 call a loop
+        raise UsageError(
+            f"the output {output.name} goes through a loop of links", key="output", todo="choose another folder"
+        ) from error
     for entry in inputs:
         source = entry.resolve()
         if made == source or made in source.parents:

@@ -1,0 +1,204 @@
+"""A tiny base once a session, and a fresh folder with a recipe and rows over it for each test."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.tiny_world import make_base, make_rows, write_rows
+
+SCRIPT = Path(sys.executable).with_name("lorafit")
+DAC_CAPABILITIES = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH: with them root may read and write everything
+PR_CAPBSET_DROP = 24
+
+RECIPE = """\
+name: tiny
+model:
+  base: {base}
+  dtype: fp32
+  attention: eager
+  quantization: none
+adapter:
+  kind: lora
+  r: 4
+  alpha: 8
+  dropout: 0.0
+data:
+  train: d.jsonl
+  max_length: 128
+training:
+  max_steps: 2
+  batch_size: 4
+  micro_batch_tokens: 256
+  learning_rate: 1.0e-2
+  optimizer: adamw
+  gradient_checkpointing: false
+evaluation:
+  final: [perplexity]
+  max_new_tokens: 8
+checkpoints:
+  every_steps: 1
+output: run
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def last(self) -> str:
+        """The last line on stderr: what a user is owed."""
+        return next((line for line in reversed(self.stderr.splitlines()) if line.strip()), "")
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object that `--json` prints."""
+        return json.loads(self.stdout)
+
+
+def say_all(outcome: Outcome, exit_code: int, *parts: str) -> None:
+    """The exit code, the form of the last line, and that it says each part, in any case."""
+    shown = f"exit {outcome.code}\n{outcome.stderr}"
+    assert outcome.code == exit_code, shown
+    assert "Traceback" not in outcome.stderr, shown
+    if exit_code == 0:
+        text = (outcome.stdout + outcome.stderr).lower()
+    else:
+        text = outcome.last.lower()
+        assert outcome.last.startswith("error: "), shown
+        assert len(outcome.last) <= 300, shown
+    assert [part for part in parts if part.lower() not in text] == [], shown
+
+
+def drop_dac() -> None:
+    """In a child: takes root's right to ignore file modes, so that chmod means something. Others have none to lose."""
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None)
+        for capability in DAC_CAPABILITIES:
+            libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+@dataclass
+class World:
+    """A folder to work in, with `r.yaml` and `d.jsonl`, and the command line to work with."""
+
+    root: Path
+    base: Path
+    invoke: Callable[[Sequence[str]], Outcome]
+    environment: dict[str, str]
+    loaded: list[str] = field(default_factory=list)  # an entry for each time that weights were loaded
+
+    def recipe(self, *changes: tuple[str, str], name: str = "r.yaml") -> int:
+        """Writes the recipe with pieces of its text replaced; gives the line of the first replacement's last line."""
+        text, line = RECIPE.format(base=self.base), 0
+        for old, new in changes:
+            assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the recipe"
+            line = line or text[: text.index(old)].count("\n") + new.count("\n") + 1
+            text = text.replace(old, new)
+        (self.root / name).write_text(text, encoding="utf-8")
+        return line
+
+    def rows(self, count: int = 12, name: str = "d.jsonl", *, first: int = 0) -> Path:
+        """Writes good rows."""
+        return write_rows(self.root / name, make_rows(count, first=first))
+
+    def run(self, *arguments: str) -> Outcome:
+        """`lorafit ...` in this process."""
+        return self.invoke(arguments)
+
+    def spawn(self, *arguments: str, before: Sequence[str] = (), **options: Any) -> Outcome:
+        """`lorafit ...` in a process of its own; `before`: a command that runs it, e.g. `unshare -n`."""
+        environment = {**self.environment, **options.pop("env", {})}
+        done = subprocess.run(
+            [*before, str(SCRIPT), *arguments],
+            cwd=options.pop("cwd", self.root),
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=300,
+            check=False,
+            **options,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """The same, left running."""
+        environment = {**self.environment, **options.pop("env", {})}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        return subprocess.Popen([str(SCRIPT), *arguments], cwd=self.root, env=environment, encoding="utf-8", **pipes)
+
+    def digests(self, below: str = ".") -> Mapping[str, str]:
+        """The hash of every file and the place of every folder and link below a folder, as a test of 'unchanged'."""
+        folder = self.root / below
+        return {
+            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file()
+            else "folder or broken link"
+            for path in sorted(folder.rglob("*"))
+        }
+
+    def weights(self, run: str = "run") -> str:
+        """The hash of a run's adapter weights."""
+        return hashlib.sha256((self.root / run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def world(
+    tmp_path: Path,
+    tiny_base: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> World:
+    """A folder with a good recipe and good rows, which is also the current folder."""
+    from lorafit import cli
+    from lorafit.model import load
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"LORAFIT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
+
+    def invoke(arguments: Sequence[str]) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        code = stop.value.code
+        return Outcome(code if isinstance(code, int) else 0, shown.out, shown.err)
+
+    made = World(tmp_path, tiny_base, invoke, dict(os.environ))
+    real = load.load_model
+
+    def load_model(*arguments: Any, **options: Any) -> Any:
+        made.loaded.append("weights")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(load, "load_model", load_model)
+    made.recipe()
+    made.rows()
+    return made

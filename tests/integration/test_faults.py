@@ -1,0 +1,497 @@
+"""Bad recipes, bad command lines and bad rows, tried through the command line: what each says, how it ends, what it leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import SCRIPT, World, drop_dac, say_all
+from tests.integration.tiny_world import make_base, make_rows
+
+RECIPE_COMMANDS = ("validate", "train", "preview", "estimate-memory")
+
+# id, (text of the good recipe, what stands there instead)s, what the last line says; LINE is that of the fault
+RECIPE_FAULTS = [
+    ("syntax error", [("  base: {base}", "  base: [1, 2")], ["r.yaml:"]),
+    (
+        "duplicate key",
+        [("  learning_rate: 1.0e-2", "  learning_rate: 1e-4\n  learning_rate: 1e-2")],
+        ["r.yaml:LINE", "duplicate key", "first at line 19"],
+    ),
+    ("unknown key", [("  dropout: 0.0", "  dropuot: 0.1")], ["r.yaml:LINE", "adapter.dropuot", "did you mean", "dropout"]),
+    (
+        "no number",
+        [("learning_rate: 1.0e-2", "learning_rate: fast")],
+        ["r.yaml:LINE", "training.learning_rate", "number", "fast"],
+    ),
+    ("learning rate", [("learning_rate: 1.0e-2", "learning_rate: -1")], ["training.learning_rate", "allowed range"]),
+    ("dropout", [("  dropout: 0.0", "  dropout: 1.5")], ["adapter.dropout", "allowed range"]),
+    ("rank zero", [("  r: 4", "  r: 0")], ["adapter.r", "allowed range"]),
+    ("rank below zero", [("  r: 4", "  r: -1")], ["adapter.r", "allowed range"]),
+    ("alpha", [("  alpha: 8", "  alpha: 0")], ["adapter.alpha", "allowed range"]),
+    ("batch size", [("  batch_size: 4", "  batch_size: 0")], ["training.batch_size", "allowed range"]),
+    ("epochs", [("  max_steps: 2", "  epochs: -1")], ["training.epochs", "allowed range"]),
+    ("checkpoint steps", [("  every_steps: 1", "  every_steps: 0")], ["checkpoints.every_steps", "allowed range"]),
+    ("checkpoints kept", [("  every_steps: 1", "  keep_last: 0")], ["checkpoints.keep_last", "allowed range"]),
+    ("seed", [("name: tiny", "name: tiny\nseed: -1")], ["seed", "allowed range"]),
+    ("infinite", [("learning_rate: 1.0e-2", "learning_rate: .inf")], ["training.learning_rate"]),
+    ("not a number", [("learning_rate: 1.0e-2", "learning_rate: .nan")], ["training.learning_rate"]),
+    ("boolean for integer", [("  max_steps: 2", "  epochs: yes")], ["epochs", "ambiguous"]),
+    ("true for integer", [("  max_steps: 2", "  epochs: true")], ["r.yaml:LINE", "training.epochs"]),
+    ("norway", [("name: tiny", "name: no")], ["name", "quote it"]),
+    ("octal", [("name: tiny", "name: tiny\nseed: 010")], ["seed", "ambiguous"]),
+    ("base 60", [("  max_steps: 2", "  max_steps: 1:30")], ["training.max_steps", "ambiguous"]),
+    ("alias of itself", [("name: tiny", "name: tiny\na: &a [*a]")], ["alias"]),
+    ("control character", [("name: tiny", 'name: "ti\0ny"')], ["r.yaml", "control character"]),
+    ("escaped control character", [("name: tiny", 'name: "ti\\0ny"')], ["r.yaml", "control character"]),
+    (
+        "two errors",
+        [("  dropout: 0.0", "  dropuot: 0.1"), ("learning_rate: 1.0e-2", "learning_rate: fast")],
+        ["r.yaml", "2 errors", "first:"],
+    ),
+    (
+        "early stopping on what is not measured",
+        [
+            ("  final: [perplexity]", "  during: [loss]\n  every_steps: 1\n  early_stopping: {metric: accuracy}"),
+            ("  max_length: 128", "  max_length: 128\n  validation: d.jsonl"),
+        ],
+        ["evaluation.early_stopping.metric", "available", "loss"],
+    ),
+    (
+        "evaluation without rows",
+        [("  final: [perplexity]", "  every_steps: 10")],
+        ["evaluation.every_steps", "data.validation"],
+    ),
+    (
+        "warm-up longer than the run",
+        [("  max_steps: 2", "  max_steps: 10\n  schedule: {kind: cosine, warmup_steps: 500}")],
+        ["warmup_steps", "500", "10"],
+    ),
+    ("nothing to train", [("  dropout: 0.0", "  target_modules: []")], ["no trainable parameters"]),
+    ("unknown metric", [("  final: [perplexity]", "  final: [vibes]")], ["vibes", "available"]),
+    ("kind that is not offered", [("  kind: lora", "  kind: full")], ["adapter", "full"]),
+    ("several documents", [("output: run", "output: run\n---\nname: two")], ["r.yaml", "document"]),
+    ("a tag", [("name: tiny", "name: !!python/object/apply:os.system [touch PWNED]")], ["r.yaml:LINE"]),
+    ("a preset that is none", [("name: tiny", "extends: nope\nname: tiny")], ["r.yaml:1", "nope"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), [fault[1:] for fault in RECIPE_FAULTS], ids=[f[0] for f in RECIPE_FAULTS])
+def test_recipe(world: World, changes: list[tuple[str, str]], said: list[str]) -> None:
+    line = world.recipe(*[(old.format(base=world.base), new) for old, new in changes])
+    before = world.digests()
+    for command in RECIPE_COMMANDS:
+        say_all(world.run(command, "r.yaml"), 3, *[part.replace("LINE", str(line)) for part in said])
+    assert world.digests() == before
+    assert world.loaded == []
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_recipe_missing(world: World, command: str) -> None:
+    before = world.digests()
+    say_all(world.run(command, "nope.yaml"), 2, "nope.yaml", "no such file")
+    assert world.digests() == before
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_recipe_is_a_folder(world: World, command: str) -> None:
+    (world.root / "folder.yaml").mkdir()
+    say_all(world.run(command, "folder.yaml"), 2, "folder.yaml")
+
+
+def test_recipe_unreadable(world: World) -> None:
+    (world.root / "r.yaml").chmod(0)
+    before = sorted(path.name for path in world.root.iterdir())
+    for command in ("validate", "train"):
+        say_all(world.spawn(command, "r.yaml", preexec_fn=drop_dac), 2, "r.yaml", "permission denied")
+    assert sorted(path.name for path in world.root.iterdir()) == before
+
+
+RECIPE_BYTES = [
+    ("syntax error on line 4", b"name: x\n# two\n# three\na: [1, 2\n", ["r.yaml:4"]),
+    ("oversized", b"# a comment of many\n" * 160_000, ["r.yaml", "larger than"]),
+    ("latin-1", b"name: " + b"x" * 34 + b"\xe9\n", ["r.yaml", "UTF-8", "byte 40"]),
+    ("UTF-16", "name: x\n".encode("utf-16"), ["r.yaml", "UTF-8"]),
+    ("empty", b"", ["r.yaml"]),
+    ("a list", b"- name: x\n", ["r.yaml"]),
+    ("deep", b"a: " + b"[" * 3000 + b"]" * 3000, ["r.yaml"]),
+    (
+        "many aliases",
+        b"a: &a [x,x,x,x,x,x,x,x]\n" + b"".join(
+            b"%c: &%c [%s]\n" % (98 + n, 98 + n, b",".join([b"*%c" % (97 + n)] * 8)) for n in range(8)
+        ),
+        ["r.yaml", "alias"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), [fault[1:] for fault in RECIPE_BYTES], ids=[f[0] for f in RECIPE_BYTES])
+def test_recipe_bytes(world: World, content: bytes, said: list[str]) -> None:
+    (world.root / "r.yaml").write_bytes(content)
+    before = world.digests()
+    for command in ("validate", "train"):
+        began = time.monotonic()
+        say_all(world.run(command, "r.yaml"), 3, *said)
+        assert time.monotonic() - began < 1
+    assert world.digests() == before
+
+
+def test_byte_order_mark_and_crlf_change_nothing(world: World) -> None:
+    plain = world.run("validate", "r.yaml", "--json").json["digest"]
+    text = (world.root / "r.yaml").read_bytes()
+    (world.root / "r.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    assert world.run("validate", "r.yaml", "--json").json["digest"] == plain
+    world.recipe(("  r: 4", "  r: 5"))
+    assert world.run("validate", "r.yaml", "--json").json["digest"] != plain
+
+
+def test_secrets_are_refused_and_not_echoed(world: World) -> None:
+    line = world.recipe(("name: tiny", "name: tiny\nhf_token: hf_canary"))
+    for command in RECIPE_COMMANDS:
+        outcome = world.run(command, "r.yaml")
+        say_all(outcome, 8, f"r.yaml:{line}", "environment")
+        assert "canary" not in outcome.stdout + outcome.stderr
+
+
+def test_no_trainable_parameters_where_a_target_matches_nothing(world: World) -> None:
+    world.recipe(("  dropout: 0.0", "  target_modules: [query]"))
+    say_all(world.run("train", "r.yaml"), 3, "adapter.target_modules", "query", "q_proj")
+    assert not (world.root / "run").exists()
+    assert world.loaded == []
+
+
+def test_relative_paths_belong_to_the_recipe(
+    world: World, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say_all(world.run("train", "r.yaml"), 0)
+    here = world.weights()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / "d.jsonl").write_text(json.dumps({"question": "another", "answer": "file"}) + "\n")
+    shutil.rmtree(world.root / "run")
+    say_all(world.run("train", str(world.root / "r.yaml")), 0)
+    assert world.weights() == here
+    assert [path.name for path in elsewhere.iterdir()] == ["d.jsonl"]
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+COMMAND_LINES = [
+    (["trian", "r.yaml"], ["trian", "did you mean train"]),
+    (["train", "r.yaml", "--ouput", "d"], ["--ouput", "did you mean", "--output"]),
+    (["train"], ["recipe"]),
+    (["train", "r.yaml", "r.yaml"], ["r.yaml"]),
+    (["train", "r.yaml", "--resume-from", "-1"], ["--resume-from", "greater than or equal to 0"]),
+    (["train", "r.yaml", "--resume-from", "x"], ["--resume-from", "integer"]),
+    (["train", "r.yaml", "--output"], ["--output"]),
+    (["preview", "r.yaml", "--rows", "-1"], ["--rows", "greater"]),
+    (["eval", "run", "--limit", "0"], ["--limit", "greater"]),
+    (["generate", "run"], ["prompt"]),
+    (["generate", "run", "--prompt", "a", "--input", "d.jsonl"], ["--prompt"]),
+    (["generate", "run", "--prompt", "a", "--temperature", "-1"], ["--temperature", "greater"]),
+    (["merge", "run"], ["--output"]),
+    (["estimate-memory", "r.yaml", "--gpu", "-1GiB"], ["--gpu", "range"]),
+    (["estimate-memory", "r.yaml", "--gpu", "rtx-9999"], ["--gpu", "rtx-9999"]),
+    (["estimate-memory", "r.yaml", "--headroom", "2"], ["--headroom", "less than"]),
+    (["eval", "nope"], ["nope", "no such file"]),
+    (["merge", "nope", "--output", "m"], ["nope", "no such file"]),
+    (["generate", "nope", "--prompt", "a"], ["nope", "no such file"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), COMMAND_LINES, ids=[" ".join(line) for line, _ in COMMAND_LINES])
+def test_command_line(world: World, arguments: list[str], said: list[str]) -> None:
+    before = world.digests()
+    say_all(world.run(*arguments), 2, *said)
+    assert world.digests() == before
+    assert world.loaded == []
+
+
+SETS = [
+    ("adapter.dropuot=0.1", ["--set", "adapter.dropuot", "did you mean"]),
+    ("adapter.r=0", ["--set", "adapter.r", "allowed range"]),
+    ("adapter.r", ["--set", "adapter.r", "="]),
+    ("=3", ["--set"]),
+    ("", ["--set"]),
+    ("training.epochs=yes", ["--set", "training.epochs"]),
+    ("training=[1, 2", ["--set", "training"]),
+    ("name.first=x", ["--set", "name"]),
+    ("adapter.r=1000000000", ["--set", "adapter.r", "range"]),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), SETS, ids=[f"set {override!r}" for override, _ in SETS])
+def test_set_goes_through_the_same_checks(world: World, override: str, said: list[str]) -> None:
+    before = world.digests()
+    for command in RECIPE_COMMANDS:
+        outcome = world.run(command, "r.yaml", "--set", override)
+        say_all(outcome, outcome.code, *said)
+        assert outcome.code in (2, 3)
+    assert world.digests() == before
+
+
+def test_output_parent_not_writable(world: World) -> None:
+    (world.root / "closed").mkdir(mode=0o555)
+    for output in ("closed/run", "closed/deeper/run"):
+        outcome = world.spawn("train", "r.yaml", "--output", output, preexec_fn=drop_dac)
+        say_all(outcome, 2, "output", "not writable")
+        assert list((world.root / "closed").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["", "data", "data/d.jsonl", "base", "template", "start", "link", "data/../data", "base/"],
+    ids=lambda output: output or "the recipe's own folder",
+)
+def test_output_is_an_input(world: World, output: str) -> None:
+    """The recipe's own folder, the folder or file of the data, the model, the template, an adapter to start from."""
+    for folder in ("data", "template", "start"):
+        (world.root / folder).mkdir()
+    shutil.copytree(world.base, world.root / "base")
+    world.rows(name="data/d.jsonl")
+    (world.root / "template" / "t.jinja").write_text("{{ messages }}")
+    (world.root / "link").symlink_to("base")
+    world.recipe(
+        (f"  base: {world.base}", "  base: base"),
+        ("  train: d.jsonl", "  train: data/d.jsonl\n  chat_template: template/t.jinja"),
+        ("  dropout: 0.0", "  dropout: 0.0\n  init_from: start"),
+    )
+    before = world.digests()
+    say_all(world.run("train", "r.yaml", "--output", str(world.root / output)), 2, "output", "also an input")
+    say_all(world.run("train", "r.yaml", "--set", f"output={world.root / output}"), 2, "output", "also an input")
+    assert world.digests() == before
+    assert world.loaded == []
+
+
+@pytest.mark.parametrize("kind", ["file", "long", "deep and long", "file above", "loop"])
+def test_output_that_cannot_be(world: World, kind: str) -> None:
+    (world.root / "file").write_text("mine")
+    (world.root / "loop").symlink_to("loop")
+    output, said = {
+        "file": ("file", "output"),
+        "long": ("x" * 300, "name too long"),
+        "deep and long": ("a/" + "é" * 150 + "/b", "name too long"),
+        "file above": ("file/run", "output"),
+        "loop": ("loop/run", "output"),
+    }[kind]
+    before = world.digests()
+    say_all(world.run("train", "r.yaml", "--output", output), 2, said)
+    say_all(world.run("train", "r.yaml", "--set", f"output={output}"), 2, said)
+    assert world.digests() == before
+    assert world.loaded == []
+
+
+@pytest.mark.parametrize("name", ["x;touch PWNED$(id)", "-rf", "~", "ä 🙂 b", "a'b\"c", "$HOME", "%s{0}", "[bold]x"])
+def test_output_names_are_literal(world: World, name: str) -> None:
+    world.recipe(("output: run", f"output: {json.dumps(name, ensure_ascii=False)}"), ("max_steps: 2", "max_steps: 1"))
+    outcome = world.run("train", "r.yaml")
+    say_all(outcome, 0, name)
+    assert (world.root / name / "adapter" / "adapter_model.safetensors").is_file()
+    assert sorted(path.name for path in world.root.iterdir()) == sorted(["d.jsonl", "r.yaml", name])
+    say_all(world.run("eval", f"./{name}", "--limit", "1", "--split", "train"), 0, name)
+
+
+def test_trailing_slash_and_link_as_output(world: World) -> None:
+    (world.root / "disk").mkdir()
+    (world.root / "linked").symlink_to("disk")
+    for output in ("slash/", "linked"):
+        say_all(world.run("train", "r.yaml", "--output", output), 0)
+        assert (world.root / output / "adapter").is_dir()
+    assert (world.root / "linked").is_symlink()
+    assert (world.root / "disk" / "manifest.json").is_file()
+
+
+def test_foreign_files_in_the_output_stay(world: World) -> None:
+    (world.root / "run" / "checkpoints" / "mine").mkdir(parents=True)
+    (world.root / "run" / "notes.txt").write_text("mine")
+    say_all(world.run("train", "r.yaml", "--set", "checkpoints.keep_last=1"), 0)
+    assert (world.root / "run" / "notes.txt").read_text() == "mine"
+    assert (world.root / "run" / "checkpoints" / "mine").is_dir()
+
+
+def test_a_second_run_into_the_same_folder(world: World) -> None:
+    say_all(world.run("train", "r.yaml"), 0)
+    before = world.digests()
+    say_all(world.run("train", "r.yaml"), 2, "run", "output", "--resume")
+    say_all(world.run("train", "r.yaml", "--set", "adapter.r=8", "--resume"), 6, "adapter.r")
+    say_all(world.run("train", "r.yaml", "--resume"), 0, "already complete")
+    say_all(world.run("train", "r.yaml", "--resume-from", "77"), 6, "77")
+    assert world.digests() == before
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def text_rows(count: int, **changes: str) -> str:
+    """Good rows of plain text; `row3="..."` puts something else on line 3."""
+    lines = [json.dumps({"text": f"the shop opens at {number}"}) for number in range(1, count + 1)]
+    for place, line in changes.items():
+        lines[int(place.removeprefix("row")) - 1] = line
+    return "".join(line + "\n" for line in lines)
+
+
+def chat(*roles: str) -> str:
+    return json.dumps({"messages": [{"role": role, "content": "it opens"} for role in roles]})
+
+
+DATA_FAULTS: list[tuple[str, bytes | str, list[str]]] = [
+    ("empty", b"", ["d.jsonl", "no rows"]),
+    ("only blank lines", b"\n\n \n", ["d.jsonl", "no rows"]),
+    ("malformed in the middle", text_rows(20, row17="{oops}"), ["d.jsonl:17", "invalid JSON"]),
+    ("truncated last line", text_rows(5)[:-12], ["d.jsonl:5", "truncated"]),
+    ("typo in a key", text_rows(3, row2='{"txet": "the shop"}'), ["d.jsonl:2", "missing", "text"]),
+    ("type changes", '{"text": 1}\n{"text": "x"}\n', ["d.jsonl:1", "text", "expected string"]),
+    ("type changes later", text_rows(9, row8='{"text": 1}'), ["d.jsonl:8", "text", "expected string"]),
+    ("text is null", text_rows(9, row8='{"text": null}'), ["d.jsonl:8", "text"]),
+    ("no assistant turn", f"{chat('user', 'assistant')}\n{chat('user')}\n", ["d.jsonl:2", "assistant"]),
+    ("only a system turn", f"{chat('system')}\n", ["d.jsonl:1", "assistant"]),
+    ("empty messages", f'{chat("user", "assistant")}\n{{"messages": []}}\n', ["d.jsonl:2", "assistant"]),
+    ("no rows but messages", '{"messages": []}\n', ["d.jsonl:1", "assistant"]),
+    ("duplicate key", '{"text": "a", "text": "b"}\n', ["d.jsonl:1", "duplicate key"]),
+    ("NaN", '{"text": NaN}\n', ["d.jsonl:1", "NaN"]),
+    ("Infinity", text_rows(3, row3='{"text": "a", "x": -Infinity}'), ["d.jsonl:3", "Infinity"]),
+    ("lone surrogate", '{"text": "\\ud800"}\n', ["d.jsonl:1", "surrogate"]),
+    ("invalid UTF-8", text_rows(3).encode().replace(b"at 2", b"at \xe9"), ["d.jsonl:2", "UTF-8"]),
+    ("NULs", text_rows(4, row3="\0\0\0\0"), ["d.jsonl:3", "NUL"]),
+    ("UTF-16", text_rows(4).encode("utf-16"), ["d.jsonl", "UTF-8"]),
+    ("UTF-16 without a mark", text_rows(4).encode("utf-16-le"), ["d.jsonl", "UTF-8"]),
+    ("deep", text_rows(3, row1='{"text":' + "[" * 3000 + "]" * 3000 + "}"), ["d.jsonl:1", "nested"]),
+    ("git-lfs", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", ["d.jsonl", "git-lfs pointer"]),
+    ("web page", "<!DOCTYPE html>\n<html></html>\n", ["d.jsonl", "web page"]),
+    ("a list in jsonl", "[1, 2]\n", ["d.jsonl:1"]),
+    ("unknown format", '{"alpha": "a", "beta": "b"}\n', ["d.jsonl", "alpha"]),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), [fault[1:] for fault in DATA_FAULTS], ids=[f[0] for f in DATA_FAULTS])
+def test_rows(world: World, content: bytes | str, said: list[str]) -> None:
+    (world.root / "d.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = world.digests()
+    for command in ("preview", "train"):
+        say_all(world.run(command, "r.yaml"), 4, *said)
+    assert world.digests() == before
+    assert world.loaded == []
+
+
+def test_data_file_missing(world: World) -> None:
+    world.recipe(("train: d.jsonl", "train: [{path: nope.jsonl}]"))
+    for command in ("preview", "train"):
+        say_all(world.run(command, "r.yaml"), 4, "nope.jsonl", "no such file")
+    assert world.loaded == []
+    assert not (world.root / "run").exists()
+
+
+def test_all_missing_files_are_named(world: World) -> None:
+    world.recipe(("train: d.jsonl", "train: [one.jsonl, two.jsonl]"))
+    outcome = world.run("train", "r.yaml")
+    say_all(outcome, 4, "2 errors", "one.jsonl")
+    assert "two.jsonl" in outcome.stderr
+
+
+def test_data_unreadable(world: World) -> None:
+    (world.root / "d.jsonl").chmod(0)
+    say_all(world.spawn("train", "r.yaml", preexec_fn=drop_dac), 4, "d.jsonl", "permission denied")
+
+
+VARIANTS: dict[str, Callable[[bytes], bytes]] = {
+    "byte order mark": lambda text: b"\xef\xbb\xbf" + text,
+    "CRLF": lambda text: text.replace(b"\n", b"\r\n"),
+    "no final newline": lambda text: text.rstrip(b"\n"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_harmless_bytes_change_no_row(world: World, variant: str) -> None:
+    def rows() -> list[tuple[list[int], list[int]]]:
+        return [(row["input_ids"], row["labels"]) for row in world.run("preview", "r.yaml", "--json").json["rows"]]
+
+    plain, file = rows(), world.root / "d.jsonl"
+    file.write_bytes(VARIANTS[variant](file.read_bytes()))
+    assert rows() == plain
+    assert len(plain) == 12
+
+
+def test_long_line_is_not_held_in_memory(world: World) -> None:
+    with (world.root / "d.jsonl").open("wb") as file:
+        file.write(b'{"text":"')
+        for _ in range(50):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n')
+    process = world.start("train", "r.yaml", stdout=subprocess.DEVNULL)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 4, said
+    assert "d.jsonl:1" in said.splitlines()[-1] and "longer than" in said.splitlines()[-1]
+    peak_mib = usage.ru_maxrss / 1024
+    assert peak_mib < 700, peak_mib
+
+
+def test_loading_scripts_are_not_executed(world: World) -> None:
+    (world.root / "d").mkdir()
+    shutil.copy(world.root / "d.jsonl", world.root / "d" / "d.jsonl")
+    (world.root / "d" / "d.py").write_text("from pathlib import Path\nPath('PWNED').touch()\n")
+    for path in ("d", "d/d.py"):
+        world.recipe(("train: d.jsonl", f"train: {path}"))
+        for command in ("preview", "train"):
+            say_all(world.run(command, "r.yaml"), 8, "d.py", "not executed")
+    assert not list(world.root.rglob("PWNED"))
+
+
+def test_every_row_loses_all_labels(world: World) -> None:
+    world.recipe(("  max_length: 128", "  max_length: 8\n  overlength: drop"))
+    for command in ("preview", "train"):
+        outcome = world.run(command, "r.yaml")
+        say_all(outcome, 4, "max_length")
+        assert "no trainable tokens" in outcome.last or "no rows" in outcome.last, outcome.last
+    assert world.loaded == []
+
+
+def test_overlong_rows_are_an_error_unless_said(world: World) -> None:
+    world.recipe(("  max_length: 128", "  max_length: 24"))
+    say_all(world.run("train", "r.yaml"), 4, "d.jsonl:", "max_length")
+    assert world.loaded == []
+
+
+def test_bad_rows_over_their_limit(world: World) -> None:
+    bad = {f"row{number}": "{oops}" for number in range(5, 100, 10)}
+    (world.root / "d.jsonl").write_text(text_rows(100, **bad))
+    world.recipe(("  max_length: 128", "  max_length: 128\n  bad_rows: {policy: skip, max_fraction: 0.05}"))
+    for command in ("preview", "train"):
+        say_all(world.run(command, "r.yaml"), 4, "10 of 100", "limit")
+    assert world.loaded == []
+    world.recipe(("  max_length: 128", "  max_length: 128\n  bad_rows: {policy: skip, max_fraction: 0.10}"))
+    say_all(world.run("preview", "r.yaml"), 0, "d.jsonl:5")
+
+
+def preview_ids(world: World, name: str = "r.yaml") -> list[list[int]]:
+    return [row["input_ids"] for row in world.run("preview", name, "--json").json["rows"]]
+
+
+def test_cache_of_another_tokenizer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(world.root / "warm"))
+    first = preview_ids(world)
+    assert "cache hit" in world.run("preview", "r.yaml").stderr
+    other = make_base(world.root / "other", seed=1)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []  # a tokenizer of single bytes
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    world.recipe((f"base: {world.base}", "base: other"), ("max_length: 128", "max_length: 256"), name="o.yaml")
+    outcome = world.run("preview", "o.yaml")
+    say_all(outcome, 0, "cache miss", "tokenizer")
+    warm = preview_ids(world, "o.yaml")
+    monkeypatch.setenv("LORAFIT_CACHE", str(world.root / "cold"))
+    assert preview_ids(world, "o.yaml") == warm != first
