@@ -250,7 +250,11 @@ def validate(session: Session, recipe: RecipeFile, overrides: Overrides = None) 
     """Every error of a recipe at once, with file, line and the nearest valid name."""
     from lorafit import pipeline
 
-    session.result(pipeline.validate(recipe, overrides=overrides or []))
+    valid = pipeline.validate(recipe, overrides=overrides or [])
+    if session.json:
+        session.result(valid)
+    else:
+        typer.echo(valid.line())
 
 
 @app.command()
@@ -270,6 +274,7 @@ def preview(
 
 def _quieten_libraries() -> None:
     """Keeps the libraries' bars and advice off the terminal; ours say what matters. `--debug` leaves them on."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on a busy CPU cost 20 times the work
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -88,8 +88,8 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
     from lorafit.data.examples import build_renderer, prepare
     from lorafit.devices import read_device
     from lorafit.model.base import cache_folder, resolve_base
+    from lorafit.model.class_shape import find_shape
     from lorafit.model.load import load_tokenizer
-    from lorafit.model_shapes import read_shape
 
     base = resolve_base(recipe.model, loaded.folder, reporter)
     tokenizer = load_tokenizer(base)
@@ -104,7 +104,7 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
         reporter=reporter,
         retention=recipe.evaluation.retention,
     )
-    return Job(loaded, base, read_shape(base.config), tokenizer, renderer, rows, read_device())
+    return Job(loaded, base, find_shape(base.config), tokenizer, renderer, rows, read_device())
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -51,13 +51,13 @@ def estimate(
     """Peak memory from the recipe and the base's config alone: rows are taken to be as long as `max_length`."""
     from lorafit.devices import parse_gpu
     from lorafit.model.base import read_config
-    from lorafit.model_shapes import read_shape
+    from lorafit.model.class_shape import find_shape
     from lorafit.plan import estimate_recipe
     from lorafit.recipe.load import load_recipe
 
     device = parse_gpu(gpu) if gpu is not None else None
     loaded = load_recipe(recipe_file, overrides)
-    shape = read_shape(read_config(loaded.recipe.model, loaded.folder))
+    shape = find_shape(read_config(loaded.recipe.model, loaded.folder))
     return estimate_recipe(loaded.recipe, shape, device=device, headroom=headroom)
 
 

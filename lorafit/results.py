@@ -38,9 +38,9 @@ class Validated:
             "recipe": self.loaded.recipe.model_dump(mode="json"),
         }
 
-    def render(self, console: Console) -> None:
-        """One line."""
-        console.print(f"{self.loaded.file} is valid", markup=False)
+    def line(self) -> str:
+        """For people."""
+        return f"{self.loaded.file} is valid"
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,21 @@ class Trained:
     plan: Plan
     resolved: ResolvedPlan | None
     fit: FitResult | None
+    estimate_bytes: int | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """How training ended, for `result.json`: memory as estimated and as measured among it."""
+        from dataclasses import asdict
+
+        return {**asdict(self.fit), "estimated_memory_bytes": self.estimate_bytes} if self.fit else {}
 
     def to_json(self) -> dict[str, Any]:
         """Plan, resolved plan and how training ended."""
-        from dataclasses import asdict
-
         return {
             "run": self.run.root.name,
             "plan": self.plan.to_json(),
             "resolved": self.resolved.to_json() if self.resolved else None,
-            "result": asdict(self.fit) if self.fit else None,
+            "result": self.summary() or None,
         }
 
     def render(self, console: Console) -> None:
@@ -72,11 +77,8 @@ class Trained:
         if not fit.was_complete:
             rate = f", {fit.tokens / fit.seconds:,.0f} tokens/s" if fit.seconds else ""
             console.print(f"trained {fit.steps} steps in {_clock(fit.seconds)}{rate}", markup=False)
-            estimate = self.plan.memory.needed_bytes
-            console.print(
-                f"peak memory {fit.peak_memory_bytes / _MIB:,.0f} MiB measured, {estimate / _MIB:,.0f} MiB estimated",
-                markup=False,
-            )
+            expected = f", {self.estimate_bytes / _MIB:,.0f} MiB estimated" if self.estimate_bytes else ""
+            console.print(f"peak memory {fit.peak_memory_bytes / _MIB:,.0f} MiB measured{expected}", markup=False)
         which = f"the adapter of step {fit.adapter_step}"
         if fit.best is not None and fit.best.step == fit.adapter_step:
             which += f" (best {fit.best.metric}: {fit.best.value:.4g})"
@@ -166,6 +168,15 @@ class Generated:
                 console.print(f"tuned: {answer.text}", style="green", markup=False)
             else:
                 console.print(answer.text, markup=False)
+
+
+def describe_resolved(resolved: ResolvedPlan) -> str:
+    """What `auto` became, and where that comes from."""
+    checkpointing = "on" if resolved.gradient_checkpointing else "off"
+    return (
+        f"micro-batches of {resolved.micro_batch_tokens} tokens, {resolved.attention} attention, checkpointing "
+        f"{checkpointing} (from the {resolved.source})"
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -211,6 +211,11 @@ class RunDir:
         return self.root / "plan.json"
 
     @property
+    def result(self) -> Path:
+        """How training ended: steps, best evaluation, time, memory as estimated and as measured."""
+        return self.root / "result.json"
+
+    @property
     def quantization(self) -> Path:
         """Hashes of every packed base tensor, so that a merge can prove that it rebuilt the same base."""
         return self.root / "quantization.json"

@@ -17,7 +17,7 @@ from lorafit.workspace import check_same_run, describe_run, installed_versions, 
 if TYPE_CHECKING:
     from lorafit.job import Job
     from lorafit.objective import Objective
-    from lorafit.plan import Plan, ResolvedPlan
+    from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan
     from lorafit.results import Trained
     from lorafit.train.checkpoint import Checkpoint, CheckpointStore
     from lorafit.train.loop import Trainer
@@ -39,7 +39,9 @@ class Training:
         from lorafit.model.adapter import load_adapter_weights
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
         from lorafit.model.load import attach_adapter
-        from lorafit.results import Trained
+        from lorafit.ops.rng import seed_rng
+        from lorafit.ops.rng import seed_rng
+        from lorafit.results import Trained, describe_resolved
         from lorafit.train.checkpoint import CheckpointStore
         from lorafit.train.state import FitResult, TrainState
         from lorafit.train.tracking import build_accelerator
@@ -71,6 +73,7 @@ class Training:
         if accelerator.is_main_process:
             write_json(self.where.quantization, used)
             write_json(self.where.plan, {**resolved.to_json(), "plan": self.plan.to_json()})
+        seed_rng(recipe.seed + (accelerator.process_index << 32))  # dropout; each rank drops other inputs
         trainer = self._build_trainer(model, objective, resolved, accelerator, store, used)
         state = TrainState()
         if checkpoint is not None:
@@ -79,10 +82,13 @@ class Training:
         trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"))
         result = trainer.fit(state)
         trainer.trackers.finish()
-        return Trained(self.where, self.plan, resolved, result)
+        trained = Trained(self.where, self.plan, resolved, result, expected.needed_bytes)
+        if accelerator.is_main_process:
+            write_json(self.where.result, trained.summary())
+        return trained
 
     def _is_published(self, state: TrainState) -> bool:
-        """Whether nothing is left to do: the last step is behind, evaluated where it should be, and the adapter is out."""
+        """Whether nothing is left to do: all steps taken, the last evaluation made, the adapter out."""
         is_evaluated = self.plan.evaluate_every_steps is None or state.evaluated_step >= state.step
         is_whole = check_manifest(self.where.adapter) is None
         return state.is_complete(self.plan.total_steps) and is_evaluated and is_whole
@@ -106,6 +112,13 @@ class Training:
         )
         return checkpoint, events
 
+    def _question(self) -> MemoryQuestion:
+        """What a step of this run holds in memory, by micro-batch and checkpointing."""
+        from lorafit.plan import memory_question
+
+        job = self.job
+        return memory_question(job.recipe, job.shape, job.rows.facts(), job.device)
+
     def _resolve(
         self, objective: Objective, accelerator: Any, checkpoint: Checkpoint | None, plan_file: Path | None
     ) -> ResolvedPlan:
@@ -115,12 +128,12 @@ class Training:
         from lorafit.memory import fits
         from lorafit.model.base import cache_folder
         from lorafit.model.load import enable_checkpointing
-        from lorafit.plan import ResolvedPlan, memory_question
+        from lorafit.plan import ResolvedPlan
         from lorafit.train.rehearsal import Rehearsal
         from lorafit.train.resolve import cached_plan_file, resolve_plan
 
         job, recipe = self.job, self.job.recipe
-        question = memory_question(recipe, job.shape, job.rows.facts(), job.device)
+        question = self._question()
         optimizer = recipe.training.optimizer
         rehearsal = Rehearsal(
             objective,
@@ -154,6 +167,7 @@ class Training:
         accelerator: Any,
         store: CheckpointStore,
         used: Mapping[str, Any],
+        estimate_bytes: int,
     ) -> Trainer:
         """The loop with everything it is handed."""
         from lorafit.data.batch import StepRows
@@ -205,6 +219,6 @@ class Training:
             early_stopping=recipe.evaluation.early_stopping,
             max_grad_norm=training.max_grad_norm,
             hooks=[hook] if hook is not None else [],
-            estimate_bytes=self.plan.memory.needed_bytes,
+            estimate_bytes=estimate_bytes,
             resume_command=self.resume_command,
         )
