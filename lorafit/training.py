@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lorafit.train.loop import Trainer
     from lorafit.train.state import TrainState
 
+_SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed
+
 
 @dataclass(frozen=True)
 class Training:
@@ -39,7 +41,6 @@ class Training:
         from lorafit.model.adapter import load_adapter_weights
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
         from lorafit.model.load import attach_adapter
-        from lorafit.ops.rng import seed_rng
         from lorafit.ops.rng import seed_rng
         from lorafit.results import Trained, describe_resolved
         from lorafit.train.checkpoint import CheckpointStore
@@ -70,11 +71,14 @@ class Training:
         used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
         resolved = self._resolve(objective, accelerator, checkpoint, plan_file)
+        expected = self._question().at(resolved.micro_batch_tokens, resolved.gradient_checkpointing)
         if accelerator.is_main_process:
             write_json(self.where.quantization, used)
-            write_json(self.where.plan, {**resolved.to_json(), "plan": self.plan.to_json()})
-        seed_rng(recipe.seed + (accelerator.process_index << 32))  # dropout; each rank drops other inputs
-        trainer = self._build_trainer(model, objective, resolved, accelerator, store, used)
+            facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
+            write_json(self.where.plan, {**resolved.to_json(), **facts})
+        self.reporter.info(describe_resolved(resolved))
+        seed_rng(recipe.seed + _SEED_STRIDE * accelerator.process_index)  # dropout; each rank drops other inputs
+        trainer = self._build_trainer(model, objective, resolved, accelerator, store, used, expected.needed_bytes)
         state = TrainState()
         if checkpoint is not None:
             state = trainer.restore(checkpoint, partial(load_adapter_weights, model))

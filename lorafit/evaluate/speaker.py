@@ -1,4 +1,4 @@
-"""A model that answers prompts as its training rows were written: with its chat template and system prompt, or verbatim."""
+"""A model that answers prompts as its training rows were written: with chat template and system prompt, or verbatim."""
 
 from __future__ import annotations
 
