@@ -37,7 +37,19 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"errors", "shapes", "contracts", "__init__"},
 )
 LIGHT = {"cli", "plan", "memory", "recipe", "kinds", *(room for floor in FLOORS[11:] for room in floor)} - {"ops"}
-HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "rich", "numpy", "pyarrow", "sacrebleu", "rouge_score"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "rich",
+    "numpy",
+    "pyarrow",
+    "sacrebleu",
+    "rouge_score",
+}
 MOST_LINES = 400
 MOST_LINES_IN_A_FUNCTION = 80
 HELP_SECONDS = 0.15
@@ -202,7 +214,11 @@ def test_light_rooms_import_nothing_heavy() -> None:
 def test_a_planted_break_is_seen(tmp_path: Path, file: str, text: str, check: object) -> None:
     """The checks above can fail: each sees the break planted for it, and a clean copy has none."""
     stubs = {"plan.py": "", "memory.py": "", "train/loop.py": "", "evaluate/runner.py": "", "data/batch.py": ""}
-    stubs |= {"data/source.py": "from lorafit.data.batch import y\n", "kinds/metrics/a.py": "", "kinds/metrics/b.py": ""}
+    stubs |= {
+        "data/source.py": "from lorafit.data.batch import y\n",
+        "kinds/metrics/a.py": "",
+        "kinds/metrics/b.py": "",
+    }
     for name, content in stubs.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -213,12 +229,15 @@ def test_a_planted_break_is_seen(tmp_path: Path, file: str, text: str, check: ob
 
 def run_lorafit(*arguments: str) -> subprocess.CompletedProcess[str]:
     program = Path(sysconfig.get_path("scripts")) / "lorafit"
-    return subprocess.run([program, *arguments], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"}, check=False)
+    return subprocess.run(
+        [program, *arguments], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"}, check=False
+    )
 
 
 def test_help_imports_nothing_heavy_and_is_quick() -> None:
     """The time is reported, never judged strictly: another load on the machine must not fail the tests."""
-    code = "import sys; import lorafit.cli; print([m for m in ('torch', 'pydantic', 'rich', 'yaml', 'numpy') if m in sys.modules])"
+    heavy = "('torch', 'pydantic', 'rich', 'yaml', 'numpy')"
+    code = f"import sys; import lorafit.cli; print([m for m in {heavy} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
     seconds = []

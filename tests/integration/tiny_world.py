@@ -1,4 +1,4 @@
-"""A whole small world on disk: a tiny random Llama with a chat tokenizer, rows, and a recipe that trains in a second."""
+"""A whole small world on disk: a tiny random Llama with a chat tokenizer, rows, and a recipe that trains quickly."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-WORDS = "what does the shop sell open close red blue green mug plate bowl on monday friday it opens at nine ten costs".split()
+WORDS = [
+    *("what", "does", "the", "shop", "sell", "open", "close", "red", "blue", "green", "mug", "plate", "bowl"),
+    *("on", "monday", "friday", "it", "opens", "at", "nine", "ten", "costs"),
+]
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -24,7 +28,10 @@ def make_base(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
     fast = PreTrainedTokenizerFast(
