@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Reporter, Silent
 from lorafit.job import load_base, prove, torch_dtype
 from lorafit.rundir import RunDir, check_manifest, read_json, write_json
-from lorafit.workspace import check_same_run, describe_run, installed_versions, own_rank
+from lorafit.workspace import check_same_run, describe_run, installed_versions
 
 if TYPE_CHECKING:
     from lorafit.job import Job
@@ -53,8 +53,6 @@ class Training:
         if checkpoint is not None and self._is_published(checkpoint.state):
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
             return Trained(self.where, self.plan, None, FitResult.of_complete(checkpoint.state))
-        if own_rank() == 0:
-            describe_run(self.where, job.loaded, job.facts())
         accelerator = build_accelerator(
             use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root
         )
@@ -70,6 +68,8 @@ class Training:
         self.reporter.show(coverage_table(coverage(model)))
         used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
+        if accelerator.is_main_process:  # nothing is written before all is loaded and proven
+            describe_run(self.where, job.loaded, job.facts())
         resolved = self._resolve(objective, accelerator, checkpoint, plan_file)
         expected = self._question().at(resolved.micro_batch_tokens, resolved.gradient_checkpointing)
         if accelerator.is_main_process:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import resource
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.conftest import SCRIPT, World, drop_dac, say_all
-from tests.integration.tiny_world import make_base, make_rows
+from tests.integration.tiny_world import make_base
 
 RECIPE_COMMANDS = ("validate", "train", "preview", "estimate-memory")
 
@@ -495,3 +495,188 @@ def test_cache_of_another_tokenizer(world: World, monkeypatch: pytest.MonkeyPatc
     warm = preview_ids(world, "o.yaml")
     monkeypatch.setenv("LORAFIT_CACHE", str(world.root / "cold"))
     assert preview_ids(world, "o.yaml") == warm != first
+
+
+# --- what needs a process of its own --------------------------------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Until something is seen; fails where the process ends before."""
+    began = time.monotonic()
+    while not condition():
+        assert process.poll() is None, "the process ended too soon"
+        assert time.monotonic() - began < seconds, "nothing was seen"
+        time.sleep(0.005)
+
+
+def metric_lines(world: World, run: str = "run") -> list[dict[str, Any]]:
+    file = world.root / run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def count_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Child processes compute with one thread, so that bits can be compared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_output_closed_by_head(world: World) -> None:
+    """`lorafit train r.yaml | head -1`, where head is already gone."""
+    process = world.start("train", "r.yaml", "--verbose")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(120) in (0, 141), said
+    assert "BrokenPipe" not in said and "Traceback" not in said
+    say_all(world.run("train", "r.yaml", "--resume"), 0, "already complete")
+
+
+def test_preview_into_head(world: World) -> None:
+    world.rows(2000)
+    shell = f"'{SCRIPT}' preview r.yaml --rows 2000 | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], env=world.environment, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141), done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert "BrokenPipe" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ascii_terminal(world: World) -> None:
+    rows = [{"question": f"wo öffnet 🙂 {n}", "answer": f"打开 ا {n}"} for n in range(12)]
+    (world.root / "dätä 数.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    world.recipe(("train: d.jsonl", "train: dätä 数.jsonl"), ("output: run", "output: laüf 🙂"), name="rezept ü.yaml")
+    plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    outcome = world.spawn("preview", "rezept ü.yaml", env=plain)
+    say_all(outcome, 0, "answer" if "answer" in outcome.stdout else "trained")
+    assert "UnicodeEncodeError" not in outcome.stderr
+    say_all(world.spawn("train", "rezept ü.yaml", env=plain), 0)
+    assert (world.root / "laüf 🙂" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def can_unshare() -> bool:
+    tool = shutil.which("unshare")
+    return tool is not None and subprocess.run([tool, "-rn", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_unshare(), reason="this machine lets nobody leave its network")
+def test_no_network_and_modules_in_the_current_folder(world: World, one_thread: None) -> None:
+    for module in ("yaml", "torch", "json", "transformers", "numpy", "recipe", "lorafit"):
+        (world.root / f"{module}.py").write_text("open('PWNED', 'w').close()\n")
+    say_all(world.spawn("train", "r.yaml", before=["unshare", "-rn"]), 0)
+    assert not list(world.root.rglob("PWNED"))
+    alone = world.weights()
+    for module in world.root.glob("*.py"):
+        module.unlink()
+    say_all(world.run("train", "r.yaml", "--output", "again"), 0)
+    assert world.weights("again") == alone
+
+
+def test_our_own_bug_names_a_saved_traceback(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import tempfile
+
+    from lorafit import pipeline
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("a thing\nthat nobody " + "thought of " * 100)
+
+    monkeypatch.setattr(pipeline, "validate", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outcome = world.run("validate", "r.yaml")
+    say_all(outcome, 1, "bug", str(tmp_path))
+    saved = next(tmp_path.glob("lorafit-traceback-*"))
+    assert saved.name in outcome.last
+    assert "KeyError" in saved.read_text() and "in fail" in saved.read_text()
+    debugged = world.run("validate", "r.yaml", "--debug")
+    assert debugged.code == 1
+    assert "in fail" in debugged.stderr
+
+
+KILLED_WHILE_PREPARING = """
+import os, signal, sys
+from lorafit import cli
+from lorafit.data import sample_renderer
+real, seen = sample_renderer.Renderer.render, []
+def render(self, *arguments, **options):
+    seen.append(1)
+    if len(seen) == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *arguments, **options)
+sample_renderer.Renderer.render = render
+cli.main(["preview", "r.yaml"])
+"""
+
+
+def test_killed_while_rows_are_prepared(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.rows(60)
+    world.environment["LORAFIT_CACHE"] = str(world.root / "warm")
+    command = [sys.executable, "-c", KILLED_WHILE_PREPARING]
+    done = subprocess.run(command, env=world.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list((world.root / "warm" / "data").iterdir()) != []
+    monkeypatch.setenv("LORAFIT_CACHE", str(world.root / "warm"))
+    outcome = world.run("preview", "r.yaml", "--json")
+    say_all(outcome, 0, "cache miss")
+    monkeypatch.setenv("LORAFIT_CACHE", str(world.root / "cold"))
+    assert [row["input_ids"] for row in outcome.json["rows"]] == preview_ids(world)
+    left = [path for path in (world.root / "warm").rglob("*") if path.name.startswith(".tmp-")]
+    assert left == []
+
+
+def test_interrupted_training_says_how_to_go_on(world: World, one_thread: None) -> None:
+    """Ctrl-C: exit 130, the command on the last line, and that command ends where an unbroken run ends."""
+    world.recipe(("max_steps: 2", "max_steps: 120"), ("every_steps: 1", "every_steps: 50"), ("dropout: 0.0", "dropout: 0.2"))
+    process = world.start("train", "r.yaml", "--set", "name=my run", "--output", "a run")
+    wait_for(lambda: count_lines(world.root / "a run" / "metrics.jsonl") >= 3, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    last = said.splitlines()[-1]
+    assert process.returncode == 130, said
+    assert last.startswith("error: ") and "saved step" in last and len(last) <= 300
+    assert "Traceback" not in said
+    stopped_at = int(re.search(r"saved step (\d+)", last)[1])  # type: ignore[index]
+    assert 0 < stopped_at < 120
+    command = shlex.split(last.partition("go on with: ")[2])
+    assert command[:2] == ["lorafit", "train"] and command[-1] == "--resume"
+    say_all(world.run(*command[1:]), 0)
+    assert [line["step"] for line in metric_lines(world, "a run") if "loss" in line] == list(range(1, 121))
+    say_all(world.run("train", "r.yaml", "--output", "whole"), 0)
+    assert world.weights("a run") == world.weights("whole")
+
+
+def test_killed_training_goes_on(world: World, one_thread: None) -> None:
+    world.recipe(("max_steps: 2", "max_steps: 60"), ("every_steps: 1", "every_steps: 7"))
+    process = world.start("train", "r.yaml", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: count_lines(world.root / "run" / "metrics.jsonl") >= 9, process)
+    process.kill()
+    process.wait(30)
+    say_all(world.run("train", "r.yaml"), 2, "--resume")
+    say_all(world.run("train", "r.yaml", "--resume"), 0)
+    say_all(world.run("train", "r.yaml", "--output", "whole"), 0)
+    assert world.weights() == world.weights("whole")
+    assert [line["step"] for line in metric_lines(world) if "loss" in line] == list(range(1, 61))
+
+
+def test_stopped_evaluation_leaves_no_report(world: World) -> None:
+    world.rows(64, "t.jsonl", first=500)
+    world.recipe(("  max_length: 128", "  max_length: 128\n  test: t.jsonl"), ("max_new_tokens: 8", "max_new_tokens: 200"),
+                 ("final: [perplexity]", "final: [perplexity, exact_match]"))  # fmt: skip
+    say_all(world.run("train", "r.yaml"), 0)
+    before = world.digests()
+    process = world.start("eval", "run", "--verbose", stdout=subprocess.DEVNULL)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("answers"):
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.stderr.read()
+    assert process.wait(60) == 143, said
+    assert "stopped" in said.splitlines()[-1] and "Traceback" not in said
+    assert world.digests() == before
