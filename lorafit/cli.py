@@ -66,12 +66,10 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the flags that every command has; its body gets them as its first argument, a Session."""
     hints = get_type_hints(function, include_extras=True)
     parameters = list(inspect.signature(function).parameters.values())[1:]
+    by_name = inspect.Parameter.KEYWORD_ONLY
     flags = [
         inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option(f"--{name}", help=text)],
+            name, by_name, default=False, annotation=Annotated[bool, typer.Option(f"--{name}", help=text)]
         )
         for name, text in _COMMON_FLAGS.items()
     ]
@@ -83,7 +81,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             _quieten_libraries()
         function(session, **values)
 
-    everything = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters] + flags
+    everything = [p.replace(annotation=hints[p.name], kind=by_name) for p in parameters] + flags
     run.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in everything}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -373,13 +371,13 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say("error: stopped by SIGINT; nothing was left half-written")
         return 128 + signal.SIGINT
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as stop:  # typer and rich make exit 1 of a closed pipe
+        if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains again at exit
         return EXIT_BROKEN_PIPE
     except MemoryError:
-        _say(
-            "error: out of memory; lower training.micro_batch_tokens or data.max_length, or see lorafit estimate-memory"
-        )
+        _say("error: out of memory; lower training.micro_batch_tokens or data.max_length, see lorafit estimate-memory")
         return 7
     except Exception as error:
         _show_traceback()

@@ -553,7 +553,7 @@ def test_ascii_terminal(world: World) -> None:
     rows = [{"question": f"wo öffnet 🙂 {n}", "answer": f"打开 ا {n}"} for n in range(12)]
     (world.root / "dätä 数.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     world.recipe(("train: d.jsonl", "train: dätä 数.jsonl"), ("output: run", "output: laüf 🙂"), name="rezept ü.yaml")
-    plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     outcome = world.spawn("preview", "rezept ü.yaml", env=plain)
     say_all(outcome, 0, "answer" if "answer" in outcome.stdout else "trained")
     assert "UnicodeEncodeError" not in outcome.stderr
