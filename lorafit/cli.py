@@ -66,11 +66,9 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the flags that every command has; its body gets them as its first argument, a Session."""
     hints = get_type_hints(function, include_extras=True)
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    by_name = inspect.Parameter.KEYWORD_ONLY
+    named = inspect.Parameter.KEYWORD_ONLY
     flags = [
-        inspect.Parameter(
-            name, by_name, default=False, annotation=Annotated[bool, typer.Option(f"--{name}", help=text)]
-        )
+        inspect.Parameter(name, named, default=False, annotation=Annotated[bool, typer.Option(f"--{name}", help=text)])
         for name, text in _COMMON_FLAGS.items()
     ]
 
@@ -81,7 +79,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             _quieten_libraries()
         function(session, **values)
 
-    everything = [p.replace(annotation=hints[p.name], kind=by_name) for p in parameters] + flags
+    everything = [p.replace(annotation=hints[p.name], kind=named) for p in parameters] + flags
     run.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in everything}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
