@@ -270,7 +270,7 @@ def preview(
 
 def _quieten_libraries() -> None:
     """Keeps the libraries' bars and advice off the terminal; ours say what matters. `--debug` leaves them on."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on a busy CPU cost 20 times the work
+
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -313,7 +313,7 @@ def _report(error: LorafitError) -> int:
 
 
 def _report_command_line(error: Exception) -> int:
-    text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())[:260]
     name, _, rest = text.partition(" (Possible options: ")
     if rest:
         text = f"{name}; did you mean {rest.rstrip(')')}?"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import DataError, UsageError
 from lorafit.job import load_tuned, open_job
-from lorafit.rundir import RunDir
+from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import check_output, check_unused, command_of, inputs_of, is_run, open_run, own_rank
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def train(
         allow_inexact: Resume on another kind of device or number of processes.
         reporter: Gets progress and warnings; silent where None.
     """
-    from lorafit.plan import plan, require_fit
+    from lorafit.plan import ResolvedPlan, plan, require_fit
     from lorafit.recipe.load import load_recipe
     from lorafit.results import Trained
 
@@ -97,6 +97,7 @@ def train(
     check_output(run.root, inputs_of(loaded))
     if not resume:
         check_unused(run, command=command)
+    given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
     job = open_job(loaded, reporter)
     the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
     reporter.show(the_plan.table())
@@ -107,7 +108,7 @@ def train(
     from lorafit.training import Training
 
     training = Training(job, run, the_plan, reporter, resume_command=f"{command} --resume")
-    return training.run(resume=resume, resume_from=resume_from, plan_file=plan_file, allow_inexact=allow_inexact)
+    return training.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)
 
 
 def evaluate(
@@ -136,6 +137,8 @@ def evaluate(
     from lorafit.results import Evaluated
 
     reporter = reporter or Silent()
+    if split not in (None, "test", "validation", "train"):
+        raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
     opened = open_run(run_or_recipe, overrides)
     adapter, step = opened.adapter(checkpoint)
     job, resolved = open_job(opened.loaded, reporter), opened.resolved()

@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
 from lorafit.job import load_base, prove, torch_dtype
-from lorafit.rundir import RunDir, check_manifest, read_json, write_json
+from lorafit.rundir import RunDir, check_manifest, write_json
 from lorafit.workspace import check_same_run, describe_run, installed_versions
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class Training:
     reporter: Reporter
     resume_command: str
 
-    def run(self, *, resume: bool, resume_from: int | None, plan_file: Path | None, allow_inexact: bool) -> Trained:
+    def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
         from lorafit.model.adapter import load_adapter_weights
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
@@ -70,7 +69,7 @@ class Training:
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
         if accelerator.is_main_process:  # nothing is written before all is loaded and proven
             describe_run(self.where, job.loaded, job.facts())
-        resolved = self._resolve(objective, accelerator, checkpoint, plan_file)
+        resolved = self._resolve(objective, accelerator, checkpoint, given)
         expected = self._question().at(resolved.micro_batch_tokens, resolved.gradient_checkpointing)
         if accelerator.is_main_process:
             write_json(self.where.quantization, used)
@@ -124,7 +123,7 @@ class Training:
         return memory_question(job.recipe, job.shape, job.rows.facts(), job.device)
 
     def _resolve(
-        self, objective: Objective, accelerator: Any, checkpoint: Checkpoint | None, plan_file: Path | None
+        self, objective: Objective, accelerator: Any, checkpoint: Checkpoint | None, given: ResolvedPlan | None
     ) -> ResolvedPlan:
         """Settles `auto` on the run's real shapes."""
         from lorafit.data.batch import StepRows
@@ -151,7 +150,6 @@ class Training:
             fits=lambda tokens, on: fits(question.at(tokens, on), job.device.memory_bytes),
             optimizer_bytes=optimizers.get(optimizer.kind).state_bytes(optimizer, self.plan.trainable_parameters),
         )
-        given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
         key = [json.dumps(job.facts(), sort_keys=True), job.device.name, str(job.device.count), *installed_versions()]
         return resolve_plan(
             self.plan,

@@ -77,6 +77,8 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[list[Message]]:
     if (prompt is None) == (file is None):
         raise UsageError("needs a prompt", key="--prompt", todo="give either --prompt TEXT or --input FILE")
     if file is None:
+        if not str(prompt).strip():
+            raise UsageError("the prompt is empty", key="--prompt", todo="give it a text")
         return [_chat(str(prompt))]
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()

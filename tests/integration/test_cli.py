@@ -1,0 +1,252 @@
+"""The command line itself: help, the flags that every command has, what goes to which stream, and the whole main job."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+from lorafit.cli import app
+from tests.integration.conftest import Outcome, World, say_all
+
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+COMMON_FLAGS = ("--json", "--quiet", "--verbose", "--debug", "--help")
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "pandas", "pyarrow")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(world: World, command: str) -> None:
+    outcome = world.run(command, "--help")
+    assert outcome.code == 0
+    assert outcome.stderr == ""
+    for part in ("Usage:", command, *COMMON_FLAGS):
+        assert part in outcome.stdout
+    assert "function" not in outcome.stdout and "<" not in outcome.stdout.replace("<path>", "").split("Options")[0]
+    assert world.run(command, "-h").stdout == outcome.stdout
+
+
+def test_help_lists_every_command_with_what_it_does(world: World) -> None:
+    outcome = world.run("--help")
+    for command in COMMANDS:
+        line = next(line for line in outcome.stdout.splitlines() if line.split()[:1] == [command])
+        assert len(line.split()) > 3
+    assert outcome.code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unwanted"),
+    [
+        (["--help"], ("pydantic", "yaml", "numpy", *HEAVY)),
+        (["train", "--help"], ("yaml", "numpy", *HEAVY)),
+        (["validate", "r.yaml"], HEAVY),
+        (["validate", "r.yaml", "--set", "adapter.dropuot=1"], HEAVY),
+        (["estimate-memory", "r.yaml"], HEAVY),
+        (["train", "nope.yaml"], HEAVY),
+    ],
+    ids=" ".join,
+)
+def test_imports_nothing_heavy(world: World, arguments: list[str], unwanted: tuple[str, ...]) -> None:
+    code = (
+        "import sys\nfrom lorafit import cli\n"
+        f"try: cli.main({arguments!r})\nexcept SystemExit: pass\n"
+        f"print('IMPORTED', [name for name in {unwanted!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=world.environment, cwd=world.root, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "IMPORTED []", done.stdout + done.stderr
+
+
+def only_json(outcome: Outcome) -> dict[str, object]:
+    """Exactly one object, on one line, and nothing that is no JSON (NaN)."""
+    assert outcome.code == 0, outcome.stderr
+    assert len(outcome.stdout.splitlines()) == 1
+    value = json.loads(outcome.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.fixture
+def trained(world: World) -> World:
+    """A world with test rows and a finished run."""
+    world.rows(4, "v.jsonl", first=100)
+    world.rows(5, "t.jsonl", first=200)
+    world.recipe(
+        ("  max_length: 128", "  max_length: 128\n  validation: v.jsonl\n  test: t.jsonl"),
+        ("  final: [perplexity]", "  every_steps: 1\n  final: [perplexity, exact_match]"),
+        ("  max_steps: 2", "  max_steps: 4"),
+    )
+    say_all(world.run("train", "r.yaml"), 0)
+    return world
+
+
+def test_the_main_job(trained: World) -> None:
+    """train, eval, merge, generate: each result as a person and as a program reads it."""
+    world = trained
+    scored = world.run("eval", "run")
+    say_all(scored, 0, "perplexity", "base", "tuned", "run/report.md")
+    report = only_json(world.run("eval", "run", "--json"))
+    assert report == json.loads((world.root / "run" / "report.json").read_text()) | {
+        key: report[key] for key in ("seconds", "peak_memory_bytes", "base_speed", "tuned_speed") if key in report
+    }
+    for which in ("best", "last", "4"):
+        only_json(world.run("eval", "run", "--checkpoint", which, "--limit", "2", "--split", "validation", "--json"))
+
+    merged = only_json(world.run("merge", "run", "--output", "merged", "--json"))
+    assert merged["parity"] is not None
+    say_all(world.run("merge", "r.yaml", "--output", "merged-2"), 0, "merged-2")
+    assert world.digests("merged")["model.safetensors"] == world.digests("merged-2")["model.safetensors"]
+
+    tuned = only_json(world.run("generate", "run", "--prompt", "what opens", "--max-new-tokens", "8", "--json"))
+    plain = only_json(world.run("generate", "merged", "--prompt", "what opens", "--max-new-tokens", "8", "--json"))
+    assert tuned == plain
+    (world.root / "prompts.txt").write_text("what opens\n\nthe mug\n")
+    both = only_json(
+        world.run("generate", "run", "--input", "prompts.txt", "--compare-base", "--max-new-tokens", "8", "--json")
+    )
+    answers = both["answers"]
+    assert isinstance(answers, list) and [row["messages"][0]["content"] for row in answers] == ["what opens", "the mug"]
+    assert all("base_answer" in row for row in answers)
+    shown = world.run("generate", "run", "--input", "prompts.txt", "--compare-base", "--max-new-tokens", "8")
+    say_all(shown, 0, "> what opens", "base:", "tuned:")
+    sampled = ["generate", "run", "--prompt", "a", "--temperature", "1.5", "--max-new-tokens", "16", "--json"]
+    assert world.run(*sampled, "--seed", "1").json == world.run(*sampled, "--seed", "1").json
+    assert world.run(*sampled, "--seed", "1").json != world.run(*sampled, "--seed", "2").json
+
+
+QUICK = [
+    ["validate", "r.yaml"],
+    ["estimate-memory", "r.yaml"],
+    ["estimate-memory", "r.yaml", "--gpu", "24GiB"],
+    ["preview", "r.yaml"],
+    ["train", "r.yaml", "--dry-run"],
+    ["train", "r.yaml", "--output", "other"],
+]
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_streams(world: World, arguments: list[str]) -> None:
+    """Results on stdout, everything else on stderr; `--quiet` leaves only the result."""
+    quiet = world.run(*arguments, "--quiet", "--set", "name=quiet")
+    assert quiet.code == 0, quiet.stderr
+    assert quiet.stderr == ""
+    assert quiet.stdout.strip() != ""
+    assert "preparing" not in quiet.stdout and "loading" not in quiet.stdout and "training 1/" not in quiet.stdout
+    changed = [argument.replace("other", "another") for argument in arguments]
+    only_json(world.run(*changed, "--json"))
+    silent = world.run(*[argument.replace("other", "third") for argument in arguments], "--json", "--quiet")
+    only_json(silent)
+    assert silent.stderr == ""
+
+
+def test_progress_goes_to_stderr(world: World) -> None:
+    outcome = world.run("train", "r.yaml", "--verbose")
+    assert "training 1/2" in outcome.stderr and "training 2/2" in outcome.stderr
+    assert "training 1/2" not in outcome.stdout and "warning" not in outcome.stdout
+    assert "trained 2 steps" in outcome.stdout and "trained 2 steps" not in outcome.stderr
+
+
+def test_debug_shows_the_traceback_and_ends_the_same(world: World) -> None:
+    plain, debugged = world.run("train", "nope.yaml"), world.run("train", "nope.yaml", "--debug")
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debugged.stderr and "load_recipe" in debugged.stderr
+    assert (debugged.code, debugged.last) == (plain.code, plain.last) and plain.code == 2
+    assert "Traceback" not in world.run("train", "--ouput", "x").stderr  # a flag of the command before is forgotten
+
+
+def test_errors_print_nothing_on_stdout(world: World) -> None:
+    world.recipe(("  r: 4", "  r: 0"))
+    for arguments in (["validate", "r.yaml"], ["train", "r.yaml", "--json"], ["eval", "run", "--json"], ["trian"]):
+        outcome = world.run(*arguments)
+        assert outcome.code != 0
+        assert outcome.stdout == ""
+
+
+def test_estimate_that_does_not_fit_ends_with_10(world: World) -> None:
+    outcome = world.run("estimate-memory", "r.yaml", "--gpu", "0.25GiB")
+    say_all(outcome, 10, "fit")
+    assert outcome.stdout.strip() != ""
+    assert world.run("estimate-memory", "r.yaml", "--gpu", "24GiB").code == 0
+
+
+LONG = "x" * 240
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["validate", "/".join([LONG] * 4)],
+        ["validate", f"{LONG}.yaml"],
+        ["train", "r.yaml", "--set", f"adapter.{LONG * 3}=1"],
+        ["train", "r.yaml", "--set", f"model.base={LONG}/{LONG}"],
+        ["train", "r.yaml", "--set", f"model.base=./{LONG}/{LONG}"],
+        ["train", "r.yaml", "--set", f"data.train={LONG}/{LONG}.jsonl"],
+        ["train", "r.yaml", "--set", f"adapter.target_modules=[{','.join(LONG + str(n) for n in range(9))}]"],
+        ["train", "r.yaml", f"--{LONG * 3}"],
+        [LONG * 3],
+        ["generate", LONG, "--prompt", LONG * 9],
+        ["eval", f"{LONG}/{LONG}"],
+        ["merge", "/".join([LONG] * 5), "--output", "m"],
+        ["estimate-memory", "r.yaml", "--gpu", LONG * 3],
+    ],
+    ids=lambda arguments: " ".join(a[:24] for a in arguments),
+)
+def test_last_lines_stay_short(world: World, arguments: list[str]) -> None:
+    before = world.digests()
+    outcome = world.run(*arguments)
+    assert outcome.code in (2, 3, 4, 5, 6), outcome.stderr
+    say_all(outcome, outcome.code)
+    assert world.digests() == before
+
+
+# --- what each command refuses --------------------------------------------------------------------------------------
+
+
+def test_refusals_of_a_finished_run(trained: World) -> None:
+    world = trained
+    (world.root / "full").mkdir()
+    (world.root / "full" / "mine.txt").write_text("mine")
+    (world.root / "empty.txt").write_text("\n \n")
+    (world.root / "rows.jsonl").write_text('{"prompt": "a"}\n{oops}\n')
+    (world.root / "bare").mkdir()
+    (world.root / "file").write_text("mine")
+    before = world.digests()
+    cases = [
+        (["eval", "run", "--checkpoint", "first"], 2, ["--checkpoint", "first", "best"]),
+        (["eval", "run", "--checkpoint", "77"], 6, ["77", "steps"]),
+        (["eval", "run", "--split", "other"], 2, ["--split", "other", "validation"]),
+        (["eval", "bare"], 6, ["bare", "no run"]),
+        (["eval", "full"], 6, ["full", "no run"]),
+        (["eval", "r.yaml", "--set", "output=elsewhere"], 6, ["elsewhere", "train first"]),
+        (["merge", "run", "--output", "full"], 2, ["full", "not empty"]),
+        (["merge", "run", "--output", "file"], 2, ["file"]),
+        (["merge", "run", "--output", "run"], 2, ["output", "also an input"]),
+        (["merge", "run", "--output", "."], 2, ["output", "also an input"]),
+        (["merge", "run", "--output", str(world.base)], 2, ["output", "also an input"]),
+        (["merge", "run", "--output", str(world.base / "inside")], 2, ["output", "also an input"]),
+        (["merge", "run/adapter", "--output", "run/adapter"], 2, ["output", "also an input"]),
+        (["merge", "run", "--output", "m", "--base", "nf4"], 2, ["--base", "nf4", "original"]),
+        (["merge", "run", "--output", "m", "--base", "dequantized"], 5, ["--base", "quantised", "original"]),
+        (["merge", "run", "--output", "m", "--checkpoint", "77"], 6, ["77"]),
+        (["merge", "bare", "--output", "m"], 6, ["bare"]),
+        (["generate", "run", "--input", "empty.txt"], 4, ["empty.txt", "no prompts"]),
+        (["generate", "run", "--input", "rows.jsonl"], 4, ["rows.jsonl:2", "invalid JSON"]),
+        (["generate", "run", "--input", "nope.txt"], 4, ["nope.txt", "no such file"]),
+        (["generate", "run", "--prompt", ""], 2, ["--prompt"]),
+        (["generate", "bare", "--prompt", "a"], 6, ["bare"]),
+        (["generate", str(world.base), "--prompt", "a", "--compare-base"], 2, ["--compare-base"]),
+        (["train", "run", "--resume"], 2, ["run"]),
+        (["train", "r.yaml", "--resume", "--plan", "nope.json", "--output", "other"], 6, ["nope.json", "missing"]),
+        (["train", "r.yaml", "--plan", "d.jsonl", "--output", "other"], 6, ["d.jsonl"]),
+    ]
+    failed = []
+    for arguments, code, said in cases:
+        try:
+            say_all(world.run(*arguments), code, *said)
+            assert world.digests() == before, sorted(world.digests().keys() ^ before.keys())
+        except AssertionError as error:
+            failed.append(f"{' '.join(arguments)}: {str(error).splitlines()[0:4]}")
+    assert not failed, "\n".join(failed)

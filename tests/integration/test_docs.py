@@ -1,0 +1,218 @@
+"""Every command that the documentation shows runs as written; generated pages are those of today; links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.integration.conftest import World, say_all
+from tests.integration.tiny_world import make_base
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMAND_PAGES = sorted((ROOT / "docs" / "commands").glob("*.md"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>hub|gpu) -->\s*)?^```(?:bash|sh|shell|console)\n(?P<text>.*?)^```", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
+SCHEMA_LINE = "# yaml-language-server: $schema=../configs/recipe.schema.json"
+MADE_BY = {
+    "runs/quickstart": "lorafit train recipes/quickstart.yaml",
+    "runs/quickstart-merged": "lorafit merge runs/quickstart --output runs/quickstart-merged",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of a fenced block."""
+
+    page: Path
+    line: str
+    needs: str | None
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.line, comments=True)
+
+
+def commands_of(page: Path) -> Iterator[Command]:
+    """The commands of a page in their order; a line that ends in a backslash goes on."""
+    for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        for line in block["text"].replace("\\\n", " ").splitlines():
+            if line.strip() and not line.lstrip().startswith("#"):
+                yield Command(page, line.strip().removeprefix("$ "), block["needs"])
+
+
+def shown(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+WITH_COMMANDS = [page for page in PAGES if any(True for _ in commands_of(page))]
+
+
+@pytest.fixture(scope="module")
+def small_recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `recipes/` whose quickstart has the same name, paths and keys, but a tiny base, few rows and few steps."""
+    folder = tmp_path_factory.mktemp("small") / "recipes"
+    shutil.copytree(ROOT / "recipes", folder)
+    base = make_base(folder / "tiny-base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    for split, count in {"train": 24, "valid": 4, "test": 6}.items():
+        file = folder / "data" / f"support_{split}.jsonl"
+        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:count]), encoding="utf-8")
+    values = yaml.safe_load((folder / "quickstart.yaml").read_text(encoding="utf-8"))
+    for section, changes in {
+        "model": {"base": "tiny-base"},
+        "data": {"max_length": 600},
+        "training": {"epochs": 1},
+        "evaluation": {"every_steps": 1, "max_new_tokens": 4},
+        "checkpoints": {"every_steps": 1},
+    }.items():
+        assert changes.keys() <= values[section].keys(), "the quickstart has other keys now"
+        values[section] = {**values[section], **changes}
+    (folder / "quickstart.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first page that trains leaves its runs for pages that begin with them."""
+    return tmp_path_factory.mktemp("finished")
+
+
+def prepare(world: World, small_recipes: Path, finished_runs: Path, commands: list[Command]) -> None:
+    """The sandbox that a page finds: the recipes, and the runs that it uses but does not make itself."""
+    shutil.copytree(small_recipes, world.root / "recipes")
+    lines = [command.line for command in commands]
+    for run, made_by in MADE_BY.items():
+        used = next((n for n, line in enumerate(lines) if run in shlex.split(line)), None)
+        made = lines.index(made_by) if made_by in lines else len(lines)
+        if used is None or made <= used:
+            continue
+        finished = finished_runs / Path(run).name
+        if finished.exists():
+            shutil.copytree(finished, world.root / run)
+        else:
+            say_all(world.run(*shlex.split(made_by)[1:]), 0)
+            shutil.copytree(world.root / run, finished)
+
+
+def check_with_make(command: Command) -> None:
+    """A target that `make` knows; what it does is what its recipe's own tests show."""
+    done = subprocess.run(["make", "-n", *command.words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def check_without_device(world: World, command: Command) -> None:
+    """What needs a hub or a GPU: its recipe is valid, and its memory can be estimated."""
+    recipes = [word for word in command.words if word.endswith((".yaml", ".yml"))]
+    assert recipes, f"{command.line} names no recipe"
+    for recipe in recipes:
+        say_all(world.run("validate", recipe), 0)
+        say_all(world.run("estimate-memory", recipe), 0)
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=shown)
+def test_commands_run_as_written(page: Path, world: World, small_recipes: Path, finished_runs: Path) -> None:
+    commands = list(commands_of(page))
+    own = [command for command in commands if command.needs is None and command.words[0] == "lorafit"]
+    prepare(world, small_recipes, finished_runs, own)
+    for command in commands:
+        tool = command.words[0]
+        if tool == "make":
+            check_with_make(command)
+        elif tool in ("pip", "git", "cd", "python"):
+            assert len(command.words) > 1
+        elif command.needs is not None:
+            check_without_device(world, command)
+        else:
+            assert tool == "lorafit", f"{shown(page)}: nothing runs {command.line!r}"
+            outcome = world.run(*command.words[1:])
+            assert outcome.code == 0, f"{shown(page)}: {command.line}\n{outcome.stderr}"
+            assert outcome.stdout.strip() != ""
+            if "--json" in command.words:
+                assert isinstance(outcome.json, dict)
+
+
+def test_the_documentation_shows_every_command() -> None:
+    from lorafit.cli import app
+
+    first_words = {command.words[1] for page in PAGES for command in commands_of(page) if command.words[0] == "lorafit"}
+    names = {entry.name or entry.callback.__name__ for entry in app.registered_commands if entry.callback}
+    assert names <= first_words
+    assert {page.stem for page in COMMAND_PAGES} == names
+
+
+def load_write_help() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("write_help", ROOT / "docs" / "write_help.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", COMMAND_PAGES, ids=shown)
+def test_help_on_the_page_is_the_present_one(page: Path) -> None:
+    assert "<!-- help: generated -->" in page.read_text(encoding="utf-8")
+    assert load_write_help().page_with_help(page) == page.read_text(encoding="utf-8"), "run make docs"
+
+
+def test_generated_reference_is_the_present_one() -> None:
+    from lorafit.recipe.editor_schema import json_schema
+    from lorafit.recipe.reference import reference_markdown
+
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference_markdown(), "run make docs"
+    schema: Any = json.loads((ROOT / "configs" / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert schema == json_schema(), "run make docs"
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub and MkDocs give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "recipes").rglob("*.md"))], ids=shown)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target, place in LINK.findall(text):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{shown(page)}: {target}"
+        assert file == ROOT or ROOT in file.parents, f"{shown(page)}: {target} leads out of the project"
+        if place:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            assert place in {anchor(line.lstrip("#")) for line in lines if line.startswith("#")}, f"{target}#{place}"
+
+
+def test_recipes_named_in_the_documentation_exist() -> None:
+    named = {name for page in PAGES for name in re.findall(r"recipes/[\w./-]+\.yaml", page.read_text(encoding="utf-8"))}
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=shown)
+def test_shipped_recipe(recipe: Path, world: World) -> None:
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == SCHEMA_LINE
+    header = "\n".join(line for line in lines[1:12] if line.startswith("#"))
+    for part in ("What:", f"lorafit train recipes/{recipe.name}", "Hardware:", "xpected"):
+        assert part in header, part
+    say_all(world.run("validate", str(recipe)), 0)
+    said = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert said["name"] == recipe.stem
+    assert said["output"] == f"../runs/{recipe.stem}"
+    estimate = world.run("estimate-memory", str(recipe), "--json")
+    say_all(estimate, 0)
+    assert estimate.json
+    assert world.loaded == []
