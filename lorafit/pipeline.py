@@ -133,6 +133,7 @@ def evaluate(
     from lorafit.evaluate.evaluation import About
     from lorafit.evaluate.report import write_report
     from lorafit.evaluate.runner import evaluate_pair
+    from lorafit.model.adapter import adapter_tensors
     from lorafit.model.inspect import coverage
     from lorafit.results import Evaluated
 
@@ -169,7 +170,7 @@ def evaluate(
             checkpoint_step=step,
             split=split,
             seen_in_training=split == "train" or chose,
-            trainable_parameters=found.trainable_parameters,
+            trainable_parameters=sum(tensor.numel() for tensor in adapter_tensors(model).values()),
             total_parameters=found.total_parameters,
         ),
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +15,21 @@ if TYPE_CHECKING:
     from lorafit.contracts import Progress
 
 _LINE_EVERY_SECONDS = 10.0
+_QUIET_SETTINGS = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def quieten_libraries() -> None:
+    """Keeps the libraries' bars and advice off the terminal; ours say what matters. `--debug` leaves them on."""
+    for name, value in _QUIET_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "transformers", "datasets", "huggingface_hub", "torch", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def result_console() -> Console:

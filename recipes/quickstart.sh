@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job, whole: validate, preview, estimate, train, evaluate, merge, and one question to base and tuned model.
+# The main job, whole: validate, preview, estimate, train, evaluate, merge, and questions to base and tuned model.
 # A second run starts over: it moves nothing and asks nothing, it removes the last quickstart's own folders first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,4 +11,4 @@ say lorafit estimate-memory recipes/quickstart.yaml
 say lorafit train recipes/quickstart.yaml
 say lorafit eval runs/quickstart
 say lorafit merge runs/quickstart --output runs/quickstart-merged
-say lorafit generate runs/quickstart --compare-base --prompt "$(cat recipes/data/question.txt)"
+say lorafit generate runs/quickstart --compare-base --input recipes/data/questions.txt
