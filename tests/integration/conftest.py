@@ -6,10 +6,12 @@ import ctypes
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,16 @@ def drop_dac() -> None:
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
+@cache
+def without_network() -> tuple[str, ...]:
+    """What runs a command where there is no network; nothing where this machine does not let one."""
+    before = ("unshare", "-rn")
+    if shutil.which("unshare") is None:
+        return ()
+    allowed = subprocess.run([*before, "true"], capture_output=True, check=False).returncode == 0
+    return before if allowed else ()
+
+
 @dataclass
 class World:
     """A folder to work in, with `r.yaml` and `d.jsonl`, and the command line to work with."""
@@ -163,7 +175,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
@@ -171,7 +183,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(
     tmp_path: Path,
     tiny_base: Path,
-    cache: Path,
+    shared_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> World:
@@ -180,7 +192,7 @@ def world(
     from lorafit.model import load
 
     monkeypatch.chdir(tmp_path)
-    for name, value in {"LORAFIT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}.items():
+    for name, value in {"LORAFIT_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}.items():
         monkeypatch.setenv(name, value)
 
     def invoke(arguments: Sequence[str]) -> Outcome:

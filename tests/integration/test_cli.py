@@ -1,4 +1,4 @@
-"""The command line itself: help, the flags that every command has, what goes to which stream, and the whole main job."""
+"""The command line itself: help, the flags that every command has, what goes to which stream, and the main job."""
 
 from __future__ import annotations
 

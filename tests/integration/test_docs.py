@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND_PAGES = sorted((ROOT / "docs" / "commands").glob("*.md"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>hub|gpu) -->\s*)?^```(?:bash|sh|shell|console)\n(?P<text>.*?)^```", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:<!-- needs: (?P<needs>hub|gpu) -->\s*)?^```(?:bash|sh|shell|console)\n(?P<text>.*?)^```", re.M | re.S
+)
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 SCHEMA_LINE = "# yaml-language-server: $schema=../configs/recipe.schema.json"
 MADE_BY = {
