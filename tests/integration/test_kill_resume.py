@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_world import make_base, make_recipe
+
+from tests.integration.tiny_world import make_base, make_recipe
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "lorafit"
 STEPS = 24
@@ -70,6 +71,7 @@ def kill_and_resume(world: Path, name: str, kills: int, seed: int) -> Path:
     """Kills at random steps, the first before the first regular checkpoint, and resumes until the run is done."""
     moments = random.Random(seed)
     run = world / name
+    killed = 0
     at = [-1, *sorted(moments.randrange(1, STEPS - 1) for _ in range(kills - 1))]
     for number, steps in enumerate(at):
         process = start(world, name, *(["--resume"] if number else []))
@@ -77,6 +79,8 @@ def kill_and_resume(world: Path, name: str, kills: int, seed: int) -> Path:
         time.sleep(moments.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed >= kills - 1, "the kills came too late to count"
     finish(world, name, "--resume")
     return run
 
