@@ -1,4 +1,4 @@
-"""Every command that the documentation shows runs as written; generated pages are those of today; links lead somewhere."""
+"""Every command that the documentation shows runs as written; generated pages are today's; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ WITH_COMMANDS = [page for page in PAGES if any(True for _ in commands_of(page))]
 
 @pytest.fixture(scope="module")
 def small_recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of `recipes/` whose quickstart has the same name, paths and keys, but a tiny base, few rows and few steps."""
+    """A copy of `recipes/` whose quickstart has the same name, paths and keys, but a tiny base, few rows, few steps."""
     folder = tmp_path_factory.mktemp("small") / "recipes"
     shutil.copytree(ROOT / "recipes", folder)
     base = make_base(folder / "tiny-base")

@@ -1,9 +1,8 @@
-"""Bad recipes, bad command lines and bad rows, tried through the command line: what each says, how it ends, what it leaves."""
+"""Bad recipes, bad command lines and bad rows, through the command line: what each says, how it ends, what it leaves."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -673,8 +672,11 @@ def test_killed_training_goes_on(world: World, one_thread: None) -> None:
 
 def test_stopped_evaluation_leaves_no_report(world: World) -> None:
     world.rows(64, "t.jsonl", first=500)
-    world.recipe(("  max_length: 128", "  max_length: 128\n  test: t.jsonl"), ("max_new_tokens: 8", "max_new_tokens: 200"),
-                 ("final: [perplexity]", "final: [perplexity, exact_match]"))  # fmt: skip
+    world.recipe(
+        ("  max_length: 128", "  max_length: 128\n  test: t.jsonl"),
+        ("max_new_tokens: 8", "max_new_tokens: 200"),
+        ("final: [perplexity]", "final: [perplexity, exact_match]"),
+    )
     say_all(world.run("train", "r.yaml"), 0)
     before = world.digests()
     process = world.start("eval", "run", "--verbose", stdout=subprocess.DEVNULL)
