@@ -94,7 +94,6 @@ app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
     rich_markup_mode=None,
     add_completion=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -193,7 +192,7 @@ def merge(
 @_command
 def generate(
     session: Session,
-    run: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter or a model folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, its recipe, or a model folder.")],
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", metavar="FILE", help="A file of prompts: text, one a line, or jsonl rows.")
@@ -352,6 +351,8 @@ def _exit_code(run: Callable[[], Any]) -> int:
     """Runs the app; every way it can end becomes an exit code and at most one last line `error: ...`."""
     try:
         result = run()
+        if result == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except LorafitError as error:
@@ -388,8 +389,9 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _ran_with.clear()
+    words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     for name, value in _LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     with _termination_as_error():
-        code = _exit_code(lambda: app(args=arguments, standalone_mode=False))
+        code = _exit_code(lambda: app(args=words, standalone_mode=False))
     sys.exit(code)

@@ -18,7 +18,7 @@ from lorafit.contracts import Reporter, Silent
 from lorafit.errors import DataError, UsageError
 from lorafit.job import load_tuned, open_job
 from lorafit.rundir import RunDir, read_json
-from lorafit.workspace import check_output, check_unused, command_of, inputs_of, is_run, open_run, own_rank
+from lorafit.workspace import check_output, check_unused, claimed, command_of, inputs_of, is_run, open_run, own_rank
 
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
@@ -108,7 +108,8 @@ def train(
     from lorafit.training import Training
 
     training = Training(job, run, the_plan, reporter, resume_command=f"{command} --resume")
-    return training.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)
+    with claimed(run) if own_rank() == 0 else nullcontext():
+        return training.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)
 
 
 def evaluate(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import platform
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -174,6 +176,32 @@ def check_unused(run: RunDir, *, command: str) -> None:
             key="output",
             todo=f"go on with {command} --resume, or give --output",
         )
+
+
+@contextlib.contextmanager
+def claimed(run: RunDir) -> Iterator[None]:
+    """Keeps other processes from training into the folder meanwhile. What was made for it and stayed empty goes again.
+
+    Raises:
+        UsageError: Another process trains there.
+    """
+    made = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
+    run.root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run.root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            what, todo = "another process is training into it", "wait for its end, or give --output"
+            raise UsageError(what, file=str(run.root), key="output", todo=todo) from error
+        except OSError:
+            pass  # some network disks have no locks
+        yield
+    finally:
+        os.close(descriptor)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 _HARMLESS = (

@@ -34,6 +34,7 @@ def test_help_lists_every_command_with_what_it_does(world: World) -> None:
         line = next(line for line in outcome.stdout.splitlines() if line.split()[:1] == [command])
         assert len(line.split()) > 3
     assert outcome.code == 0
+    assert world.run() == outcome
 
 
 @pytest.mark.parametrize(

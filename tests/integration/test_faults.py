@@ -1,4 +1,4 @@
-"""Bad recipes, bad command lines and bad rows, through the command line: what each says, how it ends, what it leaves."""
+"""Bad recipes, bad command lines and bad rows, by the command line: what each says, how it ends, what it leaves."""
 
 from __future__ import annotations
 
@@ -655,6 +655,30 @@ def test_interrupted_training_says_how_to_go_on(world: World, one_thread: None) 
     assert [line["step"] for line in metric_lines(world, "a run") if "loss" in line] == list(range(1, 121))
     say_all(world.run("train", "r.yaml", "--output", "whole"), 0)
     assert world.weights("a run") == world.weights("whole")
+
+
+def test_interrupted_before_training(world: World) -> None:
+    """Ctrl-C while libraries and weights are loaded: a last line, and nothing is left."""
+    process = world.start("train", "r.yaml")
+    assert process.stderr is not None
+    assert "cache" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1].startswith("error: stopped by SIGINT")
+    assert "Traceback" not in said
+    assert not (world.root / "run").exists()
+
+
+def test_two_trainings_into_one_folder(world: World) -> None:
+    world.recipe(("max_steps: 2", "max_steps: 5000"))
+    process = world.start("train", "r.yaml", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: count_lines(world.root / "run" / "metrics.jsonl") >= 3, process)
+    say_all(world.run("train", "r.yaml", "--resume"), 2, "run", "another process", "--output")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    steps = [line["step"] for line in metric_lines(world) if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_killed_training_goes_on(world: World, one_thread: None) -> None:
