@@ -81,7 +81,7 @@ def run_plain(recipe: Path, start: Path, arguments: argparse.Namespace) -> list[
             labels = torch.where(torch.tensor([list(example.trained)]).bool(), ids, -100)
             loss = model(input_ids=ids, labels=labels).loss * sum(example.trained) / weight
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(job.recipe.training.schedule, LEARNING_RATE, step, step_rows.steps_per_epoch)
@@ -103,7 +103,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=256)
     arguments = parser.parse_args()
-    longest, whole = arguments.max_length, arguments.max_length * arguments.batch
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for title, model in (
@@ -111,10 +110,9 @@ def main() -> None:
             ("NF4, bf16", {"dtype": "bf16", "quantization": "nf4"}),
         ):
             recipe = write_recipe(folder, arguments, **model)
-            runs = {
-                cut: run_lorafit(recipe, folder / f"{title}-{cut}", budget)
-                for cut, budget in (("1x16", whole), ("4x4", whole // 4), ("16x1", longest))
-            }
+            longest = open_job(load_recipe(recipe), Silent()).rows.facts().longest_tokens
+            budgets = {"16x1": 1, "4x4": 4 * longest, "1x16": 16 * longest}
+            runs = {cut: run_lorafit(recipe, folder / f"{title}-{cut}", budget) for cut, budget in budgets.items()}
             reference = runs["16x1"]
             if title == "fp32":
                 plain = run_plain(recipe, folder / f"{title}-16x1/checkpoints/step-000000/adapter", arguments)
