@@ -44,7 +44,7 @@ class Training:
         from lorafit.results import Trained, describe_resolved
         from lorafit.train.checkpoint import CheckpointStore
         from lorafit.train.state import FitResult, TrainState
-        from lorafit.train.tracking import build_accelerator
+        from lorafit.train.tracking import build_accelerator, part
 
         job, recipe = self.job, self.job.recipe
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
@@ -84,6 +84,7 @@ class Training:
         state.events += events
         trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"))
         result = trainer.fit(state)
+        part(accelerator)
         trainer.trackers.finish()
         trained = Trained(self.where, self.plan, resolved, result, expected.needed_bytes)
         if accelerator.is_main_process:

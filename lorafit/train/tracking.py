@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorafit.contracts import Reporter
+
+_PARTING_SECONDS = 0.5
 
 
 def build_accelerator(*, use_cpu: bool, tracking: Sequence[str], folder: Path) -> Any:
@@ -33,6 +36,17 @@ def build_accelerator(*, use_cpu: bool, tracking: Sequence[str], folder: Path) -
     from accelerate import Accelerator
 
     return Accelerator(cpu=use_cpu, mixed_precision="no", log_with=list(tracking) or None, project_dir=str(folder))
+
+
+def part(accelerator: Any) -> None:
+    """The last word between several ranks, before anything of their process group is dropped.
+
+    gloo's threads drop a finished collective a moment after it returned, and need the interpreter's lock to do so; a
+    group that is destroyed in that moment waits for its threads with the lock in hand, for ever.
+    """
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        time.sleep(_PARTING_SECONDS)
 
 
 class Trackers:
