@@ -1,4 +1,4 @@
-"""Writes each command's `--help` into its page under docs/commands/, between the fence's markers. `make docs` runs it."""
+"""Writes each command's `--help` into its page under docs/commands/, in the marked fence. `make docs` runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ BLOCK = re.compile(r"(<!-- help: generated -->\n)```text\n.*?```", re.DOTALL)
 def page_with_help(page: Path) -> str:
     """The page's text with the present help of its command in the marked block."""
     shown = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"}).invoke(app, [page.stem, "--help"])
-    text = "\n".join(line.rstrip() for line in shown.output.strip().splitlines()).replace("Usage: root", "Usage: lorafit")
+    text = "\n".join(line.rstrip() for line in shown.output.strip().splitlines()).replace(
+        "Usage: root", "Usage: lorafit"
+    )
     return BLOCK.sub(lambda match: f"{match.group(1)}```text\n{text}\n```", page.read_text(encoding="utf-8"))
 
 
