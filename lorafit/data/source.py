@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.data.files import SUFFIXES, Fingerprint, check_file, take_fingerprint
 from lorafit.data.hub import HubRows, is_hub_id
@@ -285,29 +285,3 @@ def read_sources(
             errors.append(error)
     raise_all(errors, file="data")
     return SampleSet(opened, bad_rows, reporter)
-
-
-def check_sources(
-    splits: Mapping[str, Sequence[SourceSection]], folder: Path, bad_rows: BadRowsSection
-) -> dict[str, Any]:
-    """Reads all rows of all splits without a tokenizer, as `validate` does.
-
-    Returns:
-        For each split the rows read and those that are usable.
-
-    Raises:
-        DataError: Rows or files are bad; those of all splits as `Problems`.
-    """
-    from lorafit.contracts import Silent
-
-    errors: list[LorafitError] = []
-    counts = {}
-    for split, sources in splits.items():
-        try:
-            samples = read_sources(sources, folder, bad_rows, Silent())
-            usable = sum(1 for _ in samples)
-            counts[split] = {"read": sum(entry.read for entry in samples.ledger.sources), "usable": usable}
-        except LorafitError as error:
-            errors.extend(getattr(error, "errors", [error]))
-    raise_all(errors, file="data")
-    return counts

@@ -15,7 +15,7 @@ import pytest
 
 from lorafit.contracts import Silent
 from lorafit.data.examples import Prepared
-from lorafit.data.source import check_sources, read_sources
+from lorafit.data.source import read_sources
 from lorafit.errors import LorafitError
 from lorafit.kinds.formats import formats
 from lorafit.recipe.schema import BadRowsSection, SourceSection
@@ -207,15 +207,6 @@ def test_mark_line_ends_and_last_line_do_not_matter(tmp_path: Path, prepare_rows
         (tmp_path / f"{name}.jsonl").write_bytes(content)
         digests.add(prepare_rows(train=f"{name}.jsonl").digest)
     assert len(digests) == 1
-
-
-def test_validate_counts_rows_of_all_splits_and_gathers_their_errors(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(GOOD * 3, encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text(GOOD + "{\n", encoding="utf-8")
-    splits = {"train": [SourceSection(path="a.jsonl")], "test": [SourceSection(path="b.jsonl")]}
-    assert check_sources({"train": splits["train"]}, tmp_path, BadRowsSection()) == {"train": {"read": 3, "usable": 3}}
-    with pytest.raises(LorafitError, match=r"b\.jsonl:2"):
-        check_sources(splits, tmp_path, BadRowsSection())
 
 
 def test_faults_are_found_without_heavy_imports(tmp_path: Path) -> None:
