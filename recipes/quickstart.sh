@@ -11,4 +11,4 @@ say lorafit estimate-memory recipes/quickstart.yaml
 say lorafit train recipes/quickstart.yaml
 say lorafit eval runs/quickstart
 say lorafit merge runs/quickstart --output runs/quickstart-merged
-say lorafit generate runs/quickstart --compare-base --input recipes/data/questions.txt
+say lorafit generate runs/quickstart --compare-base --input recipes/data/questions.txt --max-new-tokens 48
