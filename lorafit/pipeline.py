@@ -95,7 +95,7 @@ def train(
     run, command = RunDir(loaded.output), command_of(recipe_file, overrides, output)
     resume = resume or resume_from is not None
     check_output(run.root, inputs_of(loaded))
-    if not resume:
+    if not resume and not dry_run:
         check_unused(run, command=command)
     given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
     job = open_job(loaded, reporter)

@@ -92,6 +92,8 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
                 "is no run folder (no manifest.json)", file=str(path), todo="name a run folder or a recipe"
             )
         loaded = load_recipe(run.recipe, overrides)
+    elif not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise UsageError("no such run folder", file=str(path), todo="name a run folder or its recipe; or train first")
     else:
         loaded = load_recipe(path, overrides)
         run = RunDir(loaded.output)
