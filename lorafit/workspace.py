@@ -93,7 +93,9 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
             )
         loaded = load_recipe(run.recipe, overrides)
     elif not path.exists() and path.suffix not in (".yaml", ".yml"):
-        raise UsageError("no such run folder", file=str(path), todo="name a run folder or its recipe; or train first")
+        raise UsageError(
+            "no such file or folder", file=str(path), todo="name a run folder or its recipe; or train first"
+        )
     else:
         loaded = load_recipe(path, overrides)
         run = RunDir(loaded.output)
