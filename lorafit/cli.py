@@ -1,32 +1,25 @@
 """The command line. Bodies import lazily, so that `--help` needs neither torch nor pydantic.
 
-This is the one place where errors become exit codes and lines on stderr. Results go to stdout, all else to stderr.
+Results go to stdout, all else to stderr; `lorafit.exits` makes exit codes of errors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import os
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from lorafit.errors import LorafitError, Problems, StoppedBySignal, UsageError
+from lorafit.exits import exit_code, termination_as_error
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
-
-EXIT_OUR_BUG = 1
-EXIT_BROKEN_PIPE = 141
-_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
 
 _COMMON_FLAGS = {
     "json": "One JSON object on stdout instead of tables.",
@@ -276,113 +269,6 @@ _LIBRARY_SETTINGS = {
 }
 
 
-@contextlib.contextmanager
-def _termination_as_error() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that half-written files are removed; training puts its own handler over it."""
-
-    def stop(number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        raise StoppedBySignal(f"stopped by {name}; nothing was left half-written", signal_number=number)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-
-
-def _report(error: LorafitError) -> int:
-    for part in error.errors if isinstance(error, Problems) else ():
-        _say(f"error: {part}")
-    _say(f"error: {error}")
-    return error.exit_code
-
-
-def _report_command_line(error: Exception) -> int:
-    text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())[:260]
-    name, _, rest = text.partition(" (Possible options: ")
-    if rest:
-        text = f"{name}; did you mean {rest.rstrip(')')}?"
-    text = text.replace(". Did you mean ", "; did you mean ").replace("'", "").rstrip(".")
-    if text:
-        _say(f"error: {text[:1].lower()}{text[1:]}" + ("" if "did you mean" in text else "; see lorafit --help"))
-    return UsageError.exit_code
-
-
-def _report_bug(error: BaseException) -> int:
-    """Writes the traceback to a file and names it."""
-    import tempfile
-
-    text = "".join(traceback.format_exception(error))
-    descriptor, name = tempfile.mkstemp(prefix="lorafit-traceback-", suffix=".txt", text=True)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-    _say(f"error: a bug in lorafit ({what}); please report it with the traceback saved in {name}")
-    return EXIT_OUR_BUG
-
-
-def _os_error(error: OSError) -> LorafitError | None:
-    """Errors of the file system that are the user's to mend, whatever room they come from."""
-    import errno
-
-    from lorafit.errors import ResourceError
-    from lorafit.rundir import DISK_ERRORS
-
-    file = str(error.filename) if error.filename is not None else None
-    if error.errno == errno.ENAMETOOLONG:
-        return UsageError("file name too long", file=file and f"{file[:60]}…", todo="choose a shorter name")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return UsageError("permission denied", file=file, todo="change its permissions or choose another path")
-    if error.errno in DISK_ERRORS:
-        return ResourceError(
-            DISK_ERRORS[error.errno], file=file, todo="free or change the disk; what was saved before is intact"
-        )
-    return None
-
-
-def _exit_code(run: Callable[[], Any]) -> int:
-    """Runs the app; every way it can end becomes an exit code and at most one last line `error: ...`."""
-    try:
-        result = run()
-        if result == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
-            raise KeyboardInterrupt
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except LorafitError as error:
-        _show_traceback()
-        return _report(error)
-    except _CommandLineError as error:
-        return _report_command_line(error)
-    except (KeyboardInterrupt, typer.Abort):
-        _say("error: stopped by SIGINT; nothing was left half-written")
-        return 128 + signal.SIGINT
-    except (BrokenPipeError, SystemExit) as stop:  # typer and rich make exit 1 of a closed pipe
-        if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains again at exit
-        return EXIT_BROKEN_PIPE
-    except MemoryError:
-        _say("error: out of memory; lower training.micro_batch_tokens or data.max_length, see lorafit estimate-memory")
-        return 7
-    except Exception as error:
-        _show_traceback()
-        known = _os_error(error) if isinstance(error, OSError) else None
-        return _report(known) if known else _report_bug(error)
-
-
-def _show_traceback() -> None:
-    """With `--debug`. Exit code and last line are the same with it."""
-    if _ran_with and _ran_with[-1].debug:
-        _say(traceback.format_exc())
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `lorafit` command."""
     for stream in (sys.stdout, sys.stderr):
@@ -392,6 +278,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     for name, value in _LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    with _termination_as_error():
-        code = _exit_code(lambda: app(args=words, standalone_mode=False))
+    with termination_as_error():
+        code = exit_code(
+            lambda: app(args=words, standalone_mode=False), debug=lambda: bool(_ran_with and _ran_with[-1].debug)
+        )
     sys.exit(code)

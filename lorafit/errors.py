@@ -13,7 +13,7 @@
     ├── StoppedBySignal       128+n   stopped by signal n after its state was saved
     └── Problems                  ·   several errors at once; exits as its first
 
-A message reads `<file>[:line[:column]][: key]: <what>; <what to do>`. `lorafit.cli` is the one place that turns these
+A message reads `<file>[:line[:column]][: key]: <what>; <what to do>`. `lorafit.exits` is the one place that turns these
 into exit codes and prints them behind `error: `.
 """
 

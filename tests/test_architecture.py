@@ -31,7 +31,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"memory"},
     {"recipe"},
     {"kinds"},
-    {"ops", "rundir", "devices", "model_shapes", "reporting"},
+    {"ops", "rundir", "devices", "model_shapes", "reporting", "exits"},
     {"shipped"},
     {"registry"},
     {"errors", "shapes", "contracts", "__init__"},
