@@ -34,9 +34,9 @@ from lorafit.train.step import (
     check_gradients,
     check_loss,
     check_metrics,
-    clip_gradients,
     gradient_norm,
     sum_gradients,
+    update_parameters,
 )
 from lorafit.train.tensors import load_optimizer, save_optimizer
 from lorafit.train.tracking import Trackers
@@ -231,14 +231,14 @@ class Trainer:
         if not is_overflow:
             check_gradients(step, float(norm), self.named, batches, self.examples)
         state.count_overflow(is_overflow, step, self.scaler.get_scale() if self.scaler is not None else 1.0)
-        clip_gradients(self.parameters, norm, self.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)  # skips it where a gradient overflowed
-            self.scaler.update()
+        update_parameters(
+            self.optimizer,
+            self.parameters,
+            self.scaler,
+            norm=norm,
+            max_norm=self.max_grad_norm,
+            learning_rate=learning_rate,
+        )
         return None if is_overflow else float(norm)
 
     def _micro_batches(self, rows: Sequence[int], token_budget: int) -> list[Batch]:

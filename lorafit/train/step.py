@@ -1,4 +1,4 @@
-"""The gradients of one optimizer step: micro-batches forward and backward, summed over ranks, divided once.
+"""One optimizer step: micro-batches forward and backward, summed over ranks, divided once; then the update.
 
     rows of the step --cut_step--> micro-batches --dealt to ranks--> forward, backward (no communication)
     weight = labels of the whole step, over all ranks, counted before the first backward
@@ -102,6 +102,26 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], norm: torch.Tensor,
     """Scales gradients of that norm down to `max_norm`; None: leaves them."""
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+def update_parameters(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    scaler: torch.amp.GradScaler | None,
+    *,
+    norm: torch.Tensor,
+    max_norm: float | None,
+    learning_rate: float,
+) -> None:
+    """Clips gradients of that norm and takes the optimizer's step; the scaler skips it where fp16 overflowed."""
+    clip_gradients(parameters, norm, max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def check_loss(
