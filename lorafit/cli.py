@@ -22,21 +22,22 @@ if TYPE_CHECKING:
     from lorafit.contracts import Reporter
 
 _COMMON_FLAGS = {
-    "json": "One JSON object on stdout instead of tables.",
+    "json": "One JSON object on stdout, also for an error.",
     "quiet": "Only errors and the result.",
     "verbose": "Say more.",
     "debug": "Show tracebacks and the libraries' own logs.",
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
-    """The flags that every command has, and what follows from them."""
+    """The flags that every command has, and what follows from them; and whether a result was printed."""
 
     json: bool = False
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
+    has_result: bool = False
 
     @property
     def reporter(self) -> Reporter:
@@ -47,6 +48,7 @@ class Session:
 
     def result(self, result: Any) -> None:
         """Prints a result: `to_json()` with `--json`, else `render(console)` through rich."""
+        self.has_result = True
         if self.json:
             typer.echo(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False))
         else:
@@ -84,11 +86,28 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 _ran_with: list[Session] = []
 app = typer.Typer(
     name="lorafit",
-    help="Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
     rich_markup_mode=None,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lorafit import __version__
+
+        typer.echo(f"lorafit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lorafit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune language models with LoRA and QLoRA from one YAML recipe."""
+
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", readable=False, help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -150,7 +169,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
 ) -> None:
-    """Held-out metrics of base and tuned model, side by side, on the same rows."""
+    """Score base and tuned model side by side on the same rows."""
     from lorafit import pipeline
 
     result = pipeline.evaluate(
@@ -172,7 +191,7 @@ def merge(
     checkpoint: Checkpoint = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the check of what was written.")] = False,
 ) -> None:
-    """Merge an adapter into its base, tensor by tensor, verified."""
+    """Merge an adapter into its base, and verify the result."""
     from lorafit import pipeline
 
     result = pipeline.merge(
@@ -237,7 +256,7 @@ def estimate_memory(
 @app.command()
 @_command
 def validate(session: Session, recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Every error of a recipe at once, with file, line and the nearest valid name."""
+    """Every error of a recipe at once, each with its line."""
     from lorafit import pipeline
 
     valid = pipeline.validate(recipe, overrides=overrides or [])
@@ -255,7 +274,7 @@ def preview(
     overrides: Overrides = None,
     rows: Annotated[int | None, typer.Option(min=0, help="Rows to show: 3, or all of them with --json.")] = None,
 ) -> None:
-    """Rendered rows with trained and untrained tokens told apart, lengths, and what is cut or dropped."""
+    """Rows as the model will see them: trained, cut, dropped."""
     from lorafit import pipeline
 
     shown = rows if rows is not None or session.json else 3
@@ -280,6 +299,16 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault(name, value)
     with termination_as_error():
         code = exit_code(
-            lambda: app(args=words, standalone_mode=False), debug=lambda: bool(_ran_with and _ran_with[-1].debug)
+            lambda: app(args=words, standalone_mode=False),
+            debug=lambda: bool(_ran_with and _ran_with[-1].debug),
+            json_head=lambda: _json_head_of_failure(words),
         )
     sys.exit(code)
+
+
+def _json_head_of_failure(words: list[str]) -> dict[str, Any] | None:
+    """What the JSON object of a failure begins with; None without `--json`, and where a result was printed."""
+    wanted = _ran_with[-1].json and not _ran_with[-1].has_result if _ran_with else "--json" in words
+    if not wanted:
+        return None
+    return {"valid": False} if words[0] == "validate" else {}

@@ -20,6 +20,7 @@ into exit codes and prints them behind `error: `.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 MESSAGE_LIMIT_CHARACTERS = 292  # with "error: " in front, and a little room, a line stays under 300
 
@@ -63,6 +64,11 @@ class LorafitError(Exception):
             what = what[: room - 1] + "…"
         message = f"{head}: {what}{tail}" if head else f"{what}{tail}"
         return message if len(message) <= MESSAGE_LIMIT_CHARACTERS else message[: MESSAGE_LIMIT_CHARACTERS - 1] + "…"
+
+    def to_json(self) -> dict[str, Any]:
+        """Message and place, for `--json`."""
+        names = ("what", "file", "line", "column", "key", "todo")
+        return {"exit_code": self.exit_code, "message": str(self), **{name: getattr(self, name) for name in names}}
 
     def at(self, file: str | None = None, line: int | None = None, key: str | None = None) -> LorafitError:
         """Fills in the place where the raiser could not know it; what is already known stays. Returns self."""

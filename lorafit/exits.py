@@ -4,11 +4,14 @@ LorafitError      its own code, `error: <file>[:line[:column]][: key]: <what>; <
 Ctrl-C, SIGTERM   128 + signal, nothing left half-written
 closed pipe       141
 our own bug       1, with the traceback in a file that is named
+
+With `--json` the same stands as one object on stdout: `{"error": {...}, "errors": [{...}, ...]}`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -18,9 +21,8 @@ from typing import Any
 
 import typer
 
-from lorafit.errors import LorafitError, Problems, StoppedBySignal, UsageError
+from lorafit.errors import LorafitError, Problems, ResourceError, StoppedBySignal, UsageError
 
-EXIT_OUR_BUG = 1
 EXIT_BROKEN_PIPE = 141
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
 
@@ -46,25 +48,36 @@ def _say(line: str) -> None:
         sys.stderr.flush()
 
 
-def _report(error: LorafitError) -> int:
-    for part in error.errors if isinstance(error, Problems) else ():
+def _report(error: LorafitError, json_head: dict[str, Any] | None) -> int:
+    """Writes an error's lines to stderr and, where `json_head` says so, its object behind that head to stdout."""
+    parts = error.errors if isinstance(error, Problems) else (error,)
+    if json_head is not None:
+        failure = {**json_head, "error": error.to_json(), "errors": [part.to_json() for part in parts]}
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.write(json.dumps(failure, ensure_ascii=False, allow_nan=False) + "\n")
+            sys.stdout.flush()
+    for part in parts if isinstance(error, Problems) else ():
         _say(f"error: {part}")
     _say(f"error: {error}")
     return error.exit_code
 
 
-def _report_command_line(error: Exception) -> int:
+def _command_line_error(error: Exception) -> UsageError | None:
+    """What typer found wrong in a command line, in our form; None where it printed a help page instead."""
     text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())[:260]
     name, _, rest = text.partition(" (Possible options: ")
     if rest:
         text = f"{name}; did you mean {rest.rstrip(')')}?"
     text = text.replace(". Did you mean ", "; did you mean ").replace("'", "").rstrip(".")
-    if text:
-        _say(f"error: {text[:1].lower()}{text[1:]}" + ("" if "did you mean" in text else "; see lorafit --help"))
-    return UsageError.exit_code
+    if not text:
+        return None
+    context = getattr(error, "ctx", None)
+    command = f"lorafit {context.info_name}" if context is not None and context.parent is not None else "lorafit"
+    todo = None if "did you mean" in text else f"see {command} --help"
+    return UsageError(f"{text[:1].lower()}{text[1:]}", todo=todo)
 
 
-def _report_bug(error: BaseException) -> int:
+def _bug(error: BaseException) -> LorafitError:
     """Writes the traceback to a file and names it."""
     import tempfile
 
@@ -73,15 +86,13 @@ def _report_bug(error: BaseException) -> int:
     with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
     what = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-    _say(f"error: a bug in lorafit ({what}); please report it with the traceback saved in {name}")
-    return EXIT_OUR_BUG
+    return LorafitError(f"a bug in lorafit ({what})", todo=f"please report it with the traceback saved in {name}")
 
 
 def _os_error(error: OSError) -> LorafitError | None:
     """Errors of the file system that are the user's to mend, whatever room they come from."""
     import errno
 
-    from lorafit.errors import ResourceError
     from lorafit.rundir import DISK_ERRORS
 
     file = str(error.filename) if error.filename is not None else None
@@ -96,8 +107,17 @@ def _os_error(error: OSError) -> LorafitError | None:
     return None
 
 
-def exit_code(run: Callable[[], Any], *, debug: Callable[[], bool]) -> int:
-    """Runs the app; every way it can end becomes an exit code and at most one last line `error: ...`."""
+def exit_code(
+    run: Callable[[], Any], *, debug: Callable[[], bool], json_head: Callable[[], dict[str, Any] | None]
+) -> int:
+    """Runs the app; every way it can end becomes an exit code and at most one last line `error: ...`.
+
+    Args:
+        run: The app.
+        debug: Whether tracebacks are shown; asked at the end.
+        json_head: What the object of a failure begins with; None where no object is wanted. Asked at the end.
+    """
+    failure: LorafitError | None
     try:
         result = run()
         if result == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
@@ -106,24 +126,24 @@ def exit_code(run: Callable[[], Any], *, debug: Callable[[], bool]) -> int:
         return result if isinstance(result, int) else 0
     except LorafitError as error:
         _show_traceback(debug)
-        return _report(error)
+        failure = error
     except _CommandLineError as error:
-        return _report_command_line(error)
+        failure = _command_line_error(error)
     except (KeyboardInterrupt, typer.Abort):
-        _say("error: stopped by SIGINT; nothing was left half-written")
-        return 128 + signal.SIGINT
+        failure = StoppedBySignal("stopped by SIGINT; nothing was left half-written", signal_number=signal.SIGINT)
     except (BrokenPipeError, SystemExit) as stop:  # typer and rich make exit 1 of a closed pipe
         if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains again at exit
         return EXIT_BROKEN_PIPE
     except MemoryError:
-        _say("error: out of memory; lower training.micro_batch_tokens or data.max_length, see lorafit estimate-memory")
-        return 7
+        failure = ResourceError(
+            "out of memory", todo="lower training.micro_batch_tokens or data.max_length, see lorafit estimate-memory"
+        )
     except Exception as error:
         _show_traceback(debug)
-        known = _os_error(error) if isinstance(error, OSError) else None
-        return _report(known) if known else _report_bug(error)
+        failure = (_os_error(error) if isinstance(error, OSError) else None) or _bug(error)
+    return _report(failure, json_head()) if failure is not None else UsageError.exit_code
 
 
 def _show_traceback(debug: Callable[[], bool]) -> None:

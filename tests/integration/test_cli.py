@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -160,10 +162,91 @@ def test_debug_shows_the_traceback_and_ends_the_same(world: World) -> None:
 
 def test_errors_print_nothing_on_stdout(world: World) -> None:
     world.recipe(("  r: 4", "  r: 0"))
-    for arguments in (["validate", "r.yaml"], ["train", "r.yaml", "--json"], ["eval", "run", "--json"], ["trian"]):
+    for arguments in (["validate", "r.yaml"], ["train", "r.yaml"], ["eval", "run"], ["trian"]):
         outcome = world.run(*arguments)
         assert outcome.code != 0
         assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["train", "r.yaml"], {"file": "r.yaml", "line": 9, "key": "adapter.r"}),
+        (["preview", "r.yaml"], {"file": "r.yaml", "line": 9, "key": "adapter.r"}),
+        (["estimate-memory", "r.yaml"], {"file": "r.yaml", "line": 9, "key": "adapter.r"}),
+        (["validate", "r.yaml"], {"file": "r.yaml", "line": 9, "key": "adapter.r"}),
+        (["eval", "nope"], {"file": "nope", "line": None, "key": None}),
+        (["merge", "nope", "--output", "m"], {"file": "nope"}),
+        (["generate", "r.yaml", "--prompt", "a", "--input", "b"], {"key": "--prompt"}),
+        (["eval", "run", "--limit", "0"], {"todo": "see lorafit eval --help"}),
+        (["train"], {"todo": "see lorafit train --help"}),
+        (["trian", "r.yaml"], {"key": None}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_as_json(world: World, arguments: list[str], place: dict[str, object]) -> None:
+    """One object on stdout for a failure of every command; the lines on stderr are the same as without `--json`."""
+    world.recipe(("  r: 4", "  r: 0"))
+    plain, outcome = world.run(*arguments), world.run(*arguments, "--json")
+    assert (outcome.code, outcome.stderr) == (plain.code, plain.stderr)
+    assert len(outcome.stdout.splitlines()) == 1
+    failure = outcome.json
+    assert failure["error"].items() >= {**place, "exit_code": plain.code}.items()
+    assert f"error: {failure['error']['message']}" == outcome.last
+    assert failure["errors"] == [failure["error"]]
+    assert failure.get("valid") == (False if arguments[0] == "validate" else None)
+
+
+def test_every_error_of_a_recipe_as_json(world: World) -> None:
+    world.recipe(("  r: 4", "  r: 0"), ("  dropout: 0.0", "  dropuot: 0.1"))
+    outcome = world.run("validate", "r.yaml", "--json")
+    assert outcome.code == 3 and outcome.json["valid"] is False
+    assert [(error["key"], error["line"]) for error in outcome.json["errors"]] == [
+        ("adapter.r", 9),
+        ("adapter.dropuot", 11),
+    ]
+    assert "2 errors" in outcome.json["error"]["message"]
+
+
+def test_a_bug_as_json(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit import pipeline
+
+    monkeypatch.setattr(pipeline, "preview", lambda *a, **o: {}["missing"])
+    outcome = world.run("preview", "r.yaml", "--json")
+    assert outcome.code == outcome.json["error"]["exit_code"] == 1
+    named = Path(outcome.json["error"]["message"].split()[-1])
+    assert "KeyError" in named.read_text()
+    named.unlink()
+
+
+def test_a_result_is_the_only_object(world: World) -> None:
+    """What does not fit is a result with an exit code, not a failure."""
+    outcome = world.run("estimate-memory", "r.yaml", "--gpu", "0.25GiB", "--json")
+    assert outcome.code == 10
+    assert outcome.json["fits"] is False and "error" not in outcome.json
+
+
+def test_version(world: World) -> None:
+    outcome = world.run("--version")
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (0, f"lorafit {version('lorafit')}\n", "")
+    done = subprocess.run([sys.executable, "-m", "lorafit", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == outcome.stdout
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_descriptions_are_whole(world: World, columns: str) -> None:
+    shown = world.spawn("--help", env={"COLUMNS": columns}).stdout
+    assert "..." not in shown.replace("[ARGS]...", "") and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= int(columns)
+
+
+def test_ctrl_c_during_the_first_imports(world: World) -> None:
+    """Whatever the command line itself imports is interrupted here: no traceback, one line."""
+    (world.root / "early").mkdir()
+    (world.root / "early" / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    outcome = world.spawn("--help", env={"PYTHONPATH": str(world.root / "early")})
+    assert (outcome.code, outcome.stdout) == (130, "")
+    assert outcome.stderr == "error: stopped by SIGINT; nothing was left half-written\n"
 
 
 def test_estimate_that_does_not_fit_ends_with_10(world: World) -> None:
