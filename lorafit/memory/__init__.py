@@ -12,7 +12,7 @@ docs/memory.md derives each term so that a reader can follow it by hand.
 
 from __future__ import annotations
 
-from lorafit.memory.estimate import MemoryEstimate, Phase, estimate, fits, labels_of
+from lorafit.memory.estimate import COMPONENTS, MemoryEstimate, Phase, estimate, fits, labels_of, needed_bytes
 from lorafit.memory.layer import Numerics
 
-__all__ = ["MemoryEstimate", "Numerics", "Phase", "estimate", "fits", "labels_of"]
+__all__ = ["COMPONENTS", "MemoryEstimate", "Numerics", "Phase", "estimate", "fits", "labels_of", "needed_bytes"]

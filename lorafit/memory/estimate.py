@@ -124,8 +124,7 @@ class MemoryEstimate:
     @property
     def needed_bytes(self) -> int:
         """What the card must have: tensors x allocator factor + context."""
-        factor = self.allocator_factor or ALLOCATOR_FACTOR[self.device_kind]
-        return round(self.tensor_bytes * factor) + self.context_bytes
+        return needed_bytes(self.tensor_bytes, self.device_kind, self.allocator_factor)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, in bytes."""
@@ -144,6 +143,11 @@ class MemoryEstimate:
             "paged_bytes": self.paged_bytes,
             "unquantized_expert_bytes": self.unquantized_expert_bytes,
         }
+
+
+def needed_bytes(tensor_bytes: int, device_kind: str, allocator_factor: float = 0.0) -> int:
+    """What the card must have for so many live bytes: tensors x allocator factor + context."""
+    return round(tensor_bytes * (allocator_factor or ALLOCATOR_FACTOR[device_kind])) + CONTEXT_BYTES[device_kind]
 
 
 def fits(estimate: MemoryEstimate, device_bytes: int, headroom: float = 0.05) -> bool:

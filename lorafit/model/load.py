@@ -87,7 +87,7 @@ def load_model(
         kind = quantizations.get(quantization.kind)
         plain = unquantised_names(skeleton)
         if quantization.kind in FOUR_BIT_KINDS and torch.device(device).type == "cpu":
-            plain += _leave_narrow(skeleton, reporter)
+            plain += leave_narrow(skeleton, reporter)
         settings = kind.transformers_config(quantization, compute_dtype, plain)
         del skeleton
         options: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
@@ -219,7 +219,7 @@ def unquantised_names(model: Any) -> list[str]:
     return [*head_names(model), *router_names(model)]
 
 
-def _leave_narrow(model: Any, reporter: Reporter) -> list[str]:
+def leave_narrow(model: Any, reporter: Reporter) -> list[str]:
     """Paths of linears that bitsandbytes 0.50 dequantises wrongly on a CPU, to be left unquantised, with a warning.
 
     Where a row is no multiple of 64 weights, its vector code pairs weights with the constants of other blocks.

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 _PARTING_SECONDS = 0.5
 
 
-def build_accelerator(*, use_cpu: bool, tracking: Sequence[str], folder: Path) -> Any:
+def build_accelerator(*, use_cpu: bool, tracking: Sequence[str] = (), folder: Path | None = None) -> Any:
     """An Accelerator without mixed precision and without accumulation: the loop does both itself.
 
     Args:
         use_cpu: Train on the CPU although there is a GPU.
         tracking: Trackers by accelerate's names.
-        folder: Where trackers that write files put them: the run folder.
+        folder: Where trackers that write files put them: the run folder. None where there are none.
 
     Raises:
         RecipeError: A tracker is not installed.
@@ -35,7 +35,7 @@ def build_accelerator(*, use_cpu: bool, tracking: Sequence[str], folder: Path) -
             )
     from accelerate import Accelerator
 
-    return Accelerator(cpu=use_cpu, mixed_precision="no", log_with=list(tracking) or None, project_dir=str(folder))
+    return Accelerator(cpu=use_cpu, mixed_precision="no", log_with=list(tracking) or None, project_dir=str(folder or "."))
 
 
 def part(accelerator: Any) -> None:
