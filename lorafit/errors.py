@@ -24,6 +24,17 @@ from typing import Any
 
 MESSAGE_LIMIT_CHARACTERS = 292  # with "error: " in front, and a little room, a line stays under 300
 
+_LONGEST_NAME_CHARACTERS = 40
+
+
+def _cut(message: str) -> str:
+    """A message within the limit. A list of names at its end is cut between two of them, and their number is told."""
+    kept = message[: MESSAGE_LIMIT_CHARACTERS - len(" and 999 more")].rpartition(", ")[0]
+    left_out = message[len(kept) :].split(", ")[1:]
+    if kept and all(len(name) <= _LONGEST_NAME_CHARACTERS for name in left_out):
+        return f"{kept} and {len(left_out)} more"
+    return message[: MESSAGE_LIMIT_CHARACTERS - 1] + "…"
+
 
 class LorafitError(Exception):
     """Base of every error that lorafit raises on purpose.
@@ -63,7 +74,7 @@ class LorafitError(Exception):
         if len(what) > room > 40:
             what = what[: room - 1] + "…"
         message = f"{head}: {what}{tail}" if head else f"{what}{tail}"
-        return message if len(message) <= MESSAGE_LIMIT_CHARACTERS else message[: MESSAGE_LIMIT_CHARACTERS - 1] + "…"
+        return message if len(message) <= MESSAGE_LIMIT_CHARACTERS else _cut(message)
 
     def to_json(self) -> dict[str, Any]:
         """Message and place, for `--json`."""

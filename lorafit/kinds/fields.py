@@ -33,7 +33,7 @@ def shorten(text: str, length: int = 30) -> str:
 def listed(names: Iterable[Any], count: int = 8) -> str:
     """Names behind each other, the first `count` of them."""
     names = [shorten(str(name)) for name in names]
-    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def missing_field(name: str, row: Row) -> DataError:

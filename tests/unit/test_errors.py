@@ -1,0 +1,47 @@
+"""Messages of errors: their form, their length, and how lists in them are cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorafit.errors import MESSAGE_LIMIT_CHARACTERS, UsageError
+from lorafit.kinds.fields import listed
+
+
+def names(count: int) -> list[str]:
+    return [f"name-{number:03d}" for number in range(count)]
+
+
+@pytest.mark.parametrize("count", [5, 24, 25, 26, 27, 28, 29, 30, 31, 200])
+def test_a_list_is_cut_between_two_names(count: int) -> None:
+    message = str(UsageError("'x' is unknown", key="--gpu", todo=f"one of: {', '.join(names(count))}"))
+    assert len(message) <= MESSAGE_LIMIT_CHARACTERS
+    shown, _, more = message.partition(" and ")
+    kept = shown.split("one of: ")[1].split(", ")
+    assert kept == names(count)[: len(kept)]
+    assert more == (f"{count - len(kept)} more" if len(kept) < count else "")
+    assert count > 26 or len(kept) == count
+
+
+def test_what_is_no_list_is_cut_as_text() -> None:
+    message = str(UsageError("no", todo="look, " + "x" * 400))
+    assert message.endswith("x…") and len(message) == MESSAGE_LIMIT_CHARACTERS
+
+
+def test_names_of_a_row_are_counted() -> None:
+    assert listed(names(8)) == ", ".join(names(8))
+    assert listed(names(11)) == ", ".join(names(8)) + " and 3 more"
+
+
+def test_json_holds_the_message_and_its_parts() -> None:
+    error = UsageError("is wrong", file="r.yaml", line=3, key="a.b", todo="mend it")
+    assert error.to_json() == {
+        "exit_code": 2,
+        "message": "r.yaml:3: a.b: is wrong; mend it",
+        "what": "is wrong",
+        "file": "r.yaml",
+        "line": 3,
+        "column": None,
+        "key": "a.b",
+        "todo": "mend it",
+    }
