@@ -18,7 +18,17 @@ from lorafit.contracts import Reporter, Silent
 from lorafit.errors import DataError, UsageError
 from lorafit.job import load_tuned, open_job
 from lorafit.rundir import RunDir, read_json
-from lorafit.workspace import check_output, check_unused, claimed, command_of, inputs_of, is_run, open_run, own_rank
+from lorafit.workspace import (
+    check_output,
+    check_same_recipe,
+    check_unused,
+    claimed,
+    command_of,
+    inputs_of,
+    is_run,
+    open_run,
+    own_rank,
+)
 
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
@@ -95,14 +105,16 @@ def train(
     run, command = RunDir(loaded.output), command_of(recipe_file, overrides, output)
     resume = resume or resume_from is not None
     check_output(run.root, inputs_of(loaded))
-    if not resume and not dry_run:
-        check_unused(run, command=command)
+    if resume:
+        check_same_recipe(run, loaded, reporter)
+    elif not dry_run:
+        check_unused(run, loaded, command=command)
     given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
     job = open_job(loaded, reporter)
     the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
-    reporter.show(the_plan.table())
-    require_fit(the_plan)
     if dry_run:
+        reporter.show(the_plan.table())
+        require_fit(the_plan)
         return Trained(run, the_plan, None, None)
 
     from lorafit.training import Training

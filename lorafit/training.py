@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Reporter, Silent
 from lorafit.job import load_base, prove, torch_dtype
 from lorafit.rundir import RunDir, check_manifest, write_json
-from lorafit.workspace import check_same_run, describe_run, installed_versions
+from lorafit.workspace import check_same_facts, describe_run, installed_versions
 
 if TYPE_CHECKING:
     from lorafit.job import Job
@@ -41,6 +41,7 @@ class Training:
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
         from lorafit.model.load import attach_adapter
         from lorafit.ops.rng import seed_rng
+        from lorafit.plan import require_fit
         from lorafit.results import Trained, describe_resolved
         from lorafit.train.checkpoint import CheckpointStore
         from lorafit.train.state import FitResult, TrainState
@@ -52,6 +53,8 @@ class Training:
         if checkpoint is not None and self._is_published(checkpoint.state):
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
             return Trained(self.where, self.plan, None, FitResult.of_complete(checkpoint.state))
+        self.reporter.show(self.plan.table())
+        require_fit(self.plan)
         accelerator = build_accelerator(
             use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root
         )
@@ -103,7 +106,7 @@ class Training:
         from lorafit.train.checkpoint import Environment, check_continuity
 
         device = self.job.device
-        check_same_run(self.where, self.job.loaded, self.job.facts(), self.reporter)
+        check_same_facts(self.where, self.job.facts())
         checkpoint = store.open(step)
         if checkpoint is None:
             return None, []

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import CheckpointError, UsageError
+from lorafit.errors import CheckpointError, LorafitError, UsageError
 from lorafit.rundir import RunDir, atomic_file, read_json, write_json
 
 if TYPE_CHECKING:
@@ -167,19 +167,31 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
         )
 
 
-def check_unused(run: RunDir, *, command: str) -> None:
-    """Refuses a run folder that holds a started run already: only `--resume` goes on there.
+def check_unused(run: RunDir, loaded: LoadedRecipe, *, command: str) -> None:
+    """Refuses a run folder that holds a started run already; says whether `--resume` would go on there.
 
     Raises:
         UsageError: It does.
     """
-    if run.steps() or run.adapter.exists():
-        raise UsageError(
-            "holds a run already",
-            file=str(run.root),
-            key="output",
-            todo=f"go on with {command} --resume, or give --output",
-        )
+    if not run.steps() and not run.adapter.exists():
+        return
+    decisive: list[str] = []
+    with contextlib.suppress(LorafitError):  # where its recipe cannot be read, that is not what is asked
+        decisive, _ = _changes(run, loaded)
+    what, todo = "holds a run already", f"go on with {command} --resume, or give --output"
+    if decisive:
+        what, todo = f"holds another run ({decisive[0]})", "give --output, or change it back and add --resume"
+    elif _is_finished(run):
+        what, todo = "holds this run, finished", f"score it with lorafit eval {run.root}, or give --output"
+    raise UsageError(what, file=str(run.root), key="output", todo=todo)
+
+
+def _is_finished(run: RunDir) -> bool:
+    """Whether the run that was started last in the folder came to its end."""
+    if not run.result.is_file() or not run.plan.is_file():
+        return False
+    result, planned = read_json(run.result), read_json(run.plan)["plan"]
+    return bool(result["stopped_early"] or result["steps"] >= planned["total_steps"])
 
 
 @contextlib.contextmanager
@@ -223,30 +235,53 @@ _HARMLESS = (
 """What a resume may change: it decides what is saved, shown and measured, not what is learnt."""
 
 
-def check_same_run(run: RunDir, loaded: LoadedRecipe, facts: Mapping[str, Any], reporter: Reporter) -> None:
-    """Refuses to go on with other rows, another base or another recipe; says what changed harmlessly.
+def check_same_recipe(run: RunDir, loaded: LoadedRecipe, reporter: Reporter) -> None:
+    """Refuses to go on with another recipe; says what changed harmlessly.
 
     Raises:
         CheckpointError: It would not be the same run.
     """
-    if not run.recipe.is_file() or not run.manifest.is_file():
-        return  # nothing was started here: the run begins at step 0
+    decisive, harmless = _changes(run, loaded)
+    if decisive:
+        raise CheckpointError(
+            f"{decisive[0]}, so it would not be the same run",
+            file=str(run.root),
+            todo="change it back, or train into another --output",
+        )
+    for what in harmless:
+        reporter.info(what)
+
+
+def _changes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[str]]:
+    """How the recipe differs from that of the run in the folder: what makes it another run, and what does not."""
+    if not _is_started(run):
+        return [], []
     from lorafit.recipe.load import load_recipe
 
     before = _leaves(load_recipe(run.recipe).recipe.model_dump(mode="json"))
     now = _leaves(load_recipe_from(loaded, run).model_dump(mode="json"))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     stops_early = loaded.recipe.evaluation.early_stopping is not None
-    for key in changed:
-        what = f"{key}: {before.get(key)} was changed to {now.get(key)}"
-        harmless = key.startswith(_HARMLESS) and not (stops_early and key.startswith("evaluation.every_steps"))
-        if not harmless and not _only_longer(key, before, now):
-            raise CheckpointError(
-                f"{what}, so it would not be the same run",
-                file=str(run.root),
-                todo="change it back, or train into another --output",
-            )
-        reporter.info(what)
+    decisive: list[str] = []
+    harmless: list[str] = []
+    for key in sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        is_harmless = key.startswith(_HARMLESS) and not (stops_early and key.startswith("evaluation.every_steps"))
+        found = harmless if is_harmless or _only_longer(key, before, now) else decisive
+        found.append(f"{key}: {before.get(key)} was changed to {now.get(key)}")
+    return decisive, harmless
+
+
+def _is_started(run: RunDir) -> bool:
+    return run.recipe.is_file() and run.manifest.is_file()
+
+
+def check_same_facts(run: RunDir, facts: Mapping[str, Any]) -> None:
+    """Refuses to go on with other rows, another base, tokenizer or template.
+
+    Raises:
+        CheckpointError: It would not be the same run.
+    """
+    if not _is_started(run):
+        return  # nothing was started here: the run begins at step 0
     recorded = read_json(run.manifest)
     recorded["base"], now_base = recorded.get("base", {}).get("digest"), facts["base"]["digest"]
     for what in ("data", "base", "tokenizer", "chat_template"):

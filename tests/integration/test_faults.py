@@ -326,11 +326,43 @@ def test_foreign_files_in_the_output_stay(world: World) -> None:
 def test_a_second_run_into_the_same_folder(world: World) -> None:
     say_all(world.run("train", "r.yaml"), 0)
     before = world.digests()
-    say_all(world.run("train", "r.yaml"), 2, "run", "output", "--resume")
+    finished = world.run("train", "r.yaml")
+    say_all(finished, 2, "run", "output", "finished", "lorafit eval", "--output")
+    assert "--resume" not in finished.last
+    changed = world.run("train", "r.yaml", "--set", "adapter.r=8")
+    say_all(changed, 2, "run", "output", "adapter.r: 4 was changed to 8", "--output")
     say_all(world.run("train", "r.yaml", "--set", "adapter.r=8", "--resume"), 6, "adapter.r")
-    say_all(world.run("train", "r.yaml", "--resume"), 0, "already complete")
     say_all(world.run("train", "r.yaml", "--resume-from", "77"), 6, "77")
+    done = world.run("train", "r.yaml", "--resume")
+    say_all(done, 0, "already complete")
+    assert "plan:" not in done.stderr and "micro-batch" not in done.stderr
     assert world.digests() == before
+
+
+def test_resume_of_another_recipe_reads_no_rows(world: World) -> None:
+    say_all(world.run("train", "r.yaml"), 0)
+    outcome = world.run("train", "r.yaml", "--resume", "--set", "adapter.r=8")
+    say_all(outcome, 6, "adapter.r")
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("change", ["rows", "checkpoint"])
+def test_a_refused_resume_shows_no_plan(world: World, change: str) -> None:
+    say_all(world.run("train", "r.yaml"), 0)
+    if change == "rows":
+        world.rows(13)
+    else:
+        for state in (world.root / "run" / "checkpoints").glob("*/state.json"):
+            state.write_text("{")
+    outcome = world.run("train", "r.yaml", "--resume")
+    say_all(outcome, 6, {"rows": "the data changed", "checkpoint": "no usable checkpoint"}[change])
+    assert "plan:" not in outcome.stderr
+
+
+def test_an_unfinished_run_is_gone_on_with(world: World) -> None:
+    say_all(world.run("train", "r.yaml"), 0)
+    (world.root / "run" / "result.json").unlink()
+    say_all(world.run("train", "r.yaml"), 2, "holds a run already", "lorafit train r.yaml --resume")
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
