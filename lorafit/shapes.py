@@ -111,6 +111,7 @@ class DatasetFacts:
         trained_tokens: Tokens of one epoch that carry loss.
         longest_tokens: Tokens of the longest row.
         longest_trained_tokens: Most trained tokens in one row.
+        squared_tokens: Sum of the squares of the rows' lengths of one epoch: what attention's work grows with.
         validation_rows: Rows that are scored while training.
         validation_longest_tokens: Tokens of the longest of those.
     """
@@ -120,6 +121,7 @@ class DatasetFacts:
     trained_tokens: int
     longest_tokens: int
     longest_trained_tokens: int
+    squared_tokens: int = 0
     validation_rows: int = 0
     validation_longest_tokens: int = 0
 

@@ -71,6 +71,7 @@ class Prepared:
             trained_tokens=round(float((trained * repeats).sum())),
             longest_tokens=int(lengths.max()),
             longest_trained_tokens=int(trained.max()),
+            squared_tokens=round(float((np.square(lengths, dtype=np.float64) * repeats).sum())),
             validation_rows=len(self.validation) if self.validation is not None else 0,
             validation_longest_tokens=int(max(self.validation.lengths)) if self.validation is not None else 0,
         )
