@@ -1,7 +1,7 @@
 """The exact memory estimate: train's own step on fake tensors, every storage counted; no weights and no GPU.
 
     config ─> weightless model ─> adapter ─> objective ─> optimizer      the functions that `train` calls
-           ─> two micro-batches forward and backward, clip, update       the functions that the loop calls
+           ─> a micro-batch forward and backward, clip, update           the functions that the loop calls
            ─> LiveTensors: the worst moment, its phase, operation and components
 
 The model is transformers' own class, the adapter PEFT's, the layers bitsandbytes'; only numbers are missing. The
@@ -13,121 +13,114 @@ optimizers update all tensors at once, and storage comes in blocks of 512 bytes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from lorafit.contracts import Batch, Silent
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.tasks import tasks
-from lorafit.memory import COMPONENTS, needed_bytes
+from lorafit.memory import COMPONENTS, labels_of, needed_bytes
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
 from lorafit.objective import Objective
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
+from lorafit.plan.question import resolve_compute_dtype
 from lorafit.train.step import accumulate_gradients, gradient_norm, sum_gradients, update_parameters
 from lorafit.train.tracking import build_accelerator
 
 if TYPE_CHECKING:
-    from lorafit.recipe.schema import Recipe
+    from lorafit.plan import MemoryQuestion
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
+_attention = functional.scaled_dot_product_attention
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What the step is measured with.
+    """One micro-batch of a recipe and what is there while it runs.
 
     Attributes:
-        recipe: Model, adapter, optimizer and clipping are read from it.
+        question: The recipe, its longest row, dtype, attention and kind of device, as the closed form gets them.
         config: The base's config.json.
-        dtype: `bf16`, `fp16` or `fp32`.
-        compute_dtype: Of products with dequantised weights.
-        attention: `eager`, `sdpa` or another that keeps no scores.
-        device_kind: `cpu` or `cuda`.
-        rows: Rows of a micro-batch.
-        row_tokens: Padded tokens of each.
-        labels: Tokens of the micro-batch that carry loss.
-        micro_batches: 2 where a step has several: gradients are there while the second one runs; else 1.
+        micro_batch_tokens: Padded tokens; rows of the longest length, one at least.
+        accumulates: Whether a step has several micro-batches: gradients are there then while the later ones run.
     """
 
-    recipe: Recipe
+    question: MemoryQuestion
     config: Mapping[str, Any]
-    dtype: str
-    compute_dtype: str
-    attention: str
-    device_kind: str
-    rows: int
-    row_tokens: int
-    labels: int
+    micro_batch_tokens: int
     gradient_checkpointing: bool
-    plain_head: bool = True
-    micro_batches: int = 2
+    accumulates: bool = True
 
     def run(self) -> ExactEstimate:
-        """Takes one step that initialises the optimizer and one that is counted.
+        """Takes one step of the optimizer, so that its state exists, and a whole step that is counted.
 
         Raises:
             ModelError: transformers cannot build the model, or its forward needs the values of its tensors.
         """
-        on_cuda = self.device_kind != "cpu"
+        recipe, dtype = self.question.recipe, self.question.dtype
+        on_cuda = self.question.device_kind != "cpu"
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         accelerator = build_accelerator(use_cpu=True)
         base = build_weightless(
             self.config,
-            quantization=self.recipe.model.quantization,
-            dtype=_DTYPES[self.dtype],
-            compute_dtype=_DTYPES[self.compute_dtype],
-            attention=self.attention,
-            device_kind=self.device_kind,
-            auto_class=tasks.get(self.recipe.task).auto_class,
+            quantization=recipe.model.quantization,
+            dtype=_DTYPES[dtype],
+            compute_dtype=_DTYPES[resolve_compute_dtype(recipe, dtype)],
+            attention=self.question.attention,
+            device_kind=self.question.device_kind,
+            auto_class=tasks.get(recipe.task).auto_class,
         )
-        fresh = self.recipe.adapter.model_copy(update={"init_from": None})
+        fresh = recipe.adapter.model_copy(update={"init_from": None})
         with torch.device("meta"):
-            model = attach_adapter(base, fresh, self.recipe.seed)
+            model = attach_adapter(base, fresh, recipe.seed)
         with fake:
             fill_with_fakes(model)
         enable_checkpointing(model, self.gradient_checkpointing)
-        objective: Any = tasks.get(self.recipe.task).build_loss(model, self._objective)
+        objective: Any = tasks.get(recipe.task).build_loss(model, self._objective)
         objective.train()
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        training = self.recipe.training
+        training = recipe.training
         optimizer = build_optimizer(training.optimizer, trained, training.learning_rate, accelerator.device, Silent())
         for group in optimizer.param_groups:
             if on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there
         live = _LiveFakes(_CUDA_BLOCK_BYTES if on_cuda else 1)
-        with fake, _taken_for_real(), _AsCuda() if on_cuda else contextlib.nullcontext():
+        with fake, _as_it_would_run(on_cuda):
             with _LiveFakes():
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step()  # its state exists from now on
-                optimizer.zero_grad(set_to_none=True)
-            batches = [self._batch() for _ in range(self.micro_batches)]
+                if not self.accumulates:
+                    optimizer.zero_grad(set_to_none=True)
             with watching(live, objective, optimizer):
-                self._step(objective, optimizer, trained, batches, accelerator)
-        return ExactEstimate(live.peak(), self.device_kind, self.rows * self.row_tokens, self.gradient_checkpointing)
+                self._step(objective, optimizer, trained, self._batch(), accelerator)
+        tokens = max(self.micro_batch_tokens, self.question.longest_tokens)
+        return ExactEstimate(live.peak(), self.question.device_kind, tokens, self.gradient_checkpointing)
 
     def _objective(self, model: torch.nn.Module) -> Objective:
-        autocast = None if self.dtype == "fp32" else _DTYPES[self.dtype]
-        return Objective(model, autocast_dtype=autocast, exact=not self.plain_head)
+        autocast = None if self.question.dtype == "fp32" else _DTYPES[self.question.dtype]
+        return Objective(model, autocast_dtype=autocast, exact=not self.question.shape.plain_head)
 
     def _batch(self) -> Batch:
-        ids = torch.empty((self.rows, self.row_tokens), dtype=torch.int64)
-        index, labels = (torch.empty(self.labels, dtype=torch.int64) for _ in range(2))
-        return Batch(ids, index, labels, self.labels, tuple(range(self.rows)), self.rows * self.row_tokens)
+        longest = self.question.longest_tokens
+        tokens = max(self.micro_batch_tokens, longest)
+        rows, labels = tokens // longest, labels_of(tokens, longest, self.question.longest_trained_tokens)
+        ids = torch.empty((rows, tokens // rows), dtype=torch.int64)
+        index, targets = (torch.empty(labels, dtype=torch.int64) for _ in range(2))
+        return Batch(ids, index, targets, labels, tuple(range(rows)), ids.numel())
 
-    def _step(self, objective: Any, optimizer: Any, trained: list[Any], batches: list[Batch], accelerator: Any) -> None:
+    def _step(self, objective: Any, optimizer: Any, trained: list[Any], batch: Batch, accelerator: Any) -> None:
         """The loop's step. fp16 runs without its loss scale, which takes no memory and reads the gradients' values."""
-        accumulate_gradients(objective, batches, accelerator, None, lambda: None)
+        accumulate_gradients(objective, [batch], accelerator, None, lambda: None)
         sum_gradients(trained, accelerator)
-        training = self.recipe.training
+        training = self.question.recipe.training
         update_parameters(
             optimizer,
             trained,
@@ -196,48 +189,55 @@ class _LiveFakes(LiveTensors):
 
 
 @contextlib.contextmanager
-def _taken_for_real() -> Iterator[None]:
-    """transformers takes fake tensors for a trace and then builds masks that a run does without."""
+def _as_it_would_run(on_cuda: bool) -> Iterator[None]:
+    """Puts in place what a real run does otherwise than fake tensors of a CPU, as far as it decides what is kept.
+
+    transformers takes fake tensors for a trace, and then builds masks that a run does without. On CUDA a fused dropout
+    keeps a mask of a byte a value, attention with dropout keeps no scores, and autocast computes pow and LayerNorm in
+    fp32.
+
+    Source: ATen/native/Dropout.cpp; ATen/autocast_mode.h, AT_FORALL_FP32 (the rest of that list meets fp32 already, or
+    stands in no model).
+    """
     from transformers.utils import import_utils
 
-    before = import_utils.is_fake_tensor
-    import_utils.is_fake_tensor = lambda tensor: False
-    try:
+    with contextlib.ExitStack() as stack:
+        patches: list[tuple[Any, str, Any]] = [(import_utils, "is_fake_tensor", lambda tensor: False)]
+        if on_cuda:
+            patches += [
+                (functional, "dropout", _fused_dropout),
+                (functional, "layer_norm", _computed_in_fp32(functional.layer_norm)),
+                (torch, "pow", _computed_in_fp32(torch.pow)),
+                (functional, "scaled_dot_product_attention", _attention_without_masks),
+            ]
+        for owner, name, replacement in patches:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
         yield
-    finally:
-        import_utils.is_fake_tensor = before
-
-
-class _AsCuda(TorchFunctionMode):
-    """What torch does otherwise on CUDA, as far as it decides what is kept.
-
-    Source: ATen/native/Dropout.cpp (fused dropout, a bool mask) and ATen/autocast_mode.h (AT_FORALL_FP32).
-    """
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        options = options or {}
-        if function is functional.dropout:
-            return _fused_dropout(*arguments, **options)
-        if function in _FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            arguments, options = _in_fp32(arguments), {name: _in_fp32(value) for name, value in options.items()}
-            with torch.autocast("cpu", enabled=False):
-                return function(*arguments, **options)
-        return function(*arguments, **options)
-
-
-_FP32_ON_CUDA = {
-    torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt, torch.exp, torch.Tensor.exp,
-    torch.log, torch.Tensor.log, functional.softplus, functional.layer_norm, functional.rms_norm, functional.group_norm,
-    torch.logsumexp, torch.Tensor.logsumexp, functional.softmax, torch.softmax, torch.Tensor.softmax,
-    functional.log_softmax, torch.cumsum, torch.Tensor.cumsum,
-}  # fmt: skip
 
 
 def _fused_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
+def _attention_without_masks(*arguments: Any, **options: Any) -> torch.Tensor:
+    """CUDA's flash kernel draws its dropout again in the backward pass; a CPU's has none and falls back to scores."""
+    return _attention(*arguments, **{**options, "dropout_p": 0.0})
+
+
+def _computed_in_fp32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What autocast does with a function of its fp32 list."""
+
+    def computed(*arguments: Any, **options: Any) -> torch.Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*arguments, **options)
+        wide = [_in_fp32(value) for value in arguments]
+        with torch.autocast("cpu", enabled=False):
+            return function(*wide, **{name: _in_fp32(value) for name, value in options.items()})
+
+    return computed
+
+
 def _in_fp32(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
-    return type(value)(_in_fp32(part) for part in value) if isinstance(value, (tuple, list)) else value
+    is_narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_narrow else value

@@ -300,8 +300,8 @@ def loss_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
     """
     c = n.compute_bytes
     states = _head_states_bytes(shape, n, labels)
-    if not shape.plain_head:  # logits, scaled logits, fp32 copy, log-softmax
-        return states + shape.vocabulary * labels * (2 * c + 8)
+    if not shape.plain_head:  # logits, scaled logits, fp32 copy, log-softmax; or that, its gradient and the copy's
+        return states + shape.vocabulary * labels * max(2 * c + 8, c + 12)
     rows = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
     if labels <= rows:
         return states + ((2 * c + 4 if c < 4 else 4) * shape.vocabulary + c * shape.hidden_size) * labels
