@@ -2,7 +2,7 @@
 
     $LORAFIT_CACHE/data/
       KEY/                       a store (see lorafit.data.store), report.json, MANIFEST; whole or not there
-      index/SOURCES.json         what KEY was last made of, for the same sources: names the reason of a miss
+      index/PLACE.json           what KEY was last made of, for sources at the same place: names the reason of a miss
       locks/KEY                  held while KEY is built, so that two processes do not build it twice
 
 KEY is a hash of parts: the bytes of the sources, the tokenizer, the chat template, the options, the code.
@@ -78,12 +78,13 @@ class PreparedCache:
             what = f"the cache folder cannot be written: {(error.strerror or type(error).__name__).lower()}"
             raise ResourceError(what, file=str(folder), todo="set LORAFIT_CACHE to a folder that can") from None
 
-    def find(self, parts: Parts, name: str) -> Lookup:
+    def find(self, parts: Parts, place: str, spoken: Mapping[str, str] | None = None) -> Lookup:
         """Looks for rows made of `parts`.
 
         Args:
-            parts: What the rows are made of: a hash by what it is.
-            name: What the sources are called, to compare with what was there before.
+            parts: What the rows are made of: a hash by what it is. Names of files are no part of it.
+            place: Where the sources are, to compare with what was there before.
+            spoken: What parts are called in the reason of a miss, where that is not their own name.
         """
         folder = self._folder / _hash(parts)
         if folder.is_dir():
@@ -91,23 +92,24 @@ class PreparedCache:
             if damage is None:
                 return Lookup(folder, True, "cache hit: sources, tokenizer, template, options and code are the same")
             return Lookup(folder, False, f"cache miss: the cached copy is damaged ({damage})")
-        return Lookup(folder, False, f"cache miss: {self._compare(parts, name)}")
+        return Lookup(folder, False, f"cache miss: {self._compare(parts, place, spoken or {})}")
 
-    def _compare(self, parts: Parts, name: str) -> str:
-        before = _read_json(self._index(name))
+    def _compare(self, parts: Parts, place: str, spoken: Mapping[str, str]) -> str:
+        before = _read_json(self._index(place))
         if not isinstance(before, dict):
             return "not prepared before"
         changed = [part for part in parts if before.get(part) != parts[part]]
         changed += [part for part in before if part not in parts]
-        return f"{', '.join(changed)} changed" if changed else "the cached copy was removed"
+        named = ", ".join(spoken.get(part, part) for part in changed)
+        return f"{named} changed" if changed else "the cached copy was removed"
 
-    def _index(self, name: str) -> Path:
-        return self._folder / "index" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+    def _index(self, place: str) -> Path:
+        return self._folder / "index" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"
 
-    def remember(self, parts: Parts, name: str) -> None:
-        """Notes what the rows of `name` are made of now."""
-        if _read_json(self._index(name)) != dict(parts):
-            write_json(self._index(name), dict(parts))
+    def remember(self, parts: Parts, place: str) -> None:
+        """Notes what the rows from `place` are made of now."""
+        if _read_json(self._index(place)) != dict(parts):
+            write_json(self._index(place), dict(parts))
 
     @contextlib.contextmanager
     def locked(self, folder: Path) -> Iterator[None]:

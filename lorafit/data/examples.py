@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ class Prepared:
             longest_trained_tokens=int(trained.max()),
             squared_tokens=round(float((np.square(lengths, dtype=np.float64) * repeats).sum())),
             validation_rows=len(self.validation) if self.validation is not None else 0,
-            validation_longest_tokens=int(max(self.validation.lengths)) if self.validation is not None else 0,
+            validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
         )
 
     def samples(self, split: str) -> SampleSet:
@@ -140,7 +141,7 @@ def prepare(
     ledgers: dict[str, Ledger] = {}
     said: dict[str, str] = {}
     for split, samples in sources.items():
-        preparation = _Preparation(split, samples, data, encoder, cache, folder, reporter)
+        preparation = _Preparation(split, samples, data, encoder, cache, reporter)
         sets[split], ledgers[split], said[split] = preparation.run()
     if data.validation is not None and not isinstance(data.validation, Sequence):
         sets["train"], sets["validation"] = hold_out(sets["train"], data.validation.fraction, seed)
@@ -224,23 +225,23 @@ class _Preparation:
     data: DataSection
     encoder: Encoder
     cache: PreparedCache
-    folder: Path
     reporter: Reporter
 
     def run(self) -> tuple[ExampleSet, Ledger, str]:
         """The rows, what was counted, and what the cache said."""
-        name = json.dumps([self.split, str(self.folder.resolve()), [source.name for source in self.samples.sources]])
+        place = json.dumps([self.split, [source.place for source in self.samples.sources]])
         parts = self._parts()
-        lookup = self.cache.find(parts, name)
+        names = [source.name for source in self.samples.sources]
+        spoken = {_data_part(number): f"data of {name}" for number, name in enumerate(names)}
+        lookup = self.cache.find(parts, place, spoken)
         with self.cache.locked(lookup.folder):
             if not lookup.hit:
-                again = self.cache.find(parts, name)  # another process may have built it while we waited
+                again = self.cache.find(parts, place, spoken)  # another process may have built it while we waited
                 lookup = again if again.hit else lookup
             self.reporter.info(f"{self.split} rows: {lookup.reason}")
             if not lookup.hit:
                 self._build(lookup.folder)
-        self.cache.remember(parts, name)
-        names = [source.name for source in self.samples.sources]
+        self.cache.remember(parts, place)
         stored = json.loads((lookup.folder / _REPORT).read_text(encoding="utf-8"))
         ledger = Ledger.from_json(stored, names, self.data.bad_rows)
         for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
@@ -250,10 +251,11 @@ class _Preparation:
 
     def _parts(self) -> dict[str, str]:
         data = self.data
-        parts = {f"data of {source.name}": source.key() for source in self.samples.sources}
+        parts = {_data_part(number): source.key() for number, source in enumerate(self.samples.sources)}
         for number, source in enumerate(self.samples.sources):
-            section = source.section
-            parts[f"source {number + 1}"] = json.dumps([source.format, section.columns, section.limit], sort_keys=True)
+            section, kind = source.section, Path(source.name).suffix.lower()
+            reading = [kind, source.format, section.columns, section.limit]
+            parts[f"source {number + 1}"] = json.dumps(reading, sort_keys=True)
         parts |= self.encoder.renderer.key()
         options = data.model_dump(
             include={"system_prompt", "dropped_fields", "train_on", "max_length", "overlength", "bad_rows"}, mode="json"
@@ -269,10 +271,13 @@ class _Preparation:
         ledger = self.samples.new_ledger()
         with self.cache.build(target) as folder:
             with StoreWriter(folder) as writer, self.reporter.track(guess, f"preparing {self.split} rows") as bar:
+                began, done = time.monotonic(), 0
                 for encoded in encode_all(self.encoder, self._usable(ledger), count_workers(guess)):
                     writer.write(encoded.chunk)
                     _count(ledger, encoded)
-                    bar.advance(encoded.samples)
+                    done += encoded.samples
+                    seconds = time.monotonic() - began
+                    bar.advance(encoded.samples, **({"rows/s": round(done / seconds)} if seconds > 1 else {}))
             ledger.judge()
             self._check_left(ledger)
             for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
@@ -301,6 +306,10 @@ class _Preparation:
             what = f"no rows left: {dropped} of {read} are longer than max_length {self.data.max_length}"
             raise DataError(what, file=files, todo="raise data.max_length, or set data.overlength: truncate")
         raise DataError(f"no rows left: {read} of {read} are bad", file=files, todo="correct them")
+
+
+def _data_part(number: int) -> str:
+    return f"data {number + 1}"
 
 
 def _count(ledger: Ledger, encoded: EncodedChunk) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 from lorafit.data.ledger import Ledger, SourceCounts
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from lorafit.data.store import ExampleSet
 
 HISTOGRAM_BARS = 12
@@ -106,7 +108,7 @@ def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str) -> Spl
         tokens=int(lengths.sum()),
         trained_tokens=int(np.asarray(examples.trained_counts).sum()),
         longest_tokens=int(lengths.max(initial=0)),
-        histogram=count_lengths(lengths.tolist()),
+        histogram=count_lengths(lengths),
         sources=tuple(ledger.sources) if ledger else (),
         notes=tuple(RowNote(note.what, examples.files[note.source], note.line, note.reason) for note in notes),
         seen=dict(ledger.seen) if ledger else {},
@@ -114,14 +116,16 @@ def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str) -> Spl
     )
 
 
-def count_lengths(lengths: Sequence[int]) -> tuple[Bar, ...]:
+def count_lengths(lengths: Sequence[int] | NDArray[np.int64]) -> tuple[Bar, ...]:
     """A histogram of at most `HISTOGRAM_BARS` bars of equal, round width."""
-    if not lengths:
+    values = np.asarray(lengths)
+    if not len(values):
         return ()
-    rough = max(lengths) / HISTOGRAM_BARS
+    longest = int(values.max())
+    rough = longest / HISTOGRAM_BARS
     unit = 10 ** math.floor(math.log10(rough)) if rough >= 1 else 1
-    width = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * HISTOGRAM_BARS >= max(lengths))
-    counts = np.bincount((np.asarray(lengths) - 1) // width)
+    width = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * HISTOGRAM_BARS >= longest)
+    counts = np.bincount((values - 1) // width)
     return tuple(Bar(place * width + 1, (place + 1) * width, int(rows)) for place, rows in enumerate(counts))
 
 

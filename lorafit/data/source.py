@@ -69,6 +69,11 @@ class Source:
         for line, row in self._raw_rows():
             yield line, self._read_row(line, row)
 
+    @property
+    def place(self) -> str:
+        """Where it is, however the recipe spells that: the file's path from the root, or the hub id."""
+        return str(self._path.resolve()) if self._path is not None else self.name
+
     def key(self) -> str:
         """A hash of the bytes that the rows come from, for a cache."""
         if self._hub is not None:
@@ -246,6 +251,11 @@ class SampleSet:
             source.unread.clear()
             for line, row in source.read():
                 yield number, line, row
+
+    def first_samples(self) -> Iterator[Sample]:
+        """The first usable row of each source; all rows of a source have one form."""
+        for source in self.sources:
+            yield from islice((row for _, row in source.read() if not isinstance(row, DataError)), 1)
 
     def __iter__(self) -> Iterator[Sample]:
         self.ledger = self.new_ledger()

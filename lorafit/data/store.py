@@ -1,4 +1,7 @@
-"""Prepared rows on disk, read as memory maps: a million rows cost a few numbers each in memory, and their tokens none.
+"""Prepared rows on disk: a million of them cost a few numbers each in memory, and their tokens none.
+
+Numbers of rows are memory maps. Tokens are read where they lie, a row at a time: pages of a map that was touched count
+as the process's memory, and an epoch touches all of them.
 
 tokens.int32      ┌── row 0 ──┬─── row 1 ───┬─ row 2 ─┐     token ids, one behind the other
 trained.uint8     │0 0 0 1 1 1│0 0 1 1 1 1 1│0 1 1 1 1│     1 = to be predicted
@@ -9,7 +12,8 @@ trained_counts.int32, lines.int64, sources.int32, hashes.uint64      one number 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +36,7 @@ DTYPES = {
     "sources": "<i4",
     "hashes": "<u8",
 }
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,26 @@ def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.{np.dtype(DTYPES[name]).name}"
 
 
+class _Column:
+    """One file of a store, read piece by piece; stays readable where the file is removed meanwhile."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._file, self._dtype = path.open("rb", buffering=0), np.dtype(dtype)
+
+    def read(self, start: int, end: int) -> NDArray[Any]:
+        """Values `start` to `end`."""
+        return np.frombuffer(self._bytes(start, end), dtype=self._dtype)
+
+    def pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """The same as stored, a MiB at a time."""
+        step = _READ_BYTES // self._dtype.itemsize
+        return (self._bytes(place, min(end, place + step)) for place in range(start, end, step))
+
+    def _bytes(self, start: int, end: int) -> bytes:
+        size = self._dtype.itemsize
+        return os.pread(self._file.fileno(), (end - start) * size, start * size)
+
+
 class ExampleSet:
     """Prepared rows by number; fulfils `contracts.Examples`.
 
@@ -136,7 +161,7 @@ class ExampleSet:
         offsets = self._map("offsets")
         self._rows = np.arange(len(offsets) - 1, dtype=np.int64) if rows is None else rows
         self._starts, self._ends = offsets[self._rows], offsets[self._rows + 1]
-        self._tokens, self._trained = self._map("tokens"), self._map("trained")
+        self._tokens, self._trained = (_Column(_file(folder, name), DTYPES[name]) for name in ("tokens", "trained"))
 
     def _map(self, name: str) -> Any:
         path = _file(self.folder, name)
@@ -152,7 +177,8 @@ class ExampleSet:
             raise IndexError(index)
         start, end = int(self._starts[index]), int(self._ends[index])
         file = self.files[int(self.source_of[index])]
-        return Example(index, self._tokens[start:end], self._trained[start:end], file, int(self.lines[index]))
+        tokens, trained = self._tokens.read(start, end), self._trained.read(start, end)
+        return Example(index, cast(Sequence[int], tokens), cast(Sequence[int], trained), file, int(self.lines[index]))
 
     @cached_property
     def lengths(self) -> Sequence[int]:
@@ -193,7 +219,9 @@ class ExampleSet:
         digest = hashlib.sha256(np.asarray(self.lengths, dtype="<i8").tobytes())
         gaps = np.flatnonzero(self._starts[1:] != self._ends[:-1]) + 1
         firsts, lasts = np.append(0, gaps), np.append(gaps, len(self)) - 1
-        for values in (self._tokens, self._trained):
-            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-                digest.update(values[self._starts[first] : self._ends[last]])
+        stretches = list(zip(self._starts[firsts].tolist(), self._ends[lasts].tolist(), strict=True))
+        for column in (self._tokens, self._trained):
+            for start, end in stretches:
+                for piece in column.pieces(start, end):
+                    digest.update(piece)
         return digest.hexdigest()
