@@ -254,9 +254,10 @@ def step_phases(
         stored = 1 if n.offloads_layer_inputs else shape.layers
         inputs = stream * stored + _leaked_bytes(shape, n, tokens) * shape.layers + mask
         again = final_norm if keeps_layer_input(shape, n) else 0
-        worst = max(forward_peak, backward_peak, key=lambda peak: peak.peak_bytes)
-        where = f"{'recomputing ' if worst is forward_peak else ''}{worst.where}"
-        recomputed = worst.peak_bytes - worst.fixed_bytes - again + (stream if worst is forward_peak else 0)
+        again_forward = forward_peak.peak_bytes + stream > backward_peak.peak_bytes  # the result's gradient waits
+        worst = forward_peak if again_forward else backward_peak
+        where = f"{'recomputing ' if again_forward else ''}{worst.where}"
+        recomputed = worst.peak_bytes - worst.fixed_bytes - again + (stream if again_forward else 0)
         return (
             Phase("forward", forward_peak.where, inputs, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
             Phase("loss", "", inputs + final_norm, 0, loss, 0, casts),
