@@ -142,14 +142,13 @@ def prove(job: Job, model: Any, dtype: str, examples: Examples, reporter: Report
         NumericsError: They differ on every path.
     """
     from lorafit.data.batch import collate
-    from lorafit.objective import Objective, prove_objective
+    from lorafit.objective import Objective, choose_probe, prove_objective
 
     def build(wrapped: torch.nn.Module) -> Objective:
-        return Objective(wrapped, autocast_dtype=autocast_dtype(dtype))
+        return Objective(wrapped, autocast_dtype=autocast_dtype(dtype), exact=not job.shape.plain_head)
 
     objective: Any = tasks.get(job.recipe.task).build_loss(model, build)
-    lengths = examples.lengths
-    row = max(range(min(len(examples), 64)), key=lambda n: lengths[n] if lengths[n] <= _PROOF_TOKENS else -lengths[n])
+    row = choose_probe(examples.lengths, most_tokens=_PROOF_TOKENS)
     device = model.get_input_embeddings().weight.device
     prove_objective(objective, collate([examples[row]], job.pad_id).to(device), reporter)
     return objective  # type: ignore[no-any-return]
