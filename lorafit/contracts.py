@@ -86,6 +86,7 @@ class Batch:
     """One micro-batch. Built on the CPU; integer index tensors only, so that no step waits for the device.
 
         input_ids      [batch, seq]   right-padded; causal models need no attention mask then
+        position_ids   [batch, seq]   where rows hold several documents: from 0 in each, and in the padding; else None
         label_index    [labels]       flat position (row * seq + column) whose hidden state predicts ...
         label_ids      [labels]       ... this token. Position t predicts token t + 1, so column < seq - 1.
         weight         int            the number of labels (known on the host, before the forward)
@@ -101,6 +102,7 @@ class Batch:
     weight: int
     rows: tuple[int, ...]
     tokens: int
+    position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device` (copied without waiting)."""
@@ -111,6 +113,7 @@ class Batch:
             self.weight,
             self.rows,
             self.tokens,
+            None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
         )
 
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +19,16 @@ from torch.nn import functional
 
 from lorafit.errors import NumericsError
 from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
+from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.rng import preserved_rng
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch, Reporter
 
 _IGNORED_LABEL = -100  # what transformers leaves out of its loss
-_TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative; logits are rounded to the dtype
+LOSS_TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+"""By what a forward computes in: relative difference of two sums of losses; logits are rounded to the dtype."""
+_PROBED_ROWS = 64
 
 
 class Objective(nn.Module):
@@ -35,6 +38,10 @@ class Objective(nn.Module):
         model: The base model or a PEFT model around it.
         autocast_dtype: What the forward computes in; None: as the weights are (fp32).
         exact: Start on the exact path. It is also taken where the head is not a plain linear layer.
+
+    Attributes:
+        masks_documents: Whether packed rows get a mask beside their positions, for models that do not build one from
+            positions alone. `lorafit.train.separation` finds out.
     """
 
     def __init__(self, model: nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False) -> None:
@@ -42,6 +49,7 @@ class Objective(nn.Module):
         self.model = model
         self.autocast_dtype = autocast_dtype
         self.exact = exact or self._plain_head() is None
+        self.masks_documents = False
         if autocast_dtype is not None:
             _let_autocast_cast(model)
 
@@ -49,7 +57,7 @@ class Objective(nn.Module):
         """(loss_sum, weight, aux): nats summed over the labels, their number, `correct` predictions."""
         with self._autocast(batch):
             if self.exact:
-                logits = self._labelled_logits(batch)
+                logits = self.labelled_logits(batch)
                 full = logits if logits.dtype == torch.float64 else logits.float()
                 loss_sum = functional.cross_entropy(full, batch.label_ids, reduction="sum")
                 correct = (logits.detach().argmax(-1) == batch.label_ids).sum()
@@ -62,7 +70,7 @@ class Objective(nn.Module):
         """Each label's loss, fp32 [labels], and whether it was the most likely token, bool [labels]."""
         with self._autocast(batch):
             if self.exact:
-                return score_logits(self._labelled_logits(batch), batch.label_ids)
+                return score_logits(self.labelled_logits(batch), batch.label_ids)
             return score_linear(self._labelled_states(batch), *self._head(), batch.label_ids)
 
     def own_loss(self, batch: Batch) -> torch.Tensor:
@@ -70,9 +78,7 @@ class Objective(nn.Module):
         labels = torch.full_like(batch.input_ids, _IGNORED_LABEL).flatten()
         labels[batch.label_index + 1] = batch.label_ids
         with torch.no_grad(), self._autocast(batch):
-            outputs = self.model(
-                input_ids=batch.input_ids, labels=labels.view_as(batch.input_ids), use_cache=False, return_dict=True
-            )
+            outputs = self.model(**self._inputs(batch), labels=labels.view_as(batch.input_ids))
         loss: torch.Tensor = outputs.loss.double() * batch.weight
         return loss
 
@@ -94,22 +100,36 @@ class Objective(nn.Module):
         has_backbone = isinstance(getattr(base, base.base_model_prefix, None), nn.Module)
         return head if type(head) is nn.Linear and has_backbone else None
 
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Arguments of a forward. Right-padded causal rows need no attention mask.
+
+        Documents of packed rows are kept apart by positions that begin anew, with neither a mask nor a cache:
+        transformers derives from them what each implementation needs (lengths of the documents, or its own mask).
+        """
+        inputs = {"input_ids": batch.input_ids, "use_cache": False, "return_dict": True}
+        if batch.position_ids is not None:
+            inputs["position_ids"] = batch.position_ids
+            if self.masks_documents:
+                dtype = self.autocast_dtype or self.base.dtype
+                inputs["attention_mask"] = block_diagonal_mask(batch.position_ids, dtype)
+        return inputs
+
     def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         head = self.base.get_output_embeddings()
         return head.weight, head.bias
 
     def _labelled_states(self, batch: Batch) -> torch.Tensor:
-        """Hidden states that a label follows, [labels, hidden]. Right-padded causal rows need no attention mask."""
+        """Hidden states that a label follows, [labels, hidden]."""
         base = self.base
         backbone = getattr(base, base.base_model_prefix)
-        hidden = backbone(input_ids=batch.input_ids, use_cache=False, return_dict=True).last_hidden_state
+        hidden = backbone(**self._inputs(batch)).last_hidden_state
         states: torch.Tensor = hidden.flatten(0, 1).index_select(0, batch.label_index)
         return states
 
-    def _labelled_logits(self, batch: Batch) -> torch.Tensor:
+    def labelled_logits(self, batch: Batch) -> torch.Tensor:
         """Logits of the labels, [labels, vocabulary], by the model's own forward."""
-        with _head_sees_only(self.base.get_output_embeddings(), batch.label_index):
-            outputs = self.model(input_ids=batch.input_ids, use_cache=False, return_dict=True)
+        with self._autocast(batch), _head_sees_only(self.base.get_output_embeddings(), batch.label_index):
+            outputs = self.model(**self._inputs(batch))
         logits: torch.Tensor = outputs.logits.squeeze(0)
         return logits
 
@@ -139,6 +159,12 @@ def _let_autocast_cast(model: nn.Module) -> None:
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
+def choose_probe(lengths: Sequence[int], *, most_tokens: int) -> int:
+    """The row that proofs look at: of the first ones the longest that is no longer than that, else the shortest."""
+    rows = range(min(len(lengths), _PROBED_ROWS))
+    return max(rows, key=lambda row: lengths[row] if lengths[row] <= most_tokens else -lengths[row])
+
+
 def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> None:
     """Compares the objective with the model's own loss from full logits, on one small batch (on the model's device).
 
@@ -158,7 +184,7 @@ def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> N
                     f"the model's own loss on one row is {own}",
                     todo="check the base model's weights, or use another model.dtype",
                 )
-            tolerance = _TOLERANCE[objective.autocast_dtype] * max(abs(own), 1.0)
+            tolerance = LOSS_TOLERANCE[objective.autocast_dtype] * max(abs(own), 1.0)
             ours = float(objective.score(batch)[0].sum(dtype=torch.float64))
             if abs(ours - own) > tolerance and not objective.exact:
                 reporter.warn(

@@ -153,6 +153,7 @@ class Training:
             set_checkpointing=partial(enable_checkpointing, objective.model),
             fits=lambda tokens, on: fits(question.at(tokens, on), job.device.memory_bytes),
             optimizer_bytes=optimizers.get(optimizer.kind).state_bytes(optimizer, self.plan.trainable_parameters),
+            packing=recipe.data.packing,
         )
         key = [json.dumps(job.facts(), sort_keys=True), job.device.name, str(job.device.count), *installed_versions()]
         return resolve_plan(
@@ -177,6 +178,7 @@ class Training:
     ) -> Trainer:
         """The loop with everything it is handed."""
         from lorafit.data.batch import StepRows
+        from lorafit.data.packing import Cutter
         from lorafit.evaluate.runner import Ranks, evaluate_during
         from lorafit.kinds.adapters import adapters
         from lorafit.kinds.optimizers import build_optimizer
@@ -213,7 +215,7 @@ class Training:
             store,
             accelerator,
             self.reporter,
-            pad_id=job.pad_id,
+            cutter=Cutter(job.rows.train, job.pad_id, recipe.data.packing, resolved.attention),
             save_adapter=partial(
                 save_adapter,
                 model,

@@ -121,7 +121,7 @@ class StepRows:
     """
 
     def __init__(self, examples: RepeatedRows, seed: int, batch_size: int) -> None:
-        self._rows, self._batch_size = rows_per_epoch(examples), batch_size
+        self._rows, self.batch_size = rows_per_epoch(examples), batch_size
         self.steps_per_epoch = steps_per_epoch(self._rows, batch_size)
         self._order = lru_cache(maxsize=_EPOCHS_KEPT)(lambda epoch: epoch_order(examples, seed, epoch))
 
@@ -132,8 +132,8 @@ class StepRows:
             step: From 1; may be beyond the first epoch.
         """
         epoch, place = divmod(step - 1, self.steps_per_epoch)
-        start = place * self._batch_size
-        rows = self._order(epoch)[start : start + self._batch_size]
+        start = place * self.batch_size
+        rows = self._order(epoch)[start : start + self.batch_size]
         return epoch + (start + len(rows)) / self._rows, [int(row) for row in rows]
 
 

@@ -16,7 +16,7 @@ _EVALUATION_BY_STEP = "evaluation.every_steps: always in optimizer steps"
 _ONE_QUANTIZATION = "model.quantization: nf4, fp4, int8 or none"
 _PRECISION = "model.dtype: bf16, fp16, fp32 or auto"
 _ATTENTION = "model.attention: auto, eager, sdpa or flash_attention_2"
-_NOT_PACKED = ": rows are batched by length under training.micro_batch_tokens, without packing"
+_NOT_PADDED = ": rows are batched by length under training.micro_batch_tokens"
 _FOREIGN_CODE = ": code of a model's repository is never run"
 _AUTOMATIC = ": always done where it is possible"
 
@@ -153,11 +153,11 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "max_samples": "data.train.limit",
     "mix_strategy": "data.train.repeats: how often an epoch sees a source",
     "interleave_probs": "data.train.repeats: how often an epoch sees a source",
-    "packing": _NOT_PACKED,
-    "sample_packing": _NOT_PACKED,
-    "eval_sample_packing": _NOT_PACKED,
-    "pad_to_sequence_len": _NOT_PACKED,
-    "neat_packing": _NOT_PACKED,
+    "packing": "data.packing",
+    "sample_packing": "data.packing",
+    "eval_sample_packing": ": held-out rows are scored one to a row, by length",
+    "pad_to_sequence_len": _NOT_PADDED,
+    "neat_packing": "data.packing: documents never see each other",
     "group_by_length": _AUTOMATIC,
     "length_column_name": _AUTOMATIC,
     "padding_free": _AUTOMATIC,

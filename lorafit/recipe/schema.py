@@ -163,6 +163,9 @@ class DataSection(Section):
     """Longest row, in tokens."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to longer rows; `split` cuts plain text into several rows."""
+    packing: bool = False
+    """Put several short rows into one row of a micro-batch, attention kept inside each. What is learnt stays the same;
+    models that would mix them are refused."""
     bad_rows: BadRowsSection = Field(default={}, validate_default=True)
     """What happens to rows that cannot be trained on."""
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.data.batch import collate, cut_step
 from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
 from lorafit.ops.rng import capture_rng, preserved_rng, restore_rng
@@ -44,6 +43,7 @@ from lorafit.train.tracking import Trackers
 if TYPE_CHECKING:
     from lorafit.contracts import Batch, Examples, Reporter, StepHook
     from lorafit.data.batch import StepRows
+    from lorafit.data.packing import Cutter
     from lorafit.objective import Objective
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.recipe.schema import EarlyStoppingSection
@@ -62,7 +62,7 @@ class Trainer:
         resolved: Token budget and dtype; saved with each checkpoint.
         store: The run's checkpoints.
         accelerator: accelerate's, without mixed precision: autocast and loss scale are torch's own, here.
-        pad_id: Token that fills short rows; never trained.
+        cutter: Makes micro-batches of a step's rows.
         save_adapter: Writes the adapter in PEFT's layout into a folder.
         evaluate: Held-out metrics by name; None: no evaluation while training.
         early_stopping: Metric, patience and min_delta.
@@ -85,7 +85,7 @@ class Trainer:
         accelerator: Any,
         reporter: Reporter,
         *,
-        pad_id: int,
+        cutter: Cutter,
         save_adapter: Callable[[Path], None],
         evaluate: Callable[[], dict[str, float]] | None = None,
         early_stopping: EarlyStoppingSection | None = None,
@@ -98,7 +98,7 @@ class Trainer:
         self.optimizer, self.lr_at, self.step_rows, self.examples = optimizer, lr_at, step_rows, examples
         self.plan, self.resolved, self.store = plan, resolved, store
         self.accelerator, self.reporter = accelerator, reporter
-        self.pad_id, self.save_adapter, self.evaluate = pad_id, save_adapter, evaluate
+        self.cutter, self.save_adapter, self.evaluate = cutter, save_adapter, evaluate
         self.early_stopping, self.max_grad_norm, self.hooks = early_stopping, max_grad_norm, hooks
         self.estimate_bytes, self.resume_command = estimate_bytes, resume_command
 
@@ -243,9 +243,9 @@ class Trainer:
 
     def _micro_batches(self, rows: Sequence[int], token_budget: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the CPU."""
-        cut = cut_step(rows, self.examples.lengths, token_budget)
+        cut = self.cutter.cut(rows, token_budget)
         share = cut[self.accelerator.process_index :: self.accelerator.num_processes]
-        return [collate([self.examples[row] for row in part], self.pad_id) for part in share]
+        return [self.cutter.collate(part) for part in share]
 
     def _longest(self, rows: Sequence[int]) -> int:
         return max(int(self.examples.lengths[row]) for row in rows)

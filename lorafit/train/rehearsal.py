@@ -1,9 +1,11 @@
 """Before step 1: the run's real shapes, tried out, and everything as it was afterwards.
 
-    what is open?   attention            each candidate on one typical micro-batch, the fastest is kept
+    what is open?   attention            each candidate on one typical micro-batch; the fastest is kept that gives the
+                                         loss of eager attention and, when packing, keeps documents apart
                     micro_batch_tokens   doubled from one longest row while it pays; smallest within 3 % of the best
                     checkpointing        off, unless memory says otherwise
-    always          the heaviest training micro-batch forward and backward, the heaviest evaluation micro-batch forward
+    always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
+                    forward
 
 No optimizer step is taken, gradients are cleared, random numbers and modes are put back.
 """
@@ -12,16 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.data.batch import collate, cut_step
+from lorafit.data.batch import collate
+from lorafit.data.packing import Cutter, collate_packed
+from lorafit.errors import NumericsError
+from lorafit.objective import LOSS_TOLERANCE, choose_probe
 from lorafit.ops.rng import preserved_rng
+from lorafit.train.heaviest import fill_rows, heaviest_shapes
 from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory
 from lorafit.train.progress import peak_memory_bytes
+from lorafit.train.separation import prove_separation
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch, Examples, Reporter
@@ -33,6 +40,7 @@ _FIRST_BUDGET_TOKENS = 256  # on a CPU, below this the weights' dequantisation o
 _SAMPLED_STEPS = 4  # typical micro-batches come from the rows of the first steps
 _MOST_SECONDS = 12.0  # no further candidate is begun after this
 _REPEATS_ON_GPU = 3
+_PROBE_TOKENS = 256  # of the row on which attention implementations must agree
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Rehearsal:
         set_checkpointing: Turns gradient checkpointing of the model on or off.
         fits: Whether so many tokens a micro-batch, with or without checkpointing, fit by the estimate.
         optimizer_bytes: State that the optimizer will allocate at its first step; held while the heaviest batch runs.
+        packing: Whether several documents share a row; proven for every attention that is set.
         measured: Figures to keep with the plan: tokens a second by candidate, peak bytes, seconds.
     """
 
@@ -68,7 +77,9 @@ class Rehearsal:
     set_checkpointing: Callable[[bool], None]
     fits: Callable[[int, bool], bool] = lambda tokens, checkpointing: True
     optimizer_bytes: int = 0
+    packing: bool = False
     measured: dict[str, Any] = field(default_factory=dict)
+    _attention: str = field(default="sdpa", init=False)
 
     def choose(
         self,
@@ -82,6 +93,7 @@ class Rehearsal:
         """Settles what is `auto`, then tries the heaviest micro-batches.
 
         Raises:
+            NumericsError: Packing is asked for, and documents in a row see each other.
             ResourceError: Not even the smallest candidate fits into memory.
         """
         began = time.perf_counter()
@@ -119,8 +131,20 @@ class Rehearsal:
         self.set_checkpointing(choice.gradient_checkpointing)
 
     def set_attention(self, name: str) -> None:
-        """Changes the attention implementation of the loaded model."""
+        """Changes the attention implementation of the loaded model.
+
+        Raises:
+            NumericsError: Packing is asked for, and documents in a row see each other under this implementation.
+        """
         self.objective.base.set_attn_implementation(name)
+        self._attention = name
+        if self.packing:
+            rows = [self.examples[row] for row in (0, min(1, len(self.examples) - 1))]
+            prove_separation(self.objective, rows, self.pad_id, one_row=self._cutter.one_row)
+
+    @property
+    def _cutter(self) -> Cutter:
+        return Cutter(self.examples, self.pad_id, self.packing, self._attention)
 
     @contextlib.contextmanager
     def _rolled_back(self) -> Iterator[None]:
@@ -141,23 +165,42 @@ class Rehearsal:
         """The first forward and backward pays for lazy set-up, which no candidate should."""
         if will_measure:
             shortest = min(self._sample(), key=lambda row: int(self.examples.lengths[row]))
-            self._run(self._collate([shortest]))
+            self._run(collate([self.examples[shortest]], self.pad_id))
 
     def _fastest_attention(self, budget: int) -> str:
-        """Each candidate on one typical micro-batch; one that the model does not support is left out."""
+        """The fastest candidate on one typical micro-batch; eager, which every model has, where none is left.
+
+        Left out is what the model does not support, what gives another loss than eager attention, and, when packing,
+        what lets documents of a row see each other.
+        """
         rates: dict[str, float] = {}
+        expected = self._probe_loss("eager")
         for name in _attention_candidates(self.device):
             try:
                 self.set_attention(name)
+                loss = self._probe_loss(name)
+                if abs(loss - expected) > LOSS_TOLERANCE[self.objective.autocast_dtype] * max(abs(expected), 1.0):
+                    self.reporter.warn(f"{name} attention gives a loss of {loss:.6g}, eager {expected:.6g}: left out")
+                    continue
                 rates[name] = self._rate(budget)
             except (ValueError, ImportError):
                 continue
+            except NumericsError as error:
+                self.reporter.info(f"{name} attention is left out: {error.what}")
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 self._clear()
         self.measured["attention_tokens_per_second"] = {name: round(rate, 1) for name, rate in rates.items()}
-        return max(rates, key=lambda name: rates[name], default="sdpa")
+        return max(rates, key=lambda name: rates[name], default="eager")
+
+    def _probe_loss(self, attention: str) -> float:
+        """Loss of one row, summed over its labels, in eval mode."""
+        self.objective.base.set_attn_implementation(attention)
+        row = choose_probe(self.examples.lengths, most_tokens=_PROBE_TOKENS)
+        batch = collate([self.examples[row]], self.pad_id).to(self.device)
+        self.objective.eval()
+        return float(self.objective.score(batch)[0].sum(dtype=torch.float64))
 
     def _fastest_budget(self, least: int, most: int, checkpointing: bool, until: float) -> int:
         """Doubles the budget while that pays; the smallest within 3 % of the fastest.
@@ -188,8 +231,8 @@ class Rehearsal:
 
     def _rate(self, budget: int) -> float:
         """Real tokens a second of the middle one of the micro-batches that the first steps are cut into."""
-        cut = cut_step(self._sample(), self.examples.lengths, budget)
-        batch = self._collate(cut[len(cut) // 2])
+        cut = self._cutter.cut(self._sample(), budget)
+        batch = self._cutter.collate(cut[len(cut) // 2])
         repeats = _REPEATS_ON_GPU if self.device.type == "cuda" else 1
         return batch.tokens / min(self._run(batch) for _ in range(repeats))
 
@@ -224,21 +267,25 @@ class Rehearsal:
         ballast = torch.empty(
             self.optimizer_bytes if self.device.type == "cuda" else 0, dtype=torch.uint8, device=self.device
         )
-        self._run(self._collate(_heaviest(self.examples, choice.micro_batch_tokens)))
+        for rows, width in heaviest_shapes(
+            self.examples.lengths, choice.micro_batch_tokens, self.step_rows.batch_size, one_row=self._cutter.one_row
+        ):
+            filled = fill_rows(self.examples, rows, width, packing=self.packing)
+            self._run(collate_packed(filled, self.pad_id))
         if self.validation is not None and len(self.validation):
-            rows = _heaviest(self.validation, choice.evaluation_micro_batch_tokens)
-            batch = collate([self.validation[row] for row in rows], self.pad_id)
-            self.objective.eval()
-            self.objective.score(batch.to(self.device))
-            self.objective.train()
+            count = len(self.validation)
+            for rows, width in heaviest_shapes(
+                self.validation.lengths, choice.evaluation_micro_batch_tokens, count, one_row=False
+            ):
+                batch = collate_packed(fill_rows(self.validation, rows, width, packing=False), self.pad_id)
+                self.objective.eval()
+                self.objective.score(batch.to(self.device))
+                self.objective.train()
         del ballast
         self.measured["peak_memory_bytes"] = peak_memory_bytes(self.device)
 
     def _sample(self) -> list[int]:
         return [row for step in range(1, _SAMPLED_STEPS + 1) for row in self.step_rows.rows(step)[1]]
-
-    def _collate(self, rows: Sequence[int]) -> Batch:
-        return collate([self.examples[row] for row in rows], self.pad_id)
 
     def _run(self, batch: Batch) -> float:
         """Seconds of one forward and backward in training mode; the gradients are dropped."""
@@ -252,16 +299,6 @@ class Rehearsal:
         for parameter in self.objective.parameters():
             parameter.grad = None
         return seconds
-
-
-def _heaviest(examples: Examples, budget: int) -> list[int]:
-    """The longest rows, as many as the budget takes; at least one."""
-    import numpy
-
-    lengths = numpy.asarray(examples.lengths)
-    longest = int(lengths.max())
-    count = min(len(lengths), max(1, budget // longest))
-    return [int(row) for row in numpy.argpartition(lengths, -count)[-count:]]
 
 
 def _attention_candidates(device: torch.device) -> list[str]:

@@ -118,6 +118,7 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
             of_rows(world, "data.overlength", {**texts, "data.max_length": 32}),
             refused=("error",),
         ),
+        "data.packing": Case((False, True), partial(forward_tokens, world)),
         "data.bad_rows.policy": Case(
             ("skip",),
             lambda value: world.rows({**bad, "data.bad_rows": {"policy": value, "max_fraction": 0.5}}),
@@ -284,6 +285,31 @@ def forward_passes(world: OptionWorld, tokens: int) -> int:
     finally:
         hook.remove()
     return calls
+
+
+def forward_tokens(world: OptionWorld, packing: bool) -> int:
+    """Tokens that a run gives to its model, padding among them."""
+    import torch
+    from transformers import LlamaModel
+
+    tokens = 0
+
+    def count(module: Any, _: Any, inputs: Mapping[str, Any]) -> None:
+        nonlocal tokens
+        tokens += inputs["input_ids"].numel()
+
+    hooks = []
+
+    def watch(module: Any, *rest: Any) -> None:
+        if isinstance(module, LlamaModel) and not hooks:
+            hooks.append(module.register_forward_pre_hook(count, with_kwargs=True))
+
+    first = torch.nn.modules.module.register_module_forward_pre_hook(watch)
+    try:
+        pipeline.train(world.recipe({"data.packing": packing, "training.micro_batch_tokens": 64}))
+    finally:
+        first.remove()
+    return tokens
 
 
 def labels_of_task(world: OptionWorld, task: str) -> Any:

@@ -128,8 +128,10 @@ def test_fixed_values_are_kept_and_only_the_heaviest_micro_batches_run(job: Call
     seen = forwards(rehearsal)
     resolved = resolve(rehearsal, open_plan(attention="eager", gradient_checkpointing=False, micro_batch_tokens=128))
     assert (resolved.source, resolved.micro_batch_tokens, resolved.attention) == ("recipe", 128, "eager")
-    longest, held_out = max(one.rows.lengths), max(rehearsal.validation.lengths)  # type: ignore[union-attr]
-    assert seen == [(128 // longest, longest), (128 // held_out, held_out)]
+    held_out = rehearsal.validation.lengths  # type: ignore[union-attr]
+    widest = [(128 // max(lengths), max(lengths)) for lengths in (one.rows.lengths, held_out)]
+    fullest = [(4, max(n for n in lengths if n <= 128 // 4)) for lengths in (one.rows.lengths, held_out)]
+    assert seen == [widest[0], fullest[0], widest[1], fullest[1]]
 
 
 def test_checkpointing_goes_on_where_the_estimate_says_so(job: Callable[..., Job]) -> None:

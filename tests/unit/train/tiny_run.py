@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafit.contracts import Example, Silent
 from lorafit.data.batch import StepRows
+from lorafit.data.packing import Cutter
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at, schedules
 from lorafit.objective import Objective
@@ -137,6 +138,7 @@ class Job:
     batch_size: int = 16
     plan: TinyPlan = field(default_factory=TinyPlan)
     budget: int = 64
+    packing: bool = False
     optimizer: dict[str, Any] = field(default_factory=lambda: {"kind": "adamw"})
     learning_rate: float = 1e-2
     keep_last: int = 2
@@ -170,7 +172,7 @@ class Job:
             self.store,
             self.accelerator or Accelerator(cpu=True),
             self.reporter,
-            pad_id=PAD,
+            cutter=Cutter(self.rows, PAD, self.packing),
             save_adapter=save_adapter(self.model),
             **self.options,
         )

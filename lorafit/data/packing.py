@@ -1,0 +1,180 @@
+"""How the rows of a step become micro-batches: padded, or packed. All of it pure functions, but for `Cutter`.
+
+Packed, several documents stand in one row. Positions start anew with each, attention stays inside each, and what is
+left behind the last one is padding, a document of its own that nobody looks at:
+
+    documents of a step     AAAAAAAA  BBBBB  CCC  DD
+    packed rows             AAAAAAAA                 positions   0 1 2 3 4 5 6 7
+                            BBBBBCCC                             0 1 2 3 4 0 1 2
+                            DD░░░░░░                             0 1 0 1 2 3 4 5      ░ = padding
+
+    what a position sees    A ■                      B ■
+    (row 1, row 2)            ■■                       ■■
+                              ■■■                      ■■■
+                              ■■■■ ...                 ■■■■
+                                                       ■■■■■
+                                                     C      ■
+                                                            ■■
+                                                            ■■■
+
+The rows of a step are the same either way, and so are its loss and its gradient; only its cut differs.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafit.contracts import Batch, Example
+from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, collate, cut_step
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Examples
+
+PackedRow = list[int]
+"""Numbers of the documents that stand in one row of a micro-batch."""
+MicroBatch = list[PackedRow]
+"""Rows of one forward pass."""
+
+PACKED_ROW_TOKENS = 256
+"""Up to this length masked attention over a whole row costs next to nothing beside the linear layers."""
+VARIABLE_LENGTH_ATTENTION = frozenset({"flash_attention_2"})
+"""Kernels that compute each document of a row by itself; transformers hands them one row of documents at a time."""
+
+
+def pack_rows(rows: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[PackedRow]:
+    """Puts documents together into rows of at most `row_tokens`: best-fit decreasing.
+
+    Longest first, each document goes where the least room is left behind it, else into a new row. A document longer
+    than a row is a row of its own. At most 11/9 of the fewest possible rows, plus a constant.
+
+    Source: Johnson, Near-optimal bin packing algorithms (MIT, 1973), best-fit decreasing.
+
+    Args:
+        rows: Row numbers; may repeat.
+        lengths: Tokens of each row of the whole set, by row number.
+        row_tokens: Tokens of a packed row.
+    """
+    packed: list[PackedRow] = []
+    room: list[tuple[int, int]] = []  # (tokens left, number of the packed row), ascending
+    for row in sorted(rows, key=lambda row: (-int(lengths[row]), row)):
+        tokens = int(lengths[row])
+        place = bisect.bisect_left(room, (tokens, -1))
+        if place < len(room):
+            left, number = room.pop(place)
+        else:
+            left, number = max(row_tokens, tokens), len(packed)
+            packed.append([])
+        packed[number].append(row)
+        if left > tokens:
+            bisect.insort(room, (left - tokens, number))
+    return packed
+
+
+def cut_packed(rows: Sequence[int], lengths: Sequence[int], token_budget: int, *, one_row: bool) -> list[MicroBatch]:
+    """Cuts the rows of a step into micro-batches of packed rows; the plain cut where packing saves nothing.
+
+    With `one_row` a micro-batch is one row as long as the budget, without any padding: for attention that computes each
+    document by itself. Else attention goes over whole rows, masked: no packed row is longer than the step's longest
+    document, or `PACKED_ROW_TOKENS`, and packed rows are cut like plain ones.
+
+    Args:
+        rows: Row numbers; may repeat.
+        lengths: Tokens of each row of the whole set, by row number.
+        token_budget: Padded tokens of a micro-batch; a longer document is a micro-batch of its own.
+        one_row: Whether a micro-batch is one row.
+    """
+    if not rows:
+        return []
+    longest = max(int(lengths[row]) for row in rows)
+    row_tokens = token_budget if one_row else min(token_budget, max(longest, PACKED_ROW_TOKENS))
+    packed = pack_rows(rows, lengths, row_tokens)
+    totals = [sum(int(lengths[row]) for row in documents) for documents in packed]
+    cut = [[packed[number] for number in part] for part in cut_step(range(len(packed)), totals, token_budget)]
+    plain = [[[row] for row in part] for part in cut_step(rows, lengths, token_budget)]
+    return min(plain, cut, key=lambda parts: _cost_tokens(parts, lengths))
+
+
+def padded_tokens(part: MicroBatch, lengths: Sequence[int]) -> int:
+    """Tokens of a micro-batch, padding included."""
+    return len(part) * max(sum(int(lengths[row]) for row in documents) for documents in part)
+
+
+def collate_packed(packed: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+    """Packs documents into the rows of one micro-batch; `position_ids` say where each begins.
+
+    A document's first token is never a label: it would be predicted from the document before it.
+
+    Args:
+        packed: Documents of each row; at least one.
+        pad_id: Any valid id; no label ever points at a padded position.
+    """
+    import torch
+
+    if all(len(documents) == 1 for documents in packed):
+        return collate([documents[0] for documents in packed], pad_id)
+    width = max(sum(len(document.input_ids) for document in documents) for documents in packed)
+    input_ids = np.full((len(packed), width), pad_id, dtype=np.int64)
+    position_ids = np.empty_like(input_ids)
+    indices: list[Any] = []
+    tokens = 0
+    for row, documents in enumerate(packed):
+        begin = 0
+        for document in documents:
+            end = begin + len(document.input_ids)
+            input_ids[row, begin:end] = document.input_ids
+            position_ids[row, begin:end] = np.arange(end - begin)
+            indices.append(row * width + begin + np.flatnonzero(np.asarray(document.trained, dtype=np.uint8)[1:]))
+            begin = end
+        position_ids[row, begin:] = np.arange(width - begin)
+        tokens += begin
+    label_index = np.concatenate(indices).astype(np.int64)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        label_index=torch.from_numpy(label_index),
+        label_ids=torch.from_numpy(input_ids.reshape(-1)[label_index + 1]),
+        weight=len(label_index),
+        rows=tuple(document.index for documents in packed for document in documents),
+        tokens=tokens,
+        position_ids=torch.from_numpy(position_ids),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cutter:
+    """Cuts steps into micro-batches and builds their batches, as the recipe and the attention want them.
+
+    Attributes:
+        examples: The rows.
+        pad_id: Fills up short rows.
+        packing: Whether several documents may share a row.
+        attention: Attention implementation of the model.
+    """
+
+    examples: Examples
+    pad_id: int
+    packing: bool = False
+    attention: str = "sdpa"
+
+    @property
+    def one_row(self) -> bool:
+        """Whether a packed micro-batch is one row."""
+        return self.packing and self.attention in VARIABLE_LENGTH_ATTENTION
+
+    def cut(self, rows: Sequence[int], token_budget: int) -> list[MicroBatch]:
+        """Micro-batches of a step, the same on every rank; without packing each row holds one document."""
+        if self.packing:
+            return cut_packed(rows, self.examples.lengths, token_budget, one_row=self.one_row)
+        return [[[row] for row in part] for part in cut_step(rows, self.examples.lengths, token_budget)]
+
+    def collate(self, part: MicroBatch) -> Batch:
+        """The batch of one micro-batch, on the CPU."""
+        return collate_packed([[self.examples[row] for row in documents] for documents in part], self.pad_id)
+
+
+def _cost_tokens(parts: Sequence[MicroBatch], lengths: Sequence[int]) -> int:
+    return sum(MICRO_BATCH_COST_TOKENS + padded_tokens(part, lengths) for part in parts)
