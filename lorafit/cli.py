@@ -301,6 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = exit_code(
             lambda: app(args=words, standalone_mode=False),
             debug=lambda: bool(_ran_with and _ran_with[-1].debug),
+for _entry in app.registered_commands:  # the list of commands wraps what is said so, and cuts what is not
+    _entry.short_help = inspect.getdoc(_entry.callback)
+
             json_head=lambda: _json_head_of_failure(words),
         )
     sys.exit(code)

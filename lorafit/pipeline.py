@@ -144,7 +144,7 @@ def evaluate(
         reporter: Gets progress and warnings; silent where None.
     """
     from lorafit.evaluate.evaluation import About
-    from lorafit.evaluate.report import write_report
+    from lorafit.evaluate.report import name_report, write_report
     from lorafit.evaluate.runner import evaluate_pair
     from lorafit.model.adapter import adapter_tensors
     from lorafit.model.inspect import coverage
@@ -156,7 +156,8 @@ def evaluate(
     opened = open_run(run_or_recipe, overrides)
     adapter, step = opened.adapter(checkpoint)
     job, resolved = open_job(opened.loaded, reporter), opened.resolved()
-    split = split or ("test" if job.rows.test is not None else "validation")
+    usual = "test" if job.rows.test is not None else "validation"
+    split = split or usual
     examples = {"test": job.rows.test, "validation": job.rows.validation, "train": job.rows.train}.get(split)
     if examples is None:
         raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo="set data.test or data.validation")
@@ -185,10 +186,15 @@ def evaluate(
             seen_in_training=split == "train" or chose,
             trainable_parameters=sum(tensor.numel() for tensor in adapter_tensors(model).values()),
             total_parameters=found.total_parameters,
+    report = name_report(
+        split=split if split != usual else None,
+        limit=limit if limit is not None and limit < len(examples) else None,
+        checkpoint_step=step if checkpoint is not None else None,
+    )
         ),
     )
-    write_report(opened.run, result)
-    return Evaluated(opened.run, result)
+    write_report(opened.run, result, report)
+    return Evaluated(opened.run, result, report, opened.loaded.folder)
 
 
 def merge(

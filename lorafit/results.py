@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Message
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from lorafit.evaluate.evaluation import Evaluation
     from lorafit.evaluate.generate import Answer
     from lorafit.evaluate.parity import Parity
+    from lorafit.memory import MemoryEstimate
     from lorafit.model.merge import MergeReport
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
@@ -51,13 +54,19 @@ class Trained:
     plan: Plan
     resolved: ResolvedPlan | None
     fit: FitResult | None
-    estimate_bytes: int | None = None
+    estimate: MemoryEstimate | None = None
 
     def summary(self) -> dict[str, Any]:
         """How training ended, for `result.json`: memory as estimated and as measured among it."""
         from dataclasses import asdict
 
-        return {**asdict(self.fit), "estimated_memory_bytes": self.estimate_bytes} if self.fit else {}
+        if self.fit is None:
+            return {}
+        return {
+            **asdict(self.fit),
+            "estimated_tensor_bytes": self.estimate.tensor_bytes if self.estimate else None,
+            "estimated_memory_bytes": self.estimate.needed_bytes if self.estimate else None,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Plan, resolved plan and how training ended."""
@@ -77,21 +86,38 @@ class Trained:
         if not fit.was_complete:
             rate = f", {fit.tokens / fit.seconds:,.0f} tokens/s" if fit.seconds else ""
             console.print(f"trained {fit.steps} steps in {_clock(fit.seconds)}{rate}", markup=False)
-            expected = f", {self.estimate_bytes / _MIB:,.0f} MiB estimated" if self.estimate_bytes else ""
-            console.print(f"peak memory {fit.peak_memory_bytes / _MIB:,.0f} MiB measured{expected}", markup=False)
+            console.print(self._memory_line(fit), markup=False)
         which = f"the adapter of step {fit.adapter_step}"
         if fit.best is not None and fit.best.step == fit.adapter_step:
             which += f" (best {fit.best.metric}: {fit.best.value:.4g})"
-        shown = _near(self.run)
+        shown = near(self.run.root)
         console.print(f"{which} is in {shown}/adapter; next: lorafit eval {shown}", markup=False)
+
+    def _memory_line(self, fit: FitResult) -> str:
+        """Peak memory as measured, beside the estimate of the same quantity."""
+        tensors, needed = (self.estimate.tensor_bytes, self.estimate.needed_bytes) if self.estimate else (0, 0)
+
+        def beside(measured: int, what: str, estimated: int) -> str:
+            return f"{measured / _MIB:,.0f} MiB {what}" + (f" ({estimated / _MIB:,.0f} estimated)" if estimated else "")
+
+        if fit.peak_reserved_bytes is not None:
+            parts = [beside(fit.peak_memory_bytes, "of tensors", tensors)]
+            parts += [beside(fit.peak_reserved_bytes, "reserved", 0), f"{needed / _MIB:,.0f} MiB of the card estimated"]
+        else:
+            parts = [beside(fit.peak_memory_bytes, "resident", needed)]
+        if fit.live_tensors is not None:
+            parts.append(beside(fit.live_tensors.tensor_bytes, "of live tensors counted", tensors))
+        return "peak memory: " + ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation and the run it belongs to."""
+    """An evaluation, the run it belongs to, its report's name, and the folder that places of rows are relative to."""
 
     run: RunDir
     evaluation: Evaluation
+    report: str
+    folder: Path
 
     def to_json(self) -> dict[str, Any]:
         """As in `report.json`."""
@@ -99,10 +125,15 @@ class Evaluated:
 
     def render(self, console: Console) -> None:
         """The table, and where the report is."""
-        from lorafit.evaluate.report import render_table
+        from lorafit.evaluate.table import render_evaluation
 
-        console.print(render_table(self.evaluation))
-        console.print(f"\nreport: {_near(self.run)}/report.md", markup=False)
+        console.print(render_evaluation(self.evaluation, columns=console.width, place=self._place))
+        console.print(f"\nreport: {near(self.run.report('md', self.report))}", markup=False)
+
+    def _place(self, file: str) -> str:
+        """A row's file as seen from the current folder; what is no file here (a data set of the hub) stays."""
+        path = self.folder / file
+        return near(path) if path.exists() else file
 
 
 @dataclass(frozen=True)
@@ -184,9 +215,7 @@ def _clock(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _near(run: RunDir) -> str:
-    """The run folder as the user would type it: relative where that is shorter."""
-    import os
-
-    relative = os.path.relpath(run.root)
-    return relative if len(relative) < len(str(run.root)) else str(run.root)
+def near(path: Path) -> str:
+    """A path as the user would type it: relative to the current folder where that is shorter."""
+    absolute = os.path.normpath(Path.cwd() / path)
+    return min(os.path.relpath(absolute), absolute, key=len)

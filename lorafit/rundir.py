@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,13 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill; on success it gets its MANIFEST and becomes `path`.
 
     Args:
         path: The folder that shall exist, whole, afterwards.
         replace: Whether an existing `path` gives way (it is moved aside first, and removed last).
+        digests: SHA-256 by relative name of files that were hashed while they were written; others are read again.
 
     Raises:
         ResourceError: The disk is full, read-only or broken; `path` is as it was.
@@ -149,10 +150,9 @@ def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for file in _files_below(temporary):
                 file.chmod(0o644)
                 _sync(file)
-                entries[file.relative_to(temporary).as_posix()] = {
-                    "bytes": file.stat().st_size,
-                    "sha256": hash_file(file),
-                }
+                name = file.relative_to(temporary).as_posix()
+                known = (digests or {}).get(name)
+                entries[name] = {"bytes": file.stat().st_size, "sha256": known or hash_file(file)}
             manifest = temporary / MANIFEST
             manifest.write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             for folder in [manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
@@ -244,9 +244,9 @@ class RunDir:
         """The checkpoint at the edge behind optimizer step `step`."""
         return self.checkpoints / f"step-{step:06d}"
 
-    def report(self, suffix: str) -> Path:
-        """`report.json` or `report.md`."""
-        return self.root / f"report.{suffix}"
+    def report(self, suffix: str, name: str = "report") -> Path:
+        """`report.json`, `report.md` or `report.jsonl`; or those of an evaluation with a name of its own."""
+        return self.root / f"{name}.{suffix}"
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint folder, valid or not, in order."""

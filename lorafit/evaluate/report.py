@@ -1,40 +1,48 @@
-"""An Evaluation for people and programs: the terminal's table, and `report.json`, `report.md`, `report.jsonl`."""
+"""An Evaluation in files, for people and programs: `report.json`, `report.md`, `report.jsonl`."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lorafit.evaluate.evaluation import Evaluation, Speed, WorstRow
 from lorafit.evaluate.statistics import Comparison
 from lorafit.rundir import RunDir, atomic_file, write_json
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-
 HEADINGS = ("metric", "base", "tuned", "difference", "95 % interval", "verdict", "rows better / worse")
-TERMINAL_WORST_ROWS = 3
-_STYLES = {"better": "green", "worse": "red", "not distinguishable": "yellow"}
 _MEBIBYTE = 1 << 20
 
 
-def write_report(run: RunDir, evaluation: Evaluation) -> None:
-    """Writes `report.json`, `report.md` and `report.jsonl` (a line a row), each whole or not at all.
+def name_report(*, split: str | None, limit: int | None, checkpoint_step: int | None) -> str:
+    """`report`, or a name of its own for what is not the run's own evaluation: other rows, or another checkpoint.
 
-    `report.json` comes last: where it is new, the others are.
+    Args:
+        split: The rows, where they are not those that are scored when none are named.
+        limit: How many rows, where not all were scored.
+        checkpoint_step: Step of the checkpoint, where not the run's adapter was scored.
+    """
+    parts = ["report"]
+    parts += [split] if split is not None else []
+    parts += [f"first-{limit}"] if limit is not None else []
+    parts += [f"step-{checkpoint_step}"] if checkpoint_step is not None else []
+    return ".".join(parts)
+
+
+def write_report(run: RunDir, evaluation: Evaluation, name: str = "report") -> None:
+    """Writes `NAME.json`, `NAME.md` and `NAME.jsonl` (a line a row), each whole or not at all.
+
+    `NAME.json` comes last: where it is new, the others are.
 
     Raises:
         ResourceError: The disk is full, read-only or broken; what was there before is intact.
     """
-    with atomic_file(run.report("jsonl")) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_file(run.report("jsonl", name)) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in evaluation.rows:
             file.write(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
-    with atomic_file(run.report("md")) as temporary:
+    with atomic_file(run.report("md", name)) as temporary:
         temporary.write_text(render_markdown(evaluation), encoding="utf-8")
-    write_json(run.report("json"), evaluation.to_json())
+    write_json(run.report("json", name), evaluation.to_json())
 
 
 def describe(evaluation: Evaluation) -> list[str]:
@@ -67,25 +75,10 @@ def describe(evaluation: Evaluation) -> list[str]:
 
 def describe_retention(evaluation: Evaluation) -> list[str]:
     """What the tuned model lost, kept or gained on rows of general ability, line by line."""
-    words = {"better": "gained", "worse": "lost", "not distinguishable": "kept as far as can be seen"}
-    return [f"{words[line.verdict]}: {line.sentence}" for line in evaluation.retention]
-
-
-def render_table(evaluation: Evaluation) -> RenderableType:
-    """Everything for a terminal: the table, its sentences, retention, and the worst rows in short."""
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[RenderableType] = [_draw(evaluation.comparisons, "base and tuned model on the same rows")]
-    parts += [Text(line.sentence, style=_STYLES[line.verdict]) for line in evaluation.comparisons]
-    if evaluation.retention:
-        parts.append(_draw(evaluation.retention, f"retention: {evaluation.retention_rows} rows of general ability"))
-        parts += [Text(line) for line in describe_retention(evaluation)]
-    parts += [Text(line, style="dim") for line in describe(evaluation)]
-    for worst in evaluation.worst[:TERMINAL_WORST_ROWS]:
-        parts.append(Text(f"\n{_headline(worst)}", style="bold"))
-        parts += [Text(f"  {name}: {_shorten(text)}") for name, text in _texts(worst)]
-    return Group(*parts)
+    words = {"better": "gained", "worse": "lost"}
+    return [
+        f"{words.get(line.verdict, 'kept as far as can be seen')}: {line.sentence}" for line in evaluation.retention
+    ]
 
 
 def render_markdown(evaluation: Evaluation) -> str:
@@ -105,13 +98,14 @@ def render_markdown(evaluation: Evaluation) -> str:
     if evaluation.worst:
         lines += ["", f"## The {len(evaluation.worst)} rows that the tuned model does worst on"]
     for worst in evaluation.worst:
-        lines += ["", f"### {_headline(worst)}"]
-        for name, text in _texts(worst):
+        lines += ["", f"### {headline(worst, worst.row.file)}"]
+        for name, text in texts_of(worst):
             lines += ["", f"{name}:", "", *_fence(text)]
     return "\n".join(lines) + "\n"
 
 
-def _cells(line: Comparison) -> tuple[str, ...]:
+def cells_of(line: Comparison) -> tuple[str, ...]:
+    """A line of the table, as `HEADINGS`."""
     return (
         line.name,
         line.show(line.base),
@@ -123,19 +117,8 @@ def _cells(line: Comparison) -> tuple[str, ...]:
     )
 
 
-def _draw(comparisons: Sequence[Comparison], title: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("metric", "verdict") else "right")
-    for line in comparisons:
-        table.add_row(*_cells(line), style=_STYLES[line.verdict])
-    return table
-
-
 def _markdown_table(comparisons: Sequence[Comparison]) -> list[str]:
-    lines = [HEADINGS, ("---", *["---:"] * 4, "---", "---:"), *(_cells(line) for line in comparisons)]
+    lines = [HEADINGS, ("---", *["---:"] * 4, "---", "---:"), *(cells_of(line) for line in comparisons)]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
@@ -148,25 +131,21 @@ def _describe_speed(side: str, speed: Speed) -> str:
     return line + (f"; {speed.no_room} prompts left no room" if speed.no_room else "")
 
 
-def _headline(worst: WorstRow) -> str:
+def headline(worst: WorstRow, file: str) -> str:
+    """A worst row in one line: its place, what it is ranked by, its loss."""
     row = worst.row
     loss = f", loss {row.tuned.loss_sum / row.tuned.tokens:.4g} a token" if row.tuned.tokens else ""
-    return f"{row.place}: {worst.name} {worst.tuned:.4g} (base {worst.base:.4g}){loss}"
+    return f"{file}:{row.line}: {worst.name} {worst.tuned:.4g} (base {worst.base:.4g}){loss}"
 
 
-def _texts(worst: WorstRow) -> list[tuple[str, str]]:
+def texts_of(worst: WorstRow) -> list[tuple[str, str]]:
+    """Prompt, reference and answers of a worst row, each with its name."""
     row = worst.row
     texts = [("prompt", row.prompt), ("reference", row.tuned.reference)]
     if row.tuned.must_contain:
         texts.append(("must contain", ", ".join(row.tuned.must_contain)))
     answers = [("base answer", row.base.answer), ("tuned answer", row.tuned.answer)]
     return texts + [(name, text) for name, text in answers if text is not None]
-
-
-def _shorten(text: str, characters: int = 300) -> str:
-    """One line; the end of a long text is kept, since a prompt's question stands there."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= characters else "…" + flat[-characters:]
 
 
 def _fence(text: str) -> list[str]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from lorafit.kinds.metrics import Metric, RowScore
 
 Floats = npt.NDArray[np.float64]
-Verdict = Literal["better", "worse", "not distinguishable"]
+Verdict = Literal["better", "worse", "not distinguishable", "too few rows"]
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -74,8 +74,7 @@ class Comparison:
         rows = f"{self.rows} row{'s' if self.rows != 1 else ''}"
         change = f"from {self.show(self.base)} to {self.show(self.tuned)}"
         if self.rows < LEAST_ROWS:
-            few = f"fewer than {LEAST_ROWS} rows allow no verdict"
-            return f"{self.name}: not distinguishable with {rows}, {change}; {few}"
+            return f"{self.name}: {rows} are too few to tell, {change}; a verdict needs at least {LEAST_ROWS}"
         span = f"95 % interval {self.show_change(self.low)} to {self.show_change(self.high)}"
         head = f"{self.verdict} with {rows}" if self.verdict == "not distinguishable" else f"{self.verdict} on {rows}"
         rough = "; so few rows give a rough interval" if self.rows < ROUGH_ROWS else ""
@@ -158,7 +157,9 @@ def compare(
 
 def judge(low: float, high: float, better: Literal["lower", "higher"], rows: int) -> Verdict:
     """What an interval of tuned - base says: a direction only where it leaves out 0 and the rows are enough."""
-    if rows < LEAST_ROWS or low <= 0 <= high:
+    if rows < LEAST_ROWS:
+        return "too few rows"
+    if low <= 0 <= high:
         return "not distinguishable"
     return "better" if (low > 0) == (better == "higher") else "worse"
 

@@ -46,7 +46,7 @@ def test_help_lists_every_command_with_what_it_does(world: World) -> None:
         (["train", "--help"], ("yaml", "numpy", *HEAVY)),
         (["validate", "r.yaml"], HEAVY),
         (["validate", "r.yaml", "--set", "adapter.dropuot=1"], HEAVY),
-        (["estimate-memory", "r.yaml"], HEAVY),
+        (["estimate-memory", "r.yaml", "--set", "model.base=meta-llama/Llama-3.1-70B", "--gpu", "a100-80gb"], HEAVY),
         (["train", "nope.yaml"], HEAVY),
     ],
     ids=" ".join,
@@ -95,8 +95,14 @@ def test_the_main_job(trained: World) -> None:
     assert report == json.loads((world.root / "run" / "report.json").read_text()) | {
         key: report[key] for key in ("seconds", "peak_memory_bytes", "base_speed", "tuned_speed") if key in report
     }
-    for which in ("best", "last", "4"):
-        only_json(world.run("eval", "run", "--checkpoint", which, "--limit", "2", "--split", "validation", "--json"))
+    whole = world.digests("run")
+    for which, name in {"best": "step-4", "3": "step-3"}.items():
+        arguments = ["--checkpoint", which, "--limit", "2", "--split", "validation"]
+        part = only_json(world.run("eval", "run", *arguments, "--json"))
+        named = world.root / "run" / f"report.validation.first-2.{name}"
+        assert json.loads(named.with_name(f"{named.name}.json").read_text())["rows"] == part["rows"] == 2
+        say_all(world.run("eval", "run", *arguments), 0, f"run/{named.name}.md", "v.jsonl:1", "too few rows to tell")
+    assert {name: digest for name, digest in world.digests("run").items() if name in whole} == whole
 
     merged = only_json(world.run("merge", "run", "--output", "merged", "--json"))
     assert merged["parity"] is not None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from lorafit.evaluate.evaluation import About, Evaluation, Row, Speed
-from lorafit.evaluate.report import render_markdown, render_table, write_report
+from lorafit.evaluate.report import name_report, render_markdown, write_report
 from lorafit.evaluate.rows import compare_rows, find_worst
+from lorafit.evaluate.table import render_evaluation
 from lorafit.kinds.metrics import RowScore
 from lorafit.rundir import RunDir
 
@@ -50,19 +53,70 @@ def build(answered=40, right=30, **changes):
     return replace(evaluation, **changes)
 
 
-def draw(evaluation):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(render_table(evaluation))
+def draw(evaluation, columns=160, **options):
+    console = Console(width=columns, record=True, file=io.StringIO())
+    console.print(render_evaluation(evaluation, columns=columns, **options))
     return console.export_text()
 
 
+def cells(text, metric):
+    """The cells of a metric's line, which stand two blanks or more apart."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{metric} ")]
+    return re.split(r" {2,}", line.strip())
+
+
 def test_the_table_holds_base_tuned_difference_interval_and_verdict():
-    text = draw(build())
-    (line,) = [line for line in text.splitlines() if "must_contain" in line and "│" in line]
-    cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-    assert cells[:4] == ["must_contain", "0.0 %", "75.0 %", "+75.0 points"]
-    assert cells[5:] == ["better", "30 / 0 of 40"]
-    assert "perplexity: better on 42 rows, from 54.60 to" in text
+    text = draw(build(), 120)
+    found = cells(text, "must_contain")
+    assert found[:4] == ["must_contain", "0.0 %", "75.0 %", "+75.0 points"]
+    assert found[5:] == ["better", "30 / 0 of 40"]
+    assert "better on 40 rows: must_contain" in text and "better on 42 rows: perplexity" in text
+
+
+WORST_CASE = ("token_accuracy", "final_number", "must_contain", "perplexity")
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120, 160])
+@pytest.mark.parametrize("rows", [5, 8, 250])
+def test_the_table_fits_the_terminal(columns, rows):
+    """Every value is whole, on one line, within the width; also where intervals are as long as they get."""
+    (some,) = compare_rows(build(rows, rows).rows[:rows], ["must_contain"], seed=0)[0]
+    longest = [
+        replace(some, name=name, percent=name != "perplexity", base=1.0, difference=-0.999, low=-1.0, high=-0.876)
+        for name in WORST_CASE
+    ]
+    longest[3] = replace(longest[3], base=12345.6, tuned=1234.5, difference=-11111.1, low=-12222.2, high=-10000.1)
+    text = draw(build(comparisons=tuple(longest)), columns)
+    table = text.splitlines()[1 : 2 + len(longest)]
+    assert max(map(len, table)) <= columns
+    assert [line.split()[0] for line in table] == ["metric", *WORST_CASE]
+    verdict = {5: "too few", 8: "better", 250: "better"}[rows]
+    assert all(verdict in line and f"{rows} / 0" in line for line in table[1:])
+    assert all(interval in line for line, interval in zip(table[1:], ["-100.0"] * 3 + ["-12222"], strict=True))
+    assert "…" not in "".join(table)
+
+
+def test_too_few_rows_say_so():
+    text = draw(build(4, 3))
+    assert "too few rows to tell (4 rows; a verdict needs 6): must_contain" in text
+    assert "kept as far" not in text.split("retention")[0]
+    assert "must_contain: 4 rows are too few to tell, from 0.0 % to 75.0 %" in render_markdown(build(4, 3))
+
+
+def test_places_are_shown_as_the_caller_says():
+    text = draw(build(), place=lambda file: f"here/{file}")
+    assert "here/test.jsonl:31: must_contain" in text
+
+
+def test_reports_of_other_rows_or_checkpoints_have_names_of_their_own():
+    names = {
+        name_report(split=split, limit=limit, checkpoint_step=step)
+        for split in (None, "train")
+        for limit in (None, 1, 2)
+        for step in (None, 0, 4)
+    }
+    assert len(names) == 18 and "report" in names
+    assert name_report(split="validation", limit=8, checkpoint_step=4) == "report.validation.first-8.step-4"
 
 
 def test_the_report_says_what_a_reader_must_know():
@@ -75,7 +129,7 @@ def test_the_report_says_what_a_reader_must_know():
         assert "peak memory 512 MiB" in text
         assert "must_contain: 2 of 42 rows left out" in text
         assert "retention: 42 rows" in text.lower()
-        assert "gained: loss: better" in text
+        assert "gained on 42 rows: loss" in text or "gained: loss: better" in text
     assert "used twice" not in draw(build(about=About("x", None, "test", False)))
     assert "rows were trained on" in draw(build(about=About("x", None, "train", True)))
 

@@ -156,7 +156,7 @@ def test_parts_of_one_source_row_count_as_one_row(tuned, tokenizer, make_rows):
     assert len(halves.rows) == len(PAIRS) // 2
     assert halves.comparisons[0].tuned == pytest.approx(whole.comparisons[0].tuned)
     assert halves.comparisons[0].rows == len(PAIRS) // 2
-    assert halves.comparisons[0].verdict == "not distinguishable"
+    assert halves.comparisons[0].verdict == "too few rows"
 
 
 def test_retention_rows_are_compared_on_their_own(tuned, llama, tokenizer, make_rows):

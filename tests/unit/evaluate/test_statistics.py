@@ -100,8 +100,8 @@ def test_few_rows_get_no_verdict_or_a_warning():
     (five,) = compare("loss", metric, losses([4.0] * 5), losses([1.0] * 5), seed=0)
     (six,) = compare("loss", metric, losses([4.0] * 6), losses([1.0] * 6), seed=0)
     (many,) = compare("loss", metric, losses([4.0] * 30), losses([1.0] * 30), seed=0)
-    assert five.verdict == "not distinguishable"
-    assert f"fewer than {LEAST_ROWS} rows" in five.sentence
+    assert five.verdict == "too few rows"
+    assert f"5 rows are too few to tell, from 4.000 to 1.000; a verdict needs at least {LEAST_ROWS}" in five.sentence
     assert six.verdict == "better"
     assert "rough" in six.sentence
     assert "rough" not in many.sentence
@@ -121,7 +121,7 @@ def test_few_rows_get_no_verdict_or_a_warning():
 )
 def test_verdict_follows_the_interval(low, high, better, verdict):
     assert judge(low, high, better, 100) == verdict
-    assert judge(low, high, better, LEAST_ROWS - 1) == "not distinguishable"
+    assert judge(low, high, better, LEAST_ROWS - 1) == "too few rows"
 
 
 def test_the_seed_decides_the_interval():
