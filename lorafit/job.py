@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import Reporter, Sample, Silent
+from lorafit.contracts import Reporter, Silent
 from lorafit.kinds.tasks import tasks
 from lorafit.workspace import is_run, open_run, sources_of
 
@@ -54,8 +54,7 @@ class Job:
         """Whether training rows were rendered by a chat template; else prompts go to the model verbatim."""
         if self.recipe.data.chat_template is not None:
             return True
-        samples = (row for _, _, row in self.rows.samples("train").rows() if isinstance(row, Sample))
-        return any(sample.messages is not None for sample in samples)
+        return any(sample.messages is not None for sample in self.rows.samples("train").first_samples())
 
     def stop_ids(self) -> list[int]:
         """The token that the chat template writes behind an answer, which need not be the model's eos."""

@@ -22,6 +22,7 @@ from lorafit.contracts import Examples
 from lorafit.data import cache as cache_module
 from lorafit.data import encoding
 from lorafit.data.examples import Prepared, hold_out
+from lorafit.data.source import Source
 from lorafit.errors import DataError, LorafitError, ModelError, ResourceError
 from lorafit.recipe.schema import SourceSection
 
@@ -91,6 +92,20 @@ def test_rows_are_counted_from_zero(tmp_path: Path, prepare_rows: Prepare) -> No
     for index in (2, -1):
         with pytest.raises(IndexError):
             train[index]
+
+
+def test_the_form_of_rows_is_known_from_one_of_each_source(
+    tmp_path: Path, prepare_rows: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": 1}, *({"text": f"row {n}"} for n in range(50))])
+    write_jsonl(tmp_path / "b.jsonl", [chat("q", "a")] * 50)
+    prepared = prepare_rows(train=["a.jsonl", "b.jsonl"], bad_rows={"policy": "skip"})
+    read: list[int] = []
+    real = Source._read_row
+    monkeypatch.setattr(Source, "_read_row", lambda *given: read.append(given[1]) or real(*given))
+    found = list(prepared.samples("train").first_samples())
+    assert [(sample.file, sample.line) for sample in found] == [("a.jsonl", 2), ("b.jsonl", 1)]
+    assert read == [1, 2, 1]
 
 
 def test_kinds_of_rows(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
