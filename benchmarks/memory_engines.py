@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.dryrun import DryRun
+from lorafit.errors import ModelError
 from lorafit.model_shapes import read_shape
 from lorafit.plan import MemoryQuestion
 from lorafit.plan.question import estimated_attention
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=[], help="parts of file names")
     options = parser.parse_args()
     worst: dict[str, tuple[float, str]] = {}
+    failed: list[str] = []
     print(f"{'model':44} {'case':14} {'closed GiB':>10} {'exact GiB':>10} {'error':>7} {'s':>5}")
     for file in sorted(shipped("models").glob("*.json")):
         if options.models and not any(part in file.stem for part in options.models):
@@ -73,8 +75,12 @@ def main() -> None:
         for quantization in ("none", "nf4"):
             for checkpointing in (False, True):
                 began = time.perf_counter()
-                closed, exact = compare(config, quantization, checkpointing, options.tokens)
                 case = f"{quantization}{' ckpt' if checkpointing else ''}"
+                try:
+                    closed, exact = compare(config, quantization, checkpointing, options.tokens)
+                except (RuntimeError, ModelError) as error:
+                    failed.append(f"{file.stem} {case}: {(str(error).splitlines() or [''])[0][:120]}")
+                    continue
                 error = closed / exact - 1
                 kind = "dense Llama-likes" if config["model_type"] in LLAMA_LIKES else "others"
                 worst[kind] = max(worst.get(kind, (0.0, "")), (abs(error), f"{file.stem} {case}"))
@@ -85,7 +91,8 @@ def main() -> None:
                 )
     for kind, (error, case) in worst.items():
         print(f"largest error, {kind}: {error:.1%} ({case})")
-    sys.exit(0)
+    print(*(f"cannot run {case}" for case in failed), sep="\n")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def numerics_of(row: dict[str, str], trains_all: bool) -> Numerics:
         compute_bytes=2,
         adapter_bytes=4 if wide_adapter else 2,
         autocast=autocast,
+        widens=autocast,
         casts_adapter_inputs=True,  # PEFT's default
         keeps_inputs=trains_all,
         fused_norm="foak" in text,

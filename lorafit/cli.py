@@ -139,6 +139,9 @@ def train(
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Resume on another kind of device or number of ranks.")
     ] = False,
+    measure_memory: Annotated[
+        bool, typer.Option("--measure-memory", help="Count live tensors in every step: slower, and exact.")
+    ] = False,
 ) -> None:
     """Plan, check, train and save."""
     from lorafit import pipeline
@@ -152,6 +155,7 @@ def train(
         plan_file=plan,
         dry_run=dry_run,
         allow_inexact=allow_inexact,
+        measure_memory=measure_memory,
         reporter=session.reporter,
     )
     session.result(result)
@@ -241,14 +245,30 @@ def estimate_memory(
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="SIZE|NAME", help="e.g. 24GiB or rtx-4090; exit 10 where it does not fit.")
+        str | None,
+        typer.Option(metavar="SIZE|NAME", help="e.g. 24GiB, rtx-4090, or cpu: exit 10 where it does not fit."),
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE|NAME", help="The largest micro-batch, row and rank that fit; exit 10 if none does."),
     ] = None,
     headroom: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the memory that must stay free.")] = 0.05,
+    price_per_hour: Annotated[
+        float | None, typer.Option(metavar="PRICE", help="Of the card, in any currency: what the run will cost.")
+    ] = None,
 ) -> None:
-    """Itemised peak memory, without weights and without a GPU."""
+    """Itemised peak memory, time and cost, without weights and without a GPU."""
     from lorafit import pipeline
 
-    result = pipeline.estimate(recipe, overrides=overrides or [], gpu=gpu, headroom=headroom)
+    result = pipeline.estimate(
+        recipe,
+        overrides=overrides or [],
+        gpu=gpu,
+        headroom=headroom,
+        fit=fit,
+        price_per_hour=price_per_hour,
+        reporter=session.reporter,
+    )
     session.result(result)
     result.raise_unless_fits()
 
@@ -281,6 +301,9 @@ def preview(
     session.result(pipeline.preview(recipe, overrides=overrides or [], rows=shown, reporter=session.reporter))
 
 
+for _entry in app.registered_commands:  # the list of commands wraps what is said so, and cuts what is not
+    _entry.short_help = inspect.getdoc(_entry.callback)
+
 _LIBRARY_SETTINGS = {
     "GOMP_SPINCOUNT": "100000",  # threads that spin for longer stop each other where the CPU is shared: 50 times slower
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # every shape of a product is cached: 0.4 GiB less than with 1024
@@ -301,9 +324,6 @@ def main(arguments: list[str] | None = None) -> None:
         code = exit_code(
             lambda: app(args=words, standalone_mode=False),
             debug=lambda: bool(_ran_with and _ran_with[-1].debug),
-for _entry in app.registered_commands:  # the list of commands wraps what is said so, and cuts what is not
-    _entry.short_help = inspect.getdoc(_entry.callback)
-
             json_head=lambda: _json_head_of_failure(words),
         )
     sys.exit(code)

@@ -52,6 +52,7 @@ class Objective(nn.Module):
         self.masks_documents = False
         if autocast_dtype is not None:
             _let_autocast_cast(model)
+            _keep_results_narrow(model)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
         """(loss_sum, weight, aux): nats summed over the labels, their number, `correct` predictions."""
@@ -157,6 +158,21 @@ def _let_autocast_cast(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+
+
+def _keep_results_narrow(model: nn.Module) -> None:
+    """CUDA's autocast computes LayerNorm and `pow` in fp32 and leaves the result so: cast back to the input's dtype.
+
+    Else everything behind a norm is twice as wide, and with bitsandbytes' layers, which take no part in autocast and
+    give back the dtype they got, the whole residual stream. On a CPU nothing is cast.
+    """
+
+    def narrow(module: nn.Module, arguments: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+        return result.to(arguments[0].dtype)
+
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) or "GELU" in type(module).__name__:
+            module.register_forward_hook(narrow)
 
 
 def choose_probe(lengths: Sequence[int], *, most_tokens: int) -> int:

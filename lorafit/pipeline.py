@@ -56,19 +56,40 @@ def preview(
 
 
 def estimate(
-    recipe_file: Path, *, overrides: Sequence[str] = (), gpu: str | None = None, headroom: float = 0.05
+    recipe_file: Path,
+    *,
+    overrides: Sequence[str] = (),
+    gpu: str | None = None,
+    headroom: float = 0.05,
+    fit: str | None = None,
+    price_per_hour: float | None = None,
+    reporter: Reporter | None = None,
 ) -> RecipeEstimate:
-    """Peak memory from the recipe and the base's config alone: rows are taken to be as long as `max_length`."""
+    """Peak memory, time and price from the recipe and the base's config alone, and from its rows where they are here.
+
+    Args:
+        recipe_file: The recipe.
+        overrides: `KEY=VALUE` flags over it.
+        gpu: A card's size or name, or `cpu`: the estimate says whether the run fits.
+        headroom: Share of a card's memory that must stay free.
+        fit: A card: the estimate says how large micro-batch, row and rank can be on it.
+        price_per_hour: Of the card, in any currency.
+        reporter: Gets the progress of preparing rows; silent where None.
+    """
     from lorafit.devices import parse_gpu
+    from lorafit.local_rows import read_lengths
     from lorafit.model.base import read_config
     from lorafit.model.class_shape import find_shape
-    from lorafit.plan import estimate_recipe
+    from lorafit.plan import Options, check_price, estimate_recipe
     from lorafit.recipe.load import load_recipe
 
     device = parse_gpu(gpu) if gpu is not None else None
+    fit_device = parse_gpu(fit, "--fit") if fit is not None else None
+    check_price(price_per_hour, device or fit_device)
     loaded = load_recipe(recipe_file, overrides)
     shape = find_shape(read_config(loaded.recipe.model, loaded.folder))
-    return estimate_recipe(loaded.recipe, shape, device=device, headroom=headroom)
+    rows = read_lengths(loaded, reporter or Silent())
+    return estimate_recipe(loaded.recipe, shape, rows, Options(device, headroom, fit_device, price_per_hour))
 
 
 def train(
@@ -81,6 +102,7 @@ def train(
     plan_file: Path | None = None,
     dry_run: bool = False,
     allow_inexact: bool = False,
+    measure_memory: bool = False,
     reporter: Reporter | None = None,
 ) -> Trained:
     """Plans, checks, trains and saves a run; or goes on with one.
@@ -94,6 +116,7 @@ def train(
         plan_file: Another run's `plan.json`, whose resolved values are taken.
         dry_run: Stop before the weights are loaded.
         allow_inexact: Resume on another kind of device or number of processes.
+        measure_memory: Count live tensors in every step, which makes each slower.
         reporter: Gets progress and warnings; silent where None.
     """
     from lorafit.plan import ResolvedPlan, plan, require_fit
@@ -119,7 +142,9 @@ def train(
 
     from lorafit.training import Training
 
-    training = Training(job, run, the_plan, reporter, resume_command=f"{command} --resume")
+    training = Training(
+        job, run, the_plan, reporter, resume_command=f"{command} --resume", counts_memory=measure_memory
+    )
     with claimed(run) if own_rank() == 0 else nullcontext():
         return training.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)
 
@@ -161,6 +186,11 @@ def evaluate(
     examples = {"test": job.rows.test, "validation": job.rows.validation, "train": job.rows.train}.get(split)
     if examples is None:
         raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo="set data.test or data.validation")
+    report = name_report(
+        split=split if split != usual else None,
+        limit=limit if limit is not None and limit < len(examples) else None,
+        checkpoint_step=step if checkpoint is not None else None,
+    )
     if limit is not None:
         examples = examples.first(limit)
     model, objective = load_tuned(job, adapter, resolved, examples, reporter)
@@ -186,11 +216,6 @@ def evaluate(
             seen_in_training=split == "train" or chose,
             trainable_parameters=sum(tensor.numel() for tensor in adapter_tensors(model).values()),
             total_parameters=found.total_parameters,
-    report = name_report(
-        split=split if split != usual else None,
-        limit=limit if limit is not None and limit < len(examples) else None,
-        checkpoint_step=step if checkpoint is not None else None,
-    )
         ),
     )
     write_report(opened.run, result, report)

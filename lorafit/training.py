@@ -34,10 +34,12 @@ class Training:
     plan: Plan
     reporter: Reporter
     resume_command: str
+    counts_memory: bool = False
 
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
         from lorafit.model.adapter import load_adapter_weights
+        from lorafit.model.fuse import fuse_layers
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
         from lorafit.model.load import attach_adapter
         from lorafit.ops.rng import seed_rng
@@ -67,6 +69,7 @@ class Training:
             reporter=self.reporter,
         )
         model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
+        fuse_layers(model)
         self.reporter.show(coverage_table(coverage(model)))
         used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
@@ -89,7 +92,7 @@ class Training:
         result = trainer.fit(state)
         part(accelerator)
         trainer.trackers.finish()
-        trained = Trained(self.where, self.plan, resolved, result, expected.needed_bytes)
+        trained = Trained(self.where, self.plan, resolved, result, expected)
         if accelerator.is_main_process:
             write_json(self.where.result, trained.summary())
         return trained
@@ -228,5 +231,6 @@ class Training:
             max_grad_norm=training.max_grad_norm,
             hooks=[hook] if hook is not None else [],
             estimate_bytes=estimate_bytes,
+            counts_memory=self.counts_memory,
             resume_command=self.resume_command,
         )

@@ -41,6 +41,7 @@ class Numerics:
         offloads_layer_inputs: Checkpointed layer inputs wait in host memory.
         trains_a: Whether the adapters' A is trained; a frozen one (LoRA-FA) keeps nothing of its input.
         fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
+        widens: What autocast computes in fp32 (LayerNorm, pow) goes on in fp32; lorafit's objective casts it back.
     """
 
     stream_bytes: int = 2
@@ -54,6 +55,7 @@ class Numerics:
     offloads_layer_inputs: bool = False
     trains_a: bool = True
     fused_norm: bool = False
+    widens: bool = False
 
     @property
     def wide_on_gpu(self) -> bool:
@@ -296,11 +298,11 @@ def _norm_keeps_stream(shape: ModelShape, n: Numerics) -> bool:
 
 
 def _norm_out_bytes(shape: ModelShape, n: Numerics) -> int:
-    return 4 if shape.norm == "layer" and n.wide_on_gpu else n.compute_bytes
+    return 4 if shape.norm == "layer" and n.wide_on_gpu and n.widens else n.compute_bytes
 
 
 def _product_bytes(shape: ModelShape, n: Numerics) -> int:
-    return 4 if shape.activation == "gelu_new" and n.wide_on_gpu else n.compute_bytes
+    return 4 if shape.activation == "gelu_new" and n.wide_on_gpu and n.widens else n.compute_bytes
 
 
 def _attention(shape: ModelShape, work: Work) -> list[Operation]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ import torch
 
 from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
+from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.ops.rng import capture_rng, preserved_rng, restore_rng
 from lorafit.train.checkpoint import ADAPTER_FOLDER, Checkpoint, CheckpointStore, Environment, write_state
 from lorafit.train.metrics_log import MetricsLog
 from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory
-from lorafit.train.progress import StepProgress, peak_memory_bytes
+from lorafit.train.progress import StepProgress, peak_memory_bytes, peak_reserved_bytes
 from lorafit.train.signals import StopRequested, StopSignals
 from lorafit.train.state import FitResult, TrainState
 from lorafit.train.step import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from lorafit.data.batch import StepRows
     from lorafit.data.packing import Cutter
     from lorafit.objective import Objective
+    from lorafit.ops.live_tensors import LivePeak
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.recipe.schema import EarlyStoppingSection
 
@@ -69,6 +71,7 @@ class Trainer:
         max_grad_norm: Gradients are scaled down to this norm; None: no clipping.
         hooks: What a method does between steps.
         estimate_bytes: Estimated peak memory, shown beside the measured one.
+        counts_memory: Live tensors are counted in every step, which makes each slower.
         resume_command: What goes on after a stop.
     """
 
@@ -92,6 +95,7 @@ class Trainer:
         max_grad_norm: float | None = 1.0,
         hooks: Sequence[StepHook] = (),
         estimate_bytes: int | None = None,
+        counts_memory: bool = False,
         resume_command: str = "lorafit train RECIPE --resume",
     ) -> None:
         self.objective = accelerator.prepare(objective, device_placement=[False])
@@ -101,6 +105,8 @@ class Trainer:
         self.cutter, self.save_adapter, self.evaluate = cutter, save_adapter, evaluate
         self.early_stopping, self.max_grad_norm, self.hooks = early_stopping, max_grad_norm, hooks
         self.estimate_bytes, self.resume_command = estimate_bytes, resume_command
+        self.counts_memory = counts_memory
+        self.live_peak: LivePeak | None = None
 
         self.named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named]
@@ -151,7 +157,9 @@ class Trainer:
                 try:
                     self._finish_edge(state)
                     while not state.is_complete(self.plan.total_steps):
-                        progress.show(self._take_step(state))
+                        with self._counting_memory():
+                            line = self._take_step(state)
+                        progress.show(line)
                         self._finish_edge(state)
                 except (StopRequested, NumericsError) as reason:
                     self._end_at_edge(state, reason)
@@ -169,7 +177,22 @@ class Trainer:
             trained_tokens=state.trained_tokens,
             seconds=state.seconds,
             peak_memory_bytes=peak_memory_bytes(self.accelerator.device),
+            peak_reserved_bytes=peak_reserved_bytes(self.accelerator.device),
+            live_tensors=self.live_peak,
         )
+
+    @contextlib.contextmanager
+    def _counting_memory(self) -> Iterator[None]:
+        """Keeps the worst moment of the steps so far, where that was asked for."""
+        if not self.counts_memory:
+            yield
+            return
+        live = LiveTensors()
+        with watching(live, self.accelerator.unwrap_model(self.objective), self.optimizer):
+            yield
+        peak = live.peak()
+        if self.live_peak is None or peak.tensor_bytes > self.live_peak.tensor_bytes:
+            self.live_peak = peak
 
     def _take_step(self, state: TrainState) -> dict[str, Any]:
         """One optimizer step. The state changes only behind the optimizer's. Returns its line of the log."""

@@ -30,6 +30,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """Most memory that CUDA's caching allocator took from the card; None on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
 class StepProgress:
     """The training bar: `training 12/240  loss 1.23  lr 1e-04  grad 0.5  812 tok/s  1.2 of 1.5 GiB`."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import NumericsError
 
 if TYPE_CHECKING:
+    from lorafit.ops.live_tensors import LivePeak
     from lorafit.ops.rng import RngState
 
 MOST_OVERFLOWS_IN_ROW = 20
@@ -135,6 +136,9 @@ class FitResult:
         steps: Optimizer steps of the whole run.
         adapter_step: The step whose adapter is the run's.
         was_complete: Nothing was left to do.
+        peak_memory_bytes: Allocated on a GPU, resident on a CPU.
+        peak_reserved_bytes: What a GPU's allocator took; None on a CPU.
+        live_tensors: The worst moment of live tensors over the steps, where they were counted.
     """
 
     steps: int
@@ -146,6 +150,8 @@ class FitResult:
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
+    peak_reserved_bytes: int | None = None
+    live_tensors: LivePeak | None = None
 
     @classmethod
     def of_complete(cls, state: TrainState) -> FitResult:

