@@ -35,7 +35,9 @@ def build_accelerator(*, use_cpu: bool, tracking: Sequence[str] = (), folder: Pa
             )
     from accelerate import Accelerator
 
-    return Accelerator(cpu=use_cpu, mixed_precision="no", log_with=list(tracking) or None, project_dir=str(folder or "."))
+    return Accelerator(
+        cpu=use_cpu, mixed_precision="no", log_with=list(tracking) or None, project_dir=str(folder or ".")
+    )
 
 
 def part(accelerator: Any) -> None:
