@@ -56,14 +56,16 @@ def parse_size(text: str, flag: str) -> int | None:
 
 
 def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
-    """The card that `--gpu` means: a size, or a name from `configs/hardware`.
+    """What `--gpu` means: a size, a name from `configs/hardware`, or `cpu`, which is this machine without its GPU.
 
     Raises:
         UsageError: Neither; or the size is out of range.
     """
+    if text.strip().lower() == "cpu":
+        return read_device("cpu")
     size = parse_size(text, flag)
     if size is not None:
-        return DeviceFacts(kind="cuda", name=f"a {format_bytes(size)} GPU", memory_bytes=size, bf16=True)
+        return DeviceFacts(kind="cuda", name=f"a GPU of {format_bytes(size)}", memory_bytes=size, bf16=True)
     card = find_card(text)
     if card is None:
         close = nearest(text, [name for known in cards() for name in known["names"]], count=2)
@@ -93,6 +95,12 @@ def find_card(name: str) -> dict[str, Any] | None:
     """The card of that name, whatever its case, blanks and hyphens; `NVIDIA` and `GeForce` may stand before it."""
     wanted = _plain(name)
     return next((card for card in cards() if wanted in {_plain(known) for known in card["names"]}), None)
+
+
+def peak_flops(device: DeviceFacts) -> float | None:
+    """Of dense products in 16 bits, a second; None where the card is not in `configs/hardware`."""
+    card = find_card(device.name) if device.kind == "cuda" else None
+    return None if card is None else float(card["peak_tflops"]) * 1e12
 
 
 def _plain(name: str) -> str:

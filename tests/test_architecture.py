@@ -22,7 +22,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"pipeline"},
     {"training", "merging"},
     {"job"},
-    {"results"},
+    {"results", "local_rows"},
     {"workspace"},
     {"dryrun"},
     {"train", "evaluate"},

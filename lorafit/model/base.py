@@ -35,6 +35,7 @@ _HUB_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.spm"),
     *("spiece.model", "sentencepiece*.model", "additional_chat_templates/*"),
 )
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "use_cache")
 _SAMPLE_BYTES = 4096
@@ -106,6 +107,28 @@ def read_config(model: ModelSection, folder: Path) -> dict[str, Any]:
     if (local := _local_folder(model.base, folder)) is not None:
         return load_config(local)
     return _hub_config(model)
+
+
+def find_local_base(model: ModelSection, folder: Path) -> Base | None:
+    """The base with its tokenizer as far as it lies on this disk, without download or conversion; None where it does
+    not."""
+    if (file := _gguf_file(model.base, folder)) is not None:
+        from lorafit.model.gguf import content_name
+
+        path = cache_folder() / "bases" / content_name(file)
+    elif (local := _local_folder(model.base, folder)) is not None:
+        path = local
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = [try_to_load_from_cache(model.base, name, revision=model.revision) for name in (*_TOKENIZER, CONFIG)]
+        found = next((Path(name).parent for name in cached if isinstance(name, str)), None)
+        if found is None:
+            return None
+        path = found
+    if not (path / CONFIG).is_file() or not any((path / name).is_file() for name in _TOKENIZER):
+        return None
+    return Base(path, _written_name(model.base), load_config(path), "")
 
 
 def load_config(folder: Path) -> dict[str, Any]:

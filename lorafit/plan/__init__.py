@@ -4,25 +4,31 @@
     ModelShape, DatasetFacts, DeviceFacts ─┴─> plan() ─> Plan (bounds) ─> rehearsal ─> ResolvedPlan (values, saved)
                                                  └─> require_fit(): exit 10 before any weight is loaded
 
-`estimate_recipe` is the same arithmetic without rows and without a card, for `lorafit estimate-memory`.
+`estimate_recipe` is the same arithmetic for `lorafit estimate-memory`, which needs neither rows nor a card;
+`count_flops` is the one place that knows what a run computes.
 """
 
 from __future__ import annotations
 
 from lorafit.plan.derive import Plan, memory_question, plan, require_fit
+from lorafit.plan.flops import Flops, count_flops
 from lorafit.plan.question import MemoryQuestion
-from lorafit.plan.render import estimate_table, plan_table
+from lorafit.plan.render import plan_table
 from lorafit.plan.resolved import ResolvedPlan
-from lorafit.plan.verdict import RecipeEstimate, Saving, estimate_recipe
+from lorafit.plan.run_cost import check_price
+from lorafit.plan.verdict import Options, RecipeEstimate, RowLengths, estimate_recipe
 
 __all__ = [
+    "Flops",
     "MemoryQuestion",
+    "Options",
     "Plan",
     "RecipeEstimate",
     "ResolvedPlan",
-    "Saving",
+    "RowLengths",
+    "check_price",
+    "count_flops",
     "estimate_recipe",
-    "estimate_table",
     "memory_question",
     "plan",
     "plan_table",

@@ -209,6 +209,11 @@ def _length(recipe: Recipe, steps_per_epoch: int) -> tuple[int, float]:
     return max(1, math.ceil(epochs * steps_per_epoch - 1e-6)), epochs
 
 
+def run_epochs(recipe: Recipe, rows: int) -> float:
+    """Passes over `rows` that the run makes, parts included."""
+    return _length(recipe, math.ceil(rows / recipe.training.batch_size))[1]
+
+
 def _warmup(recipe: Recipe, total_steps: int) -> int:
     asked = recipe.training.schedule.warmup_steps
     if asked is not None and asked > total_steps:

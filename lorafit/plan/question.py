@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,19 +62,30 @@ class MemoryQuestion:
     def largest_tokens(self, checkpointing: bool, most_tokens: int, device_bytes: int, headroom: float) -> int | None:
         """The most tokens, from one longest row up to `most_tokens`, that fit; None where not even that row does.
 
-        Maximal: one token more does not fit by the same estimate, or is more than `most_tokens`. A micro-batch holds
-        whole rows, and labels come a row at a time, so the search goes by tokens over a quantity that never shrinks.
+        Maximal: one token more does not fit by the same estimate, or is more than `most_tokens`.
         """
-        low, high = self.longest_tokens, max(most_tokens, self.longest_tokens)
-        if not fits(self.at(low, checkpointing), device_bytes, headroom):
-            return None
-        while low < high:
-            middle = (low + high + 1) // 2
-            if fits(self.at(middle, checkpointing), device_bytes, headroom):
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return find_largest(
+            lambda tokens: fits(self.at(tokens, checkpointing), device_bytes, headroom),
+            self.longest_tokens,
+            max(most_tokens, self.longest_tokens),
+        )
+
+
+def find_largest(holds: Callable[[int], bool], least: int, most: int) -> int | None:
+    """The largest of `least` to `most` that holds; None where not even `least` does.
+
+    Maximal whatever the shape of `holds`: the next value was seen not to hold, or is beyond `most`.
+    """
+    if not holds(least):
+        return None
+    low, high = least, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def resolve_dtype(asked: str, device: DeviceFacts | None) -> str:

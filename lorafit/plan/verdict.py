@@ -1,5 +1,4 @@
-"""`lorafit estimate-memory`: a recipe's memory without rows, without weights and without a GPU; and what would save
-some."""
+"""`lorafit estimate-memory`: what a recipe needs, whether a card has it, what would save memory, and what it costs."""
 
 from __future__ import annotations
 
@@ -7,12 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafit.devices import format_bytes
-from lorafit.errors import DoesNotFitError
+from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.kinds.adapters import adapters
-from lorafit.kinds.optimizers import optimizers
-from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import MemoryEstimate, fits
+from lorafit.plan.derive import run_epochs
+from lorafit.plan.fit import Fit, find_fit
+from lorafit.plan.methods import Method, compare_methods
 from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_dtype
+from lorafit.plan.run_cost import RunCost, cost_of_run
+from lorafit.plan.savings import Saving, find_savings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,13 +22,39 @@ if TYPE_CHECKING:
     from lorafit.recipe.schema import Recipe
     from lorafit.shapes import DatasetFacts, DeviceFacts, ModelShape
 
+HEADROOM, MOST_HEADROOM = 0.05, 0.9
 
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """What one switch of the recipe would save on the card."""
 
-    switch: str
-    saved_bytes: int
+@dataclass(frozen=True)
+class RowLengths:
+    """The real rows behind an estimate, or why there are none.
+
+    Attributes:
+        facts: Of the rows; None: a row of data.max_length is assumed.
+        bars: Rows by length: (from, to, rows), both ends included.
+        missing: Why there are none.
+    """
+
+    facts: DatasetFacts | None = None
+    bars: tuple[tuple[int, int, int], ...] = ()
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks beside the recipe.
+
+    Attributes:
+        gpu: The card of `--gpu`; None: no verdict.
+        headroom: Share of a card's memory that stays free.
+        fit: The card of `--fit`.
+        price_per_hour: Of the card, in any currency.
+    """
+
+    gpu: DeviceFacts | None = None
+    headroom: float = HEADROOM
+    fit: DeviceFacts | None = None
+    price_per_hour: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +62,11 @@ class RecipeEstimate:
     """The answer of `estimate-memory`.
 
     Attributes:
-        longest_tokens: Tokens of the row that was assumed.
-        rows_known: Whether that is the longest row of the data; else it is data.max_length.
-        device: The card that was asked about; None: none.
+        max_length: Of the recipe.
+        rows: The real rows, or why there are none.
+        without_checkpointing: What the step needs without, where checkpointing was turned on because the card has not
+            that much.
+        methods: The same model trained otherwise.
         savings: Switches that would save memory, the largest first.
     """
 
@@ -46,163 +76,181 @@ class RecipeEstimate:
     dtype: str
     quantization: str
     longest_tokens: int
-    rows_known: bool
+    max_length: int
+    rows: RowLengths
     total_parameters: int
     trainable_parameters: int
-    device: DeviceFacts | None
-    headroom: float
+    options: Options
+    without_checkpointing: MemoryEstimate | None
+    epochs: float
+    cost: RunCost
+    methods: tuple[Method, ...]
     savings: tuple[Saving, ...]
+    fit: Fit | None
+
+    @property
+    def device(self) -> DeviceFacts | None:
+        """The card of `--gpu`."""
+        return self.options.gpu
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits on the card; None where no card was named."""
-        return None if self.device is None else fits(self.memory, self.device.memory_bytes, self.headroom)
+        """Whether it fits on the card of `--gpu`; None where none was named."""
+        device = self.device
+        return None if device is None else fits(self.memory, device.memory_bytes, self.options.headroom)
 
     def render(self, console: Console) -> None:
-        """The table for people."""
-        from lorafit.plan.render import estimate_table
+        """The tables for people."""
+        from lorafit.plan.estimate_table import print_estimate
 
-        console.print(estimate_table(self))
+        print_estimate(self, console)
 
     def raise_unless_fits(self) -> None:
-        """For `--gpu`.
+        """For `--gpu` and `--fit`.
 
         Raises:
-            DoesNotFitError: It does not fit.
+            DoesNotFitError: It does not fit on the card, or nothing at all does.
         """
-        if self.device is not None and self.fits is False:
-            best = f"; largest saving: {self.savings[0].switch}" if self.savings else ""
+        if self.fits is False and self.device is not None:
+            enough = next((saving for saving in self.savings if saving.fits), None)
+            best = enough or next(iter(self.savings), None)
+            how = "it would fit with" if enough else "the largest saving is"
             raise DoesNotFitError(
                 f"does not fit: needs {format_bytes(self.memory.needed_bytes)}, {self.device.name} has "
-                f"{format_bytes(self.device.memory_bytes)}, of which {self.headroom:.0%} stay free{best}",
+                f"{format_bytes(self.device.memory_bytes)} usable, of which {self.options.headroom:.0%} stay free",
                 key="--gpu",
-                todo="take a larger card or a switch of the table",
+                todo=f"{how} {best.switch}" if best else "take a larger card",
+            )
+        if self.fit is not None and self.fit.nothing_fits:
+            device = self.fit.device
+            raise DoesNotFitError(
+                f"nothing fits: not even a row of {self.fit.row.least} tokens or rank 1, in "
+                f"{format_bytes(device.memory_bytes)} usable, of which {self.fit.headroom:.0%} stay free",
+                key="--fit",
+                todo="quantise the model, or take a larger card",
             )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
+        facts, device, without = self.rows.facts, self.device, self.without_checkpointing
         return {
             "name": self.name,
             "model": self.model,
             "dtype": self.dtype,
             "quantization": self.quantization,
             "longest_tokens": self.longest_tokens,
-            "rows_known": self.rows_known,
+            "rows_known": facts is not None,
+            "rows": None
+            if facts is None
+            else {
+                "rows": facts.rows,
+                "tokens": facts.tokens,
+                "trained_tokens": facts.trained_tokens,
+                "longest_tokens": facts.longest_tokens,
+                "histogram": [{"low": low, "high": high, "rows": rows} for low, high, rows in self.rows.bars],
+            },
+            "rows_missing": self.rows.missing or None,
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
             "memory": self.memory.to_json(),
-            "gpu": None
-            if self.device is None
-            else {"name": self.device.name, "memory_bytes": self.device.memory_bytes},
-            "headroom": self.headroom,
+            "gpu": None if device is None else {"name": device.name, "memory_bytes": device.memory_bytes},
+            "headroom": self.options.headroom,
             "fits": self.fits,
-            "savings": [{"switch": saving.switch, "saved_bytes": saving.saved_bytes} for saving in self.savings],
+            "needed_without_checkpointing_bytes": None if without is None else without.needed_bytes,
+            "savings": [
+                {"switch": one.switch, "saved_bytes": one.saved_bytes, "fits": one.fits, "note": one.note or None}
+                for one in self.savings
+            ],
+            "fit": None if self.fit is None else self.fit.to_json(),
+            "epochs": self.epochs if facts is not None else None,
+            "cost": self.cost.to_json(),
+            "methods": [method.to_json() for method in self.methods],
         }
 
 
 def estimate_recipe(
-    recipe: Recipe,
-    shape: ModelShape,
-    dataset: DatasetFacts | None = None,
-    device: DeviceFacts | None = None,
-    headroom: float = 0.05,
+    recipe: Recipe, shape: ModelShape, rows: RowLengths = RowLengths(), options: Options = Options()
 ) -> RecipeEstimate:
-    """The memory of a recipe.
+    """What a recipe needs.
 
     Where micro_batch_tokens is `auto`, one longest row is assumed; where gradient_checkpointing is, none, unless the
-    card needs it.
+    card of `--gpu` needs it.
 
     Args:
-        dataset: Facts of the real rows; None: a row of data.max_length, of which every token may carry loss.
-        device: The card of `--gpu`; None: no verdict.
+        recipe: The recipe.
+        shape: Its model.
+        rows: The real rows; without them a row of data.max_length is assumed, of which every token may carry loss.
+        options: Of the command line.
 
     Raises:
         RecipeError: The adapter's targets match nothing, or sdpa was asked of a model with a soft-cap.
+        UsageError: The headroom is no share.
     """
-    longest = dataset.longest_tokens if dataset else min(recipe.data.max_length, shape.max_positions)
-    question = MemoryQuestion(
+    headroom, device, facts = options.headroom, options.gpu, rows.facts
+    if not 0.0 <= headroom <= MOST_HEADROOM:  # NaN too
+        todo = f"a share lies in the range 0 to {MOST_HEADROOM}"
+        raise UsageError(f"{headroom} is out of range", key="--headroom", todo=todo)
+    question = _ask(recipe, shape, facts, device)
+    asked = recipe.training.micro_batch_tokens
+    tokens = question.longest_tokens if asked == "auto" else max(int(asked), question.longest_tokens)
+    checkpointing, without = recipe.training.gradient_checkpointing, None
+    if checkpointing == "auto":
+        plain = question.at(tokens, False)
+        checkpointing = device is not None and not fits(plain, device.memory_bytes, headroom)
+        without = plain if checkpointing else None
+    adapter = adapters.get(recipe.adapter.kind)
+    trainable = sum(
+        adapter.trainable_parameters(recipe.adapter, linear) for linear in adapter.targets(recipe.adapter, shape)
+    )
+    epochs = run_epochs(recipe, facts.rows) if facts is not None else 0.0
+    return RecipeEstimate(
+        name=recipe.name,
+        model=recipe.model.base,
+        memory=question.at(tokens, bool(checkpointing)),
+        dtype=question.dtype,
+        quantization=recipe.model.quantization.kind,
+        longest_tokens=question.longest_tokens,
+        max_length=recipe.data.max_length,
+        rows=rows,
+        total_parameters=shape.total_parameters,
+        trainable_parameters=trainable,
+        options=options,
+        without_checkpointing=without,
+        epochs=epochs,
+        cost=cost_of_run(
+            shape,
+            facts,
+            row_tokens=question.longest_tokens,
+            epochs=epochs,
+            adapter_parameters=trainable,
+            checkpointing=bool(checkpointing),
+            device=device or options.fit,
+            dtype=question.dtype,
+            price_per_hour=options.price_per_hour,
+        ),
+        methods=compare_methods(question, tokens, bool(checkpointing), device, headroom),
+        savings=find_savings(question, tokens, bool(checkpointing), device, headroom),
+        fit=_fit(recipe, shape, facts, options),
+    )
+
+
+def _ask(recipe: Recipe, shape: ModelShape, facts: DatasetFacts | None, device: DeviceFacts | None) -> MemoryQuestion:
+    longest = facts.longest_tokens if facts else min(recipe.data.max_length, shape.max_positions)
+    return MemoryQuestion(
         recipe=recipe,
         shape=shape,
         longest_tokens=longest,
-        longest_trained_tokens=dataset.longest_trained_tokens if dataset else longest,
+        longest_trained_tokens=facts.longest_trained_tokens if facts else longest,
         dtype=resolve_dtype(recipe.model.dtype, device),
         attention=estimated_attention(recipe, shape),
         device_kind=device.kind if device else "cuda",
     )
+
+
+def _fit(recipe: Recipe, shape: ModelShape, facts: DatasetFacts | None, options: Options) -> Fit | None:
+    if options.fit is None:
+        return None
+    question = _ask(recipe, shape, facts, options.fit)
     asked = recipe.training.micro_batch_tokens
-    tokens = longest if asked == "auto" else int(asked)
-    checkpointing = recipe.training.gradient_checkpointing
-    if checkpointing == "auto":
-        plain = question.at(tokens, False)
-        checkpointing = device is not None and not fits(plain, device.memory_bytes, headroom)
-    memory = question.at(tokens, bool(checkpointing))
-    adapter = adapters.get(recipe.adapter.kind)
-    targets = adapter.targets(recipe.adapter, shape)
-    return RecipeEstimate(
-        name=recipe.name,
-        model=recipe.model.base,
-        memory=memory,
-        dtype=question.dtype,
-        quantization=recipe.model.quantization.kind,
-        longest_tokens=longest,
-        rows_known=dataset is not None,
-        total_parameters=shape.total_parameters,
-        trainable_parameters=sum(adapter.trainable_parameters(recipe.adapter, linear) for linear in targets),
-        device=device,
-        headroom=headroom,
-        savings=_savings(question, tokens, bool(checkpointing), memory),
-    )
-
-
-def _savings(question: MemoryQuestion, tokens: int, checkpointing: bool, now: MemoryEstimate) -> tuple[Saving, ...]:
-    """Each switch alone, beside the recipe as it is."""
-    recipe, found = question.recipe, []
-
-    def try_switch(
-        switch: str, changed: Recipe, *, at: int = tokens, checkpoint: bool = checkpointing, longest: int = 0
-    ) -> None:
-        rows = longest or question.longest_tokens
-        asked = MemoryQuestion(
-            changed, question.shape, rows, min(question.longest_trained_tokens, rows), question.dtype,
-            question.attention, question.device_kind,
-        )  # fmt: skip
-        saved = now.needed_bytes - asked.at(at, checkpoint).needed_bytes
-        if saved > 0:
-            found.append(Saving(switch, saved))
-
-    if not checkpointing:
-        try_switch("training.gradient_checkpointing: true", recipe, checkpoint=True)
-    if tokens > question.longest_tokens:
-        smallest = question.longest_tokens
-        try_switch(f"training.micro_batch_tokens: {smallest}", recipe, at=smallest)
-    half = question.longest_tokens // 2
-    if half >= 8:
-        try_switch(f"data.max_length: {half}", recipe, at=max(half, tokens // 2), longest=half)
-    quantization = recipe.model.quantization
-    if quantization.kind != "nf4" and question.shape.linears:
-        nf4 = quantizations.get("nf4").section()
-        try_switch("model.quantization: nf4", _with(recipe, "model", quantization=nf4))
-    elif getattr(quantization, "double_quant", True) is False:
-        double = quantization.model_copy(update={"double_quant": True})
-        try_switch("model.quantization.double_quant: true", _with(recipe, "model", quantization=double))
-    if not recipe.training.optimizer.kind.endswith("8bit"):
-        eight_bit = optimizers.get("adamw_8bit").section()
-        try_switch("training.optimizer: adamw_8bit", _with(recipe, "training", optimizer=eight_bit))
-    adapter = recipe.adapter
-    rank = getattr(adapter, "r", 1)
-    if rank > 1:
-        halved = adapter.model_copy(update={"r": rank // 2})
-        try_switch(f"adapter.r: {rank // 2}", recipe.model_copy(update={"adapter": halved}))
-    attention = [linear.name for linear in question.shape.linears if linear.role in ("q", "v", "qkv")]
-    if attention and hasattr(adapter, "target_modules"):
-        fewer = adapter.model_copy(update={"target_modules": attention})
-        try_switch(f"adapter.target_modules: [{', '.join(attention)}]", recipe.model_copy(update={"adapter": fewer}))
-    if getattr(adapter, "dropout", 0.0) > 0:
-        without = adapter.model_copy(update={"dropout": 0.0})
-        try_switch("adapter.dropout: 0", recipe.model_copy(update={"adapter": without}))
-    return tuple(sorted(found, key=lambda saving: -saving.saved_bytes))
-
-
-def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
-    changed: Recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=changes)})
-    return changed
+    tokens = question.longest_tokens if asked == "auto" else max(int(asked), question.longest_tokens)
+    return find_fit(question, tokens, options.fit, options.headroom)

@@ -1,0 +1,129 @@
+"""Lengths of a recipe's real rows, where all that takes is on this disk: an estimate never downloads or fails for them.
+
+memo (recipe, files as they lie there, code) ──hit──> RowLengths, without tokenizer or torch
+     └─miss─> tokenizer ─> the same preparation and cache as `train` ─> RowLengths, kept as a memo
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Progress, Reporter, Silent
+from lorafit.errors import LorafitError
+from lorafit.kinds.tasks import tasks
+from lorafit.plan import RowLengths
+from lorafit.shapes import DatasetFacts
+from lorafit.workspace import sources_of
+
+if TYPE_CHECKING:
+    from lorafit.model.base import Base
+    from lorafit.recipe.load import LoadedRecipe
+
+_REASON_CHARACTERS = 160
+
+
+def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
+    """The lengths of the training rows; or, in words, why there are none."""
+    from lorafit.model.base import cache_folder, find_local_base
+
+    absent = [
+        source.path for part in sources_of(loaded.recipe) for source in part if not loaded.path(source.path).is_file()
+    ]
+    if absent:
+        return RowLengths(missing=f"{absent[0]} is not on this disk")
+    base = find_local_base(loaded.recipe.model, loaded.folder)
+    if base is None:
+        return RowLengths(missing=f"the tokenizer of {loaded.recipe.model.base} is not on this disk")
+    memo = cache_folder() / "data" / "lengths" / f"{_key(loaded, base)}.json"
+    known = _read_memo(memo)
+    if known is not None:
+        return known
+    try:
+        found = _prepare(loaded, base, reporter)
+    except LorafitError as error:  # rows that cannot be trained on are for `train` and `preview` to refuse
+        return RowLengths(missing=str(error)[:_REASON_CHARACTERS])
+    _write_memo(memo, found)
+    return found
+
+
+def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter) -> RowLengths:
+    from lorafit.data.examples import build_renderer, prepare
+    from lorafit.model.base import cache_folder
+    from lorafit.model.load import load_tokenizer
+
+    recipe = loaded.recipe
+    prepared = prepare(
+        recipe.data,
+        folder=loaded.folder,
+        renderer=build_renderer(load_tokenizer(base), recipe.data, loaded.folder),
+        encode=tasks.get(recipe.task).encode,
+        seed=recipe.seed,
+        cache_dir=cache_folder() / "data",
+        reporter=_BarsAlone(reporter),
+        retention=recipe.evaluation.retention,
+    )
+    bars = prepared.report.splits["train"].histogram
+    return RowLengths(prepared.facts(), tuple((bar.low, bar.high, bar.rows) for bar in bars))
+
+
+class _BarsAlone(Silent):
+    """Shows how far a long preparation is, and leaves what it says to the commands that are about rows."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__()
+        self._reporter = reporter
+
+    def track(self, total: int, what: str) -> Progress:  # type: ignore[override]
+        """The reporter's own bar."""
+        return self._reporter.track(total, what)
+
+
+def _key(loaded: LoadedRecipe, base: Base) -> str:
+    """A hash of all that decides the lengths: options, files by place, size and time of change, and the code."""
+    from lorafit.data.cache import code_version
+
+    recipe = loaded.recipe
+    parts: dict[str, Any] = {
+        "data": recipe.data.model_dump(mode="json"),
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "files": [_stamp(file) for file in _files(loaded, base)],
+        "code": code_version(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _files(loaded: LoadedRecipe, base: Base) -> Iterator[Path]:
+    for part in sources_of(loaded.recipe):
+        yield from (loaded.path(source.path) for source in part)
+    template = loaded.recipe.data.chat_template
+    if template is not None and loaded.path(template).is_file():
+        yield loaded.path(template)
+    yield from (file for file in sorted(base.path.rglob("*")) if file.is_file() and file.suffix != ".safetensors")
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    now = file.stat()
+    return str(file.resolve()), now.st_size, now.st_mtime_ns
+
+
+def _read_memo(memo: Path) -> RowLengths | None:
+    try:
+        stored = json.loads(memo.read_text(encoding="utf-8"))
+        bars = tuple((low, high, rows) for low, high, rows in stored["bars"])
+        return RowLengths(DatasetFacts(**stored["facts"]), bars)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_memo(memo: Path, found: RowLengths) -> None:
+    from lorafit.rundir import write_json
+
+    assert found.facts is not None
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_json(memo, {"facts": asdict(found.facts), "bars": found.bars})

@@ -1,0 +1,253 @@
+"""`estimate-memory`: the verdict, what would save memory, the methods beside it, and how all of it is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from plan_cases import GIB, ROWS, card, recipe, shape_of
+
+from lorafit.devices import parse_gpu
+from lorafit.errors import DoesNotFitError, UsageError
+from lorafit.plan import Options, RecipeEstimate, RowLengths, estimate_recipe
+
+BARS = ((1, 100, 0), (101, 200, 70), (201, 300, 0), (301, 600, 30))
+
+
+def guess(
+    gib: float | None = None,
+    *,
+    rows: RowLengths | None = None,
+    headroom: float = 0.05,
+    hub_id: str = "meta-llama/Llama-3.1-8B",
+    **sections: Any,
+) -> RecipeEstimate:
+    options = Options(gpu=None if gib is None else card(gib), headroom=headroom)
+    return estimate_recipe(recipe(**sections), shape_of(hub_id), rows or RowLengths(), options)
+
+
+def shown(estimate: RecipeEstimate, *, width: int = 80, encoding: str = "utf-8") -> str:
+    from rich.console import Console
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+    estimate.render(Console(file=out, width=width, soft_wrap=True))
+    out.seek(0)
+    return out.read()
+
+
+def test_without_rows_max_length_stands_for_them() -> None:
+    found = guess(data={"max_length": 1024}, rows=RowLengths(missing="a.jsonl is not on this disk"))
+    assert (found.longest_tokens, found.fits) == (1024, None)
+    assert found.memory.micro_batch_tokens == 1024
+    found.raise_unless_fits()  # no card, no verdict
+    assert found.to_json()["rows_missing"] == "a.jsonl is not on this disk"
+    text = shown(found)
+    assert "rows were not read, data.max_length stands for them: a.jsonl is not on this disk" in text
+    assert "tokens on average" not in text and " to " not in text  # no empty bars
+    assert guess(data={"max_length": 9000}, hub_id="openai-community/gpt2").longest_tokens == 1024
+
+
+def test_real_rows_are_what_is_estimated_and_shown() -> None:
+    known = guess(data={"max_length": 1024}, rows=RowLengths(ROWS, BARS))
+    assert known.longest_tokens == 600
+    assert known.memory.tensor_bytes < guess(data={"max_length": 1024}).memory.tensor_bytes
+    plain = known.to_json()
+    assert plain["rows"]["histogram"][1] == {"low": 101, "high": 200, "rows": 70}
+    assert plain["rows_missing"] is None
+    lines = shown(known).splitlines()
+    assert "100 rows of 200 tokens on average, the longest 600 (data.max_length 1,024)" in lines
+    assert not any("1 to 100" in line for line in lines)  # nothing is that short
+    bars = {line.split(" tokens")[0].strip(): line.count("█") for line in lines if " to " in line and "tokens " in line}
+    assert bars == {"101 to 200": 40, "201 to 300": 0, "301 to 600": 17}
+
+
+def test_the_border_is_exact() -> None:
+    needed = guess().memory.needed_bytes
+    for size, fits in ((needed, True), (needed - 1, False)):
+        device = parse_gpu(f"{size / GIB!r}GiB")
+        assert device.memory_bytes == size
+        found = estimate_recipe(
+            recipe(training={"gradient_checkpointing": False}), shape_of(), options=Options(gpu=device, headroom=0.0)
+        )
+        assert found.fits is fits
+    fifth = replace(card(1), memory_bytes=math.ceil(needed / 0.8))
+    options = Options(gpu=fifth, headroom=0.2)
+    assert estimate_recipe(recipe(training={"gradient_checkpointing": False}), shape_of(), options=options).fits
+    less = Options(gpu=replace(fifth, memory_bytes=math.floor(needed / 0.8) - 1), headroom=0.2)
+    assert not estimate_recipe(recipe(training={"gradient_checkpointing": False}), shape_of(), options=less).fits
+
+
+@pytest.mark.parametrize("headroom", [-0.1, 0.91, math.nan, math.inf])
+def test_what_is_no_headroom(headroom: float) -> None:
+    with pytest.raises(UsageError, match=r"--headroom: .* out of range; a share lies in the range 0 to 0.9"):
+        guess(24, headroom=headroom)
+
+
+def test_the_verdict_names_card_and_size() -> None:
+    small = guess(8)
+    with pytest.raises(DoesNotFitError) as caught:
+        small.raise_unless_fits()
+    assert str(caught.value).startswith(
+        "--gpu: does not fit: needs 8.09 GiB, a 8 GiB card has 8 GiB usable, of which 5%"
+    )
+    assert caught.value.exit_code == 10
+    assert "; it would fit with " in str(caught.value)
+    text = shown(small)
+    assert "does not fit: 8.09 GiB of 7.6 GiB (a 8 GiB card: 8 GiB usable, 5% stay free)" in text
+    assert "then it fits" in text
+    assert "fits: 8.09 GiB of 8.55 GiB" in shown(guess(9))
+    with pytest.raises(DoesNotFitError, match=r"the largest saving is data\.max_length: 1024"):
+        guess(4).raise_unless_fits()
+
+
+def test_checkpointing_that_the_card_asked_for_is_said() -> None:
+    turned_on = guess(24)
+    assert turned_on.memory.gradient_checkpointing and turned_on.without_checkpointing is not None
+    needed = turned_on.without_checkpointing.needed_bytes
+    assert turned_on.to_json()["needed_without_checkpointing_bytes"] == needed > 24 * 0.95 * GIB
+    assert "checkpointing was turned on for a 24 GiB card: without it 24.3 GiB would be needed" in shown(turned_on)
+    for other in (guess(80), guess(), guess(24, training={"gradient_checkpointing": True})):
+        assert other.without_checkpointing is None
+        assert "turned on" not in shown(other)
+
+
+def switches(found: RecipeEstimate) -> dict[str, int]:
+    return {saving.switch: saving.saved_bytes for saving in found.savings}
+
+
+def test_every_switch_that_saves_is_listed_and_no_other() -> None:
+    bare = {"gradient_checkpointing": False, "optimizer": "adamw", "micro_batch_tokens": 8192}
+    rows = RowLengths(replace(ROWS, longest_tokens=1024))
+    large = guess(rows=rows, training=bare, model={"quantization": "none"})
+    assert set(switches(large)) == {
+        "training.gradient_checkpointing: true", "training.micro_batch_tokens: 1024", "data.max_length: 512",
+        "model.quantization: nf4", "training.optimizer: adamw_8bit", "training.optimizer: paged_adamw_8bit",
+        "adapter.r: 8", "adapter.target_modules: [q_proj, v_proj]", "adapter.dropout: 0",
+    }  # fmt: skip
+    assert all(saved > 0 for saved in switches(large).values())
+    assert list(switches(large).values()) == sorted(switches(large).values(), reverse=True)
+    plain = {"kind": "nf4", "double_quant": False}
+    assert switches(guess(model={"quantization": plain}))["model.quantization.double_quant: true"] > 300 * 2**20
+    least = guess(
+        data={"max_length": 8}, adapter={"r": 1, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]},
+        training={"gradient_checkpointing": True},
+    )  # fmt: skip
+    assert least.savings == ()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_savings_of_the_optimizer(optimizer: str) -> None:
+    found = guess(training={"optimizer": optimizer, "gradient_checkpointing": True})
+    names = {saving.switch.rpartition(" ")[2]: saving for saving in found.savings if "optimizer" in saving.switch}
+    assert set(names) == {"adamw": {"adamw_8bit", "paged_adamw_8bit"}, "adamw_8bit": {"paged_adamw_8bit"}}.get(
+        optimizer, set()
+    )
+    if names:
+        state = found.memory.fixed["optimizer_state"]
+        assert names["paged_adamw_8bit"].saved_bytes == pytest.approx(1.1 * state, rel=0.01)
+        assert names["paged_adamw_8bit"].note
+
+
+def test_a_saving_is_what_the_changed_recipe_needs_less() -> None:
+    now = guess(24, training={"gradient_checkpointing": False})
+    by_hand = {
+        "training.gradient_checkpointing: true": guess(24, training={"gradient_checkpointing": True}),
+        "adapter.r: 8": guess(24, adapter={"r": 8}, training={"gradient_checkpointing": False}),
+        "data.max_length: 1024": guess(24, data={"max_length": 1024}, training={"gradient_checkpointing": False}),
+    }
+    for saving in now.savings:
+        if saving.switch in by_hand:
+            other = by_hand.pop(saving.switch)
+            assert saving.saved_bytes == now.memory.needed_bytes - other.memory.needed_bytes
+            assert saving.fits is other.fits
+    assert not by_hand
+
+
+def test_methods_are_computed_for_the_model() -> None:
+    found = guess(24)
+    rows = {(method.name, method.precision): method for method in found.methods}
+    own = rows["QLoRA", "nf4"]
+    assert own.needed_bytes == found.memory.needed_bytes
+    parts = (own.weights_bytes, own.gradients_bytes, own.optimizer_bytes, own.temporary_bytes)
+    assert sum(parts) == found.memory.tensor_bytes
+    full = rows["full", "fp32"]
+    assert full.weights_bytes == full.gradients_bytes == 4 * found.total_parameters == full.optimizer_bytes // 2
+    assert [method.fits for method in found.methods] == [False, False, False, True, True, True]
+    needs = [method.needed_bytes for method in found.methods]
+    assert needs == sorted(needs, reverse=True)
+    assert all(method.fits is None for method in guess().methods)
+    lora = guess(model={"quantization": "none", "dtype": "bf16"})
+    assert {m.precision: m.needed_bytes for m in lora.methods if m.name == "LoRA"}["bf16"] == lora.memory.needed_bytes
+
+
+def test_full_fine_tuning_as_it_was_measured() -> None:
+    """Mistral-7B in bf16, 4 rows of 4,096 on an A100: 67.46 GiB allocated, whatever the batch (fms-acceleration)."""
+    training = {"gradient_checkpointing": True, "micro_batch_tokens": 4 * 4096}
+    found = guess(hub_id="mistralai/Mistral-7B-v0.1", data={"max_length": 4096}, training=training)
+    full = next(method for method in found.methods if (method.name, method.precision) == ("full", "bf16"))
+    tensors = full.weights_bytes + full.gradients_bytes + full.optimizer_bytes + full.temporary_bytes
+    assert tensors / GIB == pytest.approx(67.46, rel=0.01)
+
+
+@pytest.mark.parametrize("hub_id", ["meta-llama/Llama-3.1-8B", "mistralai/Mixtral-8x7B-v0.1", "google/gemma-2-2b"])
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_keep_to_their_width(hub_id: str, width: int) -> None:
+    options = Options(gpu=parse_gpu("rtx-3060"), fit=parse_gpu("rtx-3060"), price_per_hour=0.21)
+    found = estimate_recipe(recipe(), shape_of(hub_id), RowLengths(ROWS, BARS), options)
+    text = shown(found, width=width)
+    assert max(map(len, text.splitlines())) <= width + 10  # prose may be cut by the terminal, tables may not
+    assert "…" not in text and "\x1b" not in text
+    for part in ("tensors", "allocator x 1.10", "CUDA context", "card needed", "forward", "loss", "backward", "update"):
+        assert part in text
+    assert text.count(" peak\n") + text.count(" peak ") == 1
+    assert ("experts" in text) == ("Mixtral" in hub_id)
+    assert "#" in shown(found, encoding="ascii") and "\\u" not in shown(found, encoding="ascii")
+
+
+def test_a_cpu_is_no_card() -> None:
+    found = estimate_recipe(recipe(), shape_of(), options=Options(gpu=parse_gpu("cpu")))
+    text = shown(found).lower()
+    assert "memory needed" in text and "process" in text
+    assert "card needed" not in text and "cuda" not in text
+    assert found.memory.device_kind == "cpu"
+
+
+def test_what_a_user_wrote_is_no_markup() -> None:
+    assert "[red]b[/]" in shown(guess(model={"base": "[red]b[/]"}))
+
+
+def test_json_is_plain() -> None:
+    options = Options(gpu=parse_gpu("L4"), fit=parse_gpu("L4"), price_per_hour=1.0)
+    found = estimate_recipe(recipe(), shape_of(), RowLengths(ROWS, BARS), options).to_json()
+    plain = json.loads(json.dumps(found, allow_nan=False))
+    assert plain["fits"] is True
+    assert {"memory", "rows", "savings", "fit", "cost", "methods", "headroom", "epochs"} <= plain.keys()
+    assert plain["memory"]["needed_bytes"] > plain["memory"]["tensor_bytes"]
+    assert plain["epochs"] == 3.0
+
+
+def test_a_70b_estimate_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import sys, time; start = time.process_time()\n"
+        "from lorafit.devices import parse_gpu\n"
+        "from lorafit.model_shapes import known_config, read_shape\n"
+        "from lorafit.plan import Options, estimate_recipe\n"
+        "from lorafit.recipe.schema import Recipe\n"
+        "recipe = Recipe.model_validate({'name': 'x', 'model': {'base': 'b'}, 'data': {'train': 'a.jsonl'}})\n"
+        "shape = read_shape(known_config('meta-llama/Llama-3.1-70B'))\n"
+        "card = parse_gpu('A100-80GB')\n"
+        "guess = estimate_recipe(recipe, shape, options=Options(gpu=card, fit=card))\n"
+        "assert guess.fits, guess.to_json()\n"
+        "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'numpy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(time.process_time() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.0
