@@ -21,15 +21,24 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_ELEMENTS = 512 * 1024
-"""Values worked on at a time: 4 MiB in fp64, which a CPU's cache holds."""
+"""Values read, quantised and written at a time: 1 MiB in bf16."""
 QUANTISED_BLOCK = 64
 _NESTED_BLOCK = 256
 
 
-def row_blocks(rows: int, row_elements: int, *, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Stretches of rows of about BLOCK_ELEMENTS values; all but the last hold a multiple of `multiple` values."""
+def row_blocks(
+    rows: int, row_elements: int, *, multiple: int = 1, elements: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Stretches of whole rows.
+
+    Args:
+        rows: Of the tensor.
+        row_elements: Values in each.
+        multiple: All stretches but the last hold a multiple of so many values.
+        elements: About as many values as a stretch holds; BLOCK_ELEMENTS if left out.
+    """
     step = multiple // math.gcd(row_elements, multiple) if row_elements else 1
-    height = max(1, BLOCK_ELEMENTS // max(1, row_elements) // step) * step
+    height = max(1, (elements or BLOCK_ELEMENTS) // max(1, row_elements) // step) * step
     for start in range(0, rows, height):
         yield start, min(rows, start + height)
 
@@ -40,9 +49,9 @@ class PlainRows:
     def __init__(self, entry: TensorEntry) -> None:
         self.entry = entry
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of the file's tensor, in the file's dtype: `[stop - start, ...]`."""
-        return read_rows(self.entry, start, stop)
+    def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of the file's tensor, in the file's dtype: `[stop - start, ...]`; `into`, where it fits."""
+        return read_rows(self.entry, start, stop, into)
 
 
 class FourBitRows:
@@ -76,8 +85,11 @@ class FourBitRows:
             self._whole = torch.cat([self._dequantise(*block) for block in blocks]).t()
             del self._codes, self._absmax
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows in the file's orientation, dequantised to the dtype the weights had when training quantised them."""
+    def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows in the file's orientation, dequantised to the dtype the weights had when training quantised them.
+
+        `into` is not used: bitsandbytes allocates.
+        """
         return self._dequantise(start, stop) if self._whole is None else self._whole[start:stop]
 
     def _quantise(self, entry: TensorEntry) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,8 +171,8 @@ class Int8Rows:
             self._codes[start:stop], self._scales[start:stop], _ = int8_vectorwise_quant(values)
         self.proof: dict[str, Any] = {"codes": hash_tensor(self._codes), "constants": hash_tensor(self._scales)}
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows in the file's orientation: code x scale / 127 in fp32."""
+    def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows in the file's orientation: code x scale / 127 in fp32. `into` is not used: bitsandbytes allocates."""
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         rows = slice(None) if self._transposed else slice(start, stop)

@@ -10,15 +10,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.model.adapter import AdapterFolder
+from lorafit.model.addition import Factors
 from lorafit.model.check import list_names
 from lorafit.model.weights import TensorEntry, read_rows
-
-if TYPE_CHECKING:
-    import torch
 
 _PAIR = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight$")
 _TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
@@ -44,10 +42,11 @@ class Update:
     scaling: float
     transposed: bool
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(left [rows, r], right [r, columns]) in fp32, in the file's orientation."""
+    def factors(self) -> Factors:
+        """Both factors read, in fp32 and in the file's orientation."""
         a, b = read_rows(self.lora_a).float(), read_rows(self.lora_b).float()
-        return (a.t().contiguous(), b.t().contiguous()) if self.transposed else (b, a)
+        left, right = (a.t().contiguous(), b.t().contiguous()) if self.transposed else (b, a)
+        return Factors(left, right, self.scaling)
 
 
 def plan_updates(

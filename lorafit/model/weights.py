@@ -251,8 +251,13 @@ def read_index(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def read_rows(
+    entry: TensorEntry, start: int = 0, stop: int | None = None, into: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rows `start` to `stop` of a tensor (all of it by default) in the file's dtype: `[stop - start, ...]`.
+
+    Args:
+        into: Memory to read into, where it has that shape and dtype and is contiguous; it is returned then.
 
     Raises:
         ModelError: The file ended early.
@@ -261,12 +266,15 @@ def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> to
 
     stop = entry.rows if stop is None else stop
     row_bytes = entry.row_elements * DTYPE_BYTES[entry.dtype]
-    wanted = (stop - start) * row_bytes
-    buffer = bytearray(wanted)
-    view, done = memoryview(buffer), 0
+    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+    dtype = torch_dtype(entry.dtype)
+    fits = into is not None and into.dtype == dtype and into.shape == shape and into.is_contiguous()
+    values = into if into is not None and fits else torch.empty(shape, dtype=dtype)
+    view: Any = bytes_of(values)
     descriptor = os.open(entry.file, os.O_RDONLY)
     try:
-        while done < wanted:
+        done = 0
+        while done < len(view):
             count = os.preadv(descriptor, [view[done:]], entry.offset + start * row_bytes + done)
             if count == 0:
                 raise ModelError(
@@ -275,10 +283,14 @@ def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> to
             done += count
     finally:
         os.close(descriptor)
-    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-    if wanted == 0:
-        return torch.empty(shape, dtype=torch_dtype(entry.dtype))
-    return torch.frombuffer(buffer, dtype=torch_dtype(entry.dtype)).reshape(shape)
+    return values
+
+
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied; writing to them changes it."""
+    import torch
+
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def build_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.contracts import Silent
 from lorafit.errors import LorafitError, ModelError, NumericsError, UsageError
-from lorafit.model import merge as merge_module
-from lorafit.model.merge import merge_adapter
+from lorafit.model.merge import MergeReport, merge_adapter
+from lorafit.model.merge_shards import ShardMerger
+from lorafit.model.weights import TensorEntry, read_header
 from lorafit.rundir import check_manifest
 from tests.unit.model.conftest import Trained, load, logits, make_gpt2, make_llama, open_base, train_like
 
@@ -28,7 +30,7 @@ def merged_by_peft(trained: Trained) -> dict[str, torch.Tensor]:
     return PeftModel.from_pretrained(plain, trained.adapter).merge_and_unload().state_dict()
 
 
-def run(trained: Trained, kind: str = "original", **other: object) -> merge_module.MergeReport:
+def run(trained: Trained, kind: str = "original", **other: object) -> MergeReport:
     output = trained.base.path.parent / "merged"
     return merge_adapter(
         trained.base, trained.adapter, output, kind=kind, quantization=trained.quantization, reporter=Silent(), **other
@@ -132,7 +134,7 @@ def test_a_flipped_bit_of_the_base_is_noticed(trained: Callable[..., Trained]) -
     made = trained("nf4")
     proof = made.quantization["tensors"]["model.layers.1.mlp.up_proj"]  # type: ignore[index]
     file = made.base.path / "model.safetensors"
-    entry = merge_module.read_header(file)["model.layers.1.mlp.up_proj.weight"]
+    entry = read_header(file)["model.layers.1.mlp.up_proj.weight"]
     with file.open("r+b") as stream:  # the top exponent bit of one value, away from what the fingerprint samples
         stream.seek(entry.offset + 3)
         byte = stream.read(1)[0]
@@ -170,20 +172,19 @@ def test_a_wrong_written_tensor_is_found_and_nothing_is_kept(
     trained: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, perturbed: str
 ) -> None:
     made = trained("none", dtype=torch.float32)
-    write = merge_module._Writer._write_rows
+    check = ShardMerger._check
 
-    def flip(self: object, stream: object, entry: object, *rest: object) -> int:
-        size = write(self, stream, entry, *rest)  # type: ignore[arg-type]
-        if perturbed in entry.name:  # type: ignore[attr-defined]
-            position = stream.tell()  # type: ignore[attr-defined]
-            with open(stream.name, "r+b") as file:  # type: ignore[attr-defined]  # noqa: PTH123
-                file.seek(position - 4)
+    def flip(self: ShardMerger, rows: Any, written: TensorEntry, factors: Any) -> None:
+        if perturbed in written.name:
+            with written.file.open("r+b") as file:
+                position = written.offset + written.elements * 4 - 4
+                file.seek(position)
                 byte = file.read(1)[0]
-                file.seek(position - 4)
+                file.seek(position)
                 file.write(bytes([byte ^ 0x80]))  # a low mantissa bit of the last value
-        return size
+        check(self, rows, written, factors)
 
-    monkeypatch.setattr(merge_module._Writer, "_write_rows", flip)
+    monkeypatch.setattr(ShardMerger, "_check", flip)
     with pytest.raises(NumericsError, match="written tensor is wrong") as caught:
         run(made)
     assert perturbed in str(caught.value.key)
@@ -275,7 +276,7 @@ def test_a_merge_that_dies_leaves_nothing_under_its_name(trained: Callable[..., 
             if seen == 9:
                 os.kill(os.getpid(), 9)
 
-        merge_module._Writer._check = die  # type: ignore[method-assign, assignment]
+        ShardMerger._check = die  # type: ignore[method-assign, assignment]
         try:
             run(made)
         finally:
