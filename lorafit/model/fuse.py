@@ -1,0 +1,200 @@
+"""Gives layers of a loaded model a training forward that takes fewer passes over memory.
+
+    LoRA on a linear    base product and branch in one operation; everything unusual goes PEFT's way
+    RMSNorm             one operation instead of six
+    gated MLP           silu(gate) * up in one operation
+
+Only the `forward` of instances changes, and only while gradients are recorded: parameters, names, saved adapters,
+merges and evaluation are those of PEFT and transformers. Norms and MLPs are taken by what they compute: each class is
+compared with its replacement on random input first, and left alone where they differ.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafit.ops.layer_functions import rms_norm, silu_product
+from lorafit.ops.lora_linear import lora_linear
+from lorafit.ops.rng import preserved_rng
+
+_PROBE_ROWS = 4
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest value
+
+
+def fuse_layers(model: nn.Module, *, prove: bool = True) -> dict[str, int]:
+    """Replaces the training forward of what it knows.
+
+    Args:
+        model: With its adapter, on its device.
+        prove: Compare norms and MLPs with their replacement; False only for weights without values (fake tensors).
+
+    Returns:
+        How many layers of each kind were replaced: `lora`, `norms`, `gated`.
+    """
+    counts = {"lora": 0, "norms": 0, "gated": 0}
+    proven: dict[type, bool] = {}
+    for module in list(model.modules()):
+        kind, forward = _replacement(module, proven, prove)
+        if forward is not None:
+            module.forward = types.MethodType(forward, module)
+            counts[kind] += 1
+    return counts
+
+
+def _replacement(module: nn.Module, proven: dict[type, bool], prove: bool) -> tuple[str, Callable[..., Any] | None]:
+    if "forward" in vars(module):  # somebody else's hook
+        return "", None
+    if _is_lora_linear(module):
+        return "lora", _lora_forward
+    for kind, looks_like, forward in (
+        ("norms", _looks_like_rms_norm, _rms_norm_forward),
+        ("gated", _looks_like_gated_mlp, _gated_forward),
+    ):
+        if looks_like(module):
+            if type(module) not in proven:
+                proven[type(module)] = not prove or _computes_the_same(module, forward)
+            return kind, forward if proven[type(module)] else None
+    return "", None
+
+
+# LoRA
+
+
+def _is_lora_linear(module: nn.Module) -> bool:
+    """PEFT's plain or 4-bit LoRA layer over a plain linear."""
+    from peft.tuners.lora import layer
+
+    kinds: list[type] = [layer.Linear]
+    bases: list[type] = [nn.Linear]
+    try:
+        import bitsandbytes
+        from peft.tuners.lora.bnb import Linear4bit
+    except ImportError:
+        pass
+    else:
+        kinds.append(Linear4bit)
+        bases.append(bitsandbytes.nn.Linear4bit)
+    return type(module) in kinds and type(module.base_layer) in bases
+
+
+def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PEFT's forward, in one operation where nothing unusual is asked of it."""
+    name = _single_adapter(self)
+    if args or kwargs or name is None or not _computes_plainly(self, name, x):
+        result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
+        return result
+    dropout, base = self.lora_dropout[name], self.base_layer
+    dropped = None if isinstance(dropout, nn.Identity) or not self.training else dropout(x)
+    return lora_linear(
+        x,
+        dropped,
+        self.lora_A[name].weight,
+        self.lora_B[name].weight,
+        base.weight,
+        getattr(base.weight, "quant_state", None),
+        base.bias,
+        self.scaling[name],
+    )
+
+
+def _single_adapter(layer: Any) -> str | None:
+    """The one adapter that is active, where it is ordinary LoRA and nothing is merged."""
+    active: list[str] = layer.active_adapters
+    if layer.disable_adapters or layer.merged_adapters or len(active) != 1:
+        return None
+    name = active[0]
+    is_plain = name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]
+    return name if is_plain and not layer.fan_in_fan_out else None
+
+
+def _computes_plainly(layer: Any, name: str, x: torch.Tensor) -> bool:
+    """Whether all operands meet in the dtype of x, with gradients recorded and nobody listening at the base."""
+    if not torch.is_grad_enabled() or x.numel() == 0:
+        return False
+    base, a = layer.base_layer, layer.lora_A[name].weight
+    if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
+        return False
+    kind = x.device.type
+    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        stored = base.weight.dtype
+    elif getattr(state, "packing_format_for_cpu", False) or base.compute_dtype != state.dtype:
+        return False
+    else:
+        stored = state.dtype
+    return x.dtype == wanted == stored and not base.weight.requires_grad
+
+
+# Norms and gated MLPs
+
+
+def _looks_like_rms_norm(module: nn.Module) -> bool:
+    named = list(module.named_parameters(recurse=False))
+    is_small = len(named) == 1 and named[0][0] == "weight" and named[0][1].ndim == 1 and not list(module.children())
+    return is_small and "RMSNorm" in type(module).__name__ and _epsilon(module) is not None
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    value = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return value if isinstance(value, float) else None
+
+
+def _rms_norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled() or self.weight.requires_grad or self.weight.dtype != x.dtype:
+        result: torch.Tensor = type(self).forward(self, x)
+        return result
+    return rms_norm(x, self.weight, _epsilon(self) or 0.0)
+
+
+def _looks_like_gated_mlp(module: nn.Module) -> bool:
+    parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return {name for name, _ in module.named_children()} == set(parts)
+
+
+def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        result: torch.Tensor = type(self).forward(self, x)
+        return result
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    output: torch.Tensor = self.down_proj(silu_product(gate, up) if gate.dtype == up.dtype else self.act_fn(gate) * up)
+    return output
+
+
+def _computes_the_same(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether both forwards agree on random input, dropout included, and pass the same gradient on to it."""
+    width, dtype, device = _input_of(module)
+    results = []
+    with preserved_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        probe = 2 * torch.randn(1, _PROBE_ROWS, width, device=device).to(dtype)
+        for function in (type(module).forward, forward):
+            torch.manual_seed(0)
+            x = probe.clone().requires_grad_()
+            try:
+                output = function(module, x)
+                results.append((output.detach(), torch.autograd.grad(output.float().cos().sum(), x)[0]))
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                return False
+    return all(_are_close(a, b) for a, b in zip(*results, strict=True))
+
+
+def _input_of(module: Any) -> tuple[int, torch.dtype, torch.device]:
+    """Width, dtype and device of what a norm or MLP is given."""
+    if not hasattr(module, "gate_proj"):
+        return module.weight.shape[0], module.weight.dtype, module.weight.device
+    gate = module.gate_proj
+    base = getattr(gate, "base_layer", gate)
+    return base.in_features, getattr(base, "compute_dtype", None) or base.weight.dtype, base.weight.device
+
+
+def _are_close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    difference = (a.float() - b.float()).abs().max()
+    return bool(difference <= _TOLERANCE.get(a.dtype, 0.0) * a.float().abs().max())

@@ -1,0 +1,104 @@
+"""A frozen linear and its LoRA branch as one differentiable operation.
+
+    h = s x_a A^T              [tokens, r]      x_a: the input, or the input after dropout
+    y = x W^T + b + h B^T      [tokens, out]    the branch is added while its product is computed
+
+Run apart, the two cost five more passes over [tokens, out]. Here the backward pass keeps x_a (which linears of one
+input share), h, and A and B in the compute dtype; a 4-bit W is unpacked for each product and forgotten.
+Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), equation 3, differentiated by hand:
+
+    d y/d B -> dy^T h          d y/d A -> dh^T x_a          with dh = s dy B
+    d y/d x -> dy W + dh A
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+def lora_linear(
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weight: torch.Tensor,
+    quant_state: Any,
+    bias: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """x W^T + bias + scaling (x_a A^T) B^T.
+
+    Args:
+        x: [..., in], in the compute dtype.
+        dropped: The adapter's input, [..., in], where it is not x itself.
+        a: [r, in]; cast to the dtype of x.
+        b: [out, r]; cast likewise.
+        weight: Frozen: [out, in] in the dtype of x, or bitsandbytes' packed 4-bit weight with its `quant_state`.
+        quant_state: bitsandbytes' QuantState whose dtype is that of x; None: `weight` is not quantised.
+        bias: Frozen, [out], or None.
+        scaling: alpha / r, or whatever the method says.
+
+    Returns:
+        [..., out], in the dtype of x.
+    """
+    result: torch.Tensor = _LoraLinear.apply(x, dropped, a, b, weight, quant_state, bias, scaling)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LoraLinear(torch.autograd.Function):
+    """See the module."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        weight: torch.Tensor,
+        quant_state: Any,
+        bias: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        branch_rows = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
+        a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
+        # In place from here on: neither product's result is kept.
+        output = functional.linear(rows, _unpacked(weight, quant_state), None if bias is None else bias.to(x.dtype))
+        inner = functional.linear(branch_rows, a_cast).mul_(scaling)
+        output.addmm_(inner, b_cast.t())
+        ctx.save_for_backward(branch_rows, inner, a_cast, b_cast, weight)
+        ctx.quant_state, ctx.scaling, ctx.shape, ctx.is_dropped = quant_state, scaling, x.shape, dropped is not None
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        branch_rows, inner, a, b, weight = ctx.saved_tensors
+        wants_x, wants_dropped, wants_a, wants_b = ctx.needs_input_grad[:4]
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_b = grad.t() @ inner if wants_b else None
+        grad_inner = (grad @ b).mul_(ctx.scaling)
+        grad_a = grad_inner.t() @ branch_rows if wants_a else None
+        grad_x = grad_dropped = None
+        if wants_x:
+            grad_x = grad @ _unpacked(weight, ctx.quant_state)
+            if not ctx.is_dropped:
+                grad_x.addmm_(grad_inner, a)
+            grad_x = grad_x.view(ctx.shape)
+        if wants_dropped:
+            grad_dropped = (grad_inner @ a).view(ctx.shape)
+        return grad_x, grad_dropped, grad_a, grad_b, None, None, None, None
+
+
+def _unpacked(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
+    """[out, in] in the compute dtype."""
+    if quant_state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    unpacked: torch.Tensor = dequantize_4bit(weight, quant_state)
+    return unpacked

@@ -1,0 +1,231 @@
+"""Fused layers compute what PEFT and transformers compute, in training, and step aside from everything unusual."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from lorafit.model.fuse import fuse_layers
+from lorafit.ops.layer_functions import rms_norm, silu_product
+from lorafit.ops.lora_linear import lora_linear
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def llama(dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    torch.manual_seed(0)
+    return with_lora(LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype), **lora)
+
+
+def with_lora(model: Any, **options: Any) -> Any:
+    settings = {"r": 8, "lora_alpha": 24, "target_modules": LINEARS, "lora_dropout": 0.0, "init_lora_weights": False}
+    adapted = get_peft_model(model, LoraConfig(**{**settings, **options}))
+    adapted.train()
+    return adapted
+
+
+def in_nf4(model: Any, dtype: torch.dtype) -> Any:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear) and name in LINEARS:
+                linear = bitsandbytes.nn.Linear4bit(
+                    child.in_features, child.out_features, child.bias is not None, compute_dtype=dtype, quant_type="nf4"
+                )
+                linear.load_state_dict(child.state_dict())
+                linear.to(dtype).to("cpu")
+                linear.support_avx512bf16_for_cpu = False
+                setattr(parent, name, linear)
+    return model
+
+
+def loss_and_gradients(model: Any, dtype: torch.dtype | None = None) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(1)  # dropout
+    ids = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Of all gradients together, relative."""
+    assert a.keys() == b.keys() and a
+    left, right = (torch.cat([gradients[name].flatten() for name in a]) for gradients in (a, b))
+    return float((left - right).norm() / left.norm())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_dropout": 0.3}, {"use_rslora": True}], ids=["plain", "dropout", "rslora"]
+)
+@pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "nf4"])
+def test_losses_and_gradients_are_pefts_in_fp32(options: dict[str, Any], quantised: bool) -> None:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model = with_lora(in_nf4(base, torch.float32) if quantised else base, **options)
+    loss, gradients = loss_and_gradients(model)
+    assert fuse_layers(model) == {"lora": 14, "norms": 5, "gated": 2}
+    fused_loss, fused_gradients = loss_and_gradients(model)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert fused_loss != loss or difference(gradients, fused_gradients) > 0  # it is another way of computing
+    assert difference(gradients, fused_gradients) < 1e-5
+
+
+def test_bf16_stays_within_rounding() -> None:
+    torch.manual_seed(0)
+    exact = llama()
+    rounded = copy.deepcopy(exact).to(torch.bfloat16)
+    for name, parameter in rounded.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    for module in rounded.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    _, truth = loss_and_gradients(exact)
+    _, pefts = loss_and_gradients(rounded, torch.bfloat16)
+    fuse_layers(rounded)
+    _, ours = loss_and_gradients(rounded, torch.bfloat16)
+    assert difference(truth, ours) < 1.2 * difference(truth, pefts)
+
+
+def test_biases_and_head_norms() -> None:
+    torch.manual_seed(0)
+    model = with_lora(Qwen2ForCausalLM(Qwen2Config(**SIZES)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    loss, gradients = loss_and_gradients(model)
+    fuse_layers(model)
+    fused_loss, fused_gradients = loss_and_gradients(model)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert difference(gradients, fused_gradients) < 1e-5
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    model = llama()
+    fuse_layers(model)
+    _, gradients = loss_and_gradients(model)
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, again = loss_and_gradients(model)
+    assert difference(gradients, again) == 0
+
+
+def test_other_norms_and_other_gates_are_left_alone() -> None:
+    """Gemma's norm multiplies by 1 + weight, and its gate is a GELU."""
+    model = with_lora(Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=32)))
+    assert fuse_layers(model) == {"lora": 14, "norms": 0, "gated": 0}
+
+
+def add_second(model: Any) -> None:
+    model.add_adapter("second", LoraConfig(r=4, target_modules=LINEARS, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+
+
+UNUSUAL: dict[str, Callable[[Any], object]] = {
+    "two adapters": add_second,
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "merged": lambda model: model.merge_adapter(),
+}
+
+
+@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_the_unusual_is_pefts_own(change: Callable[[Any], object]) -> None:
+    plain, fused = llama(), llama()
+    fuse_layers(fused)
+    for model in (plain, fused):
+        torch.manual_seed(2)
+        change(model)
+    ids = torch.randint(3, 97, (2, 24))
+    assert torch.allclose(plain(input_ids=ids).logits, fused(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj"]}])
+def test_variants_of_lora_are_pefts_own(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(**SIZES)  # q_proj has a bias
+    model = with_lora(Qwen2ForCausalLM(config), **options)
+    loss, gradients = loss_and_gradients(model)
+    fuse_layers(model)
+    fused_loss, fused_gradients = loss_and_gradients(model)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert difference(gradients, fused_gradients) < 1e-4
+
+
+def test_without_gradients_the_forward_is_the_librarys_own() -> None:
+    model = llama()
+    ids = torch.randint(3, 97, (2, 24))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        fuse_layers(model)
+        assert torch.equal(before, model(input_ids=ids).logits)
+
+
+def test_names_and_saved_adapter_stay() -> None:
+    model = llama()
+    names, state = [n for n, _ in model.named_parameters()], {k: v.clone() for k, v in model.state_dict().items()}
+    fuse_layers(model)
+    assert [n for n, _ in model.named_parameters()] == names
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert fuse_layers(model) == {"lora": 0, "norms": 0, "gated": 0}  # once is enough
+
+
+def kept_bytes(model: Any, ids: torch.Tensor) -> int:
+    """Activations that autograd keeps for the backward pass in bf16, each storage once."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model.get_base_model().model(input_ids=ids, use_cache=False)
+    return sum(size for size, _ in kept.values())
+
+
+def test_less_is_kept_for_the_backward_pass() -> None:
+    torch.manual_seed(0)
+    model = with_lora(LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16))
+    ids = torch.randint(3, 97, (2, 128))
+    before = kept_bytes(model, ids)
+    fuse_layers(model)
+    assert kept_bytes(model, ids) < 0.8 * before
+
+
+def test_gradients_hold_in_fp64() -> None:
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    weight, bias = random(6, 4).detach(), random(6).detach()
+    x, dropped, a, b = random(2, 3, 4), random(2, 3, 4), random(2, 4), random(6, 2)
+    assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, None, a, b, weight, None, bias, 1.5), (x, a, b))
+    assert torch.autograd.gradcheck(
+        lambda x, d, a, b: lora_linear(x, d, a, b, weight, None, None, 1.5), (x, dropped, a, b)
+    )
+    assert torch.autograd.gradcheck(silu_product, (random(3, 4), random(3, 4)))
+
+
+def test_norm_is_its_formula() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 8, requires_grad=True), torch.rand(8)
+    upstream = torch.randn(3, 5, 8)
+    expected = weight * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    (gradient,) = torch.autograd.grad(expected, x, upstream)
+    ours = rms_norm(x, weight, 1e-5)
+    assert torch.allclose(ours, expected, atol=1e-6)
+    assert torch.allclose(torch.autograd.grad(ours, x, upstream)[0], gradient, atol=1e-6)
