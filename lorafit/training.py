@@ -40,7 +40,6 @@ class Training:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
         from lorafit.model.adapter import load_adapter_weights
         from lorafit.model.fuse import fuse_layers
-        from lorafit.model.fuse import fuse_layers
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
         from lorafit.model.load import attach_adapter
         from lorafit.ops.rng import seed_rng
@@ -70,7 +69,6 @@ class Training:
             reporter=self.reporter,
         )
         model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
-        fuse_layers(model)
         fuse_layers(model)
         self.reporter.show(coverage_table(coverage(model)))
         used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
