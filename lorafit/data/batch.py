@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     Integers = NDArray[np.int64]
 
 _EPOCHS_KEPT = 4
-MICRO_BATCH_COST_TOKENS = (
-    128  # about what starting a forward costs (unpacking NF4 weights), so that cuts are not too fine
-)
+MICRO_BATCH_COST_TOKENS = 96
+"""About what starting a forward and its backward costs (mostly unpacking NF4 weights, which takes as long on large
+models as on small ones beside their products), so that cuts are not too fine: 87 tokens, measured on a CPU."""
 
 
 class RepeatedRows(Protocol):

@@ -54,7 +54,7 @@ def fill_rows(examples: Examples, rows: int, width: int, *, packing: bool) -> li
 
 def _fill(rows: Iterator[Example], width: int) -> Iterator[Example]:
     left = width
-    while left > 1 and (row := next(rows, None)) is not None:
+    while left and (row := next(rows, None)) is not None:
         document = _end_of(row, min(left, -(-width // 2)))
         left -= len(document.input_ids)
         yield document

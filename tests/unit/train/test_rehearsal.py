@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +12,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_run import PAD, Job, Rows
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from lorafit.contracts import Silent
-from lorafit.errors import ResourceError
+from lorafit.errors import NumericsError, ResourceError
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
+from lorafit.train.heaviest import fill_rows, heaviest_shapes
 from lorafit.train.rehearsal import Rehearsal
 from lorafit.train.resolve import cached_plan_file, resolve_plan
 from lorafit.train.state import TrainState
@@ -132,6 +137,119 @@ def test_fixed_values_are_kept_and_only_the_heaviest_micro_batches_run(job: Call
     widest = [(128 // max(lengths), max(lengths)) for lengths in (one.rows.lengths, held_out)]
     fullest = [(4, max(n for n in lengths if n <= 128 // 4)) for lengths in (one.rows.lengths, held_out)]
     assert seen == [widest[0], fullest[0], widest[1], fullest[1]]
+
+
+@pytest.fixture
+def other_attentions() -> Iterator[None]:
+    """`blind` is causal attention that knows no documents; `cold` is eager attention with the scores halved."""
+
+    def blind(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scaled = scaled_dot_product_attention(query, key, value, is_causal=True, scale=kwargs["scaling"])
+        return scaled.transpose(1, 2).contiguous(), None
+
+    def cold(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        return eager_attention_forward(module, query * 0.5, key, value, mask, **kwargs)
+
+    AttentionInterface.register("blind", blind)
+    AttentionInterface.register("cold", cold)
+    AttentionMaskInterface.register("cold", eager_mask)
+    yield
+    for name in ("blind", "cold"):
+        AttentionInterface._global_mapping.pop(name)
+    AttentionMaskInterface._global_mapping.pop("cold")
+
+
+def louder(rehearsal: Rehearsal) -> Rehearsal:
+    """Weights so large that attention decides the loss."""
+    with torch.no_grad():
+        for parameter in rehearsal.objective.parameters():
+            parameter.mul_(5.0)
+    return rehearsal
+
+
+def test_attention_that_mixes_documents_or_changes_the_loss_is_left_out(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, other_attentions: None
+) -> None:
+    monkeypatch.setattr("lorafit.train.rehearsal._attention_candidates", lambda device: ["blind", "cold", "sdpa"])
+    for packing, left in ((True, {"sdpa"}), (False, {"blind", "sdpa"})):
+        rehearsal = louder(stage(job(), packing=packing))
+        resolved = resolve(rehearsal, open_plan(micro_batch_tokens=64))
+        assert set(resolved.measured["attention_tokens_per_second"]) == left and resolved.attention in left
+        assert "cold attention gives a loss of" in rehearsal.reporter.warnings[0]  # type: ignore[attr-defined]
+
+
+def test_eager_attention_is_taken_where_no_candidate_is_left(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, other_attentions: None
+) -> None:
+    monkeypatch.setattr("lorafit.train.rehearsal._attention_candidates", lambda device: ["cold"])
+    assert resolve(louder(stage(job())), open_plan(micro_batch_tokens=64)).attention == "eager"
+
+
+@pytest.mark.parametrize("source", ["recipe", "resumed", "given"])
+def test_packing_is_proven_wherever_the_attention_comes_from(
+    job: Callable[..., Job], other_attentions: None, source: str
+) -> None:
+    blind = ResolvedPlan(64, 64, "blind", False, "fp32", "fp32", "cpu", 1, "rehearsal", {})
+    plan = open_plan(attention="blind") if source == "recipe" else open_plan()
+    known = {} if source == "recipe" else {source: blind}
+    with pytest.raises(NumericsError, match="llama cannot be packed with blind attention") as caught:
+        resolve(stage(job(), packing=True), plan, **known)
+    assert caught.value.exit_code == 9
+    resolve(stage(job()), plan, **known)
+
+
+def test_the_heaviest_packed_micro_batches_are_full(job: Callable[..., Job]) -> None:
+    one = job(batch_size=4)
+    rehearsal, filled = stage(one, packing=True), []
+    decoder = rehearsal.objective.base.model
+
+    def note(_: Any, __: Any, inputs: Any) -> None:
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        filled.append((tuple(ids.shape), None if positions is None else int((positions == 0).sum())))
+
+    fixed = open_plan(attention="eager", gradient_checkpointing=False, micro_batch_tokens=128)
+    choice = rehearsal.choose(
+        attention="eager",
+        gradient_checkpointing=False,
+        micro_batch_tokens=fixed.micro_batch_tokens,
+        least_tokens=40,
+        most_tokens=320,
+    )
+    decoder.register_forward_pre_hook(note, with_kwargs=True)
+    rehearsal._try(choice)
+    widest, fullest, *held_out = filled
+    assert widest == ((3, 40), 6) and fullest == ((4, 32), 8)  # two documents to a row
+    assert all(documents is None for _, documents in held_out)
+
+
+@pytest.mark.parametrize(
+    ("budget", "most_rows", "one_row", "wanted"),
+    [
+        (100, 9, False, [(1, 60), (2, 50)]),
+        (120, 9, False, [(2, 60)]),
+        (1000, 9, False, [(6, 60)]),
+        (1000, 2, False, [(2, 60)]),
+        (50, 9, False, [(1, 60)]),
+        (512, 9, True, [(1, 512)]),
+        (50, 9, True, [(1, 60)]),
+    ],
+)
+def test_heaviest_shapes(budget: int, most_rows: int, one_row: bool, wanted: list[tuple[int, int]]) -> None:
+    lengths = [60, 50, 50, 20, 10, 5]
+    assert heaviest_shapes(lengths, budget, most_rows, one_row=one_row) == wanted
+
+
+def test_filled_rows_keep_the_end_of_rows_where_labels_are() -> None:
+    rows = Rows(12)
+    for packing in (False, True):
+        for documents in fill_rows(rows, 3, 25, packing=packing):
+            assert sum(len(d.input_ids) for d in documents) == 25 and (len(documents) > 1) is packing
+            assert all(list(d.input_ids) == rows.ids[d.index][-len(d.input_ids) :] for d in documents)
+    assert (
+        fill_rows(Rows(1), 3, 100, packing=True)[0][0].index == 0 and len(fill_rows(Rows(1), 3, 9, packing=True)) == 1
+    )
 
 
 def test_checkpointing_goes_on_where_the_estimate_says_so(job: Callable[..., Job]) -> None:
