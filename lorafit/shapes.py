@@ -54,6 +54,8 @@ class ModelShape:
         attention_dropout: The model's own dropout on attention weights.
         softcap: Whether a soft-cap on attention scores forces eager attention (Gemma 2).
         math_attention: Whether sdpa falls back to plain matrix products in fp32 (Falcon's multi-query broadcast).
+        quantizable: Whether the loader replaces its linears by quantised ones: transformers leaves classes of their own
+            (Falcon's) alone.
         plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in
             chunks.
     """
@@ -88,6 +90,7 @@ class ModelShape:
     softcap: bool = False
     math_attention: bool = False
     plain_head: bool = True
+    quantizable: bool = True
 
     @property
     def linear_parameters(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.kinds.adapters import Adapter
 from lorafit.kinds.optimizers import OptimizerKind
-from lorafit.kinds.quantizations import Quantization
+from lorafit.kinds.quantizations import Quantization, quantizations
 from lorafit.memory.layer import (
     LayerPeak,
     Numerics,
@@ -191,6 +191,9 @@ def estimate(
     Raises:
         RecipeError: The adapter's targets match nothing in this model.
     """
+    if not shape.quantizable:
+        quantization = quantizations.get("none")
+        quantization_section = quantization.section()
     tokens = max(micro_batch_tokens, longest_tokens)
     targets = adapter.targets(adapter_section, shape)
     trainable = sum(adapter.trainable_parameters(adapter_section, linear) for linear in targets)

@@ -359,7 +359,7 @@ def _activation(shape: ModelShape, work: Work) -> list[Operation]:
         kept, backward = 3 * c * inner, 3 * c * inner
     elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one
         kept = (4 + 4 + 4 + c if n.wide_on_gpu else 4 * c) * inner
-        backward = 4 * _product_bytes(shape, n) * inner
+        backward = (c + 3 * (4 if n.wide_on_gpu else c)) * inner  # the result's gradient, and three on its way back
     else:  # gelu keeps its input, relu its result
         kept, backward = c * inner, 2 * c * inner
     found.append(Operation("activation", kept, (Moment("forward", c * inner), Moment("backward", backward))))

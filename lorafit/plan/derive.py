@@ -303,6 +303,8 @@ def _warnings(
         found.append(
             f"the experts ({share:.0%} of the parameters) are loaded unquantised: no quantisation reaches them"
         )
+    if not shape.quantizable and recipe.model.quantization.kind != "none":
+        found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
     if optimizers.get(training.optimizer.kind).is_paged(training.optimizer) and device.kind != "cuda":
         found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}")
     return tuple(found)
