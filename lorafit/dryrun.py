@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from lorafit.contracts import Batch, Silent
+from lorafit.contracts import Batch
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import COMPONENTS, labels_of, needed_bytes
@@ -87,7 +87,7 @@ class DryRun:
         objective.train()
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         training = recipe.training
-        optimizer = build_optimizer(training.optimizer, trained, training.learning_rate, accelerator.device, Silent())
+        optimizer = build_optimizer(training.optimizer, trained, training.learning_rate, accelerator.device)
         for group in optimizer.param_groups:
             if on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there

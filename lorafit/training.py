@@ -209,7 +209,7 @@ class Training:
             )
         return Trainer(
             objective,
-            build_optimizer(training.optimizer, trainable, training.learning_rate, accelerator.device, self.reporter),
+            build_optimizer(training.optimizer, trainable, training.learning_rate, accelerator.device),
             lambda step: learning_rate_at(training.schedule, training.learning_rate, step, self.plan.total_steps),
             StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
             job.rows.train,

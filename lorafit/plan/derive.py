@@ -306,5 +306,5 @@ def _warnings(
     if not shape.quantizable and recipe.model.quantization.kind != "none":
         found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
     if optimizers.get(training.optimizer.kind).is_paged(training.optimizer) and device.kind != "cuda":
-        found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}")
+        found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
     return tuple(found)

@@ -10,9 +10,9 @@ A mean has k = 2 (numerator, denominator), BLEU has its n-gram counts and length
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from lorafit.registry import Registry
 
@@ -66,6 +66,36 @@ class Metric(Protocol):
 
     def signature(self) -> str:
         """Which program and settings computed it, so that others can compare."""
+
+
+class CorpusScore:
+    """A corpus metric of sacrebleu: its statistics of each answer are what is summed over rows.
+
+    Attributes:
+        scorer: Gives sacrebleu's metric, made once.
+    """
+
+    scorer: Callable[[], Any]
+
+    needs: Literal["loss", "answers"] = "answers"
+    better: Literal["lower", "higher"] = "higher"
+    during_training = False
+    percent = False
+    condition = "a row with a reference answer"
+
+    def usable(self, row: RowScore) -> bool:
+        """Rows that hold a reference and got an answer."""
+        return row.answer is not None and bool(row.reference.strip())
+
+    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
+        """sacrebleu's counts of n-grams and lengths."""
+        answers, references = [row.answer or "" for row in rows], [row.reference for row in rows]
+        return [list(map(float, sums)) for sums in self.scorer()._extract_corpus_statistics(answers, [references])]
+
+    def signature(self) -> str:
+        """sacrebleu's own signature."""
+        self.scorer().num_refs = 1
+        return str(self.scorer().get_signature())
 
 
 metrics: Registry[Metric] = Registry("metric", "lorafit.kinds.metrics")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import CorpusScore, metrics
 
 
 @cache
@@ -22,29 +22,11 @@ def _scorer() -> Any:
 
 
 @metrics.register("bleu")
-class Bleu:
-    """Corpus BLEU: n-gram counts are summed over rows before precisions are taken."""
+class Bleu(CorpusScore):
+    """Corpus BLEU. A row adds the lengths of answer and reference, then matches and totals of 1- to 4-grams."""
 
-    needs: Literal["loss", "answers"] = "answers"
-    better: Literal["lower", "higher"] = "higher"
-    during_training = False
-    percent = False
-    condition = "a row with a reference answer"
-
-    def usable(self, row: RowScore) -> bool:
-        """Rows that hold a reference and got an answer."""
-        return row.answer is not None and bool(row.reference.strip())
-
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """Length of the answer and of the reference, then matches and totals of 1- to 4-grams."""
-        answers, references = [row.answer or "" for row in rows], [row.reference for row in rows]
-        return [list(map(float, sums)) for sums in _scorer()._extract_corpus_statistics(answers, [references])]
+    scorer = staticmethod(_scorer)
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """BLEU from summed counts."""
         return {"bleu": float(_scorer()._compute_score_from_stats([int(x) for x in sums]).score)}
-
-    def signature(self) -> str:
-        """sacrebleu's own signature."""
-        _scorer().num_refs = 1
-        return str(_scorer().get_signature())

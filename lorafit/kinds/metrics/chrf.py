@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import CorpusScore, metrics
 
 
 @cache
@@ -20,29 +20,11 @@ def _scorer() -> Any:
 
 
 @metrics.register("chrf")
-class Chrf:
-    """Corpus chrF2: character n-gram counts are summed over rows before the F-score is taken."""
+class Chrf(CorpusScore):
+    """Corpus chrF2. A row adds, for 1- to 6-grams, the counts in answer and reference, and matches."""
 
-    needs: Literal["loss", "answers"] = "answers"
-    better: Literal["lower", "higher"] = "higher"
-    during_training = False
-    percent = False
-    condition = "a row with a reference answer"
-
-    def usable(self, row: RowScore) -> bool:
-        """Rows that hold a reference and got an answer."""
-        return row.answer is not None and bool(row.reference.strip())
-
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """For 1- to 6-grams: count in the answer, in the reference, and matches."""
-        answers, references = [row.answer or "" for row in rows], [row.reference for row in rows]
-        return [list(map(float, sums)) for sums in _scorer()._extract_corpus_statistics(answers, [references])]
+    scorer = staticmethod(_scorer)
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """chrF from summed counts."""
         return {"chrf": float(_scorer()._compute_score_from_stats(list(sums)).score)}
-
-    def signature(self) -> str:
-        """sacrebleu's own signature."""
-        _scorer().num_refs = 1
-        return str(_scorer().get_signature())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
-
-    from lorafit.contracts import Reporter
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Decay of a running mean."""
@@ -65,15 +63,44 @@ def quantized_state_bytes(parameters: int) -> int:
     return parameters + 4 * (parameters // _QUANTIZED_BLOCK)
 
 
+class BitsandbytesOptimizer:
+    """What every optimizer of bitsandbytes shares: 8-bit state where the section is one for it, paging, and the build.
+
+    Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022.
+    """
+
+    optimizer: ClassVar[str]
+    """Its class in `bitsandbytes.optim`; those called `...8bit` and `Paged...` differ from it in arguments alone."""
+    moments: ClassVar[int]
+    """Running means that it keeps for each parameter."""
+    paged: ClassVar[bool] = False
+
+    def state_bytes(self, section: Any, parameters: int) -> int:
+        """Its moments, 8-bit with their constants or fp32."""
+        one = quantized_state_bytes(parameters) if isinstance(section, EightBitSection) else 4 * parameters
+        return self.moments * one
+
+    def is_paged(self, section: Any) -> bool:
+        """Whether its state can leave the GPU."""
+        return self.paged
+
+    def build(
+        self, section: Any, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
+    ) -> torch.optim.Optimizer:
+        """The optimizer with the section's values, which are called as bitsandbytes calls them."""
+        import bitsandbytes.optim
+
+        options = section.model_dump(exclude={"kind"})
+        if self.paged:
+            options["is_paged"] = device.type == "cuda"
+        optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, self.optimizer)(
+            parameters, lr=learning_rate, optim_bits=8 if isinstance(section, EightBitSection) else 32, **options
+        )
+        return optimizer
+
+
 def build_optimizer(
-    section: Any,
-    parameters: Iterable[torch.nn.Parameter],
-    learning_rate: float,
-    device: torch.device,
-    reporter: Reporter,
+    section: Any, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that a section names; says once that a paged one runs unpaged where there is no CUDA."""
-    kind = optimizers.get(section.kind)
-    if kind.is_paged(section) and device.type != "cuda":
-        reporter.info(f"{section.kind} runs unpaged: paging needs a CUDA device, and changes no update")
-    return kind.build(section, parameters, learning_rate, device)
+    """The optimizer that a section names. The plan has said where a paged one runs unpaged."""
+    return optimizers.get(section.kind).build(section, parameters, learning_rate, device)

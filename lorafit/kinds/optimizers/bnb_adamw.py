@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from lorafit.kinds.optimizers import (
     Beta,
+    BitsandbytesOptimizer,
     EightBitSection,
     OptimizerSection,
     WeightDecay,
     optimizers,
-    quantized_state_bytes,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 
 class _AdamWOptions(OptimizerSection):
@@ -53,42 +49,11 @@ class PagedAdamW32bitSection(_AdamWOptions):
     kind: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
 
 
-class _BnbAdamW:
-    """Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022; AdamW: Loshchilov & Hutter, 2019."""
+class _BnbAdamW(BitsandbytesOptimizer):
+    """Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2."""
 
-    paged: ClassVar[bool] = False
-
-    def state_bytes(self, section: _AdamWOptions, parameters: int) -> int:
-        """Two moments, 8-bit with their constants or fp32."""
-        return 2 * quantized_state_bytes(parameters) if isinstance(section, EightBitSection) else 8 * parameters
-
-    def is_paged(self, section: _AdamWOptions) -> bool:
-        """Whether its state can leave the GPU."""
-        return self.paged
-
-    def build(
-        self,
-        section: _AdamWOptions,
-        parameters: Iterable[torch.nn.Parameter],
-        learning_rate: float,
-        device: torch.device,
-    ) -> torch.optim.Optimizer:
-        """bitsandbytes' AdamW."""
-        import bitsandbytes.optim
-
-        eight_bit = isinstance(section, EightBitSection)
-        # AdamW8bit and its siblings differ from AdamW in these arguments alone.
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW(
-            parameters,
-            lr=learning_rate,
-            betas=section.betas,
-            eps=section.eps,
-            weight_decay=section.weight_decay,
-            optim_bits=8 if eight_bit else 32,
-            is_paged=self.paged and device.type == "cuda",
-            **({"min_8bit_size": section.min_8bit_size} if isinstance(section, EightBitSection) else {}),
-        )
-        return optimizer
+    optimizer = "AdamW"
+    moments = 2
 
 
 @optimizers.register("adamw_8bit")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Literal
 
 from lorafit.kinds.optimizers import (
     Beta,
+    BitsandbytesOptimizer,
     EightBitSection,
     OptimizerSection,
     WeightDecay,
     optimizers,
-    quantized_state_bytes,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 
 class _LionOptions(OptimizerSection):
@@ -49,40 +45,11 @@ class PagedLion32bitSection(_LionOptions):
     kind: Literal["paged_lion_32bit"] = "paged_lion_32bit"
 
 
-class _BnbLion:
+class _BnbLion(BitsandbytesOptimizer):
     """Source: Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, program 1."""
 
-    paged: ClassVar[bool] = False
-
-    def state_bytes(self, section: _LionOptions, parameters: int) -> int:
-        """One momentum, 8-bit with its constants or fp32."""
-        return quantized_state_bytes(parameters) if isinstance(section, EightBitSection) else 4 * parameters
-
-    def is_paged(self, section: _LionOptions) -> bool:
-        """Whether its state can leave the GPU."""
-        return self.paged
-
-    def build(
-        self,
-        section: _LionOptions,
-        parameters: Iterable[torch.nn.Parameter],
-        learning_rate: float,
-        device: torch.device,
-    ) -> torch.optim.Optimizer:
-        """bitsandbytes' Lion."""
-        import bitsandbytes.optim
-
-        eight_bit = isinstance(section, EightBitSection)
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.Lion(
-            parameters,
-            lr=learning_rate,
-            betas=section.betas,
-            weight_decay=section.weight_decay,
-            optim_bits=8 if eight_bit else 32,
-            is_paged=self.paged and device.type == "cuda",
-            **({"min_8bit_size": section.min_8bit_size} if isinstance(section, EightBitSection) else {}),
-        )
-        return optimizer
+    optimizer = "Lion"
+    moments = 1
 
 
 @optimizers.register("lion_8bit")

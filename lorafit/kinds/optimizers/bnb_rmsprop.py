@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from lorafit.kinds.optimizers import (
+    BitsandbytesOptimizer,
     EightBitSection,
     OptimizerSection,
     WeightDecay,
     optimizers,
-    quantized_state_bytes,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 
 class _RMSpropOptions(OptimizerSection):
@@ -40,38 +36,11 @@ class RMSprop32bitSection(_RMSpropOptions):
     kind: Literal["rmsprop_bnb_32bit"] = "rmsprop_bnb_32bit"
 
 
-class _BnbRMSprop:
-    """Source: Tieleman & Hinton, lecture 6.5, 2012; 8-bit state: Dettmers et al., 2022. It has no momentum there."""
+class _BnbRMSprop(BitsandbytesOptimizer):
+    """Source: Tieleman & Hinton, lecture 6.5, 2012. It has no momentum there."""
 
-    def state_bytes(self, section: _RMSpropOptions, parameters: int) -> int:
-        """The mean of squares, 8-bit with its constants or fp32."""
-        return quantized_state_bytes(parameters) if isinstance(section, EightBitSection) else 4 * parameters
-
-    def is_paged(self, section: _RMSpropOptions) -> bool:
-        """Never."""
-        return False
-
-    def build(
-        self,
-        section: _RMSpropOptions,
-        parameters: Iterable[torch.nn.Parameter],
-        learning_rate: float,
-        device: torch.device,
-    ) -> torch.optim.Optimizer:
-        """bitsandbytes' RMSprop."""
-        import bitsandbytes.optim
-
-        eight_bit = isinstance(section, EightBitSection)
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.RMSprop(
-            parameters,
-            lr=learning_rate,
-            alpha=section.alpha,
-            eps=section.eps,
-            weight_decay=section.weight_decay,
-            optim_bits=8 if eight_bit else 32,
-            **({"min_8bit_size": section.min_8bit_size} if isinstance(section, EightBitSection) else {}),
-        )
-        return optimizer
+    optimizer = "RMSprop"
+    moments = 1
 
 
 @optimizers.register("rmsprop_bnb_8bit")
