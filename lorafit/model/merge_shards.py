@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 ALLOWED_DIFFERENCE = 1e-5
 """Share of codes that may be one level off where the run was trained on another kind of device."""
-_TENSORS_BEHIND = 2
-"""Tensors that may wait for their check; each may hold a rebuilt weight."""
+_TENSORS_BEHIND = 1
+"""Tensors that may wait for their check beside the one that is written; each may hold a rebuilt weight."""
 
 Rows = PlainRows | FourBitRows | Int8Rows
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorafit.contracts import Silent
-from lorafit.errors import LorafitError, ModelError, NumericsError, UsageError
+from lorafit.errors import LorafitError, ModelError, NumericsError, ResourceError, StoppedBySignal, UsageError
 from lorafit.model.merge import MergeReport, merge_adapter
 from lorafit.model.merge_shards import ShardMerger
 from lorafit.model.weights import TensorEntry, read_header
@@ -188,8 +190,7 @@ def test_a_wrong_written_tensor_is_found_and_nothing_is_kept(
     with pytest.raises(NumericsError, match="written tensor is wrong") as caught:
         run(made)
     assert perturbed in str(caught.value.key)
-    assert not (made.base.path.parent / "merged").exists()
-    assert not list(made.base.path.parent.glob(".tmp-*"))
+    assert nothing_is_left(made)
     run(made, verify=False)
 
 
@@ -284,6 +285,55 @@ def test_a_merge_that_dies_leaves_nothing_under_its_name(trained: Callable[..., 
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == 9 and not output.exists()
     assert run(made).tensors == 21
+
+
+def test_a_full_disk_is_ours_and_leaves_nothing(trained: Callable[..., Trained]) -> None:
+    made = trained("none")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # met by the writing thread, in the middle of a tensor
+    try:
+        with pytest.raises(ResourceError, match="file too large") as caught:
+            run(made)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_code == 7 and nothing_is_left(made)
+    assert run(made).tensors == 21
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), StoppedBySignal("stopped by SIGTERM", signal_number=15)])
+def test_an_interrupted_merge_leaves_nothing(trained: Callable[..., Trained], stop: BaseException) -> None:
+    class Interrupting(Silent):
+        def track(self, total: int, what: str) -> Any:
+            bar, seen = super().track(total, what), []
+
+            def advance(amount: int = 1, **_: Any) -> None:
+                seen.append(amount)
+                if len(seen) == 9:
+                    raise stop
+
+            bar.advance = advance  # type: ignore[method-assign]
+            return bar
+
+    made, threads = trained("none"), threading.active_count()
+    output = made.base.path.parent / "merged"
+    with pytest.raises(type(stop)):
+        merge_adapter(made.base, made.adapter, output, kind="original", reporter=Interrupting())
+    assert nothing_is_left(made) and threading.active_count() == threads
+
+
+def nothing_is_left(made: Trained) -> bool:
+    beside = made.base.path.parent
+    return not (beside / "merged").exists() and not list(beside.glob(".tmp-*"))
+
+
+def test_torch_keeps_its_threads(trained: Callable[..., Trained]) -> None:
+    made, before = trained("none"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        run(made)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_errors_are_ours(trained: Callable[..., Trained]) -> None:
