@@ -179,6 +179,7 @@ def evaluate(
     if split not in (None, "test", "validation", "train"):
         raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
     opened = open_run(run_or_recipe, overrides)
+    checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     adapter, step = opened.adapter(checkpoint)
     job, resolved = open_job(opened.loaded, reporter), opened.resolved()
     usual = "test" if job.rows.test is not None else "validation"

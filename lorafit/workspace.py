@@ -38,11 +38,12 @@ _RECORDED = (
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run folder with the recipe it was made from."""
+    """A run folder with the recipe it was made from; and the checkpoint, where a folder of one in it was named."""
 
     loaded: LoadedRecipe
     run: RunDir
     manifest: dict[str, Any]
+    checkpoint: str | None = None
 
     def resolved(self) -> ResolvedPlan:
         """The values that the run was trained with."""
@@ -51,11 +52,12 @@ class OpenedRun:
         return ResolvedPlan.from_json(read_json(self.run.plan), str(self.run.plan))
 
     def adapter(self, checkpoint: str | None) -> tuple[Path, int | None]:
-        """The adapter's folder, and its step: the saved one, or that of a checkpoint.
+        """The adapter's folder, and its step: the saved one, or that of a checkpoint (`best`, `last`, a step).
 
         Raises:
             CheckpointError: There is none, or it is not whole.
         """
+        checkpoint = checkpoint if checkpoint is not None else self.checkpoint
         if checkpoint is not None:
             folder = self.run.find_checkpoint(checkpoint)
             return folder / "adapter", int(folder.name.removeprefix("step-"))
@@ -77,7 +79,7 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
-    """A run from its folder, or from the recipe that made it.
+    """A run from its folder, from the folder of its adapter or of a checkpoint, or from the recipe that made it.
 
     Raises:
         UsageError: There is nothing at `path`.
@@ -85,9 +87,11 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
     """
     from lorafit.recipe.load import load_recipe
 
+    checkpoint = None
     if path.is_dir():
-        run = RunDir(path)
-        if not is_run(path):
+        folder, checkpoint = (path, None) if is_run(path) else _find_run_around(path)
+        run = RunDir(folder)
+        if not is_run(folder):
             raise CheckpointError(
                 "is no run folder (no manifest.json)", file=str(path), todo="name a run folder or a recipe"
             )
@@ -103,7 +107,18 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
             raise CheckpointError(
                 "the recipe has no run yet", file=str(run.root), todo=f"train first: lorafit train {path}"
             )
-    return OpenedRun(loaded, run, read_json(run.manifest))
+    return OpenedRun(loaded, run, read_json(run.manifest), checkpoint)
+
+
+def _find_run_around(path: Path) -> tuple[Path, str | None]:
+    """The run that `RUN/adapter` or `RUN/checkpoints/step-N[/adapter]` lies in, and its step; else the path itself."""
+    for folder in path.absolute().parents[:3]:
+        inside = path.absolute().relative_to(folder).parts
+        if is_run(folder) and inside == ("adapter",):
+            return folder, None
+        if is_run(folder) and inside[0] == "checkpoints" and len(inside) > 1 and inside[1].startswith("step-"):
+            return folder, inside[1].removeprefix("step-").lstrip("0") or "0"
+    return path, None
 
 
 def sources_of(recipe: Recipe) -> list[Sequence[SourceSection]]:

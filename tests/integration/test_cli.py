@@ -126,6 +126,24 @@ def test_the_main_job(trained: World) -> None:
     assert world.run(*sampled, "--seed", "1").json != world.run(*sampled, "--seed", "2").json
 
 
+@pytest.mark.parametrize(
+    ("inside", "same_as"),
+    [
+        ("run/adapter", ["run"]),
+        ("run/adapter/", ["run"]),
+        ("run/checkpoints/step-000003", ["run", "--checkpoint", "3"]),
+        ("run/checkpoints/step-000003/adapter", ["run", "--checkpoint", "3"]),
+    ],
+)
+def test_a_folder_inside_a_run_is_that_run(trained: World, inside: str, same_as: list[str]) -> None:
+    flags = ["--prompt", "what opens", "--max-new-tokens", "6", "--json"]
+    assert only_json(trained.run("generate", inside, *flags)) == only_json(trained.run("generate", *same_as, *flags))
+    scored = [only_json(trained.run("eval", *words, "--json")) for words in ([inside], same_as)]
+    assert scored[0]["checkpoint_step"] == scored[1]["checkpoint_step"]
+    assert scored[0]["metrics"] == scored[1]["metrics"]
+    say_all(trained.run("generate", "run/checkpoints", *flags), 6, "run/checkpoints", "no run folder")
+
+
 QUICK = [
     ["validate", "r.yaml"],
     ["estimate-memory", "r.yaml"],
