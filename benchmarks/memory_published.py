@@ -3,38 +3,59 @@
     python benchmarks/memory_published.py measured.csv
 
 Prints predicted, measured and error of each row, a summary by source and by what was measured, the verdict that `--gpu`
-would give for the card it ran on, and the rows that cannot be described. What those stacks do otherwise than lorafit
-(loss from full logits, residual stream in fp32, adapters in bf16, full fine-tuning) is described here, by what their
-code does; no number is fitted to a row.
+would give for the card it ran on (at headroom 0, and by default), and the rows that cannot be described, with the
+reason. What those stacks do otherwise than lorafit (loss from full logits, residual stream in fp32, adapters in bf16,
+full fine-tuning, experts as linears, old bitsandbytes) is described here, by what their code does; no number is fitted
+to a row.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lorafit.devices import find_card, usable_bytes
+from lorafit.devices import cards, find_card, usable_bytes
+from lorafit.errors import LorafitError
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory.estimate import ALLOCATOR_FACTOR, CONTEXT_BYTES, step_phases
 from lorafit.memory.layer import Numerics, Work
 from lorafit.model_shapes import known_config, read_shape
 from lorafit.shapes import LinearShape, ModelShape
+from lorafit.shipped import shipped
 
 GIB = 2**30
-FLASH_SCORES_FREE = "sdpa"
+HEADROOM = 0.05
 
-# Models that only their own code can load, written as the Llama-like that they are. Qwen-7B: 22016 is twice its inner
-# width, c_attn has a bias. Source: its config.json.
+
+def _qwen1(hidden: int, inner: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+    }  # fmt: skip
+
+
+# Models that only their own code can load, written as the Llama-like that they are. The first Qwen: its config's
+# intermediate_size is twice the inner width, c_attn has a bias. Source: their config.json.
 OTHER_CODE = {
-    "Qwen/Qwen-7B-Chat": {
-        "model_type": "qwen2", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 151936, "max_position_embeddings": 8192,
-    },
-}  # fmt: skip
+    "qwen-1_8b": _qwen1(2048, 5504, 24, 16, 151936),
+    "qwen-7b": _qwen1(4096, 11008, 32, 32, 151936),
+    "qwen-14b": _qwen1(5120, 13696, 40, 40, 152064),
+    "qwen-72b": _qwen1(8192, 24576, 80, 64, 152064),
+}
+DERIVED = {  # fine-tunes under a name of their own, by the base_model of their model cards
+    "zephyr-7b-beta": "mistralai/Mistral-7B-v0.1",
+    "vicuna-7b-v1.5": "meta-llama/Llama-2-7b-hf",
+    "vicuna-13b-v1.5": "meta-llama/Llama-2-13b-hf",
+}
+LORA_METHODS = ("lora", "qlora", "rslora", "pissa", "olora", "lora-fa")
+_TUNED = re.compile(r"^meta-|-(instruct|chat|it|base|hf|bnb-4bit)(?=-|$)")
 
 
 class UndescribedError(Exception):
@@ -59,80 +80,164 @@ class Described:
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-def describe(row: dict[str, str]) -> Described:
+def describe(raw: dict[str, Any]) -> Described:
     """The prediction for one row.
 
     Raises:
         UndescribedError: Something in it is not known here.
     """
-    shape = shape_of(row["model_id"])
+    row = {str(name): value if isinstance(value, str) else "" for name, value in raw.items()}
+    measured = number(row, "peak_gib") * GIB
+    if row.get("n_gpus", "") not in ("", "1", "1.0"):
+        raise UndescribedError(f"{row['n_gpus']} GPUs: how they share the work is not described")
+    tensors = tensors_of(row)
+    needed = tensors * ALLOCATOR_FACTOR["cuda"] + CONTEXT_BYTES["cuda"]
+    measure = row["measure"].lower()
+    if "allocated" in measure or "active" in measure:
+        predicted = tensors
+    else:
+        predicted = needed if "nvidia-smi" in measure or "nvml" in measure else tensors * ALLOCATOR_FACTOR["cuda"]
+    read = "allocated" if predicted == tensors else "reserved or unknown"
+    return Described(row["id"], row["id"].split("-")[0], read, row["gpu"], measured, predicted, needed)
+
+
+def tensors_of(row: dict[str, str]) -> float:
+    """Peak of live tensors."""
+    method = row["method"].lower().strip()
+    trains_all = method.startswith("full")
+    if not trains_all and re.sub(r"-(bf16|fp16|fp32|nf4|fp4|int8|4bit|8bit)$", "", method) not in LORA_METHODS:
+        raise UndescribedError(f"method '{row['method']}'")
+    shape = shape_of(row)
     # rows longer than a table of learned positions cannot run: trainers cut them to the model's length
-    length = min(int(row["seq_len"]), shape.max_positions if shape.position_parameters else 2**31)
-    tokens, trains_all = int(row["micro_batch"]) * length, row["method"].startswith("full")
+    length = min(int(number(row, "seq_len")), shape.max_positions if shape.position_parameters else 2**31)
+    tokens = int(number(row, "micro_batch")) * length
     numerics = numerics_of(row, trains_all)
     targets = () if trains_all else targets_of(row["target_modules"], shape)
-    rank = int(float(row["lora_r"] or 0))
+    rank = 0 if trains_all else int(number(row, "lora_r"))
     adapter = sum(rank * (x.in_features + x.out_features) * x.count for x in targets)
-    trained_adapter = sum(rank * x.out_features * x.count for x in targets) if "lora-fa" in row["method"] else adapter
+    trained_adapter = sum(rank * x.out_features * x.count for x in targets) if "lora-fa" in method else adapter
     trainable = shape.total_parameters if trains_all else trained_adapter
     # litgpt's finetune/lora.py sets 0.05; the others' default is 0
     match = re.search(r"lora_dropout ([0-9.]+)", row["notes"])
-    dropout = float(match[1]) if match else (0.05 if row["id"].startswith("litgpt") else 0.0)
+    dropout = float(match[1].rstrip(".")) if match else (0.05 if row["id"].startswith("litgpt") else 0.0)
     weights, dequantised = weight_bytes(row["quant"], shape)
-    work = Work(length, targets, rank, dropout, FLASH_SCORES_FREE, dequantised, numerics)
-    checkpointing = row["grad_checkpointing"].strip().lower().startswith("yes")
-    phases = step_phases(shape, work, tokens, loss_bytes(row, shape, tokens), checkpointing, trainable)
-    width = numerics.adapter_bytes
-    states = (2 + 8 / 256 if "8bit" in row["optimizer"] else 2 * width) * trainable
-    if trains_all:
-        # gradients come as the backward pass goes: none at its start, all at the update
-        moving = max(p.total_bytes for p in phases if p.name != "update")
-        tensors = weights + states + max(moving, 2 * width * trainable)
-    else:
-        fixed = weights + width * (adapter + trainable) + states
-        tensors = fixed + max(phase.total_bytes for phase in phases)
-    measure = row["measure"].lower()
-    needed = tensors * ALLOCATOR_FACTOR["cuda"] + CONTEXT_BYTES["cuda"]
-    if measure.startswith(("max_memory_allocated", "peak active")):
-        predicted = tensors
-    else:
-        predicted = needed if "nvidia-smi" in measure else tensors * ALLOCATOR_FACTOR["cuda"]
-    return Described(
-        row["id"], row["id"].split("-")[0], "allocated" if predicted == tensors else "reserved or unknown", row["gpu"],
-        float(row["peak_gib"]) * GIB, predicted, needed,
-    )  # fmt: skip
+    attention = "eager" if "eager" in row["attention"].lower() else "sdpa"
+    work = Work(length, targets, rank, dropout, attention, dequantised, numerics)
+    loss = loss_bytes(row, shape, tokens)
+    phases = step_phases(shape, work, tokens, loss, is_checkpointed(row), trainable)
+    states = state_bytes(row["optimizer"], numerics.adapter_bytes) * trainable
+    if not trains_all:
+        fixed = weights + numerics.adapter_bytes * (adapter + trainable) + states
+        return fixed + max(phase.total_bytes for phase in phases)
+    # gradients come as the backward pass goes: none at its start, all at the update, unless each is used up at once;
+    # foreach AdamW holds denominators beside them, fused AdamW (what torchtune's configs ask for) holds nothing
+    optimizer = row["optimizer"].lower()
+    is_fused = "fused" in optimizer or "torchtune" in row["source"].lower() or "8bit" in optimizer
+    update = 0 if "in_bwd" in optimizer else numerics.adapter_bytes * trainable * (1 if is_fused else 2)
+    return weights + states + max(update, *(p.total_bytes for p in phases if p.name != "update"))
 
 
-def shape_of(model_id: str) -> ModelShape:
-    config = known_config(model_id) or OTHER_CODE.get(model_id)
+def number(row: dict[str, str], name: str) -> float:
+    """A positive number of a row."""
+    text = row.get(name, "").strip().replace(",", "")
+    try:
+        value = float(text)
+    except ValueError:
+        raise UndescribedError(f"{name} '{text}' is no number" if text else f"{name} is missing") from None
+    if not 0 < value < 1e12:
+        raise UndescribedError(f"{name} {text} is out of range")
+    return value
+
+
+def shape_of(row: dict[str, str]) -> ModelShape:
+    """The shape of a row's model, also under another owner's name, or a tuned one's; experts as these stacks load them:
+    each a linear of its own, which bitsandbytes quantises (transformers 5 fuses them)."""
+    model_id = row["model_id"].strip()
+    config = known_config(model_id) or _find_config(model_id)
     if config is None:
-        raise UndescribedError(f"no shape of {model_id}")
-    return replace(read_shape(config), plain_head=True, hidden_dropout=0.0, attention_dropout=0.0)
+        raise UndescribedError(f"no shape of {model_id}" if model_id else "names no model")
+    shape = replace(read_shape(config), plain_head=True, hidden_dropout=0.0, attention_dropout=0.0)
+    said = row.get("params_b", "").strip()
+    if said and abs(number(row, "params_b") * 1e9 / shape.total_parameters - 1) > 0.05:
+        known = shape.total_parameters / 1e9
+        raise UndescribedError(f"{model_id} is said to have {said}B parameters, the shape known here has {known:.3f}B")
+    if row["id"].startswith("litgpt"):
+        # q, k and v are one product, which v, a view, keeps whole; GptNeoxMLP calls one fused gelu
+        view = LinearShape("attn", 0, 0, 1, role="qkv")
+        gelu = "gelu_pytorch_tanh" if shape.activation == "gelu_new" else shape.activation
+        return replace(shape, linears=(*shape.linears, view), activation=gelu)
+    if shape.experts and has_wide_stream(row):  # an unadapted Linear4bit gives back its input's dtype: here fp32
+        return replace(shape, experts_per_token=2 * shape.experts_per_token)
+    return shape
+
+
+def has_wide_stream(row: dict[str, str]) -> bool:
+    """Whether `prepare_model_for_kbit_training` made the norms, and so the residual stream, fp32."""
+    return any(said in row["notes"].lower() for said in ("residual stream becomes fp32", "prepare_model_for_kbit"))
+
+
+def _find_config(model_id: str) -> dict[str, Any] | None:
+    """By the last part of the id: mirrors, and tuned models of the same shape."""
+    name = model_id.rpartition("/")[2].lower()
+    if name in DERIVED:
+        return known_config(DERIVED[name])
+    plain = _TUNED.sub("", name)
+    if plain in OTHER_CODE:
+        return OTHER_CODE[plain]
+    for path in sorted(shipped("models").glob("*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if plain in (_TUNED.sub("", known.rpartition("/")[2].lower()) for known in facts["ids"]):
+            config: dict[str, Any] = facts["config"]
+            return config
+    return None
 
 
 def numerics_of(row: dict[str, str], trains_all: bool) -> Numerics:
     dtype = row["compute_dtype"].lower()
     text = f"{dtype} {row['notes'].lower()}"
-    wide_stream = "residual stream becomes fp32" in text or "prepare_model_for_kbit" in text
+    if re.match(r"(fp32|float32)(?!.*autocast)", dtype):
+        raise UndescribedError(f"compute dtype '{row['compute_dtype']}'")
     wide_adapter = not trains_all and bool(re.search(r"(adapters|lora|adapter weights) fp32", text))
     autocast = "autocast" in dtype and "no autocast" not in dtype
+    # MatMul4Bit of bitsandbytes 0.41 held its input as well as the weight (`ctx.tensors = (A, B)`)
+    old_bnb = "saves input activation" in text or re.search(r"(bnb|bitsandbytes) 0\.(3\d|40|41)\b", text)
     return Numerics(
-        stream_bytes=4 if wide_stream else 2,
+        stream_bytes=4 if has_wide_stream(row) else 2,
         compute_bytes=2,
         adapter_bytes=4 if wide_adapter else 2,
         autocast=autocast,
-        widens=autocast,
         casts_adapter_inputs=True,  # PEFT's default
-        keeps_inputs=trains_all,
-        fused_norm="foak" in text,
+        keeps_inputs=trains_all or (bool(old_bnb) and row["quant"].lower() not in ("", "none")),
+        # FOAK's kernels, or inductor's: it saves a norm's input and its fp32 reciprocal, no fp32 copy
+        fused_norm="foak" in text or "compile" in dtype,
         trains_a="lora-fa" not in row["method"],
         offloads_layer_inputs="offload" in row["grad_checkpointing"].lower(),
     )
 
 
+def is_checkpointed(row: dict[str, str]) -> bool:
+    said = row["grad_checkpointing"].strip().lower()
+    if said.startswith(("yes", "true", "on", "unsloth")):
+        return True
+    if said.startswith(("no", "false", "off")):
+        return False
+    raise UndescribedError(f"gradient checkpointing '{said}'" if said else "does not say whether it was checkpointed")
+
+
+def state_bytes(optimizer: str, width: int) -> float:
+    """Of optimizer state, a trained parameter; moments in the parameter's dtype unless they are 8-bit."""
+    text = optimizer.lower()
+    if "galore" in text or "apollo" in text:
+        raise UndescribedError(f"optimizer '{optimizer}'")
+    if "adafactor" in text:
+        return 0.01  # row and column means
+    moments = 0 if "sgd" in text else 1 if "lion" in text else 2
+    return moments * (1 + 4 / 256 if "8bit" in text or "8-bit" in text else width)
+
+
 def targets_of(text: str, shape: ModelShape) -> tuple[LinearShape, ...]:
-    lowered = text.lower()
-    if "all linear" in lowered or "all-linear" in lowered:
+    lowered = text.lower().strip()
+    if "all linear" in lowered or "all-linear" in lowered or lowered in ("all", "all_linear"):
         return shape.linears
     if "default" in lowered:  # the attention's input projections
         return tuple(x for x in shape.linears if x.role in ("q", "k", "v", "qkv"))
@@ -146,6 +251,8 @@ def targets_of(text: str, shape: ModelShape) -> tuple[LinearShape, ...]:
             roles.add(short[word])
         else:
             names.add(word)
+    if whole := names & {"lm_head", "embed_tokens", "wte", "embed_out", "embeddings"}:
+        raise UndescribedError(f"trains {', '.join(sorted(whole))} as well")
     found = tuple(x for x in shape.linears if x.name in names or x.role in roles)
     if not found:
         raise UndescribedError(f"targets '{text}' match nothing")
@@ -154,14 +261,22 @@ def targets_of(text: str, shape: ModelShape) -> tuple[LinearShape, ...]:
 
 def weight_bytes(quant: str, shape: ModelShape) -> tuple[float, Callable[[LinearShape], int]]:
     """Bytes of the frozen model, and of one linear's dequantised copy."""
-    kind = {"none": "none", "nf4": "nf4", "nf4+dq": "nf4", "fp4": "fp4", "int8": "int8"}.get(quant.lower())
+    lowered = re.sub(r"^bnb[.-]?", "", quant.lower().strip()).replace("-dq", "+dq")
+    kind = {"": "none", "none": "none", "bf16": "none", "nf4": "nf4", "nf4+dq": "nf4", "fp4": "fp4", "fp4+dq": "fp4",
+            "int8": "int8"}.get(lowered)  # fmt: skip
     if kind is None:
         raise UndescribedError(f"quantisation '{quant}'")
     quantization = quantizations.get(kind)
-    section = quantization.section(**({"double_quant": "dq" in quant} if kind in ("nf4", "fp4") else {}))
-    outside = shape.total_parameters - shape.linear_parameters
+    section = quantization.section(**({"double_quant": "dq" in lowered} if kind in ("nf4", "fp4") else {}))
+    experts: tuple[LinearShape, ...] = ()
+    if shape.experts:
+        count = shape.experts * shape.layers
+        inner, hidden = shape.expert_size, shape.hidden_size
+        experts = (LinearShape("w1", hidden, inner, 2 * count), LinearShape("w2", inner, hidden, count))
+    outside = shape.total_parameters - shape.linear_parameters - shape.expert_parameters
     inside = sum(
-        quantization.weight_bytes(section, x, 2) + quantization.constant_bytes(section, x) for x in shape.linears
+        quantization.weight_bytes(section, x, 2) + quantization.constant_bytes(section, x)
+        for x in (*shape.linears, *experts)
     )
     return 2 * outside + inside, lambda x: quantization.workspace_bytes(section, replace(x, count=1), 2)
 
@@ -181,56 +296,102 @@ def loss_bytes(row: dict[str, str], shape: ModelShape, tokens: int) -> int:
         return 2 * logits + (2 if "compile" in row["compute_dtype"] else 12) * logits // 8
     if "chunked lm_head" in text:
         return 6 * logits  # bf16 chunks, their log-softmax, and gradients
+    old = re.search(r"transformers 4\.(\d+)", row["notes"])
+    # up to 4.45 the model itself makes its logits fp32 and drops the bf16 ones; from 4.46 both are there
+    narrow = 0 if old and int(old[1]) < 46 else 2
     if "fast ce" in text:
-        return 10 * logits  # bf16, fp32 and its shifted copy, which becomes the gradient in place
+        return (8 + narrow) * logits  # fp32 and its shifted copy, which becomes the gradient in place
+    if "full logits" in text and "compile" in row["compute_dtype"].lower():
+        return 10 * logits  # one kernel reads fp32 logits and writes their gradient, whose bf16 copy goes on
     if "full logits" in text:
         if shape.model_type == "gpt_bigcode":
             return 8 * logits  # its own loss stays in bf16: logits, shifted copy, log-softmax, gradient
-        old = re.search(r"transformers 4\.(\d+)", row["notes"])
-        # up to 4.45 the model itself makes its logits fp32 and drops the bf16 ones; from 4.46 both are there
-        return (12 if old and int(old[1]) < 46 else 14) * logits  # fp32, shifted copy or its gradient, log-softmax
+        return (12 + narrow) * logits  # fp32, shifted copy or its gradient, log-softmax
     raise UndescribedError(f"loss '{row['loss']}'")
 
 
 def main(path: Path) -> int:
-    described, unknown = [], []
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                described.append(describe(row))
-            except (UndescribedError, KeyError, ValueError) as error:
-                unknown.append((row.get("id", "?"), str(error)))
-    print(f"{'row':52} {'predicted':>9} {'measured':>9} {'error':>7}  card")
-    refused = 0
-    for one in described:
-        verdict = card_verdict(one)
-        refused += verdict == "refused at headroom 0.05"
-        sizes = f"{one.predicted_bytes / GIB:9.2f} {one.measured_bytes / GIB:9.2f}"
-        print(f"{one.id:52.52} {sizes} {one.error:+7.1%}  {verdict}")
-    for title, key in (("by source", "source"), ("by measure", "measure")):
-        print(f"\n{title}")
-        for value in sorted({str(getattr(one, key)) for one in described}):
-            errors = [abs(one.error) for one in described if getattr(one, key) == value]
-            mean = sum(errors) / len(errors)
-            print(f"  {value:30} {len(errors):3} rows, mean error {mean:5.1%}, largest {max(errors):5.1%}")
-    print(f"\n{len(described)} rows described, {len(unknown)} not; the default headroom refuses {refused} that did run")
+    described: list[Described] = []
+    unknown: list[tuple[str, str]] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        sys.exit(f"{path} cannot be read: {error}")
+    for line, row in enumerate(rows, start=1):
+        try:
+            described.append(describe(row))
+        except (UndescribedError, LorafitError, KeyError, ValueError) as error:
+            reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
+            unknown.append((row.get("id") or f"row {line}", reason))
+    print_rows(described)
+    print_summary("by source", {one.id: one.source for one in described}, described)
+    print_summary("by measure", {one.id: one.measure for one in described}, described)
+    print_summary("of all", {one.id: "all" for one in described}, described)
+    print(f"\n{len(described)} of {len(rows)} rows described, {len(unknown)} not")
     for name, reason in unknown:
         print(f"  not described: {name}: {reason}")
     return 0
 
 
+def print_summary(title: str, group_of: dict[str, str], described: list[Described]) -> None:
+    """Mean and largest error of each group."""
+    if described:
+        print(f"\nerrors {title}")
+    for group in sorted(set(group_of.values())):
+        errors = [abs(one.error) for one in described if group_of[one.id] == group]
+        mean = sum(errors) / len(errors)
+        print(f"  {group:30} {len(errors):3} rows, mean error {mean:5.1%}, largest {max(errors):5.1%}")
+
+
+def print_rows(described: list[Described]) -> None:
+    """A line a row; then what `--gpu` would have said, in sum."""
+    print(f"{'row':52} {'predicted':>9} {'measured':>9} {'error':>7}  --gpu at headroom 0")
+    verdicts = [card_verdict(one) for one in described]
+    for one, verdict in zip(described, verdicts, strict=True):
+        sizes = f"{one.predicted_bytes / GIB:9.2f} {one.measured_bytes / GIB:9.2f}"
+        print(f"{one.id:52.52} {sizes} {one.error:+7.1%}  {verdict}")
+    named = [verdict for verdict in verdicts if "unknown" not in verdict]
+    fitting, refused = (sum(said in verdict for verdict in named) for said in ("fits", "default"))
+    print(f"\n{fitting} of the {len(named)} runs on a known card fit it at headroom 0, and all of them did run;")
+    print(f"the default headroom of {HEADROOM:.0%} refuses {refused} that fit at headroom 0")
+
+
 def card_verdict(row: Described) -> str:
     """What `--gpu` would have said of the card that the row ran on."""
-    names = [row.gpu, re.sub(r"\s+SXM\d?$", "", row.gpu), re.sub(r"\s+\d+GB$", "", row.gpu)]
-    if row.gpu == "A100" and row.measured_bytes > 40 * GIB:
-        names = ["A100-80GB"]  # it did run
-    card = next((card for name in names if (card := find_card(name)) is not None), None)
+    card = find_any_card(row.gpu, row.measured_bytes)
     if card is None:
-        return f"card '{row.gpu}' unknown"
+        return f"card '{row.gpu}' unknown" if row.gpu.strip() else "card unknown"
     size = usable_bytes(card)
-    if row.needed_bytes <= 0.95 * size:
-        return "fits"
-    return "refused at headroom 0.05" if row.needed_bytes <= size else "DOES NOT FIT, BUT RAN"
+    if row.needed_bytes > size:
+        return f"DOES NOT FIT {card['names'][0]}, BUT RAN"
+    fits = row.needed_bytes <= size * (1 - HEADROOM)
+    return f"fits {card['names'][0]}" + ("" if fits else ", refused by default")
+
+
+def find_any_card(text: str, measured_bytes: float) -> dict[str, Any] | None:
+    """A card as people write it: with a form factor, a size, a kind of memory or a count in its name."""
+    plain = re.sub(r"^\s*1\s*x\s+", "", text, flags=re.IGNORECASE)
+    plain = re.sub(r"\b(SXM\d?|PCIe|HBM\d?e?|Tensor Core|GPU|Ada Generation)\b", " ", plain, flags=re.IGNORECASE)
+    plain = re.sub(r"[-\s]+", " ", plain).strip()
+    size = re.search(r"(\d+)\s*G(i?)B\b", plain, flags=re.IGNORECASE)
+    bare = re.sub(r"\d+\s*Gi?B\b", " ", plain, flags=re.IGNORECASE).strip()
+    names = [plain, *([f"{bare} {size[1]}GB"] if size else []), bare, f"{bare} Ada" if "Ada " in text else bare]
+    found = next((card for name in names if name and (card := find_card(name)) is not None), None)
+    if found is not None and usable_bytes(found) >= measured_bytes:
+        return found
+    # a family without a size, e.g. A100: its smallest card that could hold what was measured
+    family = [card for card in cards() if bare and any(_begins(known, bare) for known in card["names"])]
+    holding = [card for card in family if usable_bytes(card) >= measured_bytes]
+    return min(holding or family, key=usable_bytes, default=found)
+
+
+def _begins(known: str, family: str) -> bool:
+    """Whether a card's name begins with the words of a family's."""
+    one, other = (
+        re.findall(r"[a-z0-9]+", re.sub(r"nvidia|geforce|tesla", " ", name.lower())) for name in (known, family)
+    )
+    return bool(other) and one[: len(other)] == other
 
 
 if __name__ == "__main__":
