@@ -177,7 +177,7 @@ def check_base(saved: AdapterFolder, base: Base) -> None:
     if base.digest and trained.get("digest") and base.digest != trained["digest"]:
         raise ModelError(
             f"trained on '{trained['name']}' ({trained['digest'][:12]}), "
-            f"but this base is '{base.name}' ({base.digest[:12]})",
+            f"but this base is '{base.shown}' ({base.digest[:12]})",
             file=str(saved.path),
             todo="use the base it was trained on",
         )

@@ -51,12 +51,19 @@ class Base:
             (an absolute path is cut to the folder's name), or the content name of a converted GGUF file.
         config: The parsed config.json.
         digest: Fingerprint of config and weights (see `fingerprint`); empty where weights were not asked for.
+        written: What the recipe writes, where that is a GGUF file, whose `name` says nothing to a reader.
     """
 
     path: Path
     name: str
     config: dict[str, Any]
     digest: str
+    written: str = ""
+
+    @property
+    def shown(self) -> str:
+        """For messages."""
+        return f"{self.written} ({self.name[:12]})" if self.written else self.name
 
 
 def cache_folder() -> Path:
@@ -77,20 +84,20 @@ def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weigh
         ModelError: Not found, not whole, already quantised, or the hub cannot be reached.
         SafetyError: It asks for foreign code, or holds only pickle files.
     """
-    text = model.base
+    text, written = model.base, ""
     if (file := _gguf_file(text, folder)) is not None:
         from lorafit.model.gguf import convert_gguf
 
         _refuse_revision(model)
         path = convert_gguf(file, cache_folder() / "bases", reporter)
-        name = path.name
+        name, written = path.name, text if text.startswith(PACKAGE_SCHEME) else _written_name(text)
     elif (local := _local_folder(text, folder)) is not None:
         _refuse_revision(model)
         path, name = local, _written_name(text)
     else:
         path, name = _snapshot(model, reporter, weights=weights), text
     config = load_config(path)
-    return Base(path, name, config, fingerprint(path, config) if weights else "")
+    return Base(path, name, config, fingerprint(path, config) if weights else "", written)
 
 
 def read_config(model: ModelSection, folder: Path) -> dict[str, Any]:

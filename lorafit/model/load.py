@@ -78,7 +78,7 @@ def load_model(
     import transformers
 
     entries = read_index(base.path)
-    reporter.info(f"loading {base.name} ({quantization.kind})")
+    reporter.info(f"loading {base.shown} ({quantization.kind})")
     with quiet_libraries():
         auto = getattr(transformers, auto_class)
         config = _config(base)

@@ -199,6 +199,15 @@ def test_two_processes_that_convert_at_once(tmp_path: Path, cache: Path) -> None
     assert not list((cache / "bases").glob(".tmp-*"))
 
 
+def test_a_converted_base_is_shown_as_the_recipe_writes_it(tmp_path: Path, cache: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    for written in ("tiny.gguf", str(file)):
+        base = resolve(written, tmp_path)
+        assert base.shown == f"tiny.gguf ({base.name[:12]})" and len(base.name) == 64
+    folder = resolve(str(base.path), tmp_path)
+    assert folder.shown == folder.name == base.name
+
+
 def test_gguf_problems(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"not a gguf file")
     write_gguf(tmp_path / "odd.gguf", architecture="nosucharch")
