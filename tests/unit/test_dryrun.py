@@ -1,0 +1,201 @@
+"""The exact engine: the step on fake tensors against the same step on real ones, and against the closed form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_memory import ATTENTION, GPT2, MODELS, SIZES, build, one_thread  # noqa: F401
+
+from lorafit import dryrun
+from lorafit.contracts import Batch
+from lorafit.dryrun import DryRun, ExactEstimate
+from lorafit.errors import ModelError
+from lorafit.kinds.optimizers import optimizers
+from lorafit.model.load import attach_adapter, enable_checkpointing
+from lorafit.model_shapes import known_config, read_shape
+from lorafit.objective import Objective
+from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
+from lorafit.plan import MemoryQuestion
+from lorafit.plan.question import estimated_attention
+from lorafit.recipe.load import load_recipe
+from lorafit.train.step import accumulate_gradients, gradient_norm, update_parameters
+from lorafit.train.tracking import build_accelerator
+
+ROWS, TOKENS = 2, 128
+
+
+def ask(
+    config: dict[str, Any], folder: Path, *, device_kind: str = "cpu", tokens: int = TOKENS, **changes: Any
+) -> MemoryQuestion:
+    """A recipe's question; `changes` are overrides such as `adapter__r=64`."""
+    file = folder / "recipe.yaml"
+    file.write_text("name: x\nmodel: {base: x}\ndata: {train: [{path: x.jsonl}]}\noutput: x\n", encoding="utf-8")
+    overrides = {"training__optimizer": "adamw", "model__quantization": "none", "adapter__dropout": 0.05, **changes}
+    recipe = load_recipe(file, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]).recipe
+    shape = read_shape(config)
+    dtype = "bf16" if recipe.model.dtype == "auto" else recipe.model.dtype
+    return MemoryQuestion(recipe, shape, tokens, tokens - 1, dtype, estimated_attention(recipe, shape), device_kind)
+
+
+def exact(question: MemoryQuestion, config: dict[str, Any], checkpointing: bool, rows: int = ROWS) -> ExactEstimate:
+    return DryRun(question, config, rows * question.longest_tokens, checkpointing).run()
+
+
+def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: bool) -> LivePeak:
+    """The same step on real tensors: gradients and optimizer state are there from a step before."""
+    recipe, fp32 = question.recipe, question.dtype == "fp32"
+    torch.manual_seed(0)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    base = build(config, recipe.model.quantization.kind, dtype, question.attention)
+    base.is_loaded_in_4bit = recipe.model.quantization.kind == "nf4"
+    model = attach_adapter(base, recipe.adapter, 0)
+    enable_checkpointing(model, checkpointing)
+    objective = Objective(model, autocast_dtype=None if fp32 else dtype, exact=not question.shape.plain_head)
+    objective.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    section = recipe.training.optimizer
+    optimizer = optimizers.get(section.kind).build(section, trained, 1e-3, torch.device("cpu"))
+    ids = torch.randint(3, question.shape.vocabulary, (ROWS, question.longest_tokens))
+    columns = range(question.longest_tokens - 1)
+    index = torch.tensor([row * question.longest_tokens + column for row in range(ROWS) for column in columns])
+    batch = Batch(ids, index, ids.flatten()[index + 1], len(index), tuple(range(ROWS)), ids.numel())
+    accelerator = build_accelerator(use_cpu=True)
+
+    def step() -> None:
+        accumulate_gradients(objective, [batch], accelerator, None, lambda: None)
+        norm = gradient_norm(trained)
+        update_parameters(optimizer, trained, None, norm=norm, max_norm=1.0, learning_rate=1e-3)
+
+    step()
+    live = LiveTensors()
+    with watching(live, objective, optimizer):
+        step()
+    return live.peak()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama nf4": {"model__quantization": "nf4"},
+    "llama fp32": {"model__dtype": "fp32"},
+    "llama r 64": {"adapter__r": 64},
+    "llama without dropout": {"adapter__dropout": 0.0},
+    "llama adamw_8bit": {"training__optimizer": "adamw_8bit"},
+    "qwen3": {},
+    "gemma2": {},
+    "gpt2": {},
+    "opt": {},
+    "mixtral": {"adapter__target_modules": f"[{','.join(ATTENTION)}]"},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_dry_run_holds_what_a_real_step_holds(case: str, checkpointing: bool, tmp_path: Path) -> None:
+    config = MODELS[max((name for name in MODELS if case.startswith(name)), key=len)]
+    if "nf4" in case:  # on a CPU a width that is no multiple of 64 stays unquantised
+        config = {**config, "intermediate_size": 384}
+    question = ask(config, tmp_path, **CASES[case])
+    real, dry = measure(question, config, checkpointing), exact(question, config, checkpointing)
+    print(case, real.tensor_bytes, dry.tensor_bytes)
+    assert dry.tensor_bytes == pytest.approx(real.tensor_bytes, rel=0.03)
+    assert sum(dry.components.values()) == dry.tensor_bytes == max(dry.peak.phases.values())
+    for name in ("base_weights", "adapter", "gradients"):
+        assert dry.components[name] == pytest.approx(real.components[name], rel=0.02)
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    "model", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B", "google/gemma-2-9b", "openai-community/gpt2"]
+)
+def test_closed_form_meets_the_dry_run(model: str, quantization: str, device_kind: str, tmp_path: Path) -> None:
+    """Models cut to two layers, so that what stands beside them weighs most; benchmarks/memory_engines.py has all."""
+    config = {
+        **(known_config(model) or {}),
+        "num_hidden_layers": 2,
+        "n_layer": 2,
+        "n_positions": 1024,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    question = ask(config, tmp_path, device_kind=device_kind, tokens=1024, model__quantization=quantization)
+    for checkpointing in (False, True):
+        closed = question.at(2 * 1024, checkpointing).tensor_bytes
+        within = 0.05 if "lama" in model or "Qwen" in model else 0.10
+        assert closed == pytest.approx(exact(question, config, checkpointing).tensor_bytes, rel=within)
+
+
+def test_a_change_to_the_step_changes_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs the loop's own functions: a tensor that the gradients' code kept would be seen."""
+    config = MODELS["llama"]
+    question = ask(config, tmp_path)
+    before = exact(question, config, False).tensor_bytes
+    real, kept, size = dryrun.accumulate_gradients, [], 2**22
+
+    def wasteful(*arguments: Any, **options: Any) -> Any:
+        kept.append(torch.empty(size, dtype=torch.uint8))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(dryrun, "accumulate_gradients", wasteful)
+    assert exact(question, config, False).tensor_bytes == before + size
+
+
+def test_int8_holds_its_inputs_and_a_first_micro_batch_has_no_gradients_yet(tmp_path: Path) -> None:
+    config = MODELS["llama"]
+    four, eight = (ask(config, tmp_path, model__quantization=kind) for kind in ("nf4", "int8"))
+    held = exact(eight, config, True).components["kept_activations"]
+    assert held > 1.5 * exact(four, config, True).components["kept_activations"]
+    alone = DryRun(four, config, ROWS * TOKENS, False, accumulates=False).run()
+    assert alone.tensor_bytes < exact(four, config, False).tensor_bytes
+
+
+def test_where_the_peak_is(tmp_path: Path) -> None:
+    config = {**MODELS["llama"], "vocab_size": 50_000}
+    question = ask(config, tmp_path)
+    dry = exact(question, config, True)
+    assert dry.peak.phase == "loss"
+    assert dry.components["loss"] > 50_000 * 4 * 200
+    small = exact(ask({**config, "vocab_size": 64}, tmp_path), {**config, "vocab_size": 64}, True)
+    assert small.peak.phase == "backward"
+    assert "layers." in small.peak.where
+    plain = json.loads(json.dumps(small.to_json()))
+    assert plain["peak_phase"] == "backward"
+    assert plain["needed_bytes"] > plain["tensor_bytes"]
+
+
+def test_on_cuda_dropout_keeps_a_byte_and_nothing_stays_patched(tmp_path: Path) -> None:
+    before = (torch.nn.functional.dropout, torch.nn.functional.layer_norm, torch.pow)
+    config = MODELS["llama"]
+    cpu, cuda = (exact(ask(config, tmp_path, device_kind=kind), config, False) for kind in ("cpu", "cuda"))
+    assert cuda.components["kept_activations"] < 0.95 * cpu.components["kept_activations"]
+    assert before == (torch.nn.functional.dropout, torch.nn.functional.layer_norm, torch.pow)
+
+
+def test_a_config_that_transformers_cannot_build(tmp_path: Path) -> None:
+    question = ask(MODELS["llama"], tmp_path)
+    with pytest.raises(ModelError, match=r"config\.json.*transformers cannot build this model"):
+        exact(question, {**SIZES, "model_type": "no-such-model"}, False)
+
+
+def test_a_70b_model_takes_little_memory_here(tmp_path: Path) -> None:
+    """Whole process; seconds are the benchmark's."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_dryrun import ask, exact
+from lorafit.model_shapes import known_config
+config = {{**known_config("meta-llama/Llama-3.1-70B"), "num_hidden_layers": 8}}
+question = ask(config, Path({str(tmp_path)!r}), device_kind="cuda", tokens=2048, model__quantization="nf4")
+print(exact(question, config, True, rows=1).tensor_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tensor_bytes, resident_kib = map(int, done.stdout.split()[-2:])
+    assert tensor_bytes > 5 * 2**30
+    assert resident_kib < 2 * 2**20
