@@ -27,13 +27,14 @@ from lorafit.model.weights import (
     INDEX,
     TensorEntry,
     build_header,
-    bytes_of,
     read_header,
     read_rows,
     torch_dtype,
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from lorafit.contracts import Progress, Reporter
 
 ALLOWED_DIFFERENCE = 1e-5
@@ -172,7 +173,7 @@ class ShardMerger:
                 into = torch.empty(shape, dtype=base_dtype), torch.empty(shape, dtype=dtype)
             source, got = rows.read(start, stop, into[0]), read_rows(written, start, stop, into[1])
             if proof is None:
-                if bytes_of(got) != bytes_of(source.to(got.dtype).contiguous()):
+                if not torch.equal(_as_bytes(got), _as_bytes(source.to(got.dtype))):
                     raise _mismatch(written, "its bytes differ from the base's")
                 continue
             worst = proof.compare(source, got, start)
@@ -220,6 +221,13 @@ def _one_thread(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8, in which NaN equals NaN and 0 is not -0."""
+    import torch
+
+    return values.reshape(-1).view(torch.uint8)
 
 
 def _mismatch(written: TensorEntry, why: str) -> NumericsError:
