@@ -25,6 +25,7 @@ from lorafit.contracts import Batch
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import COMPONENTS, labels_of, needed_bytes
+from lorafit.model.fuse import fuse_layers
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
 from lorafit.objective import Objective
@@ -80,6 +81,7 @@ class DryRun:
         fresh = recipe.adapter.model_copy(update={"init_from": None})
         with torch.device("meta"):
             model = attach_adapter(base, fresh, recipe.seed)
+        fuse_layers(model)
         with fake:
             fill_with_fakes(model)
         enable_checkpointing(model, self.gradient_checkpointing)

@@ -11,6 +11,7 @@ compared with its replacement on random input first, and left alone where they d
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable
 from typing import Any
@@ -22,16 +23,15 @@ from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_linear import lora_linear
 from lorafit.ops.rng import preserved_rng
 
-_PROBE_ROWS = 4
+_PROBE_ROWS, _PROBE_WIDTH = 4, 16
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest value
 
 
-def fuse_layers(model: nn.Module, *, prove: bool = True) -> dict[str, int]:
+def fuse_layers(model: nn.Module) -> dict[str, int]:
     """Replaces the training forward of what it knows.
 
     Args:
-        model: With its adapter, on its device.
-        prove: Compare norms and MLPs with their replacement; False only for weights without values (fake tensors).
+        model: With its adapter, on any device, the meta device included.
 
     Returns:
         How many layers of each kind were replaced: `lora`, `norms`, `gated`.
@@ -39,14 +39,14 @@ def fuse_layers(model: nn.Module, *, prove: bool = True) -> dict[str, int]:
     counts = {"lora": 0, "norms": 0, "gated": 0}
     proven: dict[type, bool] = {}
     for module in list(model.modules()):
-        kind, forward = _replacement(module, proven, prove)
+        kind, forward = _replacement(module, proven)
         if forward is not None:
             module.forward = types.MethodType(forward, module)
             counts[kind] += 1
     return counts
 
 
-def _replacement(module: nn.Module, proven: dict[type, bool], prove: bool) -> tuple[str, Callable[..., Any] | None]:
+def _replacement(module: nn.Module, proven: dict[type, bool]) -> tuple[str, Callable[..., Any] | None]:
     if "forward" in vars(module):  # somebody else's hook
         return "", None
     if _is_lora_linear(module):
@@ -57,7 +57,7 @@ def _replacement(module: nn.Module, proven: dict[type, bool], prove: bool) -> tu
     ):
         if looks_like(module):
             if type(module) not in proven:
-                proven[type(module)] = not prove or _computes_the_same(module, forward)
+                proven[type(module)] = _computes_the_same(module, forward)
             return kind, forward if proven[type(module)] else None
     return "", None
 
@@ -167,30 +167,33 @@ def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _computes_the_same(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether both forwards agree on random input, dropout included, and pass the same gradient on to it."""
-    width, dtype, device = _input_of(module)
+    """Whether both forwards of a miniature agree on random input, and pass the same gradient on to it."""
     results = []
     with preserved_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        probe = 2 * torch.randn(1, _PROBE_ROWS, width, device=device).to(dtype)
+        miniature = _miniature(module)
+        probe = 2 * torch.randn(1, _PROBE_ROWS, _PROBE_WIDTH).to(next(miniature.parameters()).dtype)
         for function in (type(module).forward, forward):
-            torch.manual_seed(0)
             x = probe.clone().requires_grad_()
             try:
-                output = function(module, x)
+                output = function(miniature, x)
                 results.append((output.detach(), torch.autograd.grad(output.float().cos().sum(), x)[0]))
             except (RuntimeError, TypeError, ValueError, AttributeError):
                 return False
     return all(_are_close(a, b) for a, b in zip(*results, strict=True))
 
 
-def _input_of(module: Any) -> tuple[int, torch.dtype, torch.device]:
-    """Width, dtype and device of what a norm or MLP is given."""
-    if not hasattr(module, "gate_proj"):
-        return module.weight.shape[0], module.weight.dtype, module.weight.device
-    gate = module.gate_proj
-    base = getattr(gate, "base_layer", gate)
-    return base.in_features, getattr(base, "compute_dtype", None) or base.weight.dtype, base.weight.device
+def _miniature(module: Any) -> nn.Module:
+    """The same class with small frozen weights on the CPU: what it computes shows on them, and weights may be fake."""
+    small: nn.Module = copy.copy(module)
+    if hasattr(module, "gate_proj"):
+        shapes = {"gate_proj": (_PROBE_WIDTH, 32), "up_proj": (_PROBE_WIDTH, 32), "down_proj": (32, _PROBE_WIDTH)}
+        linears: dict[str, nn.Module] = {name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
+        small._modules = {**module._modules, **linears}
+    else:
+        weight = torch.randn(_PROBE_WIDTH).to(module.weight.dtype)
+        small._parameters = {"weight": nn.Parameter(weight)}
+    return small.requires_grad_(False)
 
 
 def _are_close(a: torch.Tensor, b: torch.Tensor) -> bool:
