@@ -74,9 +74,9 @@ def _head(estimate: RecipeEstimate) -> Iterator[str]:
         needed = format_bytes(estimate.without_checkpointing.needed_bytes)
         yield f"checkpointing was turned on for {estimate.device.name}: without it {needed} would be needed"
     if facts is None:
-        yield f"rows were not read, data.max_length stands for them: {estimate.rows.missing or 'none were given'}"
+        yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
     if memory.unquantized_expert_bytes:
-        yield f"{format_bytes(memory.unquantized_expert_bytes)} of it are experts, which no quantisation reaches"
+        yield f"{format_bytes(memory.unquantized_expert_bytes)} of the weights are experts, which no quantisation reaches"
 
 
 def _memory(memory: MemoryEstimate, block: str) -> Table:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from lorafit.memory import MemoryEstimate
     from lorafit.shapes import DeviceFacts
 
-_PRECISIONS = (("LoRA", "none", "fp32"), ("LoRA", "none", "bf16"), ("QLoRA", "int8", "bf16"), ("QLoRA", "nf4", "bf16"))
-
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -53,8 +51,10 @@ def compare_methods(
     question: MemoryQuestion, tokens: int, checkpointing: bool, device: DeviceFacts | None, headroom: float
 ) -> tuple[Method, ...]:
     """Every method that has a meaning, with the recipe's rows, micro-batch, checkpointing, adapter and optimizer."""
-    found = [full_fine_tuning(question, dtype, tokens, checkpointing) for dtype in ("fp32", "bf16")]
-    for name, kind, dtype in _PRECISIONS:
+    half = "bf16" if question.dtype == "fp32" else question.dtype
+    found = [full_fine_tuning(question, dtype, tokens, checkpointing) for dtype in ("fp32", half)]
+    adapted = (("LoRA", "none", "fp32"), ("LoRA", "none", half), ("QLoRA", "int8", half), ("QLoRA", "nf4", half))
+    for name, kind, dtype in adapted:
         memory = with_quantization(question, kind, dtype).at(tokens, checkpointing)
         found.append(_row(name, dtype if kind == "none" else kind, memory))
     if device is None:

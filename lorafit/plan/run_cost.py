@@ -17,7 +17,7 @@ UTILISATION, LOW_UTILISATION, HIGH_UTILISATION = 0.35, 0.2, 0.5
 """Share of a card's peak that training sustains, recomputation counted as work. An assumption. Published runs, by
 `count_flops`: Mistral-7B on an A100, rows of 4,096 tokens: LoRA 0.54, QLoRA 0.41 and 0.51 (foundation-model-stack/
 fms-acceleration, scripts/benchmarks/refs/a100_80gb.csv); Qwen-7B LoRA on an A100, one row a forward: 0.23 at 256
-tokens, 0.40 at 1,024, 0.46 at 4,096, and 0.09 to 0.40 with Q-LoRA (QwenLM/Qwen, README, profiling)."""
+tokens, 0.40 at 1,024, 0.47 at 4,096, and 0.09 to 0.41 with Q-LoRA (QwenLM/Qwen, README, profiling)."""
 
 SAMPLE_TOKENS = 10**6
 _MOST_PRICE = 1e6

@@ -63,7 +63,7 @@ def test_a_broken_memo_is_made_anew(world: World, monkeypatch: pytest.MonkeyPatc
         (["--set", "data.train=nope.jsonl"], "nope.jsonl is not on this disk"),
         (["--set", "data.train=yahma/alpaca-cleaned"], "yahma/alpaca-cleaned is not on this disk"),
         (["--set", "model.base=meta-llama/Llama-3.1-8B"], "the tokenizer of meta-llama/Llama-3.1-8B is not on this"),
-        (["--set", "data.max_length=8"], "data.max_length stands for them: d.jsonl"),
+        (["--set", "data.max_length=8"], "rows not read: d.jsonl"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

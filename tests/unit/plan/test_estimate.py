@@ -48,7 +48,7 @@ def test_without_rows_max_length_stands_for_them() -> None:
     found.raise_unless_fits()  # no card, no verdict
     assert found.to_json()["rows_missing"] == "a.jsonl is not on this disk"
     text = shown(found)
-    assert "rows were not read, data.max_length stands for them: a.jsonl is not on this disk" in text
+    assert "rows not read: a.jsonl is not on this disk; data.max_length stands for them" in text
     assert "tokens on average" not in text and " to " not in text  # no empty bars
     assert guess(data={"max_length": 9000}, hub_id="openai-community/gpt2").longest_tokens == 1024
 
@@ -182,6 +182,8 @@ def test_methods_are_computed_for_the_model() -> None:
     needs = [method.needed_bytes for method in found.methods]
     assert needs == sorted(needs, reverse=True)
     assert all(method.fits is None for method in guess().methods)
+    old = estimate_recipe(recipe(), shape_of(), options=Options(gpu=replace(card(24), bf16=False)))
+    assert [method.precision for method in old.methods] == ["fp32", "fp16", "fp32", "fp16", "int8", "nf4"]
     lora = guess(model={"quantization": "none", "dtype": "bf16"})
     assert {m.precision: m.needed_bytes for m in lora.methods if m.name == "LoRA"}["bf16"] == lora.memory.needed_bytes
 
