@@ -6,6 +6,7 @@ memo (recipe, files as they lie there, code) ──hit──> RowLengths, withou
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -31,11 +32,10 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
     """The lengths of the training rows; or, in words, why there are none."""
     from lorafit.model.base import cache_folder, find_local_base
 
-    absent = [
-        source.path for part in sources_of(loaded.recipe) for source in part if not loaded.path(source.path).is_file()
-    ]
-    if absent:
-        return RowLengths(missing=f"{absent[0]} is not on this disk")
+    sources = [source.path for part in sources_of(loaded.recipe) for source in part]
+    absent = next((path for path in sources if not _local(loaded, path).is_file()), None)
+    if absent is not None:
+        return RowLengths(missing=f"{absent} is not on this disk")
     base = find_local_base(loaded.recipe.model, loaded.folder)
     if base is None:
         return RowLengths(missing=f"the tokenizer of {loaded.recipe.model.base} is not on this disk")
@@ -100,11 +100,16 @@ def _key(loaded: LoadedRecipe, base: Base) -> str:
 
 def _files(loaded: LoadedRecipe, base: Base) -> Iterator[Path]:
     for part in sources_of(loaded.recipe):
-        yield from (loaded.path(source.path) for source in part)
+        yield from (_local(loaded, source.path) for source in part)
     template = loaded.recipe.data.chat_template
-    if template is not None and loaded.path(template).is_file():
-        yield loaded.path(template)
-    yield from (file for file in sorted(base.path.rglob("*")) if file.is_file() and file.suffix != ".safetensors")
+    if template is not None and _local(loaded, template).is_file():
+        yield _local(loaded, template)
+    beside = [*base.path.glob("*"), *base.path.glob("additional_chat_templates/*")]
+    yield from (file for file in sorted(beside) if file.is_file() and file.suffix != ".safetensors")
+
+
+def _local(loaded: LoadedRecipe, path: str) -> Path:
+    return loaded.folder / Path(path).expanduser()
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:
@@ -125,5 +130,6 @@ def _write_memo(memo: Path, found: RowLengths) -> None:
     from lorafit.rundir import write_json
 
     assert found.facts is not None
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    write_json(memo, {"facts": asdict(found.facts), "bars": found.bars})
+    with contextlib.suppress(OSError, LorafitError):  # a full disk costs the next estimate some time, no more
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memo, {"facts": asdict(found.facts), "bars": found.bars})

@@ -76,7 +76,7 @@ def _head(estimate: RecipeEstimate) -> Iterator[str]:
     if facts is None:
         yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
     if memory.unquantized_expert_bytes:
-        yield f"{format_bytes(memory.unquantized_expert_bytes)} of the weights are experts, which no quantisation reaches"
+        yield f"{format_bytes(memory.unquantized_expert_bytes)} of weights are experts, which no quantisation reaches"
 
 
 def _memory(memory: MemoryEstimate, block: str) -> Table:

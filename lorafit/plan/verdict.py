@@ -9,7 +9,7 @@ from lorafit.devices import format_bytes
 from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.kinds.adapters import adapters
 from lorafit.memory import MemoryEstimate, fits
-from lorafit.plan.derive import run_epochs
+from lorafit.plan.derive import HEADROOM, run_epochs
 from lorafit.plan.fit import Fit, find_fit
 from lorafit.plan.methods import Method, compare_methods
 from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_dtype
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorafit.recipe.schema import Recipe
     from lorafit.shapes import DatasetFacts, DeviceFacts, ModelShape
 
-HEADROOM, MOST_HEADROOM = 0.05, 0.9
+MOST_HEADROOM = 0.9
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorafit import devices
-from lorafit.devices import cards, find_card, format_bytes, parse_gpu, read_device, usable_bytes
+from lorafit.devices import cards, find_card, format_bytes, parse_gpu, peak_flops, read_device, usable_bytes
 from lorafit.errors import UsageError
 
 GIB = 2**30
@@ -43,6 +43,17 @@ def test_what_is_no_card_names_flag_and_range(text: str) -> None:
 def test_a_misspelt_card_gets_the_nearest_name() -> None:
     with pytest.raises(UsageError, match="did you mean RTX-4090"):
         parse_gpu("RTX-4099")
+
+
+def test_this_machine_is_named_cpu() -> None:
+    assert parse_gpu("cpu").kind == parse_gpu(" CPU ").kind == "cpu"
+    assert peak_flops(parse_gpu("cpu")) is None
+
+
+def test_the_peak_of_named_cards_alone_is_known() -> None:
+    assert peak_flops(parse_gpu("rtx 4090")) == 165.2e12
+    assert peak_flops(parse_gpu("24GiB")) is None
+    assert parse_gpu("24GiB").name == "a GPU of 24 GiB"
 
 
 def test_cards_are_whole() -> None:
