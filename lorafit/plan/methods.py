@@ -81,7 +81,6 @@ def full_fine_tuning(question: MemoryQuestion, dtype: str, tokens: int, checkpoi
         autocast=False,
         device_kind="cpu" if question.device_kind == "cpu" else "cuda",
         keeps_inputs=True,
-        fused=False,
     )
     work = Work(question.longest_tokens, (), 0, 0.0, question.attention, lambda _: 0, numerics)
     labels = labels_of(tokens, question.longest_tokens, question.longest_trained_tokens)
