@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from lorafit.contracts import Batch, Reporter
 
 _IGNORED_LABEL = -100  # what transformers leaves out of its loss
-LOSS_TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-"""By what a forward computes in: relative difference of two sums of losses; logits are rounded to the dtype."""
+_TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative; logits are rounded to the dtype
 _PROBED_ROWS = 64
 
 
@@ -200,7 +199,7 @@ def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> N
                     f"the model's own loss on one row is {own}",
                     todo="check the base model's weights, or use another model.dtype",
                 )
-            tolerance = LOSS_TOLERANCE[objective.autocast_dtype] * max(abs(own), 1.0)
+            tolerance = _TOLERANCE[objective.autocast_dtype] * max(abs(own), 1.0)
             ours = float(objective.score(batch)[0].sum(dtype=torch.float64))
             if abs(ours - own) > tolerance and not objective.exact:
                 reporter.warn(

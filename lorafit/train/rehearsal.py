@@ -1,7 +1,7 @@
 """Before step 1: the run's real shapes, tried out, and everything as it was afterwards.
 
     what is open?   attention            each candidate on one typical micro-batch; the fastest is kept that gives the
-                                         loss of eager attention and, when packing, keeps documents apart
+                                         logits of eager attention and, when packing, keeps documents apart
                     micro_batch_tokens   doubled from one longest row while it pays; smallest within 3 % of the best
                     checkpointing        off, unless memory says otherwise
     always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
@@ -23,7 +23,8 @@ import torch
 from lorafit.data.batch import collate
 from lorafit.data.packing import Cutter, collate_packed
 from lorafit.errors import NumericsError
-from lorafit.objective import LOSS_TOLERANCE, choose_probe
+from lorafit.objective import choose_probe
+from lorafit.ops.distance import ROUNDING, logits_distance
 from lorafit.ops.rng import preserved_rng
 from lorafit.train.heaviest import fill_rows, heaviest_shapes
 from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory
@@ -170,17 +171,17 @@ class Rehearsal:
     def _fastest_attention(self, budget: int) -> str:
         """The fastest candidate on one typical micro-batch; eager, which every model has, where none is left.
 
-        Left out is what the model does not support, what gives another loss than eager attention, and, when packing,
+        Left out is what the model does not support, what gives other logits than eager attention, and, when packing,
         what lets documents of a row see each other.
         """
         rates: dict[str, float] = {}
-        expected = self._probe_loss("eager")
+        expected = self._probe("eager")
         for name in _attention_candidates(self.device):
             try:
                 self.set_attention(name)
-                loss = self._probe_loss(name)
-                if abs(loss - expected) > LOSS_TOLERANCE[self.objective.autocast_dtype] * max(abs(expected), 1.0):
-                    self.reporter.warn(f"{name} attention gives a loss of {loss:.6g}, eager {expected:.6g}: left out")
+                distance = logits_distance(expected, self._probe(name))
+                if not distance <= ROUNDING[self.objective.autocast_dtype]:
+                    self.reporter.warn(f"{name} attention is left out: its logits are {distance:.2g} from eager's")
                     continue
                 rates[name] = self._rate(budget)
             except (ValueError, ImportError):
@@ -194,13 +195,13 @@ class Rehearsal:
         self.measured["attention_tokens_per_second"] = {name: round(rate, 1) for name, rate in rates.items()}
         return max(rates, key=lambda name: rates[name], default="eager")
 
-    def _probe_loss(self, attention: str) -> float:
-        """Loss of one row, summed over its labels, in eval mode."""
+    @torch.no_grad()
+    def _probe(self, attention: str) -> torch.Tensor:
+        """Logits of one row, [labels, vocabulary], in eval mode."""
         self.objective.base.set_attn_implementation(attention)
         row = choose_probe(self.examples.lengths, most_tokens=_PROBE_TOKENS)
-        batch = collate([self.examples[row]], self.pad_id).to(self.device)
         self.objective.eval()
-        return float(self.objective.score(batch)[0].sum(dtype=torch.float64))
+        return self.objective.labelled_logits(collate([self.examples[row]], self.pad_id).to(self.device))
 
     def _fastest_budget(self, least: int, most: int, checkpointing: bool, until: float) -> int:
         """Doubles the budget while that pays; the smallest within 3 % of the fastest.

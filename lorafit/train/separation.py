@@ -22,6 +22,7 @@ import torch
 from lorafit.contracts import Batch, Example
 from lorafit.data.packing import collate_packed
 from lorafit.errors import NumericsError
+from lorafit.ops.distance import ROUNDING, logits_distance
 from lorafit.ops.rng import preserved_rng
 from lorafit.train.out_of_memory import is_out_of_memory
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 _DOCUMENT_TOKENS = 48
-_TOLERANCE = {None: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of the logits' spread: rounding by shape
 
 
 def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int, *, one_row: bool) -> None:
@@ -82,10 +82,10 @@ def _find_fault(objective: Objective, first: Example, second: Example, pad_id: i
         if is_out_of_memory(error):
             raise
         return f"it does not run on packed rows ({type(error).__name__})"
-    tolerance = _TOLERANCE[objective.autocast_dtype]
-    if bool(gradient.count_nonzero()) or not _distance(behind, moved) <= tolerance:
+    tolerance = ROUNDING[objective.autocast_dtype]
+    if bool(gradient.count_nonzero()) or not logits_distance(behind, moved) <= tolerance:
         return "its documents see each other in a row (a state is carried on, or no mask made of their positions)"
-    if not _distance(behind, alone) <= tolerance:
+    if not logits_distance(behind, alone) <= tolerance:
         return "a document gives other logits there than alone (its positions do not begin anew)"
     return ""
 
@@ -105,13 +105,6 @@ def _gradient_at(objective: Objective, batch: Batch) -> torch.Tensor:
     finally:
         handle.remove()
     return torch.autograd.grad(loss_sum, leaves[0])[0][0]
-
-
-def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Root mean square of the difference, in units of the logits' own spread over the vocabulary."""
-    ours, theirs = ours.double(), theirs.double()
-    spread = (ours - ours.mean(-1, keepdim=True)).square().mean()
-    return float(((ours - theirs).square().mean() / spread).sqrt())
 
 
 def _attends_to_whole_rows(objective: Objective) -> bool:

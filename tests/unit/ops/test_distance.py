@@ -1,0 +1,19 @@
+"""A distance of logits in units of their own spread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorafit.ops.distance import ROUNDING, logits_distance
+
+
+def test_it_is_relative_and_sees_what_is_not_rounding() -> None:
+    torch.manual_seed(0)
+    logits = 7.0 * torch.randn(40, 300) + 100.0
+    assert logits_distance(logits, logits) == 0.0
+    assert logits_distance(logits, logits + 0.7 * torch.randn(40, 300)) == pytest.approx(0.1, rel=0.05)
+    assert logits_distance(3 * logits, 3 * (logits + 0.7)) == pytest.approx(0.1, rel=0.05)  # shifted for all tokens
+    assert logits_distance(logits, logits[torch.randperm(40)]) > 1.0
+    assert logits_distance(logits, logits.bfloat16()) < ROUNDING[torch.bfloat16]
+    assert not logits_distance(logits, logits * float("nan")) <= 1.0
