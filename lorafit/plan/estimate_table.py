@@ -244,7 +244,7 @@ def _largest(found: Largest, what: str, least: str) -> str:
     if found.value is None:
         return f"not even {least.format(f'{found.least:,}')}"
     other = f"; {found.other:,} with it {'off' if found.checkpointing else 'on'}" if found.other is not None else ""
-    bound = f"; {found.bound} stop it" if found.bound else ""
+    bound = f"; bounded by {found.bound}" if found.bound else ""
     return f"{found.value:,} {what}, checkpointing {'on' if found.checkpointing else 'off'}{other}{bound}"
 
 
