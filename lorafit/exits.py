@@ -17,6 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -100,6 +101,8 @@ def _os_error(error: OSError) -> LorafitError | None:
         return UsageError("file name too long", file=file and f"{file[:60]}…", todo="choose a shorter name")
     if error.errno in (errno.EACCES, errno.EPERM):
         return UsageError("permission denied", file=file, todo="change its permissions or choose another path")
+    if file is not None and error.errno == errno.ENOENT and not Path(file).absolute().parent.is_dir():
+        return ResourceError("its folder disappeared", file=file, todo="was it removed? start again")
     if error.errno in DISK_ERRORS:
         return ResourceError(
             DISK_ERRORS[error.errno], file=file, todo="free or change the disk; what was saved before is intact"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import CheckpointError, ResourceError, UsageError
+from lorafit.errors import CheckpointError, LorafitError, ResourceError, UsageError
 
 MANIFEST = "MANIFEST"
 TEMPORARY_PREFIX = ".tmp-"
@@ -51,6 +51,19 @@ def disk_errors(path: Path) -> Iterator[None]:
                 todo="free or change the disk; what was saved before is intact",
             ) from error
         raise
+
+
+def _disappeared(path: Path, made: Path, error: BaseException) -> ResourceError | None:
+    """The error where somebody removed a folder that was `made` to write in; None where another thing failed."""
+    missing = str(error.filename) if isinstance(error, FileNotFoundError) else ""
+    is_gone = not made.is_dir() or missing.startswith(str(_temporary(path)))
+    if isinstance(error, LorafitError) or not isinstance(error, Exception) or not is_gone:
+        return None
+    return ResourceError(
+        "disappeared while it was written",
+        file=str(path),
+        todo="was its folder removed? leave it alone and start again",
+    )
 
 
 def hash_file(path: Path) -> str:
@@ -97,8 +110,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
             _sync(temporary)
             temporary.replace(path)
             _sync(path.parent)
-        except BaseException:
+        except BaseException as error:
+            disappeared = _disappeared(path, path.parent, error)
             _remove(temporary)
+            if disappeared is not None:
+                raise disappeared from error
             raise
 
 
@@ -165,8 +181,11 @@ def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] 
             temporary.rename(path)
             _sync(path.parent)
             _remove(aside)
-        except BaseException:
+        except BaseException as error:
+            disappeared = _disappeared(path, temporary, error)
             _remove(temporary)
+            if disappeared is not None:
+                raise disappeared from error
             raise
 
 
@@ -214,6 +233,16 @@ class RunDir:
     def result(self) -> Path:
         """How training ended: steps, best evaluation, time, memory as estimated and as measured."""
         return self.root / "result.json"
+
+    @property
+    def profile(self) -> Path:
+        """Where the steps' time went, as a table."""
+        return self.root / "profile.txt"
+
+    @property
+    def trace(self) -> Path:
+        """Every operation of a few steps, for a trace viewer."""
+        return self.root / "trace.json.gz"
 
     @property
     def quantization(self) -> Path:
