@@ -13,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from tiny_run import PAD, VOCABULARY, Job, Rows, TinyPlan
 
-from lorafit.data.packing import MicroBatch, collate_packed, cut_packed
+from lorafit.data.packing import Cutter, MicroBatch, collate_packed, cut_packed
 from lorafit.errors import NumericsError
 from lorafit.objective import Objective
 from lorafit.ops.masks import block_diagonal_mask
@@ -103,12 +103,13 @@ def test_packed_is_unpacked_and_cut_is_uncut(kind: str, attention: str, checkpoi
     same(gradients(objective, [[[row] for row in range(16)]], rows), alone)  # one padded micro-batch
 
 
-def test_eager_is_sdpa_on_packed_rows() -> None:
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_eager_is_sdpa(kind: str, packing: bool) -> None:
     rows, found = Rows(16), []
+    parts = Cutter(rows, PAD, packing).cut(range(16), 160)
     for attention in ("eager", "sdpa"):
-        found.append(
-            gradients(build("llama", attention), cut_packed(range(16), rows.lengths, 160, one_row=False), rows)
-        )
+        found.append(gradients(build(kind, attention), parts, rows))
     same(found[0], found[1])
 
 
