@@ -23,6 +23,7 @@ from lorafit.kinds.metrics import metrics
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.ops.rng import capture_rng, preserved_rng, restore_rng
 from lorafit.train.checkpoint import ADAPTER_FOLDER, Checkpoint, CheckpointStore, Environment, write_state
+from lorafit.train.feed import StepFeed
 from lorafit.train.metrics_log import MetricsLog
 from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory
 from lorafit.train.progress import StepProgress, peak_memory_bytes, peak_reserved_bytes
@@ -116,6 +117,7 @@ class Trainer:
         self.environment = Environment.here(accelerator.device.type, accelerator.num_processes)
         self.trackers = Trackers(accelerator, reporter)
         self.signals = StopSignals()
+        self.feed = StepFeed(self._micro_batches, plan.total_steps)
         self.edge_rng = capture_rng()
         self.saved_step: int | None = None
 
@@ -153,7 +155,7 @@ class Trainer:
         )
         self.objective.train()
         if not was_complete:
-            with self.signals, progress:
+            with self.signals, progress, self.feed:
                 try:
                     self._finish_edge(state)
                     while not state.is_complete(self.plan.total_steps):
@@ -228,7 +230,7 @@ class Trainer:
         """Gradients of the step's rows, over micro-batches and ranks; with smaller micro-batches if memory runs out."""
         while True:
             budget = state.token_budget(self.resolved.micro_batch_tokens)
-            batches = self._micro_batches(rows, budget)
+            batches = self.feed.take(step, budget)
             try:
                 figures, sums = accumulate_gradients(
                     self.objective, batches, self.accelerator, self.scaler, self._check_signals_of_this_rank
@@ -264,9 +266,9 @@ class Trainer:
         )
         return None if is_overflow else float(norm)
 
-    def _micro_batches(self, rows: Sequence[int], token_budget: int) -> list[Batch]:
-        """This rank's micro-batches of a step, on the CPU."""
-        cut = self.cutter.cut(rows, token_budget)
+    def _micro_batches(self, step: int, token_budget: int) -> list[Batch]:
+        """This rank's micro-batches of a step, on the CPU; a pure function."""
+        cut = self.cutter.cut(self.step_rows.rows(step)[1], token_budget)
         share = cut[self.accelerator.process_index :: self.accelerator.num_processes]
         return [self.cutter.collate(part) for part in share]
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
+from tiny_run import Job, Rows, TinyPlan
 
+from lorafit.contracts import Example
+from lorafit.data.packing import Cutter
 from lorafit.errors import DataError
 from lorafit.train.feed import StepFeed
+from lorafit.train.state import TrainState
 
 
 def threads() -> list[str]:
@@ -76,3 +81,35 @@ def test_a_stop_waits_for_what_is_being_built() -> None:
         raise KeyboardInterrupt
     assert (2, 64, True) in builder.built
     assert threads() == []
+
+
+class TornRows(Rows):
+    """Row 30 cannot be read."""
+
+    def __getitem__(self, index: int) -> Example:
+        if index == 30:
+            raise DataError("cannot be read", file="rows.jsonl", line=31)
+        return super().__getitem__(index)
+
+
+def test_training_ends_at_the_step_of_the_row_that_cannot_be_read(tmp_path: Path) -> None:
+    job = Job(tmp_path, rows=TornRows(44), batch_size=4, plan=TinyPlan(total_steps=11, save_every_steps=100))
+    trainer = job.trainer()
+    bad_step = next(step for step in range(1, 12) if 30 in trainer.step_rows.rows(step)[1])
+    assert bad_step > 2
+    with pytest.raises(DataError) as caught:
+        trainer.fit(TrainState())
+    assert (caught.value.file, caught.value.line) == ("rows.jsonl", 31)
+    assert [line["step"] for line in job.lines()] == list(range(1, bad_step))
+    assert threads() == []
+
+
+def test_all_steps_but_the_first_are_built_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(tmp_path, plan=TinyPlan(total_steps=4))
+    builders: list[str] = []
+    real = Cutter.cut
+    watched = lambda *given: builders.append(threading.current_thread().name) or real(*given)  # noqa: E731
+    monkeypatch.setattr(Cutter, "cut", watched)
+    job.trainer().fit(TrainState())
+    assert builders[0] == "MainThread" and all(name.startswith("lorafit-feed") for name in builders[1:])
+    assert len(builders) == 4 and threads() == []

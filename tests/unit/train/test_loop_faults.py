@@ -24,18 +24,18 @@ from lorafit.train.step import accumulate_gradients
 
 def poison_loss(trainer: Any, value: float, from_step: int) -> None:
     """Multiplies the loss of that step and later ones."""
-    rows, inner = trainer.step_rows.rows, trainer.objective.forward
+    take, inner = trainer.feed.take, trainer.objective.forward
     current = {"step": 0}
 
-    def counting(step: int) -> Any:
+    def counting(step: int, budget: int) -> Any:
         current["step"] = step
-        return rows(step)
+        return take(step, budget)
 
     def forward(batch: Any) -> Any:
         loss_sum, weight, aux = inner(batch)
         return (loss_sum * value if current["step"] >= from_step else loss_sum), weight, aux
 
-    trainer.step_rows.rows, trainer.objective.forward = counting, forward
+    trainer.feed.take, trainer.objective.forward = counting, forward
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

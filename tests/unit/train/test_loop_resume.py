@@ -24,14 +24,13 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def stop_at(trainer: Any, *, step: int, micro_batch: int) -> None:
     """Sends this process a SIGTERM behind that micro-batch of that step."""
     seen = {"rows": 0}
-    rows = trainer.step_rows.rows
+    take, inner = trainer.feed.take, trainer.objective.forward
 
-    def counting(number: int) -> Any:
+    def counting(number: int, budget: int) -> Any:
         seen["step"], seen["rows"] = number, 0
-        return rows(number)
+        return take(number, budget)
 
-    trainer.step_rows.rows = counting
-    inner = trainer.objective.forward
+    trainer.feed.take = counting
 
     def forward(batch: Any) -> Any:
         seen["rows"] += 1

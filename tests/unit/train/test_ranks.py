@@ -27,7 +27,7 @@ from lorafit.train.state import TrainState
 
 whole = Job(Path({root!r}) / "two")
 trainer = whole.trainer()
-counts = [len(trainer._micro_batches(trainer.step_rows.rows(step)[1], whole.budget)) for step in range(1, 9)]
+counts = [len(trainer._micro_batches(step, whole.budget)) for step in range(1, 9)]
 say = Path({root!r}, "rank" + os.environ["RANK"])
 say.write_text(str(counts))
 trainer.fit(TrainState())
