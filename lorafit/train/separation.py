@@ -53,9 +53,10 @@ def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int,
             break
         objective.masks_documents = with_mask
         with preserved_rng(), _in_eval_mode(objective):
-            fault = _find_fault(objective, first, second, pad_id, one_row)
-        if not fault:
+            found = _find_fault(objective, first, second, pad_id, one_row)
+        if not found:
             return
+        fault = fault or found
     config = objective.base.config
     raise NumericsError(
         f"{config.model_type} cannot be packed with {config._attn_implementation} attention: {fault}",
