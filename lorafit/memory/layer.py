@@ -16,92 +16,11 @@ transformers 5 and tuners/lora/layer.py of PEFT 0.21 for what is called in which
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
-from lorafit.shapes import LinearShape, ModelShape
-
-
-@dataclass(frozen=True, slots=True)
-class Numerics:
-    """How a training stack computes; the defaults are lorafit's own: bf16 autocast over fp32 adapters.
-
-    Attributes:
-        stream_bytes: Of the residual stream, a value.
-        compute_bytes: Of the operands of matrix products.
-        adapter_bytes: Of adapter weights.
-        autocast: Whether torch's autocast is on.
-        device_kind: `cpu` or `cuda`: a CPU keeps a dropout mask in the input's dtype, a GPU one byte a value.
-        casts_adapter_inputs: PEFT's default, which lorafit's objective turns off under autocast: an adapter's input is
-            cast
-            to the adapter's dtype before autocast casts it down again.
-        keeps_inputs: Every linear keeps its input: full fine-tuning, and LLM.int8().
-        leaks_inputs: And out of checkpointing's reach: LLM.int8().
-        offloads_layer_inputs: Checkpointed layer inputs wait in host memory.
-        trains_a: Whether the adapters' A is trained; a frozen one (LoRA-FA) keeps nothing of its input.
-        fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
-        widens: What autocast computes in fp32 (LayerNorm, pow) goes on in fp32; lorafit's objective casts it back.
-    """
-
-    stream_bytes: int = 2
-    compute_bytes: int = 2
-    adapter_bytes: int = 4
-    autocast: bool = True
-    device_kind: str = "cuda"
-    casts_adapter_inputs: bool = False
-    keeps_inputs: bool = False
-    leaks_inputs: bool = False
-    offloads_layer_inputs: bool = False
-    trains_a: bool = True
-    fused_norm: bool = False
-    widens: bool = False
-
-    @property
-    def wide_on_gpu(self) -> bool:
-        """Whether autocast computes pow and LayerNorm in fp32 (CUDA's list has them, the CPU's has not)."""
-        return self.autocast and self.device_kind != "cpu"
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One micro-batch in one layer.
-
-    Attributes:
-        row_tokens: Padded length of a row: what eager attention grows with.
-        adapted: The linears that carry an adapter.
-        rank: Width of the adapters' bottleneck.
-        dropout: On the adapters' inputs.
-        attention: `eager`, or anything that keeps no scores.
-        dequantised_bytes: Bytes of the dequantised copy of one linear's weight; 0 where weights are plain.
-    """
-
-    row_tokens: int
-    adapted: tuple[LinearShape, ...]
-    rank: int
-    dropout: float
-    attention: str
-    dequantised_bytes: Callable[[LinearShape], int]
-    numerics: Numerics = Numerics()
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Something alive only for a moment: bytes a token, and bytes that do not grow with tokens (a dequantised
-    weight)."""
-
-    phase: str
-    token_bytes: float
-    fixed_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One step of a layer: what it keeps for the backward pass, and its moments."""
-
-    name: str
-    kept: float
-    moments: tuple[Moment, ...] = ()
+from lorafit.memory.linear import linear_operation, own_copy_bytes
+from lorafit.memory.work import Moment, Numerics, Operation, Work
+from lorafit.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +115,10 @@ def _norm(name: str, shape: ModelShape, n: Numerics) -> Operation:
     if shape.norm == "layer":
         kept = hidden * (4 if n.wide_on_gpu else n.stream_bytes) + 8
         return Operation(name, kept, (Moment("forward", 4 * hidden), Moment("backward", 8 * hidden)))
+    if _fuses_norm(shape, n):  # its own cast, and the gradient's beside it, in fp32
+        narrow = n.compute_bytes * hidden
+        moments = (Moment("forward", 4 * hidden + narrow), Moment("backward", 8 * hidden + narrow))
+        return Operation(name, hidden * n.stream_bytes + 4, moments)
     if n.fused_norm:
         kept = hidden * n.stream_bytes + 4
         return Operation(name, kept, (Moment("backward", 2 * n.stream_bytes * hidden),))
@@ -203,56 +126,8 @@ def _norm(name: str, shape: ModelShape, n: Numerics) -> Operation:
     return Operation(name, 4 * hidden + 4, moments)
 
 
-def _adapter_reads(work: Work, input_bytes: int) -> int:
-    """Bytes of a value of what an adapter gets: its input, or PEFT's cast of it."""
-    n = work.numerics
-    return n.adapter_bytes if n.casts_adapter_inputs or not n.autocast else input_bytes
-
-
-def _own_copy_bytes(work: Work, input_bytes: int) -> int:
-    """Bytes of a value of the tensor that A multiplies and keeps; 0 where that is the block's shared input itself."""
-    n, reads = work.numerics, _adapter_reads(work, input_bytes)
-    if not n.trains_a:
-        return 0
-    multiplied = n.compute_bytes if n.autocast else reads
-    return multiplied if work.dropout > 0 or multiplied != input_bytes or reads != input_bytes else 0
-
-
-def _linear(
-    linear: LinearShape, work: Work, *, input_bytes: int, alive: float, ends_block: bool = False, freed: float = 0.0
-) -> Operation:
-    """One linear with its adapter: y = W x + s·B·A·dropout(x).
-
-    Kept for an adapter: what A multiplies, where that is no tensor that others keep; the dropout mask; A's result
-    [rank]. A frozen W keeps nothing of x. Forward: casts and dropout's result beside W's result, then B's result,
-    scaled, and the sum. Backward: the same casts as gradients, with A's input gone; and for W the gradients of both
-    paths and their sum, beside W dequantised. What ends a block gets the stream's own gradient, which is counted
-    there; `freed` is kept input that is gone once A's gradient is known.
-    """
-    n, width_in, width_out = work.numerics, linear.in_features, linear.out_features
-    c, result, weight = n.compute_bytes, n.compute_bytes * linear.out_features, work.dequantised_bytes(linear)
-    arriving = 0 if ends_block else result
-    if linear not in work.adapted:
-        plain = (Moment("forward", alive + result, weight), Moment("backward", arriving + c * width_in, weight))
-        return Operation(linear.name, 0.0, plain)
-    reads, copy = _adapter_reads(work, input_bytes), _own_copy_bytes(work, input_bytes)
-    mask = (reads if n.device_kind == "cpu" else 1) if work.dropout > 0 else 0
-    stages = [reads] * ((reads != input_bytes) + (work.dropout > 0))  # cast, dropout
-    if n.autocast and reads != c:
-        stages.append(c)
-    wide = max(sum(stages) - copy, 0)  # the last of them is the copy that stays
-    steps = [c if n.autocast else reads, *reversed(stages), input_bytes]  # widths of the gradient on its way back
-    returns = max(max(x + y for x, y in pairwise(steps)) - copy, 0) if len(stages) else steps[0]
-    low = c if n.autocast else n.adapter_bytes
-    kept = (copy + mask) * width_in + low * work.rank
-    moments = (
-        Moment("forward", alive + result - kept, weight),  # W comes first, when the adapter has kept nothing yet
-        Moment("forward", alive + result + wide * width_in),
-        Moment("forward", alive + result + 2 * low * width_out + (reads * width_in if reads != input_bytes else 0)),
-        Moment("backward", arriving + returns * width_in),
-        Moment("backward", arriving + (3 * c - copy - mask) * width_in - freed, weight),
-    )
-    return Operation(linear.name, kept, moments)
+def _fuses_norm(shape: ModelShape, n: Numerics) -> bool:
+    return n.fused and shape.norm == "rms" and shape.plain_norm
 
 
 def _inputs(shape: ModelShape, work: Work, roles: tuple[str, ...]) -> list[Operation]:
@@ -261,10 +136,10 @@ def _inputs(shape: ModelShape, work: Work, roles: tuple[str, ...]) -> list[Opera
     linears = [linear for linear in shape.linears if linear.role in roles]
     width = _norm_out_bytes(shape, n)
     shared = n.keeps_inputs or (
-        n.trains_a and any(x in work.adapted for x in linears) and not _own_copy_bytes(work, width)
+        n.trains_a and any(x in work.adapted for x in linears) and not own_copy_bytes(work, width)
     )
     for number, linear in enumerate(linears):
-        operation = _linear(linear, work, input_bytes=width, alive=waiting)
+        operation = linear_operation(linear, work, input_bytes=width, alive=waiting)
         if shared and number == 0:  # the norm's output itself is kept, once for all
             operation = replace(operation, kept=operation.kept + linear.in_features * width)
         waiting += linear.out_features * n.compute_bytes
@@ -278,9 +153,9 @@ def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
     width = n.compute_bytes if role == "o" else _product_bytes(shape, n)
     for linear in (linear for linear in shape.linears if linear.role == role):
         kept_anyway = role == "o" or shape.activation == "relu"  # attention keeps its result, and so does relu
-        shared = n.keeps_inputs or (n.trains_a and linear in work.adapted and not _own_copy_bytes(work, width))
+        shared = n.keeps_inputs or (n.trains_a and linear in work.adapted and not own_copy_bytes(work, width))
         held = 0 if kept_anyway else linear.in_features * width
-        operation = _linear(
+        operation = linear_operation(
             linear,
             work,
             input_bytes=width,
@@ -294,7 +169,7 @@ def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
 
 def _norm_keeps_stream(shape: ModelShape, n: Numerics) -> bool:
     """Whether what a norm keeps is the stream's own tensor, and no cast of it."""
-    return n.fused_norm or (n.stream_bytes == 4 if shape.norm == "rms" else not n.wide_on_gpu)
+    return n.fused_norm or _fuses_norm(shape, n) or (n.stream_bytes == 4 if shape.norm == "rms" else not n.wide_on_gpu)
 
 
 def _norm_out_bytes(shape: ModelShape, n: Numerics) -> int:
@@ -315,7 +190,7 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
     c, q_width, kv_width = n.compute_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     operations = []
     if shape.qk_norm:
-        wide = 4 * (q_width + kv_width)
+        wide = (c if _fuses_norm(shape, n) else 4) * (q_width + kv_width)
         operations.append(
             Operation("query and key norm", wide, (Moment("forward", 6 * q_width), Moment("backward", 16 * q_width)))
         )
@@ -355,7 +230,9 @@ def _activation(shape: ModelShape, work: Work) -> list[Operation]:
     inner = sum(linear.in_features for linear in shape.linears if linear.role == "down")
     if not inner:
         return found
-    if shape.gated_mlp:  # act keeps its input, act·up keeps both factors
+    if shape.gated_mlp and n.fused and _fuses_gate(shape):  # its two factors; both gradients and two on the way
+        kept, backward = 2 * c * inner, 4 * c * inner
+    elif shape.gated_mlp:  # act keeps its input, act·up keeps both factors
         kept, backward = 3 * c * inner, 3 * c * inner
     elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one
         kept = (4 + 4 + 4 + c if n.wide_on_gpu else 4 * c) * inner
@@ -364,6 +241,11 @@ def _activation(shape: ModelShape, work: Work) -> list[Operation]:
         kept, backward = c * inner, 2 * c * inner
     found.append(Operation("activation", kept, (Moment("forward", c * inner), Moment("backward", backward))))
     return found
+
+
+def _fuses_gate(shape: ModelShape) -> bool:
+    """silu between a gate and an up projection of their own."""
+    return shape.activation == "silu" and {"gate", "up"} <= {linear.role for linear in shape.linears}
 
 
 def _experts(shape: ModelShape, c: int) -> Operation:

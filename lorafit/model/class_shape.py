@@ -94,6 +94,7 @@ def read_class_shape(config: Mapping[str, Any]) -> ModelShape:
         experts=int(getattr(text, "num_local_experts", None) or getattr(text, "num_experts", 0) or 0) if experts else 0,
         experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 2) if experts else 0,
         expert_size=int(getattr(text, "moe_intermediate_size", None) or text.intermediate_size) if experts else 0,
+        plain_norm=not kind.startswith("gemma"),
         quantizable=_is_quantizable(model),
         plain_head=getattr(text, "final_logit_softcapping", None) is None,
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
@@ -124,7 +125,7 @@ def _layer_linears(model: nn.Module, apart: set[int]) -> tuple[LinearShape, ...]
     )
 
 
-def _is_quantizable(model: nn.Module) -> bool:
+def _is_quantizable(model: Any) -> bool:
     """transformers replaces `Linear` and `Conv1D` themselves, and no class derived from them."""
     import torch
 

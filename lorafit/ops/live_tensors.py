@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PHASES = ("forward", "loss", "backward", "update")
+_MODULE = "lorafit.module"  # key in an autograd node's metadata
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class LivePeak:
     phases: dict[str, int]
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that counts. `peak_bytes` is the most that was alive at once since it was made.
 
     Args:
@@ -63,7 +63,7 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self, rounding_bytes: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self.phase = ""
@@ -123,7 +123,11 @@ class LiveTensors(TorchDispatchMode):
             recomputing = "recomputing " if self.phase == "backward" else ""
             return f"{operation} in {recomputing}{self.modules[-1]}"
         node = torch._C._current_autograd_node() if self.phase == "backward" else None
-        return f"{operation} in {node.name()}" if node is not None else str(operation)
+        if node is None:
+            return str(operation)
+        metadata: Any = node.metadata
+        module = metadata.get(_MODULE)
+        return f"{operation} in " + (f"the backward of {module}" if module else node.name())
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         result = self.call(function, arguments, options or {})
@@ -172,9 +176,12 @@ def watching(live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer
         elif module is objective:
             live.phase = "forward"
 
-    def leave(module: torch.nn.Module, _: Any, __: Any) -> None:
+    def leave(module: torch.nn.Module, _: Any, output: Any) -> None:
         if id(module) in names:
-            live.modules.pop()
+            name = live.modules.pop()
+            node = getattr(output, "grad_fn", None)
+            if node is not None:
+                node.metadata.setdefault(_MODULE, name)  # the innermost module leaves first
         if module is objective:
             live.phase = "backward"
         elif module is backbone:

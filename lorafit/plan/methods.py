@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import labels_of
 from lorafit.memory.estimate import ALLOCATOR_FACTOR, CONTEXT_BYTES, loss_bytes, step_phases
-from lorafit.memory.layer import Numerics, Work
+from lorafit.memory.work import Numerics, Work
 from lorafit.plan.question import DTYPE_BYTES, MemoryQuestion
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def full_fine_tuning(question: MemoryQuestion, dtype: str, tokens: int, checkpoi
         autocast=False,
         device_kind="cpu" if question.device_kind == "cpu" else "cuda",
         keeps_inputs=True,
+        fused=False,
     )
     work = Work(question.longest_tokens, (), 0, 0.0, question.attention, lambda _: 0, numerics)
     labels = labels_of(tokens, question.longest_tokens, question.longest_trained_tokens)

@@ -17,6 +17,7 @@ from lorafit.contracts import Batch
 from lorafit.dryrun import DryRun, ExactEstimate
 from lorafit.errors import ModelError
 from lorafit.kinds.optimizers import optimizers
+from lorafit.model.fuse import fuse_layers
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model_shapes import known_config, read_shape
 from lorafit.objective import Objective
@@ -55,6 +56,7 @@ def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: boo
     base = build(config, recipe.model.quantization.kind, dtype, question.attention)
     base.is_loaded_in_4bit = recipe.model.quantization.kind == "nf4"
     model = attach_adapter(base, recipe.adapter, 0)
+    fuse_layers(model)
     enable_checkpointing(model, checkpointing)
     objective = Objective(model, autocast_dtype=None if fp32 else dtype, exact=not question.shape.plain_head)
     objective.train()

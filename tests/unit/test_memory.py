@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from live_tensors import LiveTensors
 
 from lorafit.contracts import Batch
 from lorafit.kinds.adapters import adapters
@@ -16,8 +15,10 @@ from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import MemoryEstimate, estimate, fits, labels_of
 from lorafit.memory.estimate import LOGITS_CHUNK_BYTES
+from lorafit.model.fuse import fuse_layers
 from lorafit.model_shapes import known_config, read_shape
 from lorafit.objective import Objective
+from lorafit.ops.live_tensors import LiveTensors, quantization_tensors
 
 SIZES = {
     "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
@@ -86,12 +87,6 @@ def quantize(module: torch.nn.Module) -> None:
             quantize(child)
 
 
-def quantization_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
-    nested = [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
-    return [t for t in nested if t is not None]
-
-
 def measure_and_estimate(
     config: dict[str, Any],
     *,
@@ -112,6 +107,7 @@ def measure_and_estimate(
     section = adapter.section(r=r, dropout=dropout, target_modules=targets)
     names = sorted({linear.name for linear in adapter.targets(section, shape)})
     model = adapter.build(section, build(config, quantization, dtype, attention), names, 0)
+    fuse_layers(model)
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.get_base_model().enable_input_require_grads()
@@ -236,7 +232,7 @@ def test_the_chunk_is_the_objectives() -> None:
 
 def test_every_switch_moves_the_estimate_the_way_it_should() -> None:
     plain = ask().tensor_bytes
-    assert ask(gradient_checkpointing=False).tensor_bytes > 2 * plain
+    assert ask(gradient_checkpointing=False).tensor_bytes > 1.8 * plain
     assert ask(tokens=2048).tensor_bytes > plain
     assert ask(r=64).tensor_bytes > plain
     assert ask(targets=["q_proj", "v_proj"]).tensor_bytes < plain
