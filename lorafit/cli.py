@@ -142,6 +142,9 @@ def train(
     measure_memory: Annotated[
         bool, typer.Option("--measure-memory", help="Count live tensors in every step: slower, and exact.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write where the time goes into the run folder: a table and a trace.")
+    ] = False,
 ) -> None:
     """Plan, check, train and save."""
     from lorafit import pipeline
@@ -156,6 +159,7 @@ def train(
         dry_run=dry_run,
         allow_inexact=allow_inexact,
         measure_memory=measure_memory,
+        profile=profile,
         reporter=session.reporter,
     )
     session.result(result)

@@ -103,6 +103,7 @@ def train(
     dry_run: bool = False,
     allow_inexact: bool = False,
     measure_memory: bool = False,
+    profile: bool = False,
     reporter: Reporter | None = None,
 ) -> Trained:
     """Plans, checks, trains and saves a run; or goes on with one.
@@ -117,6 +118,7 @@ def train(
         dry_run: Stop before the weights are loaded.
         allow_inexact: Resume on another kind of device or number of processes.
         measure_memory: Count live tensors in every step, which makes each slower.
+        profile: Write where the steps' time goes into the run folder.
         reporter: Gets progress and warnings; silent where None.
     """
     from lorafit.plan import ResolvedPlan, plan, require_fit
@@ -143,7 +145,13 @@ def train(
     from lorafit.training import Training
 
     training = Training(
-        job, run, the_plan, reporter, resume_command=f"{command} --resume", counts_memory=measure_memory
+        job,
+        run,
+        the_plan,
+        reporter,
+        resume_command=f"{command} --resume",
+        counts_memory=measure_memory,
+        profiles=profile,
     )
     with claimed(run) if own_rank() == 0 else nullcontext():
         return training.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
     from lorafit.rundir import RunDir
+    from lorafit.train.speed import Speed
     from lorafit.train.state import FitResult
 
 _GIB, _MIB = 1 << 30, 1 << 20
@@ -55,6 +56,8 @@ class Trained:
     resolved: ResolvedPlan | None
     fit: FitResult | None
     estimate: MemoryEstimate | None = None
+    speed: Speed | None = None
+    profile: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """How training ended, for `result.json`: memory as estimated and as measured among it."""
@@ -66,6 +69,7 @@ class Trained:
             **asdict(self.fit),
             "estimated_tensor_bytes": self.estimate.tensor_bytes if self.estimate else None,
             "estimated_memory_bytes": self.estimate.needed_bytes if self.estimate else None,
+            "speed": self.speed.to_json() if self.speed else None,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -78,13 +82,16 @@ class Trained:
         }
 
     def render(self, console: Console) -> None:
-        """How it ended, memory beside its estimate, and what to do next."""
+        """How it ended, where the time went, memory beside its estimate, and what to do next."""
         if self.fit is None:
             console.print("dry run: nothing was loaded or written", markup=False)
             return
         fit = self.fit
         if not fit.was_complete:
-            rate = f", {fit.tokens / fit.seconds:,.0f} tokens/s" if fit.seconds else ""
+            if self.profile is not None:
+                console.print(self.profile, markup=False, highlight=False)
+                console.print(f"profile: {near(self.run.profile)}, {near(self.run.trace)}\n", markup=False)
+            rate = f": {self.speed.describe()}" if self.speed else ""
             console.print(f"trained {fit.steps} steps in {_clock(fit.seconds)}{rate}", markup=False)
             console.print(self._memory_line(fit), markup=False)
         which = f"the adapter of step {fit.adapter_step}"

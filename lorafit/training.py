@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lorafit.results import Trained
     from lorafit.train.checkpoint import Checkpoint, CheckpointStore
     from lorafit.train.loop import Trainer
-    from lorafit.train.state import TrainState
+    from lorafit.train.speed import Speed
+    from lorafit.train.state import FitResult, TrainState
 
 _SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed
 
@@ -35,6 +36,7 @@ class Training:
     reporter: Reporter
     resume_command: str
     counts_memory: bool = False
+    profiles: bool = False
 
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
@@ -89,13 +91,41 @@ class Training:
             state = trainer.restore(checkpoint, partial(load_adapter_weights, model))
         state.events += events
         trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"))
-        result = trainer.fit(state)
+        try:
+            result = trainer.fit(state)
+        finally:
+            profile = trainer.profile.finish()
         part(accelerator)
         trainer.trackers.finish()
-        trained = Trained(self.where, self.plan, resolved, result, expected)
+        speed = self._measure_speed(result, accelerator)
+        trained = Trained(self.where, self.plan, resolved, result, expected, speed, profile)
         if accelerator.is_main_process:
             write_json(self.where.result, trained.summary())
         return trained
+
+    def _measure_speed(self, fit: FitResult, accelerator: Any) -> Speed | None:
+        """The run's figures against what the machine can do."""
+        from lorafit.model.base import cache_folder
+        from lorafit.plan.flops import count_flops
+        from lorafit.train.speed import measure_speed
+
+        facts = self.job.rows.facts()
+        flops = count_flops(
+            self.job.shape,
+            adapter_parameters=self.plan.trainable_parameters,
+            tokens=fit.tokens,
+            labelled_tokens=fit.trained_tokens,
+            squared_tokens=round(facts.squared_tokens * fit.tokens / max(1, facts.tokens)),
+            checkpointing=False,
+        )
+        return measure_speed(
+            fit,
+            model_flops=flops.model_flops,
+            device=accelerator.device,
+            devices=accelerator.num_processes,
+            dtype=torch_dtype(self.plan.compute_dtype),
+            cache=cache_folder(),
+        )
 
     def _is_published(self, state: TrainState) -> bool:
         """Whether nothing is left to do: all steps taken, the last evaluation made, the adapter out."""
@@ -189,6 +219,7 @@ class Training:
         from lorafit.model.adapter import save_adapter
         from lorafit.model.inspect import summarise_quantization
         from lorafit.train.loop import Trainer
+        from lorafit.train.profile import NO_PROFILE, StepProfile
 
         job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -232,5 +263,8 @@ class Training:
             hooks=[hook] if hook is not None else [],
             estimate_bytes=estimate_bytes,
             counts_memory=self.counts_memory,
+            profile=StepProfile(self.where.profile, self.where.trace, accelerator.device)
+            if self.profiles and accelerator.is_main_process
+            else NO_PROFILE,
             resume_command=self.resume_command,
         )

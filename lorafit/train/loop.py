@@ -26,6 +26,7 @@ from lorafit.train.checkpoint import ADAPTER_FOLDER, Checkpoint, CheckpointStore
 from lorafit.train.feed import StepFeed
 from lorafit.train.metrics_log import MetricsLog
 from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory
+from lorafit.train.profile import NO_PROFILE, NoProfile
 from lorafit.train.progress import StepProgress, peak_memory_bytes, peak_reserved_bytes
 from lorafit.train.signals import StopRequested, StopSignals
 from lorafit.train.state import FitResult, TrainState
@@ -73,6 +74,7 @@ class Trainer:
         hooks: What a method does between steps.
         estimate_bytes: Estimated peak memory, shown beside the measured one.
         counts_memory: Live tensors are counted in every step, which makes each slower.
+        profile: Times the parts of a step.
         resume_command: What goes on after a stop.
     """
 
@@ -97,6 +99,7 @@ class Trainer:
         hooks: Sequence[StepHook] = (),
         estimate_bytes: int | None = None,
         counts_memory: bool = False,
+        profile: NoProfile = NO_PROFILE,
         resume_command: str = "lorafit train RECIPE --resume",
     ) -> None:
         self.objective = accelerator.prepare(objective, device_placement=[False])
@@ -106,7 +109,7 @@ class Trainer:
         self.cutter, self.save_adapter, self.evaluate = cutter, save_adapter, evaluate
         self.early_stopping, self.max_grad_norm, self.hooks = early_stopping, max_grad_norm, hooks
         self.estimate_bytes, self.resume_command = estimate_bytes, resume_command
-        self.counts_memory = counts_memory
+        self.counts_memory, self.profile = counts_memory, profile
         self.live_peak: LivePeak | None = None
 
         self.named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
@@ -159,7 +162,7 @@ class Trainer:
                 try:
                     self._finish_edge(state)
                     while not state.is_complete(self.plan.total_steps):
-                        with self._counting_memory():
+                        with self._counting_memory(), self.profile.step():
                             line = self._take_step(state)
                         progress.show(line)
                         self._finish_edge(state)
@@ -176,6 +179,7 @@ class Trainer:
             stopped_early=state.stopped_early,
             was_complete=was_complete,
             tokens=state.tokens,
+            padded_tokens=state.padded_tokens,
             trained_tokens=state.trained_tokens,
             seconds=state.seconds,
             peak_memory_bytes=peak_memory_bytes(self.accelerator.device),
@@ -203,7 +207,8 @@ class Trainer:
         epoch, rows = self.step_rows.rows(step)
         figures, batches = self._compute_gradients(state, step, rows)
         learning_rate = self.lr_at(step)
-        grad_norm = self._apply_gradients(state, step, learning_rate, batches)
+        with self.profile.phase("optimizer"):
+            grad_norm = self._apply_gradients(state, step, learning_rate, batches)
         for hook in self.hooks:
             hook.after_optimizer_step(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,6 +216,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         state.step, state.epoch = step, epoch
         state.tokens += figures.tokens
+        state.padded_tokens += figures.padded_tokens
         state.trained_tokens += figures.trained_tokens
         state.seconds += seconds
         line = {
@@ -230,10 +236,16 @@ class Trainer:
         """Gradients of the step's rows, over micro-batches and ranks; with smaller micro-batches if memory runs out."""
         while True:
             budget = state.token_budget(self.resolved.micro_batch_tokens)
-            batches = self.feed.take(step, budget)
+            with self.profile.phase("data"):
+                batches = self.feed.take(step, budget)
             try:
                 figures, sums = accumulate_gradients(
-                    self.objective, batches, self.accelerator, self.scaler, self._check_signals_of_this_rank
+                    self.objective,
+                    batches,
+                    self.accelerator,
+                    self.scaler,
+                    self._check_signals_of_this_rank,
+                    self.profile,
                 )
                 check_loss(step, figures, sums, batches, self.examples)
                 sum_gradients(self.parameters, self.accelerator)

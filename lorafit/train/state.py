@@ -36,6 +36,7 @@ class TrainState:
         step: Optimizer steps taken.
         epoch: Passes over the rows so far, e.g. 1.5.
         tokens: Real tokens seen, padding apart.
+        padded_tokens: Those and padding.
         trained_tokens: Those that carried loss.
         seconds: Time spent in steps.
         micro_batch_limit_tokens: What an out-of-memory left of the plan's token budget; None: all of it.
@@ -55,6 +56,7 @@ class TrainState:
     step: int = 0
     epoch: float = 0.0
     tokens: int = 0
+    padded_tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
     micro_batch_limit_tokens: int | None = None
@@ -147,6 +149,7 @@ class FitResult:
     stopped_early: bool
     was_complete: bool
     tokens: int
+    padded_tokens: int
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
@@ -163,6 +166,7 @@ class FitResult:
             stopped_early=state.stopped_early,
             was_complete=True,
             tokens=state.tokens,
+            padded_tokens=state.padded_tokens,
             trained_tokens=state.trained_tokens,
             seconds=state.seconds,
             peak_memory_bytes=0,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafit.errors import NumericsError
+from lorafit.train.profile import NO_PROFILE, NoProfile
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch, Examples
@@ -32,11 +33,13 @@ class StepFigures:
     Attributes:
         loss: Mean cross-entropy over the labels, in nats.
         tokens: Real tokens.
+        padded_tokens: Those and padding.
         trained_tokens: Labels.
     """
 
     loss: float
     tokens: int
+    padded_tokens: int
     trained_tokens: int
 
 
@@ -55,6 +58,7 @@ def accumulate_gradients(
     accelerator: Any,
     scaler: torch.amp.GradScaler | None,
     after_each: Callable[[], None],
+    profile: NoProfile = NO_PROFILE,
 ) -> tuple[StepFigures, list[float]]:
     """Leaves this rank's share of the step's gradient in `.grad`; the host waits for the device once, at the end.
 
@@ -63,23 +67,26 @@ def accumulate_gradients(
         batches: This rank's micro-batches, on the CPU; may be none.
         scaler: fp16's loss scale.
         after_each: Called after each micro-batch; what it raises ends the step.
+        profile: Told when forward and backward begin and end.
 
     Returns:
         The step's figures, and the loss sum of each of this rank's micro-batches.
     """
-    sizes = [float(sum(batch.weight for batch in batches)), float(sum(batch.tokens for batch in batches))]
-    weight, tokens = sum_over_ranks(sizes, accelerator)
+    sizes = [(batch.weight, batch.tokens, batch.input_ids.numel()) for batch in batches] or [(0, 0, 0)]
+    weight, tokens, padded = sum_over_ranks([float(sum(column)) for column in zip(*sizes, strict=True)], accelerator)
     losses = []
     for batch in batches:
         with accelerator.no_sync(objective):
-            loss_sum, _, _ = objective(batch.to(accelerator.device))
-            loss = loss_sum / weight
-            accelerator.backward(loss if scaler is None else scaler.scale(loss))
+            with profile.phase("forward"):
+                loss_sum, _, _ = objective(batch.to(accelerator.device))
+                loss = loss_sum / weight
+            with profile.phase("backward"):
+                accelerator.backward(loss if scaler is None else scaler.scale(loss))
         losses.append(loss_sum.detach())
         after_each()
     sums: list[float] = torch.stack(losses).double().tolist() if losses else []
     (loss_total,) = sum_over_ranks([sum(sums)], accelerator)
-    return StepFigures(loss_total / weight, int(tokens), int(weight)), sums
+    return StepFigures(loss_total / weight, int(tokens), int(padded), int(weight)), sums
 
 
 @torch.no_grad()

@@ -1,0 +1,153 @@
+"""Where a step's time goes: `lorafit train --profile`.
+
+    step 1              not counted: the libraries set themselves up
+    steps 2 and 3       every operation recorded, into a trace for Perfetto (ui.perfetto.dev) or chrome://tracing
+    the other steps     only the phases timed; shorter runs take what they have
+
+    data        waiting for the step's micro-batches (they are built while the step before runs)
+    forward     hidden states and loss, and the loss's gradient of the hidden states, which is computed there
+    backward    the rest of the gradients
+    optimizer   norm, clipping, update
+    waiting     what is left: ranks for each other, the host for the device, the log
+
+On a GPU the host waits for the device at every phase's end, so that times are the device's: a profiled run is slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorafit.rundir import atomic_file
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch.profiler import profile
+
+PHASES = ("data", "forward", "backward", "optimizer", "waiting")
+_TRACED_STEPS = (2, 3)
+_SHOWN_OPERATIONS = 15
+
+
+class NoProfile:
+    """Measures nothing."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around an optimizer step."""
+        return contextlib.nullcontext()
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Around a part of it."""
+        return contextlib.nullcontext()
+
+    def finish(self) -> str | None:
+        """Nothing to say."""
+        return None
+
+
+NO_PROFILE = NoProfile()
+
+
+class StepProfile(NoProfile):
+    """Times phases and records operations.
+
+    Args:
+        table_file: Gets the table, as text.
+        trace_file: Gets the chrome trace, `.json.gz`.
+        device: What the host waits for.
+    """
+
+    def __init__(self, table_file: Path, trace_file: Path, device: torch.device) -> None:
+        self._table_file, self._trace_file, self._device = table_file, trace_file, device
+        self._steps: list[dict[str, float]] = []
+        self._seconds: dict[str, float] = {}
+        self._operations = ""
+        self._recorder: profile | None = None
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Times a step, and records its operations where it is one of the traced ones."""
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        number = len(self._steps) + 1
+        if number == _TRACED_STEPS[0]:
+            self._recorder = self._start_recording()
+        began = self._now()
+        yield
+        seconds = self._now() - began
+        self._seconds["waiting"] = seconds - sum(self._seconds.values())
+        self._steps.append(self._seconds)
+        if number == _TRACED_STEPS[-1]:
+            self._stop_recording()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time inside to a phase of this step."""
+        with torch.profiler.record_function(f"lorafit: {name}"):
+            began = self._now()
+            yield
+            self._seconds[name] += self._now() - began
+
+    def finish(self) -> str | None:
+        """Writes the table; returns it, or None where no step was taken."""
+        self._stop_recording()
+        if not self._steps:
+            return None
+        table = self._table()
+        with atomic_file(self._table_file) as temporary:
+            temporary.write_text(table + "\n", encoding="utf-8")
+        return table
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _start_recording(self) -> profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        recorder = torch.profiler.profile(activities=activities)
+        recorder.start()
+        return recorder
+
+    def _stop_recording(self) -> None:
+        if self._recorder is None:
+            return
+        recorder, self._recorder = self._recorder, None
+        recorder.stop()
+        with atomic_file(self._trace_file) as temporary, tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "trace.json"
+            recorder.export_chrome_trace(str(plain))
+            with plain.open("rb") as source, gzip.open(temporary, "wb", compresslevel=1) as target:
+                shutil.copyfileobj(source, target)
+        kind = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        ranked = sorted(recorder.key_averages(), key=lambda event: getattr(event, kind), reverse=True)
+        operations = [event for event in ranked if not event.key.startswith("lorafit: ")]
+        total = sum(getattr(event, kind) for event in operations) or 1.0
+        self._operations = "\n".join(
+            f"{event.key[:48]:<48} {getattr(event, kind) / 1e3:>10.1f} ms {getattr(event, kind) / total:>6.1%}"
+            f" {event.count:>8} calls"
+            for event in operations[:_SHOWN_OPERATIONS]
+        )
+
+    def _table(self) -> str:
+        counted = [s for number, s in enumerate(self._steps, 1) if number > 1 and number not in _TRACED_STEPS]
+        counted = counted or self._steps[1:] or self._steps
+        mean = {name: sum(step[name] for step in counted) / len(counted) for name in PHASES}
+        whole = sum(mean.values()) or 1.0
+        lines = [f"phase       seconds a step   share   (mean of {len(counted)} steps)"]
+        lines += [f"{name:<11} {mean[name]:>14.4f} {mean[name] / whole:>7.1%}" for name in PHASES]
+        lines.append(f"{'step':<11} {whole:>14.4f}")
+        if self._operations:
+            lines += ["", f"operations of steps {_TRACED_STEPS[0]} and {_TRACED_STEPS[-1]}, their own time", ""]
+            lines += self._operations.splitlines()
+        return "\n".join(lines)
