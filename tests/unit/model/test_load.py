@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,24 @@ def test_plain_load_equals_transformers(llama: Base) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(llama.path, attn_implementation="eager")
     assert torch.equal(logits(ours), logits(theirs))
     assert not any(parameter.requires_grad for parameter in ours.parameters()) and ours.config.use_cache is False
+
+
+def test_no_compiler_is_imported_for_a_model_that_is_not_compiled(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    code = """
+        import os, sys
+        sys.path.insert(0, sys.argv[2])
+        from pathlib import Path
+        from tests.unit.model.conftest import load, lora, open_base
+        from lorafit.model.load import attach_adapter
+        attach_adapter(load(open_base(Path(sys.argv[1])), "nf4"), lora(), 0)
+        print(*(name in sys.modules for name in ("bitsandbytes", "torch._inductor.compile_fx")))
+        print("TORCHDYNAMO_DISABLE" in os.environ)
+    """
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(base), str(root)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout
+    assert said.split() == ["True", "False", "False"]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
