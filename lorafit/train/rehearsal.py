@@ -41,7 +41,7 @@ _FIRST_BUDGET_TOKENS = 256  # on a CPU, below this the weights' dequantisation o
 _SAMPLED_STEPS = 4  # typical micro-batches come from the rows of the first steps
 _MOST_SECONDS = 12.0  # no further candidate is begun after this
 _REPEATS_ON_GPU = 3
-_PROBE_TOKENS = 256  # of the row on which attention implementations must agree
+_PROBE_TOKENS = 128  # of the row on which attention implementations must agree
 
 
 @dataclass(frozen=True)

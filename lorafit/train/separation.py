@@ -29,7 +29,7 @@ from lorafit.train.out_of_memory import is_out_of_memory
 if TYPE_CHECKING:
     from lorafit.objective import Objective
 
-_DOCUMENT_TOKENS = 48
+_DOCUMENT_TOKENS = 32
 
 
 def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int, *, one_row: bool) -> None:
