@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Message
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +45,7 @@ class Validated:
 
     def line(self) -> str:
         """For people."""
-        return f"{self.loaded.file} is valid"
+        return f"{self.loaded.file} is valid (files and models are not opened: see preview, train --dry-run)"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Trained:
                 console.print(self.profile, markup=False, highlight=False)
                 console.print(f"profile: {near(self.run.profile)}, {near(self.run.trace)}\n", markup=False)
             rate = f": {self.speed.describe()}" if self.speed else ""
-            console.print(f"trained {fit.steps} steps in {_clock(fit.seconds)}{rate}", markup=False)
+            console.print(f"trained {counted(fit.steps, 'step')} in {_clock(fit.seconds)}{rate}", markup=False)
             console.print(self._memory_line(fit), markup=False)
         which = f"the adapter of step {fit.adapter_step}"
         if fit.best is not None and fit.best.step == fit.adapter_step:

@@ -36,7 +36,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"ops", "rundir", "devices", "model_shapes", "reporting"},
     {"shipped"},
     {"registry"},
-    {"errors", "shapes", "contracts", "__init__"},
+    {"errors", "shapes", "contracts", "wording", "__init__"},
 )
 LIGHT = {"__main__", "cli", *(room for floor in FLOORS[12:] for room in floor)} - {"ops"}
 HEAVY = {

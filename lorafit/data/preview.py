@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafit.contracts import Sample
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +93,8 @@ class Preview:
             _print_split(console, split, part)
         for overlap in report.overlaps:
             places = ", ".join(f"{other} = {one}" for one, other in overlap.places[:3])
-            _say(console, f"{overlap.rows} rows of {overlap.second} occur in {overlap.first} as well: {places}")
+            occurs = f"{counted(overlap.rows, 'row')} of {overlap.second} {'occurs' if overlap.rows == 1 else 'occur'}"
+            _say(console, f"{occurs} in {overlap.first} as well: {places}")
         _say(console, f"tokens that carry loss: {report.trained_share:.1%} of the training tokens")
 
 
@@ -191,7 +193,7 @@ def _say(console: Console, text: str, style: str = "") -> None:
 def _print_row(console: Console, row: PreviewRow) -> None:
     from rich.text import Text
 
-    head = f"{row.file}:{row.line}  {row.split}, {len(row.input_ids)} tokens, {row.trained_tokens} trained"
+    head = f"{row.file}:{row.line}  {row.split}, {counted(len(row.input_ids), 'token')}, {row.trained_tokens} trained"
     _say(console, head, style="bold")
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     opening, closing = ("⟦", "⟧") if _can_show(console, "⟦⟧") else ("[[", "]]")
@@ -236,12 +238,13 @@ def _source_table(console: Console, prepared: Prepared) -> Table:
 
 def _print_split(console: Console, split: str, part: SplitReport) -> None:
     share = part.trained_tokens / part.tokens
-    head = f"{split}: {part.rows} rows, {part.tokens} tokens, {share:.1%} carry loss, longest {part.longest_tokens}"
+    size = f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}"
+    head = f"{split}: {size}, {share:.1%} carry loss, longest {part.longest_tokens}"
     _say(console, head, style="bold")
     for line in draw_histogram(part.histogram, "█" if _can_show(console, "█") else "#"):
         _say(console, line)
     for what, count in sorted(part.seen.items()):
-        _say(console, f"  {what}: {count} rows")
+        _say(console, f"  {what}: {counted(count, 'row')}")
     for counts in part.sources:
         if counts.unread:
             columns = ", ".join(f"{name} ({count})" for name, count in sorted(counts.unread.items()))
@@ -254,11 +257,11 @@ def _print_split(console: Console, split: str, part: SplitReport) -> None:
 
 
 def draw_histogram(bars: tuple[Bar, ...], block: str) -> list[str]:
-    """Lines of text, one a bar: lengths from-to, rows, and a bar as long as their share of the largest."""
+    """Lines of text, one a bar that has rows: lengths from-to, rows, a bar as long as their share of the largest."""
     most = max((bar.rows for bar in bars), default=1)
     width = len(str(bars[-1].high)) if bars else 1
     lines = []
-    for bar in bars:
-        length = max(round(bar.rows / most * BAR_CHARACTERS), 1 if bar.rows else 0)
+    for bar in (bar for bar in bars if bar.rows):
+        length = max(round(bar.rows / most * BAR_CHARACTERS), 1)
         lines.append(f"  {bar.low:>{width}}-{bar.high:<{width}} {bar.rows:>7} {block * length}".rstrip())
     return lines

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from lorafit.evaluate.evaluation import Evaluation, Speed, WorstRow
 from lorafit.evaluate.statistics import Comparison
 from lorafit.rundir import RunDir, atomic_file, write_json
+from lorafit.wording import counted
 
 HEADINGS = ("metric", "base", "tuned", "difference", "95 % interval", "verdict", "rows better / worse")
 _MEBIBYTE = 1 << 20
@@ -48,8 +49,12 @@ def write_report(run: RunDir, evaluation: Evaluation, name: str = "report") -> N
 def describe(evaluation: Evaluation) -> list[str]:
     """What was evaluated, line by line."""
     about = evaluation.about
-    generated = f", {evaluation.tuned_speed.answers} answers" if evaluation.tuned_speed else ""
-    lines = [f"{len(evaluation.rows)} {about.split} rows, {evaluation.trained_tokens} trained tokens{generated}"]
+    generated = f", {counted(evaluation.tuned_speed.answers, 'answer')}" if evaluation.tuned_speed else ""
+    rows, tokens = (
+        counted(len(evaluation.rows), f"{about.split} row"),
+        counted(evaluation.trained_tokens, "trained token"),
+    )
+    lines = [f"{rows}, {tokens}{generated}"]
     if about.checkpoint_step is not None:
         lines[0] += f"; adapter of step {about.checkpoint_step}"
     if about.split == "train":
@@ -87,7 +92,7 @@ def render_markdown(evaluation: Evaluation) -> str:
     lines = [title, "", *(f"- {line.sentence}" for line in evaluation.comparisons), ""]
     lines += _markdown_table(evaluation.comparisons)
     if evaluation.retention:
-        lines += ["", f"## Retention: {evaluation.retention_rows} rows of general ability", ""]
+        lines += ["", f"## Retention: {counted(evaluation.retention_rows, 'row')} of general ability", ""]
         lines += [f"- {line}" for line in describe_retention(evaluation)]
         lines += ["", *_markdown_table(evaluation.retention)]
     lines += ["", "## What was evaluated", "", *(f"- {line}" for line in describe(evaluation))]
@@ -96,7 +101,7 @@ def render_markdown(evaluation: Evaluation) -> str:
         f"- intervals: paired bootstrap over rows, {evaluation.resamples:,} resamples, seed {evaluation.seed}, 95 %"
     )
     if evaluation.worst:
-        lines += ["", f"## The {len(evaluation.worst)} rows that the tuned model does worst on"]
+        lines += ["", f"## The {counted(len(evaluation.worst), 'row')} that the tuned model does worst on"]
     for worst in evaluation.worst:
         lines += ["", f"### {headline(worst, worst.row.file)}"]
         for name, text in texts_of(worst):
@@ -124,11 +129,11 @@ def _markdown_table(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _describe_speed(side: str, speed: Speed) -> str:
     line = (
-        f"{side} model: {speed.tokens} tokens in {speed.answers} answers, {speed.seconds:.1f} s, "
+        f"{side} model: {counted(speed.tokens, 'token')} in {counted(speed.answers, 'answer')}, {speed.seconds:.1f} s, "
         f"{speed.tokens_per_second:.1f} tokens/s"
     )
-    line += f"; {speed.cut} answers cut at the longest length" if speed.cut else ""
-    return line + (f"; {speed.no_room} prompts left no room" if speed.no_room else "")
+    line += f"; {counted(speed.cut, 'answer')} cut at the longest length" if speed.cut else ""
+    return line + (f"; {counted(speed.no_room, 'prompt')} left no room" if speed.no_room else "")
 
 
 def headline(worst: WorstRow, file: str) -> str:

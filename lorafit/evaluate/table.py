@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lorafit.evaluate.evaluation import Evaluation
 from lorafit.evaluate.report import HEADINGS, cells_of, describe, headline, texts_of
 from lorafit.evaluate.statistics import LEAST_ROWS, ROUGH_ROWS, Comparison, Verdict
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,7 +54,7 @@ def render_evaluation(
     parts: list[RenderableType] = [_draw(evaluation.comparisons, "base and tuned model on the same rows", wide=wide)]
     parts += [Text(line, style=_STYLES[verdict]) for verdict, line in _conclude(evaluation.comparisons)]
     if evaluation.retention:
-        title = f"\nretention: {evaluation.retention_rows} rows of general ability"
+        title = f"\nretention: {counted(evaluation.retention_rows, 'row')} of general ability"
         parts.append(_draw(evaluation.retention, title, wide=wide))
         parts += [
             Text(line, style=_STYLES[verdict]) for verdict, line in _conclude(evaluation.retention, _RETENTION_WORDS)
@@ -104,7 +105,7 @@ def _conclude(
         groups.setdefault((line.verdict, line.rows), []).append(line.name)
     for (verdict, rows), names in groups.items():
         said = (words or {}).get(verdict) or ("too few rows to tell" if verdict == "too few rows" else verdict)
-        number = f"{rows} row{'s' if rows != 1 else ''}"
+        number = counted(rows, "row")
         if verdict == "too few rows":
             note = f" ({number}; a verdict needs {LEAST_ROWS})"
         else:

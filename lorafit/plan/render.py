@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lorafit.devices import format_bytes
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,28 +42,38 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     )
     yield (
         "rows",
-        f"{plan.rows:,} an epoch, longest {plan.longest_tokens:,} tokens; {plan.validation_rows:,} validation rows",
+        (
+            f"{plan.rows:,} an epoch, longest {counted(plan.longest_tokens, 'token')}; "
+            f"{counted(plan.validation_rows, 'validation row')}"
+        ),
     )
     yield "tokens", f"{plan.tokens:,} an epoch, {plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
     yield (
         "steps",
-        f"{plan.total_steps:,} of {plan.batch_size} rows: {plan.epochs:g} epochs of {plan.steps_per_epoch:,} steps",
+        (
+            f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {counted(plan.epochs, 'epoch')} of "
+            f"{counted(plan.steps_per_epoch, 'step')}"
+        ),
     )
     yield (
         "learning rate",
-        f"{plan.learning_rate:g}, {plan.schedule}, {plan.warmup_steps:,} steps of warm-up; {plan.optimizer}",
+        f"{plan.learning_rate:g}, {plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up; {plan.optimizer}",
     )
     yield "micro-batch", _micro_batch(plan)
     yield "checkpointing", {True: "on", False: "off", "auto": "auto: both can fit"}[plan.gradient_checkpointing]
     yield (
         "evaluation",
-        (f"every {plan.evaluate_every_steps:,} steps" if plan.evaluate_every_steps else "none while training")
+        (_every(plan.evaluate_every_steps) if plan.evaluate_every_steps else "none while training")
         + (f"; best by {plan.select_metric}" if plan.select_metric else "; the last step is taken"),
     )
-    yield "checkpoints", f"every {plan.save_every_steps:,} steps, the last {plan.keep_last} kept"
+    yield "checkpoints", f"{_every(plan.save_every_steps)}, the last {plan.keep_last} kept"
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")
     yield "memory", _memory(plan)
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps:,} steps"
 
 
 def _micro_batch(plan: Plan) -> str:

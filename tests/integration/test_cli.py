@@ -232,6 +232,17 @@ def test_every_error_of_a_recipe_as_json(world: World) -> None:
     assert "2 errors" in outcome.json["error"]["message"]
 
 
+def test_a_valid_recipe_promises_no_more_than_was_looked_at(world: World) -> None:
+    world.recipe(("train: d.jsonl", "train: nope.jsonl"))
+    say_all(world.run("validate", "r.yaml"), 0, "r.yaml is valid", "not opened", "preview", "--dry-run")
+
+
+def test_one_is_no_plural(world: World) -> None:
+    said = world.run("train", "r.yaml", "--set", "training.max_steps=1", "--set", "training.batch_size=12")
+    say_all(said, 0, "trained 1 step in", "1 of 12 rows: 1 epoch of 1 step", "every step")
+    assert "1 steps" not in said.stdout + said.stderr and "1 epochs" not in said.stderr
+
+
 def test_a_bug_as_json(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from lorafit import pipeline
 

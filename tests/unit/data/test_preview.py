@@ -117,7 +117,7 @@ def test_the_report_is_printed(tmp_path: Path, look: Callable[..., Preview]) -> 
     assert "d.jsonl:2: bad: text: expected string" in text
     assert "d.jsonl:3: dropped:" in text
     assert "columns that are not read: label (1)" in text
-    assert "1 rows of test occur in train as well: t.jsonl:1 = d.jsonl:4" in text
+    assert "1 row of test occurs in train as well: t.jsonl:1 = d.jsonl:4" in text
     assert "tokens that carry loss:" in text
 
 
@@ -130,6 +130,8 @@ def test_histogram() -> None:
         assert len(bars) <= 12 and sum(bar.rows for bar in bars) == (2 if longest >= 1 else 0)
         assert bars[-1].low <= longest <= bars[-1].high
     assert count_lengths([]) == ()
+    assert all("#" in line for line in draw_histogram(count_lengths([1, 500]), "#"))
+    assert len(draw_histogram(count_lengths([1, 500]), "#")) == 2 < len(count_lengths([1, 500]))
     lines = draw_histogram(count_lengths([1] * 40 + [2]), "#")
     assert lines[0].endswith("#" * 40) and lines[1].endswith(" #")
 

@@ -125,7 +125,7 @@ def test_the_report_says_what_a_reader_must_know():
         assert "adapter of step 120" in text
         assert "1,000,000 of 135,000,000 parameters (0.741 %)" in text
         assert "base model: 420 tokens in 42 answers, 10.0 s, 42.0 tokens/s; 3 answers cut" in text
-        assert "1 prompts left no room" in text
+        assert "1 prompt left no room" in text
         assert "peak memory 512 MiB" in text
         assert "must_contain: 2 of 42 rows left out" in text
         assert "retention: 42 rows" in text.lower()

@@ -1,0 +1,12 @@
+"""Numbers in messages."""
+
+from __future__ import annotations
+
+
+def counted(number: float, noun: str) -> str:
+    """`1 row`, `2 rows`, `1,200 tokens`: a number with its noun, which takes an s but for 1.
+
+    Numbers that are not whole are written as short as they can be: `0.667 epochs`.
+    """
+    written = f"{number:,}" if isinstance(number, int) else f"{number:,.6g}"
+    return f"{written} {noun}{'' if number == 1 else 's'}"
