@@ -292,9 +292,9 @@ def test_every_length_gives_a_row_that_fits_or_none(name: str, train_on: Any) ->
     assert row is not None and row.cut_answer_tokens == row.cut_prompt_tokens == 0
 
 
-def test_errors_are_lorafits_own() -> None:
-    for broken in ([{"role": "user"}], [{"content": "x"}], [user(3)], [user("x"), assistant({"a": 1})]):
-        try:
-            mask_chat(broken, None, tokenizer_of("phi"))  # type: ignore[arg-type]
-        except LorafitError:
-            continue
+@pytest.mark.parametrize(
+    "broken", [[{"role": "user"}], [{"content": "x"}], [user(3)], [user("x"), assistant({"a": 1})]], ids=repr
+)
+def test_errors_are_lorafits_own(broken: Any) -> None:
+    with pytest.raises(LorafitError):
+        mask_chat(broken, None, tokenizer_of("phi"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
 
@@ -24,7 +25,12 @@ def test_what_agrees(loads: Loads, text: str) -> None:
         "model: {base: b}\n",
         "data: {train: [a.jsonl, {path: org/rows, split: test, revision: main, subset: s}], validation: v.jsonl}\n",
     ]
-    loads("".join(line for line in lines if line.split(":")[0] not in given) + text)
+    loaded = loads("".join(line for line in lines if line.split(":")[0] not in given) + text)
+    ((section, values),) = yaml.safe_load(text).items()
+    said = loaded.recipe.model_dump(mode="json", include={section})[section]
+    assert {key: said[key] for key in values if not isinstance(values[key], dict)} == {
+        key: value for key, value in values.items() if not isinstance(value, dict)
+    }
 
 
 @pytest.mark.parametrize(
