@@ -260,6 +260,9 @@ def estimate_memory(
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="PRICE", help="Of the card, in any currency: what the run will cost.")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Run the training step itself on tensors without values: seconds.")
+    ] = False,
 ) -> None:
     """Itemised peak memory, time and cost, without weights and without a GPU."""
     from lorafit import pipeline
@@ -271,6 +274,7 @@ def estimate_memory(
         headroom=headroom,
         fit=fit,
         price_per_hour=price_per_hour,
+        exact=exact,
         reporter=session.reporter,
     )
     session.result(result)

@@ -21,15 +21,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from lorafit.contracts import Batch
+from lorafit.contracts import Batch, Reporter, Silent
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.tasks import tasks
-from lorafit.memory import COMPONENTS, labels_of, needed_bytes
+from lorafit.memory import ExactEstimate, labels_of
 from lorafit.model.fuse import fuse_layers
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
 from lorafit.objective import Objective
-from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
+from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.plan.question import resolve_compute_dtype
 from lorafit.train.step import accumulate_gradients, gradient_norm, sum_gradients, update_parameters
 from lorafit.train.tracking import build_accelerator
@@ -59,8 +59,11 @@ class DryRun:
     gradient_checkpointing: bool
     accumulates: bool = True
 
-    def run(self) -> ExactEstimate:
+    def run(self, reporter: Reporter | None = None) -> ExactEstimate:
         """Takes one step of the optimizer, so that its state exists, and a whole step that is counted.
+
+        Args:
+            reporter: Gets a bar that advances with each layer of the forward; silent where None.
 
         Raises:
             ModelError: transformers cannot build the model, or its forward needs the values of its tensors.
@@ -101,10 +104,20 @@ class DryRun:
                 optimizer.step()  # its state exists from now on
                 if not self.accumulates:
                     optimizer.zero_grad(set_to_none=True)
-            with watching(live, objective, optimizer):
+            with watching(live, objective, optimizer), self._progress(base, reporter or Silent()):
                 self._step(objective, optimizer, trained, self._batch(), accelerator)
         tokens = max(self.micro_batch_tokens, self.question.longest_tokens)
         return ExactEstimate(live.peak(), self.question.device_kind, tokens, self.gradient_checkpointing)
+
+    @contextlib.contextmanager
+    def _progress(self, base: Any, reporter: Reporter) -> Iterator[None]:
+        lists = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+        layers: Any = next((found for found in lists if len(found) == self.question.shape.layers), [])
+        passes = 2 if self.gradient_checkpointing else 1
+        with reporter.track(passes * len(layers), "dry run") as bar, contextlib.ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.register_forward_hook(lambda *_: bar.advance(1)))
+            yield
 
     def _objective(self, model: torch.nn.Module) -> Objective:
         autocast = None if self.question.dtype == "fp32" else _DTYPES[self.question.dtype]
@@ -132,51 +145,6 @@ class DryRun:
             learning_rate=training.learning_rate,
         )
         optimizer.zero_grad(set_to_none=True)
-
-
-@dataclass(frozen=True)
-class ExactEstimate:
-    """Peak memory of a step that ran, on fake tensors.
-
-    Attributes:
-        peak: The worst moment.
-        device_kind: `cpu` or `cuda`.
-        micro_batch_tokens: Padded tokens of a micro-batch.
-    """
-
-    peak: LivePeak
-    device_kind: str
-    micro_batch_tokens: int
-    gradient_checkpointing: bool
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Peak of live tensors: what `torch.cuda.max_memory_allocated` reports."""
-        return self.peak.tensor_bytes
-
-    @property
-    def needed_bytes(self) -> int:
-        """What the card must have: tensors x allocator factor + context."""
-        return needed_bytes(self.tensor_bytes, self.device_kind)
-
-    @property
-    def components(self) -> dict[str, int]:
-        """Bytes by component at the peak, in the order of the closed form's table."""
-        found = self.peak.components
-        return {name: found.get(name, 0) for name in (*COMPONENTS, *sorted(set(found) - set(COMPONENTS)))}
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers, in bytes."""
-        return {
-            "tensor_bytes": self.tensor_bytes,
-            "needed_bytes": self.needed_bytes,
-            "peak_phase": self.peak.phase,
-            "peak_where": self.peak.where,
-            "components_bytes": self.components,
-            "phases_bytes": self.peak.phases,
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "gradient_checkpointing": self.gradient_checkpointing,
-        }
 
 
 class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]

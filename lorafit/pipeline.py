@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ def estimate(
     headroom: float = 0.05,
     fit: str | None = None,
     price_per_hour: float | None = None,
+    exact: bool = False,
     reporter: Reporter | None = None,
 ) -> RecipeEstimate:
     """Peak memory, time and price from the recipe and the base's config alone, and from its rows where they are here.
@@ -74,7 +76,8 @@ def estimate(
         headroom: Share of a card's memory that must stay free.
         fit: A card: the estimate says how large micro-batch, row and rank can be on it.
         price_per_hour: Of the card, in any currency.
-        reporter: Gets the progress of preparing rows; silent where None.
+        exact: Run the training step on fake tensors besides; the verdict goes by that.
+        reporter: Gets the progress of preparing rows and of the dry run; silent where None.
     """
     from lorafit.devices import parse_gpu
     from lorafit.local_rows import read_lengths
@@ -87,9 +90,17 @@ def estimate(
     fit_device = parse_gpu(fit, "--fit") if fit is not None else None
     check_price(price_per_hour, device or fit_device)
     loaded = load_recipe(recipe_file, overrides)
-    shape = find_shape(read_config(loaded.recipe.model, loaded.folder))
+    config = read_config(loaded.recipe.model, loaded.folder)
     rows = read_lengths(loaded, reporter or Silent())
-    return estimate_recipe(loaded.recipe, shape, rows, Options(device, headroom, fit_device, price_per_hour))
+    options = Options(device, headroom, fit_device, price_per_hour)
+    found = estimate_recipe(loaded.recipe, find_shape(config), rows, options)
+    if not exact:
+        return found
+    from lorafit.dryrun import DryRun
+
+    memory = found.memory
+    dry = DryRun(found.question, config, memory.micro_batch_tokens, memory.gradient_checkpointing)
+    return replace(found, exact=dry.run(reporter))
 
 
 def train(

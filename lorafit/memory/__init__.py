@@ -13,6 +13,17 @@ docs/memory.md derives each term so that a reader can follow it by hand.
 from __future__ import annotations
 
 from lorafit.memory.estimate import COMPONENTS, MemoryEstimate, Phase, estimate, fits, labels_of, needed_bytes
+from lorafit.memory.exact import ExactEstimate
 from lorafit.memory.work import Numerics
 
-__all__ = ["COMPONENTS", "MemoryEstimate", "Numerics", "Phase", "estimate", "fits", "labels_of", "needed_bytes"]
+__all__ = [
+    "COMPONENTS",
+    "ExactEstimate",
+    "MemoryEstimate",
+    "Numerics",
+    "Phase",
+    "estimate",
+    "fits",
+    "labels_of",
+    "needed_bytes",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafit.kinds.adapters import Adapter
 from lorafit.kinds.optimizers import OptimizerKind
@@ -17,8 +17,12 @@ from lorafit.memory.layer import (
     layer_peak,
     ungraded_bytes,
 )
+from lorafit.memory.linear import fuses_linears
 from lorafit.memory.work import Numerics, Work
 from lorafit.shapes import LinearShape, ModelShape
+
+if TYPE_CHECKING:
+    from lorafit.memory.exact import ExactEstimate
 
 LOGITS_CHUNK_BYTES = 64 * 2**20
 """Of fp32 logits that the chunked loss holds at once. Source: lorafit.ops.cross_entropy, whose constant a test
@@ -149,7 +153,7 @@ def needed_bytes(tensor_bytes: int, device_kind: str, allocator_factor: float = 
     return round(tensor_bytes * (allocator_factor or ALLOCATOR_FACTOR[device_kind])) + CONTEXT_BYTES[device_kind]
 
 
-def fits(estimate: MemoryEstimate, device_bytes: int, headroom: float = 0.05) -> bool:
+def fits(estimate: MemoryEstimate | ExactEstimate, device_bytes: int, headroom: float = 0.05) -> bool:
     """Tensors x allocator factor + context <= usable memory x (1 - headroom)."""
     return estimate.needed_bytes <= device_bytes * (1.0 - headroom)
 
@@ -247,7 +251,8 @@ def step_phases(
     operations = layer_operations(shape, work)
     forward_peak = layer_peak(operations, tokens, "forward")
     backward_peak = layer_peak(operations, tokens, "backward")
-    casts = trainable * n.compute_bytes if n.autocast else 0  # autocast caches its casts of the adapters' weights
+    casts = trainable * n.compute_bytes if n.autocast else 0  # of the adapters' weights
+    cached = 0 if fuses_linears(work) else casts  # by autocast, through the forward; a fused linear's go with its layer
     stream = shape.hidden_size * n.stream_bytes * tokens
     final_norm = final_norm_bytes(shape, n) * tokens
     mask = n.compute_bytes * work.row_tokens * tokens if work.attention == "eager" or shape.softcap else 0
@@ -261,8 +266,8 @@ def step_phases(
         where = f"{'recomputing ' if again_forward else ''}{worst.where}"
         recomputed = worst.peak_bytes - worst.fixed_bytes - again + (stream if again_forward else 0)
         return (
-            Phase("forward", forward_peak.where, inputs, _moment(forward_peak), 0, forward_peak.fixed_bytes, casts),
-            Phase("loss", "", inputs + final_norm, 0, loss, 0, casts),
+            Phase("forward", forward_peak.where, inputs, _moment(forward_peak), 0, forward_peak.fixed_bytes, cached),
+            Phase("loss", "", inputs + final_norm, 0, loss, 0, cached),
             Phase("backward", where, inputs, recomputed, 0, worst.fixed_bytes, casts // shape.layers),
             update,
         )

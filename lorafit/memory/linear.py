@@ -44,7 +44,7 @@ def linear_operation(
         plain = (Moment("forward", alive + result, weight), Moment("backward", arriving + c * width_in, weight))
         return Operation(linear.name, 0.0, plain)
     reads, copy = _adapter_reads(work, input_bytes), own_copy_bytes(work, input_bytes)
-    if n.fused and not (n.keeps_inputs or linear.transposed):
+    if fuses_linears(work):
         return _fused_linear(linear, work, alive=alive, arriving=arriving, freed=freed)
     mask = (reads if n.device_kind == "cpu" else 1) if work.dropout > 0 else 0
     stages = [reads] * ((reads != input_bytes) + (work.dropout > 0))  # cast, dropout
@@ -63,6 +63,12 @@ def linear_operation(
         Moment("backward", arriving + (3 * c - copy - mask) * width_in - freed, weight),
     )
     return Operation(linear.name, kept, moments)
+
+
+def fuses_linears(work: Work) -> bool:
+    """Whether a linear and its branch run as one operation: plain and 4-bit ones do, LLM.int8() and Conv1D do not."""
+    n = work.numerics
+    return n.fused and not n.keeps_inputs and not any(linear.transposed for linear in work.adapted)
 
 
 def _fused_linear(linear: LinearShape, work: Work, *, alive: float, arriving: float, freed: float) -> Operation:

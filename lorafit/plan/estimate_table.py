@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
     from rich.table import Table
 
-    from lorafit.memory import MemoryEstimate
+    from lorafit.memory import ExactEstimate, MemoryEstimate
     from lorafit.plan.fit import Fit, Largest
     from lorafit.plan.verdict import RecipeEstimate
 
@@ -41,6 +41,10 @@ def print_estimate(estimate: RecipeEstimate, console: Console) -> None:
         _say(console, line)
     console.print()
     console.print(_memory(estimate.memory, block))
+    if estimate.exact is not None:
+        console.print()
+        console.print(_exact(estimate.exact, estimate.memory))
+        _say(console, f"peak in {_moment(estimate.exact)}")
     for line in _lengths(estimate, block):
         _say(console, line)
     console.print()
@@ -100,6 +104,30 @@ def _memory(memory: MemoryEstimate, block: str) -> Table:
     both = _grid("left", "left")
     both.add_row(_filled(left), _filled(right))
     return both
+
+
+def _exact(exact: ExactEstimate, memory: MemoryEstimate) -> Table:
+    """Both engines side by side, by component and by phase."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for name in ("dry run of the step", "exact", "closed form"):
+        table.add_column(name, justify="left" if name.startswith("dry") else "right", no_wrap=True)
+    closed = memory.components
+    for name, size in exact.components.items():
+        if size or closed.get(name):
+            table.add_row(_LABELS.get(name, name), format_bytes(size), format_bytes(closed.get(name, 0)))
+    error = memory.tensor_bytes / exact.tensor_bytes - 1
+    table.add_row("tensors", format_bytes(exact.tensor_bytes), f"{format_bytes(memory.tensor_bytes)} ({error:+.1%})")
+    what = "card needed" if memory.device_kind == "cuda" else "memory needed"
+    table.add_row(what, format_bytes(exact.needed_bytes), format_bytes(memory.needed_bytes), style="bold")
+    return table
+
+
+def _moment(exact: ExactEstimate) -> str:
+    """`backward: mm in recomputing layers.31.mlp.down_proj`."""
+    where = exact.peak.where.removeprefix("aten.").replace(".default", "")
+    return f"{exact.peak.phase}: {where}" if where else exact.peak.phase
 
 
 def _filled(rows: Iterable[tuple[str, ...]]) -> Table:
@@ -216,7 +244,7 @@ def _verdict(estimate: RecipeEstimate) -> Iterator[tuple[str, str]]:
     usable = device.memory_bytes * (1 - headroom)
     yield "", ""
     said = (
-        f"{'fits' if estimate.fits else 'does not fit'}: {format_bytes(estimate.memory.needed_bytes)} of "
+        f"{'fits' if estimate.fits else 'does not fit'}: {format_bytes(estimate.needed_bytes)} of "
         f"{format_bytes(usable)} ({device.name}: {format_bytes(device.memory_bytes)} usable, {headroom:.0%} stay free)"
     )
     yield said, "bold green" if estimate.fits else "bold red"

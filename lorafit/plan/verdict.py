@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.devices import format_bytes
 from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.kinds.adapters import adapters
-from lorafit.memory import MemoryEstimate, fits
+from lorafit.memory import ExactEstimate, MemoryEstimate, fits
 from lorafit.plan.derive import HEADROOM, run_epochs
 from lorafit.plan.fit import Fit, find_fit
 from lorafit.plan.methods import Method, compare_methods
@@ -68,6 +68,8 @@ class RecipeEstimate:
             that much.
         methods: The same model trained otherwise.
         savings: Switches that would save memory, the largest first.
+        question: What the estimate answers, for the exact engine to answer too.
+        exact: Its answer, where it was asked.
     """
 
     name: str
@@ -87,6 +89,8 @@ class RecipeEstimate:
     methods: tuple[Method, ...]
     savings: tuple[Saving, ...]
     fit: Fit | None
+    question: MemoryQuestion
+    exact: ExactEstimate | None = None
 
     @property
     def device(self) -> DeviceFacts | None:
@@ -97,7 +101,12 @@ class RecipeEstimate:
     def fits(self) -> bool | None:
         """Whether it fits on the card of `--gpu`; None where none was named."""
         device = self.device
-        return None if device is None else fits(self.memory, device.memory_bytes, self.options.headroom)
+        return None if device is None else fits(self.exact or self.memory, device.memory_bytes, self.options.headroom)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the card must have: by the exact engine where it ran."""
+        return (self.exact or self.memory).needed_bytes
 
     def render(self, console: Console) -> None:
         """The tables for people."""
@@ -116,7 +125,7 @@ class RecipeEstimate:
             best = enough or next(iter(self.savings), None)
             how = "it would fit with" if enough else "the largest saving is"
             raise DoesNotFitError(
-                f"does not fit: needs {format_bytes(self.memory.needed_bytes)}, {self.device.name} has "
+                f"does not fit: needs {format_bytes(self.needed_bytes)}, {self.device.name} has "
                 f"{format_bytes(self.device.memory_bytes)} usable, of which {self.options.headroom:.0%} stay free",
                 key="--gpu",
                 todo=f"{how} {best.switch}" if best else "take a larger card",
@@ -153,6 +162,7 @@ class RecipeEstimate:
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
             "memory": self.memory.to_json(),
+            "exact": None if self.exact is None else self.exact.to_json(),
             "gpu": None if device is None else {"name": device.name, "memory_bytes": device.memory_bytes},
             "headroom": self.options.headroom,
             "fits": self.fits,
@@ -231,6 +241,7 @@ def estimate_recipe(
         methods=compare_methods(question, tokens, bool(checkpointing), device, headroom),
         savings=find_savings(question, tokens, bool(checkpointing), device, headroom),
         fit=_fit(recipe, shape, facts, options),
+        question=question,
     )
 
 
