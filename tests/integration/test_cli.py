@@ -12,7 +12,7 @@ import pytest
 from typer.main import get_command
 
 from lorafit.cli import app
-from tests.integration.conftest import Outcome, World, say_all
+from tests.integration.conftest import SCRIPT, Outcome, World, say_all
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 COMMON_FLAGS = ("--json", "--quiet", "--verbose", "--debug", "--help")
@@ -266,6 +266,16 @@ def test_version(world: World) -> None:
     assert (outcome.code, outcome.stdout, outcome.stderr) == (0, f"lorafit {version('lorafit')}\n", "")
     done = subprocess.run([sys.executable, "-m", "lorafit", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == outcome.stdout
+
+
+@pytest.mark.parametrize("command", [[str(SCRIPT)], [sys.executable, "-m", "lorafit"]], ids=["script", "module"])
+def test_modules_of_the_current_folder_are_not_ours(world: World, command: list[str]) -> None:
+    for name in ("typer", "yaml", "pydantic", "json"):
+        (world.root / f"{name}.py").write_text("open('PWNED', 'w')\n")
+    line = [*command, "validate", "r.yaml"]
+    done = subprocess.run(line, cwd=world.root, env=world.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "is valid" in done.stdout, done.stderr
+    assert not (world.root / "PWNED").exists()
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
