@@ -49,7 +49,7 @@ class Example:
 
     Attributes:
         index: Its number in the ExampleSet.
-        input_ids: Token ids, `[tokens]`, a sequence of ints (a numpy view of the prepared file).
+        input_ids: Token ids, `[tokens]`, a sequence of ints (an array, read from the prepared file).
         trained: 0/1 for each token: whether it is to be predicted.
         file: Where it came from.
         line: Line there, from 1.
