@@ -115,6 +115,8 @@ def load_model(
             raise _model_error(base, error) from error
     check_loading(info, base.path)
     check_finite(model, base.path)
+    if settings is not None:
+        let_go_of_files(model)
     keep_weights_unpacked(model)
     model.requires_grad_(False)
     model.config.use_cache = False  # else packed rows see each other, and checkpointing warns
@@ -138,6 +140,18 @@ def _import_bitsandbytes() -> None:
             del os.environ[switch]
         else:
             os.environ[switch] = before
+
+
+def let_go_of_files(model: torch.nn.Module) -> None:
+    """Copies what still lies in a mapped weight file, so that the file's other pages leave memory.
+
+    One tensor that was not quantised (a norm, the embedding) keeps its whole file mapped, with every page that was read
+    to quantise the rest: as much again as the unquantised model. A model without quantised weights is left mapped: its
+    pages are all in use, and the system may drop and read them again.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def keep_weights_unpacked(model: torch.nn.Module) -> None:

@@ -48,6 +48,14 @@ def test_plain_load_equals_transformers(llama: Base) -> None:
     assert not any(parameter.requires_grad for parameter in ours.parameters()) and ours.config.use_cache is False
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the process's mappings")
+def test_a_quantised_model_leaves_no_weight_file_mapped(llama: Base) -> None:
+    ours = load(llama, "nf4")
+    assert str(llama.path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    theirs = AutoModelForCausalLM.from_pretrained(llama.path)
+    assert torch.equal(ours.get_input_embeddings().weight, theirs.get_input_embeddings().weight)
+
+
 def test_no_compiler_is_imported_for_a_model_that_is_not_compiled(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
     code = """
