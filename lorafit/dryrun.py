@@ -24,7 +24,7 @@ from torch.nn import functional
 from lorafit.contracts import Batch, Reporter, Silent
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.tasks import tasks
-from lorafit.memory import ExactEstimate, labels_of
+from lorafit.memory import ExactEstimate
 from lorafit.model.fuse import fuse_layers
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
@@ -96,7 +96,7 @@ class DryRun:
         for group in optimizer.param_groups:
             if on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there
-        live = _LiveFakes(_CUDA_BLOCK_BYTES if on_cuda else 1)
+        live = _LiveFakes(_CUDA_BLOCK_BYTES if on_cuda else 1, holds_documents=self.question.packs_rows)
         with fake, _as_it_would_run(on_cuda):
             with _LiveFakes():
                 for parameter in trained:
@@ -126,10 +126,11 @@ class DryRun:
     def _batch(self) -> Batch:
         longest = self.question.longest_tokens
         tokens = max(self.micro_batch_tokens, longest)
-        rows, labels = tokens // longest, labels_of(tokens, longest, self.question.longest_trained_tokens)
+        rows, labels = tokens // longest, self.question.labels_at(tokens)
         ids = torch.empty((rows, tokens // rows), dtype=torch.int64)
         index, targets = (torch.empty(labels, dtype=torch.int64) for _ in range(2))
-        return Batch(ids, index, targets, labels, tuple(range(rows)), ids.numel())
+        positions = torch.empty_like(ids) if self.question.packs_rows else None
+        return Batch(ids, index, targets, labels, tuple(range(rows)), ids.numel(), positions)
 
     def _step(self, objective: Any, optimizer: Any, trained: list[Any], batch: Batch, accelerator: Any) -> None:
         """The loop's step. fp16 runs without its loss scale, which takes no memory and reads the gradients' values."""
@@ -148,10 +149,21 @@ class DryRun:
 
 
 class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]
-    """Counts, and answers what fake tensors cannot: the value of a number, and kernels that only write in place."""
+    """Counts, and answers what fake tensors cannot: the value of a number, and kernels that only write in place.
+
+    Args:
+        rounding_bytes: See LiveTensors.
+        holds_documents: Whether rows hold several; transformers asks their positions whether all rows hold one.
+    """
+
+    def __init__(self, rounding_bytes: int = 1, *, holds_documents: bool = False) -> None:
+        super().__init__(rounding_bytes)
+        self._holds_documents = holds_documents
 
     def call(self, function: Any, arguments: Any, options: Any) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
+            if arguments[0].dtype == torch.bool:
+                return not self._holds_documents
             return 1.0 if arguments[0].dtype.is_floating_point else 1
         if function.namespace == "bitsandbytes" and not function._schema.returns:
             return None

@@ -180,6 +180,7 @@ def estimate(
     gradient_checkpointing: bool,
     attention: str = "sdpa",
     device_kind: str = "cuda",
+    packed: bool = False,
 ) -> MemoryEstimate:
     """Peak memory of lorafit's own training step.
 
@@ -190,6 +191,7 @@ def estimate(
         longest_tokens: Tokens of the longest row: what eager attention grows with.
         labels: Trained tokens in the micro-batch.
         attention: `eager`, or any that keeps no scores.
+        packed: Whether a mask keeps several documents of a row apart.
 
     Raises:
         RecipeError: The adapter's targets match nothing in this model.
@@ -220,6 +222,7 @@ def estimate(
         attention=attention,
         dequantised_bytes=dequantised,
         numerics=numerics,
+        masked=packed and attention != "eager",
     )
     outside = shape.embedding_parameters + shape.head_parameters + shape.other_parameters
     experts_bytes = shape.expert_parameters * dtype_bytes
@@ -255,7 +258,8 @@ def step_phases(
     cached = 0 if fuses_linears(work) else casts  # by autocast, through the forward; a fused linear's go with its layer
     stream = shape.hidden_size * n.stream_bytes * tokens
     final_norm = final_norm_bytes(shape, n) * tokens
-    mask = n.compute_bytes * work.row_tokens * tokens if work.attention == "eager" or shape.softcap else 0
+    mask_bytes = n.compute_bytes if work.attention == "eager" or shape.softcap else 1 if work.masked else 0
+    mask = mask_bytes * work.row_tokens * tokens
     update = Phase("update", "", 0, 0, 0, n.adapter_bytes * trainable, 0)
     if checkpointing:
         stored = 1 if n.offloads_layer_inputs else shape.layers

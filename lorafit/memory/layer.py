@@ -213,6 +213,8 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
         kept = c * (2 * q_width + 2 * kv_width) + 4 * shape.heads
         if shape.position_parameters == 0 and any(linear.role == "qkv" for linear in shape.linears):
             kept += c * (q_width + kv_width)  # v is a view of the fused result, whose rotated q and k are copies
+        if work.masked:  # added to the scores in the compute dtype, and every query head has its own keys and values
+            kept += c * work.row_tokens + 2 * c * (q_width - kv_width)
         # CUDA's flash backward sums dq in fp32 and makes dk, dv for every query head
         gpu = 4 * q_width + 2 * c * q_width if n.device_kind != "cpu" else 0
         moments = (Moment("forward", 3 * c * q_width), Moment("backward", c * (2 * q_width + 2 * kv_width) + gpu))

@@ -61,6 +61,7 @@ class Work:
         rank: Width of the adapters' bottleneck.
         dropout: On the adapters' inputs.
         attention: `eager`, or anything that keeps no scores.
+        masked: Whether attention that keeps no scores gets a mask: packed documents.
         dequantised_bytes: Bytes of the dequantised copy of one linear's weight; 0 where weights are plain.
     """
 
@@ -71,6 +72,7 @@ class Work:
     attention: str
     dequantised_bytes: Callable[[LinearShape], int]
     numerics: Numerics = Numerics()
+    masked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,10 +53,22 @@ class MemoryQuestion:
             dtype_bytes=DTYPE_BYTES[self.dtype],
             micro_batch_tokens=tokens,
             longest_tokens=self.longest_tokens,
-            labels=labels_of(tokens, self.longest_tokens, self.longest_trained_tokens),
+            labels=self.labels_at(tokens),
             gradient_checkpointing=checkpointing,
             attention=self.attention,
             device_kind=self.device_kind,
+            packed=self.packs_rows,
+        )
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a mask keeps several documents of a row apart; a variable-length kernel needs none."""
+        return self.recipe.data.packing and not self.attention.startswith("flash_attention")
+
+    def labels_at(self, tokens: int) -> int:
+        """Most labels of so many padded tokens; packed rows may be full of trained ones."""
+        return (
+            tokens if self.recipe.data.packing else labels_of(tokens, self.longest_tokens, self.longest_trained_tokens)
         )
 
     def largest_tokens(self, checkpointing: bool, most_tokens: int, device_bytes: int, headroom: float) -> int | None:

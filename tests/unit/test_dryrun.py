@@ -66,7 +66,8 @@ def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: boo
     ids = torch.randint(3, question.shape.vocabulary, (ROWS, question.longest_tokens))
     columns = range(question.longest_tokens - 1)
     index = torch.tensor([row * question.longest_tokens + column for row in range(ROWS) for column in columns])
-    batch = Batch(ids, index, ids.flatten()[index + 1], len(index), tuple(range(ROWS)), ids.numel())
+    halves = torch.arange(question.longest_tokens // 2).repeat(ROWS, 2) if question.packs_rows else None
+    batch = Batch(ids, index, ids.flatten()[index + 1], len(index), tuple(range(ROWS)), ids.numel(), halves)
     accelerator = build_accelerator(use_cpu=True)
 
     def step() -> None:
@@ -88,6 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama r 64": {"adapter__r": 64},
     "llama without dropout": {"adapter__dropout": 0.0},
     "llama adamw_8bit": {"training__optimizer": "adamw_8bit"},
+    "llama packed": {"data__packing": "true"},
     "qwen3": {},
     "gemma2": {},
     "gpt2": {},
