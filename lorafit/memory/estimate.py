@@ -314,7 +314,8 @@ def loss_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
     states = _head_states_bytes(shape, n, labels)
     if not shape.plain_head:  # logits, scaled logits, fp32 copy, log-softmax; or that, its gradient and the copy's
         return states + shape.vocabulary * labels * max(2 * c + 8, c + 12)
-    rows = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
-    if labels <= rows:
-        return states + ((2 * c + 4 if c < 4 else 4) * shape.vocabulary + c * shape.hidden_size) * labels
-    return states + ((2 * c + 8 if c < 4 else 8) * shape.vocabulary + c * shape.hidden_size) * rows
+    rows = min(labels, max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary)))
+    following = min(labels - rows, rows)
+    alone = (2 * c + 4 if c < 4 else 4) * rows
+    both = (c + 4 if c < 4 else 4) * (rows + following)
+    return states + shape.vocabulary * max(alone, both) + c * shape.hidden_size * rows
