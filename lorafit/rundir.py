@@ -29,6 +29,7 @@ MANIFEST = "MANIFEST"
 TEMPORARY_PREFIX = ".tmp-"
 _STEP = re.compile(r"^step-(\d{6,})$")
 _READ_BYTES = 1 << 20
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries (safetensors, tokenizers) tell an errno
 DISK_ERRORS = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "disk quota exceeded",
@@ -43,10 +44,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turns a full disk, a quota, an I/O error or a read-only disk into a ResourceError that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
+    except Exception as error:
+        told = _OS_ERROR.search(str(error)) if not isinstance(error, OSError | LorafitError) else None
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in DISK_ERRORS:
             raise ResourceError(
-                DISK_ERRORS[error.errno],
+                DISK_ERRORS[number],
                 file=str(path),
                 todo="free or change the disk; what was saved before is intact",
             ) from error

@@ -79,6 +79,7 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._reporter = reporter
         self._damaged: set[int] = set()
+        self._is_described = False  # whether the run folder's manifest.json was seen: then it must stay
 
     def open(self, step: int | None = None) -> Checkpoint | None:
         """The newest whole checkpoint, or that of `step`; None where none was ever published.
@@ -121,7 +122,8 @@ class CheckpointStore:
         Raises:
             ResourceError: The disk is full or broken, or the run folder disappeared; older checkpoints are intact.
         """
-        if not self.run.root.is_dir():
+        self._is_described = self._is_described or self.run.manifest.is_file()
+        if not self.run.root.is_dir() or (self._is_described and not self.run.manifest.is_file()):
             raise ResourceError("the run folder disappeared", file=str(self.run.root), todo="train anew")
         folder = self.run.checkpoint(step)
         if step in self._damaged or (folder.exists() and check_manifest(folder, hashes=False) is not None):

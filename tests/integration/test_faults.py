@@ -745,3 +745,27 @@ def test_stopped_evaluation_leaves_no_report(world: World) -> None:
     assert process.wait(60) == 143, said
     assert "stopped" in said.splitlines()[-1] and "Traceback" not in said
     assert world.digests() == before
+
+
+@pytest.mark.parametrize("what", ["all of it", "all but what is written meanwhile"])
+def test_the_run_folder_is_removed_meanwhile(world: World, what: str) -> None:
+    world.recipe(("  max_steps: 2", "  max_steps: 100000"))
+    process = world.start("train", "r.yaml", "--quiet")
+    wait_for(lambda: (world.root / "run" / "checkpoints" / "step-000003").is_dir(), process)
+    if what == "all of it":
+        while (world.root / "run").exists():
+            shutil.rmtree(world.root / "run", ignore_errors=True)
+    else:
+        (world.root / "run" / "manifest.json").unlink()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 7, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "disappeared" in last and "run" in last
+    assert "Traceback" not in said
+
+
+def test_a_limit_of_the_file_size(world: World) -> None:
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash"]
+    outcome = world.spawn("train", "r.yaml", "--set", "adapter.r=64", before=limited)
+    say_all(outcome, 7, "file too large")
+    assert not list((world.root / "run").rglob(".tmp*"))

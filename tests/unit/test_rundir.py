@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,20 @@ def test_a_file_whose_folder_is_removed_meanwhile(tmp_path: Path) -> None:
     ):
         temporary.write_text("{}")
         shutil.rmtree(tmp_path / "run")
+
+
+def test_errors_of_rust_libraries_are_errors_of_the_disk(tmp_path: Path) -> None:
+    """safetensors raises an error of its own that only names the errno."""
+    code = (
+        "import resource, numpy; from pathlib import Path; from safetensors.numpy import save_file\n"
+        "from lorafit.rundir import atomic_dir\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        f"with atomic_dir(Path({str(tmp_path)!r}) / 'x') as folder:\n"
+        "    save_file({'a': numpy.zeros(10_000)}, folder / 'a.safetensors')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ResourceError" in ended.stderr.splitlines()[-1] and "file too large" in ended.stderr, ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [ValueError("a"), FileNotFoundError(2, "no such file", "elsewhere")])
