@@ -379,3 +379,15 @@ def test_refusals_of_a_finished_run(trained: World) -> None:
         except AssertionError as error:
             failed.append(f"{' '.join(arguments)}: {str(error).splitlines()[0:4]}")
     assert not failed, "\n".join(failed)
+
+
+def test_a_profile_says_where_the_time_goes(world: World) -> None:
+    outcome = world.run("train", "r.yaml", "--profile", "--output", "runs/profiled")
+    assert outcome.code == 0, outcome.stderr
+    assert all(part in outcome.stdout for part in ("forward", "backward", "optimizer", "tokens/s", "padding"))
+    run = world.root / "runs/profiled"
+    assert (run / "profile.txt").read_text(encoding="utf-8").splitlines()[0].startswith("phase")
+    assert (run / "trace.json.gz").stat().st_size > 0
+    speed = json.loads((run / "result.json").read_text(encoding="utf-8"))["speed"]
+    assert speed["tokens_per_second"] > speed["trained_tokens_per_second"] > 0
+    assert 0 <= speed["padding_share"] < 1
