@@ -25,7 +25,7 @@ from lorafit.contracts import Batch, Reporter, Silent
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import ExactEstimate
-from lorafit.model.fuse import fuse_layers
+from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
 from lorafit.objective import Objective
@@ -87,6 +87,8 @@ class DryRun:
         fuse_layers(model)
         with fake:
             fill_with_fakes(model)
+            if self.question.keeps_unpacked:
+                keep_unpacked(model)
         enable_checkpointing(model, self.gradient_checkpointing)
         objective: Any = tasks.get(recipe.task).build_loss(model, self._objective)
         objective.train()

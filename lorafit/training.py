@@ -41,7 +41,7 @@ class Training:
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
         from lorafit.model.adapter import load_adapter_weights
-        from lorafit.model.fuse import fuse_layers
+        from lorafit.model.fuse import fuse_layers, keep_unpacked
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
         from lorafit.model.load import attach_adapter
         from lorafit.ops.rng import seed_rng
@@ -72,6 +72,8 @@ class Training:
         )
         model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
         fuse_layers(model)
+        if self.plan.keeps_unpacked:
+            keep_unpacked(model)
         self.reporter.show(coverage_table(coverage(model)))
         used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)

@@ -246,6 +246,7 @@ _HARMLESS = (
         "evaluation.retention",
     ),
     *("evaluation.max_new_tokens", "data.test", "training.micro_batch_tokens", "training.gradient_checkpointing"),
+    "model.quantization.keep_unpacked",
 )
 """What a resume may change: it decides what is saved, shown and measured, not what is learnt."""
 

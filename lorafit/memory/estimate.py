@@ -17,7 +17,7 @@ from lorafit.memory.layer import (
     layer_peak,
     ungraded_bytes,
 )
-from lorafit.memory.linear import fuses_linears
+from lorafit.memory.linear import fuses_linears, unpacked_bytes
 from lorafit.memory.work import Numerics, Work
 from lorafit.shapes import LinearShape, ModelShape
 
@@ -42,6 +42,7 @@ are the rest."""
 COMPONENTS = (
     "base_weights",
     "quantization_constants",
+    "unpacked_weights",
     "adapter",
     "gradients",
     "optimizer_state",
@@ -77,8 +78,8 @@ class MemoryEstimate:
     """Peak memory of one training process, itemised at its worst moment.
 
     Attributes:
-        fixed: Components that stay, in bytes: base_weights, quantization_constants, adapter, gradients,
-            optimizer_state.
+        fixed: Components that stay, in bytes: base_weights, quantization_constants, unpacked_weights, adapter,
+            gradients, optimizer_state.
         phases: forward, loss, backward, update.
         device_kind: `cpu` or `cuda`.
         micro_batch_tokens: Padded tokens of the forward that was estimated.
@@ -181,6 +182,7 @@ def estimate(
     attention: str = "sdpa",
     device_kind: str = "cuda",
     packed: bool = False,
+    keeps_unpacked: bool = False,
 ) -> MemoryEstimate:
     """Peak memory of lorafit's own training step.
 
@@ -192,6 +194,7 @@ def estimate(
         labels: Trained tokens in the micro-batch.
         attention: `eager`, or any that keeps no scores.
         packed: Whether a mask keeps several documents of a row apart.
+        keeps_unpacked: Whether adapted linears keep their dequantised weight for the whole run.
 
     Raises:
         RecipeError: The adapter's targets match nothing in this model.
@@ -206,14 +209,7 @@ def estimate(
     def dequantised(linear: LinearShape) -> int:
         return quantization.workspace_bytes(quantization_section, replace(linear, count=1), dtype_bytes)
 
-    numerics = Numerics(
-        stream_bytes=dtype_bytes,
-        compute_bytes=dtype_bytes,
-        autocast=dtype_bytes < 4,
-        device_kind="cpu" if device_kind == "cpu" else "cuda",
-        keeps_inputs=quantization.keeps_inputs,
-        leaks_inputs=quantization.keeps_inputs,
-    )
+    numerics = _numerics(quantization, dtype_bytes, device_kind)
     work = Work(
         row_tokens=longest_tokens,
         adapted=targets,
@@ -223,6 +219,7 @@ def estimate(
         dequantised_bytes=dequantised,
         numerics=numerics,
         masked=packed and attention != "eager",
+        keeps_unpacked=keeps_unpacked,
     )
     outside = shape.embedding_parameters + shape.head_parameters + shape.other_parameters
     experts_bytes = shape.expert_parameters * dtype_bytes
@@ -231,6 +228,7 @@ def estimate(
     fixed = {
         "base_weights": sum(weights) + outside * dtype_bytes + experts_bytes,
         "quantization_constants": sum(quantization.constant_bytes(quantization_section, x) for x in shape.linears),
+        "unpacked_weights": unpacked_bytes(work),
         "adapter": 4 * trainable,
         "gradients": 4 * trainable,
         "optimizer_state": state_bytes,
@@ -243,6 +241,18 @@ def estimate(
         gradient_checkpointing=gradient_checkpointing,
         paged_bytes=state_bytes if optimizer.is_paged(optimizer_section) and device_kind == "cuda" else 0,
         unquantized_expert_bytes=experts_bytes if quantization.is_quantized else 0,
+    )
+
+
+def _numerics(quantization: Quantization, dtype_bytes: int, device_kind: str) -> Numerics:
+    """lorafit's own way of computing."""
+    return Numerics(
+        stream_bytes=dtype_bytes,
+        compute_bytes=dtype_bytes,
+        autocast=dtype_bytes < 4,
+        device_kind="cpu" if device_kind == "cpu" else "cuda",
+        keeps_inputs=quantization.keeps_inputs,
+        leaks_inputs=quantization.keeps_inputs,
     )
 
 

@@ -71,12 +71,20 @@ def fuses_linears(work: Work) -> bool:
     return n.fused and not n.keeps_inputs and not any(linear.transposed for linear in work.adapted)
 
 
+def unpacked_bytes(work: Work) -> int:
+    """Bytes of the dequantised copies that stay for the whole run: of every adapted linear that runs fused."""
+    if not work.keeps_unpacked or not fuses_linears(work):
+        return 0
+    return sum(work.dequantised_bytes(linear) * linear.count for linear in work.adapted)
+
+
 def _fused_linear(linear: LinearShape, work: Work, *, alive: float, arriving: float, freed: float) -> Operation:
     """The same as one operation: what A multiplies, the dropout mask and A's result are kept; nothing but the result
     is made, and on the way back the gradients of the input and of the dropped input, which dropout turns into one more.
     """
     n, width_in = work.numerics, linear.in_features
-    c, result, weight = n.compute_bytes, n.compute_bytes * linear.out_features, work.dequantised_bytes(linear)
+    c, result = n.compute_bytes, n.compute_bytes * linear.out_features
+    weight = 0 if work.keeps_unpacked else work.dequantised_bytes(linear)
     drops = work.dropout > 0
     kept = ((c + (c if n.device_kind == "cpu" else 1)) * width_in if drops else 0) + c * work.rank
     moments = [Moment("forward", alive + result, weight), Moment("backward", arriving + c * width_in, weight)]

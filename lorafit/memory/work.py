@@ -63,6 +63,7 @@ class Work:
         attention: `eager`, or anything that keeps no scores.
         masked: Whether attention that keeps no scores gets a mask: packed documents.
         dequantised_bytes: Bytes of the dequantised copy of one linear's weight; 0 where weights are plain.
+        keeps_unpacked: Whether adapted linears that run fused keep that copy, instead of making it for each product.
     """
 
     row_tokens: int
@@ -73,6 +74,7 @@ class Work:
     dequantised_bytes: Callable[[LinearShape], int]
     numerics: Numerics = Numerics()
     masked: bool = False
+    keeps_unpacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lorafit.ops.layer_functions import rms_norm, silu_product
-from lorafit.ops.lora_linear import lora_linear
+from lorafit.ops.lora_linear import lora_linear, unpack
 from lorafit.ops.rng import preserved_rng
 
 _PROBE_ROWS, _PROBE_WIDTH = 4, 16
@@ -44,6 +44,32 @@ def fuse_layers(model: nn.Module) -> dict[str, int]:
             module.forward = types.MethodType(forward, module)
             counts[kind] += 1
     return counts
+
+
+def keep_unpacked(model: nn.Module) -> int:
+    """Lets each fused LoRA layer over a 4-bit linear keep the dequantised weight for its training forward.
+
+    The copy is the one that each product would make anew, so that not a bit changes. It is a plain attribute: no
+    parameter, no buffer, in no state dict; PEFT's own forward does without it.
+
+    Args:
+        model: After `fuse_layers`, its weights where they stay; fake ones under their FakeTensorMode.
+
+    Returns:
+        How many layers keep one.
+    """
+    kept = 0
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is not _lora_forward:
+            continue
+        base: Any = module.base_layer
+        state = getattr(base.weight, "quant_state", None)
+        if state is not None and _unpacks_plainly(base, state):
+            with torch.no_grad():
+                copied = unpack(base.weight, state)
+            vars(module).update(unpacked_weight=copied, unpacked_state=state)
+            kept += 1
+    return kept
 
 
 def _replacement(module: nn.Module, proven: dict[type, bool]) -> tuple[str, Callable[..., Any] | None]:
@@ -89,14 +115,17 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
         result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
     dropout, base = self.lora_dropout[name], self.base_layer
+    weight, state = base.weight, getattr(base.weight, "quant_state", None)
+    if state is not None and vars(self).get("unpacked_state") is state:  # a merge makes another
+        weight, state = self.unpacked_weight, None
     dropped = None if isinstance(dropout, nn.Identity) or not self.training else dropout(x)
     return lora_linear(
         x,
         dropped,
         self.lora_A[name].weight,
         self.lora_B[name].weight,
-        base.weight,
-        getattr(base.weight, "quant_state", None),
+        weight,
+        state,
         base.bias,
         self.scaling[name],
     )
@@ -124,11 +153,16 @@ def _computes_plainly(layer: Any, name: str, x: torch.Tensor) -> bool:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         stored = base.weight.dtype
-    elif getattr(state, "packing_format_for_cpu", False) or base.compute_dtype != state.dtype:
+    elif not _unpacks_plainly(base, state):
         return False
     else:
         stored = state.dtype
     return x.dtype == wanted == stored and not base.weight.requires_grad
+
+
+def _unpacks_plainly(base: Any, state: Any) -> bool:
+    """Whether a 4-bit weight is dequantised to the dtype that its linear computes in."""
+    return not getattr(state, "packing_format_for_cpu", False) and base.compute_dtype == state.dtype
 
 
 # Norms and gated MLPs

@@ -230,11 +230,12 @@ def describe_quantization(model: Any, section: Any, *, dtype: torch.dtype) -> di
         dtype: What `load_model` got: weights were rounded to it before they were quantised.
 
     Returns:
-        The section's fields, `weights_dtype`, `device` (kind), `digest` (of all proofs) and `tensors` (the proofs).
+        The section's fields that decide values, `weights_dtype`, `device` (kind), `digest` (of all proofs) and
+        `tensors` (the proofs).
     """
     tensors = quantized_hashes(model)
     return {
-        **section.model_dump(),
+        **section.model_dump(exclude={"keep_unpacked"}),  # of speed and memory alone
         "weights_dtype": str(dtype).removeprefix("torch."),
         "device": next(model.parameters()).device.type,
         "digest": digest_of(tensors),

@@ -193,6 +193,7 @@ def watching(live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer
     live.note((p.data for p in objective.parameters() if not p.requires_grad), "base_weights")
     live.note(objective.buffers(), "base_weights")
     live.note(quantization_tensors(objective), "quantization_constants")
+    live.note(unpacked_weights(objective), "unpacked_weights")
     live.note((p.data for p in trained), "adapter")
     live.note((p.grad for p in trained), "gradients")
     live.note((value for state in optimizer.state.values() for value in state.values()), "optimizer_state")
@@ -209,6 +210,11 @@ def watching(live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer
         live.modules.clear()
         for hook in hooks:
             hook.remove()
+
+
+def unpacked_weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Dequantised copies that `lorafit.model.fuse.keep_unpacked` left on its layers."""
+    return [vars(module)["unpacked_weight"] for module in model.modules() if "unpacked_weight" in vars(module)]
 
 
 def quantization_tensors(model: torch.nn.Module) -> list[torch.Tensor]:

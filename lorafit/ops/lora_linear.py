@@ -4,7 +4,7 @@
     y = x W^T + b + h B^T      [tokens, out]    the branch is added while its product is computed
 
 Run apart, the two cost five more passes over [tokens, out]. Here the backward pass keeps x_a (which linears of one
-input share), h, and A and B in the compute dtype; a 4-bit W is unpacked for each product and forgotten.
+input share), h, and A and B in the compute dtype; a packed 4-bit W is unpacked for each product and forgotten.
 Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), equation 3, differentiated by hand:
 
     d y/d B -> dy^T h          d y/d A -> dh^T x_a          with dh = s dy B
@@ -67,7 +67,7 @@ class _LoraLinear(torch.autograd.Function):
         branch_rows = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         # In place from here on: neither product's result is kept.
-        output = functional.linear(rows, _unpacked(weight, quant_state), None if bias is None else bias.to(x.dtype))
+        output = functional.linear(rows, unpack(weight, quant_state), None if bias is None else bias.to(x.dtype))
         inner = functional.linear(branch_rows, a_cast).mul_(scaling)
         output.addmm_(inner, b_cast.t())
         ctx.save_for_backward(branch_rows, inner, a_cast, b_cast, weight)
@@ -85,7 +85,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_a = grad_inner.t() @ branch_rows if wants_a else None
         grad_x = grad_dropped = None
         if wants_x:
-            grad_x = grad @ _unpacked(weight, ctx.quant_state)
+            grad_x = grad @ unpack(weight, ctx.quant_state)
             if not ctx.is_dropped:
                 grad_x.addmm_(grad_inner, a)
             grad_x = grad_x.view(ctx.shape)
@@ -94,8 +94,8 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, grad_dropped, grad_a, grad_b, None, None, None, None
 
 
-def _unpacked(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
-    """[out, in] in the compute dtype."""
+def unpack(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
+    """[out, in] in the compute dtype; a weight without a state is that already."""
     if quant_state is None:
         return weight
     from bitsandbytes.functional import dequantize_4bit

@@ -13,6 +13,7 @@ from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.memory import MemoryEstimate, fits
 from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_compute_dtype, resolve_dtype
+from lorafit.plan.unpacked import asks_to_keep, decide_unpacked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +36,7 @@ class Plan:
         epochs: Passes over the training rows that `total_steps` make.
         warmup_steps: Steps in which the learning rate climbs.
         dtype: `bf16`, `fp16` or `fp32`.
+        keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
         attention: As the recipe says; `auto` is left to the rehearsal.
         gradient_checkpointing: True or False where recipe or memory decide; `auto` where both can fit.
         micro_batch_tokens: As the recipe says.
@@ -66,6 +68,7 @@ class Plan:
     dtype: str
     compute_dtype: str
     quantization: str
+    keeps_unpacked: bool
     attention: str
     gradient_checkpointing: bool | str
     micro_batch_tokens: int | str
@@ -144,6 +147,7 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
         dtype=dtype,
         compute_dtype=resolve_compute_dtype(recipe, dtype),
         quantization=recipe.model.quantization.kind,
+        keeps_unpacked=question.keeps_unpacked,
         attention=recipe.model.attention,
         gradient_checkpointing=bounds.checkpointing,
         micro_batch_tokens=training.micro_batch_tokens,
@@ -160,13 +164,13 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
         memory_at_most=question.at(bounds.most_tokens, bounds.checkpointing is not False),
         memory_least=bounds.memory_least,
         fits=_can_fit(bounds.memory_least, device),
-        warnings=_warnings(recipe, shape, dataset, device, dtype, total_steps),
+        warnings=(*_warnings(recipe, shape, dataset, device, dtype, total_steps), *_unpacked_warning(question)),
     )
 
 
 def memory_question(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> MemoryQuestion:
     """What a step of this run holds, by micro-batch and checkpointing; the rehearsal asks it too."""
-    return MemoryQuestion(
+    question = MemoryQuestion(
         recipe=recipe,
         shape=shape,
         longest_tokens=dataset.longest_tokens,
@@ -175,6 +179,7 @@ def memory_question(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, de
         attention=estimated_attention(recipe, shape),
         device_kind=device.kind,
     )
+    return decide_unpacked(question, device, HEADROOM)
 
 
 def require_fit(plan: Plan) -> None:
@@ -272,6 +277,12 @@ def _bounds(question: MemoryQuestion, dataset: DatasetFacts, device: DeviceFacts
     largest = max(without or longest, (with_it or longest) if asked is not False else longest)
     memory = question.at(longest, without is None and asked is not False)
     return _Bounds(asked, longest, largest, memory, least_memory)
+
+
+def _unpacked_warning(question: MemoryQuestion) -> tuple[str, ...]:
+    if question.keeps_unpacked or asks_to_keep(question) is not True:
+        return ()
+    return ("keep_unpacked has nothing to keep: no adapted linear is unpacked from 4 bits to model.dtype",)
 
 
 def _warnings(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _LABELS = {
     "base_weights": "base weights",
     "quantization_constants": "quantisation constants",
+    "unpacked_weights": "unpacked weights",
     "adapter": "adapter",
     "gradients": "gradients",
     "optimizer_state": "optimizer state",

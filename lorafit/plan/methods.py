@@ -100,6 +100,6 @@ def full_fine_tuning(question: MemoryQuestion, dtype: str, tokens: int, checkpoi
 
 def _row(name: str, precision: str, memory: MemoryEstimate) -> Method:
     parts = dict(memory.components)
-    weights = parts.pop("base_weights") + parts.pop("quantization_constants") + parts.pop("adapter")
+    weights = sum(map(parts.pop, ("base_weights", "quantization_constants", "unpacked_weights", "adapter")))
     gradients, moments = parts.pop("gradients"), parts.pop("optimizer_state")
     return Method(name, precision, weights, gradients, moments, sum(parts.values()), memory.needed_bytes)

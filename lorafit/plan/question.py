@@ -28,6 +28,7 @@ class MemoryQuestion:
         longest_trained_tokens: Most trained tokens in one row.
         dtype: `bf16`, `fp16` or `fp32`.
         attention: `eager` or any that keeps no scores.
+        keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy; `decide_unpacked` settles it.
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class MemoryQuestion:
     dtype: str
     attention: str
     device_kind: str
+    keeps_unpacked: bool = False
 
     def at(self, micro_batch_tokens: int, checkpointing: bool) -> MemoryEstimate:
         """The estimate for one size of micro-batch."""
@@ -58,6 +60,7 @@ class MemoryQuestion:
             attention=self.attention,
             device_kind=self.device_kind,
             packed=self.packs_rows,
+            keeps_unpacked=self.keeps_unpacked,
         )
 
     @property

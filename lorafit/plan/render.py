@@ -40,6 +40,9 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
         "weights",
         f"{plan.quantization}, the rest {plan.dtype}; compute {plan.compute_dtype}; attention {plan.attention}",
     )
+    if plan.keeps_unpacked:
+        size = format_bytes(plan.memory.fixed["unpacked_weights"])
+        yield "unpacked", f"{size} of dequantised weights kept for the whole run"
     yield (
         "rows",
         (

@@ -89,6 +89,9 @@ def _smaller_weights(question: MemoryQuestion, tokens: int, checkpointing: bool)
     if getattr(section, "double_quant", True) is False:
         changed = _with(question, "model", quantization=section.model_copy(update={"double_quant": True}))
         yield _Switch("model.quantization.double_quant: true", changed.at(tokens, checkpointing))
+    if question.keeps_unpacked:
+        unpacking = replace(question, keeps_unpacked=False)
+        yield _Switch("model.quantization.keep_unpacked: false", unpacking.at(tokens, checkpointing))
 
 
 def _smaller_adapters(question: MemoryQuestion, tokens: int, checkpointing: bool) -> Iterator[_Switch]:

@@ -15,6 +15,7 @@ from lorafit.plan.methods import Method, compare_methods
 from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_dtype
 from lorafit.plan.run_cost import RunCost, cost_of_run
 from lorafit.plan.savings import Saving, find_savings
+from lorafit.plan.unpacked import decide_unpacked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,7 +201,7 @@ def estimate_recipe(
     if not 0.0 <= headroom <= MOST_HEADROOM:  # NaN too
         todo = f"a share lies in the range 0 to {MOST_HEADROOM}"
         raise UsageError(f"{headroom} is out of range", key="--headroom", todo=todo)
-    question = _ask(recipe, shape, facts, device)
+    question = _ask(recipe, shape, facts, device, headroom)
     asked = recipe.training.micro_batch_tokens
     tokens = question.longest_tokens if asked == "auto" else max(int(asked), question.longest_tokens)
     checkpointing, without = recipe.training.gradient_checkpointing, None
@@ -245,9 +246,11 @@ def estimate_recipe(
     )
 
 
-def _ask(recipe: Recipe, shape: ModelShape, facts: DatasetFacts | None, device: DeviceFacts | None) -> MemoryQuestion:
+def _ask(
+    recipe: Recipe, shape: ModelShape, facts: DatasetFacts | None, device: DeviceFacts | None, headroom: float
+) -> MemoryQuestion:
     longest = facts.longest_tokens if facts else min(recipe.data.max_length, shape.max_positions)
-    return MemoryQuestion(
+    question = MemoryQuestion(
         recipe=recipe,
         shape=shape,
         longest_tokens=longest,
@@ -256,12 +259,13 @@ def _ask(recipe: Recipe, shape: ModelShape, facts: DatasetFacts | None, device: 
         attention=estimated_attention(recipe, shape),
         device_kind=device.kind if device else "cuda",
     )
+    return decide_unpacked(question, device, headroom)
 
 
 def _fit(recipe: Recipe, shape: ModelShape, facts: DatasetFacts | None, options: Options) -> Fit | None:
     if options.fit is None:
         return None
-    question = _ask(recipe, shape, facts, options.fit)
+    question = _ask(recipe, shape, facts, options.fit, options.headroom)
     asked = recipe.training.micro_batch_tokens
     tokens = question.longest_tokens if asked == "auto" else max(int(asked), question.longest_tokens)
     return find_fit(question, tokens, options.fit, options.headroom)

@@ -88,6 +88,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         cases[f"model.quantization({kind}).compute_dtype"] = Case(
             ("fp32", "bf16", "fp16"), quantized("compute_dtype", kind)
         )
+        cases[f"model.quantization({kind}).keep_unpacked"] = Case((True, False), partial(times_unpacked, world, kind))
     return cases
 
 
@@ -284,6 +285,23 @@ def forward_passes(world: OptionWorld, tokens: int) -> int:
         pipeline.train(world.recipe({"training.micro_batch_tokens": tokens}))
     finally:
         hook.remove()
+    return calls
+
+
+def times_unpacked(world: OptionWorld, kind: str, keep_unpacked: bool) -> int:
+    """How often a run dequantises a weight."""
+    from bitsandbytes import functional
+
+    real, calls = functional.dequantize_4bit, 0
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **options)
+
+    section = {"kind": kind, "keep_unpacked": keep_unpacked}
+    with patch.object(functional, "dequantize_4bit", count):
+        pipeline.train(world.recipe({"model.quantization": section}))
     return calls
 
 

@@ -205,6 +205,74 @@ def test_the_table_shows_every_derived_number_in_80_columns() -> None:
     assert "[red]b[/]" in odd  # what a user wrote is no markup
 
 
+SMALL = "Qwen/Qwen2.5-0.5B"
+
+
+def kept_in(gib: float, *, kind: str = "cpu", asked: bool | str = "auto", hub_id: str = SMALL, **sections: Any) -> Plan:
+    quantization = {"kind": "nf4", "keep_unpacked": asked, **sections.pop("quantization", {})}
+    return make(card(gib, kind=kind), hub_id=hub_id, model={"quantization": quantization}, **sections)
+
+
+def test_unpacked_copies_are_kept_where_a_cpu_has_room() -> None:
+    plain, kept = kept_in(64, asked=False), kept_in(64)
+    assert (plain.keeps_unpacked, kept.keeps_unpacked) == (False, True)
+    size = kept.memory.fixed["unpacked_weights"]
+    assert size == 2 * sum(x.in_features * x.out_features * x.count for x in shape_of(SMALL).linears)
+    assert kept.memory.tensor_bytes - plain.memory.tensor_bytes == size
+    assert "unpacked" in shown(kept.table()) and "unpacked" not in shown(plain.table())
+    assert json.loads(json.dumps(kept.to_json()))["keeps_unpacked"] is True
+
+
+def test_auto_never_keeps_copies_on_a_gpu_and_true_always_does() -> None:
+    assert not kept_in(80, kind="cuda").keeps_unpacked
+    assert kept_in(80, kind="cuda", asked=True).keeps_unpacked
+    assert kept_in(1, asked=True).keeps_unpacked
+    for kind in ("none", "int8"):
+        assert not make(card(64, kind="cpu"), hub_id=SMALL, model={"quantization": kind}).keeps_unpacked
+
+
+def test_auto_gives_copies_a_quarter_of_memory_at_most() -> None:
+    few = {"training": {"gradient_checkpointing": True}}  # so that all else is small
+    size = kept_in(64, **few).memory.fixed["unpacked_weights"]
+    border = 4 * size / GIB
+    assert kept_in(64, **few).memory.needed_bytes < 0.95 * 4 * size
+    assert kept_in(border, **few).keeps_unpacked
+    assert not kept_in(border - 2 / GIB, **few).keeps_unpacked
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": "auto"},
+        {"micro_batch_tokens": 2400, "gradient_checkpointing": True},
+        {"micro_batch_tokens": 2400},
+    ],
+)
+def test_auto_keeps_copies_only_where_the_smallest_micro_batch_fits_beside_them(training: dict[str, Any]) -> None:
+    tokens, checkpointing = training.get("micro_batch_tokens", 600), training.get("gradient_checkpointing") is True
+    fixed = {"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
+    targets = {"target_modules": ["down_proj"], "r": 64}
+    needed = kept_in(640, training=fixed, adapter=targets).memory.needed_bytes
+    border = needed / 0.95 / GIB
+    assert kept_in(border + 2 / GIB, training=training, adapter=targets).keeps_unpacked
+    least = kept_in(border - 2 / GIB, training=training, adapter=targets)
+    assert not least.keeps_unpacked
+    assert least.memory.fixed["unpacked_weights"] == 0
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "quantization"), [("openai-community/gpt2", {}), (SMALL, {"compute_dtype": "fp32"})]
+)
+def test_nothing_is_kept_where_no_forward_would_use_it(hub_id: str, quantization: dict[str, str]) -> None:
+    """PEFT's own forward runs there, and unpacks each time."""
+    forced = kept_in(64, asked=True, hub_id=hub_id, quantization=quantization)
+    assert not forced.keeps_unpacked and forced.memory.fixed["unpacked_weights"] == 0
+    assert any("keep_unpacked has nothing to keep" in warning for warning in forced.warnings)
+    left = kept_in(64, hub_id=hub_id, quantization=quantization)
+    assert not left.keeps_unpacked and not any("keep_unpacked" in warning for warning in left.warnings)
+
+
 def test_json_is_plain() -> None:
     plain = json.loads(json.dumps(make().to_json()))
     assert plain["total_steps"] == 21

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorafit.shapes import LinearShape
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+KeepUnpacked = bool | Literal["auto"]
 
 
 class QuantizationSection(Section):

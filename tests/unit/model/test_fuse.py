@@ -9,10 +9,10 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lorafit.model.fuse import fuse_layers
+from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_linear import lora_linear
 
@@ -169,6 +169,89 @@ def test_without_gradients_the_forward_is_the_librarys_own() -> None:
         before = model(input_ids=ids).logits
         fuse_layers(model)
         assert torch.equal(before, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_kept_copies_change_no_bit(
+    dtype: torch.dtype, options: dict[str, Any], checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = in_nf4_with_lora(dtype, **options)
+    fuse_layers(model)
+    if checkpointed:
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    autocast = None if dtype == torch.float32 else dtype
+    unpacked = count_unpacking(monkeypatch)
+    loss, gradients = loss_and_gradients(model, autocast)
+    assert len(unpacked) == (3 * 14 if checkpointed else 2 * 14 - 3)  # the first q, k, v: no gradient for their input
+    assert keep_unpacked(model) == 14
+    unpacked.clear()
+    kept_loss, kept_gradients = loss_and_gradients(model, autocast)
+    assert not unpacked
+    assert kept_loss == loss
+    assert gradients.keys() == kept_gradients.keys()
+    assert all(torch.equal(kept_gradients[name], gradient) for name, gradient in gradients.items())
+
+
+def in_nf4_with_lora(dtype: torch.dtype, **options: Any) -> Any:
+    torch.manual_seed(0)
+    base = in_nf4(LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype), dtype)
+    base.is_loaded_in_4bit = True  # so that PEFT takes its 4-bit layer
+    model = with_lora(base, **options)
+    for module in model.modules():
+        if dtype != torch.float32 and hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # as the objective does under autocast
+    return model
+
+
+def count_unpacking(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Grows with each weight that is dequantised."""
+    from bitsandbytes import functional
+
+    real, found = functional.dequantize_4bit, []
+
+    def counted(weight: torch.Tensor, state: Any) -> torch.Tensor:
+        found.append(state.shape)
+        return real(weight, state)
+
+    monkeypatch.setattr(functional, "dequantize_4bit", counted)
+    return found
+
+
+def test_kept_copies_are_in_no_state_and_change_no_base() -> None:
+    model = in_nf4_with_lora(torch.float32)
+    fuse_layers(model)
+    names, state = [n for n, _ in model.named_parameters()], {k: v.clone() for k, v in model.state_dict().items()}
+    buffers, adapter = [n for n, _ in model.named_buffers()], get_peft_model_state_dict(model)
+    keep_unpacked(model)
+    loss_and_gradients(model)
+    assert [n for n, _ in model.named_parameters()] == names
+    assert [n for n, _ in model.named_buffers()] == buffers
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert get_peft_model_state_dict(model).keys() == adapter.keys()
+
+
+def test_kept_copies_are_left_out_where_the_forward_is_pefts_own() -> None:
+    """Another compute dtype, a plain base, and a weight that a merge replaced."""
+    assert keep_unpacked(in_nf4_with_lora(torch.float32)) == 0  # not fused
+    plain, mixed = llama(), in_nf4_with_lora(torch.float32)
+    for module in mixed.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = torch.bfloat16
+    for model in (plain, mixed):
+        fuse_layers(model)
+        assert keep_unpacked(model) == 0
+    merged = in_nf4_with_lora(torch.float32)
+    fuse_layers(merged)
+    keep_unpacked(merged)
+    merged.merge_adapter()
+    merged.unmerge_adapter()  # four bits round twice: the base is not what it was
+    after, gradients = loss_and_gradients(merged)
+    keep_unpacked(merged)
+    again, kept = loss_and_gradients(merged)
+    assert after == again and difference(gradients, kept) == 0
 
 
 def test_names_and_saved_adapter_stay() -> None:

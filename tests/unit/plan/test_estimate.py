@@ -152,6 +152,18 @@ def test_every_switch_that_saves_is_listed_and_no_other() -> None:
     assert least.savings == ()
 
 
+def test_kept_copies_are_a_saving_and_a_weight() -> None:
+    asked = [{"kind": "nf4", "keep_unpacked": choice} for choice in (True, False)]
+    kept, plain = (guess(24, model={"quantization": section}, training=ON) for section in asked)
+    switch = "model.quantization.keep_unpacked: false"
+    assert switches(kept)[switch] == kept.memory.needed_bytes - plain.memory.needed_bytes
+    assert switch not in switches(plain) and switch not in switches(guess(24))
+    copies = kept.memory.fixed["unpacked_weights"]
+    assert copies == 2 * 6_979_321_856
+    assert kept.methods[-1].weights_bytes - plain.methods[-1].weights_bytes == copies
+    assert "unpacked weights" in shown(kept) and "unpacked weights" not in shown(plain)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_savings_of_the_optimizer(optimizer: str) -> None:
     found = guess(training={"optimizer": optimizer, "gradient_checkpointing": True})
