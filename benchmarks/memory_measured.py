@@ -143,6 +143,7 @@ def write_tiny(folder: Path) -> dict[str, str]:
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
+    transformers.utils.logging.disable_progress_bar()
     found = {}
     for name, config in TINY_MODELS.items():
         values = {**config, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
