@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,8 @@ class Training:
         if accelerator.is_main_process:  # nothing is written before all is loaded and proven
             describe_run(self.where, job.loaded, job.facts())
         resolved = self._resolve(objective, accelerator, checkpoint, given)
-        expected = self._question().at(resolved.micro_batch_tokens, resolved.gradient_checkpointing)
+        question = replace(self._question(), attention=resolved.attention)
+        expected = question.at(resolved.micro_batch_tokens, resolved.gradient_checkpointing)
         if accelerator.is_main_process:
             write_json(self.where.quantization, used)
             facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
@@ -186,7 +187,9 @@ class Training:
             accelerator.device,
             self.reporter,
             set_checkpointing=partial(enable_checkpointing, objective.model),
-            fits=lambda tokens, on: fits(question.at(tokens, on), job.device.memory_bytes),
+            fits=lambda tokens, on, attention: fits(
+                replace(question, attention=attention).at(tokens, on), job.device.memory_bytes
+            ),
             optimizer_bytes=optimizers.get(optimizer.kind).state_bytes(optimizer, self.plan.trainable_parameters),
             packing=recipe.data.packing,
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from lorafit.memory.linear import linear_operation, own_copy_bytes
 from lorafit.memory.work import Moment, Numerics, Operation, Work
+from lorafit.ops.attention_blocks import chunk_rows, largest_block
 from lorafit.shapes import ModelShape
 
 
@@ -30,7 +31,7 @@ class LayerPeak:
     Attributes:
         kept_bytes: What the whole layer leaves for its backward pass.
         peak_bytes: Kept so far plus the moment, at the worst moment.
-        fixed_bytes: The dequantised weight among them.
+        fixed_bytes: The dequantised weight among them, or the scores of a block of queries.
         where: The operation of that moment.
     """
 
@@ -152,7 +153,8 @@ def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
     n, found = work.numerics, []
     width = n.compute_bytes if role == "o" else _product_bytes(shape, n)
     for linear in (linear for linear in shape.linears if linear.role == role):
-        kept_anyway = role == "o" or shape.activation == "relu"  # attention keeps its result, and so does relu
+        attention_keeps = role == "o" and not _fuses_attention(shape, work)
+        kept_anyway = attention_keeps or shape.activation == "relu"  # its result, and so does relu
         shared = n.keeps_inputs or (n.trains_a and linear in work.adapted and not own_copy_bytes(work, width))
         held = 0 if kept_anyway else linear.in_features * width
         operation = linear_operation(
@@ -183,8 +185,8 @@ def _product_bytes(shape: ModelShape, n: Numerics) -> int:
 def _attention(shape: ModelShape, work: Work) -> list[Operation]:
     """Rotation and attention.
 
-    Flash keeps q, k, v, its output and a log-sum a head; eager keeps every score, in fp32 and as computed; sdpa without
-    a flash kernel keeps them in fp32.
+    Flash keeps q, k, v, its output and a log-sum a head; `fused` q, k and v; eager keeps every score, in fp32 and as
+    computed; sdpa without a flash kernel keeps them in fp32.
     """
     n = work.numerics
     c, q_width, kv_width = n.compute_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -209,6 +211,18 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
         kept += scores * (c if n.device_kind == "cpu" else 1) if shape.attention_dropout > 0 else 0
         freed = c if c < 4 else 0  # the bf16 copy is used up before softmax's fp32 gradients stand at their most
         moments = (Moment("forward", scores * c), Moment("backward", scores * (8 - freed) + 3 * c * q_width))
+    elif _fuses_attention(shape, work):
+        kept = c * (q_width + 2 * kv_width)
+        if shape.position_parameters == 0 and any(linear.role == "qkv" for linear in shape.linears):
+            kept += c * (q_width + kv_width)  # as below
+        rows = chunk_rows(work.row_tokens)
+        block = rows * shape.heads * largest_block(work.row_tokens) * c
+        # dk and dv: their sums in fp32, three of a block's; keys and values of several rows are copied
+        sums = rows * work.row_tokens * kv_width * (8 + c * (3 if rows == 1 else 5))
+        moments = (
+            Moment("forward", 3 * c * q_width, 2 * block),
+            Moment("backward", c * (2 * q_width + 2 * kv_width), 3 * block + sums),
+        )
     else:
         kept = c * (2 * q_width + 2 * kv_width) + 4 * shape.heads
         if shape.position_parameters == 0 and any(linear.role == "qkv" for linear in shape.linears):
@@ -220,6 +234,12 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
         moments = (Moment("forward", 3 * c * q_width), Moment("backward", c * (2 * q_width + 2 * kv_width) + gpu))
     operations.append(Operation("attention", kept, moments))
     return operations
+
+
+def _fuses_attention(shape: ModelShape, work: Work) -> bool:
+    """Whether attention runs as `lorafit.ops.causal_attention` does; it hands anything unusual to sdpa."""
+    is_usual = not (work.masked or shape.attention_dropout or shape.softcap or shape.math_attention)
+    return work.attention == "fused" and work.numerics.device_kind == "cpu" and is_usual
 
 
 def _activation(shape: ModelShape, work: Work) -> list[Operation]:

@@ -60,7 +60,7 @@ class Work:
         adapted: The linears that carry an adapter.
         rank: Width of the adapters' bottleneck.
         dropout: On the adapters' inputs.
-        attention: `eager`, or anything that keeps no scores.
+        attention: `eager`, `fused`, or anything that keeps no scores but its output.
         masked: Whether attention that keeps no scores gets a mask: packed documents.
         dequantised_bytes: Bytes of the dequantised copy of one linear's weight; 0 where weights are plain.
         keeps_unpacked: Whether adapted linears that run fused keep that copy, instead of making it for each product.
@@ -79,8 +79,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Something alive only for a moment: bytes a token, and bytes that do not grow with tokens (a dequantised
-    weight)."""
+    """Something alive only for a moment: bytes a token, and bytes that do not grow with tokens (a dequantised weight,
+    the scores of a block of queries)."""
 
     phase: str
     token_bytes: float

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
+from lorafit.model.attention import offer_attention
 from lorafit.model.check import check_finite, check_loading, check_weights, list_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.weights import read_index
@@ -67,13 +68,14 @@ def load_model(
         quantization: The recipe's section, of any kind.
         dtype: Of weights that are not quantised, and what weights are rounded to before they are quantised.
         compute_dtype: Of products with dequantised weights.
-        attention: `eager`, `sdpa`, `flash_attention_2`, or `auto` for transformers' choice.
+        attention: `eager`, `sdpa`, `fused`, `flash_attention_2`, or `auto` for transformers' choice.
         device: Where the whole model goes.
         auto_class: The transformers class of the task.
         reporter: Told what is loaded.
 
     Raises:
-        ModelError: Weights are missing, superfluous, misshapen or unreadable, or transformers does not know the model.
+        ModelError: Weights are missing, superfluous, misshapen or unreadable, or transformers does not know the model,
+            or it cannot run with this attention.
         SafetyError: Pickle weights, an index that leaves the folder, foreign code.
     """
     import torch
@@ -88,6 +90,7 @@ def load_model(
         config = _config(base)
         skeleton = _build_skeleton(auto, config, base)
         check_weights(skeleton, entries, base.path)
+        offer_attention(attention, skeleton)
         kind = quantizations.get(quantization.kind)
         plain = unquantised_names(skeleton)
         if quantization.kind in FOUR_BIT_KINDS and torch.device(device).type == "cpu":

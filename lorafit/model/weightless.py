@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError
 from lorafit.kinds.quantizations import quantizations
+from lorafit.model.attention import register_fused_attention
 from lorafit.model.load import FOUR_BIT_KINDS, leave_narrow, unquantised_names
 from lorafit.model.quiet import quiet_libraries
 
@@ -57,6 +58,7 @@ def build_weightless(
     with quiet_libraries():
         try:
             settings = transformers.AutoConfig.for_model(str(values.pop("model_type", "")), **values)
+            register_fused_attention()
             with torch.device("meta"):
                 model = getattr(transformers, auto_class).from_config(
                     settings, dtype=dtype, attn_implementation=attention

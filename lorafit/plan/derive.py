@@ -233,6 +233,8 @@ def _warmup(recipe: Recipe, total_steps: int) -> int:
 def _check_attention(recipe: Recipe, device: DeviceFacts) -> None:
     if recipe.model.attention == "flash_attention_2" and device.kind == "cpu":
         raise RecipeError("flash_attention_2 runs on no CPU", key="model.attention", todo="write sdpa or auto")
+    if recipe.model.attention == "fused" and device.kind != "cpu":
+        raise RecipeError("fused attention is for CPUs", key="model.attention", todo="write sdpa or auto")
 
 
 def _check_length(dataset: DatasetFacts, shape: ModelShape) -> None:

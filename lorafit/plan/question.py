@@ -123,12 +123,13 @@ def estimated_attention(recipe: Recipe, shape: ModelShape) -> str:
     """What an estimate assumes for `auto`: sdpa, or eager where a soft-cap leaves no choice.
 
     Raises:
-        RecipeError: The model's soft-cap on attention scores needs eager attention, and the recipe names sdpa.
+        RecipeError: The model's soft-cap on attention scores needs eager attention, and the recipe names sdpa or
+            fused.
     """
     asked = recipe.model.attention
-    if shape.softcap and asked == "sdpa":
+    if shape.softcap and asked in ("sdpa", "fused"):
         raise RecipeError(
-            f"sdpa cannot apply the soft-cap that {shape.model_type} puts on attention scores",
+            f"{asked} cannot apply the soft-cap that {shape.model_type} puts on attention scores",
             key="model.attention",
             todo="write eager, flash_attention_2 or auto",
         )

@@ -65,8 +65,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of weights that are not quantised, and of compute. `auto`: bf16 where the device computes it at speed, else fp16
     on a GPU, fp32 on a CPU."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention implementation of transformers. `auto`: the rehearsal decides."""
+    attention: Literal["auto", "eager", "sdpa", "fused", "flash_attention_2"] = "auto"
+    """Attention implementation: one of transformers, or `fused`, lorafit's own for training on a CPU. `auto`: the
+    rehearsal decides."""
     quantization: QuantizationChoice = Field(default="nf4", validate_default=True)
     """How the frozen linear weights are stored: none, nf4, fp4 or int8."""
 

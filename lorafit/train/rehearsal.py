@@ -1,7 +1,8 @@
 """Before step 1: the run's real shapes, tried out, and everything as it was afterwards.
 
     what is open?   attention            each candidate on one typical micro-batch; the fastest is kept that gives the
-                                         logits of eager attention and, when packing, keeps documents apart
+                                         logits of eager attention and, when packing, keeps documents apart; eager,
+                                         which keeps all scores, only where it is more than 10 % faster
                     micro_batch_tokens   doubled from one longest row while it pays; smallest within 3 % of the best
                     checkpointing        off, unless memory says otherwise
     always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
@@ -23,6 +24,7 @@ import torch
 from lorafit.data.batch import collate
 from lorafit.data.packing import Cutter, collate_packed
 from lorafit.errors import NumericsError
+from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, takes_fused_attention
 from lorafit.objective import choose_probe
 from lorafit.ops.distance import ROUNDING, logits_distance
 from lorafit.ops.rng import preserved_rng
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 CLOSE_ENOUGH = 0.97  # of the best rate: the smaller budget is taken
+_EAGER_PAYS = 1.1  # times the best other rate: less is not worth the scores that eager attention keeps
 _FIRST_BUDGET_TOKENS = 256  # on a CPU, below this the weights' dequantisation outweighs the products
 _SAMPLED_STEPS = 4  # typical micro-batches come from the rows of the first steps
 _MOST_SECONDS = 12.0  # no further candidate is begun after this
@@ -62,7 +65,8 @@ class Rehearsal:
         objective: On its device; not wrapped.
         validation: Rows that are scored while training; None: none.
         set_checkpointing: Turns gradient checkpointing of the model on or off.
-        fits: Whether so many tokens a micro-batch, with or without checkpointing, fit by the estimate.
+        fits: Whether so many tokens a micro-batch, with or without checkpointing and under an attention, fit by the
+            estimate.
         optimizer_bytes: State that the optimizer will allocate at its first step; held while the heaviest batch runs.
         packing: Whether several documents share a row; proven for every attention that is set.
         measured: Figures to keep with the plan: tokens a second by candidate, peak bytes, seconds.
@@ -76,7 +80,7 @@ class Rehearsal:
     device: torch.device
     reporter: Reporter
     set_checkpointing: Callable[[bool], None]
-    fits: Callable[[int, bool], bool] = lambda tokens, checkpointing: True
+    fits: Callable[[int, bool, str], bool] = lambda tokens, checkpointing, attention: True
     optimizer_bytes: int = 0
     packing: bool = False
     measured: dict[str, Any] = field(default_factory=dict)
@@ -101,12 +105,13 @@ class Rehearsal:
         with self._rolled_back():
             budget = least_tokens if isinstance(micro_batch_tokens, str) else micro_batch_tokens
             checkpointing = gradient_checkpointing is True or (
-                gradient_checkpointing == "auto" and not self.fits(budget, False)
+                gradient_checkpointing == "auto"
+                and not self.fits(budget, False, self._attention if attention == "auto" else attention)
             )
             self.set_checkpointing(checkpointing)
             self._warm_up(attention == "auto" or micro_batch_tokens == "auto")
             if attention == "auto":
-                attention = self._fastest_attention(budget)
+                attention = self._fastest_attention(budget, checkpointing)
             self.set_attention(attention)
             if isinstance(micro_batch_tokens, str):
                 budget = self._fastest_budget(least_tokens, most_tokens, checkpointing, began + _MOST_SECONDS)
@@ -137,6 +142,7 @@ class Rehearsal:
         Raises:
             NumericsError: Packing is asked for, and documents in a row see each other under this implementation.
         """
+        register_fused_attention()
         self.objective.base.set_attn_implementation(name)
         self._attention = name
         if self.packing:
@@ -168,20 +174,23 @@ class Rehearsal:
             shortest = min(self._sample(), key=lambda row: int(self.examples.lengths[row]))
             self._run(collate([self.examples[shortest]], self.pad_id))
 
-    def _fastest_attention(self, budget: int) -> str:
+    def _fastest_attention(self, budget: int, checkpointing: bool) -> str:
         """The fastest candidate on one typical micro-batch; eager, which every model has, where none is left.
 
         Left out is what the model does not support, what gives other logits than eager attention, and, when packing,
-        what lets documents of a row see each other.
+        what lets documents of a row see each other. Eager keeps all scores: it is taken only where it is more than
+        10 % faster than any other, and tried only where it fits by the estimate.
         """
         rates: dict[str, float] = {}
         expected = self._probe("eager")
-        for name in _attention_candidates(self.device):
+        for name in self._open_candidates(budget, checkpointing):
             try:
                 self.set_attention(name)
                 distance = logits_distance(expected, self._probe(name))
                 if not distance <= ROUNDING[self.objective.autocast_dtype]:
                     self.reporter.warn(f"{name} attention is left out: its logits are {distance:.2g} from eager's")
+                    continue
+                if name == FUSED_ATTENTION and not self._trains_like_sdpa(name):
                     continue
                 rates[name] = self._rate(budget)
             except (ValueError, ImportError):
@@ -193,7 +202,39 @@ class Rehearsal:
                     raise
                 self._clear()
         self.measured["attention_tokens_per_second"] = {name: round(rate, 1) for name, rate in rates.items()}
-        return max(rates, key=lambda name: rates[name], default="eager")
+        return max(rates, key=lambda name: rates[name] / (_EAGER_PAYS if name == "eager" else 1.0), default="eager")
+
+    def _open_candidates(self, budget: int, checkpointing: bool) -> list[str]:
+        """Those of the device that may serve this run. `fused` hands packed rows to sdpa, which is tried anyway."""
+        takes_fused = not self.packing and takes_fused_attention(self.objective.base)
+        return [
+            name
+            for name in _attention_candidates(self.device)
+            if (name != FUSED_ATTENTION or takes_fused) and (name != "eager" or self.fits(budget, checkpointing, name))
+        ]
+
+    def _trains_like_sdpa(self, name: str) -> bool:
+        """Whether the gradients of one row in training mode are sdpa's: `fused` differs from it only there."""
+        expected, found = (self._probe_gradients(attention) for attention in ("sdpa", name))
+        distance = float((found - expected).norm() / expected.norm())
+        if distance <= ROUNDING[self.objective.autocast_dtype]:
+            return True
+        self.reporter.warn(f"{name} attention is left out: its gradients are {distance:.2g} from sdpa's")
+        return False
+
+    def _probe_gradients(self, attention: str) -> torch.Tensor:
+        """Of one row's loss in training mode, all of them behind each other, fp64; dropout is drawn alike each time."""
+        self.objective.base.set_attn_implementation(attention)
+        row = choose_probe(self.examples.lengths, most_tokens=_PROBE_TOKENS)
+        self.objective.train()
+        with preserved_rng():
+            loss_sum, _, _ = self.objective(collate([self.examples[row]], self.pad_id).to(self.device))
+            loss_sum.backward()
+        trained = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
+        gradients = torch.cat([parameter.grad.flatten().double() for parameter in trained])  # type: ignore[union-attr]
+        for parameter in trained:
+            parameter.grad = None
+        return gradients
 
     @torch.no_grad()
     def _probe(self, attention: str) -> torch.Tensor:
@@ -211,10 +252,10 @@ class Rehearsal:
         """
         rates: dict[int, float] = {}
         budget = max(least, min(most, _FIRST_BUDGET_TOKENS))
-        while budget > least and not self.fits(budget, checkpointing):
+        while budget > least and not self.fits(budget, checkpointing, self._attention):
             budget = max(least, budget // 2)
         first = budget
-        while budget <= most and self.fits(budget, checkpointing):
+        while budget <= most and self.fits(budget, checkpointing, self._attention):
             try:
                 rates[budget] = self._rate(budget)
             except (RuntimeError, MemoryError) as error:
@@ -305,9 +346,9 @@ class Rehearsal:
 
 
 def _attention_candidates(device: torch.device) -> list[str]:
-    """Eager holds all scores in memory: tried on a CPU only, where it is often the fastest for short rows."""
+    """Eager holds all scores in memory, `fused` is made for CPUs: both are tried on a CPU only."""
     if device.type != "cuda":
-        return ["sdpa", "eager"]
+        return ["sdpa", FUSED_ATTENTION, "eager"]
     from transformers.utils import is_flash_attn_2_available
 
     return ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]

@@ -72,7 +72,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         "model.revision": Case((None, "v2"), partial(loss_of_revision, world)),
         "model.dtype": Case(("fp32", "bf16", "fp16"), of_run(world, "model.dtype", first_loss)),
         "model.attention": Case(
-            ("eager", "sdpa"), partial(saved_bytes, world, "model.attention"), refused=("flash_attention_2",)
+            ("eager", "sdpa", "fused"), partial(saved_bytes, world, "model.attention"), refused=("flash_attention_2",)
         ),
         "model.quantization": Case(("none", "nf4", "fp4", "int8"), of_run(world, "model.quantization", first_loss)),
         "adapter(lora).r": Case((4, 2), adapted("r", adapter_shapes)),

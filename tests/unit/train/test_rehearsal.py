@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from lorafit.contracts import Silent
 from lorafit.errors import NumericsError, ResourceError
+from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.train.heaviest import fill_rows, heaviest_shapes
@@ -95,10 +96,10 @@ def test_it_leaves_no_trace(job: Callable[..., Job]) -> None:
 def test_it_measures_what_is_open_and_picks_within_the_bounds(job: Callable[..., Job]) -> None:
     rehearsal = stage(job())
     resolved = resolve(rehearsal, open_plan())
-    assert resolved.attention in ("eager", "sdpa")
+    assert resolved.attention in ("eager", "fused", "sdpa")
     assert rehearsal.objective.base.config._attn_implementation == resolved.attention
     assert resolved.micro_batch_tokens in (40, 80, 160, 320) and resolved.gradient_checkpointing is False
-    assert set(resolved.measured["attention_tokens_per_second"]) == {"eager", "sdpa"}
+    assert set(resolved.measured["attention_tokens_per_second"]) == {"eager", "fused", "sdpa"}
     rates = {int(k): v for k, v in resolved.measured["budget_tokens_per_second"].items()}
     assert min(rates) == 40 and resolved.measured["peak_memory_bytes"] > 0
     assert rates[resolved.micro_batch_tokens] >= 0.97 * max(rates.values())
@@ -110,7 +111,7 @@ def test_the_smallest_budget_within_three_per_cent_is_taken(
     rates = {40: 80.0, 80: 98.0, 160: 100.0, 320: 99.0}
     monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget: rates[budget])
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
-    bounded = stage(job(), fits=lambda tokens, checkpointing: tokens <= 40)
+    bounded = stage(job(), fits=lambda tokens, checkpointing, attention: tokens <= 40)
     assert resolve(bounded, open_plan(attention="sdpa")).micro_batch_tokens == 40
 
 
@@ -122,7 +123,7 @@ def test_measuring_begins_at_a_size_that_is_never_far_from_the_best(
     monkeypatch.setattr("lorafit.train.rehearsal._MOST_SECONDS", -1.0)
     monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget: float(budget))
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 200
-    tight = stage(job(), fits=lambda tokens, checkpointing: tokens <= 100)
+    tight = stage(job(), fits=lambda tokens, checkpointing, attention: tokens <= 100)
     assert resolve(tight, open_plan(attention="sdpa")).micro_batch_tokens == 100
     assert resolve(stage(job()), open_plan(attention="sdpa", max_micro_batch_tokens=60)).micro_batch_tokens == 60
 
@@ -254,7 +255,9 @@ def test_filled_rows_keep_the_end_of_rows_where_labels_are() -> None:
 
 def test_checkpointing_goes_on_where_the_estimate_says_so(job: Callable[..., Job]) -> None:
     switched: list[bool] = []
-    rehearsal = stage(job(), set_checkpointing=switched.append, fits=lambda tokens, checkpointing: checkpointing)
+    rehearsal = stage(
+        job(), set_checkpointing=switched.append, fits=lambda tokens, checkpointing, attention: checkpointing
+    )
     assert resolve(rehearsal, open_plan(attention="sdpa")).gradient_checkpointing is True and switched == [True]
 
 
@@ -308,3 +311,52 @@ def test_a_rehearsal_is_cached_and_a_broken_cache_is_measured_anew(job: Callable
     assert again.micro_batch_tokens == first.micro_batch_tokens
     cache.write_text("{")
     assert resolve(stage(job()), open_plan(), cache_file=cache).source == "rehearsal"
+
+
+@pytest.mark.parametrize(
+    ("rates", "taken"),
+    [
+        ({"sdpa": 100.0, "fused": 90.0, "eager": 109.0}, "sdpa"),
+        ({"sdpa": 100.0, "fused": 105.0, "eager": 115.0}, "fused"),
+        ({"sdpa": 100.0, "fused": 90.0, "eager": 112.0}, "eager"),
+    ],
+)
+def test_eager_attention_has_to_pay_for_the_scores_it_keeps(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, rates: dict[str, float], taken: str
+) -> None:
+    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget: rates[self._attention])
+    resolved = resolve(stage(job()), open_plan(micro_batch_tokens=64))
+    assert resolved.attention == taken and resolved.measured["attention_tokens_per_second"] == rates
+
+
+def test_the_estimate_is_asked_about_the_attention_that_is_tried(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager attention is not tried where its scores do not fit, and budgets are bounded by what was chosen."""
+    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget: 2.0 if self._attention == "eager" else 1.0)
+    roomy = resolve(stage(job()), open_plan(micro_batch_tokens=64))
+    assert roomy.attention == "eager"
+    tight = stage(job(), fits=lambda tokens, checkpointing, attention: attention != "eager" and tokens < 160)
+    resolved = resolve(tight, open_plan())
+    assert resolved.attention != "eager" and resolved.micro_batch_tokens < 160
+    assert set(resolved.measured["attention_tokens_per_second"]) == {"sdpa", "fused"}
+    named = stage(job(), fits=lambda tokens, checkpointing, attention: checkpointing or attention != "eager")
+    assert resolve(named, open_plan(attention="eager")).gradient_checkpointing is True
+
+
+def test_fused_attention_must_train_as_sdpa_does(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits in eval mode are sdpa's, whatever it does in training: only gradients tell."""
+    real = causal_attention.causal_attention
+    monkeypatch.setattr(causal_attention, "causal_attention", lambda q, k, v, scale: real(q, k, v, 0.5 * scale))
+    rehearsal = louder(stage(job(dropout=0.3)))
+    resolved = resolve(rehearsal, open_plan(micro_batch_tokens=64))
+    assert "fused" not in resolved.measured["attention_tokens_per_second"] and resolved.attention != "fused"
+    assert "fused attention is left out: its gradients are" in rehearsal.reporter.warnings[0]  # type: ignore[attr-defined]
+    monkeypatch.setattr(causal_attention, "causal_attention", real)
+    rehearsal = louder(stage(job("again", dropout=0.3)))
+    assert "fused" in resolve(rehearsal, open_plan(micro_batch_tokens=64)).measured["attention_tokens_per_second"]
+
+
+def test_packed_rows_are_not_measured_twice(job: Callable[..., Job]) -> None:
+    resolved = resolve(stage(job(), packing=True), open_plan(micro_batch_tokens=64))
+    assert set(resolved.measured["attention_tokens_per_second"]) == {"sdpa", "eager"}

@@ -1,0 +1,93 @@
+"""lorafit's own attention, `fused`, as one more implementation among transformers' own.
+
+It is for training on a CPU. Whatever else it is asked for goes to transformers' sdpa: evaluation, generation with a
+cache, packed or padded rows with a mask, windows shorter than the row, dropout, another device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+FUSED_ATTENTION = "fused"
+_UNUSUAL = ("position_bias", "softcap", "s_aux", "cache")  # what some models hand over besides
+
+
+def register_fused_attention() -> None:
+    """Makes `fused` a name that transformers knows. Its masks are sdpa's: none where causal attention suffices."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(FUSED_ATTENTION, _attention_forward)
+    AttentionMaskInterface.register(FUSED_ATTENTION, sdpa_mask)
+
+
+def takes_fused_attention(model: Any) -> bool:
+    """Whether a transformers model looks its attention up by name, and sdpa, which the rest falls back to, is right."""
+    return bool(model._can_set_attn_implementation() and model._supports_sdpa)
+
+
+def offer_attention(name: str, model: Any) -> None:
+    """Registers `fused`, and refuses it for a model that computes its attention by itself.
+
+    Raises:
+        ModelError: It is asked for, and the model would run another one without a word.
+    """
+    register_fused_attention()
+    if name == FUSED_ATTENTION and not takes_fused_attention(model):
+        raise ModelError(
+            f"{type(model).__name__} cannot run with fused attention: it does not look its attention up by name",
+            todo="write model.attention: auto",
+        )
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' interface: [batch, heads, seq, head_dim] in, [batch, seq, heads, value_dim] out."""
+    from lorafit.ops.causal_attention import causal_attention
+
+    is_usual = (
+        attention_mask is None
+        and dropout == 0.0
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and all(options.get(name) is None for name in _UNUSUAL)
+    )
+    if is_usual and _trains_here(module, query, key, value):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return causal_attention(query, key, value, scale), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
+    )
+    return result
+
+
+def _trains_here(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether whole rows train on a CPU, all operands in the dtype that products are computed in."""
+    import torch
+
+    if not (module.training and torch.is_grad_enabled()) or query.device.type != "cpu":
+        return False
+    wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    heads, key_heads = query.shape[1], key.shape[1]
+    return (
+        query.dtype == key.dtype == value.dtype == wanted
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[2] == key.shape[2] == value.shape[2]
+        and key_heads == value.shape[1]
+        and heads == key_heads * getattr(module, "num_key_value_groups", 1)
+    )

@@ -1,0 +1,185 @@
+"""`fused` among transformers' attention implementations: the same losses and gradients, and sdpa for all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lorafit.errors import ModelError
+from lorafit.model import attention
+from lorafit.model.attention import offer_attention, register_fused_attention, takes_fused_attention
+from lorafit.ops import causal_attention as operation
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts calls of the operation."""
+    register_fused_attention()
+    seen: list[int] = []
+    real = operation.causal_attention
+
+    def count(*arguments: Any) -> torch.Tensor:
+        seen.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(operation, "causal_attention", count)
+    return seen
+
+
+def llama(key_heads: int = 2, **more: Any) -> Any:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=key_heads, **more))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # attention matters
+    return model.train()
+
+
+def learn(model: Any, name: str, ids: torch.Tensor, **inputs: Any) -> tuple[float, torch.Tensor]:
+    """Loss and all gradients."""
+    model.set_attn_implementation(name)
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("rows", [(1, 37), (3, 24), (2, 150)])
+def test_losses_and_gradients_are_those_of_eager_and_sdpa(
+    rows: tuple[int, int], key_heads: int, calls: list[int]
+) -> None:
+    model, ids = llama(key_heads), torch.randint(3, 97, rows)
+    loss, gradients = learn(model, "fused", ids)
+    assert len(calls) == 2
+    for name in ("eager", "sdpa"):
+        expected, wanted = learn(model, name, ids)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert float((gradients - wanted).norm() / wanted.norm()) < 1e-5
+    assert len(calls) == 2
+
+
+def test_right_padding_without_a_mask(calls: list[int]) -> None:
+    """As the objective gives rows: padding at the end, no mask, no label there."""
+    model, ids = llama(), torch.randint(3, 97, (2, 40))
+    labels = ids.clone()
+    labels[0, 25:] = -100
+    ids[0, 25:] = 0
+    found = []
+    for name in ("fused", "sdpa"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert calls and float((found[0] - found[1]).norm() / found[1].norm()) < 1e-5
+
+
+def test_checkpointing_and_autocast(calls: list[int]) -> None:
+    model, ids = llama(), torch.randint(3, 97, (2, 40))
+    _, gradients = learn(model, "fused", ids)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, again = learn(model, "fused", ids)
+    assert torch.equal(gradients, again) and len(calls) == 6
+    narrow = model.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, ours = learn(narrow, "fused", ids)
+        assert len(calls) == 10
+        _, theirs = learn(narrow, "sdpa", ids)
+    assert float((ours - theirs).float().norm() / theirs.float().norm()) < 0.1
+
+
+UNUSUAL: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "evaluation": lambda model, ids: model.eval()(input_ids=ids, use_cache=False),
+    "no gradients": lambda model, ids: torch.no_grad()(model)(input_ids=ids, use_cache=False),
+    "a padding mask": lambda model, ids: model(
+        input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) > 2).long().repeat(2, 1), use_cache=False
+    ),
+    "packed rows": lambda model, ids: model(input_ids=ids, position_ids=torch.arange(12).repeat(2, 2), use_cache=False),
+    "a cache": lambda model, ids: model(
+        input_ids=ids[:, 20:], past_key_values=model.eval()(input_ids=ids[:, :20], use_cache=True).past_key_values
+    ),
+    "generation": lambda model, ids: SimpleNamespace(
+        logits=model.eval().generate(ids, max_new_tokens=4, do_sample=False).float()
+    ),
+}
+
+
+@pytest.mark.parametrize("ask", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_the_unusual_goes_to_sdpa(ask: Callable[[Any, torch.Tensor], Any], calls: list[int]) -> None:
+    ids = torch.randint(3, 97, (2, 24))
+    results = []
+    for name in ("fused", "sdpa"):
+        model = llama()
+        model.set_attn_implementation(name)
+        results.append(ask(model, ids).logits)
+    assert torch.equal(*results) and not calls
+
+
+def test_dropout_on_attention_goes_to_sdpa(calls: list[int]) -> None:
+    model, ids = llama(attention_dropout=0.4), torch.randint(3, 97, (2, 24))
+    (one, gradients), (other, wanted) = (learn(model, name, ids) for name in ("fused", "sdpa"))
+    assert one == other and torch.equal(gradients, wanted) and not calls
+
+
+def test_a_window_shorter_than_the_row_goes_to_sdpa(calls: list[int]) -> None:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=16)).train()
+    ids = torch.randint(3, 97, (2, 24))
+    (one, gradients), (other, wanted) = (learn(model, name, ids) for name in ("fused", "sdpa"))
+    assert one == other and torch.equal(gradients, wanted) and not calls
+    learn(model, "fused", ids[:, :12])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"is_causal": False},
+        {"position_bias": torch.zeros(1, 4, 6, 6)},
+        {"attention_mask": torch.zeros(1, 1, 6, 6)},
+        {"key": torch.randn(1, 2, 9, 8), "value": torch.randn(1, 2, 9, 8)},
+    ],
+    ids=["both ways", "bias", "mask", "longer keys"],
+)
+def test_a_layer_that_asks_for_more_gets_sdpa(change: dict[str, Any], calls: list[int]) -> None:
+    torch.manual_seed(0)
+    module = SimpleNamespace(training=True, is_causal=True, num_key_value_groups=2)
+    usual = {
+        "query": torch.randn(1, 4, 6, 8, requires_grad=True),
+        "key": torch.randn(1, 2, 6, 8),
+        "value": torch.randn(1, 2, 6, 8),
+        "attention_mask": None,
+        "scaling": 0.3,
+    }
+    attention._attention_forward(module, **usual)  # type: ignore[arg-type]
+    assert len(calls) == 1
+    found, _ = attention._attention_forward(module, **{**usual, **change})  # type: ignore[arg-type]
+    expected, _ = sdpa_attention_forward(module, **{**usual, **change})  # type: ignore[arg-type]
+    assert torch.equal(found, expected) and len(calls) == 1
+
+
+def test_a_model_that_looks_nothing_up_is_refused() -> None:
+    falcon = FalconForCausalLM(FalconConfig(**{**SIZES, "num_hidden_layers": 1}))
+    assert not takes_fused_attention(falcon) and takes_fused_attention(llama())
+    with pytest.raises(ModelError, match=r"FalconForCausalLM cannot run with fused attention.*auto"):
+        offer_attention("fused", falcon)
+    offer_attention("sdpa", falcon)
