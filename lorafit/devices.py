@@ -63,10 +63,10 @@ def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
     """
     if text.strip().lower() == "cpu":
         return read_device("cpu")
-    size = parse_size(text, flag)
+    card = find_card(text) or _card_of_number(text.strip(), flag)
+    size = parse_size(text, flag) if card is None else None
     if size is not None:
         return DeviceFacts(kind="cuda", name=f"a GPU of {format_bytes(size)}", memory_bytes=size, bf16=True)
-    card = find_card(text)
     if card is None:
         close = nearest(text, [name for known in cards() for name in known["names"]], count=2)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -78,6 +78,21 @@ def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
     return DeviceFacts(
         kind="cuda", name=str(card["names"][0]), memory_bytes=usable_bytes(card), bf16=bool(card["bf16"])
     )
+
+
+def _card_of_number(text: str, flag: str) -> dict[str, Any] | None:
+    """The card that `4090` means, which is no size.
+
+    Raises:
+        UsageError: Several cards are called so.
+    """
+    if not text.isdecimal() or len(text) < 4:  # 24, 80 and 640 are sizes in GiB
+        return None
+    named = [card for card in cards() if any(text in re.split(r"[^0-9]+", name) for name in card["names"])]
+    if len(named) > 1:
+        names = " or ".join(str(card["names"][0]) for card in named)
+        raise UsageError(f"'{text}' has no unit, and several cards are called so", key=flag, todo=f"write {names}")
+    return named[0] if named else None
 
 
 def usable_bytes(card: dict[str, Any]) -> int:

@@ -78,6 +78,9 @@ def _head(estimate: RecipeEstimate) -> Iterator[str]:
     if estimate.without_checkpointing is not None and estimate.device is not None:
         needed = format_bytes(estimate.without_checkpointing.needed_bytes)
         yield f"checkpointing was turned on for {estimate.device.name}: without it {needed} would be needed"
+    if estimate.with_checkpointing_bytes is not None:
+        needed = format_bytes(estimate.with_checkpointing_bytes)
+        yield f"gradient_checkpointing is auto: on where a card needs it (--gpu), {needed} in all"
     if facts is None:
         yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
     if memory.unquantized_expert_bytes:

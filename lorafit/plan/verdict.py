@@ -105,6 +105,12 @@ class RecipeEstimate:
         return None if device is None else fits(self.exact or self.memory, device.memory_bytes, self.options.headroom)
 
     @property
+    def with_checkpointing_bytes(self) -> int | None:
+        """What would be needed with checkpointing, where the recipe leaves it open and no card decided it."""
+        is_open = self.question.recipe.training.gradient_checkpointing == "auto" and self.device is None
+        return self.question.at(self.memory.micro_batch_tokens, True).needed_bytes if is_open else None
+
+    @property
     def needed_bytes(self) -> int:
         """What the card must have: by the exact engine where it ran."""
         return (self.exact or self.memory).needed_bytes
@@ -124,7 +130,7 @@ class RecipeEstimate:
         if self.fits is False and self.device is not None:
             enough = next((saving for saving in self.savings if saving.fits), None)
             best = enough or next(iter(self.savings), None)
-            how = "it would fit with" if enough else "the largest saving is"
+            how = "it would fit with" if enough else "no single switch is enough: take a larger card; most saves"
             raise DoesNotFitError(
                 f"does not fit: needs {format_bytes(self.needed_bytes)}, {self.device.name} has "
                 f"{format_bytes(self.device.memory_bytes)} usable, of which {self.options.headroom:.0%} stay free",
@@ -163,6 +169,7 @@ class RecipeEstimate:
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
             "memory": self.memory.to_json(),
+            "needed_with_checkpointing_bytes": self.with_checkpointing_bytes,
             "exact": None if self.exact is None else self.exact.to_json(),
             "gpu": None if device is None else {"name": device.name, "memory_bytes": device.memory_bytes},
             "headroom": self.options.headroom,

@@ -133,3 +133,9 @@ def test_bytes_for_people() -> None:
     assert [format_bytes(x) for x in (24 * GIB, 3 * GIB // 2, 310 * 2**20, 12 * 2**10, 5)] == [
         "24 GiB", "1.5 GiB", "310 MiB", "12 KiB", "5 B",
     ]  # fmt: skip
+
+
+def test_a_cards_number_is_no_size() -> None:
+    assert parse_gpu("4090").name == "RTX-4090"
+    assert parse_gpu("80").memory_bytes == 80 * 2**30
+    assert parse_gpu("9999").memory_bytes == 9999 * 2**30
