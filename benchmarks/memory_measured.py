@@ -117,7 +117,7 @@ def measure(recipe_file: Path) -> dict[str, Any]:
     shape = read_shape(config)
     longest = plan.longest_tokens
     attention = estimated_attention(recipe, shape)
-    question = MemoryQuestion(recipe, shape, longest, longest - 1, plan.dtype, attention, "cpu")
+    question = MemoryQuestion(recipe, shape, longest, longest - 1, plan.dtype, attention, "cpu", plan.keeps_unpacked)
     tokens, checkpointing = int(recipe.training.micro_batch_tokens), bool(recipe.training.gradient_checkpointing)
     exact = DryRun(question, config, tokens, checkpointing).run()
     return {
