@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from lorafit.contracts import Batch, Reporter, Silent
+from lorafit.errors import ModelError
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import ExactEstimate
@@ -107,9 +108,20 @@ class DryRun:
                 if not self.accumulates:
                     optimizer.zero_grad(set_to_none=True)
             with watching(live, objective, optimizer), self._progress(base, reporter or Silent()):
-                self._step(objective, optimizer, trained, self._batch(), accelerator)
+                try:
+                    self._step(objective, optimizer, trained, self._batch(), accelerator)
+                except (RuntimeError, NotImplementedError) as error:
+                    raise self._cannot_run(error) from error
         tokens = max(self.micro_batch_tokens, self.question.longest_tokens)
         return ExactEstimate(live.peak(), self.question.device_kind, tokens, self.gradient_checkpointing)
+
+    def _cannot_run(self, error: Exception) -> ModelError:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return ModelError(
+            f"{self.question.shape.model_type} does not run on tensors without values: {lines[0]}",
+            key="--exact",
+            todo="leave --exact out: the closed form needs none",
+        )
 
     @contextlib.contextmanager
     def _progress(self, base: Any, reporter: Reporter) -> Iterator[None]:

@@ -99,7 +99,9 @@ def estimate(
     from lorafit.dryrun import DryRun
 
     memory = found.memory
-    dry = DryRun(found.question, config, memory.micro_batch_tokens, memory.gradient_checkpointing)
+    step_tokens = loaded.recipe.training.batch_size * found.longest_tokens  # all of it in one micro-batch?
+    accumulates = step_tokens > memory.micro_batch_tokens
+    dry = DryRun(found.question, config, memory.micro_batch_tokens, memory.gradient_checkpointing, accumulates)
     return replace(found, exact=dry.run(reporter))
 
 

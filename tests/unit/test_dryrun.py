@@ -222,3 +222,12 @@ print(exact(question, config, True, rows=1).tensor_bytes, resource.getrusage(res
     tensor_bytes, resident_kib = map(int, done.stdout.split()[-2:])
     assert tensor_bytes > 5 * 2**30
     assert resident_kib < 2 * 2**20
+
+
+def test_a_step_that_needs_values_is_an_error_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs_values(*_: Any) -> None:
+        torch.nonzero(torch.ones(3))
+
+    monkeypatch.setattr(dryrun, "accumulate_gradients", needs_values)
+    with pytest.raises(ModelError, match=r"--exact: llama does not run on tensors without values.*leave --exact out"):
+        exact(ask(MODELS["llama"], tmp_path), MODELS["llama"], False)

@@ -70,6 +70,7 @@ def test_an_error_comes_when_its_step_comes() -> None:
 def test_an_error_that_nobody_asked_for_is_none() -> None:
     with StepFeed(Builder(failing=2), last_step=3) as feed:
         feed.take(1, 64)
+    assert threads() == []
 
 
 def test_a_stop_waits_for_what_is_being_built() -> None:
