@@ -81,7 +81,7 @@ class Training:
             describe_run(self.where, job.loaded, job.facts())
         resolved = self._resolve(objective, accelerator, checkpoint, given)
         question = replace(self._question(), attention=resolved.attention)
-        expected = question.at(resolved.micro_batch_tokens, resolved.gradient_checkpointing)
+        expected = question.at(resolved.tokens_at_once, resolved.gradient_checkpointing)
         if accelerator.is_main_process:
             write_json(self.where.quantization, used)
             facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
@@ -192,6 +192,8 @@ class Training:
             ),
             optimizer_bytes=optimizers.get(optimizer.kind).state_bytes(optimizer, self.plan.trainable_parameters),
             packing=recipe.data.packing,
+            ranks=accelerator.num_processes,
+            one_by_one=self.profiles or self.counts_memory,  # both look at one thread
         )
         key = [json.dumps(job.facts(), sort_keys=True), job.device.name, str(job.device.count), *installed_versions()]
         return resolve_plan(

@@ -17,11 +17,12 @@ class ResolvedPlan:
     Attributes:
         micro_batch_tokens: Padded tokens of one training forward.
         evaluation_micro_batch_tokens: Padded tokens of one evaluation forward.
-        attention: `eager`, `sdpa` or `flash_attention_2`.
+        attention: `eager`, `sdpa`, `fused` or `flash_attention_2`.
         dtype: `bf16`, `fp16` or `fp32`: of weights that are not quantised.
         compute_dtype: Of products with dequantised weights.
         ranks: Processes that train together.
         source: Where the values come from: `recipe`, `run`, `plan`, `cache` or `rehearsal`.
+        micro_batches_at_once: On a CPU, each on a core of its own; 1: one by one.
         measured: What the rehearsal measured: seconds and bytes by candidate.
     """
 
@@ -34,7 +35,13 @@ class ResolvedPlan:
     device_kind: str
     ranks: int
     source: str
+    micro_batches_at_once: int = 1
     measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Padded tokens whose activations are in memory together."""
+        return self.micro_batch_tokens * self.micro_batches_at_once
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -47,7 +54,7 @@ class ResolvedPlan:
         Raises:
             CheckpointError: A value is missing or of another type.
         """
-        taken: dict[str, Any] = {"measured": {}}
+        taken: dict[str, Any] = {"measured": {}, "micro_batches_at_once": 1}
         for known in fields(cls):
             value = values.get(known.name, taken.get(known.name))
             if not _is_valid(str(known.type), value):

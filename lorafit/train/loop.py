@@ -22,6 +22,7 @@ from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.ops.rng import capture_rng, preserved_rng, restore_rng
+from lorafit.train.abreast import Abreast
 from lorafit.train.checkpoint import ADAPTER_FOLDER, Checkpoint, CheckpointStore, Environment, write_state
 from lorafit.train.feed import StepFeed
 from lorafit.train.metrics_log import MetricsLog
@@ -120,6 +121,8 @@ class Trainer:
         self.environment = Environment.here(accelerator.device.type, accelerator.num_processes)
         self.trackers = Trackers(accelerator, reporter)
         self.signals = StopSignals()
+        at_once = resolved.micro_batches_at_once
+        self.abreast = Abreast(at_once, self.parameters) if at_once > 1 else None
         self.feed = StepFeed(self._micro_batches, plan.total_steps)
         self.edge_rng = capture_rng()
         self.saved_step: int | None = None
@@ -158,7 +161,7 @@ class Trainer:
         )
         self.objective.train()
         if not was_complete:
-            with self.signals, progress, self.feed:
+            with self.signals, progress, self.feed, self.abreast or contextlib.nullcontext():
                 try:
                     self._finish_edge(state)
                     while not state.is_complete(self.plan.total_steps):
@@ -246,6 +249,7 @@ class Trainer:
                     self.scaler,
                     self._check_signals_of_this_rank,
                     self.profile,
+                    self.abreast,
                 )
                 check_loss(step, figures, sums, batches, self.examples)
                 sum_gradients(self.parameters, self.accelerator)

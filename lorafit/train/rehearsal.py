@@ -4,6 +4,8 @@
                                          logits of eager attention and, when packing, keeps documents apart; eager,
                                          which keeps all scores, only where it is more than 10 % faster
                     micro_batch_tokens   doubled from one longest row while it pays; smallest within 3 % of the best
+                                         (10 % on a CPU), on a CPU at most 512 tokens a core
+                    at once              on a CPU a micro-batch a core, where that is faster than one on all cores
                     checkpointing        off, unless memory says otherwise
     always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
                     forward
@@ -16,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,19 +30,22 @@ from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, t
 from lorafit.objective import choose_probe
 from lorafit.ops.distance import ROUNDING, logits_distance
 from lorafit.ops.rng import preserved_rng
+from lorafit.train.abreast import abreast_of, threads_abreast, time_micro_batches
 from lorafit.train.heaviest import fill_rows, heaviest_shapes
 from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory
 from lorafit.train.progress import peak_memory_bytes
 from lorafit.train.separation import prove_separation
 
 if TYPE_CHECKING:
-    from lorafit.contracts import Batch, Examples, Reporter
+    from lorafit.contracts import Examples, Reporter
     from lorafit.data.batch import StepRows
     from lorafit.objective import Objective
 
-CLOSE_ENOUGH = 0.97  # of the best rate: the smaller budget is taken
+CLOSE_ENOUGH = {"cuda": 0.97, "cpu": 0.9}  # of the best rate: the smaller budget is taken
 _EAGER_PAYS = 1.1  # times the best other rate: less is not worth the scores that eager attention keeps
 _FIRST_BUDGET_TOKENS = 256  # on a CPU, below this the weights' dequantisation outweighs the products
+_MOST_CPU_TOKENS = 512  # a core: beyond, products gain nothing and the other operations leave the caches
+_ABREAST_PAYS = 1.05  # times the rate of one by one: less is not worth the memory of several
 _SAMPLED_STEPS = 4  # typical micro-batches come from the rows of the first steps
 _MOST_SECONDS = 12.0  # no further candidate is begun after this
 _REPEATS, _REPEAT_SECONDS = 3, 1.0  # the best of up to 3 tries counts; none is begun after the first second
@@ -55,6 +60,7 @@ class Choice:
     evaluation_micro_batch_tokens: int
     attention: str
     gradient_checkpointing: bool
+    micro_batches_at_once: int = 1
 
 
 @dataclass
@@ -69,6 +75,8 @@ class Rehearsal:
             estimate.
         optimizer_bytes: State that the optimizer will allocate at its first step; held while the heaviest batch runs.
         packing: Whether several documents share a row; proven for every attention that is set.
+        ranks: Processes that train together.
+        one_by_one: One micro-batch at a time, whatever is faster.
         measured: Figures to keep with the plan: tokens a second by candidate, peak bytes, seconds.
     """
 
@@ -83,6 +91,8 @@ class Rehearsal:
     fits: Callable[[int, bool, str], bool] = lambda tokens, checkpointing, attention: True
     optimizer_bytes: int = 0
     packing: bool = False
+    ranks: int = 1
+    one_by_one: bool = False
     measured: dict[str, Any] = field(default_factory=dict)
     _attention: str = field(default="sdpa", init=False)
 
@@ -113,12 +123,12 @@ class Rehearsal:
             if attention == "auto":
                 attention = self._fastest_attention(budget, checkpointing)
             self.set_attention(attention)
+            at_once = 1
             if isinstance(micro_batch_tokens, str):
-                budget = self._fastest_budget(least_tokens, most_tokens, checkpointing, began + _MOST_SECONDS)
+                at_once = self._fastest_number(least_tokens, most_tokens, checkpointing)
+                budget = self._fastest_budget(least_tokens, most_tokens, checkpointing, began + _MOST_SECONDS, at_once)
             choice = self._heaviest_that_fits(
-                budget,
-                attention,
-                checkpointing,
+                self._choice(budget, attention, checkpointing, at_once),
                 may_checkpoint=gradient_checkpointing == "auto",
                 may_shrink_to=least_tokens if micro_batch_tokens == "auto" else budget,
             )
@@ -172,7 +182,7 @@ class Rehearsal:
         """The first forward and backward pays for lazy set-up, which no candidate should."""
         if will_measure:
             shortest = min(self._sample(), key=lambda row: int(self.examples.lengths[row]))
-            self._run(collate([self.examples[shortest]], self.pad_id))
+            time_micro_batches(self.objective, [collate([self.examples[shortest]], self.pad_id)], self.device)
 
     def _fastest_attention(self, budget: int, checkpointing: bool) -> str:
         """The fastest candidate on one typical micro-batch; eager, which every model has, where none is left.
@@ -244,20 +254,36 @@ class Rehearsal:
         self.objective.eval()
         return self.objective.labelled_logits(collate([self.examples[row]], self.pad_id).to(self.device))
 
-    def _fastest_budget(self, least: int, most: int, checkpointing: bool, until: float) -> int:
-        """Doubles the budget while that pays; the smallest within 3 % of the fastest.
+    def _fastest_number(self, least: int, most: int, checkpointing: bool) -> int:
+        """A micro-batch a core, as many as the step has and memory holds; or one at a time on all cores."""
+        budget = max(least, min(most, _FIRST_BUDGET_TOKENS))
+        at_once = 1 if self.one_by_one else threads_abreast(self.objective, self.device, self.ranks)
+        at_once = min(at_once, most // budget)
+        while at_once > 1 and not self.fits(budget * at_once, checkpointing, self._attention):
+            at_once -= 1
+        if at_once <= 1:
+            return 1
+        rates = {1: self._rate(budget), at_once: self._rate(budget, at_once)}
+        self.measured["at_once_tokens_per_second"] = {str(number): round(rate, 1) for number, rate in rates.items()}
+        return at_once if rates[at_once] > _ABREAST_PAYS * rates[1] else 1
+
+    def _fastest_budget(self, least: int, most: int, checkpointing: bool, until: float, at_once: int) -> int:
+        """Doubles the budget while that pays; the smallest that is close enough to the fastest.
 
         It begins at a size that is never far from the best, so that a machine too slow to try more is not left with
         the smallest.
         """
         rates: dict[int, float] = {}
+        close_enough = CLOSE_ENOUGH[self.device.type]
+        if self.device.type == "cpu":
+            most = min(most // at_once, max(least, _MOST_CPU_TOKENS * (torch.get_num_threads() if at_once == 1 else 1)))
         budget = max(least, min(most, _FIRST_BUDGET_TOKENS))
-        while budget > least and not self.fits(budget, checkpointing, self._attention):
+        while budget > least and not self.fits(budget * at_once, checkpointing, self._attention):
             budget = max(least, budget // 2)
         first = budget
-        while budget <= most and self.fits(budget, checkpointing, self._attention):
+        while budget <= most and self.fits(budget * at_once, checkpointing, self._attention):
             try:
-                rates[budget] = self._rate(budget)
+                rates[budget] = self._rate(budget, at_once)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -265,46 +291,49 @@ class Rehearsal:
                 break
             if rates[budget] < max(rates.values()) or time.perf_counter() > until:
                 break
-            if budget > first and rates[budget] * CLOSE_ENOUGH < rates[budget // 2]:
+            if budget > first and rates[budget] * close_enough < rates[budget // 2]:
                 break
             budget *= 2
         self.measured["budget_tokens_per_second"] = {str(b): round(rate, 1) for b, rate in rates.items()}
-        return next((b for b, rate in rates.items() if rate >= CLOSE_ENOUGH * max(rates.values())), first)
+        return next((b for b, rate in rates.items() if rate >= close_enough * max(rates.values())), first)
 
-    def _rate(self, budget: int) -> float:
-        """Real tokens a second of the middle one of the micro-batches that the first steps are cut into."""
+    def _rate(self, budget: int, at_once: int = 1) -> float:
+        """Real tokens a second of the middle ones of the micro-batches that the first steps are cut into."""
         cut = self._cutter.cut(self._sample(), budget)
-        batch = self._cutter.collate(cut[len(cut) // 2])
-        seconds = [self._run(batch)]
-        while len(seconds) < _REPEATS and sum(seconds) < _REPEAT_SECONDS:
-            seconds.append(self._run(batch))
-        return batch.tokens / min(seconds)
+        first = max(0, (len(cut) - at_once) // 2)
+        batches = [self._cutter.collate(part) for part in cut[first : first + at_once]]
+        seconds: list[float] = []
+        with abreast_of(self.objective, at_once) as abreast:
+            while not seconds or (len(seconds) < _REPEATS and sum(seconds) < _REPEAT_SECONDS):
+                seconds.append(time_micro_batches(self.objective, batches, self.device, abreast))
+        return sum(batch.tokens for batch in batches) / min(seconds)
 
-    def _heaviest_that_fits(
-        self, budget: int, attention: str, checkpointing: bool, *, may_checkpoint: bool, may_shrink_to: int
-    ) -> Choice:
+    def _heaviest_that_fits(self, choice: Choice, *, may_checkpoint: bool, may_shrink_to: int) -> Choice:
         """Halves the budget, then turns checkpointing on, until the heaviest micro-batches run."""
         while True:
-            choice = self._choice(budget, attention, checkpointing)
             try:
                 self._try(choice)
                 return choice
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                problem = out_of_memory("before step 1", max(self.examples.lengths), budget)
+                problem = out_of_memory("before step 1", max(self.examples.lengths), choice.micro_batch_tokens)
             self._clear()  # outside of the except block, whose traceback holds the activations
-            if budget > may_shrink_to:
+            budget, checkpointing = choice.micro_batch_tokens, choice.gradient_checkpointing
+            if choice.micro_batches_at_once > 1:
+                choice = replace(choice, micro_batches_at_once=1)
+            elif budget > may_shrink_to:
                 budget = max(may_shrink_to, budget // 2)
+                choice = self._choice(budget, choice.attention, checkpointing)
             elif may_checkpoint and not checkpointing:
-                checkpointing = True
+                choice = replace(choice, gradient_checkpointing=True)
                 self.set_checkpointing(True)
             else:
                 raise problem
 
-    def _choice(self, budget: int, attention: str, checkpointing: bool) -> Choice:
+    def _choice(self, budget: int, attention: str, checkpointing: bool, at_once: int = 1) -> Choice:
         longest = max(self.validation.lengths, default=1) if self.validation is not None else 1
-        return Choice(budget, max(budget, int(longest)), attention, checkpointing)
+        return Choice(budget, max(budget, int(longest)), attention, checkpointing, at_once)
 
     def _try(self, choice: Choice) -> None:
         """The heaviest micro-batches of training and of evaluation, with the optimizer's state in memory."""
@@ -315,7 +344,9 @@ class Rehearsal:
             self.examples.lengths, choice.micro_batch_tokens, self.step_rows.batch_size, one_row=self._cutter.one_row
         ):
             filled = fill_rows(self.examples, rows, width, packing=self.packing)
-            self._run(collate_packed(filled, self.pad_id))
+            batches = [collate_packed(filled, self.pad_id)] * choice.micro_batches_at_once
+            with abreast_of(self.objective, choice.micro_batches_at_once) as abreast:
+                time_micro_batches(self.objective, batches, self.device, abreast)
         if self.validation is not None and len(self.validation):
             count = len(self.validation)
             for rows, width in heaviest_shapes(
@@ -331,19 +362,6 @@ class Rehearsal:
     def _sample(self) -> list[int]:
         return [row for step in range(1, _SAMPLED_STEPS + 1) for row in self.step_rows.rows(step)[1]]
 
-    def _run(self, batch: Batch) -> float:
-        """Seconds of one forward and backward in training mode; the gradients are dropped."""
-        self.objective.train()
-        _wait(self.device)
-        began = time.perf_counter()
-        loss_sum, weight, _ = self.objective(batch.to(self.device))
-        (loss_sum / max(1, weight)).backward()
-        _wait(self.device)
-        seconds = time.perf_counter() - began
-        for parameter in self.objective.parameters():
-            parameter.grad = None
-        return seconds
-
 
 def _attention_candidates(device: torch.device) -> list[str]:
     """Eager holds all scores in memory, `fused` is made for CPUs: both are tried on a CPU only."""
@@ -352,8 +370,3 @@ def _attention_candidates(device: torch.device) -> list[str]:
     from transformers.utils import is_flash_attn_2_available
 
     return ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

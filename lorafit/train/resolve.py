@@ -81,6 +81,7 @@ def resolve_plan(
         device_kind=accelerator.device.type,
         ranks=accelerator.num_processes,
         source=source if is_open else "recipe",
+        micro_batches_at_once=choice.micro_batches_at_once,
         measured=measured,
     )
     resolved = _same_on_all_ranks(resolved, rehearsal, accelerator)
@@ -92,11 +93,13 @@ def resolve_plan(
 def _taken(plan: Plan, values: ResolvedPlan, rehearsal: Rehearsal) -> Choice:
     """What the recipe fixes, and for the rest `values`."""
     tokens, checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
+    one_by_one = rehearsal.one_by_one or not isinstance(tokens, str)
     return Choice(
         values.micro_batch_tokens if isinstance(tokens, str) else tokens,
         values.evaluation_micro_batch_tokens,
         values.attention if plan.attention == "auto" else plan.attention,
         values.gradient_checkpointing if isinstance(checkpointing, str) else checkpointing,
+        1 if one_by_one else values.micro_batches_at_once,
     )
 
 
@@ -114,6 +117,7 @@ def _same_on_all_ranks(resolved: ResolvedPlan, rehearsal: Rehearsal, accelerator
             agreed.evaluation_micro_batch_tokens,
             agreed.attention,
             agreed.gradient_checkpointing,
+            agreed.micro_batches_at_once,
         )
     )
     return agreed

@@ -22,6 +22,7 @@ from lorafit.train.profile import NO_PROFILE, NoProfile
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch, Examples
+    from lorafit.train.abreast import Abreast
 
 _NAMED_ROWS = 3
 
@@ -59,6 +60,7 @@ def accumulate_gradients(
     scaler: torch.amp.GradScaler | None,
     after_each: Callable[[], None],
     profile: NoProfile = NO_PROFILE,
+    abreast: Abreast | None = None,
 ) -> tuple[StepFigures, list[float]]:
     """Leaves this rank's share of the step's gradient in `.grad`; the host waits for the device once, at the end.
 
@@ -68,14 +70,15 @@ def accumulate_gradients(
         scaler: fp16's loss scale.
         after_each: Called after each micro-batch; what it raises ends the step.
         profile: Told when forward and backward begin and end.
+        abreast: Takes several micro-batches at once; None: one by one.
 
     Returns:
         The step's figures, and the loss sum of each of this rank's micro-batches.
     """
     sizes = [(batch.weight, batch.tokens, batch.input_ids.numel()) for batch in batches] or [(0, 0, 0)]
     weight, tokens, padded = sum_over_ranks([float(sum(column)) for column in zip(*sizes, strict=True)], accelerator)
-    losses = []
-    for batch in batches:
+    losses = [] if abreast is None else abreast.accumulate(objective, batches, weight, after_each)
+    for batch in batches if abreast is None else ():
         with accelerator.no_sync(objective):
             with profile.phase("forward"):
                 loss_sum, _, _ = objective(batch.to(accelerator.device))

@@ -65,6 +65,7 @@ class TinyResolved:
     """What the loop reads of a ResolvedPlan."""
 
     micro_batch_tokens: int = 64
+    micro_batches_at_once: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return {"micro_batch_tokens": self.micro_batch_tokens}
@@ -139,6 +140,7 @@ class Job:
     plan: TinyPlan = field(default_factory=TinyPlan)
     budget: int = 64
     packing: bool = False
+    at_once: int = 1
     optimizer: dict[str, Any] = field(default_factory=lambda: {"kind": "adamw"})
     learning_rate: float = 1e-2
     keep_last: int = 2
@@ -168,7 +170,7 @@ class Job:
             StepRows(self.rows, self.seed, self.batch_size),
             self.rows,
             self.plan,  # type: ignore[arg-type]
-            TinyResolved(self.budget),  # type: ignore[arg-type]
+            TinyResolved(self.budget, self.at_once),  # type: ignore[arg-type]
             self.store,
             self.accelerator or Accelerator(cpu=True),
             self.reporter,
