@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.ops.layer_functions import rms_norm, silu_product
@@ -67,7 +68,9 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lora_dropout": 0.3}, {"use_rslora": True}], ids=["plain", "dropout", "rslora"]
+    "options",
+    [{}, {"lora_dropout": 0.3}, {"use_rslora": True, "lora_alpha": 8}],  # a larger scaling amplifies both roundings
+    ids=["plain", "dropout", "rslora"],
 )
 @pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "nf4"])
 def test_losses_and_gradients_are_pefts_in_fp32(options: dict[str, Any], quantised: bool) -> None:
@@ -312,3 +315,29 @@ def test_norm_is_its_formula() -> None:
     ours = rms_norm(x, weight, 1e-5)
     assert torch.allclose(ours, expected, atol=1e-6)
     assert torch.allclose(torch.autograd.grad(ours, x, upstream)[0], gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_is_as_exact_as_transformers(dtype: torch.dtype, size: float) -> None:
+    torch.manual_seed(0)
+    x, weight, upstream = size * torch.randn(7, 576), 1 + 0.3 * torch.randn(576), torch.randn(7, 576)
+    x[2] = 0
+    theirs = LlamaRMSNorm(576, eps=1e-5).to(dtype).requires_grad_(False)
+    theirs.weight.data = weight.to(dtype)
+    rounded = theirs.weight.double()
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return rounded * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+    def run(norm: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        leaf = x.to(dtype=theirs.weight.dtype).to(dtype).requires_grad_()
+        output = norm(leaf)
+        return [output.detach().double(), *torch.autograd.grad(output, leaf, upstream.to(output.dtype))]
+
+    truth = run(exact, torch.float64)
+    for true, other, ours in zip(
+        truth, run(theirs, dtype), run(lambda x: rms_norm(x, theirs.weight, 1e-5), dtype), strict=True
+    ):
+        assert ours.isfinite().all()
+        assert (ours - true).norm() < max(1.1 * (other - true).norm(), 2e-7 * true.norm())
