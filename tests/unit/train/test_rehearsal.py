@@ -104,7 +104,7 @@ def test_it_measures_what_is_open_and_picks_within_the_bounds(job: Callable[...,
     assert set(resolved.measured["attention_tokens_per_second"]) == {"eager", "fused", "sdpa"}
     rates = {int(k): v for k, v in resolved.measured["budget_tokens_per_second"].items()}
     assert min(rates) == 40 and resolved.measured["peak_memory_bytes"] > 0
-    assert rates[resolved.micro_batch_tokens] >= 0.97 * max(rates.values())
+    assert rates[resolved.micro_batch_tokens] >= 0.9 * max(rates.values())
 
 
 def test_the_smallest_budget_close_to_the_fastest_is_taken(
