@@ -3,10 +3,11 @@
     LoRA on a linear    base product and branch in one operation; everything unusual goes PEFT's way
     RMSNorm             one operation instead of six
     gated MLP           silu(gate) * up in one operation
+    attention           its own code, in which each rotation of queries and keys is one operation
 
 Only the `forward` of instances changes, and only while gradients are recorded: parameters, names, saved adapters,
-merges and evaluation are those of PEFT and transformers. Norms and MLPs are taken by what they compute: each class is
-compared with its replacement on random input first, and left alone where they differ.
+merges and evaluation are those of PEFT and transformers. Norms, MLPs and rotations are taken by what they compute: each
+class is compared with its replacement on random input first, and left alone where they differ.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +24,11 @@ from torch import nn
 from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_linear import lora_linear, unpack
 from lorafit.ops.rng import preserved_rng
+from lorafit.ops.rotary import rotate
 
+_ROTARY = "apply_rotary_pos_emb"  # as every modeling file of transformers calls it
 _PROBE_ROWS, _PROBE_WIDTH = 4, 16
+_Forward = Callable[..., Any]
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest value
 
 
@@ -34,12 +39,12 @@ def fuse_layers(model: nn.Module) -> dict[str, int]:
         model: With its adapter, on any device, the meta device included.
 
     Returns:
-        How many layers of each kind were replaced: `lora`, `norms`, `gated`.
+        How many layers of each kind were replaced: `lora`, `norms`, `gated`, `rotary`.
     """
-    counts = {"lora": 0, "norms": 0, "gated": 0}
-    proven: dict[type, bool] = {}
+    counts = {"lora": 0, "norms": 0, "gated": 0, "rotary": 0}
+    known: dict[type, _Forward | None] = {}
     for module in list(model.modules()):
-        kind, forward = _replacement(module, proven)
+        kind, forward = _replacement(module, known)
         if forward is not None:
             module.forward = types.MethodType(forward, module)
             counts[kind] += 1
@@ -72,19 +77,21 @@ def keep_unpacked(model: nn.Module) -> int:
     return kept
 
 
-def _replacement(module: nn.Module, proven: dict[type, bool]) -> tuple[str, Callable[..., Any] | None]:
+def _replacement(module: nn.Module, known: dict[type, _Forward | None]) -> tuple[str, _Forward | None]:
+    """Kind and forward; `known` grows with each class that was proven or refused."""
     if "forward" in vars(module):  # somebody else's hook
         return "", None
     if _is_lora_linear(module):
         return "lora", _lora_forward
-    for kind, looks_like, forward in (
-        ("norms", _looks_like_rms_norm, _rms_norm_forward),
-        ("gated", _looks_like_gated_mlp, _gated_forward),
+    for kind, looks_like, prove in (
+        ("norms", _looks_like_rms_norm, partial(_prove, _rms_norm_forward)),
+        ("gated", _looks_like_gated_mlp, partial(_prove, _gated_forward)),
+        ("rotary", _calls_rotary, _with_fused_rotary),
     ):
         if looks_like(module):
-            if type(module) not in proven:
-                proven[type(module)] = _computes_the_same(module, forward)
-            return kind, forward if proven[type(module)] else None
+            if type(module) not in known:
+                known[type(module)] = prove(module)
+            return kind, known[type(module)]
     return "", None
 
 
@@ -200,8 +207,8 @@ def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def _computes_the_same(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether both forwards of a miniature agree on random input, and pass the same gradient on to it."""
+def _prove(forward: _Forward, module: nn.Module) -> _Forward | None:
+    """The forward, if a miniature computes the same with it on random input, and passes the same gradient on to it."""
     results = []
     with preserved_rng(), torch.enable_grad():
         torch.manual_seed(0)
@@ -213,8 +220,8 @@ def _computes_the_same(module: nn.Module, forward: Callable[..., Any]) -> bool:
                 output = function(miniature, x)
                 results.append((output.detach(), torch.autograd.grad(output.float().cos().sum(), x)[0]))
             except (RuntimeError, TypeError, ValueError, AttributeError):
-                return False
-    return all(_are_close(a, b) for a, b in zip(*results, strict=True))
+                return None
+    return forward if all(_are_close(a, b) for a, b in zip(*results, strict=True)) else None
 
 
 def _miniature(module: Any) -> nn.Module:
@@ -235,3 +242,65 @@ def _are_close(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     difference = (a.float() - b.float()).abs().max()
     return bool(difference <= _TOLERANCE.get(a.dtype, 0.0) * a.float().abs().max())
+
+
+# Rotary attention
+
+
+def _calls_rotary(module: nn.Module) -> bool:
+    """Whether the class's forward, undecorated, calls the rotation of its own modeling file."""
+    forward = type(module).forward
+    is_plain = isinstance(forward, types.FunctionType) and not hasattr(forward, "__wrapped__")
+    return is_plain and _ROTARY in forward.__code__.co_names and callable(forward.__globals__.get(_ROTARY))
+
+
+def _with_fused_rotary(module: nn.Module) -> _Forward | None:
+    """The same code over the same names, but for its rotation; None where that rotates otherwise."""
+    forward: Any = type(module).forward
+    fused = _fuse_rotary(forward.__globals__[_ROTARY])
+    if not _rotates_the_same(forward.__globals__[_ROTARY], fused):
+        return None
+    names = {**forward.__globals__, _ROTARY: fused}
+    copied = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
+
+
+def _fuse_rotary(own: _Forward) -> _Forward:
+    def apply_rotary_pos_emb(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if args or kwargs or not _rotates_plainly(q, k, cos, sin):
+            return own(q, k, cos, sin, *args, **kwargs)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+def _rotates_plainly(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether all have one dtype, q and k are rotated over their whole even width, and gradients are recorded."""
+    if not torch.is_grad_enabled() or cos.requires_grad or sin.requires_grad:
+        return False
+    size = cos.shape[-1]
+    are_shaped = q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
+    are_whole = q.shape[-1] == k.shape[-1] == size and size % 2 == 0
+    return are_shaped and are_whole and q.dtype == k.dtype == cos.dtype == sin.dtype
+
+
+def _rotates_the_same(own: _Forward, fused: _Forward) -> bool:
+    """Whether both agree on random queries, keys and angles, whose halves differ, and on the gradients."""
+    results = []
+    with preserved_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        q, k = (torch.randn(2, heads, _PROBE_ROWS, _PROBE_WIDTH) for heads in (3, 1))
+        cos, sin = torch.randn(2, 2, _PROBE_ROWS, _PROBE_WIDTH)
+        for function in (own, fused):
+            leaves = q.clone().requires_grad_(), k.clone().requires_grad_()
+            try:
+                rotated = function(*leaves, cos, sin)
+                total = sum(part.cos().sum() for part in rotated)
+                results.append([*(part.detach() for part in rotated), *torch.autograd.grad(total, leaves)])
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+                return False
+    return len(results[0]) == len(results[1]) and all(_are_close(a, b) for a, b in zip(*results, strict=True))

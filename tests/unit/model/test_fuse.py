@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,29 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_linear import lora_linear
+from lorafit.ops.rotary import rotate
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -78,7 +96,7 @@ def test_losses_and_gradients_are_pefts_in_fp32(options: dict[str, Any], quantis
     base = LlamaForCausalLM(LlamaConfig(**SIZES))
     model = with_lora(in_nf4(base, torch.float32) if quantised else base, **options)
     loss, gradients = loss_and_gradients(model)
-    assert fuse_layers(model) == {"lora": 14, "norms": 5, "gated": 2}
+    assert fuse_layers(model) == {"lora": 14, "norms": 5, "gated": 2, "rotary": 2}
     fused_loss, fused_gradients = loss_and_gradients(model)
     assert fused_loss == pytest.approx(loss, rel=1e-6)
     assert fused_loss != loss or difference(gradients, fused_gradients) > 0  # it is another way of computing
@@ -127,7 +145,101 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 def test_other_norms_and_other_gates_are_left_alone() -> None:
     """Gemma's norm multiplies by 1 + weight, and its gate is a GELU."""
     model = with_lora(Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=32)))
-    assert fuse_layers(model) == {"lora": 14, "norms": 0, "gated": 0}
+    assert fuse_layers(model) == {"lora": 14, "norms": 0, "gated": 0, "rotary": 2}
+
+
+def attentions(model: Any) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.endswith("self_attn")]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)),
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=32)),
+        lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0])),
+    ],
+    ids=["head norms", "capped scores", "a layer without rotation"],
+)
+def test_rotations_are_transformers_own(build: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model = with_lora(build())
+    loss, gradients = loss_and_gradients(model)
+    assert fuse_layers(model)["rotary"] == 2
+    fused_loss, fused_gradients = loss_and_gradients(model)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert difference(gradients, fused_gradients) < 1e-5
+
+
+def test_rotations_in_bf16_are_as_exact_as_transformers() -> None:
+    torch.manual_seed(0)
+    exact, upstream, angles = (
+        torch.randn(2, 3, 9, 32),
+        torch.randn(2, 3, 9, 32),
+        6 * torch.rand(2, 9, 16).repeat(1, 1, 2),
+    )
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        x, cos, sin = (tensor.bfloat16().to(dtype) for tensor in (exact, angles.cos(), angles.sin()))
+        leaf = x.requires_grad_()
+        theirs, _ = modeling_llama.apply_rotary_pos_emb(leaf, leaf, cos, sin)
+        for output in (theirs, rotate(leaf, cos.unsqueeze(1), sin.unsqueeze(1))):
+            gradient = torch.autograd.grad(output, leaf, upstream.bfloat16().to(dtype), retain_graph=True)[0]
+            results.append(torch.stack([output.detach().double(), gradient.double()]))
+    truth, same, pefts, ours = results
+    assert torch.allclose(truth, same, atol=1e-12)
+    assert (ours - truth).norm() < 1.05 * (pefts - truth).norm()
+
+
+def test_rotations_of_other_layouts_are_left_alone() -> None:
+    """GLM rotates pairs of neighbours, and half of each head; GPT-NeoX's file has the name for a part of each head."""
+    torch.manual_seed(0)
+    glm = GlmForCausalLM(GlmConfig(**SIZES, head_dim=32))
+    assert fuse_layers(glm)["rotary"] == 0
+    neox = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=97, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+    )
+    neox.train()
+    loss, gradients = loss_and_gradients(neox)
+    fuse_layers(neox)
+    fused_loss, fused_gradients = loss_and_gradients(neox)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert difference(gradients, fused_gradients) < 1e-5
+
+
+def test_a_decorated_or_hooked_attention_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own = llama(), modeling_llama.LlamaAttention.forward
+    hooked = attentions(model)[0]
+    hooked.forward = hooked.forward
+    assert fuse_layers(model)["rotary"] == 1
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", functools.wraps(own)(lambda *a, **k: own(*a, **k)))
+    assert fuse_layers(llama())["rotary"] == 0
+
+
+def test_transformers_keeps_its_own_rotation() -> None:
+    """Only instances change; without gradients, and in mixed dtypes, they call their file's own function."""
+    own, calls = modeling_llama.apply_rotary_pos_emb, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0].dtype)
+        return own(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", counted)
+        model = llama()
+        fuse_layers(model)
+        assert modeling_llama.apply_rotary_pos_emb is counted
+    calls.clear()
+    fused = attentions(model)[0].forward.__globals__["apply_rotary_pos_emb"]
+    q, angles = torch.randn(1, 2, 3, 8, requires_grad=True), torch.rand(1, 3, 8)
+    fused(q, q, angles, angles)
+    assert not calls
+    with torch.no_grad():
+        fused(q, q, angles, angles)
+    fused(q.bfloat16(), q.bfloat16(), angles, angles)
+    fused(q, q, angles, angles, 1)
+    assert calls == [torch.float32, torch.bfloat16, torch.float32]
+    assert attentions(llama())[0].forward.__func__ is modeling_llama.LlamaAttention.forward
 
 
 def add_second(model: Any) -> None:
@@ -263,7 +375,7 @@ def test_names_and_saved_adapter_stay() -> None:
     fuse_layers(model)
     assert [n for n, _ in model.named_parameters()] == names
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert fuse_layers(model) == {"lora": 0, "norms": 0, "gated": 0}  # once is enough
+    assert fuse_layers(model) == {"lora": 0, "norms": 0, "gated": 0, "rotary": 0}  # once is enough
 
 
 def kept_bytes(model: Any, ids: torch.Tensor) -> int:
@@ -304,6 +416,8 @@ def test_gradients_hold_in_fp64() -> None:
         lambda x, d, a, b: lora_linear(x, d, a, b, weight, None, None, 1.5), (x, dropped, a, b)
     )
     assert torch.autograd.gradcheck(silu_product, (random(3, 4), random(3, 4)))
+    cos, sin = random(2, 1, 3, 6).detach(), random(1, 1, 3, 6).detach()
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), random(2, 2, 3, 6))
 
 
 def test_norm_is_its_formula() -> None:
