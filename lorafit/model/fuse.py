@@ -2,7 +2,7 @@
 
     LoRA on a linear    base product and branch in one operation; everything unusual goes PEFT's way
     RMSNorm             one operation instead of six
-    gated MLP           silu(gate) * up in one operation
+    gated MLP           silu(gate) * up in one operation, gate and up with it where both are LoRA without dropout
     attention           its own code, in which each rotation of queries and keys is one operation
 
 Only the `forward` of instances changes, and only while gradients are recorded: parameters, names, saved adapters,
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from lorafit.ops.layer_functions import rms_norm, silu_product
-from lorafit.ops.lora_linear import lora_linear, unpack
+from lorafit.ops.lora_gated import lora_gated
+from lorafit.ops.lora_linear import AdaptedWeight, lora_linear, unpack
 from lorafit.ops.rng import preserved_rng
 from lorafit.ops.rotary import rotate
 
@@ -65,7 +66,7 @@ def keep_unpacked(model: nn.Module) -> int:
     """
     kept = 0
     for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is not _lora_forward:
+        if not _is_fused_lora(module):
             continue
         base: Any = module.base_layer
         state = getattr(base.weight, "quant_state", None)
@@ -115,27 +116,28 @@ def _is_lora_linear(module: nn.Module) -> bool:
     return type(module) in kinds and type(module.base_layer) in bases
 
 
+def _is_fused_lora(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) is _lora_forward
+
+
 def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """PEFT's forward, in one operation where nothing unusual is asked of it."""
     name = _single_adapter(self)
     if args or kwargs or name is None or not _computes_plainly(self, name, x):
         result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
-    dropout, base = self.lora_dropout[name], self.base_layer
-    weight, state = base.weight, getattr(base.weight, "quant_state", None)
-    if state is not None and vars(self).get("unpacked_state") is state:  # a merge makes another
-        weight, state = self.unpacked_weight, None
+    dropout = self.lora_dropout[name]
     dropped = None if isinstance(dropout, nn.Identity) or not self.training else dropout(x)
-    return lora_linear(
-        x,
-        dropped,
-        self.lora_A[name].weight,
-        self.lora_B[name].weight,
-        weight,
-        state,
-        base.bias,
-        self.scaling[name],
-    )
+    return lora_linear(x, dropped, _adapted_weight(self, name))
+
+
+def _adapted_weight(layer: Any, name: str) -> AdaptedWeight:
+    base = layer.base_layer
+    weight, state = base.weight, getattr(base.weight, "quant_state", None)
+    if state is not None and vars(layer).get("unpacked_state") is state:  # a merge makes another
+        weight, state = layer.unpacked_weight, None
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return AdaptedWeight(a, b, weight, state, base.bias, layer.scaling[name])
 
 
 def _single_adapter(layer: Any) -> str | None:
@@ -202,9 +204,25 @@ def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled():
         result: torch.Tensor = type(self).forward(self, x)
         return result
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    output: torch.Tensor = self.down_proj(silu_product(gate, up) if gate.dtype == up.dtype else self.act_fn(gate) * up)
+    linears = _joinable(self.gate_proj, x), _joinable(self.up_proj, x)
+    if linears[0] is not None and linears[1] is not None:
+        product = lora_gated(x, linears[0], linears[1])
+    else:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = silu_product(gate, up) if gate.dtype == up.dtype else self.act_fn(gate) * up
+    output: torch.Tensor = self.down_proj(product)
     return output
+
+
+def _joinable(layer: Any, x: torch.Tensor) -> AdaptedWeight | None:
+    """What a fused LoRA layer multiplies with, where its adapter takes x itself and nobody listens at the layer."""
+    if not _is_fused_lora(layer) or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return None
+    name = _single_adapter(layer)
+    if name is None or not _computes_plainly(layer, name, x):
+        return None
+    drops = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
+    return None if drops else _adapted_weight(layer, name)
 
 
 def _prove(forward: _Forward, module: nn.Module) -> _Forward | None:

@@ -13,38 +13,44 @@ Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), equation 3, dif
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 
-def lora_linear(
-    x: torch.Tensor,
-    dropped: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    weight: torch.Tensor,
-    quant_state: Any,
-    bias: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """x W^T + bias + scaling (x_a A^T) B^T.
+class AdaptedWeight(NamedTuple):
+    """A frozen linear and its LoRA branch.
 
-    Args:
-        x: [..., in], in the compute dtype.
-        dropped: The adapter's input, [..., in], where it is not x itself.
-        a: [r, in]; cast to the dtype of x.
+    Attributes:
+        a: [r, in]; cast to the dtype of the linear's input x.
         b: [out, r]; cast likewise.
         weight: Frozen: [out, in] in the dtype of x, or bitsandbytes' packed 4-bit weight with its `quant_state`.
         quant_state: bitsandbytes' QuantState whose dtype is that of x; None: `weight` is not quantised.
         bias: Frozen, [out], or None.
         scaling: alpha / r, or whatever the method says.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    weight: torch.Tensor
+    quant_state: Any
+    bias: torch.Tensor | None
+    scaling: float
+
+
+def lora_linear(x: torch.Tensor, dropped: torch.Tensor | None, linear: AdaptedWeight) -> torch.Tensor:
+    """x W^T + bias + scaling (x_a A^T) B^T.
+
+    Args:
+        x: [..., in], in the compute dtype.
+        dropped: The adapter's input, [..., in], where it is not x itself.
+        linear: [out, in].
 
     Returns:
         [..., out], in the dtype of x.
     """
-    result: torch.Tensor = _LoraLinear.apply(x, dropped, a, b, weight, quant_state, bias, scaling)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _LoraLinear.apply(x, dropped, *linear)  # type: ignore[no-untyped-call]
     return result
 
 

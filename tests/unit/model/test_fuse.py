@@ -32,7 +32,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.ops.layer_functions import rms_norm, silu_product
-from lorafit.ops.lora_linear import lora_linear
+from lorafit.ops.lora_gated import lora_gated
+from lorafit.ops.lora_linear import AdaptedWeight, lora_linear
 from lorafit.ops.rotary import rotate
 
 SIZES = {
@@ -286,6 +287,98 @@ def test_without_gradients_the_forward_is_the_librarys_own() -> None:
         assert torch.equal(before, model(input_ids=ids).logits)
 
 
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Grows with each MLP whose gate and up projections ran as one operation."""
+    found: list[torch.Size] = []
+
+    def counted(x: torch.Tensor, *linears: AdaptedWeight) -> torch.Tensor:
+        found.append(x.shape)
+        return lora_gated(x, *linears)
+
+    monkeypatch.setattr("lorafit.model.fuse.lora_gated", counted)
+    return found
+
+
+GATED: dict[str, dict[str, Any]] = {
+    "all linears": {},
+    "of the MLP alone": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},  # the first input has no gradient
+    "two ranks": {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"gate_proj": 5}},
+    "without adapted down": {"target_modules": ["gate_proj", "up_proj"]},
+}
+
+
+@pytest.mark.parametrize("options", GATED.values(), ids=GATED.keys())
+@pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "nf4"])
+def test_gate_and_up_are_one_operation(options: dict[str, Any], quantised: bool, joined: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, mlp_bias=True))
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model = with_lora(in_nf4(base, torch.float32) if quantised else base, **options)
+    loss, gradients = loss_and_gradients(model)
+    fuse_layers(model)
+    fused_loss, fused_gradients = loss_and_gradients(model)
+    assert len(joined) == 2
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert difference(gradients, fused_gradients) < 1e-5
+
+
+def test_frozen_halves_get_no_gradient(joined: list[torch.Size]) -> None:
+    model = llama()
+    fuse_layers(model)
+    _, gradients = loss_and_gradients(model)
+    frozen = ("gate_proj.lora_A", "up_proj.lora_A", "up_proj.lora_B")  # LoRA-FA freezes A
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not any(part in name for part in frozen))
+    _, fewer = loss_and_gradients(model)
+    assert len(joined) == 4
+    assert fewer.keys() == {name for name in gradients if not any(part in name for part in frozen)}
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in fewer.items())
+
+
+def listen_at_gates(model: Any) -> None:
+    for name, module in model.named_modules():
+        if name.endswith("gate_proj"):
+            module.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+APART: dict[str, tuple[dict[str, Any], Callable[[Any], object]]] = {
+    "dropout": ({"lora_dropout": 0.3}, lambda model: None),
+    "only gate": ({"target_modules": ["gate_proj", "q_proj"]}, lambda model: None),
+    "dora": ({"use_dora": True}, lambda model: None),
+    "listened to": ({}, listen_at_gates),
+    "two adapters": ({}, lambda model: add_second(model)),
+    "merged": ({}, lambda model: model.merge_adapter()),
+}
+
+
+@pytest.mark.parametrize(("options", "change"), APART.values(), ids=APART.keys())
+def test_gate_and_up_run_apart(
+    options: dict[str, Any], change: Callable[[Any], object], joined: list[torch.Size]
+) -> None:
+    plain, fused = llama(**options), llama(**options)
+    fuse_layers(fused)
+    ids, logits = torch.randint(3, 97, (2, 24)), []
+    for model in (plain, fused):
+        torch.manual_seed(2)
+        change(model)
+        logits.append(model(input_ids=ids).logits)
+    assert not joined
+    assert torch.allclose(*logits, atol=2e-5)
+
+
+def test_without_dropout_in_evaluation_they_are_joined(joined: list[torch.Size]) -> None:
+    """Dropout is for training; gradients may be recorded outside of it."""
+    plain, fused = llama(lora_dropout=0.3).eval(), llama(lora_dropout=0.3).eval()
+    fuse_layers(fused)
+    (loss, gradients), (fused_loss, fused_gradients) = loss_and_gradients(plain), loss_and_gradients(fused)
+    assert len(joined) == 2
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert difference(gradients, fused_gradients) < 1e-5
+
+
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -411,10 +504,19 @@ def test_gradients_hold_in_fp64() -> None:
 
     weight, bias = random(6, 4).detach(), random(6).detach()
     x, dropped, a, b = random(2, 3, 4), random(2, 3, 4), random(2, 4), random(6, 2)
-    assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, None, a, b, weight, None, bias, 1.5), (x, a, b))
     assert torch.autograd.gradcheck(
-        lambda x, d, a, b: lora_linear(x, d, a, b, weight, None, None, 1.5), (x, dropped, a, b)
+        lambda x, a, b: lora_linear(x, None, AdaptedWeight(a, b, weight, None, bias, 1.5)), (x, a, b)
     )
+    assert torch.autograd.gradcheck(
+        lambda x, d, a, b: lora_linear(x, d, AdaptedWeight(a, b, weight, None, None, 1.5)), (x, dropped, a, b)
+    )
+    second = AdaptedWeight(random(3, 4), random(6, 3), random(6, 4).detach(), None, None, 0.5)
+
+    def gated(x: torch.Tensor, *trained: torch.Tensor) -> torch.Tensor:
+        up = second._replace(a=trained[2], b=trained[3])
+        return lora_gated(x, AdaptedWeight(*trained[:2], weight, None, bias, 1.5), up)
+
+    assert torch.autograd.gradcheck(gated, (x, a, b, second.a, second.b))
     assert torch.autograd.gradcheck(silu_product, (random(3, 4), random(3, 4)))
     cos, sin = random(2, 1, 3, 6).detach(), random(1, 1, 3, 6).detach()
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), random(2, 2, 3, 6))
