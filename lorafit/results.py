@@ -214,8 +214,8 @@ def describe_resolved(resolved: ResolvedPlan) -> str:
     checkpointing = "on" if resolved.gradient_checkpointing else "off"
     at_once = f", {resolved.micro_batches_at_once} at once" if resolved.micro_batches_at_once > 1 else ""
     return (
-        f"micro-batches of {resolved.micro_batch_tokens} tokens{at_once}, {resolved.attention} attention, checkpointing "
-        f"{checkpointing} (from the {resolved.source})"
+        f"micro-batches of {resolved.micro_batch_tokens} tokens{at_once}, {resolved.attention} attention, "
+        f"checkpointing {checkpointing} (from the {resolved.source})"
     )
 
 

@@ -24,7 +24,7 @@ from lorafit.shapes import LinearShape, ModelShape
 if TYPE_CHECKING:
     from lorafit.memory.exact import ExactEstimate
 
-LOGITS_CHUNK_BYTES = 32 * 2**20
+LOGITS_CHUNK_BYTES = 16 * 2**20
 """Of fp32 logits that the chunked loss holds at once. Source: lorafit.ops.cross_entropy, whose constant a test
 compares."""
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafit.ops.dropout import drop
 from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear, unpack
@@ -78,6 +79,14 @@ def keep_unpacked(model: nn.Module) -> int:
     return kept
 
 
+def drops_only_in_adapters(model: nn.Module) -> bool:
+    """Whether no layer but fused LoRA ones drops anything: these draw by `lorafit.ops.dropout`."""
+    layers: list[Any] = [module for module in model.modules() if _is_fused_lora(module)]
+    fused = {id(dropout) for layer in layers for dropout in layer.lora_dropout.values()}
+    dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    return all(dropout.p == 0 or id(dropout) in fused for dropout in dropouts)
+
+
 def _replacement(module: nn.Module, known: dict[type, _Forward | None]) -> tuple[str, _Forward | None]:
     """Kind and forward; `known` grows with each class that was proven or refused."""
     if "forward" in vars(module):  # somebody else's hook
@@ -127,7 +136,7 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
         result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
     dropout = self.lora_dropout[name]
-    dropped = None if isinstance(dropout, nn.Identity) or not self.training else dropout(x)
+    dropped = None if isinstance(dropout, nn.Identity) or not self.training else drop(x, dropout.p)
     return lora_linear(x, dropped, _adapted_weight(self, name))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-LOGITS_CHUNK_BYTES = 32 * 2**20
+LOGITS_CHUNK_BYTES = 16 * 2**20
 _FP32_BYTES = 4
 
 

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorafit.model.fuse import drops_only_in_adapters
+from lorafit.ops.dropout import draw_seed, drawing_from
+
 if TYPE_CHECKING:
     from lorafit.contracts import Batch
     from lorafit.objective import Objective
@@ -29,19 +32,20 @@ Gradients = tuple[torch.Tensor | None, ...]
 _MUTABLE_ROTARY = ("dynamic", "longrope")  # their frequencies change with the longest row so far
 
 
-def threads_abreast(objective: Objective, device: torch.device, ranks: int) -> int:
+def threads_abreast(objective: Objective, device: torch.device, ranks: int, *, checkpointing: bool) -> int:
     """How many micro-batches may run at once: the threads of a CPU, or 1 where threads would disturb each other.
 
-    They would where layers draw random numbers (dropout) or change themselves in a forward.
+    They would where layers change in a forward, or draw random numbers from the generator that all share. Adapters
+    draw their dropout from a generator a micro-batch, which checkpointing's second forward would not draw again.
     """
     if device.type != "cpu" or ranks > 1 or objective.exact:
         return 1
     config = objective.base.config
     rotary = getattr(config, "rope_parameters", None) or {}
     is_fixed = str(rotary.get("rope_type", "default")) not in _MUTABLE_ROTARY
-    draws = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in objective.modules())
-    draws = draws or bool(getattr(config, "attention_dropout", 0.0))
-    return torch.get_num_threads() if is_fixed and not draws else 1
+    drops = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in objective.modules())
+    draws = bool(getattr(config, "attention_dropout", 0.0)) or not drops_only_in_adapters(objective)
+    return torch.get_num_threads() if is_fixed and not draws and not (drops and checkpointing) else 1
 
 
 class Abreast:
@@ -84,7 +88,7 @@ class Abreast:
         assert self._pool is not None, "outside of its context"
         threads = torch.get_num_threads()
         futures: list[Future[tuple[torch.Tensor, Gradients]]] = [
-            self._pool.submit(self._differentiate, objective, batch, weight) for batch in batches
+            self._pool.submit(self._differentiate, objective, batch, weight, draw_seed()) for batch in batches
         ]
         losses = []
         try:
@@ -102,10 +106,11 @@ class Abreast:
         return losses
 
     def _differentiate(
-        self, objective: Callable[[Batch], Any], batch: Batch, weight: float
+        self, objective: Callable[[Batch], Any], batch: Batch, weight: float, seed: int
     ) -> tuple[torch.Tensor, Gradients]:
         torch.set_num_threads(1)
-        loss_sum, _, _ = objective(batch)
+        with drawing_from(seed):
+            loss_sum, _, _ = objective(batch)
         gradients = torch.autograd.grad(loss_sum / weight, self._parameters, allow_unused=True)
         return loss_sum.detach(), gradients
 

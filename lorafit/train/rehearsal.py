@@ -257,7 +257,8 @@ class Rehearsal:
     def _fastest_number(self, least: int, most: int, checkpointing: bool) -> int:
         """A micro-batch a core, as many as the step has and memory holds; or one at a time on all cores."""
         budget = max(least, min(most, _FIRST_BUDGET_TOKENS))
-        at_once = 1 if self.one_by_one else threads_abreast(self.objective, self.device, self.ranks)
+        at_once = threads_abreast(self.objective, self.device, self.ranks, checkpointing=checkpointing)
+        at_once = 1 if self.one_by_one else at_once
         at_once = min(at_once, most // budget)
         while at_once > 1 and not self.fits(budget * at_once, checkpointing, self._attention):
             at_once -= 1

@@ -13,6 +13,7 @@ from tiny_run import PAD, Job, Rows
 
 from lorafit.contracts import Batch
 from lorafit.data.batch import collate
+from lorafit.model.fuse import fuse_layers
 from lorafit.plan import ResolvedPlan
 from lorafit.train.abreast import Abreast, threads_abreast
 from lorafit.train.state import TrainState
@@ -67,9 +68,9 @@ def test_the_order_of_the_sum_is_that_of_the_micro_batches(
     _, expected = accumulate(trainer, batches, 2)
     differentiate = Abreast._differentiate
 
-    def late(self: Abreast, objective: Any, batch: Batch, weight: float) -> Any:
+    def late(self: Abreast, objective: Any, batch: Batch, *arguments: Any) -> Any:
         time.sleep(0.05 if batch is batches[0] or batch is batches[3] else 0.0)
-        return differentiate(self, objective, batch, weight)
+        return differentiate(self, objective, batch, *arguments)
 
     monkeypatch.setattr(Abreast, "_differentiate", late)
     _, found = accumulate(trainer, batches, 3)
@@ -162,17 +163,45 @@ def test_a_resumed_run_abreast_repeats_every_bit(job: Callable[..., Job]) -> Non
 def test_one_at_a_time_where_threads_would_disturb_each_other(job: Callable[..., Job]) -> None:
     torch.set_num_threads(2)
     plain = job("plain").trainer().objective
-    assert threads_abreast(plain, CPU, 1) == 2
-    assert threads_abreast(plain, CPU, 2) == 1  # ranks share the cores already
-    assert threads_abreast(plain, torch.device("cuda"), 1) == 1
+    assert threads_abreast(plain, CPU, 1, checkpointing=True) == 2
+    assert threads_abreast(plain, CPU, 2, checkpointing=False) == 1  # ranks share the cores already
+    assert threads_abreast(plain, torch.device("cuda"), 1, checkpointing=False) == 1
     plain.exact = True  # its head is hooked for the time of a forward
-    assert threads_abreast(plain, CPU, 1) == 1
+    assert threads_abreast(plain, CPU, 1, checkpointing=False) == 1
     plain.exact = False
     plain.base.config.attention_dropout = 0.1
-    assert threads_abreast(plain, CPU, 1) == 1
+    assert threads_abreast(plain, CPU, 1, checkpointing=False) == 1
     plain.base.config.attention_dropout = 0.0
     plain.base.config.rope_parameters = {"rope_type": "dynamic"}
-    assert threads_abreast(plain, CPU, 1) == 1
+    assert threads_abreast(plain, CPU, 1, checkpointing=False) == 1
+
+
+def test_adapters_dropout_is_drawn_apart_and_whose_turn_it_is_does_not_matter(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(2)
+    trainer = job("run", dropout=0.3).trainer()
+    assert threads_abreast(trainer.objective, CPU, 1, checkpointing=False) == 1  # PEFT's own forward draws by itself
+    fuse_layers(trainer.objective.model)
+    assert threads_abreast(trainer.objective, CPU, 1, checkpointing=False) == 2
+    assert threads_abreast(trainer.objective, CPU, 1, checkpointing=True) == 1  # a second forward drops other values
+    batches = batches_of(trainer.examples, 6)
+    found = []
+    for delays in ((0.0, 0.0), (0.05, 0.0)):
+        differentiate = Abreast._differentiate
+
+        def late(self: Abreast, objective: Any, batch: Batch, *arguments: Any) -> Any:
+            time.sleep(delays[0] if batch is batches[0] else delays[1])  # noqa: B023
+            return differentiate(self, objective, batch, *arguments)  # noqa: B023
+
+        torch.manual_seed(4)
+        with monkeypatch.context() as patch:
+            patch.setattr(Abreast, "_differentiate", late)
+            found.append(accumulate(trainer, batches, 2)[1])
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+    torch.manual_seed(5)
+    other = accumulate(trainer, batches, 2)[1]
+    assert any(not torch.equal(other[name], gradient) for name, gradient in found[0].items())
 
 
 def test_a_plan_of_before_reads_as_one_by_one() -> None:

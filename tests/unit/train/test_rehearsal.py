@@ -341,7 +341,9 @@ def test_out_of_memory_lowers_the_budget_then_turns_checkpointing_on_then_ends(
 
 def test_sources_come_in_order_and_the_recipe_wins(job: Callable[..., Job], tmp_path: Path) -> None:
     def known(tokens: int) -> ResolvedPlan:
-        return ResolvedPlan(tokens, tokens, "eager", False, "fp32", "fp32", "cpu", 1, "rehearsal", measured={"seconds": 1})
+        return ResolvedPlan(
+            tokens, tokens, "eager", False, "fp32", "fp32", "cpu", 1, "rehearsal", measured={"seconds": 1}
+        )
 
     cache = cached_plan_file(tmp_path, ["recipe", "data"])
     cache.parent.mkdir()
