@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lorafit.ops.layer_functions import differentiate_silu_product, multiply_silu
 from lorafit.ops.lora_linear import AdaptedWeight, unpack
 
 _OPERANDS = len(AdaptedWeight._fields)
@@ -55,7 +56,7 @@ class _LoraGated(torch.autograd.Function):
         ctx.save_for_backward(rows, inner, a, *bs, *outputs, gate.weight, up.weight)
         ctx.states, ctx.scalings = (gate.quant_state, up.quant_state), (gate.scaling, up.scaling)
         ctx.ranks, ctx.shape = [len(gate.a), len(up.a)], x.shape
-        return functional.silu(outputs[0]).mul_(outputs[1]).view(*x.shape[:-1], -1)
+        return multiply_silu(*outputs).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -63,11 +64,8 @@ class _LoraGated(torch.autograd.Function):
         rows, inner, a, gate_b, up_b, gate, up, gate_weight, up_weight = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grad = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_up = functional.silu(gate).mul_(grad)
-        grad_gate = grad * up
-        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        grads = grad_gate, grad_up
-        halves = zip(grads, (gate_b, up_b), ctx.scalings, strict=True)
+        grad_gate, grad_up = differentiate_silu_product(gate, up, grad)
+        halves = zip((grad_gate, grad_up), (gate_b, up_b), ctx.scalings, strict=True)
         grad_inner = torch.cat([(g @ b).mul_(scaling) for g, b, scaling in halves], dim=1)
         gate_h, up_h = torch.split(inner, ctx.ranks, dim=1)
         grad_gate_b = grad_gate.t() @ gate_h if wants[_GATE_B] else None

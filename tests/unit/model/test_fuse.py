@@ -522,6 +522,18 @@ def test_gradients_hold_in_fp64() -> None:
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), random(2, 2, 3, 6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_product_holds_over_several_blocks(dtype: torch.dtype) -> None:
+    """More rows than a block of the cache's size has, and a last block that is shorter."""
+    torch.manual_seed(0)
+    gate, up = (torch.randn(3, 111, 4096, dtype=dtype, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(3, 111, 4096).to(dtype)
+    theirs, ours = torch.nn.functional.silu(gate) * up, silu_product(gate, up)
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(output, (gate, up), upstream) for output in (theirs, ours)]
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
 def test_norm_is_its_formula() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 5, 8, requires_grad=True), torch.rand(8)
