@@ -312,6 +312,7 @@ class Rehearsal:
     def _heaviest_that_fits(self, choice: Choice, *, may_checkpoint: bool, may_shrink_to: int) -> Choice:
         """Halves the budget, then turns checkpointing on, until the heaviest micro-batches run."""
         while True:
+            self._clear()  # what the candidates left would stand beside the heaviest
             try:
                 self._try(choice)
                 return choice
@@ -319,7 +320,7 @@ class Rehearsal:
                 if not is_out_of_memory(error):
                     raise
                 problem = out_of_memory("before step 1", max(self.examples.lengths), choice.micro_batch_tokens)
-            self._clear()  # outside of the except block, whose traceback holds the activations
+            # Outside of the except block, whose traceback holds the activations.
             budget, checkpointing = choice.micro_batch_tokens, choice.gradient_checkpointing
             if choice.micro_batches_at_once > 1:
                 choice = replace(choice, micro_batches_at_once=1)
