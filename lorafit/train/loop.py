@@ -26,7 +26,7 @@ from lorafit.train.abreast import Abreast
 from lorafit.train.checkpoint import ADAPTER_FOLDER, Checkpoint, CheckpointStore, Environment, write_state
 from lorafit.train.feed import StepFeed
 from lorafit.train.metrics_log import MetricsLog
-from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory
+from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory, trim_after
 from lorafit.train.profile import NO_PROFILE, NoProfile
 from lorafit.train.progress import StepProgress, peak_memory_bytes, peak_reserved_bytes
 from lorafit.train.signals import StopRequested, StopSignals
@@ -215,6 +215,7 @@ class Trainer:
         for hook in self.hooks:
             hook.after_optimizer_step(step)
         self.optimizer.zero_grad(set_to_none=True)
+        trim_after(time.perf_counter() - began, self.accelerator.device)
 
         seconds = time.perf_counter() - began
         state.step, state.epoch = step, epoch

@@ -11,6 +11,8 @@ from lorafit.errors import ResourceError
 
 _WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_cpu")
 
+_TRIMMED_AFTER_SECONDS = 1.0  # shorter steps leave little behind, and would feel it
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host ran out of memory; torch's CPU allocator raises a plain RuntimeError."""
@@ -34,13 +36,21 @@ def out_of_memory(where: str, longest_tokens: int, micro_batch_tokens: int) -> R
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives what is free back, so that the next try starts from an unbroken pool, and a CPU's other programs have it.
-
-    Source: malloc_trim(3) of the GNU C library; other allocators are left to themselves.
-    """
+    """Gives cached blocks back, so that the next try starts from an unbroken pool."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    else:
+        _trim_heap()
+
+
+def trim_after(seconds: float, device: torch.device) -> None:
+    """Gives a CPU's free heap back after a long step: else it grows, as each step takes blocks of other sizes."""
+    if device.type == "cpu" and seconds > _TRIMMED_AFTER_SECONDS:
+        _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Source: malloc_trim(3) of the GNU C library; other allocators are left to themselves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

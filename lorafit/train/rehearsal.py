@@ -45,10 +45,9 @@ CLOSE_ENOUGH = {"cuda": 0.97, "cpu": 0.9}  # of the best rate: the smaller budge
 _EAGER_PAYS = 1.1  # times the best other rate: less is not worth the scores that eager attention keeps
 _FIRST_BUDGET_TOKENS = 256  # on a CPU, below this the weights' dequantisation outweighs the products
 _MOST_CPU_TOKENS = 512  # a core: beyond, products gain nothing and the other operations leave the caches
-_ABREAST_PAYS = 1.05  # times the rate of one by one: less is not worth the memory of several
 _SAMPLED_STEPS = 4  # typical micro-batches come from the rows of the first steps
 _MOST_SECONDS = 12.0  # no further candidate is begun after this
-_REPEATS, _REPEAT_SECONDS = 3, 1.0  # the best of up to 3 tries counts; none is begun after the first second
+_LEAST_REPEATS, _REPEATS, _REPEAT_SECONDS = 2, 3, 1.0  # the first one sets threads and caches up; the best counts
 _PROBE_TOKENS = 128  # of the row on which attention implementations must agree
 
 
@@ -266,7 +265,7 @@ class Rehearsal:
             return 1
         rates = {1: self._rate(budget), at_once: self._rate(budget, at_once)}
         self.measured["at_once_tokens_per_second"] = {str(number): round(rate, 1) for number, rate in rates.items()}
-        return at_once if rates[at_once] > _ABREAST_PAYS * rates[1] else 1
+        return max(rates, key=lambda number: rates[number])
 
     def _fastest_budget(self, least: int, most: int, checkpointing: bool, until: float, at_once: int) -> int:
         """Doubles the budget while that pays; the smallest that is close enough to the fastest.
@@ -305,7 +304,7 @@ class Rehearsal:
         batches = [self._cutter.collate(part) for part in cut[first : first + at_once]]
         seconds: list[float] = []
         with abreast_of(self.objective, at_once) as abreast:
-            while not seconds or (len(seconds) < _REPEATS and sum(seconds) < _REPEAT_SECONDS):
+            while len(seconds) < _LEAST_REPEATS or (len(seconds) < _REPEATS and sum(seconds) < _REPEAT_SECONDS):
                 seconds.append(time_micro_batches(self.objective, batches, self.device, abreast))
         return sum(batch.tokens for batch in batches) / min(seconds)
 

@@ -127,7 +127,7 @@ def test_a_cpu_gets_no_more_tokens_than_its_cores_are_served_with(
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
 
 
-@pytest.mark.parametrize(("abreast_rate", "expected"), [(150.0, 2), (104.0, 1)])
+@pytest.mark.parametrize(("abreast_rate", "expected"), [(150.0, 2), (99.0, 1)])
 def test_a_micro_batch_a_core_where_that_pays(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, abreast_rate: float, expected: int
 ) -> None:
