@@ -22,8 +22,8 @@ class ResolvedPlan:
         compute_dtype: Of products with dequantised weights.
         ranks: Processes that train together.
         source: Where the values come from: `recipe`, `run`, `plan`, `cache` or `rehearsal`.
-        micro_batches_at_once: On a CPU, each on a core of its own; 1: one by one.
         measured: What the rehearsal measured: seconds and bytes by candidate.
+        micro_batches_at_once: On a CPU, each on a core of its own; 1: one by one.
     """
 
     micro_batch_tokens: int
@@ -35,8 +35,8 @@ class ResolvedPlan:
     device_kind: str
     ranks: int
     source: str
-    micro_batches_at_once: int = 1
     measured: dict[str, Any] = field(default_factory=dict)
+    micro_batches_at_once: int = 1
 
     @property
     def tokens_at_once(self) -> int:
