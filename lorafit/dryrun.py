@@ -30,7 +30,9 @@ from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
 from lorafit.objective import Objective
+from lorafit.ops import cross_entropy
 from lorafit.ops.live_tensors import LiveTensors, watching
+from lorafit.ops.pieces import chunk_labels
 from lorafit.plan.question import resolve_compute_dtype
 from lorafit.train.step import accumulate_gradients, gradient_norm, sum_gradients, update_parameters
 from lorafit.train.tracking import build_accelerator
@@ -189,8 +191,8 @@ def _as_it_would_run(on_cuda: bool) -> Iterator[None]:
     """Puts in place what a real run does otherwise than fake tensors of a CPU, as far as it decides what is kept.
 
     transformers takes fake tensors for a trace, and then builds masks that a run does without. On CUDA a fused dropout
-    keeps a mask of a byte a value, attention with dropout keeps no scores, and autocast computes pow and LayerNorm in
-    fp32.
+    keeps a mask of a byte a value, attention with dropout keeps no scores, autocast computes pow and LayerNorm in
+    fp32, and the loss takes more labels at once.
 
     Source: ATen/native/Dropout.cpp; ATen/autocast_mode.h, AT_FORALL_FP32 (the rest of that list meets fp32 already, or
     stands in no model).
@@ -205,6 +207,7 @@ def _as_it_would_run(on_cuda: bool) -> Iterator[None]:
                 (functional, "layer_norm", _computed_in_fp32(functional.layer_norm)),
                 (torch, "pow", _computed_in_fp32(torch.pow)),
                 (functional, "scaled_dot_product_attention", _attention_without_masks),
+                (cross_entropy, "chunk_labels", lambda vocabulary, device_kind: chunk_labels(vocabulary, "cuda")),
             ]
         for owner, name, replacement in patches:
             stack.callback(setattr, owner, name, getattr(owner, name))

@@ -19,14 +19,11 @@ from lorafit.memory.layer import (
 )
 from lorafit.memory.linear import fuses_linears, unpacked_bytes
 from lorafit.memory.work import Numerics, Work
+from lorafit.ops.pieces import chunk_labels
 from lorafit.shapes import LinearShape, ModelShape
 
 if TYPE_CHECKING:
     from lorafit.memory.exact import ExactEstimate
-
-LOGITS_CHUNK_BYTES = 16 * 2**20
-"""Of fp32 logits that the chunked loss holds at once. Source: lorafit.ops.cross_entropy, whose constant a test
-compares."""
 
 ALLOCATOR_FACTOR = {"cuda": 1.10, "cpu": 1.40}
 """Reserved beside allocated: torch's caching allocator rounds and fragments. Source: the published fms-hf-tuning
@@ -324,7 +321,7 @@ def loss_bytes(shape: ModelShape, n: Numerics, labels: int) -> int:
     states = _head_states_bytes(shape, n, labels)
     if not shape.plain_head:  # logits, scaled logits, fp32 copy, log-softmax; or that, its gradient and the copy's
         return states + shape.vocabulary * labels * max(2 * c + 8, c + 12)
-    rows = min(labels, max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary)))
+    rows = min(labels, chunk_labels(shape.vocabulary, n.device_kind))
     following = min(labels - rows, rows)
     alone = (2 * c + 4 if c < 4 else 4) * rows
     both = (c + 4 if c < 4 else 4) * (rows + following)

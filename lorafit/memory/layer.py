@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lorafit.memory.linear import linear_operation, own_copy_bytes
+from lorafit.memory.linear import fuses_linears, linear_operation, own_copy_bytes
 from lorafit.memory.work import Moment, Numerics, Operation, Work
-from lorafit.ops.attention_blocks import chunk_rows, largest_block
+from lorafit.ops.pieces import chunk_rows, largest_block
 from lorafit.shapes import ModelShape
 
 
@@ -252,8 +252,13 @@ def _activation(shape: ModelShape, work: Work) -> list[Operation]:
     inner = sum(linear.in_features for linear in shape.linears if linear.role == "down")
     if not inner:
         return found
+    moments = []
     if shape.gated_mlp and n.fused and _fuses_gate(shape):  # its two factors; both gradients and two on the way
         kept, backward = 2 * c * inner, 4 * c * inner
+        gate = next(linear for linear in shape.linears if linear.role == "gate")
+        if _fuses_projections(shape, work):  # the gradient of both projections' input, before the factors may go
+            weight = 0 if work.keeps_unpacked else work.dequantised_bytes(gate)
+            moments.append(Moment("backward", 3 * c * inner + c * gate.in_features, weight))
     elif shape.gated_mlp:  # act keeps its input, act·up keeps both factors
         kept, backward = 3 * c * inner, 3 * c * inner
     elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one
@@ -261,13 +266,19 @@ def _activation(shape: ModelShape, work: Work) -> list[Operation]:
         backward = (c + 3 * (4 if n.wide_on_gpu else c)) * inner  # the result's gradient, and three on its way back
     else:  # gelu keeps its input, relu its result
         kept, backward = c * inner, 2 * c * inner
-    found.append(Operation("activation", kept, (Moment("forward", c * inner), Moment("backward", backward))))
-    return found
+    moments += [Moment("forward", c * inner), Moment("backward", backward)]
+    return [*found, Operation("activation", kept, tuple(moments))]
 
 
 def _fuses_gate(shape: ModelShape) -> bool:
     """silu between a gate and an up projection of their own."""
     return shape.activation == "silu" and {"gate", "up"} <= {linear.role for linear in shape.linears}
+
+
+def _fuses_projections(shape: ModelShape, work: Work) -> bool:
+    """Whether both projections and their product are one operation (`lorafit.ops.lora_gated`)."""
+    adapted = {linear.role for linear in work.adapted}
+    return fuses_linears(work) and work.dropout == 0 and _fuses_gate(shape) and {"gate", "up"} <= adapted
 
 
 def _experts(shape: ModelShape, c: int) -> Operation:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from lorafit.ops.attention_blocks import BLOCK_TOKENS, chunk_rows, cut_blocks
+from lorafit.ops.pieces import BLOCK_TOKENS, chunk_rows, cut_blocks
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

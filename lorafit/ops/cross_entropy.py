@@ -1,7 +1,7 @@
 """Cross-entropy of labelled hidden states against a linear head, in chunks: no logits where no label is.
 
     hidden [labels, hidden] --chunk--> logits [chunk, vocabulary] --> loss, correct, and at once the chunk's gradient
-                                       (fp32, at most LOGITS_CHUNK_BYTES, gone before the next chunk)
+                                       (fp32, of `chunk_labels` labels, gone before the next chunk)
 
 The gradient of the hidden states is computed in the forward pass, while the chunk's probabilities exist; the backward
 pass only scales it. With p = softmax(h W^T + b) and one-hot y:  d loss / d h = (p - y) W,  d loss / d W = (p - y)^T h,
@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-LOGITS_CHUNK_BYTES = 16 * 2**20
-_FP32_BYTES = 4
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """Labels whose fp32 logits are held at once."""
-    return max(1, LOGITS_CHUNK_BYTES // (_FP32_BYTES * vocabulary))
+from lorafit.ops.pieces import chunk_labels
 
 
 def linear_cross_entropy(
@@ -132,7 +126,7 @@ def _chunks(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yields (rows, logits [chunk, vocabulary], labels [chunk])."""
-    size = chunk_rows(weight.shape[0])
+    size = chunk_labels(weight.shape[0], hidden.device.type)
     for start in range(0, hidden.shape[0], size):
         rows = slice(start, start + size)
         yield rows, functional.linear(hidden[rows], weight, bias), labels[rows]

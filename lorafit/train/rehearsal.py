@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lorafit.data.batch import StepRows
     from lorafit.objective import Objective
 
-CLOSE_ENOUGH = {"cuda": 0.97, "cpu": 0.9}  # of the best rate: the smaller budget is taken
+CLOSE_ENOUGH = {"cpu": 0.9, "gpu": 0.97}  # of the best rate: the smaller budget is taken
 _EAGER_PAYS = 1.1  # times the best other rate: less is not worth the scores that eager attention keeps
 _FIRST_BUDGET_TOKENS = 256  # on a CPU, below this the weights' dequantisation outweighs the products
 _MOST_CPU_TOKENS = 512  # a core: beyond, products gain nothing and the other operations leave the caches
@@ -274,7 +274,7 @@ class Rehearsal:
         the smallest.
         """
         rates: dict[int, float] = {}
-        close_enough = CLOSE_ENOUGH[self.device.type]
+        close_enough = CLOSE_ENOUGH["cpu" if self.device.type == "cpu" else "gpu"]
         if self.device.type == "cpu":
             most = min(most // at_once, max(least, _MOST_CPU_TOKENS * (torch.get_num_threads() if at_once == 1 else 1)))
         budget = max(least, min(most, _FIRST_BUDGET_TOKENS))

@@ -40,7 +40,7 @@ def test_closed_form_meets_the_dry_run(model: str, tokens: int, checkpointing: b
     for dropout in (0.0, 0.05):
         question = ask(config, tmp_path, tokens=tokens, model__quantization="nf4", adapter__dropout=dropout, **FUSED)
         closed, dry = question.at(2 * tokens, checkpointing), exact(question, config, checkpointing)
-        assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.03)
+        assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("rows", [1, 4])

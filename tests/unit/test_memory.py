@@ -14,7 +14,6 @@ from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import MemoryEstimate, estimate, fits, labels_of
-from lorafit.memory.estimate import LOGITS_CHUNK_BYTES
 from lorafit.model.fuse import fuse_layers
 from lorafit.model_shapes import known_config, read_shape
 from lorafit.objective import Objective
@@ -222,12 +221,6 @@ def test_components_add_up_to_the_peak_and_are_what_the_formulas_say() -> None:
     assert guess.fixed["optimizer_state"] == 8 * trained
     assert guess.components["kept_activations"] == 32 * 1024 * 4096 * 2
     assert guess.needed_bytes > guess.tensor_bytes * 1.1
-
-
-def test_the_chunk_is_the_objectives() -> None:
-    from lorafit.ops import cross_entropy
-
-    assert cross_entropy.LOGITS_CHUNK_BYTES == LOGITS_CHUNK_BYTES
 
 
 def test_every_switch_moves_the_estimate_the_way_it_should() -> None:

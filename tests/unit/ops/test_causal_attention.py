@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorafit.ops import attention_blocks
+from lorafit.ops import pieces
 from lorafit.ops.causal_attention import causal_attention
 
 Tensors = tuple[torch.Tensor, ...]
@@ -30,9 +30,9 @@ def run_both(tensors: Tensors, scale: float) -> tuple[Tensors, Tensors]:
 
 @pytest.mark.parametrize("shape", [(2, 4, 2, 7, 4), (1, 3, 1, 5, 2), (3, 2, 2, 4, 4)])
 def test_gradients_hold_in_fp64(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_blocks, "BLOCK_TOKENS", 3)
+    monkeypatch.setattr(pieces, "BLOCK_TOKENS", 3)
     monkeypatch.setattr("lorafit.ops.causal_attention.BLOCK_TOKENS", 3)
-    monkeypatch.setattr(attention_blocks, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(pieces, "CHUNK_TOKENS", 8)
     q, k, v = draw(*shape, torch.float64, wide=3)
     assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, 0.7), (q, k, v))
 
@@ -93,6 +93,6 @@ def test_the_padding_behind_a_row_changes_nothing() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 225, 1000])
 def test_blocks_cover_a_row(tokens: int) -> None:
-    blocks = attention_blocks.cut_blocks(tokens)
+    blocks = pieces.cut_blocks(tokens)
     assert [position for block in blocks for position in range(block.start, block.stop)] == list(range(tokens))
-    assert attention_blocks.largest_block(tokens) == max((b.stop - b.start) * b.stop for b in blocks) <= 128 * tokens
+    assert pieces.largest_block(tokens) == max((b.stop - b.start) * b.stop for b in blocks) <= 128 * tokens

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lorafit.ops import cross_entropy
-from lorafit.ops.cross_entropy import chunk_rows, linear_cross_entropy, score_linear
+from lorafit.ops import pieces
+from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 3 labels for a vocabulary of 11, so that 7 labels take three chunks, the last one short."""
-    monkeypatch.setattr(cross_entropy, "LOGITS_CHUNK_BYTES", 3 * 4 * 11)
+    monkeypatch.setitem(pieces.LOGITS_CHUNK_BYTES, "cpu", 3 * 4 * 11)
 
 
 def operands(dtype: torch.dtype, labels: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def operands(dtype: torch.dtype, labels: int = 7) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_gradcheck_in_fp64(with_bias: bool) -> None:
     hidden, weight, bias, labels = operands(torch.float64)
-    assert chunk_rows(11) == 3
+    assert pieces.chunk_labels(11, "cpu") == 3
     arguments = (hidden, weight, bias if with_bias else None, labels)
     assert torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a)[0], arguments)
 

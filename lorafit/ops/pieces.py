@@ -1,4 +1,5 @@
-"""How `causal_attention` cuts rows: what it takes for a moment is known without running it."""
+"""How the CPU's attention and the loss are cut into pieces: what a piece takes is known without torch, for the
+estimate."""
 
 from __future__ import annotations
 
@@ -6,6 +7,10 @@ BLOCK_TOKENS = 128
 """Queries of a row at a time. Larger blocks compute more of what is masked, smaller ones make narrow products."""
 CHUNK_TOKENS = 512
 """Short rows go through the products together up to so many tokens; scores then stay in the CPU's caches."""
+LOGITS_CHUNK_BYTES = {"cpu": 16 * 2**20, "gpu": 64 * 2**20}
+"""Of fp32 logits that the loss holds at once: few enough to leave a CPU's caches to others, and on a GPU enough rows
+for a wide product."""
+_FP32_BYTES = 4
 
 
 def chunk_rows(tokens: int) -> int:
@@ -21,3 +26,9 @@ def cut_blocks(tokens: int) -> list[slice[int, int, None]]:
 def largest_block(tokens: int) -> int:
     """Scores of the largest block, a head and row."""
     return max((block.stop - block.start) * block.stop for block in cut_blocks(tokens))
+
+
+def chunk_labels(vocabulary: int, device_kind: str) -> int:
+    """Labels whose fp32 logits are held at once."""
+    chunk_bytes = LOGITS_CHUNK_BYTES["cpu" if device_kind == "cpu" else "gpu"]
+    return max(1, chunk_bytes // (_FP32_BYTES * vocabulary))
