@@ -256,7 +256,9 @@ class Training:
             store,
             accelerator,
             self.reporter,
-            cutter=Cutter(job.rows.train, job.pad_id, recipe.data.packing, resolved.attention),
+            cutter=Cutter(
+                job.rows.train, job.pad_id, recipe.data.packing, resolved.attention, resolved.micro_batches_at_once
+            ),
             save_adapter=partial(
                 save_adapter,
                 model,

@@ -10,6 +10,7 @@ as padded micro-batches      ████████████             �
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ _EPOCHS_KEPT = 4
 MICRO_BATCH_COST_TOKENS = 96
 """About what starting a forward and its backward costs (mostly unpacking NF4 weights, which takes as long on large
 models as on small ones beside their products), so that cuts are not too fine: 87 tokens, measured on a CPU."""
+_LEAST_SHARE, _TRIED_BUDGETS = 0.5, 11  # of the budget, where micro-batches run at once: down to half in 5 % steps
 
 
 class RepeatedRows(Protocol):
@@ -137,23 +139,34 @@ class StepRows:
         return epoch + (start + len(rows)) / self._rows, [int(row) for row in rows]
 
 
-def cut_step(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def cut_step(rows: Sequence[int], lengths: Sequence[int], token_budget: int, at_once: int = 1) -> list[list[int]]:
     """Cuts the rows of a step into micro-batches, the longest rows first.
 
     Among all cuts of the rows sorted by length that keep `rows x longest` of a micro-batch within the budget, it takes
     the one with the fewest padded tokens, where each micro-batch counts as `MICRO_BATCH_COST_TOKENS` more. A row longer
-    than the budget is a micro-batch of its own. What a step computes does not depend on the cut, speed and memory do.
+    than the budget is a micro-batch of its own. Where several run at once it looks at smaller budgets too, and takes
+    what is done first: two micro-batches for two cores rather than three. What a step computes does not depend on the
+    cut, speed and memory do.
 
     Args:
         rows: Row numbers; may repeat.
         lengths: Tokens of each row of the whole set, by row number.
         token_budget: Padded tokens of a micro-batch.
+        at_once: Micro-batches that run at the same time.
     """
     if not rows:
         return []
     ordered = sorted(rows, key=lambda row: (-int(lengths[row]), row))
     tokens = np.array([int(lengths[row]) for row in ordered], dtype=np.int64)
-    count = len(ordered)
+    shares = np.linspace(1.0, _LEAST_SHARE, _TRIED_BUDGETS) if at_once > 1 else (1.0,)
+    cuts = (_cut_within(tokens, int(token_budget * share)) for share in shares)
+    best = min(cuts, key=lambda parts: span_tokens([len(part) * int(tokens[part.start]) for part in parts], at_once))
+    return [ordered[part.start : part.stop] for part in best]
+
+
+def _cut_within(tokens: Integers, token_budget: int) -> list[range]:
+    """Places of each micro-batch's rows among tokens [rows], the longest first; the least sum of their costs."""
+    count = len(tokens)
     cheapest = np.zeros(count + 1, dtype=np.int64)  # of rows i.. to the end
     cut_at = np.zeros(count, dtype=np.int64)
     for first in range(count - 1, -1, -1):
@@ -162,12 +175,24 @@ def cut_step(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> 
         costs = MICRO_BATCH_COST_TOKENS + tokens[first] * (ends - first) + cheapest[ends]
         best = int(np.argmin(costs))
         cheapest[first], cut_at[first] = costs[best], ends[best]
-    cuts, place = [], 0
+    parts, place = [], 0
     while place < count:
-        end = int(cut_at[place])
-        cuts.append(ordered[place:end])
-        place = end
-    return cuts
+        parts.append(range(place, int(cut_at[place])))
+        place = parts[-1].stop
+    return parts
+
+
+def span_tokens(padded_tokens: Sequence[int], at_once: int) -> int:
+    """How long micro-batches take that begin with the largest whenever a core is free; in tokens of one core.
+
+    Args:
+        padded_tokens: Of each micro-batch.
+        at_once: Cores, or 1 where all work on one micro-batch.
+    """
+    busy_until = [0] * at_once
+    for tokens in sorted(padded_tokens, reverse=True):
+        heapq.heapreplace(busy_until, busy_until[0] + MICRO_BATCH_COST_TOKENS + tokens)
+    return max(busy_until)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafit.contracts import Batch, Example
-from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, collate, cut_step
+from lorafit.data.batch import collate, cut_step, span_tokens
 
 if TYPE_CHECKING:
     from lorafit.contracts import Examples
@@ -75,7 +75,9 @@ def pack_rows(rows: Sequence[int], lengths: Sequence[int], row_tokens: int) -> l
     return packed
 
 
-def cut_packed(rows: Sequence[int], lengths: Sequence[int], token_budget: int, *, one_row: bool) -> list[MicroBatch]:
+def cut_packed(
+    rows: Sequence[int], lengths: Sequence[int], token_budget: int, *, one_row: bool, at_once: int = 1
+) -> list[MicroBatch]:
     """Cuts the rows of a step into micro-batches of packed rows; the plain cut where packing saves nothing.
 
     With `one_row` a micro-batch is one row as long as the budget, without any padding: for attention that computes each
@@ -87,6 +89,7 @@ def cut_packed(rows: Sequence[int], lengths: Sequence[int], token_budget: int, *
         lengths: Tokens of each row of the whole set, by row number.
         token_budget: Padded tokens of a micro-batch; a longer document is a micro-batch of its own.
         one_row: Whether a micro-batch is one row.
+        at_once: Micro-batches that run at the same time.
     """
     if not rows:
         return []
@@ -94,9 +97,9 @@ def cut_packed(rows: Sequence[int], lengths: Sequence[int], token_budget: int, *
     row_tokens = token_budget if one_row else min(token_budget, max(longest, PACKED_ROW_TOKENS))
     packed = pack_rows(rows, lengths, row_tokens)
     totals = [sum(int(lengths[row]) for row in documents) for documents in packed]
-    cut = [[packed[number] for number in part] for part in cut_step(range(len(packed)), totals, token_budget)]
-    plain = [[[row] for row in part] for part in cut_step(rows, lengths, token_budget)]
-    return min(plain, cut, key=lambda parts: _cost_tokens(parts, lengths))
+    cut = [[packed[number] for number in part] for part in cut_step(range(len(packed)), totals, token_budget, at_once)]
+    plain = [[[row] for row in part] for part in cut_step(rows, lengths, token_budget, at_once)]
+    return min(plain, cut, key=lambda parts: span_tokens([padded_tokens(part, lengths) for part in parts], at_once))
 
 
 def padded_tokens(part: MicroBatch, lengths: Sequence[int]) -> int:
@@ -153,12 +156,14 @@ class Cutter:
         pad_id: Fills up short rows.
         packing: Whether several documents may share a row.
         attention: Attention implementation of the model.
+        at_once: Micro-batches that run at the same time.
     """
 
     examples: Examples
     pad_id: int
     packing: bool = False
     attention: str = "sdpa"
+    at_once: int = 1
 
     @property
     def one_row(self) -> bool:
@@ -167,14 +172,15 @@ class Cutter:
 
     def cut(self, rows: Sequence[int], token_budget: int) -> list[MicroBatch]:
         """Micro-batches of a step, the same on every rank; without packing each row holds one document."""
+        lengths = self.examples.lengths
         if self.packing:
-            return cut_packed(rows, self.examples.lengths, token_budget, one_row=self.one_row)
-        return [[[row] for row in part] for part in cut_step(rows, self.examples.lengths, token_budget)]
+            return cut_packed(rows, lengths, token_budget, one_row=self.one_row, at_once=self.at_once)
+        return [[[row] for row in part] for part in cut_step(rows, lengths, token_budget, self.at_once)]
+
+    def span_tokens(self, cut: Sequence[MicroBatch]) -> int:
+        """See `lorafit.data.batch.span_tokens`."""
+        return span_tokens([padded_tokens(part, self.examples.lengths) for part in cut], self.at_once)
 
     def collate(self, part: MicroBatch) -> Batch:
         """The batch of one micro-batch, on the CPU."""
         return collate_packed([[self.examples[row] for row in documents] for documents in part], self.pad_id)
-
-
-def _cost_tokens(parts: Sequence[MicroBatch], lengths: Sequence[int]) -> int:
-    return sum(MICRO_BATCH_COST_TOKENS + padded_tokens(part, lengths) for part in parts)

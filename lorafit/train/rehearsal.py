@@ -4,7 +4,7 @@
                                          logits of eager attention and, when packing, keeps documents apart; eager,
                                          which keeps all scores, only where it is more than 10 % faster
                     micro_batch_tokens   doubled from one longest row while it pays; smallest within 3 % of the best
-                                         (10 % on a CPU), on a CPU at most 512 tokens a core
+                                         (5 % on a CPU), on a CPU at most 600 tokens a core
                     at once              on a CPU a micro-batch a core, where that is faster than one on all cores
                     checkpointing        off, unless memory says otherwise
     always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
@@ -16,6 +16,7 @@ No optimizer step is taken, gradients are cleared, random numbers and modes are 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
     from lorafit.data.batch import StepRows
     from lorafit.objective import Objective
 
-CLOSE_ENOUGH = {"cpu": 0.9, "gpu": 0.97}  # of the best rate: the smaller budget is taken
+CLOSE_ENOUGH = {"cpu": 0.95, "gpu": 0.97}  # of the best rate: the smaller budget is taken
 _EAGER_PAYS = 1.1  # times the best other rate: less is not worth the scores that eager attention keeps
-_FIRST_BUDGET_TOKENS = 256  # on a CPU, below this the weights' dequantisation outweighs the products
-_MOST_CPU_TOKENS = 512  # a core: beyond, products gain nothing and the other operations leave the caches
-_SAMPLED_STEPS = 4  # typical micro-batches come from the rows of the first steps
-_MOST_SECONDS = 12.0  # no further candidate is begun after this
-_LEAST_REPEATS, _REPEATS, _REPEAT_SECONDS = 2, 3, 1.0  # the first one sets threads and caches up; the best counts
+_FIRST_BUDGET_TOKENS = 600  # below this, what every micro-batch costs outweighs its products
+_MOST_CORE_TOKENS = 600  # on a CPU: beyond, products gain little and the other operations leave the caches
+_SAMPLED_STEPS = 4  # what a candidate would need for the first ones is compared
+_MOST_SECONDS = 15.0  # no further candidate is begun after this
+_TIMED_STEPS = 3  # a candidate; the first sets threads and caches up, the best of the others counts
 _PROBE_TOKENS = 128  # of the row on which attention implementations must agree
 
 
@@ -94,6 +95,10 @@ class Rehearsal:
     one_by_one: bool = False
     measured: dict[str, Any] = field(default_factory=dict)
     _attention: str = field(default="sdpa", init=False)
+    _untimed_steps: Iterator[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._untimed_steps = (self.step_rows.rows(step)[1] for step in itertools.count(1))
 
     def choose(
         self,
@@ -124,8 +129,9 @@ class Rehearsal:
             self.set_attention(attention)
             at_once = 1
             if isinstance(micro_batch_tokens, str):
-                at_once = self._fastest_number(least_tokens, most_tokens, checkpointing)
-                budget = self._fastest_budget(least_tokens, most_tokens, checkpointing, began + _MOST_SECONDS, at_once)
+                until = began + _MOST_SECONDS
+                at_once, rates = self._fastest_number(least_tokens, most_tokens, checkpointing)
+                budget = self._fastest_budget(least_tokens, most_tokens, checkpointing, until, at_once, rates)
             choice = self._heaviest_that_fits(
                 self._choice(budget, attention, checkpointing, at_once),
                 may_checkpoint=gradient_checkpointing == "auto",
@@ -180,7 +186,7 @@ class Rehearsal:
     def _warm_up(self, will_measure: bool) -> None:
         """The first forward and backward pays for lazy set-up, which no candidate should."""
         if will_measure:
-            shortest = min(self._sample(), key=lambda row: int(self.examples.lengths[row]))
+            shortest = min(self.step_rows.rows(1)[1], key=lambda row: int(self.examples.lengths[row]))
             time_micro_batches(self.objective, [collate([self.examples[shortest]], self.pad_id)], self.device)
 
     def _fastest_attention(self, budget: int, checkpointing: bool) -> str:
@@ -253,21 +259,28 @@ class Rehearsal:
         self.objective.eval()
         return self.objective.labelled_logits(collate([self.examples[row]], self.pad_id).to(self.device))
 
-    def _fastest_number(self, least: int, most: int, checkpointing: bool) -> int:
-        """A micro-batch a core, as many as the step has and memory holds; or one at a time on all cores."""
-        budget = max(least, min(most, _FIRST_BUDGET_TOKENS))
+    def _fastest_number(self, least: int, most: int, checkpointing: bool) -> tuple[int, dict[int, float]]:
+        """A micro-batch a core, as many as the step has and memory holds; or one at a time on all cores.
+
+        Returns:
+            How many, and what is known of it: tokens a second by budget.
+        """
         at_once = threads_abreast(self.objective, self.device, self.ranks, checkpointing=checkpointing)
         at_once = 1 if self.one_by_one else at_once
-        at_once = min(at_once, most // budget)
+        at_once = min(at_once, most // least)
+        budget = max(least, min(most // max(at_once, 1), _FIRST_BUDGET_TOKENS))
         while at_once > 1 and not self.fits(budget * at_once, checkpointing, self._attention):
             at_once -= 1
         if at_once <= 1:
-            return 1
+            return 1, {}
         rates = {1: self._rate(budget), at_once: self._rate(budget, at_once)}
         self.measured["at_once_tokens_per_second"] = {str(number): round(rate, 1) for number, rate in rates.items()}
-        return max(rates, key=lambda number: rates[number])
+        fastest = max(rates, key=lambda number: rates[number])
+        return fastest, {budget: rates[fastest]}
 
-    def _fastest_budget(self, least: int, most: int, checkpointing: bool, until: float, at_once: int) -> int:
+    def _fastest_budget(
+        self, least: int, most: int, checkpointing: bool, until: float, at_once: int, known: dict[int, float]
+    ) -> int:
         """Doubles the budget while that pays; the smallest that is close enough to the fastest.
 
         It begins at a size that is never far from the best, so that a machine too slow to try more is not left with
@@ -276,37 +289,49 @@ class Rehearsal:
         rates: dict[int, float] = {}
         close_enough = CLOSE_ENOUGH["cpu" if self.device.type == "cpu" else "gpu"]
         if self.device.type == "cpu":
-            most = min(most // at_once, max(least, _MOST_CPU_TOKENS * (torch.get_num_threads() if at_once == 1 else 1)))
+            cores = torch.get_num_threads() if at_once == 1 else 1  # a micro-batch
+            most = min(most // at_once, max(least, _MOST_CORE_TOKENS * cores))
         budget = max(least, min(most, _FIRST_BUDGET_TOKENS))
         while budget > least and not self.fits(budget * at_once, checkpointing, self._attention):
             budget = max(least, budget // 2)
         first = budget
         while budget <= most and self.fits(budget * at_once, checkpointing, self._attention):
+            best = max(rates.values(), default=0.0)
             try:
-                rates[budget] = self._rate(budget, at_once)
+                rates[budget] = known.get(budget) or self._rate(budget, at_once)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._clear()
                 break
-            if rates[budget] < max(rates.values()) or time.perf_counter() > until:
+            if rates[budget] * close_enough < best or budget == most or time.perf_counter() > until:
                 break
-            if budget > first and rates[budget] * close_enough < rates[budget // 2]:
-                break
-            budget *= 2
+            budget = min(2 * budget, most)
         self.measured["budget_tokens_per_second"] = {str(b): round(rate, 1) for b, rate in rates.items()}
         return next((b for b, rate in rates.items() if rate >= close_enough * max(rates.values())), first)
 
     def _rate(self, budget: int, at_once: int = 1) -> float:
-        """Real tokens a second of the middle ones of the micro-batches that the first steps are cut into."""
-        cut = self._cutter.cut(self._sample(), budget)
-        first = max(0, (len(cut) - at_once) // 2)
-        batches = [self._cutter.collate(part) for part in cut[first : first + at_once]]
-        seconds: list[float] = []
+        """Real tokens a second of the first steps as this budget cuts them, told from the middle ones of some steps.
+
+        What is not measured is how well a step fills all cores, and its padding: both are counted. Each micro-batch is
+        new and timed once, as in the run: what has run before finds its products' shapes prepared.
+        """
+        cutter = replace(self._cutter, at_once=at_once)
+        seconds_a_token: list[float] = []
         with abreast_of(self.objective, at_once) as abreast:
-            while len(seconds) < _LEAST_REPEATS or (len(seconds) < _REPEATS and sum(seconds) < _REPEAT_SECONDS):
-                seconds.append(time_micro_batches(self.objective, batches, self.device, abreast))
-        return sum(batch.tokens for batch in batches) / min(seconds)
+            for rows in itertools.islice(self._untimed_steps, _TIMED_STEPS):
+                parts = cutter.cut(rows, budget)
+                first = max(0, (len(parts) - at_once) // 2)
+                group = parts[first : first + at_once]
+                batches = [cutter.collate(part) for part in group]
+                seconds = time_micro_batches(self.objective, batches, self.device, abreast)
+                seconds_a_token.append(seconds / cutter.span_tokens(group))
+                del batches
+                release_memory(self.device)  # as behind a step: else the heap grows beyond what the run needs
+        steps = [self.step_rows.rows(step)[1] for step in range(1, _SAMPLED_STEPS + 1)]
+        tokens = sum(int(self.examples.lengths[row]) for rows in steps for row in rows)
+        span_tokens = sum(cutter.span_tokens(cutter.cut(rows, budget)) for rows in steps)
+        return tokens / (min(seconds_a_token[1:]) * span_tokens)
 
     def _heaviest_that_fits(self, choice: Choice, *, may_checkpoint: bool, may_shrink_to: int) -> Choice:
         """Halves the budget, then turns checkpointing on, until the heaviest micro-batches run."""
@@ -359,9 +384,6 @@ class Rehearsal:
                 self.objective.train()
         del ballast
         self.measured["peak_memory_bytes"] = peak_memory_bytes(self.device)
-
-    def _sample(self) -> list[int]:
-        return [row for step in range(1, _SAMPLED_STEPS + 1) for row in self.step_rows.rows(step)[1]]
 
 
 def _attention_candidates(device: torch.device) -> list[str]:

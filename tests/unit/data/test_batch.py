@@ -20,6 +20,7 @@ from lorafit.data.batch import (
     epoch_order,
     rows_per_epoch,
     shuffle,
+    span_tokens,
     steps_per_epoch,
 )
 
@@ -127,10 +128,10 @@ def cost(cut: list[list[int]], tokens: list[int]) -> int:
     return sum(MICRO_BATCH_COST_TOKENS + len(part) * max(tokens[row] for row in part) for part in cut)
 
 
-@given(lengths, st.integers(1, 300))
-def test_a_cut_is_a_partition_within_the_budget(tokens: list[int], budget: int) -> None:
+@given(lengths, st.integers(1, 300), st.integers(1, 4))
+def test_a_cut_is_a_partition_within_the_budget(tokens: list[int], budget: int, at_once: int) -> None:
     rows = list(range(len(tokens)))
-    cut = cut_step(rows, tokens, budget)
+    cut = cut_step(rows, tokens, budget, at_once)
     assert sorted(row for part in cut for row in part) == rows
     assert all(part for part in cut)
     for part in cut:
@@ -151,6 +152,31 @@ def test_a_cut_is_the_cheapest(tokens: list[int], budget: int) -> None:
         if all(len(part) == 1 or len(part) * tokens[part[0]] <= budget for part in cut)
     )
     assert cost(cut_step(list(range(len(tokens))), tokens, budget), tokens) == best
+
+
+@pytest.mark.parametrize(
+    ("padded", "at_once", "expected"),
+    [([100, 50, 30], 1, 180 + 3 * 96), ([100, 50, 30], 2, 80 + 2 * 96), ([30, 50, 100], 4, 196), ([], 2, 0)],
+)
+def test_a_span_ends_with_the_last_core(padded: list[int], at_once: int, expected: int) -> None:
+    """The largest begin: 100 on one core, 50 and then 30 on the other, and 96 for each."""
+    assert MICRO_BATCH_COST_TOKENS == 96 and span_tokens(padded, at_once) == expected
+
+
+@given(lengths, st.integers(1, 300), st.integers(2, 4))
+def test_micro_batches_at_once_are_done_no_later_than_with_the_plain_cut(
+    tokens: list[int], budget: int, at_once: int
+) -> None:
+    def span(cut: list[list[int]]) -> int:
+        return span_tokens([len(part) * max(tokens[row] for row in part) for part in cut], at_once)
+
+    rows = range(len(tokens))
+    assert span(cut_step(rows, tokens, budget, at_once)) <= span(cut_step(rows, tokens, budget))
+
+
+def test_two_cores_get_two_micro_batches() -> None:
+    assert [len(part) for part in cut_step(range(16), [60] * 16, 900)] == [1, 15]
+    assert [len(part) for part in cut_step(range(16), [60] * 16, 900, at_once=2)] == [8, 8]
 
 
 def test_one_long_row_does_not_pad_the_others() -> None:

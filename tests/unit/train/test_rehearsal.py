@@ -17,14 +17,15 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from lorafit.contracts import Silent
+from lorafit.contracts import Batch, Silent
+from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, cut_step
 from lorafit.errors import NumericsError, ResourceError
 from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.train.abreast import Abreast
 from lorafit.train.heaviest import fill_rows, heaviest_shapes
-from lorafit.train.rehearsal import Rehearsal
+from lorafit.train.rehearsal import CLOSE_ENOUGH, Rehearsal
 from lorafit.train.resolve import cached_plan_file, resolve_plan
 from lorafit.train.state import TrainState
 
@@ -104,14 +105,14 @@ def test_it_measures_what_is_open_and_picks_within_the_bounds(job: Callable[...,
     assert set(resolved.measured["attention_tokens_per_second"]) == {"eager", "fused", "sdpa"}
     rates = {int(k): v for k, v in resolved.measured["budget_tokens_per_second"].items()}
     assert min(rates) == 40 and resolved.measured["peak_memory_bytes"] > 0
-    assert rates[resolved.micro_batch_tokens] >= 0.9 * max(rates.values())
+    assert rates[resolved.micro_batch_tokens] >= CLOSE_ENOUGH["cpu"] * max(rates.values())
 
 
 def test_the_smallest_budget_close_to_the_fastest_is_taken(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU within 10 %: its memory serves others too."""
-    rates = {40: 80.0, 80: 91.0, 160: 100.0, 320: 99.0}
+    """On a CPU within 5 %: its memory serves others too."""
+    rates = {40: 80.0, 80: 96.0, 160: 100.0, 320: 99.0}
     monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: rates[budget])
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
     bounded = stage(job(), fits=lambda tokens, checkpointing, attention: tokens <= 40)
@@ -121,10 +122,37 @@ def test_the_smallest_budget_close_to_the_fastest_is_taken(
 def test_a_cpu_gets_no_more_tokens_than_its_cores_are_served_with(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.train.rehearsal._MOST_CPU_TOKENS", 40)
+    monkeypatch.setattr("lorafit.train.rehearsal._MOST_CORE_TOKENS", 40)
     monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: float(budget))
     torch.set_num_threads(2)
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
+
+
+@pytest.mark.parametrize(("budget", "at_once"), [(40, 1), (160, 1), (120, 2)])
+def test_a_rate_counts_padding_and_idle_cores(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, budget: int, at_once: int
+) -> None:
+    """A machine of exactly 1,000 padded tokens a second and core, and what each micro-batch costs besides."""
+    rehearsal, seen = stage(job()), []
+
+    def clock(objective: Any, batches: list[Batch], device: torch.device, abreast: Any = None) -> float:
+        seen.append(tuple(batch.rows for batch in batches))
+        return max(MICRO_BATCH_COST_TOKENS + batch.input_ids.numel() for batch in batches) / 1000
+
+    monkeypatch.setattr("lorafit.train.rehearsal.time_micro_batches", clock)
+    rate = rehearsal._rate(budget, at_once)
+    seconds = tokens = 0.0
+    for step in range(1, 5):
+        rows = rehearsal.step_rows.rows(step)[1]
+        parts = cut_step(rows, rehearsal.examples.lengths, budget, at_once)
+        padded = [len(part) * max(rehearsal.examples.lengths[row] for row in part) for part in parts]
+        cores = [0.0] * at_once
+        for size in sorted(padded, reverse=True):
+            cores[cores.index(min(cores))] += (MICRO_BATCH_COST_TOKENS + size) / 1000
+        seconds += max(cores)
+        tokens += sum(rehearsal.examples.lengths[row] for row in rows)
+    assert rate == pytest.approx(tokens / seconds)
+    assert len(set(seen)) == len(seen) == 3 and all(len(rows) == at_once for rows in seen)  # nothing is timed twice
 
 
 @pytest.mark.parametrize(("abreast_rate", "expected"), [(150.0, 2), (99.0, 1)])
