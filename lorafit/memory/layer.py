@@ -217,8 +217,8 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
             kept += c * (q_width + kv_width)  # as below
         rows = chunk_rows(work.row_tokens)
         block = rows * shape.heads * largest_block(work.row_tokens) * c
-        # dk and dv: their sums in fp32, three of a block's; keys and values of several rows are copied
-        sums = rows * work.row_tokens * kv_width * (8 + c * (3 if rows == 1 else 5))
+        # dk and dv: their sums in fp32, three of a block's; keys and values are copied, or filled up
+        sums = rows * work.row_tokens * kv_width * (8 + c * (4 if rows == 1 else 5))
         moments = (
             Moment("forward", 3 * c * q_width, 2 * block),
             Moment("backward", c * (2 * q_width + 2 * kv_width), 3 * block + sums),

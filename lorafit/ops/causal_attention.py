@@ -24,8 +24,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from lorafit.ops.pieces import BLOCK_TOKENS, chunk_rows, cut_blocks
+from lorafit.ops.pieces import BLOCK_TOKENS, chunk_rows, cut_blocks, padded_keys
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -55,7 +56,8 @@ class _CausalAttention(torch.autograd.Function):
         mask = _future(query)
         for rows, block in _blocks(batch, tokens):
             q, k, v = _cut(query[rows], key[rows], value[rows], block, scale)
-            output[rows, block].transpose(1, 2).copy_(_by_head(torch.bmm(_probabilities(q, k, mask), v), heads, block))
+            p = _probabilities(q, k, mask, block)
+            output[rows, block].transpose(1, 2).copy_(_by_head(torch.bmm(p, v), heads, block))
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
         return output
@@ -77,9 +79,9 @@ class _CausalAttention(torch.autograd.Function):
             for block in blocks:
                 q, k, v = _cut(query[rows], keys, values, block, ctx.scale)
                 grad = _by_key_head(grad_output[rows, block].transpose(1, 2), key.shape[1])
-                grad_q, grad_k, grad_v = _block_gradients(q, k, v, grad, mask)
-                sum_key[:, : block.stop] += grad_k
-                sum_value[:, : block.stop] += grad_v
+                grad_q, grad_k, grad_v = _block_gradients(q, k, v, grad, mask, block)
+                sum_key[:, : block.stop] += grad_k[:, : block.stop]
+                sum_value[:, : block.stop] += grad_v[:, : block.stop]
                 grad_query[rows, :, block] = _by_head(grad_q.mul_(ctx.scale), heads, block)
             grad_key[rows] = sum_key.view_as(keys)
             grad_value[rows] = sum_value.view_as(values)
@@ -87,28 +89,34 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _cut(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: slice, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: slice[int, int, None], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A block's queries, scaled, and the keys and values that they may see, by key head."""
-    key_heads, seen = key.shape[1], slice(0, block.stop)
+    """A block's queries, scaled, and the keys and values that they may see, by key head; `padded_keys` of them."""
+    key_heads, fill = key.shape[1], padded_keys(block) - block.stop
     q = _by_key_head(query[:, :, block] * scale, key_heads)
-    return q, _by_key_head(key[:, :, seen], key_heads), _by_key_head(value[:, :, seen], key_heads)
+    k, v = (_by_key_head(tensor[:, :, : block.stop], key_heads) for tensor in (key, value))
+    return (q, functional.pad(k, (0, 0, 0, fill)), functional.pad(v, (0, 0, 0, fill))) if fill else (q, k, v)
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, block: slice[int, int, None]) -> torch.Tensor:
     """Of a block, [rows * key_heads, heads per key head * queries, keys]; softmax computes in fp32 whatever the
     dtype."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    queries = (k.shape[1] - 1) % BLOCK_TOKENS + 1
-    scores.view(-1, queries, k.shape[1])[:, :, -queries:].add_(mask[:queries, :queries])
+    queries, behind = block.stop - block.start, k.shape[1] - block.start
+    scores.view(-1, queries, k.shape[1])[:, :, block.start :].add_(mask[:queries, :behind])
     return torch._softmax(scores, -1, False)
 
 
 def _block_gradients(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad: torch.Tensor,
+    mask: torch.Tensor,
+    block: slice[int, int, None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of a block's scaled queries, keys and values; three sets of its scores are alive at most."""
-    p = _probabilities(q, k, mask)
+    p = _probabilities(q, k, mask, block)
     grad_v = torch.bmm(p.transpose(1, 2), grad)
     grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
     return torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q), grad_v
@@ -131,9 +139,9 @@ def _empty_by_token(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _future(query: torch.Tensor) -> torch.Tensor:
-    """What a diagonal block adds to its scores: -inf where the key comes behind the query."""
+    """What a diagonal block adds to its scores: -inf where the key comes behind the query, or is none."""
     size = min(BLOCK_TOKENS, query.shape[2])
-    return query.new_full((size, size), float("-inf")).triu_(1)
+    return query.new_full((size, padded_keys(slice(0, size))), float("-inf")).triu_(1)
 
 
 def _chunks(batch: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:

@@ -4,7 +4,7 @@
                                          logits of eager attention and, when packing, keeps documents apart; eager,
                                          which keeps all scores, only where it is more than 10 % faster
                     micro_batch_tokens   doubled from one longest row while it pays; smallest within 3 % of the best
-                                         (5 % on a CPU), on a CPU at most 600 tokens a core
+                                         (5 % on a CPU), on a CPU at most 640 tokens a core
                     at once              on a CPU a micro-batch a core, where that is faster than one on all cores
                     checkpointing        off, unless memory says otherwise
     always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 CLOSE_ENOUGH = {"cpu": 0.95, "gpu": 0.97}  # of the best rate: the smaller budget is taken
 _EAGER_PAYS = 1.1  # times the best other rate: less is not worth the scores that eager attention keeps
-_FIRST_BUDGET_TOKENS = 600  # below this, what every micro-batch costs outweighs its products
-_MOST_CORE_TOKENS = 600  # on a CPU: beyond, products gain little and the other operations leave the caches
+_FIRST_BUDGET_TOKENS = 640  # below this, what every micro-batch costs outweighs its products
+_MOST_CORE_TOKENS = 640  # on a CPU: beyond, products gain little and the other operations leave the caches
 _SAMPLED_STEPS = 4  # what a candidate would need for the first ones is compared
 _MOST_SECONDS = 15.0  # no further candidate is begun after this
 _TIMED_STEPS = 3  # a candidate; the first sets threads and caches up, the best of the others counts

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tiny_data import Listener, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.examples import Prepared, build_renderer, prepare
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import DataSection, SourceSection
+
+# A first example may import torch, and a machine be busy: how long one takes is no property of the code.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -95,4 +95,5 @@ def test_the_padding_behind_a_row_changes_nothing() -> None:
 def test_blocks_cover_a_row(tokens: int) -> None:
     blocks = pieces.cut_blocks(tokens)
     assert [position for block in blocks for position in range(block.start, block.stop)] == list(range(tokens))
-    assert pieces.largest_block(tokens) == max((b.stop - b.start) * b.stop for b in blocks) <= 128 * tokens
+    assert all(block.stop <= pieces.padded_keys(block) < block.stop + 32 for block in blocks)
+    assert pieces.largest_block(tokens) == max((b.stop - b.start) * (-(-b.stop // 32) * 32) for b in blocks)
