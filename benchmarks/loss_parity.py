@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -74,12 +75,14 @@ def run_plain(recipe: Path, start: Path, arguments: argparse.Namespace) -> list[
     for step in range(1, step_rows.steps_per_epoch + 1):
         _, rows = step_rows.rows(step)
         examples = [job.rows.train[row] for row in rows]
-        weight = sum(int(sum(example.trained)) for example in examples)
+        # Marks are bytes: summed as such they would start again at 256.
+        counts = [int(np.sum(example.trained, dtype=np.int64)) for example in examples]
+        weight = sum(counts)
         total = 0.0
-        for example in examples:
+        for example, count in zip(examples, counts, strict=True):
             ids = torch.tensor([[int(token) for token in example.input_ids]])
             labels = torch.where(torch.tensor([list(example.trained)]).bool(), ids, -100)
-            loss = model(input_ids=ids, labels=labels).loss * sum(example.trained) / weight
+            loss = model(input_ids=ids, labels=labels).loss * count / weight
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)

@@ -155,7 +155,9 @@ def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
     for linear in (linear for linear in shape.linears if linear.role == role):
         attention_keeps = role == "o" and not _fuses_attention(shape, work)
         kept_anyway = attention_keeps or shape.activation == "relu"  # its result, and so does relu
-        shared = n.keeps_inputs or (n.trains_a and linear in work.adapted and not own_copy_bytes(work, width))
+        multiplies_again = role == "down" and linear in work.adapted and _fuses_projections(shape, work)
+        keeps_input = n.trains_a and linear in work.adapted and not own_copy_bytes(work, width)
+        shared = n.keeps_inputs or (keeps_input and not multiplies_again)
         held = 0 if kept_anyway else linear.in_features * width
         operation = linear_operation(
             linear,

@@ -215,7 +215,10 @@ def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return result
     linears = _joinable(self.gate_proj, x), _joinable(self.up_proj, x)
     if linears[0] is not None and linears[1] is not None:
-        product = lora_gated(x, linears[0], linears[1])
+        product, factors = lora_gated(x, linears[0], linears[1])
+        down = _joinable(self.down_proj, product)
+        if down is not None:
+            return lora_linear(product, None, down, factors)
     else:
         gate, up = self.gate_proj(x), self.up_proj(x)
         product = silu_product(gate, up) if gate.dtype == up.dtype else self.act_fn(gate) * up

@@ -22,7 +22,9 @@ _OPERANDS = len(AdaptedWeight._fields)
 _GATE_A, _GATE_B, _UP_A, _UP_B = 1, 2, 1 + _OPERANDS, 2 + _OPERANDS  # among the inputs
 
 
-def lora_gated(x: torch.Tensor, gate: AdaptedWeight, up: AdaptedWeight) -> torch.Tensor:
+def lora_gated(
+    x: torch.Tensor, gate: AdaptedWeight, up: AdaptedWeight
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """silu(gate(x)) * up(x).
 
     Args:
@@ -31,17 +33,18 @@ def lora_gated(x: torch.Tensor, gate: AdaptedWeight, up: AdaptedWeight) -> torch
         up: Likewise; rank, scaling and quantisation may differ.
 
     Returns:
-        [..., width], in the dtype of x.
+        The product, [..., width], in the dtype of x, and its factors gate(x) and up(x), [tokens, width], which the
+        backward pass keeps; no gradient goes through these.
     """
-    result: torch.Tensor = _LoraGated.apply(x, *gate, *up)  # type: ignore[no-untyped-call]
-    return result
+    product, *factors = _LoraGated.apply(x, *gate, *up)  # type: ignore[no-untyped-call]
+    return product, (factors[0], factors[1])
 
 
 class _LoraGated(torch.autograd.Function):
     """See the module. The backward pass has one gradient of x for both linears, and scales each rank's half of h."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *operands: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, *operands: Any) -> tuple[torch.Tensor, ...]:
         gate, up = AdaptedWeight(*operands[:_OPERANDS]), AdaptedWeight(*operands[_OPERANDS:])
         rows = x.reshape(-1, x.shape[-1])
         a = torch.cat([gate.a, up.a]).to(x.dtype)
@@ -56,11 +59,15 @@ class _LoraGated(torch.autograd.Function):
         ctx.save_for_backward(rows, inner, a, *bs, *outputs, gate.weight, up.weight)
         ctx.states, ctx.scalings = (gate.quant_state, up.quant_state), (gate.scaling, up.scaling)
         ctx.ranks, ctx.shape = [len(gate.a), len(up.a)], x.shape
-        return multiply_silu(*outputs).view(*x.shape[:-1], -1)
+        ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)  # else the factors would get gradients of zeros
+        return (multiply_silu(*outputs).view(*x.shape[:-1], -1), *outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if grad_output is None:  # nobody used the product
+            return (None,) * (1 + 2 * _OPERANDS)
         rows, inner, a, gate_b, up_b, gate, up, gate_weight, up_weight = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grad = grad_output.reshape(-1, grad_output.shape[-1])

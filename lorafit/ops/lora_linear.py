@@ -4,7 +4,8 @@
     y = x W^T + b + h B^T      [tokens, out]    the branch is added while its product is computed
 
 Run apart, the two cost five more passes over [tokens, out]. Here the backward pass keeps x_a (which linears of one
-input share), h, and A and B in the compute dtype; a packed 4-bit W is unpacked for each product and forgotten.
+input share; a gated product is multiplied again instead), h, and A and B in the compute dtype; a packed 4-bit W is
+unpacked for each product and forgotten.
 Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), equation 3, differentiated by hand:
 
     d y/d B -> dy^T h          d y/d A -> dh^T x_a          with dh = s dy B
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
+
+from lorafit.ops.layer_functions import multiply_silu
 
 
 class AdaptedWeight(NamedTuple):
@@ -39,18 +42,25 @@ class AdaptedWeight(NamedTuple):
     scaling: float
 
 
-def lora_linear(x: torch.Tensor, dropped: torch.Tensor | None, linear: AdaptedWeight) -> torch.Tensor:
+def lora_linear(
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    linear: AdaptedWeight,
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """x W^T + bias + scaling (x_a A^T) B^T.
 
     Args:
         x: [..., in], in the compute dtype.
         dropped: The adapter's input, [..., in], where it is not x itself.
         linear: [out, in].
+        factors: gate and up, [tokens, in], where x is `multiply_silu` of them and they are kept anyway: the backward
+            pass then keeps no x.
 
     Returns:
         [..., out], in the dtype of x.
     """
-    result: torch.Tensor = _LoraLinear.apply(x, dropped, *linear)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _LoraLinear.apply(x, dropped, *(factors or (None, None)), *linear)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -62,6 +72,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         dropped: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        up: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         weight: torch.Tensor,
@@ -76,19 +88,21 @@ class _LoraLinear(torch.autograd.Function):
         output = functional.linear(rows, unpack(weight, quant_state), None if bias is None else bias.to(x.dtype))
         inner = functional.linear(branch_rows, a_cast).mul_(scaling)
         output.addmm_(inner, b_cast.t())
-        ctx.save_for_backward(branch_rows, inner, a_cast, b_cast, weight)
+        ctx.save_for_backward(None if up is not None else branch_rows, gate, up, inner, a_cast, b_cast, weight)
         ctx.quant_state, ctx.scaling, ctx.shape, ctx.is_dropped = quant_state, scaling, x.shape, dropped is not None
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        branch_rows, inner, a, b, weight = ctx.saved_tensors
-        wants_x, wants_dropped, wants_a, wants_b = ctx.needs_input_grad[:4]
+        branch_rows, gate, up, inner, a, b, weight = ctx.saved_tensors
+        wants_x, wants_dropped, _, _, wants_a, wants_b = ctx.needs_input_grad[:6]
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_b = grad.t() @ inner if wants_b else None
         grad_inner = (grad @ b).mul_(ctx.scaling)
-        grad_a = grad_inner.t() @ branch_rows if wants_a else None
+        grad_a = None
+        if wants_a:
+            grad_a = grad_inner.t() @ (multiply_silu(gate, up) if branch_rows is None else branch_rows)
         grad_x = grad_dropped = None
         if wants_x:
             grad_x = grad @ unpack(weight, ctx.quant_state)
@@ -97,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if wants_dropped:
             grad_dropped = (grad_inner @ a).view(ctx.shape)
-        return grad_x, grad_dropped, grad_a, grad_b, None, None, None, None
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None, None, None
 
 
 def unpack(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:

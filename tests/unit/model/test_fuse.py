@@ -292,7 +292,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Grows with each MLP whose gate and up projections ran as one operation."""
     found: list[torch.Size] = []
 
-    def counted(x: torch.Tensor, *linears: AdaptedWeight) -> torch.Tensor:
+    def counted(x: torch.Tensor, *linears: AdaptedWeight) -> Any:
         found.append(x.shape)
         return lora_gated(x, *linears)
 
@@ -514,9 +514,16 @@ def test_gradients_hold_in_fp64() -> None:
 
     def gated(x: torch.Tensor, *trained: torch.Tensor) -> torch.Tensor:
         up = second._replace(a=trained[2], b=trained[3])
-        return lora_gated(x, AdaptedWeight(*trained[:2], weight, None, bias, 1.5), up)
+        return lora_gated(x, AdaptedWeight(*trained[:2], weight, None, bias, 1.5), up)[0]
 
     assert torch.autograd.gradcheck(gated, (x, a, b, second.a, second.b))
+    down = AdaptedWeight(random(2, 6), random(4, 2), random(4, 6).detach(), None, None, 0.7)
+
+    def whole(x: torch.Tensor, *trained: torch.Tensor) -> torch.Tensor:
+        product, factors = lora_gated(x, AdaptedWeight(*trained[:2], weight, None, bias, 1.5), second)
+        return lora_linear(product, None, down._replace(a=trained[2], b=trained[3]), factors)
+
+    assert torch.autograd.gradcheck(whole, (x, a, b, down.a, down.b))
     assert torch.autograd.gradcheck(silu_product, (random(3, 4), random(3, 4)))
     cos, sin = random(2, 1, 3, 6).detach(), random(1, 1, 3, 6).detach()
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), random(2, 2, 3, 6))
