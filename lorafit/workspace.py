@@ -66,7 +66,7 @@ class OpenedRun:
             todo = (
                 f"name one of its checkpoints with --checkpoint: {', '.join(map(str, steps))}"
                 if steps
-                else "train first"
+                else "train first, or go on with the run: lorafit train ... --resume"
             )
             raise CheckpointError("the run has no finished adapter", file=str(self.run.root), todo=todo)
         best = self.run.best_step()

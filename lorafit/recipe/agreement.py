@@ -46,7 +46,8 @@ def _length_is_set_once(recipe: Recipe) -> Iterator[Disagreement]:
     training = recipe.training
     if training.epochs is not None and training.max_steps is not None:
         keys = ("training.max_steps", "training.epochs")
-        yield Disagreement(keys, "training.epochs is set too", "keep one of the two")
+        todo = "keep one of the two (null unsets a key: --set training.epochs=null)"
+        yield Disagreement(keys, "training.epochs is set too", todo)
 
 
 def _warmup_fits_into_the_run(recipe: Recipe) -> Iterator[Disagreement]:

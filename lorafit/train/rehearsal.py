@@ -126,6 +126,7 @@ class Rehearsal:
             self._warm_up(attention == "auto" or micro_batch_tokens == "auto")
             if attention == "auto":
                 attention = self._fastest_attention(budget, checkpointing)
+                self.reporter.info(f"rehearsal: {attention} attention is taken")
             self.set_attention(attention)
             at_once = 1
             if isinstance(micro_batch_tokens, str):

@@ -62,7 +62,7 @@ def resolve_plan(
     else:
         source = "rehearsal" if is_open else "recipe"
         if is_open:
-            reporter.info("rehearsal: measuring attention and micro-batches on this run's rows")
+            reporter.info("rehearsal: measuring attention and micro-batches on this run's rows, once for all its runs")
         choice = rehearsal.choose(
             attention=plan.attention,
             gradient_checkpointing=plan.gradient_checkpointing,
