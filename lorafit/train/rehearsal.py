@@ -33,7 +33,7 @@ from lorafit.ops.distance import ROUNDING, logits_distance
 from lorafit.ops.rng import preserved_rng
 from lorafit.train.abreast import abreast_of, threads_abreast, time_micro_batches
 from lorafit.train.heaviest import fill_rows, heaviest_shapes
-from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory
+from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory, trim_after
 from lorafit.train.progress import peak_memory_bytes
 from lorafit.train.separation import prove_separation
 
@@ -328,7 +328,7 @@ class Rehearsal:
                 seconds = time_micro_batches(self.objective, batches, self.device, abreast)
                 seconds_a_token.append(seconds / cutter.span_tokens(group))
                 del batches
-                release_memory(self.device)  # as behind a step: else the heap grows beyond what the run needs
+                trim_after(seconds, self.device)  # as the loop does behind a step; a GPU keeps its blocks, as in the run
         steps = [self.step_rows.rows(step)[1] for step in range(1, _SAMPLED_STEPS + 1)]
         tokens = sum(int(self.examples.lengths[row]) for rows in steps for row in rows)
         span_tokens = sum(cutter.span_tokens(cutter.cut(rows, budget)) for rows in steps)
