@@ -328,7 +328,7 @@ class Rehearsal:
                 seconds = time_micro_batches(self.objective, batches, self.device, abreast)
                 seconds_a_token.append(seconds / cutter.span_tokens(group))
                 del batches
-                trim_after(seconds, self.device)  # as the loop does behind a step; a GPU keeps its blocks, as in the run
+                trim_after(seconds, self.device)  # as behind a step of the run; a GPU keeps its blocks
         steps = [self.step_rows.rows(step)[1] for step in range(1, _SAMPLED_STEPS + 1)]
         tokens = sum(int(self.examples.lengths[row]) for rows in steps for row in rows)
         span_tokens = sum(cutter.span_tokens(cutter.cut(rows, budget)) for rows in steps)
