@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -112,11 +112,20 @@ class PreparedCache:
             write_json(self._index(place), dict(parts))
 
     @contextlib.contextmanager
-    def locked(self, folder: Path) -> Iterator[None]:
-        """Waits until no other process builds `folder`, and keeps others from it."""
+    def locked(self, folder: Path, waits: Callable[[], None]) -> Iterator[None]:
+        """Waits until no other process builds `folder`, and keeps others from it.
+
+        Args:
+            folder: An entry, built or not.
+            waits: Called before the wait where another process has it.
+        """
         with (self._folder / "locks" / folder.name).open("w") as lock:
             with contextlib.suppress(OSError):  # some network disks have no locks: then both build, and one is kept
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waits()
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     @contextlib.contextmanager

@@ -164,13 +164,18 @@ def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], workers: int) 
 _worker_encoder: Encoder | None = None
 
 
-def _start_worker(encoder: Encoder) -> None:
-    """Keeps the encoder, leaves Ctrl-C to the parent, and dies with it even where it was killed."""
+def _start_worker(encoder: Encoder, parent: int) -> None:
+    """Keeps the encoder, leaves Ctrl-C to the parent, and dies with it even where it was killed.
+
+    A worker that outlived its parent would wait for work for ever, and hold the lock that it got from it.
+    """
     global _worker_encoder
     _worker_encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:  # killed before that call: no signal comes any more
+        os._exit(1)
 
 
 def _encode_in_worker(samples: Sequence[PlacedSample]) -> EncodedChunk:
@@ -187,7 +192,7 @@ def _encode_in_workers(
     waiting: deque[Future[EncodedChunk]] = deque()
     context = multiprocessing.get_context("fork")
     try:
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,)) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder, os.getpid())) as pool:
             try:
                 for chunk in chunks:
                     waiting.append(pool.submit(_encode_in_worker, chunk))

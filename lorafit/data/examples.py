@@ -234,7 +234,8 @@ class _Preparation:
         names = [source.name for source in self.samples.sources]
         spoken = {_data_part(number): f"data of {name}" for number, name in enumerate(names)}
         lookup = self.cache.find(parts, place, spoken)
-        with self.cache.locked(lookup.folder):
+        wait = f"{self.split} rows: another process prepares them; waiting for it"
+        with self.cache.locked(lookup.folder, lambda: self.reporter.info(wait)):
             if not lookup.hit:
                 again = self.cache.find(parts, place, spoken)  # another process may have built it while we waited
                 lookup = again if again.hit else lookup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import fcntl
 import json
 import os
 import signal
@@ -462,6 +463,49 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(
     subprocess.run(["rm", "-r", str(tmp_path / "cache")], check=True)
     assert prepare_rows(train="d.jsonl").digest == warm.digest
     assert not [p for p in _processes() if str(tmp_path) in p]
+
+
+ORPHAN = """
+import os, sys, time
+from lorafit.data.encoding import _start_worker
+parent, dies = os.getpid(), sys.argv[1] == "killed"
+if os.fork() == 0:
+    while dies and os.getppid() == parent:
+        time.sleep(0.005)
+    _start_worker(None, parent)
+    os.write(1, b"works")
+    os._exit(0)
+if not dies:
+    os.wait()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("parent", "said"), [("there", "works"), ("killed", "")])
+def test_a_worker_whose_parent_was_killed_before_it_began_ends(parent: str, said: str) -> None:
+    """It would hold the entry's lock, and the next preparation would wait for ever."""
+    command = [sys.executable, "-c", ORPHAN, parent]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout == said
+
+
+def test_who_waits_for_another_preparation_is_told(
+    tmp_path: Path, prepare_rows: Prepare, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
+    prepare_rows(train="d.jsonl")
+    assert not any("waiting" in info for info in listener.infos)
+    lock = next((tmp_path / "cache" / "locks").iterdir()).open()
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    info = listener.info
+
+    def release(message: str) -> None:
+        info(message)
+        if "another process prepares them" in message:
+            lock.close()
+
+    monkeypatch.setattr(listener, "info", release)
+    prepare_rows(train="d.jsonl")
+    assert lock.closed and "cache hit" in listener.infos[-1]
 
 
 def _processes() -> list[str]:
