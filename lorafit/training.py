@@ -54,6 +54,8 @@ class Training:
         job, recipe = self.job, self.job.recipe
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
         checkpoint, events = self._find_checkpoint(store, resume_from, allow_inexact) if resume else (None, [])
+        if resume and checkpoint is None:
+            self.reporter.info(f"nothing to resume in {self.where.root}: the run starts at step 0")
         if checkpoint is not None and self._is_published(checkpoint.state):
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
             return Trained(self.where, self.plan, None, FitResult.of_complete(checkpoint.state))
