@@ -26,11 +26,12 @@ from lorafit.errors import ModelError
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import ExactEstimate
+from lorafit.model import fuse
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
 from lorafit.objective import Objective
-from lorafit.ops import cross_entropy
+from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.ops.pieces import chunk_labels
 from lorafit.plan.question import resolve_compute_dtype
@@ -190,9 +191,9 @@ class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]
 def _as_it_would_run(on_cuda: bool) -> Iterator[None]:
     """Puts in place what a real run does otherwise than fake tensors of a CPU, as far as it decides what is kept.
 
-    transformers takes fake tensors for a trace, and then builds masks that a run does without. On CUDA a fused dropout
-    keeps a mask of a byte a value, attention with dropout keeps no scores, autocast computes pow and LayerNorm in
-    fp32, and the loss takes more labels at once.
+    transformers takes fake tensors for a trace, and then builds masks that a run does without. A CPU's dropout mask is
+    made, not drawn. On CUDA a fused dropout keeps a mask of a byte a value, attention with dropout keeps no scores,
+    autocast computes pow and LayerNorm in fp32, and the loss takes more labels at once.
 
     Source: ATen/native/Dropout.cpp; ATen/autocast_mode.h, AT_FORALL_FP32 (the rest of that list meets fp32 already, or
     stands in no model).
@@ -200,10 +201,14 @@ def _as_it_would_run(on_cuda: bool) -> Iterator[None]:
     from transformers.utils import import_utils
 
     with contextlib.ExitStack() as stack:
-        patches: list[tuple[Any, str, Any]] = [(import_utils, "is_fake_tensor", lambda tensor: False)]
+        patches: list[tuple[Any, str, Any]] = [
+            (import_utils, "is_fake_tensor", lambda tensor: False),
+            (dropout, "draw_kept", lambda x, probability: torch.empty_like(x)),
+        ]
         if on_cuda:
             patches += [
                 (functional, "dropout", _fused_dropout),
+                (fuse, "drop", _fused_dropout),
                 (functional, "layer_norm", _computed_in_fp32(functional.layer_norm)),
                 (torch, "pow", _computed_in_fp32(torch.pow)),
                 (functional, "scaled_dot_product_attention", _attention_without_masks),

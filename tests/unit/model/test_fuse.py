@@ -31,6 +31,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.ops.dropout import drop
 from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear
@@ -67,6 +68,12 @@ def in_nf4(model: Any, dtype: torch.dtype) -> Any:
                 linear.support_avx512bf16_for_cpu = False
                 setattr(parent, name, linear)
     return model
+
+
+@pytest.fixture(autouse=True)
+def same_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's layers drop what the fused ones drop."""
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: drop(x, self.p) if self.training else x)
 
 
 def loss_and_gradients(model: Any, dtype: torch.dtype | None = None) -> tuple[float, dict[str, torch.Tensor]]:
