@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
+from lorafit.errors import LorafitError, raise_all
 from lorafit.kinds.tasks import tasks
 from lorafit.workspace import is_run, open_run, sources_of
 
@@ -79,11 +80,8 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
         DataError: Files or rows are bad.
         ModelError: Base or tokenizer cannot be used.
     """
-    from lorafit.data.source import read_sources
-
     recipe = loaded.recipe
-    for sources in sources_of(recipe):
-        read_sources(sources, loaded.folder, recipe.data.bad_rows, Silent())
+    _look_for_rows(loaded)
     from lorafit.data.examples import build_renderer, prepare
     from lorafit.devices import read_device
     from lorafit.model.base import cache_folder, resolve_base
@@ -104,6 +102,21 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
         retention=recipe.evaluation.retention,
     )
     return Job(loaded, base, find_shape(base.config), tokenizer, renderer, rows, read_device())
+
+
+def _look_for_rows(loaded: LoadedRecipe) -> None:
+    """Opens every file of rows; what is wrong with a whole file is said at the recipe's line that names it."""
+    from lorafit.data.source import read_sources
+
+    errors: list[LorafitError] = []
+    for key, sources in sources_of(loaded.recipe).items():
+        for number, source in enumerate(sources):
+            try:
+                read_sources([source], loaded.folder, loaded.recipe.data.bad_rows, Silent())
+            except LorafitError as error:
+                named = f"{key}[{number}].{error.key or 'path'}"
+                errors.append(error.named_at(named, **loaded.place(named)))
+    raise_all(errors, file=loaded.file)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -32,7 +32,7 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
     """The lengths of the training rows; or, in words, why there are none."""
     from lorafit.model.base import cache_folder, find_local_base
 
-    sources = [source.path for part in sources_of(loaded.recipe) for source in part]
+    sources = [source.path for part in sources_of(loaded.recipe).values() for source in part]
     absent = next((path for path in sources if not _local(loaded, path).is_file()), None)
     if absent is not None:
         return RowLengths(missing=f"{absent} is not on this disk")
@@ -99,7 +99,7 @@ def _key(loaded: LoadedRecipe, base: Base) -> str:
 
 
 def _files(loaded: LoadedRecipe, base: Base) -> Iterator[Path]:
-    for part in sources_of(loaded.recipe):
+    for part in sources_of(loaded.recipe).values():
         yield from (_local(loaded, source.path) for source in part)
     template = loaded.recipe.data.chat_template
     if template is not None and _local(loaded, template).is_file():

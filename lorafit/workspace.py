@@ -121,16 +121,21 @@ def _find_run_around(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
-def sources_of(recipe: Recipe) -> list[Sequence[SourceSection]]:
-    """The sources of every split that has its own."""
-    splits = (recipe.data.train, recipe.data.validation, recipe.data.test, recipe.evaluation.retention)
-    return [sources for sources in splits if isinstance(sources, Sequence)]
+def sources_of(recipe: Recipe) -> dict[str, Sequence[SourceSection]]:
+    """The sources of every split that has its own, by the recipe's key."""
+    splits = {
+        "data.train": recipe.data.train,
+        "data.validation": recipe.data.validation,
+        "data.test": recipe.data.test,
+        "evaluation.retention": recipe.evaluation.retention,
+    }
+    return {key: sources for key, sources in splits.items() if isinstance(sources, Sequence)}
 
 
 def inputs_of(loaded: LoadedRecipe) -> list[Path]:
     """Local files and folders that a run reads and must not write over."""
     recipe, found = loaded.recipe, [Path(loaded.file)]
-    found += [loaded.path(source.path) for sources in sources_of(recipe) for source in sources]
+    found += [loaded.path(source.path) for sources in sources_of(recipe).values() for source in sources]
     texts = [recipe.model.base, recipe.data.chat_template, recipe.adapter.init_from]
     found += [loaded.path(text) for text in texts if text]
     return [path for path in found if path.exists()]

@@ -422,7 +422,7 @@ def test_rows(world: World, content: bytes | str, said: list[str]) -> None:
 def test_data_file_missing(world: World) -> None:
     world.recipe(("train: d.jsonl", "train: [{path: nope.jsonl}]"))
     for command in ("preview", "train"):
-        say_all(world.run(command, "r.yaml"), 4, "nope.jsonl", "no such file")
+        say_all(world.run(command, "r.yaml"), 4, "r.yaml:", "data.train[0].path: nope.jsonl: no such file")
     assert world.loaded == []
     assert not (world.root / "run").exists()
 
