@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ALLOCATOR_FACTOR = {"cuda": 1.10, "cpu": 1.40}
 """Reserved beside allocated: torch's caching allocator rounds and fragments. Source: the published fms-hf-tuning
 benchmark, fused-loss rows, (nvidia-smi - context) / max_memory_allocated = 1.10; lower with short, equal rows, higher
-with full logits. On a CPU: resident memory less context over live tensors, 1.1 to 1.7 in the 24 runs of
+with full logits. On a CPU: resident memory less context over live tensors, 0.9 to 1.5 in the 24 runs of
 benchmarks/memory_measured.py (the C library keeps what was freed, oneDNN its buffers, loading its copies)."""
 
 CONTEXT_BYTES = {"cuda": 512 * 2**20, "cpu": 600 * 2**20}

@@ -28,10 +28,9 @@ from lorafit.data.batch import collate
 from lorafit.data.packing import Cutter, collate_packed
 from lorafit.errors import NumericsError
 from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, takes_fused_attention
-from lorafit.objective import choose_probe
-from lorafit.ops.distance import ROUNDING, logits_distance
 from lorafit.ops.rng import preserved_rng
 from lorafit.train.abreast import abreast_of, threads_abreast, time_micro_batches
+from lorafit.train.attention_probe import AttentionProbe
 from lorafit.train.heaviest import fill_rows, heaviest_shapes
 from lorafit.train.out_of_memory import is_out_of_memory, out_of_memory, release_memory, trim_after
 from lorafit.train.progress import peak_memory_bytes
@@ -49,7 +48,6 @@ _MOST_CORE_TOKENS = 640  # on a CPU: beyond, products gain little and the other 
 _SAMPLED_STEPS = 4  # what a candidate would need for the first ones is compared
 _MOST_SECONDS = 15.0  # no further candidate is begun after this
 _TIMED_STEPS = 3  # a candidate; the first sets threads and caches up, the best of the others counts
-_PROBE_TOKENS = 128  # of the row on which attention implementations must agree
 
 
 @dataclass(frozen=True)
@@ -198,15 +196,14 @@ class Rehearsal:
         10 % faster than any other, and tried only where it fits by the estimate.
         """
         rates: dict[str, float] = {}
-        expected = self._probe("eager")
+        probe = AttentionProbe(self.objective, self.examples, self.pad_id, self.device)
+        expected = probe.logits("eager")
         for name in self._open_candidates(budget, checkpointing):
             try:
                 self.set_attention(name)
-                distance = logits_distance(expected, self._probe(name))
-                if not distance <= ROUNDING[self.objective.autocast_dtype]:
-                    self.reporter.warn(f"{name} attention is left out: its logits are {distance:.2g} from eager's")
-                    continue
-                if name == FUSED_ATTENTION and not self._trains_like_sdpa(name):
+                far = probe.disagreement(name, expected)
+                if far:
+                    self.reporter.warn(f"{name} attention is left out: {far}")
                     continue
                 rates[name] = self._rate(budget)
             except (ValueError, ImportError):
@@ -229,37 +226,6 @@ class Rehearsal:
             if (name != FUSED_ATTENTION or takes_fused) and (name != "eager" or self.fits(budget, checkpointing, name))
         ]
 
-    def _trains_like_sdpa(self, name: str) -> bool:
-        """Whether the gradients of one row in training mode are sdpa's: `fused` differs from it only there."""
-        expected, found = (self._probe_gradients(attention) for attention in ("sdpa", name))
-        distance = float((found - expected).norm() / expected.norm())
-        if distance <= ROUNDING[self.objective.autocast_dtype]:
-            return True
-        self.reporter.warn(f"{name} attention is left out: its gradients are {distance:.2g} from sdpa's")
-        return False
-
-    def _probe_gradients(self, attention: str) -> torch.Tensor:
-        """Of one row's loss in training mode, all of them behind each other, fp64; dropout is drawn alike each time."""
-        self.objective.base.set_attn_implementation(attention)
-        row = choose_probe(self.examples.lengths, most_tokens=_PROBE_TOKENS)
-        self.objective.train()
-        with preserved_rng():
-            loss_sum, _, _ = self.objective(collate([self.examples[row]], self.pad_id).to(self.device))
-            loss_sum.backward()
-        trained = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
-        gradients = torch.cat([parameter.grad.flatten().double() for parameter in trained])  # type: ignore[union-attr]
-        for parameter in trained:
-            parameter.grad = None
-        return gradients
-
-    @torch.no_grad()
-    def _probe(self, attention: str) -> torch.Tensor:
-        """Logits of one row, [labels, vocabulary], in eval mode."""
-        self.objective.base.set_attn_implementation(attention)
-        row = choose_probe(self.examples.lengths, most_tokens=_PROBE_TOKENS)
-        self.objective.eval()
-        return self.objective.labelled_logits(collate([self.examples[row]], self.pad_id).to(self.device))
-
     def _fastest_number(self, least: int, most: int, checkpointing: bool) -> tuple[int, dict[int, float]]:
         """A micro-batch a core, as many as the step has and memory holds; or one at a time on all cores.
 
@@ -274,10 +240,11 @@ class Rehearsal:
             at_once -= 1
         if at_once <= 1:
             return 1, {}
-        rates = {1: self._rate(budget), at_once: self._rate(budget, at_once)}
+        tried = {number: self._rate_if_it_fits(budget, number) for number in (1, at_once)}
+        rates = {number: rate for number, rate in tried.items() if rate is not None}
         self.measured["at_once_tokens_per_second"] = {str(number): round(rate, 1) for number, rate in rates.items()}
-        fastest = max(rates, key=lambda number: rates[number])
-        return fastest, {budget: rates[fastest]}
+        fastest = max(rates, key=lambda number: rates[number], default=1)
+        return fastest, {budget: rates[fastest]} if rates else {}
 
     def _fastest_budget(
         self, least: int, most: int, checkpointing: bool, until: float, at_once: int, known: dict[int, float]
@@ -298,18 +265,25 @@ class Rehearsal:
         first = budget
         while budget <= most and self.fits(budget * at_once, checkpointing, self._attention):
             best = max(rates.values(), default=0.0)
-            try:
-                rates[budget] = known.get(budget) or self._rate(budget, at_once)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._clear()
+            rate = known.get(budget) or self._rate_if_it_fits(budget, at_once)
+            if rate is None:
                 break
+            rates[budget] = rate
             if rates[budget] * close_enough < best or budget == most or time.perf_counter() > until:
                 break
             budget = min(2 * budget, most)
         self.measured["budget_tokens_per_second"] = {str(b): round(rate, 1) for b, rate in rates.items()}
         return next((b for b, rate in rates.items() if rate >= close_enough * max(rates.values())), first)
+
+    def _rate_if_it_fits(self, budget: int, at_once: int) -> float | None:
+        """`_rate`; None where memory runs out."""
+        try:
+            return self._rate(budget, at_once)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._clear()  # outside of the except block, whose traceback holds the activations
+        return None
 
     def _rate(self, budget: int, at_once: int = 1) -> float:
         """Real tokens a second of the first steps as this budget cuts them, told from the middle ones of some steps.
