@@ -175,7 +175,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(metavar="test|validation", help="Rows to score; test where the recipe has it.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="ROWS", min=1, help="Score only the first rows.")] = None,
 ) -> None:
     """Score base and tuned model side by side on the same rows."""
     from lorafit import pipeline
@@ -213,16 +213,18 @@ def merge(
 def generate(
     session: Session,
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, its recipe, or a model folder.")],
-    prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt.")] = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", metavar="FILE", help="A file of prompts: text, one a line, or jsonl rows.")
     ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Answer with the base model too.")] = False,
     checkpoint: Checkpoint = None,
-    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1.0, help="Nucleus of the sampled tokens.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, max=10.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="SHARE", min=0.001, max=1.0, help="Nucleus of the sampled tokens.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Of the sampling.")] = 0,
 ) -> None:
     """Answer a prompt, or a file of prompts."""
     from lorafit import pipeline
@@ -256,7 +258,12 @@ def estimate_memory(
         str | None,
         typer.Option(metavar="SIZE|NAME", help="The largest micro-batch, row and rank that fit; exit 10 if none does."),
     ] = None,
-    headroom: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the memory that must stay free.")] = 0.05,
+    headroom: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", min=0.0, max=0.9, help="Of the card's memory, what must stay free: 0.05 where not given."
+        ),
+    ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="PRICE", help="Of the card, in any currency: what the run will cost.")
     ] = None,
@@ -300,7 +307,9 @@ def preview(
     session: Session,
     recipe: RecipeFile,
     overrides: Overrides = None,
-    rows: Annotated[int | None, typer.Option(min=0, help="Rows to show: 3, or all of them with --json.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(metavar="ROWS", min=0, help="Rows to show: 3, or all of them with --json.")
+    ] = None,
 ) -> None:
     """Rows as the model will see them: trained, cut, dropped."""
     from lorafit import pipeline

@@ -30,7 +30,7 @@ _REASON_CHARACTERS = 160
 
 def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
     """The lengths of the training rows; or, in words, why there are none."""
-    from lorafit.model.base import cache_folder, find_local_base
+    from lorafit.model.base import cache_folder, find_local_base, is_gguf
 
     sources = [source.path for part in sources_of(loaded.recipe).values() for source in part]
     absent = next((path for path in sources if not _local(loaded, path).is_file()), None)
@@ -38,7 +38,9 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
         return RowLengths(missing=f"{absent} is not on this disk")
     base = find_local_base(loaded.recipe.model, loaded.folder)
     if base is None:
-        return RowLengths(missing=f"the tokenizer of {loaded.recipe.model.base} is not on this disk")
+        name = loaded.recipe.model.base
+        converted = f"{name} is converted by the first preview or train"
+        return RowLengths(missing=converted if is_gguf(name) else f"the tokenizer of {name} is not on this disk")
     memo = cache_folder() / "data" / "lengths" / f"{_key(loaded, base)}.json"
     known = _read_memo(memo)
     if known is not None:

@@ -61,7 +61,7 @@ def estimate(
     *,
     overrides: Sequence[str] = (),
     gpu: str | None = None,
-    headroom: float = 0.05,
+    headroom: float | None = None,
     fit: str | None = None,
     price_per_hour: float | None = None,
     exact: bool = False,
@@ -73,7 +73,7 @@ def estimate(
         recipe_file: The recipe.
         overrides: `KEY=VALUE` flags over it.
         gpu: A card's size or name, or `cpu`: the estimate says whether the run fits.
-        headroom: Share of a card's memory that must stay free.
+        headroom: Share of a card's memory that must stay free; 0.05 where None.
         fit: A card: the estimate says how large micro-batch, row and rank can be on it.
         price_per_hour: Of the card, in any currency.
         exact: Run the training step on fake tensors besides; the verdict goes by that.
@@ -83,12 +83,13 @@ def estimate(
     from lorafit.local_rows import read_lengths
     from lorafit.model.base import read_config
     from lorafit.model.class_shape import find_shape
-    from lorafit.plan import Options, check_price, estimate_recipe
+    from lorafit.plan import Options, check_headroom, check_price, estimate_recipe
     from lorafit.recipe.load import load_recipe
 
     device = parse_gpu(gpu) if gpu is not None else None
     fit_device = parse_gpu(fit, "--fit") if fit is not None else None
     check_price(price_per_hour, device or fit_device)
+    headroom = check_headroom(headroom, device or fit_device)
     loaded = load_recipe(recipe_file, overrides)
     config = read_config(loaded.recipe.model, loaded.folder)
     rows = read_lengths(loaded, reporter or Silent())
@@ -137,36 +138,34 @@ def train(
     from lorafit.plan import ResolvedPlan, plan, require_fit
     from lorafit.recipe.load import load_recipe
     from lorafit.results import Trained
+    from lorafit.training import Training
 
     reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
     loaded = load_recipe(recipe_file, overrides, output=output)
     run, command = RunDir(loaded.output), command_of(recipe_file, overrides, output)
     resume = resume or resume_from is not None
     check_output(run.root, inputs_of(loaded))
-    if resume:
-        check_same_recipe(run, loaded, reporter)
-    elif not dry_run:
-        check_unused(run, loaded, command=command)
-    given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
-    job = open_job(loaded, reporter)
-    the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
-    if dry_run:
-        reporter.show(the_plan.table())
-        require_fit(the_plan)
-        return Trained(run, the_plan, None, None)
-
-    from lorafit.training import Training
-
-    training = Training(
-        job,
-        run,
-        the_plan,
-        reporter,
-        resume_command=f"{command} --resume",
-        counts_memory=measure_memory,
-        profiles=profile,
-    )
-    with claimed(run) if own_rank() == 0 else nullcontext():
+    with nullcontext() if dry_run or own_rank() != 0 else claimed(run):
+        if resume:
+            check_same_recipe(run, loaded, reporter)
+        elif not dry_run:
+            check_unused(run, loaded, command=command)
+        given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
+        job = open_job(loaded, reporter)
+        the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
+        if dry_run:
+            reporter.show(the_plan.table())
+            require_fit(the_plan)
+            return Trained(run, the_plan, None, None)
+        training = Training(
+            job,
+            run,
+            the_plan,
+            reporter,
+            resume_command=f"{command} --resume",
+            counts_memory=measure_memory,
+            profiles=profile,
+        )
         return training.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)
 
 

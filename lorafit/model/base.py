@@ -66,6 +66,11 @@ class Base:
         return f"{self.written} ({self.name[:12]})" if self.written else self.name
 
 
+def is_gguf(text: str) -> bool:
+    """Whether `model.base` names a GGUF file, which the first command that needs its tokenizer or weights converts."""
+    return text.startswith(PACKAGE_SCHEME) or text.lower().endswith(".gguf")
+
+
 def cache_folder() -> Path:
     """`$LORAFIT_CACHE`, else `~/.cache/lorafit`."""
     return Path(os.environ.get("LORAFIT_CACHE") or Path.home() / ".cache" / "lorafit")
@@ -231,10 +236,10 @@ def _written_name(text: str) -> str:
 
 def _gguf_file(text: str, folder: Path) -> Path | None:
     """The GGUF file that `text` names; None where it names something else."""
+    if not is_gguf(text):
+        return None
     if text.startswith(PACKAGE_SCHEME):
         return _file_in_package(text)
-    if not text.lower().endswith(".gguf"):
-        return None
     file = folder / Path(text).expanduser()
     if not file.is_file():
         raise ModelError(

@@ -16,7 +16,7 @@ from lorafit.plan.question import MemoryQuestion
 from lorafit.plan.render import plan_table
 from lorafit.plan.resolved import ResolvedPlan
 from lorafit.plan.run_cost import check_price
-from lorafit.plan.verdict import Options, RecipeEstimate, RowLengths, estimate_recipe
+from lorafit.plan.verdict import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
 
 __all__ = [
     "Flops",
@@ -26,6 +26,7 @@ __all__ = [
     "RecipeEstimate",
     "ResolvedPlan",
     "RowLengths",
+    "check_headroom",
     "check_price",
     "count_flops",
     "estimate_recipe",

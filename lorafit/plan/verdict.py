@@ -186,6 +186,22 @@ class RecipeEstimate:
         }
 
 
+def check_headroom(headroom: float | None, device: DeviceFacts | None) -> float:
+    """The share that stays free: the default where none is given.
+
+    Raises:
+        UsageError: It is no share, or there is no card of which it could be one.
+    """
+    if headroom is None:
+        return HEADROOM
+    if not 0.0 <= headroom <= MOST_HEADROOM:  # NaN too
+        todo = f"a share lies in the range 0 to {MOST_HEADROOM}"
+        raise UsageError(f"{headroom} is out of range", key="--headroom", todo=todo)
+    if device is None:
+        raise UsageError("a headroom needs a card", key="--headroom", todo="name one with --gpu or --fit")
+    return headroom
+
+
 def estimate_recipe(
     recipe: Recipe, shape: ModelShape, rows: RowLengths = RowLengths(), options: Options = Options()
 ) -> RecipeEstimate:
@@ -202,12 +218,8 @@ def estimate_recipe(
 
     Raises:
         RecipeError: The adapter's targets match nothing, or sdpa was asked of a model with a soft-cap.
-        UsageError: The headroom is no share.
     """
     headroom, device, facts = options.headroom, options.gpu, rows.facts
-    if not 0.0 <= headroom <= MOST_HEADROOM:  # NaN too
-        todo = f"a share lies in the range 0 to {MOST_HEADROOM}"
-        raise UsageError(f"{headroom} is out of range", key="--headroom", todo=todo)
     question = _ask(recipe, shape, facts, device, headroom)
     asked = recipe.training.micro_batch_tokens
     tokens = question.longest_tokens if asked == "auto" else max(int(asked), question.longest_tokens)

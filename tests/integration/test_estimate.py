@@ -139,6 +139,7 @@ ABSURD = [
     (["--gpu", "L4", "--price-per-hour", "cheap"], 2, ["price-per-hour", "valid number"]),
     (["--price-per-hour", "3"], 2, ["--price-per-hour", "--gpu"]),
     (["--gpu", "24GiB", "--price-per-hour", "3"], 2, ["--price-per-hour", "--gpu"]),
+    (["--headroom", "0.2"], 2, ["--headroom", "--gpu", "--fit"]),
     (["--gpu", "L4", "--headroom", "nan"], 2, ["headroom", "0.9"]),
     (["--gpu", "L4", "--headroom", "-1"], 2, ["headroom"]),
     (["--gpu", "L4", "--headroom", "0.99"], 2, ["headroom"]),

@@ -706,6 +706,7 @@ def test_two_trainings_into_one_folder(world: World) -> None:
     world.recipe(("max_steps: 2", "max_steps: 5000"))
     process = world.start("train", "r.yaml", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: count_lines(world.root / "run" / "metrics.jsonl") >= 3, process)
+    (world.root / "d.jsonl").unlink()  # said before anything is read
     say_all(world.run("train", "r.yaml", "--resume"), 2, "run", "another process", "--output")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130

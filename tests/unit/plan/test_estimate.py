@@ -16,7 +16,7 @@ from plan_cases import GIB, ROWS, card, recipe, shape_of
 
 from lorafit.devices import format_bytes, parse_gpu
 from lorafit.errors import DoesNotFitError, UsageError
-from lorafit.plan import Options, RecipeEstimate, RowLengths, estimate_recipe
+from lorafit.plan import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
 
 BARS = ((1, 100, 0), (101, 200, 70), (201, 300, 0), (301, 600, 30))
 
@@ -25,11 +25,10 @@ def guess(
     gib: float | None = None,
     *,
     rows: RowLengths | None = None,
-    headroom: float = 0.05,
     hub_id: str = "meta-llama/Llama-3.1-8B",
     **sections: Any,
 ) -> RecipeEstimate:
-    options = Options(gpu=None if gib is None else card(gib), headroom=headroom)
+    options = Options(gpu=None if gib is None else card(gib))
     return estimate_recipe(recipe(**sections), shape_of(hub_id), rows or RowLengths(), options)
 
 
@@ -87,7 +86,7 @@ def test_the_border_is_exact() -> None:
 @pytest.mark.parametrize("headroom", [-0.1, 0.91, math.nan, math.inf])
 def test_what_is_no_headroom(headroom: float) -> None:
     with pytest.raises(UsageError, match=r"--headroom: .* out of range; a share lies in the range 0 to 0.9"):
-        guess(24, headroom=headroom)
+        check_headroom(headroom, card(24))
 
 
 ON = {"gradient_checkpointing": True}
