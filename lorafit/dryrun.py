@@ -35,8 +35,8 @@ from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.ops.pieces import chunk_labels
 from lorafit.plan.question import resolve_compute_dtype
-from lorafit.train.step import accumulate_gradients, gradient_norm, sum_gradients, update_parameters
-from lorafit.train.tracking import build_accelerator
+from lorafit.trainer.step import accumulate_gradients, gradient_norm, sum_gradients, update_parameters
+from lorafit.trainer.tracking import build_accelerator
 
 if TYPE_CHECKING:
     from lorafit.plan import MemoryQuestion

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import Examples
     from lorafit.data.examples import Prepared, Renderer
-    from lorafit.evaluate.speaker import Speaker
+    from lorafit.evaluation.speaker import Speaker
     from lorafit.model.base import Base
     from lorafit.objective import Objective
     from lorafit.plan import ResolvedPlan
@@ -47,7 +47,7 @@ class Job:
     @property
     def pad_id(self) -> int:
         """What fills up short rows."""
-        from lorafit.evaluate.runner import find_pad_id
+        from lorafit.evaluation.runner import find_pad_id
 
         return find_pad_id(self.tokenizer)
 
@@ -198,7 +198,7 @@ def open_speaker(run_or_model: Path, checkpoint: str | None, reporter: Reporter)
         UsageError: There is nothing at the path.
         CheckpointError: It is neither a run nor a model.
     """
-    from lorafit.evaluate.speaker import Speaker, chats_of, load_plain_model
+    from lorafit.evaluation.speaker import Speaker, chats_of, load_plain_model
 
     if run_or_model.is_dir() and not is_run(run_or_model) and (run_or_model / "config.json").is_file():
         model, tokenizer = load_plain_model(run_or_model)

@@ -19,7 +19,7 @@ from lorafit.workspace import OpenedRun, check_output
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
-    from lorafit.evaluate.parity import Parity
+    from lorafit.evaluation.parity import Parity
 
 BaseKind = Literal["dequantized", "original"]
 PROMPTS_COMPARED = 16
@@ -50,8 +50,8 @@ class _Comparison:
         if needed > free:
             self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
             return
-        from lorafit.evaluate.parity import compare_merge, require_parity
-        from lorafit.evaluate.speaker import load_plain_model
+        from lorafit.evaluation.parity import compare_merge, require_parity
+        from lorafit.evaluation.speaker import load_plain_model
         from lorafit.job import load_adapted, open_job
 
         job = open_job(self._opened.loaded, self._reporter)

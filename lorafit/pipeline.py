@@ -188,9 +188,9 @@ def evaluate(
         limit: Only the first rows.
         reporter: Gets progress and warnings; silent where None.
     """
-    from lorafit.evaluate.evaluation import About
-    from lorafit.evaluate.report import name_report, write_report
-    from lorafit.evaluate.runner import evaluate_pair
+    from lorafit.evaluation.evaluation import About
+    from lorafit.evaluation.report import name_report, write_report
+    from lorafit.evaluation.runner import evaluate_pair
     from lorafit.model.adapter import adapter_tensors
     from lorafit.model.inspect import coverage
     from lorafit.results import Evaluated
@@ -299,12 +299,12 @@ def generate(
         seed: Of the sampling.
         reporter: Gets progress and warnings; silent where None.
     """
-    from lorafit.evaluate.speaker import read_prompts
+    from lorafit.evaluation.speaker import read_prompts
 
     reporter = reporter or Silent()
     prompts = read_prompts(prompt, input_file)
-    from lorafit.evaluate.generate import generate_answers
-    from lorafit.evaluate.isolation import adapter_off, evaluating
+    from lorafit.evaluation.generate import generate_answers
+    from lorafit.evaluation.isolation import adapter_off, evaluating
     from lorafit.job import open_speaker
     from lorafit.results import Generated
 

@@ -14,16 +14,16 @@ from lorafit.wording import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafit.evaluate.evaluation import Evaluation
-    from lorafit.evaluate.generate import Answer
-    from lorafit.evaluate.parity import Parity
+    from lorafit.evaluation.evaluation import Evaluation
+    from lorafit.evaluation.generate import Answer
+    from lorafit.evaluation.parity import Parity
     from lorafit.memory import MemoryEstimate
     from lorafit.model.merge import MergeReport
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
     from lorafit.rundir import RunDir
-    from lorafit.train.speed import Speed
-    from lorafit.train.state import FitResult
+    from lorafit.trainer.speed import Speed
+    from lorafit.trainer.state import FitResult
 
 _GIB, _MIB = 1 << 30, 1 << 20
 
@@ -133,7 +133,7 @@ class Evaluated:
 
     def render(self, console: Console) -> None:
         """The table, and where the report is."""
-        from lorafit.evaluate.table import render_evaluation
+        from lorafit.evaluation.table import render_evaluation
 
         console.print(render_evaluation(self.evaluation, columns=console.width, place=self._place))
         console.print(f"\nreport: {near(self.run.report('md', self.report))}", markup=False)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
     from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan
     from lorafit.results import Trained
-    from lorafit.train.checkpoint import Checkpoint, CheckpointStore
-    from lorafit.train.loop import Trainer
-    from lorafit.train.speed import Speed
-    from lorafit.train.state import FitResult, TrainState
+    from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore
+    from lorafit.trainer.loop import Trainer
+    from lorafit.trainer.speed import Speed
+    from lorafit.trainer.state import FitResult, TrainState
 
 _SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed
 
@@ -47,9 +47,9 @@ class Training:
         from lorafit.ops.rng import seed_rng
         from lorafit.plan import require_fit
         from lorafit.results import Trained, describe_resolved
-        from lorafit.train.checkpoint import CheckpointStore
-        from lorafit.train.state import FitResult, TrainState
-        from lorafit.train.tracking import build_accelerator, part
+        from lorafit.trainer.checkpoint import CheckpointStore
+        from lorafit.trainer.state import FitResult, TrainState
+        from lorafit.trainer.tracking import build_accelerator, part
 
         job, recipe = self.job, self.job.recipe
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
@@ -112,7 +112,7 @@ class Training:
         """The run's figures against what the machine can do."""
         from lorafit.model.base import cache_folder
         from lorafit.plan.flops import count_flops
-        from lorafit.train.speed import measure_speed
+        from lorafit.trainer.speed import measure_speed
 
         facts = self.job.rows.facts()
         flops = count_flops(
@@ -141,7 +141,7 @@ class Training:
     def _find_checkpoint(
         self, store: CheckpointStore, step: int | None, allow_inexact: bool
     ) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
-        from lorafit.train.checkpoint import Environment, check_continuity
+        from lorafit.trainer.checkpoint import Environment, check_continuity
 
         device = self.job.device
         check_same_facts(self.where, self.job.facts())
@@ -174,8 +174,8 @@ class Training:
         from lorafit.model.base import cache_folder
         from lorafit.model.load import enable_checkpointing
         from lorafit.plan import ResolvedPlan
-        from lorafit.train.rehearsal import Rehearsal
-        from lorafit.train.resolve import cached_plan_file, resolve_plan
+        from lorafit.trainer.rehearsal import Rehearsal
+        from lorafit.trainer.resolve import cached_plan_file, resolve_plan
 
         job, recipe = self.job, self.job.recipe
         question = self._question()
@@ -221,14 +221,14 @@ class Training:
         """The loop with everything it is handed."""
         from lorafit.data.batch import StepRows
         from lorafit.data.packing import Cutter
-        from lorafit.evaluate.runner import Ranks, evaluate_during
+        from lorafit.evaluation.runner import Ranks, evaluate_during
         from lorafit.kinds.adapters import adapters
         from lorafit.kinds.optimizers import build_optimizer
         from lorafit.kinds.schedules import learning_rate_at
         from lorafit.model.adapter import save_adapter
         from lorafit.model.inspect import summarise_quantization
-        from lorafit.train.loop import Trainer
-        from lorafit.train.profile import NO_PROFILE, StepProfile
+        from lorafit.trainer.loop import Trainer
+        from lorafit.trainer.profile import NO_PROFILE, StepProfile
 
         job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

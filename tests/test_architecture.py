@@ -25,7 +25,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"results", "local_rows"},
     {"workspace"},
     {"dryrun"},
-    {"train", "evaluate"},
+    {"trainer", "evaluation"},
     {"objective"},
     {"data", "model"},
     {"plan"},
@@ -206,7 +206,7 @@ def test_light_rooms_import_nothing_heavy() -> None:
     ("file", "text", "check"),
     [
         ("memory.py", "from lorafit.plan import plan\n", floor_breaks),
-        ("train/loop.py", "def f():\n    from lorafit.evaluate.runner import score\n", floor_breaks),
+        ("trainer/loop.py", "def f():\n    from lorafit.evaluation.runner import score\n", floor_breaks),
         ("kinds/metrics/a.py", "from lorafit.kinds.metrics.b import B\n", floor_breaks),
         ("plan.py", "import torch\n", heavy_imports),
         ("data/source.py", "\n" * 401, crowded),
@@ -215,7 +215,7 @@ def test_light_rooms_import_nothing_heavy() -> None:
 )
 def test_a_planted_break_is_seen(tmp_path: Path, file: str, text: str, check: object) -> None:
     """The checks above can fail: each sees the break planted for it, and a clean copy has none."""
-    stubs = {"plan.py": "", "memory.py": "", "train/loop.py": "", "evaluate/runner.py": "", "data/batch.py": ""}
+    stubs = {"plan.py": "", "memory.py": "", "trainer/loop.py": "", "evaluation/runner.py": "", "data/batch.py": ""}
     stubs |= {
         "data/source.py": "from lorafit.data.batch import y\n",
         "kinds/metrics/a.py": "",

@@ -12,7 +12,7 @@ import yaml
 
 from lorafit import pipeline
 from lorafit.contracts import Silent
-from lorafit.evaluate.evaluation import Evaluation
+from lorafit.evaluation.evaluation import Evaluation
 from lorafit.job import Job, open_job
 from lorafit.plan import Plan
 from lorafit.recipe.load import LoadedRecipe, load_recipe

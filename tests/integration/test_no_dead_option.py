@@ -135,7 +135,7 @@ def test_an_outcome_that_changes_by_itself_proves_nothing() -> None:
 def test_a_tracker_that_is_not_installed_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tracker: str
 ) -> None:
-    from lorafit.train import tracking
+    from lorafit.trainer import tracking
 
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=rf'pip install "lorafit\[{tracker}\]"'):

@@ -26,8 +26,8 @@ from lorafit.plan import MemoryQuestion
 from lorafit.plan.question import estimated_attention
 from lorafit.plan.unpacked import decide_unpacked
 from lorafit.recipe.load import load_recipe
-from lorafit.train.step import accumulate_gradients, gradient_norm, update_parameters
-from lorafit.train.tracking import build_accelerator
+from lorafit.trainer.step import accumulate_gradients, gradient_norm, update_parameters
+from lorafit.trainer.tracking import build_accelerator
 
 ROWS, TOKENS = 2, 128
 

@@ -1,0 +1,160 @@
+"""An Evaluation in files, for people and programs: `report.json`, `report.md`, `report.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
+from lorafit.evaluation.statistics import Comparison
+from lorafit.rundir import RunDir, atomic_file, write_json
+from lorafit.wording import counted
+
+HEADINGS = ("metric", "base", "tuned", "difference", "95 % interval", "verdict", "rows better / worse")
+_MEBIBYTE = 1 << 20
+
+
+def name_report(*, split: str | None, limit: int | None, checkpoint_step: int | None) -> str:
+    """`report`, or a name of its own for what is not the run's own evaluation: other rows, or another checkpoint.
+
+    Args:
+        split: The rows, where they are not those that are scored when none are named.
+        limit: How many rows, where not all were scored.
+        checkpoint_step: Step of the checkpoint, where not the run's adapter was scored.
+    """
+    parts = ["report"]
+    parts += [split] if split is not None else []
+    parts += [f"first-{limit}"] if limit is not None else []
+    parts += [f"step-{checkpoint_step}"] if checkpoint_step is not None else []
+    return ".".join(parts)
+
+
+def write_report(run: RunDir, evaluation: Evaluation, name: str = "report") -> None:
+    """Writes `NAME.json`, `NAME.md` and `NAME.jsonl` (a line a row), each whole or not at all.
+
+    `NAME.json` comes last: where it is new, the others are.
+
+    Raises:
+        ResourceError: The disk is full, read-only or broken; what was there before is intact.
+    """
+    with atomic_file(run.report("jsonl", name)) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in evaluation.rows:
+            file.write(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+    with atomic_file(run.report("md", name)) as temporary:
+        temporary.write_text(render_markdown(evaluation), encoding="utf-8")
+    write_json(run.report("json", name), evaluation.to_json())
+
+
+def describe(evaluation: Evaluation) -> list[str]:
+    """What was evaluated, line by line."""
+    about = evaluation.about
+    generated = f", {counted(evaluation.tuned_speed.answers, 'answer')}" if evaluation.tuned_speed else ""
+    rows, tokens = (
+        counted(len(evaluation.rows), f"{about.split} row"),
+        counted(evaluation.trained_tokens, "trained token"),
+    )
+    lines = [f"{rows}, {tokens}{generated}"]
+    if about.checkpoint_step is not None:
+        lines[0] += f"; adapter of step {about.checkpoint_step}"
+    if about.split == "train":
+        lines.append("these rows were trained on: the figures say what was learnt by heart, not what is understood")
+    elif about.seen_in_training:
+        lines.append(
+            f"the {about.split} rows were used twice: they also chose the checkpoint, so that these figures are "
+            "optimistic; set data.test for honest ones"
+        )
+    if about.trainable_share is not None:
+        lines.append(
+            f"trained: {about.trainable_parameters:,} of {about.total_parameters:,} parameters "
+            f"({100 * about.trainable_share:.3g} %)"
+        )
+    lines += [
+        _describe_speed(side, speed)
+        for side, speed in (("base", evaluation.base_speed), ("tuned", evaluation.tuned_speed))
+        if speed is not None
+    ]
+    lines.append(f"peak memory {evaluation.peak_memory_bytes / _MEBIBYTE:,.0f} MiB, {evaluation.seconds:.1f} s in all")
+    return lines + [entry.sentence for entry in evaluation.unscored]
+
+
+def describe_retention(evaluation: Evaluation) -> list[str]:
+    """What the tuned model lost, kept or gained on rows of general ability, line by line."""
+    words = {"better": "gained", "worse": "lost"}
+    return [
+        f"{words.get(line.verdict, 'kept as far as can be seen')}: {line.sentence}" for line in evaluation.retention
+    ]
+
+
+def render_markdown(evaluation: Evaluation) -> str:
+    """`report.md`: verdicts first, then figures, then the worst rows in full."""
+    title = f"# Evaluation of {evaluation.about.run}" if evaluation.about.run else "# Evaluation"
+    lines = [title, "", *(f"- {line.sentence}" for line in evaluation.comparisons), ""]
+    lines += _markdown_table(evaluation.comparisons)
+    if evaluation.retention:
+        lines += ["", f"## Retention: {counted(evaluation.retention_rows, 'row')} of general ability", ""]
+        lines += [f"- {line}" for line in describe_retention(evaluation)]
+        lines += ["", *_markdown_table(evaluation.retention)]
+    lines += ["", "## What was evaluated", "", *(f"- {line}" for line in describe(evaluation))]
+    lines += [f"- {name}: {signature}" for name, signature in evaluation.signatures.items()]
+    lines.append(
+        f"- intervals: paired bootstrap over rows, {evaluation.resamples:,} resamples, seed {evaluation.seed}, 95 %"
+    )
+    if evaluation.worst:
+        lines += ["", f"## The {counted(len(evaluation.worst), 'row')} that the tuned model does worst on"]
+    for worst in evaluation.worst:
+        lines += ["", f"### {headline(worst, worst.row.file)}"]
+        for name, text in texts_of(worst):
+            lines += ["", f"{name}:", "", *_fence(text)]
+    return "\n".join(lines) + "\n"
+
+
+def cells_of(line: Comparison) -> tuple[str, ...]:
+    """A line of the table, as `HEADINGS`."""
+    return (
+        line.name,
+        line.show(line.base),
+        line.show(line.tuned),
+        line.show_change(line.difference),
+        f"{line.show_change(line.low)} to {line.show_change(line.high)}",
+        line.verdict,
+        f"{line.rows_better} / {line.rows_worse} of {line.rows}",
+    )
+
+
+def _markdown_table(comparisons: Sequence[Comparison]) -> list[str]:
+    lines = [HEADINGS, ("---", *["---:"] * 4, "---", "---:"), *(cells_of(line) for line in comparisons)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _describe_speed(side: str, speed: Speed) -> str:
+    line = (
+        f"{side} model: {counted(speed.tokens, 'token')} in {counted(speed.answers, 'answer')}, {speed.seconds:.1f} s, "
+        f"{speed.tokens_per_second:.1f} tokens/s"
+    )
+    line += f"; {counted(speed.cut, 'answer')} cut at the longest length" if speed.cut else ""
+    return line + (f"; {counted(speed.no_room, 'prompt')} left no room" if speed.no_room else "")
+
+
+def headline(worst: WorstRow, file: str) -> str:
+    """A worst row in one line: its place, what it is ranked by, its loss."""
+    row = worst.row
+    loss = f", loss {row.tuned.loss_sum / row.tuned.tokens:.4g} a token" if row.tuned.tokens else ""
+    return f"{file}:{row.line}: {worst.name} {worst.tuned:.4g} (base {worst.base:.4g}){loss}"
+
+
+def texts_of(worst: WorstRow) -> list[tuple[str, str]]:
+    """Prompt, reference and answers of a worst row, each with its name."""
+    row = worst.row
+    texts = [("prompt", row.prompt), ("reference", row.tuned.reference)]
+    if row.tuned.must_contain:
+        texts.append(("must contain", ", ".join(row.tuned.must_contain)))
+    answers = [("base answer", row.base.answer), ("tuned answer", row.tuned.answer)]
+    return texts + [(name, text) for name, text in answers if text is not None]
+
+
+def _fence(text: str) -> list[str]:
+    """A code block whose fence is longer than any row of backticks in the text."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}text", *text.split("\n"), fence]

@@ -1,0 +1,249 @@
+"""Checkpoints: safetensors and JSON, whole or not there.
+
+checkpoints/step-000100/
+  adapter/                  PEFT layout
+  optimizer.safetensors     every moment, dtype exact          optimizer.json   what belongs to which parameter
+  state.json                {train, resolved, environment}     MANIFEST         sizes and hashes, written last
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import CheckpointError, ResourceError
+from lorafit.rundir import TEMPORARY_PREFIX, RunDir, atomic_dir, check_manifest, write_json
+from lorafit.trainer.state import TrainState
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+
+ADAPTER_FOLDER = "adapter"
+STATE_FILE = "state.json"
+_DAMAGED_PREFIX, _SUPERSEDED_PREFIX = "damaged-", "superseded-"
+_VERSIONED = ("lorafit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a run happens; what must be the same for a resume to be the same run bit for bit."""
+
+    device_kind: str
+    ranks: int
+    versions: Mapping[str, str]
+
+    @classmethod
+    def here(cls, device_kind: str, ranks: int) -> Environment:
+        """This process's."""
+        found = {"python": platform.python_version()}
+        for name in _VERSIONED:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "none"
+        return cls(device_kind, ranks, found)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, its tensors not read yet."""
+
+    folder: Path
+    state: TrainState
+    resolved: dict[str, Any]
+    environment: Environment
+
+    @property
+    def adapter(self) -> Path:
+        """Its adapter in PEFT's layout."""
+        return self.folder / ADAPTER_FOLDER
+
+
+class CheckpointStore:
+    """The checkpoints of one run: finding, publishing and rotating them. Steps decide, never file times.
+
+    Args:
+        run: The run folder.
+        keep_last: Newest checkpoints kept; the best one is kept beside them.
+        reporter: Told what is skipped, and what cannot be removed.
+    """
+
+    def __init__(self, run: RunDir, *, keep_last: int, reporter: Reporter) -> None:
+        self.run = run
+        self._keep_last = keep_last
+        self._reporter = reporter
+        self._damaged: set[int] = set()
+        self._is_described = False  # whether the run folder's manifest.json was seen: then it must stay
+
+    def open(self, step: int | None = None) -> Checkpoint | None:
+        """The newest whole checkpoint, or that of `step`; None where none was ever published.
+
+        Raises:
+            CheckpointError: `step` is damaged or missing, or there are checkpoints and none is whole.
+        """
+        for leftover in self._leftovers():
+            self._reporter.info(f"ignored incomplete {leftover.name}, left by a run that was cut off")
+        if step is not None:
+            return _read(self.run.find_checkpoint(str(step)))
+        steps = self.run.steps()
+        if not steps:
+            self._reporter.info("no checkpoint was published yet: starting at step 0")
+            return None
+        reasons = []
+        for position, newest in reversed(list(enumerate(steps))):
+            folder = self.run.checkpoint(newest)
+            try:
+                reason = check_manifest(folder)
+                if reason is None:
+                    return _read(folder)
+            except CheckpointError as error:
+                reason = error.what
+            self._damaged.add(newest)
+            reasons.append(f"{folder.name}: {reason}")
+            if position:
+                self._reporter.warn(
+                    f"{folder.name} fails its checksum test ({reason}); falling back to step {steps[position - 1]}"
+                )
+        raise CheckpointError(
+            f"no usable checkpoint; {reasons[0]}",
+            file=str(self.run.checkpoints),
+            todo="restore that folder from a copy, or train anew with another --output",
+        )
+
+    def save(self, step: int, fill: Callable[[Path], None], *, best: dict[str, Any] | None) -> None:
+        """Publishes the checkpoint of `step`, then which one is best, then removes those that are no longer kept.
+
+        Raises:
+            ResourceError: The disk is full or broken, or the run folder disappeared; older checkpoints are intact.
+        """
+        self._is_described = self._is_described or self.run.manifest.is_file()
+        if not self.run.root.is_dir() or (self._is_described and not self.run.manifest.is_file()):
+            raise ResourceError("the run folder disappeared", file=str(self.run.root), todo="train anew")
+        folder = self.run.checkpoint(step)
+        if step in self._damaged or (folder.exists() and check_manifest(folder, hashes=False) is not None):
+            _move_aside(folder, _DAMAGED_PREFIX)
+            self._damaged.discard(step)
+        with atomic_dir(folder, replace=True) as temporary:
+            fill(temporary)
+        self.note_best(best)
+        for leftover in self._leftovers():
+            self._remove(leftover)
+        self._rotate(best)
+
+    def note_best(self, best: dict[str, Any] | None) -> None:
+        """Writes best.json where it does not say so yet; without a best one there is none."""
+        if best is None:
+            self.run.best.unlink(missing_ok=True)
+        elif not self.run.best.is_file() or _read_json(self.run.best) != best:
+            write_json(self.run.best, best)
+
+    def set_later_aside(self, step: int) -> None:
+        """Renames whole checkpoints behind `step`: the run goes on from there, and their steps come again."""
+        for later in self.run.steps():
+            if later > step and later not in self._damaged:
+                moved = _move_aside(self.run.checkpoint(later), _SUPERSEDED_PREFIX)
+                self._reporter.info(f"going on from step {step}: {self.run.checkpoint(later).name} is now {moved.name}")
+
+    def publish_adapter(self, step: int) -> None:
+        """Makes the adapter of checkpoint `step` the run's, unless it is that already."""
+        source = self.run.checkpoint(step) / ADAPTER_FOLDER
+        if self.run.adapter.is_dir() and _same_files(source, self.run.adapter):
+            return
+        with atomic_dir(self.run.adapter, replace=True) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+    def _rotate(self, best: dict[str, Any] | None) -> None:
+        whole = [step for step in self.run.steps() if step not in self._damaged]
+        kept = {*whole[-self._keep_last :], *([best["step"]] if best else [])}
+        for step in whole:
+            if step not in kept:
+                self._remove(self.run.checkpoint(step))
+
+    def _remove(self, folder: Path) -> None:
+        """Out of sight first, so that a removal that is cut off leaves nothing that looks like a checkpoint."""
+        try:
+            if folder.name.startswith(TEMPORARY_PREFIX):
+                doomed = folder
+            else:
+                doomed = folder.rename(folder.with_name(f"{TEMPORARY_PREFIX}old-{folder.name}"))
+            shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+        except OSError as error:
+            self._reporter.warn(f"could not remove {folder}: {error.strerror or error}; training goes on")
+
+    def _leftovers(self) -> list[Path]:
+        return sorted(self.run.checkpoints.glob(f"{TEMPORARY_PREFIX}*")) if self.run.checkpoints.is_dir() else []
+
+
+def write_state(folder: Path, state: TrainState, resolved: Mapping[str, Any], environment: Environment) -> None:
+    """Writes state.json."""
+    values = {"train": state.to_json(), "resolved": dict(resolved), "environment": asdict(environment)}
+    (folder / STATE_FILE).write_text(json.dumps(values, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_continuity(
+    was: Environment, now: Environment, *, allow_inexact: bool, reporter: Reporter, where: str
+) -> list[dict[str, Any]]:
+    """Whether a run that was saved there goes on here as the same run.
+
+    Returns:
+        Events to record in the training state: each difference that was warned about.
+
+    Raises:
+        CheckpointError: Another kind of device or another number of ranks, and `allow_inexact` is not set.
+    """
+    differences = []
+    if was.device_kind != now.device_kind:
+        differences.append(f"the device was {was.device_kind} and is {now.device_kind}")
+    if was.ranks != now.ranks:
+        differences.append(f"ranks were {was.ranks} and are {now.ranks}")
+    if differences and not allow_inexact:
+        raise CheckpointError(
+            f"{' and '.join(differences)}: what follows would not be bitwise the same run",
+            file=where,
+            todo="resume where it was trained, or add --allow-inexact",
+        )
+    changed = [
+        f"{name} was {was.versions[name]} and is {now.versions[name]}"
+        for name in sorted(set(was.versions) & set(now.versions))
+        if was.versions[name] != now.versions[name]
+    ]
+    if changed:
+        differences.append(f"versions changed ({', '.join(changed)})")
+    for difference in differences:
+        reporter.warn(f"{difference}: the rest of the run is not guaranteed bitwise the same")
+    return [{"kind": "inexact_resume", "what": difference} for difference in differences]
+
+
+def _read(folder: Path) -> Checkpoint:
+    try:
+        values = _read_json(folder / STATE_FILE)
+        state = TrainState.from_json(values["train"])
+        return Checkpoint(folder, state, values["resolved"], Environment(**values["environment"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{STATE_FILE} cannot be read ({error})", file=str(folder)) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+def _move_aside(folder: Path, prefix: str) -> Path:
+    target, number = folder.with_name(prefix + folder.name), 2
+    while target.exists():
+        target, number = folder.with_name(f"{prefix}{folder.name}-{number}"), number + 1
+    return folder.rename(target)
+
+
+def _same_files(source: Path, target: Path) -> bool:
+    names = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    pairs = ((source / name, target / name) for name in names)
+    return all(new.is_file() and new.read_bytes() == old.read_bytes() for old, new in pairs)

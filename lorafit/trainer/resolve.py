@@ -1,0 +1,134 @@
+"""`auto` becomes values, once: from the recipe, the resumed run, a given plan, the cache, or the rehearsal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import LorafitError
+from lorafit.plan import ResolvedPlan
+from lorafit.rundir import write_json
+from lorafit.trainer.rehearsal import Choice, Rehearsal
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+    from lorafit.plan import Plan
+
+
+def cached_plan_file(cache_folder: Path, parts: Sequence[str]) -> Path:
+    """Where the values for (recipe, data, device, versions) are kept."""
+    key = hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
+    return cache_folder / "plans" / f"{key}.json"
+
+
+def resolve_plan(
+    plan: Plan,
+    rehearsal: Rehearsal,
+    accelerator: Any,
+    reporter: Reporter,
+    *,
+    resumed: ResolvedPlan | None = None,
+    given: ResolvedPlan | None = None,
+    cache_file: Path | None = None,
+) -> ResolvedPlan:
+    """Settles every open value of the plan and makes the model run so.
+
+    What the recipe fixes stays; all that it leaves open comes from one source. The heaviest micro-batches are tried
+    unless this very run, or one with the same recipe, data, device and versions, has tried them before.
+
+    Args:
+        plan: What the recipe fixes, and bounds.
+        rehearsal: The stage.
+        resumed: The values that the resumed run was trained with.
+        given: Those of another run (`--plan`).
+        cache_file: From `cached_plan_file`; read, and written after a rehearsal.
+
+    Raises:
+        ResourceError: The heaviest micro-batch does not fit into memory.
+    """
+    cached = _read_cached(cache_file, reporter)
+    is_open = "auto" in (plan.attention, plan.gradient_checkpointing, plan.micro_batch_tokens)
+    known = next(((s, v) for s, v in (("run", resumed), ("plan", given), ("cache", cached)) if v is not None), None)
+    if known is not None:
+        source, values = known
+        choice = _taken(plan, values, rehearsal)
+        if source == "plan":
+            rehearsal.try_heaviest(choice)
+        rehearsal.apply(choice)
+        measured = values.measured
+    else:
+        source = "rehearsal" if is_open else "recipe"
+        if is_open:
+            reporter.info("rehearsal: measuring attention and micro-batches on this run's rows, once for all its runs")
+        choice = rehearsal.choose(
+            attention=plan.attention,
+            gradient_checkpointing=plan.gradient_checkpointing,
+            micro_batch_tokens=plan.micro_batch_tokens,
+            least_tokens=plan.min_micro_batch_tokens,
+            most_tokens=plan.max_micro_batch_tokens,
+        )
+        measured = rehearsal.measured
+    resolved = ResolvedPlan(
+        micro_batch_tokens=choice.micro_batch_tokens,
+        evaluation_micro_batch_tokens=choice.evaluation_micro_batch_tokens,
+        attention=choice.attention,
+        gradient_checkpointing=choice.gradient_checkpointing,
+        dtype=plan.dtype,
+        compute_dtype=plan.compute_dtype,
+        device_kind=accelerator.device.type,
+        ranks=accelerator.num_processes,
+        source=source if is_open else "recipe",
+        micro_batches_at_once=choice.micro_batches_at_once,
+        measured=measured,
+    )
+    resolved = _same_on_all_ranks(resolved, rehearsal, accelerator)
+    if cache_file is not None and cached is None and source == "rehearsal" and accelerator.is_main_process:
+        write_json(cache_file, resolved.to_json())
+    return resolved
+
+
+def _taken(plan: Plan, values: ResolvedPlan, rehearsal: Rehearsal) -> Choice:
+    """What the recipe fixes, and for the rest `values`."""
+    tokens, checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
+    one_by_one = rehearsal.one_by_one or not isinstance(tokens, str)
+    return Choice(
+        values.micro_batch_tokens if isinstance(tokens, str) else tokens,
+        values.evaluation_micro_batch_tokens,
+        values.attention if plan.attention == "auto" else plan.attention,
+        values.gradient_checkpointing if isinstance(checkpointing, str) else checkpointing,
+        1 if one_by_one else values.micro_batches_at_once,
+    )
+
+
+def _same_on_all_ranks(resolved: ResolvedPlan, rehearsal: Rehearsal, accelerator: Any) -> ResolvedPlan:
+    """Rank 0's values: each rank measured for itself, and clocks differ."""
+    if accelerator.num_processes == 1:
+        return resolved
+    from accelerate.utils import broadcast_object_list
+
+    (values,) = broadcast_object_list([resolved.to_json()])
+    agreed = ResolvedPlan.from_json(values)
+    rehearsal.apply(
+        Choice(
+            agreed.micro_batch_tokens,
+            agreed.evaluation_micro_batch_tokens,
+            agreed.attention,
+            agreed.gradient_checkpointing,
+            agreed.micro_batches_at_once,
+        )
+    )
+    return agreed
+
+
+def _read_cached(cache_file: Path | None, reporter: Reporter) -> ResolvedPlan | None:
+    """What the cache holds; anything unreadable is measured anew."""
+    if cache_file is None or not cache_file.is_file():
+        return None
+    try:
+        return ResolvedPlan.from_json(json.loads(cache_file.read_text(encoding="utf-8")), str(cache_file))
+    except (ValueError, AttributeError, LorafitError) as error:
+        reporter.info(f"ignored a cached plan that cannot be read ({error})")
+        return None

@@ -1,0 +1,89 @@
+"""The merged model is compared with the adapter it came from, and a wrong one is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorafit.contracts import Silent
+from lorafit.errors import NumericsError
+from lorafit.evaluation.parity import Parity, compare_merge, require_parity
+from lorafit.model.merge import merge_adapter
+from tests.unit.model.conftest import Trained, make_llama, open_base, train_like
+
+ROWS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12]]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Trained:
+    return train_like(open_base(make_llama(tmp_path / "base")), "nf4")
+
+
+def merge(made: Trained, kind: str) -> torch.nn.Module:
+    output = made.base.path.parent / f"merged-{kind}"
+    options = {"kind": kind, "quantization": made.quantization, "reporter": Silent()}
+    merge_adapter(made.base, made.adapter, output, **options)  # type: ignore[arg-type]
+    return AutoModelForCausalLM.from_pretrained(output, attn_implementation="eager")  # type: ignore[no-any-return]
+
+
+def test_merged_into_what_was_trained_is_the_adapter(made: Trained) -> None:
+    made.model.train()
+    parity = compare_merge(made.model, merge(made, "dequantized"), ROWS, reporter=Silent())
+    assert made.model.training, "comparing changed the mode"
+    assert (parity.rows, parity.tokens) == (2, 9)
+    assert parity.mean_kl < 1e-6 and parity.max_logit_difference < 1e-4 and parity.top1_agreement == 1.0
+    assert parity.merged_loss == pytest.approx(parity.adapter_loss, abs=1e-5)
+    require_parity(parity)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bf16_models_are_compared_in_fp32_and_left_as_they_were(tmp_path: Path, kind: str) -> None:
+    made = train_like(open_base(make_llama(tmp_path / "base")), kind, dtype=torch.bfloat16)
+    merged = merge(made, "dequantized")
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    parity = compare_merge(made.model, merged, ROWS, reporter=Silent())
+    assert parity.mean_kl < 2e-5 and parity.max_logit_difference < 0.02  # the merged weights' own rounding is left
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16} and merged.training is False
+    after = dict(made.model.named_parameters())
+    assert all(after[n].dtype is p.dtype and torch.equal(after[n], p) for n, p in before.items())
+    layers = [m for m in made.model.modules() if hasattr(m, "compute_dtype")]
+    assert all(layer.compute_dtype is torch.bfloat16 for layer in layers)
+
+
+def test_merged_into_other_weights_is_further_away(made: Trained) -> None:
+    near = compare_merge(made.model, merge(made, "dequantized"), ROWS, reporter=Silent())
+    far = compare_merge(made.model, merge(made, "original"), ROWS, reporter=Silent())
+    assert far.mean_kl > 100 * max(near.mean_kl, 1e-9) and far.max_logit_difference > 0.01
+
+
+def test_losses_are_the_models_own_over_the_trained_tokens(made: Trained) -> None:
+    merged = merge(made, "dequantized")
+    row, flags = [3, 4, 5, 6, 7], [0, 0, 1, 0, 1]
+    parity = compare_merge(made.model, merged, [row], trained=[flags], reporter=Silent())
+    labels = torch.tensor([[token if flag else -100 for token, flag in zip(row, flags, strict=True)]])
+    with torch.no_grad():
+        own = float(merged(input_ids=torch.tensor([row]), labels=labels).loss)
+    assert parity.merged_loss == pytest.approx(own, rel=1e-5)
+
+
+def test_a_far_merge_ends_with_exit_9(made: Trained) -> None:
+    parity = Parity(1, 9, 1.0, 0.006, 0.1, 0.9, 2.0, 2.1)
+    with pytest.raises(NumericsError, match=r"mean KL 0.006 is above 0.005") as caught:
+        require_parity(parity)
+    assert caught.value.exit_code == 9
+    with pytest.raises(NumericsError):
+        require_parity(Parity(1, 9, 1.0, float("nan"), 0.1, 0.9, 2.0, 2.1))
+    require_parity(parity, limit=0.01)
+
+
+def test_nothing_to_compare_and_broken_logits(made: Trained) -> None:
+    merged = merge(made, "dequantized")
+    with pytest.raises(NumericsError, match="no row"):
+        compare_merge(made.model, merged, [[3]], reporter=Silent())
+    with torch.no_grad():
+        merged.model.norm.weight[0] = float("nan")
+    with pytest.raises(NumericsError, match="not finite"):
+        compare_merge(made.model, merged, ROWS, reporter=Silent())

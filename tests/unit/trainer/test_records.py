@@ -1,0 +1,206 @@
+"""The log, the optimizer's files, the training state and the trackers by themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorafit.contracts import Silent
+from lorafit.errors import CheckpointError, RecipeError
+from lorafit.kinds.optimizers import optimizers
+from lorafit.trainer import tracking
+from lorafit.trainer.metrics_log import MetricsLog
+from lorafit.trainer.progress import StepProgress, peak_memory_bytes
+from lorafit.trainer.state import Best, TrainState
+from lorafit.trainer.tensors import load_optimizer, save_optimizer
+from lorafit.trainer.tracking import Trackers, build_accelerator
+
+CPU = torch.device("cpu")
+
+
+def test_the_log_goes_back_to_an_edge(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, Silent())
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.1})
+        log.write({"step": step, "evaluation": {"loss": 0.2}})
+    with path.open("a") as file:
+        file.write('not json\n{"step": 4, "loss')
+    log.rewind(step=3, evaluated_step=2)  # stopped while the evaluation of step 3 was running
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], "evaluation" in line) for line in kept] == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
+    log.write({"step": 4})
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 4}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        log.write({"loss": float("nan")})
+
+
+def test_only_one_rank_writes(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl", Silent(), enabled=False).write({"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def stepped(name: str, parameters: dict[str, torch.nn.Parameter], steps: int) -> torch.optim.Optimizer:
+    kind = optimizers.get(name)
+    optimizer = kind.build(kind.section(), list(parameters.values()), 1e-2, CPU)
+    run(optimizer, parameters, steps, seed=0)
+    return optimizer
+
+
+def run(optimizer: Any, parameters: dict[str, torch.nn.Parameter], steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step()
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parameter]:
+    """One large enough for 8-bit state, one that stays fp32, one bf16 where asked."""
+    torch.manual_seed(1)
+    return {
+        "a": torch.nn.Parameter(torch.randn(128, 64)),
+        "b": torch.nn.Parameter(torch.randn(128, 64)),
+        "c": torch.nn.Parameter(torch.randn(8, 4).to(dtype)),
+    }
+
+
+@pytest.mark.parametrize("name", optimizers.names())
+def test_optimizer_state_goes_round_bit_for_bit(name: str, tmp_path: Path) -> None:
+    whole = parameters()
+    optimizer = stepped(name, whole, 3)
+    save_optimizer(tmp_path, optimizer, whole)
+    again = {key: torch.nn.Parameter(value.detach().clone()) for key, value in whole.items()}
+    kind = optimizers.get(name)
+    resumed = kind.build(kind.section(), list(again.values()), 1e-2, CPU)
+    load_optimizer(tmp_path, resumed, again)
+    for key in whole:
+        before, after = optimizer.state[whole[key]], resumed.state[again[key]]
+        assert list(before) == list(after)
+        for field, value in before.items():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == after[field].dtype and torch.equal(value, after[field])
+            else:
+                assert value == after[field] and type(value) is type(after[field])
+    run(optimizer, whole, 2, seed=9)
+    run(resumed, again, 2, seed=9)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert not [file for file in tmp_path.iterdir() if file.suffix not in (".json", ".safetensors")]
+
+
+def test_fp32_moments_of_a_bf16_parameter_stay_fp32(tmp_path: Path) -> None:
+    """What `Optimizer.load_state_dict` would cast."""
+    some = {"c": torch.nn.Parameter(torch.randn(8, 4))}
+    optimizer = stepped("adamw", some, 2)
+    save_optimizer(tmp_path, optimizer, some)
+    again = {"c": torch.nn.Parameter(torch.randn(8, 4).to(torch.bfloat16))}
+    resumed = torch.optim.AdamW(again.values())
+    load_optimizer(tmp_path, resumed, again)
+    assert resumed.state[again["c"]]["exp_avg"].dtype == torch.float32
+
+
+def test_shared_maps_are_stored_once(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    some = parameters()
+    save_optimizer(tmp_path, stepped("adamw_8bit", some, 1), some)
+    with safe_open(tmp_path / "optimizer.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert sum("qmap" in name for name in names) == 2 and "a/state1" in names and "b/state1" in names
+
+
+def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    some = parameters()
+    save_optimizer(tmp_path, stepped("adamw", some, 1), some)
+    other = {"a": some["a"], "b": some["b"], "d": some["c"]}
+    with pytest.raises(CheckpointError, match="2 differ, first c"):
+        load_optimizer(tmp_path, torch.optim.AdamW(other.values()), other)
+
+
+def test_bnb_state_of_another_width_is_refused(tmp_path: Path) -> None:
+    some = parameters()
+    save_optimizer(tmp_path, stepped("adamw_8bit", some, 1), some)
+    kind = optimizers.get("adamw_bnb_32bit")
+    with pytest.raises(CheckpointError, match="optimizer state has"):
+        load_optimizer(tmp_path, kind.build(kind.section(), some.values(), 1e-2, CPU), some)
+
+
+def test_state_goes_through_json() -> None:
+    state = TrainState(step=3, epoch=1.5, best=Best(2, "loss", 0.5), events=[{"kind": "x"}], scaler={"scale": 2.0})
+    assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    with pytest.raises((TypeError, KeyError)):
+        TrainState.from_json({"step": 1})
+
+
+@pytest.mark.parametrize(("values", "lower", "best"), [([3, 2, 4], True, 2), ([0.1, 0.5, 0.4], False, 0.5)])
+def test_best_goes_either_way(values: list[float], lower: bool, best: float) -> None:
+    state = TrainState()
+    judged = []
+    for step, value in enumerate(values, start=1):
+        state.step = step
+        judged.append(state.judge(value, "m", lower_is_better=lower))
+    assert judged == [True, True, False] and state.best == Best(2, "m", best)
+    assert state.evaluations_without_improvement == 1
+
+
+def test_a_tracker_that_is_missing_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r'tracking: wandb is not installed; .*pip install "lorafit\[wandb\]"'):
+        build_accelerator(use_cpu=True, tracking=["wandb"], folder=tmp_path)
+
+
+def test_tensorboard_gets_steps_and_evaluations(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reporter = Silent()
+    trackers = Trackers(build_accelerator(use_cpu=True, tracking=["tensorboard"], folder=tmp_path), reporter)
+    trackers.start("run", {"seed": 0, "model": {"base": "x", "revision": None}})
+    trackers.log({"step": 1, "loss": 2.5, "grad_norm": None})
+    trackers.log({"step": 1, "evaluation": {"loss": 2.25}})
+    trackers.finish()
+    assert reporter.warnings == []
+    read = event_accumulator.EventAccumulator(str(next(p.parent for p in tmp_path.rglob("events*") if "run" in str(p))))
+    read.Reload()
+    assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(1, 2.5)]
+    assert [(e.step, e.value) for e in read.Scalars("evaluation/loss")] == [(1, 2.25)]
+
+
+def test_a_tracker_that_fails_is_said_once() -> None:
+    class Broken:
+        def log(self, *args: Any, **kwargs: Any) -> None:
+            raise ConnectionError("no network")
+
+    reporter = Silent()
+    trackers = Trackers(Broken(), reporter)
+    trackers.log({"step": 1, "loss": 1.0})
+    trackers.log({"step": 2, "loss": 1.0})
+    assert reporter.warnings == ["a tracker failed (ConnectionError: no network); training goes on without it"]
+
+
+def test_progress_shows_speed_memory_and_estimate() -> None:
+    shown: list[dict[str, Any]] = []
+
+    class Bar:
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *exc: object) -> None: ...
+
+        def advance(self, amount: int = 1, **values: Any) -> None:
+            shown.append(values)
+
+    class Listener(Silent):
+        def track(self, total: int, what: str) -> Any:
+            assert (total, what) == (2, "training")
+            return Bar()
+
+    line = {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens": 100, "seconds": 0.5}
+    with StepProgress(Listener(), steps=2, device=CPU, estimate_bytes=2**31) as progress:
+        progress.show(line)
+        progress.show({**line, "grad_norm": None})
+    assert shown[0]["loss"] == 1.5 and shown[0]["tok/s"] == "200" and shown[0]["GiB"].endswith(" of est. 2.00")
+    assert shown[1]["grad"] == "overflow"
+    assert 2**26 < peak_memory_bytes(CPU) < 2**40
