@@ -1,3 +1,43 @@
-"""lorafit: fine-tune language models with LoRA and QLoRA from one YAML recipe."""
+"""lorafit: fine-tune language models with LoRA and QLoRA from one YAML recipe.
 
-__version__ = "0.1.0"
+    import lorafit
+
+    run = lorafit.train("recipe.yaml", overrides={"training.epochs": 1})
+    print(lorafit.evaluate(run))
+
+Every command of the command line is a function here (`lorafit.api`); it is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorafit.version import __version__
+
+if TYPE_CHECKING:
+    from lorafit.api import estimate, evaluate, generate, merge, preview, train, validate
+    from lorafit.errors import LorafitError
+
+__all__ = [
+    "LorafitError",
+    "__version__",
+    "estimate",
+    "evaluate",
+    "generate",
+    "merge",
+    "preview",
+    "train",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lorafit' has no attribute '{name}'")
+    from lorafit import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from lorafit.exits import exit_code, termination_as_error
+from lorafit.library_settings import set_library_defaults
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -94,7 +94,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from lorafit import __version__
+        from lorafit.version import __version__
 
         typer.echo(f"lorafit {__version__}")
         raise typer.Exit
@@ -321,13 +321,6 @@ def preview(
 for _entry in app.registered_commands:  # the list of commands wraps what is said so, and cuts what is not
     _entry.short_help = inspect.getdoc(_entry.callback)
 
-_LIBRARY_SETTINGS = {
-    "GOMP_SPINCOUNT": "100000",  # threads that spin for longer stop each other where the CPU is shared: 50 times slower
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # every shape of a product is cached: 0.4 GiB less than with 1024
-    "LRU_CACHE_CAPACITY": "1",  # ideep keeps them once more, for each thread: a run grows for ever, with no gain
-    "TOKENIZERS_PARALLELISM": "true",
-}
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `lorafit` command."""
@@ -336,8 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     _ran_with.clear()
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    for name, value in _LIBRARY_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    set_library_defaults()
     with termination_as_error():
         code = exit_code(
             lambda: app(args=words, standalone_mode=False),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
+
+PRINTED_COLUMNS = 100
+"""Width of a result's text outside of a terminal."""
 
 Message = dict[str, Any]
 """One chat message in OpenAI's form: role, content, tool_calls, tool_call_id, name, reasoning_content, weight."""
@@ -166,6 +171,23 @@ class Progress(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
     def advance(self, amount: int = 1, **shown: Any) -> None: ...
+
+
+class Printed(ABC):
+    """A result that `str()` turns into what its command prints, so that scripts and notebooks may `print` it."""
+
+    @abstractmethod
+    def render(self, console: Console) -> None:
+        """Prints the result for people."""
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        text = StringIO()
+        self.render(Console(file=text, width=PRINTED_COLUMNS, highlight=False))
+        return text.getvalue().rstrip()
 
 
 class Silent:

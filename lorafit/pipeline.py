@@ -8,12 +8,12 @@ Every other room gets its section of the recipe or plain values from here; none 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import DataError, UsageError
@@ -24,11 +24,11 @@ from lorafit.workspace import (
     check_same_recipe,
     check_unused,
     claimed,
-    command_of,
     inputs_of,
     is_run,
     open_run,
     own_rank,
+    resume_command,
 )
 
 if TYPE_CHECKING:
@@ -37,27 +37,31 @@ if TYPE_CHECKING:
     from lorafit.results import Evaluated, Generated, Merged, Trained, Validated
 
 
-def validate(recipe_file: Path, *, overrides: Sequence[str] = ()) -> Validated:
+def validate(recipe: Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Validated:
     """Checks a recipe alone: no torch, no data, no model."""
     from lorafit.recipe.load import load_recipe
     from lorafit.results import Validated
 
-    return Validated(load_recipe(recipe_file, overrides))
+    return Validated(load_recipe(recipe, overrides))
 
 
 def preview(
-    recipe_file: Path, *, overrides: Sequence[str] = (), rows: int | None = 3, reporter: Reporter | None = None
+    recipe: Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    rows: int | None = 3,
+    reporter: Reporter | None = None,
 ) -> Preview:
     """Rows as the model will see them; all of them where `rows` is None."""
     from lorafit.data import preview as room
     from lorafit.recipe.load import load_recipe
 
-    job = open_job(load_recipe(recipe_file, overrides), reporter or Silent())
+    job = open_job(load_recipe(recipe, overrides), reporter or Silent())
     return room.preview(job.rows, job.renderer, rows)
 
 
 def estimate(
-    recipe_file: Path,
+    recipe: Path | Mapping[str, Any],
     *,
     overrides: Sequence[str] = (),
     gpu: str | None = None,
@@ -70,7 +74,7 @@ def estimate(
     """Peak memory, time and price from the recipe and the base's config alone, and from its rows where they are here.
 
     Args:
-        recipe_file: The recipe.
+        recipe: Its file, or its values as the YAML would hold them.
         overrides: `KEY=VALUE` flags over it.
         gpu: A card's size or name, or `cpu`: the estimate says whether the run fits.
         headroom: Share of a card's memory that must stay free; 0.05 where None.
@@ -90,7 +94,7 @@ def estimate(
     fit_device = parse_gpu(fit, "--fit") if fit is not None else None
     check_price(price_per_hour, device or fit_device)
     headroom = check_headroom(headroom, device or fit_device)
-    loaded = load_recipe(recipe_file, overrides)
+    loaded = load_recipe(recipe, overrides)
     config = read_config(loaded.recipe.model, loaded.folder)
     rows = read_lengths(loaded, reporter or Silent())
     options = Options(device, headroom, fit_device, price_per_hour)
@@ -107,7 +111,7 @@ def estimate(
 
 
 def train(
-    recipe_file: Path,
+    recipe: Path | Mapping[str, Any],
     *,
     overrides: Sequence[str] = (),
     output: Path | None = None,
@@ -123,7 +127,7 @@ def train(
     """Plans, checks, trains and saves a run; or goes on with one.
 
     Args:
-        recipe_file: The recipe.
+        recipe: Its file, or its values as the YAML would hold them.
         overrides: `KEY=VALUE` flags over it.
         output: A run folder instead of the recipe's.
         resume: Go on with the run in the output folder.
@@ -141,8 +145,8 @@ def train(
     from lorafit.training import Training
 
     reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
-    loaded = load_recipe(recipe_file, overrides, output=output)
-    run, command = RunDir(loaded.output), command_of(recipe_file, overrides, output)
+    loaded = load_recipe(recipe, overrides, output=output)
+    run, command = RunDir(loaded.output), resume_command(recipe, overrides, output)
     resume = resume or resume_from is not None
     check_output(run.root, inputs_of(loaded))
     with nullcontext() if dry_run or own_rank() != 0 else claimed(run):
@@ -162,7 +166,7 @@ def train(
             run,
             the_plan,
             reporter,
-            resume_command=f"{command} --resume",
+            resume_command=command,
             counts_memory=measure_memory,
             profiles=profile,
         )

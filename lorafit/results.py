@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import Message
+from lorafit.contracts import Message, Printed
 from lorafit.wording import counted
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Validated:
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Printed):
     """A finished run, or only its plan after a dry run (`fit` and `resolved` are None then)."""
 
     run: RunDir
@@ -59,6 +59,11 @@ class Trained:
     estimate: MemoryEstimate | None = None
     speed: Speed | None = None
     profile: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.run.root
 
     def summary(self) -> dict[str, Any]:
         """How training ended, for `result.json`: memory as estimated and as measured among it."""
@@ -119,13 +124,19 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluated(Printed):
     """An evaluation, the run it belongs to, its report's name, and the folder that places of rows are relative to."""
 
     run: RunDir
     evaluation: Evaluation
     report: str
     folder: Path
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Figures of base and tuned model by metric, as in `report.json`."""
+        figures: dict[str, Any] = self.to_json()["metrics"]
+        return figures
 
     def to_json(self) -> dict[str, Any]:
         """As in `report.json`."""
@@ -145,7 +156,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Printed):
     """A merge, and the comparison of logits where there was memory for it."""
 
     report: MergeReport
@@ -172,12 +183,17 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generated(Printed):
     """Answers to prompts, with the base model's beside them where asked."""
 
     prompts: Sequence[Sequence[Message]]
     answers: Sequence[Answer]
     base_answers: Sequence[Answer] | None
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers' texts, in the prompts' order."""
+        return [answer.text for answer in self.answers]
 
     def to_json(self) -> dict[str, Any]:
         """An entry a prompt, in order."""

@@ -141,14 +141,16 @@ def inputs_of(loaded: LoadedRecipe) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def command_of(recipe_file: Path, overrides: Sequence[str], output: Path | None) -> str:
-    """The command that started a run, for a message that says how to go on."""
-    words = ["lorafit", "train", str(recipe_file)]
+def resume_command(recipe: Path | Mapping[str, Any], overrides: Sequence[str], output: Path | None) -> str:
+    """What goes on with a run after a stop, as its user would write it."""
+    if isinstance(recipe, Mapping):
+        return "lorafit.train(..., resume=True)"
+    words = ["lorafit", "train", str(recipe)]
     for override in overrides:
         words += ["--set", override]
     if output is not None:
         words += ["--output", str(output)]
-    return shlex.join(words)
+    return shlex.join([*words, "--resume"])
 
 
 def own_rank() -> int:
@@ -198,7 +200,7 @@ def check_unused(run: RunDir, loaded: LoadedRecipe, *, command: str) -> None:
     decisive: list[str] = []
     with contextlib.suppress(LorafitError):  # where its recipe cannot be read, that is not what is asked
         decisive, _ = _changes(run, loaded)
-    what, todo = "holds a run already", f"go on with {command} --resume, or give --output"
+    what, todo = "holds a run already", f"go on with {command}, or give --output"
     if decisive:
         what, todo = f"holds another run ({decisive[0]})", "give --output, or change it back and add --resume"
     elif _is_finished(run):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafit.contracts import Sample
+from lorafit.contracts import Printed, Sample
 from lorafit.wording import counted
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class PreviewRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Preview:
+class Preview(Printed):
     """Rows to look at, and the report of all of them."""
 
     rows: list[PreviewRow]

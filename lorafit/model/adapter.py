@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit import __version__
 from lorafit.errors import ModelError, RecipeError, SafetyError
 from lorafit.model.check import list_names
 from lorafit.model.weights import TensorEntry, read_header, read_rows
+from lorafit.version import __version__
 
 if TYPE_CHECKING:
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import Printed
 from lorafit.devices import format_bytes
 from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.kinds.adapters import adapters
@@ -59,7 +60,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class RecipeEstimate:
+class RecipeEstimate(Printed):
     """The answer of `estimate-memory`.
 
     Attributes:

@@ -9,16 +9,29 @@ Every value keeps the place that it was written at.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lorafit.errors import LorafitError, Problems, RecipeError, SafetyError, UsageError, raise_all
 from lorafit.recipe.outline import Choice, Group, Slot, Table, expand, kind_of, recipe_outline, slot_below, variant_of
 from lorafit.recipe.paths import absolute, moved
 from lorafit.recipe.reader import MOST_BYTES, decode, read_tree, read_value
 from lorafit.recipe.secrecy import find_secrets, is_secret_key, is_secret_value, shown_flag
-from lorafit.recipe.tree import Entry, KeyPath, Place, Unreadable, find, key_text, mapping, parse_key, shown, with_entry
+from lorafit.recipe.tree import (
+    Entry,
+    KeyPath,
+    Place,
+    Unreadable,
+    entry_of,
+    find,
+    key_text,
+    mapping,
+    parse_key,
+    shown,
+    with_entry,
+)
 from lorafit.registry import nearest
 from lorafit.shipped import shipped
 
@@ -49,8 +62,13 @@ class _Source:
     path: Path
 
 
-def read_layers(path: Path, overrides: Sequence[str]) -> Layers:
+def read_layers(path: Path, overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> Layers:
     """Reads a recipe, everything it extends, and the flags over it.
+
+    Args:
+        path: The recipe's file; where `values` are given, what messages and relative paths go by.
+        overrides: `KEY=VALUE` flags.
+        values: The recipe as plain values, instead of the file's.
 
     Raises:
         UsageError: The recipe cannot be read, or a flag is no KEY=VALUE.
@@ -58,8 +76,10 @@ def read_layers(path: Path, overrides: Sequence[str]) -> Layers:
     """
     flags = [_read_flag(flag) for flag in overrides]
     file = str(path)
-    text = decode(read_bytes(path), file)
-    tree, errors = _read_one(text, Place(file, 1, 1))
+    if values is None:
+        tree, errors = _read_one(decode(read_bytes(path), file), Place(file, 1, 1))
+    else:
+        tree, errors = _checked(entry_of(values, Place(path.name)), [])
     for key, entry, _ in flags:
         if key == ("extends",):
             tree = with_entry(tree, key, entry)
@@ -95,13 +115,15 @@ def _read_one(text: str, place: Place) -> tuple[Entry, list[LorafitError]]:
         LorafitError: It is no mapping.
     """
     tree, problems = read_tree(text, place)
-    errors: list[LorafitError] = list(problems)
+    return _checked(tree, list(problems))
+
+
+def _checked(tree: Entry, errors: list[LorafitError]) -> tuple[Entry, list[LorafitError]]:
+    file = tree.place.file
     if not isinstance(tree.value, dict):
-        raise_all(errors, file=place.file)
+        raise_all(errors, file=file)
         if tree.value is None:
-            raise RecipeError(
-                "the recipe is empty", file=place.file, todo="lorafit needs at least name, model and data"
-            )
+            raise RecipeError("the recipe is empty", file=file, todo="lorafit needs at least name, model and data")
         raise RecipeError(
             f"expected a mapping of sections, found {shown(tree)}", **tree.place.known, todo="start with name: my-run"
         )

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import raise_all
+from lorafit.errors import UsageError, raise_all
 from lorafit.recipe.agreement import disagreements
 from lorafit.recipe.layers import read_layers
 from lorafit.recipe.outline import plain, recipe_outline
@@ -59,11 +59,17 @@ class LoadedRecipe:
         return self.folder / text
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, output: str | Path | None = None) -> LoadedRecipe:
+RECIPE_VALUES = "recipe"
+"""What messages call a recipe that is no file but plain values. Its paths are relative to the working folder."""
+
+
+def load_recipe(
+    recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), *, output: str | Path | None = None
+) -> LoadedRecipe:
     """Reads a recipe with what it extends and the flags over it, and checks all of it.
 
     Args:
-        path: The recipe.
+        recipe: Its file, or its values: what the YAML would hold.
         overrides: `KEY=VALUE` flags, e.g. `training.epochs=1` or `data.train[0].path=a.jsonl`.
         output: A run folder instead of the recipe's; relative to the working folder.
 
@@ -73,22 +79,33 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, output: str | Path
         SafetyError: It holds something that looks like a secret.
         Problems: Several of these.
     """
-    layers = read_layers(path, overrides)
-    recipe = _valid_recipe(layers.tree)
-    if recipe is None or layers.errors:
+    values = _plain_values(recipe) if isinstance(recipe, Mapping) else None
+    path = Path(RECIPE_VALUES) if isinstance(recipe, Mapping) else recipe
+    layers = read_layers(path, overrides, values)
+    valid = _valid_recipe(layers.tree)
+    if valid is None or layers.errors:
         from lorafit.recipe.diagnosis import diagnose
 
         raise_all(diagnose(layers, main=str(path)), file=str(path))
         raise AssertionError("a recipe that is not valid has an error")
     folder = absolute(path).parent
     return LoadedRecipe(
-        recipe=recipe,
+        recipe=valid,
         folder=folder,
         file=str(path),
-        digest=_digest(recipe),
-        output=absolute(Path(output)) if output is not None else _run_folder(recipe, folder),
+        digest=_digest(valid),
+        output=absolute(Path(output)) if output is not None else _run_folder(valid, folder),
         _tree=layers.tree,
     )
+
+
+def _plain_values(values: Mapping[str, Any]) -> Any:
+    """A program's values as a file would hold them: paths as text, tuples as lists, keys as text."""
+    try:
+        return json.loads(json.dumps(values, default=os.fspath))
+    except (TypeError, ValueError, RecursionError) as error:
+        what = f"holds what no recipe can hold ({str(error).splitlines()[0]})"
+        raise UsageError(what, file=RECIPE_VALUES, todo="use text, numbers, booleans, lists and dicts") from None
 
 
 def _valid_recipe(tree: Entry) -> Recipe | None:

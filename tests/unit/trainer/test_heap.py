@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafit.cli import _LIBRARY_SETTINGS
+from lorafit.library_settings import LIBRARY_SETTINGS
 from lorafit.trainer.out_of_memory import release_memory, trim_after
 
 MIB = 2**20
@@ -63,7 +63,7 @@ def test_products_of_ever_new_shapes_do_not_grow_the_process() -> None:
     # Without the settings 240 MiB where the CPU has products in bf16, 124 with one of the two caches bounded.
     done = subprocess.run(
         [sys.executable, "-c", PRODUCTS_OF_MANY_SHAPES],
-        env={**os.environ, **_LIBRARY_SETTINGS},
+        env={**os.environ, **LIBRARY_SETTINGS},
         capture_output=True,
         text=True,
         check=True,

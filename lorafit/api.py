@@ -1,0 +1,359 @@
+"""Python API: every command of lorafit as a function for scripts and notebooks.
+
+    run = lorafit.train("recipe.yaml")                        a recipe's file, or its values as a dict
+    run = lorafit.train(recipe, rows=[{"question": ...}])     rows from memory instead of files
+    lorafit.evaluate(run), lorafit.merge(run, "merged"), lorafit.generate(run, "a prompt")
+
+A function does what its command does, raises the error that the command would end with (`LorafitError`; its
+`exit_code` says which kind), and gives back what `--json` prints: `print(result)` shows it, `result.to_json()` is plain
+values. Progress goes to stderr; with `quiet=True` only warnings are left, as Python warnings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Reporter, Silent
+from lorafit.errors import DataError, LorafitError, UsageError
+from lorafit.library_settings import set_library_defaults
+
+if TYPE_CHECKING:
+    from lorafit.data.preview import Preview
+    from lorafit.plan import RecipeEstimate
+    from lorafit.results import Evaluated, Generated, Merged, Trained, Validated
+
+__all__ = ["LorafitError", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]
+
+StrPath = str | os.PathLike[str]
+Recipe = StrPath | Mapping[str, Any]
+"""A recipe's file, or its values: a dict as the YAML would hold it, its paths relative to the working folder."""
+Rows = Sequence[Mapping[str, Any]]
+"""Training rows in memory, in any of the formats that files may have, e.g. `[{"question": ..., "answer": ...}]`."""
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Values over the recipe's: `{"training.epochs": 1}`, or `["training.epochs=1"]` as behind `--set`."""
+
+
+@contextmanager
+def _session(quiet: bool) -> Iterator[Reporter]:
+    """The libraries kept quiet for one call, as the command line keeps them; with `quiet` our warnings are Python's."""
+    from lorafit.reporting import ConsoleReporter
+
+    set_library_defaults()
+    silent = Silent()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield silent if quiet else ConsoleReporter()
+    finally:
+        for message in silent.warnings:
+            warnings.warn(message, stacklevel=4)  # at the line that called the function
+
+
+def validate(recipe: Recipe, *, overrides: Overrides = ()) -> Validated:
+    """Checks a recipe alone; files, rows and models are not opened.
+
+    Raises:
+        LorafitError: The recipe is wrong; `Problems` holds all errors where there are several.
+    """
+    from lorafit import pipeline
+
+    return pipeline.validate(_recipe(recipe), overrides=_flags(overrides))
+
+
+def preview(
+    recipe: Recipe,
+    *,
+    show: int | None = 3,
+    rows: Rows | None = None,
+    overrides: Overrides = (),
+    quiet: bool = False,
+) -> Preview:
+    """Rows as the model will see them, with the tokens that carry loss, and what became of all rows.
+
+    Args:
+        recipe: The recipe.
+        show: How many rows to look at; all of them where None.
+        rows: Training rows instead of the recipe's `data.train`.
+        overrides: Values over the recipe's.
+        quiet: No progress.
+    """
+    from lorafit import pipeline
+
+    flags = _flags(overrides) + _row_flags({"data.train": rows})
+    with _session(quiet) as reporter:
+        return pipeline.preview(_recipe(recipe), overrides=flags, rows=show, reporter=reporter)
+
+
+def estimate(
+    recipe: Recipe,
+    *,
+    gpu: str | None = None,
+    fit: str | None = None,
+    headroom: float | None = None,
+    price_per_hour: float | None = None,
+    exact: bool = False,
+    overrides: Overrides = (),
+    quiet: bool = False,
+) -> RecipeEstimate:
+    """Peak memory, time and price of a recipe, without weights and without a GPU.
+
+    Args:
+        recipe: The recipe.
+        gpu: A card's size or name, or `cpu`: the estimate says whether the run fits.
+        fit: A card: how large micro-batch, row and rank can be on it.
+        headroom: Share of the card's memory that must stay free; 0.05 where None.
+        price_per_hour: Of the card, in any currency.
+        exact: Run the training step on fake tensors besides.
+        overrides: Values over the recipe's.
+        quiet: No progress.
+    """
+    from lorafit import pipeline
+
+    with _session(quiet) as reporter:
+        return pipeline.estimate(
+            _recipe(recipe),
+            overrides=_flags(overrides),
+            gpu=gpu,
+            fit=fit,
+            headroom=headroom,
+            price_per_hour=price_per_hour,
+            exact=exact,
+            reporter=reporter,
+        )
+
+
+def train(
+    recipe: Recipe,
+    *,
+    rows: Rows | None = None,
+    validation_rows: Rows | None = None,
+    test_rows: Rows | None = None,
+    overrides: Overrides = (),
+    output: StrPath | None = None,
+    resume: bool = False,
+    resume_from: int | None = None,
+    plan_file: StrPath | None = None,
+    dry_run: bool = False,
+    allow_inexact: bool = False,
+    quiet: bool = False,
+) -> Trained:
+    """Plans, checks, trains and saves a run; or goes on with one. `trained.path` is its folder.
+
+    Args:
+        recipe: The recipe.
+        rows: Training rows instead of the recipe's `data.train`. They are kept in lorafit's cache by their content, so
+            that a resume with the same rows is the same run.
+        validation_rows: The same for `data.validation`.
+        test_rows: The same for `data.test`.
+        overrides: Values over the recipe's.
+        output: A run folder instead of the recipe's.
+        resume: Go on with the run in that folder.
+        resume_from: From the checkpoint of this step; implies `resume`.
+        plan_file: Another run's `plan.json`, whose resolved values are taken.
+        dry_run: Stop before the weights are loaded.
+        allow_inexact: Resume on another kind of device or number of processes.
+        quiet: No progress.
+
+    Raises:
+        LorafitError: As the command; `exit_code` says which kind. Ctrl-C saves the last step first and raises
+            `StoppedBySignal`.
+    """
+    from lorafit import pipeline
+
+    splits = {"data.train": rows, "data.validation": validation_rows, "data.test": test_rows}
+    with _session(quiet) as reporter:
+        return pipeline.train(
+            _recipe(recipe),
+            overrides=_flags(overrides) + _row_flags(splits),
+            output=Path(output) if output is not None else None,
+            resume=resume,
+            resume_from=resume_from,
+            plan_file=Path(plan_file) if plan_file is not None else None,
+            dry_run=dry_run,
+            allow_inexact=allow_inexact,
+            reporter=reporter,
+        )
+
+
+def evaluate(
+    run: StrPath | Trained,
+    *,
+    rows: Rows | None = None,
+    checkpoint: str | int | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    overrides: Overrides = (),
+    quiet: bool = False,
+) -> Evaluated:
+    """Scores base and tuned model on the same held-out rows. `evaluated.metrics` holds the figures by name.
+
+    Args:
+        run: What `train` gave back, a run folder, or the recipe of one.
+        rows: Test rows instead of the recipe's `data.test`.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        split: `test`, `validation` or `train`; `test` where the recipe has it, else `validation`.
+        limit: Only the first rows.
+        overrides: Values over the run's recipe, e.g. `{"evaluation.final": ["rouge"]}`.
+        quiet: No progress.
+    """
+    from lorafit import pipeline
+
+    with _session(quiet) as reporter:
+        return pipeline.evaluate(
+            _run(run),
+            overrides=_flags(overrides) + _row_flags({"data.test": rows}),
+            checkpoint=str(checkpoint) if checkpoint is not None else None,
+            split=split or ("test" if rows is not None else None),
+            limit=limit,
+            reporter=reporter,
+        )
+
+
+def merge(
+    run: StrPath | Trained,
+    output: StrPath,
+    *,
+    base: str | None = None,
+    checkpoint: str | int | None = None,
+    verify: bool = True,
+    quiet: bool = False,
+) -> Merged:
+    """Merges an adapter into its base, and compares the result with the adapter.
+
+    Args:
+        run: What `train` gave back, a run folder, its recipe, or an adapter folder.
+        output: Where the merged model goes.
+        base: `dequantized` or `original`; what was trained on where None.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        verify: Whether what was written is read back and compared.
+        quiet: No progress.
+    """
+    from lorafit import pipeline
+
+    with _session(quiet) as reporter:
+        return pipeline.merge(
+            _run(run),
+            output=Path(output),
+            base_kind=base,
+            checkpoint=str(checkpoint) if checkpoint is not None else None,
+            verify=verify,
+            reporter=reporter,
+        )
+
+
+def generate(
+    run: StrPath | Trained,
+    prompts: str | Sequence[str | Mapping[str, Any]],
+    *,
+    compare_base: bool = False,
+    checkpoint: str | int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Generated:
+    """Answers prompts. `generated.texts` are the answers, in the prompts' order.
+
+    Args:
+        run: What `train` gave back, a run folder, its recipe, or a model folder such as a merge.
+        prompts: One prompt, or several: texts, or rows as training has them (`{"messages": ...}`, with tools too).
+        compare_base: Answer with the adapter off too; needs a run.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        temperature: 0 is greedy.
+        top_p: Nucleus of the sampled tokens, 0 to 1.
+        max_new_tokens: Longest answer.
+        seed: Of the sampling.
+        quiet: No progress.
+    """
+    from functools import partial
+
+    from lorafit import pipeline
+
+    with _session(quiet) as reporter, tempfile.TemporaryDirectory(prefix="lorafit-prompts-") as folder:
+        answer = partial(
+            pipeline.generate,
+            _run(run),
+            compare_base=compare_base,
+            checkpoint=str(checkpoint) if checkpoint is not None else None,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            reporter=reporter,
+        )
+        if isinstance(prompts, str):
+            return answer(prompt=prompts)
+        rows = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+        file = Path(folder) / "prompts.jsonl"
+        file.write_bytes(_as_lines(rows, "prompts"))
+        return answer(input_file=file)
+
+
+def _recipe(recipe: Recipe) -> Path | Mapping[str, Any]:
+    return recipe if isinstance(recipe, Mapping) else Path(recipe)
+
+
+def _run(run: StrPath | Trained) -> Path:
+    return Path(run) if isinstance(run, str | os.PathLike) else run.path
+
+
+def _flags(overrides: Overrides) -> list[str]:
+    """Overrides as `KEY=VALUE`; JSON is YAML that means the same."""
+    if isinstance(overrides, str):
+        raise UsageError("overrides is one text", key="overrides", todo='give {"training.epochs": 1}')
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    try:
+        return [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in overrides.items()]
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"holds what no recipe can hold ({error})", key="overrides", todo="give plain values"
+        ) from None
+
+
+def _row_flags(splits: Mapping[str, Rows | None]) -> list[str]:
+    """Flags that lead a recipe's splits to files of these rows, which lie in the cache by their content."""
+    from lorafit.model.base import cache_folder
+    from lorafit.rundir import atomic_file
+
+    flags = []
+    for key, rows in splits.items():
+        if rows is None:
+            continue
+        content = _as_lines(rows, key)
+        file = cache_folder() / "rows" / f"{hashlib.sha256(content).hexdigest()}.jsonl"
+        if not file.is_file():
+            with atomic_file(file) as temporary:
+                temporary.write_bytes(content)
+        flags.append(f"{key}={json.dumps([{'path': str(file.absolute())}])}")
+    return flags
+
+
+def _as_lines(rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
+    """Rows as jsonl.
+
+    Raises:
+        DataError: There are none, or one is no dict of plain values.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        try:
+            if not isinstance(row, Mapping):
+                raise TypeError(f"expected a dict, found {type(row).__name__}")
+            lines.append(f"{json.dumps(dict(row), ensure_ascii=False)}\n".encode())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(
+                str(error).splitlines()[0], key=f"{name}[{number}]", todo="give dicts of plain values"
+            ) from None
+    if not lines:
+        raise DataError("there are no rows", key=name, todo="give at least one")
+    return b"".join(lines)

@@ -1,0 +1,18 @@
+"""Settings of the libraries below torch, which they read from the environment once, while they are imported."""
+
+from __future__ import annotations
+
+import os
+
+LIBRARY_SETTINGS = {
+    "GOMP_SPINCOUNT": "100000",  # threads that spin for longer stop each other where the CPU is shared: 50 times slower
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # every shape of a product is cached: 0.4 GiB less than with 1024
+    "LRU_CACHE_CAPACITY": "1",  # ideep keeps them once more, for each thread: a run grows for ever, with no gain
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+
+def set_library_defaults() -> None:
+    """Sets what the user has not set. Call it before torch is imported."""
+    for name, value in LIBRARY_SETTINGS.items():
+        os.environ.setdefault(name, value)
