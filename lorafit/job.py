@@ -12,6 +12,8 @@ from lorafit.kinds.tasks import tasks
 from lorafit.workspace import is_run, open_run, sources_of
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import torch
 
     from lorafit.contracts import Examples
@@ -72,9 +74,18 @@ class Job:
             **{name.replace(" ", "_"): digest for name, digest in self.renderer.key().items()},
         }
 
+    def origin(self) -> dict[str, Any]:
+        """The facts, and what a resume takes from the run instead of finding it again."""
+        return {**self.facts(), "template_date": self.renderer.template_date}
 
-def open_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
+
+def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = None) -> Job:
     """Opens a recipe. Files of rows are looked for before anything heavy starts.
+
+    Args:
+        loaded: The recipe.
+        reporter: Gets progress and warnings.
+        now: The moment that a run took for the present one when it began; this minute where None.
 
     Raises:
         DataError: Files or rows are bad.
@@ -90,7 +101,7 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
 
     base = resolve_base(recipe.model, loaded.folder, reporter)
     tokenizer = load_tokenizer(base)
-    renderer = build_renderer(tokenizer, recipe.data, loaded.folder)
+    renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
     rows = prepare(
         recipe.data,
         folder=loaded.folder,
@@ -205,6 +216,6 @@ def open_speaker(run_or_model: Path, checkpoint: str | None, reporter: Reporter)
         return Speaker(model, tokenizer, chats_of(tokenizer, chat_template=None, system_prompt=None))
     opened = open_run(run_or_model)
     adapter, _ = opened.adapter(checkpoint)
-    job, resolved = open_job(opened.loaded, reporter), opened.resolved()
+    job, resolved = open_job(opened.loaded, reporter, opened.began()), opened.resolved()
     chats = job.renderer.chats if job.writes_chats() else None
     return Speaker(load_adapted(job, adapter, resolved, reporter), job.tokenizer, chats, autocast_dtype(resolved.dtype))

@@ -54,7 +54,7 @@ class _Comparison:
         from lorafit.evaluation.speaker import load_plain_model
         from lorafit.job import load_adapted, open_job
 
-        job = open_job(self._opened.loaded, self._reporter)
+        job = open_job(self._opened.loaded, self._reporter, self._opened.began())
         examples = job.rows.test or job.rows.validation or job.rows.train
         chosen = [examples[row] for row in range(min(PROMPTS_COMPARED, len(examples)))]
         adapted = load_adapted(job, self._adapter, self._opened.resolved(), self._reporter)

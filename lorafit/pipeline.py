@@ -20,6 +20,7 @@ from lorafit.errors import DataError, UsageError
 from lorafit.job import load_tuned, open_job
 from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import (
+    began,
     check_output,
     check_same_recipe,
     check_unused,
@@ -155,7 +156,7 @@ def train(
         elif not dry_run:
             check_unused(run, loaded, command=command)
         given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
-        job = open_job(loaded, reporter)
+        job = open_job(loaded, reporter, began(run) if resume else None)
         the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
         if dry_run:
             reporter.show(the_plan.table())
@@ -205,7 +206,7 @@ def evaluate(
     opened = open_run(run_or_recipe, overrides)
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     adapter, step = opened.adapter(checkpoint)
-    job, resolved = open_job(opened.loaded, reporter), opened.resolved()
+    job, resolved = open_job(opened.loaded, reporter, opened.began()), opened.resolved()
     usual = "test" if job.rows.test is not None else "validation"
     split = split or usual
     examples = {"test": job.rows.test, "validation": job.rows.validation, "train": job.rows.train}.get(split)

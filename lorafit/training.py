@@ -49,7 +49,7 @@ class Training:
         from lorafit.results import Trained, describe_resolved
         from lorafit.trainer.checkpoint import CheckpointStore
         from lorafit.trainer.state import FitResult, TrainState
-        from lorafit.trainer.tracking import build_accelerator, part
+        from lorafit.trainer.tracking import build_accelerator, check_same_rows, part
 
         job, recipe = self.job, self.job.recipe
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
@@ -64,6 +64,7 @@ class Training:
         accelerator = build_accelerator(
             use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root
         )
+        check_same_rows(accelerator, job.rows.digest)
         base = load_base(
             job,
             dtype=self.plan.dtype,
@@ -80,7 +81,7 @@ class Training:
         used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
         if accelerator.is_main_process:  # nothing is written before all is loaded and proven
-            describe_run(self.where, job.loaded, job.facts())
+            describe_run(self.where, job.loaded, job.origin())
         resolved = self._resolve(objective, accelerator, checkpoint, given)
         question = replace(self._question(), attention=resolved.attention)
         expected = question.at(resolved.tokens_at_once, resolved.gradient_checkpointing)
@@ -144,7 +145,7 @@ class Training:
         from lorafit.trainer.checkpoint import Environment, check_continuity
 
         device = self.job.device
-        check_same_facts(self.where, self.job.facts())
+        check_same_facts(self.where, self.job.origin())
         checkpoint = store.open(step)
         if checkpoint is None:
             return None, []

@@ -9,6 +9,7 @@ import platform
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,12 @@ class OpenedRun:
     manifest: dict[str, Any]
     checkpoint: str | None = None
 
+    def began(self) -> datetime | None:
+        """The moment that its chat template took for the present one; None where it does not ask for it."""
+        from lorafit.data.clock import find_moment
+
+        return find_moment(self.manifest, self.run.manifest)
+
     def resolved(self) -> ResolvedPlan:
         """The values that the run was trained with."""
         from lorafit.plan import ResolvedPlan
@@ -71,6 +78,17 @@ class OpenedRun:
             raise CheckpointError("the run has no finished adapter", file=str(self.run.root), todo=todo)
         best = self.run.best_step()
         return self.run.adapter, best if best is not None else max(self.run.steps(), default=None)
+
+
+def began(run: RunDir) -> datetime | None:
+    """The same for a run that is to be resumed; None where nothing was started yet.
+
+    Raises:
+        CheckpointError: manifest.json cannot be read.
+    """
+    from lorafit.data.clock import find_moment
+
+    return find_moment(read_json(run.manifest), run.manifest) if _is_started(run) else None
 
 
 def is_run(path: Path) -> bool:
@@ -307,10 +325,13 @@ def check_same_facts(run: RunDir, facts: Mapping[str, Any]) -> None:
         return  # nothing was started here: the run begins at step 0
     recorded = read_json(run.manifest)
     recorded["base"], now_base = recorded.get("base", {}).get("digest"), facts["base"]["digest"]
-    for what in ("data", "base", "tokenizer", "chat_template"):
+    for what in ("base", "tokenizer", "chat_template", "data"):  # each decides those behind it
         if recorded.get(what) != (now_base if what == "base" else facts.get(what)):
+            changed = f"the {what.replace('_', ' ')} changed since the run was started"
+            if what == "data" and facts["template_date"] is not None and recorded.get("template_date") is None:
+                changed = "the chat template writes the date, and the run does not say which one it was started with"
             raise CheckpointError(
-                f"the {what.replace('_', ' ')} changed since the run was started, so it would not be the same run",
+                f"{changed}, so it would not be the same run",
                 file=str(run.root),
                 todo="restore it, or train into another --output",
             )

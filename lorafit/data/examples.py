@@ -197,8 +197,7 @@ def _finish_report(
     for samples in sources.values():
         warnings += [warning for source in samples.sources for warning in source.warnings()]
     warnings += _warn_of_verbatim(sources, data, renderer)
-    if "strftime_now" in renderer.template:
-        warnings.append("the chat template writes today's date into the rows: another day gives other tokens")
+    warnings += _warn_of_date(sources, renderer)
     return DataReport(reports, overlaps, tuple(warnings))
 
 
@@ -214,6 +213,16 @@ def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer
             todo = "for chats map them, columns: {question: prompt, answer: completion}"
             warnings.append(f"{found[kind]}: prompts and completions go through no chat template; {todo}")
     return warnings
+
+
+def _warn_of_date(sources: dict[str, SampleSet], renderer: Renderer) -> list[str]:
+    """What the template writes of the present moment: the only thing in a run's rows that nobody gave it."""
+    written = renderer.written_date
+    first = (sample for samples in sources.values() for sample in samples.first_samples())
+    if written is None or not any(renderer.is_chat(sample) for sample in first):
+        return []
+    pinned = f"the chat template writes the date: pinned to {written} when the run begins, for its resumes and answers"
+    return [f"{pinned}; to train without, set data.chat_template to a copy without strftime_now"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +271,8 @@ class _Preparation:
             include={"system_prompt", "dropped_fields", "train_on", "max_length", "overlength", "bad_rows"}, mode="json"
         )
         parts |= {option: json.dumps(value) for option, value in options.items()}
-        if "strftime_now" in self.encoder.renderer.template:
-            parts["today's date"] = np.datetime64("today").astype(str)
+        if self.encoder.renderer.written_date is not None:
+            parts["date in the chat template"] = self.encoder.renderer.written_date
         encode: Any = self.encoder.encode
         return {**parts, "task": getattr(encode, "__qualname__", repr(encode)), "code": code_version()}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -107,7 +106,6 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {"lorafit_mark": self._mark, "lorafit_loop_end": _loop_end}
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": lambda pattern: datetime.now().strftime(pattern),
             "dict": lambda *args, **kwargs: dict(*args, **kwargs),
             "namespace": _Namespace,
         }

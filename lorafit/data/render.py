@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -26,10 +27,11 @@ from lorafit.data.chat_template import (
     template_sources,
     with_text_arguments,
 )
+from lorafit.data.clock import StoppedClock, read_clock
 from lorafit.data.dropped import TOOLS, Dropped, find_dropped
 from lorafit.data.encode import Stretch, TextEncoder, mark_trained
 from lorafit.data.provenance import BLURRED
-from lorafit.data.sandbox import Traced
+from lorafit.data.sandbox import CLOCK, Traced
 from lorafit.data.truncate import Truncated, truncate_chat
 from lorafit.data.turns import Habits, Turn, find_turns, learn_habits
 from lorafit.errors import LorafitError
@@ -84,6 +86,7 @@ class ChatRenderer:
         dropped_fields: What to do with a field that the template renders nowhere: `error`; `warn`; or `trained`: an
             error for what would carry loss (content, reasoning and calls of the assistant), else a warning.
         system_prompt: The system message of chats that have none.
+        now: The moment that the template takes for the present one; this minute where None.
 
     Raises:
         ModelError: Without any template, or for one that is not valid, not allowed or uses unknown variables.
@@ -97,6 +100,7 @@ class ChatRenderer:
         train_on: TrainOn = "assistant",
         dropped_fields: Literal["error", "trained", "warn"] = "error",
         system_prompt: str | None = None,
+        now: datetime | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._sources = template_sources(tokenizer, chat_template)
@@ -104,7 +108,8 @@ class ChatRenderer:
         self._train_on = train_on
         self._dropped_fields = dropped_fields
         self._system_prompt = system_prompt
-        self._variables = dict(tokenizer.special_tokens_map)
+        self._clock = StoppedClock(now or read_clock())
+        self._variables = {CLOCK: self._clock.strftime_now, **tokenizer.special_tokens_map}
         templates = {source: compile_or_explain(source) for source in self._sources.values()}
         self.encoder = TextEncoder(tokenizer, "\0".join(template.literal_text() for template in templates.values()))
         longest_first = sorted(self.encoder.control.values(), key=len, reverse=True)
@@ -242,7 +247,9 @@ class ChatRenderer:
     def _check_official(
         self, text: str, chat: Messages, tools: Sequence[Mapping[str, Any]] | None, source: str
     ) -> None:
-        official = self._tokenizer.apply_chat_template(chat, tools=tools, chat_template=source, tokenize=False)
+        official = self._tokenizer.apply_chat_template(
+            chat, tools=tools, chat_template=self._clock.stop_in(source), tokenize=False
+        )
         if official != text:
             place = next(
                 (k for k, (a, b) in enumerate(zip(official, text, strict=False)) if a != b),
@@ -342,7 +349,7 @@ def mask_chat(
         ModelError: If there is no usable template.
     """
     renderer = _renderers.get(tokenizer)
-    if renderer is None or renderer.template != tokenizer.chat_template:
+    if renderer is None or renderer.template != tokenizer.chat_template or CLOCK in str(renderer.template):
         renderer = _renderers[tokenizer] = ChatRenderer(tokenizer, dropped_fields="trained")
     encoded = renderer.encode(renderer.render(messages, tools))
     labels = [number if trained else -100 for number, trained in zip(encoded.input_ids, encoded.trained, strict=True)]

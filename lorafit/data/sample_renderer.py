@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Encoded, GenerationRow, Message, Sample
-from lorafit.data.chat_template import SHIPPED_TEMPLATES
+from lorafit.data.chat_template import SHIPPED_TEMPLATES, compile_or_explain, template_sources
+from lorafit.data.clock import StoppedClock, read_clock, write_moment
 from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
 from lorafit.data.render import ChatRenderer, Rendering
-from lorafit.errors import DataError, ModelError
+from lorafit.errors import DataError, LorafitError, ModelError
 from lorafit.registry import nearest
 
 if TYPE_CHECKING:
@@ -32,13 +34,21 @@ class Renderer:
         tokenizer: The base model's.
         data: The recipe's section.
         chat_template: Text of the template that the recipe names; None for the tokenizer's own.
+        now: The moment that templates take for the present one; this minute where None.
 
     Attributes:
         seen: What the template did with fields of the rows rendered so far, e.g. `history: reasoning_content`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection, chat_template: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSection,
+        chat_template: str | None,
+        now: datetime | None = None,
+    ) -> None:
         self.tokenizer, self._data, self._named_template = tokenizer, data, chat_template
+        self._now = now or read_clock()
         self.seen: Counter[str] = Counter()
 
     @cached_property
@@ -54,6 +64,7 @@ class Renderer:
             train_on=self._data.train_on,
             dropped_fields=self._data.dropped_fields,
             system_prompt=self._data.system_prompt,
+            now=self._now,
         )
 
     @property
@@ -61,6 +72,26 @@ class Renderer:
         """Text of the chat template; empty where there is none."""
         own: Any = self._named_template or getattr(self.tokenizer, "chat_template", None) or ""
         return own if isinstance(own, str) else "\n".join(f"{name}: {text}" for name, text in sorted(own.items()))
+
+    @cached_property
+    def written_date(self) -> str | None:
+        """What the chat template writes of the present moment, e.g. `05 Feb 2026`; None where it writes nothing."""
+        if not self.template:
+            return None
+        try:
+            sources = template_sources(self.tokenizer, self._named_template).values()
+            formats = [compile_or_explain(source).clock_formats() for source in sources]
+        except LorafitError:  # said when a chat comes
+            return None
+        clock = StoppedClock(self._now)
+        return ", ".join(dict.fromkeys(clock.reading(asked) for asked in formats if asked != ())) or None
+
+    @property
+    def template_date(self) -> str | None:
+        """The moment that a run must keep so that its rows stay the same, e.g. `2026-02-05T10:32`; None where they do
+        not depend on it.
+        """
+        return None if self.written_date is None else write_moment(self._now)
 
     def key(self) -> dict[str, str]:
         """Hashes of all that decides how a sample becomes tokens, but for the code, by what it is."""
@@ -119,6 +150,10 @@ class Renderer:
             raise DataError(what, todo="set data.overlength to truncate or drop, or raise data.max_length")
         return encode_text(sample.text, self.tokenizer, self._data.max_length, "split")
 
+    def is_chat(self, sample: Sample) -> bool:
+        """Whether the sample goes through the chat template."""
+        return self._messages(sample) is not None
+
     def text(self, sample: Sample) -> str | None:
         """A chat as the template writes it, whole; None for what goes through no template."""
         messages = self._messages(sample)
@@ -159,18 +194,21 @@ class Renderer:
         return self.chats.render(messages, sample.tools)
 
 
-def build_renderer(tokenizer: PreTrainedTokenizerBase, data: DataSection, folder: Path) -> Renderer:
+def build_renderer(
+    tokenizer: PreTrainedTokenizerBase, data: DataSection, folder: Path, now: datetime | None = None
+) -> Renderer:
     """The renderer of a recipe.
 
     Args:
         tokenizer: The base model's.
         data: The recipe's section.
         folder: The recipe's folder, which a template's path is relative to.
+        now: The moment that templates take for the present one; this minute where None.
 
     Raises:
         ModelError: `chat_template` is neither a shipped name nor a readable file.
     """
-    return Renderer(tokenizer, data, _read_template(data.chat_template, folder))
+    return Renderer(tokenizer, data, _read_template(data.chat_template, folder), now)
 
 
 def _read_template(named: str | None, folder: Path) -> str | None:

@@ -33,6 +33,7 @@ from lorafit.data.provenance import Run, runs_of, typed_leaf
 KNOWN_ROLES = frozenset(
     ["system", "developer", "user", "assistant", "tool", "function", "ipython", "model", "environment", "observation"]
 )
+CLOCK = "strftime_now"
 # transformers fills the first two from any of them
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -90,6 +91,21 @@ class ChatTemplate:
         pieces = [node.data for node in tree.find_all(nodes.TemplateData)]
         pieces += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         return "\0".join(pieces)
+
+    def clock_formats(self) -> tuple[str, ...] | None:
+        """The formats in which the template asks for the present moment, in order: none where it asks for none.
+
+        None where it may ask in a format that does not stand in it.
+        """
+        if CLOCK not in self.source:
+            return ()
+        tree = self._environment.parse(self.source)
+        names = [node for node in tree.find_all(nodes.Name) if node.name == CLOCK and node.ctx == "load"]
+        asked = [call for call in tree.find_all(nodes.Call) if call.node in names]
+        tested = [test for test in tree.find_all(nodes.Test) if test.node in names]
+        given = [call.args[0] for call in asked if call.args]
+        formats = [node.value for node in given if isinstance(node, nodes.Const) and isinstance(node.value, str)]
+        return tuple(dict.fromkeys(formats)) if len(formats) + len(tested) == len(names) else None
 
     def render(
         self,

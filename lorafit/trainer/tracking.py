@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import RecipeError
+from lorafit.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,30 @@ def build_accelerator(*, use_cpu: bool, tracking: Sequence[str] = (), folder: Pa
     return Accelerator(
         cpu=use_cpu, mixed_precision="no", log_with=list(tracking) or None, project_dir=str(folder or ".")
     )
+
+
+def check_same_rows(accelerator: Any, digest: str) -> None:
+    """Refuses to train where the processes of a run hold different rows: a file differs between machines, or a template
+    writes the date and it turned while they started.
+
+    Args:
+        accelerator: From `build_accelerator`.
+        digest: Of this process's rows, in hex.
+
+    Raises:
+        DataError: In every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    import torch
+
+    own = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=accelerator.device)
+    if len(set(accelerator.gather(own).tolist())) > 1:
+        raise DataError(
+            f"the {accelerator.num_processes} processes prepared different rows",
+            key="data",
+            todo="give each the same files; where the template writes the date and it just turned, start again",
+        )
 
 
 def part(accelerator: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.tiny_world import make_base, make_recipe
+from tests.integration.tiny_world import make_base, make_recipe, make_rows, write_rows
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "lorafit"
 FLAGS = ["train", "recipe.yaml", "--quiet", "--set", "training.micro_batch_tokens=64"]
@@ -38,6 +39,29 @@ def test_two_ranks_train_the_run_of_one(tmp_path: Path) -> None:
                 assert together[key] == pytest.approx(alone[key], rel=1e-5)
         if "evaluation" in alone:
             assert together["evaluation"] == pytest.approx(alone["evaluation"], rel=1e-5)
+
+
+def test_ranks_with_different_rows_do_not_train(tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        make_base(tmp_path / rank / "base")
+        make_recipe(tmp_path / rank)
+    write_rows(tmp_path / "1" / "train.jsonl", make_rows(24, first=7))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "LORAFIT_CACHE": str(tmp_path / "cache")}
+        environment = {**os.environ, **shared, **own}
+        command = [PROGRAM, *FLAGS, "--output", tmp_path / "run"]
+        pipes: Any = {"stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env=environment, **pipes))
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [4, 4], said
+    assert all("the 2 processes prepared different rows" in text.splitlines()[-1] for text in said)
+    assert not (tmp_path / "run" / "manifest.json").exists()
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

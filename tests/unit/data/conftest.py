@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,19 @@ def listener() -> Listener:
 def prepare_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, listener: Listener) -> Callable[..., Prepared]:
     """`prepare_rows(train="d.jsonl", max_length=64, ...)` with files in tmp_path and a cache of its own."""
 
-    def run(*, using: Any = None, seed: int = 0, retention: list[SourceSection] | None = None, **data: Any) -> Prepared:
+    def run(
+        *,
+        using: Any = None,
+        seed: int = 0,
+        retention: list[SourceSection] | None = None,
+        now: datetime | None = None,
+        **data: Any,
+    ) -> Prepared:
         section = DataSection(**data)
         return prepare(
             section,
             folder=tmp_path,
-            renderer=build_renderer(using or tokenizer, section, tmp_path),
+            renderer=build_renderer(using or tokenizer, section, tmp_path, now),
             encode=tasks.get("causal-lm").encode,
             seed=seed,
             cache_dir=tmp_path / "cache",
