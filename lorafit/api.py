@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -274,14 +273,13 @@ def generate(
         seed: Of the sampling.
         quiet: No progress.
     """
-    from functools import partial
-
     from lorafit import pipeline
 
-    with _session(quiet) as reporter, tempfile.TemporaryDirectory(prefix="lorafit-prompts-") as folder:
-        answer = partial(
-            pipeline.generate,
+    with _session(quiet) as reporter:
+        return pipeline.generate(
             _run(run),
+            prompt=prompts if isinstance(prompts, str) else None,
+            rows=None if isinstance(prompts, str) else prompts,
             compare_base=compare_base,
             checkpoint=str(checkpoint) if checkpoint is not None else None,
             temperature=temperature,
@@ -290,12 +288,6 @@ def generate(
             seed=seed,
             reporter=reporter,
         )
-        if isinstance(prompts, str):
-            return answer(prompt=prompts)
-        rows = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-        file = Path(folder) / "prompts.jsonl"
-        file.write_bytes(_as_lines(rows, "prompts"))
-        return answer(input_file=file)
 
 
 def _recipe(recipe: Recipe) -> Path | Mapping[str, Any]:

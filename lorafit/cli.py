@@ -215,7 +215,8 @@ def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, its recipe, or a model folder.")],
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt.")] = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="A file of prompts: text, one a line, or jsonl rows.")
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="A file of prompts: txt, one a line, or training's rows."),
     ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Answer with the base model too.")] = False,
     checkpoint: Checkpoint = None,

@@ -22,7 +22,8 @@ Message = dict[str, Any]
 class Sample:
     """One row of a source after its format has read it: a chat, or a prompt with its completion, or plain text.
 
-    Exactly one of `messages`, `completion` and `text` is set (`prompt` goes with `completion`).
+    A training row has exactly one of `messages`, `completion` and `text` (`prompt` goes with `completion`). A prompt
+    that a model is to answer has `messages` that wait for an answer, or `prompt` alone.
 
     Attributes:
         file: The file or hub data set as the recipe names it.
@@ -38,6 +39,11 @@ class Sample:
     completion: str | None = None
     text: str | None = None
     must_contain: tuple[str, ...] = ()
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """A prompt as a chat: a text alone is what the user says."""
+        return self.messages if self.messages is not None else ({"role": "user", "content": self.prompt},)
 
 
 @dataclass(frozen=True, slots=True)

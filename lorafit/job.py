@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import LorafitError, raise_all
 from lorafit.kinds.tasks import tasks
-from lorafit.workspace import is_run, open_run, sources_of
+from lorafit.workspace import is_model, open_run, sources_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -211,7 +211,7 @@ def open_speaker(run_or_model: Path, checkpoint: str | None, reporter: Reporter)
     """
     from lorafit.evaluation.speaker import Speaker, chats_of, load_plain_model
 
-    if run_or_model.is_dir() and not is_run(run_or_model) and (run_or_model / "config.json").is_file():
+    if is_model(run_or_model):
         model, tokenizer = load_plain_model(run_or_model)
         return Speaker(model, tokenizer, chats_of(tokenizer, chat_template=None, system_prompt=None))
     opened = open_run(run_or_model)

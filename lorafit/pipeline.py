@@ -26,15 +26,19 @@ from lorafit.workspace import (
     check_unused,
     claimed,
     inputs_of,
+    is_model,
     is_run,
     open_run,
     own_rank,
     resume_command,
+    sources_of,
 )
 
 if TYPE_CHECKING:
+    from lorafit.contracts import Sample
     from lorafit.data.preview import Preview
     from lorafit.plan import RecipeEstimate
+    from lorafit.recipe.schema import SourceSection
     from lorafit.results import Evaluated, Generated, Merged, Trained, Validated
 
 
@@ -282,6 +286,7 @@ def generate(
     *,
     prompt: str | None = None,
     input_file: Path | None = None,
+    rows: Sequence[str | Mapping[str, Any]] | None = None,
     compare_base: bool = False,
     checkpoint: str | None = None,
     temperature: float = 0.0,
@@ -295,7 +300,8 @@ def generate(
     Args:
         run_or_model: A run folder, its recipe, or a model folder such as a merge.
         prompt: One prompt; or
-        input_file: A file of them.
+        input_file: A file of them, in any form that training reads, its columns named as in the run's recipe; or
+        rows: Several, as texts or as rows of training.
         compare_base: Answer with the adapter off too; needs a run.
         checkpoint: `best`, `last` or a step; the saved adapter where None.
         temperature: 0 is greedy.
@@ -304,10 +310,8 @@ def generate(
         seed: Of the sampling.
         reporter: Gets progress and warnings; silent where None.
     """
-    from lorafit.evaluation.speaker import read_prompts
-
     reporter = reporter or Silent()
-    prompts = read_prompts(prompt, input_file)
+    prompts = _read_prompts(run_or_model, prompt, input_file, rows, reporter)
     from lorafit.evaluation.generate import generate_answers
     from lorafit.evaluation.isolation import adapter_off, evaluating
     from lorafit.job import open_speaker
@@ -320,7 +324,7 @@ def generate(
         generate_answers,
         speaker.model,
         speaker.tokenizer,
-        [speaker.prompt_ids(messages) for messages in prompts],
+        [speaker.prompt_ids(each) for each in prompts],
         max_new_tokens=max_new_tokens,
         stop_ids=speaker.stop_ids,
         temperature=temperature,
@@ -333,3 +337,26 @@ def generate(
         with adapter_off(speaker.model) if compare_base else nullcontext():
             base = answer(what="answers, base model") if compare_base else None
     return Generated(prompts, tuned, base)
+
+
+def _read_prompts(
+    run_or_model: Path,
+    prompt: str | None,
+    input_file: Path | None,
+    rows: Sequence[str | Mapping[str, Any]] | None,
+    reporter: Reporter,
+) -> list[Sample]:
+    """The prompts, before anything heavy starts. A run knows by its recipe what its rows call their columns."""
+    from lorafit.data.prompts import column_names, read_prompt, read_prompt_file, read_prompt_rows
+
+    if [prompt, input_file, rows].count(None) != 2:
+        raise UsageError("needs a prompt", key="--prompt", todo="give either --prompt TEXT or --input FILE")
+    if prompt is not None:
+        return read_prompt(prompt)
+    sources: list[SourceSection] = []
+    if not is_model(run_or_model):
+        sources = [source for part in sources_of(open_run(run_or_model).loaded.recipe).values() for source in part]
+    known = column_names(sources)
+    if input_file is not None:
+        return read_prompt_file(input_file, known, reporter)
+    return read_prompt_rows(rows or [], known)

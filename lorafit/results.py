@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import Message, Printed
+from lorafit.contracts import Printed
 from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafit.contracts import Sample
     from lorafit.evaluation.evaluation import Evaluation
     from lorafit.evaluation.generate import Answer
     from lorafit.evaluation.parity import Parity
@@ -186,7 +187,7 @@ class Merged(Printed):
 class Generated(Printed):
     """Answers to prompts, with the base model's beside them where asked."""
 
-    prompts: Sequence[Sequence[Message]]
+    prompts: Sequence[Sample]
     answers: Sequence[Answer]
     base_answers: Sequence[Answer] | None
 
@@ -199,25 +200,25 @@ class Generated(Printed):
         """An entry a prompt, in order."""
         rows = []
         for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
-            row: dict[str, Any] = {
-                "messages": list(prompt),
-                "answer": answer.text,
-                "tokens": answer.tokens,
-                "ended": answer.ended,
-            }
+            row: dict[str, Any] = {"file": prompt.file, "line": prompt.line} if prompt.line else {}
+            row["messages"] = list(prompt.turns)
+            if prompt.tools:
+                row["tools"] = list(prompt.tools)
+            row |= {"answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
             if self.base_answers is not None:
                 row["base_answer"] = self.base_answers[number].text
             rows.append(row)
         return {"answers": rows}
 
     def render(self, console: Console) -> None:
-        """The answers; prompts are repeated only where there are several, or two models."""
-        is_plain = len(self.prompts) == 1 and self.base_answers is None
+        """The answers, each behind its prompt; that of a command line is repeated only where two models answer."""
+        is_plain = len(self.prompts) == 1 and not self.prompts[0].line and self.base_answers is None
         for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
             if is_plain:
                 console.print(answer.text, markup=False)
                 continue
-            console.print(f"{'' if number == 0 else chr(10)}> {prompt[-1]['content']}", style="bold", markup=False)
+            asked = prompt.turns[-1]["content"]
+            console.print(f"{'' if number == 0 else chr(10)}> {asked}", style="bold", markup=False)
             if self.base_answers is not None:
                 console.print(f"base:  {self.base_answers[number].text}", markup=False)
                 console.print(f"tuned: {answer.text}", style="green", markup=False)

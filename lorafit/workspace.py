@@ -96,6 +96,11 @@ def is_run(path: Path) -> bool:
     return RunDir(path).manifest.is_file() and RunDir(path).recipe.is_file()
 
 
+def is_model(path: Path) -> bool:
+    """Whether a folder holds a whole model, such as a merge, and is no run folder."""
+    return path.is_dir() and not is_run(path) and (path / "config.json").is_file()
+
+
 def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
     """A run from its folder, from the folder of its adapter or of a checkpoint, or from the recipe that made it.
 

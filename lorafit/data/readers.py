@@ -25,13 +25,16 @@ TEXT_STRETCH_CHARACTERS = 4 << 20
 _BLANKS = " \t\r\n"
 
 
-def read_file(path: Path, columns: Sequence[str], is_row: Callable[[RawRow], bool]) -> RawRows:
+def read_file(
+    path: Path, columns: Sequence[str], is_row: Callable[[RawRow], bool], *, prompts: bool = False
+) -> RawRows:
     """The rows of a local file, by its suffix.
 
     Args:
         path: The file, checked by `check_file`.
         columns: Source columns that the recipe maps; numbers mean that a table has no header.
         is_row: Whether an object looks like a row of a known format (a json file may hold one row, or wrap a list).
+        prompts: Whether a line of text is a prompt, rather than the file one text to train on.
     """
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
@@ -40,7 +43,9 @@ def read_file(path: Path, columns: Sequence[str], is_row: Callable[[RawRow], boo
         return read_json_file(path, is_row)
     if suffix in (".csv", ".tsv"):
         return read_table(path, columns)
-    return read_parquet(path) if suffix == ".parquet" else read_txt(path)
+    if suffix == ".parquet":
+        return read_parquet(path)
+    return read_prompt_lines(path) if prompts else read_txt(path)
 
 
 def read_jsonl(path: Path) -> RawRows:
@@ -316,3 +321,12 @@ def read_txt(path: Path) -> RawRows:
             lines, first, size = [], number + 1, 0
     if "".join(lines).strip():
         yield first, {"text": "".join(lines).removesuffix("\n")}
+
+
+def read_prompt_lines(path: Path) -> RawRows:
+    """Every line that is not blank as `{"prompt": line}`."""
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            yield number, line
+        elif line.strip():
+            yield number, {"prompt": line.removesuffix("\n").removesuffix("\r")}

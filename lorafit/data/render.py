@@ -183,10 +183,12 @@ class ChatRenderer:
         """Token ids of a chat with the generation prompt behind it: what a model is given to answer.
 
         Raises:
-            RenderError: If the template refuses the chat.
+            RenderError: If the template refuses the chat, or drops a field.
         """
         chat = self._prepare(messages)
-        _, whole, _ = self._trace(chat, tools, self._source(tools), add_generation_prompt=True)
+        render, whole, chat = self._trace(chat, tools, self._source(tools), add_generation_prompt=True)
+        dropped = find_dropped(whole, lambda message: _attempt_cut(render, chat, message), self._control)
+        self._judge_dropped(dropped, chat)
         typed, unsure = self._typed_stretches(whole)
         return self.encoder.encode(whole.text, typed, unsure)[0]
 

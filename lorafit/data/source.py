@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit.data.files import SUFFIXES, Fingerprint, check_file, take_fingerprint
 from lorafit.data.hub import HubRows, is_hub_id
@@ -20,7 +20,7 @@ from lorafit.data.ledger import Ledger
 from lorafit.data.readers import RawRow, RawRows, read_file
 from lorafit.errors import DataError, LorafitError, RecipeError, raise_all
 from lorafit.kinds.fields import listed, missing_field
-from lorafit.kinds.formats import Format, formats
+from lorafit.kinds.formats import Format, formats, required_fields
 from lorafit.registry import nearest
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Source:
     Args:
         section: The source as the recipe has it.
         folder: The recipe's folder.
+        prompts: Whether its rows are prompts: what the model is to write may be missing, and is left out. A prompt's
+            source is a local file.
 
     Attributes:
         name: The file or id as the recipe names it.
@@ -48,17 +50,16 @@ class Source:
         RecipeError: `columns` names a field that no format has.
     """
 
-    def __init__(self, section: SourceSection, folder: Path) -> None:
-        self.section, self.name = section, section.path
+    def __init__(self, section: SourceSection, folder: Path, *, prompts: bool = False) -> None:
+        self.section, self.name, self._prompts = section, section.path, prompts
         self.unread: Counter[str] = Counter()
-        self._path, self._hub = _locate(section, folder)
+        self._path, self._hub = _locate(section, folder, local=prompts)
         self._fingerprint: Fingerprint | None = None
         self._check_columns()
         self.format = section.format if section.format != "auto" else self._find_format()
         self._reader = formats.get(self.format)
-        self._required = {
-            self.section.columns.get(field, field) for field, needed in self._reader.fields.items() if needed
-        }
+        required = required_fields(self._reader, prompts=prompts)
+        self._required = {self.section.columns.get(field, field) for field in required}
 
     def read(self) -> Iterator[tuple[int, Sample | DataError]]:
         """Every row, up to the source's `limit`, as a sample or as the error that says why it is none.
@@ -120,7 +121,8 @@ class Source:
     def _file_rows(self) -> RawRows:
         assert self._path is not None
         try:
-            yield from read_file(self._path, list(self.section.columns.values()), self._is_row)
+            columns = list(self.section.columns.values())
+            yield from read_file(self._path, columns, self._is_row, prompts=self._prompts)
         except LorafitError as error:
             raise error.at(file=self.name) from None
         except OSError as error:
@@ -128,7 +130,7 @@ class Source:
             raise DataError(what, file=self.name) from None
 
     def _is_row(self, row: RawRow) -> bool:
-        return _format_of(_rename(row, self.section.columns)) is not None
+        return find_format(rename(row, self.section.columns), prompts=self._prompts) is not None
 
     def _read_row(self, line: int, row: RawRow | DataError) -> Sample | DataError:
         if isinstance(row, DataError):
@@ -136,10 +138,11 @@ class Source:
             return row
         try:
             self._check_mapped(row)
-            mapped = _rename(row, self.section.columns)
+            mapped = rename(row, self.section.columns)
             for column in mapped.keys() - self._reader.fields.keys():
                 self.unread[column] += 1
-            return self._reader.read(mapped, self.name, line)
+            read = self._reader.read_prompt if self._prompts else self._reader.read
+            return read(mapped, self.name, line)
         except DataError as error:
             error.at(file=self.name, line=line)
             return error
@@ -171,8 +174,8 @@ class Source:
                 row.at(file=self.name, line=line)
                 errors.append(row)
                 continue
-            mapped = _rename(row, self.section.columns)
-            name = _format_of(mapped)
+            mapped = rename(row, self.section.columns)
+            name = find_format(mapped, prompts=self._prompts)
             if name is not None:
                 found.setdefault(name, line)
             elif strange is None:
@@ -186,27 +189,44 @@ class Source:
         if strange is not None:
             raise self._unknown_format(*strange)
         raise_all(errors[:5], file=self.name)
-        raise DataError("no rows", file=self.name)
+        raise DataError("no prompts" if self._prompts else "no rows", file=self.name)
 
-    def _unknown_format(self, line: int, row: RawRow) -> DataError:
+    def _unknown_format(self, line: int, row: RawRow) -> LorafitError:
         for _, kind in sorted(formats.items(), key=lambda item: item[1].priority):
-            missing = [field for field, needed in kind.fields.items() if needed and field not in row]
-            if all(nearest(field, row, count=1) for field in missing) or not row:
-                error = missing_field(missing[0], row)
-                error.at(file=self.name, line=line)
-                return error
+            missing = sorted(required_fields(kind, prompts=self._prompts) - row.keys())
+            if not row or (missing and all(nearest(field, row, count=1) for field in missing)):
+                return missing_field(missing[0], row).at(file=self.name, line=line)
+        if self._prompts:
+            return no_prompt(row).at(file=self.name, line=line)
         todo = "map them, e.g. columns: {prompt: THEIRS, completion: THEIRS}, or {text: THEIRS}"
         if Path(self.name).suffix.lower() in (".csv", ".tsv"):
             todo += "; numbers where there is no header: {text: '1'}"
         return DataError(f"no known format has the columns {listed(row)}", file=self.name, line=line, todo=todo)
 
 
-def _format_of(row: RawRow) -> str | None:
+def find_format(row: Mapping[str, Any], *, prompts: bool = False) -> str | None:
+    """The format that a row looks like; None for no known one.
+
+    Args:
+        row: Its columns, named as the formats name them.
+        prompts: Whether it is a prompt: one that is a whole training row besides is read as that.
+    """
     kinds: list[tuple[str, Format]] = sorted(formats.items(), key=lambda item: item[1].priority)
-    return next((name for name, kind in kinds if kind.matches(row)), None)
+    if not prompts:
+        return next((name for name, kind in kinds if kind.matches(row)), None)
+    asked = {name: required_fields(kind, prompts=True) for name, kind in kinds}
+    asking = [(name, kind) for name, kind in kinds if asked[name] and asked[name] <= row.keys()]
+    return next((name for name, kind in asking if kind.matches(row)), asking[0][0] if asking else None)
 
 
-def _rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
+def no_prompt(row: RawRow) -> LorafitError:
+    """The error for a row that no format takes for a prompt."""
+    asking = {field for _, kind in formats.items() for field in required_fields(kind, prompts=True)}
+    todo = f"call the one that asks {' or '.join(sorted(asking))}"
+    return DataError(f"no prompt among the columns {listed(row)}", todo=todo)
+
+
+def rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     """The row with our names for the mapped columns; a name of ours that was taken gives way."""
     if not columns:
         return row
@@ -215,12 +235,12 @@ def _rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     return renamed
 
 
-def _locate(section: SourceSection, folder: Path) -> tuple[Path | None, HubRows | None]:
-    """The local file of a source, checked, or the hub data set that its name stands for."""
+def _locate(section: SourceSection, folder: Path, *, local: bool) -> tuple[Path | None, HubRows | None]:
+    """The local file of a source, checked, or (unless it must be `local`) the hub data set that its name stands for."""
     path = folder / Path(section.path).expanduser()
     looks_local = section.path.lower().endswith((*SUFFIXES, ".py")) or not is_hub_id(section.path)
     is_in_folder = "/" in section.path and (folder / section.path.split("/")[0]).is_dir()
-    if looks_local or is_in_folder or os.path.lexists(path):
+    if local or looks_local or is_in_folder or os.path.lexists(path):
         check_file(path, section.path)
         return path, None
     hub = HubRows(section.path, subset=section.subset, split=section.split, revision=section.revision)

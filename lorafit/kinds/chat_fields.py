@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from lorafit.contracts import Message
+from lorafit.contracts import Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.fields import Row, describe, listed, read_json, read_json_list, wrong_type
 from lorafit.registry import nearest
@@ -148,3 +149,25 @@ def assistant_turn(content: str) -> Message:
 def with_system(system: str, turns: list[Message]) -> tuple[Message, ...]:
     """The turns behind a system message, if there is one."""
     return ({"role": "system", "content": system}, *turns) if system else tuple(turns)
+
+
+def without_answer(sample: Sample, key: str) -> Sample:
+    """The prompt of a chat: all of it where it waits for an answer, else what stands before its last trained answer.
+
+    A chat that ends in an assistant turn, none of which is trained, is cut before its last turn.
+
+    Args:
+        sample: The chat.
+        key: The field it was read from, for the message.
+
+    Raises:
+        DataError: Nothing is asked.
+    """
+    turns = sample.messages or ()
+    if turns and turns[-1]["role"] == "assistant":
+        answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+        trained = [place for place in answers if turns[place].get("weight", 1) != 0]
+        turns = turns[: (trained or answers)[-1]]
+    if all(turn["role"] in ("system", "developer") for turn in turns):
+        raise DataError("holds no turn to answer", key=key, todo="a prompt ends with a turn of the user or a tool")
+    return replace(sample, messages=turns)

@@ -12,21 +12,34 @@ if TYPE_CHECKING:
 
 
 class Format(Protocol):
-    """One way to write a training row.
+    """One way to write a training row, and the prompt of such a row.
 
     Attributes:
         priority: Which format is asked first when the rows decide (lower first).
         fields: The field names it reads, `{name: required}`.
+        answer: The required field that a prompt may lack, since the model is to write it; None where the answer is part
+            of a field that asks (the last turn of a chat).
     """
 
     priority: int
     fields: Mapping[str, bool]
+    answer: str | None
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Whether a row looks like this format (its required fields are there)."""
 
     def read(self, row: Mapping[str, Any], file: str, line: int) -> Sample:
         """The row as a Sample. Raises DataError naming field, expected type and what was found."""
+
+    def read_prompt(self, row: Mapping[str, Any], file: str, line: int) -> Sample:
+        """What stands before the row's last trained answer; the answer itself may be missing. Raises as `read`."""
+
+
+def required_fields(kind: Format, *, prompts: bool = False) -> frozenset[str]:
+    """Fields that a row of a format must have; of a prompt, those that ask. Empty where a format has no prompts."""
+    return frozenset(
+        field for field, needed in kind.fields.items() if needed and not (prompts and field == kind.answer)
+    )
 
 
 formats: Registry[Format] = Registry("format", "lorafit.kinds.formats")

@@ -30,6 +30,7 @@ class Alpaca:
         "history": False,
         "must_contain": False,
     }
+    answer: str | None = "output"
 
     def matches(self, row: Row) -> bool:
         """Whether the row has an instruction and an output."""
@@ -37,11 +38,18 @@ class Alpaca:
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """A chat of the history and one more turn each."""
-        instruction, addition = read_filled_string(row, "instruction"), read_optional_string(row, "input")
-        asked = f"{instruction}\n\n{addition}" if addition.strip() else instruction
-        turns = [*_read_history(row), user_turn(asked), assistant_turn(read_filled_string(row, "output"))]
-        messages = with_system(read_optional_string(row, "system"), turns)
+        messages = (*_read_asked(row), assistant_turn(read_filled_string(row, "output")))
         return Sample(file, line, messages=messages, must_contain=read_must_contain(row))
+
+    def read_prompt(self, row: Row, file: str, line: int) -> Sample:
+        """The same chat up to the user's last turn."""
+        return Sample(file, line, messages=_read_asked(row), must_contain=read_must_contain(row))
+
+
+def _read_asked(row: Row) -> tuple[Message, ...]:
+    instruction, addition = read_filled_string(row, "instruction"), read_optional_string(row, "input")
+    asked = f"{instruction}\n\n{addition}" if addition.strip() else instruction
+    return with_system(read_optional_string(row, "system"), [*_read_history(row), user_turn(asked)])
 
 
 def _read_history(row: Row) -> list[Message]:

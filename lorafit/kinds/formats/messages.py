@@ -7,7 +7,15 @@ from typing import Any
 
 from lorafit.contracts import Message, Sample
 from lorafit.errors import DataError
-from lorafit.kinds.chat_fields import check_role, read_call, read_content, read_entries, read_tools, read_weight
+from lorafit.kinds.chat_fields import (
+    check_role,
+    read_call,
+    read_content,
+    read_entries,
+    read_tools,
+    read_weight,
+    without_answer,
+)
 from lorafit.kinds.fields import Row, listed, missing_field, read_must_contain, wrong_type
 from lorafit.kinds.formats import formats
 
@@ -18,6 +26,7 @@ class Messages:
 
     priority = 10
     fields: Mapping[str, bool] = {"messages": True, "tools": False, "must_contain": False}
+    answer: str | None = None
 
     def matches(self, row: Row) -> bool:
         """Whether the row has messages."""
@@ -30,6 +39,10 @@ class Messages:
         entries = read_entries(row, "messages")
         turns = tuple(_read_turn(entry, f"messages[{number}]") for number, entry in enumerate(entries))
         return Sample(file, line, messages=turns, tools=read_tools(row), must_contain=read_must_contain(row))
+
+    def read_prompt(self, row: Row, file: str, line: int) -> Sample:
+        """The chat up to the answer that is to be written."""
+        return without_answer(self.read(row, file, line), "messages")
 
 
 def _read_turn(entry: dict[str, Any], place: str) -> Message:

@@ -15,6 +15,7 @@ class PromptCompletion:
 
     priority = 50
     fields: Mapping[str, bool] = {"prompt": True, "completion": True, "must_contain": False}
+    answer: str | None = "completion"
 
     def matches(self, row: Row) -> bool:
         """Whether the row has a prompt and a completion."""
@@ -24,3 +25,7 @@ class PromptCompletion:
         """Both strings as they are; the prompt may be empty."""
         prompt, completion = read_string(row, "prompt"), read_filled_string(row, "completion")
         return Sample(file, line, prompt=prompt, completion=completion, must_contain=read_must_contain(row))
+
+    def read_prompt(self, row: Row, file: str, line: int) -> Sample:
+        """The prompt as it is."""
+        return Sample(file, line, prompt=read_filled_string(row, "prompt"), must_contain=read_must_contain(row))

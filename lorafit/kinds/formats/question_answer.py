@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorafit.contracts import Sample
+from lorafit.contracts import Message, Sample
 from lorafit.kinds.chat_fields import assistant_turn, user_turn, with_system
 from lorafit.kinds.fields import Row, read_filled_string, read_must_contain, read_optional_string
 from lorafit.kinds.formats import formats
@@ -16,6 +16,7 @@ class QuestionAnswer:
 
     priority = 40
     fields: Mapping[str, bool] = {"question": True, "answer": True, "system": False, "must_contain": False}
+    answer: str | None = "answer"
 
     def matches(self, row: Row) -> bool:
         """Whether the row has a question and an answer."""
@@ -23,6 +24,13 @@ class QuestionAnswer:
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """A chat of two turns, behind the system message if there is one."""
-        turns = [user_turn(read_filled_string(row, "question")), assistant_turn(read_filled_string(row, "answer"))]
-        messages = with_system(read_optional_string(row, "system"), turns)
+        messages = (*_read_asked(row), assistant_turn(read_filled_string(row, "answer")))
         return Sample(file, line, messages=messages, must_contain=read_must_contain(row))
+
+    def read_prompt(self, row: Row, file: str, line: int) -> Sample:
+        """The question, behind the system message if there is one."""
+        return Sample(file, line, messages=_read_asked(row), must_contain=read_must_contain(row))
+
+
+def _read_asked(row: Row) -> tuple[Message, ...]:
+    return with_system(read_optional_string(row, "system"), [user_turn(read_filled_string(row, "question"))])

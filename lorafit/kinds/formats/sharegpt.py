@@ -7,7 +7,7 @@ from typing import Any
 
 from lorafit.contracts import Message, Sample
 from lorafit.errors import DataError
-from lorafit.kinds.chat_fields import read_call, read_entries, read_tools, read_weight, with_system
+from lorafit.kinds.chat_fields import read_call, read_entries, read_tools, read_weight, with_system, without_answer
 from lorafit.kinds.fields import (
     Row,
     listed,
@@ -35,6 +35,7 @@ class ShareGpt:
 
     priority = 20
     fields: Mapping[str, bool] = {"conversations": True, "system": False, "tools": False, "must_contain": False}
+    answer: str | None = None
 
     def matches(self, row: Row) -> bool:
         """Whether the row has conversations."""
@@ -51,6 +52,10 @@ class ShareGpt:
             raise DataError("stands in the row and in its first turn", key="system", todo="keep one of them")
         messages = with_system(system, turns)
         return Sample(file, line, messages=messages, tools=read_tools(row), must_contain=read_must_contain(row))
+
+    def read_prompt(self, row: Row, file: str, line: int) -> Sample:
+        """The chat up to the answer that is to be written."""
+        return without_answer(self.read(row, file, line), "conversations")
 
 
 def _read_turn(entry: dict[str, Any], place: str) -> Message:

@@ -1,0 +1,121 @@
+"""Prompts that a model is to answer, read as training reads its rows: the same files, formats and columns.
+
+    --prompt TEXT ───────────────────────┐
+    --input FILE ──> Source(prompts) ────┼──> Sample without its answer ──> the renderer that trained
+    a program's rows ──> their formats ──┘
+
+Of a row that holds its answer, the prompt is what stands before it. What cannot be understood is refused with file and
+line, never passed on as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Sample
+from lorafit.data.source import SampleSet, Source, find_format, no_prompt, rename
+from lorafit.errors import DataError, LorafitError, UsageError, raise_all
+from lorafit.kinds.formats import formats
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+    from lorafit.recipe.schema import SourceSection
+
+COMMAND_LINE = "--prompt"
+
+Columns = Mapping[str, str]
+"""`{ours: theirs}`: which of a source's columns holds a field of its format."""
+
+
+def column_names(sources: Sequence[SourceSection]) -> list[Columns]:
+    """The ways in which columns of prompts may be called, in the order in which they are tried.
+
+    What a recipe maps comes first, then the formats' own names; last, tables without a header, of which any line is a
+    row.
+    """
+    mapped: list[Columns] = []
+    for source in sources:
+        if source.columns and source.columns not in mapped:
+            mapped.append(source.columns)
+    numbered = [columns for columns in mapped if all(name.isdecimal() for name in columns.values())]
+    return [*(columns for columns in mapped if columns not in numbered), {}, *numbered]
+
+
+def read_prompt(text: str) -> list[Sample]:
+    """The prompt of a command line.
+
+    Raises:
+        UsageError: It is blank.
+    """
+    if not text.strip():
+        raise UsageError("the prompt is empty", key=COMMAND_LINE, todo="give it a text")
+    return [Sample(COMMAND_LINE, 0, prompt=text)]
+
+
+def read_prompt_file(file: Path, known: Sequence[Columns], reporter: Reporter) -> list[Sample]:
+    """The prompts of a file: each line of a txt file, each row of any other that training reads.
+
+    Args:
+        file: The file, relative to the working folder.
+        known: From `column_names`; the first that the file's columns go by is used.
+        reporter: Gets warnings about columns.
+
+    Raises:
+        DataError: The file is missing or no data, or a row has no prompt; several as `Problems`.
+    """
+    from lorafit.recipe.schema import BadRowsSection
+
+    return list(SampleSet([_open(file, known)], BadRowsSection(), reporter))
+
+
+def _open(file: Path, known: Sequence[Columns]) -> Source:
+    from lorafit.recipe.schema import SourceSection
+
+    refused: LorafitError | None = None
+    for columns in known:
+        section = SourceSection.model_construct(path=str(file), columns=dict(columns))
+        try:
+            return Source(section, Path(), prompts=True)
+        except LorafitError as error:
+            refused = error if refused is None or not columns else refused
+    assert refused is not None, "column_names gives at least the formats' own"
+    raise refused
+
+
+def read_prompt_rows(rows: Sequence[str | Mapping[str, Any]], known: Sequence[Columns]) -> list[Sample]:
+    """The prompts of a program: texts, or rows as training has them, each in its own format.
+
+    Args:
+        rows: The prompts.
+        known: From `column_names`.
+
+    Raises:
+        DataError: There are none, or one has no prompt; several as `Problems`.
+    """
+    found: list[Sample] = []
+    errors: list[LorafitError] = []
+    for number, row in enumerate(rows):
+        place = f"prompts[{number}]"
+        try:
+            found.append(_read_row(row, known, place))
+        except DataError as error:
+            errors.append(error.at(file=place))
+    raise_all(errors[:5], file="prompts")
+    if not found:
+        raise DataError("there are none", key="prompts", todo="give at least one")
+    return found
+
+
+def _read_row(row: str | Mapping[str, Any], known: Sequence[Columns], place: str) -> Sample:
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, Mapping):
+        raise DataError(f"expected a text or a dict, found {type(row).__name__}")
+    for columns in known:
+        renamed = rename(dict(row), columns)
+        name = find_format(renamed, prompts=True)
+        if name is not None:
+            return formats.get(name).read_prompt(renamed, place, 0)
+    raise no_prompt(dict(row))
