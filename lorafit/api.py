@@ -314,7 +314,7 @@ def _flags(overrides: Overrides) -> list[str]:
 
 def _row_flags(splits: Mapping[str, Rows | None]) -> list[str]:
     """Flags that lead a recipe's splits to files of these rows, which lie in the cache by their content."""
-    from lorafit.model.base import cache_folder
+    from lorafit.cache import cache_folder, own_folder
     from lorafit.rundir import atomic_file
 
     flags = []
@@ -322,7 +322,7 @@ def _row_flags(splits: Mapping[str, Rows | None]) -> list[str]:
         if rows is None:
             continue
         content = _as_lines(rows, key)
-        file = cache_folder() / "rows" / f"{hashlib.sha256(content).hexdigest()}.jsonl"
+        file = own_folder(cache_folder() / "rows") / f"{hashlib.sha256(content).hexdigest()}.jsonl"
         if not file.is_file():
             with atomic_file(file) as temporary:
                 temporary.write_bytes(content)

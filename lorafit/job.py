@@ -93,13 +93,15 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
     """
     recipe = loaded.recipe
     _look_for_rows(loaded)
+    from lorafit.cache import cache_folder
     from lorafit.data.examples import build_renderer, prepare
     from lorafit.devices import read_device
-    from lorafit.model.base import cache_folder, resolve_base
+    from lorafit.model.base import resolve_base
     from lorafit.model.class_shape import find_shape
     from lorafit.model.load import load_tokenizer
 
     base = resolve_base(recipe.model, loaded.folder, reporter)
+    shape = find_shape(base.config)
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
     rows = prepare(
@@ -112,7 +114,7 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
         reporter=reporter,
         retention=recipe.evaluation.retention,
     )
-    return Job(loaded, base, find_shape(base.config), tokenizer, renderer, rows, read_device())
+    return Job(loaded, base, shape, tokenizer, renderer, rows, read_device())
 
 
 def _look_for_rows(loaded: LoadedRecipe) -> None:
@@ -212,7 +214,7 @@ def open_speaker(run_or_model: Path, checkpoint: str | None, reporter: Reporter)
     from lorafit.evaluation.speaker import Speaker, chats_of, load_plain_model
 
     if is_model(run_or_model):
-        model, tokenizer = load_plain_model(run_or_model)
+        model, tokenizer = load_plain_model(run_or_model, reporter)
         return Speaker(model, tokenizer, chats_of(tokenizer, chat_template=None, system_prompt=None))
     opened = open_run(run_or_model)
     adapter, _ = opened.adapter(checkpoint)

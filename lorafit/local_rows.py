@@ -30,7 +30,8 @@ _REASON_CHARACTERS = 160
 
 def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
     """The lengths of the training rows; or, in words, why there are none."""
-    from lorafit.model.base import cache_folder, find_local_base, is_gguf
+    from lorafit.cache import cache_folder
+    from lorafit.model.base import find_local_base, is_gguf
 
     sources = [source.path for part in sources_of(loaded.recipe).values() for source in part]
     absent = next((path for path in sources if not _local(loaded, path).is_file()), None)
@@ -54,8 +55,8 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
 
 
 def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter) -> RowLengths:
+    from lorafit.cache import cache_folder
     from lorafit.data.examples import build_renderer, prepare
-    from lorafit.model.base import cache_folder
     from lorafit.model.load import load_tokenizer
 
     recipe = loaded.recipe

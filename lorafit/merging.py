@@ -5,12 +5,14 @@ Nothing of transformers or PEFT is imported before the weights are written, so t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from lorafit.cache import cache_folder
 from lorafit.errors import ModelError
 from lorafit.model.adapter import read_adapter
-from lorafit.model.base import Base, cache_folder, fingerprint, load_config, resolve_base
+from lorafit.model.base import Base, fingerprint, open_folder, resolve_base
 from lorafit.model.merge import merge_adapter
 from lorafit.model.weights import read_index
 from lorafit.results import Merged
@@ -58,7 +60,7 @@ class _Comparison:
         examples = job.rows.test or job.rows.validation or job.rows.train
         chosen = [examples[row] for row in range(min(PROMPTS_COMPARED, len(examples)))]
         adapted = load_adapted(job, self._adapter, self._opened.resolved(), self._reporter)
-        merged, _ = load_plain_model(merged_folder)
+        merged, _ = load_plain_model(merged_folder, self._reporter)
         self.parity = compare_merge(
             adapted,
             merged,
@@ -119,8 +121,8 @@ def _local_base(name: str, adapter: Path) -> Base:
     candidates = [cache_folder() / "bases" / name, Path(name), adapter / name] if name else []
     for folder in candidates:
         if (folder / "config.json").is_file():
-            config = load_config(folder)
-            return Base(folder, name, config, fingerprint(folder, config))
+            found = open_folder(folder)
+            return replace(found, name=name, digest=fingerprint(folder, found.config))
     raise ModelError(
         f"its base '{name}' is not on this disk",
         file=str(adapter),

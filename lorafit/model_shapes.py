@@ -181,11 +181,22 @@ class _Config:
             raise ModelError(
                 "is missing", file="config.json", key=key, todo=f"a {self.type} model's config.json needs it"
             )
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ModelError(
                 f"{value!r} is not a positive whole number", file="config.json", key=key, todo="repair the file"
             )
         return value
+
+    def share(self, key: str) -> float:
+        """A share from 0 to 1, e.g. of a dropout; 0 where it is not set.
+
+        Raises:
+            ModelError: It is something else.
+        """
+        value = self.get(key, 0.0)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise ModelError(f"{value!r} is no share from 0 to 1", file="config.json", key=key, todo="repair the file")
+        return float(value)
 
     def flag(self, flag: Flag) -> bool:
         """A fixed answer, or what the config's key says."""
@@ -235,6 +246,13 @@ def _head_counts(facts: _Config, hidden: int, family: _Family) -> tuple[int, int
     kv_heads = facts.size("num_key_value_heads", heads)
     if facts.type in ("gpt_bigcode", "falcon") and not facts.get("new_decoder_architecture"):
         kv_heads = 1 if facts.get("multi_query") else heads
+    if heads % kv_heads:
+        raise ModelError(
+            f"{heads} heads cannot share {kv_heads} key and value heads",
+            file="config.json",
+            key="num_key_value_heads",
+            todo="repair the file",
+        )
     return heads, kv_heads, head_dim
 
 
@@ -281,8 +299,8 @@ def _decoder(facts: _Config, family: _Family) -> ModelShape:
         qk_norm=bool(family.qk_norm) and facts.flag(family.qk_norm_if),
         activation=str(facts.get("hidden_act", family.activation)),
         parallel=facts.flag(family.parallel),
-        hidden_dropout=float(facts.get("hidden_dropout", 0.0)),
-        attention_dropout=float(facts.get("attention_dropout", 0.0)),
+        hidden_dropout=facts.share("hidden_dropout"),
+        attention_dropout=facts.share("attention_dropout"),
         softcap=family.softcap and facts.get("attn_logit_softcapping", 50.0) is not None,
         plain_norm=not facts.type.startswith("gemma"),
         quantizable=facts.type != "falcon",

@@ -18,13 +18,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorafit.errors import CheckpointError, LorafitError, ResourceError, UsageError
+from lorafit.strict_json import JsonError, read_json_file
 
+FORMAT = 1
+"""Of the files of a run and of every MANIFEST; a file that names another one was written by another lorafit."""
 MANIFEST = "MANIFEST"
 TEMPORARY_PREFIX = ".tmp-"
 _STEP = re.compile(r"^step-(\d{6,})$")
@@ -131,14 +134,39 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file of a run folder.
 
     Raises:
-        CheckpointError: It is missing or no JSON.
+        CheckpointError: It is missing, no JSON that can be relied on, or of another format.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_file(path)
     except FileNotFoundError as error:
         raise CheckpointError("is missing", file=str(path), todo="is this folder a whole run?") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read ({type(error).__name__})", file=str(path), todo="restore it") from error
+    except JsonError as error:
+        raise CheckpointError(error.what, file=str(path), todo="restore it") from error
+    check_format(value, path)
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The same for a file that holds an object.
+
+    Raises:
+        CheckpointError: As there, or it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError("holds no JSON object", file=str(path), todo="restore it")
+    return value
+
+
+def check_format(value: Any, path: Path) -> None:
+    """Raises CheckpointError where a file says that it was written in another format than this lorafit's."""
+    for key in ("format", "version") if isinstance(value, dict) else ():
+        if value.get(key, FORMAT) != FORMAT:
+            raise CheckpointError(
+                f"is of {key} {value[key]!r}, this lorafit reads {key} {FORMAT}",
+                file=str(path),
+                todo="use the lorafit that wrote it",
+            )
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -162,7 +190,7 @@ def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] 
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
-        temporary.mkdir()
+        temporary.mkdir(mode=0o755)  # not the umask's: what others may write into, the cache would not trust
         try:
             yield temporary
             entries = {}
@@ -173,7 +201,9 @@ def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] 
                 known = (digests or {}).get(name)
                 entries[name] = {"bytes": file.stat().st_size, "sha256": known or hash_file(file)}
             manifest = temporary / MANIFEST
-            manifest.write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            manifest.write_text(
+                json.dumps({"format": FORMAT, "files": entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+            )
             for folder in [manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                 _sync(folder)
             if path.exists() and not replace:
@@ -192,23 +222,39 @@ def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] 
             raise
 
 
-def check_manifest(folder: Path, *, hashes: bool = True) -> str | None:
-    """Why the folder is not whole, or None where every file has the size and hash of its MANIFEST."""
+def check_manifest(folder: Path, *, hashes: bool = True, hash_of: Callable[[Path], str] = hash_file) -> str | None:
+    """Why the folder is not whole, or None where every file has the size and hash of its MANIFEST.
+
+    Args:
+        folder: What was made by `atomic_dir`.
+        hashes: Whether the files are read; else their sizes alone are compared.
+        hash_of: Gives a file's SHA-256.
+    """
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, entry in entries.items():
+        for name, entry in read_object(folder / MANIFEST)["files"].items():
             file = folder / name
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                return f"{MANIFEST} names a file outside of its folder"
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, its size should be {entry['bytes']}"
-            if hashes and hash_file(file) != entry["sha256"]:
+            if hashes and hash_of(file) != entry["sha256"]:
                 return f"{name} does not match its checksum"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except CheckpointError as error:
+        return f"{MANIFEST} {error.what}"
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+def require_manifest(folder: Path, *, hash_of: Callable[[Path], str] = hash_file) -> None:
+    """Raises CheckpointError where a folder is not what its MANIFEST says, or that has an unknown format."""
+    reason = check_manifest(folder, hash_of=hash_of)
+    if reason is not None:
+        raise CheckpointError(
+            f"is not what its {MANIFEST} says: {reason}", file=str(folder), todo="restore it from a copy"
+        )
 
 
 @dataclass(frozen=True)
@@ -291,12 +337,12 @@ class RunDir:
         """Step of the best checkpoint; None where no metric selects one."""
         if not self.best.is_file():
             return None
-        try:
-            return int(json.loads(self.best.read_text(encoding="utf-8"))["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        step = read_object(self.best).get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise CheckpointError(
-                "cannot be read", file=str(self.best), todo="name a step with --checkpoint"
-            ) from error
+                f"{step!r} is no step", file=str(self.best), key="step", todo="name a step with --checkpoint"
+            )
+        return step
 
     def find_checkpoint(self, which: str) -> Path:
         """The checkpoint folder for `best`, `last` or a step's number, checked against its MANIFEST.

@@ -111,7 +111,7 @@ class Training:
 
     def _measure_speed(self, fit: FitResult, accelerator: Any) -> Speed | None:
         """The run's figures against what the machine can do."""
-        from lorafit.model.base import cache_folder
+        from lorafit.cache import cache_folder
         from lorafit.plan.flops import count_flops
         from lorafit.trainer.speed import measure_speed
 
@@ -169,10 +169,10 @@ class Training:
         self, objective: Objective, accelerator: Any, checkpoint: Checkpoint | None, given: ResolvedPlan | None
     ) -> ResolvedPlan:
         """Settles `auto` on the run's real shapes."""
+        from lorafit.cache import cache_folder
         from lorafit.data.batch import StepRows
         from lorafit.kinds.optimizers import optimizers
         from lorafit.memory import fits
-        from lorafit.model.base import cache_folder
         from lorafit.model.load import enable_checkpointing
         from lorafit.plan import ResolvedPlan
         from lorafit.trainer.rehearsal import Rehearsal

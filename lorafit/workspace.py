@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError, LorafitError, UsageError
-from lorafit.rundir import RunDir, atomic_file, read_json, write_json
+from lorafit.rundir import RunDir, atomic_file, read_json, read_object, require_manifest, write_json
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -62,7 +62,7 @@ class OpenedRun:
         """The adapter's folder, and its step: the saved one, or that of a checkpoint (`best`, `last`, a step).
 
         Raises:
-            CheckpointError: There is none, or it is not whole.
+            CheckpointError: There is none, or it is not what its MANIFEST says.
         """
         checkpoint = checkpoint if checkpoint is not None else self.checkpoint
         if checkpoint is not None:
@@ -76,6 +76,7 @@ class OpenedRun:
                 else "train first, or go on with the run: lorafit train ... --resume"
             )
             raise CheckpointError("the run has no finished adapter", file=str(self.run.root), todo=todo)
+        require_manifest(self.run.adapter)
         best = self.run.best_step()
         return self.run.adapter, best if best is not None else max(self.run.steps(), default=None)
 
@@ -98,7 +99,7 @@ def is_run(path: Path) -> bool:
 
 def is_model(path: Path) -> bool:
     """Whether a folder holds a whole model, such as a merge, and is no run folder."""
-    return path.is_dir() and not is_run(path) and (path / "config.json").is_file()
+    return path.is_dir() and not is_run(path) and os.path.lexists(path / "config.json")
 
 
 def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
@@ -130,7 +131,7 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
             raise CheckpointError(
                 "the recipe has no run yet", file=str(run.root), todo=f"train first: lorafit train {path}"
             )
-    return OpenedRun(loaded, run, read_json(run.manifest), checkpoint)
+    return OpenedRun(loaded, run, read_object(run.manifest), checkpoint)
 
 
 def _find_run_around(path: Path) -> tuple[Path, str | None]:
@@ -328,7 +329,7 @@ def check_same_facts(run: RunDir, facts: Mapping[str, Any]) -> None:
     """
     if not _is_started(run):
         return  # nothing was started here: the run begins at step 0
-    recorded = read_json(run.manifest)
+    recorded = read_object(run.manifest)
     recorded["base"], now_base = recorded.get("base", {}).get("digest"), facts["base"]["digest"]
     for what in ("base", "tokenizer", "chat_template", "data"):  # each decides those behind it
         if recorded.get(what) != (now_base if what == "base" else facts.get(what)):

@@ -33,11 +33,11 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"memory"},
     {"recipe"},
     {"kinds"},
-    {"exits"},
+    {"exits", "cache"},
     {"ops", "rundir", "devices", "model_shapes", "reporting"},
     {"shipped"},
     {"registry"},
-    {"errors", "shapes", "contracts", "wording", "library_settings", "version"},
+    {"errors", "shapes", "contracts", "wording", "library_settings", "strict_json", "version"},
 )
 LIGHT = {"__main__", "cli", *(room for floor in FLOORS[13:] for room in floor)} - {"ops"}
 HEAVY = {

@@ -11,7 +11,6 @@ KEY is a hash of parts: the bytes of the sources, the tokenizer, the chat templa
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -22,12 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import ResourceError
+from lorafit.cache import locked, own_folder, refuse_foreign
 from lorafit.rundir import TEMPORARY_PREFIX, atomic_dir, check_manifest, write_json
+from lorafit.strict_json import JsonError, read_json_file
 
 Parts = Mapping[str, str]
 
-_CODE = ("data/*.py", "data/templates/*", "kinds/*.py", "kinds/formats/*.py", "kinds/tasks/*.py")
+_CODE = ("strict_json.py", "data/*.py", "data/templates/*", "kinds/*.py", "kinds/formats/*.py", "kinds/tasks/*.py")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
 
@@ -67,16 +67,13 @@ class PreparedCache:
 
     Raises:
         ResourceError: It cannot be written to.
+        SafetyError: Others may write into it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        try:
-            for name in ("index", "locks"):
-                (self._folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            what = f"the cache folder cannot be written: {(error.strerror or type(error).__name__).lower()}"
-            raise ResourceError(what, file=str(folder), todo="set LORAFIT_CACHE to a folder that can") from None
+        for part in (folder, folder / "index", folder / "locks"):
+            own_folder(part)
 
     def find(self, parts: Parts, place: str, spoken: Mapping[str, str] | None = None) -> Lookup:
         """Looks for rows made of `parts`.
@@ -87,6 +84,7 @@ class PreparedCache:
             spoken: What parts are called in the reason of a miss, where that is not their own name.
         """
         folder = self._folder / _hash(parts)
+        refuse_foreign(folder)
         if folder.is_dir():
             damage = check_manifest(folder)
             if damage is None:
@@ -119,13 +117,7 @@ class PreparedCache:
             folder: An entry, built or not.
             waits: Called before the wait where another process has it.
         """
-        with (self._folder / "locks" / folder.name).open("w") as lock:
-            with contextlib.suppress(OSError):  # some network disks have no locks: then both build, and one is kept
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    waits()
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._folder / "locks" / folder.name, waits):
             yield
 
     @contextlib.contextmanager
@@ -143,6 +135,6 @@ def _hash(parts: Parts) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_file(path)
+    except (OSError, JsonError):
         return None

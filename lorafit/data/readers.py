@@ -15,7 +15,7 @@ from typing import Any
 from lorafit.data.files import LINE_LIMIT_BYTES, read_lines
 from lorafit.errors import DataError
 from lorafit.kinds.fields import describe, listed
-from lorafit.kinds.strict_json import JsonError, check_depth, decode_at, parse_json
+from lorafit.strict_json import JsonError, check_depth, decode_at, parse_json
 
 RawRow = dict[str, Any]
 RawRows = Iterator[tuple[int, RawRow | DataError]]

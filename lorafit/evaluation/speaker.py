@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from lorafit.contracts import Sample
+from lorafit.contracts import Reporter, Sample
 from lorafit.data.plain_text import completion_prompt_ids
 from lorafit.data.render import ChatRenderer
-from lorafit.errors import DataError, ModelError
+from lorafit.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -74,28 +74,29 @@ def chats_of(tokenizer: Any, *, chat_template: str | None, system_prompt: str | 
     return ChatRenderer(tokenizer, chat_template=chat_template, system_prompt=system_prompt)
 
 
-def load_plain_model(folder: Path) -> tuple[Any, Any]:
-    """A model folder (a merge, say) and its tokenizer, through transformers.
+def load_plain_model(folder: Path, reporter: Reporter) -> tuple[Any, Any]:
+    """A model folder (a merge, say) and its tokenizer, in the precision of its file, by the same checks as a base.
 
     Raises:
+        CheckpointError: The folder has a MANIFEST and is not what that says.
         ModelError: It cannot be loaded.
+        SafetyError: It holds only pickles, or asks for foreign code.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from lorafit.kinds.quantizations.none import NoneSection
+    from lorafit.model.base import open_folder
+    from lorafit.model.load import load_model, load_tokenizer
+    from lorafit.model.weights import main_dtype, read_index, torch_dtype
 
-    from lorafit.model.base import load_config
-
-    load_config(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype="auto",
-            device_map={"": device},
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"cannot be loaded: {str(error).splitlines()[0]}", file=str(folder)) from error
+    base = open_folder(folder)
+    tokenizer = load_tokenizer(base)
+    dtype = torch_dtype(main_dtype(read_index(folder)))
+    model = load_model(
+        base,
+        quantization=NoneSection(),
+        dtype=dtype,
+        compute_dtype=dtype,
+        attention="auto",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        reporter=reporter,
+    )
     return model, tokenizer

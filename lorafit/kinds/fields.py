@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorafit.errors import DataError
-from lorafit.kinds.strict_json import JsonError, parse_json
 from lorafit.registry import nearest
+from lorafit.strict_json import JsonError, parse_json
 
 Row = Mapping[str, Any]
 

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.cache import known_hash
 from lorafit.errors import ModelError, RecipeError, SafetyError
 from lorafit.model.check import list_names
 from lorafit.model.weights import TensorEntry, read_header, read_rows
+from lorafit.rundir import MANIFEST, require_manifest
+from lorafit.strict_json import JsonError, read_json_file
 from lorafit.version import __version__
 
 if TYPE_CHECKING:
@@ -52,9 +55,12 @@ def read_adapter(folder: Path) -> AdapterFolder:
     """Config and tensor headers of an adapter.
 
     Raises:
+        CheckpointError: The folder has a MANIFEST and is not what that says.
         ModelError: A file is missing, incomplete or no adapter of a known kind.
         SafetyError: Only pickle weights, or a config that would import a module.
     """
+    if (folder / MANIFEST).exists():
+        require_manifest(folder, hash_of=known_hash)
     config = _read_object(folder / CONFIG, folder)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"is an adapter of type {config.get('peft_type')!r}, not LORA", file=str(folder / CONFIG))
@@ -272,11 +278,11 @@ def _refuse_imports(config: Mapping[str, Any], file: Path) -> None:
 
 def _read_object(file: Path, folder: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json_file(file, constants=True)
     except FileNotFoundError as error:
         raise ModelError(f"{file.name} is missing", file=str(folder), todo="name an adapter folder or a run") from error
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file.name} is no valid JSON", file=str(folder), todo="get the file again") from error
+    except JsonError as error:
+        raise ModelError(f"{file.name} {error.what}", file=str(folder), todo="get the file again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file.name} is no JSON object", file=str(folder), todo="get the file again")
     return value

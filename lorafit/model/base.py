@@ -14,14 +14,18 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from lorafit.cache import cache_folder, known_hash, refuse_foreign
 from lorafit.errors import ModelError, SafetyError
+from lorafit.model.limits import check_sizes
 from lorafit.model.weights import read_index
+from lorafit.model_shapes import known_config
+from lorafit.rundir import MANIFEST, require_manifest
+from lorafit.strict_json import JsonError, read_json_file
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -39,6 +43,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "use_cache")
 _SAMPLE_BYTES = 4096
+_CONFIG_LIMIT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,6 @@ def is_gguf(text: str) -> bool:
     return text.startswith(PACKAGE_SCHEME) or text.lower().endswith(".gguf")
 
 
-def cache_folder() -> Path:
-    """`$LORAFIT_CACHE`, else `~/.cache/lorafit`."""
-    return Path(os.environ.get("LORAFIT_CACHE") or Path.home() / ".cache" / "lorafit")
-
-
 def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weights: bool = True) -> Base:
     """The base model that `model.base` names, downloaded or converted if need be.
 
@@ -87,6 +87,7 @@ def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weigh
 
     Raises:
         ModelError: Not found, not whole, already quantised, or the hub cannot be reached.
+        CheckpointError: The folder has a MANIFEST and is not what that says.
         SafetyError: It asks for foreign code, or holds only pickle files.
     """
     text, written = model.base, ""
@@ -99,10 +100,36 @@ def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weigh
     elif (local := _local_folder(text, folder)) is not None:
         _refuse_revision(model)
         path, name = local, _written_name(text)
+        if weights:
+            _check_made(path)
     else:
         path, name = _snapshot(model, reporter, weights=weights), text
     config = load_config(path)
     return Base(path, name, config, fingerprint(path, config) if weights else "", written)
+
+
+def open_folder(folder: Path) -> Base:
+    """A model folder that a command names, such as a merge; without a fingerprint.
+
+    Raises:
+        CheckpointError: The folder has a MANIFEST and is not what that says.
+        ModelError: No model, not whole, or already quantised.
+        SafetyError: It asks for foreign code.
+    """
+    from lorafit.model.class_shape import find_shape
+
+    _check_made(folder)
+    config = load_config(folder)
+    find_shape(config)  # refuses what no model can be built from
+    return Base(folder, folder.name, config, "")
+
+
+def _check_made(folder: Path) -> None:
+    """A folder that lorafit made (a merge, a conversion) holds what its MANIFEST says; others have none."""
+    if folder.is_relative_to(cache_folder()):
+        refuse_foreign(folder)
+    if (folder / MANIFEST).exists():
+        require_manifest(folder, hash_of=known_hash)
 
 
 def read_config(model: ModelSection, folder: Path) -> dict[str, Any]:
@@ -147,27 +174,28 @@ def load_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json, checked.
 
     Raises:
-        ModelError: The folder or the file is missing or no JSON object, or the weights are quantised already.
+        ModelError: The folder or the file is missing or no JSON object, a size is absurd, or the weights are quantised
+            already.
         SafetyError: It switches remote code on, or names an attention kernel of the hub.
     """
     file = folder / CONFIG
     if not folder.is_dir():
         raise ModelError(f"no such model folder, so no {CONFIG}", file=str(folder), todo="check model.base")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json_file(file, limit_bytes=_CONFIG_LIMIT_BYTES, constants=True)
     except FileNotFoundError as error:
         raise ModelError(
             f"{CONFIG} is missing", file=str(folder), todo="check model.base, or get the whole model"
         ) from error
-    except (ValueError, OSError) as error:
-        raise ModelError(
-            f"is no valid JSON ({type(error).__name__})", file=str(file), todo="get the file again"
-        ) from error
+    except JsonError as error:
+        raise ModelError(error.what, file=str(file), todo="get the file again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError("names no model_type", file=str(file), todo="get the whole model")
     refuse_foreign_code(config, file)
+    check_sizes(config, str(file))
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "by no method we know"
         raise ModelError(
             f"the weights are quantised already ({method})",
             file=str(file),
@@ -186,9 +214,9 @@ def refuse_foreign_code(value: Any, file: Path, key: str = "") -> None:
                 raise SafetyError(
                     "switches foreign code on", file=str(file), key=place, todo="remove the key, if you trust the rest"
                 )
-            if name in _ATTENTION_KEYS and isinstance(inner, str) and "/" in inner:
+            if name in _ATTENTION_KEYS and (kernel := _hub_kernel(inner)) is not None:
                 raise SafetyError(
-                    f"names a kernel of the hub ({inner})", file=str(file), key=place, todo="remove the key"
+                    f"names a kernel of the hub ({kernel})", file=str(file), key=place, todo="remove the key"
                 )
             if name == "transformers_weights" and inner:
                 raise SafetyError(
@@ -198,6 +226,14 @@ def refuse_foreign_code(value: Any, file: Path, key: str = "") -> None:
     elif isinstance(value, list):
         for inner in value:
             refuse_foreign_code(inner, file, key)
+
+
+def _hub_kernel(value: Any) -> str | None:
+    """The first name in a value, at any depth, that transformers would fetch a kernel by."""
+    if isinstance(value, str):
+        return value if "/" in value else None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((kernel for kernel in map(_hub_kernel, inner) if kernel is not None), None)
 
 
 def fingerprint(folder: Path, config: dict[str, Any]) -> str:
@@ -340,8 +376,6 @@ def _snapshot(model: ModelSection, reporter: Reporter, *, weights: bool) -> Path
 def _hub_config(model: ModelSection) -> dict[str, Any]:
     """config.json of a hub model: from the cache, from the facts that lorafit ships, or from the hub."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    from lorafit.model_shapes import known_config
 
     cached = try_to_load_from_cache(model.base, CONFIG, revision=model.revision)
     if isinstance(cached, str):

@@ -7,18 +7,17 @@ hold fewer significant bits than bf16's eight, and most models were trained in i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.cache import known_hash, locked, own_folder, refuse_foreign
 from lorafit.errors import ModelError, UsageError
-from lorafit.rundir import atomic_dir, check_manifest, hash_file
+from lorafit.rundir import atomic_dir, check_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +38,7 @@ def content_name(file: Path) -> str:
         magic = stream.read(4)
     if magic != b"GGUF":
         raise ModelError(f"is no GGUF file (it begins with {magic!r})", file=str(file), todo="get the file again")
-    return hashlib.sha256(f"lorafit gguf {CONVERSION} {hash_file(file)}".encode()).hexdigest()
+    return hashlib.sha256(f"lorafit gguf {CONVERSION} {known_hash(file)}".encode()).hexdigest()
 
 
 def convert_gguf(file: Path, bases: Path, reporter: Reporter) -> Path:
@@ -51,20 +50,25 @@ def convert_gguf(file: Path, bases: Path, reporter: Reporter) -> Path:
         ModelError: No GGUF file, or an architecture that transformers cannot read.
         ResourceError: The disk is full.
     """
-    folder = bases / content_name(file)
-    if check_manifest(folder, hashes=False) is None:
+    folder = own_folder(bases) / content_name(file)
+    refuse_foreign(folder)
+    if _is_whole(folder):
         return folder
-    with _lock(bases / f".{folder.name}.lock"):
-        if check_manifest(folder, hashes=False) is None:
+    with locked(bases / f".{folder.name}.lock"):
+        if _is_whole(folder):
             return folder
         reporter.info(f"converting {file.name} to safetensors, once, into {folder}")
         try:
             with atomic_dir(folder, replace=True) as temporary:
                 _convert(file, temporary)
         except UsageError:
-            if check_manifest(folder, hashes=False) is not None:  # else another process was first, without our lock
+            if not _is_whole(folder):  # else another process was first, without our lock
                 raise
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return check_manifest(folder, hash_of=known_hash) is None
 
 
 def read_gguf_config(file: Path, bases: Path) -> dict[str, Any]:
@@ -73,10 +77,12 @@ def read_gguf_config(file: Path, bases: Path) -> dict[str, Any]:
     Raises:
         ModelError: No GGUF file, or an architecture that transformers cannot read.
     """
-    converted = bases / content_name(file) / "config.json"
-    if converted.is_file():
-        config: dict[str, Any] = json.loads(converted.read_text(encoding="utf-8"))
-        return config
+    folder = bases / content_name(file)
+    refuse_foreign(folder)
+    if check_manifest(folder, hashes=False) is None:
+        from lorafit.model.base import load_config
+
+        return load_config(folder)
     from transformers import AutoConfig
 
     with _errors(file):
@@ -94,16 +100,6 @@ def _errors(file: Path) -> Iterator[None]:
         raise ModelError(
             f"cannot be read as GGUF: {first}", file=str(file), todo="get it again, or use safetensors"
         ) from error
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock; where the file system knows none, goes on without (atomic_dir keeps results whole)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _dtype(file: Path) -> torch.dtype:

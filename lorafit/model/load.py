@@ -112,9 +112,9 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-        except (ImportError, ValueError, RuntimeError, OSError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
             raise _model_error(base, error) from error
     check_loading(info, base.path)
     check_finite(model, base.path)
@@ -283,7 +283,7 @@ def _config(base: Base) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(base.path), trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # as in load_model
         raise _model_error(base, error) from error
 
 
@@ -294,10 +294,15 @@ def _build_skeleton(auto: Any, config: Any, base: Base) -> Any:
     try:
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=False)
-    except (ValueError, RuntimeError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:  # as in load_model
         raise _model_error(base, error) from error
 
 
 def _model_error(base: Base, error: Exception) -> ModelError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ModelError(f"transformers cannot load this model: {lines[0]}", file=str(base.path))
+    lines = str(error).strip().splitlines() or [""]
+    told = lines[0] if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__} {lines[0]}"
+    return ModelError(
+        f"transformers cannot load this model: {told.strip()}",
+        file=str(base.path),
+        todo="get config.json and weights of one model",
+    )

@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError, SafetyError
+from lorafit.strict_json import JsonError, parse_json, read_json_file
 
 if TYPE_CHECKING:
     import torch
@@ -109,23 +111,16 @@ def _look(file: Path, head: bytes, size: int) -> str | None:
     return None
 
 
-def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in made:
-            raise KeyError(key)
-        made[key] = value
-    return made
-
-
 def _parse(file: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_doubles)
-    except KeyError as error:
-        raise ModelError(
-            f"duplicate tensor {error} in the header", file=str(file), todo="get the file again"
-        ) from error
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw.decode("utf-8"))
+    except JsonError as error:
+        name = error.what.removeprefix("duplicate key ")
+        what = (
+            f"duplicate tensor {name} in the header" if name != error.what else f"the header is not valid JSON ({name})"
+        )
+        raise ModelError(what, file=str(file), todo="get the file again") from error
+    except UnicodeDecodeError as error:
         raise ModelError("the header is not valid JSON", file=str(file), todo="get the file again") from error
     if not isinstance(header, dict):
         raise ModelError("the header is not an object", file=str(file), todo="get the file again")
@@ -145,7 +140,7 @@ def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
         raise refuse("shape and data_offsets must be whole numbers from 0")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise refuse(f"unknown dtype {dtype!r}")
     if begin > end or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise refuse(f"{dtype} {list(shape)} does not take bytes {begin} to {end}")
@@ -207,12 +202,13 @@ def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
                 )
         raise ModelError(f"holds no weights ({SINGLE} or {INDEX})", file=str(folder), todo="get the whole model folder")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_file(index)["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError("is no valid index (weight_map)", file=str(index), todo="get the file again") from error
-    for name in names:
-        path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
+        paths = [PurePosixPath(name) for name in names]
+    except (JsonError, KeyError, TypeError, AttributeError) as error:
+        why = f": {error.what}" if isinstance(error, JsonError) else " (weight_map)"
+        raise ModelError(f"is no valid index{why}", file=str(index), todo="get the file again") from error
+    for name, path in zip(names, paths, strict=True):
         if path.is_absolute() or ".." in path.parts or "\\" in str(path):
             raise SafetyError(
                 f"names a file outside the model folder: {name}", file=str(index), todo="do not use this model"
@@ -249,6 +245,15 @@ def read_index(folder: Path) -> dict[str, TensorEntry]:
             todo="get the whole model folder",
         )
     return entries
+
+
+def main_dtype(entries: Mapping[str, TensorEntry]) -> str:
+    """The floating dtype that most values of a model are stored in, e.g. `BF16`; `F32` where there are none."""
+    sizes = Counter({"F32": 0})
+    for entry in entries.values():
+        if entry.dtype in FLOAT_DTYPES:
+            sizes[entry.dtype] += entry.elements
+    return sizes.most_common(1)[0][0]
 
 
 def read_rows(

@@ -1,12 +1,20 @@
-"""JSON without the leniencies of the standard parser: what two readers could read differently is an error."""
+"""JSON without the leniencies of the standard parser: what two readers could read differently is an error.
+
+Every JSON file that lorafit opens goes through `read_json_file`: never a pipe or a device, never without end, never so
+deep that a reader of what was read would run out of stack.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
+from pathlib import Path
 from typing import Any, NoReturn
 
+FILE_LIMIT_BYTES = 256 << 20  # hashes of every tensor of a model of 400 billion parameters take a quarter of it
 DEPTH_LIMIT = 100  # a chat with tools is about 12 deep; Python's own parser dies near 1000
 _BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
@@ -42,6 +50,7 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+_FOREIGN_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def depth_of(text: str) -> int:
@@ -71,14 +80,14 @@ def check_text(value: Any) -> None:
         raise JsonError(f"lone surrogate \\u{ord(error.object[error.start]):04x}: half of a character") from None
 
 
-def decode_at(text: str, start: int) -> tuple[Any, int]:
+def decode_at(text: str, start: int, decoder: json.JSONDecoder = _DECODER) -> tuple[Any, int]:
     """The JSON value that begins at `start`, and where it ends. Depth is the caller's to check.
 
     Raises:
         JsonError: It is malformed, or holds a duplicate key, NaN, Infinity or a lone surrogate.
     """
     try:
-        value, end = _DECODER.raw_decode(text, start)
+        value, end = decoder.raw_decode(text, start)
     except JsonError:
         raise
     except json.JSONDecodeError as error:
@@ -93,16 +102,69 @@ def decode_at(text: str, start: int) -> tuple[Any, int]:
     return value, end
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, constants: bool = False) -> Any:
     """The one JSON value that `text` holds.
+
+    Args:
+        constants: Whether NaN and Infinity are let through, which Python writes and configs of some models hold.
 
     Raises:
         JsonError: It is malformed, nested too deep, or holds a duplicate key, NaN, Infinity or a lone surrogate.
     """
     check_depth(text)
     start = len(text) - len(text.lstrip(" \t\r\n"))
-    value, end = decode_at(text, start)
+    value, end = decode_at(text, start, _FOREIGN_DECODER if constants else _DECODER)
     rest = text[end:].lstrip(" \t\r\n")
     if rest:
         raise JsonError("invalid JSON: extra data behind the value", len(text) - len(rest))
     return value
+
+
+def read_regular_file(path: Path, *, limit_bytes: int = FILE_LIMIT_BYTES) -> bytes:
+    """The bytes of a regular file; a pipe is not waited for, a device not read.
+
+    Raises:
+        OSError: It is missing or cannot be opened.
+        JsonError: It is no regular file, or larger than `limit_bytes`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise JsonError("is not a regular file")
+        if found.st_size > limit_bytes:
+            raise JsonError(f"is larger than {limit_bytes >> 20} MiB")
+        with open(descriptor, "rb", closefd=False) as file:
+            raw = file.read(limit_bytes + 1)  # files of /proc have no size
+    finally:
+        os.close(descriptor)
+    if len(raw) > limit_bytes:
+        raise JsonError(f"is larger than {limit_bytes >> 20} MiB")
+    return raw
+
+
+def read_json_file(path: Path, *, limit_bytes: int = FILE_LIMIT_BYTES, constants: bool = False) -> Any:
+    """The JSON value in a file.
+
+    Args:
+        path: The file.
+        limit_bytes: A larger one is refused.
+        constants: See `parse_json`.
+
+    Raises:
+        FileNotFoundError: There is none.
+        JsonError: It cannot be read, is no regular file, too large, not UTF-8, or not JSON that can be relied on;
+            `what` is said of the file, e.g. `is not a regular file`.
+    """
+    try:
+        text = read_regular_file(path, limit_bytes=limit_bytes).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError:
+        raise JsonError("is not UTF-8") from None
+    except OSError as error:
+        raise JsonError(f"cannot be read ({(error.strerror or type(error).__name__).lower()})") from error
+    try:
+        return parse_json(text, constants=constants)
+    except JsonError as error:
+        raise JsonError(f"is no valid JSON ({error.what.removeprefix('invalid JSON: ')})", error.position) from None

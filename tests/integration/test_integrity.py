@@ -1,0 +1,304 @@
+"""What is hashed is compared, what is loaded is checked, and what others wrote is not trusted: by the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.integration.conftest import World, say_all
+
+GENERATE = ("--prompt", "what opens", "--max-new-tokens", "4")
+DEEP = "[" * 3000 + "]" * 3000
+
+
+def copy_base(world: World, name: str = "model") -> Path:
+    folder = world.root / name
+    shutil.copytree(world.base, folder)
+    return folder
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def flip_a_bit(file: Path, place: int = -100) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[place] ^= 1
+    file.write_bytes(raw)
+
+
+# --- a model folder, as `generate MODEL` and as the base of a recipe ------------------------------------------------
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    return lambda folder: edit_weights(folder, change)
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **values)
+
+
+def index(value: Any) -> Callable[[Path], None]:
+    """Weights behind an index that says `value`."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "weights.safetensors")
+        text = value if isinstance(value, str) else json.dumps(value)
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+    return change
+
+
+def header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Another header before the same data."""
+
+    def write(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        raw = file.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        entries = json.loads(raw[8 : 8 + length])
+        change(entries)
+        text = json.dumps(entries).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+    return write
+
+
+def pickle_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(2)}, folder / "pytorch_model.bin")
+
+
+def renamed_pickle(folder: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, folder / "model.safetensors")
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def endless(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("/dev/zero")
+
+    return change
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None
+
+
+MODELS: list[tuple[str, Callable[[Path], None], int, list[str]]] = [
+    ("a tensor is missing", weights(lambda t: t.pop(UP)), 5, [UP]),
+    ("all are renamed", weights(lambda t: [t.update({f"x.{n}": t.pop(n)}) for n in list(t)]), 5, ["missing"]),
+    ("one too many", weights(lambda t: t.update(zzz=torch.zeros(4))), 5, ["zzz"]),
+    ("NaN", weights(lambda t: t[UP].view(-1)[7:8].fill_(float("nan"))), 5, ["NaN", UP]),
+    ("Inf", weights(lambda t: t["model.norm.weight"][3:4].fill_(float("inf"))), 5, ["model.norm.weight"]),
+    ("another shape", weights(lambda t: t.update({UP: torch.zeros(128, 63)})), 5, [UP, "63"]),
+    ("integers", weights(lambda t: t.update({UP: torch.zeros(128, 64, dtype=torch.int32)})), 5, [UP, "I32"]),
+    ("pickles alone", pickle_weights, 8, ["pytorch_model.bin", "pickle"]),
+    ("a pickle called safetensors", renamed_pickle, 5, ["model.safetensors", "pickle"]),
+    ("an index out of the folder", index({"weight_map": {UP: "../../etc/passwd"}}), 8, ["index.json", "passwd"]),
+    ("an absolute index", index({"weight_map": {UP: "/etc/passwd"}}), 8, ["index.json", "passwd"]),
+    ("an index of other types", index({"weight_map": {UP: 3}}), 5, ["index.json"]),
+    ("an index that is a list", index([1, 2]), 5, ["index.json"]),
+    ("a deep index", index(DEEP), 5, ["index.json"]),
+    ("an index of absent tensors", index({"weight_map": {"a": "weights.safetensors"}}), 5, ["missing"]),
+    ("a dtype that is a list", header(lambda h: h[UP].update(dtype=["F32"])), 5, ["model.safetensors", UP]),
+    ("offsets of text", header(lambda h: h[UP].update(data_offsets=["0", "4"])), 5, ["model.safetensors", UP]),
+    ("a shape of text", header(lambda h: h[UP].update(shape="64")), 5, ["model.safetensors", UP]),
+    ("an overlap", header(lambda h: h[UP].update(data_offsets=[0, 32768])), 5, ["model.safetensors"]),
+    ("no heads", config(num_attention_heads=0), 5, ["config.json", "num_attention_heads"]),
+    ("heads that do not divide", config(num_key_value_heads=3), 5, ["config.json", "num_key_value_heads"]),
+    ("layers in words", config(num_hidden_layers="two"), 5, ["config.json", "num_hidden_layers"]),
+    ("layers without end", config(num_hidden_layers=10**9), 5, ["config.json", "num_hidden_layers"]),
+    ("experts without end", config(model_type="qwen3_next", num_experts=10**9), 5, ["config.json", "num_experts"]),
+    ("a width without end", config(hidden_size=10**12), 5, ["config.json", "hidden_size"]),
+    ("a vocabulary without end", config(vocab_size=10**12), 5, ["config.json", "vocab_size"]),
+    ("more layers than weights", config(num_hidden_layers=3), 5, ["missing"]),
+    ("eps in words", config(rms_norm_eps="small"), 5, ["config.json", "rms_norm_eps"]),
+    ("dropout in words", config(attention_dropout=["x"]), 5, ["config.json", "attention_dropout"]),
+    ("an unknown activation", config(hidden_act="evil"), 5, ["evil"]),
+    ("positions in words", config(rope_parameters="evil"), 5, ["config.json"]),
+    ("an unknown type", config(model_type="evil"), 5, ["evil"]),
+    ("quantised by a word", config(quantization_config="evil"), 5, ["config.json", "quantization_config"]),
+    ("quantised by a list", config(quantization_config=[1]), 5, ["config.json", "quantization_config"]),
+    ("a kernel of the hub", config(attn_implementation={"": "evil/kernel"}), 8, ["config.json", "evil/kernel"]),
+    ("a nested kernel", config(_attn_implementation={"a": {"b": "evil/k"}}), 8, ["config.json", "evil/k"]),
+    ("a list of kernels", config(_attn_implementation=["evil/k"]), 8, ["config.json", "evil/k"]),
+    ("a deep config", write("config.json", DEEP), 5, ["config.json", "nested deeper"]),
+    ("a config that is a list", write("config.json", "[]"), 5, ["config.json"]),
+    ("a config of a pipe", pipe("config.json"), 5, ["config.json", "regular file"]),
+    ("a config without end", endless("config.json"), 5, ["config.json", "regular file"]),
+    ("weights of a pipe", pipe("model.safetensors"), 5, ["model.safetensors"]),
+    ("a broken tokenizer", write("tokenizer.json", "{}"), 5, ["tokenizer"]),
+]
+
+
+@pytest.mark.parametrize(("change", "code", "said"), [m[1:] for m in MODELS], ids=[m[0] for m in MODELS])
+def test_a_model_folder_is_checked_the_same_everywhere(
+    world: World, change: Callable[[Path], None], code: int, said: list[str]
+) -> None:
+    """`generate MODEL` and a recipe with that base end alike, in seconds, and never with an answer."""
+    folder = copy_base(world)
+    say_all(world.run("generate", "model", *GENERATE), 0)
+    change(folder)
+    world.recipe((f"  base: {world.base}", "  base: model"))
+    for command in (("generate", "model", *GENERATE), ("train", "r.yaml")):
+        began = time.monotonic()
+        outcome = world.run(*command)
+        say_all(outcome, code, *said)
+        assert outcome.stdout == ""
+        assert time.monotonic() - began < 10
+    assert not (world.root / "run").exists()
+
+
+def test_a_merge_is_checked_against_its_manifest(trained: World) -> None:
+    """Of a folder that lorafit made, every file is hashed before it answers or is a base."""
+    world = trained
+    say_all(world.run("merge", "run", "--output", "merged"), 0)
+    world.recipe((f"  base: {world.base}", "  base: merged"), name="m.yaml")
+    for command in (("generate", "merged", *GENERATE), ("train", "m.yaml", "--output", "of-merge")):
+        say_all(world.run(*command), 0)
+    flip_a_bit(world.root / "merged" / "model.safetensors")
+    shutil.rmtree(world.root / "of-merge")
+    for command in (("generate", "merged", *GENERATE), ("train", "m.yaml", "--output", "of-merge")):
+        say_all(world.run(*command), 6, "merged", "model.safetensors", "checksum")
+    assert not (world.root / "of-merge").exists()
+
+
+# --- a run's adapter -------------------------------------------------------------------------------------------------
+
+ADAPTER_COMMANDS = (
+    ("eval", "run", "--split", "train"),
+    ("merge", "run", "--output", "m"),
+    ("generate", "run", *GENERATE),
+)
+
+
+@pytest.fixture
+def trained(world: World) -> World:
+    say_all(world.run("train", "r.yaml"), 0)
+    return world
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "lorafit.json"])
+def test_an_adapter_is_checked_against_its_manifest(trained: World, file: str) -> None:
+    world = trained
+    shutil.copytree(world.root / "run" / "adapter", world.root / "alone")
+    world.recipe(("  dropout: 0.0", "  dropout: 0.0\n  init_from: alone"), name="on.yaml")
+    for folder in ("run/adapter", "alone"):
+        if file.endswith(".json"):
+            edit_json(world.root / folder / file, lora_alpha=16)
+        else:
+            flip_a_bit(world.root / folder / file)
+    before = world.digests()
+    for command in ADAPTER_COMMANDS:
+        say_all(world.run(*command), 6, "run/adapter", file)
+    say_all(world.run("merge", "alone", "--output", "m"), 6, "alone", file)
+    say_all(world.run("train", "on.yaml", "--output", "on"), 6, "alone", file)
+    assert world.digests() == before
+
+
+def test_a_manifest_of_another_format(trained: World) -> None:
+    world = trained
+    manifest = world.root / "run" / "adapter" / "MANIFEST"
+    edit_json(manifest, format=999)
+    for command in ADAPTER_COMMANDS:
+        say_all(world.run(*command), 6, "MANIFEST", "format 999", "format 1")
+    manifest.unlink()
+    for command in ADAPTER_COMMANDS:
+        say_all(world.run(*command), 6, "run/adapter", "MANIFEST is missing")
+
+
+# --- a cache that others may write ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(world: World, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, with prepared rows in it."""
+    folder = world.root / "cache"
+    monkeypatch.setenv("LORAFIT_CACHE", str(folder))
+    say_all(world.run("preview", "r.yaml"), 0)
+    return folder
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777, 0o757])
+@pytest.mark.parametrize("part", ["", "data", "data/locks", "data/index", "entry"])
+def test_a_cache_that_others_may_write_is_not_trusted(world: World, cache: Path, part: str, mode: int) -> None:
+    folder = cache / part if part != "entry" else next(cache.glob("data/*/MANIFEST")).parent
+    folder.chmod(mode)
+    before = world.digests()
+    for command in ("preview", "train"):
+        say_all(world.run(command, "r.yaml"), 8, str(folder), "LORAFIT_CACHE", f"mode {mode:o}")
+    assert world.digests() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give folders away")
+def test_a_cache_of_somebody_else_is_not_trusted(world: World, cache: Path) -> None:
+    os.chown(cache / "data", 65534, 65534)
+    say_all(world.run("preview", "r.yaml"), 8, str(cache / "data"), "another user", "LORAFIT_CACHE")
+
+
+@pytest.mark.parametrize("part", ["data", "data/locks", "data/index"])
+def test_a_link_in_the_cache_is_not_followed(world: World, cache: Path, part: str) -> None:
+    (cache / part).rename(world.root / "elsewhere")
+    (cache / part).symlink_to(world.root / "elsewhere")
+    before = world.digests()
+    say_all(world.run("preview", "r.yaml"), 8, str(cache / part), "link", "LORAFIT_CACHE")
+    assert world.digests() == before
+
+
+def test_the_cache_itself_may_be_a_link(world: World, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world.root / "linked").symlink_to(cache)
+    monkeypatch.setenv("LORAFIT_CACHE", str(world.root / "linked"))
+    say_all(world.run("preview", "r.yaml"), 0, "cache hit")
+
+
+def test_a_lock_that_is_a_link_empties_nothing(world: World, cache: Path) -> None:
+    """Whoever has the rows can tell the lock's name; opening it must not empty what it leads to."""
+    mine = world.root / "mine.txt"
+    mine.write_text("years of work", encoding="utf-8")
+    lock = next((cache / "data" / "locks").iterdir())
+    shutil.rmtree(cache / "data" / lock.name)
+    lock.unlink()
+    lock.symlink_to(mine)
+    for command in ("preview", "train"):
+        say_all(world.run(command, "r.yaml"), 8, lock.name, "remove it")
+    assert mine.read_text(encoding="utf-8") == "years of work"
+    lock.unlink()
+    os.mkfifo(lock)
+    say_all(world.run("preview", "r.yaml"), 8, lock.name)
+
+
+def test_the_cache_is_made_for_its_user_alone(world: World, cache: Path) -> None:
+    shutil.rmtree(cache)
+    old = os.umask(0o002)
+    try:
+        for said in ("cache miss", "cache hit"):
+            say_all(world.run("preview", "r.yaml"), 0, said)
+    finally:
+        os.umask(old)
+    assert (cache / "data").stat().st_mode & 0o077 == 0
