@@ -97,7 +97,8 @@ def generate_answers(
         reporter.warn(f"{full} of {len(prompts)} prompts fill the model's {limit} positions and got no answer")
     writer = _Writer(model, tokenizer, stops, temperature, top_p, seed)
     waiting = cut_prompts([len(prompt) for prompt in prompts], rooms, batch_tokens=batch_tokens, batch_rows=batch_rows)
-    with torch.no_grad(), _plain_generation(model, stops), reporter.track(sum(map(len, waiting)), what) as bar:
+    whole = reporter.track(sum(map(len, waiting)), what)
+    with torch.no_grad(), _plain_generation(model, stops), _head_sees_last(model), whole as bar:
         while waiting:
             rows = waiting.pop(0)
             try:
@@ -180,6 +181,30 @@ def _plain_generation(model: Any, stops: list[int]) -> Iterator[None]:
         inner.generation_config = own
         for module, cast in casts:
             module.cast_input_dtype_enabled = cast
+
+
+@contextlib.contextmanager
+def _head_sees_last(model: Any) -> Iterator[None]:
+    """The output head gets the last position alone, [batch, 1, hidden], and contiguous: no other logits are read.
+
+    `generate` hands it a slice of the prompt's hidden states, or all of them where the model knows no
+    `logits_to_keep`. A linear whose input is such a slice is, on a CPU, one product a row, each with its own copy of
+    the weight: 1.6 GiB and 16 s instead of 0.06 s for 8 rows and a vocabulary of 262,144.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = inner.get_output_embeddings()
+
+    def take_last(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not arguments or not torch.is_tensor(arguments[0]) or arguments[0].ndim != 3:
+            return None
+        return (arguments[0][:, -1:].contiguous(), *arguments[1:])
+
+    handle = head.register_forward_pre_hook(take_last) if head is not None else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _casting_modules(model: Any) -> list[Any]:

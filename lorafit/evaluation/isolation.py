@@ -1,4 +1,4 @@
-"""Looking at a model and leaving it exactly as it was: modes, gradient flags, random numbers, NF4 packing."""
+"""Looking at a model and leaving it exactly as it was: modes, gradient flags, random numbers, hooks, NF4 packing."""
 
 from __future__ import annotations
 
@@ -27,13 +27,35 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.eval()
     try:
-        with preserved_rng(), torch.no_grad():
+        with preserved_rng(), torch.no_grad(), whole_inputs(model):
             yield
     finally:
         for module, training in modes:
             module.training = training
         for module in repacking:
             module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def whole_inputs(model: torch.nn.Module) -> Iterator[None]:
+    """Linears on a CPU get contiguous inputs: Mamba layers hand them transposed ones.
+
+    Where the rows of an input do not follow each other in memory, torch multiplies row by row, each with its own copy
+    of the weight.
+    """
+
+    def make_contiguous(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(argument.contiguous() if torch.is_tensor(argument) else argument for argument in arguments)
+
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [
+        linear.register_forward_pre_hook(make_contiguous) for linear in linears if linear.weight.device.type == "cpu"
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from lorafit.contracts import Silent
 from lorafit.errors import ResourceError
@@ -134,6 +135,46 @@ def test_the_models_own_generation_settings_do_not_reach_the_answer_and_stay(tun
     assert tuned.get_base_model().generation_config is config
     assert config.repetition_penalty == 50.0
     assert tuned.get_base_model().config.use_cache is False
+
+
+class LinearInputs(TorchFunctionMode):
+    """Keeps the shape of each linear's input, by the number of its outputs, and which were no whole matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.strided = {}, []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            self.shapes.setdefault(len(args[1]), []).append(tuple(args[0].shape))
+            if not args[0].is_contiguous():
+                self.strided.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("knows_what_to_keep", [True, False])
+def test_the_head_gets_whole_matrices_of_last_positions(tuned, tokenizer, knows_what_to_keep):
+    """A linear on a CPU copies its weight once a row where the input is a slice; other positions' logits go unread."""
+    tuned.eval()
+    inner = tuned.get_base_model()
+    if not knows_what_to_keep:
+        forward = inner.forward
+
+        def forward_of_old(input_ids, attention_mask=None, position_ids=None, past_key_values=None, **rest):
+            return forward(input_ids, attention_mask, position_ids, past_key_values, **rest)
+
+        inner.forward = forward_of_old
+    prompts = ids_of(tokenizer)
+    with LinearInputs() as seen:
+        answers = generate_answers(tuned, tokenizer, prompts, max_new_tokens=6, batch_rows=4, reporter=Silent())
+    assert not seen.strided
+    heads = seen.shapes[len(inner.lm_head.weight)]
+    assert {shape[1:] for shape in heads} == {(1, 64)}
+    assert {shape[0] for shape in heads} >= {3, 4}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = greedy_alone(tuned, prompt or [257], 6, {257})
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert inner(torch.tensor([prompts[1]])).logits.shape[1] == len(prompts[1])  # the hook is gone
 
 
 def test_positions_bound_the_answer(gpt2, tokenizer):

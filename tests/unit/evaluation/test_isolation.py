@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
 from lorafit.contracts import Silent
 from lorafit.evaluation.isolation import adapter_off, evaluating
@@ -33,6 +33,30 @@ def test_modes_and_random_numbers_are_as_before(tuned):
     assert [module.training for module in tuned.modules()] == before
     assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == expected
     assert torch.is_grad_enabled()
+
+
+def test_linears_get_whole_inputs_while_evaluating():
+    """Mamba hands its output projection a transposed tensor, for which a CPU copies the weight once a row."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1, expand=2)
+    model = MambaForCausalLM(config).eval()
+    ids = torch.randint(0, 40, (3, 7))
+    seen = []
+    watch = [
+        module.register_forward_hook(lambda _, arguments, output: seen.append(arguments[0].is_contiguous()))
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert not all(seen)
+    seen.clear()
+    with evaluating(model):
+        torch.testing.assert_close(model(ids).logits, expected)
+    assert len(seen) > 2 and all(seen)
+    for handle in watch:
+        handle.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_modes_come_back_after_an_error(tuned):
