@@ -248,7 +248,7 @@ def prepare(work: Path) -> None:
     held_rows = [as_row(held[row]) for row in range(min(HELD_OUT_ROWS, len(held.lengths)))]
     base = load_base(job, dtype="bf16", compute_dtype="bf16", attention="eager", device="cpu", reporter=Silent())
     model = attach_adapter(base, job.recipe.adapter, job.recipe.seed)
-    save_adapter(model, work / "initial", base_name=job.base.name, base_digest=job.base.digest, quantization=None)
+    save_adapter(model, work / "initial", base=job.base)
     tokens = sum(len(row["input_ids"]) for row in rows)
     trained = sum(count_labels(row["labels"]) for row in rows)
     flops = count_flops(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import LorafitError, raise_all
 from lorafit.kinds.tasks import tasks
-from lorafit.workspace import is_model, open_run, sources_of
+from lorafit.workspace import installed_versions, is_model, open_run, sources_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from lorafit.data.examples import Prepared, Renderer
     from lorafit.evaluation.speaker import Speaker
     from lorafit.model.base import Base
+    from lorafit.model.tokenizer_files import Companions
     from lorafit.objective import Objective
     from lorafit.plan import ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
     from lorafit.recipe.schema import Recipe
+    from lorafit.run_card import RunCard
     from lorafit.shapes import DeviceFacts, ModelShape
 
 _PROOF_TOKENS = 512
+_ROWS_TO_COMPARE = 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Job:
         """What fills up short rows."""
         from lorafit.evaluation.runner import find_pad_id
 
-        return find_pad_id(self.tokenizer)
+        return find_pad_id(self.tokenizer, self.shape.vocabulary)
 
     def writes_chats(self) -> bool:
         """Whether training rows were rendered by a chat template; else prompts go to the model verbatim."""
@@ -63,6 +66,59 @@ class Job:
         """The token that the chat template writes behind an answer, which need not be the model's eos."""
         end = self.renderer.chats.end_of_turn_id() if self.writes_chats() else None
         return [] if end is None else [end]
+
+    def card(self, resolved: ResolvedPlan) -> RunCard:
+        """What whoever answers with the run must know of it."""
+        from lorafit.model.tokenizer_files import TokenizerFolder, digest_templates, end_with
+        from lorafit.run_card import RunCard
+
+        recipe, stop_ids = self.recipe, self.stop_ids()
+        beside = TokenizerFolder(self.base.path, follows_links=True)
+        ends = [*([] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]), *stop_ids]
+        chat = self.writes_chats()
+        templates = self.renderer.chats.templates if chat else self.renderer.templates()
+        return RunCard(
+            task=recipe.task,
+            base=self.base.origin,
+            base_path=str(self.base.path.resolve()),
+            adapter=recipe.adapter,
+            quantization=recipe.model.quantization,
+            dtype=resolved.dtype,
+            compute_dtype=resolved.compute_dtype,
+            attention=resolved.attention,
+            chat=chat,
+            template_is_named=recipe.data.chat_template is not None,
+            templates=templates,
+            system_prompt=self.renderer.chats.system_prompt if chat else None,
+            template_date=self.renderer.template_date if chat else None,
+            template_dates=self.renderer.chats.dates if chat else {},
+            stop_ids=stop_ids,
+            pad_id=self.pad_id,
+            generation=end_with(beside.generation(), self.base.config, ends),
+            max_length=recipe.data.max_length,
+            embedding_rows=self.shape.vocabulary,
+            tokenizer=self.renderer.key()["tokenizer"],
+            chat_template=digest_templates(templates),
+            versions=dict(entry.split(" ", 1) for entry in installed_versions()),
+            seed=recipe.seed,
+        )
+
+    def rows_to_compare(self) -> dict[str, Any]:
+        """Tokens of a few rows, held-out ones where there are any, for the merge's comparison of logits."""
+        examples = self.rows.test or self.rows.validation or self.rows.train
+        chosen = [examples[row] for row in range(min(_ROWS_TO_COMPARE, len(examples)))]
+        rows = [
+            {"input_ids": [int(token) for token in row.input_ids], "trained": [int(flag) for flag in row.trained]}
+            for row in chosen
+        ]
+        return {"format": 1, "rows": rows}
+
+    def companions(self, card: RunCard) -> Companions:
+        """What every adapter of the run gets beside its weights."""
+        from lorafit.model.tokenizer_files import Companions, TokenizerFolder
+
+        beside = TokenizerFolder(self.base.path, follows_links=True)
+        return Companions(beside, card.shipped_templates, card.generation, type(self.tokenizer).__name__)
 
     def facts(self) -> dict[str, Any]:
         """What the run is made of, and what a resume must find again."""
@@ -95,6 +151,7 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
     _look_for_rows(loaded)
     from lorafit.cache import cache_folder
     from lorafit.data.examples import build_renderer, prepare
+    from lorafit.data.id_range import check_examples
     from lorafit.devices import read_device
     from lorafit.model.base import resolve_base
     from lorafit.model.class_shape import find_shape
@@ -114,6 +171,7 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
         reporter=reporter,
         retention=recipe.evaluation.retention,
     )
+    check_examples(rows.splits, tokenizer, shape.vocabulary)
     return Job(loaded, base, shape, tokenizer, renderer, rows, read_device())
 
 
@@ -212,10 +270,14 @@ def open_speaker(run_or_model: Path, checkpoint: str | None, reporter: Reporter)
         CheckpointError: It is neither a run nor a model.
     """
     from lorafit.evaluation.speaker import Speaker, chats_of, load_plain_model
+    from lorafit.model.adapter import read_notes
 
     if is_model(run_or_model):
         model, tokenizer = load_plain_model(run_or_model, reporter)
-        return Speaker(model, tokenizer, chats_of(tokenizer, chat_template=None, system_prompt=None))
+        speaks = read_notes(run_or_model).get("chat") is not False  # a merge of a run on verbatim rows says so
+        return Speaker(
+            model, tokenizer, chats_of(tokenizer, chat_template=None, system_prompt=None) if speaks else None
+        )
     opened = open_run(run_or_model)
     adapter, _ = opened.adapter(checkpoint)
     job, resolved = open_job(opened.loaded, reporter, opened.began()), opened.resolved()

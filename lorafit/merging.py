@@ -6,6 +6,7 @@ Nothing of transformers or PEFT is imported before the weights are written, so t
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -22,6 +23,7 @@ from lorafit.workspace import OpenedRun, check_output
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
     from lorafit.evaluation.parity import Parity
+    from lorafit.model.tokenizer_files import Companions
 
 BaseKind = Literal["dequantized", "original"]
 PROMPTS_COMPARED = 16
@@ -94,6 +96,7 @@ def merge_run(
         kind=kind,
         quantization=read_json(opened.run.quantization) if kind == "dequantized" else None,
         verify=verify,
+        judge=partial(_check_templates, adapter),
         check=compare if verify else None,
         reporter=reporter,
     )
@@ -111,9 +114,27 @@ def merge_adapter_folder(
     check_output(output, [adapter])
     base = _local_base(str(saved.config.get("base_model_name_or_path") or ""), adapter)
     report = merge_adapter(
-        base, adapter, output, kind=kind, quantization=quantization or None, verify=verify, reporter=reporter
+        base,
+        adapter,
+        output,
+        kind=kind,
+        quantization=saved.quantization(),
+        verify=verify,
+        judge=partial(_check_templates, adapter),
+        reporter=reporter,
     )
     return Merged(report, None, "an adapter alone names no rows to compare on" if verify else "")
+
+
+def _check_templates(adapter: Path, companions: Companions) -> None:
+    """Raises ModelError where a template that is taken is not valid; it is compiled, and not run."""
+    from lorafit.data.chat_template import compile_or_explain
+
+    for text in companions.templates.values():
+        try:
+            compile_or_explain(text)
+        except ModelError as error:
+            raise error.at(file=str(adapter)) from error
 
 
 def _local_base(name: str, adapter: Path) -> Base:

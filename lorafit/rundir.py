@@ -1,7 +1,7 @@
 """Every path in a run folder, and how files get there: whole or not at all.
 
     runs/NAME/
-      manifest.json  recipe.yaml  plan.json  metrics.jsonl  best.json  report.json  report.md
+      manifest.json  recipe.yaml  card.json  plan.json  metrics.jsonl  best.json  report.json  report.md
       checkpoints/step-000100/{adapter/, optimizer.safetensors, state.json, ..., MANIFEST}
       adapter/                                    PEFT layout, loadable by PEFT and vLLM
 
@@ -272,6 +272,16 @@ class RunDir:
     def recipe(self) -> Path:
         """The recipe as it was used, with paths relative to the run folder."""
         return self.root / "recipe.yaml"
+
+    @property
+    def card(self) -> Path:
+        """What whoever answers, merges or evaluates must know of the run (`lorafit.run_card`)."""
+        return self.root / "card.json"
+
+    @property
+    def comparison(self) -> Path:
+        """Tokens of a few rows, on which a merge is compared with the adapter it came from."""
+        return self.root / "comparison.json"
 
     @property
     def plan(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from lorafit.rundir import RunDir, check_manifest, write_json
 from lorafit.workspace import check_same_facts, describe_run, installed_versions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lorafit.job import Job
     from lorafit.objective import Objective
     from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan
@@ -40,7 +42,7 @@ class Training:
 
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
-        from lorafit.model.adapter import load_adapter_weights
+        from lorafit.model.adapter import load_adapter_weights, save_adapter
         from lorafit.model.fuse import fuse_layers, keep_unpacked
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
         from lorafit.model.load import attach_adapter
@@ -83,15 +85,21 @@ class Training:
         if accelerator.is_main_process:  # nothing is written before all is loaded and proven
             describe_run(self.where, job.loaded, job.origin())
         resolved = self._resolve(objective, accelerator, checkpoint, given)
+        card = job.card(resolved)
         question = replace(self._question(), attention=resolved.attention)
         expected = question.at(resolved.tokens_at_once, resolved.gradient_checkpointing)
         if accelerator.is_main_process:
             write_json(self.where.quantization, used)
+            write_json(self.where.card, card.to_json())
+            write_json(self.where.comparison, job.rows_to_compare())
             facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
             write_json(self.where.plan, {**resolved.to_json(), **facts})
         self.reporter.info(describe_resolved(resolved))
         seed_rng(recipe.seed + _SEED_STRIDE * accelerator.process_index)  # dropout; each rank drops other inputs
-        trainer = self._build_trainer(model, objective, resolved, accelerator, store, used, expected.needed_bytes)
+        save = partial(
+            save_adapter, model, base=job.base, quantization=used, card=card, companions=job.companions(card)
+        )
+        trainer = self._build_trainer(model, objective, resolved, accelerator, store, save, expected.needed_bytes)
         state = TrainState()
         if checkpoint is not None:
             state = trainer.restore(checkpoint, partial(load_adapter_weights, model))
@@ -216,7 +224,7 @@ class Training:
         resolved: ResolvedPlan,
         accelerator: Any,
         store: CheckpointStore,
-        used: Mapping[str, Any],
+        save: Callable[[Path], None],
         estimate_bytes: int,
     ) -> Trainer:
         """The loop with everything it is handed."""
@@ -226,8 +234,6 @@ class Training:
         from lorafit.kinds.adapters import adapters
         from lorafit.kinds.optimizers import build_optimizer
         from lorafit.kinds.schedules import learning_rate_at
-        from lorafit.model.adapter import save_adapter
-        from lorafit.model.inspect import summarise_quantization
         from lorafit.trainer.loop import Trainer
         from lorafit.trainer.profile import NO_PROFILE, StepProfile
 
@@ -262,13 +268,7 @@ class Training:
             cutter=Cutter(
                 job.rows.train, job.pad_id, recipe.data.packing, resolved.attention, resolved.micro_batches_at_once
             ),
-            save_adapter=partial(
-                save_adapter,
-                model,
-                base_name=job.base.name,
-                base_digest=job.base.digest,
-                quantization=summarise_quantization(used),
-            ),
+            save_adapter=save,
             evaluate=evaluate_rows,
             early_stopping=recipe.evaluation.early_stopping,
             max_grad_norm=training.max_grad_norm,

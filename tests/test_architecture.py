@@ -32,12 +32,16 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"plan"},
     {"memory"},
     {"recipe"},
+    {"run_card"},
     {"kinds"},
     {"exits", "cache"},
     {"ops", "rundir", "devices", "model_shapes", "reporting"},
     {"shipped"},
     {"registry"},
-    {"errors", "shapes", "contracts", "wording", "library_settings", "strict_json", "version"},
+    {
+        *("errors", "shapes", "contracts", "wording", "library_settings", "strict_json", "version", "portable"),
+        "prelude",
+    },
 )
 LIGHT = {"__main__", "cli", *(room for floor in FLOORS[13:] for room in floor)} - {"ops"}
 HEAVY = {

@@ -16,6 +16,7 @@ from typing import Any
 
 from lorafit.data.provenance import blur
 from lorafit.errors import CheckpointError
+from lorafit.prelude import with_dates
 
 
 def read_clock() -> datetime:
@@ -64,11 +65,10 @@ class StoppedClock:
             return write_moment(self.moment)
         return ", ".join(self.moment.strftime(format) for format in formats)
 
-    def stop_in(self, source: str) -> str:
-        """A template that gets the same answers from Jinja alone, wherever it is rendered, to all that was asked here.
+    def dates(self, formats: Sequence[str] = ()) -> dict[str, str]:
+        """What it says in some formats, and in all that it was asked in."""
+        return {format: self.moment.strftime(format) for format in formats} | self._said
 
-        The macro hides the `strftime_now` of whoever renders it; its line end is eaten, as behind any block.
-        """
-        if not self._said:
-            return source
-        return f"{{% macro strftime_now(format) %}}{{{{ {self._said!r}[format] }}}}{{% endmacro %}}\n{source}"
+    def stop_in(self, source: str) -> str:
+        """A template that gets the same answers wherever it is rendered, to all that was asked here."""
+        return with_dates(source, self._said)

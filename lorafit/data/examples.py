@@ -77,6 +77,12 @@ class Prepared:
             validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
         )
 
+    @property
+    def splits(self) -> dict[str, ExampleSet]:
+        """The prepared rows by split."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test, "retention": self.retention}
+        return {split: examples for split, examples in found.items() if examples is not None}
+
     def samples(self, split: str) -> SampleSet:
         """The sources that the rows of a split came from; rows that were held out came from those of `train`."""
         return self._sources.get(split, self._sources["train"])

@@ -35,6 +35,7 @@ from lorafit.data.sandbox import CLOCK, Traced
 from lorafit.data.truncate import Truncated, truncate_chat
 from lorafit.data.turns import Habits, Turn, find_turns, learn_habits
 from lorafit.errors import LorafitError
+from lorafit.prelude import split_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +86,8 @@ class ChatRenderer:
             those behind the last user message; `all`: every token.
         dropped_fields: What to do with a field that the template renders nowhere: `error`; `warn`; or `trained`: an
             error for what would carry loss (content, reasoning and calls of the assistant), else a warning.
-        system_prompt: The system message of chats that have none.
+        system_prompt: The system message of chats that have none; where None, the one that lorafit shipped in the
+            template (`lorafit.prelude`).
         now: The moment that the template takes for the present one; this minute where None.
 
     Raises:
@@ -103,11 +105,11 @@ class ChatRenderer:
         now: datetime | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._sources = template_sources(tokenizer, chat_template)
+        shipped_prompt, self._sources = split_prompts(template_sources(tokenizer, chat_template))
         self.template = chat_template or tokenizer.chat_template
         self._train_on = train_on
         self._dropped_fields = dropped_fields
-        self._system_prompt = system_prompt
+        self._system_prompt = shipped_prompt if system_prompt is None else system_prompt
         self._clock = StoppedClock(now or read_clock())
         self._variables = {CLOCK: self._clock.strftime_now, **tokenizer.special_tokens_map}
         templates = {source: compile_or_explain(source) for source in self._sources.values()}
@@ -120,6 +122,22 @@ class ChatRenderer:
             render = BoundTemplate(template, None, self._variables)
             check_variables(render)
             self._habits[source] = learn_habits(render, end_token, self._control)
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Text of each template by name, without a system prompt; `default` is always one of them."""
+        return dict(self._sources)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message of chats that have none."""
+        return self._system_prompt
+
+    @property
+    def dates(self) -> dict[str, str]:
+        """What the templates are told of the present moment, by the format they ask in."""
+        formats = [compile_or_explain(source).clock_formats() for source in self._sources.values()]
+        return self._clock.dates([format for known in formats for format in known or ()])
 
     def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> Rendering:
         """Renders a chat and finds what carries loss.

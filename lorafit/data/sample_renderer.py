@@ -93,6 +93,12 @@ class Renderer:
         """
         return None if self.written_date is None else write_moment(self._now)
 
+    def templates(self) -> dict[str, str]:
+        """Text of each chat template by name, as written; empty where there is none."""
+        if self._named_template is not None or getattr(self.tokenizer, "chat_template", None):
+            return template_sources(self.tokenizer, self._named_template)
+        return {}
+
     def key(self) -> dict[str, str]:
         """Hashes of all that decides how a sample becomes tokens, but for the code, by what it is."""
         return self._key

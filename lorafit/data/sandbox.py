@@ -29,6 +29,7 @@ from lorafit.data.jinja_environment import (
     Record,
 )
 from lorafit.data.provenance import Run, runs_of, typed_leaf
+from lorafit.prelude import has_dates
 
 KNOWN_ROLES = frozenset(
     ["system", "developer", "user", "assistant", "tool", "function", "ipython", "model", "environment", "observation"]
@@ -97,7 +98,7 @@ class ChatTemplate:
 
         None where it may ask in a format that does not stand in it.
         """
-        if CLOCK not in self.source:
+        if CLOCK not in self.source or has_dates(self.source):
             return ()
         tree = self._environment.parse(self.source)
         names = [node for node in tree.find_all(nodes.Name) if node.name == CLOCK and node.ctx == "load"]

@@ -198,7 +198,7 @@ def evaluate_pair(
         score_examples,
         objective,
         micro_batch_tokens=micro_batch_tokens,
-        pad_id=find_pad_id(tokenizer),
+        pad_id=find_pad_id(tokenizer, model.get_input_embeddings().weight.shape[0]),
         device=device,
         reporter=reporter,
     )
@@ -268,10 +268,13 @@ def autocast(objective: Any, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=objective.autocast_dtype)
 
 
-def find_pad_id(tokenizer: Any) -> int:
-    """What fills up rows: the pad token, else the end token, else 0. No loss stands there, so that any will do."""
+def find_pad_id(tokenizer: Any, embedding_rows: int | None = None) -> int:
+    """What fills up rows: the pad token, else the end token, else 0. No loss stands there, so that any will do.
+
+    A token that the embedding has no row for, as tokenizers with a pad token added to them have, is passed over.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (embedding_rows is None or token < embedding_rows):
             return int(token)
     return 0
 

@@ -1,8 +1,10 @@
 """Adapters on disk, in PEFT's layout, read and written strictly.
 
-    FOLDER/adapter_config.json           PEFT's; loads in PEFT and vLLM
+    FOLDER/adapter_config.json           PEFT's; loads in PEFT and vLLM. Names the base by hub id, or by its folder here
            adapter_model.safetensors     fp32; base_model.model.<path>.lora_A.weight, ...lora_B.weight
-           lorafit.json                  the base's name and digest, and how it was quantised
+           lorafit.json                  the base's origin and digest, by which it is found elsewhere; the run's card
+           quantization.json             hashes of the quantised base, where it was: enough to merge
+           tokenizer*, chat_template.jinja, generation_config.json     what it was trained with (`tokenizer_files`)
 
 PEFT loads a file in which no tensor fits with no more than a warning; here each mismatch is an error, all listed.
 """
@@ -18,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 from lorafit.cache import known_hash
 from lorafit.errors import ModelError, RecipeError, SafetyError
 from lorafit.model.check import list_names
+from lorafit.model.inspect import summarise_quantization
 from lorafit.model.weights import TensorEntry, read_header, read_rows
+from lorafit.portable import is_local_path
+from lorafit.run_card import RunCard
 from lorafit.rundir import MANIFEST, require_manifest
 from lorafit.strict_json import JsonError, read_json_file
 from lorafit.version import __version__
@@ -27,10 +32,12 @@ if TYPE_CHECKING:
     import torch
 
     from lorafit.model.base import Base
+    from lorafit.model.tokenizer_files import Companions
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 NOTES = "lorafit.json"
+QUANTIZATION = "quantization.json"
 ADAPTER_NAME = "default"
 _PICKLE = "adapter_model.bin"
 
@@ -49,6 +56,27 @@ class AdapterFolder:
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
     notes: dict[str, Any]
+
+    def card(self) -> RunCard | None:
+        """The card of the run that made it; None for adapters of other tools, and of earlier versions.
+
+        Raises:
+            ModelError: It is no card.
+        """
+        written = self.notes.get("card")
+        if written is None:
+            return None
+        try:
+            return RunCard.from_json({**written, "base": self.notes.get("base")})
+        except (ValueError, TypeError) as error:
+            todo = "restore the file, or take another copy of the adapter"
+            raise ModelError(f"is no card of a run: {error}", file=str(self.path / NOTES), todo=todo) from error
+
+    def quantization(self) -> dict[str, Any] | None:
+        """How the base was quantised, with the hashes of every weight where they lie beside the adapter."""
+        if (self.path / QUANTIZATION).is_file():
+            return _read_object(self.path / QUANTIZATION, self.path)
+        return self.notes.get("quantization") or None
 
 
 def read_adapter(folder: Path) -> AdapterFolder:
@@ -73,41 +101,62 @@ def read_adapter(folder: Path) -> AdapterFolder:
                 todo=f"use an adapter with {WEIGHTS}",
             )
         raise ModelError(f"{WEIGHTS} is missing", file=str(folder), todo="get the whole adapter folder")
-    notes = _read_object(folder / NOTES, folder) if (folder / NOTES).is_file() else {}
-    return AdapterFolder(folder, config, read_header(folder / WEIGHTS), notes)
+    return AdapterFolder(folder, config, read_header(folder / WEIGHTS), read_notes(folder))
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """lorafit.json of an adapter or a merged model; empty where another tool made the folder.
+
+    Raises:
+        ModelError: It is no JSON object.
+    """
+    return _read_object(folder / NOTES, folder) if (folder / NOTES).is_file() else {}
 
 
 def save_adapter(
-    model: Any, folder: Path, *, base_name: str, base_digest: str, quantization: Mapping[str, Any] | None = None
+    model: Any,
+    folder: Path,
+    *,
+    base: Base,
+    quantization: Mapping[str, Any] | None = None,
+    card: RunCard | None = None,
+    companions: Companions | None = None,
 ) -> None:
     """Writes the adapter called `default` into a folder (made whole by the caller's `atomic_dir`).
 
     Args:
         model: The PEFT model.
-        folder: Where the three files go.
-        base_name: `Base.name`.
-        base_digest: `Base.digest`.
-        quantization: `inspect.describe_quantization`'s summary, so that the folder alone says what it was trained on.
+        folder: Where the files go.
+        base: What it was trained on.
+        quantization: `inspect.describe_quantization`.
+        card: The run's.
+        companions: Tokenizer, templates and generation settings.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[ADAPTER_NAME].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config |= {"base_model_name_or_path": base_name, "inference_mode": True, "peft_type": "LORA", "auto_mapping": None}
+    config["base_model_name_or_path"], config["revision"] = base.reference
+    config |= {"inference_mode": True, "peft_type": "LORA", "auto_mapping": None}
     config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
     tensors = {name: value.detach().to("cpu").contiguous() for name, value in adapter_tensors(model).items()}
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     notes = {
         "format": 1,
         "lorafit": __version__,
-        "base": {"name": base_name, "digest": base_digest},
-        "quantization": dict(quantization) if quantization else None,
+        "base": base.origin.model_dump(mode="json"),
+        "quantization": summarise_quantization(quantization) if quantization else None,
         "transposed": transposed_targets(model),
+        "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }
     for name, value in ((CONFIG, config), (NOTES, notes)):
         text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str)
         (folder / name).write_text(text + "\n", encoding="utf-8")
+    if quantization and quantization.get("tensors"):
+        (folder / QUANTIZATION).write_text(json.dumps(quantization, allow_nan=False) + "\n", encoding="utf-8")
+    if companions is not None:
+        companions.write(folder)
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -169,12 +218,17 @@ def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> No
 
 
 def check_base(saved: AdapterFolder, base: Base) -> None:
-    """Raises ModelError where the adapter was trained on another base (by digest), or its own files disagree."""
+    """Raises ModelError where the adapter was trained on another base (by digest), or its own files disagree.
+
+    A folder that adapter_config.json names may lie anywhere, since it is the place on the machine that trained; its
+    name stays the same.
+    """
     trained = saved.notes.get("base") or {}
-    written = saved.config.get("base_model_name_or_path")
     if not trained:
         return
-    if written != trained.get("name"):
+    written = str(saved.config.get("base_model_name_or_path"))
+    is_folder = is_local_path(written) and Path(written).name == trained.get("folder")
+    if written != trained.get("name") and not is_folder:
         raise ModelError(
             f"base mismatch: {CONFIG} says '{written}', {NOTES} says '{trained.get('name')}'",
             file=str(saved.path),

@@ -11,19 +11,20 @@ No torch at module level: `read_config` serves commands that must be quick.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorafit.cache import cache_folder, known_hash, refuse_foreign
 from lorafit.errors import ModelError, SafetyError
 from lorafit.model.limits import check_sizes
+from lorafit.model.packages import PACKAGE_SCHEME, file_in_package
+from lorafit.model.tokenizer_files import MORE_TEMPLATES, TOKENIZER_PATTERNS
 from lorafit.model.weights import read_index
 from lorafit.model_shapes import known_config
+from lorafit.run_card import BaseOrigin
 from lorafit.rundir import MANIFEST, require_manifest
 from lorafit.strict_json import JsonError, read_json_file
 
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
     from lorafit.contracts import Reporter
     from lorafit.recipe.schema import ModelSection
 
-PACKAGE_SCHEME = "package://"
 CONFIG = "config.json"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.spm"),
-    *("spiece.model", "sentencepiece*.model", "additional_chat_templates/*"),
+    *TOKENIZER_PATTERNS,
+    *("chat_template*", f"{MORE_TEMPLATES}/*"),
 )
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -57,6 +57,8 @@ class Base:
         config: The parsed config.json.
         digest: Fingerprint of config and weights (see `fingerprint`); empty where weights were not asked for.
         written: What the recipe writes, where that is a GGUF file, whose `name` says nothing to a reader.
+        kind: Where it comes from.
+        revision: Of a hub id: what was asked for.
     """
 
     path: Path
@@ -64,11 +66,31 @@ class Base:
     config: dict[str, Any]
     digest: str
     written: str = ""
+    kind: Literal["hub", "package", "gguf", "folder"] = "folder"
+    revision: str | None = None
 
     @property
     def shown(self) -> str:
         """For messages."""
         return f"{self.written} ({self.name[:12]})" if self.written else self.name
+
+    @property
+    def origin(self) -> BaseOrigin:
+        """Where it can be had again, without any place on this disk."""
+        name = self.written or self.name
+        return BaseOrigin(
+            kind=self.kind,
+            name=name if self.kind in ("hub", "package") else Path(name).name or self.path.resolve().name,
+            revision=self.revision,
+            commit=self.path.name if self.kind == "hub" else None,
+            folder=self.path.resolve().name if self.kind != "hub" else self.path.name,
+            digest=self.digest,
+        )
+
+    @property
+    def reference(self) -> tuple[str, str | None]:
+        """What PEFT's and transformers' own loaders open it by: a hub id with its commit, or an absolute folder."""
+        return (self.name, self.path.name) if self.kind == "hub" else (str(self.path.resolve()), None)
 
 
 def is_gguf(text: str) -> bool:
@@ -96,16 +118,17 @@ def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weigh
 
         _refuse_revision(model)
         path = convert_gguf(file, cache_folder() / "bases", reporter)
-        name, written = path.name, text if text.startswith(PACKAGE_SCHEME) else _written_name(text)
+        kind: Literal["hub", "package", "gguf", "folder"] = "package" if text.startswith(PACKAGE_SCHEME) else "gguf"
+        name, written = path.name, text if kind == "package" else _written_name(text)
     elif (local := _local_folder(text, folder)) is not None:
         _refuse_revision(model)
-        path, name = local, _written_name(text)
+        path, name, kind = local, _written_name(text), "folder"
         if weights:
             _check_made(path)
     else:
-        path, name = _snapshot(model, reporter, weights=weights), text
+        path, name, kind = _snapshot(model, reporter, weights=weights), text, "hub"
     config = load_config(path)
-    return Base(path, name, config, fingerprint(path, config) if weights else "", written)
+    return Base(path, name, config, fingerprint(path, config) if weights else "", written, kind, model.revision)
 
 
 def open_folder(folder: Path) -> Base:
@@ -275,49 +298,13 @@ def _gguf_file(text: str, folder: Path) -> Path | None:
     if not is_gguf(text):
         return None
     if text.startswith(PACKAGE_SCHEME):
-        return _file_in_package(text)
+        return file_in_package(text)
     file = folder / Path(text).expanduser()
     if not file.is_file():
         raise ModelError(
             "no such file", file=str(file), key="model.base", todo="check the path; it is relative to the recipe"
         )
     return file
-
-
-def _file_in_package(text: str) -> Path:
-    name, _, inside = text.removeprefix(PACKAGE_SCHEME).partition("/")
-    if not name or not inside or ".." in PurePosixPath(inside).parts or not inside.lower().endswith(".gguf"):
-        raise ModelError(
-            f"'{text}' is not package://NAME/FILE.gguf", key="model.base", todo="name a .gguf file inside a package"
-        )
-    folders = _package_folders(name)
-    if not folders:
-        raise ModelError(
-            f"no installed package is called '{name}'", key="model.base", todo=f"pip install {name}, or check the name"
-        )
-    for place in folders:
-        if (place / inside).is_file():
-            return place / inside
-    found = sorted(p.relative_to(place).as_posix() for place in folders for p in place.rglob("*.gguf"))
-    listed = f"it holds {', '.join(found[:5])}" if found else "it holds no .gguf file"
-    raise ModelError(f"package '{name}' has no file {inside}", key="model.base", todo=listed)
-
-
-def _package_folders(name: str) -> list[Path]:
-    """Folders of an installed package, by import name or distribution name, without importing it."""
-    import_names = [name] if name.isidentifier() else []
-    try:
-        distribution = importlib.metadata.distribution(name)
-        listed = (distribution.read_text("top_level.txt") or "").split()
-        listed += [Path(str(f)).parts[0] for f in distribution.files or [] if str(f).endswith("__init__.py")]
-        import_names += [n for n in dict.fromkeys(listed) if n.isidentifier() and n not in import_names]
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        pass
-    folders = []
-    for import_name in import_names:
-        spec = importlib.util.find_spec(import_name)  # of a top-level name: finds, does not import
-        folders += [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    return folders
 
 
 def _local_folder(text: str, folder: Path) -> Path | None:

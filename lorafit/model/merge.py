@@ -9,7 +9,6 @@ Never a 4-bit result: quantising a merged weight again would erase the adapter, 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,10 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorafit.errors import ModelError, ResourceError, UsageError
 from lorafit.model.adapter import NOTES, AdapterFolder, check_base, read_adapter
+from lorafit.model.inspect import summarise_quantization
 from lorafit.model.merge_shards import ShardMerger
+from lorafit.model.merged_files import choose_companions, write_rest
 from lorafit.model.rebuild import REBUILDERS
+from lorafit.model.tokenizer_files import Companions, write_object
 from lorafit.model.updates import plan_updates
-from lorafit.model.weights import FLOAT_DTYPES, dtype_name, read_index, torch_dtype
+from lorafit.model.weights import dtype_name, read_index
 from lorafit.rundir import atomic_dir, disk_errors
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from lorafit.model.base import Base
 
 BaseKind = Literal["dequantized", "original"]
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.spm", "LICENSE*")
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ def merge_adapter(
     quantization: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    judge: Callable[[Companions], None] | None = None,
     check: Callable[[Path], None] | None = None,
     reporter: Reporter,
 ) -> MergeReport:
@@ -98,12 +99,14 @@ def merge_adapter(
 
     Args:
         base: The base that the adapter was trained on.
-        adapter_folder: In PEFT's layout. Tokenizer files and chat template in it win over the base's.
+        adapter_folder: In PEFT's layout. Its tokenizer and chat template are taken before the base's, with a word
+            where they differ.
         output: The folder to make; it may exist, empty.
         kind: `dequantized`: the quantised values that training saw. `original`: the base's own weights.
         quantization: The run's quantization.json (`inspect.describe_quantization`); needed for `dequantized`.
         dtype: Of all written floats; by default training's own for `dequantized`, the file's for `original`.
         verify: Whether each written tensor is read back and compared with W + s * B A.
+        judge: Called before anything is written with the tokenizer and templates that are taken; may raise.
         check: Called with the finished folder before it gets its name; what it raises leaves no output.
         reporter: Shows progress.
 
@@ -119,6 +122,9 @@ def merge_adapter(
     check_base(adapter, base)
     entries = read_index(base.path)
     updates = plan_updates(adapter, entries, base.config)
+    companions = choose_companions(base, adapter, reporter)
+    if judge is not None:
+        judge(companions)
     used = _check_quantization(kind, quantization, base)
     if dtype is None and used is not None:
         import torch
@@ -138,7 +144,7 @@ def merge_adapter(
         with reporter.track(len(entries), "merging") as bar:
             merger.write(temporary, bar)
         codes_off, proven = merger.conclude(reporter)
-        _copy_rest(base, adapter_folder, temporary, merger)
+        write_rest(base, companions, temporary, merger.dtypes.values())
         _write_notes(temporary, base, adapter, kind, used)
         if check is not None:
             check(temporary)
@@ -178,30 +184,16 @@ def _check_quantization(kind: BaseKind, quantization: Mapping[str, Any] | None, 
     return quantization
 
 
-def _copy_rest(base: Base, adapter: Path, target: Path, merger: ShardMerger) -> None:
-    """config.json without quantisation and with the new dtype; tokenizer, template and licence as they are."""
-    for folder in (base.path, adapter):
-        for file in (found for pattern in _COPIED for found in sorted(folder.glob(pattern))):
-            ours = file.name in ("config.json", NOTES, "adapter_config.json") or file.name.endswith(_WEIGHT_SUFFIXES)
-            if not ours and file.is_file():
-                shutil.copyfile(file, target / file.name)
-    config = {key: value for key, value in base.config.items() if key not in ("quantization_config", "torch_dtype")}
-    floats = {dtype for dtype in merger.dtypes.values() if dtype in FLOAT_DTYPES}
-    if len(floats) == 1:
-        config["dtype"] = str(torch_dtype(floats.pop())).removeprefix("torch.")
-    elif "torch_dtype" in base.config:
-        config.setdefault("dtype", base.config["torch_dtype"])
-    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _write_notes(
     target: Path, base: Base, adapter: AdapterFolder, kind: BaseKind, used: Mapping[str, Any] | None
 ) -> None:
-    """lorafit.json of the merged model: what it was made from."""
-    quantization = {key: value for key, value in (used or {}).items() if key != "tensors"} or None
+    """lorafit.json of the merged model: what it was made from, and whether it is asked in chats or verbatim."""
+    card = adapter.card()
+    origin = base.origin.model_dump(mode="json")
     notes = {
         "format": 1,
-        "merged": {"base": {"name": base.name, "digest": base.digest}, "into": kind, "quantization": quantization},
+        "merged": {"base": origin, "into": kind, "quantization": summarise_quantization(used or {}) or None},
         "adapter": {"name": adapter.path.name, "r": adapter.config.get("r"), "alpha": adapter.config.get("lora_alpha")},
+        "chat": card.chat if card else None,
     }
-    (target / NOTES).write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_object(target / NOTES, notes)

@@ -68,14 +68,14 @@ def test_a_run_that_begins_another_day_writes_that_day(world: World, days: Days)
 
 
 def test_what_asks_a_run_asks_as_on_its_first_day(world: World, days: Days, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafit.contracts import Silent
+    from lorafit.contracts import Sample, Silent
     from lorafit.data import examples
     from lorafit.job import open_speaker
 
     say_all(world.run("train", "r.yaml"), 0)
     days.move(60 * 24)
     speaker = open_speaker(world.root / "run", None, Silent())
-    asked = speaker.tokenizer.decode(speaker.prompt_ids([{"role": "user", "content": "when"}]))
+    asked = speaker.tokenizer.decode(speaker.prompt_ids(Sample("", 0, prompt="when")))
     assert asked == f"{PINNED}<|im_start|>user\nwhen<|im_end|>\n<|im_start|>assistant\n"
     say_all(world.run("eval", "run", "--json"), 0)
     scored = [json.loads(line) for line in (world.root / "run" / "report.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.adapter import save_adapter
 from lorafit.model.base import Base, resolve_base
-from lorafit.model.inspect import describe_quantization, summarise_quantization
+from lorafit.model.inspect import describe_quantization
 from lorafit.model.load import attach_adapter, load_model
 
 
@@ -84,8 +84,7 @@ def train_like(base: Base, kind: str, *, dtype: torch.dtype = torch.float32, **s
         used = describe_quantization(model, quantizations.get(kind).section(), dtype=dtype)
     folder = base.path.parent / f"adapter-{kind}"
     folder.mkdir()
-    summary = summarise_quantization(used) if used else None
-    save_adapter(model, folder, base_name=base.name, base_digest=base.digest, quantization=summary)
+    save_adapter(model, folder, base=base, quantization=used)
     return Trained(base, folder, used, model)
 
 

@@ -16,6 +16,7 @@ from lorafit.errors import LorafitError, ModelError, RecipeError, SafetyError
 from lorafit.model.adapter import (
     CONFIG,
     NOTES,
+    QUANTIZATION,
     WEIGHTS,
     adapter_tensors,
     check_base,
@@ -42,19 +43,20 @@ def test_peft_reads_what_we_write(tmp_path: Path, family: str) -> None:
     theirs = PeftModel.from_pretrained(plain, made.adapter)
     assert torch.equal(logits(theirs), logits(made.model))
     config = json.loads((made.adapter / CONFIG).read_text())
-    assert config["base_model_name_or_path"] == "base" and config["inference_mode"] is True
+    assert config["base_model_name_or_path"] == str(folder) and config["inference_mode"] is True
     assert isinstance(config["lora_alpha"], int) and config["target_modules"] == sorted(config["target_modules"])
     notes = json.loads((made.adapter / NOTES).read_text())
-    assert notes["base"] == {"name": "base", "digest": made.base.digest}
+    origin = {"kind": "folder", "name": "base", "folder": "base", "revision": None, "commit": None}
+    assert notes["base"] == origin | {"digest": made.base.digest}
+    assert str(tmp_path) not in (made.adapter / NOTES).read_text()
     assert notes["transposed"] == (["c_attn", "c_fc", "c_proj"] if family == "gpt2" else [])
 
 
 def test_files_are_equal_each_time(trained: Callable[..., Trained], tmp_path: Path) -> None:
     made = trained("nf4")
     (tmp_path / "again").mkdir()
-    used = {key: value for key, value in made.quantization.items() if key != "tensors"}  # type: ignore[union-attr]
-    save_adapter(made.model, tmp_path / "again", base_name="base", base_digest=made.base.digest, quantization=used)
-    for name in (CONFIG, WEIGHTS, NOTES):
+    save_adapter(made.model, tmp_path / "again", base=made.base, quantization=made.quantization)
+    for name in (CONFIG, WEIGHTS, NOTES, QUANTIZATION):
         assert (tmp_path / "again" / name).read_bytes() == (made.adapter / name).read_bytes()
 
 

@@ -252,18 +252,6 @@ def test_dequantized_needs_the_runs_record(trained: Callable[..., Trained]) -> N
         run(made, "dequantized")
 
 
-def test_tokenizer_and_template_come_along_and_the_adapters_win(trained: Callable[..., Trained]) -> None:
-    made = trained("none")
-    (made.base.path / "tokenizer.json").write_text("{}")
-    (made.base.path / "chat_template.jinja").write_text("base")
-    (made.base.path / "pytorch_model.bin.index.json").write_text("{}")
-    (made.adapter / "chat_template.jinja").write_text("adapter")
-    output = run(made).output
-    assert (output / "chat_template.jinja").read_text() == "adapter" and (output / "tokenizer.json").is_file()
-    names = {path.name for path in output.iterdir()}
-    assert not names & {"adapter_config.json", "pytorch_model.bin.index.json"}
-
-
 def test_a_merge_that_dies_leaves_nothing_under_its_name(trained: Callable[..., Trained]) -> None:
     made = trained("none")
     output = made.base.path.parent / "merged"
