@@ -251,7 +251,7 @@ def load_adapted(job: Job, adapter: Path, resolved: ResolvedPlan, reporter: Repo
         device=torch.device(job.device.kind),
         reporter=reporter,
     )
-    return open_adapter(base, adapter, trainable=False, base=job.base)
+    return open_adapter(base, adapter, trainable=False, base=job.base, reporter=reporter)
 
 
 def load_tuned(

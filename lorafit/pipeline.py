@@ -8,6 +8,7 @@ Every other room gets its section of the recipe or plain values from here; none 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -276,7 +277,7 @@ def merge(
     reporter = reporter or Silent()
     if base_kind not in (None, "dequantized", "original"):
         raise UsageError(f"'{base_kind}' is no base", key="--base", todo="use dequantized or original")
-    if not is_run(run_or_adapter) and (run_or_adapter / "adapter_config.json").is_file():
+    if not is_run(run_or_adapter) and os.path.lexists(run_or_adapter / "adapter_config.json"):
         return merge_adapter_folder(run_or_adapter, output, base_kind, verify=verify, reporter=reporter)
     return merge_run(open_run(run_or_adapter), output, base_kind, checkpoint, verify=verify, reporter=reporter)
 

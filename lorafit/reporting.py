@@ -51,14 +51,17 @@ class ConsoleReporter:
         self._quiet = quiet
         self._verbose = verbose
         self._bar: _DrawnBar | None = None
+        self._warned: set[str] = set()
 
     def info(self, message: str) -> None:
         """One line."""
         self._write(message)
 
     def warn(self, message: str) -> None:
-        """One line that stands out."""
-        self._write(f"warning: {message}", style="yellow")
+        """One line that stands out; the same one is not said again."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self._write(f"warning: {message}", style="yellow")
 
     def show(self, renderable: Any) -> None:
         """A table or text for rich."""

@@ -12,13 +12,16 @@ PEFT loads a file in which no tensor fits with no more than a warning; here each
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.cache import known_hash
+from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError, SafetyError
+from lorafit.model.adapter_checks import check_fields, check_notes, check_values
 from lorafit.model.check import list_names
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.weights import TensorEntry, read_header, read_rows
@@ -31,6 +34,7 @@ from lorafit.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from lorafit.contracts import Reporter
     from lorafit.model.base import Base
     from lorafit.model.tokenizer_files import Companions
 
@@ -84,14 +88,16 @@ def read_adapter(folder: Path) -> AdapterFolder:
 
     Raises:
         CheckpointError: The folder has a MANIFEST and is not what that says.
-        ModelError: A file is missing, incomplete or no adapter of a known kind.
-        SafetyError: Only pickle weights, or a config that would import a module.
+        ModelError: A file is missing, incomplete or no adapter of a known kind, or a field is not what PEFT writes.
+        SafetyError: Only pickle weights, a config that would import a module, or a pattern that can take for ever.
     """
     if (folder / MANIFEST).exists():
         require_manifest(folder, hash_of=known_hash)
     config = _read_object(folder / CONFIG, folder)
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"is an adapter of type {config.get('peft_type')!r}, not LORA", file=str(folder / CONFIG))
+        raise ModelError(
+            f"is an adapter of type {str(config.get('peft_type'))[:40]!r}, not LORA", file=str(folder / CONFIG)
+        )
     _refuse_imports(config, folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         if (folder / _PICKLE).exists():
@@ -101,16 +107,22 @@ def read_adapter(folder: Path) -> AdapterFolder:
                 todo=f"use an adapter with {WEIGHTS}",
             )
         raise ModelError(f"{WEIGHTS} is missing", file=str(folder), todo="get the whole adapter folder")
-    return AdapterFolder(folder, config, read_header(folder / WEIGHTS), read_notes(folder))
+    tensors = read_header(folder / WEIGHTS)
+    check_fields(config, tensors, folder / CONFIG)
+    return AdapterFolder(folder, config, tensors, read_notes(folder))
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """lorafit.json of an adapter or a merged model; empty where another tool made the folder.
 
     Raises:
-        ModelError: It is no JSON object.
+        ModelError: It is no JSON object, or holds what lorafit does not write.
     """
-    return _read_object(folder / NOTES, folder) if (folder / NOTES).is_file() else {}
+    if not os.path.lexists(folder / NOTES):
+        return {}
+    notes = _read_object(folder / NOTES, folder)
+    check_notes(notes, folder / NOTES)
+    return notes
 
 
 def save_adapter(
@@ -187,11 +199,16 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     """Puts a saved adapter's values into the model's adapter, in place (shapes and dtype of the model stay).
 
     Raises:
-        ModelError: Missing or superfluous tensors, wrong shapes; all are counted.
+        ModelError: Missing or superfluous tensors, wrong shapes, all counted; or values that are no finite floats.
     """
+    saved = read_adapter(folder)
+    check_values(saved.tensors, folder / WEIGHTS, saved.config["lora_alpha"], Silent())
+    _load_weights(model, saved)
+
+
+def _load_weights(model: Any, saved: AdapterFolder) -> None:
     import torch
 
-    saved = read_adapter(folder)
     live = adapter_tensors(model)
     check_fit(saved, {name: tuple(value.shape) for name, value in live.items()})
     with torch.no_grad():
@@ -243,7 +260,9 @@ def check_base(saved: AdapterFolder, base: Base) -> None:
         )
 
 
-def open_adapter(base_model: Any, folder: Path, *, trainable: bool, base: Base | None = None) -> Any:
+def open_adapter(
+    base_model: Any, folder: Path, *, trainable: bool, base: Base | None = None, reporter: Reporter | None = None
+) -> Any:
     """The loaded base with a saved adapter on it.
 
     Args:
@@ -251,6 +270,7 @@ def open_adapter(base_model: Any, folder: Path, *, trainable: bool, base: Base |
         folder: The adapter's.
         trainable: Whether its weights require gradients.
         base: Checked against the adapter's notes where given.
+        reporter: Warned where the adapter has no effect; silent where None.
 
     Raises:
         ModelError: It does not fit, in any respect; nothing is guessed.
@@ -264,6 +284,7 @@ def open_adapter(base_model: Any, folder: Path, *, trainable: bool, base: Base |
     saved = read_adapter(folder)
     if base is not None:
         check_base(saved, base)
+    check_values(saved.tensors, folder / WEIGHTS, saved.config["lora_alpha"], reporter or Silent())
     known = LoraConfig.__dataclass_fields__
     foreign = {key: value for key, value in saved.config.items() if key not in known and value}
     if foreign:
@@ -275,10 +296,10 @@ def open_adapter(base_model: Any, folder: Path, *, trainable: bool, base: Base |
     with quiet_libraries():
         try:
             model = get_peft_model(base_model, LoraConfig(**fields), adapter_name=ADAPTER_NAME)
-        except (ValueError, TypeError) as error:
-            first = (str(error).splitlines() or [""])[0]
+        except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
+            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"does not fit this model: {first}", file=str(folder / CONFIG)) from error
-    load_adapter_weights(model, folder)
+    _load_weights(model, saved)
     keep_weights_unpacked(model)
     for parameter in adapter_tensors(model).values():
         parameter.requires_grad_(trainable)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafit.errors import ModelError, ResourceError, UsageError
-from lorafit.model.adapter import NOTES, AdapterFolder, check_base, read_adapter
+from lorafit.model.adapter import NOTES, WEIGHTS, AdapterFolder, check_base, read_adapter
+from lorafit.model.adapter_checks import check_values
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.merge_shards import ShardMerger
 from lorafit.model.merged_files import choose_companions, write_rest
@@ -120,6 +121,7 @@ def merge_adapter(
     _check_output(output, base.path, adapter_folder)
     adapter = read_adapter(adapter_folder)
     check_base(adapter, base)
+    check_values(adapter.tensors, adapter_folder / WEIGHTS, adapter.config["lora_alpha"], reporter)
     entries = read_index(base.path)
     updates = plan_updates(adapter, entries, base.config)
     companions = choose_companions(base, adapter, reporter)

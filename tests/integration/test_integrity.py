@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -302,3 +303,146 @@ def test_the_cache_is_made_for_its_user_alone(world: World, cache: Path) -> None
     finally:
         os.umask(old)
     assert (cache / "data").stat().st_mode & 0o077 == 0
+
+
+# --- what an adapter's files may say ---------------------------------------------------------------------------------
+
+ADAPTER_FAULTS: list[tuple[str, Callable[[Path], None], int, list[str]]] = []
+
+
+def adapter_fault(name: str, code: int, *said: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    def keep(change: Callable[[Path], None]) -> Callable[[Path], None]:
+        ADAPTER_FAULTS.append((name, change, code, list(said)))
+        return change
+
+    return keep
+
+
+def adapter_config(name: str, code: int = 5, *, said: tuple[str, ...] = (), **values: Any) -> None:
+    adapter_fault(name, code, "adapter_config.json", *said or values)(
+        lambda folder: edit_json(folder / "adapter_config.json", **values)
+    )
+
+
+def adapter_weights(name: str, *said: str) -> Callable[[Callable[[dict[str, torch.Tensor]], object]], None]:
+    def keep(change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        def write(folder: Path) -> None:
+            tensors = load_file(folder / "adapter_model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+        adapter_fault(name, 5, "adapter_model.safetensors", *said)(write)
+
+    return keep
+
+
+B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+adapter_weights("NaN", "NaN", B)(lambda t: t[B].view(-1)[3:4].fill_(float("nan")))
+adapter_weights("Inf", "Inf", B)(lambda t: t[B].view(-1)[3:4].fill_(-float("inf")))
+adapter_weights("integers", "I32", B)(lambda t: t.update({B: torch.ones(128, 4, dtype=torch.int32)}))
+adapter_config("alpha is NaN", lora_alpha=float("nan"))
+adapter_config("alpha is endless", lora_alpha=float("inf"))
+adapter_config("alpha in words", lora_alpha="x")
+adapter_config("alpha is a list", lora_alpha=[8])
+adapter_config("alpha is true", lora_alpha=True)
+adapter_config("rank in words", r="four")
+adapter_config("a list of ranks", rank_pattern=["q_proj"])
+adapter_config("ranks in words", rank_pattern={"q_proj": "four"})
+adapter_config("alphas without end", alpha_pattern={"q_proj": float("inf")})
+adapter_config("targets in targets", target_modules=[["q_proj"]])
+adapter_config("targets that are a number", target_modules=7)
+adapter_config("a broken pattern", target_modules="(((", said=("target_modules",))
+adapter_config("a broken pattern of ranks", rank_pattern={"(((": 4})
+adapter_config("a pattern for ever", 8, exclude_modules="(([a-z._0-9]+)+)+!")
+adapter_config("a pattern of choices for ever", 8, target_modules=r"(model|mod|el|\.|[a-z0-9_]+)+!")
+adapter_config("a slow pattern", 8, target_modules=".*" * 16 + "!")
+adapter_config("ranks by a pattern for ever", 8, rank_pattern={"(([a-z._0-9]+)+)+!": 4})
+adapter_config("a base of a list", base_model_name_or_path=["x"])
+adapter_config("a base without end", base_model_name_or_path="x" * 100_000)
+adapter_config("a flag in words", use_rslora="yes")
+
+
+@adapter_fault("no alpha", 5, "adapter_config.json", "lora_alpha", "missing")
+def drop_alpha(folder: Path) -> None:
+    values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    del values["lora_alpha"]
+    (folder / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+for _name, _text in {"deep": DEEP, "a list": "[1]", "a number": "7"}.items():
+    for _file in ("adapter_config.json", "lorafit.json"):
+        adapter_fault(f"{_file} is {_name}", 5, _file)(write(_file, _text))
+for _key, _value in {"base": "evil", "quantization": "nf4", "transposed": 3, "format": 999}.items():
+    adapter_fault(f"{_key} of the notes", 5, "lorafit.json", _key)(
+        lambda folder, key=_key, value=_value: edit_json(folder / "lorafit.json", **{key: value})
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"), [f[1:] for f in ADAPTER_FAULTS], ids=[f[0] for f in ADAPTER_FAULTS]
+)
+def test_an_adapter_that_is_wrong_itself(
+    trained: World, change: Callable[[Path], None], code: int, said: list[str]
+) -> None:
+    """Without a MANIFEST, as other tools write adapters: the fault is told of the adapter, not of base or disk."""
+    world = trained
+    adapter = world.root / "run" / "checkpoints" / "step-000002" / "adapter"
+    change(adapter)
+    make_manifest(adapter.parent)
+    shutil.copytree(adapter, world.root / "alone")
+    (world.root / "base").symlink_to(world.base)
+    world.recipe(("  dropout: 0.0", "  dropout: 0.0\n  init_from: alone"), name="on.yaml")
+    before = world.digests()
+    for command in (
+        ("eval", "run", "--checkpoint", "2", "--split", "train"),
+        ("generate", "run", "--checkpoint", "2", *GENERATE),
+        ("merge", "run", "--checkpoint", "2", "--output", "m"),
+        ("merge", "alone", "--output", "m"),
+        ("train", "on.yaml", "--output", "on"),
+    ):
+        began = time.monotonic()
+        say_all(world.run(*command), code, *said)
+        assert time.monotonic() - began < 10
+    assert world.digests() == before
+
+
+@pytest.mark.parametrize("change", [pipe, endless])
+@pytest.mark.parametrize("file", ["adapter_config.json", "lorafit.json", "adapter_model.safetensors", "MANIFEST"])
+def test_an_adapter_of_pipes(trained: World, file: str, change: Callable[[str], Callable[[Path], None]]) -> None:
+    change(file)(trained.root / "run" / "adapter")
+    for command in ADAPTER_COMMANDS:
+        say_all(trained.run(*command), 6, "run/adapter", file)
+    shutil.rmtree(trained.root / "run" / "checkpoints")
+    if file != "MANIFEST":
+        (trained.root / "run" / "adapter" / "MANIFEST").unlink()
+        (trained.root / "run" / "adapter").rename(trained.root / "alone")
+        say_all(trained.run("merge", "alone", "--output", "m"), 5, file)
+
+
+def make_manifest(folder: Path) -> None:
+    """The MANIFEST that a folder with these files would have, as who edits one can make it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "MANIFEST")
+    entries = {
+        p.relative_to(folder).as_posix(): {
+            "bytes": p.stat().st_size,
+            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+        }
+        for p in files
+    }
+    (folder / "MANIFEST").write_text(json.dumps({"files": entries}), encoding="utf-8")
+
+
+def test_an_adapter_without_effect_is_said(trained: World) -> None:
+    world = trained
+    adapter = world.root / "run" / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for command in ADAPTER_COMMANDS:
+        assert "no effect" not in world.run(*command).stderr
+    shutil.rmtree(world.root / "m")
+    zeros = {name: value * (0 if "lora_B" in name else 1) for name, value in tensors.items()}
+    save_file(zeros, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    make_manifest(adapter)
+    for command in ADAPTER_COMMANDS:
+        outcome = world.run(*command)
+        say_all(outcome, 0, "run/adapter", "the adapter has no effect")
+        assert outcome.stderr.count("no effect") == 1
