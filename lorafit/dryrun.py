@@ -182,9 +182,16 @@ class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]
             if arguments[0].dtype == torch.bool:
                 return not self._holds_documents
             return 1.0 if arguments[0].dtype.is_floating_point else 1
+        if function is torch.ops.aten._grouped_mm.default:
+            return _grouped_product(*arguments[:2])
         if function.namespace == "bitsandbytes" and not function._schema.returns:
             return None
         return function(*arguments, **options)
+
+
+def _grouped_product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each token times its expert's weight: [tokens, in] x [experts, in, out]; torch's own fake takes bf16 alone."""
+    return rows.new_empty((*rows.shape[:-1], weights.shape[-1]))
 
 
 @contextlib.contextmanager

@@ -4,20 +4,21 @@
     exact   the model's own forward, its head fed with those hidden states alone: soft-caps and logit scales behind
             the head run too
 
-`prove_objective` compares either with the model's own loss from full logits, on one row, before step 1.
+`prove_objective` compares either with the model's own loss from full logits, on one row, before step 1, and refuses
+what cannot learn to continue a text: models that need more than text, and those that see the tokens ahead.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from lorafit.errors import NumericsError
+from lorafit.errors import ModelError, NumericsError
 from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.rng import preserved_rng
@@ -25,9 +26,11 @@ from lorafit.ops.rng import preserved_rng
 if TYPE_CHECKING:
     from lorafit.contracts import Batch, Reporter
 
+_Result = TypeVar("_Result")
 _IGNORED_LABEL = -100  # what transformers leaves out of its loss
 _TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative; logits are rounded to the dtype
 _PROBED_ROWS = 64
+_AHEAD_TOLERANCE = {None: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of the largest change of a logit
 
 
 class Objective(nn.Module):
@@ -81,6 +84,15 @@ class Objective(nn.Module):
             outputs = self.model(**self._inputs(batch), labels=labels.view_as(batch.input_ids))
         loss: torch.Tensor = outputs.loss.double() * batch.weight
         return loss
+
+    @torch.no_grad()
+    def full_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits of whole rows by the model's own forward, fp32 [batch, seq, vocabulary]."""
+        kind = input_ids.device.type
+        with torch.autocast(kind, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            outputs = self.model(input_ids=input_ids, use_cache=False, return_dict=True)
+        logits: torch.Tensor = outputs.logits
+        return logits.float()
 
     @property
     def base(self) -> Any:
@@ -187,13 +199,15 @@ def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> N
     says so. Modes and random numbers are left as they were.
 
     Raises:
+        ModelError: The model runs on no text alone, or a token's logits depend on the tokens behind it.
         NumericsError: The exact path differs too, or the model's own loss is not finite.
     """
     was_training = objective.training
     objective.eval()
     try:
         with preserved_rng():
-            own = float(objective.own_loss(batch))
+            refuse_what_is_not_causal(objective, batch)
+            own = _on_text_alone(objective, lambda: float(objective.own_loss(batch)))
             if not torch.isfinite(torch.tensor(own)):
                 raise NumericsError(
                     f"the model's own loss on one row is {own}",
@@ -215,3 +229,34 @@ def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> N
                 )
     finally:
         objective.train(was_training)
+
+
+def refuse_what_is_not_causal(objective: Objective, batch: Batch) -> None:
+    """Runs the model on a row and on the same row with another end: the logits before that end must not move.
+
+    Raises:
+        ModelError: They do (an encoder such as BERT), or the model does not run on token ids alone.
+    """
+    ids = batch.input_ids
+    changed = ids.clone()
+    kept = ids.shape[1] - max(1, ids.shape[1] // 4)
+    changed[:, kept:] = ids.flip(1)[:, kept:]  # the row's own tokens: some others stand for an image
+    before = _on_text_alone(objective, lambda: objective.full_logits(ids))
+    after = objective.full_logits(changed)
+    moved = (before - after).abs().amax(dim=-1)
+    allowed = _AHEAD_TOLERANCE[objective.autocast_dtype] * float(moved.max())
+    if float(moved[:, :kept].max()) > allowed:
+        raise ModelError(
+            f"{type(objective.base).__name__} sees the tokens that it is to predict: it is no causal language model",
+            todo="use a decoder-only model",
+        )
+
+
+def _on_text_alone(objective: Objective, run: Callable[[], _Result]) -> _Result:
+    """What `run` gives; a model's own complaint about its arguments becomes ours."""
+    try:
+        return run()
+    except (TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+        name, lines = type(objective.base).__name__, str(error).strip().splitlines()
+        why = lines[0] if lines else type(error).__name__
+        raise ModelError(f"{name} does not run on text alone: {why}", todo="use a model that does") from error

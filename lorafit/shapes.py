@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """One kind of linear layer that every decoder layer holds `count` times.
+    """One kind of linear layer of a language model, its output head apart.
 
     Attributes:
         name: Last part of the module's name, e.g. `q_proj`.
@@ -17,6 +17,9 @@ class LinearShape:
         bias: Whether it has a bias vector.
         transposed: Stored `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
         role: What it does in its layer: `q`, `k`, `v`, `qkv`, `o`, `gate`, `up`, `gate_up`, `down`, or `` for another.
+        left_out: Why it carries no adapter; empty for those that may.
+        quantizable: Whether the loader replaces it by a quantised one: transformers leaves classes of their own
+            (Falcon's) alone.
     """
 
     name: str
@@ -26,6 +29,8 @@ class LinearShape:
     bias: bool = False
     transposed: bool = False
     role: str = ""
+    left_out: str = ""
+    quantizable: bool = True
 
     @property
     def weight_parameters(self) -> int:
@@ -34,13 +39,28 @@ class LinearShape:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Weights of the layers that no adapter reaches.
+
+    Attributes:
+        name: What they are, e.g. `experts` or the last part of their paths.
+        parameters: How many.
+        reason: Why.
+    """
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What plan and memory must know of a causal language model; read from a `config.json` alone.
 
     Attributes:
-        linears: Every kind of linear layer inside the decoder layers (head and embeddings apart).
+        linears: Every kind of linear layer of the language model (head and routers apart).
         other_parameters: Parameters outside linears' weights, embeddings, head and experts: norms, biases, position
-            tables, routers.
+            tables, routers, towers of other modalities.
         expert_parameters: Weights of the fused experts of a mixture: 3-D tensors that no quantisation touches.
         experts: Experts a layer; 0 for a dense model.
         experts_per_token: How many of them see a token.
@@ -54,8 +74,8 @@ class ModelShape:
         attention_dropout: The model's own dropout on attention weights.
         softcap: Whether a soft-cap on attention scores forces eager attention (Gemma 2).
         math_attention: Whether sdpa falls back to plain matrix products in fp32 (Falcon's multi-query broadcast).
-        quantizable: Whether the loader replaces its linears by quantised ones: transformers leaves classes of their own
-            (Falcon's) alone.
+        no_sdpa: Whether its class has no attention but eager (GPT-OSS, BLOOM).
+        beside: What holds weights and takes no adapter, linears apart: experts, routers, towers.
         plain_norm: Whether its RMSNorm multiplies by its weight and nothing else (Gemma adds 1 to it).
         plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in
             chunks.
@@ -92,7 +112,22 @@ class ModelShape:
     math_attention: bool = False
     plain_head: bool = True
     plain_norm: bool = True
-    quantizable: bool = True
+    no_sdpa: bool = False
+    beside: tuple[LeftOut, ...] = ()
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether any of its linears can be quantised."""
+        return any(linear.quantizable for linear in self.linears)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """All that takes no adapter, by name."""
+        parameters: dict[tuple[str, str], int] = {}
+        for linear in (linear for linear in self.linears if linear.left_out):
+            key = (linear.name, linear.left_out)
+            parameters[key] = parameters.get(key, 0) + linear.weight_parameters
+        return (*self.beside, *(LeftOut(name, count, why) for (name, why), count in parameters.items()))
 
     @property
     def linear_parameters(self) -> int:

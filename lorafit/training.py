@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
     from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan
     from lorafit.results import Trained
+    from lorafit.shapes import LinearShape
     from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore
     from lorafit.trainer.loop import Trainer
     from lorafit.trainer.speed import Speed
     from lorafit.trainer.state import FitResult, TrainState
 
+_GRADIENT_TOKENS = 64
 _SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed
 
 
@@ -43,6 +45,7 @@ class Training:
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
         from lorafit.model.adapter import load_adapter_weights, save_adapter
+        from lorafit.model.agreement import check_plan
         from lorafit.model.fuse import fuse_layers, keep_unpacked
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
         from lorafit.model.load import attach_adapter
@@ -76,12 +79,14 @@ class Training:
             reporter=self.reporter,
         )
         model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
+        check_plan(model, self._planned_targets(), self.plan.trainable_parameters)
         fuse_layers(model)
         if self.plan.keeps_unpacked:
             keep_unpacked(model)
         self.reporter.show(coverage_table(coverage(model)))
         used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
+        self._prove_gradients(objective)
         if accelerator.is_main_process:  # nothing is written before all is loaded and proven
             describe_run(self.where, job.loaded, job.origin())
         resolved = self._resolve(objective, accelerator, checkpoint, given)
@@ -116,6 +121,24 @@ class Training:
         if accelerator.is_main_process:
             write_json(self.where.result, trained.summary())
         return trained
+
+    def _prove_gradients(self, objective: Objective) -> None:
+        """One short row forward and backward, before anything is written."""
+        from lorafit.data.batch import collate
+        from lorafit.objective import choose_probe
+        from lorafit.trainer.first_gradient import prove_gradients
+
+        rows = self.job.rows.train
+        row = choose_probe(rows.lengths, most_tokens=_GRADIENT_TOKENS)
+        device = objective.base.get_input_embeddings().weight.device
+        prove_gradients(objective, collate([rows[row]], self.job.pad_id).to(device))
+
+    def _planned_targets(self) -> Sequence[LinearShape]:
+        """The linears that the plan counts as adapted."""
+        from lorafit.kinds.adapters import adapters
+
+        section = self.job.recipe.adapter
+        return adapters.get(section.kind).targets(section, self.job.shape)
 
     def _measure_speed(self, fit: FitResult, accelerator: Any) -> Speed | None:
         """The run's figures against what the machine can do."""

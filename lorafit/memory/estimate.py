@@ -196,15 +196,16 @@ def estimate(
     Raises:
         RecipeError: The adapter's targets match nothing in this model.
     """
+    plain = quantizations.get("none")
     if not shape.quantizable:
-        quantization = quantizations.get("none")
-        quantization_section = quantization.section()
+        quantization, quantization_section = plain, plain.section()
     tokens = max(micro_batch_tokens, longest_tokens)
     targets = adapter.targets(adapter_section, shape)
     trainable = sum(adapter.trainable_parameters(adapter_section, linear) for linear in targets)
 
     def dequantised(linear: LinearShape) -> int:
-        return quantization.workspace_bytes(quantization_section, replace(linear, count=1), dtype_bytes)
+        one = replace(linear, count=1)
+        return quantization.workspace_bytes(quantization_section, one, dtype_bytes) if linear.quantizable else 0
 
     numerics = _numerics(quantization, dtype_bytes, device_kind)
     work = Work(
@@ -220,11 +221,13 @@ def estimate(
     )
     outside = shape.embedding_parameters + shape.head_parameters + shape.other_parameters
     experts_bytes = shape.expert_parameters * dtype_bytes
-    weights = [quantization.weight_bytes(quantization_section, linear, dtype_bytes) for linear in shape.linears]
+    packed_linears = [linear for linear in shape.linears if linear.quantizable]
+    weights = [quantization.weight_bytes(quantization_section, linear, dtype_bytes) for linear in packed_linears]
+    weights += [plain.weight_bytes(plain.section(), x, dtype_bytes) for x in shape.linears if not x.quantizable]
     state_bytes = optimizer.state_bytes(optimizer_section, trainable)
     fixed = {
         "base_weights": sum(weights) + outside * dtype_bytes + experts_bytes,
-        "quantization_constants": sum(quantization.constant_bytes(quantization_section, x) for x in shape.linears),
+        "quantization_constants": sum(quantization.constant_bytes(quantization_section, x) for x in packed_linears),
         "unpacked_weights": unpacked_bytes(work),
         "adapter": 4 * trainable,
         "gradients": 4 * trainable,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from lorafit.memory.linear import fuses_linears, linear_operation, own_copy_bytes
 from lorafit.memory.work import Moment, Numerics, Operation, Work
 from lorafit.ops.pieces import chunk_rows, largest_block
-from lorafit.shapes import ModelShape
+from lorafit.shapes import LinearShape, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def _inputs(shape: ModelShape, work: Work, roles: tuple[str, ...]) -> list[Opera
         n.trains_a and any(x in work.adapted for x in linears) and not own_copy_bytes(work, width)
     )
     for number, linear in enumerate(linears):
-        operation = linear_operation(linear, work, input_bytes=width, alive=waiting)
+        operation = _in_some_layers(linear_operation(linear, work, input_bytes=width, alive=waiting), linear, shape)
         if shared and number == 0:  # the norm's output itself is kept, once for all
             operation = replace(operation, kept=operation.kept + linear.in_features * width)
         waiting += linear.out_features * n.compute_bytes
@@ -167,8 +167,19 @@ def _outputs(shape: ModelShape, work: Work, role: str) -> list[Operation]:
             ends_block=True,
             freed=held if shared else 0.0,
         )
-        found.append(replace(operation, kept=operation.kept + held) if shared else operation)
+        kept = replace(operation, kept=operation.kept + held) if shared else operation
+        found.append(_in_some_layers(kept, linear, shape))
     return found
+
+
+def _in_some_layers(operation: Operation, linear: LinearShape, shape: ModelShape) -> Operation:
+    """What an average layer keeps of an operation that not every layer has; its moment stays whole."""
+    return replace(operation, kept=operation.kept * _share(linear, shape))
+
+
+def _share(linear: LinearShape, shape: ModelShape) -> float:
+    """Share of the layers that hold it, at most 1."""
+    return min(1.0, linear.count / max(shape.layers, 1))
 
 
 def _norm_keeps_stream(shape: ModelShape, n: Numerics) -> bool:
@@ -251,7 +262,7 @@ def _activation(shape: ModelShape, work: Work) -> list[Operation]:
     found = []
     if shape.experts:
         found.append(_experts(shape, c))
-    inner = sum(linear.in_features for linear in shape.linears if linear.role == "down")
+    inner = round(sum(x.in_features * _share(x, shape) for x in shape.linears if x.role == "down"))
     if not inner:
         return found
     moments = []

@@ -1,25 +1,27 @@
 """The shape of a model whose family `lorafit.model_shapes` does not know, read from transformers' own class on the
 meta device. Seconds instead of microseconds, and it imports torch; no weights, no memory.
+
+What may carry an adapter is asked of `lorafit.model.targets`, as training does: plan and model count the same.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from lorafit.errors import ModelError
-from lorafit.model_shapes import known_families, read_shape
-from lorafit.shapes import LinearShape, ModelShape
-
-if TYPE_CHECKING:
-    from torch import nn
+from lorafit.model.classes import build_empty, find_auto_class, read_settings
+from lorafit.model.targets import OUTSIDE, ROUTER, ROUTER_NAMES, head_names, left_out_names, text_part
+from lorafit.model_shapes import EXPERTS, EXPERTS_ARE_FUSED, known_families, read_shape
+from lorafit.shapes import LeftOut, LinearShape, ModelShape
 
 _ROLES = {
-    "q": ("q_proj", "query", "q_lin"),
+    "q": ("q_proj", "query", "q_lin", "q_b_proj"),
     "k": ("k_proj", "key", "k_lin"),
     "v": ("v_proj", "value", "v_lin"),
-    "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv"),
+    "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "kv_b_proj", "in_proj_qkv", "in_proj_qkvz"),
     "o": ("o_proj", "out_proj", "dense", "wo"),
     "gate": ("gate_proj", "w1"),
     "up": ("up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "w3"),
@@ -34,56 +36,49 @@ def find_shape(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         ModelError: transformers does not know the model as a causal language model either.
     """
-    if config.get("model_type") in known_families():
+    if config.get("model_type") in known_families() and not _has_dense_layers(config):
         return read_shape(config)
     return read_class_shape(config)
 
 
-def read_class_shape(config: Mapping[str, Any]) -> ModelShape:
+def _has_dense_layers(config: Mapping[str, Any]) -> bool:
+    """Whether some layers of a mixture have no experts."""
+    return bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
+
+
+def read_class_shape(config: Mapping[str, Any], task_class: str = "AutoModelForCausalLM") -> ModelShape:
     """Counts what the class holds. Activations are those of a decoder layer with the linears that were found.
 
     Raises:
-        ModelError: transformers knows no causal language model of this type, or cannot build it from this config.
+        ModelError: transformers knows no language model of this type, or cannot build it from this config.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = dict(config)
-    kind = str(values.pop("model_type", ""))
-    try:
-        settings = AutoConfig.for_model(kind, **values)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings)
-    except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
-        raise ModelError(
-            f"transformers cannot build a causal language model from model_type '{kind}': {error}",
-            file="config.json",
-            todo=f"known without transformers: {', '.join(known_families())}",
-        ) from error
-    text = settings.get_text_config()
+    settings = read_settings(config)
+    model = build_empty(settings, find_auto_class(config, task_class))
+    text = model.config.get_text_config()
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    linears = _layer_linears(model, {id(head)})
-    experts = _expert_parameters(model)
+    if embeddings is None:
+        raise ModelError(f"'{settings.model_type}' has no token embedding", file="config.json", todo="use another base")
+    linears = _linear_shapes(model)
+    beside = _beside(model)
+    experts = sum(part.parameters for part in beside if part.name == EXPERTS)
     tied = head is None or head.weight is embeddings.weight
     outside = embeddings.weight.numel() + (0 if tied else head.weight.numel())
     total = sum(parameter.numel() for parameter in model.parameters())
     inside = sum(linear.weight_parameters for linear in linears) + experts
-    heads = int(text.num_attention_heads)
-    hidden = int(text.hidden_size)
+    hidden = _number(text, "hidden_size", embeddings.weight.shape[1])
+    heads = _number(text, "num_attention_heads", 1)
+    inner = max((x.in_features for x in linears if x.role == "down"), default=4 * hidden)
     roles = {linear.role for linear in linears}
     return ModelShape(
-        model_type=kind,
+        model_type=str(settings.model_type),
         hidden_size=hidden,
-        intermediate_size=max(
-            (x.in_features for x in linears if x.role == "down"),
-            default=int(getattr(text, "intermediate_size", 4 * hidden)),
-        ),
-        layers=int(text.num_hidden_layers),
+        intermediate_size=inner,
+        layers=_number(text, "num_hidden_layers", 1),
         heads=heads,
-        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
-        vocabulary=int(text.vocab_size),
-        max_positions=int(getattr(text, "max_position_embeddings", 2048)),
+        kv_heads=_number(text, "num_key_value_heads", heads),
+        head_dim=_number(text, "head_dim", max(hidden // heads, 1)),
+        vocabulary=embeddings.weight.shape[0],
+        max_positions=_number(text, "max_position_embeddings", 2048),
         tied_embeddings=tied,
         linears=linears,
         embedding_parameters=embeddings.weight.numel(),
@@ -91,49 +86,92 @@ def read_class_shape(config: Mapping[str, Any]) -> ModelShape:
         other_parameters=total - inside - outside,
         gated_mlp=bool(roles & {"gate", "gate_up"}),
         expert_parameters=experts,
-        experts=int(getattr(text, "num_local_experts", None) or getattr(text, "num_experts", 0) or 0) if experts else 0,
-        experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 2) if experts else 0,
-        expert_size=int(getattr(text, "moe_intermediate_size", None) or text.intermediate_size) if experts else 0,
-        plain_norm=not kind.startswith("gemma"),
-        quantizable=_is_quantizable(model),
+        experts=(_number(text, "num_local_experts", 0) or _number(text, "num_experts", 0)) if experts else 0,
+        experts_per_token=_number(text, "num_experts_per_tok", 2) if experts else 0,
+        expert_size=_number(text, "moe_intermediate_size", inner) if experts else 0,
+        plain_norm=not str(settings.model_type).startswith("gemma"),
         plain_head=getattr(text, "final_logit_softcapping", None) is None,
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
+        no_sdpa=not model._supports_sdpa,
+        beside=beside,
     )
 
 
-def _layer_linears(model: nn.Module, apart: set[int]) -> tuple[LinearShape, ...]:
-    """Linears by name and size, the output head apart; a list of layers is known by a number in the name."""
+def _linear_shapes(model: Any) -> tuple[LinearShape, ...]:
+    """Linears of the language model by name and size, output head and routers apart; a shared weight counts once."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    heads, left_out = set(head_names(model)), left_out_names(model)
     found: Counter[LinearShape] = Counter()
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if id(module) in apart or not any(part.isdigit() for part in parts):
+    seen: set[int] = set()
+    linears: list[tuple[str, Any]] = [x for x in model.named_modules() if isinstance(x[1], torch.nn.Linear | Conv1D)]
+    for name, module in linears:
+        if name in heads or id(module.weight) in seen:
             continue
-        if isinstance(module, torch.nn.Linear):
-            sizes, transposed = (module.in_features, module.out_features), False
-        elif isinstance(module, Conv1D):
-            sizes, transposed = (module.nx, module.nf), True
-        else:
+        why = left_out.get(name, "")
+        if why in (ROUTER, OUTSIDE):
             continue
-        role = next((role for role, names in _ROLES.items() if parts[-1] in names), "")
-        found[LinearShape(parts[-1], *sizes, 1, module.bias is not None, transposed, role)] += 1
-    return tuple(
-        LinearShape(x.name, x.in_features, x.out_features, count, x.bias, x.transposed, x.role)
-        for x, count in found.items()
-    )
+        seen.add(id(module.weight))
+        last = name.rsplit(".", 1)[-1]
+        is_conv = isinstance(module, Conv1D)
+        reads, writes = (module.nx, module.nf) if is_conv else (module.in_features, module.out_features)
+        role = next((role for role, names in _ROLES.items() if last in names), "")
+        quantizable = is_conv or type(module) is torch.nn.Linear  # transformers replaces no class derived from it
+        found[LinearShape(last, reads, writes, 1, module.bias is not None, is_conv, role, why, quantizable)] += 1
+    return tuple(replace(shape, count=count) for shape, count in found.items())
 
 
-def _is_quantizable(model: Any) -> bool:
-    """transformers replaces `Linear` and `Conv1D` themselves, and no class derived from them."""
+def _beside(model: Any) -> tuple[LeftOut, ...]:
+    """What holds weights of the layers and is no linear that could be adapted."""
+    parameters: Counter[tuple[str, str]] = Counter()
+    for name, module, why in _others(model):
+        parameters[name, why] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return tuple(LeftOut(name, count, why) for (name, why), count in parameters.items() if count)
+
+
+def _others(model: Any) -> Iterator[tuple[str, Any, str]]:
     import torch
 
-    head = model.get_output_embeddings()
-    derived = [x for x in model.modules() if isinstance(x, torch.nn.Linear) and type(x) is not torch.nn.Linear]
-    return all(module is head for module in derived)
+    left_out, text = left_out_names(model), text_part(model)
+    inside = {id(module) for module in (text or model).modules()} | {id(model)}
+    for path, module in model.named_modules():
+        last = path.rsplit(".", 1)[-1]
+        if left_out.get(path) == ROUTER or _routes(path, module):
+            yield "routers", module, ROUTER
+        elif isinstance(module, torch.nn.Linear):
+            if left_out.get(path) == OUTSIDE:
+                yield _tower(path), module, OUTSIDE
+        elif id(module) not in inside:
+            yield _tower(path), module, OUTSIDE
+        elif holds_experts(path, module):
+            yield EXPERTS, module, EXPERTS_ARE_FUSED
+        elif isinstance(module, torch.nn.Conv1d):
+            yield last, module, "a convolution"
 
 
-def _expert_parameters(model: nn.Module) -> int:
-    """Weights of fused experts: 3-D parameters, which no quantisation touches."""
-    return sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name)
+def _routes(path: str, module: Any) -> bool:
+    """Whether it is a router that holds its weight itself; those that are linears are told by their width."""
+    is_named = path.rsplit(".", 1)[-1] in ROUTER_NAMES or "router" in type(module).__name__.lower()
+    return is_named and hasattr(module, "weight") and not hasattr(module, "in_features")
+
+
+def _tower(path: str) -> str:
+    """`vision_tower` of `model.vision_tower.encoder.layers.0.fc1`."""
+    parts = path.split(".")
+    return parts[1] if parts[0] == "model" and len(parts) > 1 else parts[0]
+
+
+def holds_experts(path: str, module: Any) -> bool:
+    """Whether a module keeps the weights of all its experts in parameters of its own."""
+    is_named = "expert" in path.rsplit(".", 1)[-1].lower() or "expert" in type(module).__name__.lower()
+    return is_named and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+
+
+def _number(config: Any, key: str, default: int) -> int:
+    """A whole number of a config; the default where it is missing, or differs from layer to layer."""
+    try:
+        value = getattr(config, key, None)
+    except (AttributeError, ValueError, RuntimeError):
+        return default
+    return value if isinstance(value, int) and value > 0 else default

@@ -297,11 +297,10 @@ def _with_fused_rotary(module: nn.Module) -> _Forward | None:
 
 
 def _fuse_rotary(own: _Forward) -> _Forward:
-    def apply_rotary_pos_emb(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if args or kwargs or not _rotates_plainly(q, k, cos, sin):
-            return own(q, k, cos, sin, *args, **kwargs)
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 4 or not _rotates_plainly(*args):
+            return own(*args, **kwargs)
+        q, k, cos, sin = args
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 

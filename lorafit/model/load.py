@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +15,17 @@ from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.attention import offer_attention
-from lorafit.model.check import check_finite, check_loading, check_weights, list_names
+from lorafit.model.check import check_finite, check_loading, check_weights
+from lorafit.model.classes import find_auto_class
 from lorafit.model.quiet import quiet_libraries
+from lorafit.model.targets import FOUR_BIT_KINDS, choose_targets, leave_narrow, unquantised_names
 from lorafit.model.weights import read_index
-from lorafit.registry import nearest
 
 if TYPE_CHECKING:
     import torch
 
     from lorafit.contracts import Reporter
     from lorafit.model.base import Base
-
-FOUR_BIT_KINDS = ("nf4", "fp4")
-_BLOCK_WEIGHTS = 64
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -70,7 +65,7 @@ def load_model(
         compute_dtype: Of products with dequantised weights.
         attention: `eager`, `sdpa`, `fused`, `flash_attention_2`, or `auto` for transformers' choice.
         device: Where the whole model goes.
-        auto_class: The transformers class of the task.
+        auto_class: The transformers class of the task; `find_auto_class` may take another.
         reporter: Told what is loaded.
 
     Raises:
@@ -86,7 +81,7 @@ def load_model(
     with quiet_libraries():
         if torch.device(device).type in ("cpu", "cuda"):
             _import_bitsandbytes()
-        auto = getattr(transformers, auto_class)
+        auto = getattr(transformers, find_auto_class(base.config, auto_class))
         config = _config(base)
         skeleton = _build_skeleton(auto, config, base)
         check_weights(skeleton, entries, base.path)
@@ -199,83 +194,6 @@ def attach_adapter(model: Any, section: Any, seed: int, *, folder: Path | None =
     if not trainable:
         raise RecipeError("the adapter has no trainable parameters", key="adapter")
     return adapted
-
-
-def choose_targets(model: Any, asked: str | Sequence[str]) -> list[str]:
-    """Names for PEFT's `target_modules` that match exactly the wanted linears: last parts of paths where those suffice.
-
-    Raises:
-        RecipeError: A name matches no linear; the message lists those that exist.
-    """
-    modules = [name for name, _ in model.named_modules()]
-    linears = linear_names(model)
-    kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    names = kinds if isinstance(asked, str) else list(asked)
-    for name in names:
-        if name not in kinds:
-            close = nearest(name, kinds, count=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            todo = f"{hint}available: {', '.join(kinds)}"
-            raise RecipeError(f"'{name}' matches no linear of this model", key="adapter.target_modules", todo=todo)
-    wanted = {name for name in linears if name.rsplit(".", 1)[-1] in names}
-    matched = {name for name in modules if name.rsplit(".", 1)[-1] in names}
-    return sorted(names) if matched == wanted else sorted(wanted)
-
-
-def linear_names(model: Any) -> list[str]:
-    """Paths of the linears that may carry an adapter, Conv1D included: all but the output head and MoE routers."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    excluded = {*head_names(model), *router_names(model)}
-    kinds = (torch.nn.Linear, Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name not in excluded]
-
-
-def head_names(model: Any) -> list[str]:
-    """Paths of the output head."""
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if head is not None and module is head]
-
-
-def router_names(model: Any) -> list[str]:
-    """Paths of linears that choose experts: their name says so and their width is the number of experts (or one)."""
-    import torch
-
-    text_config = model.config.get_text_config()
-    counts = {getattr(text_config, key, None) for key in _EXPERT_COUNTS} - {None}
-    return [
-        name
-        for name, module in model.named_modules()
-        if counts
-        and isinstance(module, torch.nn.Linear)
-        and name.rsplit(".", 1)[-1] in _ROUTER_NAMES
-        and module.out_features in (counts | {1})
-    ]
-
-
-def unquantised_names(model: Any) -> list[str]:
-    """Paths that stay in the compute dtype: bitsandbytes leaves none out by itself once a list is given."""
-    return [*head_names(model), *router_names(model)]
-
-
-def leave_narrow(model: Any, reporter: Reporter) -> list[str]:
-    """Paths of linears that bitsandbytes 0.50 dequantises wrongly on a CPU, to be left unquantised, with a warning.
-
-    Where a row is no multiple of 64 weights, its vector code pairs weights with the constants of other blocks.
-    """
-    narrow = []
-    for name in linear_names(model):
-        module = model.get_submodule(name)
-        inputs = getattr(module, "in_features", None) or module.weight.shape[0]  # Conv1D lies [in, out]
-        if inputs % _BLOCK_WEIGHTS:
-            narrow.append(name)
-    if narrow:
-        reporter.warn(
-            f"{len(narrow)} linears stay unquantised: their input width is no multiple of {_BLOCK_WEIGHTS}, "
-            f"which 4-bit weights on a CPU need ({list_names(narrow)})"
-        )
-    return narrow
 
 
 def _config(base: Base) -> Any:

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Silent
-from lorafit.errors import ModelError
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.attention import register_fused_attention
-from lorafit.model.load import FOUR_BIT_KINDS, leave_narrow, unquantised_names
+from lorafit.model.classes import build_empty, find_auto_class, read_settings
 from lorafit.model.quiet import quiet_libraries
+from lorafit.model.targets import FOUR_BIT_KINDS, leave_narrow, unquantised_names
 
 if TYPE_CHECKING:
     import torch
@@ -50,22 +50,12 @@ def build_weightless(
     Raises:
         ModelError: transformers cannot build the model from this config.
     """
-    import torch
-    import transformers
-
-    values = dict(config)
     kind = quantizations.get(quantization.kind)
     with quiet_libraries():
-        try:
-            settings = transformers.AutoConfig.for_model(str(values.pop("model_type", "")), **values)
-            register_fused_attention()
-            with torch.device("meta"):
-                model = getattr(transformers, auto_class).from_config(
-                    settings, dtype=dtype, attn_implementation=attention
-                )
-        except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(f"transformers cannot build this model: {lines[0]}", file="config.json") from error
+        register_fused_attention()
+        model = build_empty(
+            read_settings(config), find_auto_class(config, auto_class), dtype=dtype, attn_implementation=attention
+        )
         plain = unquantised_names(model)
         if quantization.kind in FOUR_BIT_KINDS and device_kind == "cpu":
             plain += leave_narrow(model, Silent())

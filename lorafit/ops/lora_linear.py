@@ -90,7 +90,9 @@ class _LoraLinear(torch.autograd.Function):
         output.addmm_(inner, b_cast.t())
         ctx.save_for_backward(None if up is not None else branch_rows, gate, up, inner, a_cast, b_cast, weight)
         ctx.quant_state, ctx.scaling, ctx.shape, ctx.is_dropped = quant_state, scaling, x.shape, dropped is not None
-        return output.view(*x.shape[:-1], output.shape[-1])
+        # no view, as a linear's result is none: Llama 4's experts' neighbour writes into it
+        reshaped: torch.Tensor = torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], output.shape[-1]])
+        return reshaped
 
     @staticmethod
     @torch.autograd.function.once_differentiable

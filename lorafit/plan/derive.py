@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lorafit.devices import format_bytes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lorafit.recipe.schema import Recipe
-    from lorafit.shapes import DatasetFacts, DeviceFacts, ModelShape
+    from lorafit.shapes import DatasetFacts, DeviceFacts, LeftOut, ModelShape
 
 DEFAULT_EPOCHS = 3.0
 MOST_MICRO_BATCH_TOKENS = 16_384
@@ -43,6 +43,7 @@ class Plan:
         min_micro_batch_tokens: Lower bound for `auto`: one longest row.
         max_micro_batch_tokens: Upper bound for `auto`: what fits, at most a whole step of this rank.
         select_metric: The metric that chooses the best checkpoint; None: the last one is taken.
+        without_adapter: Weights of the layers that no adapter can reach, by name.
         memory: The estimate for the smallest micro-batch, with checkpointing only where it is needed.
         memory_at_most: The estimate for the largest micro-batch within the bounds.
         memory_least: The least this run can need: one longest row, checkpointed.
@@ -80,6 +81,7 @@ class Plan:
     select_metric: str | None
     total_parameters: int
     trainable_parameters: int
+    without_adapter: tuple[LeftOut, ...]
     device: DeviceFacts
     memory: MemoryEstimate
     memory_at_most: MemoryEstimate
@@ -103,9 +105,13 @@ class Plan:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         device = {f.name: getattr(self.device, f.name) for f in fields(self.device)}
         estimates = {k: v.to_json() for k, v in plain.items() if isinstance(v, MemoryEstimate)}
-        return (
-            plain | estimates | {"device": device, "warnings": list(self.warnings), "trained_share": self.trained_share}
-        )
+        own = {
+            "device": device,
+            "without_adapter": [asdict(part) for part in self.without_adapter],
+            "warnings": list(self.warnings),
+            "trained_share": self.trained_share,
+        }
+        return plain | estimates | own
 
 
 def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> Plan:
@@ -159,6 +165,7 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
         select_metric=stopping.metric if stopping else ("loss" if evaluation.every_steps else None),
         total_parameters=shape.total_parameters,
         trainable_parameters=trainable,
+        without_adapter=shape.left_out,
         device=device,
         memory=bounds.memory,
         memory_at_most=question.at(bounds.most_tokens, bounds.checkpointing is not False),
@@ -316,8 +323,23 @@ def _warnings(
         found.append(
             f"the experts ({share:.0%} of the parameters) are loaded unquantised: no quantisation reaches them"
         )
+    if getattr(recipe.adapter, "target_modules", None) == "all-linear":
+        found += _unreached(shape)
     if not shape.quantizable and recipe.model.quantization.kind != "none":
         found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
     if optimizers.get(training.optimizer.kind).is_paged(training.optimizer) and device.kind != "cuda":
         found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
     return tuple(found)
+
+
+def _unreached(shape: ModelShape) -> list[str]:
+    """What a user of `all-linear` may take for adapted: the experts, and linears that can carry no adapter."""
+    found = []
+    if shape.expert_parameters:
+        share = shape.expert_parameters / shape.total_parameters
+        found.append(f"the experts ({share:.0%} of the parameters) get no adapter: they are no linears")
+    names: dict[str, list[str]] = {}
+    for linear in shape.linears:
+        if linear.left_out and linear.name not in names.setdefault(linear.left_out, []):
+            names[linear.left_out].append(linear.name)
+    return found + [f"{', '.join(linears)} get no adapter: {why}" for why, linears in names.items()]

@@ -120,7 +120,7 @@ def resolve_compute_dtype(recipe: Recipe, dtype: str) -> str:
 
 
 def estimated_attention(recipe: Recipe, shape: ModelShape) -> str:
-    """What an estimate assumes for `auto`: sdpa, or eager where a soft-cap leaves no choice.
+    """What an estimate assumes for `auto`: sdpa, or eager where the model leaves no choice.
 
     Raises:
         RecipeError: The model's soft-cap on attention scores needs eager attention, and the recipe names sdpa or
@@ -134,5 +134,5 @@ def estimated_attention(recipe: Recipe, shape: ModelShape) -> str:
             todo="write eager, flash_attention_2 or auto",
         )
     if asked == "auto":
-        return "eager" if shape.softcap else "sdpa"
+        return "eager" if shape.softcap or shape.no_sdpa else "sdpa"
     return asked

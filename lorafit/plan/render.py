@@ -36,6 +36,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     share = plan.trainable_parameters / plan.total_parameters
     yield "model", _plain(plan.model)
     yield "parameters", (f"{plan.total_parameters:,} + {plan.trainable_parameters:,} trainable ({share:.2%})")
+    if plan.without_adapter:
+        yield "no adapter", _plain(_left_out(plan))
     yield (
         "weights",
         f"{plan.quantization}, the rest {plan.dtype}; compute {plan.compute_dtype}; attention {plan.attention}",
@@ -73,6 +75,12 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")
     yield "memory", _memory(plan)
+
+
+def _left_out(plan: Plan) -> str:
+    """By name, the largest first, with the reason."""
+    largest_first = sorted(plan.without_adapter, key=lambda part: -part.parameters)
+    return "; ".join(f"{part.name} {format_count(part.parameters)} ({part.reason})" for part in largest_first)
 
 
 def _every(steps: int) -> str:

@@ -99,7 +99,8 @@ def _smaller_adapters(question: MemoryQuestion, tokens: int, checkpointing: bool
     rank = getattr(adapter, "r", 1)
     if rank > 1:
         yield _Switch(f"adapter.r: {rank // 2}", _with(question, "adapter", r=rank // 2).at(tokens, checkpointing))
-    attention = [linear.name for linear in question.shape.linears if linear.role in ("q", "v", "qkv")]
+    named = [x.name for x in question.shape.linears if x.role in ("q", "v", "qkv") and not x.left_out]
+    attention = list(dict.fromkeys(named))
     if attention and hasattr(adapter, "target_modules"):
         changed = _with(question, "adapter", target_modules=attention)
         yield _Switch(f"adapter.target_modules: [{', '.join(attention)}]", changed.at(tokens, checkpointing))

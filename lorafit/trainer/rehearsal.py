@@ -195,6 +195,9 @@ class Rehearsal:
         what lets documents of a row see each other. Eager keeps all scores: it is taken only where it is more than
         10 % faster than any other, and tried only where it fits by the estimate.
         """
+        base = self.objective.base
+        if not base._can_set_attn_implementation():  # it computes its attention by itself: there is nothing to choose
+            return str(base.config._attn_implementation)
         rates: dict[str, float] = {}
         probe = AttentionProbe(self.objective, self.examples, self.pad_id, self.device)
         expected = probe.logits("eager")

@@ -101,6 +101,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "opt": {},
     "mixtral": {"adapter__target_modules": f"[{','.join(ATTENTION)}]"},
+    "mixtral fp32": {"model__dtype": "fp32"},
 }
 
 
@@ -202,8 +203,10 @@ def test_on_cuda_dropout_keeps_a_byte_and_nothing_stays_patched(tmp_path: Path) 
 
 def test_a_config_that_transformers_cannot_build(tmp_path: Path) -> None:
     question = ask(MODELS["llama"], tmp_path)
-    with pytest.raises(ModelError, match=r"config\.json.*transformers cannot build this model"):
+    with pytest.raises(ModelError, match=r"config\.json.*knows no model_type 'no-such-model'"):
         exact(question, {**SIZES, "model_type": "no-such-model"}, False)
+    with pytest.raises(ModelError, match=r"config\.json.*transformers cannot build this model \(llama\)"):
+        exact(question, {**MODELS["llama"], "hidden_size": 129}, False)
 
 
 def test_a_70b_model_takes_little_memory_here(tmp_path: Path) -> None:

@@ -8,10 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GitConfig,
+    GitForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -19,7 +23,7 @@ from transformers import (
 )
 
 from lorafit.contracts import Batch, Silent
-from lorafit.errors import NumericsError
+from lorafit.errors import ModelError, NumericsError
 from lorafit.objective import Objective, prove_objective
 
 SIZES = {
@@ -161,3 +165,26 @@ def test_autocast_computes_in_bf16_and_leaves_adapters_fp32() -> None:
     objective(batch())[0].backward()
     assert set(seen) == {torch.bfloat16}  # not cast up to fp32 first
     assert layer.lora_A["default"].weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("is_decoder", "refused"), [(False, True), (True, False)])
+def test_a_model_that_sees_ahead_is_refused(is_decoder: bool, refused: bool) -> None:
+    """BERT is registered as a causal language model; it is one only where its config says so."""
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    model = BertLMHeadModel(BertConfig(**sizes, is_decoder=is_decoder))
+    objective = Objective(get_peft_model(model, LoraConfig(r=4, target_modules=["query"])))
+    if not refused:
+        prove_objective(objective, batch(), Silent())
+        return
+    with pytest.raises(ModelError, match="BertLMHeadModel sees the tokens that it is to predict"):
+        prove_objective(objective, batch(), Silent())
+
+
+def test_a_model_that_wants_more_than_text_is_refused() -> None:
+    """Git's own loss counts image tokens that a text does not have."""
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = GitForCausalLM(GitConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, **sizes))
+    with pytest.raises(ModelError, match="GitForCausalLM does not run on text alone"):
+        prove_objective(Objective(model), batch(), Silent())

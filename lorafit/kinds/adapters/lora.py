@@ -60,21 +60,25 @@ class Lora:
         """The linears that get an adapter.
 
         Raises:
-            RecipeError: A name matches no linear of the model; the message lists those that exist.
+            RecipeError: A name matches no linear of the model, or only such as take no adapter; the message lists the
+                others.
         """
+        able = tuple(linear for linear in shape.linears if not linear.left_out)
         if section.target_modules == "all-linear":
-            return shape.linears
-        known = [linear.name for linear in shape.linears]
+            return able
+        known = list(dict.fromkeys(linear.name for linear in able))
         for name in section.target_modules:
             if name not in known:
+                reasons = {linear.name: linear.left_out for linear in shape.linears}
                 close = nearest(name, known, count=1)
-                hint = f"did you mean {close[0]}? " if close else ""
+                hint = f"did you mean {close[0]}? " if close and name not in reasons else ""
+                why = f"gets no adapter: {reasons[name]}" if name in reasons else "matches no linear of this model"
                 raise RecipeError(
-                    f"'{name}' matches no linear of this model ({shape.model_type})",
+                    f"'{name}' {why} ({shape.model_type})",
                     key="adapter.target_modules",
                     todo=f"{hint}available: {', '.join(known)}",
                 )
-        return tuple(linear for linear in shape.linears if linear.name in section.target_modules)
+        return tuple(linear for linear in able if linear.name in section.target_modules)
 
     def trainable_parameters(self, section: LoraSection, linear: LinearShape) -> int:
         """A [r, in] and B [out, r] of all `linear.count` layers."""

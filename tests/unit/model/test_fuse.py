@@ -31,11 +31,13 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.targets import choose_targets
 from lorafit.ops.dropout import drop
 from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear
 from lorafit.ops.rotary import rotate
+from tests.zoo_models import tiny_config
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -583,3 +585,24 @@ def test_norm_is_as_exact_as_transformers(dtype: torch.dtype, size: float) -> No
     ):
         assert ours.isfinite().all()
         assert (ours - true).norm() < max(1.1 * (other - true).norm(), 2e-7 * true.norm())
+
+
+@pytest.mark.parametrize("architecture", ["llama4_text", "qwen4_exp_text"])
+def test_models_that_use_results_unusually_train_with_fused_layers(architecture: str) -> None:
+    """Llama 4 writes into a linear's result; Qwen's indexer rotates queries alone, by keyword."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation="eager")
+    adapted = with_lora(plain, target_modules=choose_targets(plain, "all-linear"))
+    ids = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for fused in (False, True):
+        model = copy.deepcopy(adapted)
+        if fused:
+            assert fuse_layers(model)["lora"] > 0
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-6)

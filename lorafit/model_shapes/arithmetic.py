@@ -1,6 +1,6 @@
 """`config.json` -> ModelShape, by arithmetic alone: no torch, no weights, well under a millisecond.
 
-A family is a row of `_FAMILIES`: how its class in transformers lays out a decoder layer. Whatever is not there can
+A family is a row of `families.FAMILIES`: how its class in transformers lays out a decoder layer. What is not there can
 still be read, slower, through transformers' own class on the meta device (`lorafit.model.class_shape`).
 
 Source: the modeling files of transformers 5; the tests build each class on the meta device and compare every total.
@@ -10,150 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from lorafit.errors import ModelError
+from lorafit.model_shapes.families import ALIASES, DEFAULTS, FAMILIES, Family, Flag
 from lorafit.registry import nearest
-from lorafit.shapes import LinearShape, ModelShape
+from lorafit.shapes import LeftOut, LinearShape, ModelShape
 from lorafit.shipped import shipped
 
-Flag = bool | str
-"""A fixed answer, or the config's key that holds it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """How one model class builds its decoder layer.
-
-    Attributes:
-        qkv: Names of the three projections, or of the one that holds all three.
-        up: Names of the MLP's input linears: (gate, up), (gate_up,) or, without a gate, (up,).
-        norms: Norms over the hidden width in a layer.
-        qk_norm: `head`: one weight of the head's width; `heads`: one a head; `full`: one of the projection's width.
-        positions: Rows of the learned position table beyond the config's; None where positions are rotary.
-        experts: Config key of the number of experts.
-    """
-
-    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    out: str = "o_proj"
-    up: tuple[str, ...] = ("gate_proj", "up_proj")
-    down: str = "down_proj"
-    gated: bool = True
-    qkv_bias: Flag = False
-    out_bias: Flag = False
-    mlp_bias: Flag = False
-    norm: str = "rms"
-    norm_bias: bool = False
-    norms: int = 2
-    qk_norm: str = ""
-    qk_norm_if: Flag = True
-    tied: bool = False
-    head_bias: bool = False
-    head_dim: int | None = None
-    activation: str = "silu"
-    parallel: Flag = False
-    positions: int | None = None
-    transposed: bool = False
-    experts: str = ""
-    softcap: bool = False
-
-
-_LLAMA = _Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
-_GPT2 = _Family(
-    qkv=("c_attn",), out="c_proj", up=("c_fc",), down="c_proj", gated=False, qkv_bias=True, out_bias=True,
-    mlp_bias=True, norm="layer", norm_bias=True, tied=True, activation="gelu_new", positions=0, transposed=True,
-)  # fmt: skip
-_QWEN_MOE = _Family(qk_norm="head", qkv_bias="attention_bias", out_bias="attention_bias", experts="num_experts")
-
-_FAMILIES: dict[str, _Family] = {
-    "llama": _LLAMA,
-    "mistral": _Family(),
-    "ministral": _Family(),
-    "mixtral": _Family(experts="num_local_experts"),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen2_moe": _Family(qkv_bias="qkv_bias", experts="num_experts"),
-    "qwen3": _Family(qk_norm="head", head_dim=128, qkv_bias="attention_bias", out_bias="attention_bias"),
-    "qwen3_moe": _QWEN_MOE,
-    "gemma": _Family(tied=True, head_dim=256, activation="gelu_pytorch_tanh"),
-    "gemma2": _Family(tied=True, head_dim=256, norms=4, activation="gelu_pytorch_tanh", softcap=True),
-    "gemma3_text": _Family(tied=True, head_dim=256, norms=4, qk_norm="head", activation="gelu_pytorch_tanh"),
-    "phi": _Family(
-        out="dense", up=("fc1",), down="fc2", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm="layer",
-        norm_bias=True, norms=1, qk_norm="head", qk_norm_if="qk_layernorm", head_bias=True, activation="gelu_new",
-        parallel=True,
-    ),
-    "phi3": _Family(qkv=("qkv_proj",), up=("gate_up_proj",)),
-    "granite": _LLAMA,
-    "smollm3": _Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", tied=True),
-    "olmo2": _Family(qk_norm="full", qkv_bias="attention_bias", out_bias="attention_bias"),
-    "olmoe": _Family(qk_norm="full", qkv_bias="attention_bias", out_bias="attention_bias", experts="num_experts"),
-    "starcoder2": _Family(
-        up=("c_fc",), down="c_proj", gated=False, qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias",
-        norm="layer", norm_bias=True, tied=True, activation="gelu_pytorch_tanh",
-    ),
-    "stablelm": _Family(
-        qkv_bias="use_qkv_bias", norm="layer", norm_bias=True, qk_norm="heads", qk_norm_if="qk_layernorm",
-        parallel="use_parallel_residual",
-    ),
-    "cohere": _Family(
-        norm="layer", norms=1, tied=True, qk_norm="heads", qk_norm_if="use_qk_norm", qkv_bias="attention_bias",
-        out_bias="attention_bias", parallel=True,
-    ),
-    "cohere2": _Family(
-        norm="layer", norms=1, tied=True, qkv_bias="attention_bias", out_bias="attention_bias", parallel=True
-    ),
-    "exaone4": _Family(qk_norm="head"),
-    "gpt2": _GPT2,
-    "gpt_bigcode": _Family(
-        qkv=("c_attn",), out="c_proj", up=("c_fc",), down="c_proj", gated=False, qkv_bias=True, out_bias=True,
-        mlp_bias=True, norm="layer", norm_bias=True, tied=True, activation="gelu_pytorch_tanh", positions=0,
-    ),
-    "gpt_neox": _Family(
-        qkv=("query_key_value",), out="dense", up=("dense_h_to_4h",), down="dense_4h_to_h", gated=False,
-        qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias=True, norm="layer", norm_bias=True,
-        activation="gelu", parallel="use_parallel_residual",
-    ),
-    "opt": _Family(
-        out="out_proj", up=("fc1",), down="fc2", gated=False, qkv_bias="enable_bias", out_bias="enable_bias",
-        mlp_bias="enable_bias", norm="layer", norm_bias=True, tied=True, activation="relu", positions=2,
-    ),
-    "falcon": _Family(
-        qkv=("query_key_value",), out="dense", up=("dense_h_to_4h",), down="dense_4h_to_h", gated=False,
-        qkv_bias="bias", out_bias="bias", mlp_bias="bias", norm="layer", norm_bias=True, tied=True, activation="gelu",
-        parallel="parallel_attn",
-    ),
-}  # fmt: skip
-
-# What the classes assume where an older config.json is silent.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt_neox": {"attention_bias": True, "use_parallel_residual": True},
-    "opt": {"enable_bias": True, "do_layer_norm_before": True, "dropout": 0.1},
-    "falcon": {"parallel_attn": True, "multi_query": True},
-    "starcoder2": {"use_bias": True, "num_key_value_heads": 2},
-    "qwen2_moe": {"qkv_bias": True, "norm_topk_prob": False},
-    "qwen3_moe": {"num_key_value_heads": 4},
-    "gpt_bigcode": {"multi_query": True, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
-    "gpt2": {"resid_pdrop": 0.1, "attn_pdrop": 0.1},
-    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8},
-    "mistral": {"num_key_value_heads": 8},
-    "smollm3": {"num_key_value_heads": 4},
-    "gemma2": {"num_key_value_heads": 4},
-    "gemma3_text": {"num_key_value_heads": 4},
-}
-
-_ALIASES = {
-    "hidden_size": ("n_embd",),
-    "num_hidden_layers": ("n_layer",),
-    "num_attention_heads": ("n_head",),
-    "num_key_value_heads": ("num_kv_heads",),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
-    "max_position_embeddings": ("n_positions",),
-    "hidden_act": ("activation_function", "hidden_activation", "activation"),
-    "hidden_dropout": ("resid_pdrop", "residual_dropout", "resid_dropout", "dropout"),
-    "attention_dropout": ("attn_pdrop",),
-    "num_experts": ("num_local_experts",),
-}
+EXPERTS = "experts"
+ROUTERS_CHOOSE = "chooses experts"
+EXPERTS_ARE_FUSED = "no linears, but one tensor for all experts of a layer"
 
 
 class _Config:
@@ -161,11 +29,11 @@ class _Config:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.type = str(config["model_type"])
-        self._values = {**_DEFAULTS.get(self.type, {}), **config}
+        self._values = {**DEFAULTS.get(self.type, {}), **config}
 
     def get(self, key: str, default: Any = None) -> Any:
         """The first of the key and its aliases that is set and not null."""
-        for name in (key, *_ALIASES.get(key, ())):
+        for name in (key, *ALIASES.get(key, ())):
             if self._values.get(name) is not None:
                 return self._values[name]
         return default
@@ -205,7 +73,7 @@ class _Config:
 
 def known_families() -> list[str]:
     """The model types that `read_shape` knows, sorted."""
-    return sorted(_FAMILIES)
+    return sorted(FAMILIES)
 
 
 def known_config(hub_id: str) -> dict[str, Any] | None:
@@ -228,19 +96,19 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
         ModelError: The model type is unknown (the message lists the known ones), or a size is missing or absurd.
     """
     kind = config.get("model_type")
-    if kind not in _FAMILIES:
-        close = nearest(str(kind), _FAMILIES)
+    if kind not in FAMILIES:
+        close = nearest(str(kind), FAMILIES)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ModelError(
             f"model_type {kind!r} is not known" if kind else "names no model_type",
             file="config.json",
             todo=f"{hint}known: {', '.join(known_families())}",
         )
-    facts, family = _Config(config), _FAMILIES[str(kind)]
+    facts, family = _Config(config), FAMILIES[str(kind)]
     return _decoder(facts, family)
 
 
-def _head_counts(facts: _Config, hidden: int, family: _Family) -> tuple[int, int, int]:
+def _head_counts(facts: _Config, hidden: int, family: Family) -> tuple[int, int, int]:
     heads = facts.size("num_attention_heads")
     head_dim = facts.size("head_dim", family.head_dim or max(hidden // heads, 1))
     kv_heads = facts.size("num_key_value_heads", heads)
@@ -256,7 +124,7 @@ def _head_counts(facts: _Config, hidden: int, family: _Family) -> tuple[int, int
     return heads, kv_heads, head_dim
 
 
-def _decoder(facts: _Config, family: _Family) -> ModelShape:
+def _decoder(facts: _Config, family: Family) -> ModelShape:
     hidden, layers, vocabulary = facts.size("hidden_size"), facts.size("num_hidden_layers"), facts.size("vocab_size")
     heads, kv_heads, head_dim = _head_counts(facts, hidden, family)
     inner_key = "ffn_hidden_size" if facts.type == "falcon" else "intermediate_size"
@@ -269,6 +137,11 @@ def _decoder(facts: _Config, family: _Family) -> ModelShape:
         embedded = hidden
     linears = _attention_linears(facts, family, hidden, layers, heads * head_dim, kv_heads * head_dim)
     linears += _mlp_linears(facts, family, hidden, layers, inner, experts)
+    if embedded != hidden:  # OPT-350m: once, around the layers
+        linears += (LinearShape("project_in", embedded, hidden, 1), LinearShape("project_out", hidden, embedded, 1))
+    if facts.type == "falcon":  # a class of its own
+        linears = tuple(replace(linear, quantizable=False) for linear in linears)
+    expert_parameters = 3 * experts * expert_size * hidden * layers
     positions = 0
     if family.positions is not None:
         positions = (facts.size("max_position_embeddings") + family.positions) * hidden
@@ -287,10 +160,10 @@ def _decoder(facts: _Config, family: _Family) -> ModelShape:
         linears=linears,
         embedding_parameters=vocabulary * embedded,
         head_parameters=0 if tied else vocabulary * embedded,
-        other_parameters=_other_parameters(facts, family, linears, experts, embedded) + positions,
+        other_parameters=_other_parameters(facts, family, linears, experts) + positions,
         gated_mlp=family.gated,
         position_parameters=positions,
-        expert_parameters=3 * experts * expert_size * hidden * layers,
+        expert_parameters=expert_parameters,
         experts=experts,
         experts_per_token=facts.size("num_experts_per_tok", 2) if experts else 0,
         expert_size=expert_size,
@@ -303,9 +176,20 @@ def _decoder(facts: _Config, family: _Family) -> ModelShape:
         attention_dropout=facts.share("attention_dropout"),
         softcap=family.softcap and facts.get("attn_logit_softcapping", 50.0) is not None,
         plain_norm=not facts.type.startswith("gemma"),
-        quantizable=facts.type != "falcon",
         math_attention=facts.type == "falcon" and kv_heads == 1 < heads,
         plain_head=_has_plain_head(facts),
+        beside=_beside(facts, hidden, layers, experts, expert_parameters),
+    )
+
+
+def _beside(facts: _Config, hidden: int, layers: int, experts: int, expert_parameters: int) -> tuple[LeftOut, ...]:
+    """What holds weights of the layers and takes no adapter."""
+    if not experts:
+        return ()
+    routers = experts * hidden + (hidden if facts.get("shared_expert_intermediate_size") else 0)
+    return (
+        LeftOut("routers", routers * layers, ROUTERS_CHOOSE),
+        LeftOut(EXPERTS, expert_parameters, EXPERTS_ARE_FUSED),
     )
 
 
@@ -321,7 +205,7 @@ def _has_plain_head(facts: _Config) -> bool:
 
 
 def _attention_linears(
-    facts: _Config, family: _Family, hidden: int, layers: int, q_width: int, kv_width: int
+    facts: _Config, family: Family, hidden: int, layers: int, q_width: int, kv_width: int
 ) -> tuple[LinearShape, ...]:
     bias, transposed = facts.flag(family.qkv_bias), family.transposed
     if len(family.qkv) == 1:
@@ -334,7 +218,7 @@ def _attention_linears(
 
 
 def _mlp_linears(
-    facts: _Config, family: _Family, hidden: int, layers: int, inner: int, experts: int
+    facts: _Config, family: Family, hidden: int, layers: int, inner: int, experts: int
 ) -> tuple[LinearShape, ...]:
     bias, transposed = facts.flag(family.mlp_bias), family.transposed
     found: list[LinearShape] = []
@@ -342,7 +226,6 @@ def _mlp_linears(
         inner = facts.get("shared_expert_intermediate_size", 0)
         if not inner:
             return ()
-        found.append(LinearShape("shared_expert_gate", hidden, 1, layers))
     if family.gated and len(family.up) == 1:
         found.append(LinearShape(family.up[0], hidden, 2 * inner, layers, bias, transposed, "gate_up"))
     else:
@@ -355,7 +238,7 @@ def _mlp_linears(
     return tuple(found)
 
 
-def _norms(facts: _Config, family: _Family) -> int:
+def _norms(facts: _Config, family: Family) -> int:
     if facts.type == "falcon":
         if facts.get("new_decoder_architecture"):
             return 1 if facts.get("num_ln_in_parallel_attn") == 1 else 2
@@ -365,15 +248,15 @@ def _norms(facts: _Config, family: _Family) -> int:
     return family.norms
 
 
-def _other_parameters(
-    facts: _Config, family: _Family, linears: tuple[LinearShape, ...], experts: int, embedded: int
-) -> int:
+def _other_parameters(facts: _Config, family: Family, linears: tuple[LinearShape, ...], experts: int) -> int:
     hidden, layers = facts.size("hidden_size"), facts.size("num_hidden_layers")
     norm = hidden * (2 if family.norm_bias else 1)
     heads, kv_heads, head_dim = _head_counts(facts, hidden, family)
     total = norm * (_norms(facts, family) * layers + 1)
     total += sum(linear.out_features * linear.count for linear in linears if linear.bias)
     total += experts * hidden * layers  # routers
+    if experts and facts.get("shared_expert_intermediate_size"):
+        total += hidden * layers  # and the shared expert's gate
     if family.qk_norm and facts.flag(family.qk_norm_if):
         if family.qk_norm == "head":
             total += 2 * head_dim * (2 if family.norm_bias else 1) * layers
@@ -381,9 +264,6 @@ def _other_parameters(
             total += (heads + kv_heads) * head_dim * layers
     if family.head_bias:
         total += facts.size("vocab_size")
-    if facts.type == "opt":
-        if not facts.get("do_layer_norm_before") or facts.get("_remove_final_layer_norm"):
-            total -= norm
-        if embedded != hidden:
-            total += 2 * embedded * hidden  # project_in, project_out: outside the layers
+    if facts.type == "opt" and (not facts.get("do_layer_norm_before") or facts.get("_remove_final_layer_norm")):
+        total -= norm
     return total

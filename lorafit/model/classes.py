@@ -1,0 +1,103 @@
+"""The one place that chooses the transformers class of a model, by its config.
+
+    model_type in the table of the task's class (AutoModelForCausalLM)    that class; for some checkpoints of several
+                                                                          modalities (Qwen3.5, Llama 4) it builds the
+                                                                          language model alone
+    else in the table of image-text or multimodal models                  the whole model, its towers frozen
+
+PEFT's `AutoPeftModelForCausalLM` opens an adapter by the first table, so names of the first class are what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorafit.errors import ModelError
+
+_WHOLE = (
+    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+)
+
+
+def find_auto_class(config: Mapping[str, Any], task_class: str) -> str:
+    """Name of the auto class that loads a model of this config.json.
+
+    Args:
+        config: What config.json holds.
+        task_class: The auto class of the task, which is taken wherever it knows the model type.
+
+    Raises:
+        ModelError: The model reads a source text with an encoder of its own.
+    """
+    kind = str(config.get("model_type", ""))
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"'{kind}' is an encoder-decoder: its decoder answers what an encoder has read, and rows hold no such text",
+            file="config.json",
+            key="is_encoder_decoder",
+            todo="use a decoder-only model",
+        )
+    from transformers.models.auto import modeling_auto
+
+    if task_class == "AutoModelForCausalLM" and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        for auto_class, table in _WHOLE:
+            if kind in getattr(modeling_auto, table, {}) and hasattr(modeling_auto, auto_class):
+                return auto_class
+    return task_class
+
+
+def read_settings(config: Mapping[str, Any]) -> Any:
+    """transformers' config object from what config.json holds, its encoded infinities included.
+
+    Raises:
+        ModelError: transformers knows no such model, or the values contradict each other.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(config.get("model_type", ""))
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers here knows no model_type '{kind}'",
+            file="config.json",
+            todo="check the file, or take a newer transformers",
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(_decode(dict(config)))
+    except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
+        raise _cannot_build(kind, error) from error
+
+
+def build_empty(settings: Any, auto_class: str, **options: Any) -> Any:
+    """The model on the meta device: names and shapes, no memory.
+
+    Raises:
+        ModelError: transformers cannot build it from this config.
+    """
+    import torch
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            return getattr(transformers, auto_class).from_config(settings, **options)
+    except Exception as error:  # as above
+        raise _cannot_build(str(settings.model_type), error) from error
+
+
+def _cannot_build(kind: str, error: Exception) -> ModelError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(
+        f"transformers cannot build this model ({kind}): {lines[0]}",
+        file="config.json",
+        todo="check config.json, or use another base model",
+    )
+
+
+def _decode(value: Any) -> Any:
+    """JSON has no infinity: transformers writes `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _decode(inner) for key, inner in value.items()}
+    return [_decode(inner) for inner in value] if isinstance(value, list) else value

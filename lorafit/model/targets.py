@@ -1,0 +1,246 @@
+"""Which linears of a model get an adapter, which stay unquantised, and why the others have none.
+
+    every linear, Conv1D too ── output head ── routers ── towers beside the language model ── shared and moved ones
+                             └─ what is left: the linears that `all-linear` names
+
+The answer is read off the model itself, loaded or on the meta device, so that plan, dry run and training agree.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+from lorafit.errors import RecipeError
+from lorafit.model.check import list_names
+from lorafit.model.quiet import quiet_libraries
+from lorafit.model_shapes import ROUTERS_CHOOSE
+from lorafit.registry import nearest
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+
+FOUR_BIT_KINDS = ("nf4", "fp4")
+_BLOCK_WEIGHTS = 64
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
+_WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
+_EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT looks for in old configs
+
+ROUTER = ROUTERS_CHOOSE
+OUTSIDE = "outside of the language model"
+MOVED = "PEFT moves adapters of this name to the fused experts"
+SHARED = "one weight for several layers"
+READ = "the model reads its weight past any adapter"
+
+
+def choose_targets(model: Any, asked: str | Sequence[str]) -> list[str]:
+    """Names for PEFT's `target_modules` that match exactly the wanted linears: last parts of paths where those suffice.
+
+    Raises:
+        RecipeError: A name matches no linear, or only such as cannot carry an adapter; the message lists the others.
+    """
+    linears, left_out = linear_names(model), left_out_names(model)
+    kinds = sorted({_last(name) for name in linears})
+    names = kinds if isinstance(asked, str) else list(asked)
+    for name in names:
+        if name not in kinds:
+            raise no_such_target(name, kinds, {_last(path): why for path, why in left_out.items()})
+    if not names:
+        raise RecipeError("no linear of this model can carry an adapter", key="adapter.target_modules")
+    wanted = {name for name in linears if _last(name) in names}
+    matched = {name for name, _ in model.named_modules() if _last(name) in names}
+    return sorted(names) if matched == wanted else sorted(wanted)
+
+
+def no_such_target(name: str, known: Iterable[str], left_out: dict[str, str]) -> RecipeError:
+    """The error for a target that matches nothing: why it has no adapter, or what it may have meant."""
+    kinds = sorted(known)
+    close = nearest(name, kinds, count=1)
+    hint = f"did you mean {close[0]}? " if close and name not in left_out else ""
+    what = f"'{name}' gets no adapter in this model: {left_out[name]}" if name in left_out else None
+    return RecipeError(
+        what or f"'{name}' matches no linear of this model",
+        key="adapter.target_modules",
+        todo=f"{hint}available: {', '.join(kinds)}",
+    )
+
+
+def linear_names(model: Any) -> list[str]:
+    """Paths of the linears that may carry an adapter, Conv1D included."""
+    left_out = left_out_names(model)
+    return [name for name, _ in _linears(model) if name not in left_out]
+
+
+def left_out_names(model: Any) -> dict[str, str]:
+    """Paths of the other linears, the output head apart, each with the reason."""
+    linears = _linears(model)
+    routers, towers = set(router_names(model)), set(tower_names(model))
+    shared = _shared_names(model)
+    moved, refused, read = _moved_by_peft(model, linears), _refused_by_peft(model, linears), _read_names(model)
+    found = {}
+    for name, _ in linears:
+        if name in routers:
+            found[name] = ROUTER
+        elif name in towers:
+            found[name] = OUTSIDE
+        elif name in shared:
+            found[name] = SHARED
+        elif _last(name) in moved:
+            found[name] = MOVED
+        elif name in read or _last(name) in refused:
+            found[name] = READ
+    return found
+
+
+def head_names(model: Any) -> list[str]:
+    """Paths of the output head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def router_names(model: Any) -> list[str]:
+    """Paths of linears that choose experts: inside of a router, or called a gate and as wide as there are experts
+    (or one)."""
+    import torch
+
+    text = model.config.get_text_config()
+    configs = [text, *(getattr(text, name) for name in text.sub_configs)]
+    counts = {value for config in configs for key in _EXPERT_COUNTS if (value := _number(config, key))}
+    linears = [x for x in model.named_modules() if isinstance(x[1], torch.nn.Linear)] if counts else []
+    return [
+        name
+        for name, module in linears
+        if "router" in name or (_last(name) in ROUTER_NAMES and module.out_features in (counts | {1}))
+    ]
+
+
+def tower_names(model: Any) -> list[str]:
+    """Paths of the linears outside of the language model: vision and audio towers and what joins them to it."""
+    decoder = text_part(model)
+    if decoder is None:
+        return []
+    inside = {id(module) for module in decoder.modules()}
+    return [name for name, module in _linears(model) if id(module) not in inside]
+
+
+def text_part(model: Any) -> Any:
+    """The language model inside a model of several modalities; None where the model is that itself."""
+    decoder = model.get_decoder() if model.config.sub_configs and hasattr(model, "get_decoder") else None
+    return None if decoder is model else decoder
+
+
+def unquantised_names(model: Any) -> list[str]:
+    """Paths that stay in the compute dtype: bitsandbytes leaves none out by itself once a list is given.
+
+    Towers beside the language model are never run on text: quantising them would only cost what their users see.
+    """
+    return [*head_names(model), *router_names(model), *tower_names(model)]
+
+
+def leave_narrow(model: Any, reporter: Reporter) -> list[str]:
+    """Paths of linears that bitsandbytes 0.50 dequantises wrongly on a CPU, to be left unquantised, with a warning.
+
+    Where a row is no multiple of 64 weights, its vector code pairs weights with the constants of other blocks.
+    """
+    plain = set(unquantised_names(model))
+    narrow = []
+    for name, module in _linears(model):
+        inputs = getattr(module, "in_features", None) or module.weight.shape[0]  # Conv1D lies [in, out]
+        if inputs % _BLOCK_WEIGHTS and name not in plain:
+            narrow.append(name)
+    if narrow:
+        reporter.warn(
+            f"{len(narrow)} linears stay unquantised: their input width is no multiple of {_BLOCK_WEIGHTS}, "
+            f"which 4-bit weights on a CPU need ({list_names(narrow)})"
+        )
+    return narrow
+
+
+def _linears(model: Any) -> list[tuple[str, Any]]:
+    """Every linear but the output head, each module once."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    heads = set(head_names(model))
+    kinds = (torch.nn.Linear, Conv1D)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds) and name not in heads]
+
+
+def _shared_names(model: Any) -> set[str]:
+    """Linears whose weight is another linear's too (Zamba's blocks): one weight cannot take two updates."""
+    owners = Counter(id(module.weight) for _, module in _linears(model))
+    shared = {name for name, module in _linears(model) if owners[id(module.weight)] > 1}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    names = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+    return shared | {name for name, _ in _linears(model) if name in names}
+
+
+def _moved_by_peft(model: Any, linears: Sequence[tuple[str, Any]]) -> set[str]:
+    """Last parts of paths that PEFT, whenever it opens an adapter of this model, takes for names of fused experts.
+
+    It does so for models whose experts were linears before transformers 5; linears of the same name (shared experts,
+    dense layers) would then get no adapter, and the experts one that nobody asked for.
+    """
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return set()
+    config = LoraConfig(target_modules=[*_EXPERT_NAMES, *{_last(name) for name, _ in linears}])
+    asked = set(config.target_modules or ())
+    with quiet_libraries():
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    return asked - set(config.target_modules or ())
+
+
+def _refused_by_peft(model: Any, linears: Sequence[tuple[str, Any]]) -> set[str]:
+    """Last parts of paths that PEFT attaches no adapter to (Mamba's `out_proj`, whose kernel reads the weight)."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    refused = set()
+    for name in {_last(name) for name, _ in linears}:
+        try:
+            LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, name)
+        except ValueError:
+            refused.add(name)
+    return refused
+
+
+def _read_names(model: Any) -> set[str]:
+    """Linears whose weight the code of the module around them reads itself, on some path (Mamba's kernels do)."""
+    return {
+        f"{path}.{child}" if path else child
+        for path, module in model.named_modules()
+        for child in _weights_read_by(cast(Any, type(module)))
+        if child in module._modules
+    }
+
+
+@cache
+def _weights_read_by(kind: Any) -> frozenset[str]:
+    """Names of children in `self.NAME.weight` of a class's code: its type, place and slices apart, as values."""
+    if not kind.__module__.startswith("transformers."):
+        return frozenset()
+    try:
+        return frozenset(_WEIGHT_READ.findall(inspect.getsource(kind)))
+    except (OSError, TypeError):  # no source at hand
+        return frozenset()
+
+
+def _number(config: Any, key: str) -> int | None:
+    try:
+        value = getattr(config, key, None)
+    except (AttributeError, ValueError, RuntimeError):  # differs from layer to layer
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]

@@ -1,0 +1,149 @@
+"""Which linears take an adapter, told from the model alone; and that plan and model never disagree without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lorafit.errors import ModelError, RecipeError
+from lorafit.kinds.adapters import adapters
+from lorafit.model.agreement import check_plan
+from lorafit.model.class_shape import find_shape, read_class_shape
+from lorafit.model.classes import build_empty, find_auto_class, read_settings
+from lorafit.model.load import attach_adapter
+from lorafit.model.targets import (
+    MOVED,
+    OUTSIDE,
+    READ,
+    ROUTER,
+    SHARED,
+    choose_targets,
+    left_out_names,
+    unquantised_names,
+)
+from tests.unit.model.conftest import lora
+from tests.zoo_models import tiny_config
+
+CAUSAL = "AutoModelForCausalLM"
+
+
+def empty(architecture: str) -> tuple[Any, dict[str, Any]]:
+    """The model on the meta device, and what its config.json holds."""
+    config = tiny_config(architecture).to_dict()
+    return build_empty(read_settings(config), find_auto_class(config, CAUSAL)), config
+
+
+def reasons(architecture: str) -> dict[str, str]:
+    """Why a linear takes no adapter, by the last part of its path."""
+    return {name.rsplit(".", 1)[-1]: why for name, why in left_out_names(empty(architecture)[0]).items()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapted", "left_out"),
+    [
+        ("mixtral", {"q_proj", "k_proj", "v_proj", "o_proj"}, {}),
+        ("qwen2_moe", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+         {"shared_expert_gate": ROUTER}),
+        ("qwen3_next", {"q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"},
+         {"shared_expert_gate": ROUTER, "gate_proj": MOVED, "up_proj": MOVED, "down_proj": MOVED}),
+        ("mamba", {"in_proj"}, {"x_proj": READ, "dt_proj": READ, "out_proj": READ}),
+        ("zamba", {"in_proj", "out_proj", "linear"},
+         dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), SHARED)),
+        ("jetmoe", {"kv_proj"}, {"layer": ROUTER}),
+        ("gpt2", {"c_attn", "c_proj", "c_fc"}, {}),
+        ("opt", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, {}),
+    ],
+)  # fmt: skip
+def test_all_linear_takes_every_linear_that_can_carry_an_adapter(
+    architecture: str, adapted: set[str], left_out: dict[str, str]
+) -> None:
+    assert {name.rsplit(".", 1)[-1] for name in choose_targets(empty(architecture)[0], "all-linear")} == adapted
+    assert reasons(architecture) == left_out
+
+
+def test_towers_beside_the_language_model_get_no_adapter_and_stay_unquantised() -> None:
+    model, config = empty("gemma3")
+    chosen = choose_targets(model, ["q_proj"])
+    assert chosen == [
+        "model.language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.1.self_attn.q_proj",
+    ]
+    assert left_out_names(model)["model.vision_tower.encoder.layers.0.self_attn.q_proj"] == OUTSIDE
+    assert "model.vision_tower.encoder.layers.0.mlp.fc1" in unquantised_names(model)
+    assert {part.name for part in find_shape(config).left_out} == {"vision_tower", "multi_modal_projector"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target", "why"),
+    [("qwen3_next", "gate_proj", MOVED), ("mamba", "dt_proj", READ), ("zamba", "q_proj", SHARED),
+     ("qwen2_moe", "shared_expert_gate", ROUTER)],
+)  # fmt: skip
+def test_a_target_that_takes_no_adapter_is_refused_with_the_reason(architecture: str, target: str, why: str) -> None:
+    """By the plan, before anything is loaded, and by the loaded model."""
+    model, config = empty(architecture)
+    with pytest.raises(RecipeError, match=target) as caught:
+        choose_targets(model, [target])
+    assert why in str(caught.value)
+    with pytest.raises(RecipeError, match=target):
+        adapters.get("lora").targets(lora(target_modules=[target]), read_class_shape(config))
+
+
+def test_what_peft_moves_is_seen_before_step_1() -> None:
+    """PEFT itself turns these names into the experts' parameters: nobody's plan has them."""
+    model, config = empty("qwen3_next")
+    with torch.device("meta"):
+        moved = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]))
+    section = lora(target_modules=["q_proj"], r=4)
+    kind, shape = adapters.get("lora"), find_shape(config)
+    planned = kind.targets(section, shape)
+    with pytest.raises(ModelError, match=r"plan and model disagree: experts: 0 layers planned, \d+ adapted") as caught:
+        check_plan(moved, planned, sum(kind.trainable_parameters(section, linear) for linear in planned))
+    assert "trainable parameters planned" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "deepseek_v3",
+        "qwen3_next",
+        "qwen3_5",
+        "gemma3",
+        "gemma4_text",
+        "llama4_text",
+        "falcon",
+        "gpt2",
+        "mamba",
+        "zamba2",
+    ],
+)
+def test_the_plan_counts_what_is_attached(architecture: str) -> None:
+    """Dense layers before mixtures, shared experts, linear attention, latent attention, towers: all by the class."""
+    model, config = empty(architecture)
+    kind, section, shape = adapters.get("lora"), lora(r=4), find_shape(config)
+    planned = kind.targets(section, shape)
+    trainable = sum(kind.trainable_parameters(section, linear) for linear in planned)
+    with torch.device("meta"):
+        adapted = attach_adapter(model, section, 0)
+    check_plan(adapted, planned, trainable)
+    assert trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad) > 0
+    assert shape.total_parameters == sum(p.numel() for p in empty(architecture)[0].parameters())
+
+
+def test_layers_without_experts_among_mixtures_are_counted_by_the_class() -> None:
+    config = {**tiny_config("qwen3_moe").to_dict(), "mlp_only_layers": [0]}
+    model = build_empty(read_settings(config), CAUSAL)
+    assert find_shape(config).total_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_class_is_chosen_by_the_config() -> None:
+    chosen = {
+        name: find_auto_class({"model_type": name}, CAUSAL) for name in ("llama", "gemma3", "qwen3_5", "mistral3")
+    }
+    assert chosen == {"llama": CAUSAL, "gemma3": CAUSAL, "qwen3_5": CAUSAL, "mistral3": "AutoModelForImageTextToText"}
+    with pytest.raises(ModelError, match="'t5' is an encoder-decoder"):
+        find_auto_class({"model_type": "t5", "is_encoder_decoder": True}, CAUSAL)
+    unbounded = read_settings({"model_type": "bamba", "time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    assert unbounded.time_step_limit == (0.0, float("inf"))
