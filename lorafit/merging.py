@@ -16,9 +16,10 @@ from lorafit.model.adapter import read_adapter
 from lorafit.model.base import Base, fingerprint, open_folder, resolve_base
 from lorafit.model.merge import merge_adapter
 from lorafit.model.weights import read_index
+from lorafit.output_folder import check_output
 from lorafit.results import Merged
 from lorafit.rundir import read_json
-from lorafit.workspace import OpenedRun, check_output
+from lorafit.workspace import OpenedRun
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

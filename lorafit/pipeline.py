@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import DataError, UsageError
 from lorafit.job import load_tuned, open_job
+from lorafit.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import (
     began,
-    check_output,
     check_same_recipe,
-    check_unused,
-    claimed,
     inputs_of,
     is_model,
     is_run,
@@ -157,6 +155,7 @@ def train(
     check_output(run.root, inputs_of(loaded))
     with nullcontext() if dry_run or own_rank() != 0 else claimed(run):
         if resume:
+            check_own(run)
             check_same_recipe(run, loaded, reporter)
         elif not dry_run:
             check_unused(run, loaded, command=command)
@@ -222,6 +221,7 @@ def evaluate(
         limit=limit if limit is not None and limit < len(examples) else None,
         checkpoint_step=step if checkpoint is not None else None,
     )
+    check_reports(opened.run, report)
     if limit is not None:
         examples = examples.first(limit)
     model, objective = load_tuned(job, adapter, resolved, examples, reporter)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import platform
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import CheckpointError, LorafitError, UsageError
+from lorafit.errors import CheckpointError, UsageError
 from lorafit.rundir import RunDir, atomic_file, read_json, read_object, require_manifest, write_json
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from lorafit.recipe.load import LoadedRecipe
     from lorafit.recipe.schema import Recipe, SourceSection
 
-LONGEST_NAME_BYTES = 255
 _RECORDED = (
     "lorafit",
     "torch",
@@ -182,90 +179,6 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0") or 0)
 
 
-def check_output(output: Path, inputs: Iterable[Path]) -> None:
-    """Refuses an output folder that cannot be written, has too long a name, or would hold one of the inputs.
-
-    Raises:
-        UsageError: As said; nothing was created.
-    """
-    for part in output.parts:
-        if len(os.fsencode(part)) > LONGEST_NAME_BYTES:
-            raise UsageError(f"name too long: '{part[:40]}…'", key="output", todo=f"{LONGEST_NAME_BYTES} bytes at most")
-    try:
-        made = output.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: what Python 3.11 and 3.12 call a loop
-        raise UsageError(
-            f"the output {output.name} goes through a loop of links", key="output", todo="choose another folder"
-        ) from error
-    for entry in inputs:
-        source = entry.resolve()
-        if made == source or made in source.parents:
-            what = f"the output {output.name} is, or holds, {entry.name}, which is also an input"
-            raise UsageError(what, key="output", todo="choose a folder of its own")
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"the output {output.name} is a file", key="output", todo="choose a folder")
-    parent = made
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"the output {output.name} is not writable", file=str(parent), key="output", todo="choose another folder"
-        )
-
-
-def check_unused(run: RunDir, loaded: LoadedRecipe, *, command: str) -> None:
-    """Refuses a run folder that holds a started run already; says whether `--resume` would go on there.
-
-    Raises:
-        UsageError: It does.
-    """
-    if not run.steps() and not run.adapter.exists():
-        return
-    decisive: list[str] = []
-    with contextlib.suppress(LorafitError):  # where its recipe cannot be read, that is not what is asked
-        decisive, _ = _changes(run, loaded)
-    what, todo = "holds a run already", f"go on with {command}, or give --output"
-    if decisive:
-        what, todo = f"holds another run ({decisive[0]})", "give --output, or change it back and add --resume"
-    elif _is_finished(run):
-        what, todo = "holds this run, finished", f"score it with lorafit eval {run.root}, or give --output"
-    raise UsageError(what, file=str(run.root), key="output", todo=todo)
-
-
-def _is_finished(run: RunDir) -> bool:
-    """Whether the run that was started last in the folder came to its end."""
-    if not run.result.is_file() or not run.plan.is_file():
-        return False
-    result, planned = read_json(run.result), read_json(run.plan)["plan"]
-    return bool(result["stopped_early"] or result["steps"] >= planned["total_steps"])
-
-
-@contextlib.contextmanager
-def claimed(run: RunDir) -> Iterator[None]:
-    """Keeps other processes from training into the folder meanwhile. What was made for it and stayed empty goes again.
-
-    Raises:
-        UsageError: Another process trains there.
-    """
-    made = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
-    run.root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run.root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            what, todo = "another process is training into it", "wait for its end, or give --output"
-            raise UsageError(what, file=str(run.root), key="output", todo=todo) from error
-        except OSError:
-            pass  # some network disks have no locks
-        yield
-    finally:
-        os.close(descriptor)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
 _HARMLESS = (
     *(
         "name",
@@ -286,9 +199,12 @@ def check_same_recipe(run: RunDir, loaded: LoadedRecipe, reporter: Reporter) -> 
     """Refuses to go on with another recipe; says what changed harmlessly.
 
     Raises:
-        CheckpointError: It would not be the same run.
+        CheckpointError: It would not be the same run, or nothing tells whether it would.
     """
-    decisive, harmless = _changes(run, loaded)
+    if run.steps() and not _is_started(run):
+        what = "has checkpoints, and manifest.json or recipe.yaml, which say what they are of, is missing"
+        raise CheckpointError(what, file=str(run.root), todo="restore them, or train into another --output")
+    decisive, harmless = compare_recipes(run, loaded)
     if decisive:
         raise CheckpointError(
             f"{decisive[0]}, so it would not be the same run",
@@ -299,7 +215,7 @@ def check_same_recipe(run: RunDir, loaded: LoadedRecipe, reporter: Reporter) -> 
         reporter.info(what)
 
 
-def _changes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[str]]:
+def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[str]]:
     """How the recipe differs from that of the run in the folder: what makes it another run, and what does not."""
     if not _is_started(run):
         return [], []
@@ -385,10 +301,10 @@ def installed_versions() -> list[str]:
 
 
 def describe_run(run: RunDir, loaded: LoadedRecipe, facts: Mapping[str, Any]) -> None:
-    """manifest.json and recipe.yaml, at the start: versions, seed, hashes of data, base, tokenizer and template."""
+    """manifest.json, which makes the folder a run (versions, seed, hashes of what it is made of), and recipe.yaml."""
     from lorafit.recipe.load import dump_recipe
 
-    with atomic_file(run.recipe) as temporary:
-        temporary.write_text(dump_recipe(loaded, run.root), encoding="utf-8")
     versions = dict(entry.split(" ", 1) for entry in installed_versions())
     write_json(run.manifest, {"format": 1, "versions": versions, **facts})
+    with atomic_file(run.recipe) as temporary:
+        temporary.write_text(dump_recipe(loaded, run.root), encoding="utf-8")

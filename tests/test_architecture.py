@@ -23,7 +23,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"pipeline"},
     {"training", "merging"},
     {"job"},
-    {"results", "local_rows"},
+    {"results", "local_rows", "output_folder"},
     {"workspace"},
     {"dryrun"},
     {"trainer", "evaluation"},

@@ -315,10 +315,13 @@ def test_trailing_slash_and_link_as_output(world: World) -> None:
     assert (world.root / "disk" / "manifest.json").is_file()
 
 
-def test_foreign_files_in_the_output_stay(world: World) -> None:
-    (world.root / "run" / "checkpoints" / "mine").mkdir(parents=True)
+def test_foreign_files_beside_a_run_stay(world: World) -> None:
+    """What its user keeps in a run's folder is left alone by whatever goes on with the run."""
+    say_all(world.run("train", "r.yaml", "--set", "checkpoints.keep_last=1", "--set", "training.schedule=constant"), 0)
+    (world.root / "run" / "checkpoints" / "mine").mkdir()
     (world.root / "run" / "notes.txt").write_text("mine")
-    say_all(world.run("train", "r.yaml", "--set", "checkpoints.keep_last=1"), 0)
+    longer = ["--set", "training.max_steps=3", "--set", "training.schedule=constant"]
+    say_all(world.run("train", "r.yaml", "--resume", "--set", "checkpoints.keep_last=1", *longer), 0, "step 3")
     assert (world.root / "run" / "notes.txt").read_text() == "mine"
     assert (world.root / "run" / "checkpoints" / "mine").is_dir()
 

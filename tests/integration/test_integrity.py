@@ -446,3 +446,100 @@ def test_an_adapter_without_effect_is_said(trained: World) -> None:
         outcome = world.run(*command)
         say_all(outcome, 0, "run/adapter", "the adapter has no effect")
         assert outcome.stderr.count("no effect") == 1
+
+
+# --- what is the user's stays ---------------------------------------------------------------------------------------
+
+USERS_FILES = [
+    *("recipe.yaml", "plan.json", "manifest.json", "best.json", "metrics.jsonl", "result.json", "quantization.json"),
+    *("card.json", "base.json", "report.md", "notes.txt", ".env", "checkpoints", "adapter", "adapter/mine.txt"),
+    *("checkpoints/step-000007/mine.txt", "deep/er/file"),
+]
+
+
+@pytest.mark.parametrize("through", ["", "a link", "a link to a link", "--resume"])
+@pytest.mark.parametrize("name", USERS_FILES)
+def test_a_folder_with_the_users_own_files_is_not_trained_into(world: World, name: str, through: str) -> None:
+    mine = world.root / "mine"
+    (mine / name).parent.mkdir(parents=True, exist_ok=True)
+    (mine / name).write_text('{"name": "mine", "versions": {"app": "1"}}', encoding="utf-8")
+    output = "mine"
+    for number in range(("link" in through) + ("to a link" in through)):
+        (world.root / f"link{number}").symlink_to(output)
+        output = f"link{number}"
+    before = world.digests()
+    flags = ["--resume"] if through == "--resume" else []
+    outcome = world.run("train", "r.yaml", "--output", output, *flags)
+    say_all(outcome, 2, "output", "not empty", name.partition("/")[0])
+    say_all(world.run("train", "r.yaml", "--set", f"output={output}", *flags), 2, "output", "not empty")
+    assert world.digests() == before
+    assert world.loaded == []
+
+
+def test_what_systems_leave_in_a_folder_is_no_file_of_the_user(world: World) -> None:
+    for name in (".DS_Store", "Thumbs.db", ".nfs0000000000a1b2c3", ".tmp-manifest.json-4711"):
+        (world.root / "run").mkdir(exist_ok=True)
+        (world.root / "run" / name).write_bytes(b"\0")
+    (world.root / "run" / "lost+found").mkdir()
+    say_all(world.run("train", "r.yaml"), 0)
+    assert (world.root / "run" / ".DS_Store").read_bytes() == b"\0"
+
+
+def test_an_output_that_is_a_broken_link(world: World) -> None:
+    (world.root / "gone").symlink_to("nowhere")
+    before = world.digests()
+    say_all(world.run("train", "r.yaml", "--output", "gone"), 2, "output", "broken link")
+    say_all(world.run("train", "r.yaml", "--output", "gone", "--resume"), 2, "output", "broken link")
+    assert world.digests() == before
+
+
+def test_a_run_that_lost_what_says_what_it_is_of(trained: World) -> None:
+    """Without manifest.json or recipe.yaml nothing could be compared: neither anew nor further into that folder."""
+    for name, code in {"recipe.yaml": 6, "manifest.json": 2}.items():
+        shutil.copytree(trained.root / "run", trained.root / name.partition(".")[0])
+        folder = trained.root / name.partition(".")[0]
+        (folder / name).unlink()
+        before = trained.digests()
+        say_all(trained.run("train", "r.yaml", "--output", folder.name, "--resume"), code, folder.name)
+        say_all(trained.run("train", "r.yaml", "--output", folder.name), 2, folder.name)
+        assert trained.digests() == before
+
+
+def test_a_file_where_a_runs_folder_belongs(trained: World) -> None:
+    shutil.rmtree(trained.root / "run" / "checkpoints")
+    shutil.rmtree(trained.root / "run" / "adapter")
+    (trained.root / "run" / "checkpoints").write_text("mine", encoding="utf-8")
+    before = trained.digests()
+    for flags in ([], ["--resume"]):
+        say_all(trained.run("train", "r.yaml", *flags), 2, "output", "checkpoints")
+    assert trained.digests() == before
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.md", "report.jsonl", "report.train.first-1.md"])
+def test_a_report_takes_no_place_of_the_users(trained: World, name: str) -> None:
+    command = ["eval", "run", "--split", "train", "--limit", "1"] if "train" in name else ["eval", "run"]
+    world = trained
+    world.rows(4, "v.jsonl", first=50)
+    world.recipe(("  max_length: 128", "  max_length: 128\n  validation: v.jsonl"), name="v.yaml")
+    say_all(world.run("train", "v.yaml", "--output", "run2"), 0)
+    command[1] = "run2"
+    (world.root / "run2" / name).write_text("# My own report\n", encoding="utf-8")
+    before, loads = world.digests(), len(world.loaded)
+    say_all(world.run(*command), 2, name, "move it")
+    assert world.digests() == before
+    assert len(world.loaded) == loads
+    (world.root / "run2" / name).unlink()
+    for _ in range(2):  # its own reports are replaced
+        say_all(world.run(*command), 0)
+
+
+def test_a_merge_takes_no_place_of_the_users(trained: World) -> None:
+    (trained.root / "mine").mkdir()
+    (trained.root / "mine" / "config.json").write_text("{}", encoding="utf-8")
+    (trained.root / "linked").symlink_to("mine")
+    (trained.root / "gone").symlink_to("nowhere")
+    (trained.root / "file").write_text("mine", encoding="utf-8")
+    before = trained.digests()
+    for output in ("mine", "linked", "gone", "file"):
+        say_all(trained.run("merge", "run", "--output", output), 2, output)
+    assert trained.digests() == before
