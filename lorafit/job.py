@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _PROOF_TOKENS = 512
 _ROWS_TO_COMPARE = 16
+_PROOF_LOGITS_BYTES = 64 << 20  # fp32, all at once, and copied: such is a model's own loss
 
 
 @dataclass(frozen=True)
@@ -225,15 +226,16 @@ def prove(job: Job, model: Any, dtype: str, examples: Examples, reporter: Report
         NumericsError: They differ on every path.
     """
     from lorafit.data.batch import collate
-    from lorafit.objective import Objective, choose_probe, prove_objective
+    from lorafit.objective import Objective, choose_probe, cut_probe, prove_objective
 
     def build(wrapped: torch.nn.Module) -> Objective:
         return Objective(wrapped, autocast_dtype=autocast_dtype(dtype), exact=not job.shape.plain_head)
 
     objective: Any = tasks.get(job.recipe.task).build_loss(model, build)
-    row = choose_probe(examples.lengths, most_tokens=_PROOF_TOKENS)
+    most_tokens = min(_PROOF_TOKENS, _PROOF_LOGITS_BYTES // (4 * job.shape.vocabulary))
+    row = cut_probe(examples[choose_probe(examples.lengths, most_tokens=most_tokens)], most_tokens)
     device = model.get_input_embeddings().weight.device
-    prove_objective(objective, collate([examples[row]], job.pad_id).to(device), reporter)
+    prove_objective(objective, collate([row], job.pad_id).to(device), reporter)
     return objective  # type: ignore[no-any-return]
 
 

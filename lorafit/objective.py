@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.rng import preserved_rng
 
 if TYPE_CHECKING:
-    from lorafit.contracts import Batch, Reporter
+    from lorafit.contracts import Batch, Example, Reporter
 
 _Result = TypeVar("_Result")
 _IGNORED_LABEL = -100  # what transformers leaves out of its loss
@@ -190,6 +191,14 @@ def choose_probe(lengths: Sequence[int], *, most_tokens: int) -> int:
     """The row that proofs look at: of the first ones the longest that is no longer than that, else the shortest."""
     rows = range(min(len(lengths), _PROBED_ROWS))
     return max(rows, key=lambda row: lengths[row] if lengths[row] <= most_tokens else -lengths[row])
+
+
+def cut_probe(example: Example, most_tokens: int) -> Example:
+    """The row up to its last trained token, and of that the last `most_tokens`, at least 2: one label is among them."""
+    trained = [place for place, flag in enumerate(example.trained) if flag]
+    end = trained[-1] + 1 if trained else len(example.trained)
+    kept = slice(max(0, end - max(2, most_tokens)), end)
+    return replace(example, input_ids=example.input_ids[kept], trained=example.trained[kept])
 
 
 def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> None:

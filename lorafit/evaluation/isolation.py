@@ -38,24 +38,30 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_inputs(model: torch.nn.Module) -> Iterator[None]:
-    """Linears on a CPU get contiguous inputs: Mamba layers hand them transposed ones.
+    """Linears on a CPU get inputs that lie in one piece: Mamba layers hand them transposed ones."""
 
-    Where the rows of an input do not follow each other in memory, torch multiplies row by row, each with its own copy
-    of the weight.
-    """
-
-    def make_contiguous(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(argument.contiguous() if torch.is_tensor(argument) else argument for argument in arguments)
+    def make_whole(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(as_whole(argument) if torch.is_tensor(argument) else argument for argument in arguments)
 
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    hooks = [
-        linear.register_forward_pre_hook(make_contiguous) for linear in linears if linear.weight.device.type == "cpu"
-    ]
+    hooks = [linear.register_forward_pre_hook(make_whole) for linear in linears if linear.weight.device.type == "cpu"]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def as_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy whose rows follow each other in memory.
+
+    Where they do not, torch multiplies them on a CPU batch by batch, each with its own copy of the weight; a slice of a
+    single sequence, which torch calls contiguous, is among those.
+    """
+    shape, stride = tensor.shape, tensor.stride()
+    if all(stride[place] == stride[place + 1] * shape[place + 1] for place in range(tensor.ndim - 1)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from lorafit.model.classes import find_auto_class
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import FOUR_BIT_KINDS, choose_targets, leave_narrow, unquantised_names
 from lorafit.model.weights import read_index
+from lorafit.ops.heap import trim_heap
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +115,7 @@ def load_model(
     check_loading(info, base.path)
     check_finite(model, base.path)
     if settings is not None:
+        trim_heap()  # what quantising took, before what is left in mapped files is copied
         let_go_of_files(model)
     keep_weights_unpacked(model)
     model.requires_grad_(False)

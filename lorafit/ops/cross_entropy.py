@@ -51,9 +51,13 @@ def score_linear(
 
 
 def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`score_linear` from logits [labels, vocabulary] that exist already."""
-    losses = functional.cross_entropy(_in_full(logits), labels, reduction="none")
-    return losses, logits.argmax(-1) == labels
+    """`score_linear` from logits [labels, vocabulary] that exist already; their fp32 copies exist in chunks alone."""
+    size = chunk_labels(logits.shape[-1], logits.device.type)
+    losses = [
+        functional.cross_entropy(_in_full(chunk), ids, reduction="none")
+        for chunk, ids in zip(logits.split(size), labels.split(size), strict=True)
+    ]
+    return torch.cat(losses), logits.argmax(-1) == labels
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

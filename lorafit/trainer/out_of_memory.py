@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
 import torch
 
 from lorafit.errors import ResourceError
+from lorafit.ops.heap import trim_heap
 
 _WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_cpu")
 
@@ -40,17 +38,11 @@ def release_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
-        _trim_heap()
+        trim_heap()
 
 
 def trim_after(seconds: float, device: torch.device) -> None:
     """Gives a CPU's free heap back after a long step: else it grows, as each step takes blocks of other sizes."""
     if device.type == "cpu" and seconds > _TRIMMED_AFTER_SECONDS:
-        _trim_heap()
+        trim_heap()
 
-
-def _trim_heap() -> None:
-    """Source: malloc_trim(3) of the GNU C library; other allocators are left to themselves."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -22,9 +22,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lorafit.contracts import Batch, Silent
+from lorafit.contracts import Batch, Example, Silent
+from lorafit.data.batch import collate
 from lorafit.errors import ModelError, NumericsError
-from lorafit.objective import Objective, prove_objective
+from lorafit.objective import Objective, cut_probe, prove_objective
 
 SIZES = {
     "vocab_size": 83,
@@ -188,3 +189,21 @@ def test_a_model_that_wants_more_than_text_is_refused() -> None:
     model = GitForCausalLM(GitConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, **sizes))
     with pytest.raises(ModelError, match="GitForCausalLM does not run on text alone"):
         prove_objective(Objective(model), batch(), Silent())
+
+
+@pytest.mark.parametrize(
+    ("trained", "most", "kept"),
+    [
+        ([0, 0, 1, 1, 0, 0], 9, [10, 11, 12, 13]),
+        ([0, 0, 1, 1, 0, 0], 3, [11, 12, 13]),
+        ([1, 1, 1, 1, 1, 1], 2, [14, 15]),
+        ([1, 1, 1, 1, 1, 1], 1, [14, 15]),  # one token has nothing to be predicted from
+    ],
+)
+def test_a_long_probe_is_cut_to_its_last_trained_tokens(trained: list[int], most: int, kept: list[int]) -> None:
+    """The model's own loss takes logits of the whole row at once: 1 GiB for 400 tokens and a vocabulary of 262,144."""
+    cut = cut_probe(Example(3, [10, 11, 12, 13, 14, 15], trained, "rows.jsonl", 7), most)
+    assert list(cut.input_ids) == kept
+    assert len(cut.trained) == len(kept)
+    assert (cut.index, cut.line) == (3, 7)
+    assert collate([cut], 0).weight >= 1

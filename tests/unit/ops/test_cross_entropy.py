@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from lorafit.ops import pieces
-from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear
+from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +92,28 @@ def test_runs_on_fake_tensors() -> None:
         loss_sum, _ = linear_cross_entropy(hidden, weight, None, torch.zeros(9, dtype=torch.long))
         loss_sum.backward()
         assert hidden.grad is not None and hidden.grad.shape == (9, 5)
+
+
+class LogitsOfLosses(TorchFunctionMode):
+    """Keeps the shape and dtype of what each cross-entropy is computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is functional.cross_entropy:
+            self.seen.append((tuple(args[0].shape), args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def test_logits_that_exist_are_scored_a_chunk_at_a_time() -> None:
+    """fp32 copies of all logits of a micro-batch would be the peak of an evaluation of a large vocabulary."""
+    hidden, weight, _, labels = operands(torch.bfloat16)
+    logits = (hidden @ weight.T).detach()
+    with LogitsOfLosses() as losses:
+        found, correct = score_logits(logits, labels)
+    assert losses.seen == [((3, 11), torch.float32), ((3, 11), torch.float32), ((1, 11), torch.float32)]
+    assert torch.equal(found, functional.cross_entropy(logits.float(), labels, reduction="none"))
+    assert torch.equal(correct, logits.argmax(-1) == labels)
+    assert score_logits(logits[:0], labels[:0])[0].shape == (0,)
