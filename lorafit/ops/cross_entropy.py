@@ -55,7 +55,7 @@ def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     size = chunk_labels(logits.shape[-1], logits.device.type)
     losses = [
         functional.cross_entropy(_in_full(chunk), ids, reduction="none")
-        for chunk, ids in zip(logits.split(size), labels.split(size), strict=True)
+        for chunk, ids in zip(torch.split(logits, size), torch.split(labels, size), strict=True)
     ]
     return torch.cat(losses), logits.argmax(-1) == labels
 

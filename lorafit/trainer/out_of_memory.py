@@ -45,4 +45,3 @@ def trim_after(seconds: float, device: torch.device) -> None:
     """Gives a CPU's free heap back after a long step: else it grows, as each step takes blocks of other sizes."""
     if device.type == "cpu" and seconds > _TRIMMED_AFTER_SECONDS:
         trim_heap()
-
