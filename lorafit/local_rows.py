@@ -33,7 +33,10 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
     from lorafit.cache import cache_folder
     from lorafit.model.base import find_local_base, is_gguf
 
-    sources = [source.path for part in sources_of(loaded.recipe).values() for source in part]
+    try:
+        sources = _source_files(loaded)
+    except LorafitError as error:
+        return RowLengths(missing=str(error)[:_REASON_CHARACTERS])
     absent = next((path for path in sources if not _local(loaded, path).is_file()), None)
     if absent is not None:
         return RowLengths(missing=f"{absent} is not on this disk")
@@ -101,9 +104,16 @@ def _key(loaded: LoadedRecipe, base: Base) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
+def _source_files(loaded: LoadedRecipe) -> list[str]:
+    """The files or hub ids of all sources, as the recipe names them or its patterns find them."""
+    from lorafit.data.patterns import find_files
+
+    paths = [source.path for part in sources_of(loaded.recipe).values() for source in part]
+    return [name for path in paths for name in find_files(path, loaded.folder)]
+
+
 def _files(loaded: LoadedRecipe, base: Base) -> Iterator[Path]:
-    for part in sources_of(loaded.recipe).values():
-        yield from (_local(loaded, source.path) for source in part)
+    yield from (_local(loaded, name) for name in _source_files(loaded))
     template = loaded.recipe.data.chat_template
     if template is not None and _local(loaded, template).is_file():
         yield _local(loaded, template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
@@ -12,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import CheckpointError, UsageError
+from lorafit.errors import CheckpointError, DataError, UsageError
 from lorafit.rundir import RunDir, atomic_file, read_json, read_object, require_manifest, write_json
 
 if TYPE_CHECKING:
@@ -155,8 +156,12 @@ def sources_of(recipe: Recipe) -> dict[str, Sequence[SourceSection]]:
 
 def inputs_of(loaded: LoadedRecipe) -> list[Path]:
     """Local files and folders that a run reads and must not write over."""
+    from lorafit.data.patterns import find_files
+
     recipe, found = loaded.recipe, [Path(loaded.file)]
-    found += [loaded.path(source.path) for sources in sources_of(recipe).values() for source in sources]
+    for source in (source for sources in sources_of(recipe).values() for source in sources):
+        with contextlib.suppress(DataError):  # a pattern without files is said where rows are opened
+            found += [loaded.path(name) for name in find_files(source.path, loaded.folder)]
     texts = [recipe.model.base, recipe.data.chat_template, recipe.adapter.init_from]
     found += [loaded.path(text) for text in texts if text]
     return [path for path in found if path.exists()]

@@ -11,7 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from lorafit.data.readers import RawRows, without_nulls
+from lorafit.data.lines import RawRows
+from lorafit.data.parquet import without_nulls
 from lorafit.errors import DataError, LorafitError, SafetyError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

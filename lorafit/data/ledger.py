@@ -16,6 +16,16 @@ NOTES_KEPT = 1000
 ERRORS_SHOWN = 5
 
 
+def raise_first(errors: Sequence[LorafitError], count: int, *, file: str) -> None:
+    """Raises nothing for no error, the error itself for one, and for several the first five with the count of all."""
+    if count == 1:
+        raise errors[0]
+    if errors:
+        problems = Problems(errors[:ERRORS_SHOWN], file=file)
+        problems.what = problems.what.replace(f"{len(problems.errors)} errors", f"{count} errors", 1)
+        raise problems
+
+
 @dataclass(slots=True)
 class SourceCounts:
     """What became of the rows of one source.
@@ -126,12 +136,7 @@ class Ledger:
                     count += 1
         errors += self._overlong
         count += self._overlong_count
-        if count == 1:
-            raise errors[0]
-        if errors:
-            problems = Problems(errors[:ERRORS_SHOWN], file=errors[0].file or "data")
-            problems.what = problems.what.replace(f"{len(problems.errors)} errors", f"{count} errors", 1)
-            raise problems
+        raise_first(errors, count, file=errors[0].file or "data" if errors else "data")
 
     def _too_many(self, number: int) -> DataError:
         source = self.sources[number]

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Sample
-from lorafit.data.source import SampleSet, Source, find_format, no_prompt, rename
+from lorafit.data.columns import Columns, find_format, no_prompt, rename
+from lorafit.data.patterns import find_files
+from lorafit.data.source import SampleSet, Source
 from lorafit.errors import DataError, LorafitError, UsageError, raise_all
 from lorafit.kinds.formats import formats
 
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from lorafit.recipe.schema import SourceSection
 
 COMMAND_LINE = "--prompt"
-
-Columns = Mapping[str, str]
-"""`{ours: theirs}`: which of a source's columns holds a field of its format."""
 
 
 def column_names(sources: Sequence[SourceSection]) -> list[Columns]:
@@ -58,7 +57,7 @@ def read_prompt_file(file: Path, known: Sequence[Columns], reporter: Reporter) -
     """The prompts of a file: each line of a txt file, each row of any other that training reads.
 
     Args:
-        file: The file, relative to the working folder.
+        file: The file, relative to the working folder; or a pattern of files.
         known: From `column_names`; the first that the file's columns go by is used.
         reporter: Gets warnings about columns.
 
@@ -67,15 +66,16 @@ def read_prompt_file(file: Path, known: Sequence[Columns], reporter: Reporter) -
     """
     from lorafit.recipe.schema import BadRowsSection
 
-    return list(SampleSet([_open(file, known)], BadRowsSection(), reporter))
+    files = find_files(str(file), Path(), start="the working folder")
+    return list(SampleSet([_open(name, known) for name in files], BadRowsSection(), reporter))
 
 
-def _open(file: Path, known: Sequence[Columns]) -> Source:
+def _open(file: str, known: Sequence[Columns]) -> Source:
     from lorafit.recipe.schema import SourceSection
 
     refused: LorafitError | None = None
     for columns in known:
-        section = SourceSection.model_construct(path=str(file), columns=dict(columns))
+        section = SourceSection.model_construct(path=file, columns=dict(columns))
         try:
             return Source(section, Path(), prompts=True)
         except LorafitError as error:
@@ -115,7 +115,7 @@ def _read_row(row: str | Mapping[str, Any], known: Sequence[Columns], place: str
         raise DataError(f"expected a text or a dict, found {type(row).__name__}")
     for columns in known:
         renamed = rename(dict(row), columns)
-        name = find_format(renamed, prompts=True)
+        name = find_format(renamed, columns, prompts=True)
         if name is not None:
             return formats.get(name).read_prompt(renamed, place, 0)
     raise no_prompt(dict(row))

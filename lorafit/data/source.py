@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafit.data.files import SUFFIXES, Fingerprint, check_file, take_fingerprint
+from lorafit.data.columns import check_task, explain_unread, find_format, no_prompt, rename, unknown_columns
+from lorafit.data.files import Fingerprint, check_file, has_data_suffix, is_packed, suffix_of, take_fingerprint
 from lorafit.data.hub import HubRows, is_hub_id
-from lorafit.data.ledger import Ledger
-from lorafit.data.readers import RawRow, RawRows, read_file
+from lorafit.data.ledger import Ledger, raise_first
+from lorafit.data.lines import RawRow, RawRows
+from lorafit.data.patterns import expand_sources
+from lorafit.data.readers import read_file
 from lorafit.errors import DataError, LorafitError, RecipeError, raise_all
-from lorafit.kinds.fields import listed, missing_field
-from lorafit.kinds.formats import Format, formats, required_fields
+from lorafit.kinds.fields import listed
+from lorafit.kinds.formats import formats, required_fields
 from lorafit.registry import nearest
 
 if TYPE_CHECKING:
@@ -55,8 +58,12 @@ class Source:
         self.unread: Counter[str] = Counter()
         self._path, self._hub = _locate(section, folder, local=prompts)
         self._fingerprint: Fingerprint | None = None
+        self._absent = set(section.columns.values())
         self._check_columns()
-        self.format = section.format if section.format != "auto" else self._find_format()
+        if section.format != "auto":
+            self.format, self._absent = section.format, set()
+        else:
+            self.format = self._find_format()
         self._reader = formats.get(self.format)
         required = required_fields(self._reader, prompts=prompts)
         self._required = {self.section.columns.get(field, field) for field in required}
@@ -94,18 +101,27 @@ class Source:
         if self._hub is not None:
             count = self._hub.count()
         else:
+            assert self._path is not None
             found = self._take_fingerprint()
-            count = max(1, found.lines, found.size_bytes // 4000)
+            is_text = suffix_of(self._path) not in (".parquet", ".xlsx") and not is_packed(self._path)
+            count = max(1, found.lines, found.size_bytes // 4000) if is_text else max(1, found.size_bytes // 500)
         return min(count, self.section.limit or count)
 
     def warnings(self) -> list[str]:
-        """Columns that no one reads and that look like a misspelt field, said once all rows are read."""
-        optional = [field for field, needed in self._reader.fields.items() if not needed]
+        """Columns that no one reads and that look like part of what is asked, said once all rows are read."""
         said = []
+        columns = dict.fromkeys([*required_fields(self._reader, prompts=self._prompts), *self.unread])
         for column, count in sorted(self.unread.items()):
-            close = nearest(column, optional, count=1)
-            if close:
-                said.append(f"{self.name}: column '{column}' ({count} rows) is not read; did you mean '{close[0]}'?")
+            todo = explain_unread(column, columns, self._reader)
+            if todo is not None:
+                said.append(f"{self.name}: column '{column}' ({count} rows) is not read; {todo}")
+        for column in sorted(self._absent):
+            said.append(f"{self.name}: columns names '{column}', which none of the first rows has; correct the recipe")
+        if self._path is not None and suffix_of(self._path) == ".xlsx":
+            from lorafit.data.workbook import unread_sheets
+
+            others = unread_sheets(self._path)
+            said += [f"{self.name}: {others}"] if others else []
         return said
 
     def _take_fingerprint(self) -> Fingerprint:
@@ -130,7 +146,12 @@ class Source:
             raise DataError(what, file=self.name) from None
 
     def _is_row(self, row: RawRow) -> bool:
-        return find_format(rename(row, self.section.columns), prompts=self._prompts) is not None
+        if self.section.format == "text" and suffix_of(self.name) == ".txt":
+            return False  # the recipe says that these lines are a text, whatever they look like
+        return self._format_of(rename(row, self.section.columns)) is not None
+
+    def _format_of(self, renamed: RawRow) -> str | None:
+        return find_format(renamed, self.section.columns, prompts=self._prompts)
 
     def _read_row(self, line: int, row: RawRow | DataError) -> Sample | DataError:
         if isinstance(row, DataError):
@@ -163,11 +184,15 @@ class Source:
                 hint = f"did you mean {close[0]}? " if close else ""
                 todo = f"{hint}fields are {', '.join(sorted(known))}"
                 raise RecipeError(f"columns of {self.name}: unknown field '{ours}'", key="columns", todo=todo)
+        if not any(self.section.columns.keys() <= formats.get(name).fields.keys() for name in chosen):
+            what = f"columns of {self.name}: no format has {' and '.join(sorted(self.section.columns))} together"
+            raise RecipeError(what, key="columns", todo="map the fields of one format")
 
     def _find_format(self) -> str:
         """The format of the first rows, which must all have the same."""
         found: dict[str, int] = {}
         errors: list[DataError] = []
+        first: tuple[int, RawRow] | None = None
         strange: tuple[int, RawRow] | None = None
         for line, row in islice(self._raw_rows(), ROWS_LOOKED_AT):
             if isinstance(row, DataError):
@@ -175,8 +200,13 @@ class Source:
                 errors.append(row)
                 continue
             mapped = rename(row, self.section.columns)
-            name = find_format(mapped, prompts=self._prompts)
+            name = self._format_of(mapped)
+            self._absent -= row.keys()
             if name is not None:
+                if first is None:
+                    first = line, dict(mapped)
+                for column in first[1].keys() - mapped.keys():
+                    del first[1][column]  # what only some rows have says nothing about all of them
                 found.setdefault(name, line)
             elif strange is None:
                 strange = line, mapped
@@ -184,61 +214,33 @@ class Source:
             seen = " and ".join(f"{name} (line {line})" for name, line in found.items())
             todo = "name one with format:, or split the file into two sources"
             raise DataError(f"rows look like different formats: {seen}", file=self.name, todo=todo)
-        if found:
-            return next(iter(found))
+        if first is not None:
+            name = next(iter(found))
+            self._check_task(*first, name)
+            return name
         if strange is not None:
             raise self._unknown_format(*strange)
-        raise_all(errors[:5], file=self.name)
+        raise_first(errors, len(errors), file=self.name)
         raise DataError("no prompts" if self._prompts else "no rows", file=self.name)
 
-    def _unknown_format(self, line: int, row: RawRow) -> LorafitError:
-        for _, kind in sorted(formats.items(), key=lambda item: item[1].priority):
-            missing = sorted(required_fields(kind, prompts=self._prompts) - row.keys())
-            if not row or (missing and all(nearest(field, row, count=1) for field in missing)):
-                return missing_field(missing[0], row).at(file=self.name, line=line)
+    def _check_task(self, line: int, row: RawRow, name: str) -> None:
         if self._prompts:
-            return no_prompt(row).at(file=self.name, line=line)
-        todo = "map them, e.g. columns: {prompt: THEIRS, completion: THEIRS}, or {text: THEIRS}"
-        if Path(self.name).suffix.lower() in (".csv", ".tsv"):
-            todo += "; numbers where there is no header: {text: '1'}"
-        return DataError(f"no known format has the columns {listed(row)}", file=self.name, line=line, todo=todo)
+            return
+        try:
+            check_task(row, name)
+        except DataError as error:
+            raise error.at(file=self.name, line=line) from None
 
-
-def find_format(row: Mapping[str, Any], *, prompts: bool = False) -> str | None:
-    """The format that a row looks like; None for no known one.
-
-    Args:
-        row: Its columns, named as the formats name them.
-        prompts: Whether it is a prompt: one that is a whole training row besides is read as that.
-    """
-    kinds: list[tuple[str, Format]] = sorted(formats.items(), key=lambda item: item[1].priority)
-    if not prompts:
-        return next((name for name, kind in kinds if kind.matches(row)), None)
-    asked = {name: required_fields(kind, prompts=True) for name, kind in kinds}
-    asking = [(name, kind) for name, kind in kinds if asked[name] and asked[name] <= row.keys()]
-    return next((name for name, kind in asking if kind.matches(row)), asking[0][0] if asking else None)
-
-
-def no_prompt(row: RawRow) -> LorafitError:
-    """The error for a row that no format takes for a prompt."""
-    asking = {field for _, kind in formats.items() for field in required_fields(kind, prompts=True)}
-    todo = f"call the one that asks {' or '.join(sorted(asking))}"
-    return DataError(f"no prompt among the columns {listed(row)}", todo=todo)
-
-
-def rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
-    """The row with our names for the mapped columns; a name of ours that was taken gives way."""
-    if not columns:
-        return row
-    renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
-    renamed.update({ours: row[theirs] for ours, theirs in columns.items() if theirs in row})
-    return renamed
+    def _unknown_format(self, line: int, row: RawRow) -> LorafitError:
+        is_table = self._path is not None and suffix_of(self._path) in (".csv", ".tsv", ".xlsx")
+        error = no_prompt(row) if self._prompts else unknown_columns(row, is_table=is_table)
+        return error.at(file=self.name, line=line)
 
 
 def _locate(section: SourceSection, folder: Path, *, local: bool) -> tuple[Path | None, HubRows | None]:
     """The local file of a source, checked, or (unless it must be `local`) the hub data set that its name stands for."""
     path = folder / Path(section.path).expanduser()
-    looks_local = section.path.lower().endswith((*SUFFIXES, ".py")) or not is_hub_id(section.path)
+    looks_local = has_data_suffix(section.path) or not is_hub_id(section.path)
     is_in_folder = "/" in section.path and (folder / section.path.split("/")[0]).is_dir()
     if local or looks_local or is_in_folder or os.path.lexists(path):
         check_file(path, section.path)
@@ -297,6 +299,8 @@ def read_sources(
 ) -> SampleSet:
     """Opens every source, so that a missing or unreadable one is an error before anything heavy starts.
 
+    A source whose path is a pattern is opened as one for each of its files.
+
     Args:
         sources: Sources of one split.
         folder: The recipe's folder, which paths are relative to.
@@ -310,7 +314,8 @@ def read_sources(
     opened, errors = [], []
     for section in sources:
         try:
-            opened.append(Source(section, folder))
+            for one in expand_sources([section], folder):
+                opened.append(Source(one, folder))
         except LorafitError as error:
             errors.append(error)
     raise_all(errors, file="data")

@@ -62,12 +62,13 @@ def read_content(value: Any, place: str) -> str:
         return value
     if not isinstance(value, list):
         raise wrong_type(f"{place}.content", "string", value)
+    if all(isinstance(part, str) for part in value):
+        what = f"expected string, found {'a list of strings' if value else 'an empty list'}"
+        raise DataError(what, key=f"{place}.content", todo="write one string, or parts {type: text, text: string}")
     parts = []
     for number, part in enumerate(value):
         key = f"{place}.content[{number}]"
-        if isinstance(part, str):
-            parts.append(part)
-        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif isinstance(part, dict) and part.get("type") != "text":
             raise DataError(f"part of type {describe(part.get('type'))} is not supported; only text is", key=key)

@@ -12,7 +12,7 @@ from lorafit.recipe.tree import KeyPath, parse_key
 if TYPE_CHECKING:
     from lorafit.recipe.schema import Recipe, SourceSection
 
-DATA_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz"})
+DATA_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt", ".gz"})
 
 
 @dataclass(frozen=True, slots=True)

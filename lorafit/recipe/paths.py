@@ -18,6 +18,11 @@ def absolute(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
+def is_pattern(text: str) -> bool:
+    """Whether a path may stand for several files: no name on the hub holds these letters."""
+    return any(letter in text for letter in "*?[")
+
+
 def is_local(text: str, folder: Path) -> bool:
     """Whether a value that may be a path is one: by its form, by its suffix, or because it exists in `folder`.
 
@@ -25,7 +30,7 @@ def is_local(text: str, folder: Path) -> bool:
     """
     if "://" in text or not text:
         return False
-    if text.startswith((".", "/", "~")) or PurePath(text).suffix.lower() in _FILE_SUFFIXES:
+    if text.startswith((".", "/", "~")) or PurePath(text).suffix.lower() in _FILE_SUFFIXES or is_pattern(text):
         return True
     try:
         return (folder / text).exists()

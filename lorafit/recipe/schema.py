@@ -76,13 +76,14 @@ class SourceSection(Section):
     """One file or hub data set of rows."""
 
     path: Word = Field(json_schema_extra=PATH_OR_NAME)
-    """A file (jsonl, json, csv, tsv, parquet, txt), relative to the recipe, or a hub data set's id."""
+    """A file (jsonl, json, csv, tsv, txt, also packed as `.gz`; parquet, xlsx) or a pattern of files such as
+    `rows/*.jsonl`, relative to the recipe; or a hub data set's id."""
     format: FormatName = "auto"
     """How a row is read; `auto` looks at the rows."""
     columns: dict[str, str] = Field(default_factory=dict)
     """`{ours: theirs}`: which of the source's columns holds a field of the format."""
     limit: Count | None = None
-    """Rows read from the top; all where null."""
+    """Rows read from the top, of each file; all where null."""
     split: Word = "train"
     """Split of a hub data set."""
     subset: Word | None = None

@@ -59,6 +59,16 @@ FOREIGN_VALUES: Mapping[str, str] = {
 }
 
 
+NOT_BUILT: Mapping[str, tuple[str, ...]] = {
+    "task": (
+        *("sequence-classification", "token-classification", "classification", "seq2seq-lm", "seq2seq"),
+        *("preference", "dpo", "orpo", "kto", "simpo", "ipo", "rm", "reward", "rlhf", "ppo", "grpo", "embedding"),
+    ),
+    "format": ("preference", "pairwise", "ranking", "dpo", "orpo", "kto", "chosen_rejected", "classification", "label"),
+}
+"""Names that people know of other tools and that mean nothing here yet, by the family they would belong to."""
+
+
 def suggest_word(word: str, known: Iterable[str]) -> str:
     """`did you mean lora? ` for a word that is not among `known`, or nothing."""
     known = list(known)
@@ -75,6 +85,8 @@ class OneNameOf:
 
     def __call__(self, value: str) -> str:
         known = self.names()
+        if value.strip().lower().replace("_", "-") in {name.replace("_", "-") for name in NOT_BUILT.get(self.what, ())}:
+            raise ValueError(f"{self.what} '{value}' does not exist yet; available: {', '.join(known)}")
         if value not in known:
             raise ValueError(
                 f"unknown {self.what} '{value}'; {suggest_word(value, known)}available: {', '.join(known)}"

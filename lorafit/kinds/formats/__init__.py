@@ -19,11 +19,15 @@ class Format(Protocol):
         fields: The field names it reads, `{name: required}`.
         answer: The required field that a prompt may lack, since the model is to write it; None where the answer is part
             of a field that asks (the last turn of a chat).
+        known_as: What other tools and data sets call a field, lower case, for a message that says how to map columns.
+        verbatim: Whether its rows go through no chat template (unless the recipe names one).
     """
 
     priority: int
     fields: Mapping[str, bool]
     answer: str | None
+    known_as: Mapping[str, tuple[str, ...]]
+    verbatim: bool
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Whether a row looks like this format (its required fields are there)."""

@@ -31,6 +31,12 @@ class Alpaca:
         "must_contain": False,
     }
     answer: str | None = "output"
+    known_as: Mapping[str, tuple[str, ...]] = {
+        "instruction": ("question", "prompt", "query", "problem", "sql_prompt"),
+        "input": ("context", "passage", "schema", "sql_context"),
+        "output": ("response", "answer", "completion", "solution", "sql", "target"),
+    }
+    verbatim = False
 
     def matches(self, row: Row) -> bool:
         """Whether the row has an instruction and an output."""

@@ -27,6 +27,8 @@ class Messages:
     priority = 10
     fields: Mapping[str, bool] = {"messages": True, "tools": False, "must_contain": False}
     answer: str | None = None
+    known_as: Mapping[str, tuple[str, ...]] = {}
+    verbatim = False
 
     def matches(self, row: Row) -> bool:
         """Whether the row has messages."""

@@ -16,6 +16,11 @@ class PromptCompletion:
     priority = 50
     fields: Mapping[str, bool] = {"prompt": True, "completion": True, "must_contain": False}
     answer: str | None = "completion"
+    known_as: Mapping[str, tuple[str, ...]] = {
+        "prompt": ("input", "question", "instruction", "query", "source"),
+        "completion": ("response", "output", "answer", "target", "sql", "query"),
+    }
+    verbatim = True
 
     def matches(self, row: Row) -> bool:
         """Whether the row has a prompt and a completion."""

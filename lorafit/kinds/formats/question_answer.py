@@ -17,6 +17,17 @@ class QuestionAnswer:
     priority = 40
     fields: Mapping[str, bool] = {"question": True, "answer": True, "system": False, "must_contain": False}
     answer: str | None = "answer"
+    known_as: Mapping[str, tuple[str, ...]] = {
+        "question": (
+            *("instruction", "prompt", "input", "query", "problem", "user", "human", "frage", "pregunta", "domanda"),
+            *("source", "document", "article", "dialogue"),
+        ),
+        "answer": (
+            *("response", "output", "completion", "reply", "solution", "assistant", "gpt", "antwort", "réponse"),
+            *("respuesta", "risposta", "sql", "query", "target", "summary", "highlights"),
+        ),
+    }
+    verbatim = False
 
     def matches(self, row: Row) -> bool:
         """Whether the row has a question and an answer."""

@@ -36,6 +36,8 @@ class ShareGpt:
     priority = 20
     fields: Mapping[str, bool] = {"conversations": True, "system": False, "tools": False, "must_contain": False}
     answer: str | None = None
+    known_as: Mapping[str, tuple[str, ...]] = {}
+    verbatim = False
 
     def matches(self, row: Row) -> bool:
         """Whether the row has conversations."""

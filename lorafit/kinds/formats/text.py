@@ -17,6 +17,8 @@ class Text:
     priority = 60
     fields: Mapping[str, bool] = {"text": True, "must_contain": False}
     answer: str | None = "text"
+    known_as: Mapping[str, tuple[str, ...]] = {"text": ("content", "body", "document", "article")}
+    verbatim = True
 
     def matches(self, row: Row) -> bool:
         """Whether the row has a text."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafit.contracts import Sample, Silent
-from lorafit.data import readers
+from lorafit.data import lines, tables
 from lorafit.data.source import read_sources
 from lorafit.errors import LorafitError
 from lorafit.recipe.schema import BadRowsSection, SourceSection
@@ -107,7 +107,7 @@ def test_csv_reads_what_a_writer_wrote(tmp_path_factory: pytest.TempPathFactory,
     out = io.StringIO()
     csv.writer(out).writerows([("prompt", "completion"), *rows])
     path.write_bytes(out.getvalue().encode())
-    found = [row for _, row in readers.read_table(path, [])]
+    found = [row for _, row in tables.read_csv(path, [], lambda row: False)]
     assert found == [{"prompt": a, "completion": b} for a, b in rows]
 
 
@@ -118,10 +118,10 @@ def test_csv_reads_what_a_writer_wrote(tmp_path_factory: pytest.TempPathFactory,
         (b"text,label\na\n", ["d.csv:2", "has 1 fields, the header 2"]),
         (b"text,label\na,b,c\n", ["d.csv:2", "has 3 fields, the header 2"]),
         (b'text,label\na,b\n"open,b\nc,d\n', ["d.csv:3", "never closes"]),
-        (b"text,label\na,b\ncaf\xe9,b\nc,d\n", ["d.csv:3", "UTF-8"]),
+        (b"text,note\na,b\ncaf\xe9,b\nc,d\n", ["d.csv:3", "UTF-8"]),
         (b"text,label\na\0,b\n", ["d.csv:2", "NUL"]),
         (b"text\n", ["d.csv", "no rows"]),
-        (b"a;b\n1;2\n", ["d.csv:2", "a;b"]),
+        (b"a;b\n1;2\n", ["d.csv:2", "columns a, b"]),
         (b"Hello\nWorld\n", ["d.csv:2", "no known format", "numbers where there is no header"]),
     ],
 )
@@ -195,7 +195,7 @@ def test_txt_is_one_text(tmp_path: Path) -> None:
 
 
 def test_long_txt_is_cut_behind_paragraphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "TEXT_STRETCH_CHARACTERS", 8)
+    monkeypatch.setattr(lines, "TEXT_STRETCH_CHARACTERS", 8)
     (tmp_path / "a.txt").write_text("first\n\nsecond\n\nthird\n\n" + "x\n" * 20, encoding="utf-8")
     found = samples(tmp_path, "a.txt")
     assert texts(found)[:2] == [(1, "first\n\nsecond\n"), (5, "third\n\nx\nx\nx\nx\nx")]

@@ -119,9 +119,18 @@ def test_all_missing_files_are_named(tmp_path: Path) -> None:
         read_sources(sections, tmp_path, BadRowsSection(), Silent())
 
 
-@pytest.mark.parametrize(("name", "what"), [("d.xlsx", "'.xlsx' are not read"), ("d.jsonl.gz", "packed (gzip)")])
-def test_unknown_type(tmp_path: Path, name: str, what: str) -> None:
-    (tmp_path / name).write_bytes(b"\x1f\x8b\x08\0 " if name.endswith("gz") else b"text")
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("d.md", b"# text\n", "'.md' are not read"),
+        ("d", b"text\n", "'' are not read"),
+        ("d.xls", b"\xd0\xcf\x11\xe0", "save it as .xlsx or as CSV UTF-8"),
+        ("d.jsonl.zst", b"\x28\xb5\x2f\xfd", "packed (zstd)"),
+        ("d.zip", b"PK\x03\x04", "packed (zip)"),
+    ],
+)
+def test_unknown_type(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
     assert what in str(failure(tmp_path, name))
 
 

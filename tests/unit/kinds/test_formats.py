@@ -144,6 +144,11 @@ USER = {"role": "user", "content": "a"}
         ({"messages": [{"role": "user", "contnet": "a"}]}, ["messages[0]", "missing field 'content'", "'contnet'"]),
         ({"messages": [{"role": "user", "content": None}]}, ["messages[0].content", "expected string", "null"]),
         ({"messages": [{"role": "user", "content": 5}]}, ["messages[0].content", "expected string", "integer 5"]),
+        ({"messages": [{"role": "user", "content": []}]}, ["messages[0].content", "expected string", "empty list"]),
+        (
+            {"messages": [USER, {"role": "assistant", "content": ["a", "b"]}]},
+            ["messages[1].content", "list of strings"],
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ["content[0]", "image_url", "text"]),
         ({"messages": [{**USER, "tool_calls": [CALL]}]}, ["messages[0].tool_calls", "user cannot call tools"]),
         ({"messages": [{**USER, "weight": 1}]}, ["messages[0].weight", "never carries loss"]),

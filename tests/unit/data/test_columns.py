@@ -1,0 +1,111 @@
+"""What is said of columns that no format has: the likely format first, and a mapping that works as written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lorafit.contracts import Sample, Silent
+from lorafit.data.source import read_sources
+from lorafit.errors import LorafitError, RecipeError
+from lorafit.recipe.schema import BadRowsSection, SourceSection
+
+MAPPING = re.compile(r"columns: (\{[^}]*\})")
+
+
+def read(folder: Path, row: dict[str, Any], reporter: Silent | None = None, **section: Any) -> Sample:
+    (folder / "d.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    sources = [SourceSection(path="d.jsonl", **section)]
+    return next(iter(read_sources(sources, folder, BadRowsSection(), reporter or Silent())))
+
+
+def refusal(folder: Path, row: dict[str, Any], **section: Any) -> str:
+    with pytest.raises(LorafitError) as caught:
+        read(folder, row, **section)
+    assert len(f"error: {caught.value}") <= 300
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "likely"),
+    [
+        ({"instruction": "q", "response": "a"}, "likely alpaca, a chat"),
+        ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, "likely alpaca, a chat"),
+        ({"prompt": "q", "response": "a"}, "likely question_answer, a chat"),
+        ({"input": "q", "output": "a"}, "likely question_answer, a chat"),
+        ({"Frage": "q", "Antwort": "a"}, "likely question_answer, a chat"),
+        ({"question": "q", "query": "a", "db_id": "x"}, "likely question_answer, a chat"),
+        ({"sql_prompt": "q", "sql_context": "c", "sql": "a", "id": 1}, "likely alpaca, a chat"),
+        ({"dialog": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "likely chats"),
+        ({"conversation": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "likely chats"),
+        ({"chat": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, "likely chats"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences (chosen, rejected) are no task yet"),
+    ],
+)
+def test_the_mapping_that_is_proposed_makes_the_chat(tmp_path: Path, row: dict[str, Any], likely: str) -> None:
+    said = refusal(tmp_path, row)
+    assert "d.jsonl:1" in said and likely in said
+    columns = yaml.safe_load(MAPPING.findall(said)[0])
+    sample = read(tmp_path, row, columns=columns)
+    context = "\n\nc" if "c" in row.values() else ""
+    assert [turn["content"] for turn in sample.messages or ()] == [f"q{context}", "a"]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q", "response": "a"}, {"input": "q", "output": "a"}])
+def test_verbatim_text_is_proposed_beside_the_chat(tmp_path: Path, row: dict[str, Any]) -> None:
+    said = refusal(tmp_path, row)
+    _, verbatim = MAPPING.findall(said)
+    sample = read(tmp_path, row, columns=yaml.safe_load(verbatim))
+    assert (sample.prompt, sample.completion, sample.messages) == ("q", "a", None)
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"text": "a", "label": "spam"}, ["classification", "no task yet", "causal-lm", "format: text"]),
+        ({"text": "a", "label": 1}, ["classification", "no task yet", "format: text learns the text alone"]),
+        ({"question": "q"}, ["missing field 'answer' of question_answer", "generate --input"]),
+        ({"title": "t", "body": "b"}, ["likely text, verbatim text: columns: {text: body}"]),
+        ({"a": 1, "b": 2}, ["columns a, b", "{question: THEIRS, answer: THEIRS}", "{text: THEIRS}"]),
+        ({"question": "q", "answers": "a"}, ["missing field 'answer'", "did you mean 'answers'"]),
+    ],
+)
+def test_what_else_is_said(tmp_path: Path, row: dict[str, Any], parts: list[str]) -> None:
+    said = refusal(tmp_path, row)
+    assert [part for part in parts if part not in said] == [], said
+
+
+def test_a_text_with_a_label_is_learnt_where_the_recipe_says_how(tmp_path: Path) -> None:
+    row = {"text": "a", "label": "spam"}
+    assert read(tmp_path, row, format="text").text == "a"
+    mapped = read(tmp_path, row, columns=yaml.safe_load(MAPPING.findall(refusal(tmp_path, row))[0]))
+    assert (mapped.prompt, mapped.completion) == ("a", "spam")
+
+
+def test_mapped_fields_decide_the_format(tmp_path: Path) -> None:
+    """Not what other columns would make of the row."""
+    row = {"question": "q", "answer": "a", "body": "b", "sql": "s"}
+    sample = read(tmp_path, row, columns={"prompt": "body", "completion": "sql"})
+    assert (sample.prompt, sample.completion, sample.messages) == ("b", "s", None)
+    with pytest.raises(RecipeError, match="no format has completion and question together"):
+        read(tmp_path, row, columns={"question": "body", "completion": "sql"})
+
+
+def test_columns_that_are_not_read_are_warned_about(tmp_path: Path) -> None:
+    row = {"question": "q", "context": "c", "answer": "a", "id": 7}
+    reporter = Silent()
+    read(tmp_path, row, reporter)
+    list(read_sources([SourceSection(path="d.jsonl")], tmp_path, BadRowsSection(), reporter))
+    assert len(reporter.warnings) == 1
+    assert "column 'context' (1 rows) is not read" in reporter.warnings[0]
+    columns = yaml.safe_load(MAPPING.findall(reporter.warnings[0])[0])
+    assert [turn["content"] for turn in read(tmp_path, row, columns=columns).messages or ()] == ["q\n\nc", "a"]
+    reporter = Silent()
+    sources = [SourceSection(path="d.jsonl", columns={"system": "contxt"})]
+    list(read_sources(sources, tmp_path, BadRowsSection(), reporter))
+    assert any("'contxt', which none of the first rows has" in warning for warning in reporter.warnings)
