@@ -189,6 +189,7 @@ def evaluate(
     checkpoint: str | int | None = None,
     split: str | None = None,
     limit: int | None = None,
+    base_model: StrPath | None = None,
     overrides: Overrides = (),
     quiet: bool = False,
 ) -> Evaluated:
@@ -200,6 +201,7 @@ def evaluate(
         checkpoint: `best`, `last` or a step; the saved adapter where None.
         split: `test`, `validation` or `train`; `test` where the recipe has it, else `validation`.
         limit: Only the first rows.
+        base_model: Folder or hub id of the base, where it is not found by itself.
         overrides: Values over the run's recipe, e.g. `{"evaluation.final": ["rouge"]}`.
         quiet: No progress.
     """
@@ -212,6 +214,7 @@ def evaluate(
             checkpoint=str(checkpoint) if checkpoint is not None else None,
             split=split or ("test" if rows is not None else None),
             limit=limit,
+            base_model=str(base_model) if base_model is not None else None,
             reporter=reporter,
         )
 
@@ -222,6 +225,7 @@ def merge(
     *,
     base: str | None = None,
     checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
     verify: bool = True,
     quiet: bool = False,
 ) -> Merged:
@@ -232,6 +236,7 @@ def merge(
         output: Where the merged model goes.
         base: `dequantized` or `original`; what was trained on where None.
         checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
         verify: Whether what was written is read back and compared.
         quiet: No progress.
     """
@@ -243,6 +248,7 @@ def merge(
             output=Path(output),
             base_kind=base,
             checkpoint=str(checkpoint) if checkpoint is not None else None,
+            base_model=str(base_model) if base_model is not None else None,
             verify=verify,
             reporter=reporter,
         )
@@ -254,6 +260,7 @@ def generate(
     *,
     compare_base: bool = False,
     checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     max_new_tokens: int = 256,
@@ -263,10 +270,11 @@ def generate(
     """Answers prompts. `generated.texts` are the answers, in the prompts' order.
 
     Args:
-        run: What `train` gave back, a run folder, its recipe, or a model folder such as a merge.
+        run: What `train` gave back, a run folder, its recipe, an adapter folder, or a model folder such as a merge.
         prompts: One prompt, or several: texts, or rows as training has them (`{"messages": ...}`, with tools too).
         compare_base: Answer with the adapter off too; needs a run.
         checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
         temperature: 0 is greedy.
         top_p: Nucleus of the sampled tokens, 0 to 1.
         max_new_tokens: Longest answer.
@@ -282,6 +290,7 @@ def generate(
             rows=None if isinstance(prompts, str) else prompts,
             compare_base=compare_base,
             checkpoint=str(checkpoint) if checkpoint is not None else None,
+            base_model=str(base_model) if base_model is not None else None,
             temperature=temperature,
             top_p=top_p,
             max_new_tokens=max_new_tokens,

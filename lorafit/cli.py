@@ -119,6 +119,14 @@ Overrides = Annotated[
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="best|last|STEP", help="Which checkpoint; the saved adapter if left out.")
 ]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="PATH_OR_ID",
+        help="Where the base model is: a folder, a .gguf file or a hub id. It must be the one that was trained on.",
+    ),
+]
 
 
 @app.command()
@@ -176,12 +184,19 @@ def evaluate(
         str | None, typer.Option(metavar="test|validation", help="Rows to score; test where the recipe has it.")
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="ROWS", min=1, help="Score only the first rows.")] = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Score base and tuned model side by side on the same rows."""
     from lorafit import pipeline
 
     result = pipeline.evaluate(
-        run, overrides=overrides or [], checkpoint=checkpoint, split=split, limit=limit, reporter=session.reporter
+        run,
+        overrides=overrides or [],
+        checkpoint=checkpoint,
+        split=split,
+        limit=limit,
+        base_model=base_model,
+        reporter=session.reporter,
     )
     session.result(result)
 
@@ -197,13 +212,20 @@ def merge(
         typer.Option(metavar="dequantized|original", help="Weights to merge into; what was trained on if left out."),
     ] = None,
     checkpoint: Checkpoint = None,
+    base_model: BaseModel = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the check of what was written.")] = False,
 ) -> None:
     """Merge an adapter into its base, and verify the result."""
     from lorafit import pipeline
 
     result = pipeline.merge(
-        run, output=output, base_kind=base, checkpoint=checkpoint, verify=not no_verify, reporter=session.reporter
+        run,
+        output=output,
+        base_kind=base,
+        checkpoint=checkpoint,
+        base_model=base_model,
+        verify=not no_verify,
+        reporter=session.reporter,
     )
     session.result(result)
 
@@ -212,7 +234,9 @@ def merge(
 @_command
 def generate(
     session: Session,
-    run: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, its recipe, or a model folder.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, its recipe, an adapter or a model folder.")
+    ],
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt.")] = None,
     input_file: Annotated[
         Path | None,
@@ -220,6 +244,7 @@ def generate(
     ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Answer with the base model too.")] = False,
     checkpoint: Checkpoint = None,
+    base_model: BaseModel = None,
     temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, max=10.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[
         float, typer.Option(metavar="SHARE", min=0.001, max=1.0, help="Nucleus of the sampled tokens.")
@@ -236,6 +261,7 @@ def generate(
         input_file=input_file,
         compare_base=compare_base,
         checkpoint=checkpoint,
+        base_model=base_model,
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=max_new_tokens,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import LorafitError, raise_all
 from lorafit.kinds.tasks import tasks
-from lorafit.workspace import installed_versions, is_model, open_run, sources_of
+from lorafit.version import installed_versions
+from lorafit.workspace import sources_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import Examples
     from lorafit.data.examples import Prepared, Renderer
-    from lorafit.evaluation.speaker import Speaker
     from lorafit.model.base import Base
     from lorafit.model.tokenizer_files import Companions
     from lorafit.objective import Objective
@@ -149,10 +149,8 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
         ModelError: Base or tokenizer cannot be used.
     """
     recipe = loaded.recipe
-    _look_for_rows(loaded)
-    from lorafit.cache import cache_folder
-    from lorafit.data.examples import build_renderer, prepare
-    from lorafit.data.id_range import check_examples
+    look_for_rows(loaded)
+    from lorafit.data.examples import build_renderer
     from lorafit.devices import read_device
     from lorafit.model.base import resolve_base
     from lorafit.model.class_shape import find_shape
@@ -162,6 +160,35 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
     shape = find_shape(base.config)
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
+    rows = prepare_rows(loaded, renderer, shape, reporter)
+    return Job(loaded, base, shape, tokenizer, renderer, rows, read_device())
+
+
+def prepare_rows(
+    loaded: LoadedRecipe,
+    renderer: Renderer,
+    shape: ModelShape,
+    reporter: Reporter,
+    only: Collection[str] | None = None,
+) -> Prepared:
+    """The recipe's rows as tokens, every one of which the model has a row for.
+
+    Args:
+        loaded: The recipe.
+        renderer: Renders them.
+        shape: The model's.
+        reporter: Gets progress and warnings.
+        only: The splits that are wanted; all where None.
+
+    Raises:
+        DataError: Files or rows are bad.
+        ModelError: A token has no row in the embedding, or there is no usable chat template.
+    """
+    from lorafit.cache import cache_folder
+    from lorafit.data.examples import prepare
+    from lorafit.data.id_range import check_examples
+
+    recipe = loaded.recipe
     rows = prepare(
         recipe.data,
         folder=loaded.folder,
@@ -171,18 +198,27 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
         cache_dir=cache_folder() / "data",
         reporter=reporter,
         retention=recipe.evaluation.retention,
+        only=only,
     )
-    check_examples(rows.splits, tokenizer, shape.vocabulary)
-    return Job(loaded, base, shape, tokenizer, renderer, rows, read_device())
+    check_examples(rows.splits, renderer.tokenizer, shape.vocabulary)
+    return rows
 
 
-def _look_for_rows(loaded: LoadedRecipe) -> None:
-    """Opens every file of rows; what is wrong with a whole file is said at the recipe's line that names it."""
+def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None) -> None:
+    """Opens every file of rows; what is wrong with a whole file is said at the recipe's line that names it.
+
+    Args:
+        loaded: The recipe.
+        only: Keys of the recipe whose sources are wanted; all where None.
+
+    Raises:
+        DataError: A file is missing, or cannot be read.
+    """
     from lorafit.data.source import read_sources
 
     errors: list[LorafitError] = []
     for key, sources in sources_of(loaded.recipe).items():
-        for number, source in enumerate(sources):
+        for number, source in enumerate(sources if only is None or key in only else ()):
             try:
                 read_sources([source], loaded.folder, loaded.recipe.data.bad_rows, Silent())
             except LorafitError as error:
@@ -237,51 +273,3 @@ def prove(job: Job, model: Any, dtype: str, examples: Examples, reporter: Report
     device = model.get_input_embeddings().weight.device
     prove_objective(objective, collate([row], job.pad_id).to(device), reporter)
     return objective  # type: ignore[no-any-return]
-
-
-def load_adapted(job: Job, adapter: Path, resolved: ResolvedPlan, reporter: Reporter) -> Any:
-    """Base and trained adapter in the precision of the run."""
-    import torch
-
-    from lorafit.model.adapter import open_adapter
-
-    base = load_base(
-        job,
-        dtype=resolved.dtype,
-        compute_dtype=resolved.compute_dtype,
-        attention=resolved.attention,
-        device=torch.device(job.device.kind),
-        reporter=reporter,
-    )
-    return open_adapter(base, adapter, trainable=False, base=job.base, reporter=reporter)
-
-
-def load_tuned(
-    job: Job, adapter: Path, resolved: ResolvedPlan, examples: Examples, reporter: Reporter
-) -> tuple[Any, Objective]:
-    """The same, and the objective around it, proven."""
-    model = load_adapted(job, adapter, resolved, reporter)
-    return model, prove(job, model, resolved.dtype, examples, reporter)
-
-
-def open_speaker(run_or_model: Path, checkpoint: str | None, reporter: Reporter) -> Speaker:
-    """What answers prompts: a run's adapter on its base, or a plain model folder.
-
-    Raises:
-        UsageError: There is nothing at the path.
-        CheckpointError: It is neither a run nor a model.
-    """
-    from lorafit.evaluation.speaker import Speaker, chats_of, load_plain_model
-    from lorafit.model.adapter import read_notes
-
-    if is_model(run_or_model):
-        model, tokenizer = load_plain_model(run_or_model, reporter)
-        speaks = read_notes(run_or_model).get("chat") is not False  # a merge of a run on verbatim rows says so
-        return Speaker(
-            model, tokenizer, chats_of(tokenizer, chat_template=None, system_prompt=None) if speaks else None
-        )
-    opened = open_run(run_or_model)
-    adapter, _ = opened.adapter(checkpoint)
-    job, resolved = open_job(opened.loaded, reporter, opened.began()), opened.resolved()
-    chats = job.renderer.chats if job.writes_chats() else None
-    return Speaker(load_adapted(job, adapter, resolved, reporter), job.tokenizer, chats, autocast_dtype(resolved.dtype))

@@ -8,7 +8,6 @@ Every other room gets its section of the recipe or plain values from here; none 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
-from lorafit.errors import DataError, UsageError
-from lorafit.job import load_tuned, open_job
+from lorafit.errors import UsageError
+from lorafit.job import open_job, prove
 from lorafit.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import (
     began,
     check_same_recipe,
     inputs_of,
+    is_lone_adapter,
     is_model,
-    is_run,
     open_run,
     own_rank,
     resume_command,
@@ -185,6 +184,7 @@ def evaluate(
     checkpoint: str | None = None,
     split: str | None = None,
     limit: int | None = None,
+    base_model: str | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluated:
     """Scores base and tuned model on the same held-out rows, and writes the report into the run folder.
@@ -195,8 +195,10 @@ def evaluate(
         checkpoint: `best`, `last` or a step; the saved adapter where None.
         split: `test`, `validation` or `train`; `test` where the recipe has it, else `validation`.
         limit: Only the first rows.
+        base_model: Folder or hub id of the base, where it is not found by itself.
         reporter: Gets progress and warnings; silent where None.
     """
+    from lorafit.answering import check_fixed, open_evaluation, open_tuned
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
     from lorafit.evaluation.runner import evaluate_pair
@@ -208,14 +210,14 @@ def evaluate(
     if split not in (None, "test", "validation", "train"):
         raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
     opened = open_run(run_or_recipe, overrides)
+    check_fixed(opened, overrides, reporter)
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
-    adapter, step = opened.adapter(checkpoint)
-    job, resolved = open_job(opened.loaded, reporter, opened.began()), opened.resolved()
-    usual = "test" if job.rows.test is not None else "validation"
+    _, step = opened.adapter(checkpoint)
+    usual = "test" if opened.loaded.recipe.data.test is not None else "validation"
     split = split or usual
-    examples = {"test": job.rows.test, "validation": job.rows.validation, "train": job.rows.train}.get(split)
-    if examples is None:
-        raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo="set data.test or data.validation")
+    tuned = open_tuned(opened, checkpoint, base_model, reporter)
+    job = open_evaluation(opened, tuned, split, reporter)
+    examples = job.rows.splits[split]
     report = name_report(
         split=split if split != usual else None,
         limit=limit if limit is not None and limit < len(examples) else None,
@@ -224,7 +226,8 @@ def evaluate(
     check_reports(opened.run, report)
     if limit is not None:
         examples = examples.first(limit)
-    model, objective = load_tuned(job, adapter, resolved, examples, reporter)
+    model = tuned.load(reporter)
+    objective = prove(job, model, tuned.card.dtype, examples, reporter)
     found, evaluation = coverage(model), job.recipe.evaluation
     chose = split == "validation" and evaluation.every_steps is not None
     result = evaluate_pair(
@@ -235,8 +238,8 @@ def evaluate(
         job.rows.generation_rows(split, limit),
         evaluation.final,
         max_new_tokens=evaluation.max_new_tokens,
-        stop_ids=job.stop_ids(),
-        micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
+        stop_ids=tuned.card.stop_ids,
+        micro_batch_tokens=opened.resolved().evaluation_micro_batch_tokens,
         seed=job.recipe.seed,
         reporter=reporter,
         retention=job.rows.retention,
@@ -259,6 +262,7 @@ def merge(
     output: Path,
     base_kind: str | None = None,
     checkpoint: str | None = None,
+    base_model: str | None = None,
     verify: bool = True,
     reporter: Reporter | None = None,
 ) -> Merged:
@@ -269,6 +273,7 @@ def merge(
         output: Where the merged model goes.
         base_kind: `dequantized` or `original`; what was trained on where None.
         checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
         verify: Whether what was written is read back and compared, and logits are.
         reporter: Gets progress and warnings; silent where None.
     """
@@ -277,9 +282,10 @@ def merge(
     reporter = reporter or Silent()
     if base_kind not in (None, "dequantized", "original"):
         raise UsageError(f"'{base_kind}' is no base", key="--base", todo="use dequantized or original")
-    if not is_run(run_or_adapter) and os.path.lexists(run_or_adapter / "adapter_config.json"):
-        return merge_adapter_folder(run_or_adapter, output, base_kind, verify=verify, reporter=reporter)
-    return merge_run(open_run(run_or_adapter), output, base_kind, checkpoint, verify=verify, reporter=reporter)
+    if is_lone_adapter(run_or_adapter):
+        return merge_adapter_folder(run_or_adapter, output, base_kind, base_model, verify=verify, reporter=reporter)
+    opened = open_run(run_or_adapter)
+    return merge_run(opened, output, base_kind, checkpoint, base_model, verify=verify, reporter=reporter)
 
 
 def generate(
@@ -290,6 +296,7 @@ def generate(
     rows: Sequence[str | Mapping[str, Any]] | None = None,
     compare_base: bool = False,
     checkpoint: str | None = None,
+    base_model: str | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     max_new_tokens: int = 256,
@@ -299,12 +306,13 @@ def generate(
     """Answers a prompt or a file of prompts, with the base model beside the tuned one where asked.
 
     Args:
-        run_or_model: A run folder, its recipe, or a model folder such as a merge.
+        run_or_model: A run folder, its recipe, an adapter folder, or a model folder such as a merge.
         prompt: One prompt; or
         input_file: A file of them, in any form that training reads, its columns named as in the run's recipe; or
         rows: Several, as texts or as rows of training.
         compare_base: Answer with the adapter off too; needs a run.
         checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
         temperature: 0 is greedy.
         top_p: Nucleus of the sampled tokens, 0 to 1.
         max_new_tokens: Longest answer.
@@ -313,12 +321,12 @@ def generate(
     """
     reporter = reporter or Silent()
     prompts = _read_prompts(run_or_model, prompt, input_file, rows, reporter)
+    from lorafit.answering import open_speaker
     from lorafit.evaluation.generate import generate_answers
     from lorafit.evaluation.isolation import adapter_off, evaluating
-    from lorafit.job import open_speaker
     from lorafit.results import Generated
 
-    speaker = open_speaker(run_or_model, checkpoint, reporter)
+    speaker = open_speaker(run_or_model, checkpoint, base_model, reporter)
     if compare_base and not hasattr(speaker.model, "disable_adapter"):
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")
     answer = partial(
@@ -355,7 +363,7 @@ def _read_prompts(
     if prompt is not None:
         return read_prompt(prompt)
     sources: list[SourceSection] = []
-    if not is_model(run_or_model):
+    if not is_model(run_or_model) and not is_lone_adapter(run_or_model):
         sources = [source for part in sources_of(open_run(run_or_model).loaded.recipe).values() for source in part]
     known = column_names(sources)
     if input_file is not None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Reporter, Silent
 from lorafit.job import load_base, prove, torch_dtype
 from lorafit.rundir import RunDir, check_manifest, write_json
-from lorafit.workspace import check_same_facts, describe_run, installed_versions
+from lorafit.version import installed_versions
+from lorafit.workspace import check_same_facts, describe_run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError, DataError, UsageError
 from lorafit.rundir import RunDir, atomic_file, read_json, read_object, require_manifest, write_json
+from lorafit.version import installed_versions
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
     from lorafit.plan import ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
     from lorafit.recipe.schema import Recipe, SourceSection
-
-_RECORDED = (
-    "lorafit",
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-)
 
 
 @dataclass(frozen=True)
@@ -98,6 +85,12 @@ def is_run(path: Path) -> bool:
 def is_model(path: Path) -> bool:
     """Whether a folder holds a whole model, such as a merge, and is no run folder."""
     return path.is_dir() and not is_run(path) and os.path.lexists(path / "config.json")
+
+
+def is_lone_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and lies in no run."""
+    has_config = path.is_dir() and os.path.lexists(path / "adapter_config.json")
+    return has_config and not is_run(path) and not is_run(_find_run_around(path)[0])
 
 
 def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
@@ -291,17 +284,6 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, inner in value.items():
         found |= _leaves(inner, f"{prefix}.{key}" if prefix else key)
-    return found
-
-
-def installed_versions() -> list[str]:
-    """`name version` of everything that decides what a run computes."""
-    found = [f"python {platform.python_version()}"]
-    for name in _RECORDED:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} none")
     return found
 
 

@@ -22,6 +22,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"studies"},
     {"pipeline"},
     {"training", "merging"},
+    {"answering"},
     {"job"},
     {"results", "local_rows", "output_folder"},
     {"workspace"},
@@ -43,7 +44,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
         "prelude",
     },
 )
-LIGHT = {"__main__", "cli", *(room for floor in FLOORS[13:] for room in floor)} - {"ops"}
+LIGHT = {"__main__", "cli", *(room for floor in FLOORS[14:] for room in floor)} - {"ops"}
 HEAVY = {
     "torch",
     "transformers",

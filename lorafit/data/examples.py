@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from lorafit.data.sample_renderer import Renderer, build_renderer
 from lorafit.data.source import SampleSet, read_sources
 from lorafit.data.store import ExampleSet, StoreWriter
 from lorafit.errors import DataError
+from lorafit.recipe.schema import ValidationFraction
 from lorafit.shapes import DatasetFacts
 
 if TYPE_CHECKING:
@@ -41,25 +42,40 @@ _FRACTION_KEY = 3  # tells this draw of the seed from the orders of epochs
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All splits of a recipe.
+    """The splits of a recipe, all of them or those that were asked for.
 
     Attributes:
-        train: What is trained on.
-        validation: Scored while training.
-        test: Scored at the end only.
-        retention: Rows of general ability.
+        splits: The rows by split: `train`, which is trained on; `validation`, scored while training; `test`, scored at
+            the end only; `retention`, rows of general ability.
         report: What was found.
-        digest: SHA-256 of the tokens and loss positions of all splits.
+        digest: SHA-256 of the tokens and loss positions of these splits.
     """
 
-    train: ExampleSet
-    validation: ExampleSet | None
-    test: ExampleSet | None
-    retention: ExampleSet | None
+    splits: dict[str, ExampleSet]
     report: DataReport
     digest: str
     _sources: dict[str, SampleSet]
     _renderer: Renderer
+
+    @property
+    def train(self) -> ExampleSet:
+        """What is trained on."""
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> ExampleSet | None:
+        """Scored while training."""
+        return self.splits.get("validation")
+
+    @property
+    def test(self) -> ExampleSet | None:
+        """Scored at the end only."""
+        return self.splits.get("test")
+
+    @property
+    def retention(self) -> ExampleSet | None:
+        """Rows of general ability."""
+        return self.splits.get("retention")
 
     def facts(self) -> DatasetFacts:
         """What plan and memory must know of the rows."""
@@ -77,15 +93,9 @@ class Prepared:
             validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
         )
 
-    @property
-    def splits(self) -> dict[str, ExampleSet]:
-        """The prepared rows by split."""
-        found = {"train": self.train, "validation": self.validation, "test": self.test, "retention": self.retention}
-        return {split: examples for split, examples in found.items() if examples is not None}
-
     def samples(self, split: str) -> SampleSet:
         """The sources that the rows of a split came from; rows that were held out came from those of `train`."""
-        return self._sources.get(split, self._sources["train"])
+        return self._sources[split] if split in self._sources else self._sources["train"]
 
     def generation_rows(self, split: str, limit: int | None = None) -> list[GenerationRow]:
         """Prompts and reference answers for the rows of a split, in their order; plain text has none.
@@ -94,7 +104,7 @@ class Prepared:
             split: `train`, `validation`, `test` or `retention`.
             limit: Only for the split's first rows.
         """
-        examples: ExampleSet | None = getattr(self, split)
+        examples = self.splits.get(split)
         if examples is None:
             return []
         source_of, lines = np.asarray(examples.source_of)[:limit], examples.lines[:limit]
@@ -117,6 +127,7 @@ def prepare(
     cache_dir: Path,
     reporter: Reporter,
     retention: Sequence[SourceSection] | None = None,
+    only: Collection[str] | None = None,
 ) -> Prepared:
     """Prepares every split of a recipe, or takes it from the cache.
 
@@ -129,6 +140,8 @@ def prepare(
         cache_dir: Folder of prepared rows, e.g. `~/.cache/lorafit/data`.
         reporter: Gets progress, cache hits and misses, and warnings.
         retention: Sources of `evaluation.retention`.
+        only: Splits that are wanted, where not all are: files of others are not opened. Rows that are held out of the
+            training rows need those.
 
     Raises:
         DataError: Rows or files are bad, too long, or none are left.
@@ -136,10 +149,13 @@ def prepare(
         ResourceError: The cache cannot be written, or memory ran out.
     """
     sections = {"train": data.train, "validation": data.validation, "test": data.test, "retention": retention}
+    held_out = data.validation if isinstance(data.validation, ValidationFraction) else None
+    wanted = set(sections if only is None else only)
+    opened = wanted | {"train"} if held_out and "validation" in wanted else wanted
     sources = {
         split: read_sources(section, folder, data.bad_rows, reporter)
         for split, section in sections.items()
-        if isinstance(section, Sequence)
+        if isinstance(section, Sequence) and split in opened
     }
     cache = PreparedCache(cache_dir)
     encoder = Encoder(renderer, encode, data.max_length, data.overlength)
@@ -149,18 +165,16 @@ def prepare(
     for split, samples in sources.items():
         preparation = _Preparation(split, samples, data, encoder, cache, reporter)
         sets[split], ledgers[split], said[split] = preparation.run()
-    if data.validation is not None and not isinstance(data.validation, Sequence):
-        sets["train"], sets["validation"] = hold_out(sets["train"], data.validation.fraction, seed)
-    reports = {split: report_split(sets[split], ledgers.get(split), said.get(split, said["train"])) for split in sets}
+    if held_out and "train" in sets:
+        sets["train"], sets["validation"] = hold_out(sets["train"], held_out.fraction, seed)
+        said["validation"] = said["train"]
+    reports = {split: report_split(sets[split], ledgers.get(split), said[split]) for split in sets}
     report = _finish_report(reports, sets, sources, data, renderer)
     for warning in report.warnings:
         reporter.warn(warning)
     digests = {split: examples.digest() for split, examples in sorted(sets.items())}
     return Prepared(
-        train=sets["train"],
-        validation=sets.get("validation"),
-        test=sets.get("test"),
-        retention=sets.get("retention"),
+        splits={split: examples for split, examples in sets.items() if split in wanted},
         report=report,
         digest=hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
         _sources=sources,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorafit.contracts import Reporter, Sample
+from lorafit.data.id_range import check_ids
 from lorafit.data.plain_text import completion_prompt_ids
 from lorafit.data.render import ChatRenderer
 from lorafit.errors import DataError
@@ -43,11 +45,15 @@ class Speaker:
         Raises:
             DataError: The template refuses the prompt or drops part of it, or it is a chat of more than one text and
                 this model was trained on verbatim text; with the prompt's file and line.
+            ModelError: It holds a token that the model has no row for.
         """
         try:
             if self.chats is not None:
-                return self.chats.prompt_ids(prompt.turns, prompt.tools)
-            return completion_prompt_ids(_only_text(prompt), self.tokenizer)
+                ids = self.chats.prompt_ids(prompt.turns, prompt.tools)
+            else:
+                ids = completion_prompt_ids(_only_text(prompt), self.tokenizer)
+            check_ids(ids, self.tokenizer, self.model.get_input_embeddings().weight.shape[0])
+            return ids
         except DataError as error:
             error.at(file=prompt.file, line=prompt.line or None)
             raise
@@ -67,11 +73,11 @@ def _only_text(prompt: Sample) -> str:
     return str(turns[0]["content"])
 
 
-def chats_of(tokenizer: Any, *, chat_template: str | None, system_prompt: str | None) -> ChatRenderer | None:
-    """The renderer of prompts; None where neither the recipe nor the tokenizer has a chat template."""
-    if chat_template is None and not getattr(tokenizer, "chat_template", None):
+def chats_of(tokenizer: Any, *, system_prompt: str | None = None, now: datetime | None = None) -> ChatRenderer | None:
+    """The renderer of prompts; None where the tokenizer has no chat template, so that prompts are used verbatim."""
+    if not getattr(tokenizer, "chat_template", None):
         return None
-    return ChatRenderer(tokenizer, chat_template=chat_template, system_prompt=system_prompt)
+    return ChatRenderer(tokenizer, system_prompt=system_prompt, now=now)
 
 
 def load_plain_model(folder: Path, reporter: Reporter) -> tuple[Any, Any]:

@@ -59,6 +59,7 @@ class Base:
         written: What the recipe writes, where that is a GGUF file, whose `name` says nothing to a reader.
         kind: Where it comes from.
         revision: Of a hub id: what was asked for.
+        commit: Of a hub id: what that was, resolved.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Base:
     written: str = ""
     kind: Literal["hub", "package", "gguf", "folder"] = "folder"
     revision: str | None = None
+    commit: str | None = None
 
     @property
     def shown(self) -> str:
@@ -82,15 +84,15 @@ class Base:
             kind=self.kind,
             name=name if self.kind in ("hub", "package") else Path(name).name or self.path.resolve().name,
             revision=self.revision,
-            commit=self.path.name if self.kind == "hub" else None,
-            folder=self.path.resolve().name if self.kind != "hub" else self.path.name,
+            commit=self.commit,
+            folder=self.path.name if self.kind == "hub" else self.path.resolve().name,
             digest=self.digest,
         )
 
     @property
     def reference(self) -> tuple[str, str | None]:
         """What PEFT's and transformers' own loaders open it by: a hub id with its commit, or an absolute folder."""
-        return (self.name, self.path.name) if self.kind == "hub" else (str(self.path.resolve()), None)
+        return (self.name, self.commit) if self.kind == "hub" else (str(self.path.resolve()), None)
 
 
 def is_gguf(text: str) -> bool:
@@ -124,11 +126,13 @@ def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weigh
         _refuse_revision(model)
         path, name, kind = local, _written_name(text), "folder"
         if weights:
-            _check_made(path)
+            check_made(path)
     else:
         path, name, kind = _snapshot(model, reporter, weights=weights), text, "hub"
     config = load_config(path)
-    return Base(path, name, config, fingerprint(path, config) if weights else "", written, kind, model.revision)
+    commit = path.name if kind == "hub" else None
+    digest = fingerprint(path, config) if weights else ""
+    return Base(path, name, config, digest, written, kind, model.revision, commit)
 
 
 def open_folder(folder: Path) -> Base:
@@ -141,13 +145,13 @@ def open_folder(folder: Path) -> Base:
     """
     from lorafit.model.class_shape import find_shape
 
-    _check_made(folder)
+    check_made(folder)
     config = load_config(folder)
     find_shape(config)  # refuses what no model can be built from
     return Base(folder, folder.name, config, "")
 
 
-def _check_made(folder: Path) -> None:
+def check_made(folder: Path) -> None:
     """A folder that lorafit made (a merge, a conversion) holds what its MANIFEST says; others have none."""
     if folder.is_relative_to(cache_folder()):
         refuse_foreign(folder)

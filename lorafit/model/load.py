@@ -29,21 +29,25 @@ if TYPE_CHECKING:
     from lorafit.model.base import Base
 
 
-def load_tokenizer(base: Base) -> Any:
-    """The base's tokenizer.
+def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
+    """The base's tokenizer, or that in another folder, e.g. an adapter's.
 
     Raises:
         ModelError: The folder holds none, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
+    place = base.path if folder is None else folder
     with quiet_libraries():
-        try:
-            return AutoTokenizer.from_pretrained(str(base.path), trust_remote_code=False, local_files_only=True)
+        try:  # the config decides the class where the tokenizer's own does not, and an adapter's folder has none
+            config = None if folder is None else _config(base)
+            return AutoTokenizer.from_pretrained(
+                str(place), config=config, trust_remote_code=False, local_files_only=True
+            )
         except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
             first = (str(error).splitlines() or [type(error).__name__])[0]
             todo = "get tokenizer.json and tokenizer_config.json of this model"
-            raise ModelError(f"the tokenizer cannot be read: {first}", file=str(base.path), todo=todo) from error
+            raise ModelError(f"the tokenizer cannot be read: {first}", file=str(place), todo=todo) from error
 
 
 def load_model(

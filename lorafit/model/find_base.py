@@ -1,0 +1,173 @@
+"""The base of a trained adapter, found again: where it lay, in the caches, or where the user says.
+
+    --base-model PATH_OR_ID     what the user names; its digest must be the run's
+    places                      where it lay when it was trained; the recipe's path from where the run is now
+    hub cache                   the commit that was trained on
+    $LORAFIT_CACHE/bases        converted GGUF files, by content name; any base there, by digest
+
+Whatever is found counts only if its digest is the one that was trained on. Nothing that a file names starts a download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafit.cache import cache_folder
+from lorafit.errors import LorafitError, ModelError
+from lorafit.model.base import CONFIG, Base, check_made, fingerprint, load_config, resolve_base
+from lorafit.run_card import BaseOrigin
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+
+FLAG = "--base-model"
+_HERE = "give it with --base-model PATH_OR_ID"
+
+
+def find_base(
+    origin: BaseOrigin,
+    *,
+    named: str | None,
+    places: Sequence[Path] = (),
+    make: Callable[[], Base] | None = None,
+    where: Path,
+    reporter: Reporter,
+) -> Base:
+    """The base that an adapter of lorafit was trained on.
+
+    Args:
+        origin: What was written when it was trained.
+        named: What the user names.
+        places: Folders it may lie in.
+        make: Downloads or converts it again, where it lies nowhere; None where that is not wanted.
+        where: The run or adapter, for messages.
+        reporter: Told about downloads and conversions.
+
+    Raises:
+        ModelError: It is not on this disk, or what was found is another base.
+    """
+    if named is not None:
+        revision = origin.commit if named == origin.name else None
+        found = _resolve_named(named, revision, reporter)
+        if found.digest != origin.digest:
+            raise _another(origin, found, where)
+        return _as_trained(found, origin)
+    seen: Base | None = None
+    refused: LorafitError | None = None
+    for folder in _candidates(origin, places):
+        try:
+            found = _open(folder)
+        except LorafitError as error:
+            refused = refused or error
+            continue
+        if found.digest == origin.digest:
+            return _as_trained(found, origin)
+        seen = seen or found
+    if seen is None and make is not None:
+        try:
+            found = make()
+        except LorafitError as error:
+            raise _absent(origin, where) from error
+        if found.digest == origin.digest:
+            return _as_trained(found, origin)
+        seen = found
+    if refused is not None:
+        raise refused
+    raise _another(origin, seen, where) if seen is not None else _absent(origin, where)
+
+
+def find_foreign_base(name: str, revision: str | None, *, named: str | None, where: Path, reporter: Reporter) -> Base:
+    """The base of an adapter that another tool made: what adapter_config.json names, in the hub's cache or a folder.
+
+    Raises:
+        ModelError: It is not on this disk.
+    """
+    if named is not None:
+        return _resolve_named(named, revision if named == name else None, reporter)
+    bases = cache_folder() / "bases"
+    for folder in (bases / name, Path(name).expanduser(), where / name) if name else ():
+        if _is_model(folder):
+            check_made(folder)
+            return replace(_open(folder), name=name)
+    cached = _in_hub_cache(name, revision)
+    if cached is None:
+        what = f"its base '{name}' is not on this disk" if name else "names no base"
+        raise ModelError(what, file=str(where), todo=_HERE)
+    return replace(_open(cached), name=name, kind="hub", revision=revision, commit=cached.name)
+
+
+def _resolve_named(named: str, revision: str | None, reporter: Reporter) -> Base:
+    from lorafit.recipe.schema import ModelSection
+
+    try:
+        return resolve_base(ModelSection(base=named, revision=revision), Path.cwd(), reporter)
+    except ModelError as error:
+        todo = "name a hub id, a model folder or a .gguf file"
+        raise ModelError(error.what, file=error.file, key=FLAG, todo=todo) from error
+
+
+def _candidates(origin: BaseOrigin, places: Sequence[Path]) -> Iterator[Path]:
+    yield from (place for place in dict.fromkeys(places) if _is_model(place))
+    if origin.kind == "hub":
+        cached = _in_hub_cache(origin.name, origin.commit)
+        yield from [cached] if cached is not None else []
+    bases = cache_folder() / "bases"
+    converted = bases / origin.folder
+    others = sorted(bases.iterdir()) if bases.is_dir() else []
+    yield from (folder for folder in dict.fromkeys([converted, *others]) if _is_model(folder))
+
+
+def _in_hub_cache(name: str, revision: str | None) -> Path | None:
+    """The snapshot of a hub model with its weights, as far as it lies on this disk."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, CONFIG, revision=revision)
+    except HFValidationError:
+        return None
+    folder = Path(cached).parent if isinstance(cached, str) else None
+    return folder if folder is not None and any(folder.glob("model*.safetensors")) else None
+
+
+def _open(folder: Path) -> Base:
+    config = load_config(folder)
+    return Base(folder, folder.name, config, fingerprint(folder, config))
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG).is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _as_trained(found: Base, origin: BaseOrigin) -> Base:
+    """A copy of the base, checked, under the names that it was trained by."""
+    check_made(found.path)
+    is_gguf = origin.kind in ("package", "gguf")
+    return replace(
+        found,
+        name=origin.folder if is_gguf else origin.name,
+        written=origin.name if is_gguf else "",
+        kind=origin.kind,
+        revision=origin.revision,
+        commit=origin.commit,
+    )
+
+
+def _absent(origin: BaseOrigin, where: Path) -> ModelError:
+    what = f"its base '{origin.shown}' (digest {origin.digest[:12]}) is not on this disk"
+    return ModelError(what, file=str(where), todo=_HERE)
+
+
+def _another(origin: BaseOrigin, found: Base, where: Path) -> ModelError:
+    return ModelError(
+        f"trained on '{origin.shown}' ({origin.digest[:12]}), but the base at {found.path} is another "
+        f"({found.digest[:12]})",
+        file=str(where),
+        todo=f"use the base it was trained on: {_HERE}",
+    )
