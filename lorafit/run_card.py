@@ -8,8 +8,11 @@ Nothing else has to be opened to answer as the run was trained: no recipe, no ro
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import field_validator, model_validator
 
 from lorafit.errors import CheckpointError
 from lorafit.kinds.adapters import adapters
@@ -103,6 +106,19 @@ class RunCard(Section):
     seed: int
     """The recipe's."""
 
+    @field_validator("template_date")
+    @classmethod
+    def _is_a_moment(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.fromisoformat(value)
+        return value
+
+    @model_validator(mode="after")
+    def _has_its_template(self) -> RunCard:
+        if (self.chat or self.template_is_named) and "default" not in self.templates:
+            raise ValueError("templates: a run on chats has a default one")
+        return self
+
     @property
     def shipped_templates(self) -> dict[str, str]:
         """The templates as they stand beside the weights, with system prompt and date where prompts are chats."""
@@ -134,7 +150,8 @@ class RunCard(Section):
             return cls.model_validate(values, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'card'}: {first['msg'].lower()}") from error
+            what = first["msg"].removeprefix("Value error, ").lower()
+            raise ValueError(": ".join(filter(None, [".".join(map(str, first["loc"])), what]))) from error
         except RecursionError as error:
             raise ValueError("nested too deep") from error
 

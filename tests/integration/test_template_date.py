@@ -67,24 +67,31 @@ def test_a_run_that_begins_another_day_writes_that_day(world: World, days: Days)
     assert manifest(world, "later")["data"] != manifest(world)["data"]
 
 
-def test_what_asks_a_run_asks_as_on_its_first_day(world: World, days: Days, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_asks_a_run_asks_as_on_its_first_day(world: World, days: Days) -> None:
+    from transformers import AutoTokenizer
+
+    from lorafit.answering import open_speaker
     from lorafit.contracts import Sample, Silent
-    from lorafit.data import examples
-    from lorafit.job import open_speaker
 
     say_all(world.run("train", "r.yaml"), 0)
     days.move(60 * 24)
-    speaker = open_speaker(world.root / "run", None, Silent())
+    speaker = open_speaker(world.root / "run", None, None, Silent())
     asked = speaker.tokenizer.decode(speaker.prompt_ids(Sample("", 0, prompt="when")))
     assert asked == f"{PINNED}<|im_start|>user\nwhen<|im_end|>\n<|im_start|>assistant\n"
     say_all(world.run("eval", "run", "--json"), 0)
     scored = [json.loads(line) for line in (world.root / "run" / "report.jsonl").read_text().splitlines()]
     assert scored and all(row["prompt"].startswith(PINNED) for row in scored)
-    digests = []
-    prepare = examples.prepare
-    monkeypatch.setattr(examples, "prepare", lambda *a, **k: digests.append(prepare(*a, **k)) or digests[-1])
+    compared = json.loads((world.root / "run" / "comparison.json").read_text())["rows"]
+    assert all(speaker.tokenizer.decode(row["input_ids"]).startswith(PINNED) for row in compared)
     say_all(world.run("merge", "run", "--output", "merged"), 0)
-    assert [prepared.digest for prepared in digests] == [manifest(world)["data"]]
+    for shipped in ("run/adapter", "merged"):  # what lies beside the weights carries the date to whoever renders it
+        plain = AutoTokenizer.from_pretrained(world.root / shipped)
+        chat = [{"role": "user", "content": "when"}]
+        assert plain.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == asked
+    speaker = open_speaker(world.root / "merged", None, None, Silent())
+    assert speaker.tokenizer.decode(speaker.prompt_ids(Sample("", 0, prompt="when"))) == asked
+    world.recipe((f"base: {world.base}", "base: merged"), name="again.yaml")
+    assert "pinned to" not in world.run("preview", "again.yaml").stderr
 
 
 def test_the_reason_is_true_where_something_changed(world: World, days: Days) -> None:
