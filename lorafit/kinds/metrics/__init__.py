@@ -16,6 +16,14 @@ from typing import Any, Literal, Protocol
 
 from lorafit.registry import Registry
 
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\u2e80-\u2fdf\u3005-\u3007"
+    "\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\ua4cf\ua980-\ua9ff\uaa60-\uaadf\uf900-\ufaff"
+    "\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+"""Letters of scripts that write no blanks between words, for the brackets of a regular expression: Thai, Lao, Burmese,
+Khmer, Tai, Balinese, Javanese, Chinese, Japanese, Yi. Source: Unicode 16, Blocks.txt."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowScore:

@@ -8,11 +8,15 @@ import sys
 
 import pytest
 import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from lorafit.kinds.metrics import RowScore, metrics
 from lorafit.kinds.metrics.final_number import read_final_number
 from lorafit.kinds.metrics.must_contain import holds_all
+from lorafit.kinds.metrics.rouge import split_words
 
 TEXTS = [  # answer, reference
     ("The cat sat on the mat.", "The cat is sitting on the mat."),
@@ -42,17 +46,73 @@ def test_bleu_and_chrf_equal_sacrebleu_over_the_corpus():
     assert f"version:{sacrebleu.__version__}" in metrics.get("chrf").signature()
 
 
-def test_rouge_equals_rouge_score_averaged_over_the_rows_it_can_read():
+def test_rouge_of_ascii_equals_rouge_score_with_its_own_tokenizer():
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorer = RougeScorer(kinds, use_stemmer=True)
-    readable = [(a, r) for a, r in TEXTS if not r.startswith("Перевод")]
-    direct = [scorer.score(r, a) for a, r in readable]
-    found = score("rouge")
+    texts = [(a, r) for a, r in TEXTS if (a + r).isascii()]
+    direct = [scorer.score(r, a) for a, r in texts]
+    found = score("rouge", [RowScore(0.0, 0, 0, a, r) for a, r in texts])
     assert set(found) == set(kinds)
     for kind in kinds:
         assert found[kind] == pytest.approx(sum(s[kind].fmeasure for s in direct) / len(direct), abs=1e-12)
     assert found["rougeL"] != pytest.approx(found["rougeLsum"])
     assert next(iter(found)) == "rougeL"
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=80))
+def test_words_of_ascii_are_rouge_scores(text):
+    assert split_words(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
+    assert split_words(f"{text} ü")[:-1] == split_words(text)  # the long way round
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Größe für Äpfel", ["grösse", "für", "äpfel"]),
+        ("价格是45元，可以退货", ["价", "格", "是", "45", "元", "可", "以", "退", "货"]),
+        ("ひらがなとABC", ["ひ", "ら", "が", "な", "と", "abc"]),
+        ("ครับ ๔๕", ["ค", "รั", "บ", "๔", "๕"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("می\u200cخواهم", ["میخواهم"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("e\u0301te\u0301 été", ["été", "été"]),
+        ("Цена: 45 руб.", ["цена", "45", "руб"]),
+        ("😀 — !", []),
+    ],
+)
+def test_words_of_any_script(text, words):
+    assert split_words(text) == words
+
+
+@pytest.mark.parametrize(
+    ("reference", "wrong", "nearly"),
+    [
+        ("价格是 45 元，可以退货", "完全不对的回答 45", "价格是 45 元，不可以退货"),
+        ("Цена 45 рублей", "Возврат 45 невозможен", "Цена сорок пять рублей"),
+        ("Größe für Äpfel", "Gruß an Otto", "Größe für Birnen"),
+        ("คืนเงินภายใน 14 วัน", "ไม่ทราบ 14", "คืนเงินภายใน 15 วัน"),
+        ("返品は14日以内です", "わかりません14", "返品は14日間です"),
+        ("Τιμή 45 ευρώ", "Άγνωστο 45", "Τιμή 46 ευρώ"),
+    ],
+)
+def test_rouge_reads_all_words_of_a_reference_in_another_script(reference, wrong, nearly):
+    """rouge_score's own tokenizer sees 45 alone: 1.0 for any answer with 45 in it, 0.0 for one that spells it."""
+    values = [score("rouge", [RowScore(0.0, 0, 0, answer, reference)]) for answer in (wrong, nearly, reference)]
+    for kind in ("rougeL", "rouge1", "rougeLsum"):
+        assert values[0][kind] < 0.5 < values[1][kind] < values[2][kind] == 1.0
+    assert not metrics.get("rouge").usable(RowScore(0.0, 0, 0, "45", "— 😀"))
+
+
+def test_bleu_sees_the_letters_of_a_script_without_blanks_as_sacrebleu_does_of_chinese():
+    answers, references = (
+        ["价格是四十五元，可以退货。", "订单45已经发货"],
+        ["价格是45元，可以退货。", "订单45今天已经发货"],
+    )
+    rows = [RowScore(0.0, 0, 0, a, r) for a, r in zip(answers, references, strict=True)]
+    direct = sacrebleu.corpus_bleu(answers, [references], tokenize="zh").score
+    assert score("bleu", rows) == {"bleu": pytest.approx(direct, abs=1e-9)}
+    assert 20 < direct < 80
+    assert score("bleu", [RowScore(0.0, 0, 0, "返品は14日間以内です", "返品は14日以内です")])["bleu"] > 20
 
 
 def test_token_metrics_weigh_by_tokens():
