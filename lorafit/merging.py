@@ -16,7 +16,7 @@ from lorafit.model.merge import merge_adapter
 from lorafit.model.weights import read_index
 from lorafit.output_folder import check_output
 from lorafit.results import Merged
-from lorafit.rundir import read_json, read_object
+from lorafit.rundir import read_object
 from lorafit.workspace import OpenedRun
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def merge_run(
         tuned.adapter,
         output,
         kind=kind,
-        quantization=read_json(opened.run.quantization) if kind == "dequantized" else None,
+        quantization=read_object(opened.run.quantization) if kind == "dequantized" else None,
         verify=verify,
         judge=partial(_check_templates, tuned.adapter),
         check=compare if verify else None,

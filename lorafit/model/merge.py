@@ -183,7 +183,29 @@ def _check_quantization(kind: BaseKind, quantization: Mapping[str, Any] | None, 
             file=str(base.path),
             todo="merge a run folder, or merge with --base original",
         )
+    wrong = _malformed(quantization)
+    if wrong is not None:
+        what, todo = "says something else than lorafit writes", "restore the file, or merge with --base original"
+        raise ModelError(what, file="quantization.json", key=wrong, todo=todo)
     return quantization
+
+
+def _malformed(used: Mapping[str, Any]) -> str | None:
+    """The key of a quantization.json that holds what no run wrote; None where all is well."""
+    if used.get("weights_dtype") not in ("bfloat16", "float16", "float32"):
+        return "weights_dtype"
+    if not isinstance(used.get("double_quant", False), bool):
+        return "double_quant"
+    tensors = used["tensors"]
+    if not isinstance(tensors, dict):
+        return "tensors"
+    texts, numbers = ("codes", "constants"), (int, float, type(None))
+    for name, proof in tensors.items():
+        if not isinstance(proof, dict) or not all(isinstance(proof.get(key), str) for key in texts):
+            return f"tensors.{name}"
+        if not isinstance(proof.get("offset"), numbers):
+            return f"tensors.{name}.offset"
+    return None
 
 
 def _write_notes(

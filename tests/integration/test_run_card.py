@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,37 @@ def test_an_adapter_folder_is_enough(world: World, kind: str) -> None:
     assert answer(world, "away/lone") == told
     says = world.run("generate", "away/lone", *ASK, "--checkpoint", "1")
     say_all(says, 2, "--checkpoint", "only a run")
+
+
+def test_a_record_of_the_quantisation_that_no_run_wrote(world: World) -> None:
+    train(world, ("quantization: none", "quantization: nf4"), ("dtype: fp32", "dtype: bf16"))
+    file = world.root / "run" / "quantization.json"
+    good = json.loads(file.read_text())
+    name = next(iter(good["tensors"]))
+    for change, says in (
+        ({"weights_dtype": "Tensor"}, ["quantization.json", "weights_dtype"]),
+        ({"tensors": []}, ["quantization.json", "tensors"]),
+        ({"tensors": {name: 1}}, ["quantization.json", name]),
+        ({"tensors": {name: good["tensors"][name] | {"offset": "0"}}}, [name, "offset"]),
+    ):
+        file.write_text(json.dumps(good | change))
+        say_all(world.run("merge", "run", "--output", "m"), 5, *says)
+    file.write_text("[]")
+    say_all(world.run("merge", "run", "--output", "m"), 6, "quantization.json")
+    assert not (world.root / "m").exists()
+
+
+def test_a_merge_imports_nothing_heavy_before_it_has_written(world: World) -> None:
+    train(world)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lorafit import pipeline\n"
+        "pipeline.merge(Path('run'), output=Path('m'), verify=False)\n"
+        "print([name for name in ('transformers', 'peft', 'bitsandbytes', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=world.root, env=world.environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_base_that_moved_is_found_or_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

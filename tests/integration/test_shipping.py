@@ -144,4 +144,9 @@ def test_a_run_on_verbatim_rows_stays_verbatim(tmp_path: Path) -> None:
         shipped = AutoTokenizer.from_pretrained(tmp_path / name)
         assert [[*shipped(f"{ask} {answer}").input_ids, shipped.eos_token_id] for ask, answer in PAIRS] == trained
     prompts = [f"{ask} " for ask, _ in PAIRS]
-    assert check_answers(tmp_path, prompts, [shipped(prompt).input_ids for prompt in prompts])[0] == PAIRS[0][1]
+    ids = [shipped(prompt).input_ids for prompt in prompts]
+    answers = check_answers(tmp_path, prompts, ids)
+    assert answers[0] == PAIRS[0][1]
+    adapter = tmp_path / "run" / "adapter"  # transformers opens an adapter's folder as well
+    plainly = greedy(AutoModelForCausalLM.from_pretrained(adapter), adapter, shipped, ids)
+    assert [text for text, _ in plainly] == answers
