@@ -25,6 +25,7 @@ import typer
 from lorafit.errors import LorafitError, Problems, ResourceError, StoppedBySignal, UsageError
 
 EXIT_BROKEN_PIPE = 141
+_SHORTEST_SECRET_CHARACTERS = 6
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
 
 
@@ -82,7 +83,7 @@ def _bug(error: BaseException) -> LorafitError:
     """Writes the traceback to a file and names it."""
     import tempfile
 
-    text = "".join(traceback.format_exception(error))
+    text = _without_secrets("".join(traceback.format_exception(error)))
     descriptor, name = tempfile.mkstemp(prefix="lorafit-traceback-", suffix=".txt", text=True)
     with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
@@ -152,4 +153,13 @@ def exit_code(
 def _show_traceback(debug: Callable[[], bool]) -> None:
     """With `--debug`. Exit code and last line are the same with it."""
     if debug():
-        _say(traceback.format_exc())
+        _say(_without_secrets(traceback.format_exc()))
+
+
+def _without_secrets(text: str) -> str:
+    """A traceback without the tokens and keys of the environment, which libraries quote in their messages."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET_CHARACTERS and name.upper().endswith(("TOKEN", "KEY", "SECRET", "PASSWORD")):
+            for form in (value, repr(value)[1:-1], repr(value.encode("utf-8", "surrogateescape"))[2:-1]):
+                text = text.replace(form, f"<{name}>")
+    return text

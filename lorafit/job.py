@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
@@ -136,13 +136,14 @@ class Job:
         return {**self.facts(), "template_date": self.renderer.template_date}
 
 
-def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = None) -> Job:
+def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = None, commit: str | None = None) -> Job:
     """Opens a recipe. Files of rows are looked for before anything heavy starts.
 
     Args:
         loaded: The recipe.
         reporter: Gets progress and warnings.
         now: The moment that a run took for the present one when it began; this minute where None.
+        commit: Of the base on the hub, which a run began with; what the recipe's revision means by now where None.
 
     Raises:
         DataError: Files or rows are bad.
@@ -156,7 +157,8 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
     from lorafit.model.class_shape import find_shape
     from lorafit.model.load import load_tokenizer
 
-    base = resolve_base(recipe.model, loaded.folder, reporter)
+    model = recipe.model if commit is None else recipe.model.model_copy(update={"revision": commit})
+    base = replace(resolve_base(model, loaded.folder, reporter), revision=recipe.model.revision)
     shape = find_shape(base.config)
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)

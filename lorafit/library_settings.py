@@ -9,6 +9,7 @@ LIBRARY_SETTINGS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # every shape of a product is cached: 0.4 GiB less than with 1024
     "LRU_CACHE_CAPACITY": "1",  # ideep keeps them once more, for each thread: a run grows for ever, with no gain
     "TOKENIZERS_PARALLELISM": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
 

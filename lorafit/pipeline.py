@@ -21,6 +21,7 @@ from lorafit.job import open_job, prove
 from lorafit.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import (
+    base_commit,
     began,
     check_same_recipe,
     inputs_of,
@@ -159,7 +160,7 @@ def train(
         elif not dry_run:
             check_unused(run, loaded, command=command)
         given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
-        job = open_job(loaded, reporter, began(run) if resume else None)
+        job = open_job(loaded, reporter, began(run), base_commit(run)) if resume else open_job(loaded, reporter)
         the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
         if dry_run:
             reporter.show(the_plan.table())

@@ -77,6 +77,17 @@ def began(run: RunDir) -> datetime | None:
     return find_moment(read_json(run.manifest), run.manifest) if _is_started(run) else None
 
 
+def base_commit(run: RunDir) -> str | None:
+    """The commit of a hub's model that a run began with: its branch may have moved on since.
+
+    Raises:
+        CheckpointError: card.json cannot be read.
+    """
+    from lorafit.run_card import read_card
+
+    return read_card(run.card).base.commit if _is_started(run) and run.card.is_file() else None
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run folder."""
     return RunDir(path).manifest.is_file() and RunDir(path).recipe.is_file()

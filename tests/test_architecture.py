@@ -36,7 +36,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"run_card"},
     {"kinds"},
     {"exits", "cache"},
-    {"ops", "rundir", "devices", "model_shapes", "reporting"},
+    {"ops", "rundir", "devices", "model_shapes", "reporting", "hub"},
     {"shipped"},
     {"registry"},
     {

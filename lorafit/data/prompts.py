@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import Sample
+from lorafit.contracts import Sample, Silent
 from lorafit.data.columns import Columns, find_format, no_prompt, rename
 from lorafit.data.patterns import find_files
 from lorafit.data.source import SampleSet, Source
@@ -77,7 +77,7 @@ def _open(file: str, known: Sequence[Columns]) -> Source:
     for columns in known:
         section = SourceSection.model_construct(path=file, columns=dict(columns))
         try:
-            return Source(section, Path(), prompts=True)
+            return Source(section, Path(), Silent(), prompts=True)
         except LorafitError as error:
             refused = error if refused is None or not columns else refused
     assert refused is not None, "column_names gives at least the formats' own"

@@ -41,6 +41,7 @@ class Source:
         folder: The recipe's folder.
         prompts: Whether its rows are prompts: what the model is to write may be missing, and is left out. A prompt's
             source is a local file.
+        reporter: Told that the hub is asked, and where it gave no answer.
 
     Attributes:
         name: The file or id as the recipe names it.
@@ -53,10 +54,10 @@ class Source:
         RecipeError: `columns` names a field that no format has.
     """
 
-    def __init__(self, section: SourceSection, folder: Path, *, prompts: bool = False) -> None:
+    def __init__(self, section: SourceSection, folder: Path, reporter: Reporter, *, prompts: bool = False) -> None:
         self.section, self.name, self._prompts = section, section.path, prompts
         self.unread: Counter[str] = Counter()
-        self._path, self._hub = _locate(section, folder, local=prompts)
+        self._path, self._hub = _locate(section, folder, reporter, local=prompts)
         self._fingerprint: Fingerprint | None = None
         self._absent = set(section.columns.values())
         self._check_columns()
@@ -237,7 +238,9 @@ class Source:
         return error.at(file=self.name, line=line)
 
 
-def _locate(section: SourceSection, folder: Path, *, local: bool) -> tuple[Path | None, HubRows | None]:
+def _locate(
+    section: SourceSection, folder: Path, reporter: Reporter, *, local: bool
+) -> tuple[Path | None, HubRows | None]:
     """The local file of a source, checked, or (unless it must be `local`) the hub data set that its name stands for."""
     path = folder / Path(section.path).expanduser()
     looks_local = has_data_suffix(section.path) or not is_hub_id(section.path)
@@ -245,8 +248,8 @@ def _locate(section: SourceSection, folder: Path, *, local: bool) -> tuple[Path 
     if local or looks_local or is_in_folder or os.path.lexists(path):
         check_file(path, section.path)
         return path, None
-    hub = HubRows(section.path, subset=section.subset, split=section.split, revision=section.revision)
-    return None, hub
+    revision, split = section.revision, section.split
+    return None, HubRows(section.path, subset=section.subset, split=split, revision=revision, reporter=reporter)
 
 
 class SampleSet:
@@ -315,7 +318,7 @@ def read_sources(
     for section in sources:
         try:
             for one in expand_sources([section], folder):
-                opened.append(Source(one, folder))
+                opened.append(Source(one, folder, reporter))
         except LorafitError as error:
             errors.append(error)
     raise_all(errors, file="data")

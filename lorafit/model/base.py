@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorafit.cache import cache_folder, known_hash, refuse_foreign
 from lorafit.errors import ModelError, SafetyError
+from lorafit.hub.asking import fetch_file, fetch_files
+from lorafit.hub.refusal import HubRefusedError, Repo
 from lorafit.model.limits import check_sizes
 from lorafit.model.packages import PACKAGE_SCHEME, file_in_package
 from lorafit.model.tokenizer_files import MORE_TEMPLATES, TOKENIZER_PATTERNS
@@ -332,29 +334,16 @@ def _local_folder(text: str, folder: Path) -> Path | None:
     return None
 
 
-def _hub_error(model: ModelSection, error: Exception) -> ModelError:
-    kind = type(error).__name__
-    if kind == "GatedRepoError":
-        what, todo = "is gated on the hub", "accept its licence there and set HF_TOKEN"
-    elif kind == "RevisionNotFoundError":
-        what, todo = f"has no revision '{model.revision}' on the hub", "check model.revision"
-    elif kind in ("RepositoryNotFoundError", "HFValidationError"):
-        what, todo = "is no local folder and not on the hub", "check model.base, or set HF_TOKEN for a private one"
-    else:
-        what = f"is not on this disk and the hub cannot be reached ({kind})"
-        todo = "connect once, or copy the model here and give model.base its folder"
-    return ModelError(f"'{model.base}' {what}", key="model.base", todo=todo)
-
-
 def _snapshot(model: ModelSection, reporter: Reporter, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
     patterns = [p for p in _HUB_FILES if weights or "safetensors" not in p]
+    needed = [CONFIG, "model*.safetensors"] if weights else [CONFIG]
     try:
-        reporter.info(f"looking for {model.base} on the hub")
-        path = Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
-    except Exception as error:  # hub errors share no base class over versions: network, HTTP, cache, validation
-        raise _hub_error(model, error) from error
+        path = fetch_files(Repo(model.base, "model", model.revision), patterns, needed, reporter)
+    except HubRefusedError as refused:
+        raise _refused(model, refused) from refused
+    if not (path / CONFIG).is_file():
+        what, todo = f"'{model.base}' has no {CONFIG} on the hub", "use a model in the format of transformers"
+        raise ModelError(what, key="model.base", todo=todo)
     if weights and not any(path.glob("model*.safetensors")):
         raise SafetyError(
             f"'{model.base}' has no safetensors weights on the hub, only pickles, which are never opened",
@@ -366,7 +355,7 @@ def _snapshot(model: ModelSection, reporter: Reporter, *, weights: bool) -> Path
 
 def _hub_config(model: ModelSection) -> dict[str, Any]:
     """config.json of a hub model: from the cache, from the facts that lorafit ships, or from the hub."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model.base, CONFIG, revision=model.revision)
     if isinstance(cached, str):
@@ -374,8 +363,12 @@ def _hub_config(model: ModelSection) -> dict[str, Any]:
     if model.revision is None and (config := known_config(model.base)) is not None:
         return config
     try:
-        return load_config(Path(hf_hub_download(model.base, CONFIG, revision=model.revision)).parent)
-    except (ModelError, SafetyError):
-        raise
-    except Exception as error:  # as above
-        raise _hub_error(model, error) from error
+        file = fetch_file(Repo(model.base, "model", model.revision), CONFIG)
+    except HubRefusedError as refused:
+        raise _refused(model, refused) from refused
+    return load_config(file.parent)
+
+
+def _refused(model: ModelSection, refused: HubRefusedError) -> ModelError:
+    what = f"'{model.base}' is not on this disk, and {refused.what}"
+    return ModelError(what, key="model.base", todo=refused.todo)

@@ -70,6 +70,8 @@ def find_base(
         try:
             found = make()
         except LorafitError as error:
+            if origin.kind == "hub":
+                raise  # says why the hub did not give it
             raise _absent(origin, where) from error
         if found.digest == origin.digest:
             return _as_trained(found, origin)
