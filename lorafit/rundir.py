@@ -284,6 +284,11 @@ class RunDir:
         return self.root / "comparison.json"
 
     @property
+    def data(self) -> Path:
+        """What became of the rows: counts by source, rows skipped and cut, overlaps, contradictions, warnings."""
+        return self.root / "data.json"
+
+    @property
     def plan(self) -> Path:
         """The resolved plan."""
         return self.root / "plan.json"

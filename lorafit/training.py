@@ -90,6 +90,7 @@ class Training:
         self._prove_gradients(objective)
         if accelerator.is_main_process:  # nothing is written before all is loaded and proven
             describe_run(self.where, job.loaded, job.origin())
+            write_json(self.where.data, job.rows.report.to_json())
         resolved = self._resolve(objective, accelerator, checkpoint, given)
         card = job.card(resolved)
         question = replace(self._question(), attention=resolved.attention)

@@ -22,13 +22,21 @@ from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
 from lorafit.data.encoding import Encode, EncodedChunk, Encoder, PlacedSample, count_workers, encode_all
 from lorafit.data.ledger import Ledger
-from lorafit.data.report import DataReport, SplitReport, find_overlaps, report_split
+from lorafit.data.report import (
+    DataReport,
+    SplitReport,
+    describe_fates,
+    find_contradictions,
+    find_overlaps,
+    report_split,
+)
 from lorafit.data.sample_renderer import Renderer, build_renderer
 from lorafit.data.source import SampleSet, read_sources
 from lorafit.data.store import ExampleSet, StoreWriter
 from lorafit.errors import DataError
 from lorafit.recipe.schema import ValidationFraction
 from lorafit.shapes import DatasetFacts
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from lorafit.contracts import GenerationRow, Reporter
@@ -210,7 +218,13 @@ def _finish_report(
         warnings.append(
             f"{overlap.rows} rows of {overlap.second} occur in {overlap.first} as well, the first at {other} and {one}"
         )
+    contradictions = find_contradictions(sets["train"]) if "train" in sets else None
+    if contradictions is not None:
+        one, other = contradictions.places[0]
+        told = f"train: {counted(contradictions.prompts, 'question')} with different answers, e.g. {one} and {other}"
+        warnings.append(f"{told}: the model learns to guess between them; keep one answer each")
     for split, report in reports.items():
+        warnings += describe_fates(split, report, data.max_length)
         for what, count in sorted(report.seen.items()):
             if not what.startswith("history: "):
                 warnings.append(f"{split}: {what} in {count} rows")
@@ -218,7 +232,7 @@ def _finish_report(
         warnings += [warning for source in samples.sources for warning in source.warnings()]
     warnings += _warn_of_verbatim(sources, data, renderer)
     warnings += _warn_of_date(sources, renderer)
-    return DataReport(reports, overlaps, tuple(warnings))
+    return DataReport(reports, overlaps, contradictions, tuple(warnings))
 
 
 def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer: Renderer) -> list[str]:

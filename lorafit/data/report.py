@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafit.data.ledger import Ledger, SourceCounts
+from lorafit.data.store import NO_PROMPT
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 HISTOGRAM_BARS = 12
 PLACES_SHOWN = 20
+ROWS_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,21 @@ class Overlap:
 
 
 @dataclass(frozen=True, slots=True)
+class Contradictions:
+    """Training rows that ask the same and answer differently, so that no model can learn all of them.
+
+    Attributes:
+        prompts: Prompts with more than one answer.
+        rows: Rows with one of these prompts.
+        places: For the first of the prompts, two rows with different answers, each `file:line`.
+    """
+
+    prompts: int
+    rows: int
+    places: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SplitReport:
     """One split after preparation.
 
@@ -86,6 +104,7 @@ class DataReport:
 
     splits: dict[str, SplitReport]
     overlaps: tuple[Overlap, ...] = ()
+    contradictions: Contradictions | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -127,6 +146,41 @@ def count_lengths(lengths: Sequence[int] | NDArray[np.int64]) -> tuple[Bar, ...]
     width = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * HISTOGRAM_BARS >= longest)
     counts = np.bincount((values - 1) // width)
     return tuple(Bar(place * width + 1, (place + 1) * width, int(rows)) for place, rows in enumerate(counts))
+
+
+def find_contradictions(train: ExampleSet) -> Contradictions | None:
+    """Rows with the same tokens before their last answer and other tokens behind; None where there are none."""
+    asked, whole = np.asarray(train.prompt_hashes), np.asarray(train.hashes)
+    order = np.lexsort((whole, asked))
+    asked, whole = asked[order], whole[order]
+    begins = np.flatnonzero(np.append(True, asked[1:] != asked[:-1])) if len(asked) else np.empty(0, np.int64)
+    ends = np.append(begins[1:], len(asked))
+    found = (asked[begins] != NO_PROMPT) & (whole[begins] != whole[ends - 1])
+    pairs = sorted(
+        (min(order[begin:end]), int(next(row for row in sorted(order[begin:end]) if train.hashes[row] != first)))
+        for begin, end in zip(begins[found].tolist(), ends[found].tolist(), strict=True)
+        for first in [train.hashes[min(order[begin:end])]]
+    )
+    if not pairs:
+        return None
+    places = tuple((_place(train, int(one)), _place(train, other)) for one, other in pairs[:PLACES_SHOWN])
+    return Contradictions(len(pairs), int((ends - begins)[found].sum()), places)
+
+
+def describe_fates(split: str, report: SplitReport, max_length: int) -> list[str]:
+    """A sentence for each thing that happened to rows of a split so that they are not learnt, or not whole."""
+    said = []
+    for fate, what, todo in (
+        ("bad", "skipped, since they cannot be trained on", "correct or remove them"),
+        ("dropped", f"dropped, longer than max_length {max_length}", "raise data.max_length, or shorten them"),
+        ("cut", f"cut to max_length {max_length}", "raise data.max_length to learn them whole"),
+    ):
+        count = sum(getattr(counts, fate) for counts in report.sources)
+        places = [f"{note.file}:{note.line}" for note in report.notes if note.what == fate]
+        if count:
+            shown = ", ".join(places[:ROWS_NAMED]) + (" ..." if count > ROWS_NAMED else "")
+            said.append(f"{split}: {counted(count, 'row')} {what} ({shown}); {todo}")
+    return said
 
 
 def find_overlaps(splits: dict[str, ExampleSet]) -> tuple[Overlap, ...]:

@@ -6,7 +6,7 @@ as the process's memory, and an epoch touches all of them.
 tokens.int32      ┌── row 0 ──┬─── row 1 ───┬─ row 2 ─┐     token ids, one behind the other
 trained.uint8     │0 0 0 1 1 1│0 0 1 1 1 1 1│0 1 1 1 1│     1 = to be predicted
 offsets.int64     0           6            13        18     where rows begin, and the end
-trained_counts.int32, lines.int64, sources.int32, hashes.uint64      one number a row
+trained_counts.int32, lines.int64, sources.int32, hashes.uint64, prompt_hashes.uint64      one number a row
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ DTYPES = {
     "lines": "<i8",
     "sources": "<i4",
     "hashes": "<u8",
+    "prompt_hashes": "<u8",
 }
+NO_PROMPT = 0
+"""In place of the hash of a prompt: nothing stands before what is trained."""
 _READ_BYTES = 1 << 20
 
 
@@ -50,6 +53,7 @@ class Chunk:
         lines: Line of each row in its source.
         sources: Number of each row's source.
         hashes: 64 bits of a hash of each row's ids.
+        prompt_hashes: The same of the ids before each row's last answer; `NO_PROMPT` where there are none.
     """
 
     tokens: NDArray[np.int32]
@@ -58,6 +62,7 @@ class Chunk:
     lines: NDArray[np.int64]
     sources: NDArray[np.int32]
     hashes: NDArray[np.uint64]
+    prompt_hashes: NDArray[np.uint64]
 
 
 def pack_chunk(rows: Sequence[tuple[int, int, Encoded]]) -> Chunk:
@@ -73,11 +78,20 @@ def pack_chunk(rows: Sequence[tuple[int, int, Encoded]]) -> Chunk:
         lines=np.array([line for _, line, _ in rows], dtype=np.int64),
         sources=np.array([source for source, _, _ in rows], dtype=np.int32),
         hashes=np.array([_hash_row(ids) for ids in tokens], dtype=np.uint64),
+        prompt_hashes=np.array(list(map(_hash_prompt, tokens, trained)), dtype=np.uint64),
     )
 
 
 def _hash_row(ids: NDArray[np.int32]) -> int:
     return int.from_bytes(hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest(), "little")
+
+
+def _hash_prompt(ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> int:
+    """Hash of what stands before the last stretch of trained tokens; a first token alone is no prompt."""
+    places = np.flatnonzero(trained)
+    gaps = np.flatnonzero(np.diff(places) > 1)
+    start = int(places[gaps[-1] + 1] if len(gaps) else places[0]) if len(places) else 0
+    return _hash_row(ids[:start]) if start > 1 else NO_PROMPT
 
 
 class StoreWriter:
@@ -103,7 +117,7 @@ class StoreWriter:
         )
         for name, values in (("offsets", ends), ("trained_counts", counts)):
             self._write(name, values)
-        for name in ("tokens", "trained", "lines", "sources", "hashes"):
+        for name in ("tokens", "trained", "lines", "sources", "hashes", "prompt_hashes"):
             self._write(name, getattr(chunk, name))
         self._end = int(ends[-1]) if len(ends) else self._end
 
@@ -205,6 +219,11 @@ class ExampleSet:
     def hashes(self) -> NDArray[np.uint64]:
         """64 bits of a hash of each row's ids; equal rows have equal ones."""
         return np.asarray(self._map("hashes")[self._rows])
+
+    @cached_property
+    def prompt_hashes(self) -> NDArray[np.uint64]:
+        """64 bits of a hash of the ids before each row's last answer; `NO_PROMPT` where there are none."""
+        return np.asarray(self._map("prompt_hashes")[self._rows])
 
     def select(self, rows: NDArray[np.int64]) -> ExampleSet:
         """The same store with some of the rows of this set, in their old order."""

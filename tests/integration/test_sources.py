@@ -69,3 +69,22 @@ def test_a_kind_that_does_not_exist_yet_says_so(world: World) -> None:
     world.recipe()
     refused = world.run("validate", "r.yaml", "--set", "task=dpo")
     say_all(refused, 3, "task 'dpo' does not exist yet; available: causal-lm")
+
+
+def test_train_says_and_stores_what_became_of_the_rows(world: World) -> None:
+    rows = make_rows(12)
+    lines = [json.dumps(row) for row in rows]
+    lines[3], lines[8] = "{oops}", '{"question": "", "answer": "a"}'
+    lines.append(json.dumps({**rows[0], "answer": "something else"}))
+    (world.root / "d.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    world.recipe(("max_length: 128", "max_length: 128\n  bad_rows: {policy: skip, max_fraction: 0.2}"))
+    trained = world.run("train", "r.yaml")
+    say_all(trained, 0)
+    assert "2 rows skipped, since they cannot be trained on (d.jsonl:4, d.jsonl:9)" in trained.stderr
+    assert "train: 1 question with different answers, e.g. d.jsonl:1 and d.jsonl:13" in trained.stderr
+    stored = json.loads((world.root / "run" / "data.json").read_text(encoding="utf-8"))
+    part = stored["splits"]["train"]
+    assert [(note["what"], note["line"]) for note in part["notes"]] == [("bad", 4), ("bad", 9)]
+    assert [part["sources"][0][name] for name in ("file", "read", "kept", "bad")] == ["d.jsonl", 13, 11, 2]
+    assert stored["contradictions"]["places"] == [["d.jsonl:1", "d.jsonl:13"]]
+    assert all(warning in trained.stderr.replace("\n", " ") for warning in stored["warnings"])

@@ -581,3 +581,54 @@ def test_the_digest_is_of_rows_alone(tmp_path: Path, prepare_rows: Prepare) -> N
     digests = [prepare_rows(train=name).digest for name in ("a.jsonl", "b.json")]
     assert digests[0] == digests[1] and len(bytes.fromhex(digests[0])) == hashlib.sha256().digest_size
     assert prepare_rows(train="a.jsonl", train_on="all").digest != digests[0]
+
+
+def test_what_happened_to_rows_is_said_and_reported(tmp_path: Path, prepare_rows: Prepare, listener: Listener) -> None:
+    rows: list[Any] = [chat(f"question {number}", "answer") for number in range(40)]
+    rows[4], rows[16] = {"messages": 5}, {"messages": [{"role": "user", "content": "x"}]}
+    rows[7] = chat("long " * 60, "answer")
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    prepared = prepare_rows(
+        train="d.jsonl", max_length=64, overlength="truncate", bad_rows={"policy": "skip", "max_fraction": 0.1}
+    )
+    said = "\n".join(listener.warnings)
+    assert "train: 2 rows skipped, since they cannot be trained on (d.jsonl:5, d.jsonl:17)" in said
+    assert "train: 1 row cut to max_length 64 (d.jsonl:8); raise data.max_length" in said
+    assert tuple(listener.warnings) == prepared.report.warnings
+    listener.warnings.clear()
+    prepare_rows(train="d.jsonl", max_length=64, overlength="drop", bad_rows={"policy": "skip", "max_fraction": 0.1})
+    dropped = "train: 1 row dropped, longer than max_length 64 (d.jsonl:8)"
+    assert any(dropped in warning for warning in listener.warnings)
+    listener.warnings.clear()  # the cache's copy says the same
+    prepare_rows(train="d.jsonl", max_length=64, overlength="drop", bad_rows={"policy": "skip", "max_fraction": 0.1})
+    assert any("2 rows skipped" in warning for warning in listener.warnings)
+
+
+def test_questions_with_different_answers_are_found(tmp_path: Path, prepare_rows: Prepare, listener: Listener) -> None:
+    tools = chat("a", "1")["messages"] + chat("again", "2")["messages"]
+    rows = [
+        *(chat(f"unlike {number}", "yes") for number in range(3)),
+        chat("Is it open?", "Yes."),
+        chat("Is it open?", "Yes."),  # the same row twice contradicts nothing
+        chat("Where?", "Here."),
+        chat("Is it open?", "No."),
+        {"messages": tools},
+        {"messages": [*tools[:-1], {"role": "assistant", "content": "3"}]},
+        chat("a", "4"),  # as the first turn above, which is not the last answer there
+        chat("Where?", "There."),
+    ]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    found = prepare_rows(train="d.jsonl").report.contradictions
+    assert found is not None
+    assert (found.prompts, found.rows) == (3, 7)
+    assert found.places == (
+        ("d.jsonl:4", "d.jsonl:7"),
+        ("d.jsonl:6", "d.jsonl:11"),
+        ("d.jsonl:8", "d.jsonl:9"),
+    )
+    said = [warning for warning in listener.warnings if "different answers" in warning]
+    assert len(said) == 1 and "train: 3 questions with different answers, e.g. d.jsonl:4 and d.jsonl:7" in said[0]
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": "one text"}, {"text": "another"}])
+    write_jsonl(tmp_path / "alike.jsonl", [chat("q", "a"), chat("q", "a"), chat("r", "a")])
+    assert prepare_rows(train="texts.jsonl").report.contradictions is None
+    assert prepare_rows(train="alike.jsonl").report.contradictions is None

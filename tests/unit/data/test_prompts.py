@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from render_families import QWEN
 from tiny_data import CHATML, make_tokenizer, write_jsonl
 
@@ -47,6 +48,21 @@ ROWS: dict[str, dict[str, Any]] = {
     "question_answer": {"question": "cold?", "answer": "Yes.", "system": "Be brief."},
 }
 FLAT = ("alpaca", "question_answer")  # formats whose answer is a column of its own
+
+
+class Embedded(torch.nn.Module):
+    """As much of a model as a prompt's ids are compared with: its embedding."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(tokens, 1)
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embedding
+
+
+def speaker_of(tokenizer: Any, chats: Any) -> Speaker:
+    return Speaker(Embedded(len(tokenizer)), tokenizer, chats)
 
 
 def read(file: Path, *sources: SourceSection) -> list[Sample]:
@@ -102,7 +118,7 @@ def test_the_prompt_of_a_training_row_is_what_training_shows_before_its_answer(
     WRITERS[kind](tmp_path / kind, [row, row])
     prepared = prepare_rows(using=tokenizer, train=kind)
     shown = prepared.generation_rows("train")
-    speaker = Speaker(None, tokenizer, prepared._renderer.chats)
+    speaker = speaker_of(tokenizer, prepared._renderer.chats)
     prompts = read(tmp_path / kind)
     assert [speaker.prompt_ids(prompt) for prompt in prompts] == [row.prompt_ids for row in shown]
     assert [(prompt.file, prompt.line) for prompt in prompts] == [(str(tmp_path / kind), row.line) for row in shown]
@@ -228,7 +244,7 @@ def test_a_field_that_the_template_drops_is_refused_with_its_place(tmp_path: Pat
     from lorafit.data.render import ChatRenderer
 
     tokenizer = make_tokenizer(chat_template=CHATML)
-    speaker = Speaker(None, tokenizer, ChatRenderer(tokenizer))
+    speaker = speaker_of(tokenizer, ChatRenderer(tokenizer))
     write_jsonl(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "q"}], "tools": [TOOL]}])
     with pytest.raises(DataError, match=r"d\.jsonl:1: .*drops the tools"):
         speaker.prompt_ids(read(tmp_path / "d.jsonl")[0])
@@ -236,7 +252,7 @@ def test_a_field_that_the_template_drops_is_refused_with_its_place(tmp_path: Pat
 
 def test_a_model_of_verbatim_text_gets_one_text(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template=None)
-    speaker = Speaker(None, tokenizer, None)
+    speaker = speaker_of(tokenizer, None)
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Once upon", "completion": " a time"}])
     write_jsonl(tmp_path / "q.jsonl", [{"question": "Once upon"}])
     write_jsonl(tmp_path / "s.jsonl", [{"question": "Once upon", "system": "s"}])
