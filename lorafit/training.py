@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
 from lorafit.job import load_base, prove, torch_dtype
+from lorafit.kinds.tasks import tasks
 from lorafit.rundir import RunDir, check_manifest, write_json
 from lorafit.version import installed_versions
 from lorafit.workspace import check_same_facts, describe_run
@@ -46,10 +47,8 @@ class Training:
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
         from lorafit.model.adapter import load_adapter_weights, save_adapter
-        from lorafit.model.agreement import check_plan
         from lorafit.model.fuse import fuse_layers, keep_unpacked
         from lorafit.model.inspect import coverage, coverage_table, describe_quantization
-        from lorafit.model.load import attach_adapter
         from lorafit.ops.rng import seed_rng
         from lorafit.plan import require_fit
         from lorafit.results import Trained, describe_resolved
@@ -79,8 +78,7 @@ class Training:
             device=accelerator.device,
             reporter=self.reporter,
         )
-        model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
-        check_plan(model, self._planned_targets(), self.plan.trainable_parameters)
+        model = self._attach(base)
         fuse_layers(model)
         if self.plan.keeps_unpacked:
             keep_unpacked(model)
@@ -134,6 +132,18 @@ class Training:
         row = choose_probe(rows.lengths, most_tokens=_GRADIENT_TOKENS)
         device = objective.base.get_input_embeddings().weight.device
         prove_gradients(objective, collate([rows[row]], self.job.pad_id).to(device))
+
+    def _attach(self, base: Any) -> Any:
+        """The base with its adapter, which is the planned one, and can be merged and loaded again."""
+        from lorafit.model.agreement import check_plan
+        from lorafit.model.load import attach_adapter
+        from lorafit.model.shippable import check_shippable
+
+        job, recipe = self.job, self.job.recipe
+        model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
+        check_plan(model, self._planned_targets(), self.plan.trainable_parameters)
+        check_shippable(model, job.base, tasks.get(recipe.task).auto_class)
+        return model
 
     def _planned_targets(self) -> Sequence[LinearShape]:
         """The linears that the plan counts as adapted."""

@@ -23,7 +23,9 @@ from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError, SafetyError
 from lorafit.model.adapter_checks import check_fields, check_notes, check_values
 from lorafit.model.check import list_names
+from lorafit.model.homes import adapted_layers, find_home, note_homes
 from lorafit.model.inspect import summarise_quantization
+from lorafit.model.names import names_of
 from lorafit.model.weights import TensorEntry, read_header, read_rows
 from lorafit.portable import is_local_path
 from lorafit.run_card import RunCard
@@ -147,19 +149,16 @@ def save_adapter(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config[ADAPTER_NAME].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config["base_model_name_or_path"], config["revision"] = base.reference
-    config |= {"inference_mode": True, "peft_type": "LORA", "auto_mapping": None}
-    config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
+    config = adapter_config(model, *base.reference)
     tensors = {name: value.detach().to("cpu").contiguous() for name, value in adapter_tensors(model).items()}
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    layers = _note_layers(model)
     notes = {
         "format": 1,
         "lorafit": __version__,
         "base": base.origin.model_dump(mode="json"),
         "quantization": summarise_quantization(quantization) if quantization else None,
-        "transposed": transposed_targets(model),
+        **({} if layers is None else {"layers": layers}),
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }
     for name, value in ((CONFIG, config), (NOTES, notes)):
@@ -169,6 +168,16 @@ def save_adapter(
         (folder / QUANTIZATION).write_text(json.dumps(quantization, allow_nan=False) + "\n", encoding="utf-8")
     if companions is not None:
         companions.write(folder)
+
+
+def adapter_config(model: Any, base_name: str, revision: str | None) -> dict[str, Any]:
+    """What adapter_config.json says of the adapter called `default`, on a base of that name and revision."""
+    config = model.peft_config[ADAPTER_NAME].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config |= {"base_model_name_or_path": base_name, "revision": revision}
+    config |= {"inference_mode": True, "peft_type": "LORA", "auto_mapping": None}
+    config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
+    return config
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -183,16 +192,12 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-def transposed_targets(model: Any) -> list[str]:
-    """Names of adapted layers whose weight lies `[in, out]` on disk (GPT-2's Conv1D, quantised or not)."""
-    from transformers.pytorch_utils import Conv1D
-
-    found = set()
-    for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if base is not None and (isinstance(base, Conv1D) or getattr(base, "source_cls", None) is Conv1D):
-            found.add(name.rsplit(".", 1)[-1])
-    return sorted(found)
+def _note_layers(model: Any) -> dict[str, Any] | None:
+    """Where each adapted layer's weight lies in the base's files; None for a model that `load_model` did not load."""
+    names = names_of(model)
+    if names is None:
+        return None
+    return note_homes({path: find_home(path, layer, names) for path, layer in adapted_layers(model).items()}, names)
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
@@ -276,34 +281,49 @@ def open_adapter(
         ModelError: It does not fit, in any respect; nothing is guessed.
         SafetyError: See `read_adapter`.
     """
-    from peft import LoraConfig, get_peft_model
-
     from lorafit.model.load import keep_weights_unpacked
-    from lorafit.model.quiet import quiet_libraries
 
     saved = read_adapter(folder)
     if base is not None:
         check_base(saved, base)
     check_values(saved.tensors, folder / WEIGHTS, saved.config["lora_alpha"], reporter or Silent())
-    known = LoraConfig.__dataclass_fields__
-    foreign = {key: value for key, value in saved.config.items() if key not in known and value}
-    if foreign:
-        raise ModelError(f"keys this PEFT does not know: {list_names(foreign)}", file=str(folder / CONFIG))
-    fields = {
-        key: value for key, value in saved.config.items() if key in known and key not in ("peft_type", "auto_mapping")
-    }
-    fields |= {"inference_mode": not trainable, "init_lora_weights": True}
-    with quiet_libraries():
-        try:
-            model = get_peft_model(base_model, LoraConfig(**fields), adapter_name=ADAPTER_NAME)
-        except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"does not fit this model: {first}", file=str(folder / CONFIG)) from error
+    model = wrap_model(base_model, saved.config, folder, trainable=trainable)
     _load_weights(model, saved)
     keep_weights_unpacked(model)
     for parameter in adapter_tensors(model).values():
         parameter.requires_grad_(trainable)
     return model
+
+
+def wrap_model(
+    base_model: Any, config: Mapping[str, Any], folder: Path, *, trainable: bool, empty: bool = False
+) -> Any:
+    """A base model with fresh layers where PEFT puts those of an adapter.
+
+    Args:
+        config: The adapter's adapter_config.json.
+        folder: Where that lies, for messages.
+        empty: Whether the layers get no values, as those of a base on the meta device.
+
+    Raises:
+        ModelError: PEFT does not know its config, or cannot apply it to this model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from lorafit.model.quiet import quiet_libraries
+
+    known = LoraConfig.__dataclass_fields__
+    foreign = {key: value for key, value in config.items() if key not in known and value}
+    if foreign:
+        raise ModelError(f"keys this PEFT does not know: {list_names(foreign)}", file=str(folder / CONFIG))
+    fields = {key: value for key, value in config.items() if key in known and key not in ("peft_type", "auto_mapping")}
+    fields |= {"inference_mode": not trainable, "init_lora_weights": True}
+    with quiet_libraries():
+        try:
+            return get_peft_model(base_model, LoraConfig(**fields), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=empty)
+        except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"does not fit this model: {first}", file=str(folder / CONFIG)) from error
 
 
 def go_on_from(model: Any, folder: Path) -> None:

@@ -5,19 +5,18 @@ transformers fills what is missing with random numbers and only logs it; here it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
-from lorafit.model.weights import FLOAT_DTYPES, TensorEntry
+from lorafit.model.names import TensorNames, read_names
+from lorafit.model.weights import TensorEntry
 
 if TYPE_CHECKING:
     import torch
 
 SHOWN_NAMES = 4
-_MOVED_BUFFERS = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 
 
 def list_names(names: Iterable[str]) -> str:
@@ -27,51 +26,49 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def check_weights(skeleton: Any, entries: Mapping[str, TensorEntry], folder: Path) -> None:
+def check_weights(skeleton: Any, entries: Mapping[str, TensorEntry], folder: Path) -> TensorNames:
     """Compares the tensors of a folder with a model built on the meta device, by transformers' own renaming rules.
+
+    Returns:
+        Which tensors hold which parameter.
 
     Raises:
         ModelError: Missing, unexpected or wrongly shaped tensors, or integers where floats belong; all are counted.
     """
-    wanted: dict[str, torch.Tensor] = skeleton.state_dict()
-    found, unexpected = _place(skeleton, entries, wanted)
-    aliases = _tied_groups(skeleton)
-    missing = [name for name in wanted if name not in found and not (aliases.get(name, set()) & found.keys())]
-    missing = _without(missing, skeleton._keys_to_ignore_on_load_missing or ())
-    moved = [
-        pattern
-        for suffix, pattern in _MOVED_BUFFERS.items()
-        if any(name.endswith(suffix) for name, _ in skeleton.named_buffers())
-    ]
-    unexpected = _without(unexpected, [*(skeleton._keys_to_ignore_on_load_unexpected or ()), *moved])
+    names = read_names(skeleton, entries)
     problems = []
-    if missing:
-        problems.append(f"{len(missing)} missing tensors ({list_names(missing)})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} tensors that the model has no place for ({list_names(unexpected)})")
-    wrong = [_misfit(name, entry, wanted[name]) for name, entry in found.items() if entry is not None]
-    misfits = [why for why in wrong if why]
-    if misfits:
-        problems.append(f"{len(misfits)} tensors do not fit: {misfits[0]}")
+    if names.missing:
+        problems.append(f"{len(names.missing)} missing tensors ({list_names(names.missing)})")
+    if names.unexpected:
+        count, shown = len(names.unexpected), list_names(names.unexpected)
+        problems.append(f"{count} tensors that the model has no place for ({shown})")
+    if names.misfits:
+        problems.append(f"{len(names.misfits)} tensors do not fit: {names.misfits[0]}")
     if problems:
         raise ModelError(
             "; ".join(problems),
             file=str(folder),
             todo="weights and config.json must belong together; get the whole model",
         )
+    return names
 
 
-def check_loading(info: Mapping[str, Any], folder: Path) -> None:
+def check_loading(info: Mapping[str, Any], folder: Path, names: TensorNames) -> None:
     """The second look: what transformers itself reports after loading (its conversions of fused weights included).
+
+    Args:
+        info: What `from_pretrained` reports.
+        folder: The model's.
+        names: From `check_weights`; what the class leaves out on purpose is no news.
 
     Raises:
         ModelError: It filled something in, left something out, or met an error.
     """
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-        names = [str(name) for name in info.get(what) or ()]
-        if names:
+        told = {str(name) for name in info.get(what) or ()} - set(names.ignored.values())
+        if told:
             label = what.replace("_keys", " tensors").replace("error_msgs", "errors")
-            raise ModelError(f"{len(names)} {label} while loading: {list_names(names)}", file=str(folder))
+            raise ModelError(f"{len(told)} {label} while loading: {list_names(told)}", file=str(folder))
 
 
 def check_finite(model: torch.nn.Module, folder: Path) -> None:
@@ -94,53 +91,3 @@ def check_finite(model: torch.nn.Module, folder: Path) -> None:
     if broken:
         what = f"{len(broken)} tensors hold non-finite values, NaN or Inf ({list_names(broken)})"
         raise ModelError(what, file=str(folder), todo="get the weights again")
-
-
-def _place(
-    skeleton: Any, entries: Mapping[str, TensorEntry], wanted: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, TensorEntry | None], list[str]]:
-    """Each wanted name with the entry that fills it (None where a conversion fills it from several), and the rest."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    targets = {source: converter.target_patterns for converter in converters for source in converter.source_patterns}
-    prefix = skeleton.base_model_prefix
-    found: dict[str, TensorEntry | None] = {}
-    unexpected: list[str] = []
-    for name, entry in entries.items():
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
-        if renamed not in wanted and name in wanted:
-            renamed, pattern = rename_source_key(name, [], [], prefix, wanted)
-        if renamed not in wanted:
-            unexpected.append(name)
-        elif pattern is None:
-            found[renamed] = entry
-        else:
-            first, *_ = targets[pattern]
-            found.update({renamed.replace(first, target): None for target in targets[pattern]})
-    return found, unexpected
-
-
-def _tied_groups(skeleton: Any) -> dict[str, set[str]]:
-    """For each tied name, the names that share its tensor: one of them in the file is enough."""
-    groups: dict[str, set[str]] = {}
-    for target, source in (getattr(skeleton, "all_tied_weights_keys", None) or {}).items():
-        together = groups.get(target, {target}) | groups.get(source, {source})
-        groups.update(dict.fromkeys(together, together))
-    return groups
-
-
-def _without(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    joined = "|".join(f"({pattern})" for pattern in patterns)
-    return [name for name in names if not (joined and re.search(joined, name))]
-
-
-def _misfit(name: str, entry: TensorEntry, wanted: torch.Tensor) -> str | None:
-    if entry.shape != tuple(wanted.shape):
-        return f"{name} is {list(entry.shape)} in {entry.file.name}, config.json makes it {list(wanted.shape)}"
-    if wanted.is_floating_point() and entry.dtype not in FLOAT_DTYPES:
-        return f"{name} holds {entry.dtype} in {entry.file.name}, where floats belong"
-    return None

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafit.model.names import Part, names_of, write_parts
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -204,8 +206,10 @@ def quantized_hashes(model: Any) -> dict[str, dict[str, Any]]:
     """The proof of every quantised weight, by the path of its layer in the plain base model.
 
     Paths carry neither PEFT's prefix nor its `base_layer`, so that they are the same before and after an adapter.
+    `parts` says which rows of the files the weight is, where that is not the whole tensor of the layer's own name.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = names_of(model)
     proofs: dict[str, dict[str, Any]] = {}
     for path, module in base.named_modules():
         weight: Any = getattr(module, "weight", None)
@@ -218,7 +222,27 @@ def quantized_hashes(model: Any) -> dict[str, dict[str, Any]]:
         else:
             continue
         proofs[name]["transposed"] = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
+        parts = names.parts.get(f"{name}.weight", ()) if names is not None else ()
+        if names is not None and parts != (Part(f"{name}.weight", 0, names.rows.get(f"{name}.weight", 0)),):
+            proofs[name]["parts"] = write_parts(parts, names.rows)
     return proofs
+
+
+def kept_tensors(model: Any, dtype: torch.dtype) -> list[str]:
+    """Tensors of the base's files that the loaded model has not rounded to `dtype`: a merge leaves them as they are.
+
+    The class leaves them out (other heads, towers), or keeps them in a dtype of their own.
+    """
+    names = names_of(model)
+    if names is None:
+        return []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = {
+        path.replace(".base_layer", ""): value
+        for path, value in [*base.named_parameters(), *base.named_buffers()]
+        if value.is_floating_point() and value.dtype != dtype and not is_quantised(value)
+    }
+    return sorted({*names.ignored, *(file for path in own for file in names.files_of(path))})
 
 
 def describe_quantization(model: Any, section: Any, *, dtype: torch.dtype) -> dict[str, Any]:
@@ -230,8 +254,8 @@ def describe_quantization(model: Any, section: Any, *, dtype: torch.dtype) -> di
         dtype: What `load_model` got: weights were rounded to it before they were quantised.
 
     Returns:
-        The section's fields that decide values, `weights_dtype`, `device` (kind), `digest` (of all proofs) and
-        `tensors` (the proofs).
+        The section's fields that decide values, `weights_dtype`, `device` (kind), `digest` (of all proofs), `tensors`
+        (the proofs) and `kept` (see `kept_tensors`).
     """
     tensors = quantized_hashes(model)
     return {
@@ -240,12 +264,13 @@ def describe_quantization(model: Any, section: Any, *, dtype: torch.dtype) -> di
         "device": next(model.parameters()).device.type,
         "digest": digest_of(tensors),
         "tensors": tensors,
+        "kept": kept_tensors(model, dtype),
     }
 
 
 def summarise_quantization(described: Mapping[str, Any]) -> dict[str, Any]:
     """The same without the list of tensors: what `save_adapter` keeps beside the weights."""
-    return {key: value for key, value in described.items() if key != "tensors"}
+    return {key: value for key, value in described.items() if key not in ("tensors", "kept")}
 
 
 def digest_of(tensors: Mapping[str, Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from lorafit.kinds.quantizations import quantizations
 from lorafit.model.attention import offer_attention
 from lorafit.model.check import check_finite, check_loading, check_weights
 from lorafit.model.classes import find_auto_class
+from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import FOUR_BIT_KINDS, choose_targets, leave_narrow, unquantised_names
 from lorafit.model.weights import read_index
@@ -89,7 +90,7 @@ def load_model(
         auto = getattr(transformers, find_auto_class(base.config, auto_class))
         config = _config(base)
         skeleton = _build_skeleton(auto, config, base)
-        check_weights(skeleton, entries, base.path)
+        names = check_weights(skeleton, entries, base.path)
         offer_attention(attention, skeleton)
         kind = quantizations.get(quantization.kind)
         plain = unquantised_names(skeleton)
@@ -116,11 +117,12 @@ def load_model(
             raise
         except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
             raise _model_error(base, error) from error
-    check_loading(info, base.path)
+    check_loading(info, base.path, names)
     check_finite(model, base.path)
     if settings is not None:
         trim_heap()  # what quantising took, before what is left in mapped files is copied
         let_go_of_files(model)
+    keep_names(model, names)
     keep_weights_unpacked(model)
     model.requires_grad_(False)
     model.config.use_cache = False  # else packed rows see each other, and checkpointing warns
@@ -211,13 +213,29 @@ def _config(base: Base) -> Any:
         raise _model_error(base, error) from error
 
 
+def build_class(base: Base, class_name: str = "AutoModelForCausalLM") -> Any:
+    """The model of a class, or of what an auto class chooses, on the meta device: names and shapes, no memory.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    import transformers
+
+    with quiet_libraries():
+        if class_name.startswith("Auto"):
+            class_name = find_auto_class(base.config, class_name)
+        return _build_skeleton(getattr(transformers, class_name), _config(base), base)
+
+
 def _build_skeleton(auto: Any, config: Any, base: Base) -> Any:
     """The model on the meta device: names and shapes, no memory."""
     import torch
 
     try:
         with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=False)
+            if hasattr(auto, "from_config"):
+                return auto.from_config(config, trust_remote_code=False)
+            return auto._from_config(config)
     except Exception as error:  # as in load_model
         raise _model_error(base, error) from error
 

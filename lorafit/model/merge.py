@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafit.errors import ModelError, ResourceError, UsageError
 from lorafit.model.adapter import NOTES, WEIGHTS, AdapterFolder, check_base, read_adapter
 from lorafit.model.adapter_checks import check_values
+from lorafit.model.class_table import read_class_homes, read_class_parts
 from lorafit.model.inspect import summarise_quantization
-from lorafit.model.merge_shards import ShardMerger
+from lorafit.model.merge_shards import ShardMerger, Values
 from lorafit.model.merged_files import choose_companions, write_rest
+from lorafit.model.names import Part, are_parts, read_parts
 from lorafit.model.rebuild import REBUILDERS
 from lorafit.model.tokenizer_files import Companions, write_object
 from lorafit.model.updates import plan_updates
-from lorafit.model.weights import dtype_name, read_index
+from lorafit.model.weights import TensorEntry, dtype_name, read_index
 from lorafit.rundir import atomic_dir, disk_errors
 
 if TYPE_CHECKING:
@@ -123,16 +126,12 @@ def merge_adapter(
     check_base(adapter, base)
     check_values(adapter.tensors, adapter_folder / WEIGHTS, adapter.config["lora_alpha"], reporter)
     entries = read_index(base.path)
-    updates = plan_updates(adapter, entries, base.config)
+    updates = plan_updates(adapter, entries, base.config, partial(read_class_homes, base, adapter, entries=entries))
     companions = choose_companions(base, adapter, reporter)
     if judge is not None:
         judge(companions)
     used = _check_quantization(kind, quantization, base)
-    if dtype is None and used is not None:
-        import torch
-
-        dtype = getattr(torch, used["weights_dtype"])
-    merger = ShardMerger(entries, updates, used, None if dtype is None else dtype_name(dtype), verify=verify)
+    merger = ShardMerger(entries, updates, _choose_values(base, used, dtype, entries), verify=verify)
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
@@ -146,7 +145,7 @@ def merge_adapter(
         with reporter.track(len(entries), "merging") as bar:
             merger.write(temporary, bar)
         codes_off, proven = merger.conclude(reporter)
-        write_rest(base, companions, temporary, merger.dtypes.values())
+        write_rest(base, companions, temporary, merger.cast_dtypes)
         _write_notes(temporary, base, adapter, kind, used)
         if check is not None:
             check(temporary)
@@ -154,7 +153,7 @@ def merge_adapter(
         output=output,
         kind=kind,
         tensors=len(entries),
-        merged_tensors=len(updates),
+        merged_tensors=len(updates.patches),
         rebuilt_tensors=len(merger.rebuilt),
         written_bytes=merger.total_bytes,
         proven=proven,
@@ -205,7 +204,45 @@ def _malformed(used: Mapping[str, Any]) -> str | None:
             return f"tensors.{name}"
         if not isinstance(proof.get("offset"), numbers):
             return f"tensors.{name}.offset"
-    return None
+        if not are_parts(proof.get("parts", [""])):
+            return f"tensors.{name}.parts"
+    kept = used.get("kept", [])
+    return None if isinstance(kept, list) and all(isinstance(name, str) for name in kept) else "kept"
+
+
+def _choose_values(
+    base: Base, used: Mapping[str, Any] | None, dtype: torch.dtype | None, entries: Mapping[str, TensorEntry]
+) -> Values:
+    """What is written: the files' own values, or those that training saw, in the dtype it rounded the others to."""
+    if used is None:
+        return Values(dtype=None if dtype is None else dtype_name(dtype))
+    import torch
+
+    dtype = dtype or getattr(torch, used["weights_dtype"])
+    return Values(
+        used, _find_quantised(base, used["tensors"], entries), dtype_name(dtype), frozenset(used.get("kept", ()))
+    )
+
+
+def _find_quantised(
+    base: Base, proofs: Mapping[str, Mapping[str, Any]], entries: Mapping[str, TensorEntry]
+) -> dict[str, Sequence[Part]]:
+    """Where the weights of quantised layers lie: as the run noted it, else by their own names, else by the class."""
+    found: dict[str, Sequence[Part]] = {}
+    rows = {name: entry.as_matrix().rows for name, entry in entries.items()}
+    for path, proof in proofs.items():
+        name = f"{path}.weight"
+        if "parts" in proof:
+            found[path] = read_parts(proof["parts"], rows)
+        elif name in entries:
+            found[path] = [Part(name, 0, rows[name])]
+    for path, parts in found.items():
+        lost = [part.name for part in parts if not 0 <= part.start < part.stop <= rows.get(part.name, 0)]
+        if lost:
+            what = f"finds no home in the base: it has no '{lost[0]}' of that size"
+            raise ModelError(what, file=str(base.path), key=path, todo="use the base it was trained on")
+    nameless = [path for path in proofs if path not in found]
+    return {**found, **(read_class_parts(base, nameless, entries) if nameless else {})}
 
 
 def _write_notes(

@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import ModelError, NumericsError
+from lorafit.errors import NumericsError
 from lorafit.model.addition import Addition, Factors, Proof
 from lorafit.model.background import BackgroundWriter
-from lorafit.model.check import list_names
-from lorafit.model.inspect import digest_of
-from lorafit.model.rebuild import REBUILDERS, FourBitRows, Int8Rows, PlainRows, compare_proof, row_blocks
-from lorafit.model.updates import Update, find_weight
+from lorafit.model.names import Part
+from lorafit.model.rebuild import PlainRows, Rebuilder, Rows, row_blocks
+from lorafit.model.stretches import Stretch, cut_tensors
+from lorafit.model.updates import Updates
 from lorafit.model.weights import (
     FLOAT_DTYPES,
     INDEX,
@@ -42,7 +43,31 @@ ALLOWED_DIFFERENCE = 1e-5
 _TENSORS_BEHIND = 1
 """Tensors that may wait for their check beside the one that is written; each may hold a rebuilt weight."""
 
-Rows = PlainRows | FourBitRows | Int8Rows
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How the values that are written are made.
+
+    Attributes:
+        used: The run's quantization.json where the weights are those that training saw; None for the file's own.
+        quantised: Where the weights of its quantised layers lie, by path.
+        dtype: safetensors' name of what floats are written in; the file's where None.
+        kept: Tensors that stay in the file's dtype all the same: what the class leaves out, or keeps in another.
+    """
+
+    used: Mapping[str, Any] | None = None
+    quantised: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    dtype: str | None = None
+    kept: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A stretch with what its values are made of."""
+
+    stretch: Stretch
+    rows: Rows
+    factors: Factors | None
 
 
 class ShardMerger:
@@ -50,40 +75,35 @@ class ShardMerger:
 
     Args:
         entries: The base's tensors.
-        updates: The adapter's, by the weight they belong to.
-        used: The run's quantization.json where the weights are those that training saw; None for the file's own.
-        dtype: safetensors' name of what floats are written in; the file's where None.
+        updates: The adapter's.
+        values: How what is written is made.
         verify: Whether each written tensor is read back and compared.
 
     Attributes:
         dtypes: What each tensor is written in.
+        cast_dtypes: Of those, what tensors have that are not kept as they are.
         total_bytes: Of all of them.
-        rebuilt: Name -> (layer's path, the run's proof) of the quantised ones.
+        rebuilt: Paths of the layers whose quantised values are made again.
         digests: SHA-256 of the written files by name, filled by `write`.
         largest_error: Largest |written - exact| over its bound, 0 to 1.
     """
 
-    def __init__(
-        self,
-        entries: Mapping[str, TensorEntry],
-        updates: Mapping[str, Update],
-        used: Mapping[str, Any] | None,
-        dtype: str | None,
-        *,
-        verify: bool,
-    ) -> None:
-        self._entries, self._updates, self._used, self._verify = entries, updates, used, verify
-        proofs = (used or {}).get("tensors", {})
-        found = {path: find_weight(path, entries) for path in proofs}
-        lost = [path for path, name in found.items() if name is None]
-        if lost:
-            raise ModelError(f"{len(lost)} layers that training quantised are not in the base: {list_names(lost)}")
-        self.rebuilt = {str(name): (path, proofs[path]) for path, name in found.items()}
-        self._proofs: dict[str, Mapping[str, Any]] = {}
-        self._codes_off = 0
+    def __init__(self, entries: Mapping[str, TensorEntry], updates: Updates, values: Values, *, verify: bool) -> None:
+        self._entries, self._copies, self._verify = entries, updates.copies, verify
+        self._rebuilder = Rebuilder(entries, values.used, values.quantised) if values.used is not None else None
+        self.rebuilt = list(values.quantised) if values.used is not None else []
+        matrices = {name: entry.as_matrix() for name, entry in entries.items()}
+        rows = {name: matrix.rows for name, matrix in matrices.items()}
+        self._stretches = cut_tensors(rows, {path: values.quantised[path] for path in self.rebuilt}, updates.patches)
         self.largest_error = 0.0
         self.digests: dict[str, str] = {}
-        self.dtypes = {n: dtype if dtype and e.dtype in FLOAT_DTYPES else e.dtype for n, e in entries.items()}
+        self.dtypes = {
+            name: values.dtype
+            if values.dtype and entry.dtype in FLOAT_DTYPES and name not in values.kept
+            else entry.dtype
+            for name, entry in entries.items()
+        }
+        self.cast_dtypes = {dtype for name, dtype in self.dtypes.items() if name not in values.kept}
         self.total_bytes = sum(e.elements * torch_dtype(self.dtypes[n]).itemsize for n, e in entries.items())
 
     def write(self, folder: Path, progress: Progress) -> None:
@@ -95,7 +115,7 @@ class ShardMerger:
         """
         files = dict.fromkeys(entry.file for entry in self._entries.values())
         behind: deque[Future[None]] = deque()
-        with _one_thread(self._used is None), BackgroundWriter() as writer, ThreadPoolExecutor(1) as checking:
+        with _one_thread(self._rebuilder is None), BackgroundWriter() as writer, ThreadPoolExecutor(1) as checking:
             for source in files:
                 entries = sorted(read_header(source).values(), key=lambda entry: entry.offset)
                 header = build_header([(e.name, self.dtypes[e.name], e.shape) for e in entries])
@@ -103,13 +123,14 @@ class ShardMerger:
                 writer.begin(target)
                 last = writer.put(header)
                 for entry in entries:
-                    written = TensorEntry(entry.name, target, self.dtypes[entry.name], entry.shape, offset, 0)
-                    rows, factors = self._rows(entry), self._factors(entry.name)
-                    for block in self._blocks(rows, written, factors, writer):
+                    matrix = entry.as_matrix()
+                    written = TensorEntry(entry.name, target, self.dtypes[entry.name], matrix.shape, offset, 0)
+                    sources = [self._source(matrix, stretch) for stretch in self._stretches[entry.name]]
+                    for block in self._blocks(sources, written, writer):
                         last = writer.put(block)
                         offset += block.numel()
                     if self._verify:
-                        behind.append(checking.submit(self._check_written, last, rows, written, factors))
+                        behind.append(checking.submit(self._check_written, last, sources, written))
                     while len(behind) > _TENSORS_BEHIND:
                         behind.popleft().result()
                     progress.advance()
@@ -121,62 +142,57 @@ class ShardMerger:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _rows(self, entry: TensorEntry) -> Rows:
-        if self._used is None or entry.name not in self.rebuilt:
-            return PlainRows(entry)
-        path, proof = self.rebuilt[entry.name]
-        rows = REBUILDERS[self._used["kind"]](entry, self._used, proof)
-        same = self._used.get("device") == "cpu"
-        self._codes_off += compare_proof(entry.name, rows.proof, proof, same_device=same)
-        self._proofs[path] = rows.proof
-        return rows
+    def _source(self, entry: TensorEntry, stretch: Stretch) -> _Source:
+        rows: Rows = PlainRows(entry)
+        if stretch.layer is not None and self._rebuilder is not None:
+            rows = self._rebuilder.rows(stretch.layer)
+        elif entry.name in self._copies:
+            rows = PlainRows(self._copies[entry.name].as_matrix(), torch_dtype(entry.dtype))
+        return _Source(stretch, rows, stretch.patch.factors() if stretch.patch else None)
 
-    def _factors(self, name: str) -> Factors | None:
-        update = self._updates.get(name)
-        return update.factors() if update else None
-
-    def _blocks(
-        self, rows: Rows, written: TensorEntry, factors: Factors | None, writer: BackgroundWriter
-    ) -> Iterator[Any]:
+    def _blocks(self, sources: Sequence[_Source], written: TensorEntry, writer: BackgroundWriter) -> Iterator[Any]:
         """The bytes of a tensor as they are written, in memory of the writer's."""
         dtype = torch_dtype(written.dtype)
-        addition = Addition(factors) if factors else None
-        for start, stop in row_blocks(written.rows, written.row_elements):
-            block = writer.take_block((stop - start) * written.row_elements * dtype.itemsize)
-            out = block.view(dtype).view((stop - start, *written.shape[1:]) if written.shape else ())
-            values = rows.read(start, stop, out)
-            if addition is not None:
-                addition.add(values, start, out)
-            elif values is not out:
-                out.copy_(values)
-            yield block
+        for source in sources:
+            addition = Addition(source.factors) if source.factors else None
+            first, count = source.stretch.first, source.stretch.stop - source.stretch.start
+            for start, stop in row_blocks(count, written.row_elements):
+                block = writer.take_block((stop - start) * written.row_elements * dtype.itemsize)
+                out = block.view(dtype).view((stop - start, *written.shape[1:]) if written.shape else ())
+                values = source.rows.read(first + start, first + stop, out)
+                if addition is not None:
+                    addition.add(values, start, out)
+                elif values is not out:
+                    out.copy_(values)
+                yield block
 
-    def _check_written(
-        self, last_write: Future[None], rows: Rows, written: TensorEntry, factors: Factors | None
-    ) -> None:
+    def _check_written(self, last_write: Future[None], sources: Sequence[_Source], written: TensorEntry) -> None:
         last_write.result()
-        self._check(rows, written, factors)
+        for source in sources:
+            self._check(source, written)
 
-    def _check(self, rows: Rows, written: TensorEntry, factors: Factors | None) -> None:
-        """Reads a tensor back from the output file and compares it with W + s * B A (see `Proof`).
+    def _check(self, source: _Source, written: TensorEntry) -> None:
+        """Reads a stretch back from the output file and compares it with W + s * B A (see `Proof`).
 
-        A tensor without an update must be equal to the cast one, bit for bit.
+        One without an update must be equal to the cast one, bit for bit.
         """
         import torch
 
-        proof = Proof(factors, written.dtype) if factors else None
+        proof = Proof(source.factors, written.dtype) if source.factors else None
         base_dtype, dtype = torch_dtype(self._entries[written.name].dtype), torch_dtype(written.dtype)
+        stretch = source.stretch
         into: tuple[torch.Tensor, torch.Tensor] | None = None
-        for start, stop in row_blocks(written.rows, written.row_elements):
+        for start, stop in row_blocks(stretch.stop - stretch.start, written.row_elements):
             shape = (stop - start, *written.shape[1:]) if written.shape else ()
             if into is None or into[0].shape != shape:  # the last block may be lower
                 into = torch.empty(shape, dtype=base_dtype), torch.empty(shape, dtype=dtype)
-            source, got = rows.read(start, stop, into[0]), read_rows(written, start, stop, into[1])
+            values = source.rows.read(stretch.first + start, stretch.first + stop, into[0])
+            got = read_rows(written, stretch.start + start, stretch.start + stop, into[1])
             if proof is None:
-                if not torch.equal(_as_bytes(got), _as_bytes(source.to(got.dtype))):
+                if not torch.equal(_as_bytes(got), _as_bytes(values.to(got.dtype))):
                     raise _mismatch(written, "its bytes differ from the base's")
                 continue
-            worst = proof.compare(source, got, start)
+            worst = proof.compare(values, got, start)
             if not worst <= 1.0:
                 raise _mismatch(written, f"it is {worst:.3g} times the rounding bound away from W + s * B A")
             self.largest_error = max(self.largest_error, worst)
@@ -187,23 +203,9 @@ class ShardMerger:
         Raises:
             NumericsError: More codes are off than another kind of device explains.
         """
-        if self._used is None:
+        if self._rebuilder is None:
             return 0, False
-        total = sum(self._entries[name].elements for name in self.rebuilt)
-        if self._codes_off > ALLOWED_DIFFERENCE * total:
-            raise NumericsError(
-                f"{self._codes_off} of {total} codes of the rebuilt base differ from the run's",
-                todo="use the run's own base files; else merge with --base original",
-            )
-        if self._codes_off:
-            reporter.warn(
-                f"{self._codes_off} of {total} codes are one level off: trained on {self._used.get('device')}"
-            )
-        elif self._used.get("digest") not in (None, digest_of(self._proofs)):
-            raise NumericsError(
-                "the rebuilt base has another digest than the run's", todo="use the run's own base files"
-            )
-        return self._codes_off, True
+        return self._rebuilder.conclude(ALLOWED_DIFFERENCE, reporter), True
 
 
 @contextlib.contextmanager

@@ -10,15 +10,18 @@ all absmax values together; the subtracted mean is the run's own, since a mean's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import NumericsError
-from lorafit.model.inspect import count_differences, hash_four_bit, hash_tensor
-from lorafit.model.weights import TensorEntry, read_rows
+from lorafit.model.inspect import count_differences, digest_of, hash_four_bit, hash_tensor
+from lorafit.model.names import Part
+from lorafit.model.weights import AnyEntry, StackedEntry, TensorEntry, read_rows
 
 if TYPE_CHECKING:
     import torch
+
+    from lorafit.contracts import Reporter
 
 BLOCK_ELEMENTS = 512 * 1024
 """Values read, quantised and written at a time: 1 MiB in bf16."""
@@ -44,14 +47,20 @@ def row_blocks(
 
 
 class PlainRows:
-    """A weight as the file holds it, read when asked for."""
+    """A weight as a file holds it, read when asked for.
 
-    def __init__(self, entry: TensorEntry) -> None:
-        self.entry = entry
+    Args:
+        entry: In the file.
+        dtype: What it is rounded to at once, as a model that loads it does; the file's own where None.
+    """
+
+    def __init__(self, entry: TensorEntry, dtype: torch.dtype | None = None) -> None:
+        self.entry, self._dtype = entry, dtype
 
     def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of the file's tensor, in the file's dtype: `[stop - start, ...]`; `into`, where it fits."""
-        return read_rows(self.entry, start, stop, into)
+        """Rows of the tensor: `[stop - start, ...]`; `into`, where it fits."""
+        rows = read_rows(self.entry, start, stop, into)
+        return rows if self._dtype is None else rows.to(self._dtype)
 
 
 class FourBitRows:
@@ -61,12 +70,12 @@ class FourBitRows:
     `[in, out]`) is held dequantised instead; such weights are small.
 
     Args:
-        entry: The weight in the base's file.
+        entry: The weight in the base's files.
         used: The run's quantization.json, tensors apart.
         proof: That weight's entry of its `tensors`; None where the run stored none.
     """
 
-    def __init__(self, entry: TensorEntry, used: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
+    def __init__(self, entry: AnyEntry, used: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
         import torch
         from bitsandbytes.functional import dequantize_blockwise
 
@@ -92,7 +101,7 @@ class FourBitRows:
         """
         return self._dequantise(start, stop) if self._whole is None else self._whole[start:stop]
 
-    def _quantise(self, entry: TensorEntry) -> tuple[torch.Tensor, torch.Tensor]:
+    def _quantise(self, entry: AnyEntry) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
         from bitsandbytes.functional import quantize_4bit
 
@@ -155,7 +164,7 @@ class Int8Rows:
     bitsandbytes quantises from fp16. Its forward pass multiplies the codes themselves, so their values stay unrounded.
     """
 
-    def __init__(self, entry: TensorEntry, used: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
+    def __init__(self, entry: AnyEntry, used: Mapping[str, Any], proof: Mapping[str, Any] | None) -> None:
         import torch
         from bitsandbytes.functional import int8_vectorwise_quant
 
@@ -181,6 +190,7 @@ class Int8Rows:
         return values.t() if self._transposed else values
 
 
+Rows = PlainRows | FourBitRows | Int8Rows
 REBUILDERS: dict[str, type[FourBitRows] | type[Int8Rows]] = {"nf4": FourBitRows, "fp4": FourBitRows, "int8": Int8Rows}
 
 
@@ -211,3 +221,67 @@ def compare_proof(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any],
             todo="use the run's own base files; else merge with --base original",
         )
     return max(1, sum(count_differences(ours[key], theirs[key]) for key in sums))
+
+
+class Rebuilder:
+    """The quantised layers of a run, each made again when its rows are asked for, and proven.
+
+    Args:
+        entries: The base's tensors.
+        used: The run's quantization.json.
+        homes: Where each layer's weight lies in the files, by path.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, TensorEntry], used: Mapping[str, Any], homes: Mapping[str, Sequence[Part]]
+    ) -> None:
+        self._entries, self._used, self._homes = entries, used, homes
+        self._recent: dict[str, FourBitRows | Int8Rows] = {}
+        self._proofs: dict[str, Mapping[str, Any]] = {}
+        self._codes_off = 0
+
+    def rows(self, path: str) -> FourBitRows | Int8Rows:
+        """A layer's values as training saw them. The last one is remembered: several tensors may hold its rows.
+
+        Raises:
+            NumericsError: They are not those of the run.
+        """
+        if path not in self._recent:
+            proof, parts = self._used["tensors"][path], self._homes[path]
+            made = REBUILDERS[self._used["kind"]](_stack(self._entries, parts), self._used, proof)
+            off = compare_proof(parts[0].name, made.proof, proof, same_device=self._used.get("device") == "cpu")
+            self._codes_off += 0 if path in self._proofs else off
+            self._proofs[path] = made.proof
+            self._recent = {path: made}
+        return self._recent[path]
+
+    def conclude(self, allowed_share: float, reporter: Reporter) -> int:
+        """Codes that are one level off, once all layers were made again.
+
+        Args:
+            allowed_share: Of all codes, how many may be.
+            reporter: Warned where some are.
+
+        Raises:
+            NumericsError: More are, or all together are not those of the run.
+        """
+        rows = (part.stop - part.start for parts in self._homes.values() for part in parts)
+        widths = (self._entries[part.name].as_matrix().row_elements for parts in self._homes.values() for part in parts)
+        total = sum(count * width for count, width in zip(rows, widths, strict=True))
+        todo = "use the run's own base files"
+        if self._codes_off > allowed_share * total:
+            raise NumericsError(
+                f"{self._codes_off} of {total} codes of the rebuilt base differ from the run's",
+                todo=f"{todo}; else merge with --base original",
+            )
+        if self._codes_off:
+            device = self._used.get("device")
+            reporter.warn(f"{self._codes_off} of {total} codes are one level off: trained on {device}")
+        elif self._used.get("digest") not in (None, digest_of(self._proofs)):
+            raise NumericsError("the rebuilt base has another digest than the run's", todo=todo)
+        return self._codes_off
+
+
+def _stack(entries: Mapping[str, TensorEntry], parts: Sequence[Part]) -> AnyEntry:
+    pieces = tuple(entries[part.name].as_matrix().rows_between(part.start, part.stop) for part in parts)
+    return pieces[0] if len(pieces) == 1 else StackedEntry(pieces)

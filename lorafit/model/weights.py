@@ -16,7 +16,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,47 @@ class TensorEntry:
     def row_elements(self) -> int:
         """Values of one step along its first axis."""
         return math.prod(self.shape[1:])
+
+    def as_matrix(self) -> TensorEntry:
+        """The same tensor with all axes but its last taken as one; as it is where it has no more than two."""
+        if len(self.shape) < 3:
+            return self
+        return replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
+
+    def rows_between(self, start: int, stop: int) -> TensorEntry:
+        """Rows `start` to `stop` as a tensor of their own."""
+        row_bytes = self.row_elements * DTYPE_BYTES[self.dtype]
+        return replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row_bytes,
+            size_bytes=(stop - start) * row_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StackedEntry:
+    """Rows of several tensors, of one width and dtype, read as one matrix: `[rows, columns]`."""
+
+    parts: tuple[TensorEntry, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows of all, and their columns."""
+        return (sum(part.rows for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def elements(self) -> int:
+        """Values it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts together."""
+        return self.shape[0]
+
+
+AnyEntry = TensorEntry | StackedEntry
 
 
 def _look(file: Path, head: bytes, size: int) -> str | None:
@@ -257,7 +298,7 @@ def main_dtype(entries: Mapping[str, TensorEntry]) -> str:
 
 
 def read_rows(
-    entry: TensorEntry, start: int = 0, stop: int | None = None, into: torch.Tensor | None = None
+    entry: AnyEntry, start: int = 0, stop: int | None = None, into: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rows `start` to `stop` of a tensor (all of it by default) in the file's dtype: `[stop - start, ...]`.
 
@@ -270,6 +311,8 @@ def read_rows(
     import torch
 
     stop = entry.rows if stop is None else stop
+    if isinstance(entry, StackedEntry):
+        return _read_stacked(entry, start, stop)
     row_bytes = entry.row_elements * DTYPE_BYTES[entry.dtype]
     shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
     dtype = torch_dtype(entry.dtype)
@@ -289,6 +332,18 @@ def read_rows(
     finally:
         os.close(descriptor)
     return values
+
+
+def _read_stacked(entry: StackedEntry, start: int, stop: int) -> torch.Tensor:
+    import torch
+
+    first, found = 0, []
+    for part in entry.parts:
+        low, high = max(start, first), min(stop, first + part.rows)
+        if low < high:
+            found.append(read_rows(part, low - first, high - first))
+        first += part.rows
+    return torch.cat(found)
 
 
 def bytes_of(values: torch.Tensor) -> memoryview:

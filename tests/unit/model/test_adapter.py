@@ -49,7 +49,8 @@ def test_peft_reads_what_we_write(tmp_path: Path, family: str) -> None:
     origin = {"kind": "folder", "name": "base", "folder": "base", "revision": None, "commit": None}
     assert notes["base"] == origin | {"digest": made.base.digest}
     assert str(tmp_path) not in (made.adapter / NOTES).read_text()
-    assert notes["transposed"] == (["c_attn", "c_fc", "c_proj"] if family == "gpt2" else [])
+    assert len(notes["layers"]) == (8 if family == "gpt2" else 14)
+    assert all(layer == ({"transposed": True} if family == "gpt2" else None) for layer in notes["layers"].values())
 
 
 def test_files_are_equal_each_time(trained: Callable[..., Trained], tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_wrong_written_tensor_is_found_and_nothing_is_kept(
     made = trained("none", dtype=torch.float32)
     check = ShardMerger._check
 
-    def flip(self: ShardMerger, rows: Any, written: TensorEntry, factors: Any) -> None:
+    def flip(self: ShardMerger, source: Any, written: TensorEntry) -> None:
         if perturbed in written.name:
             with written.file.open("r+b") as file:
                 position = written.offset + written.elements * 4 - 4
@@ -184,7 +184,7 @@ def test_a_wrong_written_tensor_is_found_and_nothing_is_kept(
                 byte = file.read(1)[0]
                 file.seek(position)
                 file.write(bytes([byte ^ 0x80]))  # a low mantissa bit of the last value
-        check(self, rows, written, factors)
+        check(self, source, written)
 
     monkeypatch.setattr(ShardMerger, "_check", flip)
     with pytest.raises(NumericsError, match="written tensor is wrong") as caught:
@@ -229,7 +229,7 @@ def test_every_adapter_tensor_is_used_and_none_is_missing(trained: Callable[...,
     whole = load_file(file)
     half = dict(list(whole.items())[::2])
     cases: list[tuple[dict[str, torch.Tensor], str]] = [
-        ({"zzz": torch.ones(2)}, "14 missing adapter tensors"),
+        ({"zzz": torch.ones(2)}, "28 missing adapter tensors"),
         (half, "missing adapter tensors"),
         (whole | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 128)}, "layers.9.mlp"),
     ]

@@ -1,0 +1,343 @@
+"""Which rows of which tensors in a folder's files hold each parameter of its model class: the one rule for names.
+
+    file tensor --transformers' renamings--> parameter                          one of another name
+                --transformers' conversions--> rows of one or several parameters  fused, split, stacked experts
+
+A conversion is not imitated: transformers' own operations run on numbers of rows in the place of values, and what they
+give says where every row went. What it does to the columns, or to values, has no rows to follow and is noted as such.
+
+Everything here knows names and shapes alone, so it is settled before a weight is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from lorafit.model.weights import FLOAT_DTYPES, TensorEntry
+
+if TYPE_CHECKING:
+    import torch
+
+_ROW_OPERATIONS = frozenset(
+    {"Chunk", "Split", "Concatenate", "MergeModulelist", "Interleave", "PermuteForRope"}
+    | {"ErnieFuseAndSplitTextVisionExperts"}
+)
+"""Operations of transformers that move values and change none."""
+_MOVED_BUFFERS = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+_MASKS = r"(^|\.)(masked_bias|causal_mask)$"  # constants that older classes saved with each attention
+_KEPT_AT = "_lorafit_tensor_names"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one tensor of the files; a tensor of more than two axes counts as a matrix of all but its last.
+
+    Attributes:
+        start: First row.
+        stop: One behind the last.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A parameter that is made from the files' tensors in another way than by putting rows together.
+
+    Attributes:
+        how: transformers' operations, by name.
+        files: Names of the tensors it is made from.
+    """
+
+    how: str
+    files: tuple[str, ...]
+
+
+@dataclass
+class TensorNames:
+    """The table of one class and one folder.
+
+    Attributes:
+        rows: Of every tensor in the files, by name.
+        shapes: Of every parameter and saved buffer of the class, by name.
+        parts: Where each lies: rows that make it up, in order. A tied one has the rows of the one that is in the files.
+        converted: Those whose values are made otherwise.
+        missing: Names of the class that nothing in the files fills.
+        unexpected: Names in the files that the class has no place for.
+        ignored: Names in the files that the class leaves out on purpose (extra heads, other towers, moved buffers),
+            each with what transformers' renaming makes of it.
+        misfits: A sentence for each tensor of another shape or kind than the class wants.
+        tied: For each name that shares its tensor with others, all of these names.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
+    converted: dict[str, Conversion] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    misfits: list[str] = field(default_factory=list)
+    tied: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def files_of(self, parameter: str) -> tuple[str, ...]:
+        """Names of the tensors in the files that a parameter is made from."""
+        if parameter in self.converted:
+            return self.converted[parameter].files
+        return tuple(dict.fromkeys(part.name for part in self.parts.get(parameter, ())))
+
+
+def write_parts(parts: Iterable[Part], rows: Mapping[str, int]) -> list[Any]:
+    """Parts as JSON: a name for a whole tensor, `[name, start, stop]` for some of its rows.
+
+    Args:
+        rows: Of every tensor in the files.
+    """
+    return [
+        part.name if (part.start, part.stop) == (0, rows.get(part.name)) else [part.name, part.start, part.stop]
+        for part in parts
+    ]
+
+
+def are_parts(written: Any) -> bool:
+    """Whether a value is what `write_parts` writes."""
+    if not isinstance(written, list) or not written:
+        return False
+    return all(
+        isinstance(part, str) or (isinstance(part, list) and [type(value) for value in part] == [str, int, int])
+        for part in written
+    )
+
+
+def read_parts(written: Iterable[Any], rows: Mapping[str, int]) -> tuple[Part, ...]:
+    """What `write_parts` wrote; a tensor that is not in the files has no rows."""
+    return tuple(
+        Part(part, 0, rows.get(part, 0)) if isinstance(part, str) else Part(str(part[0]), int(part[1]), int(part[2]))
+        for part in written
+    )
+
+
+def keep_names(model: Any, names: TensorNames) -> None:
+    """Keeps the table on the loaded model, as transformers keeps the conversions it used there."""
+    setattr(model, _KEPT_AT, names)
+
+
+def names_of(model: Any) -> TensorNames | None:
+    """The table that `load_model` kept on a model, with or without an adapter; None for a model of other origin."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, _KEPT_AT, None)
+
+
+def read_names(skeleton: Any, entries: Mapping[str, TensorEntry]) -> TensorNames:
+    """The table of a class and a folder.
+
+    Args:
+        skeleton: The model on the meta device, without an adapter.
+        entries: The folder's tensors.
+    """
+    wanted: dict[str, torch.Tensor] = skeleton.state_dict()
+    names = TensorNames(
+        rows={name: entry.as_matrix().rows for name, entry in entries.items()},
+        shapes={name: tuple(value.shape) for name, value in wanted.items()},
+    )
+    plain, gathered, foreign = _place(skeleton, entries, wanted)
+    for name, entry in plain.items():
+        names.parts[name] = (Part(entry.name, 0, entry.as_matrix().rows),)
+        if why := _misfit(name, entry, wanted[name]):
+            names.misfits.append(why)
+    for first, (converter, sources) in gathered.items():
+        _convert(names, skeleton, first, converter, sources, wanted)
+    names.tied = _tied_groups(skeleton)
+    found = names.parts.keys() | names.converted.keys()
+    for name in wanted:
+        together = names.tied.get(name, frozenset()) & names.parts.keys()
+        if name not in found and together:
+            names.parts[name] = names.parts[min(together)]
+    lacking = [name for name in wanted if name not in names.parts and name not in names.converted]
+    names.missing = _without(lacking, skeleton._keys_to_ignore_on_load_missing or ())
+    left_out = [*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_moved_buffers(skeleton), _MASKS]
+    unexpected = set(_without(foreign.values(), left_out))
+    names.unexpected = [name for name, renamed in foreign.items() if renamed in unexpected]
+    names.ignored = {name: renamed for name, renamed in foreign.items() if renamed not in unexpected}
+    return names
+
+
+_Gathered = dict[str, tuple[Any, list[tuple[str, TensorEntry]]]]
+"""The first parameter that a conversion makes -> (the conversion, its sources as (pattern, tensor), in order)."""
+
+
+def _place(
+    skeleton: Any, entries: Mapping[str, TensorEntry], wanted: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, TensorEntry], _Gathered, dict[str, str]]:
+    """Tensors that only get another name, those that conversions gather, and those that lead nowhere (with where)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {source: converter for converter in converters for source in converter.source_patterns}
+    prefix = skeleton.base_model_prefix
+    plain: dict[str, TensorEntry] = {}
+    gathered: _Gathered = {}
+    foreign: dict[str, str] = {}
+    for name in sorted(entries, key=dot_natural_key):  # transformers' order, which decides which expert is which
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if renamed not in wanted and name in wanted:
+            renamed, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if renamed not in wanted or (pattern is None and (renamed in plain or renamed in gathered)):
+            foreign[name] = renamed
+        elif pattern is None:
+            plain[renamed] = entries[name]
+        else:
+            sources = gathered.setdefault(renamed, (by_pattern[pattern], []))[1]
+            sources.append((pattern, entries[name]))
+    return plain, gathered, foreign
+
+
+def _convert(
+    names: TensorNames,
+    skeleton: Any,
+    first: str,
+    converter: Any,
+    sources: Sequence[tuple[str, TensorEntry]],
+    wanted: Mapping[str, torch.Tensor],
+) -> None:
+    """Adds what one conversion makes: the parameters' rows, or their names where rows cannot be followed."""
+    targets = [first.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
+    how = ", ".join(type(operation).__name__ for operation in converter.operations)
+    files = tuple(entry.name for _, entry in sources)
+    rows = _follow_rows(skeleton, first, converter, sources)
+    shapes = _converted_shapes(skeleton, first, converter, sources)
+    for target in targets:
+        if target not in wanted:
+            continue
+        if target in rows:
+            names.parts[target] = rows[target]
+        else:
+            names.converted[target] = Conversion(how, files)
+        shape = tuple(wanted[target].shape)
+        if shapes.get(target, shape) != shape or target not in shapes:
+            made = list(shapes[target]) if target in shapes else "nothing"
+            names.misfits.append(f"{target} is made {made} of {len(files)} tensors, config.json makes it {list(shape)}")
+        wrong = [_wrong_kind(target, entry, wanted[target]) for _, entry in sources]
+        names.misfits += [why for why in wrong if why]
+
+
+def _follow_rows(
+    skeleton: Any, first: str, converter: Any, sources: Sequence[tuple[str, TensorEntry]]
+) -> dict[str, tuple[Part, ...]]:
+    """For each parameter that a conversion makes: the rows it is made of; it is left out where there are none to tell.
+
+    Each tensor goes in as the numbers of its rows, counted through all sources, its last axis cut to one.
+    """
+    import torch
+
+    if any(type(operation).__name__ not in _ROW_OPERATIONS for operation in converter.operations):
+        return {}
+    widths = {entry.as_matrix().row_elements for _, entry in sources}
+    if len(widths) != 1:
+        return {}
+    starts, total, numbered = [], 0, []
+    for pattern, entry in sources:
+        shape = (*entry.shape[:-1], 1) if len(entry.shape) > 1 else entry.shape
+        numbered.append((pattern, torch.arange(total, total + entry.as_matrix().rows).view(shape)))
+        starts.append(total)
+        total += entry.as_matrix().rows
+    try:
+        made = _run(skeleton, first, converter, numbered)
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return {}
+    width = widths.pop()
+    found = {}
+    for target, numbers in made.items():
+        shape = tuple(skeleton.get_parameter_or_buffer(target).shape)
+        lead = (*shape[:-1], 1) if len(shape) > 1 else shape
+        if tuple(numbers.shape) == lead and (len(shape) < 2 or shape[-1] == width):
+            found[target] = _as_parts(numbers.reshape(-1), starts, [entry for _, entry in sources])
+    return found
+
+
+def _converted_shapes(
+    skeleton: Any, first: str, converter: Any, sources: Sequence[tuple[str, TensorEntry]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a conversion makes, from a run on tensors without values; none where it does not run."""
+    import torch
+
+    empty = [(pattern, torch.empty(entry.shape, device="meta")) for pattern, entry in sources]
+    try:
+        made = _run(skeleton, first, converter, empty)
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return {}
+    return {target: tuple(value.shape) for target, value in made.items()}
+
+
+def _run(
+    skeleton: Any, first: str, converter: Any, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """What transformers' conversion makes of these tensors, by the parameters' full names."""
+    fresh = copy.deepcopy(converter)
+    for pattern, tensor in tensors:
+        fresh.add_tensor(first, first, pattern, tensor)
+    made = fresh.convert(first, model=skeleton, config=skeleton.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _as_parts(numbers: torch.Tensor, starts: Sequence[int], entries: Sequence[TensorEntry]) -> tuple[Part, ...]:
+    """Runs of consecutive row numbers, each inside one tensor."""
+    import torch
+
+    if not numbers.numel():
+        return ()
+    owners = torch.bucketize(numbers, torch.tensor(starts), right=True) - 1
+    breaks = ((numbers.diff() != 1) | (owners.diff() != 0)).nonzero().reshape(-1) + 1
+    edges = [0, *breaks.tolist(), numbers.numel()]
+    parts = []
+    for begin, end in pairwise(edges):
+        owner = int(owners[begin])
+        row = int(numbers[begin]) - starts[owner]
+        parts.append(Part(entries[owner].name, row, row + end - begin))
+    return tuple(parts)
+
+
+def _tied_groups(skeleton: Any) -> dict[str, frozenset[str]]:
+    groups: dict[str, frozenset[str]] = {}
+    for target, source in (getattr(skeleton, "all_tied_weights_keys", None) or {}).items():
+        together = groups.get(target, frozenset({target})) | groups.get(source, frozenset({source}))
+        groups.update(dict.fromkeys(together, together))
+    return groups
+
+
+def _moved_buffers(skeleton: Any) -> list[str]:
+    """Patterns for buffers that the class makes itself now, or has elsewhere, and that older files hold."""
+    buffers = [name for name, _ in skeleton.named_buffers()]
+    moved = [pattern for suffix, pattern in _MOVED_BUFFERS.items() if any(name.endswith(suffix) for name in buffers)]
+    prefix = f"({re.escape(skeleton.base_model_prefix)}\\.)?"
+    return moved + [
+        f"^{prefix}{re.escape(name.removeprefix(skeleton.base_model_prefix + '.'))}$"
+        for name, _ in skeleton.named_non_persistent_buffers()
+    ]
+
+
+def _without(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    joined = "|".join(f"({pattern})" for pattern in patterns)
+    return [name for name in names if not (joined and re.search(joined, name))]
+
+
+def _misfit(name: str, entry: TensorEntry, wanted: torch.Tensor) -> str | None:
+    if entry.shape != tuple(wanted.shape):
+        return f"{name} is {list(entry.shape)} in {entry.file.name}, config.json makes it {list(wanted.shape)}"
+    return _wrong_kind(name, entry, wanted)
+
+
+def _wrong_kind(name: str, entry: TensorEntry, wanted: torch.Tensor) -> str | None:
+    if wanted.is_floating_point() and entry.dtype not in FLOAT_DTYPES:
+        return f"{name} holds {entry.dtype} in {entry.file.name}, where floats belong"
+    return None
