@@ -11,7 +11,7 @@ from lorafit.evaluation.statistics import Comparison
 from lorafit.rundir import RunDir, atomic_file, write_json
 from lorafit.wording import counted
 
-HEADINGS = ("metric", "base", "tuned", "difference", "95 % interval", "verdict", "rows better / worse")
+HEADINGS = ("metric", "base", "tuned", "tuned 95 %", "difference", "95 % interval", "verdict", "rows better / worse")
 _MEBIBYTE = 1 << 20
 
 
@@ -98,7 +98,8 @@ def render_markdown(evaluation: Evaluation) -> str:
     lines += ["", "## What was evaluated", "", *(f"- {line}" for line in describe(evaluation))]
     lines += [f"- {name}: {signature}" for name, signature in evaluation.signatures.items()]
     lines.append(
-        f"- intervals: paired bootstrap over rows, {evaluation.resamples:,} resamples, seed {evaluation.seed}, 95 %"
+        f"- intervals, of the tuned score and of the difference: paired bootstrap over rows, {evaluation.resamples:,} "
+        f"resamples, seed {evaluation.seed}, 95 %"
     )
     if evaluation.worst:
         lines += ["", f"## The {counted(len(evaluation.worst), 'row')} that the tuned model does worst on"]
@@ -115,6 +116,7 @@ def cells_of(line: Comparison) -> tuple[str, ...]:
         line.name,
         line.show(line.base),
         line.show(line.tuned),
+        line.tuned_span,
         line.show_change(line.difference),
         f"{line.show_change(line.low)} to {line.show_change(line.high)}",
         line.verdict,
@@ -123,7 +125,7 @@ def cells_of(line: Comparison) -> tuple[str, ...]:
 
 
 def _markdown_table(comparisons: Sequence[Comparison]) -> list[str]:
-    lines = [HEADINGS, ("---", *["---:"] * 4, "---", "---:"), *(cells_of(line) for line in comparisons)]
+    lines = [HEADINGS, ("---", *["---:"] * 5, "---", "---:"), *(cells_of(line) for line in comparisons)]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

@@ -2,8 +2,8 @@
 
     rows     base sums [rows, k]      tuned sums [rows, k]
     draw     rows with replacement, the same rows for both          10,000 times
-    each     values(sums of the drawn rows) of tuned minus base  -> difference
-    interval 2.5 % and 97.5 % quantile of the differences
+    each     values(sums of the drawn rows) of tuned, and of tuned minus base
+    interval 2.5 % and 97.5 % quantile of either
 
 The same drawn rows for both models is what makes it paired: rows that are hard for both cancel out.
 
@@ -45,6 +45,8 @@ class Comparison:
         percent: Whether the values are shares of 1, shown in per cent.
         base: The base model's value.
         tuned: The tuned model's value.
+        tuned_low: Lower end of the 95 % interval of the tuned model's value itself.
+        tuned_high: Upper end.
         difference: tuned - base.
         low: Lower end of the 95 % interval of the difference.
         high: Upper end.
@@ -60,6 +62,8 @@ class Comparison:
     percent: bool
     base: float
     tuned: float
+    tuned_low: float
+    tuned_high: float
     difference: float
     low: float
     high: float
@@ -88,6 +92,11 @@ class Comparison:
         """A difference as people read it: with its sign, shares in points of per cent."""
         sign = "+" if value > 0 else "-" if value < 0 else ""
         return f"{sign}{100 * abs(value):.1f} points" if self.percent else f"{sign}{_digits(abs(value))}"
+
+    @property
+    def tuned_span(self) -> str:
+        """The interval of the tuned model's value itself, as people read it; - where rows are too few for one."""
+        return f"{self.show(self.tuned_low)} to {self.show(self.tuned_high)}" if self.rows >= LEAST_ROWS else "-"
 
     def to_json(self) -> dict[str, Any]:
         """All fields and the sentence."""
@@ -127,10 +136,11 @@ def compare(
         raise ValueError(f"paired rows are needed, not {len(base_rows)} and {len(tuned_rows)}")
     base, tuned = (np.asarray(metric.row_sums(rows), dtype=np.float64) for rows in (base_rows, tuned_rows))
     base_values, tuned_values = metric.values(base.sum(axis=0).tolist()), metric.values(tuned.sum(axis=0).tolist())
-    differences = bootstrap_differences(metric, base, tuned, seed=seed, resamples=resamples)
+    drawn_base, drawn_tuned = bootstrap_values(metric, base, tuned, seed=seed, resamples=resamples)
     tail = (1 - CONFIDENCE) / 2
-    lows, highs = np.quantile(differences, [tail, 1 - tail], axis=0)
-    by_row = np.stack([_values(metric, row_b, row_t) for row_b, row_t in zip(base, tuned, strict=True)])
+    lows, highs = np.quantile(drawn_tuned - drawn_base, [tail, 1 - tail], axis=0)
+    tuned_lows, tuned_highs = np.quantile(drawn_tuned, [tail, 1 - tail], axis=0)
+    by_row = _values(metric, tuned) - _values(metric, base)
     sign = 1.0 if metric.better == "higher" else -1.0
     found = []
     for column, value_name in enumerate(base_values):
@@ -143,6 +153,8 @@ def compare(
                 percent=metric.percent,
                 base=base_values[value_name],
                 tuned=tuned_values[value_name],
+                tuned_low=float(tuned_lows[column]),
+                tuned_high=float(tuned_highs[column]),
                 difference=tuned_values[value_name] - base_values[value_name],
                 low=low,
                 high=high,
@@ -164,8 +176,10 @@ def judge(low: float, high: float, better: Literal["lower", "higher"], rows: int
     return "better" if (low > 0) == (better == "higher") else "worse"
 
 
-def bootstrap_differences(metric: Metric, base: Floats, tuned: Floats, *, seed: int, resamples: int) -> Floats:
-    """Differences tuned - base of every value on resampled rows, `[resamples, values]`.
+def bootstrap_values(
+    metric: Metric, base: Floats, tuned: Floats, *, seed: int, resamples: int
+) -> tuple[Floats, Floats]:
+    """Every value of base and of tuned model on the same resampled rows, each `[resamples, values]`.
 
     Args:
         metric: Turns sums into values.
@@ -174,16 +188,17 @@ def bootstrap_differences(metric: Metric, base: Floats, tuned: Floats, *, seed: 
         seed: Decides the draws.
         resamples: How often rows are drawn.
     """
-    found: list[Floats] = []
-    for counts in draw_counts(len(base), resamples, seed):
-        for base_sums, tuned_sums in zip(counts @ base, counts @ tuned, strict=True):
-            found.append(_values(metric, base_sums, tuned_sums))
-    return np.stack(found)
+    chunks = [
+        (_values(metric, counts @ base), _values(metric, counts @ tuned))
+        for counts in draw_counts(len(base), resamples, seed)
+    ]
+    of_base, of_tuned = (np.concatenate(side) for side in zip(*chunks, strict=True))
+    return of_base, of_tuned
 
 
-def _values(metric: Metric, base_sums: Floats, tuned_sums: Floats) -> Floats:
-    base, tuned = metric.values(base_sums.tolist()), metric.values(tuned_sums.tolist())
-    return np.array([tuned[name] - base[name] for name in base])
+def _values(metric: Metric, sums: Floats) -> Floats:
+    """The metric's values of each line of sums, `[lines, values]`."""
+    return np.array([list(metric.values(line).values()) for line in sums.tolist()])
 
 
 def draw_counts(rows: int, resamples: int, seed: int) -> Iterator[Floats]:

@@ -3,6 +3,7 @@
 metric         base   tuned  change     95 % interval  verdict   + / -
 must_contain  2.5 %  77.5 %   +75.0    +60.0 to +87.5  better   30 / 0
 perplexity    54.60   4.213  -50.39  -61.02 to -41.77  better   40 / 0
+95 % interval of the tuned score itself: must_contain 62.5 % to 90.0 %, perplexity 4.013 to 4.442
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-WIDE_COLUMNS = 118
+WIDE_COLUMNS = 140
 WORST_ROWS_SHOWN = 3
 _NARROW_HEADINGS = ("metric", "base", "tuned", "change", "95 % interval", "verdict", "+ / -")
 _NARROW_VERDICTS: dict[Verdict, str] = {"not distinguishable": "unclear", "too few rows": "too few"}
@@ -44,7 +45,7 @@ def render_evaluation(
 
     Args:
         evaluation: What was found.
-        columns: Width of the terminal; from 118 on nothing is shortened.
+        columns: Width of the terminal; from 140 on nothing is shortened.
         place: Makes a path that the reader can open of a row's file.
     """
     from rich.console import Group
@@ -52,6 +53,9 @@ def render_evaluation(
 
     wide = columns >= WIDE_COLUMNS
     parts: list[RenderableType] = [_draw(evaluation.comparisons, "base and tuned model on the same rows", wide=wide)]
+    spans = [f"{line.name} {line.tuned_span}" for line in evaluation.comparisons if line.rows >= LEAST_ROWS]
+    if spans and not wide:
+        parts.append(Text(f"95 % interval of the tuned score itself: {', '.join(spans)}"))
     parts += [Text(line, style=_STYLES[verdict]) for verdict, line in _conclude(evaluation.comparisons)]
     if evaluation.retention:
         title = f"\nretention: {counted(evaluation.retention_rows, 'row')} of general ability"

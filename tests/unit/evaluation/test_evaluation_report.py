@@ -65,27 +65,51 @@ def cells(text, metric):
     return re.split(r" {2,}", line.strip())
 
 
-def test_the_table_holds_base_tuned_difference_interval_and_verdict():
-    text = draw(build(), 120)
+def test_the_table_holds_base_tuned_difference_intervals_and_verdict():
+    text = draw(build(), 140)
     found = cells(text, "must_contain")
-    assert found[:4] == ["must_contain", "0.0 %", "75.0 %", "+75.0 points"]
-    assert found[5:] == ["better", "30 / 0 of 40"]
+    assert found[:3] == ["must_contain", "0.0 %", "75.0 %"]
+    assert re.fullmatch(r"6\d\.\d % to 8\d\.\d %", found[3])
+    assert found[4] == "+75.0 points"
+    assert found[6:] == ["better", "30 / 0 of 40"]
     assert "better on 40 rows: must_contain" in text and "better on 42 rows: perplexity" in text
+    assert "tuned score itself" not in text
+
+
+def test_a_narrow_table_says_the_interval_of_the_tuned_score_below():
+    text = " ".join(draw(build(), 80).split())
+    assert re.search(
+        r"95 % interval of the tuned score itself: must_contain 6\d\.\d % to 8\d\.\d %, perplexity \d", text
+    )
+    assert "tuned score itself" not in draw(
+        build(5, 5, comparisons=compare_rows(build().rows[:5], ["loss"], seed=0)[0])
+    )
 
 
 WORST_CASE = ("token_accuracy", "final_number", "must_contain", "perplexity")
 
 
-@pytest.mark.parametrize("columns", [80, 100, 120, 160])
+@pytest.mark.parametrize("columns", [80, 100, 120, 140, 160])
 @pytest.mark.parametrize("rows", [5, 8, 250])
 def test_the_table_fits_the_terminal(columns, rows):
     """Every value is whole, on one line, within the width; also where intervals are as long as they get."""
     (some,) = compare_rows(build(rows, rows).rows[:rows], ["must_contain"], seed=0)[0]
     longest = [
-        replace(some, name=name, percent=name != "perplexity", base=1.0, difference=-0.999, low=-1.0, high=-0.876)
+        replace(
+            some,
+            name=name,
+            percent=name != "perplexity",
+            base=1.0,
+            tuned_low=1.0,
+            tuned_high=1.0,
+            difference=-0.999,
+            low=-1.0,
+            high=-0.876,
+        )
         for name in WORST_CASE
     ]
-    longest[3] = replace(longest[3], base=12345.6, tuned=1234.5, difference=-11111.1, low=-12222.2, high=-10000.1)
+    longest[3] = replace(longest[3], base=12345.6, tuned=1234.5, tuned_low=1111.1, tuned_high=12345.6)
+    longest[3] = replace(longest[3], difference=-11111.1, low=-12222.2, high=-10000.1)
     text = draw(build(comparisons=tuple(longest)), columns)
     table = text.splitlines()[1 : 2 + len(longest)]
     assert max(map(len, table)) <= columns

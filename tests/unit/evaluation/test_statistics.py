@@ -8,7 +8,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.evaluation.statistics import LEAST_ROWS, bootstrap_differences, compare, draw_counts, judge
+from lorafit.evaluation.statistics import LEAST_ROWS, bootstrap_values, compare, draw_counts, judge
 from lorafit.kinds.metrics import RowScore, metrics
 
 
@@ -32,6 +32,20 @@ def test_interval_of_a_mean_is_the_normal_one_for_many_rows():
     assert found.high == pytest.approx(moved.mean() + half, abs=0.05 * half)
     assert found.verdict == "better"
     assert (found.rows_better, found.rows_worse) == ((moved < 0).sum(), (moved > 0).sum())
+
+
+def test_the_tuned_score_has_an_interval_of_its_own():
+    """A share's is the binomial one for many rows, whatever the base did on the same rows."""
+    metric = metrics.get("exact_match")
+    right = [1] * 300 + [0] * 100
+    for base in ([0] * 400, right):
+        (found,) = compare("exact_match", metric, hits(base), hits(right), seed=0)
+        half = 1.96 * (0.75 * 0.25 / 400) ** 0.5
+        assert found.tuned_low == pytest.approx(0.75 - half, abs=0.1 * half)
+        assert found.tuned_high == pytest.approx(0.75 + half, abs=0.1 * half)
+        assert found.to_json()["tuned_high"] == found.tuned_high
+        assert found.tuned_span == f"{100 * found.tuned_low:.1f} % to {100 * found.tuned_high:.1f} %"
+    assert (found.low, found.high) == (0, 0)
 
 
 def test_interval_holds_the_true_difference_about_95_times_in_100():
@@ -65,12 +79,12 @@ def test_corpus_metrics_are_recomputed_on_each_resampled_corpus(name, direct):
     rows = [[RowScore(0.0, 0, 0, a, r) for a, r in zip(side, references, strict=True)] for side in (base, tuned)]
     metric = metrics.get(name)
     sums = [np.asarray(metric.row_sums(side)) for side in rows]
-    found = bootstrap_differences(metric, *sums, seed=7, resamples=20)
+    of_base, of_tuned = bootstrap_values(metric, *sums, seed=7, resamples=20)
     (counts,) = list(draw_counts(12, 20, 7))
-    for line, difference in zip(counts.astype(int), found[:, 0], strict=True):
+    for line, *values in zip(counts.astype(int), of_base[:, 0], of_tuned[:, 0], strict=True):
         drawn = np.repeat(np.arange(12), line)
         scores = [direct([side[i] for i in drawn], [[references[i] for i in drawn]]).score for side in (base, tuned)]
-        assert difference == pytest.approx(scores[1] - scores[0], abs=1e-9)
+        assert values == pytest.approx(scores, abs=1e-9)
     assert compare(name, metric, *rows, seed=0)[0].verdict == "better"
 
 
