@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Literal
 
 from lorafit.contracts import Encoded, Sample
+from lorafit.data.overlong import SURE_FACTOR
 from lorafit.data.sample_renderer import Renderer
 from lorafit.data.store import Chunk, pack_chunk
 from lorafit.errors import DataError, ResourceError
@@ -92,15 +93,17 @@ class Encoder:
         return result
 
     def _encode_one(self, source: int, line: int, sample: Sample, result: EncodedChunk) -> list[Encoded]:
-        whole = self.encode(sample, self.renderer.render)
-        if whole is None:
-            raise DataError(
-                "no trainable tokens", todo="every answer is empty or has weight 0; correct or remove the row"
-            )
-        count, limit = len(whole.input_ids), self.max_length
-        if count <= limit:
-            return [whole]
-        reason = f"{count} tokens, max_length is {limit}"
+        if self.renderer.is_surely_longer(sample):
+            reason = f"over {SURE_FACTOR * self.max_length} tokens, max_length is {self.max_length}"
+        else:
+            whole = self.encode(sample, self.renderer.render)
+            if whole is None:
+                raise DataError(
+                    "no trainable tokens", todo="every answer is empty or has weight 0; correct or remove the row"
+                )
+            if len(whole.input_ids) <= self.max_length:
+                return [whole]
+            reason = f"{len(whole.input_ids)} tokens, max_length is {self.max_length}"
         if self.overlength == "truncate":
             cut = self.encode(sample, self.renderer.truncate)
             if cut is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Encoded, GenerationRow, Message, Sample
 from lorafit.data.chat_template import SHIPPED_TEMPLATES, compile_or_explain, template_sources
 from lorafit.data.clock import StoppedClock, read_clock, write_moment
+from lorafit.data.overlong import is_surely_longer, keep_head, keep_tail
 from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
 from lorafit.data.render import ChatRenderer, Rendering
 from lorafit.errors import DataError, LorafitError, ModelError
@@ -133,9 +135,42 @@ class Renderer:
         pieces = encode_text(sample.text or "", self.tokenizer, sys.maxsize)
         return pieces[0] if pieces else None
 
+    def is_surely_longer(self, sample: Sample) -> bool:
+        """Whether a sample has more than `max_length` tokens, told without making all of them; False where that takes
+        them.
+        """
+        messages = self._messages(sample)
+        if messages is None:
+            texts = [sample.prompt, sample.completion or "", sample.text or ""]
+        else:  # system messages may be what a template drops, and reasoning what it drops of earlier turns
+            shown = [turn for turn in messages if turn["role"] != "system" or self._data.dropped_fields == "error"]
+            texts = [str(turn.get("content", "")).rpartition("</think>")[2].strip() for turn in shown]
+        return is_surely_longer(texts, self._data.max_length, self.tokenizer)
+
+    def _shorten(self, sample: Sample) -> Sample:
+        """The sample without what cutting it to `max_length` would surely take away: the beginnings of what is asked,
+        the ends of what is answered.
+        """
+        limit, messages = self._data.max_length, sample.messages
+        return replace(
+            sample,
+            messages=messages and tuple(self._shorten_turn(turn) for turn in messages),
+            prompt=keep_tail(sample.prompt, limit, self.tokenizer),
+            completion=sample.completion and keep_head(sample.completion, limit, self.tokenizer),
+            text=sample.text and keep_head(sample.text, limit, self.tokenizer),
+        )
+
+    def _shorten_turn(self, turn: Message) -> Message:
+        content = turn.get("content", "")
+        if not isinstance(content, str) or "</think>" in content:
+            return turn
+        keep = keep_head if turn["role"] == "assistant" else keep_tail
+        return {**turn, "content": keep(content, self._data.max_length, self.tokenizer)}
+
     def truncate(self, sample: Sample) -> Encoded | None:
         """The sample cut to `max_length`; None where nothing to train on is left."""
         limit = self._data.max_length
+        sample = self._shorten(sample)
         messages = self._messages(sample)
         if messages is not None:
             return self.chats.truncate(messages, sample.tools, limit)

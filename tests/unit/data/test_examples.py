@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lorafit.contracts import Examples
 from lorafit.data import cache as cache_module
-from lorafit.data import encoding
+from lorafit.data import encoding, overlong
 from lorafit.data.examples import Prepared, hold_out
 from lorafit.data.source import Source
 from lorafit.errors import DataError, LorafitError, ModelError, ResourceError
@@ -632,3 +633,59 @@ def test_questions_with_different_answers_are_found(tmp_path: Path, prepare_rows
     write_jsonl(tmp_path / "alike.jsonl", [chat("q", "a"), chat("q", "a"), chat("r", "a")])
     assert prepare_rows(train="texts.jsonl").report.contradictions is None
     assert prepare_rows(train="alike.jsonl").report.contradictions is None
+
+
+LONG = "What is the capital of France? Paris. " * 900
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": LONG},
+        {"prompt": LONG, "completion": "Paris."},
+        {"prompt": "q", "completion": LONG},
+        chat(LONG, "Paris."),
+        chat("q", LONG),
+        {
+            "messages": [
+                {"role": "system", "content": LONG},
+                *chat(LONG, LONG)["messages"],
+                *chat(LONG, "a")["messages"],
+            ]
+        },
+        {"messages": [*chat("a", "b")["messages"], *chat(LONG, LONG)["messages"]]},
+    ],
+)
+def test_what_is_cut_is_the_same_whether_all_of_it_was_tokenised(
+    tmp_path: Path, prepare_rows: Prepare, monkeypatch: pytest.MonkeyPatch, row: dict[str, Any]
+) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [row])
+    monkeypatch.setattr(overlong, "CHARACTERS_PER_TOKEN", 10**9)
+    whole = prepare_rows(train="d.jsonl", max_length=48, overlength="truncate")
+    assert "max_length is 48" in whole.report.splits["train"].notes[0].reason
+    monkeypatch.setattr(overlong, "CHARACTERS_PER_TOKEN", 16)
+    shutil.rmtree(tmp_path / "cache")
+    stretches = prepare_rows(train="d.jsonl", max_length=48, overlength="truncate")
+    assert rows_of(stretches.train) == rows_of(whole.train)
+    assert "over 96 tokens, max_length is 48" in stretches.report.splits["train"].notes[0].reason
+
+
+def test_no_row_that_fits_is_taken_for_too_long(tmp_path: Path, prepare_rows: Prepare) -> None:
+    """Blanks that the template trims, words that are one unknown token: far more characters than tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    trims = CHATML.replace("message['content']", "message['content'] | trim")
+    write_jsonl(tmp_path / "d.jsonl", [chat(" " * 9000 + "q", "a" + "\n" * 9000)])
+    assert len(prepare_rows(using=make_tokenizer(chat_template=trims), train="d.jsonl", max_length=32).train) == 1
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", pad_token="</s>")
+    write_jsonl(tmp_path / "w.jsonl", [{"text": f"a {'x' * 90_000} a"}])
+    assert list(prepare_rows(using=fast, train="w.jsonl", max_length=8).train.lengths) == [4]
+
+
+def test_a_row_of_megabytes_is_refused_at_once(tmp_path: Path, prepare_rows: Prepare) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [chat("capital of France " * 400_000, "Paris."), chat("q", "a")])
+    began = time.perf_counter()
+    assert "d.jsonl:1: over 128 tokens, max_length is 64" in str(failure(prepare_rows, train="d.jsonl", max_length=64))
+    assert time.perf_counter() - began < 5  # all of its tokens take half a minute, and a gigabyte
