@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorafit.errors import LorafitError, SafetyError
+from lorafit.errors import LorafitError, RecipeError, SafetyError
 from lorafit.recipe.agreement import disagreements
 from lorafit.recipe.explain import Finding, explain, finding
 from lorafit.recipe.layers import Layers
+from lorafit.recipe.names import tool_of
 from lorafit.recipe.outline import Group, plain, recipe_outline, slot_at
 from lorafit.recipe.schema import Recipe
 from lorafit.recipe.tree import Entry, KeyPath, Unreadable, entry_of, find, walk, with_entry
@@ -44,7 +45,18 @@ def diagnose(layers: Layers, main: str) -> list[LorafitError]:
             touched.append(one.path)
     if not layers.is_whole:  # what is missing may stand in what could not be read
         findings = [one for one in findings if not one.is_missing]
-    return _in_order(layers.errors, findings, main)
+    listed = _in_order(layers.errors, findings, main)
+    return [*_of_another_tool(layers.tree, main), *listed]
+
+
+def _of_another_tool(tree: Entry, main: str) -> list[LorafitError]:
+    """What a recipe is as a whole, where it has not our sections but keys of one other tool."""
+    keys = {str(key) for key in tree.value} if isinstance(tree.value, dict) else set()
+    tool = None if {"model", "data"} <= keys else tool_of(keys)
+    if tool is None:
+        return []
+    todo = "write a new one (lorafit's docs/recipe.md has all keys); below, each key of this one is answered"
+    return [RecipeError(f"looks like a recipe of {tool}, in which lorafit has other keys", file=main, todo=todo)]
 
 
 def _judge(tree: Entry) -> Recipe | list[Finding]:

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from lorafit.errors import RecipeError
 from lorafit.recipe.expect import allowed_range, expectation
+from lorafit.recipe.names import is_not_yet
 from lorafit.recipe.outline import (
     Choice,
     Group,
@@ -155,6 +156,10 @@ def _unknown_kind(path: KeyPath, slot: Choice, entry: Entry | None, tree: Entry)
         if isinstance(named, dict):
             return finding(tree, path, "names no kind", f"add kind; {known}")
         return finding(tree, path, f"expected the name of a kind, found {shown(named)}", known)
+    if what == "adapter" and named.strip().lower() == "qlora":
+        return finding(tree, path, "QLoRA is adapter: lora on a quantised base", "add model: {quantization: nf4}")
+    if is_not_yet(what, named):
+        return finding(tree, path, f"{what} {shown(named)} does not exist yet", known)
     return finding(tree, path, f"unknown {what} {shown(named)}", f"{suggest_word(named, slot.kinds)}{known}")
 
 

@@ -1,337 +1,47 @@
-"""Keys that people know from other tools, and ours for them.
-
-The tools are axolotl, LLaMA-Factory, TRL, PEFT, transformers' Trainer and Unsloth. Each entry names our key; words
-behind `: ` say what differs. An entry that starts with `: ` has no key here, and says why.
-"""
+"""Keys that people know from other tools, and ours for them: `configs/foreign_names.yaml`, read when one is met."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
 
-_WHOLE_BATCH = "training.batch_size: examples of a whole optimizer step, over all devices"
-_NO_MICRO_BATCHES = ": a step is cut by training.micro_batch_tokens; training.batch_size is the whole step"
-_TEMPLATE = "data.chat_template: shipped names or a Jinja file"
-_CHECKPOINTS_BY_STEP = "checkpoints.every_steps: always in optimizer steps"
-_EVALUATION_BY_STEP = "evaluation.every_steps: always in optimizer steps"
-_ONE_QUANTIZATION = "model.quantization: nf4, fp4, int8 or none"
-_PRECISION = "model.dtype: bf16, fp16, fp32 or auto"
-_ATTENTION = "model.attention: auto, eager, sdpa, fused or flash_attention_2"
-_NOT_PADDED = ": rows are batched by length under training.micro_batch_tokens"
-_FOREIGN_CODE = ": code of a model's repository is never run"
-_AUTOMATIC = ": always done where it is possible"
+from lorafit.shipped import shipped
 
-FOREIGN_NAMES: Mapping[str, str] = {
-    # the base model
-    "base_model": "model.base",
-    "base_model_name_or_path": "model.base",
-    "base_model_config": "model.base",
-    "model_name_or_path": "model.base",
-    "model_name": "model.base",
-    "model_id": "model.base",
-    "model_path": "model.base",
-    "pretrained_model_name_or_path": "model.base",
-    "checkpoint_dir": "model.base",
-    "gguf_file": "model.base: name the .gguf file itself",
-    "model_revision": "model.revision",
-    "revision_of_model": "model.revision",
-    "model_type": ": read from the base model's config",
-    "tokenizer_type": ": read from the base model's folder",
-    "tokenizer_config": ": read from the base model's folder",
-    "tokenizer_name_or_path": ": the base model's own tokenizer is used",
-    "trust_remote_code": _FOREIGN_CODE,
-    "adapter_name_or_path": "adapter.init_from: an adapter to go on from",
-    "lora_model_dir": "adapter.init_from: an adapter to go on from",
-    "resume_adapter": "adapter.init_from: an adapter to go on from",
-    "load_in_4bit": "model.quantization: nf4",
-    "load_in_8bit": "model.quantization: int8",
-    "quantization_bit": _ONE_QUANTIZATION,
-    "quantization_method": _ONE_QUANTIZATION,
-    "quantization_config": _ONE_QUANTIZATION,
-    "quantize": _ONE_QUANTIZATION,
-    "bnb_config": _ONE_QUANTIZATION,
-    "bnb_4bit_quant_type": "model.quantization.kind: nf4 or fp4",
-    "bnb_4bit_use_double_quant": "model.quantization.double_quant",
-    "use_bnb_nested_quant": "model.quantization.double_quant",
-    "double_quantization": "model.quantization.double_quant",
-    "bnb_4bit_compute_dtype": "model.quantization.compute_dtype",
-    "torch_dtype": _PRECISION,
-    "bf16": _PRECISION,
-    "fp16": _PRECISION,
-    "bfloat16": _PRECISION,
-    "float16": _PRECISION,
-    "pure_bf16": _PRECISION,
-    "precision": _PRECISION,
-    "mixed_precision": _PRECISION,
-    "tf32": ": decided by the device",
-    "flash_attention": _ATTENTION,
-    "flash_attn": _ATTENTION,
-    "flash_attention_2": _ATTENTION,
-    "use_flash_attention_2": _ATTENTION,
-    "sdp_attention": _ATTENTION,
-    "sdpa_attention": _ATTENTION,
-    "xformers_attention": _ATTENTION,
-    "eager_attention": _ATTENTION,
-    "attn_implementation": _ATTENTION,
-    # the adapter
-    "finetuning_type": "adapter.kind",
-    "peft_type": "adapter.kind",
-    "peft_method": "adapter.kind",
-    "use_peft": "adapter.kind: there is always an adapter",
-    "peft_config": "adapter",
-    "lora_config": "adapter",
-    "lora": "adapter",
-    "lora_r": "adapter.r",
-    "lora_rank": "adapter.r",
-    "rank": "adapter.r",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "lora_target": "adapter.target_modules",
-    "lora_modules": "adapter.target_modules",
-    "lora_target_modules": "adapter.target_modules",
-    "lora_target_linear": "adapter.target_modules: all-linear",
-    "lora_on_all_linear": "adapter.target_modules: all-linear",
-    # data
-    "datasets": "data.train: a list of sources",
-    "dataset": "data.train: a list of sources",
-    "dataset_name": "data.train: a list of sources",
-    "dataset_path": "data.train: a list of sources",
-    "dataset_dir": "data.train: paths stand beside each source",
-    "data_path": "data.train: a list of sources",
-    "data_files": "data.train: a list of sources",
-    "train_file": "data.train: a list of sources",
-    "train_data": "data.train: a list of sources",
-    "train_dataset": "data.train: a list of sources",
-    "train_split": "data.train: each source has a split",
-    "eval_dataset": "data.validation: or data.test, which training never looks at",
-    "eval_data": "data.validation: or data.test, which training never looks at",
-    "validation_file": "data.validation",
-    "valid_data": "data.validation",
-    "test_datasets": "data.test",
-    "test_data": "data.test",
-    "test_file": "data.test",
-    "val_size": "data.validation.fraction: a share of the training rows, 0 to 1",
-    "val_set_size": "data.validation.fraction: a share of the training rows, 0 to 1",
-    "validation_split": "data.validation.fraction: a share of the training rows, 0 to 1",
-    "validation_split_percentage": "data.validation.fraction: a share of the training rows, 0 to 1",
-    "test_size": "data.validation.fraction: a share of the training rows, 0 to 1",
-    "sequence_len": "data.max_length",
-    "sequence_length": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "model_max_length": "data.max_length",
-    "max_tokens": "data.max_length",
-    "max_prompt_length": "data.max_length: of the whole row; data.overlength says what gives way",
-    "block_size": "data.max_length",
-    "context_length": "data.max_length",
-    "excess_length_strategy": "data.overlength",
-    "excess_token_handling": "data.overlength",
-    "truncation_mode": "data.overlength",
-    "truncation_side": "data.overlength: truncate drops the oldest turns first",
-    "template": _TEMPLATE,
-    "prompt_template": _TEMPLATE,
-    "prompt_style": _TEMPLATE,
-    "chat_template_path": _TEMPLATE,
-    "chat_template_jinja": _TEMPLATE,
-    "conversation": _TEMPLATE,
-    "default_system_message": "data.system_prompt",
-    "default_system": "data.system_prompt",
-    "system_message": "data.system_prompt",
-    "system": "data.system_prompt",
-    "train_on_inputs": "data.train_on: all, where inputs carry loss too",
-    "train_on_prompt": "data.train_on: all, where prompts carry loss too",
-    "mask_prompt": "data.train_on: completion, where prompts carry none",
-    "mask_history": "data.train_on: last_turn",
-    "assistant_only_loss": "data.train_on: assistant",
-    "train_on_responses_only": "data.train_on: assistant",
-    "completion_only_loss": "data.train_on: completion",
-    "roles_to_train": "data.train_on: assistant; a message may carry weight: 0",
-    "dataset_text_field": "data.train.columns: {text: theirs}",
-    "field_instruction": "data.train.columns: {ours: theirs}",
-    "field_messages": "data.train.columns: {ours: theirs}",
-    "message_property_mappings": "data.train.columns: {ours: theirs}",
-    "max_samples": "data.train.limit",
-    "mix_strategy": "data.train.repeats: how often an epoch sees a source",
-    "interleave_probs": "data.train.repeats: how often an epoch sees a source",
-    "packing": "data.packing",
-    "sample_packing": "data.packing",
-    "eval_sample_packing": ": held-out rows are scored one to a row, by length",
-    "pad_to_sequence_len": _NOT_PADDED,
-    "neat_packing": "data.packing: documents never see each other",
-    "group_by_length": _AUTOMATIC,
-    "length_column_name": _AUTOMATIC,
-    "padding_free": _AUTOMATIC,
-    "remove_unused_columns": ": columns that no format reads are left alone",
-    "dataset_prepared_path": ": prepared data is cached by content, in $LORAFIT_CACHE",
-    "overwrite_cache": ": prepared data is cached by content, so it is never stale",
-    "preprocessing_num_workers": ": decided by the machine",
-    "dataloader_num_workers": ": prepared rows are read from disk, no workers are needed",
-    "dataloader_pin_memory": _AUTOMATIC,
-    "shuffle": ": rows are shuffled every epoch, by the seed",
-    "dataset_shuffle": ": rows are shuffled every epoch, by the seed",
-    "special_tokens": ": the base model's own tokenizer is used",
-    # training
-    "num_train_epochs": "training.epochs",
-    "num_epochs": "training.epochs",
-    "n_epochs": "training.epochs",
-    "max_epochs": "training.epochs",
-    "iters": "training.max_steps",
-    "max_iters": "training.max_steps",
-    "num_steps": "training.max_steps",
-    "train_steps": "training.max_steps",
-    "total_steps": "training.max_steps",
-    "per_device_train_batch_size": _WHOLE_BATCH,
-    "per_gpu_train_batch_size": _WHOLE_BATCH,
-    "train_batch_size": _WHOLE_BATCH,
-    "global_batch_size": "training.batch_size",
-    "effective_batch_size": "training.batch_size",
-    "gradient_accumulation_steps": _NO_MICRO_BATCHES,
-    "gradient_accumulation": _NO_MICRO_BATCHES,
-    "accumulate_grad_batches": _NO_MICRO_BATCHES,
-    "micro_batch_size": _NO_MICRO_BATCHES,
-    "per_device_eval_batch_size": ": evaluation is cut like training, by training.micro_batch_tokens",
-    "eval_batch_size": ": evaluation is cut like training, by training.micro_batch_tokens",
-    "auto_find_batch_size": ": training.micro_batch_tokens: auto finds what fits, the step stays the same",
-    "lr": "training.learning_rate",
-    "base_lr": "training.learning_rate",
-    "peak_lr": "training.learning_rate",
-    "max_lr": "training.learning_rate",
-    "optim": "training.optimizer",
-    "optimizer_type": "training.optimizer",
-    "optim_args": "training.optimizer: {kind: adamw, weight_decay: 0.01}",
-    "lr_scheduler": "training.schedule",
-    "lr_scheduler_type": "training.schedule",
-    "lr_schedule": "training.schedule",
-    "scheduler": "training.schedule",
-    "lr_scheduler_kwargs": "training.schedule",
-    "lr_warmup_steps": "training.schedule.warmup_steps",
-    "num_warmup_steps": "training.schedule.warmup_steps",
-    "warmup": "training.schedule.warmup_steps: or warmup_ratio",
-    "cosine_min_lr_ratio": "training.schedule.min_ratio",
-    "min_lr_ratio": "training.schedule.min_ratio",
-    "min_lr": "training.schedule.min_ratio: a share of the peak",
-    "adam_beta1": "training.optimizer.betas",
-    "adam_beta2": "training.optimizer.betas",
-    "adam_epsilon": "training.optimizer.eps",
-    "epsilon": "training.optimizer.eps",
-    "decay": "training.optimizer.weight_decay",
-    "max_norm": "training.max_grad_norm",
-    "grad_clip": "training.max_grad_norm",
-    "gradient_clipping": "training.max_grad_norm",
-    "clip_grad_norm": "training.max_grad_norm",
-    "gradient_clip_val": "training.max_grad_norm",
-    "use_gradient_checkpointing": "training.gradient_checkpointing",
-    "activation_checkpointing": "training.gradient_checkpointing",
-    "activation_offloading": ": not offered; see training.gradient_checkpointing",
-    "gradient_checkpointing_kwargs": ": checkpointing is always non-reentrant",
-    "disable_gradient_checkpointing": "training.gradient_checkpointing",
-    "random_seed": "seed",
-    "random_state": "seed",
-    "data_seed": "seed",
-    "torch_compile": ": not offered",
-    "full_determinism": ": runs are repeatable as they are",
-    "auto_resume_from_checkpoints": ": resume with lorafit train RECIPE --resume",
-    "resume_from_checkpoint": ": resume with lorafit train RECIPE --resume",
-    "deepspeed": ": several devices run through accelerate or torchrun",
-    "fsdp": ": several devices run through accelerate or torchrun",
-    "fsdp_config": ": several devices run through accelerate or torchrun",
-    "ddp": ": several devices run through accelerate or torchrun",
-    "ddp_timeout": ": several devices run through accelerate or torchrun",
-    "local_rank": ": several devices run through accelerate or torchrun",
-    "num_gpus": ": several devices run through accelerate or torchrun",
-    "use_cpu": ": decided by the machine",
-    "no_cuda": ": decided by the machine",
-    "device": ": decided by the machine",
-    "device_map": ": decided by the machine",
-    # evaluation
-    "eval_steps": _EVALUATION_BY_STEP,
-    "eval_interval": _EVALUATION_BY_STEP,
-    "evals_per_epoch": _EVALUATION_BY_STEP,
-    "eval_strategy": _EVALUATION_BY_STEP,
-    "evaluation_strategy": _EVALUATION_BY_STEP,
-    "eval_every": _EVALUATION_BY_STEP,
-    "eval_every_n_steps": _EVALUATION_BY_STEP,
-    "do_eval": _EVALUATION_BY_STEP,
-    "do_train": ": say lorafit train RECIPE",
-    "do_predict": ": say lorafit eval RUN",
-    "stage": "task",
-    "task_type": "task",
-    "eval_metrics": "evaluation.final: and evaluation.during while training",
-    "compute_metrics": "evaluation.final: and evaluation.during while training",
-    "metrics": "evaluation.final: and evaluation.during while training",
-    "early_stopping_patience": "evaluation.early_stopping.patience",
-    "early_stopping_threshold": "evaluation.early_stopping.min_delta",
-    "metric_for_best_model": "evaluation.early_stopping.metric",
-    "greater_is_better": ": each metric knows its better direction",
-    "load_best_model_at_end": ": the best checkpoint is what the run folder's adapter/ holds",
-    "predict_with_generate": "evaluation.final: name bleu, rouge, exact_match, ...",
-    "generation_max_length": "evaluation.max_new_tokens",
-    "max_completion_length": "evaluation.max_new_tokens",
-    # checkpoints, tracking, output
-    "save_steps": _CHECKPOINTS_BY_STEP,
-    "saves_per_epoch": _CHECKPOINTS_BY_STEP,
-    "save_strategy": _CHECKPOINTS_BY_STEP,
-    "save_interval": _CHECKPOINTS_BY_STEP,
-    "save_every": _CHECKPOINTS_BY_STEP,
-    "save_every_n_steps": _CHECKPOINTS_BY_STEP,
-    "save_total_limit": "checkpoints.keep_last: the best one is kept besides",
-    "save_only_model": ": checkpoints always hold all that a resume needs",
-    "save_safetensors": ": always safetensors",
-    "checkpoint": "checkpoints",
-    "output_dir": "output",
-    "out_dir": "output",
-    "save_dir": "output",
-    "overwrite_output_dir": ": a run never overwrites another",
-    "run_name": "name",
-    "experiment_name": "name",
-    "project": "name: trackers take the run's name",
-    "project_name": "name: trackers take the run's name",
-    "report_to": "tracking",
-    "log_with": "tracking",
-    "loggers": "tracking",
-    "use_wandb": "tracking: [wandb]",
-    "wandb": "tracking: [wandb]",
-    "wandb_project": "tracking: [wandb]; its own settings come from the environment (WANDB_PROJECT)",
-    "wandb_entity": "tracking: [wandb]; its own settings come from the environment (WANDB_ENTITY)",
-    "wandb_name": "name",
-    "wandb_run_id": "name",
-    "use_mlflow": "tracking: [mlflow]",
-    "mlflow_experiment_name": "tracking: [mlflow]; its own settings come from the environment",
-    "use_tensorboard": "tracking: [tensorboard]",
-    "tensorboard": "tracking: [tensorboard]",
-    "logging_steps": ": every step is logged, to metrics.jsonl",
-    "log_every_n_steps": ": every step is logged, to metrics.jsonl",
-    "logging_strategy": ": every step is logged, to metrics.jsonl",
-    "logging_first_step": ": every step is logged, to metrics.jsonl",
-    "logging_dir": ": logs stand in the run folder",
-    "plot_loss": ": losses stand in metrics.jsonl of the run folder",
-    "push_to_hub": ": nothing is published; upload the run's adapter/ yourself",
-    "hub_model_id": ": nothing is published; upload the run's adapter/ yourself",
-    "defaults": "extends",
-    "base_config": "extends",
-    "inherit": "extends",
-    "preset": "extends",
-}
+_FEWEST_KEYS = 3  # of one tool, by which a recipe is taken for that tool's
 
-NAMES_IN_A_SOURCE: Mapping[str, str] = {
-    "type": "format",
-    "formatting": "format",
-    "ds_type": "format",
-    "file": "path",
-    "file_name": "path",
-    "file_path": "path",
-    "data_files": "path",
-    "script_url": "path",
-    "hf_hub_url": "path",
-    "name": "subset",
-    "config": "subset",
-    "config_name": "subset",
-    "weight": "repeats",
-    "ratio": "repeats",
-    "probability": "repeats",
-    "num_samples": "limit",
-    "max_samples": "limit",
-    "max_rows": "limit",
-    "mapping": "columns",
-    "column_mapping": "columns",
-}
+Answer = str | Mapping[bool, str]
+"""Our key, and words behind `: ` that say what differs; or the words alone. By the value where that decides."""
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    import yaml
+
+    table: Mapping[str, Any] = yaml.safe_load(shipped("foreign_names.yaml").read_text(encoding="utf-8"))
+    return table
+
+
+def foreign_names() -> Mapping[str, Answer]:
+    """What to say to a key of another tool, anywhere in a recipe."""
+    names: Mapping[str, Answer] = _table()["anywhere"]
+    return names
+
+
+def names_in_a_source() -> Mapping[str, str]:
+    """Our key for another tool's, inside a source of rows."""
+    names: Mapping[str, str] = _table()["in_a_source"]
+    return names
+
+
+def is_not_yet(family: str, kind: str) -> bool:
+    """Whether a kind is known of other tools and does not exist here yet, e.g. the adapter `dora`."""
+    return kind.strip().lower().replace("-", "_") in _table()["not_yet"].get(family, ())
+
+
+def tool_of(keys: Iterable[str]) -> str | None:
+    """The tool whose recipe has such keys; None where they do not tell."""
+    held = set(keys)
+    known = {tool: len(held & set(marks)) for tool, marks in _table()["tools"].items()}
+    tool = max(known, key=lambda name: known[name])
+    return tool if known[tool] >= _FEWEST_KEYS else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from lorafit.recipe.names import FOREIGN_NAMES, NAMES_IN_A_SOURCE
+from lorafit.recipe.names import foreign_names, names_in_a_source
 from lorafit.recipe.outline import (
     Choice,
     Slot,
@@ -54,7 +55,8 @@ def answer_unknown_key(path: KeyPath, slot: Slot | None, section: Entry) -> Answ
         return Answer("no space behind the colon", f"write {before_colon}: value", (*parent, before_colon))
     if folded in known:
         return Answer(unknown, f"did you mean {folded}?", (*parent, folded))
-    foreign = _foreign_name(folded, fields, parent)
+    held = section.value.get(key) if isinstance(section.value, dict) else None
+    foreign = _foreign_name(folded, held.value if held is not None else None, fields, parent)
     if foreign is not None:
         return foreign
     if isinstance(choice, Choice) and (others := _kinds_with(folded, choice)):
@@ -74,13 +76,16 @@ def _fold(key: str) -> str:
     return unicodedata.normalize("NFKC", key).strip().lower().replace("-", "_")
 
 
-def _foreign_name(folded: str, fields: Iterable[str], parent: KeyPath) -> Answer | None:
-    ours = NAMES_IN_A_SOURCE.get(folded, "")
+def _foreign_name(folded: str, value: Any, fields: Iterable[str], parent: KeyPath) -> Answer | None:
+    ours = names_in_a_source().get(folded, "")
     if ours in fields and _MARK_OF_A_SOURCE in fields:
         return Answer("unknown key", f"a source's key for this is {ours}", (*parent, ours))
-    if folded not in FOREIGN_NAMES:
+    answer = foreign_names().get(folded)
+    if answer is None:
         return None
-    ours, _, note = FOREIGN_NAMES[folded].partition(": ")
+    if not isinstance(answer, str):
+        answer = answer[value is not False]
+    ours, _, note = answer.partition(": ")
     if not ours:
         return Answer("unknown key", note)
     return Answer("unknown key", f"in lorafit this is {ours}{f' ({note})' if note else ''}", tuple(ours.split(".")))

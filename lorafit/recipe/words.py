@@ -23,7 +23,6 @@ FOREIGN_VALUES: Mapping[str, str] = {
     "4bit": "nf4",
     "int4": "nf4",
     "bnb_4bit": "nf4",
-    "qlora": "lora",
     "8bit": "int8",
     "bnb_8bit": "int8",
     "llm.int8": "int8",

@@ -73,7 +73,7 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     (
         "unknown kind",
         MINIMAL + "adapter: full\n",
-        ["r.yaml:4:10", "adapter", "unknown adapter 'full'", "available: ", "lora"],
+        ["r.yaml:4:10", "adapter", "adapter 'full' does not exist yet", "available: ", "lora"],
     ),
     (
         "kind that is nearly one",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from lorafit.recipe.names import FOREIGN_NAMES, NAMES_IN_A_SOURCE
+from lorafit.recipe.names import foreign_names, names_in_a_source
 from lorafit.recipe.outline import Choice, every_key, fields_of, recipe_outline
 from lorafit.recipe.schema import TrainSourceSection
 from lorafit.recipe.words import FOREIGN_VALUES, OneNameOf
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, parts
 
 KEYS = {".".join(map(str, path)): slot for path, slot in every_key(recipe_outline())}
-OURS = {name: ours.partition(": ")[0] for name, ours in FOREIGN_NAMES.items()}
+FOREIGN_NAMES, NAMES_IN_A_SOURCE = foreign_names(), names_in_a_source()
+ANSWERED = {name: ours if isinstance(ours, str) else ours[True] for name, ours in FOREIGN_NAMES.items()}
+OURS = {name: ours.partition(": ")[0] for name, ours in ANSWERED.items()}
 
 
 def test_every_answer_names_a_key_that_exists() -> None:
@@ -19,6 +21,68 @@ def test_every_answer_names_a_key_that_exists() -> None:
     choices = {f"{key}.kind" for key, slot in KEYS.items() if isinstance(slot, Choice)}
     assert {ours for ours in OURS.values() if ours} - set(KEYS) - choices == {"extends"}
     assert set(NAMES_IN_A_SOURCE.values()) <= set(fields_of(TrainSourceSection))
+
+
+def test_answers_by_value_name_the_same_key() -> None:
+    for name, ours in FOREIGN_NAMES.items():
+        if not isinstance(ours, str):
+            assert set(ours) == {True, False}, name
+            assert {text.partition(": ")[0] for text in ours.values()} == {OURS[name]}, name
+
+
+AXOLOTL = """\
+base_model: some/model
+adapter: qlora
+strict: false
+mask_history: false
+load_in_8bit: false
+sequence_len: 2048
+micro_batch_size: 2
+lora_r: 32
+eval_table_size:
+use_rslora: true
+neftune_noise_alpha: 5
+use_liger_kernel: true
+dataset_num_proc: 4
+eos_token: <|im_end|>
+lora_task_type: CAUSAL_LM
+dataset_train_split: train
+dataset_test_split: test
+"""
+
+
+def test_a_recipe_of_another_tool_is_called_that(fails: Fails) -> None:
+    """And each of its keys is answered, none with the nearest name of ours that means something else."""
+    said = parts(fails(AXOLOTL))
+    assert "looks like a recipe of axolotl" in said[0] and "docs/recipe.md" in said[0]
+    text = "\n".join(said)
+    for words in (
+        "adapter: QLoRA is adapter: lora on a quantised base; add model: {quantization: nf4}",
+        "strict: unknown key; a recipe is always read strictly",
+        "mask_history: unknown key; in lorafit this is data.train_on (assistant, so every answer of a chat carries",
+        "load_in_8bit: unknown key; in lorafit this is model.quantization (none, where load_in_4bit is not set either)",
+        "eval_table_size: unknown key; tables of answers are not tracked",
+        "use_rslora: unknown key; not built yet; it scales by alpha / sqrt(r)",
+        "neftune_noise_alpha: unknown key; not built yet",
+        "use_liger_kernel: unknown key; not needed",
+        "dataset_num_proc: unknown key; decided by the machine",
+        "eos_token: unknown key; the base model's own end tokens",
+        "lora_task_type: unknown key; in lorafit this is task",
+        "dataset_train_split: unknown key; in lorafit this is data.train (each source has a split)",
+        "dataset_test_split: unknown key; in lorafit this is data.validation",
+    ):
+        assert words in text, words
+    assert "a recipe has name, task" not in text
+
+
+def test_a_recipe_of_ours_with_a_few_foreign_keys_is_none_of_theirs(fails: Fails) -> None:
+    said = parts(fails(MINIMAL + "lora_r: 8\nmicro_batch_size: 2\nsequence_len: 9\nsample_packing: true\n"))
+    assert not [line for line in said if "looks like" in line]
+
+
+@pytest.mark.parametrize("kind", ["dora", "DoRA", "adalora", "full"])
+def test_an_adapter_that_does_not_exist_yet_says_so(fails: Fails, kind: str) -> None:
+    assert f"adapter '{kind}' does not exist yet; available: lora" in str(fails(MINIMAL + f"adapter: {kind}\n"))
 
 
 def test_a_foreign_name_is_never_one_of_ours_in_its_place() -> None:
@@ -173,7 +237,6 @@ VALUES = [
     ("model.quantization=4bit", "nf4"),
     ("model.dtype=float16", "fp16"),
     ("model.attention=flash_attn", "flash_attention_2"),
-    ("adapter=qlora", "lora"),
     ("task=sft", "causal-lm"),
     ("evaluation.final=[accuracy]", "token_accuracy"),
 ]
@@ -219,7 +282,8 @@ evals_per_epoch: 4
 saves_per_epoch: 1
 weight_decay: 0.0
 """
-    lines = parts(fails(text))
+    whole, *lines = parts(fails(text))
+    assert "looks like a recipe of axolotl" in whole
     answered = {line.split(": ")[1] for line in lines}
     written = {line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")}
     assert answered == written | {"name"}, "each of its keys, and the one that is missing"
