@@ -22,6 +22,7 @@ from torch.nn import functional
 from lorafit.errors import ModelError, NumericsError
 from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
 from lorafit.ops.masks import block_diagonal_mask
+from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.rng import preserved_rng
 
 if TYPE_CHECKING:
@@ -265,7 +266,9 @@ def _on_text_alone(objective: Objective, run: Callable[[], _Result]) -> _Result:
     """What `run` gives; a model's own complaint about its arguments becomes ours."""
     try:
         return run()
-    except (TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         name, lines = type(objective.base).__name__, str(error).strip().splitlines()
         why = lines[0] if lines else type(error).__name__
         raise ModelError(f"{name} does not run on text alone: {why}", todo="use a model that does") from error

@@ -29,12 +29,14 @@ _BLOCK_WEIGHTS = 64
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
+_INDEXER = "indexer"  # of sparse attention, as DeepSeek-V3.2 and its kin call it
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT looks for in old configs
 
 ROUTER = ROUTERS_CHOOSE
 OUTSIDE = "outside of the language model"
 MOVED = "PEFT moves adapters of this name to the fused experts"
 SHARED = "one weight for several layers"
+CHOICE = "picks what attention sees, and no gradient passes a choice"
 READ = "the model reads its weight past any adapter"
 
 
@@ -88,6 +90,8 @@ def left_out_names(model: Any) -> dict[str, str]:
             found[name] = ROUTER
         elif name in towers:
             found[name] = OUTSIDE
+        elif _INDEXER in name.split("."):
+            found[name] = CHOICE
         elif name in shared:
             found[name] = SHARED
         elif _last(name) in moved:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lorafit.errors import ModelError, RecipeError
 from lorafit.model.check import list_names
+from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.rng import preserved_rng
-from lorafit.trainer.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch

@@ -20,13 +20,14 @@ import torch
 
 from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
-from lorafit.ops.live_tensors import LiveTensors, watching
+from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
+from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.rng import capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.abreast import Abreast
 from lorafit.trainer.checkpoint import ADAPTER_FOLDER, Checkpoint, CheckpointStore, Environment, write_state
 from lorafit.trainer.feed import StepFeed
 from lorafit.trainer.metrics_log import MetricsLog
-from lorafit.trainer.out_of_memory import is_out_of_memory, out_of_memory, release_memory, trim_after
+from lorafit.trainer.out_of_memory import out_of_memory, release_memory, trim_after
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 from lorafit.trainer.progress import StepProgress, peak_memory_bytes, peak_reserved_bytes
 from lorafit.trainer.signals import StopRequested, StopSignals
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from lorafit.data.batch import StepRows
     from lorafit.data.packing import Cutter
     from lorafit.objective import Objective
-    from lorafit.ops.live_tensors import LivePeak
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.recipe.schema import EarlyStoppingSection
 

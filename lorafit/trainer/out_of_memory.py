@@ -1,4 +1,4 @@
-"""Telling an out-of-memory from other errors, and saying what to lower."""
+"""What becomes of an out-of-memory: what to lower is said, and what can be freed is."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ import torch
 from lorafit.errors import ResourceError
 from lorafit.ops.heap import trim_heap
 
-_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_cpu")
-
 _TRIMMED_AFTER_SECONDS = 1.0  # shorter steps leave little behind, and would feel it
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host ran out of memory; torch's CPU allocator raises a plain RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
 
 
 def out_of_memory(where: str, longest_tokens: int, micro_batch_tokens: int) -> ResourceError:

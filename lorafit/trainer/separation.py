@@ -23,8 +23,8 @@ from lorafit.contracts import Batch, Example
 from lorafit.data.packing import collate_packed
 from lorafit.errors import NumericsError
 from lorafit.ops.distance import ROUNDING, logits_distance
+from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.rng import preserved_rng
-from lorafit.trainer.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from lorafit.objective import Objective

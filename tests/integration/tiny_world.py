@@ -17,11 +17,10 @@ CHATML = (
 )
 
 
-def make_base(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
-    """A random Llama of about 100 thousand parameters in fp32, with a byte-level tokenizer and a ChatML template."""
-    import torch
+def make_tokenizer() -> Any:
+    """A byte-level tokenizer of at most 320 tokens, with a ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,9 +33,17 @@ def make_base(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
     )
+
+
+def make_base(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
+    """A random Llama of about 100 thousand parameters in fp32, with a byte-level tokenizer and a ChatML template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fast = make_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(fast),

@@ -15,6 +15,7 @@ from lorafit.model.class_shape import find_shape, read_class_shape
 from lorafit.model.classes import build_empty, find_auto_class, read_settings
 from lorafit.model.load import attach_adapter
 from lorafit.model.targets import (
+    CHOICE,
     MOVED,
     OUTSIDE,
     READ,
@@ -52,6 +53,9 @@ def reasons(architecture: str) -> dict[str, str]:
         ("mamba", {"in_proj"}, {"x_proj": READ, "dt_proj": READ, "out_proj": READ}),
         ("zamba", {"in_proj", "out_proj", "linear"},
          dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), SHARED)),
+        ("glm_moe_dsa", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
+         {"wq_b": CHOICE, "wk": CHOICE, "weights_proj": CHOICE,
+          "gate_proj": MOVED, "up_proj": MOVED, "down_proj": MOVED}),
         ("jetmoe", {"kv_proj"}, {"layer": ROUTER}),
         ("gpt2", {"c_attn", "c_proj", "c_fc"}, {}),
         ("opt", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, {}),
