@@ -17,6 +17,7 @@ Row = Mapping[str, Any]
 
 _ANSWER_MISSING = "a training row holds its answer; prompts are for generate --input"
 
+NO_PROMPT = "no prompt among the columns"
 _LABELS = ("label", "labels")
 _PREFERENCE = ("chosen", "rejected")
 _TURNS = {"messages": "role", "conversations": "from"}
@@ -196,4 +197,4 @@ def no_prompt(row: Row) -> DataError:
     close = next((near[0] for field in asking if (near := nearest(field, row, count=1))), None)
     todo = f"did you mean '{close}'? " if close else ""
     todo += f"call the one that asks {' or '.join(asking)}"
-    return DataError(f"no prompt among the columns {listed(row)}", todo=todo)
+    return DataError(f"{NO_PROMPT} {listed(row)}", todo=todo)

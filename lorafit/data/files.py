@@ -125,12 +125,13 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def check_file(path: Path, name: str) -> None:
+def check_file(path: Path, name: str, *, start: str = "the recipe's folder") -> None:
     """Looks at a file's kind, size and first bytes.
 
     Args:
         path: The file.
         name: The same as the user named it.
+        start: What messages call the folder that relative paths start from.
 
     Raises:
         DataError: It is missing, unreadable, no regular file, empty, a git-lfs pointer, packed, UTF-16, or of a type
@@ -156,7 +157,7 @@ def check_file(path: Path, name: str) -> None:
     except DataError as error:
         raise error.at(file=name) from None
     except FileNotFoundError:
-        raise _missing_error(path, name) from None
+        raise _missing_error(path, name, start) from None
     except OSError as error:
         what = f"cannot be read: {(error.strerror or type(error).__name__).lower()}"
         raise DataError(what, file=shorten(name, 80)) from None
@@ -170,12 +171,12 @@ def _said_size(path: Path) -> int:
         return int.from_bytes(file.read(4), "little")
 
 
-def _missing_error(path: Path, name: str) -> DataError:
+def _missing_error(path: Path, name: str, start: str) -> DataError:
     beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     close = nearest(path.name, beside, count=1)
     if not path.parent.is_dir():
         return DataError("no such file", file=name, todo=f"there is no folder {path.parent}")
-    todo = f"did you mean {close[0]}?" if close else "paths are relative to the recipe's folder"
+    todo = f"did you mean {close[0]}?" if close else f"paths are relative to {start}"
     return DataError("no such file", file=name, todo=todo)
 
 

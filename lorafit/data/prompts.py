@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Sample, Silent
-from lorafit.data.columns import Columns, find_format, no_prompt, rename
+from lorafit.data.columns import NO_PROMPT, Columns, find_format, no_prompt, rename, written
 from lorafit.data.patterns import find_files
 from lorafit.data.source import SampleSet, Source
+from lorafit.data.tables import are_numbers
 from lorafit.errors import DataError, LorafitError, UsageError, raise_all
 from lorafit.kinds.formats import formats
 
@@ -31,15 +32,15 @@ COMMAND_LINE = "--prompt"
 def column_names(sources: Sequence[SourceSection]) -> list[Columns]:
     """The ways in which columns of prompts may be called, in the order in which they are tried.
 
-    What a recipe maps comes first, then the formats' own names; last, tables without a header, of which any line is a
-    row.
+    What a recipe maps comes first, then the formats' own names. Numbers, under which any line of a table is a row, its
+    header too, come last, and only where the recipe maps nothing by name.
     """
     mapped: list[Columns] = []
     for source in sources:
         if source.columns and source.columns not in mapped:
             mapped.append(source.columns)
-    numbered = [columns for columns in mapped if all(name.isdecimal() for name in columns.values())]
-    return [*(columns for columns in mapped if columns not in numbered), {}, *numbered]
+    named = [columns for columns in mapped if not are_numbers(list(columns.values()))]
+    return [*named, {}] if named else [{}, *mapped]
 
 
 def read_prompt(text: str) -> list[Sample]:
@@ -81,6 +82,8 @@ def _open(file: str, known: Sequence[Columns]) -> Source:
         except LorafitError as error:
             refused = error if refused is None or not columns else refused
     assert refused is not None, "column_names gives at least the formats' own"
+    if known[0] and refused.todo is not None and refused.what.startswith(NO_PROMPT):
+        refused.todo += f"; or as the run's recipe does: {written(known[0])}"
     raise refused
 
 

@@ -246,7 +246,7 @@ def _locate(
     looks_local = has_data_suffix(section.path) or not is_hub_id(section.path)
     is_in_folder = "/" in section.path and (folder / section.path.split("/")[0]).is_dir()
     if local or looks_local or is_in_folder or os.path.lexists(path):
-        check_file(path, section.path)
+        check_file(path, section.path, start="the working folder" if local else "the recipe's folder")
         return path, None
     revision, split = section.revision, section.split
     return None, HubRows(section.path, subset=section.subset, split=split, revision=revision, reporter=reporter)

@@ -189,8 +189,8 @@ def test_columns_are_called_as_in_the_recipe(tmp_path: Path) -> None:
     sources = [
         SourceSection(path="a.jsonl"),
         SourceSection(path="b.csv", columns={"question": "Frage", "answer": "Antwort"}),
-        SourceSection(path="c.tsv", columns={"prompt": "2", "completion": "1"}),
     ]
+    bare = SourceSection(path="c.tsv", columns={"prompt": "2", "completion": "1"})
     (tmp_path / "german.csv").write_text('Frage,Antwort\n"Hi, you",x\n', encoding="utf-8")
     (tmp_path / "asks.csv").write_text('Frage\n"Hi, you"\n', encoding="utf-8")
     (tmp_path / "own.csv").write_text('question,Antwort\n"Hi, you",x\n', encoding="utf-8")
@@ -198,8 +198,11 @@ def test_columns_are_called_as_in_the_recipe(tmp_path: Path) -> None:
         found = read(tmp_path / name, *sources)
         assert [(p.line, p.turns) for p in found] == [(2, ({"role": "user", "content": "Hi, you"},))], name
     (tmp_path / "bare.tsv").write_text("ham\thello\n", encoding="utf-8")
-    assert [p.prompt for p in read(tmp_path / "bare.tsv", *sources)] == ["hello"]
+    assert [p.prompt for p in read(tmp_path / "bare.tsv", bare)] == ["hello"]
+    assert "bare.tsv" in refusal(tmp_path / "bare.tsv", bare, *sources)  # a header might be taken for a row
     assert "german.csv:2: no prompt among the columns Frage, Antwort" in refusal(tmp_path / "german.csv")
+    (tmp_path / "other.csv").write_text("Titel,Text\na,b\n", encoding="utf-8")
+    assert "as the run's recipe does: columns: {question: Frage" in refusal(tmp_path / "other.csv", *sources)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,7 @@ def test_duplicate_keys_in_the_arguments_of_a_call_are_named(tmp_path: Path) -> 
 
 def test_no_hub_is_asked_for_prompts(tmp_path: Path) -> None:
     assert "no such file" in refusal(Path("nobody/nothing"))
+    assert "paths are relative to the working folder" in refusal(tmp_path / "nothing.txt")
 
 
 def test_a_field_that_the_template_drops_is_refused_with_its_place(tmp_path: Path) -> None:
