@@ -61,6 +61,9 @@ class OpenedRun:
                 else "train first, or go on with the run: lorafit train ... --resume"
             )
             raise CheckpointError("the run has no finished adapter", file=str(self.run.root), todo=todo)
+        from lorafit.model.adapter import check_named_base
+
+        check_named_base(self.run.adapter)
         require_manifest(self.run.adapter)
         best = self.run.best_step()
         return self.run.adapter, best if best is not None else max(self.run.steps(), default=None)

@@ -93,6 +93,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
         ModelError: A file is missing, incomplete or no adapter of a known kind, or a field is not what PEFT writes.
         SafetyError: Only pickle weights, a config that would import a module, or a pattern that can take for ever.
     """
+    check_named_base(folder)
     if (folder / MANIFEST).exists():
         require_manifest(folder, hash_of=known_hash)
     config = _read_object(folder / CONFIG, folder)
@@ -239,23 +240,31 @@ def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> No
         raise ModelError("; ".join(problems), file=str(saved.path / WEIGHTS), todo="use the base it was trained on")
 
 
-def check_base(saved: AdapterFolder, base: Base) -> None:
-    """Raises ModelError where the adapter was trained on another base (by digest), or its own files disagree.
+def check_named_base(folder: Path) -> None:
+    """Raises ModelError where adapter_config.json names another base than lorafit.json, whatever a MANIFEST says.
 
-    A folder that adapter_config.json names may lie anywhere, since it is the place on the machine that trained; its
-    name stays the same.
+    A folder that it names may lie anywhere, since it is the place on the machine that trained; its name stays the same.
+    Files that are missing or damaged are for others to refuse.
     """
-    trained = saved.notes.get("base") or {}
-    if not trained:
+    try:
+        config, notes = _read_object(folder / CONFIG, folder), _read_object(folder / NOTES, folder)
+    except ModelError:
         return
-    written = str(saved.config.get("base_model_name_or_path"))
+    trained, written = notes.get("base"), str(config.get("base_model_name_or_path"))
+    if not isinstance(trained, dict):
+        return
     is_folder = is_local_path(written) and Path(written).name == trained.get("folder")
     if written != trained.get("name") and not is_folder:
         raise ModelError(
-            f"base mismatch: {CONFIG} says '{written}', {NOTES} says '{trained.get('name')}'",
-            file=str(saved.path),
+            f"base mismatch: {CONFIG} says '{written[:80]}', {NOTES} says '{trained.get('name')}'",
+            file=str(folder),
             todo="restore the file that was changed",
         )
+
+
+def check_base(saved: AdapterFolder, base: Base) -> None:
+    """Raises ModelError where the adapter was trained on another base, by digest."""
+    trained = saved.notes.get("base") or {}
     if base.digest and trained.get("digest") and base.digest != trained["digest"]:
         raise ModelError(
             f"trained on '{trained['name']}' ({trained['digest'][:12]}), "

@@ -294,6 +294,16 @@ def test_an_adapters_card_is_read_as_strictly(trained: World) -> None:
     shutil.rmtree(trained.root / "lone")
 
 
+@pytest.mark.parametrize("name", ["org/other", "/home/u/x"])
+def test_an_adapter_that_names_another_base(trained: World, name: str) -> None:
+    shutil.copytree(trained.root / "run", trained.root / "other")
+    file = trained.root / "other" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+    for command in (["eval", "other"], ["generate", "other", *ASK], ["merge", "other", "--output", "m"]):
+        say_all(trained.run(*command), 5, "other/adapter", "base mismatch", name)
+    shutil.rmtree(trained.root / "other")
+
+
 def test_what_was_trained_is_not_changed_by_a_flag(trained: World) -> None:
     for key in ("model.base=other", "model.quantization=nf4", "adapter.r=8", "data.system_prompt=x"):
         say_all(trained.run("eval", "run", "--split", "train", "--set", key), 2, "--set", key.split("=")[0])

@@ -104,11 +104,15 @@ def test_an_adapter_of_a_wider_base_does_not_open(trained: Callable[..., Trained
         open_adapter(load(wider), made.adapter, trainable=False, base=wider)
 
 
-def test_names_of_the_base_must_agree(trained: Callable[..., Trained]) -> None:
+@pytest.mark.parametrize("written", ["org/other", "/home/u/x", "other", "../elsewhere"])
+def test_names_of_the_base_must_agree(trained: Callable[..., Trained], written: str) -> None:
     made = trained("none")
-    change(made.adapter, base_model_name_or_path="org/other")
-    with pytest.raises(ModelError, match=r"base mismatch: .*'org/other'.*'base'"):
-        check_base(read_adapter(made.adapter), made.base)
+    change(made.adapter, base_model_name_or_path=written)
+    with pytest.raises(ModelError, match=rf"base mismatch: .*'{written}'.*'base'"):
+        read_adapter(made.adapter)
+    change(made.adapter, base_model_name_or_path="/moved/to/base")  # its folder's name stays
+    check_base(read_adapter(made.adapter), made.base)
+    change(made.adapter, base_model_name_or_path=written)
     (made.adapter / NOTES).unlink()  # another tool's adapter: its shapes decide
     check_base(read_adapter(made.adapter), made.base)
 
