@@ -82,7 +82,10 @@ def merge_run(
     if kind == "dequantized" and not is_quantized:
         raise ModelError("the run's base was not quantised", key="--base", todo="use --base original")
     agrees = kind == "dequantized" or not is_quantized
-    compare = _Comparison(tuned, _rows_to_compare(opened, reporter), must_agree=agrees, reporter=reporter)
+    rows = _rows_to_compare(opened, reporter) if verify else None
+    compare = _Comparison(tuned, rows or ([], []), must_agree=agrees, reporter=reporter)
+    if verify and rows is None:
+        compare.skipped = f"{opened.run.comparison.name} is missing, which holds the rows"
     report = merge_adapter(
         tuned.base,
         tuned.adapter,
@@ -91,7 +94,7 @@ def merge_run(
         quantization=read_object(opened.run.quantization) if kind == "dequantized" else None,
         verify=verify,
         judge=partial(_check_templates, tuned.adapter),
-        check=compare if verify else None,
+        check=compare if rows is not None else None,
         reporter=reporter,
     )
     return Merged(report, compare.parity, compare.skipped)
@@ -119,12 +122,16 @@ def merge_adapter_folder(
     return Merged(report, None, "an adapter alone holds no rows to compare on" if verify else "")
 
 
-def _rows_to_compare(opened: OpenedRun, reporter: Reporter) -> Rows:
-    """Tokens and loss flags of the rows that training put aside; those of the recipe for a run of an earlier version.
+def _rows_to_compare(opened: OpenedRun, reporter: Reporter) -> Rows | None:
+    """Tokens and loss flags of the rows that training put aside; None where somebody took them away.
+
+    Runs of earlier versions, which have no card, have none: there the recipe's are opened.
 
     Raises:
         CheckpointError: comparison.json is damaged.
     """
+    if opened.run.card.is_file() and not opened.run.comparison.is_file():
+        return None
     if opened.run.comparison.is_file():
         stored = read_object(opened.run.comparison)
     else:

@@ -119,6 +119,15 @@ def test_a_merge_imports_nothing_heavy_before_it_has_written(world: World) -> No
     assert done.stdout.strip() == "[]"
 
 
+def test_a_merge_without_the_rows_put_aside(world: World) -> None:
+    train(world)
+    (world.root / "run" / "comparison.json").unlink()
+    for name in ("d.jsonl", "v.jsonl", "t.jsonl"):
+        (world.root / name).unlink()
+    found = merge(world, "run", "merged")
+    assert found["parity"] is None and found["verified"] and "comparison.json" in found["parity_skipped"]
+
+
 def test_a_base_that_moved_is_found_or_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     train(world)
     told = answer(world, "run")

@@ -70,13 +70,13 @@ def test_losses_are_the_models_own_over_the_trained_tokens(made: Trained) -> Non
 
 
 def test_a_far_merge_ends_with_exit_9(made: Trained) -> None:
-    parity = Parity(1, 9, 1.0, 0.006, 0.1, 0.9, 2.0, 2.1)
-    with pytest.raises(NumericsError, match=r"mean KL 0.006 is above 0.005") as caught:
+    parity = Parity(1, 9, 1.0, 0.021, 0.1, 0.9, 2.0, 2.1)
+    with pytest.raises(NumericsError, match=r"mean KL 0.021 is above 0.02") as caught:
         require_parity(parity)
     assert caught.value.exit_code == 9
     with pytest.raises(NumericsError):
         require_parity(Parity(1, 9, 1.0, float("nan"), 0.1, 0.9, 2.0, 2.1))
-    require_parity(parity, limit=0.01)
+    require_parity(parity, limit=0.05)
 
 
 def test_nothing_to_compare_and_broken_logits(made: Trained) -> None:
