@@ -133,7 +133,8 @@ class Job:
 
     def origin(self) -> dict[str, Any]:
         """The facts, and what a resume takes from the run instead of finding it again."""
-        return {**self.facts(), "template_date": self.renderer.template_date}
+        base = {"name": self.base.name, "digest": self.base.digest, "content": self.base.content or None}
+        return {**self.facts(), "base": base, "template_date": self.renderer.template_date}
 
 
 def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = None, commit: str | None = None) -> Job:

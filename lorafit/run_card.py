@@ -47,6 +47,8 @@ class BaseOrigin(Section):
     """Name of the folder that holds the weights: of a GGUF file the content name of its conversion."""
     digest: str
     """`lorafit.model.base.fingerprint` of config and weights."""
+    content: str | None = None
+    """`lorafit.model.content.Content.digest`, over all bytes of the weights; null where an older run recorded none."""
 
     @property
     def shown(self) -> str:

@@ -314,6 +314,11 @@ class RunDir:
         return self.root / "quantization.json"
 
     @property
+    def base(self) -> Path:
+        """Hashes of all bytes of the base's tensors, so that a resume can prove that it goes on with the same base."""
+        return self.root / "base.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a step and one an evaluation."""
         return self.root / "metrics.jsonl"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Reporter, Silent
 from lorafit.job import load_base, prove, torch_dtype
 from lorafit.kinds.tasks import tasks
-from lorafit.rundir import RunDir, check_manifest, write_json
+from lorafit.rundir import RunDir, check_manifest, read_object, write_json
 from lorafit.version import installed_versions
-from lorafit.workspace import check_same_facts, describe_run
+from lorafit.workspace import check_same_facts, describe_run, read_base_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lorafit.job import Job
+    from lorafit.model.content import Content
     from lorafit.objective import Objective
     from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan
     from lorafit.results import Trained
+    from lorafit.run_card import RunCard
     from lorafit.shapes import LinearShape
     from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore
     from lorafit.trainer.loop import Trainer
@@ -47,8 +50,8 @@ class Training:
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
         from lorafit.model.adapter import load_adapter_weights, save_adapter
-        from lorafit.model.fuse import fuse_layers, keep_unpacked
-        from lorafit.model.inspect import coverage, coverage_table, describe_quantization
+        from lorafit.model.content import reading_content
+        from lorafit.model.inspect import describe_quantization
         from lorafit.ops.rng import seed_rng
         from lorafit.plan import require_fit
         from lorafit.results import Trained, describe_resolved
@@ -70,35 +73,20 @@ class Training:
             use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root
         )
         check_same_rows(accelerator, job.rows.digest)
-        base = load_base(
-            job,
-            dtype=self.plan.dtype,
-            compute_dtype=self.plan.compute_dtype,
-            attention=self.plan.attention,
-            device=accelerator.device,
-            reporter=self.reporter,
-        )
-        model = self._attach(base)
-        fuse_layers(model)
-        if self.plan.keeps_unpacked:
-            keep_unpacked(model)
-        self.reporter.show(coverage_table(coverage(model)))
+        with reading_content(job.base.path) if accelerator.is_main_process else nullcontext() as reading:
+            model = self._load(accelerator)
+            content = reading.result() if reading is not None else None
         used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
+        if content is not None:
+            job = replace(job, base=replace(job.base, content=content.digest))
+            if checkpoint is not None:
+                self._check_base(content, used)
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
         self._prove_gradients(objective)
-        if accelerator.is_main_process:  # nothing is written before all is loaded and proven
-            describe_run(self.where, job.loaded, job.origin())
-            write_json(self.where.data, job.rows.report.to_json())
         resolved = self._resolve(objective, accelerator, checkpoint, given)
         card = job.card(resolved)
         question = replace(self._question(), attention=resolved.attention)
         expected = question.at(resolved.tokens_at_once, resolved.gradient_checkpointing)
-        if accelerator.is_main_process:
-            write_json(self.where.quantization, used)
-            write_json(self.where.card, card.to_json())
-            write_json(self.where.comparison, job.rows_to_compare())
-            facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
-            write_json(self.where.plan, {**resolved.to_json(), **facts})
         self.reporter.info(describe_resolved(resolved))
         seed_rng(recipe.seed + _SEED_STRIDE * accelerator.process_index)  # dropout; each rank drops other inputs
         save = partial(
@@ -109,6 +97,10 @@ class Training:
         if checkpoint is not None:
             state = trainer.restore(checkpoint, partial(load_adapter_weights, model))
         state.events += events
+        if content is not None:  # nothing is written before all is loaded, compared and proven
+            facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
+            hashes = {self.where.base: content.to_json(), self.where.quantization: used}
+            self._describe(job, card, {**resolved.to_json(), **facts}, hashes, begins=checkpoint is None)
         trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"))
         try:
             result = trainer.fit(state)
@@ -121,6 +113,52 @@ class Training:
         if accelerator.is_main_process:
             write_json(self.where.result, trained.summary())
         return trained
+
+    def _load(self, accelerator: Any) -> Any:
+        """The base with its adapter, in the precision of the plan."""
+        from lorafit.model.fuse import fuse_layers, keep_unpacked
+        from lorafit.model.inspect import coverage, coverage_table
+
+        plan = self.plan
+        base = load_base(
+            self.job,
+            dtype=plan.dtype,
+            compute_dtype=plan.compute_dtype,
+            attention=plan.attention,
+            device=accelerator.device,
+            reporter=self.reporter,
+        )
+        model = self._attach(base)
+        fuse_layers(model)
+        if plan.keeps_unpacked:
+            keep_unpacked(model)
+        self.reporter.show(coverage_table(coverage(model)))
+        return model
+
+    def _check_base(self, content: Content, used: Mapping[str, Any]) -> None:
+        """Whether the base is the one that the run was begun on, where there is one: every byte, and every code."""
+        from lorafit.model.content import require_same
+        from lorafit.model.inspect import require_same_quantization
+
+        where = self.where
+        if where.base.exists():
+            require_same(content, read_object(where.base), folder=self.job.base.path, file=where.base)
+        if where.quantization.exists():
+            require_same_quantization(used, read_object(where.quantization), file=where.quantization)
+
+    def _describe(
+        self, job: Job, card: RunCard, plan: Mapping[str, Any], hashes: Mapping[Path, Any], *, begins: bool
+    ) -> None:
+        """Everything that the run folder says of the run. Hashes of its base stay those that it was begun with."""
+        where = self.where
+        describe_run(where, job.loaded, job.origin())
+        for file, values in hashes.items():
+            if begins or not file.exists():
+                write_json(file, values)
+        write_json(where.card, card.to_json())
+        write_json(where.comparison, job.rows_to_compare())
+        write_json(where.data, job.rows.report.to_json())
+        write_json(where.plan, plan)
 
     def _prove_gradients(self, objective: Objective) -> None:
         """One short row forward and backward, before anything is written."""
@@ -185,10 +223,13 @@ class Training:
     def _find_checkpoint(
         self, store: CheckpointStore, step: int | None, allow_inexact: bool
     ) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
+        from lorafit.model.content import require_recorded
         from lorafit.trainer.checkpoint import Environment, check_continuity
 
-        device = self.job.device
-        check_same_facts(self.where, self.job.origin())
+        job, device = self.job, self.job.device
+        if read_base_digest(self.where) not in (None, job.base.digest):
+            require_recorded(job.base.path, self.where.base)  # names the tensors, where more than the config changed
+        check_same_facts(self.where, job.origin())
         checkpoint = store.open(step)
         if checkpoint is None:
             return None, []

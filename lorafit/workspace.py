@@ -249,6 +249,14 @@ def _is_started(run: RunDir) -> bool:
     return run.recipe.is_file() and run.manifest.is_file()
 
 
+def read_base_digest(run: RunDir) -> str | None:
+    """Fingerprint of the base that a run was started on; None where none was started."""
+    if not _is_started(run):
+        return None
+    base = read_object(run.manifest).get("base")
+    return str(base.get("digest")) if isinstance(base, dict) else ""
+
+
 def check_same_facts(run: RunDir, facts: Mapping[str, Any]) -> None:
     """Refuses to go on with other rows, another base, tokenizer or template.
 
@@ -258,7 +266,7 @@ def check_same_facts(run: RunDir, facts: Mapping[str, Any]) -> None:
     if not _is_started(run):
         return  # nothing was started here: the run begins at step 0
     recorded = read_object(run.manifest)
-    recorded["base"], now_base = recorded.get("base", {}).get("digest"), facts["base"]["digest"]
+    recorded["base"], now_base = read_base_digest(run), facts["base"]["digest"]
     for what in ("base", "tokenizer", "chat_template", "data"):  # each decides those behind it
         if recorded.get(what) != (now_base if what == "base" else facts.get(what)):
             changed = f"the {what.replace('_', ' ')} changed since the run was started"

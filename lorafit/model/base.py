@@ -62,6 +62,7 @@ class Base:
         kind: Where it comes from.
         revision: Of a hub id: what was asked for.
         commit: Of a hub id: what that was, resolved.
+        content: `Content.digest` of all its weights, once they were read; empty before.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class Base:
     kind: Literal["hub", "package", "gguf", "folder"] = "folder"
     revision: str | None = None
     commit: str | None = None
+    content: str = ""
 
     @property
     def shown(self) -> str:
@@ -89,6 +91,7 @@ class Base:
             commit=self.commit,
             folder=self.path.name if self.kind == "hub" else self.path.resolve().name,
             digest=self.digest,
+            content=self.content or None,
         )
 
     @property

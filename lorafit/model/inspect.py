@@ -5,16 +5,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafit.errors import CheckpointError
+from lorafit.model.check import list_names
 from lorafit.model.names import Part, names_of, write_parts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from rich.table import Table
 
+_MEAN_TOLERANCE = 1e-5
 SUM_BYTES = 8192
 """Packed bytes whose codes are summed together (see `sum_codes`)."""
 
@@ -277,3 +283,41 @@ def digest_of(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     """One SHA-256 over the hashes of all quantised weights, so that an adapter folder alone can prove its base."""
     exact = {n: [proof["codes"], proof["constants"], proof.get("nested")] for n, proof in tensors.items()}
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def require_same_quantization(now: Mapping[str, Any], before: Mapping[str, Any], *, file: Path) -> None:
+    """Compares what a resume has quantised with what the run had when it began.
+
+    Codes of another kind of device may be off by one level here and there, which a merge counts; they are let through.
+
+    Raises:
+        CheckpointError: They differ; names the layers. Or the record is none.
+    """
+    ours, theirs = now["tensors"], before.get("tensors")
+    if not isinstance(theirs, dict) or not all(isinstance(proof, dict) for proof in theirs.values()):
+        raise CheckpointError("holds no hashes of tensors", file=str(file), key="tensors", todo="restore it")
+    changed = [f"{key} differs" for key in ("kind", "weights_dtype") if now.get(key) != before.get(key)]
+    if now["device"] == before.get("device"):
+        names = ours.keys() | theirs.keys()
+        differ = [name for name in names if not _same_proof(ours.get(name, {}), theirs.get(name, {}))]
+        changed += [f"{len(differ)} quantised tensors differ ({list_names(differ)})"] if differ else []
+    if changed:
+        raise CheckpointError(
+            f"the base changed since the run was started: {changed[-1]}",
+            file=str(file),
+            todo="restore the base's files, or train anew on this one",
+        )
+
+
+def _same_proof(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether two proofs are of the same weight.
+
+    The mean that double quantisation subtracts has another last bit with another number of threads, and what is coded
+    behind it with it: then equal codes and means that are near say the same.
+    """
+    if ours.get("codes") != theirs.get("codes") or ours.get("shape") != theirs.get("shape"):
+        return False
+    offset, other = ours.get("offset"), theirs.get("offset")
+    if isinstance(offset, float) and isinstance(other, float) and offset != other:
+        return math.isclose(offset, other, rel_tol=_MEAN_TOLERANCE)
+    return all(ours.get(key) == theirs.get(key) for key in ("constants", "nested"))

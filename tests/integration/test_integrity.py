@@ -543,3 +543,101 @@ def test_a_merge_takes_no_place_of_the_users(trained: World) -> None:
     for output in ("mine", "linked", "gone", "file"):
         say_all(trained.run("merge", "run", "--output", output), 2, output)
     assert trained.digests() == before
+
+
+# --- the base that a run was begun on --------------------------------------------------------------------------------
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def edit_beside_the_sample(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Changes values that the quick fingerprint, 4 KiB from a tensor's middle, does not read."""
+    return lambda tensors: tensors[name].view(-1)[:16].fill_(0.5)
+
+
+@pytest.fixture(params=["none", "nf4"])
+def own_base(world: World, request: pytest.FixtureRequest) -> World:
+    """A run over a base of this test's own, cut off after two of three steps."""
+    copy_base(world, "model")
+    world.recipe(
+        (f"  base: {world.base}", "  base: model"),
+        ("  quantization: none", f"  quantization: {request.param}"),
+        ("  max_steps: 2", "  max_steps: 2\n  schedule: constant"),
+    )
+    say_all(world.run("train", "r.yaml"), 0)
+    world.recipe(
+        (f"  base: {world.base}", "  base: model"),
+        ("  quantization: none", f"  quantization: {request.param}"),
+        ("  max_steps: 2", "  max_steps: 3\n  schedule: constant"),
+    )
+    return world
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, UP, "model.norm.weight", "lm_head.weight"])
+def test_a_resume_on_an_edited_base_is_refused(own_base: World, name: str) -> None:
+    """Quantised or not, inside of the fingerprint's sample or beside it; and nothing in the run is touched."""
+    world = own_base
+    edit_weights(world.root / "model", edit_beside_the_sample(name))
+    before = world.digests("run")
+    outcome = world.run("train", "r.yaml", "--resume")
+    say_all(outcome, 6, "base changed", name.removesuffix(".weight"))
+    assert world.digests("run") == before
+
+
+def test_a_run_that_recorded_no_content_goes_on(own_base: World) -> None:
+    """As runs of 0.1.0 are: what they did not record is not compared; their codes are."""
+    world = own_base
+    run = world.root / "run"
+    (run / "base.json").unlink()
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["base"]["content"]
+    (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    quantization = (run / "quantization.json").read_bytes()
+    say_all(world.run("train", "r.yaml", "--resume"), 0, "step 3")
+    assert (run / "quantization.json").read_bytes() == quantization
+
+
+def test_a_moved_and_resharded_base_is_the_same_base(own_base: World) -> None:
+    """The hash is over names and values: not over files, and not over when they were written."""
+    world = own_base
+    folder = world.root / "model"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in halves.items() for name in part}
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    say_all(world.run("train", "r.yaml", "--resume"), 0, "step 3")
+
+
+def test_hashes_of_large_files_are_kept_and_belong_to_one_state_of_them(
+    own_base: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read once for as long as a file is the same; read anew after every change, and where others may write."""
+    from lorafit import cache
+    from lorafit.model import content
+
+    world, folder = own_base, own_base.root / "model"
+    read: list[Path] = []
+    real = content._hash_tensors
+
+    def hash_tensors(file: Path, **options: Any) -> dict[str, str]:
+        read.append(file)
+        return real(file, **options)
+
+    monkeypatch.setattr(content, "_hash_tensors", hash_tensors)
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setenv("LORAFIT_CACHE", str(world.root / "own-cache"))
+    first = content.read_content(folder)
+    assert content.read_content(folder) == first and len(read) == 1
+    edit_weights(folder, edit_beside_the_sample(EMBEDDING))
+    second = content.read_content(folder)
+    assert len(read) == 2 and second.digest != first.digest
+    assert {name for name in first.tensors if first.tensors[name] != second.tensors[name]} == {EMBEDDING}
+    for memo in (world.root / "own-cache" / "hashes").iterdir():
+        edit_json(memo, value={"forged": "x"})
+    (world.root / "own-cache" / "hashes").chmod(0o777)
+    assert content.read_content(folder) == second and len(read) == 3
