@@ -26,6 +26,7 @@ MOST_MICRO_BATCH_TOKENS = 16_384
 """Beyond this a forward pass gains no speed on any card: its products are large enough. The rehearsal picks below
 it."""
 HEADROOM = 0.05
+FEW_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,17 @@ def _warnings(
     if training.batch_size > dataset.rows:
         found.append(
             f"batch_size {training.batch_size} is more than the {dataset.rows} rows: every step is a whole epoch"
+        )
+    if total_steps < FEW_STEPS:
+        how = "raise training.epochs or lower training.batch_size"
+        if training.max_steps is not None:
+            how = "raise training.max_steps"
+        found.append(f"only {total_steps} optimizer steps; a model learns little in fewer than {FEW_STEPS}: {how}")
+    warmup = warmup_steps(training.schedule, total_steps)
+    if warmup >= total_steps > 1:
+        found.append(
+            f"the warmup takes all {total_steps} steps: the learning rate never gets to its height; lower "
+            "training.schedule.warmup_steps"
         )
     every = recipe.evaluation.every_steps
     if every is not None and every > total_steps:

@@ -258,6 +258,8 @@ def _verdict(estimate: RecipeEstimate) -> Iterator[tuple[str, str]]:
         marks = [saving.note] if saving.note else []
         marks += ["then it fits"] if saving.fits and not estimate.fits else []
         yield f"{format_bytes(saving.saved_bytes):>10}  {'; '.join([saving.switch, *marks])}", ""
+    if estimate.enough is not None:
+        yield f"fits, with {format_bytes(estimate.enough.needed_bytes)}: {estimate.enough.shown}", "bold"
 
 
 def _fit(fit: Fit) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Printed
@@ -11,6 +11,7 @@ from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.kinds.adapters import adapters
 from lorafit.memory import ExactEstimate, MemoryEstimate, fits
 from lorafit.plan.derive import HEADROOM, run_epochs
+from lorafit.plan.enough import Enough, find_enough
 from lorafit.plan.fit import Fit, find_fit
 from lorafit.plan.methods import Method, compare_methods
 from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_dtype
@@ -70,6 +71,7 @@ class RecipeEstimate(Printed):
             that much.
         methods: The same model trained otherwise.
         savings: Switches that would save memory, the largest first.
+        enough: The cheapest switches with which it would fit, where it does not.
         question: What the estimate answers, for the exact engine to answer too.
         exact: Its answer, where it was asked.
     """
@@ -90,6 +92,7 @@ class RecipeEstimate(Printed):
     cost: RunCost
     methods: tuple[Method, ...]
     savings: tuple[Saving, ...]
+    enough: Enough | None
     fit: Fit | None
     question: MemoryQuestion
     exact: ExactEstimate | None = None
@@ -129,14 +132,16 @@ class RecipeEstimate(Printed):
             DoesNotFitError: It does not fit on the card, or nothing at all does.
         """
         if self.fits is False and self.device is not None:
-            enough = next((saving for saving in self.savings if saving.fits), None)
-            best = enough or next(iter(self.savings), None)
-            how = "it would fit with" if enough else "no single switch is enough: take a larger card; most saves"
+            todo = "take a larger card"
+            if self.enough is not None:
+                todo = f"it would fit with {self.enough.shown}"
+            elif self.savings:
+                todo += f", no three switches are enough; most saves {self.savings[0].switch}"
             raise DoesNotFitError(
                 f"does not fit: needs {format_bytes(self.needed_bytes)}, {self.device.name} has "
                 f"{format_bytes(self.device.memory_bytes)} usable, of which {self.options.headroom:.0%} stay free",
                 key="--gpu",
-                todo=f"{how} {best.switch}" if best else "take a larger card",
+                todo=todo,
             )
         if self.fit is not None and self.fit.nothing_fits:
             device = self.fit.device
@@ -180,6 +185,7 @@ class RecipeEstimate(Printed):
                 {"switch": one.switch, "saved_bytes": one.saved_bytes, "fits": one.fits, "note": one.note or None}
                 for one in self.savings
             ],
+            "enough": None if self.enough is None else asdict(self.enough),
             "fit": None if self.fit is None else self.fit.to_json(),
             "epochs": self.epochs if facts is not None else None,
             "cost": self.cost.to_json(),
@@ -222,13 +228,8 @@ def estimate_recipe(
     """
     headroom, device, facts = options.headroom, options.gpu, rows.facts
     question = _ask(recipe, shape, facts, device, headroom)
-    asked = recipe.training.micro_batch_tokens
-    tokens = question.longest_tokens if asked == "auto" else max(int(asked), question.longest_tokens)
-    checkpointing, without = recipe.training.gradient_checkpointing, None
-    if checkpointing == "auto":
-        plain = question.at(tokens, False)
-        checkpointing = device is not None and not fits(plain, device.memory_bytes, headroom)
-        without = plain if checkpointing else None
+    memory, without = _answer(question, device, headroom)
+    tokens, checkpointing = memory.micro_batch_tokens, memory.gradient_checkpointing
     adapter = adapters.get(recipe.adapter.kind)
     trainable = sum(
         adapter.trainable_parameters(recipe.adapter, linear) for linear in adapter.targets(recipe.adapter, shape)
@@ -237,7 +238,7 @@ def estimate_recipe(
     return RecipeEstimate(
         name=recipe.name,
         model=recipe.model.base,
-        memory=question.at(tokens, bool(checkpointing)),
+        memory=memory,
         dtype=question.dtype,
         quantization=recipe.model.quantization.kind,
         longest_tokens=question.longest_tokens,
@@ -254,16 +255,56 @@ def estimate_recipe(
             row_tokens=question.longest_tokens,
             epochs=epochs,
             adapter_parameters=trainable,
-            checkpointing=bool(checkpointing),
+            checkpointing=checkpointing,
             device=device or options.fit,
             dtype=question.dtype,
             price_per_hour=options.price_per_hour,
         ),
-        methods=compare_methods(question, tokens, bool(checkpointing), device, headroom),
-        savings=find_savings(question, tokens, bool(checkpointing), device, headroom),
+        methods=compare_methods(question, tokens, checkpointing, device, headroom),
+        savings=find_savings(question, tokens, checkpointing, device, headroom),
+        enough=_find_enough(question, memory, facts, device, headroom),
         fit=_fit(recipe, shape, facts, options),
         question=question,
     )
+
+
+def _answer(
+    question: MemoryQuestion, device: DeviceFacts | None, headroom: float
+) -> tuple[MemoryEstimate, MemoryEstimate | None]:
+    """What a step needs; and what it would without checkpointing, where the card has that turned on."""
+    training, longest = question.recipe.training, question.longest_tokens
+    asked = training.micro_batch_tokens
+    tokens = longest if asked == "auto" else max(int(asked), longest)
+    if training.gradient_checkpointing != "auto":
+        return question.at(tokens, bool(training.gradient_checkpointing)), None
+    plain = question.at(tokens, False)
+    if device is None or fits(plain, device.memory_bytes, headroom):
+        return plain, None
+    return question.at(tokens, True), plain
+
+
+def _find_enough(
+    question: MemoryQuestion,
+    memory: MemoryEstimate,
+    facts: DatasetFacts | None,
+    device: DeviceFacts | None,
+    headroom: float,
+) -> Enough | None:
+    if device is None or fits(memory, device.memory_bytes, headroom):
+        return None
+
+    def estimate(changed: Recipe) -> MemoryEstimate:
+        cut = facts and replace(
+            facts,
+            longest_tokens=min(facts.longest_tokens, changed.data.max_length),
+            longest_trained_tokens=min(facts.longest_trained_tokens, changed.data.max_length),
+        )
+        return _answer(_ask(changed, question.shape, cut, device, headroom), device, headroom)[0]
+
+    def holds(found: MemoryEstimate) -> bool:
+        return fits(found, device.memory_bytes, headroom)
+
+    return find_enough(question.recipe, question.shape, question.longest_tokens, estimate, holds)
 
 
 def _ask(

@@ -80,7 +80,12 @@ def test_warnings_name_what_a_user_would_trip_over() -> None:
     assert "every_steps 50 is more than the run's 3 steps" in found
     assert "paged_adamw_8bit runs unpaged" in found
     assert "experts" in " ".join(make(card(200), hub_id="mistralai/Mixtral-8x7B-v0.1").warnings)
-    assert make().warnings == ()
+    few = make(training={"epochs": 3})
+    assert f"only {few.total_steps} optimizer steps" in few.warnings[0] and "raise training.epochs" in few.warnings[0]
+    capped = make(training={"max_steps": 49, "schedule": {"kind": "cosine", "warmup_steps": 49}})
+    assert "raise training.max_steps" in capped.warnings[0]
+    assert "the warmup takes all 49 steps" in capped.warnings[1]
+    assert make(training={"max_steps": 50}).warnings == ()
 
 
 def test_checkpointing_is_decided_where_memory_decides_it() -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from plan_cases import GIB, ROWS, card, recipe, shape_of
 from lorafit.devices import format_bytes, parse_gpu
 from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.plan import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
+from lorafit.recipe.load import load_recipe
 
 BARS = ((1, 100, 0), (101, 200, 70), (201, 300, 0), (301, 600, 30))
 
@@ -277,3 +279,45 @@ def test_a_70b_estimate_is_quick_and_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.0
+
+
+WASTEFUL = {
+    "name": "x",
+    "model": {"base": "meta-llama/Llama-3.1-8B", "quantization": "none"},
+    "data": {"train": "rows.jsonl", "chat_template": "chatml", "max_length": 4096},
+    "training": {"optimizer": "adamw", "gradient_checkpointing": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "keys"),
+    [
+        (30, ["training.gradient_checkpointing"]),
+        (12, ["training.gradient_checkpointing", "model.quantization"]),
+        (8, ["training.gradient_checkpointing", "model.quantization", "data.max_length"]),
+        (4, []),
+    ],
+)
+def test_the_cheapest_switches_are_enough(size: int, keys: list[str]) -> None:
+    """What is printed is pasted: the recipe with it fits, and with one flag less, or a longer row, it does not."""
+    shape, options = shape_of(), Options(gpu=card(size))
+
+    def estimated(overrides: list[str]) -> RecipeEstimate:
+        return estimate_recipe(load_recipe(WASTEFUL, overrides).recipe, shape, options=options)
+
+    found = estimated([])
+    with pytest.raises(DoesNotFitError) as caught:
+        found.raise_unless_fits()
+    if not keys:
+        assert found.enough is None and "no three switches are enough" in str(caught.value)
+        return
+    assert found.enough is not None and str(caught.value).endswith(f"it would fit with {found.enough.shown}")
+    flags = [word for word in shlex.split(found.enough.shown) if word != "--set"]
+    assert [flag.partition("=")[0] for flag in flags] == keys
+    pasted = estimated(flags)
+    assert pasted.fits and pasted.memory.needed_bytes == found.enough.needed_bytes
+    for flag in flags:
+        assert not estimated([other for other in flags if other != flag]).fits
+    key, _, longest = flags[-1].partition("=")
+    if key == "data.max_length":
+        assert not estimated([*flags[:-1], f"{key}={int(longest) + 1}"]).fits
