@@ -87,6 +87,15 @@ def require_recorded(folder: Path, file: Path) -> None:
         require_same(read_content(folder), read_object(file), folder=folder, file=file)
 
 
+def describe_difference(folder: Path, file: Path) -> str:
+    """`2 tensors differ (a, b)`: what tells a base from the one that a run recorded; empty where it recorded none."""
+    try:
+        require_recorded(folder, file)
+    except CheckpointError as error:
+        return error.what
+    return ""
+
+
 def require_same(content: Content, recorded: Mapping[str, Any], *, folder: Path, file: Path) -> None:
     """Compares a base with what a run recorded.
 

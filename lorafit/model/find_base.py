@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 from lorafit.cache import cache_folder
 from lorafit.errors import LorafitError, ModelError
 from lorafit.model.base import CONFIG, Base, check_made, fingerprint, load_config, resolve_base
+from lorafit.model.content import describe_difference, read_content
 from lorafit.run_card import BaseOrigin
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
 
 FLAG = "--base-model"
+RECORD = "base.json"
+"""In a run: `Content.to_json`, by which a base that changed is told tensor by tensor."""
 _HERE = "give it with --base-model PATH_OR_ID"
 
 
@@ -54,7 +57,7 @@ def find_base(
         found = _resolve_named(named, revision, reporter)
         if found.digest != origin.digest:
             raise _another(origin, found, where)
-        return _as_trained(found, origin)
+        return _as_trained(found, origin, where)
     seen: Base | None = None
     refused: LorafitError | None = None
     for folder in _candidates(origin, places):
@@ -64,7 +67,7 @@ def find_base(
             refused = refused or error
             continue
         if found.digest == origin.digest:
-            return _as_trained(found, origin)
+            return _as_trained(found, origin, where)
         seen = seen or found
     if seen is None and make is not None:
         try:
@@ -74,7 +77,7 @@ def find_base(
                 raise  # says why the hub did not give it
             raise _absent(origin, where) from error
         if found.digest == origin.digest:
-            return _as_trained(found, origin)
+            return _as_trained(found, origin, where)
         seen = found
     if refused is not None:
         raise refused
@@ -149,9 +152,16 @@ def _is_model(folder: Path) -> bool:
         return False
 
 
-def _as_trained(found: Base, origin: BaseOrigin) -> Base:
-    """A copy of the base, checked, under the names that it was trained by."""
+def _as_trained(found: Base, origin: BaseOrigin, where: Path) -> Base:
+    """A copy of the base, every byte of it compared with what was recorded, under the names that it was trained by."""
     check_made(found.path)
+    content = read_content(found.path).digest if origin.content is not None else ""
+    if origin.content is not None and content != origin.content:
+        raise ModelError(
+            _difference(found, where) or "the base changed since the run was started: its weights are others",
+            file=str(found.path),
+            todo=f"restore its files, or use a copy of it: {_HERE}",
+        )
     is_gguf = origin.kind in ("package", "gguf")
     return replace(
         found,
@@ -160,7 +170,12 @@ def _as_trained(found: Base, origin: BaseOrigin) -> Base:
         kind=origin.kind,
         revision=origin.revision,
         commit=origin.commit,
+        content=content,
     )
+
+
+def _difference(found: Base, where: Path) -> str:
+    return describe_difference(found.path, where / RECORD)
 
 
 def _absent(origin: BaseOrigin, where: Path) -> ModelError:
@@ -169,9 +184,10 @@ def _absent(origin: BaseOrigin, where: Path) -> ModelError:
 
 
 def _another(origin: BaseOrigin, found: Base, where: Path) -> ModelError:
+    changed = _difference(found, where).rpartition(": ")[2]
     return ModelError(
         f"trained on '{origin.shown}' ({origin.digest[:12]}), but the base at {found.path} is another "
-        f"({found.digest[:12]})",
+        f"({found.digest[:12]}){f': {changed}' if changed else ''}",
         file=str(where),
         todo=f"use the base it was trained on: {_HERE}",
     )

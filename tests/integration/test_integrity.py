@@ -584,6 +584,19 @@ def test_a_resume_on_an_edited_base_is_refused(own_base: World, name: str) -> No
     assert world.digests("run") == before
 
 
+@pytest.mark.parametrize("name", [EMBEDDING, UP, "model.norm.weight"])
+def test_a_run_is_not_answered_with_on_an_edited_base(own_base: World, name: str) -> None:
+    """Nor scored, nor merged, by the run and by its adapter alone; a run that recorded no content is let through."""
+    world = own_base
+    edit_weights(world.root / "model", edit_beside_the_sample(name))
+    shutil.copytree(world.root / "run" / "adapter", world.root / "alone")
+    before = world.digests()
+    for command in ADAPTER_COMMANDS:
+        say_all(world.run(*command), 5, "model", name.removesuffix(".weight"))
+    say_all(world.run("merge", "alone", "--output", "m"), 5, "model")
+    assert world.digests() == before
+
+
 def test_a_run_that_recorded_no_content_goes_on(own_base: World) -> None:
     """As runs of 0.1.0 are: what they did not record is not compared; their codes are."""
     world = own_base
