@@ -107,7 +107,8 @@ def find_foreign_base(name: str, revision: str | None, *, named: str | None, whe
 def _resolve_named(named: str, revision: str | None, reporter: Reporter) -> Base:
     from lorafit.recipe.schema import ModelSection
 
-    if revision is not None and (cached := _in_hub_cache(named, revision)) is not None:
+    is_here = Path(named).expanduser().exists()
+    if not is_here and (cached := _in_hub_cache(named, revision)) is not None:
         return replace(_open(cached), name=named, kind="hub", commit=cached.name)
     try:
         return resolve_base(ModelSection(base=named, revision=revision), Path.cwd(), reporter)

@@ -21,6 +21,7 @@ from tests.integration.conftest import World, say_all
 from tests.integration.tiny_world import make_base
 
 ASK = ("--prompt", "what opens", "--max-new-tokens", "6")
+FIRST, SECOND = "c0ffee" + 34 * "0", "decaf" + 35 * "0"
 SPLITS = ("  train: d.jsonl\n", "  train: d.jsonl\n  validation: v.jsonl\n  test: t.jsonl\n")
 
 
@@ -172,18 +173,18 @@ def hub(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], P
 
 
 def test_a_run_on_a_hub_model_keeps_id_and_commit(world: World, hub: Callable[..., Path]) -> None:
-    hub("acme/tiny", "c0ffee")
+    hub("acme/tiny", FIRST)
     world.recipe((f"base: {world.base}", "base: acme/tiny"))
     say_all(world.run("train", "r.yaml", "--quiet"), 0)
     config = json.loads((world.root / "run" / "adapter" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny", "c0ffee")
-    hub("acme/tiny", "decaf", seed=3)  # main moved on
+    assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny", FIRST)
+    hub("acme/tiny", SECOND, seed=3)  # main moved on
     told = answer(world, "run")
     shutil.copytree(world.root / "run" / "adapter", world.root / "lone")
     assert answer(world, "lone") == answer(world, "lone", "--base-model", "acme/tiny") == told
     merge(world, "lone", "merged")
     notes = json.loads((world.root / "merged" / "lorafit.json").read_text())
-    assert notes["merged"]["base"]["name"] == "acme/tiny" and notes["merged"]["base"]["commit"] == "c0ffee"
+    assert notes["merged"]["base"]["name"] == "acme/tiny" and notes["merged"]["base"]["commit"] == FIRST
 
 
 def make_foreign_adapter(world: World, base: Path, name: str) -> Path:
@@ -202,7 +203,7 @@ def make_foreign_adapter(world: World, base: Path, name: str) -> Path:
 
 
 def test_an_adapter_of_another_tool_on_a_hub_model(world: World, hub: Callable[..., Path]) -> None:
-    adapter = make_foreign_adapter(world, hub("acme/tiny", "abc"), "acme/tiny")
+    adapter = make_foreign_adapter(world, hub("acme/tiny", FIRST), "acme/tiny")
     merge(world, "adapter", "merged")
     ours, theirs = (load_file(world.root / name / "model.safetensors") for name in ("merged", "by-peft"))
     assert ours.keys() == theirs.keys()
