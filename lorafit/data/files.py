@@ -187,7 +187,11 @@ def _folder_error(path: Path, name: str) -> DataError | SafetyError:
         what = f"ships a loading script, {scripts[0]}, which was not executed"
         return SafetyError(what, file=name, todo="name its data files themselves")
     inside = [entry for entry in below if entry.lower().endswith(SUFFIXES)]
-    todo = f"name the files: {', '.join(inside[:5])}" if inside else f"name a file: {', '.join(SUFFIXES)}"
+    todo = f"name a file: {', '.join(SUFFIXES)}"
+    if inside:
+        todo = (
+            f"name the files, {', '.join(inside[:5])}, or a pattern, {name.rstrip('/')}/*{PurePath(inside[0]).suffix}"
+        )
     return DataError("is a folder", file=name, todo=todo)
 
 

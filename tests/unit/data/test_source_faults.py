@@ -150,7 +150,7 @@ def test_a_folder_names_the_files_in_it(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "train.jsonl").write_text(GOOD, encoding="utf-8")
     error = failure(tmp_path, "d")
-    assert error.exit_code == 4 and "train.jsonl" in str(error)
+    assert error.exit_code == 4 and "train.jsonl, or a pattern, d/*.jsonl" in str(error)
 
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
