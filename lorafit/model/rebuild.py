@@ -265,6 +265,10 @@ class Rebuilder:
         Raises:
             NumericsError: More are, or all together are not those of the run.
         """
+        for path in (
+            self._homes.keys() - self._proofs.keys()
+        ):  # its rows are another's too, and were written as that one's
+            self.rows(path)
         rows = (part.stop - part.start for parts in self._homes.values() for part in parts)
         widths = (self._entries[part.name].as_matrix().row_elements for parts in self._homes.values() for part in parts)
         total = sum(count * width for count, width in zip(rows, widths, strict=True))

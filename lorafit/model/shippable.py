@@ -95,8 +95,8 @@ def _check_peft(model: Any, base: Base, class_name: str) -> None:
     unlike = [name for name, value in ours.items() if theirs.get(name) != tuple(value.shape)]
     if lost or unlike:
         raise ModelError(
-            f"PEFT could not load this run's adapter again: {len(lost or unlike)} tensors would not fit "
-            f"({list_names(lost or unlike)})",
+            f"PEFT renames the layers of this class while it loads an adapter, and would not find "
+            f"{len(lost or unlike)} tensors of this one again ({list_names(lost or unlike)})",
             file=base.shown,
             key="adapter.target_modules",
             todo="name other target_modules",

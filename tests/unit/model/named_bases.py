@@ -111,6 +111,24 @@ def hrm(folder: Path) -> Path:
     return _save(tf.HrmTextForCausalLM(config), folder)
 
 
+def zamba2(folder: Path) -> Path:
+    """One attention block used at two depths: two layers of the class share each of its tensors."""
+    config = tf.Zamba2Config(
+        vocab_size=96, hidden_size=64, num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2,
+        num_mem_blocks=1, num_attention_heads=4, attention_head_dim=32, intermediate_size=128, mamba_d_state=16,
+        mamba_headdim=16, n_mamba_heads=8, chunk_size=16, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return _save(tf.Zamba2ForCausalLM(config), folder)
+
+
+def laguna(folder: Path) -> Path:
+    """A shared expert beside the routed ones, renamed while loading."""
+    config = tf.LagunaConfig(
+        **{**_SIZES, **_EXPERTS}, shared_expert_intermediate_size=64, head_dim=16, sliding_window=32
+    )  # fmt: skip
+    return _save(tf.LagunaForCausalLM(config), folder)
+
+
 def transposed_llama(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One whose up projections lie the other way round in the file, with a class that turns them while loading."""
     change_file(make_llama(folder), lambda t: {n: v.t() if "up_proj" in n else v for n, v in t.items()})
@@ -123,5 +141,6 @@ def transposed_llama(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 BASES: dict[str, Callable[[Path], Path]] = {
-    made.__name__: made for made in (gemma3_text, gemma3, qwen3_5, qwen3_next, qwen2_moe, mixtral, gpt2_bare, hrm)
+    made.__name__: made
+    for made in (gemma3_text, gemma3, qwen3_5, qwen3_next, qwen2_moe, mixtral, gpt2_bare, hrm, zamba2)
 }

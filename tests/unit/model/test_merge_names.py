@@ -23,7 +23,7 @@ from lorafit.model.merge import MergeReport, merge_adapter
 from lorafit.model.names import names_of
 from lorafit.model.shippable import check_shippable
 from tests.unit.model.conftest import Trained, load, logits, lora, make_llama, open_base, randomise, train_like
-from tests.unit.model.named_bases import BASES, change_file, transposed_llama
+from tests.unit.model.named_bases import BASES, change_file, laguna, transposed_llama
 
 
 def merge(trained: Trained, kind: str = "original") -> MergeReport:
@@ -251,6 +251,20 @@ print([name for name in ("transformers", "peft") if name in sys.modules])
 
 
 # Before the first step
+
+
+def test_what_peft_would_not_find_again_is_refused_before_training(tmp_path: Path) -> None:
+    """Laguna's files say `shared_expert`, its class `shared_experts`; PEFT renames that once more."""
+    base = open_base(laguna(tmp_path / "base"))
+    model = attach_adapter(load(base), lora(target_modules=["q_proj", "down_proj"]), 0)
+    with pytest.raises(ModelError, match=r"PEFT renames the layers of this class .*shared_experts") as caught:
+        check_shippable(model, base)
+    assert caught.value.exit_code == 5
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), tmp_path / "adapter")
+    assert float((logits(theirs) - logits(model)).abs().max()) > 1e-3  # what the refusal keeps from happening
+    check_shippable(attach_adapter(load(base), lora(target_modules=["q_proj"]), 0), base)
 
 
 def test_what_could_not_be_merged_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
