@@ -46,7 +46,7 @@ def test_peft_reads_what_we_write(tmp_path: Path, family: str) -> None:
     assert config["base_model_name_or_path"] == str(folder) and config["inference_mode"] is True
     assert isinstance(config["lora_alpha"], int) and config["target_modules"] == sorted(config["target_modules"])
     notes = json.loads((made.adapter / NOTES).read_text())
-    origin = {"kind": "folder", "name": "base", "folder": "base", "revision": None, "commit": None}
+    origin = {"kind": "folder", "name": "base", "folder": "base", "revision": None, "commit": None, "content": None}
     assert notes["base"] == origin | {"digest": made.base.digest}
     assert str(tmp_path) not in (made.adapter / NOTES).read_text()
     assert len(notes["layers"]) == (8 if family == "gpt2" else 14)
