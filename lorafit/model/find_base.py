@@ -73,8 +73,8 @@ def find_base(
         try:
             found = make()
         except LorafitError as error:
-            if origin.kind == "hub":
-                raise  # says why the hub did not give it
+            if origin.kind == "hub" and isinstance(error, ModelError):  # it says why the hub did not give it
+                raise ModelError(error.what, file=str(where), todo=_HERE) from error
             raise _absent(origin, where) from error
         if found.digest == origin.digest:
             return _as_trained(found, origin, where)

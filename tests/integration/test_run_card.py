@@ -185,6 +185,10 @@ def test_a_run_on_a_hub_model_keeps_id_and_commit(world: World, hub: Callable[..
     merge(world, "lone", "merged")
     notes = json.loads((world.root / "merged" / "lorafit.json").read_text())
     assert notes["merged"]["base"]["name"] == "acme/tiny" and notes["merged"]["base"]["commit"] == FIRST
+    shutil.rmtree(world.root / "hf")
+    for folder in ("run", "lone"):
+        says = world.run("generate", folder, *ASK)
+        say_all(says, 5, folder, "acme/tiny", "not on this disk", "--base-model PATH_OR_ID")
 
 
 def make_foreign_adapter(world: World, base: Path, name: str) -> Path:
