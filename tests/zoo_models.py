@@ -169,6 +169,47 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 """What the rule by names does not make, by the model type of a config or of a part of one."""
 
 
+_ENCODERS = (
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+    "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod"
+)
+_AUDIO = (
+    "fun_asr_nano glmasr granite_speech granite_speech_plus kyutai_speech_to_text moshi moss_transcribe_diarize "
+    "musicgen musicgen_melody nemo_speechlm qwen2_audio qwen2_5_omni qwen3_asr qwen3_omni_moe vibevoice_asr voxtral "
+    "voxtral_realtime whisper"
+)
+_DECODERS_OF_A_PAIR = ("trocr", "blip")
+"""Beside those whose config says so: they attend to what an encoder has read."""
+
+
+def architectures() -> list[str]:
+    """Every model type that transformers registers as a causal language model, or as one of several modalities."""
+    from transformers.models.auto import modeling_auto
+
+    tables = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+    return sorted({kind for table in tables for kind in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")})
+
+
+def group_of(architecture: str) -> str:
+    """`text`, `multimodal`, or what is counted apart: `encoder-decoder`, `audio`, `encoder`."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if architecture in _AUDIO.split():
+        return "audio"
+    if architecture in _ENCODERS.split():  # they see both ways unless their config says `is_decoder`
+        return "encoder"
+    declared = getattr(CONFIG_MAPPING[architecture], "is_encoder_decoder", False)
+    seq2seq = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if declared or architecture in seq2seq or architecture in _DECODERS_OF_A_PAIR:
+        return "encoder-decoder"
+    whole = {
+        **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    }
+    return "multimodal" if architecture in whole else "text"
+
+
 def tiny_config(architecture: str) -> Any:
     """The config of a model type, shrunk; `architecture` is a key of transformers' CONFIG_MAPPING."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -231,8 +272,12 @@ def make_base(architecture: str, folder: Path, tokenizer: Any, *, seed: int = 0)
     import transformers
     from transformers.models.auto import modeling_auto
 
-    whole = architecture in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    auto = transformers.AutoModelForMultimodalLM if whole else transformers.AutoModelForCausalLM
+    if architecture in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        auto = transformers.AutoModelForImageTextToText
+    elif architecture in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        auto = transformers.AutoModelForMultimodalLM
+    else:
+        auto = transformers.AutoModelForCausalLM
     torch.manual_seed(seed)
     model = auto.from_config(tiny_config(architecture))
     with torch.no_grad():

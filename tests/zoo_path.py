@@ -20,6 +20,7 @@ from typing import Any
 
 from lorafit import pipeline
 from lorafit.contracts import Silent
+from lorafit.errors import LorafitError, ModelError
 from lorafit.model.classes import find_auto_class
 from tests.integration.tiny_world import make_tokenizer
 from tests.zoo_models import make_base
@@ -39,22 +40,26 @@ class Walk:
 
     Attributes:
         stage: Where it is, or stopped.
+        steps: Optimizer steps that were taken.
         trainable: Parameters of the adapter.
         quantised_share: Of the base's parameters, 0 to 1.
         learnt: Largest change of a logit by the adapter.
         peft_difference: Of a logit, PEFT's own model against lorafit's.
         merge_difference: Of a logit, plain transformers on the merged folder against lorafit's.
-        exact_ratio: Live bytes of the dry run over those counted while training.
+        exact_ratio: Live bytes of the dry run over those counted while training; 0: it runs on no fake tensors.
+        left_out: What takes no adapter, by the plan.
         seconds: Spent so far, by stage.
     """
 
     stage: str = ""
+    steps: int = 0
     trainable: int = 0
     quantised_share: float = 0.0
     learnt: float = 0.0
     peft_difference: float = 0.0
     merge_difference: float = 0.0
     exact_ratio: float = 0.0
+    left_out: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -65,11 +70,35 @@ class Walk:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
-def make_world(architecture: str, folder: Path) -> None:
-    """`base/` and `rows.jsonl` in a folder; all rows have one length, as the dry run's have."""
-    make_base(architecture, folder / "base", make_tokenizer())
+def make_world(architecture: str, folder: Path) -> bool:
+    """`base/` and `rows.jsonl` in a folder; all rows have one length, as the dry run's have.
+
+    Returns:
+        Whether transformers builds such a model here; if not, `base/` holds its config alone.
+    """
     rows = [{"question": f"what does shop {number} sell", "answer": f"red mug {number}"} for number in range(ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    try:
+        make_base(architecture, folder / "base", make_tokenizer())
+    except (ImportError, ValueError, AttributeError, RuntimeError, TypeError):
+        (folder / "base").mkdir(exist_ok=True)
+        config = json.dumps({"model_type": architecture})  # the class's own defaults
+        (folder / "base" / "config.json").write_text(config, encoding="utf-8")
+        return False
+    return True
+
+
+def refuse_unbuilt(folder: Path) -> str:
+    """What the plan of a world says whose model transformers cannot build.
+
+    Raises:
+        BrokenError: It does not refuse.
+    """
+    try:
+        pipeline.estimate(recipe(folder, "none"))
+    except LorafitError as error:
+        return str(error)
+    raise BrokenError("transformers cannot build it, and the plan does not refuse it")
 
 
 def recipe(folder: Path, quantization: str) -> dict[str, Any]:
@@ -106,8 +135,12 @@ def go(folder: Path, quantization: str, walk: Walk, *, exact: bool = True) -> No
         folder / f"merged-{quantization}",
     )
     with walk.at("train"):
-        trained = pipeline.train(values, measure_memory=exact)
+        try:
+            trained = pipeline.train(values, measure_memory=exact)
+        finally:
+            walk.steps = _steps_taken(run)
         walk.trainable = trained.plan.trainable_parameters
+        walk.left_out = tuple(dict.fromkeys(part.name for part in trained.plan.without_adapter))
     with walk.at("evaluate"):
         pipeline.evaluate(run)
         ours, walk.quantised_share = _own_logits(run)
@@ -119,14 +152,26 @@ def go(folder: Path, quantization: str, walk: Walk, *, exact: bool = True) -> No
         _require(walk.merge_difference <= TOLERANCE, f"the merged model's logits are {walk.merge_difference:.1e} away")
     if exact:
         with walk.at("dry run"):
-            counted = trained.fit.live_tensors if trained.fit else None
-            attention = trained.resolved.attention if trained.resolved else "sdpa"
-            dry = pipeline.estimate(values, overrides=[f"model.attention={attention}"], gpu="cpu", exact=True).exact
-            assert counted is not None and dry is not None
-            walk.exact_ratio = dry.tensor_bytes / counted.tensor_bytes
-            _require(
-                abs(walk.exact_ratio - 1) <= EXACT_TOLERANCE, f"--exact is {walk.exact_ratio:.3f} of what was counted"
-            )
+            _check_exact(values, trained, walk)
+
+
+def _steps_taken(run: Path) -> int:
+    """Steps that a run logged, however it ended."""
+    log = run / "metrics.jsonl"
+    return sum('"loss"' in line for line in log.read_text("utf-8").splitlines()) if log.is_file() else 0
+
+
+def _check_exact(values: dict[str, Any], trained: Any, walk: Walk) -> None:
+    """The step on fake tensors against the bytes that training counted, under the attention that was taken."""
+    flags = [f"model.attention={trained.resolved.attention}"]
+    try:
+        dry = pipeline.estimate(values, overrides=flags, gpu="cpu", exact=True).exact
+    except ModelError as error:
+        _require("does not run on tensors without values" in str(error), str(error))
+        return
+    assert dry is not None
+    walk.exact_ratio = dry.tensor_bytes / trained.fit.live_tensors.tensor_bytes
+    _require(abs(walk.exact_ratio - 1) <= EXACT_TOLERANCE, f"--exact is {walk.exact_ratio:.3f} of what was counted")
 
 
 def _check_peft(folder: Path, run: Path, quantization: str, ours: Any, walk: Walk) -> None:
@@ -153,10 +198,10 @@ def _check_peft(folder: Path, run: Path, quantization: str, ours: Any, walk: Wal
 
 def _own_logits(run: Path) -> tuple[Any, float]:
     """Of lorafit's own model of a run, and the share of its base that is quantised."""
-    from lorafit.job import open_speaker
+    from lorafit.answering import open_speaker
     from lorafit.model.inspect import coverage
 
-    model = open_speaker(run, None, Silent()).model
+    model = open_speaker(run, None, None, Silent()).model
     return _logits(model), coverage(model).quantised_share
 
 
@@ -187,10 +232,10 @@ def _quantised_as(run: Path, quantization: str) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    from lorafit.job import open_speaker
+    from lorafit.answering import open_speaker
 
     packed = set(json.loads((run / "quantization.json").read_text(encoding="utf-8"))["tensors"])
-    base = open_speaker(run, None, Silent()).model.get_base_model()
+    base = open_speaker(run, None, None, Silent()).model.get_base_model()
     linears = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
     plain = sorted({name.replace(".base_layer", "") for name in linears if ".lora_" not in name} - packed)
     settings = BitsAndBytesConfig(

@@ -31,17 +31,19 @@ def find_auto_class(config: Mapping[str, Any], task_class: str) -> str:
     Raises:
         ModelError: The model reads a source text with an encoder of its own.
     """
+    from transformers.models.auto import modeling_auto
+
     kind = str(config.get("model_type", ""))
-    if config.get("is_encoder_decoder"):
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    pairs = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    half = kind in causal and kind in pairs and "text_config" not in config  # that would be a model with a tower
+    if config.get("is_encoder_decoder") or half:
         raise ModelError(
             f"'{kind}' is an encoder-decoder: its decoder answers what an encoder has read, and rows hold no such text",
             file="config.json",
-            key="is_encoder_decoder",
             todo="use a decoder-only model",
         )
-    from transformers.models.auto import modeling_auto
-
-    if task_class == "AutoModelForCausalLM" and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if task_class == "AutoModelForCausalLM" and kind not in causal:
         for auto_class, table in _WHOLE:
             if kind in getattr(modeling_auto, table, {}) and hasattr(modeling_auto, auto_class):
                 return auto_class
@@ -83,6 +85,19 @@ def build_empty(settings: Any, auto_class: str, **options: Any) -> Any:
             return getattr(transformers, auto_class).from_config(settings, **options)
     except Exception as error:  # as above
         raise _cannot_build(str(settings.model_type), error) from error
+
+
+def build_whole(settings: Any) -> Any:
+    """The model of all modalities of a config, on the meta device; None where transformers registers or builds none."""
+    from transformers.models.auto import modeling_auto
+
+    for auto_class, table in _WHOLE:
+        if settings.model_type in getattr(modeling_auto, table, {}):
+            try:
+                return build_empty(settings, auto_class)
+            except ModelError:
+                continue
+    return None
 
 
 def _cannot_build(kind: str, error: Exception) -> ModelError:

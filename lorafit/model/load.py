@@ -19,7 +19,7 @@ from lorafit.model.check import check_finite, check_loading, check_weights
 from lorafit.model.classes import find_auto_class
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
-from lorafit.model.targets import FOUR_BIT_KINDS, choose_targets, leave_narrow, unquantised_names
+from lorafit.model.targets import FOUR_BIT_KINDS, choose_targets, leave_narrow, leave_towers_out, unquantised_names
 from lorafit.model.weights import read_index
 from lorafit.ops.heap import trim_heap
 
@@ -234,10 +234,13 @@ def _build_skeleton(auto: Any, config: Any, base: Base) -> Any:
     try:
         with torch.device("meta"):
             if hasattr(auto, "from_config"):
-                return auto.from_config(config, trust_remote_code=False)
-            return auto._from_config(config)
+                skeleton = auto.from_config(config, trust_remote_code=False)
+            else:
+                skeleton = auto._from_config(config)
     except Exception as error:  # as in load_model
         raise _model_error(base, error) from error
+    leave_towers_out(skeleton, config)
+    return skeleton
 
 
 def _model_error(base: Base, error: Exception) -> ModelError:

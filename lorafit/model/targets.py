@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lorafit.errors import RecipeError
 from lorafit.model.check import list_names
+from lorafit.model.classes import build_whole
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model_shapes import ROUTERS_CHOOSE
 from lorafit.registry import nearest
@@ -29,6 +30,7 @@ _BLOCK_WEIGHTS = 64
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
+_LEADING = re.compile(r"^\^?\(?(\w+(?:_encoder|_adapter|_tower|_model))\b")
 _INDEXER = "indexer"  # of sparse attention, as DeepSeek-V3.2 and its kin call it
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT looks for in old configs
 
@@ -136,6 +138,39 @@ def text_part(model: Any) -> Any:
     """The language model inside a model of several modalities; None where the model is that itself."""
     decoder = model.get_decoder() if model.config.sub_configs and hasattr(model, "get_decoder") else None
     return None if decoder is model else decoder
+
+
+def leave_towers_out(skeleton: Any, config: Any) -> None:
+    """Tells a language model built from a config of several modalities that its files hold towers besides.
+
+    transformers loads it without a word on them; they are left out on purpose, and a merge copies them.
+    """
+    if skeleton.config is config or not config.sub_configs:
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    whole = build_whole(config)
+    if whole is None:
+        return
+    known = tuple(skeleton._keys_to_ignore_on_load_unexpected or ())
+    parts = _tower_parts(whole)
+    for entry in get_model_conversion_mapping(whole):  # what files call them
+        if any(part in target for part in parts for target in entry.target_patterns):
+            parts |= {name for source in entry.source_patterns for name in _LEADING.findall(source)}
+    skeleton._keys_to_ignore_on_load_unexpected = [*known, *(rf"(^|\.){re.escape(part)}\." for part in sorted(parts))]
+
+
+def _tower_parts(whole: Any) -> set[str]:
+    """Names of what stands beside the language model in a model of several modalities, e.g. `vision_tower`."""
+    text = text_part(whole)
+    if text is None:
+        return set()
+    inside = {id(module) for module in text.modules()}
+    paths = {name: module for name, module in whole.named_modules() if name}
+    holders = {name for name, module in paths.items() if any(id(x) in inside for x in module.modules())}
+    heads = set(head_names(whole))
+    beside = {name for name in paths if name not in holders and name not in heads}
+    return {_last(name) for name in beside if name.rpartition(".")[0] in (*holders, "")}
 
 
 def unquantised_names(model: Any) -> list[str]:

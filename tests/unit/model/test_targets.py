@@ -149,5 +149,7 @@ def test_the_class_is_chosen_by_the_config() -> None:
     assert chosen == {"llama": CAUSAL, "gemma3": CAUSAL, "qwen3_5": CAUSAL, "mistral3": "AutoModelForImageTextToText"}
     with pytest.raises(ModelError, match="'t5' is an encoder-decoder"):
         find_auto_class({"model_type": "t5", "is_encoder_decoder": True}, CAUSAL)
+    with pytest.raises(ModelError, match="'bart' is an encoder-decoder"):  # its decoder alone, as transformers saves it
+        find_auto_class({"model_type": "bart", "is_encoder_decoder": False}, CAUSAL)
     unbounded = read_settings({"model_type": "bamba", "time_step_limit": [0.0, {"__float__": "Infinity"}]})
     assert unbounded.time_step_limit == (0.0, float("inf"))

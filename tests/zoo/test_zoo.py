@@ -1,0 +1,57 @@
+"""The zoo: every architecture works or is refused before step 1; the ones people use today all the way, each time.
+
+The table itself is `benchmarks/zoo.py`'s, on docs/models.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.zoo import share_that_works, try_all, try_architecture
+from tests.zoo_models import architectures
+
+FAST = (
+    "llama llama4_text mistral mistral3 mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 gemma2 gemma3 "
+    "gemma3_text phi3 gpt2 gpt_neox opt falcon deepseek_v3 olmo2 granite cohere2 glm4 smollm3 gpt_oss"
+)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing cached by anybody, and products that do not wait for each other."""
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("architecture", FAST.split())
+def test_it_trains_in_nf4_merges_and_loads_elsewhere(architecture: str, tmp_path: Path) -> None:
+    """Two steps on a 4-bit base, then PEFT alone and plain transformers, with equal logits."""
+    row = try_architecture(architecture, tmp_path, ("nf4",), exact=False)
+    assert (row.result, row.why) == ("works", "")
+    assert (row.quantised > 0) is (architecture != "falcon")  # whose linears transformers leaves alone
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("bert", "BertLMHeadModel sees the tokens that it is to predict"),
+        ("git", "GitForCausalLM does not run on text alone"),
+        ("bart", "is an encoder-decoder"),
+        ("reformer", "cannot take a training step"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_refused_before_step_1(architecture: str, said: str, tmp_path: Path) -> None:
+    row = try_architecture(architecture, tmp_path, ("none",))
+    assert row.result == "refused" and said in row.why
+
+
+@pytest.mark.slow
+def test_every_architecture_works_or_is_refused_before_step_1() -> None:
+    """Half an hour of one core."""
+    rows = try_all(architectures())
+    assert [(row.architecture, row.why) for row in rows if row.result == "fails"] == []
+    assert share_that_works(rows) >= 0.9
+    assert all(row.why for row in rows if row.result == "refused")
