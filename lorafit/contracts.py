@@ -82,6 +82,7 @@ class GenerationRow:
         prompt_text: The same for people.
         reference: The answer that the row holds, without the end-of-turn token.
         must_contain: Strings that a right answer holds.
+        calls: Names of the tools that the answer calls, in order, where the row holds calls apart from its text.
     """
 
     prompt_ids: list[int]
@@ -90,6 +91,7 @@ class GenerationRow:
     must_contain: tuple[str, ...]
     file: str
     line: int
+    calls: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -206,6 +206,7 @@ class Renderer:
         The reference is what the model would have to write, reasoning and tool calls as the template has them.
         """
         messages = self._messages(sample)
+        calls: tuple[str, ...] = ()
         if messages is None:
             if sample.completion is None:
                 return None
@@ -217,9 +218,20 @@ class Renderer:
             prompt_ids = self.chats.prompt_ids(messages[:last], sample.tools)
             rendering = self.chats.render(messages[: last + 1], sample.tools)
             turn = rendering.turns[-1]
-            reference = rendering.text[turn.start : turn.answer_end]
+            calls = tuple(str(call["function"]["name"]) for call in messages[last].get("tool_calls") or ())
+            reference = rendering.text[turn.start : turn.end if calls else turn.answer_end]
+            if calls:  # an answer ends where its last typed character does, a call behind the brackets that close it
+                reference = self._without_end(reference)
         prompt_text = self.tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return GenerationRow(prompt_ids, str(prompt_text), reference, sample.must_contain, sample.file, sample.line)
+        place = sample.file, sample.line
+        return GenerationRow(prompt_ids, str(prompt_text), reference, sample.must_contain, *place, calls)
+
+    def _without_end(self, answer: str) -> str:
+        """An answer's text without the token that ends its turn."""
+        number = self.chats.end_of_turn_id()
+        ends = [self.tokenizer.convert_ids_to_tokens(number) if number is not None else None, self.tokenizer.eos_token]
+        end = next((str(end) for end in ends if end and answer.endswith(str(end))), "")
+        return answer.removesuffix(end).rstrip()
 
     def _messages(self, sample: Sample) -> tuple[Message, ...] | None:
         if sample.messages is not None:

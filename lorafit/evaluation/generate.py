@@ -47,12 +47,14 @@ class Answer:
         seconds: This row's share of its batch's time.
         ended: `stop`: by an end-of-turn token. `length`: cut at max_new_tokens or at the model's last position.
             `no_room`: the prompt already fills the model's positions, nothing was generated.
+        written: The answer with its control tokens, but for the one that ended it.
     """
 
     text: str
     tokens: int
     seconds: float
     ended: Literal["stop", "length", "no_room"]
+    written: str = ""
 
 
 def generate_answers(
@@ -336,6 +338,9 @@ class _Writer:
         stops = set(self.stops)
         end = next((place for place, token in enumerate(tokens) if token in stops), None)
         kept = tokens if end is None else tokens[:end]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text, written = (
+            self.tokenizer.decode(kept, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
+            for skips in (True, False)
+        )
         count = len(tokens) if end is None else end + 1
-        return Answer(text, count, seconds, "length" if end is None else "stop")
+        return Answer(text, count, seconds, "length" if end is None else "stop", written)

@@ -64,7 +64,7 @@ class Parity:
         return [
             f"logits of merged against adapter on {where}: mean KL {self.mean_kl:.2g}",
             f"largest difference {self.max_logit_difference:.3g}, same first choice {self.top1_agreement:.1%}",
-            f"held-out loss {self.merged_loss:.4f} merged, {self.adapter_loss:.4f} adapter",
+            f"loss on them: {self.merged_loss:.4f} merged, {self.adapter_loss:.4f} adapter",
         ]
 
 

@@ -36,7 +36,14 @@ def join_rows(
     for question, base_answer, tuned_answer in zip(asked, base_answers, tuned_answers, strict=True):
         known = joined.get((question.file, question.line), Row(question.file, question.line, "", nothing, nothing))
         base, tuned = (
-            replace(side, answer=answer.text, reference=question.reference, must_contain=question.must_contain)
+            replace(
+                side,
+                answer=answer.written if question.calls else answer.text,  # as the reference: calls are control tokens
+                reference=question.reference,
+                must_contain=question.must_contain,
+                written=answer.written,
+                calls=question.calls,
+            )
             for side, answer in ((known.base, base_answer), (known.tuned, tuned_answer))
         )
         joined[question.file, question.line] = replace(known, prompt=question.prompt_text, base=base, tuned=tuned)

@@ -24,7 +24,7 @@ from lorafit.evaluation.evaluation import About, Evaluation, Speed
 from lorafit.evaluation.generate import BATCH_TOKENS, Answer, generate_answers
 from lorafit.evaluation.isolation import adapter_off, evaluating
 from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import RowScore, metrics, with_companions
 
 if TYPE_CHECKING:
     from lorafit.contracts import Examples, GenerationRow, Reporter
@@ -191,7 +191,7 @@ def evaluate_pair(
         DataError: There are no rows.
         NumericsError: A row's loss is not finite.
     """
-    started = time.perf_counter()
+    started, metric_names = time.perf_counter(), with_companions(metric_names)
     device = forget_peak_memory(model.get_input_embeddings().weight.device)
     asked = find_asked(examples, generation_rows, metric_names)
     score = partial(
@@ -308,5 +308,5 @@ def find_asked(
     if not len(examples) and not generation_rows:
         raise DataError("no rows to evaluate on", todo="set data.test or data.validation")
     readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs == "answers"]
-    probes = [RowScore(0.0, 0, 0, "", row.reference, row.must_contain) for row in generation_rows]
+    probes = [RowScore(0.0, 0, 0, "", row.reference, row.must_contain, "", row.calls) for row in generation_rows]
     return [row for row, probe in zip(generation_rows, probes, strict=True) if any(m.usable(probe) for m in readers)]

@@ -36,6 +36,8 @@ class RowScore:
         answer: The generated answer; None where nothing was generated.
         reference: The answer that the row holds.
         must_contain: Strings that a right answer holds.
+        written: The answer with its control tokens, as the model wrote it.
+        calls: Names of the tools that the row's answer calls, where the row holds calls apart from text.
     """
 
     loss_sum: float
@@ -44,6 +46,8 @@ class RowScore:
     answer: str | None = None
     reference: str = ""
     must_contain: tuple[str, ...] = ()
+    written: str | None = None
+    calls: tuple[str, ...] = ()
 
 
 class Metric(Protocol):
@@ -55,6 +59,7 @@ class Metric(Protocol):
         during_training: Whether it may be named in `evaluation.during`.
         percent: Whether its values are shares of 1, shown in per cent.
         condition: What a row needs so that it can be scored, e.g. `a row that names must_contain`.
+        companions: Metrics that are scored whenever this one is: what it alone would hide.
     """
 
     needs: Literal["loss", "answers"]
@@ -62,6 +67,7 @@ class Metric(Protocol):
     during_training: bool
     percent: bool
     condition: str
+    companions: tuple[str, ...]
 
     def usable(self, row: RowScore) -> bool:
         """Whether this row can be scored (e.g. it names must_contain strings). Rows that cannot are counted."""
@@ -90,6 +96,7 @@ class CorpusScore:
     during_training = False
     percent = False
     condition = "a row with a reference answer"
+    companions: tuple[str, ...] = ()
 
     def usable(self, row: RowScore) -> bool:
         """Rows that hold a reference and got an answer."""
@@ -107,3 +114,8 @@ class CorpusScore:
 
 
 metrics: Registry[Metric] = Registry("metric", "lorafit.kinds.metrics")
+
+
+def with_companions(names: Sequence[str]) -> list[str]:
+    """The metrics and those that come with them, each once, in order."""
+    return list(dict.fromkeys(each for name in names for each in (name, *metrics.get(name).companions)))

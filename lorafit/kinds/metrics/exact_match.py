@@ -22,6 +22,7 @@ class ExactMatch:
     during_training = False
     percent = True
     condition = "a row with a reference answer"
+    companions: tuple[str, ...] = ()
 
     def usable(self, row: RowScore) -> bool:
         """Rows that hold a reference and got an answer."""

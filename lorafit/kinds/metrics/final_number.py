@@ -35,6 +35,7 @@ class FinalNumber:
     during_training = False
     percent = True
     condition = "a row whose reference ends in '#### number'"
+    companions: tuple[str, ...] = ()
 
     def usable(self, row: RowScore) -> bool:
         """Rows with a marked number in the reference that got an answer."""

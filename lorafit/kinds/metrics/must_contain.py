@@ -32,6 +32,7 @@ class MustContain:
     during_training = False
     percent = True
     condition = "a row that names must_contain"
+    companions: tuple[str, ...] = ()
 
     def usable(self, row: RowScore) -> bool:
         """Rows that name strings and got an answer."""

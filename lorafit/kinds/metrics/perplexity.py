@@ -23,6 +23,7 @@ class Perplexity:
     during_training = True
     percent = False
     condition = "a row with trained tokens"
+    companions: tuple[str, ...] = ()
 
     def usable(self, row: RowScore) -> bool:
         """Rows with at least one trained token."""

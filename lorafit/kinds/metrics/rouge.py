@@ -80,6 +80,7 @@ class Rouge:
     during_training = False
     percent = False
     condition = "a row whose reference holds letters or digits"
+    companions: tuple[str, ...] = ()
 
     def usable(self, row: RowScore) -> bool:
         """Rows that got an answer and whose reference holds a word."""

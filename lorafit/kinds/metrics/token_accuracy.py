@@ -17,6 +17,7 @@ class TokenAccuracy:
     during_training = True
     percent = True
     condition = "a row with trained tokens"
+    companions: tuple[str, ...] = ()
 
     def usable(self, row: RowScore) -> bool:
         """Rows with at least one trained token."""

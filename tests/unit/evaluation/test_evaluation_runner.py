@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,19 @@ def test_only_rows_that_a_metric_reads_are_answered_and_the_rest_is_counted(tune
         "must_contain: 6 of 8 rows left out, it needs a row that names must_contain",
         "final_number: does not apply, none of 8 rows is a row whose reference ends in '#### number'",
     ]
+
+
+def test_tool_calls_are_scored_with_needless_ones_beside_them_and_the_rest_is_counted(tuned, tokenizer, make_rows):
+    """Asking for tool_call alone answers the rows without calls as well: a model may call where nothing is due."""
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    rows, questions = make_rows([("a", call), ("b", "plain"), ("c", "plain too"), ("d", call), ("e", "x")])
+    questions[3] = replace(questions[3], reference="CALL f", calls=("f",))
+    options = {"max_new_tokens": 4, "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
+    found = evaluate_pair(tuned, Objective(tuned), tokenizer, rows, questions, ["tool_call"], **options)
+    assert {line.name: line.rows for line in found.comparisons} == {"tool_call": 1, "needless_call": 3}
+    assert {entry.metric: entry.rows for entry in found.unscored} == {"tool_call": 4, "needless_call": 2}
+    assert found.tuned_speed.answers == 4
+    assert set(found.signatures) == {"tool_call", "needless_call"}
 
 
 def test_no_answers_are_generated_where_no_metric_reads_them(tuned, tokenizer, make_rows):

@@ -181,6 +181,20 @@ def test_the_head_gets_whole_matrices_of_last_positions(tuned, tokenizer, knows_
     assert inner(torch.tensor([prompts[1]])).logits.shape[1] == len(prompts[1])  # the hook is gone
 
 
+def test_an_answer_keeps_the_control_tokens_that_it_wrote_apart_from_its_text(llama, tokenizer):
+    """Many families mark tool calls with control tokens, which the text leaves out."""
+    with torch.no_grad():
+        llama.lm_head.weight.zero_()  # every token equally likely: the first, token 0, is taken
+    free = generate_answers(llama, tokenizer, [[65]], max_new_tokens=2, reporter=Silent())[0]
+    assert free.text == free.written == tokenizer.decode([0, 0])
+    with torch.no_grad():
+        llama.lm_head.weight[258] = 100 * llama.model(torch.tensor([[65]])).last_hidden_state[0, -1]
+    answer = generate_answers(llama, tokenizer, [[65]], max_new_tokens=1, reporter=Silent())[0]
+    assert (answer.text, answer.written) == ("", "<|eot_id|>")
+    ended = generate_answers(llama, tokenizer, [[65]], max_new_tokens=1, stop_ids=[258], reporter=Silent())[0]
+    assert (ended.text, ended.written, ended.ended) == ("", "", "stop")
+
+
 def test_positions_bound_the_answer(gpt2, tokenizer):
     reporter = Silent()
     prompts = [[65] * length for length in (3, 28, 31, 32, 40)]

@@ -184,9 +184,12 @@ def test_final_number_reads_the_last_mark():
 @pytest.mark.parametrize("name", metrics.names())
 def test_contract_sums_of_rows_give_the_corpus(name):
     metric = metrics.get(name)
+    right, wrong = "it is 4 #### 4", "it is 5"
+    if name == "tool_call":
+        right = wrong = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     rows = [
-        RowScore(2.0, 3, 1, "it is 4 #### 4", "it is 4 #### 4", ("4",)),
-        RowScore(9.0, 5, 0, "it is 5", "we have 7 #### 7", ("7",)),
+        RowScore(2.0, 3, 1, right, right, ("4",), written=right),
+        RowScore(9.0, 5, 0, wrong, wrong if name == "tool_call" else "we have 7 #### 7", ("7",), written="<tool_call>"),
     ]
     assert all(metric.usable(row) for row in rows)
     one, both, twice = score(name, rows[:1]), score(name, rows), score(name, rows * 2)
