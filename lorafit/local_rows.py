@@ -14,11 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.cache import own_folder
 from lorafit.contracts import Progress, Reporter, Silent
 from lorafit.errors import LorafitError
 from lorafit.kinds.tasks import tasks
 from lorafit.plan import RowLengths
 from lorafit.shapes import DatasetFacts
+from lorafit.strict_json import read_json_file
 from lorafit.workspace import sources_of
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ def _stamp(file: Path) -> tuple[str, int, int]:
 
 def _read_memo(memo: Path) -> RowLengths | None:
     try:
-        stored = json.loads(memo.read_text(encoding="utf-8"))
+        stored = read_json_file(memo)
         bars = tuple((low, high, rows) for low, high, rows in stored["bars"])
         return RowLengths(DatasetFacts(**stored["facts"]), bars)
     except (OSError, ValueError, KeyError, TypeError):
@@ -144,5 +146,5 @@ def _write_memo(memo: Path, found: RowLengths) -> None:
 
     assert found.facts is not None
     with contextlib.suppress(OSError, LorafitError):  # a full disk costs the next estimate some time, no more
-        memo.parent.mkdir(parents=True, exist_ok=True)
+        own_folder(memo.parent)
         write_json(memo, {"facts": asdict(found.facts), "bars": found.bars})

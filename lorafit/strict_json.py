@@ -120,24 +120,25 @@ def parse_json(text: str, *, constants: bool = False) -> Any:
     return value
 
 
-def read_regular_file(path: Path, *, limit_bytes: int = FILE_LIMIT_BYTES) -> bytes:
-    """The bytes of a regular file; a pipe is not waited for, a device not read.
+def read_regular_file(path: Path, most_bytes: int) -> bytes:
+    """The first bytes of a regular file; a pipe is not waited for, a device not read.
 
     Raises:
         OSError: It is missing or cannot be opened.
-        JsonError: It is no regular file, or larger than `limit_bytes`.
+        JsonError: It is no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise JsonError("is not a regular file")
-        if found.st_size > limit_bytes:
-            raise JsonError(f"is larger than {limit_bytes >> 20} MiB")
         with open(descriptor, "rb", closefd=False) as file:
-            raw = file.read(limit_bytes + 1)  # files of /proc have no size
+            return file.read(most_bytes)
     finally:
         os.close(descriptor)
+
+
+def _read_whole(path: Path, limit_bytes: int) -> bytes:
+    raw = read_regular_file(path, limit_bytes + 1)
     if len(raw) > limit_bytes:
         raise JsonError(f"is larger than {limit_bytes >> 20} MiB")
     return raw
@@ -157,7 +158,7 @@ def read_json_file(path: Path, *, limit_bytes: int = FILE_LIMIT_BYTES, constants
             `what` is said of the file, e.g. `is not a regular file`.
     """
     try:
-        text = read_regular_file(path, limit_bytes=limit_bytes).decode("utf-8-sig")
+        text = _read_whole(path, limit_bytes).decode("utf-8-sig")
     except FileNotFoundError:
         raise
     except UnicodeDecodeError:

@@ -57,6 +57,7 @@ class Training:
         from lorafit.results import Trained, describe_resolved
         from lorafit.trainer.checkpoint import CheckpointStore
         from lorafit.trainer.state import FitResult, TrainState
+        from lorafit.trainer.tensors import taken_back
         from lorafit.trainer.tracking import build_accelerator, check_same_rows, part
 
         job, recipe = self.job, self.job.recipe
@@ -95,7 +96,8 @@ class Training:
         trainer = self._build_trainer(model, objective, resolved, accelerator, store, save, expected.needed_bytes)
         state = TrainState()
         if checkpoint is not None:
-            state = trainer.restore(checkpoint, partial(load_adapter_weights, model))
+            with taken_back(checkpoint.folder):
+                state = trainer.restore(checkpoint, partial(load_adapter_weights, model))
         state.events += events
         if content is not None:  # nothing is written before all is loaded, compared and proven
             facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}

@@ -77,7 +77,7 @@ def began(run: RunDir) -> datetime | None:
     """
     from lorafit.data.clock import find_moment
 
-    return find_moment(read_json(run.manifest), run.manifest) if _is_started(run) else None
+    return find_moment(read_object(run.manifest), run.manifest) if _is_started(run) else None
 
 
 def base_commit(run: RunDir) -> str | None:

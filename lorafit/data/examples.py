@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,11 @@ from lorafit.data.report import (
 )
 from lorafit.data.sample_renderer import Renderer, build_renderer
 from lorafit.data.source import SampleSet, read_sources
-from lorafit.data.store import ExampleSet, StoreWriter
+from lorafit.data.store import ExampleSet, StoreWriter, is_sound
 from lorafit.errors import DataError
 from lorafit.recipe.schema import ValidationFraction
 from lorafit.shapes import DatasetFacts
+from lorafit.strict_json import read_json_file
 from lorafit.wording import counted
 
 if TYPE_CHECKING:
@@ -282,16 +283,27 @@ class _Preparation:
             if not lookup.hit:
                 again = self.cache.find(parts, place, spoken)  # another process may have built it while we waited
                 lookup = again if again.hit else lookup
+            ledger = self._read_ledger(lookup.folder, names) if lookup.hit else None
+            if lookup.hit and ledger is None:
+                lookup = replace(lookup, hit=False, reason="cache miss: the cached copy is damaged (its content)")
             self.reporter.info(f"{self.split} rows: {lookup.reason}")
-            if not lookup.hit:
+            if ledger is None:
                 self._build(lookup.folder)
+                ledger = self._read_ledger(lookup.folder, names)
+        assert ledger is not None
         self.cache.remember(parts, place)
-        stored = json.loads((lookup.folder / _REPORT).read_text(encoding="utf-8"))
-        ledger = Ledger.from_json(stored, names, self.data.bad_rows)
         for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
             source.unread.update({} if source.unread else counts.unread)
         repeats = [getattr(source.section, "repeats", 1.0) for source in self.samples.sources]
         return ExampleSet(lookup.folder, names, repeats), ledger, lookup.reason
+
+    def _read_ledger(self, folder: Path, names: Sequence[str]) -> Ledger | None:
+        """What a cached split says of itself; None where that, or its rows, are not what was written."""
+        try:
+            stored = read_json_file(folder / _REPORT)
+            return Ledger.from_json(stored, names, self.data.bad_rows) if is_sound(folder) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     def _parts(self) -> dict[str, str]:
         data = self.data

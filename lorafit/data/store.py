@@ -138,6 +138,23 @@ def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.{np.dtype(DTYPES[name]).name}"
 
 
+def is_sound(folder: Path) -> bool:
+    """Whether the files of a store belong together: as many tokens as the rows say, and a number a row in each other.
+
+    Which tokens they are is not looked at.
+    """
+    try:
+        counts = {name: _file(folder, name).stat().st_size / np.dtype(kind).itemsize for name, kind in DTYPES.items()}
+        rows = counts["offsets"] - 1
+        if rows < 0 or any(counts[name] != rows for name in ("trained_counts", "lines", "sources", "hashes")):
+            return False
+        offsets = np.fromfile(_file(folder, "offsets"), dtype=DTYPES["offsets"])
+    except OSError:
+        return False
+    ends = offsets[0] == 0 and offsets[-1] == counts["tokens"] == counts["trained"]
+    return bool(ends and np.all(np.diff(offsets) >= 0))
+
+
 class _Column:
     """One file of a store, read piece by piece; stays readable where the file is removed meanwhile."""
 

@@ -9,6 +9,15 @@ from typing import Any
 
 from lorafit.errors import CheckpointError
 
+_TODO = "take a plan.json that a run of lorafit wrote"
+_DTYPES = ("bf16", "fp16", "fp32")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "attention": ("auto", "eager", "sdpa", "fused", "flash_attention_2"),
+    "dtype": _DTYPES,
+    "compute_dtype": _DTYPES,
+}
+"""What a text may be: transformers takes any other name of an attention for a kernel to fetch and run."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPlan:
@@ -54,15 +63,17 @@ class ResolvedPlan:
         Raises:
             CheckpointError: A value is missing or of another type.
         """
+        if not isinstance(values, Mapping):
+            raise CheckpointError("holds no JSON object", file=file, todo=_TODO)
         taken: dict[str, Any] = {"measured": {}, "micro_batches_at_once": 1}
         for known in fields(cls):
             value = values.get(known.name, taken.get(known.name))
-            if not _is_valid(str(known.type), value):
+            if not _is_valid(str(known.type), value) or value not in _CHOICES.get(known.name, (value,)):
                 raise CheckpointError(
-                    f"{value!r} is no valid value" if known.name in values else "is missing",
+                    f"{str(value)[:60]!r} is no valid value" if known.name in values else "is missing",
                     file=file,
                     key=known.name,
-                    todo="take a plan.json that a run of lorafit wrote",
+                    todo=_TODO,
                 )
             taken[known.name] = value
         return cls(**taken)
@@ -70,5 +81,5 @@ class ResolvedPlan:
 
 def _is_valid(wanted: str, value: object) -> bool:
     if wanted == "int":
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53
     return isinstance(value, {"str": str, "bool": bool, "dict[str, Any]": dict}[wanted])

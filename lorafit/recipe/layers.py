@@ -34,6 +34,7 @@ from lorafit.recipe.tree import (
 )
 from lorafit.registry import nearest
 from lorafit.shipped import shipped
+from lorafit.strict_json import JsonError, read_regular_file
 
 _LONGEST_CHAIN = 16
 _SHOWN_FLAG_CHARACTERS = 60
@@ -100,10 +101,10 @@ def read_bytes(path: Path) -> bytes:
         UsageError: There is no such file, or it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return file.read(MOST_BYTES + 1)
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
+        return read_regular_file(path, MOST_BYTES + 1)
+    except (OSError, JsonError) as error:
+        told = error.what if isinstance(error, JsonError) else error.strerror or type(error).__name__
+        reason = "is a directory" if isinstance(error, JsonError) and path.is_dir() else told.lower()
         shown_path = str(path) if len(str(path)) <= 120 else f"{str(path)[:119]}…"
         raise UsageError(reason, file=shown_path, todo="name a recipe, a YAML file") from None
 

@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError, ResourceError
-from lorafit.rundir import TEMPORARY_PREFIX, RunDir, atomic_dir, check_manifest, write_json
+from lorafit.rundir import (
+    FORMAT,
+    MANIFEST,
+    TEMPORARY_PREFIX,
+    RunDir,
+    atomic_dir,
+    check_format,
+    check_manifest,
+    read_object,
+    write_json,
+)
+from lorafit.strict_json import JsonError, read_json_file
 from lorafit.trainer.state import TrainState
 
 if TYPE_CHECKING:
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.json"
+_OTHER_STEP = "resume from another one with --resume-from STEP"
 _DAMAGED_PREFIX, _SUPERSEDED_PREFIX = "damaged-", "superseded-"
 _VERSIONED = ("lorafit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "safetensors")
 
@@ -48,6 +60,19 @@ class Environment:
             except PackageNotFoundError:
                 found[name] = "none"
         return cls(device_kind, ranks, found)
+
+    @classmethod
+    def from_json(cls, values: Any) -> Environment:
+        """What `asdict` gave.
+
+        Raises:
+            ValueError: Anything else; the text names the key.
+        """
+        wanted = {"device_kind": str, "ranks": int, "versions": dict}
+        for key, kind in wanted.items():
+            if not isinstance(values, dict) or not isinstance(values.get(key), kind):
+                raise ValueError(f"environment.{key} is missing, or no {kind.__name__}")
+        return cls(**{key: values[key] for key in wanted})
 
 
 @dataclass(frozen=True)
@@ -89,21 +114,23 @@ class CheckpointStore:
         """
         for leftover in self._leftovers():
             self._reporter.info(f"ignored incomplete {leftover.name}, left by a run that was cut off")
+        steps = self.run.steps()
+        for found in steps:  # one of another lorafit is not damaged, and nothing goes on without it
+            manifest = self.run.checkpoint(found) / MANIFEST
+            check_format(_read_or_none(manifest), manifest)
         if step is not None:
             return _read(self.run.find_checkpoint(str(step)))
-        steps = self.run.steps()
         if not steps:
             self._reporter.info("no checkpoint was published yet: starting at step 0")
             return None
         reasons = []
         for position, newest in reversed(list(enumerate(steps))):
             folder = self.run.checkpoint(newest)
-            try:
-                reason = check_manifest(folder)
-                if reason is None:
-                    return _read(folder)
-            except CheckpointError as error:
-                reason = error.what
+            reason = check_manifest(folder)
+            if reason is None:
+                return _read(
+                    folder
+                )  # whole, so that what is wrong in it was written so: nothing falls back behind that
             self._damaged.add(newest)
             reasons.append(f"{folder.name}: {reason}")
             if position:
@@ -140,8 +167,14 @@ class CheckpointStore:
         """Writes best.json where it does not say so yet; without a best one there is none."""
         if best is None:
             self.run.best.unlink(missing_ok=True)
-        elif not self.run.best.is_file() or _read_json(self.run.best) != best:
+        elif not self._says(best):
             write_json(self.run.best, best)
+
+    def _says(self, best: dict[str, Any]) -> bool:
+        try:
+            return bool(read_object(self.run.best) == best)
+        except CheckpointError:
+            return False
 
     def set_later_aside(self, step: int) -> None:
         """Renames whole checkpoints behind `step`: the run goes on from there, and their steps come again."""
@@ -182,7 +215,12 @@ class CheckpointStore:
 
 def write_state(folder: Path, state: TrainState, resolved: Mapping[str, Any], environment: Environment) -> None:
     """Writes state.json."""
-    values = {"train": state.to_json(), "resolved": dict(resolved), "environment": asdict(environment)}
+    values = {
+        "format": FORMAT,
+        "train": state.to_json(),
+        "resolved": dict(resolved),
+        "environment": asdict(environment),
+    }
     (folder / STATE_FILE).write_text(json.dumps(values, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -220,20 +258,27 @@ def check_continuity(
     return [{"kind": "inexact_resume", "what": difference} for difference in differences]
 
 
+def _read_or_none(file: Path) -> Any:
+    try:
+        return read_json_file(file)
+    except (OSError, JsonError):
+        return None  # damaged: said where its files are compared
+
+
 def _read(folder: Path) -> Checkpoint:
+    file = folder / STATE_FILE
+    values = read_object(file)
     try:
-        values = _read_json(folder / STATE_FILE)
         state = TrainState.from_json(values["train"])
-        return Checkpoint(folder, state, values["resolved"], Environment(**values["environment"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{STATE_FILE} cannot be read ({error})", file=str(folder)) from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+        environment = Environment.from_json(values["environment"])
+    except (KeyError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(what, file=str(file), todo=_OTHER_STEP) from error
+    if state.step != int(folder.name.rpartition("-")[2]):
+        raise CheckpointError(f"is of step {state.step}, its folder of another", file=str(file), todo=_OTHER_STEP)
+    if not isinstance(values.get("resolved"), dict):
+        raise CheckpointError("holds no resolved plan", file=str(file), key="resolved", todo=_OTHER_STEP)
+    return Checkpoint(folder, state, values["resolved"], environment)
 
 
 def _move_aside(folder: Path, prefix: str) -> Path:

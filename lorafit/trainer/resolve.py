@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import LorafitError
+from lorafit.cache import own_folder, refuse_foreign
+from lorafit.errors import LorafitError, SafetyError
 from lorafit.plan import ResolvedPlan
 from lorafit.rundir import write_json
+from lorafit.strict_json import JsonError, read_json_file
 from lorafit.trainer.rehearsal import Choice, Rehearsal
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def resolve_plan(
     )
     resolved = _same_on_all_ranks(resolved, rehearsal, accelerator)
     if cache_file is not None and cached is None and source == "rehearsal" and accelerator.is_main_process:
+        own_folder(cache_file.parent)
         write_json(cache_file, resolved.to_json())
     return resolved
 
@@ -128,7 +130,10 @@ def _read_cached(cache_file: Path | None, reporter: Reporter) -> ResolvedPlan | 
     if cache_file is None or not cache_file.is_file():
         return None
     try:
-        return ResolvedPlan.from_json(json.loads(cache_file.read_text(encoding="utf-8")), str(cache_file))
-    except (ValueError, AttributeError, LorafitError) as error:
+        refuse_foreign(cache_file.parent)
+        return ResolvedPlan.from_json(read_json_file(cache_file), str(cache_file))
+    except SafetyError:
+        raise
+    except (OSError, JsonError, LorafitError) as error:
         reporter.info(f"ignored a cached plan that cannot be read ({error})")
         return None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafit.cache import own_folder
 from lorafit.ops.matmul_peak import measure_matmul_peak
 from lorafit.rundir import write_json
+from lorafit.strict_json import JsonError, read_json_file
 
 if TYPE_CHECKING:
     from lorafit.trainer.state import FitResult
@@ -84,13 +87,13 @@ def find_peak(device: torch.device, dtype: torch.dtype, cache: Path) -> float:
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = cache / "peaks" / f"{name}.json"
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["machine"] == key:
+        kept = read_json_file(file)
+        if kept["machine"] == key and 0 < kept["flops_per_second"] < math.inf:
             return float(kept["flops_per_second"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, JsonError, KeyError, TypeError):
         pass  # not measured yet, or not readable: measured now
     peak = measure_matmul_peak(device, dtype)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    own_folder(file.parent)
     write_json(file, {"machine": key, "flops_per_second": peak})
     return peak
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import NumericsError
@@ -26,6 +27,41 @@ class Best:
     def improved_by(self, value: float, *, lower_is_better: bool) -> float:
         """How much better `value` is, in the metric's unit; negative where it is worse."""
         return self.value - value if lower_is_better else value - self.value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_best(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"step", "metric", "value"}
+        and _is_count(value["step"])
+        and isinstance(value["metric"], str)
+        and _is_real(value["value"])
+    )
+
+
+def _are_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "tokens", "padded_tokens", "trained_tokens", "evaluated_step"), _is_count),
+    **dict.fromkeys(("evaluations_without_improvement", "overflows", "overflows_in_row"), _is_count),
+    **dict.fromkeys(("epoch", "seconds"), lambda value: _is_real(value) and value >= 0),
+    "micro_batch_limit_tokens": lambda value: value is None or (_is_count(value) and value > 0),
+    "patience_value": lambda value: value is None or _is_real(value),
+    "stopped_early": lambda value: isinstance(value, bool),
+    "scaler": lambda value: isinstance(value, dict) and all(map(_is_real, value.values())),
+    **dict.fromkeys(("hooks", "events", "rng"), _are_objects),
+}
+"""What each value of the state may be."""
 
 
 @dataclass(slots=True)
@@ -78,8 +114,22 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
-        """What `to_json` gave. Raises TypeError for anything else."""
-        best = values["best"]
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: Anything else; the text names the key.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError("train is no object")
+        best = values.get("best")
+        known = {field.name for field in fields(cls)}
+        if wrong := sorted(known.symmetric_difference(values)):
+            raise ValueError(f"{wrong[0]} is missing or unknown")
+        wrong = [key for key, check in _CHECKS.items() if not check(values[key])]
+        if best is not None and not _is_best(best):
+            wrong.append("best")
+        if wrong:
+            raise ValueError(f"{wrong[0]} holds {str(values[wrong[0]])[:40]!r}")
         return cls(**{**values, "best": Best(**best) if best else None})
 
     def is_complete(self, total_steps: int) -> bool:

@@ -8,15 +8,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
-from lorafit.errors import CheckpointError
+from lorafit.errors import CheckpointError, LorafitError
+from lorafit.rundir import read_object
 
 TENSORS_FILE = "optimizer.safetensors"
 SKELETON_FILE = "optimizer.json"
@@ -65,7 +67,7 @@ def load_optimizer(
     Raises:
         CheckpointError: Parameters or shapes are not those that were saved.
     """
-    skeleton = json.loads((folder / SKELETON_FILE).read_text(encoding="utf-8"))
+    skeleton = read_object(folder / SKELETON_FILE)
     tensors = read_tensors(folder / TENSORS_FILE)
     if skeleton["optimizer"] != type(optimizer).__name__:
         raise CheckpointError(
@@ -96,6 +98,26 @@ def load_optimizer(
                 key: value.to(parameter.device) if isinstance(value, torch.Tensor) and key != "step" else value
                 for key, value in values.items()
             }
+
+
+@contextlib.contextmanager
+def taken_back(folder: Path) -> Iterator[None]:
+    """Within it a checkpoint is put into a model: whatever the libraries meet in its files is said of the checkpoint.
+
+    Raises:
+        CheckpointError: A file holds something else than a run saves.
+    """
+    try:
+        yield
+    except (LorafitError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # safetensors, torch and numpy share no base class
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"cannot be taken back ({type(error).__name__}: {first})",
+            file=str(folder),
+            todo="resume from another one with --resume-from STEP",
+        ) from error
 
 
 def _fill(state: dict[str, Any], values: Mapping[str, Any], where: str) -> None:

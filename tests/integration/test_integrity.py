@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -654,3 +655,163 @@ def test_hashes_of_large_files_are_kept_and_belong_to_one_state_of_them(
         edit_json(memo, value={"forged": "x"})
     (world.root / "own-cache" / "hashes").chmod(0o777)
     assert content.read_content(folder) == second and len(read) == 3
+
+
+# --- files of a run that hold something else -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(world: World) -> World:
+    """A run whose recipe now asks for one step more."""
+    say_all(world.run("train", "r.yaml", "--set", "training.schedule=constant"), 0)
+    world.recipe(("  max_steps: 2", "  max_steps: 3\n  schedule: constant"))
+    return world
+
+
+def refused_untouched(world: World, *said: str, code: int = 6) -> None:
+    before = world.digests("run")
+    say_all(world.run("train", "r.yaml", "--resume"), code, *said)
+    assert world.digests("run") == before
+
+
+STATES: list[tuple[str, Any]] = [
+    *[("step", value) for value in ("7", 6.5, -5, 10**12, None, True, 1)],
+    *[(key, "x") for key in ("rng", "best", "seconds", "events", "hooks", "scaler", "epoch", "tokens")],
+    *[("rng", value) for value in ([], [1], [{}], [{"python": 1}], [{"python": [3, [1], None]}])],
+    *[("patience_value", []), ("micro_batch_limit_tokens", [3]), ("micro_batch_limit_tokens", 0)],
+    *[("best", {"step": 1}), ("best", {"step": "1", "metric": "loss", "value": 1.0}), ("seconds", -1.0)],
+    *[("hooks", [{}, {}]), ("evaluated_step", "2"), ("stopped_early", "no"), ("unknown", 1)],
+]
+
+
+@pytest.mark.parametrize(("key", "value"), STATES, ids=[f"{key}={str(value)[:24]}" for key, value in STATES])
+def test_a_state_that_holds_something_else(unfinished: World, key: str, value: Any) -> None:
+    """With a MANIFEST that fits: refused, and nothing in the run is touched."""
+    folder = unfinished.root / "run" / "checkpoints" / "step-000002"
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state["train"][key] = value
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    make_manifest(folder)
+    refused_untouched(unfinished, "step-000002")
+
+
+RUN_FILES: list[tuple[str, str, Any]] = [
+    *[("state.json", key, value) for key in ("train", "resolved", "environment") for value in (7, [], "x")],
+    *[("optimizer.json", key, value) for key in ("states", "optimizer") for value in (7, [], "x", {})],
+    *[("state.json", "resolved.attention", "evil/kernel"), ("state.json", "resolved.micro_batch_tokens", "many")],
+    *[("state.json", "environment.ranks", "one"), ("state.json", "format", 999), ("state.json", "version", 999)],
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), RUN_FILES, ids=[f"{f} {k}={v}" for f, k, v in RUN_FILES])
+def test_a_checkpoints_file_that_holds_something_else(unfinished: World, file: str, key: str, value: Any) -> None:
+    folder = unfinished.root / "run" / "checkpoints" / "step-000002"
+    values = json.loads((folder / file).read_text(encoding="utf-8"))
+    outer, _, inner = key.partition(".")
+    if inner:
+        values[outer][inner] = value
+    else:
+        values[outer] = value
+    (folder / file).write_text(json.dumps(values), encoding="utf-8")
+    make_manifest(folder)
+    refused_untouched(unfinished, "step-000002")
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", "7", "", "{"], ids=["deep", "a list", "a number", "empty", "torn"])
+@pytest.mark.parametrize("file", ["state.json", "optimizer.json", "optimizer.safetensors"])
+def test_a_checkpoints_file_that_is_junk(unfinished: World, file: str, text: str) -> None:
+    folder = unfinished.root / "run" / "checkpoints" / "step-000002"
+    (folder / file).write_text(text, encoding="utf-8")
+    make_manifest(folder)
+    refused_untouched(unfinished, "step-000002")
+
+
+@pytest.mark.parametrize("key", ["format", "version"])
+def test_a_checkpoint_of_another_lorafit(unfinished: World, key: str) -> None:
+    """It is not damaged: nothing goes on from the one before it, and it is not moved aside."""
+    edit_json(unfinished.root / "run" / "checkpoints" / "step-000002" / "MANIFEST", **{key: 999})
+    refused_untouched(unfinished, "step-000002", "MANIFEST", f"{key} 999", f"{key} 1")
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", "7", "{}", '{"format": 999}', "pipe"])
+@pytest.mark.parametrize(
+    "file", ["manifest.json", "plan.json", "card.json", "quantization.json", "base.json", "best.json"]
+)
+def test_a_runs_file_that_holds_something_else(unfinished: World, file: str, text: str) -> None:
+    """Whatever a command makes of it, it is no bug of ours, and a resume that ends leaves the run as it was."""
+    place = unfinished.root / "run" / file
+    if text == "pipe":
+        pipe(place.name)(place.parent)
+    else:
+        place.write_text(text, encoding="utf-8")
+    before = unfinished.digests("run")
+    codes = set()
+    for command in (*ADAPTER_COMMANDS, ("train", "r.yaml", "--resume"), ("train", "r.yaml")):
+        outcome = unfinished.run(*command)
+        assert outcome.code in (0, 2, 3, 5, 6), outcome.stderr
+        codes.add(outcome.code)
+        if outcome.code:
+            assert unfinished.digests("run") == before
+            say_all(outcome, outcome.code, "run")
+        shutil.rmtree(unfinished.root / "m", ignore_errors=True)
+        if outcome.code == 0:
+            before = unfinished.digests("run")
+    if file == "manifest.json" or (file in ("base.json", "quantization.json") and text != "{}"):
+        assert codes & {2, 5, 6}
+
+
+# --- a cache whose content is wrong ----------------------------------------------------------------------------------
+
+
+def forge(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        change(folder)
+        make_manifest(folder)
+
+    return write
+
+
+CACHED = {
+    "a short file": lambda folder: (folder / "lines.int64").write_bytes(b"\0" * 8),
+    "offsets that go back": lambda folder: edit_numbers(folder / "offsets.int64", 1, -3),
+    "offsets without end": lambda folder: edit_numbers(folder / "offsets.int64", -1, 2**40),
+    "a torn token": lambda folder: (folder / "tokens.int32").write_bytes((folder / "tokens.int32").read_bytes()[:-3]),
+    "a deep report": lambda folder: (folder / "report.json").write_text(DEEP, encoding="utf-8"),
+    "a report of a list": lambda folder: (folder / "report.json").write_text("[]", encoding="utf-8"),
+    "a report of other things": lambda folder: (folder / "report.json").write_text("{}", encoding="utf-8"),
+}
+
+
+def edit_numbers(file: Path, place: int, value: int) -> None:
+    numbers = np.fromfile(file, dtype="<i8")
+    numbers[place] = value
+    numbers.tofile(file)
+
+
+@pytest.mark.parametrize("change", CACHED.values(), ids=CACHED.keys())
+def test_a_cache_entry_that_holds_something_else_is_made_anew(
+    world: World, cache: Path, change: Callable[[Path], object]
+) -> None:
+    right = world.run("preview", "r.yaml", "--json").json
+    entry = next(cache.glob("data/*/MANIFEST")).parent
+    forge(change)(entry)
+    outcome = world.run("preview", "r.yaml")
+    say_all(outcome, 0, "cache miss: the cached copy is damaged")
+    assert world.run("preview", "r.yaml", "--json").json["rows"] == right["rows"]
+    say_all(world.run("train", "r.yaml"), 0, "cache hit")
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", "7", "{}", "{"])
+def test_files_of_the_cache_that_hold_something_else_are_ignored(world: World, cache: Path, text: str) -> None:
+    """Plans, lengths, indexes, peaks, hashes: each is made anew, and none stops every later command."""
+    say_all(world.run("train", "r.yaml"), 0)
+    say_all(world.run("estimate-memory", "r.yaml"), 0)
+    shutil.rmtree(world.root / "run")
+    kept = [
+        file for file in cache.rglob("*") if file.is_file() and "locks" not in file.parts and file.suffix != ".int64"
+    ]
+    for file in kept:
+        if file.suffix == ".json" or file.name == "MANIFEST":
+            file.write_text(text, encoding="utf-8")
+    for command in ("preview", "estimate-memory", "train"):
+        say_all(world.run(command, "r.yaml"), 0)
