@@ -45,6 +45,7 @@ WEIGHTS = "adapter_model.safetensors"
 NOTES = "lorafit.json"
 QUANTIZATION = "quantization.json"
 ADAPTER_NAME = "default"
+_BASE_NAME = "base_model_name_or_path"
 _PICKLE = "adapter_model.bin"
 
 
@@ -175,7 +176,7 @@ def adapter_config(model: Any, base_name: str, revision: str | None) -> dict[str
     """What adapter_config.json says of the adapter called `default`, on a base of that name and revision."""
     config = model.peft_config[ADAPTER_NAME].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config |= {"base_model_name_or_path": base_name, "revision": revision}
+    config |= {_BASE_NAME: base_name, "revision": revision}
     config |= {"inference_mode": True, "peft_type": "LORA", "auto_mapping": None}
     config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
     return config
@@ -250,7 +251,7 @@ def check_named_base(folder: Path) -> None:
         config, notes = _read_object(folder / CONFIG, folder), _read_object(folder / NOTES, folder)
     except ModelError:
         return
-    trained, written = notes.get("base"), str(config.get("base_model_name_or_path"))
+    trained, written = notes.get("base"), str(config.get(_BASE_NAME))
     if not isinstance(trained, dict):
         return
     is_folder = is_local_path(written) and Path(written).name == trained.get("folder")
@@ -258,6 +259,7 @@ def check_named_base(folder: Path) -> None:
         raise ModelError(
             f"base mismatch: {CONFIG} says '{written[:80]}', {NOTES} says '{trained.get('name')}'",
             file=str(folder),
+            key=_BASE_NAME,
             todo="restore the file that was changed",
         )
 

@@ -21,6 +21,7 @@ from tests.integration.option_world import (
     adapter_tensors,
     evaluation_lines,
     files_of,
+    named_commits,
     scores_of,
     step_lines,
 )
@@ -238,11 +239,11 @@ def best_by(world: OptionWorld, metric: str) -> float:
 def loss_of_revision(world: OptionWorld, revision: str | None) -> float:
     """A hub, which tests cannot reach, that has another model under another revision."""
 
-    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        assert name == "owner/model" and "model*.safetensors" in allow_patterns
+    def snapshot_download(name: str, *, repo_type: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (name, repo_type) == ("owner/model", "model") and "model*.safetensors" in allow_patterns
         return str(world.root / ("base" if revision is None else "other"))
 
-    with patch("huggingface_hub.snapshot_download", snapshot_download):
+    with patch("huggingface_hub.snapshot_download", snapshot_download), named_commits():
         return first_loss(world.train({"model.base": "owner/model", "model.revision": revision}))
 
 

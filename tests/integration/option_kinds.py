@@ -11,7 +11,7 @@ from lorafit import pipeline
 from lorafit.kinds.optimizers import build_optimizer
 from lorafit.kinds.schedules import learning_rate_at
 from tests.integration.option_leaves import Case, Probe
-from tests.integration.option_world import SPLITS, OptionWorld, digest_of
+from tests.integration.option_world import SPLITS, OptionWorld, digest_of, named_commits
 
 BETAS = [0.9, 0.95], [0.5, 0.95], [0.9, 0.5]  # both of them must matter
 EPS, DECAY, LEAST = (1e-8, 1e-2), (0.0, 0.5), (1, 100_000)
@@ -133,7 +133,7 @@ def rates(section: Any) -> list[float]:
 
 def rows_of(world: OptionWorld, key: str, of: str, path: str, **fields: Any) -> Any:
     """Ids and labels of a split with one source."""
-    with patch("datasets.load_dataset", _load_dataset):
+    with patch("datasets.load_dataset", _load_dataset), named_commits():
         return world.rows({key: [{"path": path, **fields}]}, of)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import yaml
 
@@ -220,3 +222,8 @@ def _lines_without_times(run: RunDir) -> list[dict[str, Any]]:
 
 def _timeless(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name != "seconds"}
+
+
+def named_commits() -> AbstractContextManager[Any]:
+    """A hub, which tests cannot reach, whose commits are called as the revisions that they are asked for by."""
+    return patch("lorafit.hub.asking.Asked.find_commit", lambda asked: asked.repo.revision)
