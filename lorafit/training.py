@@ -103,7 +103,7 @@ class Training:
             facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
             hashes = {self.where.base: content.to_json(), self.where.quantization: used}
             self._describe(job, card, {**resolved.to_json(), **facts}, hashes, begins=checkpoint is None)
-        trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"))
+        trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"), step=state.step)
         try:
             result = trainer.fit(state)
         finally:

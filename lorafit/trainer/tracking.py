@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import DataError, RecipeError
+from lorafit.trainer.progress import peak_memory_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,9 +36,25 @@ def build_accelerator(*, use_cpu: bool, tracking: Sequence[str] = (), folder: Pa
             )
     from accelerate import Accelerator
 
-    return Accelerator(
-        cpu=use_cpu, mixed_precision="no", log_with=list(tracking) or None, project_dir=str(folder or ".")
-    )
+    place = str(folder or ".")
+    trackers = [_build_board(place) if name == "tensorboard" else name for name in tracking]
+    return Accelerator(cpu=use_cpu, mixed_precision="no", log_with=trackers or None, project_dir=place)
+
+
+def _build_board(folder: str) -> Any:
+    """accelerate's tracker for TensorBoard, in the folder's `tensorboard`, with the recipe as a text.
+
+    accelerate would write the recipe as a run of its own, below, one for each resume.
+    """
+    from accelerate.tracking import TensorBoardTracker, on_main_process
+
+    class Board(TensorBoardTracker):  # type: ignore[misc]
+        @on_main_process  # type: ignore[untyped-decorator]
+        def store_init_configuration(self, values: Mapping[str, Any]) -> None:
+            lines = [f"    {name}: {value}" for name, value in values.items()]
+            self.writer.add_text("recipe", "\n".join(lines), global_step=self.init_kwargs["purge_step"] - 1)
+
+    return Board("tensorboard", folder)
 
 
 def check_same_rows(accelerator: Any, digest: str) -> None:
@@ -76,21 +93,44 @@ def part(accelerator: Any) -> None:
 
 
 class Trackers:
-    """Hands each line of metrics.jsonl to accelerate's trackers. One that fails is said once; training goes on."""
+    """Hands each line of metrics.jsonl to accelerate's trackers. One that fails is said once; training goes on.
+
+    Names are those of transformers' Trainer: `train/loss`, `train/learning_rate`, `train/grad_norm`, `train/epoch`,
+    `train/global_step`, `eval/loss`; with `train/tokens_per_second` and `train/peak_memory_bytes`.
+    """
 
     def __init__(self, accelerator: Any, reporter: Reporter) -> None:
         self._accelerator = accelerator
         self._reporter = reporter
         self._said = False
 
-    def start(self, project: str, config: Mapping[str, Any]) -> None:
-        """Opens them. Only plain values of `config` are handed over, by dotted key: not every tracker takes more."""
-        self._guarded(lambda: self._accelerator.init_trackers(project, config=_flat(config)))
+    def start(self, project: str, config: Mapping[str, Any], *, step: int = 0) -> None:
+        """Opens them.
+
+        Args:
+            project: What trackers that know projects put the run into.
+            config: Only plain values are handed over, by dotted key: not every tracker takes more.
+            step: What a resumed run goes on behind. TensorBoard drops what it holds of later steps.
+        """
+
+        def open_all() -> None:
+            for tracker in self._accelerator.log_with:
+                if getattr(tracker, "name", "") == "tensorboard":
+                    tracker.init_kwargs["purge_step"] = step + 1
+            self._accelerator.init_trackers(project, config=_flat(config))
+
+        self._guarded(open_all)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """One line."""
-        prefix, values = ("evaluation/", line["evaluation"]) if "evaluation" in line else ("train/", line)
-        shown = {prefix + name: value for name, value in values.items() if value is not None and name != "step"}
+        if "evaluation" in line:
+            shown = {f"eval/{name}": value for name, value in line["evaluation"].items()}
+        else:
+            values = {name: value for name, value in line.items() if value is not None and name != "step"}
+            shown = {f"train/{name}": value for name, value in {**values, "global_step": line["step"]}.items()}
+            if line.get("seconds"):
+                shown["train/tokens_per_second"] = line["tokens"] / line["seconds"]
+            shown["train/peak_memory_bytes"] = peak_memory_bytes(self._accelerator.device)
         self._guarded(lambda: self._accelerator.log(shown, step=line["step"]))
 
     def finish(self) -> None:

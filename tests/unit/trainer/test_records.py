@@ -153,23 +153,59 @@ def test_a_tracker_that_is_missing_is_one_clear_sentence(tmp_path: Path, monkeyp
         build_accelerator(use_cpu=True, tracking=["wandb"], folder=tmp_path)
 
 
-def test_tensorboard_gets_steps_and_evaluations(tmp_path: Path) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+def read_board(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Scalars by name as TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return {name: [(e.step, e.value) for e in board.Scalars(name)] for name in board.Tags()["scalars"]}
+
+
+def write_board(folder: Path, steps: range, behind: int) -> None:
     reporter = Silent()
-    trackers = Trackers(build_accelerator(use_cpu=True, tracking=["tensorboard"], folder=tmp_path), reporter)
-    trackers.start("run", {"seed": 0, "model": {"base": "x", "revision": None}})
-    trackers.log({"step": 1, "loss": 2.5, "grad_norm": None})
-    trackers.log({"step": 1, "evaluation": {"loss": 2.25}})
+    trackers = Trackers(build_accelerator(use_cpu=True, tracking=["tensorboard"], folder=folder), reporter)
+    trackers.start("project", {"seed": 0, "model": {"base": "x", "revision": None}}, step=behind)
+    for step in steps:
+        line = {
+            "step": step,
+            "epoch": 1,
+            "loss": 2.5 + behind,
+            "learning_rate": 0.5,
+            "grad_norm": None if step == 2 else 1.0,
+        }
+        trackers.log({**line, "tokens": 300, "trained_tokens": 100, "seconds": 1.5})
+        trackers.log({"step": step, "evaluation": {"loss": 2.25 + behind, "token_accuracy": 0.5}})
     trackers.finish()
     assert reporter.warnings == []
-    read = event_accumulator.EventAccumulator(str(next(p.parent for p in tmp_path.rglob("events*") if "run" in str(p))))
-    read.Reload()
-    assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(1, 2.5)]
-    assert [(e.step, e.value) for e in read.Scalars("evaluation/loss")] == [(1, 2.25)]
+
+
+def test_tensorboard_gets_steps_and_evaluations_by_the_names_people_know(tmp_path: Path) -> None:
+    write_board(tmp_path, range(1, 4), 0)
+    found = read_board(tmp_path)
+    assert found["train/loss"] == [(1, 2.5), (2, 2.5), (3, 2.5)]
+    assert found["train/global_step"] == [(1, 1), (2, 2), (3, 3)]
+    assert found["train/grad_norm"] == [(1, 1), (3, 1)]  # an overflow has none
+    assert found["train/tokens_per_second"] == [(step, 200) for step in (1, 2, 3)]
+    assert all(2**26 < value < 2**40 for _, value in found["train/peak_memory_bytes"])
+    assert found["eval/loss"] == [(1, 2.25), (2, 2.25), (3, 2.25)]
+    assert {"train/learning_rate", "train/epoch", "eval/token_accuracy"} <= set(found)
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name != "tensorboard"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_board_without_doubled_steps(tmp_path: Path) -> None:
+    """The run was killed behind step 5 and goes on behind step 3, whose checkpoint is the last."""
+    write_board(tmp_path, range(1, 6), 0)
+    write_board(tmp_path, range(4, 7), 3)
+    found = read_board(tmp_path)
+    assert found["train/loss"] == [(1, 2.5), (2, 2.5), (3, 2.5), (4, 5.5), (5, 5.5), (6, 5.5)]
+    assert [step for step, _ in found["eval/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_tracker_that_fails_is_said_once() -> None:
     class Broken:
+        device = CPU
+
         def log(self, *args: Any, **kwargs: Any) -> None:
             raise ConnectionError("no network")
 
