@@ -168,7 +168,7 @@ class Reporter(Protocol):
 
     def show(self, renderable: Any) -> None: ...
 
-    def track(self, total: int, what: str) -> Progress: ...
+    def track(self, total: int, what: str, done: int = 0) -> Progress: ...
 
 
 class Progress(Protocol):
@@ -214,7 +214,7 @@ class Silent:
     def show(self, renderable: Any) -> None:
         """Drops it."""
 
-    def track(self, total: int, what: str) -> SilentProgress:
+    def track(self, total: int, what: str, done: int = 0) -> SilentProgress:
         """A bar that nobody sees."""
         return SilentProgress()
 

@@ -86,9 +86,9 @@ class _BarsAlone(Silent):
         super().__init__()
         self._reporter = reporter
 
-    def track(self, total: int, what: str) -> Progress:  # type: ignore[override]
+    def track(self, total: int, what: str, done: int = 0) -> Progress:  # type: ignore[override]
         """The reporter's own bar."""
-        return self._reporter.track(total, what)
+        return self._reporter.track(total, what, done)
 
 
 def _key(loaded: LoadedRecipe, base: Base) -> str:

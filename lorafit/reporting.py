@@ -72,15 +72,15 @@ class ConsoleReporter:
 
             Console(stderr=True, highlight=False).print(renderable)
 
-    def track(self, total: int, what: str) -> Progress:
-        """A bar of `total` units, drawn or written."""
+    def track(self, total: int, what: str, done: int = 0) -> Progress:
+        """A bar of `total` units, drawn or written; `done` of them were done by an earlier process."""
         if self._quiet:
             from lorafit.contracts import SilentProgress
 
             return SilentProgress()
         if sys.stderr.isatty() and self._bar is None:
-            return _DrawnBar(self, total, what)
-        return _WrittenBar(total, what, every_seconds=0.0 if self._verbose else _LINE_EVERY_SECONDS)
+            return _DrawnBar(self, total, what, done)
+        return _WrittenBar(total, what, done, every_seconds=0.0 if self._verbose else _LINE_EVERY_SECONDS)
 
     def _write(self, message: str, style: str = "") -> None:
         if self._quiet:
@@ -98,7 +98,7 @@ class ConsoleReporter:
 class _DrawnBar:
     """A live bar. While one is drawn, other bars are written."""
 
-    def __init__(self, reporter: ConsoleReporter, total: int, what: str) -> None:
+    def __init__(self, reporter: ConsoleReporter, total: int, what: str, done: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -112,7 +112,7 @@ class _DrawnBar:
             console=Console(stderr=True, highlight=False),
             transient=True,
         )
-        self._task = self._live.add_task(what, total=total, shown="")
+        self._task = self._live.add_task(what, total=total, completed=done, shown="")
 
     def __enter__(self) -> _DrawnBar:
         self._live.start()
@@ -135,9 +135,9 @@ class _DrawnBar:
 class _WrittenBar:
     """Lines instead of a bar: the first, one every few seconds, and the last."""
 
-    def __init__(self, total: int, what: str, *, every_seconds: float) -> None:
+    def __init__(self, total: int, what: str, done: int, *, every_seconds: float) -> None:
         self._total, self._what, self._every_seconds = total, what, every_seconds
-        self._done = 0
+        self._done = self._before = done
         self._began = time.monotonic()
         self._written: float | None = None
 
@@ -156,7 +156,11 @@ class _WrittenBar:
         if self._written is None and not shown and not is_last and now - self._began < self._every_seconds:
             return  # quick jobs say only that they are done
         self._written = now
-        left = "" if is_last else f"  {_clock((now - self._began) / self._done * (self._total - self._done))} left"
+        left = (
+            ""
+            if is_last
+            else f"  {_clock((now - self._began) / (self._done - self._before) * (self._total - self._done))} left"
+        )
         _write_line(f"{self._what} {self._done}/{self._total}  {_in_words(shown)}{left}".rstrip())
 
 

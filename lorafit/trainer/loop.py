@@ -155,9 +155,9 @@ class Trainer:
         was_complete = self._is_complete(state)
         if was_complete:
             self.reporter.info(f"already complete: the run ended at step {state.step}")
-        steps_left = max(0, self.plan.total_steps - state.step)
+        steps, device = self.plan.total_steps, self.accelerator.device
         progress = StepProgress(
-            self.reporter, steps=steps_left, device=self.accelerator.device, estimate_bytes=self.estimate_bytes
+            self.reporter, steps=steps, done=state.step, device=device, estimate_bytes=self.estimate_bytes
         )
         self.objective.train()
         if not was_complete:

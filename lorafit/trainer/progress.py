@@ -38,8 +38,12 @@ def peak_reserved_bytes(device: torch.device) -> int | None:
 class StepProgress:
     """The training bar: `training 12/240  loss 1.23  lr 1e-04  grad 0.5  812 tok/s  1.2 of 1.5 GiB`."""
 
-    def __init__(self, reporter: Reporter, *, steps: int, device: torch.device, estimate_bytes: int | None) -> None:
-        self._bar: Progress = reporter.track(steps, "training")
+    def __init__(
+        self, reporter: Reporter, *, steps: int, done: int, device: torch.device, estimate_bytes: int | None
+    ) -> None:
+        if 0 < done < steps:
+            reporter.info(f"resumed at step {done}")
+        self._bar: Progress = reporter.track(steps, "training", done)
         self._device = device
         self._estimate_bytes = estimate_bytes
         self._tokens_per_second: float | None = None

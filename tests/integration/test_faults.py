@@ -321,7 +321,9 @@ def test_foreign_files_beside_a_run_stay(world: World) -> None:
     (world.root / "run" / "checkpoints" / "mine").mkdir()
     (world.root / "run" / "notes.txt").write_text("mine")
     longer = ["--set", "training.max_steps=3", "--set", "training.schedule=constant"]
-    say_all(world.run("train", "r.yaml", "--resume", "--set", "checkpoints.keep_last=1", *longer), 0, "step 3")
+    resumed = world.run("train", "r.yaml", "--resume", "--set", "checkpoints.keep_last=1", *longer)
+    say_all(resumed, 0, "step 3")
+    assert "resumed at step 2\n" in resumed.stderr and "training 3/3 " in resumed.stderr
     assert (world.root / "run" / "notes.txt").read_text() == "mine"
     assert (world.root / "run" / "checkpoints" / "mine").is_dir()
 

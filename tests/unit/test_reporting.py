@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -33,6 +35,18 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) ->
     assert captured.out == "" and len(lines) == 3  # the first, the last, the warning
     assert lines[0].startswith("training 1/100  loss 1.235  tokens seen 7") and lines[0].endswith("left")
     assert lines[1].startswith("training 100/100") and lines[2] == "warning: look [out]"
+
+
+def test_a_bar_goes_on_where_an_earlier_process_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is left is reckoned from this process's units alone: 80 of them in the time of the first."""
+    reporter = ConsoleReporter(verbose=True)
+    with reporter.track(100, "training", 19) as bar:
+        time.sleep(0.1)
+        for _ in range(81):
+            bar.advance(1, loss=1.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("training 20/100") and lines[-1].startswith("training 100/100")
+    assert re.search(r"0:0[89] left|0:1\d left", lines[0])
 
 
 def test_verbose_writes_each_step_and_quiet_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -291,7 +291,7 @@ def test_a_full_disk_is_ours_and_leaves_nothing(trained: Callable[..., Trained])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), StoppedBySignal("stopped by SIGTERM", signal_number=15)])
 def test_an_interrupted_merge_leaves_nothing(trained: Callable[..., Trained], stop: BaseException) -> None:
     class Interrupting(Silent):
-        def track(self, total: int, what: str) -> Any:
+        def track(self, total: int, what: str, done: int = 0) -> Any:
             bar, seen = super().track(total, what), []
 
             def advance(amount: int = 1, **_: Any) -> None:

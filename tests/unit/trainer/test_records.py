@@ -218,6 +218,7 @@ def test_a_tracker_that_fails_is_said_once() -> None:
 
 def test_progress_shows_speed_memory_and_estimate() -> None:
     shown: list[dict[str, Any]] = []
+    said: list[str] = []
 
     class Bar:
         def __enter__(self) -> Bar:
@@ -229,14 +230,18 @@ def test_progress_shows_speed_memory_and_estimate() -> None:
             shown.append(values)
 
     class Listener(Silent):
-        def track(self, total: int, what: str) -> Any:
-            assert (total, what) == (2, "training")
+        def track(self, total: int, what: str, done: int = 0) -> Any:
+            assert (total, what, done) == (33, "training", 17)
             return Bar()
 
+        def info(self, message: str) -> None:
+            said.append(message)
+
     line = {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens": 100, "seconds": 0.5}
-    with StepProgress(Listener(), steps=2, device=CPU, estimate_bytes=2**31) as progress:
+    with StepProgress(Listener(), steps=33, done=17, device=CPU, estimate_bytes=2**31) as progress:
         progress.show(line)
         progress.show({**line, "grad_norm": None})
     assert shown[0]["loss"] == 1.5 and shown[0]["tok/s"] == "200" and shown[0]["GiB"].endswith(" of est. 2.00")
     assert shown[1]["grad"] == "overflow"
+    assert said == ["resumed at step 17"]
     assert 2**26 < peak_memory_bytes(CPU) < 2**40
