@@ -163,7 +163,8 @@ def test_the_head_gets_whole_matrices_of_last_positions(tuned, tokenizer, knows_
         forward = inner.forward
 
         def forward_of_old(input_ids, attention_mask=None, position_ids=None, past_key_values=None, **rest):
-            return forward(input_ids, attention_mask, position_ids, past_key_values, **rest)
+            named = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+            return forward(input_ids, **named, **rest)  # by name: transformers 5.24 has other places for them
 
         inner.forward = forward_of_old
     prompts = ids_of(tokenizer)
