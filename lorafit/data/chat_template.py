@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,12 +13,11 @@ import jinja2
 
 from lorafit.data.filters import TemplateLimitError
 from lorafit.data.sandbox import ChatTemplate, Traced, compile_template
+from lorafit.data.typed_chat import Messages, TypedChat
 from lorafit.errors import DataError, LorafitError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Messages = Sequence[Mapping[str, Any]]
 
 SHIPPED_TEMPLATES = ("alpaca", "chatml", "plain")
 KEY = "data.chat_template"
@@ -40,29 +38,63 @@ def shipped_template(name: str) -> str:
     return resources.files("lorafit.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True, slots=True)
-class BoundTemplate:
-    """A template with a chat's tools and the tokenizer's special tokens; turns what it raises into our errors."""
+class BoundChat:
+    """A template with one chat and the tokenizer's special tokens; renders the chat and what it begins with.
 
-    template: ChatTemplate
-    tools: Sequence[Mapping[str, Any]] | None
-    variables: Mapping[str, Any]
+    Args:
+        template: The template.
+        messages: The chat.
+        tools: JSON schemas of its tools.
+        variables: What else the template may read.
+    """
 
-    def traced(self, messages: Messages, add_generation_prompt: bool) -> Traced:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> None:
+        self.messages = messages
+        self._template, self._variables = template, variables
+        self._chat = TypedChat(messages, tools)
+        self._plain: dict[tuple[int, bool], str | None] = {}
+
+    def trace(self, count: int | None = None, *, prompt: bool = False) -> Traced:
+        """The first `count` messages, all where None, rendered and traced.
+
+        Args:
+            count: Messages.
+            prompt: Whether the generation prompt follows.
+
+        Raises:
+            RenderError: The template refuses them.
+            ModelError: The template itself is at fault.
+        """
+        count = len(self.messages) if count is None else count
         try:
-            return self.template.render(
-                messages, self.tools, variables=self.variables, add_generation_prompt=add_generation_prompt
-            )
+            traced = self._template.trace(self._chat, count, self._variables, add_generation_prompt=prompt)
         except Exception as error:  # a template can raise anything
             explain(error)
+        self._plain[count, prompt] = traced.text
+        return traced
 
-    def plain(self, messages: Messages, add_generation_prompt: bool) -> str:
+    def attempt_trace(self, count: int, *, prompt: bool = False) -> Traced | None:
+        """The same; None where the template refuses them."""
         try:
-            return self.template.render_plain(
-                messages, self.tools, variables=self.variables, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:
-            explain(error)
+            return self.trace(count, prompt=prompt)
+        except LorafitError:
+            return None
+
+    def attempt(self, count: int, *, prompt: bool = False) -> str | None:
+        """The text of the first `count` messages; None where the template refuses them."""
+        if (count, prompt) not in self._plain:
+            try:
+                text = self._template.render(self._chat, count, self._variables, add_generation_prompt=prompt)
+            except Exception:  # a template can raise anything
+                text = None
+            self._plain[count, prompt] = text
+        return self._plain[count, prompt]
 
 
 def explain(error: Exception) -> NoReturn:
@@ -111,8 +143,12 @@ def compile_or_explain(source: str) -> ChatTemplate:
         raise ModelError(f"the chat template is not valid: {error}", key=KEY) from error
 
 
-def check_variables(render: BoundTemplate) -> None:
+def check_variables(template: ChatTemplate, variables: Mapping[str, Any]) -> None:
     """Finds a template that fails for any chat because a name in it is unknown.
+
+    Args:
+        template: The template.
+        variables: What it may read besides the chat.
 
     Raises:
         ModelError: With the line of the template.
@@ -121,7 +157,7 @@ def check_variables(render: BoundTemplate) -> None:
     undefined: RenderError | None = None
     for chat in ([ask], [ask, answer], [{"role": "system", "content": "s"}, ask, answer]):
         try:
-            render.traced(chat, False)
+            BoundChat(template, chat, None, variables).trace()
             return
         except RenderError as error:
             undefined = error if isinstance(error.__cause__, jinja2.UndefinedError) else undefined

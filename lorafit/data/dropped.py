@@ -9,12 +9,12 @@ without a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lorafit.data.sandbox import REASONING_FIELDS, Leaf, Traced
-
-TOOLS = -1
+from lorafit.data.chat_template import BoundChat
+from lorafit.data.sandbox import Traced
+from lorafit.data.typed_chat import REASONING_FIELDS, TOOLS, Leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ class Dropped:
     history: tuple[tuple[int, str], ...] = ()
 
 
-def find_dropped(whole: Traced, cut_after: Callable[[int], Traced | None], control: re.Pattern[str]) -> Dropped:
+def find_dropped(chat: BoundChat, whole: Traced, control: re.Pattern[str]) -> Dropped:
     """Compares the strings of a chat with its rendering.
 
     Args:
-        whole: The rendering.
-        cut_after: Renders the chat cut after a message; None where the template refuses that.
+        chat: The chat; renders it cut after a message. What is cut and reads as in the whole shows nothing more.
+        whole: Its rendering.
         control: Matches control strings. Templates may eat them when they parse reasoning out of a content.
     """
     missing = _missing(whole, control)
@@ -48,15 +48,16 @@ def find_dropped(whole: Traced, cut_after: Callable[[int], Traced | None], contr
         if message == TOOLS:
             lost.append((TOOLS, "tools"))
             continue
-        cut = cut_after(message)
-        still = (
-            None
-            if cut is None
-            else {(leaf.path, leaf.is_key) for leaf in _missing(cut, control) if leaf.message == message}
-        )
+        text = chat.attempt(message + 1)
+        cut = chat.attempt_trace(message + 1) if text is not None and not whole.text.startswith(text) else None
+        shown = fields.keys() - _places(_missing(cut, control), message) if cut is not None else set()
         for place, name in fields.items():
-            (history if still is not None and place not in still else lost).append((message, name))
+            (history if place in shown else lost).append((message, name))
     return Dropped(tuple(dict.fromkeys(lost)), tuple(dict.fromkeys(history)))
+
+
+def _places(leaves: Iterable[Leaf], message: int) -> set[tuple[tuple[str | int, ...], bool]]:
+    return {(leaf.path, leaf.is_key) for leaf in leaves if leaf.message == message}
 
 
 def _missing(traced: Traced, control: re.Pattern[str]) -> list[Leaf]:
@@ -67,16 +68,13 @@ def _missing(traced: Traced, control: re.Pattern[str]) -> list[Leaf]:
             seen.setdefault(origin, []).append(
                 (0, len(traced.leaves[origin - 1].text)) if start < 0 else (start, start + length)
             )
-    missing = []
-    tool_names = []
-    for number, leaf in enumerate(traced.leaves, 1):
-        if leaf.message == TOOLS:
-            if leaf.path[-1] == "name" and not leaf.is_key and "parameters" not in leaf.path:
-                tool_names.append((leaf, number in seen))
-        elif _counts(leaf) and _lacks(leaf.text, seen.get(number, []), control):
-            missing.append(leaf)
-    if tool_names and not any(rendered for _, rendered in tool_names):
-        missing.append(tool_names[0][0])
+    missing = [
+        leaf
+        for number, leaf in enumerate(traced.leaves, 1)
+        if leaf.message != TOOLS and _counts(leaf) and _lacks(leaf.text, seen.get(number, ()), control)
+    ]
+    if traced.tool_names and not any(number in seen for number in traced.tool_names):
+        missing.append(traced.leaves[traced.tool_names[0] - 1])
     return missing
 
 

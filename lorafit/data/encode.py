@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Stretch = tuple[int, int]
 
 FIRST_PRIVATE_CHARACTER = 0x100000  # plane 16: nearly never typed, and checked
 PRIVATE_CHARACTERS = 0xFFFE
+BATCH_CHARACTERS = 500_000  # of texts that are encoded at once: the tokenizer holds about 100 bytes a character
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -86,24 +87,38 @@ class TextEncoder:
             DataError: If a control string stands where nobody can say who wrote it, or the tokenizer makes a control
                 token out of plain text.
         """
-        backend = self._backend
-        if backend.truncation is not None or backend.padding is not None:  # left there by somebody's last call
-            backend.no_truncation()
-            backend.no_padding()
-        encoding = backend.encode(text, add_special_tokens=False)
+        self._take_text_whole()
+        ids, offsets = self.read(self._backend.encode(text, add_special_tokens=False), text, typed, unsure)
+        return ids, list(offsets)
+
+    def encode_batches(self, texts: Sequence[str]) -> Iterator[Encoding]:
+        """What the tokenizer makes of each text, for `read`. Several texts at once are faster than one by one."""
+        self._take_text_whole()
+        start = size = 0
+        for end, text in enumerate(texts, 1):
+            size += len(text)
+            if size >= BATCH_CHARACTERS or end == len(texts):
+                yield from self._backend.encode_batch(list(texts[start:end]), add_special_tokens=False)
+                start, size = end, 0
+
+    def read(
+        self, encoding: Encoding, text: str, typed: Sequence[Stretch], unsure: Sequence[Stretch] = ()
+    ) -> tuple[list[int], Sequence[Stretch]]:
+        """The same as `encode`, of what `encode_batches` gave for the text."""
         ids: list[int] = encoding.ids
+        offsets = _Offsets(encoding)
         control = self.control
-        if not any(number in control for number in ids):
-            return ids, encoding.offsets
-        offsets: list[Stretch] = encoding.offsets
-        places = [
-            self._place(text, number, offset)
-            for number, offset in zip(ids, offsets, strict=True)
-            if number in control and not self._is_fallback(text, number, offset)
-        ]
-        if not any(_overlaps(typed, *place) for place in places):
-            return ids, offsets
-        return self._encode_with_twin(text, typed, unsure)
+        for place in [place for place, number in enumerate(ids) if number in control]:
+            number, offset = ids[place], offsets[place]
+            if _overlaps(typed, *self._place(text, number, offset)) and not self._is_fallback(text, number, offset):
+                return self._encode_with_twin(text, typed, unsure)
+        return ids, offsets
+
+    def _take_text_whole(self) -> None:
+        """Undoes what somebody's last call left in the tokenizer."""
+        if self._backend.truncation is not None or self._backend.padding is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
 
     def _is_fallback(self, text: str, number: int, offset: Stretch) -> bool:
         """Whether a control token (`<unk>`, a byte such as `<0x0A>`) stands for characters unknown to the model."""
@@ -190,6 +205,21 @@ class TextEncoder:
         return twin
 
 
+class _Offsets(Sequence[Stretch]):
+    """Where each token stands. Only a few are asked for: a list of all takes longer than everything else here."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._count, self._at = len(encoding), encoding.token_to_chars
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return self._at(number)
+
+
 def _overlaps(stretches: Sequence[Stretch], start: int, end: int) -> bool:
     """Whether one of the stretches (in order, apart) holds a character of start to end."""
     place = bisect_left(stretches, (end,))
@@ -208,14 +238,29 @@ def mark_trained(offsets: Sequence[Stretch], spans: Sequence[Stretch]) -> list[b
         spans: Stretches that carry loss, in order and apart.
     """
     trained = [False] * len(offsets)
-    ends = [end for _, end in offsets]
-    for span_start, span_end in spans:
-        for number in range(bisect_right(ends, span_start), len(offsets)):
-            start, end = offsets[number]
-            if number and ends[number - 1] < start:
-                start = ends[number - 1]
-            if start >= span_end and end > span_end:
+    numbers = range(len(offsets))
+    first = 0
+    for span in spans:
+        first = bisect_right(numbers, span[0], first, key=lambda number: offsets[number][1])
+        behind = bisect_right(numbers, span[1], first, key=lambda number: offsets[number][1])
+        inside = first
+        while inside < behind and _start(offsets, inside) < span[0]:
+            trained[inside] |= _is_mostly_in(offsets, inside, span)
+            inside += 1
+        trained[inside:behind] = [True] * (behind - inside)
+        for number in range(behind, len(offsets)):
+            if _start(offsets, number) >= span[1]:
                 break
-            if 2 * (min(end, span_end) - max(start, span_start)) >= end - start:
-                trained[number] = True
+            trained[number] |= _is_mostly_in(offsets, number, span)
     return trained
+
+
+def _start(offsets: Sequence[Stretch], number: int) -> int:
+    """Where a token starts, with the blanks before it that no token holds."""
+    start = offsets[number][0]
+    return min(start, offsets[number - 1][1]) if number else start
+
+
+def _is_mostly_in(offsets: Sequence[Stretch], number: int, span: Stretch) -> bool:
+    start, end = _start(offsets, number), offsets[number][1]
+    return 2 * (min(end, span[1]) - max(start, span[0])) >= end - start

@@ -1,22 +1,25 @@
 """Samples to tokens, chunk by chunk, here or in worker processes; the order and the result are the same.
 
-samples ──chunks of 256──> encode_chunk (in this process, or in forked workers) ──in order──> EncodedChunk ──> writer
+samples ──chunks──> encode_chunk, in this process while it is not worth more ──in order──> EncodedChunk ──> writer
+                                 in forked workers once seconds of work are left
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from lorafit.contracts import Encoded, Sample
 from lorafit.data.overlong import SURE_FACTOR
@@ -29,7 +32,9 @@ PlacedSample = tuple[int, int, Sample]
 """Number of its source, line there, sample."""
 
 CHUNK_ROWS = 256
-PARALLEL_FROM_ROWS = 5000
+CHUNK_CHARACTERS = 400_000
+SMALL_CHUNKS, SMALL_PART = 2, 1 / 8
+SECONDS_A_WORKER = 0.7  # of work, that are worth a process: starting one takes about 0.1
 WORKERS_LIMIT = 16
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 _CHUNKS_AHEAD = 4  # for each worker; bounds what waits in memory
@@ -79,9 +84,16 @@ class Encoder:
         rows: list[tuple[int, int, Encoded]] = []
         result = EncodedChunk(pack_chunk([]), samples=len(samples))
         self.renderer.seen.clear()
-        for source, line, sample in samples:
+        endless = [self.renderer.is_surely_longer(sample) for _, _, sample in samples]
+        shorter = [sample for (_, _, sample), is_endless in zip(samples, endless, strict=True) if not is_endless]
+        rendered = iter(self.renderer.render_all(shorter))
+        for (source, line, sample), is_endless in zip(samples, endless, strict=True):
             try:
-                encoded = self._encode_one(source, line, sample, result)
+                whole = None if is_endless else self._take(sample, next(rendered))
+                if whole is not None and len(whole.input_ids) <= self.max_length:
+                    encoded = [whole]
+                else:
+                    encoded = self._shorten(source, line, sample, whole, result)
             except DataError as error:
                 error.at(file=sample.file, line=line)
                 result.bad.append((source, line, error))
@@ -92,18 +104,22 @@ class Encoder:
         result.chunk, result.seen = pack_chunk(rows), Counter(self.renderer.seen)
         return result
 
-    def _encode_one(self, source: int, line: int, sample: Sample, result: EncodedChunk) -> list[Encoded]:
-        if self.renderer.is_surely_longer(sample):
-            reason = f"over {SURE_FACTOR * self.max_length} tokens, max_length is {self.max_length}"
-        else:
-            whole = self.encode(sample, self.renderer.render)
-            if whole is None:
-                raise DataError(
-                    "no trainable tokens", todo="every answer is empty or has weight 0; correct or remove the row"
-                )
-            if len(whole.input_ids) <= self.max_length:
-                return [whole]
-            reason = f"{len(whole.input_ids)} tokens, max_length is {self.max_length}"
+    def _take(self, sample: Sample, rendered: Encoded | DataError | None) -> Encoded:
+        """What the task makes of a rendered sample."""
+        if isinstance(rendered, DataError):
+            raise rendered
+        whole = self.encode(sample, lambda asked: rendered if asked is sample else self.renderer.render(asked))
+        if whole is None:
+            todo = "every answer is empty or has weight 0; correct or remove the row"
+            raise DataError("no trainable tokens", todo=todo)
+        return whole
+
+    def _shorten(
+        self, source: int, line: int, sample: Sample, whole: Encoded | None, result: EncodedChunk
+    ) -> list[Encoded]:
+        """What is left of a sample that is too long; `whole` is None where nobody counted how much."""
+        count = f"over {SURE_FACTOR * self.max_length}" if whole is None else str(len(whole.input_ids))
+        reason = f"{count} tokens, max_length is {self.max_length}"
         if self.overlength == "truncate":
             cut = self.encode(sample, self.renderer.truncate)
             if cut is not None:
@@ -133,35 +149,79 @@ def _give(encoded: Encoded) -> Callable[[Sample], Encoded | None]:
     return lambda sample: encoded
 
 
-def count_workers(rows: int) -> int:
-    """Processes that are worth starting for that many rows: 0 means to encode in this one."""
-    if rows < PARALLEL_FROM_ROWS or sys.platform != "linux":  # elsewhere a fork is not safe and a spawn slow
+def count_workers(seconds: float) -> int:
+    """Processes that are worth starting for so much work of one: 0 means to encode in this one."""
+    if sys.platform != "linux":  # elsewhere a fork is not safe and a spawn slow
         return 0
-    cores = len(os.sched_getaffinity(0))
-    return min(cores, WORKERS_LIMIT, rows // CHUNK_ROWS) if cores > 1 else 0
+    workers = min(len(os.sched_getaffinity(0)), WORKERS_LIMIT, int(seconds / SECONDS_A_WORKER))
+    return workers if workers > 1 else 0
 
 
-def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], workers: int) -> Iterator[EncodedChunk]:
+def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int) -> Iterator[EncodedChunk]:
     """Encodes samples in order, a chunk at a time; never holds more than some chunks of them.
 
     Args:
         encoder: The rules.
         samples: Any number of them, read as needed.
-        workers: Processes; 0 for none.
+        expected: About how many there are.
 
     Raises:
         ModelError: There is no usable chat template or tokenizer.
         ResourceError: A worker was killed, as the system does where memory runs out.
     """
-    remaining = iter(samples)
-    chunks = iter(lambda: tuple(islice(remaining, CHUNK_ROWS)), ())
-    for first in chunks:  # here, so that what is wrong with all rows shows before processes start
-        yield encoder.encode_chunk(first)
-        break
-    if workers:
-        yield from _encode_in_workers(encoder, chunks, workers)
-    else:
-        yield from map(encoder.encode_chunk, chunks)
+    chunks = cut_chunks(samples)
+    done = 0
+    with _old_objects_left_alone():
+        for number, chunk in enumerate(chunks):
+            began = time.monotonic()
+            encoded = encoder.encode_chunk(chunk)
+            seconds, done = time.monotonic() - began, done + len(chunk)
+            yield encoded
+            workers = count_workers(seconds / len(chunk) * (expected - done)) if number else 0  # the first one compiles
+            if workers:
+                yield from _encode_in_workers(encoder, chunks, workers)
+
+
+@contextlib.contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Python's collector walks over every library object again and again while rows are made, and so makes each worker
+    copy the pages that it shares with its parent.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def cut_chunks(samples: Iterable[PlacedSample]) -> Iterator[tuple[PlacedSample, ...]]:
+    """Samples in chunks of a few hundred rows or kilobytes, whichever is less; the first ones are smaller, so that it
+    shows soon how long the others take.
+    """
+    chunk: list[PlacedSample] = []
+    cut = characters = 0
+    for placed in samples:
+        chunk.append(placed)
+        characters += count_characters(placed[2])
+        part = SMALL_PART if cut < SMALL_CHUNKS else 1
+        if len(chunk) >= CHUNK_ROWS * part or characters >= CHUNK_CHARACTERS * part:
+            yield tuple(chunk)
+            chunk, characters, cut = [], 0, cut + 1
+    if chunk:
+        yield tuple(chunk)
+
+
+def count_characters(sample: Sample) -> int:
+    """About how much text a sample holds."""
+    return sum(map(_characters, (sample.prompt, sample.completion, sample.text, sample.messages, sample.tools)))
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 1
 
 
 _worker_encoder: Encoder | None = None

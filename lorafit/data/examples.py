@@ -20,7 +20,7 @@ import numpy as np
 from lorafit.contracts import Sample
 from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
-from lorafit.data.encoding import Encode, EncodedChunk, Encoder, PlacedSample, count_workers, encode_all
+from lorafit.data.encoding import Encode, EncodedChunk, Encoder, PlacedSample, encode_all
 from lorafit.data.ledger import Ledger
 from lorafit.data.report import (
     DataReport,
@@ -328,7 +328,7 @@ class _Preparation:
         with self.cache.build(target) as folder:
             with StoreWriter(folder) as writer, self.reporter.track(guess, f"preparing {self.split} rows") as bar:
                 began, done = time.monotonic(), 0
-                for encoded in encode_all(self.encoder, self._usable(ledger), count_workers(guess)):
+                for encoded in encode_all(self.encoder, self._usable(ledger), guess):
                     writer.write(encoded.chunk)
                     _count(ledger, encoded)
                     done += encoded.samples

@@ -124,6 +124,7 @@ class Ledger:
         """
         errors: list[LorafitError] = []
         count = 0
+        self.notes.sort(key=lambda note: (note.source, note.line))  # rows are read ahead of those that are made
         order = {source.file: number for number, source in enumerate(self.sources)}
         self._bad.sort(key=lambda error: (order.get(error.file or "", 0), error.line or 0))
         if self._bad_rows.policy == "error":

@@ -224,9 +224,21 @@ def runs_of(text: str) -> tuple[Run, ...]:
 
 
 def glue_typed(pieces: Iterable[str]) -> Typed:
-    """The pieces one behind the other."""
+    """The pieces one behind the other; plain neighbours become one run."""
     pieces = list(pieces)
-    return Typed("".join(pieces), tuple(run for piece in pieces for run in runs_of(piece)))
+    runs: list[Run] = []
+    plain = 0
+    for piece in pieces:
+        if type(piece) is Typed:
+            if plain:
+                runs.append((plain, TEMPLATE, 0))
+                plain = 0
+            runs += piece._runs
+        else:
+            plain += len(piece)
+    if plain:
+        runs.append((plain, TEMPLATE, 0))
+    return Typed("".join(pieces), tuple(runs))
 
 
 def glue(pieces: Iterable[str]) -> str:

@@ -10,17 +10,17 @@ are found is told in `lorafit.data.turns`, how typed control strings stay text i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from lorafit.contracts import Encoded
 from lorafit.data.chat_template import (
     KEY,
-    BoundTemplate,
-    Messages,
+    BoundChat,
     RenderError,
     check_variables,
     compile_or_explain,
@@ -28,13 +28,14 @@ from lorafit.data.chat_template import (
     with_text_arguments,
 )
 from lorafit.data.clock import StoppedClock, read_clock
-from lorafit.data.dropped import TOOLS, Dropped, find_dropped
+from lorafit.data.dropped import Dropped, find_dropped
 from lorafit.data.encode import Stretch, TextEncoder, mark_trained
 from lorafit.data.provenance import BLURRED
 from lorafit.data.sandbox import CLOCK, Traced
 from lorafit.data.truncate import Truncated, truncate_chat
 from lorafit.data.turns import Habits, Turn, find_turns, learn_habits
-from lorafit.errors import LorafitError
+from lorafit.data.typed_chat import TOOLS, Messages
+from lorafit.errors import DataError, LorafitError
 from lorafit.prelude import split_prompts
 
 if TYPE_CHECKING:
@@ -119,9 +120,8 @@ class ChatRenderer:
         end_token = str(tokenizer.eos_token or "")
         self._habits: dict[str, Habits] = {}
         for source, template in templates.items():
-            render = BoundTemplate(template, None, self._variables)
-            check_variables(render)
-            self._habits[source] = learn_habits(render, end_token, self._control)
+            check_variables(template, self._variables)
+            self._habits[source] = learn_habits(template, self._variables, end_token, self._control)
 
     @property
     def templates(self) -> dict[str, str]:
@@ -150,12 +150,12 @@ class ChatRenderer:
             RenderError: If the template refuses the chat, drops a field, or two ways to find a turn disagree.
             ModelError: If the template itself is at fault.
         """
-        chat = self._prepare(messages)
         source = self._source(tools)
-        render, whole, chat = self._trace(chat, tools, source)
+        bound, whole = self._trace(self._prepare(messages), tools, source)
+        chat = bound.messages
         self._check_official(whole.text, chat, tools, source)
-        turns = find_turns(chat, whole, render, self._habits[source])
-        dropped = find_dropped(whole, lambda message: _attempt_cut(render, chat, message), self._control)
+        dropped = find_dropped(bound, whole, self._control)
+        turns = find_turns(bound, whole, self._habits[source])
         warnings = self._judge_dropped(dropped, chat)
         warnings += [NO_END_TOKEN for turn in turns if not turn.has_end_token]
         typed, unsure = self._typed_stretches(whole)
@@ -176,8 +176,18 @@ class ChatRenderer:
         Raises:
             DataError: If a control string stands where nobody can say who wrote it.
         """
-        ids, offsets = self.locate(rendering)
-        return Encoded(ids, [True] * len(ids) if rendering.all_trained else mark_trained(offsets, rendering.spans))
+        return _mark(rendering, *self.locate(rendering))
+
+    def encode_all(self, renderings: Sequence[Rendering]) -> Iterator[Encoded | DataError]:
+        """`encode` of each, or what it raises. Together they take less time than one by one."""
+        encodings = self.encoder.encode_batches([rendering.text for rendering in renderings])
+        for rendering, encoding in zip(renderings, encodings, strict=True):
+            try:
+                found = self.encoder.read(encoding, rendering.text, rendering.typed, rendering.unsure)
+            except DataError as error:
+                yield error
+            else:
+                yield _mark(rendering, *found)
 
     def locate(self, rendering: Rendering) -> tuple[list[int], list[Stretch]]:
         """Token ids of a rendering and where each stands in its text."""
@@ -203,10 +213,8 @@ class ChatRenderer:
         Raises:
             RenderError: If the template refuses the chat, or drops a field.
         """
-        chat = self._prepare(messages)
-        render, whole, chat = self._trace(chat, tools, self._source(tools), add_generation_prompt=True)
-        dropped = find_dropped(whole, lambda message: _attempt_cut(render, chat, message), self._control)
-        self._judge_dropped(dropped, chat)
+        bound, whole = self._trace(self._prepare(messages), tools, self._source(tools), prompt=True)
+        self._judge_dropped(find_dropped(bound, whole, self._control), bound.messages)
         typed, unsure = self._typed_stretches(whole)
         return self.encoder.encode(whole.text, typed, unsure)[0]
 
@@ -248,18 +256,20 @@ class ChatRenderer:
         chat: list[dict[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         source: str,
-        add_generation_prompt: bool = False,
-    ) -> tuple[BoundTemplate, Traced, list[dict[str, Any]]]:
+        prompt: bool = False,
+    ) -> tuple[BoundChat, Traced]:
         """Renders a chat. A template that takes arguments of tool calls as text only (DeepSeek's) gets them as JSON."""
-        render = BoundTemplate(compile_or_explain(source), tools, self._variables)
+        template = compile_or_explain(source)
+        bound = BoundChat(template, chat, tools, self._variables)
         try:
-            return render, render.traced(chat, add_generation_prompt), chat
+            return bound, bound.trace(prompt=prompt)
         except RenderError:
             as_text = with_text_arguments(chat)
             if as_text == chat:
                 raise
+            bound = BoundChat(template, as_text, tools, self._variables)
             try:
-                return render, render.traced(as_text, add_generation_prompt), as_text
+                return bound, bound.trace(prompt=prompt)
             except RenderError:
                 pass
             raise
@@ -305,10 +315,12 @@ class ChatRenderer:
         """What was typed, and which of it perhaps. Where no control string was typed at all, nothing depends on a
         perhaps.
         """
-        unsure = _stretches(whole, lambda start: start == BLURRED)
-        if unsure and not any(self._control.search(leaf.text) for leaf in whole.leaves):
+        if not any(start == BLURRED for _, _, start in whole.runs):
+            return _joined((start, end) for start, end, _ in whole.authors), []
+        perhaps = _stretches(whole, lambda start: start == BLURRED)
+        if perhaps and not any(self._control.search(leaf.text) for leaf in whole.leaves):
             return _stretches(whole, lambda start: start != BLURRED), []
-        return _stretches(whole, lambda start: True), unsure
+        return _stretches(whole, lambda start: True), perhaps
 
     def _spans(self, text: str, turns: Sequence[Turn], chat: Messages, messages: Messages) -> Iterable[Stretch]:
         if self._train_on == "all":
@@ -326,25 +338,26 @@ class ChatRenderer:
         ]
 
 
-def _attempt_cut(render: BoundTemplate, chat: Messages, message: int) -> Traced | None:
-    try:
-        return render.traced(chat[: message + 1], False)
-    except LorafitError:
-        return None
+def _mark(rendering: Rendering, ids: list[int], offsets: Sequence[Stretch]) -> Encoded:
+    return Encoded(ids, [True] * len(ids) if rendering.all_trained else mark_trained(offsets, rendering.spans))
 
 
-def _stretches(whole: Traced, wanted: Any) -> list[Stretch]:
-    """Stretches of typed characters, neighbours joined."""
-    stretches: list[Stretch] = []
-    place = 0
-    for length, origin, start in whole.runs:
-        if length and origin > 0 and wanted(start):
-            if stretches and stretches[-1][1] == place:
-                stretches[-1] = (stretches[-1][0], place + length)
-            else:
-                stretches.append((place, place + length))
-        place += length
-    return stretches
+def _stretches(whole: Traced, wanted: Callable[[int], bool]) -> list[Stretch]:
+    """Stretches of typed characters that are placed in their leaf in a wanted way."""
+    ends = accumulate(length for length, _, _ in whole.runs)
+    placed = zip(whole.runs, ends, strict=True)
+    return _joined((end - length, end) for (length, origin, start), end in placed if origin > 0 and wanted(start))
+
+
+def _joined(stretches: Iterable[Stretch]) -> list[Stretch]:
+    """The same without empty ones, neighbours joined."""
+    joined: list[Stretch] = []
+    for start, end in stretches:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        elif end > start:
+            joined.append((start, end))
+    return joined
 
 
 _renderers: WeakKeyDictionary[Any, ChatRenderer] = WeakKeyDictionary()

@@ -1,7 +1,7 @@
 """Runs a chat template as transformers does, but so that the rendering knows who wrote each character.
 
-`ChatTemplate(source).render(...)` gives the text, the runs of `lorafit.data.provenance`, and the stretch of text that
-the template wrote while its loop stood at each message:
+`ChatTemplate(source).trace(chat, ...)` gives the text, the runs of `lorafit.data.provenance`, and the stretch of text
+that the template wrote while its loop stood at each message:
 
     <|im_start|>user⏎hi<|im_end|>⏎<|im_start|>assistant⏎hello<|im_end|>⏎
     └────── message 0 ──────────┘ └──────────── message 1 ──────────────┘
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
+import jinja2
 import jinja2.nodes as nodes
 
 from lorafit.data.jinja_environment import (
@@ -26,38 +27,24 @@ from lorafit.data.jinja_environment import (
     GENERATION_START,
     LOOP_END,
     ChatEnvironment,
-    Record,
+    TracingEnvironment,
 )
-from lorafit.data.provenance import Run, runs_of, typed_leaf
+from lorafit.data.provenance import Run, runs_of
+from lorafit.data.typed_chat import Leaf, TypedChat
 from lorafit.prelude import has_dates
 
-KNOWN_ROLES = frozenset(
-    ["system", "developer", "user", "assistant", "tool", "function", "ipython", "model", "environment", "observation"]
-)
 CLOCK = "strftime_now"
-# transformers fills the first two from any of them
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """One string of the chat: `message` (-1 for tools), the path to it there, its text; a key has the path of its
-    value.
-    """
-
-    message: int
-    path: tuple[str | int, ...]
-    text: str
-    is_key: bool = False
-
-
-@dataclass(slots=True)
+@dataclass
 class Traced:
     """A rendering with its origins.
 
     Attributes:
         text: The rendering.
         runs: Who wrote it; `(length, leaf, start)`, marks left out. `leaves[leaf - 1]` is the string.
+        leaves: The strings of the chat.
+        tool_names: Numbers of the leaves that name a tool.
         regions: For each message the stretches that were written for it, in order, none of them empty.
         generation: Stretches inside `{% generation %}`.
         tail: Where the template's last loop over messages ended; 0 without one.
@@ -66,9 +53,33 @@ class Traced:
     text: str
     runs: list[Run]
     leaves: list[Leaf]
+    tool_names: Sequence[int] = ()
     regions: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     generation: list[tuple[int, int]] = field(default_factory=list)
     tail: int = 0
+
+    @cached_property
+    def authors(self) -> list[tuple[int, int, int]]:
+        """Who typed what: `(start, end, message)`, in order, neighbours of one message joined."""
+        found: list[tuple[int, int, int]] = []
+        place = 0
+        for length, origin, _ in self.runs:
+            if length and origin > 0:
+                message = self.leaves[origin - 1].message
+                if found and found[-1][1] == place and found[-1][2] == message:
+                    found[-1] = (found[-1][0], place + length, message)
+                else:
+                    found.append((place, place + length, message))
+            place += length
+        return found
+
+    @cached_property
+    def typed_by(self) -> dict[int, list[tuple[int, int]]]:
+        """The same by message."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for start, end, message in self.authors:
+            found.setdefault(message, []).append((start, end))
+        return found
 
 
 class ChatTemplate:
@@ -83,8 +94,13 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self._environment = ChatEnvironment()
+        self._environment = TracingEnvironment()
         self._template = self._environment.from_string(source)
+
+    @cached_property
+    def _plain(self) -> tuple[ChatEnvironment, jinja2.Template]:
+        environment = ChatEnvironment()
+        return environment, environment.from_string(self.source)
 
     def literal_text(self) -> str:
         """Every piece of text that stands in the template, NUL between them."""
@@ -108,42 +124,33 @@ class ChatTemplate:
         formats = [node.value for node in given if isinstance(node, nodes.Const) and isinstance(node.value, str)]
         return tuple(dict.fromkeys(formats)) if len(formats) + len(tested) == len(names) else None
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        *,
-        variables: Mapping[str, Any],
-        add_generation_prompt: bool = False,
+    def trace(
+        self, chat: TypedChat, count: int, variables: Mapping[str, Any], *, add_generation_prompt: bool = False
     ) -> Traced:
-        """Renders a chat and traces every character.
+        """Renders the first `count` messages of a chat and traces every character.
 
         Raises:
             jinja2.TemplateError, TypeError, ...: Whatever the template raises for this chat.
         """
-        leaves: list[Leaf] = []
-        chat = [_typed_message(message, index, leaves) for index, message in enumerate(messages)]
-        typed_tools = _typed(list(tools), -1, (), leaves) if tools is not None else None
-        result = self._run(chat, typed_tools, variables, add_generation_prompt)
-        return _trace(result, leaves)
+        environment, given = self._environment, _variables(chat.records[:count], chat.tools.typed, variables)
+        environment.memo = chat.memo
+        try:
+            result = environment.run(self._template, {**given, "add_generation_prompt": add_generation_prompt})
+        except Exception:
+            environment.handle_exception()  # raises it again, with the template's line
+        return _read_marks(result, chat)
 
-    def render_plain(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        *,
-        variables: Mapping[str, Any],
-        add_generation_prompt: bool = False,
+    def render(
+        self, chat: TypedChat, count: int, variables: Mapping[str, Any], *, add_generation_prompt: bool = False
     ) -> str:
-        """The same text without the tracing."""
-        chat = [_with_reasoning_names(message) for message in messages]
-        return str.__str__(self._run(chat, tools, variables, add_generation_prompt))
+        """The same text, without the tracing."""
+        (environment, template), given = self._plain, _variables(chat.plain[:count], chat.tools.plain, variables)
+        environment.memo = chat.memo
+        return environment.run(template, {**given, "add_generation_prompt": add_generation_prompt})
 
-    def _run(self, chat: Any, tools: Any, variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
-        self._environment.loop_turns = 0
-        return self._template.render(
-            messages=chat, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **variables
-        )
+
+def _variables(messages: Any, tools: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {"messages": messages, "tools": tools, "documents": None, **variables}
 
 
 @lru_cache(maxsize=32)
@@ -152,45 +159,9 @@ def compile_template(source: str) -> ChatTemplate:
     return ChatTemplate(source)
 
 
-def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without its null fields, its reasoning under the names that templates read (as transformers does)."""
-    plain = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((plain[name] for name in REASONING_FIELDS if plain.get(name) is not None), None)
-    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-
-
-def _typed_message(message: Mapping[str, Any], index: int, leaves: list[Leaf]) -> Record:
-    record = Record()
-    record._index = index
-    for key, value in message.items():
-        if value is None:
-            continue
-        known = key == "role" and value in KNOWN_ROLES
-        record[key] = value if known else _typed(value, index, (key,), leaves)
-    named = _with_reasoning_names(record)
-    if len(named) != len(record):
-        record.update(named)
-    return record
-
-
-def _typed(value: Any, message: int, path: tuple[str | int, ...], leaves: list[Leaf], is_key: bool = False) -> Any:
-    """The value with every string in it, keys too, as a leaf."""
-    if isinstance(value, str):
-        leaves.append(Leaf(message, path, value, is_key))
-        return typed_leaf(value, len(leaves))
-    if isinstance(value, Mapping):
-        return {
-            _typed(key, message, (*path, key), leaves, True): _typed(item, message, (*path, key), leaves)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_typed(item, message, (*path, place), leaves) for place, item in enumerate(value)]
-    return value
-
-
-def _trace(result: str, leaves: list[Leaf]) -> Traced:
+def _read_marks(result: str, chat: TypedChat) -> Traced:
     """Reads the marks out of a rendering: a stack of loops says for which message each character was written."""
-    traced = Traced(str.__str__(result), [], leaves)
+    traced = Traced(str.__str__(result), [], chat.leaves, chat.tools.names)
     stack: list[tuple[int, int]] = []  # (loop, message)
     generation_start = place = 0
     for length, origin, start in runs_of(result):

@@ -98,7 +98,7 @@ class Source:
         return (now.st_mtime_ns, now.st_size) != (before.changed_at_ns, before.size_bytes)
 
     def guess_rows(self) -> int:
-        """About how many rows there are, for a progress bar and the number of workers."""
+        """About how many rows there are, for a progress bar and to judge how much work is left."""
         if self._hub is not None:
             count = self._hub.count()
         else:

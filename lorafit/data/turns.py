@@ -13,24 +13,15 @@ has `{% generation %}` marks, the typed characters inside them must be the ones 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from lorafit.data.chat_template import KEY, RenderError
-from lorafit.data.sandbox import Traced
+from lorafit.data.chat_template import KEY, BoundChat, RenderError
+from lorafit.data.sandbox import ChatTemplate, Traced
+from lorafit.data.typed_chat import Messages
 from lorafit.errors import LorafitError
-
-Messages = Sequence[Mapping[str, Any]]
-T = TypeVar("T")
-
-
-class Render(Protocol):
-    """A chat template bound to the tools of one chat and to the tokenizer's special tokens."""
-
-    def traced(self, messages: Messages, add_generation_prompt: bool) -> Traced: ...
-
-    def plain(self, messages: Messages, add_generation_prompt: bool) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,65 +66,74 @@ class Habits:
     dangling: str = ""
 
 
-def learn_habits(render: Render, end_token: str, control: re.Pattern[str]) -> Habits:
-    """Renders small chats to see how the template opens an answer. A template that refuses them has no habits."""
+def learn_habits(
+    template: ChatTemplate, variables: Mapping[str, Any], end_token: str, control: re.Pattern[str]
+) -> Habits:
+    """Renders a small chat to see how the template opens an answer. A template that refuses it has no habits.
+
+    Args:
+        template: The template.
+        variables: What it may read besides a chat.
+        end_token: The tokenizer's end token, "" if it has none.
+        control: Matches control strings.
+    """
     ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    chat = BoundChat(template, [ask, answer, ask], None, variables)
     prompt = dangling = unprompted = ""
     try:
-        prompt = _opening(render, [ask])
-        bare = render.traced([ask], False)
+        prompt = _opening(chat, 1)
+        bare = chat.trace(1)
         dangling = bare.text[bare.tail :] if bare.tail else ""
         if not prompt.strip():
-            chat = render.traced([ask, answer, ask], False)
-            region = chat.regions.get(1, [(0, 0)])[0]
-            lead = chat.text[region[0] : _typed_extent(chat, 1, region)[0]]
+            whole = chat.trace()
+            region = whole.regions.get(1, [(0, 0)])[0]
+            lead = whole.text[region[0] : _typed_extent(whole, 1, region)[0]]
             unprompted = lead.rstrip(" ") if lead.strip() else ""  # the blank belongs to the answer's first token
     except LorafitError:
         pass
     return Habits(end_token, control, prompt, unprompted, dangling)
 
 
-def find_turns(messages: Messages, whole: Traced, render: Render, habits: Habits) -> list[Turn]:
+def find_turns(chat: BoundChat, whole: Traced, habits: Habits) -> list[Turn]:
     """All assistant turns that the rendering holds.
 
     Args:
-        messages: The chat.
+        chat: The chat; renders what it begins with.
         whole: Its rendering.
-        render: Renders parts of it.
         habits: What is known of the template.
 
     Raises:
         RenderError: If a turn cannot be found, or two ways to find it disagree.
     """
     turns = []
-    for index, message in enumerate(messages):
+    for index, message in enumerate(chat.messages):
         if message.get("role") != "assistant":
             continue
-        turn = _find_turn(index, messages, whole, render, habits)
+        turn = _find_turn(index, chat, whole, habits)
         if turn is not None:
             turns.append(turn)
-    _check_apart(turns, messages, whole)
+    _check_apart(turns, chat.messages, whole)
     _check_generation_marks(turns, whole)
     return turns
 
 
-def _find_turn(index: int, messages: Messages, whole: Traced, render: Render, habits: Habits) -> Turn | None:
-    prompt = _attempt(lambda: render.plain(messages[:index], True)) if index else None
+def _find_turn(index: int, chat: BoundChat, whole: Traced, habits: Habits) -> Turn | None:
+    prompt = chat.attempt(index, prompt=True) if index else None
     prompt = prompt if prompt is not None and whole.text.startswith(prompt) else None
     region = _region(index, whole)
     if region is None:
-        return _turn_by_prefixes(index, messages, whole, render, habits, prompt)
+        return _turn_by_prefixes(index, chat, whole, habits, prompt)
     first, last = _typed_extent(whole, index, region)
     if prompt is not None and region[0] <= len(prompt) <= region[1]:
         start = len(prompt)
     else:
-        start = _behind_header(index, messages, whole, render, habits, region[0], first)
+        start = _behind_header(index, chat, whole, habits, region[0], first)
     if not whole.text[region[0] : start].strip() and whole.text.startswith(habits.unprompted_header, start):
         start += len(habits.unprompted_header)
     last = max(last, start)
     answer_end, end = _end(whole.text, start, last, region[1], habits)
     turn = Turn(index, region[0], start, end, answer_end)
-    _check_prefix(turn, messages, whole, render, habits)
+    _check_prefix(turn, chat, whole, habits)
     return turn
 
 
@@ -153,31 +153,33 @@ def _region(index: int, whole: Traced) -> tuple[int, int] | None:
 
 def _typed_extent(whole: Traced, index: int, region: tuple[int, int]) -> tuple[int, int]:
     """From the first typed character of a message in a region to behind its last; (end, start) without any."""
-    first, last, place = region[1], region[0], 0
-    for length, origin, _ in whole.runs:
-        a, b = max(place, region[0]), min(place + length, region[1])
-        if a < b and origin > 0 and whole.leaves[origin - 1].message == index:
-            first, last = min(first, a), max(last, b)
-        place += length
-        if place >= region[1]:
-            break
-    return first, last
+    inside = [
+        (max(start, region[0]), min(end, region[1]))
+        for start, end in whole.typed_by.get(index, ())
+        if start < region[1] and end > region[0]
+    ]
+    return (inside[0][0], inside[-1][1]) if inside else (region[1], region[0])
 
 
-def _opening(render: Render, messages: Messages) -> str:
-    """What the generation prompt adds behind the messages: the header of the answer that follows."""
-    prompt = render.traced(messages, True)
+def _opening(chat: BoundChat, count: int) -> str:
+    """What the generation prompt adds behind the first messages: the header of the answer that follows."""
+    prompt = chat.trace(count, prompt=True)
     behind_loop = prompt.text[prompt.tail :] if prompt.tail else ""
-    bare = _attempt(lambda: render.plain(messages, False))
+    bare = chat.attempt(count)
     added = prompt.text[len(bare) :] if bare is not None and prompt.text.startswith(bare) else ""
     return max(added, behind_loop, key=len)
 
 
-def _behind_header(
-    index: int, messages: Messages, whole: Traced, render: Render, habits: Habits, start: int, first_typed: int
-) -> int:
+def _attempt_opening(chat: BoundChat, count: int) -> str | None:
+    try:
+        return _opening(chat, count)
+    except LorafitError:
+        return None
+
+
+def _behind_header(index: int, chat: BoundChat, whole: Traced, habits: Habits, start: int, first_typed: int) -> int:
     """Where the turn starts when the prompt before it does not render as it does in the whole."""
-    opening = _attempt(lambda: _opening(render, messages[:index])) if index else None
+    opening = _attempt_opening(chat, index) if index else None
     opening = habits.prompt if opening is None else opening
     text = whole.text
     if not opening.strip():
@@ -224,18 +226,16 @@ def _end(text: str, start: int, last: int, region_end: int, habits: Habits) -> t
     return last, last
 
 
-def _turn_by_prefixes(
-    index: int, messages: Messages, whole: Traced, render: Render, habits: Habits, prompt: str | None
-) -> Turn | None:
+def _turn_by_prefixes(index: int, chat: BoundChat, whole: Traced, habits: Habits, prompt: str | None) -> Turn | None:
     """The second method alone, for templates that do not loop over the messages themselves."""
-    cut = _attempt(lambda: render.plain(messages[: index + 1], False))
+    cut = chat.attempt(index + 1)
     first, last = _typed_extent(whole, index, (0, len(whole.text)))
     if prompt is not None and cut is not None and whole.text.startswith(cut):
         start = len(prompt)
         if start <= min(first, len(cut)) and last <= len(cut):
             answer_end, end = _end(whole.text, start, max(last, start), len(cut), habits)
             return Turn(index, start, start, end, answer_end)
-    if last == 0 and not messages[index].get("content"):
+    if last == 0 and not chat.messages[index].get("content"):
         return None
     raise RenderError(
         f"cannot find where the chat template writes message {index + 1}",
@@ -244,11 +244,11 @@ def _turn_by_prefixes(
     )
 
 
-def _check_prefix(turn: Turn, messages: Messages, whole: Traced, render: Render, habits: Habits) -> None:
+def _check_prefix(turn: Turn, chat: BoundChat, whole: Traced, habits: Habits) -> None:
     """The chat cut after a turn must end where the turn ends, if it renders as in the whole."""
-    if turn.message + 1 == len(messages):
+    if turn.message + 1 == len(chat.messages):
         return
-    cut = _attempt(lambda: render.plain(messages[: turn.message + 1], False))
+    cut = chat.attempt(turn.message + 1)
     if cut is None:
         return
     cut = cut.removesuffix(habits.dangling)
@@ -266,20 +266,19 @@ def _check_prefix(turn: Turn, messages: Messages, whole: Traced, render: Render,
 
 def _check_apart(turns: Sequence[Turn], messages: Messages, whole: Traced) -> None:
     """No turn may hold text of a message that is not the assistant's."""
-    place = 0
-    for length, origin, _ in whole.runs:
-        if length and origin > 0:
-            author = whole.leaves[origin - 1].message
-            for turn in turns:
-                inside = turn.start < place + length and place < turn.end
-                if inside and (author < 0 or messages[author].get("role") != "assistant"):
-                    raise RenderError(
-                        f"the chat template writes text of {f'message {author + 1}' if author >= 0 else 'the tools'} "
-                        f"inside the answer of message {turn.message + 1}",
-                        key=KEY,
-                        todo="use another template",
-                    )
-        place += length
+    authors = whole.authors
+    starts = [start for start, _, _ in authors]
+    for turn in turns:
+        for start, end, author in authors[max(0, bisect_right(starts, turn.start) - 1) :]:
+            if start >= turn.end:
+                break
+            if end > turn.start and (author < 0 or messages[author].get("role") != "assistant"):
+                raise RenderError(
+                    f"the chat template writes text of {f'message {author + 1}' if author >= 0 else 'the tools'} "
+                    f"inside the answer of message {turn.message + 1}",
+                    key=KEY,
+                    todo="use another template",
+                )
 
 
 def _check_generation_marks(turns: Sequence[Turn], whole: Traced) -> None:
@@ -301,11 +300,3 @@ def _check_generation_marks(turns: Sequence[Turn], whole: Traced) -> None:
                 key=KEY,
                 todo="use another template, or correct its marks",
             )
-
-
-def _attempt(action: Callable[[], T]) -> T | None:
-    """The result, or None where the template refuses the shorter chat."""
-    try:
-        return action()
-    except LorafitError:
-        return None

@@ -20,7 +20,7 @@ import pytest
 from tiny_data import CHATML, Listener, chat, make_tokenizer, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.contracts import Examples
+from lorafit.contracts import Examples, Sample
 from lorafit.data import cache as cache_module
 from lorafit.data import encoding, overlong
 from lorafit.data.examples import Prepared, hold_out
@@ -403,7 +403,7 @@ def test_what_was_counted_is_said_again_from_the_cache(
     before, after = (p.report.to_json()["splits"]["train"] for p in (cold, warm))
     assert {**before, "cache": ""} == {**after, "cache": ""}
     assert before["sources"][0]["unread"] == {"inputs": 21}
-    assert [(note["what"], note["line"]) for note in before["notes"]] == [("bad", 23), ("cut", 2)]
+    assert [(note["what"], note["line"]) for note in before["notes"]] == [("cut", 2), ("bad", 23)]
 
 
 def test_workers_give_what_one_process_gives(
@@ -415,20 +415,58 @@ def test_workers_give_what_one_process_gives(
     write_jsonl(tmp_path / "d.jsonl", rows)
     data = {"train": "d.jsonl", "max_length": 60, "overlength": "drop", "bad_rows": {"policy": "skip"}}
     inline = prepare_rows(**data)
-    started: list[int] = []
-    monkeypatch.setattr("lorafit.data.examples.count_workers", lambda rows: started.append(rows) or 3)
+    started: list[float] = []
+    monkeypatch.setattr(encoding, "count_workers", lambda seconds: started.append(seconds) or 3)
     monkeypatch.setattr(encoding, "CHUNK_ROWS", 64)
     subprocess.run(["rm", "-r", str(tmp_path / "cache")], check=True)
     parallel = prepare_rows(**data)
-    assert started and started[0] >= 900
+    assert len(started) == 1 and started[0] > 0
     assert parallel.digest == inline.digest
     one, other = (p.report.to_json()["splits"]["train"] for p in (inline, parallel))
     assert one == other
     assert [(n["what"], n["line"]) for n in one["notes"]] == [("bad", 301), ("dropped", 701)]
 
 
-def test_few_rows_start_no_process() -> None:
-    assert encoding.count_workers(encoding.PARALLEL_FROM_ROWS - 1) == 0
+@pytest.mark.parametrize(
+    ("seconds", "cores", "workers"), [(0.5, 8, 0), (1.3, 8, 0), (1.5, 8, 2), (99.0, 2, 2), (99.0, 1, 0), (9e9, 99, 16)]
+)
+def test_processes_start_where_seconds_of_work_are_left(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, cores: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert encoding.count_workers(seconds) == workers
+
+
+def test_long_rows_are_cut_into_small_chunks_and_the_first_ones_are_smaller() -> None:
+    def lengths(characters: int, rows: int) -> list[int]:
+        samples = ((0, number, Sample("f", number, text="x" * characters)) for number in range(rows))
+        return [len(chunk) for chunk in encoding.cut_chunks(samples)]
+
+    assert lengths(10, 600) == [32, 32, 256, 256, 24]
+    assert lengths(50_000, 20) == [1, 1, 8, 8, 2]
+    tools = ({"type": "function", "function": {"name": "f", "description": "y" * 60_000}},)
+    assert (
+        encoding.count_characters(Sample("f", 1, messages=({"role": "user", "content": "ab"},), tools=tools)) > 60_000
+    )
+    assert lengths(0, 0) == []
+
+
+def test_a_few_hundred_long_chats_get_workers_and_one_liners_none(
+    tmp_path: Path, prepare_rows: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decides is measured: the same number of rows, short and then long, on two cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    asked: list[float] = []
+    real = encoding.count_workers
+    monkeypatch.setattr(encoding, "count_workers", lambda seconds: asked.append(seconds) or real(seconds))
+    started = []
+    start = encoding.ProcessPoolExecutor
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", lambda *a, **k: started.append(a[0]) or start(*a, **k))
+    monkeypatch.setattr(encoding, "SECONDS_A_WORKER", 0.2)
+    for name, words in (("short", 1), ("long", 3_000)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [chat(f"q {n}", "word " * words) for n in range(120)])
+        prepare_rows(train=f"{name}.jsonl", max_length=20_000)
+        assert started == ([] if name == "short" else [2]), (name, asked)
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_used(

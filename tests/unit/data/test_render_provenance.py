@@ -12,7 +12,8 @@ from jinja2.exceptions import SecurityError, TemplateError
 
 from lorafit.data.filters import TemplateLimitError, tojson
 from lorafit.data.provenance import BLURRED, Typed, format_percent, glue, runs_of, shown, typed_leaf
-from lorafit.data.sandbox import ChatTemplate, Leaf
+from lorafit.data.sandbox import ChatTemplate
+from lorafit.data.typed_chat import Leaf, TypedChat
 
 LEAF = "THE TYPED Text, OF A User:  WITH\nLINES\t AND  BLANKS \n"
 TYPED = LEAF.upper()
@@ -33,9 +34,8 @@ def assert_origins(text: str, *, leaf: str = TYPED) -> None:
 
 
 def render(source: str, content: Any = TYPED, **more: Any) -> tuple[str, list[tuple[int, int, int]], list[Leaf]]:
-    traced = ChatTemplate(source).render(
-        [{"role": "user", "content": content, **more}], None, variables={"eos": "</s>"}
-    )
+    chat = TypedChat([{"role": "user", "content": content, **more}], None)
+    traced = ChatTemplate(source).trace(chat, 1, {"eos": "</s>"})
     return traced.text, traced.runs, traced.leaves
 
 
@@ -182,7 +182,7 @@ def test_regions_follow_the_loop_through_inner_loops_captures_and_a_pass_before(
         "{% for other in messages %}{% endfor %})\n{% endfor %}{% endset %}{{ out | trim }} tail"
     )
     messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "BC"}]
-    traced = ChatTemplate(source).render(messages, None, variables={})
+    traced = ChatTemplate(source).trace(TypedChat(messages, None), len(messages), {})
     stretches = {key: [traced.text[a:b] for a, b in value] for key, value in traced.regions.items()}
     assert stretches == {0: ["(A)\n"], 1: ["(BC)"]}
     assert traced.text[traced.tail :] == " tail"
