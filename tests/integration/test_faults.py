@@ -643,14 +643,12 @@ def test_our_own_bug_names_a_saved_traceback(world: World, monkeypatch: pytest.M
 KILLED_WHILE_PREPARING = """
 import os, signal, sys
 from lorafit import cli
-from lorafit.data import sample_renderer
-real, seen = sample_renderer.Renderer.render, []
-def render(self, *arguments, **options):
-    seen.append(1)
-    if len(seen) == 40:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, *arguments, **options)
-sample_renderer.Renderer.render = render
+from lorafit.data import store
+real = store.StoreWriter.write
+def write(self, chunk):
+    real(self, chunk)
+    os.kill(os.getpid(), signal.SIGKILL)
+store.StoreWriter.write = write
 cli.main(["preview", "r.yaml"])
 """
 
