@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+
+def read_names_as_utf8() -> None:
+    """Starts the process again in Python's UTF-8 mode, where its locale has another encoding for the names of files.
+
+    Recipes are UTF-8; the files that they name must not depend on a locale that can spell neither. Once is enough: an
+    interpreter that ignores its environment is left as it is.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main() -> None:
     """Runs the command line; Ctrl-C before it is there, or behind it, is one line and exit 130."""
     try:
+        read_names_as_utf8()
         from lorafit.cli import main as run
 
         run()

@@ -43,10 +43,13 @@ Overrides = Mapping[str, Any] | Sequence[str]
 @contextmanager
 def _session(quiet: bool) -> Iterator[Reporter]:
     """The libraries kept quiet for one call, as the command line keeps them; with `quiet` our warnings are Python's."""
+    from lorafit.cache import settle_home
     from lorafit.reporting import ConsoleReporter
 
     set_library_defaults()
     silent = Silent()
+    if (said := settle_home()) is not None:
+        silent.warn(said)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

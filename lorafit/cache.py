@@ -33,30 +33,31 @@ _SETTLED_SECONDS = 2.0
 
 
 def cache_folder() -> Path:
-    """`$LORAFIT_CACHE`, else `~/.cache/lorafit`; a user without a home has one among the temporary files."""
-    written = os.environ.get("LORAFIT_CACHE")
-    if written:
-        return Path(written)
-    home = _home()
-    return home / ".cache" / "lorafit" if home is not None else _homeless_folder()
+    """`$LORAFIT_CACHE`, else `~/.cache/lorafit`."""
+    return Path(os.environ.get("LORAFIT_CACHE") or Path.home() / ".cache" / "lorafit")
 
 
-def missing_home() -> str | None:
-    """What to tell a user who has neither a home nor `$LORAFIT_CACHE`; None for all others."""
-    if os.environ.get("LORAFIT_CACHE") or _home() is not None:
-        return None
-    return f"no home folder is known, so the cache is {_homeless_folder()}: set LORAFIT_CACHE to a folder that lasts"
+def settle_home() -> str | None:
+    """Gives a process without a home one among the temporary files: its libraries ask for one as well.
 
+    A container may run with a user id that no passwd entry knows, and without $HOME.
 
-def _home() -> Path | None:
+    Returns:
+        What to tell the user, where the cache lies there too; None for everybody else.
+
+    Raises:
+        SafetyError: Somebody else has that folder.
+    """
     try:
-        return Path.home()
-    except RuntimeError:  # no $HOME, and a user id that no passwd entry knows
+        Path.home()
         return None
-
-
-def _homeless_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"lorafit-cache-{os.geteuid()}"
+    except RuntimeError:
+        home = Path(tempfile.gettempdir()) / f"lorafit-home-{os.geteuid()}"
+    os.environ["HOME"] = str(home)
+    own_folder(home)
+    if os.environ.get("LORAFIT_CACHE"):
+        return None
+    return f"no home folder is known: the cache is in {home}; set LORAFIT_CACHE to a folder that lasts"
 
 
 def own_folder(folder: Path) -> Path:

@@ -42,9 +42,13 @@ class Session:
     @property
     def reporter(self) -> Reporter:
         """Where progress and warnings go: stderr."""
+        from lorafit.cache import settle_home
         from lorafit.reporting import ConsoleReporter
 
-        return ConsoleReporter(quiet=self.quiet, verbose=self.verbose)
+        reporter = ConsoleReporter(quiet=self.quiet, verbose=self.verbose)
+        if (said := settle_home()) is not None:
+            reporter.warn(said)
+        return reporter
 
     def result(self, result: Any) -> None:
         """Prints a result: `to_json()` with `--json`, else `render(console)` through rich."""

@@ -152,8 +152,10 @@ class Training:
         self, job: Job, card: RunCard, plan: Mapping[str, Any], hashes: Mapping[Path, Any], *, begins: bool
     ) -> None:
         """Everything that the run folder says of the run. Hashes of its base stay those that it was begun with."""
+        import torch
+
         where = self.where
-        describe_run(where, job.loaded, job.origin())
+        describe_run(where, job.loaded, {**job.origin(), "threads": torch.get_num_threads()})
         for file, values in hashes.items():
             if begins or not file.exists():
                 write_json(file, values)

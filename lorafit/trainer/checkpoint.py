@@ -31,6 +31,7 @@ from lorafit.rundir import (
 )
 from lorafit.strict_json import JsonError, read_json_file
 from lorafit.trainer.state import TrainState
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.json"
 _OTHER_STEP = "resume from another one with --resume-from STEP"
+_MOST_THREADS = 4096
 _DAMAGED_PREFIX, _SUPERSEDED_PREFIX = "damaged-", "superseded-"
 _VERSIONED = ("lorafit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "safetensors")
 
@@ -49,17 +51,21 @@ class Environment:
     device_kind: str
     ranks: int
     versions: Mapping[str, str]
+    threads: int = 0
+    """torch's on a CPU, where sums depend on how they are split; 0 where an older run recorded none."""
 
     @classmethod
     def here(cls, device_kind: str, ranks: int) -> Environment:
         """This process's."""
+        import torch
+
         found = {"python": platform.python_version()}
         for name in _VERSIONED:
             try:
                 found[name] = version(name)
             except PackageNotFoundError:
                 found[name] = "none"
-        return cls(device_kind, ranks, found)
+        return cls(device_kind, ranks, found, torch.get_num_threads())
 
     @classmethod
     def from_json(cls, values: Any) -> Environment:
@@ -72,7 +78,10 @@ class Environment:
         for key, kind in wanted.items():
             if not isinstance(values, dict) or not isinstance(values.get(key), kind):
                 raise ValueError(f"environment.{key} is missing, or no {kind.__name__}")
-        return cls(**{key: values[key] for key in wanted})
+        threads = values.get("threads", 0)
+        if not isinstance(threads, int) or not 0 <= threads <= _MOST_THREADS:
+            raise ValueError("environment.threads is no number of threads")
+        return cls(**{key: values[key] for key in wanted}, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,20 @@ def check_continuity(
         differences.append(f"versions changed ({', '.join(changed)})")
     for difference in differences:
         reporter.warn(f"{difference}: the rest of the run is not guaranteed bitwise the same")
-    return [{"kind": "inexact_resume", "what": difference} for difference in differences]
+    events = [{"kind": "inexact_resume", "what": difference} for difference in differences]
+    return events + _take_threads(was, now, reporter)
+
+
+def _take_threads(was: Environment, now: Environment, reporter: Reporter) -> list[dict[str, Any]]:
+    """Goes on with as many of torch's threads as the run had: on a CPU another number rounds sums another way."""
+    import torch
+
+    if now.device_kind != "cpu" or was.threads in (0, now.threads):
+        return []
+    torch.set_num_threads(was.threads)
+    what = f"the run was begun with {counted(was.threads, 'thread')} and goes on so, where {now.threads} were set"
+    reporter.warn(f"{what}: the same bits, at that number's speed; to use another one, train anew")
+    return [{"kind": "threads", "what": what}]
 
 
 def _read_or_none(file: Path) -> Any:

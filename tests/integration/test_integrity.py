@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.conftest import World, say_all
+from tests.integration.conftest import SCRIPT, Outcome, World, say_all
 
 GENERATE = ("--prompt", "what opens", "--max-new-tokens", "4")
 DEEP = "[" * 3000 + "]" * 3000
@@ -200,10 +201,25 @@ ADAPTER_COMMANDS = (
 )
 
 
-@pytest.fixture
-def trained(world: World) -> World:
-    say_all(world.run("train", "r.yaml"), 0)
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that were trained once, each to be copied into the folders of many tests."""
+    return tmp_path_factory.mktemp("kept")
+
+
+def train_once(world: World, kept: Path, name: str, *flags: str) -> World:
+    """A run in `world`, trained by the first test that wants it."""
+    if not (kept / name).is_dir():
+        say_all(world.run("train", "r.yaml", *flags), 0)
+        shutil.copytree(world.root / "run", kept / name)
+    else:
+        shutil.copytree(kept / name, world.root / "run")
     return world
+
+
+@pytest.fixture
+def trained(world: World, kept: Path) -> World:
+    return train_once(world, kept, "trained")
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "lorafit.json"])
@@ -661,9 +677,9 @@ def test_hashes_of_large_files_are_kept_and_belong_to_one_state_of_them(
 
 
 @pytest.fixture
-def unfinished(world: World) -> World:
+def unfinished(world: World, kept: Path) -> World:
     """A run whose recipe now asks for one step more."""
-    say_all(world.run("train", "r.yaml", "--set", "training.schedule=constant"), 0)
+    train_once(world, kept, "unfinished", "--set", "training.schedule=constant")
     world.recipe(("  max_steps: 2", "  max_steps: 3\n  schedule: constant"))
     return world
 
@@ -733,7 +749,7 @@ def test_a_checkpoint_of_another_lorafit(unfinished: World, key: str) -> None:
     refused_untouched(unfinished, "step-000002", "MANIFEST", f"{key} 999", f"{key} 1")
 
 
-@pytest.mark.parametrize("text", [DEEP, "[]", "7", "{}", '{"format": 999}', "pipe"])
+@pytest.mark.parametrize("text", [DEEP, "[]", "{}", '{"format": 999}', "pipe"], ids=lambda text: text[:20])
 @pytest.mark.parametrize(
     "file", ["manifest.json", "plan.json", "card.json", "quantization.json", "base.json", "best.json"]
 )
@@ -746,14 +762,13 @@ def test_a_runs_file_that_holds_something_else(unfinished: World, file: str, tex
         place.write_text(text, encoding="utf-8")
     before = unfinished.digests("run")
     codes = set()
-    for command in (*ADAPTER_COMMANDS, ("train", "r.yaml", "--resume"), ("train", "r.yaml")):
+    for command in (ADAPTER_COMMANDS[0], ("train", "r.yaml", "--resume"), ("train", "r.yaml")):
         outcome = unfinished.run(*command)
         assert outcome.code in (0, 2, 3, 5, 6), outcome.stderr
         codes.add(outcome.code)
         if outcome.code:
             assert unfinished.digests("run") == before
             say_all(outcome, outcome.code, "run")
-        shutil.rmtree(unfinished.root / "m", ignore_errors=True)
         if outcome.code == 0:
             before = unfinished.digests("run")
     if file == "manifest.json" or (file in ("base.json", "quantization.json") and text != "{}"):
@@ -815,3 +830,88 @@ def test_files_of_the_cache_that_hold_something_else_are_ignored(world: World, c
             file.write_text(text, encoding="utf-8")
     for command in ("preview", "estimate-memory", "train"):
         say_all(world.run(command, "r.yaml"), 0)
+
+
+# --- what nobody wrote into a recipe ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("begun", "resumed", "quantization"), [("1", "2", "nf4"), ("2", "1", "none")])
+def test_a_resume_has_the_threads_of_its_run(world: World, begun: str, resumed: str, quantization: str) -> None:
+    """Real processes: begun with one number of threads and resumed with another, it is the unbroken run bit for bit."""
+    changes = [
+        ("  max_steps: 2", "  max_steps: 4\n  schedule: constant"),
+        ("  quantization: none", f"  quantization: {quantization}"),
+    ]
+    world.recipe(*changes)
+    say_all(world.spawn("train", "r.yaml", "--output", "unbroken", env={"OMP_NUM_THREADS": begun}), 0)
+    short = ["--set", "training.max_steps=2"]
+    say_all(world.spawn("train", "r.yaml", *short, env={"OMP_NUM_THREADS": begun}), 0)
+    outcome = world.spawn("train", "r.yaml", "--resume", env={"OMP_NUM_THREADS": resumed})
+    threads = "1 thread" if begun == "1" else "2 threads"
+    say_all(outcome, 0, f"begun with {threads} and goes on so, where {resumed} were set")
+    assert world.weights() == world.weights("unbroken")
+    state = json.loads((world.root / "run/checkpoints/step-000004/state.json").read_text(encoding="utf-8"))
+    assert state["environment"]["threads"] == int(begun)
+    assert [event["kind"] for event in state["train"]["events"]] == ["threads"]
+    manifest = json.loads((world.root / "run/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["threads"] == int(begun)
+
+
+def stranger() -> tuple[str, ...]:
+    """What runs a command as a user id that no passwd entry knows; nothing where this machine does not let one."""
+    before = ("unshare", "-U", "--map-user=54321", "--map-group=54321")
+    if shutil.which("unshare") is None:
+        return ()
+    return before if subprocess.run([*before, "true"], capture_output=True, check=False).returncode == 0 else ()
+
+
+@pytest.mark.skipif(not stranger(), reason="this machine lets nobody be a stranger")
+def test_without_home_and_name(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A container's user: every command runs, in a temporary cache, and one line says what to set."""
+    world.recipe(("  final: [perplexity]", "  final: [perplexity, rouge]"))
+    temporary = tmp_path_factory.mktemp("tmp")
+    bare = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    bare |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    for command in (("preview", "r.yaml"), ("train", "r.yaml"), ADAPTER_COMMANDS[0]):
+        done = subprocess.run(
+            [*stranger(), str(SCRIPT), *command], cwd=world.root, env=bare, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        assert done.stderr.count("set LORAFIT_CACHE") == 1, (command, done.stderr)
+    assert "lorafit-home-54321" in {path.name for path in temporary.iterdir()}
+    (temporary / "lorafit-home-54321").chmod(0o777)
+    done = subprocess.run(
+        [*stranger(), str(SCRIPT), "preview", "r.yaml"], cwd=world.root, env=bare, capture_output=True, text=True
+    )
+    say_all(Outcome(done.returncode, done.stdout, done.stderr), 8, "lorafit-home-54321", "LORAFIT_CACHE")
+
+
+PLAIN = {"LC_ALL": "C.UTF-8", "TZ": "UTC"}
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Asia/Kathmandu"}
+LATIN = {"LC_ALL": "de_DE.ISO-8859-1", "PYTHONIOENCODING": "ascii", "TZ": "Pacific/Auckland"}
+
+
+def test_locale_and_time_zone_decide_nothing(world: World) -> None:
+    """Rows, names and answers beyond ASCII, under locales that cannot write them: the same files, and no crash."""
+    rows = [{"question": f"Größe {n} 日本 İı", "answer": f"¼ – {n} 🙂"} for n in range(8)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (world.root / "ä.jsonl").write_text(text, encoding="utf-8")
+    world.recipe(
+        ("  train: d.jsonl", "  train: ä.jsonl"),
+        ("name: tiny", "name: größe"),
+        ("  max_length: 128", "  max_length: 256"),
+    )
+    answers = []
+    for output, environment in {"plain": PLAIN, "other": ASCII}.items():
+        say_all(world.spawn("train", "r.yaml", "--output", output, env=environment), 0)
+        ask = ("generate", output, "--prompt", "Größe 日本", "--max-new-tokens", "4", "--json")
+        answers.append(world.spawn(*ask, env=environment).json)
+    assert answers[0] == answers[1]
+    for command in (("preview", "r.yaml"), ("eval", "other", "--split", "train")):
+        say_all(world.spawn(*command, env=LATIN), 0)
+    found = {}
+    for output in ("plain", "other"):
+        manifest = json.loads((world.root / output / "manifest.json").read_text(encoding="utf-8"))
+        facts = {key: manifest[key] for key in ("data", "recipe", "base", "tokenizer", "threads")}
+        found[output] = [world.weights(output), facts]
+    assert found["other"] == found["plain"]
