@@ -81,7 +81,7 @@ def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
 
 
 def _card_of_number(text: str, flag: str) -> dict[str, Any] | None:
-    """The card that `4090` means, which is no size.
+    """The card that `4090` means, which is no size: of a desktop and a laptop the one whose name ends there.
 
     Raises:
         UsageError: Several cards are called so.
@@ -89,6 +89,7 @@ def _card_of_number(text: str, flag: str) -> dict[str, Any] | None:
     if not text.isdecimal() or len(text) < 4:  # 24, 80 and 640 are sizes in GiB
         return None
     named = [card for card in cards() if any(text in re.split(r"[^0-9]+", name) for name in card["names"])]
+    named = [card for card in named if any(name.endswith(text) for name in card["names"])] or named
     if len(named) > 1:
         names = " or ".join(str(card["names"][0]) for card in named)
         raise UsageError(f"'{text}' has no unit, and several cards are called so", key=flag, todo=f"write {names}")
