@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
-from lorafit.errors import LorafitError, raise_all
+from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
 from lorafit.kinds.tasks import tasks
 from lorafit.version import installed_versions
 from lorafit.workspace import sources_of
@@ -151,6 +151,7 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
         ModelError: Base or tokenizer cannot be used.
     """
     recipe = loaded.recipe
+    check_template(loaded)
     look_for_rows(loaded)
     from lorafit.data.examples import build_renderer
     from lorafit.devices import read_device
@@ -192,19 +193,38 @@ def prepare_rows(
     from lorafit.data.id_range import check_examples
 
     recipe = loaded.recipe
-    rows = prepare(
-        recipe.data,
-        folder=loaded.folder,
-        renderer=renderer,
-        encode=tasks.get(recipe.task).encode,
-        seed=recipe.seed,
-        cache_dir=cache_folder() / "data",
-        reporter=reporter,
-        retention=recipe.evaluation.retention,
-        only=only,
-    )
+    try:
+        rows = prepare(
+            recipe.data,
+            folder=loaded.folder,
+            renderer=renderer,
+            encode=tasks.get(recipe.task).encode,
+            seed=recipe.seed,
+            cache_dir=cache_folder() / "data",
+            reporter=reporter,
+            retention=recipe.evaluation.retention,
+            only=only,
+        )
+    except LorafitError as error:
+        if error.file is None and (error.key or "").startswith("data."):  # the recipe's fault and no row's
+            error.named_at(str(error.key), **loaded.place(str(error.key)))
+        raise
     check_examples(rows.splits, renderer.tokenizer, shape.vocabulary)
     return rows
+
+
+def check_template(loaded: LoadedRecipe) -> None:
+    """Looks whether the recipe's chat template is one that is shipped, or a file of text.
+
+    Raises:
+        RecipeError: It is neither.
+    """
+    from lorafit.data.template_names import KEY, read_template
+
+    try:
+        read_template(loaded.recipe.data.chat_template, loaded.folder)
+    except ModelError as error:
+        raise RecipeError(error.what, key=KEY, todo=error.todo, **loaded.place(KEY)) from error
 
 
 def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None) -> None:

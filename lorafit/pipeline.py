@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import UsageError
-from lorafit.job import open_job, prove
+from lorafit.job import check_template, open_job, prove
 from lorafit.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import (
@@ -42,11 +42,13 @@ if TYPE_CHECKING:
 
 
 def validate(recipe: Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Validated:
-    """Checks a recipe alone: no torch, no data, no model."""
+    """Checks a recipe and looks whether its chat template is there: no torch, no data, no model."""
     from lorafit.recipe.load import load_recipe
     from lorafit.results import Validated
 
-    return Validated(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    check_template(loaded)
+    return Validated(loaded)
 
 
 def preview(

@@ -6,36 +6,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 
 from lorafit.data.filters import TemplateLimitError
 from lorafit.data.sandbox import ChatTemplate, Traced, compile_template
+from lorafit.data.template_names import KEY, SHIPPED_TEMPLATES, shipped_template
 from lorafit.data.typed_chat import Messages, TypedChat
 from lorafit.errors import DataError, LorafitError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHIPPED_TEMPLATES = ("alpaca", "chatml", "plain")
-KEY = "data.chat_template"
-
 
 class RenderError(DataError):
     """A chat that the template refuses, or of which it drops something that should be trained."""
-
-
-def shipped_template(name: str) -> str:
-    """The text of a chat template that comes with lorafit.
-
-    Raises:
-        KeyError: For a name that is not in `SHIPPED_TEMPLATES`.
-    """
-    if name not in SHIPPED_TEMPLATES:
-        raise KeyError(name)
-    return resources.files("lorafit.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 
 class BoundChat:

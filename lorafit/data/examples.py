@@ -154,6 +154,7 @@ def prepare(
 
     Raises:
         DataError: Rows or files are bad, too long, or none are left.
+        RecipeError: The chat template can do nothing with the recipe's system prompt.
         ModelError: There is no usable chat template or tokenizer.
         ResourceError: The cache cannot be written, or memory ran out.
     """
@@ -166,6 +167,9 @@ def prepare(
         for split, section in sections.items()
         if isinstance(section, Sequence) and split in opened
     }
+    first = (sample for samples in sources.values() for sample in samples.first_samples())
+    if data.system_prompt is not None and any(renderer.is_chat(sample) for sample in first):
+        renderer.chats.check_system_prompt()
     cache = PreparedCache(cache_dir)
     encoder = Encoder(renderer, encode, data.max_length, data.overlength)
     sets: dict[str, ExampleSet] = {}

@@ -10,16 +10,14 @@ are found is told in `lorafit.data.turns`, how typed control strings stay text i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from lorafit.contracts import Encoded
 from lorafit.data.chat_template import (
-    KEY,
     BoundChat,
     RenderError,
     check_variables,
@@ -31,11 +29,13 @@ from lorafit.data.clock import StoppedClock, read_clock
 from lorafit.data.dropped import Dropped, find_dropped
 from lorafit.data.encode import Stretch, TextEncoder, mark_trained
 from lorafit.data.provenance import BLURRED
-from lorafit.data.sandbox import CLOCK, Traced
+from lorafit.data.sandbox import CLOCK, Traced, join_stretches, stretches
+from lorafit.data.system_prompt import DROPS, refusal_of_system
+from lorafit.data.template_names import KEY
 from lorafit.data.truncate import Truncated, truncate_chat
 from lorafit.data.turns import Habits, Turn, find_turns, learn_habits
 from lorafit.data.typed_chat import TOOLS, Messages
-from lorafit.errors import DataError, LorafitError
+from lorafit.errors import DataError, LorafitError, RecipeError
 from lorafit.prelude import split_prompts
 
 if TYPE_CHECKING:
@@ -138,6 +138,18 @@ class ChatRenderer:
         """What the templates are told of the present moment, by the format they ask in."""
         formats = [compile_or_explain(source).clock_formats() for source in self._sources.values()]
         return self._clock.dates([format for known in formats for format in known or ()])
+
+    def check_system_prompt(self) -> None:
+        """Finds a template that can do nothing with a system message: each chat that gets one would be an error.
+
+        Raises:
+            RecipeError: It refuses system messages; or drops them, where that is an error.
+        """
+        for template in map(compile_or_explain, self._sources.values() if self._system_prompt is not None else ()):
+            reason = refusal_of_system(template, str(self._system_prompt), self._variables, self._control)
+            if reason is not None and not (reason == DROPS and self._dropped_fields == "warn"):
+                todo = "leave it out, e.g. put the text before each question, or name another data.chat_template"
+                raise RecipeError(reason, key="data.system_prompt", todo=todo)
 
     def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> Rendering:
         """Renders a chat and finds what carries loss.
@@ -316,11 +328,11 @@ class ChatRenderer:
         perhaps.
         """
         if not any(start == BLURRED for _, _, start in whole.runs):
-            return _joined((start, end) for start, end, _ in whole.authors), []
-        perhaps = _stretches(whole, lambda start: start == BLURRED)
+            return join_stretches((start, end) for start, end, _ in whole.authors), []
+        perhaps = stretches(whole, lambda start: start == BLURRED)
         if perhaps and not any(self._control.search(leaf.text) for leaf in whole.leaves):
-            return _stretches(whole, lambda start: start != BLURRED), []
-        return _stretches(whole, lambda start: True), perhaps
+            return stretches(whole, lambda start: start != BLURRED), []
+        return stretches(whole, lambda start: True), perhaps
 
     def _spans(self, text: str, turns: Sequence[Turn], chat: Messages, messages: Messages) -> Iterable[Stretch]:
         if self._train_on == "all":
@@ -340,24 +352,6 @@ class ChatRenderer:
 
 def _mark(rendering: Rendering, ids: list[int], offsets: Sequence[Stretch]) -> Encoded:
     return Encoded(ids, [True] * len(ids) if rendering.all_trained else mark_trained(offsets, rendering.spans))
-
-
-def _stretches(whole: Traced, wanted: Callable[[int], bool]) -> list[Stretch]:
-    """Stretches of typed characters that are placed in their leaf in a wanted way."""
-    ends = accumulate(length for length, _, _ in whole.runs)
-    placed = zip(whole.runs, ends, strict=True)
-    return _joined((end - length, end) for (length, origin, start), end in placed if origin > 0 and wanted(start))
-
-
-def _joined(stretches: Iterable[Stretch]) -> list[Stretch]:
-    """The same without empty ones, neighbours joined."""
-    joined: list[Stretch] = []
-    for start, end in stretches:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        elif end > start:
-            joined.append((start, end))
-    return joined
 
 
 _renderers: WeakKeyDictionary[Any, ChatRenderer] = WeakKeyDictionary()

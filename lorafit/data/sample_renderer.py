@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Encoded, GenerationRow, Message, Sample
-from lorafit.data.chat_template import SHIPPED_TEMPLATES, compile_or_explain, template_sources
+from lorafit.data.chat_template import compile_or_explain, template_sources
 from lorafit.data.clock import StoppedClock, read_clock, write_moment
 from lorafit.data.overlong import is_surely_longer, keep_head, keep_tail
 from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
 from lorafit.data.render import ChatRenderer, Rendering
-from lorafit.errors import DataError, LorafitError, ModelError
-from lorafit.registry import nearest
+from lorafit.data.template_names import read_template
+from lorafit.errors import DataError, LorafitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -282,22 +282,7 @@ def build_renderer(
     Raises:
         ModelError: `chat_template` is neither a shipped name nor a readable file.
     """
-    return Renderer(tokenizer, data, _read_template(data.chat_template, folder), now)
-
-
-def _read_template(named: str | None, folder: Path) -> str | None:
-    if named is None or named in SHIPPED_TEMPLATES:
-        return named
-    try:
-        return (folder / Path(named).expanduser()).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ModelError(f"template file '{named}' is not UTF-8", key="data.chat_template") from None
-    except OSError as error:
-        close = nearest(named, SHIPPED_TEMPLATES, count=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        todo = f"{hint}shipped are {', '.join(SHIPPED_TEMPLATES)}; else name a file"
-        what = f"template '{named}' cannot be read: {(error.strerror or type(error).__name__).lower()}"
-        raise ModelError(what, key="data.chat_template", todo=todo) from None
+    return Renderer(tokenizer, data, read_template(data.chat_template, folder), now)
 
 
 def _is_trained(turn: Message) -> bool:

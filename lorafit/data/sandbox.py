@@ -13,9 +13,10 @@ stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import jinja2
@@ -80,6 +81,26 @@ class Traced:
         for start, end, message in self.authors:
             found.setdefault(message, []).append((start, end))
         return found
+
+
+def stretches(whole: Traced, wanted: Callable[[int], bool]) -> list[tuple[int, int]]:
+    """Stretches of typed characters that are placed in their leaf in a wanted way."""
+    ends = accumulate(length for length, _, _ in whole.runs)
+    placed = zip(whole.runs, ends, strict=True)
+    return join_stretches(
+        (end - length, end) for (length, origin, start), end in placed if origin > 0 and wanted(start)
+    )
+
+
+def join_stretches(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same without empty ones, neighbours joined."""
+    joined: list[tuple[int, int]] = []
+    for start, end in stretches:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        elif end > start:
+            joined.append((start, end))
+    return joined
 
 
 class ChatTemplate:

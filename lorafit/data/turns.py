@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorafit.data.chat_template import KEY, BoundChat, RenderError
+from lorafit.data.chat_template import BoundChat, RenderError
 from lorafit.data.sandbox import ChatTemplate, Traced
+from lorafit.data.template_names import KEY
 from lorafit.data.typed_chat import Messages
 from lorafit.errors import LorafitError
 

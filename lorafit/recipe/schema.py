@@ -154,7 +154,7 @@ class DataSection(Section):
     test: Sources | None = None
     """Never looked at in training; the final figures come from here."""
     chat_template: Word | None = Field(default=None, json_schema_extra=PATH_OR_NAME)
-    """null: the tokenizer's own. Else a shipped name (chatml, alpaca, plain) or a Jinja file."""
+    """null: the tokenizer's own. Else a shipped name (chatml, hermes, alpaca, plain) or a Jinja file."""
     system_prompt: str | None = None
     """System message for rows that have none."""
     dropped_fields: Literal["error", "warn"] = "error"

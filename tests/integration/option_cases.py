@@ -110,7 +110,7 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
             (0.1, 0.5), lambda value: world.rows({"data.validation": {"fraction": value}}, "validation")
         ),
         "data.test": Case((one, two), lambda value: scores_of(world.evaluate({}, {"data.test": value}))),
-        "data.chat_template": Case((None, "alpaca", "plain"), of_rows(world, "data.chat_template", wide)),
+        "data.chat_template": Case((None, "alpaca", "hermes", "plain"), of_rows(world, "data.chat_template", wide)),
         "data.system_prompt": Case((None, "Be kind."), of_rows(world, "data.system_prompt")),
         "data.dropped_fields": Case(("warn",), of_rows(world, "data.dropped_fields", named), refused=("error",)),
         "data.train_on": Case(("assistant", "last_turn", "completion", "all"), of_rows(world, "data.train_on", chats)),

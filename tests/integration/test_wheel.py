@@ -76,7 +76,7 @@ def test_the_wheel_holds_all_that_is_shipped_and_nothing_else(wheel: Path) -> No
     assert held == configs | package
     for name in ("presets/instruction.yaml", "presets/code.yaml", "presets/summarisation.yaml", "recipe.schema.json"):
         assert f"lorafit/_configs/{name}" in held
-    for name in ("chatml", "alpaca", "plain"):
+    for name in ("chatml", "hermes", "alpaca", "plain"):
         assert f"lorafit/data/templates/{name}.jinja" in held
     assert {"licenses/LICENSE", "METADATA", "entry_points.txt"} <= notes
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from render_families import FAMILIES, WEATHER, assistant, call, system, tokenizer_of, tool, user
 
-from lorafit.data.chat_template import SHIPPED_TEMPLATES, shipped_template
 from lorafit.data.render import NO_END_TOKEN, ChatRenderer, RenderError, mask_chat
+from lorafit.data.template_names import SHIPPED_TEMPLATES, shipped_template
 from lorafit.data.truncate import Truncated
 from lorafit.errors import LorafitError, ModelError
 
@@ -140,7 +140,7 @@ def test_shipped_alpaca_reads_as_published() -> None:
 def test_missing_template_names_the_shipped_ones() -> None:
     tokenizer = tokenizer_of.__wrapped__("phi")
     tokenizer.chat_template = None
-    with pytest.raises(ModelError, match=r"has no chat template.*alpaca, chatml, plain") as caught:
+    with pytest.raises(ModelError, match=r"has no chat template.*alpaca, chatml, hermes, plain") as caught:
         ChatRenderer(tokenizer)
     assert caught.value.exit_code == 5
     assert ChatRenderer(tokenizer, chat_template="chatml").render([user("a?"), assistant("A.")]).spans

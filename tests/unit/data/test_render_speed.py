@@ -12,13 +12,14 @@ from render_families import FAMILIES, WEATHER, assistant, call, system, tokenize
 
 from lorafit.contracts import Encoded, Sample
 from lorafit.data import encode
-from lorafit.data.chat_template import SHIPPED_TEMPLATES, BoundChat, RenderError, compile_or_explain, shipped_template
+from lorafit.data.chat_template import BoundChat, RenderError, compile_or_explain
 from lorafit.data.encode import mark_trained
 from lorafit.data.filters import TemplateLimitError
 from lorafit.data.jinja_environment import ChatEnvironment, JsonMemo
 from lorafit.data.render import ChatRenderer
 from lorafit.data.sample_renderer import build_renderer
 from lorafit.data.sandbox import ChatTemplate
+from lorafit.data.template_names import SHIPPED_TEMPLATES, shipped_template
 from lorafit.data.typed_chat import ToolSet, TypedChat
 from lorafit.errors import DataError, LorafitError
 from lorafit.recipe.schema import DataSection

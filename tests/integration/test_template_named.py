@@ -1,0 +1,65 @@
+"""`data.chat_template` names a shipped template or a file; what else it names is the recipe's error, with its place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import World, say_all
+from tests.integration.tiny_world import CHATML
+
+COMMANDS = (["validate", "r.yaml"], ["preview", "r.yaml"], ["train", "r.yaml"])
+
+
+def name_template(world: World, named: str) -> int:
+    return world.recipe(("data:", f"data:\n  chat_template: {named}"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_name_that_is_nothing_is_said_at_its_line(world: World, command: list[str]) -> None:
+    line = name_template(world, "chatlm")
+    outcome = world.run(*command)
+    say_all(outcome, 3, f"r.yaml:{line}:18: data.chat_template", "did you mean chatml", "alpaca, chatml, hermes, plain")
+    assert not world.loaded and not (world.root / "run").exists()
+
+
+def test_shipped_names_and_files_beside_the_recipe_are_valid(world: World, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "own.jinja").write_text(CHATML, encoding="utf-8")
+    for named in ("hermes", "chatml", "null", "deep/own.jinja", str(tmp_path / "deep" / "own.jinja")):
+        name_template(world, named)
+        say_all(world.run("validate", "r.yaml"), 0)
+    os.chdir(tmp_path / "deep")  # paths are relative to the recipe
+    say_all(world.run("validate", "../r.yaml"), 0)
+    say_all(world.run("validate", "../r.yaml", "--set", "data.chat_template=own.jinja"), 3, "--set", "own.jinja")
+
+
+def test_what_is_no_text_is_no_template(world: World, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").write_text(" \n", encoding="utf-8")
+    (tmp_path / "latin").write_bytes("{{ 'ä' }}".encode("latin-1"))
+    (tmp_path / "huge").write_bytes(b"x" * (1 << 20) + b"x")
+    os.mkfifo(tmp_path / "pipe")
+    for named, said in (
+        ("folder", "not a regular file"),
+        ("empty", "is empty"),
+        ("latin", "not UTF-8"),
+        ("huge", "larger than 1 MiB"),
+        ("pipe", "not a regular file"),
+        ("~nobody-of-this-name/t.jinja", "cannot be read"),
+    ):
+        line = name_template(world, f'"{named}"')
+        say_all(world.run("validate", "r.yaml"), 3, f"r.yaml:{line}:", "data.chat_template", said)
+
+
+def test_a_refused_system_prompt_is_said_at_its_line_once(world: World, tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (tmp_path / "t.jinja").write_text(refusing + CHATML, encoding="utf-8")
+    line = world.recipe(("data:", "data:\n  chat_template: t.jinja\n  system_prompt: Be kind."))
+    for command in COMMANDS[1:]:
+        outcome = world.run(*command)
+        say_all(outcome, 3, f"r.yaml:{line}:18: data.system_prompt", "system role not supported", "chat_template")
+        assert outcome.stderr.count("error: ") == 1 and not world.loaded
+    say_all(world.run("preview", "r.yaml", "--set", "data.system_prompt=null"), 0)
