@@ -46,7 +46,7 @@ class Validated:
 
     def line(self) -> str:
         """For people."""
-        return f"{self.loaded.file} is valid (files and models are not opened: see preview, train --dry-run)"
+        return f"{self.loaded.file} is valid (rows and models are not opened: see preview, train --dry-run)"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
     """Which rows there are, and how they become tokens and labels."""
     texts, bad = {"data.train": "../rows/texts.jsonl"}, {"data.train": "../rows/bad.jsonl"}
     chats, named = {"data.train": "../rows/chats.jsonl"}, {"data.train": "../rows/named.jsonl"}
-    wide = {"data.max_length": 256}  # the words of some templates are long
+    tools = {"data.train": "../rows/tools.jsonl", "data.max_length": 2048, "data.dropped_fields": "warn"}
     one, two = "../rows/more.jsonl", ["../rows/more.jsonl", "../rows/validation.jsonl"]
     return {
         "task": Case(("causal-lm", "every-token"), partial(labels_of_task, world)),
@@ -110,7 +110,7 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
             (0.1, 0.5), lambda value: world.rows({"data.validation": {"fraction": value}}, "validation")
         ),
         "data.test": Case((one, two), lambda value: scores_of(world.evaluate({}, {"data.test": value}))),
-        "data.chat_template": Case((None, "alpaca", "hermes", "plain"), of_rows(world, "data.chat_template", wide)),
+        "data.chat_template": Case((None, "alpaca", "hermes", "plain"), of_rows(world, "data.chat_template", tools)),
         "data.system_prompt": Case((None, "Be kind."), of_rows(world, "data.system_prompt")),
         "data.dropped_fields": Case(("warn",), of_rows(world, "data.dropped_fields", named), refused=("error",)),
         "data.train_on": Case(("assistant", "last_turn", "completion", "all"), of_rows(world, "data.train_on", chats)),

@@ -138,6 +138,10 @@ class OptionWorld:
         return found
 
 
+TOOL = {"type": "function", "function": {"name": "hours", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "hours", "arguments": {}}}
+
+
 def rows_by_file() -> dict[str, list[dict[str, Any]]]:
     """Rows for every way in which an option can matter."""
     asked = make_rows(12)
@@ -158,6 +162,9 @@ def rows_by_file() -> dict[str, list[dict[str, Any]]]:
         "chats.jsonl": [{"messages": turns}, {"messages": [{"role": "system", "content": "be brief"}, *turns[:2]]}],
         "named.jsonl": [{"messages": [{**turns[0], "name": "zoe"}, turns[1]]}],
         "either.jsonl": [{"text": "red mug", "prompt": f"{n} mugs", "completion": "green"} for n in range(4)],
+        "tools.jsonl": [
+            {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": [TOOL]}
+        ],
         "texts.jsonl": [{"text": "a short one"}, {"text": LONG_TEXT}],
     }
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from lorafit import pipeline
 from lorafit.data.render import ChatRenderer
+from lorafit.kinds.metrics.tool_call import read_calls
 from tests.integration.tiny_world import write_rows
 from tests.unit.data.render_families import CHATML, FAMILIES, QWEN, WEATHER, assistant, call, tokenizer_of, tool, user
 
@@ -134,6 +135,39 @@ def test_named_templates_ship_with_the_system_prompt(tmp_path: Path) -> None:
         assert [shipped.decode(ids).count("- always") for ids in trained] == [1, 1, 0]
     again = ChatRenderer(shipped)  # reads the prompt out of the template, and does not add it once more
     assert [again.encode(again.render(row["messages"], row.get("tools"))).input_ids for row in rows] == trained
+
+
+def test_hermes_ships_and_what_was_learnt_is_called(tmp_path: Path) -> None:
+    base = copy.deepcopy(tokenizer_of("qwen"))
+    base.chat_template = None  # as base models have none
+    make_base(tmp_path / "base", base)
+    rows = [
+        {
+            "messages": [
+                user(f"{city}?"),
+                assistant("", tool_calls=[call("weather", city=city)]),
+                tool("sun"),
+                assistant("Sunny."),
+            ],
+            "tools": [WEATHER],
+        }
+        for city in ("Paris", "Rome")
+    ]
+    rows.append({"messages": [user("Who?"), assistant("I.")]})
+    recipe = train(tmp_path, rows, chat_template="hermes", system_prompt=SYSTEM, max_length=1000)
+    trained = [row.input_ids for row in pipeline.preview(recipe, rows=None).rows]
+    for name in ("run/adapter", "merged"):
+        shipped = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert [plain(shipped, row["messages"], tools=row.get("tools")) for row in rows] == trained
+        assert [shipped.decode(ids).count("- always") for ids in trained] == [1, 1, 1]
+    asked = [{"messages": row["messages"][:1], "tools": row.get("tools", [])} for row in rows]
+    answers = [
+        [answer.text for answer in pipeline.generate(tmp_path / name, rows=asked, max_new_tokens=80).answers]
+        for name in ("run", "merged")
+    ]
+    assert answers[0] == answers[1] and answers[0][2] == "I."
+    called = [[("weather", {"city": city})] for city in ("Paris", "Rome")]
+    assert [read_calls(text) for text in answers[0]] == [*called, []]
 
 
 def test_a_run_on_verbatim_rows_stays_verbatim(tmp_path: Path) -> None:

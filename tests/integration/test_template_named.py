@@ -63,3 +63,22 @@ def test_a_refused_system_prompt_is_said_at_its_line_once(world: World, tmp_path
         say_all(outcome, 3, f"r.yaml:{line}:18: data.system_prompt", "system role not supported", "chat_template")
         assert outcome.stderr.count("error: ") == 1 and not world.loaded
     say_all(world.run("preview", "r.yaml", "--set", "data.system_prompt=null"), 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}", "not valid, line 1"),
+        ("{{ nothing.there }}", "'nothing' is undefined"),
+        ("{{ ''.__class__.__mro__ }}", "not allowed"),
+    ],
+)
+def test_a_file_that_is_no_template_is_said_at_the_line_that_names_it(
+    world: World, tmp_path: Path, template: str, said: str
+) -> None:
+    (tmp_path / "t.jinja").write_text(template, encoding="utf-8")
+    line = name_template(world, "t.jinja")
+    for command in COMMANDS[1:]:
+        say_all(world.run(*command), 5, f"r.yaml:{line}:18: data.chat_template", said)
+    assert not world.loaded and not (world.root / "run").exists()
+    say_all(world.run("preview", "r.yaml", "--set", "data.chat_template=hermes"), 0)

@@ -11,6 +11,7 @@ from render_families import WEATHER, assistant, call, system, tokenizer_of, tool
 from lorafit.data.chat_template import RenderError
 from lorafit.data.render import ChatRenderer
 from lorafit.data.template_names import shipped_template
+from lorafit.kinds.metrics.tool_call import read_calls
 
 CALL = '<tool_call>\n{{"name": "weather", "arguments": {{"city": "{}"}}}}\n</tool_call>'
 TWO_CALLS = [call("weather", city="Paris"), call("weather", city="Rome")]
@@ -83,3 +84,17 @@ def test_what_hermes_does_not_write_is_an_error() -> None:
     renderer = ChatRenderer(tokenizer_of("vicuna"), chat_template="hermes")
     with pytest.raises(RenderError, match="drops reasoning_content of message 2"):
         renderer.render([user("a?"), assistant("A.", reasoning_content="because")])
+
+
+@pytest.mark.parametrize("name", [name for name, (messages, _) in CHATS.items() if "tool_calls" in str(messages)])
+def test_calls_are_written_as_qwen_does_and_read_by_the_metric(name: str) -> None:
+    messages, _ = CHATS[name]
+    qwen = tokenizer_of("qwen")  # has tokens for <tool_call> and </tool_call>; others spell them
+    qwens = qwen.apply_chat_template([*messages, user("?")], tools=[WEATHER], tokenize=False)
+    rendering = ChatRenderer(qwen, chat_template="hermes").render(messages, [WEATHER])
+    asked = [message.get("tool_calls") or [] for message in messages if message["role"] == "assistant"]
+    for calls, (start, end) in zip(asked, rendering.spans, strict=True):
+        written = rendering.text[start:end].removesuffix("<|im_end|>")
+        due = [(each["function"]["name"], each["function"]["arguments"]) for each in calls]
+        assert read_calls(written) == [(name, json.loads(a) if isinstance(a, str) else a) for name, a in due]
+        assert isinstance(due and due[0][1], str) or f"<|im_start|>assistant\n{written}<|im_end|>" in qwens
