@@ -59,8 +59,9 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 300, "encoder_hash_byte_group_size": [3], "vocab_size": VOCABULARY},
-    "blt_local_encoder": {"hidden_size_global": 128},
-    "blt_local_decoder": {"hidden_size_global": 128},
+    "blt_local_encoder": {"hidden_size_global": 128, "vocab_size": VOCABULARY},
+    "blt_local_decoder": {"hidden_size_global": 128, "vocab_size": VOCABULARY},
+    "blt_patcher": {"vocab_size": VOCABULARY},
     "blt_global_transformer": {"hidden_size": 128},
     "chameleon": {"vocabulary_map": {"<image>": 30}},
     "chameleon_vqgan": {"base_channels": 32, "channel_multiplier": [1], "resolution": 32, "num_embeddings": 16},
@@ -71,7 +72,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "top_k_experts": 2,
         "moe_intermediate_size": 64,
     },
+    "deepseek_v4": {
+        "o_groups": 2,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    },
     "dots3_note_text": {
+        "index_topk": 64,  # all of a row: among the many scores of 0 any rounding picks others
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
         "swa_q_lora_rank": 64,

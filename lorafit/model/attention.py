@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
+from lorafit.model.targets import tower_names
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +28,11 @@ def register_fused_attention() -> None:
 
 
 def takes_fused_attention(model: Any) -> bool:
-    """Whether a transformers model looks its attention up by name, and sdpa, which the rest falls back to, is right."""
-    return bool(model._can_set_attn_implementation() and model._supports_sdpa)
+    """Whether a transformers model looks its attention up by name, and sdpa, which the rest falls back to, is right.
+
+    Not where towers stand beside its language model: some have tables of their own, which know transformers' names.
+    """
+    return bool(model._can_set_attn_implementation() and model._supports_sdpa) and not tower_names(model)
 
 
 def offer_attention(name: str, model: Any) -> None:

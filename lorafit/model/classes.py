@@ -15,6 +15,8 @@ from typing import Any
 
 from lorafit.errors import ModelError
 
+_WHOLE_ALONE = frozenset({"emu3"})
+"""Registered as language models whose classes find nothing under the names in the files of the whole model."""
 _WHOLE = (
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
     ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
@@ -43,7 +45,7 @@ def find_auto_class(config: Mapping[str, Any], task_class: str) -> str:
             file="config.json",
             todo="use a decoder-only model",
         )
-    if task_class == "AutoModelForCausalLM" and kind not in causal:
+    if task_class == "AutoModelForCausalLM" and (kind not in causal or kind in _WHOLE_ALONE):
         for auto_class, table in _WHOLE:
             if kind in getattr(modeling_auto, table, {}) and hasattr(modeling_auto, auto_class):
                 return auto_class

@@ -188,11 +188,16 @@ def attach_adapter(model: Any, section: Any, seed: int, *, folder: Path | None =
 
     Raises:
         RecipeError: A target matches nothing, or `init_from` disagrees with the recipe.
-        ModelError: The adapter of `init_from` does not fit this model.
+        ModelError: The adapter of `init_from` does not fit this model, or PEFT cannot wrap it.
     """
     targets = choose_targets(model, section.target_modules)
     with quiet_libraries():
-        adapted = adapters.get(section.kind).build(section, model, targets, seed)
+        try:
+            adapted = adapters.get(section.kind).build(section, model, targets, seed)
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            name, lines = type(model).__name__, str(error).strip().splitlines() or [""]
+            todo = "use another base model"
+            raise ModelError(f"PEFT cannot put an adapter on {name}: {lines[0]}", todo=todo) from error
         keep_weights_unpacked(adapted)
         if section.init_from is not None:
             from lorafit.model.adapter import go_on_from

@@ -31,14 +31,15 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
 _LEADING = re.compile(r"^\^?\(?(\w+(?:_encoder|_adapter|_tower|_model))\b")
-_INDEXER = "indexer"  # of sparse attention, as DeepSeek-V3.2 and its kin call it
+_CHOOSERS = frozenset({"indexer", "patcher"})  # of sparse attention (DeepSeek-V3.2 and its kin), of bytes (BLT)
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT looks for in old configs
 
 ROUTER = ROUTERS_CHOOSE
 OUTSIDE = "outside of the language model"
 MOVED = "PEFT moves adapters of this name to the fused experts"
 SHARED = "one weight for several layers"
-CHOICE = "picks what attention sees, and no gradient passes a choice"
+CHOICE = "picks what other layers see, and no gradient passes a choice"
+OTHER = "no plain linear: it computes something else than x W^T"
 READ = "the model reads its weight past any adapter"
 
 
@@ -87,15 +88,17 @@ def left_out_names(model: Any) -> dict[str, str]:
     shared = _shared_names(model)
     moved, refused, read = _moved_by_peft(model, linears), _refused_by_peft(model, linears), _read_names(model)
     found = {}
-    for name, _ in linears:
+    for name, module in linears:
         if name in routers:
             found[name] = ROUTER
         elif name in towers:
             found[name] = OUTSIDE
-        elif _INDEXER in name.split("."):
+        elif _CHOOSERS & set(name.split(".")):
             found[name] = CHOICE
         elif name in shared:
             found[name] = SHARED
+        elif not _multiplies(module):
+            found[name] = OTHER
         elif _last(name) in moved:
             found[name] = MOVED
         elif name in read or _last(name) in refused:
@@ -217,6 +220,21 @@ def _shared_names(model: Any) -> set[str]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     names = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
     return shared | {name for name, _ in _linears(model) if name in names}
+
+
+def _multiplies(module: Any) -> bool:
+    """Whether a class that transformers derives from `Linear` gives [..., out] for [..., in], as an adapter does."""
+    import torch
+
+    if not type(module).__module__.startswith("transformers.models."):
+        return True
+    tensors = {name: value.to("meta") for name, value in [*module.named_parameters(), *module.named_buffers()]}
+    probe = torch.empty(1, 2, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        result = torch.func.functional_call(module, tensors, (probe,))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (1, 2, module.out_features)
 
 
 def _moved_by_peft(model: Any, linears: Sequence[tuple[str, Any]]) -> set[str]:

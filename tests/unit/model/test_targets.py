@@ -17,6 +17,7 @@ from lorafit.model.load import attach_adapter
 from lorafit.model.targets import (
     CHOICE,
     MOVED,
+    OTHER,
     OUTSIDE,
     READ,
     ROUTER,
@@ -82,7 +83,8 @@ def test_towers_beside_the_language_model_get_no_adapter_and_stay_unquantised() 
 
 @pytest.mark.parametrize(
     ("architecture", "target", "why"),
-    [("qwen3_next", "gate_proj", MOVED), ("mamba", "dt_proj", READ), ("zamba", "q_proj", SHARED),
+    [("deepseek_v4", "o_a_proj", OTHER), ("blt", "lm_head", CHOICE),
+     ("qwen3_next", "gate_proj", MOVED), ("mamba", "dt_proj", READ), ("zamba", "q_proj", SHARED),
      ("qwen2_moe", "shared_expert_gate", ROUTER)],
 )  # fmt: skip
 def test_a_target_that_takes_no_adapter_is_refused_with_the_reason(architecture: str, target: str, why: str) -> None:
