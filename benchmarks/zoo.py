@@ -2,6 +2,8 @@
 
     python benchmarks/zoo.py                            the whole table, on one core in well under 40 minutes
     python benchmarks/zoo.py llama qwen3_next gemma3    some of it
+    python benchmarks/zoo.py --rows rows.jsonl          keep each row as it is made; called again, it goes on
+    python benchmarks/zoo.py --rows rows.jsonl llama    try these again, then show the whole table
     python benchmarks/zoo.py --write docs/models.md     the page that shows it
 
 What a row goes through is `tests/zoo_path.py`, how its model is made `tests/zoo_models.py`. A row works, or lorafit
@@ -95,8 +97,8 @@ def try_architecture(
     return row("works")
 
 
-def try_all(architectures: Iterable[str]) -> list[Row]:
-    """One after the other, in this process; each row is said on stderr."""
+def try_all(architectures: Iterable[str], kept: Path | None = None) -> list[Row]:
+    """One after the other, in this process; each row is said on stderr, and added to a file of rows where one is."""
     rows = []
     for architecture in architectures:
         with tempfile.TemporaryDirectory(prefix="zoo-") as folder, warnings.catch_warnings():
@@ -104,7 +106,17 @@ def try_all(architectures: Iterable[str]) -> list[Row]:
             rows.append(try_architecture(architecture, Path(folder)))
         shown = rows[-1]
         print(f"{shown.architecture:28} {shown.result:8} {shown.seconds:5.1f} s  {shown.why[:160]}", file=sys.stderr)
+        if kept is not None:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(shown)) + "\n")
     return rows
+
+
+def read_rows(kept: Path) -> dict[str, Row]:
+    """The rows of a file by architecture, sorted; of those tried again, the last."""
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+    rows = [Row(**{**row, "left_out": tuple(row["left_out"])}) for row in map(json.loads, lines)]
+    return {row.architecture: row for row in sorted(rows, key=lambda row: row.architecture)}
 
 
 def counts(rows: Sequence[Row]) -> list[tuple[str, int, int, int]]:
@@ -171,6 +183,7 @@ def main() -> int:
     """Runs the zoo; 1 where an architecture fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures; all that transformers registers by default")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="add each row to a JSON Lines file; skip what it has")
     parser.add_argument("--json", action="store_true", help="rows as one JSON object instead of the table")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the marks of a page")
     options = parser.parse_args()
@@ -185,9 +198,10 @@ def main() -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # products this small only wait for each other on several
-    began = time.process_time()
-    rows = try_all(options.names or architectures())
-    minutes = (time.process_time() - began) / 60
+    known = read_rows(options.rows) if options.rows else {}
+    rows = try_all(options.names or [name for name in architectures() if name not in known], options.rows)
+    rows = list(read_rows(options.rows).values()) if options.rows else rows
+    minutes = sum(row.seconds for row in rows) / 60
     if options.json:
         print(json.dumps({"versions": versions(), "minutes": minutes, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
