@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 FILE_LIMIT_BYTES = 256 << 20  # hashes of every tensor of a model of 400 billion parameters take a quarter of it
 DEPTH_LIMIT = 100  # a chat with tools is about 12 deep; Python's own parser dies near 1000
-_BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_BRACKET = re.compile(r"[\[{\]}]")
 
 
 class JsonError(ValueError):
@@ -56,13 +57,9 @@ _FOREIGN_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 def depth_of(text: str) -> int:
     """How deep arrays and objects are nested; brackets inside strings do not count."""
     depth = deepest = 0
-    for match in _BRACKET_OR_STRING.finditer(text):
-        first = match.group()[0]
-        if first in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif first in "]}":
-            depth -= 1
+    for bracket in _BRACKET.findall(_STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 
