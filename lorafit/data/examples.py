@@ -21,15 +21,9 @@ from lorafit.contracts import Sample
 from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
 from lorafit.data.encoding import Encode, EncodedChunk, Encoder, PlacedSample, encode_all
+from lorafit.data.findings import finish_report
 from lorafit.data.ledger import Ledger
-from lorafit.data.report import (
-    DataReport,
-    SplitReport,
-    describe_fates,
-    find_contradictions,
-    find_overlaps,
-    report_split,
-)
+from lorafit.data.report import DataReport, report_split
 from lorafit.data.sample_renderer import Renderer, build_renderer
 from lorafit.data.source import SampleSet, read_sources
 from lorafit.data.store import ExampleSet, StoreWriter, is_sound
@@ -37,7 +31,6 @@ from lorafit.errors import DataError
 from lorafit.recipe.schema import ValidationFraction
 from lorafit.shapes import DatasetFacts
 from lorafit.strict_json import read_json_file
-from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from lorafit.contracts import GenerationRow, Reporter
@@ -182,7 +175,7 @@ def prepare(
         sets["train"], sets["validation"] = hold_out(sets["train"], held_out.fraction, seed)
         said["validation"] = said["train"]
     reports = {split: report_split(sets[split], ledgers.get(split), said[split]) for split in sets}
-    report = _finish_report(reports, sets, sources, data, renderer)
+    report = finish_report(reports, sets, sources, data, renderer)
     for warning in report.warnings:
         reporter.warn(warning)
     digests = {split: examples.digest() for split, examples in sorted(sets.items())}
@@ -207,61 +200,6 @@ def hold_out(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleS
     order = shuffle(len(examples), seed, _FRACTION_KEY)
     count = min(len(examples) - 1, max(1, round(fraction * len(examples))))
     return examples.select(order[count:]), examples.select(order[:count])
-
-
-def _finish_report(
-    reports: dict[str, SplitReport],
-    sets: dict[str, ExampleSet],
-    sources: dict[str, SampleSet],
-    data: DataSection,
-    renderer: Renderer,
-) -> DataReport:
-    overlaps = find_overlaps(sets)
-    warnings = []
-    for overlap in overlaps:
-        one, other = overlap.places[0]
-        warnings.append(
-            f"{overlap.rows} rows of {overlap.second} occur in {overlap.first} as well, the first at {other} and {one}"
-        )
-    contradictions = find_contradictions(sets["train"]) if "train" in sets else None
-    if contradictions is not None:
-        one, other = contradictions.places[0]
-        told = f"train: {counted(contradictions.prompts, 'question')} with different answers, e.g. {one} and {other}"
-        warnings.append(f"{told}: the model learns to guess between them; keep one answer each")
-    for split, report in reports.items():
-        warnings += describe_fates(split, report, data.max_length)
-        for what, count in sorted(report.seen.items()):
-            if not what.startswith("history: "):
-                warnings.append(f"{split}: {what} in {count} rows")
-    for samples in sources.values():
-        warnings += [warning for source in samples.sources for warning in source.warnings()]
-    warnings += _warn_of_verbatim(sources, data, renderer)
-    warnings += _warn_of_date(sources, renderer)
-    return DataReport(reports, overlaps, contradictions, tuple(warnings))
-
-
-def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer: Renderer) -> list[str]:
-    """What a recipe may expect of rows that go through no template."""
-    plain = {"text"} if data.chat_template is not None else {"text", "prompt_completion"}
-    found = {source.format: source.name for samples in sources.values() for source in samples.sources}
-    warnings = []
-    for kind in sorted(plain & found.keys()):
-        if data.system_prompt is not None:
-            warnings.append(f"{found[kind]}: rows of {kind} are verbatim: data.system_prompt is not used")
-        if kind == "prompt_completion" and renderer.template:
-            todo = "for chats map them, columns: {question: prompt, answer: completion}"
-            warnings.append(f"{found[kind]}: prompts and completions go through no chat template; {todo}")
-    return warnings
-
-
-def _warn_of_date(sources: dict[str, SampleSet], renderer: Renderer) -> list[str]:
-    """What the template writes of the present moment: the only thing in a run's rows that nobody gave it."""
-    written = renderer.written_date
-    first = (sample for samples in sources.values() for sample in samples.first_samples())
-    if written is None or not any(renderer.is_chat(sample) for sample in first):
-        return []
-    pinned = f"the chat template writes the date: pinned to {written} when the run begins, for its resumes and answers"
-    return [f"{pinned}; to train without, set data.chat_template to a copy without strftime_now"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +234,8 @@ class _Preparation:
                 ledger = self._read_ledger(lookup.folder, names)
         assert ledger is not None
         self.cache.remember(parts, place)
+        ledger.judge()  # behind the cache: what is wrong is said again without preparing again
+        self._check_left(ledger)
         for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
             source.unread.update({} if source.unread else counts.unread)
         repeats = [getattr(source.section, "repeats", 1.0) for source in self.samples.sources]
@@ -318,7 +258,7 @@ class _Preparation:
             parts[f"source {number + 1}"] = json.dumps(reading, sort_keys=True)
         parts |= self.encoder.renderer.key()
         options = data.model_dump(
-            include={"system_prompt", "dropped_fields", "train_on", "max_length", "overlength", "bad_rows"}, mode="json"
+            include={"system_prompt", "dropped_fields", "train_on", "max_length", "overlength"}, mode="json"
         )
         parts |= {option: json.dumps(value) for option, value in options.items()}
         if self.encoder.renderer.written_date is not None:
@@ -338,8 +278,7 @@ class _Preparation:
                     done += encoded.samples
                     seconds = time.monotonic() - began
                     bar.advance(encoded.samples, **({"rows/s": round(done / seconds)} if seconds > 1 else {}))
-            ledger.judge()
-            self._check_left(ledger)
+            ledger.sort()
             for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
                 counts.unread = dict(source.unread)
                 if source.changed():

@@ -79,8 +79,8 @@ class Ledger:
         self.notes: list[Note] = []
         self.seen: Counter[str] = Counter()
         self._bad_rows = bad_rows
-        self._bad: list[DataError] = []
-        self._overlong: list[DataError] = []
+        self._bad: list[tuple[int, DataError]] = []  # with the number of the source
+        self._overlong: list[tuple[int, DataError]] = []
         self._overlong_count = 0
 
     def count_read(self, source: int) -> None:
@@ -96,14 +96,14 @@ class Ledger:
         self.sources[source].bad += 1
         error.at(file=self.sources[source].file, line=line)
         if len(self._bad) < NOTES_KEPT:
-            self._bad.append(error)
+            self._bad.append((source, error))
         self._note("bad", source, line, f"{error.key}: {error.what}" if error.key else error.what)
 
     def note_overlong(self, source: int, line: int, error: DataError) -> None:
         """A row is too long and the recipe says that this is an error."""
         self._overlong_count += 1
         if len(self._overlong) < ERRORS_SHOWN:
-            self._overlong.append(error)
+            self._overlong.append((source, error))
 
     def note_length(self, what: str, source: int, line: int, reason: str) -> None:
         """A row was `dropped`, `cut` or `split` for its length."""
@@ -115,6 +115,11 @@ class Ledger:
         if len(self.notes) < NOTES_KEPT:
             self.notes.append(Note(what, source, line, reason[:300]))
 
+    def sort(self) -> None:
+        """Puts notes and errors into the order of the rows: rows are read ahead of those that are made."""
+        self.notes.sort(key=lambda note: (note.source, note.line))
+        self._bad.sort(key=lambda placed: (placed[0], placed[1].line or 0))
+
     def judge(self) -> None:
         """Applies the recipe's rules once all rows are read.
 
@@ -124,18 +129,15 @@ class Ledger:
         """
         errors: list[LorafitError] = []
         count = 0
-        self.notes.sort(key=lambda note: (note.source, note.line))  # rows are read ahead of those that are made
-        order = {source.file: number for number, source in enumerate(self.sources)}
-        self._bad.sort(key=lambda error: (order.get(error.file or "", 0), error.line or 0))
         if self._bad_rows.policy == "error":
-            errors += self._bad
+            errors += [error for _, error in self._bad]
             count += sum(source.bad for source in self.sources)
         else:
             for number, source in enumerate(self.sources):
                 if source.bad > self._bad_rows.max_fraction * source.read:
                     errors.append(self._too_many(number))
                     count += 1
-        errors += self._overlong
+        errors += [error for _, error in self._overlong]
         count += self._overlong_count
         raise_first(errors, count, file=errors[0].file or "data" if errors else "data")
 
@@ -152,6 +154,9 @@ class Ledger:
             "sources": [asdict(source) for source in self.sources],
             "notes": [[note.what, note.source, note.line, note.reason] for note in self.notes],
             "seen": dict(self.seen),
+            "bad": [_plain(*placed) for placed in self._bad],
+            "overlong": [_plain(*placed) for placed in self._overlong],
+            "overlong_count": self._overlong_count,
         }
 
     @classmethod
@@ -163,4 +168,16 @@ class Ledger:
         ]
         ledger.notes = [Note(*note) for note in value["notes"]]
         ledger.seen = Counter(value["seen"])
+        ledger._bad = [_error(error, names) for error in value["bad"]]
+        ledger._overlong = [_error(error, names) for error in value["overlong"]]
+        ledger._overlong_count = int(value["overlong_count"])
         return ledger
+
+
+def _plain(source: int, error: DataError) -> list[Any]:
+    return [source, error.line, error.column, error.key, error.what, error.todo]
+
+
+def _error(value: list[Any], names: Sequence[str]) -> tuple[int, DataError]:
+    source, line, column, key, what, todo = value
+    return source, DataError(what, file=names[source], line=line, column=column, key=key, todo=todo)

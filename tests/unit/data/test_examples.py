@@ -727,3 +727,56 @@ def test_a_row_of_megabytes_is_refused_at_once(tmp_path: Path, prepare_rows: Pre
     began = time.perf_counter()
     assert "d.jsonl:1: over 128 tokens, max_length is 64" in str(failure(prepare_rows, train="d.jsonl", max_length=64))
     assert time.perf_counter() - began < 5  # all of its tokens take half a minute, and a gigabyte
+
+
+@pytest.mark.parametrize(
+    ("rows", "refused", "said", "mended"),
+    [
+        (
+            [
+                chat("a?", "b."),
+                {"messages": []},
+                {"messages": chat("a?", "")["messages"][:1]},
+                chat("c?", "d."),
+            ],
+            {},
+            ["2 errors", "d.jsonl:2"],
+            {"bad_rows": {"policy": "skip", "max_fraction": 0.5}},
+        ),
+        (
+            [chat("a?", "b."), {"messages": []}],
+            {"bad_rows": {"policy": "skip", "max_fraction": 0.1}},
+            ["1 of 2 rows are bad", "0.1"],
+            {"bad_rows": {"policy": "skip", "max_fraction": 0.5}},
+        ),
+        ([chat("a? " * 90, "b."), chat("c?", "d.")], {"max_length": 64}, ["d.jsonl:1", "max_length is 64"], None),
+        (
+            [chat("a? " * 90, "b.")] * 2,
+            {"max_length": 64, "overlength": "drop"},
+            ["no rows left: 2 of 2 are longer"],
+            None,
+        ),
+    ],
+)
+def test_a_pass_that_failed_is_not_made_again(
+    tmp_path: Path,
+    prepare_rows: Prepare,
+    listener: Listener,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[Any],
+    refused: dict[str, Any],
+    said: list[str],
+    mended: dict[str, Any] | None,
+) -> None:
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    first = failure(prepare_rows, train="d.jsonl", **refused)
+    assert all(part in str(first) for part in said) and "cache miss" in listener.infos[-1]
+
+    def encode_chunk(*_: Any) -> Any:
+        raise AssertionError("rows are prepared again")
+
+    monkeypatch.setattr(encoding.Encoder, "encode_chunk", encode_chunk)
+    again = failure(prepare_rows, train="d.jsonl", **refused)
+    assert again.to_json() == first.to_json() and type(again) is type(first) and "cache hit" in listener.infos[-1]
+    if mended is not None:  # the rule for bad rows decides what is said of them, and not what the others become
+        assert len(prepare_rows(train="d.jsonl", **mended).train) == sum(bool(row["messages"][1:]) for row in rows)

@@ -1,0 +1,78 @@
+"""What is said of prepared rows as a whole: shared rows, contradictions, what a recipe may have expected otherwise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.data.report import DataReport, SplitReport, describe_fates, find_contradictions, find_overlaps
+from lorafit.wording import counted
+
+if TYPE_CHECKING:
+    from lorafit.data.sample_renderer import Renderer
+    from lorafit.data.source import SampleSet
+    from lorafit.data.store import ExampleSet
+    from lorafit.recipe.schema import DataSection
+
+
+def finish_report(
+    reports: dict[str, SplitReport],
+    sets: dict[str, ExampleSet],
+    sources: dict[str, SampleSet],
+    data: DataSection,
+    renderer: Renderer,
+) -> DataReport:
+    """The report of all splits, with a sentence for each thing that somebody should know of before training.
+
+    Args:
+        reports: By split.
+        sets: The rows of these.
+        sources: What they were read from.
+        data: The recipe's section.
+        renderer: What rendered them.
+    """
+    overlaps = find_overlaps(sets)
+    warnings = []
+    for overlap in overlaps:
+        one, other = overlap.places[0]
+        warnings.append(
+            f"{overlap.rows} rows of {overlap.second} occur in {overlap.first} as well, the first at {other} and {one}"
+        )
+    contradictions = find_contradictions(sets["train"]) if "train" in sets else None
+    if contradictions is not None:
+        one, other = contradictions.places[0]
+        told = f"train: {counted(contradictions.prompts, 'question')} with different answers, e.g. {one} and {other}"
+        warnings.append(f"{told}: the model learns to guess between them; keep one answer each")
+    for split, report in reports.items():
+        warnings += describe_fates(split, report, data.max_length)
+        for what, count in sorted(report.seen.items()):
+            if not what.startswith("history: "):
+                warnings.append(f"{split}: {what} in {count} rows")
+    for samples in sources.values():
+        warnings += [warning for source in samples.sources for warning in source.warnings()]
+    warnings += _warn_of_verbatim(sources, data, renderer)
+    warnings += _warn_of_date(sources, renderer)
+    return DataReport(reports, overlaps, contradictions, tuple(warnings))
+
+
+def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer: Renderer) -> list[str]:
+    """What a recipe may expect of rows that go through no template."""
+    plain = {"text"} if data.chat_template is not None else {"text", "prompt_completion"}
+    found = {source.format: source.name for samples in sources.values() for source in samples.sources}
+    warnings = []
+    for kind in sorted(plain & found.keys()):
+        if data.system_prompt is not None:
+            warnings.append(f"{found[kind]}: rows of {kind} are verbatim: data.system_prompt is not used")
+        if kind == "prompt_completion" and renderer.template:
+            todo = "for chats map them, columns: {question: prompt, answer: completion}"
+            warnings.append(f"{found[kind]}: prompts and completions go through no chat template; {todo}")
+    return warnings
+
+
+def _warn_of_date(sources: dict[str, SampleSet], renderer: Renderer) -> list[str]:
+    """What the template writes of the present moment: the only thing in a run's rows that nobody gave it."""
+    written = renderer.written_date
+    first = (sample for samples in sources.values() for sample in samples.first_samples())
+    if written is None or not any(renderer.is_chat(sample) for sample in first):
+        return []
+    pinned = f"the chat template writes the date: pinned to {written} when the run begins, for its resumes and answers"
+    return [f"{pinned}; to train without, set data.chat_template to a copy without strftime_now"]
