@@ -19,7 +19,7 @@ from typing import Any
 
 from lorafit.dryrun import DryRun
 from lorafit.errors import ModelError
-from lorafit.model_shapes import read_shape
+from lorafit.model.class_shape import find_shape
 from lorafit.plan import MemoryQuestion
 from lorafit.plan.question import estimated_attention
 from lorafit.recipe.load import load_recipe
@@ -44,7 +44,7 @@ def compare(config: dict[str, Any], quantization: str, checkpointing: bool, toke
         file = Path(folder) / "recipe.yaml"
         file.write_text(RECIPE.format(quantization=quantization), encoding="utf-8")
         recipe = load_recipe(file).recipe
-    shape = read_shape(config)
+    shape = find_shape(config)
     longest = min(tokens, shape.max_positions)
     question = MemoryQuestion(recipe, shape, longest, longest, "bf16", estimated_attention(recipe, shape), "cuda")
     exact = DryRun(question, config, tokens, checkpointing).run()
@@ -53,6 +53,8 @@ def compare(config: dict[str, Any], quantization: str, checkpointing: bool, toke
 
 def cut(config: dict[str, Any], layers: int | None) -> dict[str, Any]:
     """The same model with fewer layers."""
+    if "text_config" in config:
+        return {**config, "text_config": cut(config["text_config"], layers)}
     changed = {key: min(layers, config[key]) for key in LAYER_KEYS if layers and key in config}
     if changed and "layer_types" in config:
         changed["layer_types"] = config["layer_types"][: layers or 0]
@@ -72,6 +74,8 @@ def main() -> None:
         if options.models and not any(part in file.stem for part in options.models):
             continue
         config = cut(json.loads(file.read_text(encoding="utf-8"))["config"], options.layers)
+        if "quantization_config" in config:
+            continue
         for quantization in ("none", "nf4"):
             for checkpointing in (False, True):
                 began = time.perf_counter()

@@ -25,7 +25,8 @@ from lorafit.errors import LorafitError
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory.estimate import ALLOCATOR_FACTOR, CONTEXT_BYTES, step_phases
 from lorafit.memory.work import Numerics, Work
-from lorafit.model_shapes import known_config, read_shape
+from lorafit.model.class_shape import find_shape
+from lorafit.model_shapes import known_config
 from lorafit.shapes import LinearShape, ModelShape
 from lorafit.shipped import shipped
 
@@ -156,7 +157,7 @@ def shape_of(row: dict[str, str]) -> ModelShape:
     config = known_config(model_id) or _find_config(model_id)
     if config is None:
         raise UndescribedError(f"no shape of {model_id}" if model_id else "names no model")
-    shape = replace(read_shape(config), plain_head=True, hidden_dropout=0.0, attention_dropout=0.0)
+    shape = replace(find_shape(config), plain_head=True, hidden_dropout=0.0, attention_dropout=0.0)
     said = row.get("params_b", "").strip()
     if said and abs(number(row, "params_b") * 1e9 / shape.total_parameters - 1) > 0.05:
         known = shape.total_parameters / 1e9

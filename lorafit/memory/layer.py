@@ -277,6 +277,8 @@ def _activation(shape: ModelShape, work: Work) -> list[Operation]:
     elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one
         kept = (4 + 4 + 4 + c if n.wide_on_gpu else 4 * c) * inner
         backward = (c + 3 * (4 if n.wide_on_gpu else c)) * inner  # the result's gradient, and three on its way back
+    elif shape.activation == "xielu":  # in torch's own operations: its input, two results, where it is positive
+        kept, backward = (3 * c + 1) * inner, 3 * c * inner
     else:  # gelu keeps its input, relu its result
         kept, backward = c * inner, 2 * c * inner
     moments += [Moment("forward", c * inner), Moment("backward", backward)]

@@ -49,6 +49,20 @@ def offer_attention(name: str, model: Any) -> None:
         )
 
 
+def set_attention(model: Any, name: str) -> None:
+    """Switches the attention of a transformers model; of one with towers that do not know it, the language model's.
+
+    Raises:
+        ValueError: The language model does not know it either.
+    """
+    try:
+        model.set_attn_implementation(name)
+    except ValueError:
+        if "text_config" not in model.config.sub_configs:
+            raise
+        model.set_attn_implementation({"text_config": name})
+
+
 def _attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

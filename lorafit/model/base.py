@@ -225,16 +225,22 @@ def load_config(folder: Path) -> dict[str, Any]:
         raise ModelError("names no model_type", file=str(file), todo="get the whole model")
     refuse_foreign_code(config, file)
     check_sizes(config, str(file))
-    if config.get("quantization_config"):
-        settings = config["quantization_config"]
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "by no method we know"
-        raise ModelError(
-            f"the weights are quantised already ({method})",
-            file=str(file),
-            key="quantization_config",
-            todo="use the model's original weights as base; model.quantization quantises them",
-        )
+    _refuse_quantised(config, str(file))
     return config
+
+
+def _refuse_quantised(config: dict[str, Any], file: str) -> None:
+    settings = config.get("quantization_config")
+    if not settings:
+        return
+    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "by no method we know"
+    copies = ", e.g. unsloth/gpt-oss-20b-BF16" if config["model_type"] == "gpt_oss" else ""
+    raise ModelError(
+        f"the weights are quantised already ({method})",
+        file=file,
+        key="quantization_config",
+        todo=f"use the model's original weights, or a copy in 16 bits{copies}; model.quantization quantises them",
+    )
 
 
 def refuse_foreign_code(value: Any, file: Path, key: str = "") -> None:
@@ -364,6 +370,7 @@ def _hub_config(model: ModelSection) -> dict[str, Any]:
     if isinstance(cached, str):
         return load_config(Path(cached).parent)
     if model.revision is None and (config := known_config(model.base)) is not None:
+        _refuse_quantised(config, f"{model.base}/{CONFIG}")
         return config
     try:
         file = fetch_file(Repo(model.base, "model", model.revision), CONFIG)

@@ -25,9 +25,14 @@ _ROLES = {
     "o": ("o_proj", "out_proj", "dense", "wo"),
     "gate": ("gate_proj", "w1"),
     "up": ("up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "w3"),
-    "gate_up": ("gate_up_proj",),
-    "down": ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "c_proj"),
+    "gate_up": ("gate_up_proj", "input_linear"),
+    "down": ("down_proj", "output_linear", "fc2", "fc_out", "dense_4h_to_h", "w2", "c_proj"),
 }
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_CHOSEN_COUNTS = ("num_experts_per_tok", "top_k_experts")
+_QUERY_NORMS = ("q_norm", "query_layernorm")
+_EXPERT_SIZES = ("moe_intermediate_size", "intermediate_size")
 
 
 def find_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -68,15 +73,16 @@ def read_class_shape(config: Mapping[str, Any], task_class: str = "AutoModelForC
     hidden = _number(text, "hidden_size", embeddings.weight.shape[1])
     heads = _number(text, "num_attention_heads", 1)
     inner = max((x.in_features for x in linears if x.role == "down"), default=4 * hidden)
-    roles = {linear.role for linear in linears}
+    roles, language = {linear.role for linear in linears}, text_part(model) or model
+    kv_heads, head_dim = _head_sizes(text, linears, heads, hidden)
     return ModelShape(
         model_type=str(settings.model_type),
         hidden_size=hidden,
         intermediate_size=inner,
         layers=_number(text, "num_hidden_layers", 1),
         heads=heads,
-        kv_heads=_number(text, "num_key_value_heads", heads),
-        head_dim=_number(text, "head_dim", max(hidden // heads, 1)),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         vocabulary=embeddings.weight.shape[0],
         max_positions=_number(text, "max_position_embeddings", 2048),
         tied_embeddings=tied,
@@ -86,15 +92,68 @@ def read_class_shape(config: Mapping[str, Any], task_class: str = "AutoModelForC
         other_parameters=total - inside - outside,
         gated_mlp=bool(roles & {"gate", "gate_up"}),
         expert_parameters=experts,
-        experts=(_number(text, "num_local_experts", 0) or _number(text, "num_experts", 0)) if experts else 0,
-        experts_per_token=_number(text, "num_experts_per_tok", 2) if experts else 0,
-        expert_size=_number(text, "moe_intermediate_size", inner) if experts else 0,
+        experts=_first_number(text, _EXPERT_COUNTS, 0) if experts else 0,
+        experts_per_token=_first_number(text, _CHOSEN_COUNTS, 2) if experts else 0,
+        expert_size=_first_number(text, _EXPERT_SIZES, inner) if experts else 0,
+        norms_per_layer=_norms_per_layer(language, hidden),
+        qk_norm=any(name.endswith(_QUERY_NORMS) for name, _ in language.named_modules()),
+        activation=_activation(text),
         plain_norm=not str(settings.model_type).startswith("gemma"),
-        plain_head=getattr(text, "final_logit_softcapping", None) is None,
+        plain_head=_has_plain_head(text),
+        hidden_dropout=_share(text, "residual_dropout"),
+        attention_dropout=_share(text, "attention_dropout"),
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         no_sdpa=not model._supports_sdpa,
         beside=beside,
+        scanning_layers=_scanning_layers(language),
     )
+
+
+def _head_sizes(text: Any, linears: tuple[LinearShape, ...], heads: int, hidden: int) -> tuple[int, int]:
+    """Heads of keys and values, and a head's size; where those differ by layer, of a layer as wide as the mean."""
+    widths = {role: [(x.out_features, x.count) for x in linears if x.role == role] for role in ("q", "k")}
+    if len({width for width, _ in widths["q"]}) > 1 and widths["k"]:
+        query, key = (sum(w * n for w, n in found) / sum(n for _, n in found) for found in widths.values())
+        head_dim = max(round(query / heads), 1)
+        return min(max(round(key / head_dim), 1), heads), head_dim
+    return _number(text, "num_key_value_heads", heads), _number(text, "head_dim", max(hidden // heads, 1))
+
+
+def _layer_list(model: Any) -> Any:
+    """The decoder layers of a language model: the longest list of modules that it has."""
+    import torch
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=())
+
+
+def _norms_per_layer(model: Any, hidden: int) -> int:
+    """Norms over the stream in the layer that has most: 1, 2 or 4."""
+    counts = [
+        sum("norm" in name.lower() and part.weight.shape == (hidden,)
+            for name, part in layer.named_children() if getattr(part, "weight", None) is not None)
+        for layer in _layer_list(model)
+    ]  # fmt: skip
+    most = max(counts, default=2)
+    return 4 if most >= 4 else min(most, 2) or 2
+
+
+def _scanning_layers(model: Any) -> int:
+    """Layers that carry a state along the row: Mamba, linear attention. Each begins with a convolution."""
+    import torch
+
+    return sum(any(isinstance(part, torch.nn.Conv1d) for part in layer.modules()) for layer in _layer_list(model))
+
+
+def _activation(text: Any) -> str:
+    named = (getattr(text, key, None) for key in ("hidden_act", "hidden_activation", "activation_function"))
+    return next((name for name in named if isinstance(name, str)), "silu")
+
+
+def _has_plain_head(text: Any) -> bool:
+    """Whether the logits are the head's product itself, neither capped nor scaled."""
+    scales = [getattr(text, key, None) for key in ("logits_scaling", "logit_scale")]
+    return getattr(text, "final_logit_softcapping", None) is None and all(scale in (None, 1) for scale in scales)
 
 
 def _linear_shapes(model: Any) -> tuple[LinearShape, ...]:
@@ -175,3 +234,14 @@ def _number(config: Any, key: str, default: int) -> int:
     except (AttributeError, ValueError, RuntimeError):
         return default
     return value if isinstance(value, int) and value > 0 else default
+
+
+def _share(config: Any, key: str) -> float:
+    """A dropout of a config; 0 where it has none."""
+    value = getattr(config, key, None)
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else 0.0
+
+
+def _first_number(config: Any, keys: tuple[str, ...], default: int) -> int:
+    """The first of the keys that holds one."""
+    return next((found for key in keys if (found := _number(config, key, 0))), default)

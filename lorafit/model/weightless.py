@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Silent
 from lorafit.kinds.quantizations import quantizations
-from lorafit.model.attention import register_fused_attention
+from lorafit.model.attention import register_fused_attention, set_attention
 from lorafit.model.classes import build_empty, find_auto_class, read_settings
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import FOUR_BIT_KINDS, leave_narrow, unquantised_names
@@ -53,9 +53,9 @@ def build_weightless(
     kind = quantizations.get(quantization.kind)
     with quiet_libraries():
         register_fused_attention()
-        model = build_empty(
-            read_settings(config), find_auto_class(config, auto_class), dtype=dtype, attn_implementation=attention
-        )
+        model = build_empty(read_settings(config), find_auto_class(config, auto_class), dtype=dtype)
+        if model._can_set_attn_implementation():
+            set_attention(model, attention)
         plain = unquantised_names(model)
         if quantization.kind in FOUR_BIT_KINDS and device_kind == "cpu":
             plain += leave_narrow(model, Silent())

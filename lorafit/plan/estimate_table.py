@@ -83,6 +83,12 @@ def _head(estimate: RecipeEstimate) -> Iterator[str]:
         yield f"gradient_checkpointing is auto: on where a card needs it (--gpu), {needed} in all"
     if facts is None:
         yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
+    shape = estimate.question.shape
+    if shape.scanning_layers and estimate.exact is None:
+        yield (
+            f"too low: {shape.scanning_layers} of {shape.layers} layers carry a state along the row (Mamba, linear "
+            "attention), which is not counted here; --exact counts it"
+        )
     if memory.unquantized_expert_bytes:
         yield f"{format_bytes(memory.unquantized_expert_bytes)} of weights are experts, which no quantisation reaches"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafit.data.batch import collate
-from lorafit.model.attention import FUSED_ATTENTION
+from lorafit.model.attention import FUSED_ATTENTION, set_attention
 from lorafit.objective import choose_probe
 from lorafit.ops.distance import ROUNDING, logits_distance
 from lorafit.ops.rng import preserved_rng
@@ -48,7 +48,7 @@ class AttentionProbe:
     @torch.no_grad()
     def logits(self, name: str) -> torch.Tensor:
         """[labels, vocabulary], in eval mode."""
-        self.objective.base.set_attn_implementation(name)
+        set_attention(self.objective.base, name)
         self.objective.eval()
         return self.objective.labelled_logits(self._batch())
 
@@ -58,7 +58,7 @@ class AttentionProbe:
 
     def _gradients(self, name: str) -> torch.Tensor:
         """Of the row's loss in training mode, all behind each other, fp64; dropout is drawn alike each time."""
-        self.objective.base.set_attn_implementation(name)
+        set_attention(self.objective.base, name)
         self.objective.train()
         with preserved_rng():
             loss_sum, _, _ = self.objective(self._batch())

@@ -27,7 +27,7 @@ import torch
 from lorafit.data.batch import collate
 from lorafit.data.packing import Cutter, collate_packed
 from lorafit.errors import NumericsError
-from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, takes_fused_attention
+from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, set_attention, takes_fused_attention
 from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.rng import preserved_rng
 from lorafit.trainer.abreast import abreast_of, threads_abreast, time_micro_batches
@@ -158,7 +158,7 @@ class Rehearsal:
             NumericsError: Packing is asked for, and documents in a row see each other under this implementation.
         """
         register_fused_attention()
-        self.objective.base.set_attn_implementation(name)
+        set_attention(self.objective.base, name)
         self._attention = name
         if self.packing:
             rows = [self.examples[row] for row in (0, min(1, len(self.examples) - 1))]

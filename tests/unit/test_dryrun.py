@@ -17,9 +17,10 @@ from lorafit.contracts import Batch
 from lorafit.dryrun import DryRun, ExactEstimate
 from lorafit.errors import ModelError
 from lorafit.kinds.optimizers import optimizers
+from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import attach_adapter, enable_checkpointing
-from lorafit.model_shapes import known_config, read_shape
+from lorafit.model_shapes import known_config
 from lorafit.objective import Objective
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.plan import MemoryQuestion
@@ -40,7 +41,7 @@ def ask(
     file.write_text("name: x\nmodel: {base: x}\ndata: {train: [{path: x.jsonl}]}\noutput: x\n", encoding="utf-8")
     overrides = {"training__optimizer": "adamw", "model__quantization": "none", "adapter__dropout": 0.05, **changes}
     recipe = load_recipe(file, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]).recipe
-    shape = read_shape(config)
+    shape = find_shape(config)
     dtype = "bf16" if recipe.model.dtype == "auto" else recipe.model.dtype
     attention = estimated_attention(recipe, shape)
     question = MemoryQuestion(recipe, shape, tokens, tokens - 1, dtype, attention, device_kind)
@@ -140,6 +141,32 @@ def test_closed_form_meets_the_dry_run(model: str, quantization: str, device_kin
         closed = question.at(2 * 1024, checkpointing).tensor_bytes
         within = 0.05 if "lama" in model or "Qwen" in model else 0.10
         assert closed == pytest.approx(exact(question, config, checkpointing).tensor_bytes, rel=within)
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["allenai/Olmo-3-1025-7B", "swiss-ai/Apertus-8B-2509", "google/gemma-3-4b-pt", "google/gemma-4-31B",
+     "google/gemma-4-26B-A4B", "mistralai/Ministral-3-8B-Base-2512", "zai-org/GLM-4.5-Air"],
+)  # fmt: skip
+def test_closed_form_of_models_read_from_their_classes(model: str, tmp_path: Path) -> None:
+    """Cut to six layers: Gemma's last of them looks at the whole row."""
+    config = known_config(model) or {}
+    text = config.get("text_config", config)
+    text |= {"num_hidden_layers": 6} | ({"layer_types": text["layer_types"][:6]} if "layer_types" in text else {})
+    question = ask(config, tmp_path, device_kind="cuda", tokens=1024, model__quantization="nf4")
+    for checkpointing in (False, True):
+        closed = question.at(2 * 1024, checkpointing).tensor_bytes
+        assert closed == pytest.approx(exact(question, config, checkpointing).tensor_bytes, rel=0.05)
+
+
+def test_a_tower_that_knows_no_sdpa_keeps_its_own_attention(tmp_path: Path) -> None:
+    """Gemma 4's for sounds."""
+    config = known_config("google/gemma-4-E2B") or {}
+    text = config["text_config"]
+    sizes = {"num_hidden_layers": 10, "num_kv_shared_layers": 5, "layer_types": text["layer_types"][:10]}
+    question = ask({**config, "text_config": {**text, **sizes}}, tmp_path, device_kind="cuda")
+    assert question.attention == "sdpa"
+    assert exact(question, {**config, "text_config": {**text, **sizes}}, True).tensor_bytes > 2**30
 
 
 @pytest.mark.parametrize("device_kind", ["cpu", "cuda"])

@@ -9,6 +9,7 @@ import pytest
 
 from lorafit.errors import ModelError
 from lorafit.model.class_shape import find_shape, read_class_shape
+from lorafit.model.classes import build_empty, build_whole, read_settings
 from lorafit.model_shapes import known_config, known_families, read_shape
 from lorafit.shipped import shipped
 
@@ -44,8 +45,7 @@ def class_parameters(config: dict[str, Any]) -> int:
     import torch
     import transformers
 
-    values = dict(config)
-    settings = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    settings = read_settings(config)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(settings)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -54,11 +54,47 @@ def class_parameters(config: dict[str, Any]) -> int:
 @pytest.mark.parametrize("name", FACTS)
 def test_totals_are_the_published_counts(name: str) -> None:
     facts = FACTS[name]
-    total, published = read_shape(facts["config"]).total_parameters, facts["published_parameters"]
+    total = find_shape(facts["config"]).total_parameters + sum(facts.get("published_beside", {}).values())
+    published = facts["published_parameters"]
     if facts.get("published_rounded"):  # where the hub's page shows three digits
         assert abs(total / published - 1) < 0.002
     else:
         assert total == published
+
+
+SAVED_BUFFERS = ("layer_scalar", "std_bias", "std_scale", "e_score_correction_bias")
+
+
+def part_of_the_files(part: str, config: dict[str, Any]) -> int:
+    """What published files hold beside the parameters of the model that is trained."""
+    text: dict[str, Any] = config.get("text_config", config)
+    hidden, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
+    if part == "towers":  # where the class trains text alone
+        whole = build_whole(read_settings(config))
+        return int(sum(parameter.numel() for parameter in whole.parameters())) - class_parameters(config)
+    if part == "buffers":
+        model = build_empty(read_settings(config), "AutoModelForCausalLM")
+        return int(sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(SAVED_BUFFERS)))
+    if part == "shared_kv":  # projections, and a norm, of layers that take keys and values from below
+        kinds = text["layer_types"][layers - text["num_kv_shared_layers"] :]
+        sizes = [int(text["global_head_dim" if kind == "full_attention" else "head_dim"]) for kind in kinds]
+        return sum(2 * int(text["num_key_value_heads"]) * size * hidden + size for size in sizes)
+    if part == "fp8_scales":  # of what each linear multiplies: weights and input
+        return 2 * 7 * layers
+    assert part == "mtp"  # one layer more, for the token after the next: two norms and a product before it, one behind
+    beside = 2 * hidden * hidden + 3 * hidden
+    if text["model_type"] == "glm4_moe":  # with embeddings, head and buffer of its own
+        beside += 2 * int(text["vocab_size"]) * hidden + int(text["n_routed_experts"])
+        return beside + class_parameters(text) - class_parameters({**text, "num_hidden_layers": layers - 1})
+    few = [{**text, "layer_types": ["full_attention"] * count, "num_hidden_layers": count} for count in (1, 2)]
+    return beside + class_parameters(few[1]) - class_parameters(few[0])
+
+
+@pytest.mark.parametrize("name", [name for name, facts in FACTS.items() if "published_beside" in facts])
+def test_what_files_hold_beside_is_accounted_for(name: str) -> None:
+    facts = FACTS[name]
+    for part, count in facts["published_beside"].items():
+        assert part_of_the_files(part, facts["config"]) == count, part
 
 
 def test_known_totals_and_what_is_known() -> None:
@@ -68,16 +104,33 @@ def test_known_totals_and_what_is_known() -> None:
     assert read_shape(config).head_parameters == 0
     assert known_config("meta-llama/llama-3.1-8b-instruct") == known_config("meta-llama/Llama-3.1-8B")
     assert known_config("nobody/nothing") is None
-    assert len(FACTS) >= 25
-    assert {"gpt2", "opt", "falcon", "mixtral", "gemma2", "gemma3_text", "phi3", "qwen3"} <= {
-        facts["config"]["model_type"] for facts in FACTS.values()
-    }
+    assert len(FACTS) >= 120
+    assert {
+        "gpt2",
+        "opt",
+        "falcon",
+        "mixtral",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "qwen3",
+        "gemma4",
+        "apertus",
+        "seed_oss",
+        "gpt_oss",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "smollm3",
+        "granitemoehybrid",
+        "mistral3",
+    } <= {facts["config"]["model_type"] for facts in FACTS.values()}
 
 
 def test_totals_are_those_of_the_classes() -> None:
     """One shipped model of each family, its smallest, and configs with what those leave out."""
     smallest: dict[str, dict[str, Any]] = {}
-    for facts in sorted(FACTS.values(), key=lambda facts: facts["published_parameters"]):
+    known = [facts for facts in FACTS.values() if facts["config"]["model_type"] in known_families()]
+    for facts in sorted(known, key=lambda facts: facts["published_parameters"]):
         smallest.setdefault(facts["config"]["model_type"], facts["config"])
     for config in [*smallest.values(), *TINY]:
         assert read_shape(config).total_parameters == class_parameters(config), config
@@ -127,3 +180,39 @@ def test_a_bad_config_names_what_is_wrong(config: dict[str, Any], said: str) -> 
         read_shape(config)
     assert said in str(caught.value)
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("unsloth--gpt-oss-20b-BF16", {"experts": 32, "experts_per_token": 4, "expert_size": 2880, "no_sdpa": True}),
+        ("google--gemma-4-26B-A4B", {"experts": 128, "experts_per_token": 8, "expert_size": 704}),
+        ("ibm-granite--granite-4.0-h-small",
+         {"experts": 72, "experts_per_token": 10, "expert_size": 768, "scanning_layers": 36, "plain_head": False}),
+        ("zai-org--GLM-4.5-Air", {"experts": 128, "experts_per_token": 8, "expert_size": 1408}),
+        # 50 layers of 32 heads of 256 over 16, 10 of 512 over 4: widths 8192 and 4096, 16384 and 2048
+        ("google--gemma-4-31B", {"heads": 32, "head_dim": 299, "kv_heads": 13, "norms_per_layer": 4, "qk_norm": True}),
+        ("google--gemma-3-4b-pt", {"head_dim": 256, "kv_heads": 4, "norms_per_layer": 4, "qk_norm": True,
+                                   "activation": "gelu_pytorch_tanh", "plain_norm": False}),
+        ("allenai--Olmo-3-1025-7B", {"norms_per_layer": 2, "qk_norm": True}),
+        ("ByteDance-Seed--Seed-OSS-36B-Base", {"hidden_dropout": 0.1, "attention_dropout": 0.1, "norms_per_layer": 2}),
+        ("swiss-ai--Apertus-8B-2509", {"activation": "xielu", "gated_mlp": False, "qk_norm": True}),
+        ("Qwen--Qwen3.5-4B", {"scanning_layers": 24, "layers": 32}),
+        ("mistralai--Mistral-Small-3.1-24B-Base-2503", {"scanning_layers": 0, "plain_head": True}),
+    ],
+)  # fmt: skip
+def test_what_a_class_tells_of_its_layers(name: str, facts: dict[str, Any]) -> None:
+    shape = find_shape(FACTS[name]["config"])
+    assert {key: getattr(shape, key) for key in facts} == facts
+
+
+def test_the_facts_of_a_class_are_those_of_the_arithmetic() -> None:
+    """Of families that are known both ways."""
+    names = ("Qwen--Qwen3-0.6B", "google--gemma-3-1b-pt", "allenai--OLMo-2-1124-7B", "mistralai--Mixtral-8x7B-v0.1",
+             "HuggingFaceTB--SmolLM3-3B", "ibm-granite--granite-3.3-2b-base")  # fmt: skip
+    for name in names:
+        config = FACTS[name]["config"]
+        ours, theirs = read_shape(config), read_class_shape(config)
+        for key in ("norms_per_layer", "qk_norm", "activation", "head_dim", "kv_heads", "experts", "experts_per_token",
+                    "expert_size", "plain_head", "plain_norm", "scanning_layers", "attention_dropout"):  # fmt: skip
+            assert getattr(ours, key) == getattr(theirs, key), (name, key)

@@ -113,6 +113,13 @@ def test_quantised_bases_are_refused(tmp_path: Path) -> None:
         resolve("m", tmp_path)
 
 
+def test_a_quantised_base_is_refused_without_a_hub_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"quantised already \(mxfp4\).*unsloth/gpt-oss-20b-BF16"):
+        read_config(section("openai/gpt-oss-20b"), tmp_path)
+    assert read_config(section("unsloth/gpt-oss-20b-BF16"), tmp_path)["num_local_experts"] == 32
+
+
 def write_gguf(file: Path, *, architecture: str = "llama") -> Path:
     """A one-layer GGUF llama in F16 with a byte-sized vocabulary."""
     torch.manual_seed(0)

@@ -321,3 +321,10 @@ def test_the_cheapest_switches_are_enough(size: int, keys: list[str]) -> None:
     key, _, longest = flags[-1].partition("=")
     if key == "data.max_length":
         assert not estimated([*flags[:-1], f"{key}={int(longest) + 1}"]).fits
+
+
+def test_layers_that_the_closed_form_does_not_count_are_named() -> None:
+    said = "too low: 36 of 48 layers carry a state along the row (Mamba, linear attention)"
+    scanning = replace(shape_of(), layers=48, scanning_layers=36)
+    assert said in shown(estimate_recipe(recipe(), scanning), width=200)
+    assert said not in shown(estimate_recipe(recipe(), shape_of()), width=200)
