@@ -339,14 +339,22 @@ def preview(
     recipe: RecipeFile,
     overrides: Overrides = None,
     rows: Annotated[
-        int | None, typer.Option(metavar="ROWS", min=0, help="Rows to show: 3, or all of them with --json.")
+        int | None,
+        typer.Option(
+            metavar="ROWS",
+            min=0,
+            help="Rows to show; of many, only the first are counted then. Without: 3, or all with --json.",
+        ),
     ] = None,
 ) -> None:
     """Rows as the model will see them: trained, cut, dropped."""
     from lorafit import pipeline
 
     shown = rows if rows is not None or session.json else 3
-    session.result(pipeline.preview(recipe, overrides=overrides or [], rows=shown, reporter=session.reporter))
+    found = pipeline.preview(
+        recipe, overrides=overrides or [], rows=shown, counts_all=not rows, reporter=session.reporter
+    )
+    session.result(found)
 
 
 for _entry in app.registered_commands:  # the list of commands wraps what is said so, and cuts what is not

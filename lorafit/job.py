@@ -137,7 +137,13 @@ class Job:
         return {**self.facts(), "base": base, "template_date": self.renderer.template_date}
 
 
-def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = None, commit: str | None = None) -> Job:
+def open_job(
+    loaded: LoadedRecipe,
+    reporter: Reporter,
+    now: datetime | None = None,
+    commit: str | None = None,
+    glance: int | None = None,
+) -> Job:
     """Opens a recipe. Files of rows are looked for before anything heavy starts.
 
     Args:
@@ -145,6 +151,7 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
         reporter: Gets progress and warnings.
         now: The moment that a run took for the present one when it began; this minute where None.
         commit: Of the base on the hub, which a run began with; what the recipe's revision means by now where None.
+        glance: Enough to prepare so many rows of each split, for who only looks at them; all where None.
 
     Raises:
         DataError: Files or rows are bad.
@@ -164,7 +171,7 @@ def open_job(loaded: LoadedRecipe, reporter: Reporter, now: datetime | None = No
     shape = find_shape(base.config)
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
-    rows = prepare_rows(loaded, renderer, shape, reporter)
+    rows = prepare_rows(loaded, renderer, shape, reporter, glance=glance)
     return Job(loaded, base, shape, tokenizer, renderer, rows, read_device())
 
 
@@ -174,6 +181,7 @@ def prepare_rows(
     shape: ModelShape,
     reporter: Reporter,
     only: Collection[str] | None = None,
+    glance: int | None = None,
 ) -> Prepared:
     """The recipe's rows as tokens, every one of which the model has a row for.
 
@@ -183,6 +191,7 @@ def prepare_rows(
         shape: The model's.
         reporter: Gets progress and warnings.
         only: The splits that are wanted; all where None.
+        glance: Enough to prepare so many rows of each split; all where None.
 
     Raises:
         DataError: Files or rows are bad.
@@ -204,6 +213,7 @@ def prepare_rows(
             reporter=reporter,
             retention=recipe.evaluation.retention,
             only=only,
+            glance=glance,
         )
     except LorafitError as error:
         if error.file is None and (error.key or "").startswith("data."):  # the recipe's fault and no row's

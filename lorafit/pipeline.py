@@ -56,13 +56,23 @@ def preview(
     *,
     overrides: Sequence[str] = (),
     rows: int | None = 3,
+    counts_all: bool = True,
     reporter: Reporter | None = None,
 ) -> Preview:
-    """Rows as the model will see them; all of them where `rows` is None."""
+    """Rows as the model will see them.
+
+    Args:
+        recipe: Its file, or its values as the YAML would hold them.
+        overrides: `KEY=VALUE` flags over it.
+        rows: How many to show; all of them where None.
+        counts_all: Prepare and count all rows; else of many only the first of each source.
+        reporter: Gets progress and warnings; silent where None.
+    """
     from lorafit.data import preview as room
     from lorafit.recipe.load import load_recipe
 
-    job = open_job(load_recipe(recipe, overrides), reporter or Silent())
+    glance = None if counts_all else rows
+    job = open_job(load_recipe(recipe, overrides), reporter or Silent(), glance=glance)
     return room.preview(job.rows, job.renderer, rows)
 
 

@@ -7,6 +7,7 @@ data.validation, data.test, evaluation.retention ──> a store each
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -27,7 +28,7 @@ from lorafit.data.report import DataReport, report_split
 from lorafit.data.sample_renderer import Renderer, build_renderer
 from lorafit.data.source import SampleSet, read_sources
 from lorafit.data.store import ExampleSet, StoreWriter, is_sound
-from lorafit.errors import DataError
+from lorafit.errors import DataError, Problems
 from lorafit.recipe.schema import ValidationFraction
 from lorafit.shapes import DatasetFacts
 from lorafit.strict_json import read_json_file
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["ExampleSet", "Prepared", "Renderer", "build_renderer", "prepare"]
 
 _REPORT = "report.json"
+_GLANCE_ROWS = 256  # prepared in a second, and enough to see what rows are like
 _FRACTION_KEY = 3  # tells this draw of the seed from the orders of epochs
 
 
@@ -130,6 +132,7 @@ def prepare(
     reporter: Reporter,
     retention: Sequence[SourceSection] | None = None,
     only: Collection[str] | None = None,
+    glance: int | None = None,
 ) -> Prepared:
     """Prepares every split of a recipe, or takes it from the cache.
 
@@ -144,6 +147,8 @@ def prepare(
         retention: Sources of `evaluation.retention`.
         only: Splits that are wanted, where not all are: files of others are not opened. Rows that are held out of the
             training rows need those.
+        glance: Enough to look at so many rows of each split: where many are not prepared yet, only the first of each
+            source are; none are held out then, and the digest is not that of a training.
 
     Raises:
         DataError: Rows or files are bad, too long, or none are left.
@@ -168,13 +173,19 @@ def prepare(
     sets: dict[str, ExampleSet] = {}
     ledgers: dict[str, Ledger] = {}
     said: dict[str, str] = {}
-    for split, samples in sources.items():
+    partial: dict[str, int] = {}
+    for split, samples in list(sources.items()):
         preparation = _Preparation(split, samples, data, encoder, cache, reporter)
+        if glance is not None and (few := preparation.first(glance)) is not None:
+            with contextlib.suppress(DataError, Problems):  # said of all rows, not of a few
+                sets[split], ledgers[split], said[split] = few.run()
+                sources[split], partial[split] = few.samples, samples.guess_rows()
+                continue
         sets[split], ledgers[split], said[split] = preparation.run()
-    if held_out and "train" in sets:
+    if held_out and "train" in sets and "train" not in partial:
         sets["train"], sets["validation"] = hold_out(sets["train"], held_out.fraction, seed)
         said["validation"] = said["train"]
-    reports = {split: report_split(sets[split], ledgers.get(split), said[split]) for split in sets}
+    reports = {split: report_split(sets[split], ledgers.get(split), said[split], partial.get(split)) for split in sets}
     report = finish_report(reports, sets, sources, data, renderer)
     for warning in report.warnings:
         reporter.warn(warning)
@@ -212,10 +223,19 @@ class _Preparation:
     encoder: Encoder
     cache: PreparedCache
     reporter: Reporter
+    is_partial: bool = False
+
+    def first(self, rows: int) -> _Preparation | None:
+        """The preparation of the first rows of each source; None where all are prepared already, or are few."""
+        if self.samples.guess_rows() <= 2 * _GLANCE_ROWS or self.cache.find(self._parts(), "").hit:
+            return None
+        most = max(rows, _GLANCE_ROWS // len(self.samples.sources), 1)
+        return replace(self, samples=self.samples.first(most), is_partial=True)
 
     def run(self) -> tuple[ExampleSet, Ledger, str]:
         """The rows, what was counted, and what the cache said."""
-        place = json.dumps([self.split, [source.place for source in self.samples.sources]])
+        where = [self.split, [source.place for source in self.samples.sources]]
+        place = json.dumps([*where, "first rows"] if self.is_partial else where)
         parts = self._parts()
         names = [source.name for source in self.samples.sources]
         spoken = {_data_part(number): f"data of {name}" for number, name in enumerate(names)}
@@ -267,7 +287,7 @@ class _Preparation:
         return {**parts, "task": getattr(encode, "__qualname__", repr(encode)), "code": code_version()}
 
     def _build(self, target: Path) -> None:
-        guess = sum(source.guess_rows() for source in self.samples.sources)
+        guess = self.samples.guess_rows()
         ledger = self.samples.new_ledger()
         with self.cache.build(target) as folder:
             with StoreWriter(folder) as writer, self.reporter.track(guess, f"preparing {self.split} rows") as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorafit.data.report import DataReport, SplitReport, describe_fates, find_contradictions, find_overlaps
+from lorafit.recipe.schema import ValidationFraction
 from lorafit.wording import counted
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def finish_report(
         renderer: What rendered them.
     """
     overlaps = find_overlaps(sets)
-    warnings = []
+    warnings = [_warn_of_glance(split, report, data) for split, report in reports.items() if report.of_rows is not None]
     for overlap in overlaps:
         one, other = overlap.places[0]
         warnings.append(
@@ -52,6 +53,15 @@ def finish_report(
     warnings += _warn_of_verbatim(sources, data, renderer)
     warnings += _warn_of_date(sources, renderer)
     return DataReport(reports, overlaps, contradictions, tuple(warnings))
+
+
+def _warn_of_glance(split: str, report: SplitReport, data: DataSection) -> str:
+    """That only a part was looked at, and what shows with all of it."""
+    read = counted(sum(counts.read for counts in report.sources), "row")
+    draws = split == "train" and isinstance(data.validation, ValidationFraction)
+    shows = "counts all, and draws those that are held out" if draws else "counts all"
+    some = f"{split}: only the first {read} of about {report.of_rows:,} are prepared and counted"
+    return f"{some}; lorafit preview without --rows {shows}"
 
 
 def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer: Renderer) -> list[str]:

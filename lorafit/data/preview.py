@@ -78,10 +78,16 @@ class Preview(Printed):
     rows: list[PreviewRow]
     prepared: Prepared
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows were prepared and counted."""
+        return all(part.of_rows is None for part in self.prepared.report.splits.values())
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         report = self.prepared.report.to_json()
-        return {"rows": [row.to_json() for row in self.rows], "report": report, "digest": self.prepared.digest}
+        digest = self.prepared.digest if self.is_whole else None
+        return {"rows": [row.to_json() for row in self.rows], "report": report, "digest": digest}
 
     def render(self, console: Console) -> None:
         """Prints rows and report."""
@@ -95,7 +101,8 @@ class Preview(Printed):
             places = ", ".join(f"{other} = {one}" for one, other in overlap.places[:3])
             occurs = f"{counted(overlap.rows, 'row')} of {overlap.second} {'occurs' if overlap.rows == 1 else 'occur'}"
             _say(console, f"{occurs} in {overlap.first} as well: {places}")
-        _say(console, f"tokens that carry loss: {report.trained_share:.1%} of the training tokens")
+        of_what = "the training tokens" if self.is_whole else "the tokens that were counted"
+        _say(console, f"tokens that carry loss: {report.trained_share:.1%} of {of_what}")
 
 
 def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOWN) -> Preview:
@@ -239,7 +246,8 @@ def _source_table(console: Console, prepared: Prepared) -> Table:
 def _print_split(console: Console, split: str, part: SplitReport) -> None:
     share = part.trained_tokens / part.tokens
     size = f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}"
-    head = f"{split}: {size}, {share:.1%} carry loss, longest {part.longest_tokens}"
+    name = split if part.of_rows is None else f"{split}, the first rows of about {part.of_rows:,}"
+    head = f"{name}: {size}, {share:.1%} carry loss, longest {part.longest_tokens}"
     _say(console, head, style="bold")
     for line in draw_histogram(part.histogram, "█" if _can_show(console, "█") else "#"):
         _say(console, line)

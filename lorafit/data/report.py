@@ -85,6 +85,7 @@ class SplitReport:
         notes: The first rows that something happened to.
         seen: What the template did with fields, with the number of rows.
         cache: Hit or miss, and why.
+        of_rows: About how many rows the sources hold, where only their first ones were prepared; else None.
     """
 
     rows: int
@@ -96,6 +97,7 @@ class SplitReport:
     notes: tuple[RowNote, ...]
     seen: dict[str, int]
     cache: str
+    of_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ class DataReport:
         return {**asdict(self), "trained_share": self.trained_share}
 
 
-def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str) -> SplitReport:
+def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str, of_rows: int | None = None) -> SplitReport:
     """The report of a split; without a ledger for rows that were held out of another one."""
     lengths = np.asarray(examples.lengths)
     notes = ledger.notes if ledger else []
@@ -132,6 +134,7 @@ def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str) -> Spl
         notes=tuple(RowNote(note.what, examples.files[note.source], note.line, note.reason) for note in notes),
         seen=dict(ledger.seen) if ledger else {},
         cache=cache,
+        of_rows=of_rows,
     )
 
 

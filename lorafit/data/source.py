@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,13 @@ class Source:
         """
         for line, row in self._raw_rows():
             yield line, self._read_row(line, row)
+
+    def first(self, rows: int) -> Source:
+        """The same source with a limit of so many rows, or its own where that is less."""
+        shorter = copy(self)
+        limit = min(rows, self.section.limit or rows)
+        shorter.section, shorter.unread = self.section.model_copy(update={"limit": limit}), Counter()
+        return shorter
 
     @property
     def place(self) -> str:
@@ -269,6 +277,14 @@ class SampleSet:
     def new_ledger(self) -> Ledger:
         """An empty ledger for one pass over these sources."""
         return Ledger([(source.name, source.format) for source in self.sources], self._bad_rows)
+
+    def first(self, rows: int) -> SampleSet:
+        """The first rows of each source."""
+        return SampleSet([source.first(rows) for source in self.sources], self._bad_rows, self._reporter)
+
+    def guess_rows(self) -> int:
+        """About how many rows there are."""
+        return sum(source.guess_rows() for source in self.sources)
 
     def rows(self) -> Iterator[tuple[int, int, Sample | DataError]]:
         """Every row as (number of its source, line, sample or error)."""

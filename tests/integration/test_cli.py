@@ -391,3 +391,25 @@ def test_a_profile_says_where_the_time_goes(world: World) -> None:
     speed = json.loads((run / "result.json").read_text(encoding="utf-8"))["speed"]
     assert speed["tokens_per_second"] > speed["trained_tokens_per_second"] > 0
     assert 0 <= speed["padding_share"] < 1
+
+
+def test_preview_of_many_rows_counts_only_what_it_says(world: World) -> None:
+    world.recipe()
+    world.rows(600)
+    quick = world.run("preview", "r.yaml", "--rows", "1")
+    say_all(
+        quick,
+        0,
+        "only the first 256 rows of about 600",
+        "train, the first rows of about 600: 256 rows",
+        "that were counted",
+    )
+    assert quick.stdout.count("d.jsonl:") == 1
+    told = world.run("preview", "r.yaml", "--rows", "1", "--json").json
+    assert told["digest"] is None and told["report"]["splits"]["train"]["of_rows"] == 600
+    for whole in (["preview", "r.yaml"], ["preview", "r.yaml", "--rows", "0"]):
+        outcome = world.run(*whole)
+        say_all(outcome, 0, "train: 600 rows", "of the training tokens")
+        assert "only the first" not in outcome.stderr
+    told = world.run("preview", "r.yaml", "--rows", "1", "--json").json  # prepared by now
+    assert told["digest"] and told["report"]["splits"]["train"]["rows"] == 600 and len(told["rows"]) == 1

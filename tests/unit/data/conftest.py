@@ -47,6 +47,7 @@ def prepare_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, listener: L
         seed: int = 0,
         retention: list[SourceSection] | None = None,
         now: datetime | None = None,
+        glance: int | None = None,
         **data: Any,
     ) -> Prepared:
         section = DataSection(**data)
@@ -59,6 +60,7 @@ def prepare_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, listener: L
             cache_dir=tmp_path / "cache",
             reporter=listener,
             retention=retention,
+            glance=glance,
         )
 
     return run
