@@ -76,6 +76,7 @@ class ModelShape:
         math_attention: Whether sdpa falls back to plain matrix products in fp32 (Falcon's multi-query broadcast).
         no_sdpa: Whether its class has no attention but eager (GPT-OSS, BLOOM).
         beside: What holds weights and takes no adapter, linears apart: experts, routers, towers.
+        has_sinks: Whether attention has a learned sink a head, and so its softmax in the compute dtype (gpt-oss).
         scanning_layers: Layers that carry a state along the row (Mamba, linear attention).
         plain_norm: Whether its RMSNorm multiplies by its weight and nothing else (Gemma adds 1 to it).
         plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in
@@ -116,6 +117,7 @@ class ModelShape:
     no_sdpa: bool = False
     beside: tuple[LeftOut, ...] = ()
     scanning_layers: int = 0
+    has_sinks: bool = False
 
     @property
     def quantizable(self) -> bool:

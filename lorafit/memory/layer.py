@@ -217,6 +217,9 @@ def _attention(shape: ModelShape, work: Work) -> list[Operation]:
         copies = 3 if shape.attention_dropout > 0 else 1
         kept = 4 * (copies * scores + 3 * q_width)
         moments = (Moment("forward", 4 * scores), Moment("backward", (4 if copies == 3 else 8) * scores))
+    elif work.attention == "eager" and shape.has_sinks:  # softmax keeps its result, which multiplies v as it is
+        kept = scores * c + 3 * c * q_width
+        moments = (Moment("forward", 2 * scores * c), Moment("backward", 3 * scores * c + 3 * c * q_width))
     elif work.attention == "eager" or shape.softcap:
         softmax = 4 if c < 4 else 0  # softmax in fp32 keeps its result; its bf16 copy multiplies v
         kept = scores * (softmax + c) + c * (q_width + 2 * (q_width if expands else kv_width))

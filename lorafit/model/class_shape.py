@@ -106,6 +106,7 @@ def read_class_shape(config: Mapping[str, Any], task_class: str = "AutoModelForC
         no_sdpa=not model._supports_sdpa,
         beside=beside,
         scanning_layers=_scanning_layers(language),
+        has_sinks=any(name.endswith(".sinks") for name, _ in language.named_parameters()),
     )
 
 

@@ -185,7 +185,7 @@ def test_a_bad_config_names_what_is_wrong(config: dict[str, Any], said: str) -> 
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
-        ("unsloth--gpt-oss-20b-BF16", {"experts": 32, "experts_per_token": 4, "expert_size": 2880, "no_sdpa": True}),
+        ("unsloth--gpt-oss-20b-BF16", {"experts": 32, "experts_per_token": 4, "expert_size": 2880, "has_sinks": True}),
         ("google--gemma-4-26B-A4B", {"experts": 128, "experts_per_token": 8, "expert_size": 704}),
         ("ibm-granite--granite-4.0-h-small",
          {"experts": 72, "experts_per_token": 10, "expert_size": 768, "scanning_layers": 36, "plain_head": False}),
