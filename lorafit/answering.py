@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,14 +207,14 @@ def open_lone_adapter(adapter: Path, base_model: str | None, reporter: Reporter)
 
 
 def open_speaker(path: Path, checkpoint: str | None, base_model: str | None, reporter: Reporter) -> Speaker:
-    """What answers prompts: a run's adapter on its base, an adapter alone, or a plain model folder.
+    """What answers prompts: a run's adapter on its base, an adapter alone, or a plain model folder; nothing loaded yet.
 
     Raises:
         UsageError: There is nothing at the path, or a base is named for a model that needs none.
         CheckpointError: It is neither a run nor an adapter nor a model.
         ModelError: The base is not on this disk, or is another one.
     """
-    from lorafit.evaluation.speaker import Speaker, chats_of, load_plain_model
+    from lorafit.evaluation.speaker import Speaker, chats_of, open_plain_model
     from lorafit.model.adapter import read_notes
 
     lone = is_lone_adapter(path)
@@ -222,16 +223,16 @@ def open_speaker(path: Path, checkpoint: str | None, base_model: str | None, rep
     if is_model(path):
         if base_model is not None:
             raise UsageError("a whole model has no base", key="--base-model", todo="name a run or an adapter folder")
-        model, tokenizer = load_plain_model(path, reporter)
+        load, tokenizer = open_plain_model(path, reporter)
         speaks = read_notes(path).get("chat") is not False  # a merge of a run on verbatim rows says so
-        return Speaker(model, tokenizer, chats_of(tokenizer) if speaks else None)
+        return Speaker(load, tokenizer, chats_of(tokenizer) if speaks else None)
     if not lone:
         opened = open_run(path)
         tuned = open_tuned(opened, checkpoint, base_model, reporter)
         tokenizer = tuned.tokenizer()
         data = opened.loaded.recipe.data.model_copy(update={"system_prompt": tuned.card.system_prompt})
         chats = tuned.renderer(data, tokenizer).chats if tuned.card.chat else None
-        return Speaker(tuned.load(reporter), tokenizer, chats, autocast_dtype(tuned.card.dtype))
+        return Speaker(partial(tuned.load, reporter), tokenizer, chats, autocast_dtype(tuned.card.dtype))
     saved, base = open_lone_adapter(path, base_model, reporter)
     card = saved.card()
     if card is None:
@@ -239,7 +240,7 @@ def open_speaker(path: Path, checkpoint: str | None, base_model: str | None, rep
     tuned = Tuned(card, base, path)
     tokenizer = tuned.tokenizer()
     chats = chats_of(tokenizer, system_prompt=card.system_prompt, now=tuned.now()) if card.chat else None
-    return Speaker(tuned.load(reporter), tokenizer, chats, autocast_dtype(card.dtype))
+    return Speaker(partial(tuned.load, reporter), tokenizer, chats, autocast_dtype(card.dtype))
 
 
 def _speak_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Speaker:
@@ -265,14 +266,17 @@ def _speak_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Spea
     section = kind.section(**{key: value for key, value in used.items() if key in kind.section.model_fields})
     noted = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(used.get("weights_dtype")))
     dtype = torch_dtype(noted) if noted else dtype_of(main_dtype(read_index(base.path)))
-    model = load_model(
-        base,
-        quantization=section,
-        dtype=dtype,
-        compute_dtype=dtype,
-        attention="auto",
-        device=read_device().kind,
-        reporter=reporter,
-    )
-    adapted = open_adapter(model, saved.path, trainable=False, base=base, reporter=reporter)
-    return Speaker(adapted, tokenizer, chats_of(tokenizer))
+
+    def load() -> Any:
+        model = load_model(
+            base,
+            quantization=section,
+            dtype=dtype,
+            compute_dtype=dtype,
+            attention="auto",
+            device=read_device().kind,
+            reporter=reporter,
+        )
+        return open_adapter(model, saved.path, trainable=False, base=base, reporter=reporter)
+
+    return Speaker(load, tokenizer, chats_of(tokenizer))

@@ -54,10 +54,10 @@ class _Comparison:
             self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
             return
         from lorafit.evaluation.parity import compare_merge, require_parity
-        from lorafit.evaluation.speaker import load_plain_model
+        from lorafit.evaluation.speaker import open_plain_model
 
         adapted = self._tuned.load(self._reporter)
-        merged, _ = load_plain_model(merged_folder, self._reporter)
+        merged = open_plain_model(merged_folder, self._reporter)[0]()
         ids, trained = self._rows
         self.parity = compare_merge(adapted, merged, ids, trained=trained, reporter=self._reporter)
         if self._must_agree:

@@ -239,6 +239,7 @@ def evaluate(
     check_reports(opened.run, report)
     if limit is not None:
         examples = examples.first(limit)
+    asked = job.rows.generation_rows(split, limit)
     model = tuned.load(reporter)
     objective = prove(job, model, tuned.card.dtype, examples, reporter)
     found, evaluation = coverage(model), job.recipe.evaluation
@@ -248,7 +249,7 @@ def evaluate(
         objective,
         job.tokenizer,
         examples,
-        job.rows.generation_rows(split, limit),
+        asked,
         evaluation.final,
         max_new_tokens=evaluation.max_new_tokens,
         stop_ids=tuned.card.stop_ids,
@@ -339,14 +340,16 @@ def generate(
     from lorafit.evaluation.isolation import adapter_off, evaluating
     from lorafit.results import Generated
 
-    speaker = open_speaker(run_or_model, checkpoint, base_model, reporter)
-    if compare_base and not hasattr(speaker.model, "disable_adapter"):
+    if compare_base and is_model(run_or_model):
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")
+    speaker = open_speaker(run_or_model, checkpoint, base_model, reporter)
+    prompt_ids = [speaker.prompt_ids(each) for each in prompts]  # a prompt that cannot be asked is told before a load
+    speaker.check_ids(prompt_ids)
     answer = partial(
         generate_answers,
         speaker.model,
         speaker.tokenizer,
-        [speaker.prompt_ids(each) for each in prompts],
+        prompt_ids,
         max_new_tokens=max_new_tokens,
         stop_ids=speaker.stop_ids,
         temperature=temperature,

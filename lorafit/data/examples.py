@@ -107,6 +107,9 @@ class Prepared:
         Args:
             split: `train`, `validation`, `test` or `retention`.
             limit: Only for the split's first rows.
+
+        Raises:
+            DataError: The chat template refuses a prompt.
         """
         examples = self.splits.get(split)
         if examples is None:
@@ -116,7 +119,10 @@ class Prepared:
         found = []
         for number, line, sample in self.samples(split).rows():
             if isinstance(sample, Sample) and (number, line) in wanted:
-                row = self._renderer.generation_row(sample)
+                try:
+                    row = self._renderer.generation_row(sample)
+                except DataError as error:
+                    raise error.at(file=sample.file, line=line) from None
                 found += [row] if row is not None else []
         return found
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,24 @@ from lorafit.errors import DataError
 
 @dataclass(frozen=True)
 class Speaker:
-    """A loaded model with what turns prompts into its token ids.
+    """A model with what turns prompts into its token ids; weights are loaded when they are first asked for.
 
     Attributes:
-        model: A causal model, or a PeftModel around one.
+        load: Gives a causal model, or a PeftModel around one.
         tokenizer: Its tokenizer.
         chats: Renders prompts as chats; None: prompts are used verbatim.
         autocast_dtype: Compute in it; None: as the weights are.
     """
 
-    model: Any
+    load: Callable[[], Any]
     tokenizer: Any
     chats: ChatRenderer | None
     autocast_dtype: torch.dtype | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, loaded once."""
+        return self.load()
 
     @property
     def stop_ids(self) -> list[int]:
@@ -45,18 +52,24 @@ class Speaker:
         Raises:
             DataError: The template refuses the prompt or drops part of it, or it is a chat of more than one text and
                 this model was trained on verbatim text; with the prompt's file and line.
-            ModelError: It holds a token that the model has no row for.
         """
         try:
             if self.chats is not None:
-                ids = self.chats.prompt_ids(prompt.turns, prompt.tools)
-            else:
-                ids = completion_prompt_ids(_only_text(prompt), self.tokenizer)
-            check_ids(ids, self.tokenizer, self.model.get_input_embeddings().weight.shape[0])
-            return ids
+                return self.chats.prompt_ids(prompt.turns, prompt.tools)
+            return completion_prompt_ids(_only_text(prompt), self.tokenizer)
         except DataError as error:
             error.at(file=prompt.file, line=prompt.line or None)
             raise
+
+    def check_ids(self, prompts: Sequence[list[int]]) -> None:
+        """Looks whether the model has a row for each token.
+
+        Raises:
+            ModelError: It has none.
+        """
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        for ids in prompts:
+            check_ids(ids, self.tokenizer, rows)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the model was trained in."""
@@ -80,8 +93,9 @@ def chats_of(tokenizer: Any, *, system_prompt: str | None = None, now: datetime 
     return ChatRenderer(tokenizer, system_prompt=system_prompt, now=now)
 
 
-def load_plain_model(folder: Path, reporter: Reporter) -> tuple[Any, Any]:
-    """A model folder (a merge, say) and its tokenizer, in the precision of its file, by the same checks as a base.
+def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Callable[[], Any], Any]:
+    """What loads a model folder (a merge, say) in the precision of its file, by the same checks as a base; and its
+    tokenizer.
 
     Raises:
         CheckpointError: The folder has a MANIFEST and is not what that says.
@@ -96,7 +110,8 @@ def load_plain_model(folder: Path, reporter: Reporter) -> tuple[Any, Any]:
     base = open_folder(folder)
     tokenizer = load_tokenizer(base)
     dtype = torch_dtype(main_dtype(read_index(folder)))
-    model = load_model(
+    load = partial(
+        load_model,
         base,
         quantization=NoneSection(),
         dtype=dtype,
@@ -105,4 +120,4 @@ def load_plain_model(folder: Path, reporter: Reporter) -> tuple[Any, Any]:
         device="cuda" if torch.cuda.is_available() else "cpu",
         reporter=reporter,
     )
-    return model, tokenizer
+    return load, tokenizer

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tests.integration.conftest import World, say_all
-from tests.integration.tiny_world import make_rows
+from tests.integration.tiny_world import CHATML, make_rows
 
 
 def answers(world: World, file: str, *flags: str) -> list[dict[str, Any]]:
@@ -49,3 +49,33 @@ def test_a_run_is_asked_with_the_rows_of_any_file(world: World) -> None:
     (world.root / "other.csv").write_text("Titel,Text\na,b\n", encoding="utf-8")
     refused = world.run("generate", "run", "--input", "other.csv")
     say_all(refused, 4, "other.csv:2", "Titel, Text", "question")
+
+
+def test_what_cannot_be_asked_is_told_before_weights_are_loaded(world: World) -> None:
+    world.rows()
+    world.recipe()
+    say_all(world.run("train", "r.yaml"), 0)
+    say_all(world.run("merge", "run", "--output", "merged"), 0)
+    with_tools = {"messages": [{"role": "user", "content": "open?"}], "tools": [{"name": "hours", "parameters": {}}]}
+    (world.root / "asked.jsonl").write_text(json.dumps(make_rows(1)[0]) + "\n", encoding="utf-8")
+    (world.root / "tools.jsonl").write_text(json.dumps(with_tools) + "\n", encoding="utf-8")
+    world.loaded.clear()
+    for name in ("run", "run/adapter", "merged"):
+        refused = world.run("generate", name, "--input", "tools.jsonl")
+        say_all(refused, 4, "tools.jsonl:1", "drops the tools")
+    say_all(world.run("generate", "merged", "--input", "asked.jsonl", "--compare-base"), 2, "--compare-base")
+    assert not world.loaded
+    say_all(world.run("generate", "run", "--input", "asked.jsonl", "--max-new-tokens", "2"), 0)
+    assert len(world.loaded) == 1
+
+
+def test_rows_that_cannot_be_asked_are_told_before_an_evaluation_loads_weights(world: World) -> None:
+    world.rows()
+    world.rows(4, "t.jsonl", first=50)
+    refusing = "{% if add_generation_prompt %}{{ raise_exception('nobody may ask') }}{% endif %}"
+    (world.root / "t.jinja").write_text(refusing + CHATML, encoding="utf-8")
+    world.recipe(("  train: d.jsonl", "  train: d.jsonl\n  test: t.jsonl\n  chat_template: t.jinja"))
+    say_all(world.run("train", "r.yaml"), 0)
+    world.loaded.clear()
+    say_all(world.run("eval", "run"), 4, "t.jsonl:1: ", "nobody may ask")
+    assert not world.loaded

@@ -62,7 +62,7 @@ class Embedded(torch.nn.Module):
 
 
 def speaker_of(tokenizer: Any, chats: Any) -> Speaker:
-    return Speaker(Embedded(len(tokenizer)), tokenizer, chats)
+    return Speaker(lambda: Embedded(len(tokenizer)), tokenizer, chats)
 
 
 def read(file: Path, *sources: SourceSection) -> list[Sample]:
