@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorafit.errors import ModelError, NumericsError
+from lorafit.model.targets import output_head
 from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.memory_errors import is_out_of_memory
@@ -110,7 +111,7 @@ class Objective(nn.Module):
     def _plain_head(self) -> nn.Linear | None:
         """The output embedding where it is a linear layer and nothing else (no adapter, not quantised, no wrapper)."""
         base = self.base
-        head = base.get_output_embeddings()
+        head = output_head(base)
         has_backbone = isinstance(getattr(base, base.base_model_prefix, None), nn.Module)
         return head if type(head) is nn.Linear and has_backbone else None
 
@@ -129,7 +130,7 @@ class Objective(nn.Module):
         return inputs
 
     def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        head = self.base.get_output_embeddings()
+        head = output_head(self.base)
         return head.weight, head.bias
 
     def _labelled_states(self, batch: Batch) -> torch.Tensor:
@@ -142,7 +143,7 @@ class Objective(nn.Module):
 
     def labelled_logits(self, batch: Batch) -> torch.Tensor:
         """Logits of the labels, [labels, vocabulary], by the model's own forward."""
-        with self._autocast(batch), _head_sees_only(self.base.get_output_embeddings(), batch.label_index):
+        with self._autocast(batch), _head_sees_only(output_head(self.base), batch.label_index):
             outputs = self.model(**self._inputs(batch))
         logits: torch.Tensor = outputs.logits.squeeze(0)
         return logits

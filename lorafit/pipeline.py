@@ -155,6 +155,8 @@ def train(
         profile: Write where the steps' time goes into the run folder.
         reporter: Gets progress and warnings; silent where None.
     """
+    from lorafit.kinds.tasks import tasks
+    from lorafit.model.shippable import check_shippable_unloaded
     from lorafit.plan import ResolvedPlan, plan, require_fit
     from lorafit.recipe.load import load_recipe
     from lorafit.results import Trained
@@ -177,6 +179,8 @@ def train(
         if dry_run:
             reporter.show(the_plan.table())
             require_fit(the_plan)
+            section, auto_class = job.recipe.adapter, tasks.get(job.recipe.task).auto_class
+            check_shippable_unloaded(job.base, section, job.recipe.seed, auto_class)
             return Trained(run, the_plan, None, None)
         training = Training(
             job,

@@ -109,22 +109,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [64, 64], **_mrope(3, 3, 2)},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
-    "gemma4_assistant": {
-        "text_config": {
-            "layer_types": ["sliding_attention", "full_attention"],
-            "num_hidden_layers": 2,
-            "num_kv_shared_layers": 2,
-            "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": 0,
-        },
-        "num_centroids": 4,
-        "centroid_intermediate_top_k": 2,
-    },
-    "gemma4_unified_assistant": {
-        "text_config": {"num_kv_shared_layers": 2},
-        "num_centroids": 4,
-        "centroid_intermediate_top_k": 2,
-    },
     "gemma4_text": {
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
         "global_head_dim": 16,
@@ -135,6 +119,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm4v_text": _mrope(4, 2, 2),
     "glm_ocr_text": _mrope(4, 2, 2),
     "glmga_text": _mrope(4, 2, 2),
+    "hy_v4": {"index_topk": 64},  # as dots3_note_text's
+    "inkling_vision": {"num_hidden_layers": 8},  # fewer are chosen by scipy
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},

@@ -26,6 +26,7 @@ import torch
 
 from lorafit.errors import ResourceError
 from lorafit.evaluation.isolation import as_whole
+from lorafit.model.targets import output_head
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -195,7 +196,7 @@ def _head_sees_last(model: Any) -> Iterator[None]:
     instead of 0.06 s for 8 rows and a vocabulary of 262,144.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = inner.get_output_embeddings()
+    head = output_head(inner)
 
     def take_last(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not arguments or not torch.is_tensor(arguments[0]) or arguments[0].ndim != 3:

@@ -6,6 +6,7 @@ What may carry an adapter is asked of `lorafit.model.targets`, as training does:
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.model.classes import build_empty, find_auto_class, read_settings
-from lorafit.model.targets import OUTSIDE, ROUTER, ROUTER_NAMES, head_names, left_out_names, text_part
+from lorafit.model.targets import OUTSIDE, ROUTER, ROUTER_NAMES, head_names, left_out_names, output_head, text_part
 from lorafit.model_shapes import EXPERTS, EXPERTS_ARE_FUSED, known_families, read_shape
 from lorafit.shapes import LeftOut, LinearShape, ModelShape
 
@@ -57,12 +58,10 @@ def read_class_shape(config: Mapping[str, Any], task_class: str = "AutoModelForC
     Raises:
         ModelError: transformers knows no language model of this type, or cannot build it from this config.
     """
-    settings = read_settings(config)
-    model = build_empty(settings, find_auto_class(config, task_class))
+    auto_class, settings = find_auto_class(config, task_class), read_settings(config)
+    model = build_empty(settings, auto_class)
     text = model.config.get_text_config()
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embeddings is None:
-        raise ModelError(f"'{settings.model_type}' has no token embedding", file="config.json", todo="use another base")
+    embeddings, head = _token_embedding(model), output_head(model)
     linears = _linear_shapes(model)
     beside = _beside(model)
     experts = sum(part.parameters for part in beside if part.name == EXPERTS)
@@ -155,6 +154,25 @@ def _has_plain_head(text: Any) -> bool:
     """Whether the logits are the head's product itself, neither capped nor scaled."""
     scales = [getattr(text, key, None) for key in ("logits_scaling", "logit_scale")]
     return getattr(text, "final_logit_softcapping", None) is None and all(scale in (None, 1) for scale in scales)
+
+
+def _token_embedding(model: Any) -> Any:
+    """The layer that turns token ids into states.
+
+    Raises:
+        ModelError: The model has none that is a table of tokens, or generates nothing.
+    """
+    import torch
+
+    name, why = type(model).__name__, ""
+    if not model.can_generate():
+        why = "generates no text token by token"
+    else:
+        with contextlib.suppress(NotImplementedError):
+            if isinstance(embedding := model.get_input_embeddings(), torch.nn.Embedding):
+                return embedding
+        why = "has no table of token embeddings: it reads more than one stream of tokens"
+    raise ModelError(f"{name} {why}; it is no language model", file="config.json", todo="use a decoder-only model")
 
 
 def _linear_shapes(model: Any) -> tuple[LinearShape, ...]:

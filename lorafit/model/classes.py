@@ -10,6 +10,7 @@ PEFT's `AutoPeftModelForCausalLM` opens an adapter by the first table, so names 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorafit.errors import ModelError
 
 _WHOLE_ALONE = frozenset({"emu3"})
 """Registered as language models whose classes find nothing under the names in the files of the whole model."""
+_PACKAGE = re.compile(r"requires the (\w+) library")
 _WHOLE = (
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
     ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
@@ -31,7 +33,7 @@ def find_auto_class(config: Mapping[str, Any], task_class: str) -> str:
         task_class: The auto class of the task, which is taken wherever it knows the model type.
 
     Raises:
-        ModelError: The model reads a source text with an encoder of its own.
+        ModelError: The model reads a source text with an encoder of its own, or another model's states.
     """
     from transformers.models.auto import modeling_auto
 
@@ -44,6 +46,12 @@ def find_auto_class(config: Mapping[str, Any], task_class: str) -> str:
             f"'{kind}' is an encoder-decoder: its decoder answers what an encoder has read, and rows hold no such text",
             file="config.json",
             todo="use a decoder-only model",
+        )
+    if kind.endswith("_assistant"):
+        raise ModelError(
+            f"'{kind}' drafts tokens for another model from that one's hidden states, and rows hold no such states",
+            file="config.json",
+            todo="use the model that it drafts for",
         )
     if task_class == "AutoModelForCausalLM" and (kind not in causal or kind in _WHOLE_ALONE):
         for auto_class, table in _WHOLE:
@@ -103,7 +111,12 @@ def build_whole(settings: Any) -> Any:
 
 
 def _cannot_build(kind: str, error: Exception) -> ModelError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = [line.strip(" :;") for line in str(error).strip().splitlines()] or [type(error).__name__]
+    if "validator" in lines[0] and len(lines) > 1:  # which of a config's own checks; the next line says what is wrong
+        del lines[0]
+    if isinstance(error, ImportError) and (package := error.name or next(iter(_PACKAGE.findall(lines[0])), None)):
+        what = f"transformers needs the package {package} to build this model ({kind})"
+        return ModelError(what, file="config.json", todo=f"pip install {package}")
     return ModelError(
         f"transformers cannot build this model ({kind}): {lines[0]}",
         file="config.json",

@@ -84,7 +84,9 @@ def drops_only_in_adapters(model: nn.Module) -> bool:
     layers: list[Any] = [module for module in model.modules() if _is_fused_lora(module)]
     fused = {id(dropout) for layer in layers for dropout in layer.lora_dropout.values()}
     dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-    return all(dropout.p == 0 or id(dropout) in fused for dropout in dropouts)
+    own = [value for module in model.modules() for name, value in vars(module).items() if "dropout" in name]
+    drops_by_function = any(isinstance(value, float) and value > 0 for value in own)
+    return not drops_by_function and all(dropout.p == 0 or id(dropout) in fused for dropout in dropouts)
 
 
 def _replacement(module: nn.Module, known: dict[type, _Forward | None]) -> tuple[str, _Forward | None]:
@@ -257,6 +259,7 @@ def _prove(forward: _Forward, module: nn.Module) -> _Forward | None:
 def _miniature(module: Any) -> nn.Module:
     """The same class with small frozen weights on the CPU: what it computes shows on them, and weights may be fake."""
     small: nn.Module = copy.copy(module)
+    small.training = True  # a dropout in its code shows then
     if hasattr(module, "gate_proj"):
         shapes = {"gate_proj": (_PROBE_WIDTH, 32), "up_proj": (_PROBE_WIDTH, 32), "down_proj": (32, _PROBE_WIDTH)}
         linears: dict[str, nn.Module] = {name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()}

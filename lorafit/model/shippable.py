@@ -38,6 +38,33 @@ def check_shippable(model: Any, base: Base, class_name: str = "AutoModelForCausa
         _check_peft(model, base, class_name)
 
 
+def check_shippable_unloaded(base: Base, section: Any, seed: int, class_name: str) -> None:
+    """The same before any weight is loaded, of the adapter that a recipe asks for; what is quantised is not asked.
+
+    Args:
+        base: The model's files.
+        section: The recipe's adapter.
+        seed: The recipe's.
+        class_name: As in `check_shippable`.
+
+    Raises:
+        ModelError: As in `check_shippable`, or the files do not belong to the class.
+        RecipeError: A target matches nothing.
+    """
+    import torch
+
+    from lorafit.model.check import check_weights
+    from lorafit.model.load import attach_adapter, build_class
+    from lorafit.model.names import keep_names
+    from lorafit.model.weights import read_index
+
+    skeleton = build_class(base, class_name)
+    keep_names(skeleton, check_weights(skeleton, read_index(base.path), base.path))
+    with torch.device("meta"):
+        model = attach_adapter(skeleton, section.model_copy(update={"init_from": None}), seed)
+    check_shippable(model, base, class_name)
+
+
 def _check_merge(model: Any, base: Base, names: TensorNames) -> None:
     failures = []
     for path, layer in adapted_layers(model).items():

@@ -30,6 +30,7 @@ _BLOCK_WEIGHTS = 64
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
+_WEIGHT_CHANGED = re.compile(r"\b(\w+\.\w+)\.weight\.(?:mul|div|add|sub)_\(")
 _LEADING = re.compile(r"^\^?\(?(\w+(?:_encoder|_adapter|_tower|_model))\b")
 _CHOOSERS = frozenset({"indexer", "patcher"})  # of sparse attention (DeepSeek-V3.2 and its kin), of bytes (BLT)
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT looks for in old configs
@@ -41,6 +42,7 @@ SHARED = "one weight for several layers"
 CHOICE = "picks what other layers see, and no gradient passes a choice"
 OTHER = "no plain linear: it computes something else than x W^T"
 READ = "the model reads its weight past any adapter"
+RENAMED = "PEFT renames adapters of this layer while it loads them, and would not find it again"
 
 
 def choose_targets(model: Any, asked: str | Sequence[str]) -> list[str]:
@@ -87,6 +89,7 @@ def left_out_names(model: Any) -> dict[str, str]:
     routers, towers = set(router_names(model)), set(tower_names(model))
     shared = _shared_names(model)
     moved, refused, read = _moved_by_peft(model, linears), _refused_by_peft(model, linears), _read_names(model)
+    changed = _changed_names(model)
     found = {}
     for name, module in linears:
         if name in routers:
@@ -101,14 +104,22 @@ def left_out_names(model: Any) -> dict[str, str]:
             found[name] = OTHER
         elif _last(name) in moved:
             found[name] = MOVED
-        elif name in read or _last(name) in refused:
+        elif name in read or name in changed or _last(name) in refused:
             found[name] = READ
-    return found
+    usable = [name for name, _ in linears if name not in found]
+    return found | dict.fromkeys(_renamed_by_peft(model, usable), RENAMED)
+
+
+def output_head(model: Any) -> Any:
+    """The layer that gives logits: the model's own, or that of the whole language model inside it; None without one."""
+    head = model.get_output_embeddings()
+    inner = text_part(model) if head is None else None
+    return head if inner is None else inner.get_output_embeddings()
 
 
 def head_names(model: Any) -> list[str]:
     """Paths of the output head."""
-    head = model.get_output_embeddings()
+    head = output_head(model)
     return [name for name, module in model.named_modules() if head is not None and module is head]
 
 
@@ -134,6 +145,10 @@ def tower_names(model: Any) -> list[str]:
     if decoder is None:
         return []
     inside = {id(module) for module in decoder.modules()}
+    for part in decoder.children():  # some hold their towers inside of the decoder
+        kinds = [getattr(module, "input_modalities", None) for module in part.modules()]
+        if any(kinds) and not any("text" in kind for kind in kinds if kind):
+            inside -= {id(module) for module in part.modules()}
     return [name for name, module in _linears(model) if id(module) not in inside]
 
 
@@ -179,9 +194,10 @@ def _tower_parts(whole: Any) -> set[str]:
 def unquantised_names(model: Any) -> list[str]:
     """Paths that stay in the compute dtype: bitsandbytes leaves none out by itself once a list is given.
 
-    Towers beside the language model are never run on text: quantising them would only cost what their users see.
+    Towers beside the language model are never run on text: quantising them would only cost what their users see. What
+    the model itself multiplies in place would be quantised anew each time.
     """
-    return [*head_names(model), *router_names(model), *tower_names(model)]
+    return [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model)]
 
 
 def leave_narrow(model: Any, reporter: Reporter) -> list[str]:
@@ -270,6 +286,35 @@ def _refused_by_peft(model: Any, linears: Sequence[tuple[str, Any]]) -> set[str]
     return refused
 
 
+def _renamed_by_peft(model: Any, names: Sequence[str]) -> list[str]:
+    """Of some linears, those whose adapters get another name when PEFT loads them; none, where those are all.
+
+    Then no choice of names helps, and `check_shippable` tells what would be lost.
+    """
+    import torch
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        return []
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    nothing = {key: torch.empty(0, device="meta") for key in keys}
+    with quiet_libraries():
+        try:
+            kept = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), nothing)
+        except (RuntimeError, ValueError, KeyError, IndexError):  # tensors of several layers become one: asked later
+            return []
+    lost = [name for key, name in keys.items() if key not in kept]
+    return lost if len(lost) < len(names) else []
+
+
+def _changed_names(model: Any) -> set[str]:
+    """Linears whose weight the model multiplies in place when it goes from training to evaluation (RWKV does)."""
+    changed = {f".{path}" for module in model.modules() for path in _weights_changed_by(cast(Any, type(module)))}
+    return {name for name, _ in _linears(model) if any(name.endswith(path) for path in changed)}
+
+
 def _read_names(model: Any) -> set[str]:
     """Linears whose weight the code of the module around them reads itself, on some path (Mamba's kernels do)."""
     return {
@@ -283,12 +328,22 @@ def _read_names(model: Any) -> set[str]:
 @cache
 def _weights_read_by(kind: Any) -> frozenset[str]:
     """Names of children in `self.NAME.weight` of a class's code: its type, place and slices apart, as values."""
+    return frozenset(_WEIGHT_READ.findall(_code_of(kind)))
+
+
+@cache
+def _weights_changed_by(kind: Any) -> frozenset[str]:
+    """Last two parts of the paths of weights that a class's code multiplies or adds to in place."""
+    return frozenset(_WEIGHT_CHANGED.findall(_code_of(kind)))
+
+
+def _code_of(kind: Any) -> str:
     if not kind.__module__.startswith("transformers."):
-        return frozenset()
+        return ""
     try:
-        return frozenset(_WEIGHT_READ.findall(inspect.getsource(kind)))
+        return inspect.getsource(kind)
     except (OSError, TypeError):  # no source at hand
-        return frozenset()
+        return ""
 
 
 def _number(config: Any, key: str) -> int | None:

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from benchmarks.zoo import share_that_works, try_all, try_architecture
+from lorafit import pipeline
+from lorafit.errors import ModelError
 from tests.zoo_models import architectures
+from tests.zoo_path import make_world, recipe
 
 FAST = (
     "llama llama4_text mistral mistral3 mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 gemma2 gemma3 "
@@ -46,6 +49,16 @@ def test_it_trains_in_nf4_merges_and_loads_elsewhere(architecture: str, tmp_path
 def test_what_cannot_be_trained_so_is_refused_before_step_1(architecture: str, said: str, tmp_path: Path) -> None:
     row = try_architecture(architecture, tmp_path, ("none",))
     assert row.result == "refused" and said in row.why
+
+
+def test_a_dry_run_says_already_what_peft_would_not_load(tmp_path: Path) -> None:
+    """And is silent about what can be shipped."""
+    for architecture in ("qwen2", "deepseek_ocr2"):
+        (tmp_path / architecture).mkdir()
+        make_world(architecture, tmp_path / architecture)
+    assert pipeline.train(recipe(tmp_path / "qwen2", "nf4"), dry_run=True).fit is None
+    with pytest.raises(ModelError, match="PEFT renames the layers of this class"):
+        pipeline.train(recipe(tmp_path / "deepseek_ocr2", "nf4"), dry_run=True)
 
 
 @pytest.mark.slow

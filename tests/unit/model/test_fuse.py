@@ -24,13 +24,15 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.fuse import drops_only_in_adapters, fuse_layers, keep_unpacked
 from lorafit.model.targets import choose_targets
 from lorafit.ops.dropout import drop
 from lorafit.ops.layer_functions import rms_norm, silu_product
@@ -156,6 +158,15 @@ def test_other_norms_and_other_gates_are_left_alone() -> None:
     """Gemma's norm multiplies by 1 + weight, and its gate is a GELU."""
     model = with_lora(Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=32)))
     assert fuse_layers(model) == {"lora": 14, "norms": 0, "gated": 0, "rotary": 2}
+
+
+def test_an_mlp_that_drops_is_left_alone_though_it_is_loaded_for_evaluation() -> None:
+    """Seed-OSS drops behind its MLP by a function: no layer of it says so, and only training shows it."""
+    sizes = SIZES | {"head_dim": 32, "attention_dropout": 0.0}
+    for drops, expected in ((0.0, 2), (0.1, 0)):
+        model = with_lora(SeedOssForCausalLM(SeedOssConfig(**sizes, residual_dropout=drops)).eval()).eval()
+        assert fuse_layers(model)["gated"] == expected
+        assert drops_only_in_adapters(model) is (expected > 0)
 
 
 def attentions(model: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.model.agreement import check_plan
 from lorafit.model.class_shape import find_shape, read_class_shape
-from lorafit.model.classes import build_empty, find_auto_class, read_settings
+from lorafit.model.classes import _cannot_build, build_empty, find_auto_class, read_settings
 from lorafit.model.load import attach_adapter
 from lorafit.model.targets import (
     CHOICE,
@@ -20,10 +20,13 @@ from lorafit.model.targets import (
     OTHER,
     OUTSIDE,
     READ,
+    RENAMED,
     ROUTER,
     SHARED,
     choose_targets,
+    head_names,
     left_out_names,
+    output_head,
     unquantised_names,
 )
 from tests.unit.model.conftest import lora
@@ -83,7 +86,8 @@ def test_towers_beside_the_language_model_get_no_adapter_and_stay_unquantised() 
 
 @pytest.mark.parametrize(
     ("architecture", "target", "why"),
-    [("deepseek_v4", "o_a_proj", OTHER), ("blt", "lm_head", CHOICE),
+    [("deepseek_v4", "o_a_proj", OTHER), ("blt", "lm_head", CHOICE), ("rwkv", "output", READ),
+     ("inkling2_text", "weight_proj", RENAMED), ("phi4_multimodal", "img_projection_up", OUTSIDE),
      ("qwen3_next", "gate_proj", MOVED), ("mamba", "dt_proj", READ), ("zamba", "q_proj", SHARED),
      ("qwen2_moe", "shared_expert_gate", ROUTER)],
 )  # fmt: skip
@@ -155,3 +159,34 @@ def test_the_class_is_chosen_by_the_config() -> None:
         find_auto_class({"model_type": "bart", "is_encoder_decoder": False}, CAUSAL)
     unbounded = read_settings({"model_type": "bamba", "time_step_limit": [0.0, {"__float__": "Infinity"}]})
     assert unbounded.time_step_limit == (0.0, float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("pi0", "PI0ForConditionalGeneration generates no text token by token"),
+        ("kyutai_speech_to_text", "has no table of token embeddings"),
+        ("gemma4_assistant", "drafts tokens for another model"),
+    ],
+)
+def test_what_is_no_language_model_is_told_from_its_config(architecture: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        find_shape({"model_type": architecture})
+
+
+def test_a_package_that_a_class_needs_is_named() -> None:
+    """As transformers says it, and as Python does."""
+    asked = ImportError("\nTimmWrapperModel requires the timm library but it was not found in your environment.")
+    absent = ModuleNotFoundError("No module named 'scipy'", name="scipy")
+    for error, package in ((asked, "timm"), (absent, "scipy")):
+        told = _cannot_build("gemma3n", error)
+        assert str(told) == (
+            f"config.json: transformers needs the package {package} to build this model (gemma3n); "
+            f"pip install {package}"
+        )
+
+
+def test_a_head_inside_of_the_language_model_is_found() -> None:
+    model, _ = empty("nemotron_h_omni")
+    assert model.get_output_embeddings() is None
+    assert output_head(model) is model.language_model.lm_head and head_names(model) == ["language_model.lm_head"]
