@@ -19,6 +19,7 @@ _ANSWER_MISSING = "a training row holds its answer; prompts are for generate --i
 
 NO_PROMPT = "no prompt among the columns"
 _LABELS = ("label", "labels")
+_VERDICTS = ("true", "false")
 _PREFERENCE = ("chosen", "rejected")
 _TURNS = {"messages": "role", "conversations": "from"}
 """Fields that hold lists of turns, and the key that tells whose turns they are."""
@@ -62,16 +63,22 @@ def check_task(row: Row, name: str) -> None:
         name: The format that was found for it.
 
     Raises:
-        DataError: It is a text with its label.
+        DataError: It is a text with its label, or an answer with a verdict on it.
     """
     label = next((column for column in _LABELS if column in row), None)
-    if name != "text" or label is None:
-        return
-    todo = "format: text learns the text alone"
+    if label is not None and name == "text":
+        raise _classification(label, "text", "format: text learns the text alone", row)
+    if label is not None and name == "prompt_completion" and str(row[label]).lower() in _VERDICTS:
+        what = f"rows of prompt, completion and {label} (true, false) are for kto, which is no task yet"
+        todo = f"keep the rows whose {label} is true; format: prompt_completion learns all of them"
+        raise DataError(f"{what}; {_existing_tasks()}", key=label, todo=todo)
+
+
+def _classification(label: str, text: str, todo: str, row: Row) -> DataError:
     if isinstance(row[label], str):
-        todo += f", columns: {{prompt: text, completion: {label}}} to write the label"
-    what = f"rows of text and {label} are for classification, which is no task yet; {_existing_tasks()}"
-    raise DataError(what, key=label, todo=todo)
+        todo += f", columns: {{prompt: {text}, completion: {label}}} to write the label"
+    what = f"rows of {text} and {label} are for classification, which is no task yet; {_existing_tasks()}"
+    return DataError(what, key=label, todo=todo)
 
 
 def _existing_tasks() -> str:
@@ -115,6 +122,12 @@ def unknown_columns(row: Row, *, is_table: bool) -> DataError:
     chat, text = _guess_format(row, verbatim=False), _guess_format(row, verbatim=True)
     if not chats and chat is None and (typo := _find_typo(row)):
         return missing_field(typo, row)
+    label = next((column for column in _LABELS if column in row), None)
+    texts = [column for column, value in row.items() if isinstance(value, str) and column != label]
+    if label is not None and texts and not chats and chat is None:
+        return _classification(
+            label, texts[0], f"columns: {{text: {texts[0]}}}, format: text learns the text alone", row
+        )
     asked = find_format(row, prompts=True)
     if chats:
         todo = f"likely chats: {chats[0]}"

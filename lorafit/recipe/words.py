@@ -61,7 +61,21 @@ FOREIGN_VALUES: Mapping[str, str] = {
 NOT_BUILT: Mapping[str, tuple[str, ...]] = {
     "task": (
         *("sequence-classification", "token-classification", "classification", "seq2seq-lm", "seq2seq"),
-        *("preference", "dpo", "orpo", "kto", "simpo", "ipo", "rm", "reward", "rlhf", "ppo", "grpo", "embedding"),
+        *(
+            "preference",
+            "dpo",
+            "orpo",
+            "kto",
+            "simpo",
+            "ipo",
+            "rm",
+            "reward",
+            "reward-model",
+            "rlhf",
+            "ppo",
+            "grpo",
+            "embedding",
+        ),
     ),
     "format": ("preference", "pairwise", "ranking", "dpo", "orpo", "kto", "chosen_rejected", "classification", "label"),
 }

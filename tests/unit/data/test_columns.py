@@ -69,6 +69,19 @@ def test_verbatim_text_is_proposed_beside_the_chat(tmp_path: Path, row: dict[str
     [
         ({"text": "a", "label": "spam"}, ["classification", "no task yet", "causal-lm", "format: text"]),
         ({"text": "a", "label": 1}, ["classification", "no task yet", "format: text learns the text alone"]),
+        (
+            {"sentence": "a", "label": "x"},
+            ["classification", "no task yet", "{text: sentence}", "{prompt: sentence, comp"],
+        ),
+        (
+            {"premise": "a", "hypothesis": "b", "label": 0},
+            ["classification", "no task yet", "columns: {text: premise}"],
+        ),
+        (
+            {"prompt": "q", "completion": "a", "label": True},
+            ["kto", "no task yet", "keep the rows whose label is true"],
+        ),
+        ({"prompt": "q", "completion": "a", "label": "False"}, ["kto", "no task yet", "format: prompt_completion"]),
         ({"question": "q"}, ["missing field 'answer' of question_answer", "generate --input"]),
         ({"title": "t", "body": "b"}, ["likely text, verbatim text: columns: {text: body}"]),
         ({"a": 1, "b": 2}, ["columns a, b", "{question: THEIRS, answer: THEIRS}", "{text: THEIRS}"]),
@@ -109,3 +122,13 @@ def test_columns_that_are_not_read_are_warned_about(tmp_path: Path) -> None:
     sources = [SourceSection(path="d.jsonl", columns={"system": "contxt"})]
     list(read_sources(sources, tmp_path, BadRowsSection(), reporter))
     assert any("'contxt', which none of the first rows has" in warning for warning in reporter.warnings)
+
+
+def test_a_label_that_is_no_verdict_leaves_prompts_and_completions_alone(tmp_path: Path) -> None:
+    assert read(tmp_path, {"prompt": "q", "completion": "a", "label": "spam"}).completion == "a"
+    judged = {"prompt": "q", "completion": "a", "label": True}
+    assert read(tmp_path, judged, format="prompt_completion").completion == "a"
+    said = refusal(tmp_path, {"sentence": "a", "label": "x"})
+    alone, written = (yaml.safe_load(mapping) for mapping in MAPPING.findall(said))
+    assert read(tmp_path, {"sentence": "a", "label": "x"}, columns=alone, format="text").text == "a"
+    assert read(tmp_path, {"sentence": "a", "label": "x"}, columns=written).completion == "x"
