@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +203,7 @@ def prepare_rows(
     from lorafit.data.id_range import check_examples
 
     recipe = loaded.recipe
-    try:
+    with placed(loaded):
         rows = prepare(
             recipe.data,
             folder=loaded.folder,
@@ -215,12 +216,20 @@ def prepare_rows(
             only=only,
             glance=glance,
         )
-    except LorafitError as error:
-        if error.file is None and (error.key or "").startswith("data."):  # the recipe's fault and no row's
-            error.named_at(str(error.key), **loaded.place(str(error.key)))
-        raise
     check_examples(rows.splits, renderer.tokenizer, shape.vocabulary)
     return rows
+
+
+@contextmanager
+def placed(loaded: LoadedRecipe) -> Iterator[None]:
+    """Says of an error in here where in the recipe its key stands, where that is the recipe's fault and no row's."""
+    try:
+        yield
+    except LorafitError as error:
+        key = error.key or ""
+        if error.file is None and key and (isinstance(error, RecipeError) or key.startswith("data.")):
+            error.named_at(key, **loaded.place(key))
+        raise
 
 
 def check_template(loaded: LoadedRecipe) -> None:

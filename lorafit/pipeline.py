@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import UsageError
-from lorafit.job import check_template, open_job, prove
+from lorafit.job import check_template, open_job, placed, prove
 from lorafit.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import (
@@ -114,7 +114,8 @@ def estimate(
     config = read_config(loaded.recipe.model, loaded.folder)
     rows = read_lengths(loaded, reporter or Silent())
     options = Options(device, headroom, fit_device, price_per_hour)
-    found = estimate_recipe(loaded.recipe, find_shape(config), rows, options)
+    with placed(loaded):
+        found = estimate_recipe(loaded.recipe, find_shape(config), rows, options)
     if not exact:
         return found
     from lorafit.dryrun import DryRun
@@ -167,7 +168,7 @@ def train(
     run, command = RunDir(loaded.output), resume_command(recipe, overrides, output)
     resume = resume or resume_from is not None
     check_output(run.root, inputs_of(loaded))
-    with nullcontext() if dry_run or own_rank() != 0 else claimed(run):
+    with placed(loaded), nullcontext() if dry_run or own_rank() != 0 else claimed(run):
         if resume:
             check_own(run)
             check_same_recipe(run, loaded, reporter)

@@ -413,3 +413,13 @@ def test_preview_of_many_rows_counts_only_what_it_says(world: World) -> None:
         assert "only the first" not in outcome.stderr
     told = world.run("preview", "r.yaml", "--rows", "1", "--json").json  # prepared by now
     assert told["digest"] and told["report"]["splits"]["train"]["rows"] == 600 and len(told["rows"]) == 1
+
+
+@pytest.mark.parametrize("command", [["train", "r.yaml"], ["train", "r.yaml", "--dry-run"]])
+def test_what_only_the_plan_can_refuse_is_said_at_its_line(world: World, command: list[str]) -> None:
+    line = world.recipe(("  attention: eager", "  attention: flash_attention_2"))
+    world.rows()
+    say_all(world.run(*command), 3, f"r.yaml:{line}:14: model.attention", "runs on no CPU")
+    world.recipe()
+    say_all(world.run(*command, "--set", "model.attention=flash_attention_2"), 3, "--set", "runs on no CPU")
+    assert not world.loaded
