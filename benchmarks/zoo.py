@@ -75,7 +75,7 @@ def try_architecture(
     began, group, walks = time.process_time(), group_of(architecture), []
 
     def row(result: str, why: str = "") -> Row:
-        shown = " ".join(why.replace(str(folder), "").split())
+        shown = " ".join(why.replace(f"{folder}/", "").split())
         ratios = [walk.exact_ratio for walk in walks if walk.exact_ratio]
         last = walks[-1] if walks else Walk()
         exact = max(ratios, key=lambda ratio: abs(ratio - 1)) if ratios else None
@@ -161,7 +161,12 @@ def _others(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     head = ["| architecture | | why |", "|---|---|---|"]
-    return [*head, *(f"| {row.architecture} | {row.result} | {row.why.replace('|', '/')} |" for row in rows), ""]
+    return [*head, *(f"| {row.architecture} | {row.result} | {_as_cell(row.why)} |" for row in rows), ""]
+
+
+def _as_cell(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return text.replace("|", "/").replace("<", "&lt;")
 
 
 def versions() -> str:

@@ -80,7 +80,7 @@ def make_world(architecture: str, folder: Path) -> bool:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     try:
         make_base(architecture, folder / "base", make_tokenizer())
-    except (ImportError, ValueError, AttributeError, RuntimeError, TypeError):
+    except Exception:  # as many kinds as there are config classes that check themselves; the plan has to say why
         (folder / "base").mkdir(exist_ok=True)
         config = json.dumps({"model_type": architecture})  # the class's own defaults
         (folder / "base" / "config.json").write_text(config, encoding="utf-8")

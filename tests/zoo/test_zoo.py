@@ -5,17 +5,21 @@ The table itself is `benchmarks/zoo.py`'s, on docs/models.md.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from benchmarks.zoo import share_that_works, try_all, try_architecture
+from benchmarks.zoo import COUNTED, share_that_works, try_all, try_architecture
 from lorafit import pipeline
 from lorafit.errors import ModelError
-from tests.zoo_models import architectures
+from tests.zoo_models import architectures, group_of
 from tests.zoo_path import make_world, recipe
 
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 FAST = (
     "llama llama4_text mistral mistral3 mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 gemma2 gemma3 "
     "gemma3_text phi3 gpt2 gpt_neox opt falcon deepseek_v3 olmo2 granite cohere2 glm4 smollm3 gpt_oss"
@@ -59,6 +63,30 @@ def test_a_dry_run_says_already_what_peft_would_not_load(tmp_path: Path) -> None
     assert pipeline.train(recipe(tmp_path / "qwen2", "nf4"), dry_run=True).fit is None
     with pytest.raises(ModelError, match="PEFT renames the layers of this class"):
         pipeline.train(recipe(tmp_path / "deepseek_ocr2", "nf4"), dry_run=True)
+
+
+def results_on_the_page() -> dict[str, str]:
+    """Of each architecture on docs/models.md; a table of those that work has no such column."""
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in PAGE.splitlines() if line.startswith("| ")]
+    works = {row[0][2:]: "works" for row in rows if len(row) == 4 and row[1].endswith("%")}
+    return works | {row[0][2:]: row[1] for row in rows if len(row) == 3 and row[1] in ("refused", "fails")}
+
+
+def test_the_page_shows_every_architecture_and_no_failure() -> None:
+    """As many as the installed transformers registers, where the table was made with it."""
+    shown = results_on_the_page()
+    assert {"works", "refused"} == set(shown.values())
+    counted = [result for name, result in shown.items() if group_of(name) in COUNTED]
+    assert counted.count("works") / len(counted) >= 0.9
+    if f"transformers {transformers.__version__}," in PAGE:
+        assert sorted(shown) == architectures()
+
+
+def test_every_model_whose_shape_is_shipped_works() -> None:
+    shapes = sorted((ROOT / "configs" / "models").glob("*.json"))
+    kinds = {json.loads(file.read_text(encoding="utf-8"))["config"]["model_type"] for file in shapes}
+    shown = results_on_the_page()
+    assert {kind: shown.get(kind) for kind in kinds} == dict.fromkeys(kinds, "works")
 
 
 @pytest.mark.slow
