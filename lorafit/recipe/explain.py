@@ -5,26 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_origin
+from typing import Any
 
 from pydantic_core import ErrorDetails
 
 from lorafit.errors import RecipeError
 from lorafit.recipe.expect import allowed_range, expectation
+from lorafit.recipe.mending import mend
 from lorafit.recipe.names import is_not_yet
 from lorafit.recipe.outline import (
     Choice,
-    Group,
-    Items,
-    Leaf,
     Slot,
-    Table,
-    Variants,
     fields_at,
-    recipe_outline,
+    real_path,
     slot_at,
-    slot_below,
-    variant_of,
 )
 from lorafit.recipe.suggest import answer_unknown_key
 from lorafit.recipe.tree import Entry, KeyPath, find, key_text, nearest_entry, parse_key, shown
@@ -33,7 +27,6 @@ from lorafit.recipe.words import suggest_word
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 _EMPTY_ERRORS = {"too_short", "string_too_short"}
 _NAMED_KEY = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+|\[\d+\])*): (.+)", re.DOTALL)
-_SHOWN_WORD_CHARACTERS = 40
 _FIRST_WORD = re.compile(r"[a-z_0-9]+")
 
 
@@ -77,30 +70,6 @@ def explain(errors: Sequence[ErrorDetails], tree: Entry) -> list[Finding]:
     found = [_explain_one(path, slots[path], group, tree) for path, group in by_path.items()]
     meant = {f.meant for f in found if f.meant is not None}
     return [f for f in found if not (f.is_missing and any(m[: len(f.path)] == f.path for m in meant))]
-
-
-def real_path(loc: Sequence[str | int], tree: Entry) -> tuple[KeyPath, Slot | None]:
-    """The key that pydantic's `loc` means, and its slot: without the tags of unions and the names of types in it."""
-    slot: Slot | None = recipe_outline()
-    entry: Entry | None = tree
-    path: list[str | int] = []
-    parts = list(loc)
-    while parts:
-        if isinstance(slot, Variants) or (isinstance(slot, Choice) and len(slot.kinds) > 1):
-            parts.pop(0)  # the tag
-            if not parts:
-                break
-            if isinstance(slot, Variants):
-                slot = variant_of(slot, entry) if entry is not None else None
-        if isinstance(slot, Leaf) and not isinstance(parts[0], int):
-            break  # the name of a type
-        part = parts.pop(0)
-        if isinstance(slot, Choice) and part == "kind":
-            break  # the choice itself is wrong
-        path.append(part)
-        slot = slot_below(slot, entry, part)
-        entry = find(entry, (part,)) if entry is not None else None
-    return tuple(path), slot
 
 
 def _explain_one(path: KeyPath, slot: Slot | None, errors: list[ErrorDetails], tree: Entry) -> Finding:
@@ -189,37 +158,4 @@ def _is_known(path: KeyPath, tree: Entry) -> bool:
 
 def _wrong_type(path: KeyPath, slot: Slot | None, value: Any, errors: Sequence[ErrorDetails], tree: Entry) -> Finding:
     wanted = expectation(slot) if slot is not None else errors[0]["msg"].lower()
-    todo = _mend_text(value, slot) if isinstance(value, str) else _mend_other(value, slot)
-    return finding(tree, path, f"expected {wanted}, found {shown(value)}", todo or None)
-
-
-def _mend_other(value: Any, slot: Slot | None) -> str:
-    """What to do about a number, a boolean or nothing where it does not belong."""
-    if value is None:
-        return "fill it in, or remove the key" if isinstance(slot, Group | Choice | Items | Table) else ""
-    if not isinstance(value, int | float):
-        return ""
-    if isinstance(slot, Leaf) and any(form is str for form, _ in slot.forms):
-        return "quote it"
-    if isinstance(slot, Variants):
-        groups = (form for form in slot.forms.values() if isinstance(form, Group))
-        return next((f"write {{{next(iter(group.model.model_fields))}: {shown(value)}}}" for group in groups), "")
-    return f"write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
-
-
-def _mend_text(value: str, slot: Slot | None) -> str:
-    """What to do about text where none belongs."""
-    types = [form for form, _ in slot.forms] if isinstance(slot, Leaf) else []
-    if bool in types and value.lower() in ("true", "false"):
-        return "remove the quotes"
-    words = [str(word) for form in types for word in getattr(form, "__args__", ()) if isinstance(word, str)]
-    if words and (suggestion := suggest_word(value, words)):
-        return suggestion.rstrip()
-    if isinstance(slot, Items) or any(get_origin(form) is list for form in types):
-        return f"write [{value[:_SHOWN_WORD_CHARACTERS]}]"
-    if int in types or float in types:
-        if re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value.strip()):
-            return "remove the quotes"
-        if re.fullmatch(r"[-+]?\d+,\d+", value.strip()):
-            return f"write {value.strip().replace(',', '.')}"
-    return ""
+    return finding(tree, path, f"expected {wanted}, found {shown(value)}", mend(path, slot, value, tree) or None)

@@ -11,7 +11,7 @@ Leaf      a value                          seed: 0
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -260,6 +260,30 @@ def slot_at(path: KeyPath, tree: Entry) -> Slot | None:
         slot = slot_below(slot, entry, part)
         entry = find(entry, (part,)) if entry is not None else None
     return slot
+
+
+def real_path(loc: Sequence[str | int], tree: Entry) -> tuple[KeyPath, Slot | None]:
+    """The key that pydantic's `loc` means, and its slot: without the tags of unions and the names of types in it."""
+    slot: Slot | None = recipe_outline()
+    entry: Entry | None = tree
+    path: list[str | int] = []
+    parts = list(loc)
+    while parts:
+        if isinstance(slot, Variants) or (isinstance(slot, Choice) and len(slot.kinds) > 1):
+            parts.pop(0)  # the tag
+            if not parts:
+                break
+            if isinstance(slot, Variants):
+                slot = variant_of(slot, entry) if entry is not None else None
+        if isinstance(slot, Leaf) and not isinstance(parts[0], int):
+            break  # the name of a type
+        part = parts.pop(0)
+        if isinstance(slot, Choice) and part == "kind":
+            break  # the choice itself is wrong
+        path.append(part)
+        slot = slot_below(slot, entry, part)
+        entry = find(entry, (part,)) if entry is not None else None
+    return tuple(path), slot
 
 
 def every_key(slot: Slot, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Slot]]:

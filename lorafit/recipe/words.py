@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from lorafit.registry import nearest
 
@@ -55,6 +57,11 @@ FOREIGN_VALUES: Mapping[str, str] = {
     "eval_loss": "loss",
     "accuracy": "token_accuracy",
     "output": "completion",
+    "all": "all-linear",
+    "auto": "all-linear",
+    "linear": "all-linear",
+    "all_linears": "all-linear",
+    "all_linear_layers": "all-linear",
 }
 
 
@@ -82,11 +89,25 @@ NOT_BUILT: Mapping[str, tuple[str, ...]] = {
 """Names that people know of other tools and that mean nothing here yet, by the family they would belong to."""
 
 
+_WORDS_FOR_NOTHING = frozenset({"", "none", "null", "nil", "no", "off", "false", "~", "nothing", "disabled"})
+
+
+def means_nothing(value: Any) -> bool:
+    """Whether a text is one of the words by which people and other tools say that they want none."""
+    return isinstance(value, str) and value.strip().lower() in _WORDS_FOR_NOTHING
+
+
+def fold(word: str) -> str:
+    """A word as it is looked up: in lower case, its parts joined by `_`."""
+    return re.sub(r"[\s_-]+", "_", word.strip().lower())
+
+
 def suggest_word(word: str, known: Iterable[str]) -> str:
     """`did you mean lora? ` for a word that is not among `known`, or nothing."""
     known = list(known)
-    ours = FOREIGN_VALUES.get(word.strip().lower())
-    close = [ours] if ours in known else nearest(word.strip(), known, count=2)
+    same = [name for name in known if fold(name) == fold(word)]
+    ours = FOREIGN_VALUES.get(fold(word), FOREIGN_VALUES.get(word.strip().lower()))
+    close = same or ([ours] if ours in known else nearest(word.strip(), known, count=2))
     return f"did you mean {' or '.join(str(name) for name in close)}? " if close else ""
 
 

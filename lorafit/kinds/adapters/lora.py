@@ -5,6 +5,7 @@ Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), section 4.1.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import StepHook
     from lorafit.shapes import LinearShape, ModelShape
+
+
+_ALL_LINEAR = frozenset({"all", "auto", "all-linear", "all-linears", "linear", "all-linear-layers", "*"})
+
+
+def _means_all(name: str) -> bool:
+    return re.sub(r"[\s_-]+", "-", name.strip().lower()) in _ALL_LINEAR
 
 
 class LoraSection(AdapterSection):
@@ -44,6 +52,10 @@ class LoraSection(AdapterSection):
     def _targets_name_something(cls, value: str | list[str]) -> str | list[str]:
         if not value:
             raise ValueError("no trainable parameters: the list is empty; name linears or write all-linear")
+        whole = [name for name in value if _means_all(name)] if isinstance(value, list) else []
+        if whole:
+            others = f", without {', '.join(x for x in value if x not in whole)[:60]} beside it" if value[1:] else ""
+            raise ValueError(f"{whole[0]!r} is no linear's name; did you mean all-linear? It stands alone{others}")
         wrong = [name for name in value if not name.strip() or "." in name] if isinstance(value, list) else []
         if wrong:
             raise ValueError(f"{wrong[0]!r} is no linear's name; give the last part of its path, e.g. q_proj")

@@ -8,7 +8,8 @@ from lorafit.recipe.names import foreign_names, names_in_a_source
 from lorafit.recipe.outline import Choice, every_key, fields_of, recipe_outline
 from lorafit.recipe.schema import TrainSourceSection
 from lorafit.recipe.words import FOREIGN_VALUES, OneNameOf
-from tests.unit.recipe.recipe_texts import MINIMAL, Fails, parts
+from lorafit.registry import nearest
+from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
 
 KEYS = {".".join(map(str, path)): slot for path, slot in every_key(recipe_outline())}
 FOREIGN_NAMES, NAMES_IN_A_SOURCE = foreign_names(), names_in_a_source()
@@ -245,6 +246,60 @@ VALUES = [
 @pytest.mark.parametrize(("flag", "ours"), VALUES)
 def test_another_tools_word_is_answered_with_ours(fails: Fails, flag: str, ours: str) -> None:
     assert f"did you mean {ours}" in str(fails(MINIMAL, [flag]))
+
+
+@pytest.mark.parametrize(
+    "value", ["all", "'all linear'", "all_linear", "All", "[all]", "[all-linear]", "[q_proj, all]"]
+)
+def test_a_word_for_every_linear_is_answered_with_all_linear(fails: Fails, value: str) -> None:
+    """At the recipe's line, before a row is read; never with a list that the same check would refuse next."""
+    said = str(fails(MINIMAL + f"adapter: {{target_modules: {value}}}\n"))
+    assert said.startswith("r.yaml:") and "did you mean all-linear?" in said and "write [" not in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("tracking=none", "leave it out, or write []"),
+        ("tracking=[none]", "leave it out, or write []"),
+        ("tracking=false", "leave it out, or write []"),
+        ("evaluation.early_stopping=false", "leave it out, or write null"),
+        ("evaluation.every_steps=none", "leave it out, or write null"),
+        ("training.max_grad_norm=none", "write null"),
+    ],
+)
+def test_a_word_for_none_is_answered_with_what_the_key_takes(fails: Fails, flag: str, advice: str) -> None:
+    assert str(fails(MINIMAL, [flag])).endswith(f"; {advice}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("tracking=wandb", "; write [wandb]"),
+        ("tracking='wandb, mlflow'", "; write [wandb, mlflow]"),
+        ("tracking=tensorbord", "; did you mean [tensorboard]?"),
+        ("tracking=everything", "found 'everything'"),
+        ("evaluation.final=accuracy", "; did you mean [token_accuracy]?"),
+        ("adapter.target_modules='q_proj,v_proj'", "; write [q_proj, v_proj]"),
+        ("adapter.target_modules=layers.0.q_proj", "found 'layers.0.q_proj'"),
+        ("adapter.target_modules=none", "found 'none'"),
+    ],
+)
+def test_a_word_in_the_place_of_a_list_is_advised_only_what_is_taken(
+    fails: Fails, loads: Loads, flag: str, advice: str
+) -> None:
+    assert str(fails(MINIMAL, [flag])).endswith(advice)
+    if advice.startswith("; write "):
+        loads(MINIMAL, [f"{flag.split('=')[0]}={advice.removeprefix('; write ')}"])
+
+
+def test_few_shared_letters_are_no_likeness() -> None:
+    """`bias` has three of the four letters of `base`, and means another thing; a slip of the hand is still known."""
+    assert nearest("bias", ["base", "seed"]) == []
+    assert nearest("loss_fn", ["lora", "task"]) == []
+    assert nearest("trian", ["train", "test"]) == ["train"]
+    assert nearest("keep", ["every_steps", "keep_last"]) == ["keep_last"]
+    assert nearest("learnig_rate", ["learning_rate"]) == ["learning_rate"]
 
 
 def test_one_name_of_says_what_there_is() -> None:
