@@ -19,7 +19,7 @@ from lorafit.errors import CheckpointError, DataError, UsageError
 from lorafit.job import Job, autocast_dtype, look_for_rows, open_job, prepare_rows, torch_dtype
 from lorafit.kinds.tasks import tasks
 from lorafit.run_card import RunCard, read_card
-from lorafit.workspace import OpenedRun, compare_recipes, is_lone_adapter, is_model, open_run
+from lorafit.workspace import OpenedRun, both_recipes, compare_recipes, is_lone_adapter, is_model, open_run
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -101,6 +101,31 @@ def check_fixed(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter)
     for what in changed:
         if what.startswith(_FIXED):
             reporter.warn(f"{what} in the recipe; the run is taken as it was trained")
+
+
+def changed_evaluation(opened: OpenedRun, split: str) -> dict[str, Any]:
+    """By which values, and those of which keys, an evaluation is not that of the run's own recipe.
+
+    Null stands for a key that the run has and this recipe has not. Sources of splits that are not scored count for
+    nothing, since no row of them is read.
+
+    Args:
+        opened: The run, with its recipe as flags or later edits have it.
+        split: Whose rows are scored.
+    """
+    from lorafit.recipe.schema import ValidationFraction
+
+    recipe = opened.loaded.recipe
+    is_held_out = split == "validation" and isinstance(recipe.data.validation, ValidationFraction)
+    read = {f"data.{split}", *(["data.train"] if is_held_out else [])}
+    ignored = tuple({"data.train", "data.validation", "data.test"} - read)
+    before, now = both_recipes(opened.run, opened.loaded)
+    return {
+        key: now.get(key)
+        for key in sorted(before.keys() | now.keys())
+        if key.startswith(("data.", "evaluation.", "seed")) and not key.startswith((*_FIXED, *ignored))
+        if before.get(key) != now.get(key)
+    }
 
 
 def find_card(opened: OpenedRun, reporter: Reporter) -> RunCard:

@@ -31,6 +31,7 @@ from lorafit.workspace import (
     own_rank,
     resume_command,
     sources_of,
+    usual_split,
 )
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def evaluate(
         base_model: Folder or hub id of the base, where it is not found by itself.
         reporter: Gets progress and warnings; silent where None.
     """
-    from lorafit.answering import check_fixed, open_evaluation, open_tuned
+    from lorafit.answering import changed_evaluation, check_fixed, open_evaluation, open_tuned
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
     from lorafit.evaluation.runner import evaluate_pair
@@ -231,15 +232,15 @@ def evaluate(
     check_fixed(opened, overrides, reporter)
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     _, step = opened.adapter(checkpoint)
-    usual = "test" if opened.loaded.recipe.data.test is not None else "validation"
-    split = split or usual
+    split = split or usual_split(opened.loaded.recipe)
     tuned = open_tuned(opened, checkpoint, base_model, reporter)
     job = open_evaluation(opened, tuned, split, reporter)
     examples = job.rows.splits[split]
     report = name_report(
-        split=split if split != usual else None,
+        split=split if split != opened.usual_split() else None,
         limit=limit if limit is not None and limit < len(examples) else None,
         checkpoint_step=step if checkpoint is not None else None,
+        changed=changed_evaluation(opened, split),
     )
     check_reports(opened.run, report)
     if limit is not None:

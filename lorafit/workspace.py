@@ -37,6 +37,12 @@ class OpenedRun:
 
         return find_moment(self.manifest, self.run.manifest)
 
+    def usual_split(self) -> str:
+        """Which rows the run's own evaluation scores, whatever flags or edits say now."""
+        from lorafit.recipe.load import load_recipe
+
+        return usual_split(load_recipe(self.run.recipe).recipe)
+
     def resolved(self) -> ResolvedPlan:
         """The values that the run was trained with."""
         from lorafit.plan import ResolvedPlan
@@ -150,6 +156,11 @@ def _find_run_around(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
+def usual_split(recipe: Recipe) -> str:
+    """Which rows an evaluation scores where none are named."""
+    return "test" if recipe.data.test is not None else "validation"
+
+
 def sources_of(recipe: Recipe) -> dict[str, Sequence[SourceSection]]:
     """The sources of every split that has its own, by the recipe's key."""
     splits = {
@@ -162,10 +173,15 @@ def sources_of(recipe: Recipe) -> dict[str, Sequence[SourceSection]]:
 
 
 def inputs_of(loaded: LoadedRecipe) -> list[Path]:
-    """Local files and folders that a run reads and must not write over."""
+    """Local files and folders that a run reads and must not write over.
+
+    A run's own recipe.yaml is none for that run, which writes it itself: a run goes on by it as by the first recipe.
+    """
     from lorafit.data.patterns import find_files
 
-    recipe, found = loaded.recipe, [Path(loaded.file)]
+    own = RunDir(loaded.output)
+    is_own = is_run(own.root) and Path(loaded.file).resolve() == own.recipe.resolve()
+    recipe, found = loaded.recipe, [] if is_own else [Path(loaded.file)]
     for source in (source for sources in sources_of(recipe).values() for source in sources):
         with contextlib.suppress(DataError):  # a pattern without files is said where rows are opened
             found += [loaded.path(name) for name in find_files(source.path, loaded.folder)]
@@ -231,10 +247,7 @@ def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[
     """How the recipe differs from that of the run in the folder: what makes it another run, and what does not."""
     if not _is_started(run):
         return [], []
-    from lorafit.recipe.load import load_recipe
-
-    before = _leaves(load_recipe(run.recipe).recipe.model_dump(mode="json"))
-    now = _leaves(load_recipe_from(loaded, run).model_dump(mode="json"))
+    before, now = both_recipes(run, loaded)
     stops_early = loaded.recipe.evaluation.early_stopping is not None
     decisive: list[str] = []
     harmless: list[str] = []
@@ -243,6 +256,14 @@ def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[
         found = harmless if is_harmless or _only_longer(key, before, now) else decisive
         found.append(f"{key}: {before.get(key)} was changed to {now.get(key)}")
     return decisive, harmless
+
+
+def both_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values by dotted key: of the recipe that a run's folder holds, and of another as it reads from there."""
+    from lorafit.recipe.load import load_recipe
+
+    before, now = load_recipe(run.recipe).recipe, load_recipe_from(loaded, run)
+    return _leaves(before.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
 
 
 def _is_started(run: RunDir) -> bool:

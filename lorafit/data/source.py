@@ -124,7 +124,7 @@ class Source:
             todo = explain_unread(column, columns, self._reader)
             if todo is not None:
                 said.append(f"{self.name}: column '{column}' ({count} rows) is not read; {todo}")
-        for column in sorted(self._absent):
+        for column in sorted(self._absent if not self._prompts else ()):  # what a prompt must have is an error
             said.append(f"{self.name}: columns names '{column}', which none of the first rows has; correct the recipe")
         if self._path is not None and suffix_of(self._path) == ".xlsx":
             from lorafit.data.workbook import unread_sheets

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
 from lorafit.evaluation.statistics import Comparison
@@ -13,21 +15,33 @@ from lorafit.wording import counted
 
 HEADINGS = ("metric", "base", "tuned", "tuned 95 %", "difference", "95 % interval", "verdict", "rows better / worse")
 _MEBIBYTE = 1 << 20
+_SHOWN_CHANGES = 3
 
 
-def name_report(*, split: str | None, limit: int | None, checkpoint_step: int | None) -> str:
-    """`report`, or a name of its own for what is not the run's own evaluation: other rows, or another checkpoint.
+def name_report(
+    *, split: str | None, limit: int | None, checkpoint_step: int | None, changed: Mapping[str, Any] | None = None
+) -> str:
+    """`report`, or a name of its own for what is not the run's own evaluation: other rows, answers or checkpoint.
 
     Args:
         split: The rows, where they are not those that are scored when none are named.
         limit: How many rows, where not all were scored.
         checkpoint_step: Step of the checkpoint, where not the run's adapter was scored.
+        changed: Keys of the recipe that flags changed for this evaluation, with their values.
     """
     parts = ["report"]
     parts += [split] if split is not None else []
+    parts += [_name_changes(changed)] if changed else []
     parts += [f"first-{limit}"] if limit is not None else []
     parts += [f"step-{checkpoint_step}"] if checkpoint_step is not None else []
     return ".".join(parts)
+
+
+def _name_changes(changed: Mapping[str, Any]) -> str:
+    """The last words of a few keys, for people, and a hash of all keys and values, which tells any two apart."""
+    words = dict.fromkeys(key.rpartition(".")[2] for key in sorted(changed))
+    text = json.dumps(changed, sort_keys=True, ensure_ascii=True)
+    return "-".join(["set", *list(words)[:_SHOWN_CHANGES], hashlib.sha256(text.encode()).hexdigest()[:8]])
 
 
 def write_report(run: RunDir, evaluation: Evaluation, name: str = "report") -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
 
+from lorafit.answering import changed_evaluation
 from lorafit.cli import app
+from lorafit.workspace import open_run
 from tests.integration.conftest import SCRIPT, Outcome, World, say_all
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
@@ -124,6 +128,74 @@ def test_the_main_job(trained: World) -> None:
     sampled = ["generate", "run", "--prompt", "a", "--temperature", "1.5", "--max-new-tokens", "16", "--json"]
     assert world.run(*sampled, "--seed", "1").json == world.run(*sampled, "--seed", "1").json
     assert world.run(*sampled, "--seed", "1").json != world.run(*sampled, "--seed", "2").json
+
+
+def test_an_evaluation_by_other_values_leaves_the_runs_report(trained: World) -> None:
+    """Whatever decides which rows are scored or how they are answered makes another report, the same one each time."""
+    world = trained
+    say_all(world.run("eval", "run", "--set", "name=other", "--set", "data.validation=../t.jsonl"), 0, "run/report.md")
+    kept = {name: digest for name, digest in world.digests("run").items() if name.startswith("report.")}
+    assert len(kept) == 3
+    world.rows(3, "other.jsonl", first=300)
+    for flag in ("data.test=other.jsonl", "data.test=null", "evaluation={final: [bleu], max_new_tokens: 2}"):
+        before = set(world.digests("run"))
+        say_all(world.run("eval", "r.yaml", "--set", flag), 0)
+        (new,) = {name.rpartition(".")[0] for name in set(world.digests("run")) - before}
+    whole = set(world.digests("run"))
+    say_all(world.run("eval", "run", "--set", flag), 0, f"run/{new}.md")  # the same from the run's own recipe
+    assert set(world.digests("run")) == whole
+    assert kept.items() <= world.digests("run").items()
+
+
+def test_what_makes_another_evaluation_of_a_run(trained: World) -> None:
+    run = trained.root / "run"
+
+    def changed(flag: str, split: str = "test") -> dict[str, Any]:
+        return changed_evaluation(open_run(run, [flag]), split)
+
+    for flag, key in {
+        "data.test=../other.jsonl": "data.test",
+        "data.test[0].limit=2": "data.test",
+        "data.max_length=120": "data.max_length",
+        "data={overlength: drop}": "data.overlength",
+        "data.bad_rows={policy: skip}": "data.bad_rows.policy",
+        "evaluation.final=[exact_match]": "evaluation.final",
+        "evaluation.max_new_tokens=3": "evaluation.max_new_tokens",
+        "evaluation.retention=../v.jsonl": "evaluation.retention",
+        "seed=5": "seed",
+    }.items():
+        assert list(changed(flag)) == [key], flag
+    for flag in ("data.test=../t.jsonl", "name=x", "training.max_steps=9", "data.train=../v.jsonl"):
+        assert changed(flag) == {}, flag
+    assert changed("data.validation=../t.jsonl") == changed("data.test=../v.jsonl", "validation") == {}
+    assert list(changed("data.validation=../t.jsonl", "validation")) == ["data.validation"]
+    assert set(changed("data.validation={fraction: 0.5}", "validation")) >= {"data.validation.fraction"}
+
+
+def test_a_run_goes_on_by_its_own_recipe(trained: World) -> None:
+    """Where it was cut off, bit for bit as by the first recipe; complete, it says so. A moved run and a copy too."""
+    world, whole = trained, trained.weights("run")
+    run = world.root / "run"
+    for gone in (run / "adapter", run / "checkpoints" / "step-000004"):
+        shutil.rmtree(gone)
+    (run / "result.json").unlink()
+    run.rename(world.root / "sd")
+    shutil.copytree(world.root / "sd", world.root / "copy")
+    for name, flags in {"sd": ["--output", "sd"], "copy": []}.items():
+        command = ["train", f"{name}/recipe.yaml", *flags]
+        say_all(world.run(*command), 2, f"{name}: output", "go on with lorafit train", "--resume")
+        resumed = world.run(*command, "--resume")
+        say_all(resumed, 0, "step 4")
+        assert "starts at step 0" not in resumed.stderr
+        assert world.weights(name) == whole
+        say_all(world.run(*command, "--resume"), 0, "already complete")
+        say_all(world.run(*command), 2, f"{name}: output", "holds this run, finished")
+    before = world.digests()
+    (world.root / "plain").mkdir()
+    shutil.copyfile(world.root / "r.yaml", world.root / "plain" / "recipe.yaml")  # in no run of lorafit's
+    say_all(world.run("train", "plain/recipe.yaml", "--output", "plain", "--resume"), 2, "also an input")
+    shutil.rmtree(world.root / "plain")
+    assert world.digests() == before
 
 
 @pytest.mark.parametrize(

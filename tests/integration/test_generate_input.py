@@ -41,6 +41,7 @@ def test_a_run_is_asked_with_the_rows_of_any_file(world: World) -> None:
     assert [row["line"] for row in found["moved.csv"]] == list(range(2, 14))
     shown = world.run("generate", "run", "--input", "asked.csv", "--max-new-tokens", "4")
     say_all(shown, 0, *(f"> {row['question']}" for row in rows))
+    assert "Antwort" not in shown.stderr  # what is to be written may be missing
 
     system = {"instruction": "what opens", "input": "on monday", "system": "the shop", "output": ""}
     (world.root / "alpaca.jsonl").write_text(json.dumps(system) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -141,6 +142,13 @@ def test_reports_of_other_rows_or_checkpoints_have_names_of_their_own():
     }
     assert len(names) == 18 and "report" in names
     assert name_report(split="validation", limit=8, checkpoint_step=4) == "report.validation.first-8.step-4"
+    changes: list[dict[str, Any]] = [
+        *({"data.test": None}, {"data.test": [{"path": "a"}]}, {"data.test": [{"path": "b"}]}),
+        *({"seed": 1}, {"seed": 2}, {f"evaluation.key_{n}": n for n in range(90)}),
+    ]
+    set_names = {name_report(split=None, limit=None, checkpoint_step=None, changed=each) for each in changes}
+    assert len(set_names) == len(changes) and "report" not in set_names
+    assert all(name.startswith("report.set-") and len(name) < 100 for name in set_names)
 
 
 def test_the_report_says_what_a_reader_must_know():
