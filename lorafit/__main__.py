@@ -24,6 +24,13 @@ def main() -> None:
         from lorafit.cli import main as run
 
         run()
+    except SystemExit:
+        import signal
+
+        from lorafit.exits import end_at_once
+
+        signal.signal(signal.SIGINT, end_at_once)  # what is left is the interpreter's own end
+        raise
     except KeyboardInterrupt:
         sys.stderr.write("error: stopped by SIGINT; nothing was left half-written\n")
         sys.exit(130)

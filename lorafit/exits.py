@@ -1,7 +1,7 @@
 """How a command ends: the one place where errors become exit codes and lines on stderr.
 
 LorafitError      its own code, `error: <file>[:line[:column]][: key]: <what>; <what to do>`
-Ctrl-C, SIGTERM   128 + signal, nothing left half-written
+Ctrl-C, SIGTERM   128 + signal, nothing left half-written; a second Ctrl-C ends without cleaning up
 closed pipe       141
 our own bug       1, with the traceback in a file that is named
 
@@ -26,22 +26,39 @@ from lorafit.errors import LorafitError, Problems, ResourceError, StoppedBySigna
 
 EXIT_BROKEN_PIPE = 141
 _SHORTEST_SECRET_CHARACTERS = 6
+_SHOW_CURSOR = b"\x1b[?25h"
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
 
 
 @contextlib.contextmanager
 def termination_as_error() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that half-written files are removed; training puts its own handler over it."""
+    """Makes SIGTERM and the first Ctrl-C exceptions, so that half-written files are removed; a second Ctrl-C does not
+    wait for that. Training puts its own handlers over these.
+    """
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name
         raise StoppedBySignal(f"stopped by {name}; nothing was left half-written", signal_number=number)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(number, end_at_once)
+        raise KeyboardInterrupt
+
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def end_at_once(number: int, frame: Any) -> None:
+    """A signal's handler that ends the process where it stands; its workers end with it."""
+    if sys.stderr.isatty():
+        os.write(2, _SHOW_CURSOR)  # a bar hides it
+    os._exit(128 + number)
 
 
 def _say(line: str) -> None:
@@ -60,6 +77,8 @@ def _report(error: LorafitError, json_head: dict[str, Any] | None) -> int:
             sys.stdout.flush()
     for part in parts if isinstance(error, Problems) else ():
         _say(f"error: {part}")
+    if isinstance(error, StoppedBySignal) and sys.stderr.isatty():
+        _say("")  # the terminal wrote ^C into this line
     _say(f"error: {error}")
     return error.exit_code
 

@@ -13,9 +13,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ def count_workers(seconds: float) -> int:
     return workers if workers > 1 else 0
 
 
-def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int) -> Iterator[EncodedChunk]:
+def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int) -> Generator[EncodedChunk, None, None]:
     """Encodes samples in order, a chunk at a time; never holds more than some chunks of them.
 
     Args:
@@ -258,13 +259,14 @@ def _encode_in_workers(
         with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder, os.getpid())) as pool:
             try:
                 for chunk in chunks:
-                    waiting.append(pool.submit(_encode_in_worker, chunk))
+                    with _without_interrupts() if not waiting else contextlib.nullcontext():
+                        waiting.append(pool.submit(_encode_in_worker, chunk))
                     if len(waiting) >= workers * _CHUNKS_AHEAD:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                _kill(pool)
                 raise
     except BrokenProcessPool:
         raise ResourceError("a process that tokenises rows was killed: memory ran out?", todo="free memory") from None
@@ -273,3 +275,28 @@ def _encode_in_workers(
             os.environ.pop("TOKENIZERS_PARALLELISM", None)
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Holds Ctrl-C back while workers are forked: they would answer it until they leave it to their parent, and in what
+    Python runs around a fork it is lost. A mask does not do: another thread, such as a bar's, would get the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C does not come here
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(signal.SIGINT, None)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """Ends the workers in the midst of their chunks, which nobody wants any more (as Python 3.14's `kill_workers`)."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)

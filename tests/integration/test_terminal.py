@@ -1,0 +1,112 @@
+"""Commands on a terminal, as a person has them: a pty of a known width, Ctrl-C sent to all of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import SCRIPT, World
+
+CTRL_C = b"\x03"
+
+
+@dataclass
+class Terminal:
+    """A command on a terminal of its own."""
+
+    process: subprocess.Popen[bytes]
+    controller: int
+    seen: bytes = field(default=b"")
+
+    @property
+    def text(self) -> str:
+        """All that was written, without colours and moves of the cursor."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen.decode("utf-8", "replace"))
+
+    def read(self, until: Callable[[Terminal], bool] = lambda terminal: False, *, seconds: float = 120) -> None:
+        """Reads until something is so, or until nobody has the terminal any more."""
+        end = time.monotonic() + seconds
+        os.set_blocking(self.controller, False)
+        while not until(self):
+            assert time.monotonic() < end, self.text[-2000:]
+            try:
+                chunk = os.read(self.controller, 65536)
+            except BlockingIOError:
+                time.sleep(0.01)
+                continue
+            except OSError:  # Linux: the other end is closed
+                return
+            if not chunk:
+                return
+            self.seen += chunk
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.controller, keys)
+
+
+@contextlib.contextmanager
+def on_terminal(world: World, *arguments: str, columns: int = 80) -> Iterator[Terminal]:
+    controller, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {name: value for name, value in world.environment.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [str(SCRIPT), *arguments],
+        cwd=world.root,
+        env={**environment, "TERM": "xterm-256color"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
+        yield Terminal(process, controller)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+        os.close(controller)
+
+
+def list_group(leader: int) -> list[str]:
+    """Processes of a session that are still there."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(") ")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(stat.parent.name)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_while_workers_prepare_rows(world: World, presses: int) -> None:
+    """It ends at once, also where it is pressed again while the first is being answered; no worker is left."""
+    world.rows(60_000)
+    with on_terminal(world, "preview", "r.yaml", "--rows", "0") as terminal:
+        terminal.read(lambda seen: len(list_group(seen.process.pid)) > 2)
+        for _ in range(presses):
+            terminal.type(CTRL_C)
+            time.sleep(0.05)
+        pressed = time.monotonic()
+        terminal.read(seconds=60)
+        assert terminal.process.wait(30) == 130
+        assert time.monotonic() - pressed < 20
+        assert "Traceback" not in terminal.text and "Exception" not in terminal.text, terminal.text
+        assert list_group(terminal.process.pid) == []
