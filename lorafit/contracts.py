@@ -168,11 +168,14 @@ class Reporter(Protocol):
 
     def show(self, renderable: Any) -> None: ...
 
-    def track(self, total: int, what: str, done: int = 0) -> Progress: ...
+    def track(self, total: int | None, what: str, done: int = 0) -> Progress: ...
 
 
 class Progress(Protocol):
-    """One bar: `with reporter.track(100, "tokenising") as bar: bar.advance(1, loss=2.1)`."""
+    """One bar: `with reporter.track(100, "tokenising") as bar: bar.advance(1, loss=2.1)`.
+
+    Where more is done than `total`, nobody knows any more how much is left, and the bar shows none.
+    """
 
     def __enter__(self) -> Progress: ...
 
@@ -214,7 +217,7 @@ class Silent:
     def show(self, renderable: Any) -> None:
         """Drops it."""
 
-    def track(self, total: int, what: str, done: int = 0) -> SilentProgress:
+    def track(self, total: int | None, what: str, done: int = 0) -> SilentProgress:
         """A bar that nobody sees."""
         return SilentProgress()
 

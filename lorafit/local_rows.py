@@ -86,7 +86,7 @@ class _BarsAlone(Silent):
         super().__init__()
         self._reporter = reporter
 
-    def track(self, total: int, what: str, done: int = 0) -> Progress:  # type: ignore[override]
+    def track(self, total: int | None, what: str, done: int = 0) -> Progress:  # type: ignore[override]
         """The reporter's own bar."""
         return self._reporter.track(total, what, done)
 

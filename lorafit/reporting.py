@@ -72,8 +72,8 @@ class ConsoleReporter:
 
             Console(stderr=True, highlight=False).print(renderable)
 
-    def track(self, total: int, what: str, done: int = 0) -> Progress:
-        """A bar of `total` units, drawn or written; `done` of them were done by an earlier process."""
+    def track(self, total: int | None, what: str, done: int = 0) -> Progress:
+        """A bar of `total` units (None: nobody knows), drawn or written; an earlier process did `done` of them."""
         if self._quiet:
             from lorafit.contracts import SilentProgress
 
@@ -98,70 +98,70 @@ class ConsoleReporter:
 class _DrawnBar:
     """A live bar. While one is drawn, other bars are written."""
 
-    def __init__(self, reporter: ConsoleReporter, total: int, what: str, done: int) -> None:
+    def __init__(self, reporter: ConsoleReporter, total: int | None, what: str, done: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from lorafit.live_line import LiveLine
 
         self._reporter = reporter
-        self._live = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            console=Console(stderr=True, highlight=False),
-            transient=True,
-        )
-        self._task = self._live.add_task(what, total=total, completed=done, shown="")
+        self._line = LiveLine(Console(stderr=True, highlight=False), what, total, done)
 
     def __enter__(self) -> _DrawnBar:
-        self._live.start()
+        self._line.start()
         self._reporter._bar = self
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._reporter._bar = None
-        self._live.stop()
+        self._line.stop()
 
     def advance(self, amount: int = 1, **shown: Any) -> None:
-        if shown:
-            self._live.update(self._task, shown=_in_words(shown))
-        self._live.advance(self._task, amount)
+        self._line.step(amount, _worded(shown))
 
     def print(self, message: str, style: str) -> None:
-        self._live.console.print(message, style=style or None, markup=False, soft_wrap=True)
+        self._line.console.print(message, style=style or None, markup=False, soft_wrap=True)
 
 
 class _WrittenBar:
     """Lines instead of a bar: the first, one every few seconds, and the last."""
 
-    def __init__(self, total: int, what: str, done: int, *, every_seconds: float) -> None:
+    def __init__(self, total: int | None, what: str, done: int, *, every_seconds: float) -> None:
         self._total, self._what, self._every_seconds = total, what, every_seconds
-        self._done = self._before = done
+        self._done = self._before = self._said = done
         self._began = time.monotonic()
         self._written: float | None = None
+        self._shown: dict[str, str] = {}
 
     def __enter__(self) -> _WrittenBar:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        return None
+        if exc[0] is None and self._said < self._done:
+            self._write("")  # nobody knew that the last one was the last
 
     def advance(self, amount: int = 1, **shown: Any) -> None:
         self._done += amount
+        if self._total is not None and self._done > self._total:
+            self._total = None  # more than was thought, and nobody knows how much
         now = time.monotonic()
-        is_last = self._done >= self._total
+        is_last = self._done == self._total
+        self._shown = _worded(shown) or self._shown
         if self._written is not None and now - self._written < self._every_seconds and not is_last:
             return
         if self._written is None and not shown and not is_last and now - self._began < self._every_seconds:
             return  # quick jobs say only that they are done
         self._written = now
-        left = (
-            ""
-            if is_last
-            else f"  {_clock((now - self._began) / (self._done - self._before) * (self._total - self._done))} left"
-        )
-        _write_line(f"{self._what} {self._done}/{self._total}  {_in_words(shown)}{left}".rstrip())
+        left = ""
+        if self._total is not None and not is_last:
+            seconds = (now - self._began) / (self._done - self._before) * (self._total - self._done)
+            left = f"  {_clock(seconds)} left"
+        self._write(left)
+
+    def _write(self, left: str) -> None:
+        self._said = self._done
+        count = str(self._done) if self._total is None else f"{self._done}/{self._total}"
+        words = "  ".join(f"{name.replace('_', ' ')} {value}" for name, value in self._shown.items())
+        _write_line(f"{self._what} {count}  {words}{left}".rstrip())
 
 
 def _write_line(text: str) -> None:
@@ -169,12 +169,9 @@ def _write_line(text: str) -> None:
     sys.stderr.flush()
 
 
-def _in_words(shown: dict[str, Any]) -> str:
-    parts = []
-    for name, value in shown.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        parts.append(f"{name.replace('_', ' ')} {text}")
-    return "  ".join(parts)
+def _worded(shown: dict[str, Any]) -> dict[str, str]:
+    """Values as they are shown."""
+    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
 
 
 def _clock(seconds: float) -> str:

@@ -296,14 +296,16 @@ class _Preparation:
         guess = self.samples.guess_rows()
         ledger = self.samples.new_ledger()
         with self.cache.build(target) as folder:
-            with StoreWriter(folder) as writer, self.reporter.track(guess, f"preparing {self.split} rows") as bar:
+            total, what = self.samples.count_for_bar(), f"preparing {self.split} rows"
+            with StoreWriter(folder) as writer, self.reporter.track(total, what) as bar:
                 began, done = time.monotonic(), 0
-                for encoded in encode_all(self.encoder, self._usable(ledger), guess):
-                    writer.write(encoded.chunk)
-                    _count(ledger, encoded)
-                    done += encoded.samples
-                    seconds = time.monotonic() - began
-                    bar.advance(encoded.samples, **({"rows/s": round(done / seconds)} if seconds > 1 else {}))
+                with contextlib.closing(encode_all(self.encoder, self._usable(ledger), guess)) as chunks:
+                    for encoded in chunks:
+                        writer.write(encoded.chunk)
+                        _count(ledger, encoded)
+                        done += encoded.samples
+                        seconds = time.monotonic() - began
+                        bar.advance(encoded.samples, **({"rows/s": round(done / seconds)} if seconds > 1 else {}))
             ledger.sort()
             for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
                 counts.unread = dict(source.unread)

@@ -116,6 +116,12 @@ class Source:
             count = max(1, found.lines, found.size_bytes // 4000) if is_text else max(1, found.size_bytes // 500)
         return min(count, self.section.limit or count)
 
+    def has_a_line_a_row(self) -> bool:
+        """Whether `guess_rows` is a count, but for a line or two: of a hub's data set, or of lines that are rows."""
+        if self._path is None:
+            return True
+        return suffix_of(self._path) in (".jsonl", ".ndjson", ".csv", ".tsv", ".txt") and not is_packed(self._path)
+
     def warnings(self) -> list[str]:
         """Columns that no one reads and that look like part of what is asked, said once all rows are read."""
         said = []
@@ -285,6 +291,10 @@ class SampleSet:
     def guess_rows(self) -> int:
         """About how many rows there are."""
         return sum(source.guess_rows() for source in self.sources)
+
+    def count_for_bar(self) -> int | None:
+        """How many rows there are, but for some; None where that cannot be told before they are read."""
+        return self.guess_rows() if all(source.has_a_line_a_row() for source in self.sources) else None
 
     def rows(self) -> Iterator[tuple[int, int, Sample | DataError]]:
         """Every row as (number of its source, line, sample or error)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -10,7 +11,9 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
+from lorafit.live_line import LiveLine
 from lorafit.reporting import ConsoleReporter
 
 PROGRAM = """
@@ -73,3 +76,48 @@ def test_a_bar_on_an_ascii_terminal_shows_messages_above_it() -> None:
     text = seen.decode("ascii")  # nothing else was written
     assert "said [0]" in text and "said [2]" in text and "warning: look out" in text
     assert "training" in text and "loss 1.25" in text and "3/3" in text
+
+
+FIGURES = {"loss": "2.79", "lr": "0.001866", "grad": "1.787", "tok/s": "62", "GiB": "1.43 of est. 1.78"}
+BY_WIDTH = {
+    30: [],
+    45: ["loss"],
+    60: ["loss", "tok/s"],
+    80: ["loss", "tok/s", "GiB"],
+    100: ["loss", "lr", "tok/s", "GiB"],
+    130: ["loss", "lr", "grad", "tok/s", "GiB"],
+}
+
+
+@pytest.mark.parametrize("columns", BY_WIDTH)
+def test_a_narrow_terminal_keeps_how_far_and_how_long(columns: int) -> None:
+    """The count and the time left always stand in the line, figures leave it one by one, and it is one line."""
+    console = Console(file=io.StringIO(), width=columns, force_terminal=True, color_system=None)
+    line = LiveLine(console, "training", 5000, 0)
+    for number in range(3):
+        line.tasks[0].get_time = lambda now=float(number): now
+        line.get_time = lambda now=float(number): now
+        line.step(1, FIGURES)
+    shown = [text for text in ("".join(part.text for part in each) for each in console.render_lines(line)) if text]
+    assert len(shown) == 1 and len(shown[0].rstrip()) < columns
+    assert "training" in shown[0] and "   3/5000" in shown[0]
+    assert re.search(r"\d:\d\d:\d\d$|\d\d:\d\d$", shown[0].rstrip())
+    wanted = {name: value for name, value in FIGURES.items() if name in BY_WIDTH[columns]}
+    assert [name for name in FIGURES if name in shown[0]] == list(wanted)
+    assert "  ".join(f"{name} {value}" for name, value in wanted.items()) in shown[0]
+
+
+def test_more_than_was_thought_has_no_total(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither line ever says `32/14`, and the last one says how many there were."""
+    with ConsoleReporter(verbose=True).track(14, "preparing") as bar:
+        for _ in range(3):
+            bar.advance(16)
+    assert capsys.readouterr().err.splitlines() == ["preparing 16", "preparing 32", "preparing 48"]
+    with ConsoleReporter().track(None, "preparing") as bar:
+        bar.advance(7)
+    assert capsys.readouterr().err.splitlines() == ["preparing 7"]
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    line = LiveLine(console, "preparing", 14, 0)
+    line.step(16, {})
+    (text,) = ["".join(part.text for part in each).rstrip() for each in console.render_lines(line)]
+    assert text.startswith("preparing") and text.endswith(" 16") and "14" not in text
