@@ -13,13 +13,7 @@ from lorafit.errors import RecipeError
 from lorafit.recipe.expect import allowed_range, expectation
 from lorafit.recipe.mending import mend
 from lorafit.recipe.names import is_not_yet
-from lorafit.recipe.outline import (
-    Choice,
-    Slot,
-    fields_at,
-    real_path,
-    slot_at,
-)
+from lorafit.recipe.outline import Choice, Group, Items, Slot, Variants, fields_at, real_path, slot_at
 from lorafit.recipe.suggest import answer_unknown_key
 from lorafit.recipe.tree import Entry, KeyPath, find, key_text, nearest_entry, parse_key, shown
 from lorafit.recipe.words import suggest_word
@@ -67,22 +61,59 @@ def explain(errors: Sequence[ErrorDetails], tree: Entry) -> list[Finding]:
         path, slot = real_path(error["loc"], tree)
         by_path.setdefault(path, []).append(error)
         slots[path] = slot
-    found = [_explain_one(path, slots[path], group, tree) for path, group in by_path.items()]
+    found = [one for path, group in by_path.items() for one in _explain_key(path, slots[path], group, tree)]
     meant = {f.meant for f in found if f.meant is not None}
     return [f for f in found if not (f.is_missing and any(m[: len(f.path)] == f.path for m in meant))]
+
+
+def _explain_key(path: KeyPath, slot: Slot | None, errors: list[ErrorDetails], tree: Entry) -> list[Finding]:
+    if any(error["type"] == "extra_forbidden" for error in errors):
+        return _unknown_key(path, slot_at(path[:-1], tree), tree)
+    return [_explain_one(path, slot, errors, tree)]
+
+
+def _unknown_key(path: KeyPath, slot: Slot | None, tree: Entry) -> list[Finding]:
+    """What to say about a key that its section (with the schema's `slot`) does not have.
+
+    Of another tool's section that is one of ours by another name, each key is answered too.
+    """
+    answer = answer_unknown_key(path, slot, find(tree, path[:-1]) or tree)
+    placed, entry = nearest_entry(tree, path), find(tree, path)
+    where = placed.key_place if entry is not None else placed.at
+    error = RecipeError(answer.what, **where.known, key=_short(key_text(path)), todo=answer.todo)
+    found = [Finding(path, error, answer.meant)]
+    if answer.is_foreign and answer.meant is not None and entry is not None:
+        found += _keys_inside(path, entry, answer.meant, tree)
+    return found
+
+
+def _keys_inside(path: KeyPath, entry: Entry, ours: KeyPath, tree: Entry) -> list[Finding]:
+    """What to say about each key of another tool's section, or list of sections, that `ours` is called here."""
+    slot = slot_at(ours, tree)
+    forms: list[Slot | None] = list(slot.forms.values()) if isinstance(slot, Variants) else [slot]
+    sections = {path: entry}
+    if isinstance(entry.value, tuple):
+        sections = {(*path, number): item for number, item in enumerate(entry.value)}
+        forms = [form.item for form in forms if isinstance(form, Items)]
+    found = []
+    for inner in (form for form in forms if isinstance(form, Group | Choice)):
+        fields = fields_at(inner, None) or {}
+        for where, section in sections.items():
+            here = (*ours, where[-1]) if section is not entry else ours
+            for key, held in section.value.items() if isinstance(section.value, dict) else ():
+                if key in fields or (key == "kind" and isinstance(inner, Choice)):
+                    at, todo = held.key_place.known, f"did you mean {key_text((*here, key))}?"
+                    error = RecipeError("unknown key here", **at, key=_short(key_text((*where, key))), todo=todo)
+                    found.append(Finding((*where, key), error))
+                else:
+                    found += _unknown_key((*where, key), inner, tree)
+    return found
 
 
 def _explain_one(path: KeyPath, slot: Slot | None, errors: list[ErrorDetails], tree: Entry) -> Finding:
     kinds = {error["type"] for error in errors}
     entry = find(tree, path)
     first = errors[0]
-    if "extra_forbidden" in kinds:
-        section = find(tree, path[:-1]) or tree
-        answer = answer_unknown_key(path, slot_at(path[:-1], tree), section)
-        placed = nearest_entry(tree, path)
-        where = placed.key_place if find(tree, path) is not None else placed.at
-        error = RecipeError(answer.what, **where.known, key=_short(key_text(path)), todo=answer.todo)
-        return Finding(path, error, answer.meant)
     if "missing" in kinds:
         return _missing(path, slot, tree)
     if isinstance(slot, Choice) and kinds & {"union_tag_invalid", "union_tag_not_found", "literal_error"}:

@@ -10,7 +10,7 @@ from lorafit.shipped import shipped
 
 _FEWEST_KEYS = 3  # of one tool, by which a recipe is taken for that tool's
 
-Answer = str | Mapping[bool, str]
+Answer = str | Mapping[bool | str, str]
 """Our key, and words behind `: ` that say what differs; or the words alone. By the value where that decides."""
 
 

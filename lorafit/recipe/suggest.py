@@ -5,9 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from lorafit.recipe.names import foreign_names, names_in_a_source
+from lorafit.recipe.foreign import foreign_answer, value_of_ours
+from lorafit.recipe.names import names_in_a_source
 from lorafit.recipe.outline import (
     Choice,
     Slot,
@@ -32,11 +32,13 @@ class Answer:
         what: What is wrong.
         todo: What to write instead.
         meant: The key that was very likely meant.
+        is_foreign: Whether it is another tool's name for that.
     """
 
     what: str
     todo: str
     meant: KeyPath | None = None
+    is_foreign: bool = False
 
 
 def answer_unknown_key(path: KeyPath, slot: Slot | None, section: Entry) -> Answer:
@@ -55,8 +57,7 @@ def answer_unknown_key(path: KeyPath, slot: Slot | None, section: Entry) -> Answ
         return Answer("no space behind the colon", f"write {before_colon}: value", (*parent, before_colon))
     if folded in known:
         return Answer(unknown, f"did you mean {folded}?", (*parent, folded))
-    held = section.value.get(key) if isinstance(section.value, dict) else None
-    foreign = _foreign_name(folded, held.value if held is not None else None, fields, parent)
+    foreign = _foreign_name(folded, section, fields, parent)
     if foreign is not None:
         return foreign
     if isinstance(choice, Choice) and (others := _kinds_with(folded, choice)):
@@ -76,19 +77,20 @@ def _fold(key: str) -> str:
     return unicodedata.normalize("NFKC", key).strip().lower().replace("-", "_")
 
 
-def _foreign_name(folded: str, value: Any, fields: Iterable[str], parent: KeyPath) -> Answer | None:
+def _foreign_name(folded: str, section: Entry, fields: Iterable[str], parent: KeyPath) -> Answer | None:
     ours = names_in_a_source().get(folded, "")
     if ours in fields and _MARK_OF_A_SOURCE in fields:
-        return Answer("unknown key", f"a source's key for this is {ours}", (*parent, ours))
-    answer = foreign_names().get(folded)
+        held = section.value.get(str(folded)) if isinstance(section.value, dict) else None
+        word = value_of_ours(("data", "train", ours), held.value) if held is not None else ""
+        return Answer("unknown key", f"a source's key for this is {ours}{f': {word}' if word else ''}", (*parent, ours))
+    answer = foreign_answer(folded, section)
     if answer is None:
         return None
-    if not isinstance(answer, str):
-        answer = answer[value is not False]
-    ours, _, note = answer.partition(": ")
+    ours, note = answer
     if not ours:
         return Answer("unknown key", note)
-    return Answer("unknown key", f"in lorafit this is {ours}{f' ({note})' if note else ''}", tuple(ours.split(".")))
+    meant = tuple(ours.split("."))
+    return Answer("unknown key", f"in lorafit this is {ours}{f' ({note})' if note else ''}", meant, is_foreign=True)
 
 
 def _kinds_with(name: str, choice: Choice) -> list[str]:

@@ -27,7 +27,7 @@ def test_every_answer_names_a_key_that_exists() -> None:
 def test_answers_by_value_name_the_same_key() -> None:
     for name, ours in FOREIGN_NAMES.items():
         if not isinstance(ours, str):
-            assert set(ours) == {True, False}, name
+            assert {True, False} <= set(ours), name
             assert {text.partition(": ")[0] for text in ours.values()} == {OURS[name]}, name
 
 
@@ -61,7 +61,7 @@ def test_a_recipe_of_another_tool_is_called_that(fails: Fails) -> None:
         "adapter: QLoRA is adapter: lora on a quantised base; add model: {quantization: nf4}",
         "strict: unknown key; a recipe is always read strictly",
         "mask_history: unknown key; in lorafit this is data.train_on (assistant, so every answer of a chat carries",
-        "load_in_8bit: unknown key; in lorafit this is model.quantization (none, where load_in_4bit is not set either)",
+        "load_in_8bit: unknown key; in lorafit this is model.quantization (none)",
         "eval_table_size: unknown key; tables of answers are not tracked",
         "use_rslora: unknown key; not built yet; it scales by alpha / sqrt(r)",
         "neftune_noise_alpha: unknown key; not built yet",
@@ -90,6 +90,16 @@ def test_a_foreign_name_is_never_one_of_ours_in_its_place() -> None:
     """A name that is a key of ours at the top would never be looked up."""
     assert not set(FOREIGN_NAMES) & set(fields_of(recipe_outline().model))
     assert not set(NAMES_IN_A_SOURCE) & set(fields_of(TrainSourceSection))
+
+
+def test_what_exists_is_not_said_to_be_missing() -> None:
+    from lorafit.kinds.adapters import adapters
+    from lorafit.kinds.optimizers import optimizers
+    from lorafit.kinds.quantizations import quantizations
+    from lorafit.recipe.names import is_not_yet
+
+    for family, kinds in {"adapter": adapters, "optimizer": optimizers, "quantization": quantizations}.items():
+        assert not [name for name in kinds.names() if is_not_yet(family, name)]
 
 
 def test_every_foreign_value_has_a_value_of_ours() -> None:
@@ -341,7 +351,8 @@ weight_decay: 0.0
     assert "looks like a recipe of axolotl" in whole
     answered = {line.split(": ")[1] for line in lines}
     written = {line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")}
-    assert answered == written | {"name"}, "each of its keys, and the one that is missing"
+    inside = {"datasets[0].path", "datasets[0].type"}
+    assert answered == written | inside | {"name"}, "each of its keys, and the one that is missing"
     assert not any("missing" in line for line in lines if ": name: " not in line)
 
 
@@ -349,3 +360,118 @@ def test_only_training_repeats_rows(fails: Fails) -> None:
     """Held-out rows are scored once each: `repeats` would do nothing there."""
     error = fails(MINIMAL.replace("a.jsonl}", "a.jsonl, test: [{path: b.jsonl, repeats: 2}]}"))
     assert "data.test[0].repeats: unknown key here; did you mean data.train.repeats?" in str(error)
+
+
+UNSLOTH = """\
+model_name: some/model
+max_seq_length: 2048
+load_in_4bit: true
+r: 16
+target_modules: [q_proj, v_proj]
+lora_alpha: 16
+lora_dropout: 0
+bias: none
+use_gradient_checkpointing: unsloth
+random_state: 3407
+use_rslora: false
+loftq_config:
+dataset_text_field: text
+"""
+
+
+def test_a_recipe_of_unsloth_is_called_that_and_each_key_is_answered(fails: Fails) -> None:
+    whole, *lines = parts(fails(UNSLOTH))
+    assert "looks like a recipe of Unsloth" in whole
+    said = {line.split(": ")[1]: line for line in lines}
+    assert set(said) == {line.split(":")[0] for line in UNSLOTH.splitlines()} | {"name"}
+    assert said["bias"].endswith("unknown key; biases stay frozen, as under bias: none")
+    assert "not built yet" in said["loftq_config"]
+    assert "training.gradient_checkpointing (auto" in said["use_gradient_checkpointing"]
+    assert "did you mean adapter.r?" in said["r"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "answer"),
+    [
+        ("lora_target: all", "lora_target", "adapter.target_modules (all-linear)"),
+        ("lora_target: q_proj,v_proj", "lora_target", "adapter.target_modules ([q_proj, v_proj])"),
+        ("optim: adamw_torch_fused", "optim", "training.optimizer (adamw)"),
+        ("optim: adamw_bnb_8bit", "optim", "training.optimizer (adamw_8bit)"),
+        ("optim: adafactor", "optim", "training.optimizer (adafactor)"),
+        ("optim: galore_adamw", "optim", "training.optimizer ('galore_adamw' does not exist yet)"),
+        ("lr_scheduler_type: constant_with_warmup", "lr_scheduler_type", "training.schedule (constant)"),
+        ("flash_attention: true", "flash_attention", "model.attention (flash_attention_2, on a GPU"),
+        ("flash_attention: false", "flash_attention", "model.attention (auto)"),
+        ("torch_dtype: bfloat16", "torch_dtype", "model.dtype (bf16)"),
+        ("precision: 16-mixed", "precision", "model.dtype (fp16)"),
+        ("fp16: true", "fp16", "model.dtype (fp16)"),
+        ("report_to: none", "report_to", "tracking (leave it out, or write [])"),
+        ("report_to: wandb", "report_to", "tracking ([wandb])"),
+        ("stage: sft", "stage", "task (causal-lm)"),
+        ("finetuning_type: lora", "finetuning_type", "adapter.kind (lora)"),
+        ("load_in_4bit: true\nload_in_8bit: false", "load_in_8bit", "model.quantization (nf4, by load_in_4bit)"),
+        ("load_in_4bit: false\nload_in_8bit: true", "load_in_4bit", "model.quantization (int8, by load_in_8bit)"),
+        ("load_in_8bit: true", "load_in_8bit", "model.quantization (int8)"),
+        ("load_in_4bit: false\nload_in_8bit: false", "load_in_4bit", "model.quantization (none)"),
+        (
+            "micro_batch_size: 3\ngradient_accumulation_steps: 5",
+            "micro_batch_size",
+            "training.batch_size (15: micro_batch_size 3 x gradient_accumulation_steps 5, times the devices",
+        ),
+        (
+            "per_device_train_batch_size: 2\ngradient_accumulation_steps: 8",
+            "gradient_accumulation_steps",
+            "training.batch_size (16: per_device_train_batch_size 2 x gradient_accumulation_steps 8, times the devices",
+        ),
+        ("micro_batch_size: 3", "micro_batch_size", "training.batch_size (micro_batch_size x gradient_accumulation"),
+    ],
+)
+def test_the_answer_to_a_key_says_the_value_that_its_value_means(
+    fails: Fails, text: str, key: str, answer: str
+) -> None:
+    said = {line.split(": ")[1]: line for line in parts(fails(MINIMAL + text + "\n"))}
+    assert f"in lorafit this is {answer}" in said[key]
+
+
+@pytest.mark.parametrize(
+    ("line", "answers"),
+    [
+        (
+            "datasets: [{path: a.jsonl, type: completion, split: train}, {path: b, type: chat_template}]",
+            {
+                "datasets[0].path": "did you mean data.train[0].path?",
+                "datasets[0].type": "a source's key for this is format: text",
+                "datasets[0].split": "did you mean data.train[0].split?",
+                "datasets[1].path": "did you mean data.train[1].path?",
+                "datasets[1].type": "a source's key for this is format: messages",
+            },
+        ),
+        ("test_datasets: [{path: a}]", {"test_datasets[0].path": "did you mean data.test[0].path?"}),
+        (
+            "lora: {r: 8, lora_alpha: 16, bias: none}",
+            {"lora.r": "adapter.r?", "lora.lora_alpha": "adapter.alpha", "lora.bias": "biases stay frozen"},
+        ),
+        (
+            "quantization_config: {load_in_4bit: true, bnb_4bit_use_double_quant: true}",
+            {
+                "quantization_config.load_in_4bit": "model.quantization (nf4)",
+                "quantization_config.bnb_4bit_use_double_quant": "model.quantization.double_quant",
+            },
+        ),
+    ],
+)
+def test_the_keys_inside_of_another_tools_section_are_answered_too(
+    fails: Fails, line: str, answers: dict[str, str]
+) -> None:
+    _, *lines = parts(fails(MINIMAL + line + "\n"))
+    said = {one.split(": ")[1]: one for one in lines}
+    assert set(said) == set(answers)
+    for key, answer in answers.items():
+        assert said[key].startswith("r.yaml:4:") and answer in said[key]
+
+
+@pytest.mark.parametrize(
+    "line", ["datasets: [1, {path: a, 2: b}]", "datasets: {path: {path: {}}}", "lora: [[r]]", "lora:"]
+)
+def test_another_tools_section_of_odd_contents_is_answered(fails: Fails, line: str) -> None:
+    assert any("in lorafit this is" in said for said in parts(fails(MINIMAL + line + "\n")))
