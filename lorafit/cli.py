@@ -275,6 +275,15 @@ def generate(
     session.result(result)
 
 
+def _list_cards(context: typer.Context, gpu: str | None) -> str | None:
+    if gpu is None or gpu.strip().lower() != "list":
+        return gpu
+    from lorafit.hardware import card_lines, cards
+
+    typer.echo(json.dumps({"cards": cards()}) if "--json" in (context.obj or ()) else "\n".join(card_lines()))
+    raise typer.Exit
+
+
 @app.command(name="estimate-memory")
 @_command
 def estimate_memory(
@@ -283,7 +292,12 @@ def estimate_memory(
     overrides: Overrides = None,
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="SIZE|NAME", help="e.g. 24GiB, rtx-4090, or cpu: exit 10 where it does not fit."),
+        typer.Option(
+            metavar="SIZE|NAME",
+            callback=_list_cards,
+            is_eager=True,
+            help="e.g. 24GiB, rtx-4090, or cpu: exit 10 where it does not fit. `list` names all cards.",
+        ),
     ] = None,
     fit: Annotated[
         str | None,
@@ -371,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_library_defaults()
     with termination_as_error():
         code = exit_code(
-            lambda: app(args=words, standalone_mode=False),
+            lambda: app(args=words, standalone_mode=False, obj=words),
             debug=lambda: bool(_ran_with and _ran_with[-1].debug),
             json_head=lambda: _json_head_of_failure(words),
         )

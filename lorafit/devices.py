@@ -5,19 +5,15 @@ torch is imported only where a GPU may have to be asked; sizes and names of card
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from lorafit.errors import UsageError
-from lorafit.registry import nearest
+from lorafit.hardware import choose_card, find_card, nearest_cards, usable_bytes
 from lorafit.shapes import DeviceFacts
-from lorafit.shipped import shipped
 
 _UNITS = {
     "": 2**30,
@@ -34,18 +30,47 @@ _UNITS = {
 _SIZE = re.compile(r"^\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*$", re.IGNORECASE)
 _SMALLEST_BYTES, _LARGEST_BYTES = 2**28, 2**44
 _RANGE = "0.25GiB to 16384GiB"
+_LARGEST_BARE_GIB = 512  # more than a card has: a number without a unit above it is a card's
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86; the last is what Linux calls it on Arm
 
 
-def parse_size(text: str, flag: str) -> int | None:
-    """Bytes of a size such as `24GiB`, `24GB` (10^9), `80gib` or `24` (GiB); None where the text is no size at all.
+def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
+    """What `--gpu` means: a card's name, a size, or `cpu`, which is this machine without its GPU.
+
+    Raises:
+        UsageError: Neither; or the size is out of range, or several cards are called so.
+    """
+    if text.strip().lower() == "cpu":
+        return read_device("cpu")
+    if (card := choose_card(text, flag)) is not None:
+        return DeviceFacts("cuda", str(card["names"][0]), usable_bytes(card), bool(card["bf16"]))
+    match = _SIZE.match(text)
+    if match is None or _is_no_size(match[1], match[2].lower()):
+        close = nearest_cards(text)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        todo = f"{hint}--gpu list names all; a size lies in the range {_RANGE} and has a unit, e.g. 24GiB"
+        raise UsageError(f"'{text}' is no known card", key=flag, todo=todo)
+    size = _size_bytes(text, match, flag)
+    unit = match[2].lower()
+    shown = format_bytes(size)
+    if unit in ("gb", "mb", "tb"):  # 10^9: the label of a card, which the tables give in GiB
+        shown = f"{match[1]} {match[2].upper()} = {shown}"
+    return DeviceFacts(kind="cuda", name=f"a GPU of {shown}", memory_bytes=size, bf16=True)
+
+
+def _is_no_size(number: str, unit: str) -> bool:
+    """Whether what is written like a size means a card: `1660`, `1080ti`, `4070 laptop`."""
+    if unit:
+        return unit not in _UNITS and number.isdecimal() and len(number) >= 3
+    return float(number) > _LARGEST_BARE_GIB
+
+
+def _size_bytes(text: str, match: re.Match[str], flag: str) -> int:
+    """Bytes of a size such as `24GiB`, `24GB` (10^9), `80gib` or `24` (GiB).
 
     Raises:
         UsageError: The size is out of range, or its unit is unknown.
     """
-    match = _SIZE.match(text)
-    if match is None:
-        return None
     number, unit = float(match[1]), match[2].lower()
     if unit not in _UNITS:
         raise UsageError(f"'{text}' has no unit of memory", key=flag, todo="write for example 24GiB or 24GB")
@@ -55,73 +80,10 @@ def parse_size(text: str, flag: str) -> int | None:
     return round(size)
 
 
-def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
-    """What `--gpu` means: a size, a name from `configs/hardware`, or `cpu`, which is this machine without its GPU.
-
-    Raises:
-        UsageError: Neither; or the size is out of range.
-    """
-    if text.strip().lower() == "cpu":
-        return read_device("cpu")
-    card = find_card(text) or _card_of_number(text.strip(), flag)
-    size = parse_size(text, flag) if card is None else None
-    if size is not None:
-        return DeviceFacts(kind="cuda", name=f"a GPU of {format_bytes(size)}", memory_bytes=size, bf16=True)
-    if card is None:
-        close = nearest(text, [name for known in cards() for name in known["names"]], count=2)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UsageError(
-            f"'{text}' is neither a size in the range {_RANGE} nor a known card",
-            key=flag,
-            todo=f"{hint}write for example 24GiB, or one of: {', '.join(str(known['names'][0]) for known in cards())}",
-        )
-    return DeviceFacts(
-        kind="cuda", name=str(card["names"][0]), memory_bytes=usable_bytes(card), bf16=bool(card["bf16"])
-    )
-
-
-def _card_of_number(text: str, flag: str) -> dict[str, Any] | None:
-    """The card that `4090` means, which is no size: of a desktop and a laptop the one whose name ends there.
-
-    Raises:
-        UsageError: Several cards are called so.
-    """
-    if not text.isdecimal() or len(text) < 4:  # 24, 80 and 640 are sizes in GiB
-        return None
-    named = [card for card in cards() if any(text in re.split(r"[^0-9]+", name) for name in card["names"])]
-    named = [card for card in named if any(name.endswith(text) for name in card["names"])] or named
-    if len(named) > 1:
-        names = " or ".join(str(card["names"][0]) for card in named)
-        raise UsageError(f"'{text}' has no unit, and several cards are called so", key=flag, todo=f"write {names}")
-    return named[0] if named else None
-
-
-def usable_bytes(card: dict[str, Any]) -> int:
-    """What torch reports for a card where that is known, else what its label says."""
-    return round(float(card.get("torch_gib") or card["label_gib"]) * 2**30)
-
-
-@cache
-def cards() -> tuple[dict[str, Any], ...]:
-    """Every card of `configs/hardware`, in order of its file."""
-    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in sorted(shipped("hardware").glob("*.json")))
-
-
-def find_card(name: str) -> dict[str, Any] | None:
-    """The card of that name, whatever its case, blanks and hyphens; `NVIDIA` and `GeForce` may stand before it."""
-    wanted = _plain(name)
-    return next((card for card in cards() if wanted in {_plain(known) for known in card["names"]}), None)
-
-
 def peak_flops(device: DeviceFacts) -> float | None:
     """Of dense products in 16 bits, a second; None where the card is not in `configs/hardware`."""
     card = find_card(device.name) if device.kind == "cuda" else None
     return None if card is None else float(card["peak_tflops"]) * 1e12
-
-
-def _plain(name: str) -> str:
-    letters = re.sub(r"[^a-z0-9]", "", name.lower())
-    return re.sub(r"^(nvidia|amd|geforce|quadro|tesla|instinct)+", "", letters)
 
 
 def format_bytes(size: int | float) -> str:

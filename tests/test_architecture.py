@@ -37,6 +37,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"kinds"},
     {"exits", "cache"},
     {"ops", "rundir", "devices", "model_shapes", "reporting", "hub"},
+    {"hardware"},
     {"shipped", "live_line"},
     {"registry"},
     {

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_cases import GIB, ROWS, card, recipe, shape_of
 
-from lorafit.devices import cards, parse_gpu
+from lorafit.devices import parse_gpu
 from lorafit.errors import DoesNotFitError
+from lorafit.hardware import cards
 from lorafit.model.class_shape import find_shape
 from lorafit.model_shapes import known_families
 from lorafit.plan import Options, RecipeEstimate, RowLengths, estimate_recipe
