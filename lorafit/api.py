@@ -11,9 +11,9 @@ values. Progress goes to stderr; with `quiet=True` only warnings are left, as Py
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
-from lorafit.errors import DataError, LorafitError, UsageError
+from lorafit.errors import LorafitError, UsageError
 from lorafit.library_settings import set_library_defaults
 
 if TYPE_CHECKING:
@@ -40,22 +40,41 @@ Overrides = Mapping[str, Any] | Sequence[str]
 """Values over the recipe's: `{"training.epochs": 1}`, or `["training.epochs=1"]` as behind `--set`."""
 
 
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+_OTHERWISE = {"set": "overrides", "plan": "plan_file", "no_verify": "verify", "prompt": "prompts", "input": "prompts"}
+"""Parameters that are not called as their flag."""
+
+
 @contextmanager
-def _session(quiet: bool) -> Iterator[Reporter]:
-    """The libraries kept quiet for one call, as the command line keeps them; with `quiet` our warnings are Python's."""
+def _session(arguments: Mapping[str, Any], required: Sequence[str] = ()) -> Iterator[Reporter]:
+    """One call: its arguments checked, the libraries kept quiet, our warnings Python's where nothing else is shown.
+
+    Args:
+        arguments: All of the function, by name.
+        required: Those that may not be None, beside those that never may.
+    """
+    from lorafit.arguments import check_arguments
     from lorafit.cache import settle_home
     from lorafit.reporting import ConsoleReporter
 
-    set_library_defaults()
     silent = Silent()
-    if (said := settle_home()) is not None:
-        silent.warn(said)
     try:
+        check_arguments(arguments, required)
+        set_library_defaults()
+        if (said := settle_home()) is not None:
+            silent.warn(said)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield silent if quiet else ConsoleReporter()
+            yield silent if arguments.get("quiet", True) else ConsoleReporter()
+    except LorafitError as error:
+        _name_as_parameters(error)
+        raise
+    except OSError as error:
+        from lorafit.exits import explain_os_error
+
+        raise (explain_os_error(error) or error) from error
     finally:
-        for message in silent.warnings:
+        for message in dict.fromkeys(silent.warnings):
             warnings.warn(message, stacklevel=4)  # at the line that called the function
 
 
@@ -65,9 +84,10 @@ def validate(recipe: Recipe, *, overrides: Overrides = ()) -> Validated:
     Raises:
         LorafitError: The recipe is wrong; `Problems` holds all errors where there are several.
     """
-    from lorafit import pipeline
+    with _session(locals()):
+        from lorafit import pipeline
 
-    return pipeline.validate(_recipe(recipe), overrides=_flags(overrides))
+        return pipeline.validate(_recipe(recipe), overrides=_flags(overrides))
 
 
 def preview(
@@ -87,10 +107,10 @@ def preview(
         overrides: Values over the recipe's.
         quiet: No progress.
     """
-    from lorafit import pipeline
+    with _session(locals()) as reporter:
+        from lorafit import pipeline
 
-    flags = _flags(overrides) + _row_flags({"data.train": rows})
-    with _session(quiet) as reporter:
+        flags = _flags(overrides) + _row_flags("data.train", "rows", rows)
         return pipeline.preview(_recipe(recipe), overrides=flags, rows=show, reporter=reporter)
 
 
@@ -117,9 +137,9 @@ def estimate(
         overrides: Values over the recipe's.
         quiet: No progress.
     """
-    from lorafit import pipeline
+    with _session(locals()) as reporter:
+        from lorafit import pipeline
 
-    with _session(quiet) as reporter:
         return pipeline.estimate(
             _recipe(recipe),
             overrides=_flags(overrides),
@@ -168,17 +188,22 @@ def train(
         LorafitError: As the command; `exit_code` says which kind. Ctrl-C saves the last step first and raises
             `StoppedBySignal`.
     """
-    from lorafit import pipeline
+    with _session(locals()) as reporter:
+        from lorafit import pipeline
 
-    splits = {"data.train": rows, "data.validation": validation_rows, "data.test": test_rows}
-    with _session(quiet) as reporter:
+        flags = [
+            *_flags(overrides),
+            *_row_flags("data.train", "rows", rows),
+            *_row_flags("data.validation", "validation_rows", validation_rows),
+            *_row_flags("data.test", "test_rows", test_rows),
+        ]
         return pipeline.train(
             _recipe(recipe),
-            overrides=_flags(overrides) + _row_flags(splits),
-            output=Path(output) if output is not None else None,
+            overrides=flags,
+            output=_path(output),
             resume=resume,
             resume_from=resume_from,
-            plan_file=Path(plan_file) if plan_file is not None else None,
+            plan_file=_path(plan_file),
             dry_run=dry_run,
             allow_inexact=allow_inexact,
             reporter=reporter,
@@ -208,16 +233,16 @@ def evaluate(
         overrides: Values over the run's recipe, e.g. `{"evaluation.final": ["rouge"]}`.
         quiet: No progress.
     """
-    from lorafit import pipeline
+    with _session(locals()) as reporter:
+        from lorafit import pipeline
 
-    with _session(quiet) as reporter:
         return pipeline.evaluate(
             _run(run),
-            overrides=_flags(overrides) + _row_flags({"data.test": rows}),
-            checkpoint=str(checkpoint) if checkpoint is not None else None,
+            overrides=_flags(overrides) + _row_flags("data.test", "rows", rows),
+            checkpoint=_text(checkpoint),
             split=split or ("test" if rows is not None else None),
             limit=limit,
-            base_model=str(base_model) if base_model is not None else None,
+            base_model=_text(base_model),
             reporter=reporter,
         )
 
@@ -243,15 +268,15 @@ def merge(
         verify: Whether what was written is read back and compared.
         quiet: No progress.
     """
-    from lorafit import pipeline
+    with _session(locals(), required=("output",)) as reporter:
+        from lorafit import pipeline
 
-    with _session(quiet) as reporter:
         return pipeline.merge(
             _run(run),
             output=Path(output),
             base_kind=base,
-            checkpoint=str(checkpoint) if checkpoint is not None else None,
-            base_model=str(base_model) if base_model is not None else None,
+            checkpoint=_text(checkpoint),
+            base_model=_text(base_model),
             verify=verify,
             reporter=reporter,
         )
@@ -284,16 +309,16 @@ def generate(
         seed: Of the sampling.
         quiet: No progress.
     """
-    from lorafit import pipeline
+    with _session(locals()) as reporter:
+        from lorafit import pipeline
 
-    with _session(quiet) as reporter:
         return pipeline.generate(
             _run(run),
             prompt=prompts if isinstance(prompts, str) else None,
             rows=None if isinstance(prompts, str) else prompts,
             compare_base=compare_base,
-            checkpoint=str(checkpoint) if checkpoint is not None else None,
-            base_model=str(base_model) if base_model is not None else None,
+            checkpoint=_text(checkpoint),
+            base_model=_text(base_model),
             temperature=temperature,
             top_p=top_p,
             max_new_tokens=max_new_tokens,
@@ -310,54 +335,47 @@ def _run(run: StrPath | Trained) -> Path:
     return Path(run) if isinstance(run, str | os.PathLike) else run.path
 
 
+def _path(path: StrPath | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _text(value: object | None) -> str | None:
+    return None if value is None else os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
 def _flags(overrides: Overrides) -> list[str]:
     """Overrides as `KEY=VALUE`; JSON is YAML that means the same."""
-    if isinstance(overrides, str):
-        raise UsageError("overrides is one text", key="overrides", todo='give {"training.epochs": 1}')
     if not isinstance(overrides, Mapping):
+        for number, flag in enumerate(overrides):
+            if not isinstance(flag, str):
+                todo = 'give a text such as "training.epochs=1"'
+                raise UsageError(f"found {type(flag).__name__}", key=f"overrides[{number}]", todo=todo)
         return list(overrides)
     try:
         return [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in overrides.items()]
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"holds what no recipe can hold ({error})", key="overrides", todo="give plain values"
-        ) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        what = str(error).splitlines()[0]
+        raise UsageError(f"holds what no recipe can hold ({what})", key="overrides", todo="give plain values") from None
 
 
-def _row_flags(splits: Mapping[str, Rows | None]) -> list[str]:
-    """Flags that lead a recipe's splits to files of these rows, which lie in the cache by their content."""
-    from lorafit.cache import cache_folder, own_folder
-    from lorafit.rundir import atomic_file
+def _row_flags(key: str, name: str, rows: Rows | None) -> list[str]:
+    """The flag that leads a split of the recipe to these rows, which lie in the cache by their content."""
+    from lorafit.memory_rows import keep_rows
 
-    flags = []
-    for key, rows in splits.items():
-        if rows is None:
-            continue
-        content = _as_lines(rows, key)
-        file = own_folder(cache_folder() / "rows") / f"{hashlib.sha256(content).hexdigest()}.jsonl"
-        if not file.is_file():
-            with atomic_file(file) as temporary:
-                temporary.write_bytes(content)
-        flags.append(f"{key}={json.dumps([{'path': str(file.absolute())}])}")
-    return flags
+    return [] if rows is None else [keep_rows(rows, name, key)]
 
 
-def _as_lines(rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
-    """Rows as jsonl.
+def _name_as_parameters(error: LorafitError) -> None:
+    """Calls what is a flag on the command line by its parameter: `--top-p` is `top_p`, `--set a=1` is an override."""
+    for part in error.errors:
+        if part.key is not None and part.key.startswith("--"):
+            part.key = _parameter(part.key)
+        if part.file is not None and part.file.startswith("--set"):
+            part.file = f"overrides{part.file.removeprefix('--set')}"
+        if isinstance(part, UsageError) and part.todo is not None and "lorafit " not in part.todo:
+            part.todo = _FLAG.sub(lambda flag: _parameter(flag[0]), part.todo)
 
-    Raises:
-        DataError: There are none, or one is no dict of plain values.
-    """
-    lines = []
-    for number, row in enumerate(rows):
-        try:
-            if not isinstance(row, Mapping):
-                raise TypeError(f"expected a dict, found {type(row).__name__}")
-            lines.append(f"{json.dumps(dict(row), ensure_ascii=False)}\n".encode())
-        except (TypeError, ValueError, RecursionError) as error:
-            raise DataError(
-                str(error).splitlines()[0], key=f"{name}[{number}]", todo="give dicts of plain values"
-            ) from None
-    if not lines:
-        raise DataError("there are no rows", key=name, todo="give at least one")
-    return b"".join(lines)
+
+def _parameter(flag: str) -> str:
+    name = flag.removeprefix("--").replace("-", "_")
+    return _OTHERWISE.get(name, name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from lorafit.arguments import NUMBERS
 from lorafit.exits import exit_code, termination_as_error
 from lorafit.library_settings import set_library_defaults
 
@@ -113,6 +114,12 @@ def lorafit(
     """Fine-tune language models with LoRA and QLoRA from one YAML recipe."""
 
 
+def _number(parameter: str, metavar: str, said: str) -> Any:
+    """An option for a number, in the range of Python's parameter."""
+    number = NUMBERS[parameter]
+    return typer.Option(metavar=metavar, min=number.least, max=number.most, help=said)
+
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", readable=False, help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -141,7 +148,7 @@ def train(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder instead of the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
-    resume_from: Annotated[int | None, typer.Option(metavar="STEP", min=0, help="Go on from this checkpoint.")] = None,
+    resume_from: Annotated[int | None, _number("resume_from", "STEP", "Go on from this checkpoint.")] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take the resolved values of another run's plan.json.")
     ] = None,
@@ -187,7 +194,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(metavar="test|validation", help="Rows to score; test where the recipe has it.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="ROWS", min=1, help="Score only the first rows.")] = None,
+    limit: Annotated[int | None, _number("limit", "ROWS", "Score only the first rows.")] = None,
     base_model: BaseModel = None,
 ) -> None:
     """Score base and tuned model side by side on the same rows."""
@@ -249,12 +256,10 @@ def generate(
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Answer with the base model too.")] = False,
     checkpoint: Checkpoint = None,
     base_model: BaseModel = None,
-    temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, max=10.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(metavar="SHARE", min=0.001, max=1.0, help="Nucleus of the sampled tokens.")
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", min=1, help="Longest answer, in tokens.")] = 256,
-    seed: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Of the sampling.")] = 0,
+    temperature: Annotated[float, _number("temperature", "NUMBER", "0 is greedy.")] = 0.0,
+    top_p: Annotated[float, _number("top_p", "SHARE", "Nucleus of the sampled tokens.")] = 1.0,
+    max_new_tokens: Annotated[int, _number("max_new_tokens", "TOKENS", "Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, _number("seed", "NUMBER", "Of the sampling.")] = 0,
 ) -> None:
     """Answer a prompt, or a file of prompts."""
     from lorafit import pipeline
@@ -305,9 +310,7 @@ def estimate_memory(
     ] = None,
     headroom: Annotated[
         float | None,
-        typer.Option(
-            metavar="SHARE", min=0.0, max=0.9, help="Of the card's memory, what must stay free: 0.05 where not given."
-        ),
+        _number("headroom", "SHARE", "Of the card's memory, what must stay free: 0.05 where not given."),
     ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="PRICE", help="Of the card, in any currency: what the run will cost.")
@@ -354,10 +357,8 @@ def preview(
     overrides: Overrides = None,
     rows: Annotated[
         int | None,
-        typer.Option(
-            metavar="ROWS",
-            min=0,
-            help="Rows to show; of many, only the first are counted then. Without: 3, or all with --json.",
+        _number(
+            "show", "ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."
         ),
     ] = None,
 ) -> None:

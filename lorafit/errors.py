@@ -24,6 +24,9 @@ from typing import Any
 
 MESSAGE_LIMIT_CHARACTERS = 292  # with "error: " in front, and a little room, a line stays under 300
 
+IN_MEMORY = ("rows", "validation_rows", "test_rows")
+"""What sources are called whose rows a program handed over: the parameter's name."""
+
 _LONGEST_NAME_CHARACTERS = 40
 
 
@@ -34,6 +37,11 @@ def _cut(message: str) -> str:
     if kept and all(len(name) <= _LONGEST_NAME_CHARACTERS for name in left_out):
         return f"{kept} and {len(left_out)} more"
     return message[: MESSAGE_LIMIT_CHARACTERS - 1] + "…"
+
+
+def row_place(file: str, line: int) -> str:
+    """Where a row is: `train.jsonl:3`; of rows that a program gave, `rows[2]`."""
+    return f"{file}[{line - 1}]" if file in IN_MEMORY else f"{file}:{line}"
 
 
 class LorafitError(Exception):
@@ -64,9 +72,14 @@ class LorafitError(Exception):
         self.what, self.file, self.line, self.column, self.key, self.todo = what, file, line, column, key, todo
 
     def __str__(self) -> str:
+        return self.one_line
+
+    @property
+    def one_line(self) -> str:
+        """Place, what is wrong and what to do, at most `MESSAGE_LIMIT_CHARACTERS` long."""
         place = self.file or ""
         if place and self.line is not None:
-            place += f":{self.line}" + (f":{self.column}" if self.column is not None else "")
+            place = row_place(place, self.line) + (f":{self.column}" if self.column is not None else "")
         head = ": ".join(part for part in (place, self.key or "") if part)
         tail = f"; {self.todo}" if self.todo else ""
         room = MESSAGE_LIMIT_CHARACTERS - len(head) - len(tail)
@@ -76,10 +89,15 @@ class LorafitError(Exception):
         message = f"{head}: {what}{tail}" if head else f"{what}{tail}"
         return message if len(message) <= MESSAGE_LIMIT_CHARACTERS else _cut(message)
 
+    @property
+    def errors(self) -> tuple[LorafitError, ...]:
+        """Every single error: this one, or all of `Problems`."""
+        return (self,)
+
     def to_json(self) -> dict[str, Any]:
         """Message and place, for `--json`."""
         names = ("what", "file", "line", "column", "key", "todo")
-        return {"exit_code": self.exit_code, "message": str(self), **{name: getattr(self, name) for name in names}}
+        return {"exit_code": self.exit_code, "message": self.one_line, **{name: getattr(self, name) for name in names}}
 
     def at(self, file: str | None = None, line: int | None = None, key: str | None = None) -> LorafitError:
         """Fills in the place where the raiser could not know it; what is already known stays. Returns self."""
@@ -159,7 +177,10 @@ class StoppedBySignal(LorafitError):  # noqa: N818 - not a fault
 
 
 class Problems(LorafitError):  # noqa: N818 - several
-    """Several errors found in one go. Exits as its first; prints one line each and a last one with the count.
+    """Several errors found in one go. Exits as its first.
+
+    `errors` holds them. The command line prints one line each and a last one with the count; `str()` has the count
+    first, and behind it a line each.
 
     Raises:
         ValueError: For an empty sequence, which would be no error at all.
@@ -168,11 +189,19 @@ class Problems(LorafitError):  # noqa: N818 - several
     def __init__(self, errors: Sequence[LorafitError], *, file: str) -> None:
         if not errors:
             raise ValueError("Problems needs at least one error")
-        first = str(errors[0])
+        first = errors[0].one_line
         first = first.removeprefix(f"{file}:").strip() if first.startswith(f"{file}: ") else first
         super().__init__(f"{len(errors)} errors; first: {first}", file=file)
-        self.errors = tuple(errors)
+        self._errors = tuple(errors)
         self.exit_code = errors[0].exit_code
+
+    @property
+    def errors(self) -> tuple[LorafitError, ...]:
+        """Those that were found, in the order of their places."""
+        return self._errors
+
+    def __str__(self) -> str:
+        return "\n".join([self.one_line, *(str(error) for error in self.errors)])
 
 
 def raise_all(errors: Sequence[LorafitError], *, file: str) -> None:

@@ -69,17 +69,17 @@ def _say(line: str) -> None:
 
 def _report(error: LorafitError, json_head: dict[str, Any] | None) -> int:
     """Writes an error's lines to stderr and, where `json_head` says so, its object behind that head to stdout."""
-    parts = error.errors if isinstance(error, Problems) else (error,)
+    parts = error.errors
     if json_head is not None:
         failure = {**json_head, "error": error.to_json(), "errors": [part.to_json() for part in parts]}
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.write(json.dumps(failure, ensure_ascii=False, allow_nan=False) + "\n")
             sys.stdout.flush()
     for part in parts if isinstance(error, Problems) else ():
-        _say(f"error: {part}")
+        _say(f"error: {part.one_line}")
     if isinstance(error, StoppedBySignal) and sys.stderr.isatty():
         _say("")  # the terminal wrote ^C into this line
-    _say(f"error: {error}")
+    _say(f"error: {error.one_line}")
     return error.exit_code
 
 
@@ -110,7 +110,7 @@ def _bug(error: BaseException) -> LorafitError:
     return LorafitError(f"a bug in lorafit ({what})", todo=f"please report it with the traceback saved in {name}")
 
 
-def _os_error(error: OSError) -> LorafitError | None:
+def explain_os_error(error: OSError) -> LorafitError | None:
     """Errors of the file system that are the user's to mend, whatever room they come from."""
     import errno
 
@@ -165,7 +165,7 @@ def exit_code(
         )
     except Exception as error:
         _show_traceback(debug)
-        failure = (_os_error(error) if isinstance(error, OSError) else None) or _bug(error)
+        failure = (explain_os_error(error) if isinstance(error, OSError) else None) or _bug(error)
     return _report(failure, json_head()) if failure is not None else UsageError.exit_code
 
 

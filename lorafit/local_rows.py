@@ -38,7 +38,7 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
     try:
         sources = _source_files(loaded)
     except LorafitError as error:
-        return RowLengths(missing=str(error)[:_REASON_CHARACTERS])
+        return RowLengths(missing=error.one_line[:_REASON_CHARACTERS])
     absent = next((path for path in sources if not _local(loaded, path).is_file()), None)
     if absent is not None:
         return RowLengths(missing=f"{absent} is not on this disk")
@@ -54,7 +54,7 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
     try:
         found = _prepare(loaded, base, reporter)
     except LorafitError as error:  # rows that cannot be trained on are for `train` and `preview` to refuse
-        return RowLengths(missing=str(error)[:_REASON_CHARACTERS])
+        return RowLengths(missing=error.one_line[:_REASON_CHARACTERS])
     _write_memo(memo, found)
     return found
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.arguments import check_arguments
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import UsageError
 from lorafit.job import check_template, open_job, placed, prove
@@ -339,6 +340,8 @@ def generate(
         seed: Of the sampling.
         reporter: Gets progress and warnings; silent where None.
     """
+    numbers = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    check_arguments(numbers)
     reporter = reporter or Silent()
     prompts = _read_prompts(run_or_model, prompt, input_file, rows, reporter)
     from lorafit.answering import open_speaker
@@ -358,7 +361,7 @@ def generate(
         prompt_ids,
         max_new_tokens=max_new_tokens,
         stop_ids=speaker.stop_ids,
-        temperature=temperature,
+        temperature=float(temperature),
         top_p=top_p,
         seed=seed,
         reporter=reporter,

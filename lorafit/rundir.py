@@ -31,6 +31,7 @@ FORMAT = 1
 MANIFEST = "MANIFEST"
 TEMPORARY_PREFIX = ".tmp-"
 _STEP = re.compile(r"^step-(\d{6,})$")
+_STEP_NUMBER = re.compile(r"[0-9]{1,18}")
 _READ_BYTES = 1 << 20
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries (safetensors, tokenizers) tell an errno
 DISK_ERRORS = {
@@ -384,7 +385,7 @@ class RunDir:
                 if check_manifest(self.checkpoint(step)) is None:
                     return self.checkpoint(step)
             raise CheckpointError("no usable checkpoint", file=str(self.root), todo=listed)
-        if not which.isdigit():
+        if not _STEP_NUMBER.fullmatch(which):
             raise UsageError(f"'{which}' is not best, last or a step", key="--checkpoint", todo=listed)
         folder = self.checkpoint(int(which))
         reason = check_manifest(folder) if folder.is_dir() else "no such checkpoint"

@@ -24,7 +24,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"training", "merging"},
     {"answering"},
     {"job"},
-    {"results", "local_rows", "output_folder"},
+    {"results", "local_rows", "memory_rows", "output_folder"},
     {"workspace"},
     {"dryrun"},
     {"trainer", "evaluation"},
@@ -39,7 +39,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"ops", "rundir", "devices", "model_shapes", "reporting", "hub"},
     {"hardware"},
     {"shipped", "live_line"},
-    {"registry"},
+    {"registry", "arguments"},
     {
         *("errors", "shapes", "contracts", "wording", "library_settings", "strict_json", "version", "portable"),
         "prelude",

@@ -54,7 +54,7 @@ def fetch(kind, name, revision=None):
             rows = HubRows(name, subset=None, split="train", revision=revision, reporter=ConsoleReporter())
             print(rows.count(), rows.fingerprint())
     except LorafitError as error:
-        print(f"error: {error}")
+        print(f"error: {error.one_line}")
         sys.exit(error.exit_code)
 
 for words in json.loads(sys.argv[1]):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lorafit
+from lorafit import api
 from lorafit.errors import DataError, Problems, RecipeError, UsageError
 from tests.integration.tiny_world import make_base, make_recipe, make_rows
 
@@ -51,7 +54,13 @@ def test_the_pages_notebook_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert names["run"].fit.steps == 4
     assert names["again"].fit.was_complete
-    assert printed.splitlines()[-1] == "recipe: adapter.rank: unknown key; in lorafit this is adapter.r 3"
+    assert printed.splitlines()[-5:] == [
+        "3 recipe: 2 errors; first: adapter.rank: unknown key; in lorafit this is adapter.r",
+        "recipe: adapter.rank: unknown key; in lorafit this is adapter.r",
+        "recipe: sed: unknown key; did you mean seed?",
+        "adapter.rank | unknown key | in lorafit this is adapter.r",
+        "sed | unknown key | did you mean seed?",
+    ]
     assert names["merged"].parity.mean_kl < 0.005
     assert len(names["answers"].texts) == 2
 
@@ -88,12 +97,81 @@ def test_errors_are_those_of_the_command_without_lines(values: dict[str, Any]) -
     with pytest.raises(RecipeError) as found:
         lorafit.validate({**values, "adapter": {"rank": 8}})
     assert str(found.value).startswith("recipe: adapter.rank: ") and str(found.value).endswith("adapter.r")
-    with pytest.raises(Problems):
+    with pytest.raises(Problems) as several:
         lorafit.validate({**values, "adapter": {"rank": 8}, "sed": 1})
+    head, *lines = str(several.value).splitlines()
+    assert head.startswith("recipe: 2 errors; first: ")
+    assert lines == [str(error) for error in several.value.errors] and len(lines) == 2
     with pytest.raises(UsageError, match="no recipe can hold"):
         lorafit.validate({**values, "name": object()})
-    with pytest.raises(UsageError, match="overrides is one text"):
+    with pytest.raises(UsageError, match="overrides: found 'training"):
         lorafit.validate(values, overrides="training.epochs=1")
+
+
+@pytest.mark.parametrize("function", [getattr(api, name) for name in api.__all__ if name != "LorafitError"])
+def test_every_wrong_argument_is_named(function: Any, values: dict[str, Any]) -> None:
+    fine = {"recipe": values, "run": "no-run", "prompts": "hi", "output": "merged"}
+    parameters = inspect.signature(function).parameters
+    needed = {name: fine[name] for name, known in parameters.items() if known.default is inspect.Parameter.empty}
+    for name in parameters:
+        for wrong in (object(), b"x", float("nan")):
+            with pytest.raises(UsageError) as found:
+                function(**{**needed, name: wrong})
+            message = str(found.value)
+            assert message.startswith(f"{name}: found ") and "; give " in message, message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 99}, "temperature: found 99; give a number from 0 to 10"),
+        ({"temperature": -1}, "temperature: found -1; give a number from 0 to 10"),
+        ({"temperature": "hot"}, "temperature: found 'hot'; give a number from 0 to 10"),
+        ({"temperature": True}, "temperature: found True; give a number from 0 to 10"),
+        ({"temperature": None}, "temperature: found None; give a number from 0 to 10"),
+        ({"top_p": 5}, "top_p: found 5; give a number from 0.001 to 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0; give a whole number, 1 or more"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens: found 2.0; give a whole number, 1 or more"),
+        ({"seed": -1}, "seed: found -1; give a whole number, 0 or more"),
+        ({"prompts": {"question": "a"}}, "prompts: found {'question': 'a'} (dict); give a text, or a list of texts"),
+        ({"prompts": 5}, "prompts: found 5; give a text, or a list of texts and dicts"),
+    ],
+)
+def test_generate_says_what_is_allowed(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as found:
+        lorafit.generate("no-run", **{"prompts": "hi", **arguments})
+    assert str(found.value).startswith(message)
+
+
+def test_arguments_of_the_other_functions(values: dict[str, Any]) -> None:
+    def refused(call: Callable[[], Any]) -> str:
+        with pytest.raises(UsageError) as found:
+            call()
+        return str(found.value)
+
+    card = 'give a text such as "24GiB", "rtx-4090" or "cpu"'
+    assert refused(lambda: lorafit.estimate(values, gpu=24)) == f"gpu: found 24; {card}"  # type: ignore[arg-type]
+    assert refused(lambda: lorafit.estimate(values, gpu=["a"])) == f"gpu: found ['a'] (list); {card}"  # type: ignore[arg-type]
+    assert refused(lambda: lorafit.estimate(values, gpu="24XB")).startswith("gpu: '24XB' has no unit of memory")
+    assert refused(lambda: lorafit.estimate(values, headroom=0.1)).endswith("name one with gpu or fit")
+    assert refused(lambda: lorafit.train(None)).startswith("recipe: found None; give a recipe's file")  # type: ignore[arg-type]
+    assert refused(lambda: lorafit.train("a\0b")).startswith("recipe: found 'a\\x00b'; give ")
+    assert refused(lambda: lorafit.merge("no-run", None)).startswith("output: found None; give a path")  # type: ignore[arg-type]
+    assert refused(lambda: lorafit.evaluate("no-run", split="all")).startswith("split: 'all' is no split")
+    assert refused(lambda: lorafit.merge("no-run", "m", base="x")).startswith("base: 'x' is no base")
+    assert refused(lambda: lorafit.validate(values, overrides=[5])).startswith("overrides[0]: found int")  # type: ignore[list-item]
+    assert refused(lambda: lorafit.validate(values, overrides=["a"])).startswith("overrides a: no '=' in it")
+
+
+def test_a_whole_number_stands_for_a_float(values: dict[str, Any]) -> None:
+    run = lorafit.train(values, rows=make_rows(8), overrides={"training.max_steps": 1}, quiet=True)
+    whole, exact = (
+        lorafit.generate(run, ["hi", "you"], temperature=heat, top_p=1, max_new_tokens=6, quiet=True).texts
+        for heat in (1, 1.0)
+    )
+    assert whole == exact
+    with pytest.raises(UsageError, match=r"^checkpoint: '²' is not best, last or a step"):
+        lorafit.generate(run, "hi", checkpoint="²", quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def read(folder: Path, row: dict[str, Any], reporter: Silent | None = None, **se
 def refusal(folder: Path, row: dict[str, Any], **section: Any) -> str:
     with pytest.raises(LorafitError) as caught:
         read(folder, row, **section)
-    assert len(f"error: {caught.value}") <= 300
+    assert len(f"error: {caught.value.one_line}") <= 300
     return str(caught.value)
 
 

@@ -95,7 +95,7 @@ def test_fault_is_named(tmp_path: Path, fault: str) -> None:
     assert error.exit_code == 4
     for part in parts:
         assert part in str(error)
-    assert len(f"error: {error}") <= 300
+    assert len(f"error: {error.one_line}") <= 300
 
 
 def test_all_bad_rows_are_counted_and_five_shown(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_faults_are_found_without_heavy_imports(tmp_path: Path) -> None:
             try:
                 list(read_sources([SourceSection(path=name)], Path(sys.argv[1]), BadRowsSection(), Silent()))
             except DataError as error:
-                print(error)
+                print(error.one_line)
         heavy = {"torch", "transformers", "datasets", "numpy", "pyarrow", "peft"} & set(sys.modules)
         print("heavy:", sorted(heavy))
     """

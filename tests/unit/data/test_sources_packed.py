@@ -37,7 +37,7 @@ def refusal(folder: Path, name: str, **section: Any) -> str:
     with pytest.raises(LorafitError) as caught:
         samples(folder, name, **section)
     assert caught.value.exit_code == 4
-    assert len(f"error: {caught.value}") <= 300
+    assert len(f"error: {caught.value.one_line}") <= 300
     return str(caught.value)
 
 
@@ -120,7 +120,7 @@ READ = """
         try:
             list(read_sources([SourceSection(path=name)], Path(sys.argv[1]), BadRowsSection(), Silent()))
         except LorafitError as error:
-            print(error)
+            print(error.one_line)
     print(peak() - before)
 """
 

@@ -34,7 +34,7 @@ def fails(loads: Loads) -> Fails:
             loads(text, sets)
         after = {path for path in Path().rglob("*") if path != Path("r.yaml")}
         assert after == before, "a failed load created files"
-        line = f"error: {caught.value}"
+        line = f"error: {caught.value.one_line}"
         assert len(line) < 300
         assert "\n" not in line
         return caught.value
