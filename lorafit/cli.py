@@ -120,6 +120,8 @@ def _number(parameter: str, metavar: str, said: str) -> Any:
     return typer.Option(metavar=metavar, min=number.least, max=number.most, help=said)
 
 
+_ROWS_SHOWN = "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."
+_HEADROOM = "Of the card's memory, what must stay free: 0.05 where not given."
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", readable=False, help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -308,10 +310,7 @@ def estimate_memory(
         str | None,
         typer.Option(metavar="SIZE|NAME", help="The largest micro-batch, row and rank that fit; exit 10 if none does."),
     ] = None,
-    headroom: Annotated[
-        float | None,
-        _number("headroom", "SHARE", "Of the card's memory, what must stay free: 0.05 where not given."),
-    ] = None,
+    headroom: Annotated[float | None, _number("headroom", "SHARE", _HEADROOM)] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="PRICE", help="Of the card, in any currency: what the run will cost.")
     ] = None,
@@ -355,12 +354,7 @@ def preview(
     session: Session,
     recipe: RecipeFile,
     overrides: Overrides = None,
-    rows: Annotated[
-        int | None,
-        _number(
-            "show", "ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."
-        ),
-    ] = None,
+    rows: Annotated[int | None, _number("show", "ROWS", _ROWS_SHOWN)] = None,
 ) -> None:
     """Rows as the model will see them: trained, cut, dropped."""
     from lorafit import pipeline
