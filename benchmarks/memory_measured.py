@@ -103,11 +103,11 @@ def measure(recipe_file: Path) -> dict[str, Any]:
     from lorafit.dryrun import DryRun
     from lorafit.model.base import read_config
     from lorafit.model_shapes import read_shape
+    from lorafit.ops.peak_memory import peak_memory_bytes
     from lorafit.pipeline import train
     from lorafit.plan import MemoryQuestion
     from lorafit.plan.question import estimated_attention
     from lorafit.recipe.load import load_recipe
-    from lorafit.trainer.progress import peak_memory_bytes
 
     trained = train(recipe_file, measure_memory=True)
     assert trained.fit is not None and trained.fit.live_tensors is not None and trained.estimate is not None

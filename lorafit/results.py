@@ -119,6 +119,10 @@ class Trained(Printed):
             parts += [beside(fit.peak_reserved_bytes, "reserved", 0), f"{needed / _MIB:,.0f} MiB of the card estimated"]
         else:
             parts = [beside(fit.peak_memory_bytes, "resident", needed)]
+        if (before := fit.peak_before_steps_bytes) is None:
+            parts[0] += " with loading and rehearsal"
+        elif before > fit.peak_memory_bytes:
+            parts.append(f"{before / _MIB:,.0f} MiB before the first step (loading, rehearsal)")
         if fit.live_tensors is not None:
             parts.append(beside(fit.live_tensors.tensor_bytes, "of live tensors counted", tensors))
         return "peak memory: " + ", ".join(parts)

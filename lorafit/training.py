@@ -52,6 +52,7 @@ class Training:
         from lorafit.model.adapter import load_adapter_weights, save_adapter
         from lorafit.model.content import reading_content
         from lorafit.model.inspect import describe_quantization
+        from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
         from lorafit.ops.rng import seed_rng
         from lorafit.plan import require_fit
         from lorafit.results import Trained, describe_resolved
@@ -74,6 +75,7 @@ class Training:
             use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root
         )
         check_same_rows(accelerator, job.rows.digest)
+        forget_peak_memory(accelerator.device)  # of another run in this process
         with reading_content(job.base.path) if accelerator.is_main_process else nullcontext() as reading:
             model = self._load(accelerator)
             content = reading.result() if reading is not None else None
@@ -85,6 +87,8 @@ class Training:
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
         self._prove_gradients(objective)
         resolved = self._resolve(objective, accelerator, checkpoint, given)
+        before_bytes = peak_memory_bytes(accelerator.device)
+        told_apart = forget_peak_memory(accelerator.device)  # the rehearsal tries what the steps do not take
         card = job.card(resolved)
         question = replace(self._question(), attention=resolved.attention)
         expected = question.at(resolved.tokens_at_once, resolved.gradient_checkpointing)
@@ -105,7 +109,7 @@ class Training:
             self._describe(job, card, {**resolved.to_json(), **facts}, hashes, begins=checkpoint is None)
         trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"), step=state.step)
         try:
-            result = trainer.fit(state)
+            result = replace(trainer.fit(state), peak_before_steps_bytes=before_bytes if told_apart else None)
         finally:
             profile = trainer.profile.finish()
         part(accelerator)

@@ -25,6 +25,7 @@ from lorafit.evaluation.generate import BATCH_TOKENS, Answer, generate_answers
 from lorafit.evaluation.isolation import adapter_off, evaluating
 from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
+from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
     from lorafit.contracts import Examples, GenerationRow, Reporter
@@ -192,7 +193,7 @@ def evaluate_pair(
         NumericsError: A row's loss is not finite.
     """
     started, metric_names = time.perf_counter(), with_companions(metric_names)
-    device = forget_peak_memory(model.get_input_embeddings().weight.device)
+    forget_peak_memory(device := model.get_input_embeddings().weight.device, of_process=False)
     asked = find_asked(examples, generation_rows, metric_names)
     score = partial(
         score_examples,
@@ -228,7 +229,7 @@ def evaluate_pair(
         **found,
         about=about or About(),
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=find_peak_memory_bytes(device),
+        peak_memory_bytes=peak_memory_bytes(device),
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
@@ -277,24 +278,6 @@ def find_pad_id(tokenizer: Any, embedding_rows: int | None = None) -> int:
         if token is not None and (embedding_rows is None or token < embedding_rows):
             return int(token)
     return 0
-
-
-def forget_peak_memory(device: torch.device) -> torch.device:
-    """Lets the peak of a GPU begin anew; a process's own peak on a CPU cannot."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    return device
-
-
-def find_peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: allocated by torch on a GPU, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def find_asked(

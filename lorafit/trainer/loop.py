@@ -12,7 +12,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.ops.memory_errors import is_out_of_memory
+from lorafit.ops.peak_memory import peak_memory_bytes
 from lorafit.ops.rng import capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.abreast import Abreast
 from lorafit.trainer.checkpoint import ADAPTER_FOLDER, Checkpoint, CheckpointStore, Environment, write_state
@@ -29,7 +30,7 @@ from lorafit.trainer.feed import StepFeed
 from lorafit.trainer.metrics_log import MetricsLog
 from lorafit.trainer.out_of_memory import out_of_memory, release_memory, trim_after
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
-from lorafit.trainer.progress import StepProgress, peak_memory_bytes, peak_reserved_bytes
+from lorafit.trainer.progress import StepProgress, peak_reserved_bytes
 from lorafit.trainer.signals import StopRequested, StopSignals
 from lorafit.trainer.state import FitResult, TrainState
 from lorafit.trainer.step import (
@@ -175,18 +176,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.store.publish_adapter(adapter_step)
         self.accelerator.wait_for_everyone()
-        return FitResult(
-            steps=state.step,
+        return replace(
+            FitResult.of_complete(state),
             adapter_step=adapter_step,
-            best=state.best,
-            stopped_early=state.stopped_early,
             was_complete=was_complete,
-            tokens=state.tokens,
-            padded_tokens=state.padded_tokens,
-            trained_tokens=state.trained_tokens,
-            seconds=state.seconds,
-            peak_memory_bytes=peak_memory_bytes(self.accelerator.device),
-            peak_reserved_bytes=peak_reserved_bytes(self.accelerator.device),
+            peak_memory_bytes=peak_memory_bytes(device),
+            peak_reserved_bytes=peak_reserved_bytes(device),
             live_tensors=self.live_peak,
         )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from lorafit.ops.peak_memory import peak_memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,20 +15,6 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _SMOOTHING = 0.9  # share of the old tokens/s in the shown one
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on a CUDA device, resident of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
 def peak_reserved_bytes(device: torch.device) -> int | None:

@@ -29,12 +29,12 @@ from lorafit.data.packing import Cutter, collate_packed
 from lorafit.errors import NumericsError
 from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, set_attention, takes_fused_attention
 from lorafit.ops.memory_errors import is_out_of_memory
+from lorafit.ops.peak_memory import peak_memory_bytes
 from lorafit.ops.rng import preserved_rng
 from lorafit.trainer.abreast import abreast_of, threads_abreast, time_micro_batches
 from lorafit.trainer.attention_probe import AttentionProbe
 from lorafit.trainer.heaviest import fill_rows, heaviest_shapes
 from lorafit.trainer.out_of_memory import out_of_memory, release_memory, trim_after
-from lorafit.trainer.progress import peak_memory_bytes
 from lorafit.trainer.separation import prove_separation
 
 if TYPE_CHECKING:

@@ -188,7 +188,9 @@ class FitResult:
         steps: Optimizer steps of the whole run.
         adapter_step: The step whose adapter is the run's.
         was_complete: Nothing was left to do.
-        peak_memory_bytes: Allocated on a GPU, resident on a CPU.
+        peak_memory_bytes: Of the steps: allocated on a GPU, resident on a CPU.
+        peak_before_steps_bytes: The same until the first step: loading, proofs, the rehearsal's tries. None where the
+            system cannot tell the two apart; `peak_memory_bytes` is then of both.
         peak_reserved_bytes: What a GPU's allocator took; None on a CPU.
         live_tensors: The worst moment of live tensors over the steps, where they were counted.
     """
@@ -203,6 +205,7 @@ class FitResult:
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
+    peak_before_steps_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     live_tensors: LivePeak | None = None
 

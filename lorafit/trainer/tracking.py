@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import DataError, RecipeError
-from lorafit.trainer.progress import peak_memory_bytes
+from lorafit.ops.peak_memory import peak_memory_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from lorafit.errors import CheckpointError, RecipeError
 from lorafit.kinds.optimizers import optimizers
 from lorafit.trainer import tracking
 from lorafit.trainer.metrics_log import MetricsLog
-from lorafit.trainer.progress import StepProgress, peak_memory_bytes
+from lorafit.trainer.progress import StepProgress
 from lorafit.trainer.state import Best, TrainState
 from lorafit.trainer.tensors import load_optimizer, save_optimizer
 from lorafit.trainer.tracking import Trackers, build_accelerator
@@ -244,4 +244,3 @@ def test_progress_shows_speed_memory_and_estimate() -> None:
     assert shown[0]["loss"] == 1.5 and shown[0]["tok/s"] == "200" and shown[0]["GiB"].endswith(" of est. 2.00")
     assert shown[1]["grad"] == "overflow"
     assert said == ["resumed at step 17"]
-    assert 2**26 < peak_memory_bytes(CPU) < 2**40

@@ -1,0 +1,62 @@
+"""The most memory that a process held: of a GPU as torch allocated it, of a CPU as the system counts resident pages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_OF_SELF = Path("/proc/self")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held since the start or `forget_peak_memory`: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "linux" and (high := _high_water_bytes()) is not None:
+        return high
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def forget_peak_memory(device: torch.device, *, of_process: bool = True) -> bool:
+    """Lets the peak begin anew at what is held now; whether that could be done.
+
+    Args:
+        device: Whose peak.
+        of_process: On a CPU too, where it is that of all the process does.
+
+    Source: proc_pid_clear_refs(5): writing 5 resets the peak resident set size. Other systems have no such thing.
+    """
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if not of_process:
+        return False
+    try:
+        (_OF_SELF / "clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_bytes() -> int | None:
+    """VmHWM. Not ru_maxrss: that begins with the peak of the process which started this one, and cannot begin anew."""
+    try:
+        lines = (_OF_SELF / "status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)
