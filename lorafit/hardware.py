@@ -88,9 +88,9 @@ def card_lines() -> list[str]:
 
 
 def smallest_card(needed_bytes: int, headroom: float) -> dict[str, Any] | None:
-    """The card with the least memory that has so many bytes and its headroom besides; None where none has."""
+    """The card with the least memory, and of those the slowest, that has so many bytes and its headroom besides."""
     enough = [card for card in cards() if needed_bytes <= usable_bytes(card) * (1.0 - headroom)]
-    return min(enough, key=usable_bytes, default=None)
+    return min(enough, key=lambda card: (card["label_gib"], card["peak_tflops"]), default=None)
 
 
 def _keys(card: dict[str, Any]) -> set[str]:

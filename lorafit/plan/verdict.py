@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Printed
 from lorafit.devices import format_bytes
 from lorafit.errors import DoesNotFitError, UsageError
+from lorafit.hardware import smallest_card
 from lorafit.kinds.adapters import adapters
 from lorafit.memory import ExactEstimate, MemoryEstimate, fits
 from lorafit.plan.derive import HEADROOM, run_epochs
@@ -59,6 +60,11 @@ class Options:
     fit: DeviceFacts | None = None
     price_per_hour: float | None = None
 
+    @property
+    def card(self) -> DeviceFacts | None:
+        """What the run is planned for."""
+        return self.gpu or self.fit
+
 
 @dataclass(frozen=True)
 class RecipeEstimate(Printed):
@@ -99,12 +105,12 @@ class RecipeEstimate(Printed):
 
     @property
     def device(self) -> DeviceFacts | None:
-        """The card of `--gpu`."""
-        return self.options.gpu
+        """The card of `--gpu`, else of `--fit`: what all is planned for."""
+        return self.options.card
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits on the card of `--gpu`; None where none was named."""
+        """Whether it fits on the card; None where none was named."""
         device = self.device
         return None if device is None else fits(self.exact or self.memory, device.memory_bytes, self.options.headroom)
 
@@ -131,17 +137,14 @@ class RecipeEstimate(Printed):
         Raises:
             DoesNotFitError: It does not fit on the card, or nothing at all does.
         """
-        if self.fits is False and self.device is not None:
-            todo = "take a larger card"
-            if self.enough is not None:
-                todo = f"it would fit with {self.enough.shown}"
-            elif self.savings:
-                todo += f", no three switches are enough; most saves {self.savings[0].switch}"
+        if self.fits is False and self.options.gpu is not None:
+            device, enough = self.options.gpu, self.enough
+            hopeless = f"no three switches are enough, {self._larger()}"
             raise DoesNotFitError(
-                f"does not fit: needs {format_bytes(self.needed_bytes)}, {self.device.name} has "
-                f"{format_bytes(self.device.memory_bytes)} usable, of which {self.options.headroom:.0%} stay free",
+                f"does not fit: needs {format_bytes(self.needed_bytes)}, {device.name} has "
+                f"{format_bytes(device.memory_bytes)} usable, of which {self.options.headroom:.0%} stay free",
                 key="--gpu",
-                todo=todo,
+                todo=hopeless if enough is None else f"it would fit with {enough.shown}",
             )
         if self.fit is not None and self.fit.nothing_fits:
             device = self.fit.device
@@ -149,8 +152,18 @@ class RecipeEstimate(Printed):
                 f"nothing fits: not even a row of {self.fit.row.least} tokens or rank 1, in "
                 f"{format_bytes(device.memory_bytes)} usable, of which {self.fit.headroom:.0%} stay free",
                 key="--fit",
-                todo="quantise the model, or take a larger card",
+                todo=self._larger() if self.quantization in ("nf4", "fp4") else f"quantise the model: {self._larger()}",
             )
+
+    def _larger(self) -> str:
+        """What has as much as the recipe needs as it is, and why it needs that."""
+        card, experts = smallest_card(self.needed_bytes, self.options.headroom), self.memory.unquantized_expert_bytes
+        found = f"the smallest known card with {format_bytes(self.needed_bytes)} is {card['names'][0]}" if card else ""
+        found = found or "no single card of configs/hardware has that much"
+        if self.question.device_kind != "cuda":
+            found = "take a machine with more memory"
+        bulk = f"{format_bytes(experts)} are experts, which no quantisation reaches; "
+        return f"{bulk if experts > self.needed_bytes / 2 else ''}{found}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
@@ -226,7 +239,7 @@ def estimate_recipe(
     Raises:
         RecipeError: The adapter's targets match nothing, or sdpa was asked of a model with a soft-cap.
     """
-    headroom, device, facts = options.headroom, options.gpu, rows.facts
+    headroom, device, facts = options.headroom, options.card, rows.facts
     question = _ask(recipe, shape, facts, device, headroom)
     memory, without = _answer(question, device, headroom)
     tokens, checkpointing = memory.micro_batch_tokens, memory.gradient_checkpointing
@@ -256,7 +269,7 @@ def estimate_recipe(
             epochs=epochs,
             adapter_parameters=trainable,
             checkpointing=checkpointing,
-            device=device or options.fit,
+            device=device,
             dtype=question.dtype,
             price_per_hour=options.price_per_hour,
         ),

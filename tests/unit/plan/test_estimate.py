@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from plan_cases import GIB, ROWS, card, recipe, shape_of
 
 from lorafit.devices import format_bytes, parse_gpu
 from lorafit.errors import DoesNotFitError, UsageError
+from lorafit.hardware import cards, find_cards, usable_bytes
 from lorafit.plan import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
 from lorafit.recipe.load import load_recipe
 
@@ -112,9 +112,54 @@ def test_the_verdict_names_card_and_size() -> None:
     )
     assert "then it fits" in text
     assert f"fits: {said} of " in shown(guess(needed / GIB / 0.94, training=ON))
-    hopeless = guess(4, training=ON)
-    with pytest.raises(DoesNotFitError, match=re.escape(f"most saves {hopeless.savings[0].switch}")):
-        hopeless.raise_unless_fits()
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("Qwen/Qwen3-30B-A3B", "54 GiB are experts, which no quantisation reaches; the smallest known card with"),
+        ("meta-llama/Llama-3.1-405B", "no three switches are enough, no single card of configs/hardware has that much"),
+        ("meta-llama/Llama-3.1-70B", "no three switches are enough, the smallest known card with"),
+    ],
+)
+def test_what_is_far_too_large_gets_the_smallest_card_that_has_it(base: str, said: str) -> None:
+    options = Options(gpu=parse_gpu("rtx 3060"))
+    asked = recipe(model={"base": base, "quantization": "nf4"}, training=ON)
+    found = estimate_recipe(asked, shape_of(base), options=options)
+    with pytest.raises(DoesNotFitError) as caught:
+        found.raise_unless_fits()
+    message = str(caught.value)
+    assert said in message and "…" not in message and "data.max_length" not in message
+    if "405B" in base:
+        return
+    name = message.rpartition(" ")[2]
+    needed = found.memory.needed_bytes
+    larger = [each for each in cards() if needed <= 0.95 * usable_bytes(each)]
+    assert estimate_recipe(asked, shape_of(base), options=Options(gpu=parse_gpu(name))).fits
+    assert min(each["label_gib"] for each in larger) == parse_label(name)
+    with pytest.raises(DoesNotFitError, match=f"--fit: nothing fits.* is {name}$"):
+        estimate_recipe(asked, shape_of(base), options=Options(fit=parse_gpu("rtx 3060"))).raise_unless_fits()
+
+
+def parse_label(name: str) -> int:
+    (found,) = find_cards(name)
+    return int(found["label_gib"])
+
+
+def test_with_fit_all_is_of_that_card() -> None:
+    """Everything above the last block is what `--gpu` shows of the same card, the verdict as well."""
+    device = parse_gpu("rtx 3060")
+    asked, rows = recipe(model={"base": "b", "quantization": "nf4"}), RowLengths()
+    fit = estimate_recipe(asked, shape_of(), rows, Options(fit=device))
+    gpu = estimate_recipe(asked, shape_of(), rows, Options(gpu=device))
+    assert fit.memory.gradient_checkpointing and fit.fits
+    assert shown(fit).startswith(shown(gpu).rstrip())
+    plain = fit.to_json()
+    assert plain.pop("fit") is not None
+    assert plain == {key: value for key, value in gpu.to_json().items() if key != "fit"}
+    small = estimate_recipe(asked, shape_of(), rows, Options(fit=card(8)))
+    assert small.fits is False and "does not fit" in shown(small)
+    small.raise_unless_fits()  # shorter rows do: --fit asks how far they can go
 
 
 def test_checkpointing_that_the_card_asked_for_is_said() -> None:
