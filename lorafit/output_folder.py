@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import LorafitError, UsageError
-from lorafit.rundir import TEMPORARY_PREFIX, RunDir, check_format, read_object
+from lorafit.rundir import TEMPORARY_PREFIX, RunDir, check_format, make_folder, read_object
 from lorafit.strict_json import JsonError, read_json_file
 from lorafit.workspace import compare_recipes
 
@@ -58,6 +58,12 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
     parent = made
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise UsageError(
+            f"the output {output.name} would lie in {parent.name}, which is a file",
+            key="output",
+            todo="choose a folder",
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(
             f"the output {output.name} is not writable", file=str(parent), key="output", todo="choose another folder"
@@ -169,7 +175,7 @@ def claimed(run: RunDir) -> Iterator[None]:
         UsageError: Another process trains there.
     """
     made = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
-    run.root.mkdir(parents=True, exist_ok=True)
+    make_folder(run.root)
     descriptor = os.open(run.root, os.O_RDONLY)
     try:
         try:

@@ -24,6 +24,7 @@ from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import (
     base_commit,
     began,
+    check_answerable,
     check_same_recipe,
     inputs_of,
     is_lone_adapter,
@@ -218,6 +219,12 @@ def evaluate(
         base_model: Folder or hub id of the base, where it is not found by itself.
         reporter: Gets progress and warnings; silent where None.
     """
+    reporter = reporter or Silent()
+    if split not in (None, "test", "validation", "train"):
+        raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
+    opened = open_run(run_or_recipe, overrides)
+    checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
+    _, step = opened.adapter(checkpoint)  # said before the libraries are loaded
     from lorafit.answering import changed_evaluation, check_fixed, open_evaluation, open_tuned
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
@@ -226,13 +233,7 @@ def evaluate(
     from lorafit.model.inspect import coverage
     from lorafit.results import Evaluated
 
-    reporter = reporter or Silent()
-    if split not in (None, "test", "validation", "train"):
-        raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
-    opened = open_run(run_or_recipe, overrides)
     check_fixed(opened, overrides, reporter)
-    checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
-    _, step = opened.adapter(checkpoint)
     split = split or usual_split(opened.loaded.recipe)
     tuned = open_tuned(opened, checkpoint, base_model, reporter)
     job = open_evaluation(opened, tuned, split, reporter)
@@ -343,6 +344,7 @@ def generate(
     numbers = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     check_arguments(numbers)
     reporter = reporter or Silent()
+    check_answerable(run_or_model, checkpoint)
     prompts = _read_prompts(run_or_model, prompt, input_file, rows, reporter)
     from lorafit.answering import open_speaker
     from lorafit.evaluation.generate import generate_answers

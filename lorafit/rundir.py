@@ -52,12 +52,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         told = _OS_ERROR.search(str(error)) if not isinstance(error, OSError | LorafitError) else None
         number = int(told[1]) if told else getattr(error, "errno", None)
         if number in DISK_ERRORS:
-            raise ResourceError(
-                DISK_ERRORS[number],
-                file=str(path),
-                todo="free or change the disk; what was saved before is intact",
-            ) from error
+            todo = "free or change the disk; what was saved before is intact"
+            raise ResourceError(DISK_ERRORS[number], file=str(path), todo=todo) from error
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it; raises UsageError where the system has another reason than a bad disk."""
+    with disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise
+            what = f"the folder cannot be made: {(error.strerror or type(error).__name__).lower()}"
+            raise UsageError(what, file=str(folder), todo="choose another folder") from error
 
 
 def _disappeared(path: Path, made: Path, error: BaseException) -> ResourceError | None:
@@ -66,11 +75,8 @@ def _disappeared(path: Path, made: Path, error: BaseException) -> ResourceError 
     is_gone = not made.is_dir() or missing.startswith(str(_temporary(path)))
     if isinstance(error, LorafitError) or not isinstance(error, Exception) or not is_gone:
         return None
-    return ResourceError(
-        "disappeared while it was written",
-        file=str(path),
-        todo="was its folder removed? leave it alone and start again",
-    )
+    todo = "was its folder removed? leave it alone and start again"
+    return ResourceError("disappeared while it was written", file=str(path), todo=todo)
 
 
 def hash_file(path: Path) -> str:
@@ -110,7 +116,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     temporary = _temporary(path)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield temporary
             temporary.chmod(0o644)
@@ -189,7 +195,7 @@ def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] 
     """
     temporary = _temporary(path)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove(temporary)
         temporary.mkdir(mode=0o755)  # not the umask's: what others may write into, the cache would not trust
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError, DataError, UsageError
+from lorafit.registry import nearest
 from lorafit.rundir import RunDir, atomic_file, read_json, read_object, require_manifest, write_json
 from lorafit.version import installed_versions
 
@@ -60,19 +62,23 @@ class OpenedRun:
             folder = self.run.find_checkpoint(checkpoint)
             return folder / "adapter", int(folder.name.removeprefix("step-"))
         if not self.run.adapter.is_dir():
-            steps = self.run.steps()
-            todo = (
-                f"name one of its checkpoints with --checkpoint: {', '.join(map(str, steps))}"
-                if steps
-                else "train first, or go on with the run: lorafit train ... --resume"
-            )
-            raise CheckpointError("the run has no finished adapter", file=str(self.run.root), todo=todo)
+            raise self._unfinished()
         from lorafit.model.adapter import check_named_base
 
         check_named_base(self.run.adapter)
         require_manifest(self.run.adapter)
         best = self.run.best_step()
         return self.run.adapter, best if best is not None else max(self.run.steps(), default=None)
+
+    def _unfinished(self) -> CheckpointError:
+        """Why there is no saved adapter, and what there is instead."""
+        what, ways = "the run has no finished adapter", []
+        if is_trained_into(self.run):
+            what, ways = f"{what}: a process is training into it now", ["wait for its end"]
+        if steps := self.run.steps():
+            ways.append(f"name one of its checkpoints with --checkpoint: {', '.join(map(str, steps))}")
+        todo = ", or ".join(ways) or "train first, or go on with the run: lorafit train ... --resume"
+        return CheckpointError(what, file=str(self.run.root), todo=todo)
 
 
 def began(run: RunDir) -> datetime | None:
@@ -100,6 +106,23 @@ def base_commit(run: RunDir) -> str | None:
 def is_run(path: Path) -> bool:
     """Whether a folder is a run folder."""
     return RunDir(path).manifest.is_file() and RunDir(path).recipe.is_file()
+
+
+def is_trained_into(run: RunDir) -> bool:
+    """Whether a process holds the run folder to train into it, where the file system has locks."""
+    try:
+        descriptor = os.open(run.root, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def is_model(path: Path) -> bool:
@@ -132,9 +155,7 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
             )
         loaded = load_recipe(run.recipe, overrides)
     elif not path.exists() and path.suffix not in (".yaml", ".yml"):
-        raise UsageError(
-            "no such file or folder", file=str(path), todo="name a run folder or its recipe; or train first"
-        )
+        raise _nothing_at(path)
     else:
         loaded = load_recipe(path, overrides)
         run = RunDir(loaded.output)
@@ -143,6 +164,30 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
                 "the recipe has no run yet", file=str(run.root), todo=f"train first: lorafit train {path}"
             )
     return OpenedRun(loaded, run, read_object(run.manifest), checkpoint)
+
+
+def check_answerable(path: Path, checkpoint: str | None) -> None:
+    """Says before any library is loaded where a path is neither a model nor an adapter nor a run that has one.
+
+    Raises:
+        UsageError: There is nothing at the path.
+        CheckpointError: It is no run, or has no such adapter.
+    """
+    if not is_model(path) and not is_lone_adapter(path):
+        open_run(path).adapter(checkpoint)
+
+
+def _nothing_at(path: Path) -> UsageError:
+    """The error for a path where nothing is, with the run or model beside it that has the nearest name."""
+    beside = path.absolute().parent
+    names = [entry.name for entry in beside.iterdir()] if beside.is_dir() else []
+    close = nearest(path.name, [name for name in names if _is_answerable(beside / name)], count=1)
+    todo = f"did you mean {path.with_name(close[0])}?" if close else "name a run folder or its recipe; or train first"
+    return UsageError("no such file or folder", file=str(path), todo=todo)
+
+
+def _is_answerable(path: Path) -> bool:
+    return is_run(path) or is_model(path) or is_lone_adapter(path)
 
 
 def _find_run_around(path: Path) -> tuple[Path, str | None]:

@@ -29,7 +29,7 @@ from lorafit.model.rebuild import REBUILDERS
 from lorafit.model.tokenizer_files import Companions, write_object
 from lorafit.model.updates import plan_updates
 from lorafit.model.weights import TensorEntry, dtype_name, read_index
-from lorafit.rundir import atomic_dir, disk_errors
+from lorafit.rundir import atomic_dir, make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -132,8 +132,7 @@ def merge_adapter(
         judge(companions)
     used = _check_quantization(kind, quantization, base)
     merger = ShardMerger(entries, updates, _choose_values(base, used, dtype, entries), verify=verify)
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     free = shutil.disk_usage(output.parent).free
     if free < merger.total_bytes:
         raise ResourceError(

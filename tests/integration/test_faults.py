@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -705,12 +706,52 @@ def test_interrupted_before_training(world: World) -> None:
     assert not (world.root / "run").exists()
 
 
+@pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "what"], ["merge", "--output", "m"]])
+def test_a_run_that_is_not_there_is_said_before_libraries_load(world: World, command: list[str]) -> None:
+    """A slip in its name, and a run without an adapter, cost no import of torch; the nearest name is offered."""
+    say_all(world.run("train", "r.yaml", "--output", "runs/support-de"), 0)
+    shutil.rmtree(world.root / "runs" / "support-de" / "adapter")
+    loads = world.root / "early" / "torch" / "__init__.py"
+    loads.parent.mkdir(parents=True)
+    loads.write_text("raise SystemExit('torch was imported')\n")
+    hidden = {"PYTHONPATH": f"{world.root / 'early'}{os.pathsep}{world.environment.get('PYTHONPATH', '')}"}
+    outcome = world.spawn(command[0], "runs/suport-de", *command[1:], env=hidden)
+    say_all(outcome, 2, "runs/suport-de: no such file or folder; did you mean runs/support-de?")
+    outcome = world.spawn(command[0], "runs/support-de", *command[1:], env=hidden)
+    say_all(
+        outcome, 6, "runs/support-de: the run has no finished adapter; name one of its checkpoints with --checkpoint"
+    )
+    outcome = world.spawn(command[0], "other", *command[1:], env=hidden)
+    say_all(outcome, 2, "other: no such file or folder; name a run folder")
+
+
+@pytest.mark.parametrize("output", ["d.jsonl/x", "d.jsonl/x/y"])
+def test_output_inside_a_file(world: World, output: str) -> None:
+    before = world.digests()
+    say_all(
+        world.run("train", "r.yaml", "--output", output), 2, "output", "d.jsonl, which is a file", "choose a folder"
+    )
+    say_all(world.run("train", "r.yaml", "--output", "run"), 0)
+    say_all(world.run("merge", "run", "--output", output), 2, "output", "d.jsonl, which is a file")
+    assert {name: world.digests().get(name) for name in before} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder where even root can make none")
+def test_output_that_the_system_refuses(world: World) -> None:
+    say_all(world.run("train", "r.yaml", "--output", "/proc/lorafit"), 2, "/proc/lorafit", "cannot be made", "choose")
+    say_all(world.run("train", "r.yaml", "--output", "run"), 0)
+    say_all(world.run("merge", "run", "--output", "/proc/lorafit/m"), 2, "/proc/lorafit", "cannot be made", "choose")
+
+
 def test_two_trainings_into_one_folder(world: World) -> None:
     world.recipe(("max_steps: 2", "max_steps: 5000"))
     process = world.start("train", "r.yaml", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: count_lines(world.root / "run" / "metrics.jsonl") >= 3, process)
     (world.root / "d.jsonl").unlink()  # said before anything is read
     say_all(world.run("train", "r.yaml", "--resume"), 2, "run", "another process", "--output")
+    for command in (["eval"], ["generate", "--prompt", "what"], ["merge", "--output", "m"]):
+        outcome = world.run(command[0], "run", *command[1:])
+        say_all(outcome, 6, "run: the run has no finished adapter: a process is training into it now", "--checkpoint")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     steps = [line["step"] for line in metric_lines(world) if "loss" in line]
