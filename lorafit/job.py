@@ -15,6 +15,7 @@ from lorafit.workspace import sources_of
 
 if TYPE_CHECKING:
     from datetime import datetime
+    from pathlib import Path
 
     import torch
 
@@ -232,18 +233,42 @@ def placed(loaded: LoadedRecipe) -> Iterator[None]:
         raise
 
 
-def check_template(loaded: LoadedRecipe) -> None:
-    """Looks whether the recipe's chat template is one that is shipped, or a file of text.
+def look_at_template(named: str | None, folder: Path) -> None:
+    """Looks whether what a recipe names as its chat template is one that is shipped, or a file of Jinja.
 
     Raises:
-        RecipeError: It is neither.
+        RecipeError: It is neither a shipped name nor a file of text.
+        ModelError: The file is no valid Jinja.
     """
-    from lorafit.data.template_names import KEY, read_template
+    from lorafit.data.template_names import KEY, SHIPPED_TEMPLATES, read_template
 
     try:
-        read_template(loaded.recipe.data.chat_template, loaded.folder)
+        text = read_template(named, folder)
     except ModelError as error:
-        raise RecipeError(error.what, key=KEY, todo=error.todo, **loaded.place(KEY)) from error
+        raise RecipeError(error.what, key=KEY, todo=error.todo) from error
+    if text is None or named in SHIPPED_TEMPLATES:
+        return
+    from lorafit.data.chat_template import compile_or_explain
+
+    try:
+        compile_or_explain(text)
+    except ModelError as error:
+        error.what = error.what.replace("the chat template", f"template file '{named}'", 1)
+        error.todo = error.todo or "mend it there"
+        raise
+
+
+def check_template(loaded: LoadedRecipe) -> None:
+    """The same for a recipe without other errors, said at its line.
+
+    Raises:
+        RecipeError: Its chat template is neither a shipped name nor a file of text.
+        ModelError: The file is no valid Jinja.
+    """
+    try:
+        look_at_template(loaded.recipe.data.chat_template, loaded.folder)
+    except (ModelError, RecipeError) as error:
+        raise error.named_at(error.key or "", **loaded.place(error.key or "")) from None
 
 
 def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None) -> None:

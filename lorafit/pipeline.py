@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.arguments import check_arguments
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import UsageError
-from lorafit.job import check_template, open_job, placed, prove
+from lorafit.job import check_template, look_at_template, open_job, placed, prove
 from lorafit.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.rundir import RunDir, read_json
 from lorafit.workspace import (
@@ -49,7 +49,7 @@ def validate(recipe: Path | Mapping[str, Any], *, overrides: Sequence[str] = ())
     from lorafit.recipe.load import load_recipe
     from lorafit.results import Validated
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, look_at_template=look_at_template)
     check_template(loaded)
     return Validated(loaded)
 
@@ -75,7 +75,8 @@ def preview(
     from lorafit.recipe.load import load_recipe
 
     glance = None if counts_all else rows
-    job = open_job(load_recipe(recipe, overrides), reporter or Silent(), glance=glance)
+    loaded = load_recipe(recipe, overrides, look_at_template=look_at_template)
+    job = open_job(loaded, reporter or Silent(), glance=glance)
     return room.preview(job.rows, job.renderer, rows)
 
 
@@ -167,7 +168,7 @@ def train(
     from lorafit.training import Training
 
     reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
-    loaded = load_recipe(recipe, overrides, output=output)
+    loaded = load_recipe(recipe, overrides, output=output, look_at_template=look_at_template)
     run, command = RunDir(loaded.output), resume_command(recipe, overrides, output)
     resume = resume or resume_from is not None
     check_output(run.root, inputs_of(loaded))

@@ -46,7 +46,8 @@ def read_template(named: str | None, folder: Path) -> str | None:
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home of an unknown user
         close = nearest(named, SHIPPED_TEMPLATES, count=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        todo = f"{hint}shipped are {', '.join(SHIPPED_TEMPLATES)}; else name a file"
+        shipped = f"shipped are {', '.join(SHIPPED_TEMPLATES)}; else name a file"
+        todo = f"{hint}{shipped}. An instruct model has its own: leave this out"
         reason = (getattr(error, "strerror", None) or type(error).__name__).lower()
         raise ModelError(f"template '{named}' cannot be read: {reason}", key=KEY, todo=todo) from None
     if not text.strip() or len(raw) > _LARGEST_BYTES:

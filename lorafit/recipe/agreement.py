@@ -24,12 +24,14 @@ class Disagreement:
         what: What is wrong.
         todo: What to do about it.
         is_missing: Whether one of them is absent, rather than wrong.
+        is_one_of_two: Whether one of them is enough, and either would do.
     """
 
     keys: tuple[str, ...]
     what: str
     todo: str
     is_missing: bool = False
+    is_one_of_two: bool = False
 
     @property
     def paths(self) -> tuple[KeyPath, ...]:
@@ -46,8 +48,7 @@ def _length_is_set_once(recipe: Recipe) -> Iterator[Disagreement]:
     training = recipe.training
     if training.epochs is not None and training.max_steps is not None:
         keys = ("training.max_steps", "training.epochs")
-        todo = "keep one of the two (null unsets a key: --set training.epochs=null)"
-        yield Disagreement(keys, "training.epochs is set too", todo)
+        yield Disagreement(keys, "training.epochs is set too", "keep one of the two", is_one_of_two=True)
 
 
 def _warmup_fits_into_the_run(recipe: Recipe) -> Iterator[Disagreement]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from lorafit.errors import LorafitError, RecipeError, SafetyError
-from lorafit.recipe.agreement import disagreements
+from lorafit.errors import LorafitError, ModelError, RecipeError, SafetyError
+from lorafit.recipe.agreement import Disagreement, disagreements
 from lorafit.recipe.explain import Finding, explain, finding
-from lorafit.recipe.layers import Layers
+from lorafit.recipe.layers import FLAG, Layers
 from lorafit.recipe.names import tool_of
 from lorafit.recipe.outline import Group, plain, recipe_outline, slot_at
 from lorafit.recipe.schema import Recipe
-from lorafit.recipe.tree import Entry, KeyPath, Unreadable, entry_of, find, walk, with_entry
+from lorafit.recipe.tree import Entry, KeyPath, Unreadable, entry_of, find, nearest_entry, walk, with_entry
 
 _ROUNDS = 5
+_TEMPLATE: KeyPath = ("data", "chat_template")
 
 
-def diagnose(layers: Layers, main: str) -> list[LorafitError]:
+def diagnose(layers: Layers, main: str, look_at_template: Callable[[str], None] | None = None) -> list[LorafitError]:
     """Every error of a recipe, in the order in which they are said.
 
     One error hides others: a section with an unknown key is not compared with its neighbours. So what was found is
@@ -28,6 +29,7 @@ def diagnose(layers: Layers, main: str) -> list[LorafitError]:
     Args:
         layers: The recipe as it was written.
         main: What messages call the recipe's own file.
+        look_at_template: Raises ModelError where a name is no chat template.
     """
     tree = layers.tree
     touched = [path for path, entry in walk(tree) if entry.value is Unreadable.VALUE]
@@ -35,7 +37,7 @@ def diagnose(layers: Layers, main: str) -> list[LorafitError]:
     for _ in range(_ROUNDS):
         judged = _judge(tree)
         if isinstance(judged, Recipe):
-            findings += _contradictions(judged, tree, touched)
+            findings += _contradictions(judged, tree, touched, main)
             break
         known = {one.path for one in findings}
         findings += [one for one in judged if one.path not in known and not _follows(one, touched)]
@@ -43,6 +45,7 @@ def diagnose(layers: Layers, main: str) -> list[LorafitError]:
         for one in judged:
             tree = _mended(tree, one)
             touched.append(one.path)
+    findings += _of_template(layers.tree, [one.path for one in findings], look_at_template)
     if not layers.is_whole:  # what is missing may stand in what could not be read
         findings = [one for one in findings if not one.is_missing]
     listed = _in_order(layers.errors, findings, main)
@@ -66,13 +69,41 @@ def _judge(tree: Entry) -> Recipe | list[Finding]:
         return explain(error.errors(include_url=False), tree)
 
 
-def _contradictions(recipe: Recipe, tree: Entry, touched: Sequence[KeyPath]) -> list[Finding]:
+def _of_template(
+    tree: Entry, known: Sequence[KeyPath], look_at_template: Callable[[str], None] | None
+) -> list[Finding]:
+    """What is wrong with the chat template that a recipe names, where the key itself is right."""
+    entry = find(tree, _TEMPLATE)
+    if look_at_template is None or _TEMPLATE in known or entry is None or not isinstance(entry.value, str):
+        return []
+    try:
+        look_at_template(entry.value)
+    except (ModelError, RecipeError) as error:
+        return [finding(tree, _TEMPLATE, error.what, error.todo)]
+    return []
+
+
+def _contradictions(recipe: Recipe, tree: Entry, touched: Sequence[KeyPath], main: str) -> list[Finding]:
     """The rules that a recipe breaks, those apart that ask about something mended."""
     return [
-        finding(tree, rule.paths[0], rule.what, rule.todo, is_missing=rule.is_missing)
+        _contradiction(rule, tree, main)
         for rule in disagreements(recipe)
         if not any(a[: len(b)] == b or b[: len(a)] == a for a in rule.paths for b in touched)
     ]
+
+
+def _contradiction(rule: Disagreement, tree: Entry, main: str) -> Finding:
+    """A broken rule. Of two keys of which one must go, that of the lower layer does: what was said last stays."""
+    if not rule.is_one_of_two:
+        return finding(tree, rule.paths[0], rule.what, rule.todo, is_missing=rule.is_missing)
+    files = [nearest_entry(tree, path).at.file for path in rule.paths]
+    layers = [2 if file.startswith(FLAG) else 1 if file == main else 0 for file in files]
+    if layers[0] == layers[1]:
+        return finding(tree, rule.paths[0], rule.what, rule.todo)
+    lower = layers.index(min(layers))
+    kept, other, (section, _, name) = rule.paths[1 - lower], rule.keys[lower], rule.keys[lower].rpartition(".")
+    unset = f"add --set {other}=null" if 2 in layers else f"add {name}: null in {section}"
+    return finding(tree, kept, f"{other} is set too, in {files[lower]}", f"{unset}, to keep this one")
 
 
 def _follows(one: Finding, touched: Sequence[KeyPath]) -> bool:
@@ -107,7 +138,7 @@ def _in_order(of_text: Sequence[LorafitError], findings: Sequence[Finding], main
     def order(ranked: tuple[int, LorafitError]) -> tuple[int, bool, str, int, int]:
         rank, error = ranked
         file = error.file or ""
-        return (rank, file.startswith("--set "), "" if file == main else file, error.line or 0, error.column or 0)
+        return (rank, file.startswith(FLAG), "" if file == main else file, error.line or 0, error.column or 0)
 
     ranked = [(0 if isinstance(error, SafetyError) else 1, error) for error in of_text]
     ranked += [(3 if f.is_missing else 2, f.error) for f in findings]

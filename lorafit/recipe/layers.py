@@ -36,6 +36,8 @@ from lorafit.registry import nearest
 from lorafit.shipped import shipped
 from lorafit.strict_json import JsonError, read_regular_file
 
+FLAG = "--set "
+"""What the place of a flag's value begins with."""
 _LONGEST_CHAIN = 16
 _SHOWN_FLAG_CHARACTERS = 60
 
@@ -230,7 +232,7 @@ def _read_flag(flag: str) -> tuple[KeyPath, Entry, list[LorafitError]]:
     key, text = key.strip(), text.strip()
     words = shown_flag(flag)
     words = words if len(words) <= _SHOWN_FLAG_CHARACTERS else f"{words[: _SHOWN_FLAG_CHARACTERS - 1]}…"
-    place = Place(f"--set {words}")
+    place = Place(f"{FLAG}{words}")
     try:
         path = parse_key(key)
     except ValueError:

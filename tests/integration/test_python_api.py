@@ -46,7 +46,7 @@ def values(tmp_path: Path) -> dict[str, Any]:
 def test_the_pages_notebook_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_base(tmp_path / "base")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     for block in blocks:
         tiny = block.replace(f'"base": "{REAL_BASE}"', '"base": "base", "quantization": "none", "dtype": "fp32"')

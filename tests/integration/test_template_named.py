@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,35 @@ def test_what_is_no_text_is_no_template(world: World, tmp_path: Path) -> None:
     ):
         line = name_template(world, f'"{named}"')
         say_all(world.run("validate", "r.yaml"), 3, f"r.yaml:{line}:", "data.chat_template", said)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_template_is_judged_beside_every_other_error(world: World, command: list[str]) -> None:
+    """Not only once the others are mended."""
+    line = world.recipe(("data:", "data:\n  nonsens: 1\n  chat_template: llama3"))
+    outcome = world.run(*command)
+    say_all(outcome, 3, "2 errors")
+    own = next(text for text in outcome.stderr.splitlines() if f"r.yaml:{line}:18: data.chat_template" in text)
+    assert "shipped are alpaca, chatml, hermes, plain" in own and "An instruct model has its own: leave this out" in own
+    say_all(world.run(*command, "--set", "data.chat_template=7"), 3, "2 errors")
+
+
+def test_a_file_that_is_no_jinja_is_said_by_validate(world: World, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}", encoding="utf-8")
+    line = name_template(world, "t.jinja")
+    for command in COMMANDS:
+        said = ("template file 't.jinja' is not valid, line 2", "mend it there")
+        say_all(world.run(*command), 5, f"r.yaml:{line}:18: data.chat_template", *said)
+    assert not world.loaded
+
+
+def test_jinja_is_read_only_for_a_template_of_its_own(world: World, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(CHATML, encoding="utf-8")
+    show = "import sys; from lorafit import validate; validate('r.yaml'); print('jinja2' in sys.modules)"
+    for named, is_read in (("chatml", "False"), ("own.jinja", "True")):
+        name_template(world, named)
+        done = subprocess.run([sys.executable, "-c", show], capture_output=True, encoding="utf-8", check=True)
+        assert done.stdout.split()[-1] == is_read
 
 
 def test_a_refused_system_prompt_is_said_at_its_line_once(world: World, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -79,3 +81,36 @@ def test_a_rule_is_not_asked_about_what_is_already_wrong(fails: Fails) -> None:
     """`max_steps` is unreadable, so nobody can say that the warm-up is longer than it."""
     error = fails(MINIMAL + "training: {max_steps: 1:30, schedule: {warmup_steps: 500}}\n")
     assert [line.split(": ")[1] for line in parts(error)] == ["training.max_steps"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "r.yaml:4:34: training.max_steps: training.epochs is set too; keep one of the two"),
+        (
+            ["training.epochs=1", "training.max_steps=4"],
+            "--set training.max_steps=4: training.max_steps: training.epochs is set too; keep one of the two",
+        ),
+    ],
+)
+def test_two_lengths_said_in_one_place(fails: Fails, flags: list[str], said: str) -> None:
+    assert str(fails(MINIMAL + "training: {epochs: 2, max_steps: 5}\n", flags)).startswith(said)
+
+
+@pytest.mark.parametrize(("kept", "other"), [("epochs", "max_steps"), ("max_steps", "epochs")])
+def test_of_two_lengths_the_one_said_last_is_kept(fails: Fails, loads: Loads, kept: str, other: str) -> None:
+    """What was just typed is not what is to be taken back; and what is advised is enough."""
+    text, flag = MINIMAL + f"training: {{{other}: 2}}\n", f"training.{kept}=1"
+    said = str(fails(text, [flag]))
+    assert said.startswith(f"--set {flag}: training.{kept}: training.{other} is set too, in r.yaml; ")
+    assert f"add --set training.{other}=null" in said and f"training.{kept}=null" not in said
+    assert getattr(loads(text, [flag, f"training.{other}=null"]).recipe.training, kept) == 1
+
+
+def test_a_length_over_that_of_an_extended_recipe(fails: Fails, loads: Loads, tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("training: {max_steps: 5}\n", encoding="utf-8")
+    text = MINIMAL + "extends: below.yaml\ntraining: {epochs: 2}\n"
+    said = str(fails(text))
+    assert said.startswith("r.yaml:5:20: training.epochs: training.max_steps is set too, in below.yaml; ")
+    assert "add max_steps: null in training" in said
+    assert loads(text.replace("epochs: 2", "epochs: 2, max_steps: null")).recipe.training.epochs == 2
