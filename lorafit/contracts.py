@@ -83,6 +83,7 @@ class GenerationRow:
         reference: The answer that the row holds, without the end-of-turn token.
         must_contain: Strings that a right answer holds.
         calls: Names of the tools that the answer calls, in order, where the row holds calls apart from its text.
+        is_inner: Whether it is a turn before the row's last answer: the last one that calls tools.
     """
 
     prompt_ids: list[int]
@@ -92,6 +93,7 @@ class GenerationRow:
     file: str
     line: int
     calls: tuple[str, ...] = ()
+    is_inner: bool = False
 
 
 @dataclass(slots=True)

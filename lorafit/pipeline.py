@@ -230,6 +230,7 @@ def evaluate(
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
     from lorafit.evaluation.runner import evaluate_pair
+    from lorafit.kinds.metrics import metrics
     from lorafit.model.adapter import adapter_tensors
     from lorafit.model.inspect import coverage
     from lorafit.results import Evaluated
@@ -248,7 +249,8 @@ def evaluate(
     check_reports(opened.run, report)
     if limit is not None:
         examples = examples.first(limit)
-    asked = job.rows.generation_rows(split, limit)
+    with_calls = any(metrics.get(name).needs == "calls" for name in job.recipe.evaluation.final)
+    asked = job.rows.generation_rows(split, limit, with_calls=with_calls)
     model = tuned.load(reporter)
     objective = prove(job, model, tuned.card.dtype, examples, reporter)
     found, evaluation = coverage(model), job.recipe.evaluation

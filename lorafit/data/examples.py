@@ -23,7 +23,7 @@ from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
 from lorafit.data.encoding import Encode, EncodedChunk, Encoder, PlacedSample, encode_all
 from lorafit.data.findings import finish_report
-from lorafit.data.ledger import Ledger
+from lorafit.data.ledger import SKIP_BAD_ROWS, Ledger
 from lorafit.data.report import DataReport, report_split
 from lorafit.data.sample_renderer import Renderer, build_renderer
 from lorafit.data.source import SampleSet, read_sources
@@ -101,12 +101,13 @@ class Prepared:
         """The sources that the rows of a split came from; rows that were held out came from those of `train`."""
         return self._sources[split] if split in self._sources else self._sources["train"]
 
-    def generation_rows(self, split: str, limit: int | None = None) -> list[GenerationRow]:
+    def generation_rows(self, split: str, limit: int | None = None, *, with_calls: bool = False) -> list[GenerationRow]:
         """Prompts and reference answers for the rows of a split, in their order; plain text has none.
 
         Args:
             split: `train`, `validation`, `test` or `retention`.
             limit: Only for the split's first rows.
+            with_calls: Also for the last turn of a row that calls tools, where that is not its last answer.
 
         Raises:
             DataError: The chat template refuses a prompt.
@@ -120,10 +121,9 @@ class Prepared:
         for number, line, sample in self.samples(split).rows():
             if isinstance(sample, Sample) and (number, line) in wanted:
                 try:
-                    row = self._renderer.generation_row(sample)
+                    found += self._renderer.generation_rows(sample, with_calls=with_calls)
                 except DataError as error:
                     raise error.at(file=sample.file, line=line) from None
-                found += [row] if row is not None else []
         return found
 
 
@@ -260,7 +260,7 @@ class _Preparation:
                 ledger = self._read_ledger(lookup.folder, names)
         assert ledger is not None
         self.cache.remember(parts, place)
-        ledger.judge()  # behind the cache: what is wrong is said again without preparing again
+        ledger.judge(todo=SKIP_BAD_ROWS)  # behind the cache: what is wrong is said again without preparing again
         self._check_left(ledger)
         for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
             source.unread.update({} if source.unread else counts.unread)

@@ -7,21 +7,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorafit.data.template_names import KEY as TEMPLATE_KEY
 from lorafit.errors import DataError, LorafitError, Problems
 
 if TYPE_CHECKING:
     from lorafit.recipe.schema import BadRowsSection
 
 NOTES_KEPT = 1000
+LINES_SHOWN = 3
+SKIP_BAD_ROWS = "correct such rows, or leave them out with data.bad_rows: {policy: skip}"
+DROPS_ROWS = "the chat template drops"
+"""How an error of a row begins that holds what the template renders nowhere."""
 ERRORS_SHOWN = 5
 
 
-def raise_first(errors: Sequence[LorafitError], count: int, *, file: str) -> None:
-    """Raises nothing for no error, the error itself for one, and for several the first five with the count of all."""
+def raise_first(errors: Sequence[LorafitError], count: int, *, file: str, todo: str | None = None) -> None:
+    """Raises nothing for no error, the error itself for one, and for several the first five with the count of all.
+
+    The last line says what to do: as the first error does, else `todo`.
+    """
     if count == 1:
+        errors[0].todo = errors[0].todo or todo
         raise errors[0]
     if errors:
         problems = Problems(errors[:ERRORS_SHOWN], file=file)
+        problems.todo = None if errors[0].todo else todo  # its own stands in the line already
         problems.what = problems.what.replace(f"{len(problems.errors)} errors", f"{count} errors", 1)
         raise problems
 
@@ -120,8 +130,11 @@ class Ledger:
         self.notes.sort(key=lambda note: (note.source, note.line))
         self._bad.sort(key=lambda placed: (placed[0], placed[1].line or 0))
 
-    def judge(self) -> None:
+    def judge(self, *, todo: str | None = None) -> None:
         """Applies the recipe's rules once all rows are read.
+
+        Args:
+            todo: What may be done about bad rows but to correct them, where the rule is one of a recipe.
 
         Raises:
             DataError: Rows are bad and the policy is `error`, or more of a source are than may be, or rows are too
@@ -137,9 +150,12 @@ class Ledger:
                 if source.bad > self._bad_rows.max_fraction * source.read:
                     errors.append(self._too_many(number))
                     count += 1
+        are_bad = bool(errors) and self._bad_rows.policy == "error"
+        errors, count = _with_drops_as_one(errors, count)
         errors += [error for _, error in self._overlong]
         count += self._overlong_count
-        raise_first(errors, count, file=errors[0].file or "data" if errors else "data")
+        file = errors[0].file or "data" if errors else "data"
+        raise_first(errors, count, file=file, todo=todo if are_bad else None)
 
     def _too_many(self, number: int) -> DataError:
         source = self.sources[number]
@@ -172,6 +188,24 @@ class Ledger:
         ledger._overlong = [_error(error, names) for error in value["overlong"]]
         ledger._overlong_count = int(value["overlong_count"])
         return ledger
+
+
+def _with_drops_as_one(errors: list[LorafitError], count: int) -> tuple[list[LorafitError], int]:
+    """The errors, where those of a template that drops what rows hold became one: it is the template's fault.
+
+    Args:
+        errors: Of rows; where there are very many, the first of them.
+        count: Of all.
+    """
+    alike = [error for error in errors if error.key == TEMPLATE_KEY and error.what.startswith(DROPS_ROWS)]
+    if len(alike) < 2:
+        return errors, count
+    number = count if len(alike) == len(errors) else len(alike)
+    first = alike[0]
+    lines = [str(error.line) for error in alike if error.file == first.file][:LINES_SHOWN]
+    what = f"in {number:,} rows, lines {', '.join(lines)}{' ...' if number > len(lines) else ''}, {first.what}"
+    one = DataError(what, file=first.file, line=first.line, key=first.key, todo=first.todo)
+    return [one, *(error for error in errors if error not in alike)], count - number + 1
 
 
 def _plain(source: int, error: DataError) -> list[Any]:

@@ -319,7 +319,11 @@ class ChatRenderer:
             ):
                 refused.append("the tools" if message == TOOLS else f"{field} of message {message + 1} ({role})")
         if refused:
-            todo = "use another template, or `dropped_fields: warn`"
+            of_tools = any(
+                message == TOOLS or field in ("tool_calls", "function_call") for message, field in dropped.lost
+            )
+            named = "data.chat_template: hermes" if of_tools else "another data.chat_template"
+            todo = f"use {named}, or data.dropped_fields: warn"
             raise RenderError(f"the chat template drops {', '.join(refused)}", key=KEY, todo=todo)
         return [f"dropped: {text}" for text in said]
 

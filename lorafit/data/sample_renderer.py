@@ -215,28 +215,38 @@ class Renderer:
         messages = self._messages(sample)
         return self._render_chat(messages, sample).text if messages is not None else None
 
-    def generation_row(self, sample: Sample) -> GenerationRow | None:
-        """The prompt before the sample's last trained answer, and that answer; None for plain text.
+    def generation_rows(self, sample: Sample, *, with_calls: bool = False) -> list[GenerationRow]:
+        """What is asked of a sample: its last trained answer; before it, `with_calls`, the last turn that calls tools,
+        where that is an earlier one. Nothing of plain text.
 
         The reference is what the model would have to write, reasoning and tool calls as the template has them.
         """
         messages = self._messages(sample)
-        calls: tuple[str, ...] = ()
         if messages is None:
             if sample.completion is None:
-                return None
-            prompt_ids, reference = completion_prompt_ids(sample.prompt, self.tokenizer), sample.completion
-        else:
-            last = max((number for number, turn in enumerate(messages) if _is_trained(turn)), default=None)
-            if last is None:
-                return None
-            prompt_ids = self.chats.prompt_ids(messages[:last], sample.tools)
-            rendering = self.chats.render(messages[: last + 1], sample.tools)
-            turn = rendering.turns[-1]
-            calls = tuple(str(call["function"]["name"]) for call in messages[last].get("tool_calls") or ())
-            reference = rendering.text[turn.start : turn.end if calls else turn.answer_end]
-            if calls:  # an answer ends where its last typed character does, a call behind the brackets that close it
-                reference = self._without_end(reference)
+                return []
+            prompt_ids = completion_prompt_ids(sample.prompt, self.tokenizer)
+            return [self._generation_row(sample, prompt_ids, sample.completion)]
+        trained = [number for number, turn in enumerate(messages) if _is_trained(turn)]
+        calling = [number for number in trained[:-1] if messages[number].get("tool_calls")]
+        is_last_plain = bool(trained) and not messages[trained[-1]].get("tool_calls")
+        inner = [self._ask_turn(sample, messages, calling[-1])] if with_calls and calling and is_last_plain else []
+        last = [self._ask_turn(sample, messages, trained[-1])] if trained else []
+        return [*(replace(row, must_contain=(), is_inner=True) for row in inner), *last]
+
+    def _ask_turn(self, sample: Sample, messages: tuple[Message, ...], number: int) -> GenerationRow:
+        prompt_ids = self.chats.prompt_ids(messages[:number], sample.tools)
+        rendering = self.chats.render(messages[: number + 1], sample.tools)
+        turn = rendering.turns[-1]
+        calls = tuple(str(call["function"]["name"]) for call in messages[number].get("tool_calls") or ())
+        reference = rendering.text[turn.start : turn.end if calls else turn.answer_end]
+        if calls:  # an answer ends where its last typed character does, a call behind the brackets that close it
+            reference = self._without_end(reference)
+        return self._generation_row(sample, prompt_ids, reference, calls)
+
+    def _generation_row(
+        self, sample: Sample, prompt_ids: list[int], reference: str, calls: tuple[str, ...] = ()
+    ) -> GenerationRow:
         prompt_text = self.tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         place = sample.file, sample.line
         return GenerationRow(prompt_ids, str(prompt_text), reference, sample.must_contain, *place, calls)

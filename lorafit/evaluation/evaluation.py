@@ -45,6 +45,7 @@ class Row:
 
     Attributes:
         prompt: What the model got, as text; empty where nothing was generated for the row.
+        call: The same row as it was asked at an earlier turn, the last one that calls tools; None where it was not.
     """
 
     file: str
@@ -52,6 +53,11 @@ class Row:
     prompt: str
     base: RowScore
     tuned: RowScore
+    call: Row | None = None
+
+    def asked_for(self, needs: str) -> Row:
+        """The row as a metric reads it, by what that needs: `calls` means the call, where one was asked for."""
+        return self.call if needs == "calls" and self.call is not None else self
 
     @property
     def place(self) -> str:
@@ -68,6 +74,7 @@ class Row:
             "must_contain": list(self.tuned.must_contain),
             "base": _side(self.base),
             "tuned": _side(self.tuned),
+            **({"call": _call(self.call)} if self.call is not None else {}),
         }
 
 
@@ -221,6 +228,16 @@ class Evaluation:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
+
+
+def _call(row: Row) -> dict[str, Any]:
+    """What was asked at a turn before the last answer; the row's losses stand beside it already."""
+    return {
+        "prompt": row.prompt,
+        "reference": row.tuned.reference,
+        "base_answer": row.base.answer,
+        "tuned_answer": row.tuned.answer,
+    }
 
 
 def _side(score: RowScore) -> dict[str, Any]:

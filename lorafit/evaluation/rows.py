@@ -46,7 +46,8 @@ def join_rows(
             )
             for side, answer in ((known.base, base_answer), (known.tuned, tuned_answer))
         )
-        joined[question.file, question.line] = replace(known, prompt=question.prompt_text, base=base, tuned=tuned)
+        here = replace(known, prompt=question.prompt_text, base=base, tuned=tuned)
+        joined[question.file, question.line] = replace(known, call=here) if question.is_inner else here
     return tuple(joined.values())
 
 
@@ -58,7 +59,8 @@ def compare_rows(
     unscored: list[Unscored] = []
     for name in dict.fromkeys(metric_names):
         metric = metrics.get(name)
-        usable = [row for row in rows if metric.usable(row.base) and metric.usable(row.tuned)]
+        read = [row.asked_for(metric.needs) for row in rows]
+        usable = [row for row in read if metric.usable(row.base) and metric.usable(row.tuned)]
         if len(usable) < len(rows):
             unscored.append(Unscored(name, len(rows) - len(usable), len(rows), metric.condition))
         if usable:
@@ -73,11 +75,11 @@ def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison], count: in
     Among equals the row with the higher loss comes first.
     """
     names = [line.metric for line in comparisons]
-    name = next((name for name in names if metrics.get(name).needs == "answers"), "loss")
+    name = next((name for name in names if metrics.get(name).needs != "loss"), "loss")
     metric = metrics.get(name)
     sign = 1.0 if metric.better == "higher" else -1.0
     found: list[tuple[float, float, WorstRow]] = []
-    for row in rows:
+    for row in (row.asked_for(metric.needs) for row in rows):
         if not (metric.usable(row.base) and metric.usable(row.tuned)):
             continue
         base, tuned = (next(iter(metric.values(metric.row_sums([side])[0]).items())) for side in (row.base, row.tuned))

@@ -290,6 +290,10 @@ def find_asked(
     """
     if not len(examples) and not generation_rows:
         raise DataError("no rows to evaluate on", todo="set data.test or data.validation")
-    readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs == "answers"]
-    probes = [RowScore(0.0, 0, 0, "", row.reference, row.must_contain, "", row.calls) for row in generation_rows]
-    return [row for row, probe in zip(generation_rows, probes, strict=True) if any(m.usable(probe) for m in readers)]
+    readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs != "loss"]
+    asked = []
+    for row in generation_rows:
+        probe = RowScore(0.0, 0, 0, "", row.reference, row.must_contain, "", row.calls)
+        if any(metric.usable(probe) for metric in readers if metric.needs == "calls" or not row.is_inner):
+            asked.append(row)
+    return asked

@@ -40,6 +40,8 @@ def mend(path: KeyPath, slot: Slot | None, value: Any, tree: Entry) -> str:
     """
     if (value is False or means_nothing(value)) and (nothing := _say_nothing(path, tree)):
         return nothing
+    if isinstance(slot, Group) and (section := _as_section(path, slot, value, tree)):
+        return section
     return _mend_text(path, slot, value, tree) if isinstance(value, str) else _mend_other(slot, value)
 
 
@@ -69,6 +71,14 @@ def _say_nothing(path: KeyPath, tree: Entry) -> str:
     field = (fields_at(slot_at(path[:-1], tree), find(tree, path[:-1])) or {}).get(str(path[-1]))
     is_default = field is not None and not field.required and field.default == empty[1]
     return f"leave it out, or write {empty[0]}" if is_default else f"write {empty[0]}"
+
+
+def _as_section(path: KeyPath, slot: Group, value: Any, tree: Entry) -> str:
+    """The section in which a word or number was meant, by the first of its keys that takes it; empty for none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    key = next((name for name in slot.model.model_fields if takes(tree, path, {name: value})), None)
+    return f"write {path[-1]}: {{{key}: {value}}}" if key is not None else ""
 
 
 def _mend_other(slot: Slot | None, value: Any) -> str:

@@ -54,7 +54,8 @@ class Metric(Protocol):
     """One metric.
 
     Attributes:
-        needs: `loss` for those over trained tokens, `answers` for those over generated text.
+        needs: `loss` for those over trained tokens, `answers` for those over generated text, which is a row's last
+            answer; `calls` for those over the last turn that calls tools, where a row has one.
         better: Which direction is better.
         during_training: Whether it may be named in `evaluation.during`.
         percent: Whether its values are shares of 1, shown in per cent.
@@ -62,7 +63,7 @@ class Metric(Protocol):
         companions: Metrics that are scored whenever this one is: what it alone would hide.
     """
 
-    needs: Literal["loss", "answers"]
+    needs: Literal["loss", "answers", "calls"]
     better: Literal["lower", "higher"]
     during_training: bool
     percent: bool
@@ -91,7 +92,7 @@ class CorpusScore:
 
     scorer: Callable[[], Any]
 
-    needs: Literal["loss", "answers"] = "answers"
+    needs: Literal["loss", "answers", "calls"] = "answers"
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = False

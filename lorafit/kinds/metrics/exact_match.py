@@ -17,7 +17,7 @@ def normalize(text: str) -> str:
 class ExactMatch:
     """Answer equal to reference, white space apart."""
 
-    needs: Literal["loss", "answers"] = "answers"
+    needs: Literal["loss", "answers", "calls"] = "answers"
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True

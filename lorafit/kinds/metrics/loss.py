@@ -12,7 +12,7 @@ from lorafit.kinds.metrics import RowScore, metrics
 class Loss:
     """Mean negative log-likelihood of a trained token, weighted by tokens, not by rows."""
 
-    needs: Literal["loss", "answers"] = "loss"
+    needs: Literal["loss", "answers", "calls"] = "loss"
     better: Literal["lower", "higher"] = "lower"
     during_training = True
     percent = False

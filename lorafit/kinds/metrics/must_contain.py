@@ -27,7 +27,7 @@ def holds_all(answer: str, strings: Sequence[str]) -> bool:
 class MustContain:
     """All strings of the row occur in the answer."""
 
-    needs: Literal["loss", "answers"] = "answers"
+    needs: Literal["loss", "answers", "calls"] = "answers"
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True

@@ -18,7 +18,7 @@ LARGEST_EXPONENT = 700.0  # exp overflows a double above 709; a model that bad n
 class Perplexity:
     """How many equally likely tokens the model hesitates between, on average."""
 
-    needs: Literal["loss", "answers"] = "loss"
+    needs: Literal["loss", "answers", "calls"] = "loss"
     better: Literal["lower", "higher"] = "lower"
     during_training = True
     percent = False

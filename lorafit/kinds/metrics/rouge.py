@@ -75,7 +75,7 @@ def _scorer() -> Any:
 class Rouge:
     """Overlap of words, word pairs and longest common subsequences. ROUGE-Lsum takes each line as a sentence."""
 
-    needs: Literal["loss", "answers"] = "answers"
+    needs: Literal["loss", "answers", "calls"] = "answers"
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = False

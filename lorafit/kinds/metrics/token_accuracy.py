@@ -12,7 +12,7 @@ from lorafit.kinds.metrics import RowScore, metrics
 class TokenAccuracy:
     """Top-1 accuracy over trained tokens, teacher-forced."""
 
-    needs: Literal["loss", "answers"] = "loss"
+    needs: Literal["loss", "answers", "calls"] = "loss"
     better: Literal["lower", "higher"] = "higher"
     during_training = True
     percent = True

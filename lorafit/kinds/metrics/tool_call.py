@@ -156,11 +156,11 @@ def _due(row: RowScore) -> list[Call] | None:
 class ToolCall:
     """All calls of the reference, and no others: names, arguments and order."""
 
-    needs: Literal["loss", "answers"] = "answers"
+    needs: Literal["loss", "answers", "calls"] = "calls"
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True
-    condition = "a row whose reference calls a tool in a form that is known"
+    condition = "a row with an assistant turn that calls a tool, in a form that is known"
     companions: tuple[str, ...] = ("needless_call",)
 
     def usable(self, row: RowScore) -> bool:
@@ -184,7 +184,7 @@ class ToolCall:
 class NeedlessCall:
     """A call where the reference makes none, well-formed or not."""
 
-    needs: Literal["loss", "answers"] = "answers"
+    needs: Literal["loss", "answers", "calls"] = "answers"
     better: Literal["lower", "higher"] = "lower"
     during_training = False
     percent = True

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_data import CHATML, Listener, chat, make_tokenizer, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +27,7 @@ from lorafit.data import cache as cache_module
 from lorafit.data import encoding, overlong
 from lorafit.data.examples import Prepared, hold_out
 from lorafit.data.source import Source
-from lorafit.errors import DataError, LorafitError, ModelError, ResourceError
+from lorafit.errors import DataError, LorafitError, ModelError, Problems, ResourceError
 from lorafit.recipe.schema import SourceSection
 
 Prepare = Callable[..., Prepared]
@@ -217,6 +219,40 @@ def test_nothing_left(tmp_path: Path, prepare_rows: Prepare) -> None:
     assert error.exit_code == 4 and "no rows left: 3 of 3" in str(error) and "max_length" in str(error)
     (tmp_path / "e.jsonl").write_text("\n", encoding="utf-8")
     assert "no rows" in str(failure(prepare_rows, train={"path": "e.jsonl", "format": "text"}))
+
+
+def test_bad_rows_are_told_with_the_rule_that_leaves_them_out(tmp_path: Path, prepare_rows: Prepare) -> None:
+    """What the last line names is taken by the recipe, and the run goes on; one bad row is told so too."""
+    good = '{"question": "q", "answer": "a"}\n'
+    for bad in (1, 3):
+        (tmp_path / "d.jsonl").write_text(good * 97 + '{"question": "q", "answer": ""}\n' * bad, encoding="utf-8")
+        error = str(failure(prepare_rows, train="d.jsonl"))
+        assert "d.jsonl:98" in error and "answer: is empty" in error and len(error) <= 292
+        rule = re.search(r"data\.bad_rows: (\{.*\})$", error)
+        assert rule is not None, error
+        prepared = prepare_rows(train="d.jsonl", bad_rows=yaml.safe_load(rule[1]))
+        assert len(prepared.splits["train"]) == 97
+
+
+def test_a_template_that_drops_what_rows_hold_is_told_once(
+    tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """One error with the count and the first lines, and the template that shows tools; other faults beside it stay."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    plain = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    more = {"messages": [*turns, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "a"}]}
+    rows = [plain, {"messages": turns}, plain, more, {"messages": turns}, *[more] * 7]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    error = failure(prepare_rows, train="d.jsonl")
+    assert not isinstance(error, Problems) and (error.exit_code, error.file, error.line) == (4, "d.jsonl", 2)
+    assert "in 10 rows, lines 2, 4, 5 ..." in str(error) and "tool_calls" in str(error)
+    assert str(error).endswith("use data.chat_template: hermes, or data.dropped_fields: warn")
+    rows[2] = {"messages": []}
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    both = failure(prepare_rows, train="d.jsonl")
+    assert isinstance(both, Problems) and "2 errors" in str(both)
+    assert sorted(each.line or 0 for each in both.errors) == [2, 3]
 
 
 def test_bad_rows_of_several_sources_count_apart(tmp_path: Path, prepare_rows: Prepare) -> None:

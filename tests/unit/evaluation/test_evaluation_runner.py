@@ -137,6 +137,32 @@ def test_tool_calls_are_scored_with_needless_ones_beside_them_and_the_rest_is_co
     assert set(found.signatures) == {"tool_call", "needless_call"}
 
 
+def test_a_call_before_the_last_answer_is_scored_beside_it(tuned, tokenizer, make_rows):
+    """tool_call reads the call, every other metric the answer, each one question a row; losses are counted once."""
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    rows, questions = make_rows([("a", "plain"), ("b", "plain too")])
+    ids = tokenizer("c", add_special_tokens=False)["input_ids"]
+    inner = replace(questions[1], prompt_ids=ids, prompt_text="c", reference=call, calls=("f",), is_inner=True)
+    plain = run_pair(tuned, tokenizer, rows, questions, ["loss", "exact_match", "needless_call"])
+    asked = [questions[0], inner, questions[1]]
+    found = run_pair(tuned, tokenizer, rows, asked, ["loss", "exact_match", "tool_call"])
+    lines, usual = ({line.name: line for line in each.comparisons} for each in (found, plain))
+    counts = {name: line.rows for name, line in lines.items()}
+    assert counts == {"loss": 2, "exact_match": 2, "tool_call": 1, "needless_call": 2}
+    assert all(lines[name].tuned == usual[name].tuned for name in usual)
+    assert [row.call is not None for row in found.rows] == [False, True]
+    called = found.rows[1].to_json()["call"]
+    assert (called["prompt"], called["reference"]) == ("c", call)
+    alone = run_pair(tuned, tokenizer, rows, [replace(inner, is_inner=False)], ["tool_call"])
+    assert called["tuned_answer"] == alone.rows[1].tuned.answer is not None
+    worst = run_pair(tuned, tokenizer, rows, asked, ["tool_call"]).worst
+    assert [(each.row.prompt, each.row.tuned.reference) for each in worst] == [("c", call)]
+    assert (
+        run_pair(tuned, tokenizer, rows, asked, ["exact_match"]).rows
+        == run_pair(tuned, tokenizer, rows, questions, ["exact_match"]).rows
+    )
+
+
 def test_no_answers_are_generated_where_no_metric_reads_them(tuned, tokenizer, make_rows):
     rows, questions = make_rows(PAIRS)
     tuned.get_base_model().generate = None  # would fail if called

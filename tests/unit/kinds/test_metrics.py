@@ -199,7 +199,7 @@ def test_contract_sums_of_rows_give_the_corpus(name):
     assert (one[headline] > both[headline]) == (metric.better == "higher")
     assert metric.condition
     assert metric.signature()
-    assert metric.needs == ("loss" if metric.during_training else "answers")
+    assert (metric.needs == "loss") == metric.during_training
     assert not metric.usable(RowScore(0.0, 0, 0))
     if metric.percent:
         assert all(0 <= value <= 1 for value in both.values())

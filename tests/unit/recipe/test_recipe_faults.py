@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lorafit.errors import Problems, UsageError
 from lorafit.recipe.load import load_recipe
@@ -24,6 +26,13 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
         MINIMAL + "training:\n  learning_rate: fast\n",
         ["r.yaml:5:18", "training.learning_rate", "expected a number", "'fast'"],
     ),
+    *[
+        (f"a word for {key}", MINIMAL + f"{text}\n", [f"expected a mapping, found {found}", f"write {key}: {todo}"])
+        for text, key, found, todo in (
+            ("checkpoints: 50", "checkpoints", "50", "{every_steps: 50}"),
+            ("training: adamw", "training", "'adamw'", "{optimizer: adamw}"),
+        )
+    ],
     ("yes for a number", MINIMAL + "training: {epochs: yes}\n", ["r.yaml:4:20", "training.epochs", "ambiguous"]),
     (
         "true for a number",
@@ -204,6 +213,24 @@ def test_a_number_out_of_range_names_the_range(fails: Fails, flag: str) -> None:
     assert key in str(error)
     assert "allowed range" in str(error)
     assert "must be" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("flag", "todo"),
+    [
+        ("data.bad_rows=skip", "write bad_rows: {policy: skip}"),
+        ("data.bad_rows=0.2", "write bad_rows: {max_fraction: 0.2}"),
+        ("model=org/name", "write model: {base: org/name}"),
+        ("data=rows.jsonl", "write data: {train: rows.jsonl}"),
+    ],
+)
+def test_a_value_that_stands_for_a_section_is_told_with_the_key_that_takes_it(
+    fails: Fails, loads: Loads, flag: str, todo: str
+) -> None:
+    assert str(fails(MINIMAL, [flag])).endswith(todo)
+    section = yaml.safe_load(todo.removeprefix("write "))
+    key = flag.partition("=")[0]
+    assert loads(MINIMAL, [f"{key}={json.dumps(section[key.rpartition('.')[2]])}"])
 
 
 def test_several_errors_are_all_listed(fails: Fails) -> None:
