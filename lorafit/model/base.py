@@ -25,7 +25,7 @@ from lorafit.model.limits import check_sizes
 from lorafit.model.packages import PACKAGE_SCHEME, file_in_package
 from lorafit.model.tokenizer_files import MORE_TEMPLATES, TOKENIZER_PATTERNS
 from lorafit.model.weights import read_index
-from lorafit.model_shapes import known_config
+from lorafit.model_shapes import known_config, like_known
 from lorafit.run_card import BaseOrigin
 from lorafit.rundir import MANIFEST, require_manifest
 from lorafit.strict_json import JsonError, read_json_file
@@ -375,10 +375,16 @@ def _hub_config(model: ModelSection) -> dict[str, Any]:
     try:
         file = fetch_file(Repo(model.base, "model", model.revision), CONFIG)
     except HubRefusedError as refused:
-        raise _refused(model, refused) from refused
+        error = _refused(model, refused)
+        if (known := like_known(model.base)) is not None and known.lower() != model.base.lower():
+            error.todo = (
+                f"did you mean {known}, whose shape is known? an estimate needs no more: --set model.base={known}"
+            )
+        raise error from refused
     return load_config(file.parent)
 
 
 def _refused(model: ModelSection, refused: HubRefusedError) -> ModelError:
-    what = f"'{model.base}' is not on this disk, and {refused.what}"
-    return ModelError(what, key="model.base", todo=refused.todo)
+    what, known = f"'{model.base}' is not on this disk, and {refused.what}", like_known(model.base)
+    hint = f"did you mean {known}? " if known is not None and "/" not in model.base else ""  # an owner was forgotten
+    return ModelError(what, key="model.base", todo=f"{hint}{refused.todo}")

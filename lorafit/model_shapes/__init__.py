@@ -8,7 +8,16 @@ from lorafit.model_shapes.arithmetic import (
     ROUTERS_CHOOSE,
     known_config,
     known_families,
+    like_known,
     read_shape,
 )
 
-__all__ = ["EXPERTS", "EXPERTS_ARE_FUSED", "ROUTERS_CHOOSE", "known_config", "known_families", "read_shape"]
+__all__ = [
+    "EXPERTS",
+    "EXPERTS_ARE_FUSED",
+    "ROUTERS_CHOOSE",
+    "known_config",
+    "known_families",
+    "like_known",
+    "read_shape",
+]

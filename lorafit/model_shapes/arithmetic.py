@@ -9,6 +9,7 @@ Source: the modeling files of transformers 5; the tests build each class on the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,10 @@ from lorafit.shipped import shipped
 
 EXPERTS = "experts"
 ROUTERS_CHOOSE = "chooses experts"
+_TUNINGS = {
+    *("instruct", "it", "base", "pt", "chat", "hf", "thinking", "unsloth", "bnb", "4bit", "8bit", "dynamic"),
+    *("gguf", "awq", "gptq", "int4", "int8", "fp8", "bf16"),
+}
 EXPERTS_ARE_FUSED = "no linears, but one tensor for all experts of a layer"
 
 
@@ -87,6 +92,31 @@ def known_config(hub_id: str) -> dict[str, Any] | None:
             config: dict[str, Any] = facts["config"]
             return config
     return None
+
+
+def like_known(hub_id: str) -> str | None:
+    """The hub id of a shipped config that another id likely means; None where none is alike.
+
+    Owner, case and what tunings and copies append (`-Instruct`, `-it`, `-bnb-4bit`, a date) say nothing of a shape.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(shipped("models").glob("*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if "quantization_config" not in facts["config"]:  # its weights are not to be trained on
+            for known in facts["ids"]:
+                found.setdefault(_last_part(known), known)
+    for known in list(found.values()):
+        found.setdefault(_without_tuning(known), known)
+    return found.get(_last_part(hub_id)) or found.get(_without_tuning(hub_id))
+
+
+def _last_part(hub_id: str) -> str:
+    return hub_id.rpartition("/")[2].lower()
+
+
+def _without_tuning(hub_id: str) -> str:
+    words = _last_part(hub_id).removeprefix("meta-").split("-")
+    return "-".join(word for word in words if word not in _TUNINGS and not re.fullmatch(r"2[0-9]{3}", word))
 
 
 def read_shape(config: Mapping[str, Any]) -> ModelShape:

@@ -187,6 +187,31 @@ def test_each_fault_of_a_model_is_one_sentence(client: Client, hub: Hub) -> None
     assert not [request for request in asked if "harness" in request or "telemetry" in request]
 
 
+def test_a_name_like_a_known_one_is_told_it(client: Client) -> None:
+    """An estimate needs no more than the shape, which a tuning and a copy share; training needs the weights meant."""
+    like = {
+        "meta-llama/Meta-Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
+        "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+        "Qwen3-8B": "Qwen/Qwen3-8B",
+        "unsloth/Qwen3-8B": "Qwen/Qwen3-8B",
+        "unsloth/Qwen3-8B-unsloth-bnb-4bit": "Qwen/Qwen3-8B",
+        "google/gemma-3-4b": "google/gemma-3-4b-pt",
+        "Qwen/Qwen3-4B-Instruct-2507": "Qwen/Qwen3-4B",
+        "gpt-oss-20b": "unsloth/gpt-oss-20b-BF16",
+    }
+    asked = [on_model(name, "estimate-memory") for name in like]
+    for (name, known), one in zip(like.items(), client.run(*asked), strict=True):
+        hint = f"did you mean {known}, whose shape is known? an estimate needs no more: --set model.base={known}"
+        is_one_sentence(one, 5, f"model.base: '{name}' is not on this disk, and ", hint)
+    (estimated,) = client.run(on_model("google/gemma-3-4b-pt", "estimate-memory"))
+    assert estimated.code == 0
+    no_owner, other, unlike = client.run(
+        on_model("Qwen3-8B"), on_model("unsloth/Qwen3-8B"), on_model("someone/Thing-8B", "estimate-memory")
+    )
+    is_one_sentence(no_owner, 5, "model.base: 'Qwen3-8B' is not on this disk, and ", "did you mean Qwen/Qwen3-8B? ")
+    assert "did you mean" not in other.shown + unlike.shown
+
+
 def test_each_fault_of_a_data_set_is_one_sentence(client: Client, hub: Hub) -> None:
     ended = client.run(*map(on_rows, DATA_SETS))
     for (name, (_, parts)), one in zip(DATA_SETS.items(), ended, strict=True):
