@@ -63,6 +63,22 @@ def set_attention(model: Any, name: str) -> None:
         model.set_attn_implementation({"text_config": name})
 
 
+def loading_option(skeleton: Any, name: str) -> str | dict[str, str]:
+    """An attention as `from_pretrained` takes it: its name, or the language model's alone where towers do not know it.
+
+    Args:
+        skeleton: The model on the meta device, which is left with this attention.
+        name: As in `set_attention`.
+    """
+    try:
+        skeleton.set_attn_implementation(name)
+    except ValueError:
+        return {"text_config": name} if "text_config" in skeleton.config.sub_configs else name
+    except ImportError:  # loading says so
+        return name
+    return name
+
+
 def _attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
-from lorafit.model.attention import offer_attention
+from lorafit.model.attention import loading_option, offer_attention
 from lorafit.model.check import check_finite, check_loading, check_weights
 from lorafit.model.classes import find_auto_class
 from lorafit.model.names import keep_names
@@ -97,10 +97,10 @@ def load_model(
         if quantization.kind in FOUR_BIT_KINDS and torch.device(device).type == "cpu":
             plain += leave_narrow(skeleton, reporter)
         settings = kind.transformers_config(quantization, compute_dtype, plain)
-        del skeleton
         options: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
         if attention != "auto":
-            options["attn_implementation"] = attention
+            options["attn_implementation"] = loading_option(skeleton, attention)
+        del skeleton
         try:
             model, info = auto.from_pretrained(
                 str(base.path),

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.model.agreement import check_plan
+from lorafit.model.attention import loading_option
 from lorafit.model.class_shape import find_shape, read_class_shape
 from lorafit.model.classes import _cannot_build, build_empty, find_auto_class, read_settings
 from lorafit.model.load import attach_adapter
@@ -190,3 +191,9 @@ def test_a_head_inside_of_the_language_model_is_found() -> None:
     model, _ = empty("nemotron_h_omni")
     assert model.get_output_embeddings() is None
     assert output_head(model) is model.language_model.lm_head and head_names(model) == ["language_model.lm_head"]
+
+
+def test_towers_that_do_not_know_an_attention_are_loaded_without_it() -> None:
+    """As training switches it: the run's attention is what `eval` loads the model with."""
+    assert loading_option(empty("vibevoice_asr")[0], "sdpa") == {"text_config": "sdpa"}
+    assert loading_option(empty("qwen2")[0], "sdpa") == "sdpa"
