@@ -7,19 +7,21 @@ MODEL ────────────────────────�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import Silent
 from lorafit.devices import read_device
-from lorafit.errors import CheckpointError, DataError, UsageError
+from lorafit.errors import CheckpointError, DataError, LorafitError, UsageError
 from lorafit.job import Job, autocast_dtype, look_for_rows, open_job, prepare_rows, torch_dtype
 from lorafit.kinds.tasks import tasks
 from lorafit.run_card import RunCard, read_card
-from lorafit.workspace import OpenedRun, both_recipes, compare_recipes, is_lone_adapter, is_model, open_run
+from lorafit.workspace import OpenedRun, both_recipes, compare_recipes, is_lone_adapter, is_model, open_run, sources_of
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from lorafit.evaluation.speaker import Speaker
     from lorafit.model.adapter import AdapterFolder
     from lorafit.model.base import Base
-    from lorafit.recipe.schema import DataSection
+    from lorafit.recipe.schema import DataSection, SourceSection
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,53 @@ def check_fixed(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter)
     for what in changed:
         if what.startswith(_FIXED):
             reporter.warn(f"{what} in the recipe; the run is taken as it was trained")
+
+
+def settle_evaluation(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter) -> OpenedRun:
+    """The run as it is evaluated with flags over its recipe.
+
+    Raises:
+        UsageError: A flag would change what was trained.
+    """
+    check_fixed(opened, overrides, reporter)
+    return keep_columns(opened)
+
+
+def keep_columns(opened: OpenedRun) -> OpenedRun:
+    """The run with its own names of columns for other rows than its own, where these rows have such columns.
+
+    A source that says itself how its rows are read is left as it is.
+    """
+    from lorafit.recipe.load import load_recipe
+
+    before, now = both_recipes(opened.run, opened.loaded)
+    recipe, own = opened.loaded.recipe, load_recipe(opened.run.recipe).recipe
+    changed: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
+    for key, sources in sources_of(recipe).items():
+        if key == "data.train" or before.get(key) == now.get(key):
+            continue
+        replaced = [source.columns for source in sources_of(own).get(key, ())]
+        others = [source.columns for each in sources_of(own).values() for source in each]
+        known = [columns for columns in [*replaced, *others] if columns]
+        section, _, name = key.partition(".")
+        changed[section][name] = [_with_columns(source, known, opened.loaded.folder) for source in sources]
+    data = recipe.data.model_copy(update=changed["data"])
+    evaluation = recipe.evaluation.model_copy(update=changed["evaluation"])
+    recipe = recipe.model_copy(update={"data": data, "evaluation": evaluation})
+    return replace(opened, loaded=replace(opened.loaded, recipe=recipe))
+
+
+def _with_columns(source: SourceSection, known: Sequence[Mapping[str, str]], folder: Path) -> SourceSection:
+    """The source read by the first of the mappings that its rows have the columns of; as it is where there is none."""
+    from lorafit.data.source import read_sources
+    from lorafit.recipe.schema import BadRowsSection
+
+    for columns in known if not source.columns and source.format == "auto" else ():
+        mapped = source.model_copy(update={"columns": dict(columns)})
+        with contextlib.suppress(LorafitError):  # told where rows are opened
+            if all(one.has_its_columns for one in read_sources([mapped], folder, BadRowsSection(), Silent()).sources):
+                return mapped
+    return source
 
 
 def changed_evaluation(opened: OpenedRun, split: str) -> dict[str, Any]:
@@ -193,7 +242,8 @@ def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Repor
         raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo=todo)
     is_held_out = split == "validation" and isinstance(data.validation, ValidationFraction)
     loaded = replace(opened.loaded, recipe=recipe.model_copy(update={"data": data}))
-    look_for_rows(loaded, only=["data.train" if is_held_out else f"data.{split}", "evaluation.retention"])
+    wanted = ["data.train" if is_held_out else f"data.{split}", "evaluation.retention"]
+    look_for_rows(loaded, only=wanted, todo="or score others: --set data.test=FILE")
     tokenizer, shape = tuned.tokenizer(), find_shape(tuned.base.config)
     renderer = tuned.renderer(data, tokenizer)
     rows = prepare_rows(loaded, renderer, shape, reporter, only=[split, "retention"])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorafit.contracts import Examples
+    from lorafit.contracts import Examples, GenerationRow
     from lorafit.data.examples import Prepared, Renderer
     from lorafit.model.base import Base
     from lorafit.model.tokenizer_files import Companions
@@ -123,6 +123,17 @@ class Job:
         beside = TokenizerFolder(self.base.path, follows_links=True)
         return Companions(beside, card.shipped_templates, card.generation, type(self.tokenizer).__name__)
 
+    def questions(self, split: str, limit: int | None) -> list[GenerationRow]:
+        """What the metrics of the recipe ask of a split's rows, or of the first ones of it.
+
+        Raises:
+            DataError: The chat template refuses a prompt.
+        """
+        from lorafit.kinds.metrics import metrics
+
+        with_calls = any(metrics.get(name).needs == "calls" for name in self.recipe.evaluation.final)
+        return self.rows.generation_rows(split, limit, with_calls=with_calls)
+
     def facts(self) -> dict[str, Any]:
         """What the run is made of, and what a resume must find again."""
         return {
@@ -169,7 +180,8 @@ def open_job(
     from lorafit.model.load import load_tokenizer
 
     model = recipe.model if commit is None else recipe.model.model_copy(update={"revision": commit})
-    base = replace(resolve_base(model, loaded.folder, reporter), revision=recipe.model.revision)
+    with placed(loaded):
+        base = replace(resolve_base(model, loaded.folder, reporter), revision=recipe.model.revision)
     shape = find_shape(base.config)
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
@@ -228,7 +240,8 @@ def placed(loaded: LoadedRecipe) -> Iterator[None]:
         yield
     except LorafitError as error:
         key = error.key or ""
-        if error.file is None and key and (isinstance(error, RecipeError) or key.startswith("data.")):
+        is_recipes = error.file is None and key and (isinstance(error, RecipeError) or key.startswith("data."))
+        if is_recipes or (isinstance(error, ModelError) and key.startswith("model.")):  # whatever folder it names
             error.named_at(key, **loaded.place(key))
         raise
 
@@ -271,12 +284,13 @@ def check_template(loaded: LoadedRecipe) -> None:
         raise error.named_at(error.key or "", **loaded.place(error.key or "")) from None
 
 
-def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None) -> None:
+def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, todo: str = "") -> None:
     """Opens every file of rows; what is wrong with a whole file is said at the recipe's line that names it.
 
     Args:
         loaded: The recipe.
         only: Keys of the recipe whose sources are wanted; all where None.
+        todo: What else may be done about a file that is not there.
 
     Raises:
         DataError: A file is missing, or cannot be read.
@@ -290,6 +304,8 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None) -> 
                 read_sources([source], loaded.folder, loaded.recipe.data.bad_rows, Silent())
             except LorafitError as error:
                 named = f"{key}[{number}].{error.key or 'path'}"
+                if todo and error.what.endswith("no such file"):
+                    error.todo = f"{error.todo}; {todo}"
                 errors.append(error.named_at(named, **loaded.place(named)))
     raise_all(errors, file=loaded.file)
 

@@ -115,7 +115,8 @@ def estimate(
     check_price(price_per_hour, device or fit_device)
     headroom = check_headroom(headroom, device or fit_device)
     loaded = load_recipe(recipe, overrides)
-    config = read_config(loaded.recipe.model, loaded.folder)
+    with placed(loaded):
+        config = read_config(loaded.recipe.model, loaded.folder)
     rows = read_lengths(loaded, reporter or Silent())
     options = Options(device, headroom, fit_device, price_per_hour)
     with placed(loaded):
@@ -226,16 +227,15 @@ def evaluate(
     opened = open_run(run_or_recipe, overrides)
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     _, step = opened.adapter(checkpoint)  # said before the libraries are loaded
-    from lorafit.answering import changed_evaluation, check_fixed, open_evaluation, open_tuned
+    from lorafit.answering import changed_evaluation, open_evaluation, open_tuned, settle_evaluation
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
     from lorafit.evaluation.runner import evaluate_pair
-    from lorafit.kinds.metrics import metrics
     from lorafit.model.adapter import adapter_tensors
     from lorafit.model.inspect import coverage
     from lorafit.results import Evaluated
 
-    check_fixed(opened, overrides, reporter)
+    opened = settle_evaluation(opened, overrides, reporter)
     split = split or usual_split(opened.loaded.recipe)
     tuned = open_tuned(opened, checkpoint, base_model, reporter)
     job = open_evaluation(opened, tuned, split, reporter)
@@ -249,8 +249,7 @@ def evaluate(
     check_reports(opened.run, report)
     if limit is not None:
         examples = examples.first(limit)
-    with_calls = any(metrics.get(name).needs == "calls" for name in job.recipe.evaluation.final)
-    asked = job.rows.generation_rows(split, limit, with_calls=with_calls)
+    asked = job.questions(split, limit)
     model = tuned.load(reporter)
     objective = prove(job, model, tuned.card.dtype, examples, reporter)
     found, evaluation = coverage(model), job.recipe.evaluation

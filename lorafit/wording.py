@@ -1,6 +1,8 @@
-"""Numbers in messages."""
+"""Numbers and lists of names in messages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def counted(number: float, noun: str) -> str:
@@ -10,3 +12,8 @@ def counted(number: float, noun: str) -> str:
     """
     written = f"{number:,}" if isinstance(number, int) else f"{number:,.6g}"
     return f"{written} {noun}{'' if number == 1 else 's'}"
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

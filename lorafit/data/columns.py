@@ -10,6 +10,7 @@ from lorafit.kinds.fields import listed, missing_field
 from lorafit.kinds.formats import Format, formats, required_fields
 from lorafit.kinds.tasks import tasks
 from lorafit.registry import nearest
+from lorafit.wording import alternatives
 
 Columns = Mapping[str, str]
 """`{ours: theirs}`: which of a source's columns holds a field of its format."""
@@ -209,5 +210,5 @@ def no_prompt(row: Row) -> DataError:
     asking = sorted({field for _, kind in by_priority() for field in required_fields(kind, prompts=True)})
     close = next((near[0] for field in asking if (near := nearest(field, row, count=1))), None)
     todo = f"did you mean '{close}'? " if close else ""
-    todo += f"call the one that asks {' or '.join(asking)}"
+    todo += f"call the one that asks {alternatives(asking)}"
     return DataError(f"{NO_PROMPT} {listed(row)}", todo=todo)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import re
 import stat
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
@@ -174,10 +176,24 @@ def _said_size(path: Path) -> int:
 def _missing_error(path: Path, name: str, start: str) -> DataError:
     beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     close = nearest(path.name, beside, count=1)
-    if not path.parent.is_dir():
+    if not path.parent.is_dir() and spelled_from(path, name) is None:
         return DataError("no such file", file=name, todo=f"there is no folder {path.parent}")
     todo = f"did you mean {close[0]}?" if close else f"paths are relative to {start}"
+    if (here := spelled_from(path, name)) is not None:  # seen from the working folder, as flags are typed
+        todo = f"paths are relative to {start}: write {here}"
     return DataError("no such file", file=name, todo=todo)
+
+
+def spelled_from(path: Path, name: str) -> str | None:
+    """How a file that the working folder has is written from the folder that `path`, which is not there, starts in.
+
+    None where the working folder has no such file either, or the name starts nowhere.
+    """
+    written = PurePath(name)
+    if written.is_absolute() or name.startswith("~") or not Path(name).exists():
+        return None
+    start = Path(str(path)[: -len(str(written))] or ".")
+    return Path(os.path.relpath(Path(name).absolute(), start.absolute())).as_posix()
 
 
 def _folder_error(path: Path, name: str) -> DataError | SafetyError:
@@ -186,12 +202,14 @@ def _folder_error(path: Path, name: str) -> DataError | SafetyError:
     if scripts:
         what = f"ships a loading script, {scripts[0]}, which was not executed"
         return SafetyError(what, file=name, todo="name its data files themselves")
-    inside = [entry for entry in below if entry.lower().endswith(SUFFIXES)]
+    inside = [entry for entry in below if suffix_of(entry) in SUFFIXES]
     todo = f"name a file: {', '.join(SUFFIXES)}"
     if inside:
-        todo = (
-            f"name the files, {', '.join(inside[:5])}, or a pattern, {name.rstrip('/')}/*{PurePath(inside[0]).suffix}"
-        )
+        kinds = Counter(entry[entry.lower().rindex(suffix_of(entry)) :] for entry in inside)
+        most = kinds.most_common(1)[0][0]  # a README.txt beside rows is none of them
+        alike = [entry for entry in inside if entry.endswith(most)]
+        deep = "**/" if any("/" in entry for entry in alike) else ""
+        todo = f"name the files, {', '.join(alike[:3])}, or a pattern, {name.rstrip('/')}/{deep}*{most}"
     return DataError("is a folder", file=name, todo=todo)
 
 

@@ -79,6 +79,11 @@ class Source:
         for line, row in self._raw_rows():
             yield line, self._read_row(line, row)
 
+    @property
+    def has_its_columns(self) -> bool:
+        """Whether the first rows have every column that `columns` names and a row must have."""
+        return not self._absent & self._required
+
     def first(self, rows: int) -> Source:
         """The same source with a limit of so many rows, or its own where that is less."""
         shorter = copy(self)

@@ -44,8 +44,11 @@ def choose_companions(base: Base, adapter: AdapterFolder, reporter: Reporter) ->
     if templates and usual and templates != usual:
         what = f"the adapter's chat template ({_short(templates)}) differs from the base's ({_short(usual)})"
         is_the_runs = card is not None and templates == card.shipped_templates
+        is_ours = is_the_runs and card is not None and card.templates == usual  # by its system prompt or date alone
         say = reporter.info if is_the_runs else reporter.warn
-        say(f"{what}: the adapter's is taken, which it was trained with; its chat_template.jinja says what it writes")
+        if not is_ours:
+            taken = "the adapter's is taken, which it was trained with"
+            say(f"{what}: {taken}; its chat_template.jinja says what it writes")
     generation = dict(card.generation) if card is not None else theirs.generation()
     if card is None and ends:
         generation = end_with(generation, base.config, ends)

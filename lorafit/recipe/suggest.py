@@ -20,6 +20,7 @@ from lorafit.recipe.outline import (
 )
 from lorafit.recipe.tree import Entry, KeyPath, key_text
 from lorafit.registry import nearest
+from lorafit.wording import alternatives
 
 _MARK_OF_A_SOURCE = "subset"  # a key that sources of rows have, and no other section
 
@@ -105,7 +106,7 @@ def _keys_called(name: str) -> list[KeyPath]:
 
 
 def _either(paths: list[KeyPath]) -> str:
-    return " or ".join(key_text(path) for path in paths[:3])
+    return alternatives([key_text(path) for path in paths[:3]])
 
 
 def _letters_that_deceive(key: str) -> str:

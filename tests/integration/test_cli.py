@@ -172,6 +172,24 @@ def test_what_makes_another_evaluation_of_a_run(trained: World) -> None:
     assert set(changed("data.validation={fraction: 0.5}", "validation")) >= {"data.validation.fraction"}
 
 
+@pytest.mark.parametrize("base", ["./nowhere", "d.jsonl", "gone.gguf", "/no/such/model"])
+def test_a_base_that_is_not_there_is_told_at_the_recipes_line(world: World, base: str) -> None:
+    line = world.recipe((f"  base: {world.base}", f"  base: {base}"))
+    for command in ("train", "preview", "estimate-memory"):
+        say_all(world.run(command, "r.yaml"), 5, f"error: r.yaml:{line}:9: model.base: ", Path(base).name)
+    flag = f"model.base={base}"
+    say_all(world.run("train", "r.yaml", "--set", flag), 5, f"error: --set {flag}: model.base: ")
+
+
+def test_a_merge_of_a_system_prompt_says_nothing_of_a_template_that_nobody_changed(world: World) -> None:
+    world.recipe(("  max_length: 128", "  max_length: 128\n  system_prompt: Be brief."))
+    say_all(world.run("train", "r.yaml"), 0)
+    merged = world.run("merge", "run", "--output", "merged")
+    say_all(merged, 0, "merged")
+    assert "chat template" not in merged.stderr
+    assert "Be brief." in (world.root / "merged" / "chat_template.jinja").read_text()
+
+
 def test_a_run_goes_on_by_its_own_recipe(trained: World) -> None:
     """Where it was cut off, bit for bit as by the first recipe; complete, it says so. A moved run and a copy too."""
     world, whole = trained, trained.weights("run")

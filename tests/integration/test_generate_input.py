@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tests.integration.conftest import World, say_all
-from tests.integration.tiny_world import CHATML, make_rows
+from tests.integration.tiny_world import CHATML, make_rows, write_rows
 
 
 def answers(world: World, file: str, *flags: str) -> list[dict[str, Any]]:
@@ -49,7 +49,32 @@ def test_a_run_is_asked_with_the_rows_of_any_file(world: World) -> None:
     assert [turn["content"] for turn in only] == ["the shop", "what opens\n\non monday"]
     (world.root / "other.csv").write_text("Titel,Text\na,b\n", encoding="utf-8")
     refused = world.run("generate", "run", "--input", "other.csv")
-    say_all(refused, 4, "other.csv:2", "Titel, Text", "question")
+    asking = "call the one that asks conversations, instruction, messages, prompt or question"
+    say_all(refused, 4, "other.csv:2", "Titel, Text", asking)
+
+
+def test_other_rows_are_scored_by_the_names_of_the_runs_columns(world: World) -> None:
+    """As they are asked by them; rows with names of their own are read as they are. A path that was meant from here is
+    told as it is written there, and a moved run says that other rows can be named.
+    """
+    rows = make_rows(12)
+    write_german_csv(world, rows, "d.csv")
+    world.recipe(("  train: d.jsonl", "  train: {path: d.csv, columns: {question: Frage, answer: Antwort}}"))
+    say_all(world.run("train", "r.yaml"), 0)
+    write_german_csv(world, rows[:3], "german.csv")
+    write_rows(world.root / "english.jsonl", rows[:3])
+    scored = []
+    for name in ("german.csv", "english.jsonl"):
+        said = world.run("eval", "run", "--set", f"data.test={name}")
+        say_all(said, 4, f"data.test[0].path: {name}: no such file", f"write ../{name}")
+        outcome = world.run("eval", "run", "--set", f"data.test=../{name}", "--json")
+        assert outcome.code == 0, outcome.stderr
+        scored.append(outcome.json["metrics"]["perplexity"])
+    assert scored[0]["tuned"] == scored[1]["tuned"] and scored[0]["rows"] == 3
+    (world.root / "deep" / "er").mkdir(parents=True)
+    (world.root / "run").rename(world.root / "deep" / "er" / "run")
+    moved = world.run("eval", "deep/er/run", "--split", "train", "--base-model", str(world.base))
+    say_all(moved, 4, "no such file", "--set data.test=FILE")
 
 
 def test_what_cannot_be_asked_is_told_before_weights_are_loaded(world: World) -> None:

@@ -105,6 +105,22 @@ def test_all_bad_rows_are_counted_and_five_shown(tmp_path: Path) -> None:
     assert [str(e).split(": ")[0] for e in error.errors] == [f"d.jsonl:{line}" for line in range(2, 7)]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["README.txt", "a.jsonl", "b.jsonl"], "rows/*.jsonl"),
+        (["a.jsonl.gz", "b.JSONL.gz", "c.jsonl.gz", "z.csv"], "rows/*.jsonl.gz"),
+        (["notes.txt", "x/a.csv", "y/b.csv"], "rows/**/*.csv"),
+    ],
+)
+def test_a_folder_is_told_with_the_pattern_of_most_of_its_files(tmp_path: Path, names: list[str], pattern: str) -> None:
+    for name in names:
+        (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rows" / name).write_text(GOOD, encoding="utf-8")
+    error = str(failure(tmp_path, "rows"))
+    assert "is a folder" in error and error.endswith(f"or a pattern, {pattern}")
+
+
 def test_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(GOOD, encoding="utf-8")
     error = failure(tmp_path, "trian.jsonl")
