@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from lorafit.errors import LorafitError, ResourceError, SafetyError
+from lorafit.errors import IN_MEMORY, LorafitError, ResourceError, SafetyError
 from lorafit.rundir import hash_file, write_json
 from lorafit.strict_json import JsonError, read_json_file
 
@@ -35,6 +35,14 @@ _SETTLED_SECONDS = 2.0
 def cache_folder() -> Path:
     """`$LORAFIT_CACHE`, else `~/.cache/lorafit`."""
     return Path(os.environ.get("LORAFIT_CACHE") or Path.home() / ".cache" / "lorafit")
+
+
+def memory_rows(path: Path) -> str | None:
+    """The parameter that a program gave rows as, of the file that holds them here; None for any other file."""
+    if path.stem not in IN_MEMORY:
+        return None
+    is_kept = path.resolve().parent.parent == (cache_folder() / "rows").resolve()
+    return path.stem if is_kept else None
 
 
 def settle_home() -> str | None:

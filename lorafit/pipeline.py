@@ -183,7 +183,7 @@ def train(
         job = open_job(loaded, reporter, began(run), base_commit(run)) if resume else open_job(loaded, reporter)
         the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
         if dry_run:
-            reporter.show(the_plan.table())
+            the_plan.show(reporter)
             require_fit(the_plan)
             section, auto_class = job.recipe.adapter, tasks.get(job.recipe.task).auto_class
             check_shippable_unloaded(job.base, section, job.recipe.seed, auto_class)
@@ -374,7 +374,7 @@ def generate(
         tuned = answer(what="answers")
         with adapter_off(speaker.model) if compare_base else nullcontext():
             base = answer(what="answers, base model") if compare_base else None
-    return Generated(prompts, tuned, base)
+    return Generated(prompts, tuned, base, are_chats=speaker.chats is not None)
 
 
 def _read_prompts(

@@ -189,11 +189,12 @@ class Merged(Printed):
 
 @dataclass(frozen=True)
 class Generated(Printed):
-    """Answers to prompts, with the base model's beside them where asked."""
+    """Answers to prompts, with the base model's beside them where asked; or to verbatim texts, which are no chats."""
 
     prompts: Sequence[Sample]
     answers: Sequence[Answer]
     base_answers: Sequence[Answer] | None
+    are_chats: bool = True
 
     @property
     def texts(self) -> list[str]:
@@ -205,7 +206,7 @@ class Generated(Printed):
         rows = []
         for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
             row: dict[str, Any] = {"file": prompt.file, "line": prompt.line} if prompt.line else {}
-            row["messages"] = list(prompt.turns)
+            row |= {"messages": list(prompt.turns)} if self.are_chats else {"prompt": prompt.turns[-1]["content"]}
             if prompt.tools:
                 row["tools"] = list(prompt.tools)
             row |= {"answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}

@@ -69,7 +69,7 @@ class Training:
         if checkpoint is not None and self._is_published(checkpoint.state):
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
             return Trained(self.where, self.plan, None, FitResult.of_complete(checkpoint.state))
-        self.reporter.show(self.plan.table())
+        self.plan.show(self.reporter)
         require_fit(self.plan)
         accelerator = build_accelerator(
             use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root

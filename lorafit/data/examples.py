@@ -151,8 +151,8 @@ def prepare(
         cache_dir: Folder of prepared rows, e.g. `~/.cache/lorafit/data`.
         reporter: Gets progress, cache hits and misses, and warnings.
         retention: Sources of `evaluation.retention`.
-        only: Splits that are wanted, where not all are: files of others are not opened. Rows that are held out of the
-            training rows need those.
+        only: Splits that are wanted of a run that was trained: files of others are not opened. Rows that are held out
+            of the training rows need those.
         glance: Enough to look at so many rows of each split: where many are not prepared yet, only the first of each
             source are; none are held out then, and the digest is not that of a training.
 
@@ -192,7 +192,7 @@ def prepare(
         sets["train"], sets["validation"] = hold_out(sets["train"], held_out.fraction, seed)
         said["validation"] = said["train"]
     reports = {split: report_split(sets[split], ledgers.get(split), said[split], partial.get(split)) for split in sets}
-    report = finish_report(reports, sets, sources, data, renderer)
+    report = finish_report(reports, sets, sources, data, renderer, is_decided=only is not None)
     for warning in report.warnings:
         reporter.warn(warning)
     digests = {split: examples.digest() for split, examples in sorted(sets.items())}
@@ -279,7 +279,8 @@ class _Preparation:
         data = self.data
         parts = {_data_part(number): source.key() for number, source in enumerate(self.samples.sources)}
         for number, source in enumerate(self.samples.sources):
-            section, kind = source.section, Path(source.name).suffix.lower()
+            section = source.section
+            kind = Path(section.path).suffix.lower()
             reading = [kind, source.format, section.columns, section.limit]
             parts[f"source {number + 1}"] = json.dumps(reading, sort_keys=True)
         parts |= self.encoder.renderer.key()

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lorafit.data.store import ExampleSet
     from lorafit.recipe.schema import DataSection
 
+_FILES_NAMED = 5
+
 
 def finish_report(
     reports: dict[str, SplitReport],
@@ -21,6 +23,8 @@ def finish_report(
     sources: dict[str, SampleSet],
     data: DataSection,
     renderer: Renderer,
+    *,
+    is_decided: bool,
 ) -> DataReport:
     """The report of all splits, with a sentence for each thing that somebody should know of before training.
 
@@ -30,6 +34,7 @@ def finish_report(
         sources: What they were read from.
         data: The recipe's section.
         renderer: What rendered them.
+        is_decided: How rows are written was settled when a run was trained: it is not said again.
     """
     overlaps = find_overlaps(sets)
     warnings = [_warn_of_glance(split, report, data) for split, report in reports.items() if report.of_rows is not None]
@@ -50,7 +55,7 @@ def finish_report(
                 warnings.append(f"{split}: {what} in {count} rows")
     for samples in sources.values():
         warnings += [warning for source in samples.sources for warning in source.warnings()]
-    warnings += _warn_of_verbatim(sources, data, renderer)
+    warnings += [] if is_decided else _warn_of_verbatim(sources, data, renderer)
     warnings += _warn_of_date(sources, renderer)
     return DataReport(reports, overlaps, contradictions, tuple(warnings))
 
@@ -67,14 +72,19 @@ def _warn_of_glance(split: str, report: SplitReport, data: DataSection) -> str:
 def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer: Renderer) -> list[str]:
     """What a recipe may expect of rows that go through no template."""
     plain = {"text"} if data.chat_template is not None else {"text", "prompt_completion"}
-    found = {source.format: source.name for samples in sources.values() for source in samples.sources}
+    found: dict[str, dict[str, None]] = {}
+    for source in (source for samples in sources.values() for source in samples.sources):
+        found.setdefault(source.format, {})[source.shown] = None
     warnings = []
     for kind in sorted(plain & found.keys()):
+        files = list(found[kind])
+        more = f" and {len(files) - _FILES_NAMED} more" if len(files) > _FILES_NAMED else ""
+        named = f"{', '.join(files[:_FILES_NAMED])}{more}"
         if data.system_prompt is not None:
-            warnings.append(f"{found[kind]}: rows of {kind} are verbatim: data.system_prompt is not used")
-        if kind == "prompt_completion" and renderer.template:
-            todo = "for chats map them, columns: {question: prompt, answer: completion}"
-            warnings.append(f"{found[kind]}: prompts and completions go through no chat template; {todo}")
+            warnings.append(f"{named}: rows of {kind} are verbatim: data.system_prompt is not used")
+        if kind == "prompt_completion" and renderer.template and data.train_on != "completion":
+            todo = "for chats map them, columns: {question: prompt, answer: completion}; else set train_on: completion"
+            warnings.append(f"{named}: prompts and completions go through no chat template; {todo}")
     return warnings
 
 

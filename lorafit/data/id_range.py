@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafit.contracts import Examples
-from lorafit.errors import ModelError
+from lorafit.errors import ModelError, row_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ def check_examples(splits: Mapping[str, Examples], tokenizer: PreTrainedTokenize
             example = examples[number]
             if int(np.max(example.input_ids)) >= embedding_rows:
                 error = beyond(example.input_ids, tokenizer, embedding_rows)
-                error.what += f" (row {example.file}:{example.line})"
+                error.what += f" (row {row_place(example.file, example.line)})"
                 raise error
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafit.contracts import Printed, Sample
+from lorafit.errors import row_place
 from lorafit.wording import counted
 
 if TYPE_CHECKING:
@@ -200,7 +201,8 @@ def _say(console: Console, text: str, style: str = "") -> None:
 def _print_row(console: Console, row: PreviewRow) -> None:
     from rich.text import Text
 
-    head = f"{row.file}:{row.line}  {row.split}, {counted(len(row.input_ids), 'token')}, {row.trained_tokens} trained"
+    place = row_place(row.file, row.line)
+    head = f"{place}  {row.split}, {counted(len(row.input_ids), 'token')}, {row.trained_tokens} trained"
     _say(console, head, style="bold")
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     opening, closing = ("⟦", "⟧") if _can_show(console, "⟦⟧") else ("[[", "]]")
@@ -258,7 +260,7 @@ def _print_split(console: Console, split: str, part: SplitReport) -> None:
             columns = ", ".join(f"{name} ({count})" for name, count in sorted(counts.unread.items()))
             _say(console, f"  {counts.file}: columns that are not read: {columns}")
     for note in part.notes[:NOTES_SHOWN]:
-        _say(console, f"  {note.file}:{note.line}: {note.what}: {note.reason}")
+        _say(console, f"  {row_place(note.file, note.line)}: {note.what}: {note.reason}")
     happened = sum(counts.bad + counts.dropped + counts.cut + counts.split for counts in part.sources)
     if happened > NOTES_SHOWN:
         _say(console, f"  ... and {happened - NOTES_SHOWN} more")

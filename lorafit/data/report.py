@@ -11,6 +11,7 @@ import numpy as np
 
 from lorafit.data.ledger import Ledger, SourceCounts
 from lorafit.data.store import NO_PROMPT
+from lorafit.errors import row_place
 from lorafit.wording import counted
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def describe_fates(split: str, report: SplitReport, max_length: int) -> list[str
         ("cut", f"cut to max_length {max_length}", "raise data.max_length to learn them whole"),
     ):
         count = sum(getattr(counts, fate) for counts in report.sources)
-        places = [f"{note.file}:{note.line}" for note in report.notes if note.what == fate]
+        places = [row_place(note.file, note.line) for note in report.notes if note.what == fate]
         if count:
             shown = ", ".join(places[:ROWS_NAMED]) + (" ..." if count > ROWS_NAMED else "")
             said.append(f"{split}: {counted(count, 'row')} {what} ({shown}); {todo}")
@@ -205,4 +206,4 @@ def find_overlaps(splits: dict[str, ExampleSet]) -> tuple[Overlap, ...]:
 
 def _place(examples: ExampleSet, index: int) -> str:
     example = examples[index]
-    return f"{example.file}:{example.line}"
+    return row_place(example.file, example.line)

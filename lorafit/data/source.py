@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafit.cache import memory_rows
 from lorafit.data.columns import check_task, explain_unread, find_format, no_prompt, rename, unknown_columns
 from lorafit.data.files import Fingerprint, check_file, has_data_suffix, is_packed, suffix_of, take_fingerprint
 from lorafit.data.hub import HubRows, is_hub_id
@@ -22,7 +23,7 @@ from lorafit.data.ledger import Ledger, raise_first
 from lorafit.data.lines import RawRow, RawRows
 from lorafit.data.patterns import expand_sources
 from lorafit.data.readers import read_file
-from lorafit.errors import DataError, LorafitError, RecipeError, raise_all
+from lorafit.errors import IN_MEMORY, DataError, LorafitError, RecipeError, raise_all
 from lorafit.kinds.fields import listed
 from lorafit.kinds.formats import formats, required_fields
 from lorafit.registry import nearest
@@ -45,7 +46,7 @@ class Source:
         reporter: Told that the hub is asked, and where it gave no answer.
 
     Attributes:
-        name: The file or id as the recipe names it.
+        name: The file or id as the recipe names it; `rows` and the like for rows that a program gave.
         format: Name of the rows' format.
         unread: How many rows hold each column that the format does not read; filled while reading.
 
@@ -56,7 +57,8 @@ class Source:
     """
 
     def __init__(self, section: SourceSection, folder: Path, reporter: Reporter, *, prompts: bool = False) -> None:
-        self.section, self.name, self._prompts = section, section.path, prompts
+        self.section, self._prompts = section, prompts
+        self.name = memory_rows(folder / section.path) or section.path
         self.unread: Counter[str] = Counter()
         self._path, self._hub = _locate(section, folder, reporter, local=prompts)
         self._fingerprint: Fingerprint | None = None
@@ -96,6 +98,13 @@ class Source:
         """Where it is, however the recipe spells that: the file's path from the root, or the hub id."""
         return str(self._path.resolve()) if self._path is not None else self.name
 
+    @property
+    def shown(self) -> str:
+        """What a warning calls it: a file that the recipe names by its own folder, as seen from the working folder."""
+        if self._path is None or self.name in IN_MEMORY or Path(self.name).expanduser().is_absolute():
+            return self.name
+        return os.path.relpath(self._path)
+
     def key(self) -> str:
         """A hash of the bytes that the rows come from, for a cache."""
         if self._hub is not None:
@@ -134,14 +143,14 @@ class Source:
         for column, count in sorted(self.unread.items()):
             todo = explain_unread(column, columns, self._reader)
             if todo is not None:
-                said.append(f"{self.name}: column '{column}' ({count} rows) is not read; {todo}")
+                said.append(f"{self.shown}: column '{column}' ({count} rows) is not read; {todo}")
         for column in sorted(self._absent if not self._prompts else ()):  # what a prompt must have is an error
-            said.append(f"{self.name}: columns names '{column}', which none of the first rows has; correct the recipe")
+            said.append(f"{self.shown}: columns names '{column}', which none of the first rows has; correct the recipe")
         if self._path is not None and suffix_of(self._path) == ".xlsx":
             from lorafit.data.workbook import unread_sheets
 
             others = unread_sheets(self._path)
-            said += [f"{self.name}: {others}"] if others else []
+            said += [f"{self.shown}: {others}"] if others else []
         return said
 
     def _take_fingerprint(self) -> Fingerprint:
@@ -166,7 +175,7 @@ class Source:
             raise DataError(what, file=self.name) from None
 
     def _is_row(self, row: RawRow) -> bool:
-        if self.section.format == "text" and suffix_of(self.name) == ".txt":
+        if self.section.format == "text" and suffix_of(self.section.path) == ".txt":
             return False  # the recipe says that these lines are a text, whatever they look like
         return self._format_of(rename(row, self.section.columns)) is not None
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lorafit.errors import row_place
 from lorafit.evaluation.generate import Answer
 from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison
 from lorafit.kinds.metrics import RowScore
@@ -62,7 +63,7 @@ class Row:
     @property
     def place(self) -> str:
         """`file:line`."""
-        return f"{self.file}:{self.line}"
+        return row_place(self.file, self.line)
 
     def to_json(self) -> dict[str, Any]:
         """The row for `report.jsonl`."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorafit.errors import row_place
 from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
 from lorafit.evaluation.statistics import Comparison
 from lorafit.rundir import RunDir, atomic_file, write_json
@@ -156,7 +157,7 @@ def headline(worst: WorstRow, file: str) -> str:
     """A worst row in one line: its place, what it is ranked by, its loss."""
     row = worst.row
     loss = f", loss {row.tuned.loss_sum / row.tuned.tokens:.4g} a token" if row.tuned.tokens else ""
-    return f"{file}:{row.line}: {worst.name} {worst.tuned:.4g} (base {worst.base:.4g}){loss}"
+    return f"{row_place(file, row.line)}: {worst.name} {worst.tuned:.4g} (base {worst.base:.4g}){loss}"
 
 
 def texts_of(worst: WorstRow) -> list[tuple[str, str]]:

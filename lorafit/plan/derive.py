@@ -14,10 +14,12 @@ from lorafit.kinds.schedules import warmup_steps
 from lorafit.memory import MemoryEstimate, fits
 from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_compute_dtype, resolve_dtype
 from lorafit.plan.unpacked import asks_to_keep, decide_unpacked
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lorafit.contracts import Reporter
     from lorafit.recipe.schema import Recipe
     from lorafit.shapes import DatasetFacts, DeviceFacts, LeftOut, ModelShape
 
@@ -95,8 +97,14 @@ class Plan:
         """Share of tokens that carry loss (0 to 1)."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
+    def show(self, reporter: Reporter) -> None:
+        """Shows the plan to people, and warns of what they should know."""
+        reporter.show(self.table())
+        for warning in self.warnings:
+            reporter.warn(warning)
+
     def table(self) -> Table:
-        """The plan for people."""
+        """Every number for people."""
         from lorafit.plan.render import plan_table
 
         return plan_table(self)
@@ -314,7 +322,9 @@ def _warnings(
         how = "raise training.epochs or lower training.batch_size"
         if training.max_steps is not None:
             how = "raise training.max_steps"
-        found.append(f"only {total_steps} optimizer steps; a model learns little in fewer than {FEW_STEPS}: {how}")
+        found.append(
+            f"only {counted(total_steps, 'optimizer step')}; a model learns little in fewer than {FEW_STEPS}: {how}"
+        )
     warmup = warmup_steps(training.schedule, total_steps)
     if warmup >= total_steps > 1:
         found.append(

@@ -27,8 +27,6 @@ def plan_table(plan: Plan) -> Table:
     table = _two_columns(f"plan: {plan.name}")
     for label, value in _plan_rows(plan):
         table.add_row(label, value)
-    for warning in plan.warnings:
-        table.add_row("[yellow]warning[/]", _plain(warning))
     return table
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.errors import NumericsError
+from lorafit.errors import NumericsError, row_place
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 
 if TYPE_CHECKING:
@@ -178,6 +178,8 @@ def check_metrics(step: int, values: Mapping[str, float]) -> None:
 def _in_rows(rows: Sequence[int], examples: Examples) -> str:
     if not rows:
         return " on another rank"
-    named = ", ".join(f"{example.file}:{example.line}" for example in (examples[row] for row in rows[:_NAMED_ROWS]))
+    named = ", ".join(
+        row_place(example.file, example.line) for example in (examples[row] for row in rows[:_NAMED_ROWS])
+    )
     more = f" and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
     return f" in the micro-batch of rows {named}{more}"

@@ -199,6 +199,47 @@ def test_quiet_keeps_warnings_and_nothing_else(
     assert (captured.out, captured.err) == ("", "")
 
 
+def test_rows_in_memory_are_called_by_parameter_and_index(
+    values: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows(12)
+    printed = str(lorafit.preview(values, rows=rows, show=1, quiet=True))
+    assert printed.startswith("rows[0]  train, ") and "rows     question_answer" in printed
+    for wrong, place in (({"question": "a"}, "rows[2]: answer: missing"), ({"question": "a", "answer": 5}, "rows[2]:")):
+        with pytest.raises(DataError) as found:
+            lorafit.train(values, rows=[*rows[:2], wrong, *rows[2:]], quiet=True)
+        assert str(found.value).startswith(place)
+    with pytest.raises(DataError) as unknown:
+        lorafit.train(values, rows=rows, validation_rows=[{"x": 1}], quiet=True)
+    assert str(unknown.value).startswith("validation_rows[0]: no known format")
+    with pytest.warns(UserWarning, match=r"the first at test_rows\[0\] and rows\[6\]"):
+        run = lorafit.train(values, rows=rows[:8], test_rows=rows[6:], quiet=True)
+    capfd.readouterr()
+    evaluated = lorafit.evaluate(run, overrides={"evaluation.final": ["perplexity"]})
+    assert re.search(r"^test_rows\[\d\]: loss ", str(evaluated), re.MULTILINE)
+    again = lorafit.evaluate(run, rows=rows[8:], overrides={"evaluation.final": ["perplexity"]})
+    assert re.search(r"^rows\[\d\]: loss ", str(again), re.MULTILINE)
+    said = str(evaluated) + str(again) + capfd.readouterr().err
+    assert "cache/rows" not in said.replace(os.sep, "/")
+
+
+def test_warnings_of_the_plan_are_warnings_too(values: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="only 2 optimizer steps") as caught:
+        lorafit.train(values, rows=make_rows(8), dry_run=True, quiet=True)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_prompts_of_a_verbatim_run_are_no_chats(values: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"{row['question']}: ", "completion": row["answer"]} for row in make_rows(8)]
+    with pytest.warns(UserWarning, match="rows: prompts and completions go through no chat template"):
+        run = lorafit.train(values, rows=rows, test_rows=rows[:2], quiet=True)
+    [answer] = lorafit.generate(run, ["what opens"], max_new_tokens=2, quiet=True).to_json()["answers"]
+    assert answer["prompt"] == "what opens" and "messages" not in answer
+    capfd.readouterr()
+    lorafit.evaluate(run, overrides={"evaluation.final": ["perplexity"]})
+    assert "no chat template" not in capfd.readouterr().err  # said before the run; nothing can be changed any more
+
+
 def test_importing_the_package_is_light_and_typed() -> None:
     code = "import sys, lorafit; print(sorted(m for m in ('torch', 'pydantic', 'rich', 'json') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})

@@ -141,7 +141,21 @@ def test_rows_that_pass_the_template_by_are_said(
     listener.warnings.clear()
     prepare_rows(train="pc.jsonl", system_prompt="be brief", chat_template="chatml")
     prepare_rows(train="pc.jsonl", using=base_tokenizer)
+    prepare_rows(train="pc.jsonl", train_on="completion")
     assert listener.warnings == []
+
+
+def test_all_files_that_pass_the_template_by_are_named_as_seen_from_here(
+    tmp_path: Path, prepare_rows: Prepare, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / name, [{"prompt": f"two {name}", "completion": " and more"}])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    prepare_rows(train="a.jsonl", test="b.jsonl")
+    [warning] = [each for each in listener.warnings if "no chat template" in each]
+    assert warning.startswith("../a.jsonl, ../b.jsonl: ")
+    assert warning.endswith("else set train_on: completion")
 
 
 def test_a_template_from_a_file(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
