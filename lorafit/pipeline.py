@@ -343,8 +343,7 @@ def generate(
         seed: Of the sampling.
         reporter: Gets progress and warnings; silent where None.
     """
-    numbers = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
-    check_arguments(numbers)
+    check_arguments({"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed})
     reporter = reporter or Silent()
     check_answerable(run_or_model, checkpoint)
     prompts = _read_prompts(run_or_model, prompt, input_file, rows, reporter)

@@ -319,12 +319,11 @@ def _warnings(
             f"batch_size {training.batch_size} is more than the {dataset.rows} rows: every step is a whole epoch"
         )
     if total_steps < FEW_STEPS:
+        steps = counted(total_steps, "optimizer step")
         how = "raise training.epochs or lower training.batch_size"
         if training.max_steps is not None:
             how = "raise training.max_steps"
-        found.append(
-            f"only {counted(total_steps, 'optimizer step')}; a model learns little in fewer than {FEW_STEPS}: {how}"
-        )
+        found.append(f"only {steps}; a model learns little in fewer than {FEW_STEPS}: {how}")
     warmup = warmup_steps(training.schedule, total_steps)
     if warmup >= total_steps > 1:
         found.append(

@@ -240,7 +240,7 @@ def test_bad_rows_are_told_with_the_rule_that_leaves_them_out(tmp_path: Path, pr
     good = '{"question": "q", "answer": "a"}\n'
     for bad in (1, 3):
         (tmp_path / "d.jsonl").write_text(good * 97 + '{"question": "q", "answer": ""}\n' * bad, encoding="utf-8")
-        error = str(failure(prepare_rows, train="d.jsonl"))
+        error = failure(prepare_rows, train="d.jsonl").one_line
         assert "d.jsonl:98" in error and "answer: is empty" in error and len(error) <= 292
         rule = re.search(r"data\.bad_rows: (\{.*\})$", error)
         assert rule is not None, error
