@@ -282,9 +282,10 @@ def generate(
     session.result(result)
 
 
-def _list_cards(context: typer.Context, gpu: str | None) -> str | None:
-    if gpu is None or gpu.strip().lower() != "list":
-        return gpu
+def _list_cards(context: typer.Context, gpus: list[str] | None) -> list[str]:
+    named = [name.strip() for each in gpus or [] for name in each.split(",")]
+    if "list" not in named:
+        return named
     from lorafit.hardware import card_lines, cards
 
     typer.echo(json.dumps({"cards": cards()}) if "--json" in (context.obj or ()) else "\n".join(card_lines()))
@@ -298,12 +299,12 @@ def estimate_memory(
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="SIZE|NAME",
             callback=_list_cards,
             is_eager=True,
-            help="e.g. 24GiB, rtx-4090, or cpu: exit 10 where it does not fit. `list` names all cards.",
+            help="24GiB, rtx-4090 or cpu: exit 10 where it does not fit; several are compared. `list` names all cards.",
         ),
     ] = None,
     fit: Annotated[
@@ -321,16 +322,11 @@ def estimate_memory(
     """Itemised peak memory, time and cost, without weights and without a GPU."""
     from lorafit import pipeline
 
-    result = pipeline.estimate(
-        recipe,
-        overrides=overrides or [],
-        gpu=gpu,
-        headroom=headroom,
-        fit=fit,
-        price_per_hour=price_per_hour,
-        exact=exact,
-        reporter=session.reporter,
-    )
+    ask: dict[str, Any] = {"overrides": overrides or [], "headroom": headroom, "fit": fit, "exact": exact}
+    ask |= {"price_per_hour": price_per_hour, "reporter": session.reporter}
+    several = gpu is not None and len(gpu) > 1
+    one = gpu[0] if gpu else None
+    result = pipeline.compare_cards(recipe, gpu or [], **ask) if several else pipeline.estimate(recipe, gpu=one, **ask)
     session.result(result)
     result.raise_unless_fits()
 

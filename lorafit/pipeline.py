@@ -32,15 +32,12 @@ from lorafit.workspace import (
     open_run,
     own_rank,
     resume_command,
-    sources_of,
     usual_split,
 )
 
 if TYPE_CHECKING:
-    from lorafit.contracts import Sample
     from lorafit.data.preview import Preview
-    from lorafit.plan import RecipeEstimate
-    from lorafit.recipe.schema import SourceSection
+    from lorafit.plan import CardComparison, RecipeEstimate
     from lorafit.results import Evaluated, Generated, Merged, Trained, Validated
 
 
@@ -130,6 +127,21 @@ def estimate(
     accumulates = step_tokens > memory.micro_batch_tokens
     dry = DryRun(found.question, config, memory.micro_batch_tokens, memory.gradient_checkpointing, accumulates)
     return replace(found, exact=dry.run(reporter))
+
+
+def compare_cards(
+    recipe: Path | Mapping[str, Any], gpus: Sequence[str], *, fit: str | None = None, **options: Any
+) -> CardComparison:
+    """The recipe on several cards, a row each; `options` are those of `estimate`, all but what is of one card alone."""
+    from lorafit.devices import parse_gpu
+    from lorafit.plan import CardComparison
+
+    for name, value in (("--fit", fit), ("--price-per-hour", options.get("price_per_hour"))):
+        if value is not None:
+            raise UsageError("is of one card, and several are named", key=name, todo="name one --gpu, or leave it out")
+    for gpu in gpus:
+        parse_gpu(gpu)  # all names are told before any work
+    return CardComparison(tuple(estimate(recipe, gpu=gpu, **options) for gpu in gpus))
 
 
 def train(
@@ -346,7 +358,9 @@ def generate(
     check_arguments({"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed})
     reporter = reporter or Silent()
     check_answerable(run_or_model, checkpoint)
-    prompts = _read_prompts(run_or_model, prompt, input_file, rows, reporter)
+    from lorafit.asked_prompts import read_prompts
+
+    prompts = read_prompts(run_or_model, prompt, input_file, rows, reporter)
     from lorafit.answering import open_speaker
     from lorafit.evaluation.generate import generate_answers
     from lorafit.evaluation.isolation import adapter_off, evaluating
@@ -374,26 +388,3 @@ def generate(
         with adapter_off(speaker.model) if compare_base else nullcontext():
             base = answer(what="answers, base model") if compare_base else None
     return Generated(prompts, tuned, base, are_chats=speaker.chats is not None)
-
-
-def _read_prompts(
-    run_or_model: Path,
-    prompt: str | None,
-    input_file: Path | None,
-    rows: Sequence[str | Mapping[str, Any]] | None,
-    reporter: Reporter,
-) -> list[Sample]:
-    """The prompts, before anything heavy starts. A run knows by its recipe what its rows call their columns."""
-    from lorafit.data.prompts import column_names, read_prompt, read_prompt_file, read_prompt_rows
-
-    if [prompt, input_file, rows].count(None) != 2:
-        raise UsageError("needs a prompt", key="--prompt", todo="give either --prompt TEXT or --input FILE")
-    if prompt is not None:
-        return read_prompt(prompt)
-    sources: list[SourceSection] = []
-    if not is_model(run_or_model) and not is_lone_adapter(run_or_model):
-        sources = [source for part in sources_of(open_run(run_or_model).loaded.recipe).values() for source in part]
-    known = column_names(sources)
-    if input_file is not None:
-        return read_prompt_file(input_file, known, reporter)
-    return read_prompt_rows(rows or [], known)

@@ -24,7 +24,7 @@ FLOORS = (  # top to bottom; a room imports only from floors below its own
     {"training", "merging"},
     {"answering"},
     {"job"},
-    {"results", "local_rows", "memory_rows", "output_folder"},
+    {"results", "local_rows", "memory_rows", "asked_prompts", "output_folder"},
     {"workspace"},
     {"dryrun"},
     {"trainer", "evaluation"},

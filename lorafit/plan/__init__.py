@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from lorafit.plan.comparison import CardComparison
 from lorafit.plan.derive import Plan, memory_question, plan, require_fit
 from lorafit.plan.flops import Flops, count_flops
 from lorafit.plan.question import MemoryQuestion
@@ -19,6 +20,7 @@ from lorafit.plan.run_cost import check_price
 from lorafit.plan.verdict import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
 
 __all__ = [
+    "CardComparison",
     "Flops",
     "MemoryQuestion",
     "Options",

@@ -139,7 +139,7 @@ class RecipeEstimate(Printed):
         """
         if self.fits is False and self.options.gpu is not None:
             device, enough = self.options.gpu, self.enough
-            hopeless = f"no three switches are enough, {self._larger()}"
+            hopeless = f"no three switches are enough, {self.larger}"
             raise DoesNotFitError(
                 f"does not fit: needs {format_bytes(self.needed_bytes)}, {device.name} has "
                 f"{format_bytes(device.memory_bytes)} usable, of which {self.options.headroom:.0%} stay free",
@@ -152,10 +152,11 @@ class RecipeEstimate(Printed):
                 f"nothing fits: not even a row of {self.fit.row.least} tokens or rank 1, in "
                 f"{format_bytes(device.memory_bytes)} usable, of which {self.fit.headroom:.0%} stay free",
                 key="--fit",
-                todo=self._larger() if self.quantization in ("nf4", "fp4") else f"quantise the model: {self._larger()}",
+                todo=self.larger if self.quantization in ("nf4", "fp4") else f"quantise the model: {self.larger}",
             )
 
-    def _larger(self) -> str:
+    @property
+    def larger(self) -> str:
         """What has as much as the recipe needs as it is, and why it needs that."""
         card, experts = smallest_card(self.needed_bytes, self.options.headroom), self.memory.unquantized_expert_bytes
         found = f"the smallest known card with {format_bytes(self.needed_bytes)} is {card['names'][0]}" if card else ""

@@ -113,6 +113,25 @@ def test_what_fits_does_and_one_more_does_not(world: World) -> None:
     assert "not even rank 1" in none.stdout
 
 
+@pytest.mark.parametrize("flags", [["--gpu", "3060", "--gpu", "a100"], ["--gpu", "3060, a100"]], ids=["twice", "comma"])
+def test_several_cards_are_a_table(world: World, flags: list[str]) -> None:
+    """Each row is what the card says when it is named alone; exit 10 only where none has it."""
+    ask = ("estimate-memory", "r.yaml", *LARGE, "--set", "model.base=meta-llama/Llama-3.1-8B")
+    compared = world.run(*ask, *flags, "--json")
+    assert compared.code == 0
+    alone = [world.run(*ask, "--gpu", name, "--json").json for name in ("3060", "a100")]
+    for row, one in zip(compared.json["cards"], alone, strict=True):
+        assert row == {key: one[key] for key in row}
+    assert [row["gpu"]["name"] for row in compared.json["cards"]] == ["RTX-3060", "A100-40GB"]
+    shown = world.run(*ask, *flags)
+    say_all(shown, 0, "RTX-3060", "A100-40GB", "yes", "1M tokens")
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines() if " GiB" in line)
+    say_all(world.run("estimate-memory", "r.yaml", *LARGE, "--gpu", "3060,4090"), 10, "fits on none of the 2 cards")
+    say_all(world.run(*ask, *flags, "--fit", "3060"), 2, "--fit: is of one card")
+    say_all(world.run(*ask, *flags, "--price-per-hour", "1"), 2, "--price-per-hour: is of one card")
+    say_all(world.run(*ask, "--gpu", "3060,nope"), 2, "'nope' is no known card")
+
+
 def test_cost(world: World) -> None:
     outcome = world.run("estimate-memory", "r.yaml", *LARGE, "--gpu", "h100-80gb", "--price-per-hour", "2.5")
     say_all(outcome, 0, "on H100-80GB", "at 2.5 an hour", "assumed: 35% (20% to 50%)")
