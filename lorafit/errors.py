@@ -34,7 +34,7 @@ def _cut(message: str) -> str:
     """A message within the limit. A list of names at its end is cut between two of them, and their number is told."""
     kept = message[: MESSAGE_LIMIT_CHARACTERS - len(" and 999 more")].rpartition(", ")[0]
     left_out = message[len(kept) :].split(", ")[1:]
-    if kept and all(len(name) <= _LONGEST_NAME_CHARACTERS for name in left_out):
+    if kept and all(len(name) <= _LONGEST_NAME_CHARACTERS and " " not in name for name in left_out):
         return f"{kept} and {len(left_out)} more"
     return message[: MESSAGE_LIMIT_CHARACTERS - 1] + "…"
 
@@ -189,7 +189,11 @@ class Problems(LorafitError):  # noqa: N818 - several
     def __init__(self, errors: Sequence[LorafitError], *, file: str) -> None:
         if not errors:
             raise ValueError("Problems needs at least one error")
-        first = errors[0].one_line
+        first, room = errors[0].one_line, MESSAGE_LIMIT_CHARACTERS - len(f"{file}: {len(errors)} errors; first: ")
+        if len(first) > room and errors[0].todo:  # its own line says what to do; no list of names is cut twice
+            known = errors[0]
+            short = LorafitError(known.what, file=known.file, line=known.line, column=known.column, key=known.key)
+            first = short.one_line
         first = first.removeprefix(f"{file}:").strip() if first.startswith(f"{file}: ") else first
         super().__init__(f"{len(errors)} errors; first: {first}", file=file)
         self._errors = tuple(errors)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -28,6 +29,15 @@ EXIT_BROKEN_PIPE = 141
 _SHORTEST_SECRET_CHARACTERS = 6
 _SHOW_CURSOR = b"\x1b[?25h"
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
+_PYDANTICS_WORDS = (
+    (r"Input should be a valid number\b.*", "expected a number"),
+    (r"Input should be a valid integer\b.*", "expected a whole number"),
+    (r"Input should be a valid boolean\b.*", "expected true or false"),
+    (r"Input should be (less than or equal to|at most) ", "must be at most "),
+    (r"Input should be (greater than or equal to|at least) ", "must be at least "),
+    (r"Input should be ", "must be "),
+)
+"""What typer has pydantic say of a flag's value, and how errors of a recipe say it."""
 
 
 @contextlib.contextmanager
@@ -89,6 +99,8 @@ def _command_line_error(error: Exception) -> UsageError | None:
     name, _, rest = text.partition(" (Possible options: ")
     if rest:
         text = f"{name}; did you mean {rest.rstrip(')')}?"
+    for pattern, ours in _PYDANTICS_WORDS:
+        text = re.sub(pattern, ours, text)
     text = text.replace(". Did you mean ", "; did you mean ").replace("'", "").rstrip(".")
     if not text:
         return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import LorafitError, UsageError
+from lorafit.recipe.differences import tell_differences
 from lorafit.rundir import TEMPORARY_PREFIX, RunDir, check_format, make_folder, read_object
 from lorafit.strict_json import JsonError, read_json_file
 from lorafit.workspace import compare_recipes
@@ -82,11 +83,14 @@ def check_unused(run: RunDir, loaded: LoadedRecipe, *, command: str) -> None:
     decisive: list[str] = []
     with contextlib.suppress(LorafitError):  # where its recipe cannot be read, that is not what is asked
         decisive, _ = compare_recipes(run, loaded)
-    what, todo = "holds a run already", f"go on with {command}, or give --output"
+    is_python = command.startswith("lorafit.train(")
+    elsewhere, again = ("give output=", "resume=True") if is_python else ("give --output", "--resume")
+    what, todo = "holds a run already", f"go on with {command}, or {elsewhere}"
     if decisive:
-        what, todo = f"holds another run ({decisive[0]})", "give --output, or change it back and add --resume"
+        what = f"holds another run ({tell_differences(decisive)})"
+        todo = f"{elsewhere}, or change it back and add {again}"
     elif _is_finished(run):
-        what, todo = "holds this run, finished", f"score it with lorafit eval {run.root}, or give --output"
+        what, todo = "holds this run, finished", f"score it with lorafit eval {run.root}, or {elsewhere}"
     raise UsageError(what, file=str(run.root), key="output", todo=todo)
 
 

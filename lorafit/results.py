@@ -51,7 +51,11 @@ class Validated:
 
 @dataclass(frozen=True)
 class Trained(Printed):
-    """A finished run, or only its plan after a dry run (`fit` and `resolved` are None then)."""
+    """A finished run, or only its plan after a dry run (`fit` and `resolved` are None then).
+
+    Attributes:
+        has_held_out_rows: Whether its recipe names rows to score it on.
+    """
 
     run: RunDir
     plan: Plan
@@ -60,6 +64,7 @@ class Trained(Printed):
     estimate: MemoryEstimate | None = None
     speed: Speed | None = None
     profile: str | None = None
+    has_held_out_rows: bool = True
 
     @property
     def path(self) -> Path:
@@ -105,7 +110,10 @@ class Trained(Printed):
         if fit.best is not None and fit.best.step == fit.adapter_step:
             which += f" (best {fit.best.metric}: {fit.best.value:.4g})"
         shown = near(self.run.root)
-        console.print(f"{which} is in {shown}/adapter; next: lorafit eval {shown}", markup=False)
+        after = f"lorafit eval {shown}"
+        if not self.has_held_out_rows:
+            after = f"lorafit generate {shown} --prompt TEXT, or {after} --set data.test=$PWD/FILE"
+        console.print(f"{which} is in {shown}/adapter; next: {after}", markup=False)
 
     def _memory_line(self, fit: FitResult) -> str:
         """Peak memory as measured, beside the estimate of the same quantity."""

@@ -62,13 +62,15 @@ class Training:
         from lorafit.trainer.tracking import build_accelerator, check_same_rows, part
 
         job, recipe = self.job, self.job.recipe
+        has_held_out = recipe.data.test is not None or recipe.data.validation is not None
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
         checkpoint, events = self._find_checkpoint(store, resume_from, allow_inexact) if resume else (None, [])
         if resume and checkpoint is None:
             self.reporter.info(f"nothing to resume in {self.where.root}: the run starts at step 0")
         if checkpoint is not None and self._is_published(checkpoint.state):
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
-            return Trained(self.where, self.plan, None, FitResult.of_complete(checkpoint.state))
+            complete = FitResult.of_complete(checkpoint.state)
+            return Trained(self.where, self.plan, None, complete, has_held_out_rows=has_held_out)
         self.plan.show(self.reporter)
         require_fit(self.plan)
         accelerator = build_accelerator(
@@ -115,7 +117,7 @@ class Training:
         part(accelerator)
         trainer.trackers.finish()
         speed = self._measure_speed(result, accelerator)
-        trained = Trained(self.where, self.plan, resolved, result, expected, speed, profile)
+        trained = Trained(self.where, self.plan, resolved, result, expected, speed, profile, has_held_out)
         if accelerator.is_main_process:
             write_json(self.where.result, trained.summary())
         return trained

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 def counted(number: float, noun: str) -> str:
     """`1 row`, `2 rows`, `1,200 tokens`: a number with its noun, which takes an s but for 1.
 
-    Numbers that are not whole are written as short as they can be: `0.667 epochs`.
+    Numbers that are not whole are written to two places, small ones to two figures: `0.67 epochs`, `0.0012 epochs`.
     """
-    written = f"{number:,}" if isinstance(number, int) else f"{number:,.6g}"
-    return f"{written} {noun}{'' if number == 1 else 's'}"
+    if isinstance(number, int):
+        written = f"{number:,}"
+    else:
+        written = f"{number:.2g}" if abs(number) < 0.1 else f"{number:,.2f}".rstrip("0").rstrip(".")
+    return f"{written} {noun}{'' if written == '1' else 's'}"
 
 
 def alternatives(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError, DataError, UsageError
+from lorafit.recipe.differences import ABSENT, differences, tell_differences
 from lorafit.registry import nearest
 from lorafit.rundir import RunDir, atomic_file, read_json, read_object, require_manifest, write_json
 from lorafit.version import installed_versions
@@ -280,7 +281,7 @@ def check_same_recipe(run: RunDir, loaded: LoadedRecipe, reporter: Reporter) -> 
     decisive, harmless = compare_recipes(run, loaded)
     if decisive:
         raise CheckpointError(
-            f"{decisive[0]}, so it would not be the same run",
+            f"{tell_differences(decisive)}, so it would not be the same run",
             file=str(run.root),
             todo="change it back, or train into another --output",
         )
@@ -299,7 +300,7 @@ def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[
     for key in sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
         is_harmless = key.startswith(_HARMLESS) and not (stops_early and key.startswith("evaluation.every_steps"))
         found = harmless if is_harmless or _only_longer(key, before, now) else decisive
-        found.append(f"{key}: {before.get(key)} was changed to {now.get(key)}")
+        found += differences(key, before.get(key, ABSENT), now.get(key, ABSENT))
     return decisive, harmless
 
 

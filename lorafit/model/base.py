@@ -27,7 +27,7 @@ from lorafit.model.tokenizer_files import MORE_TEMPLATES, TOKENIZER_PATTERNS
 from lorafit.model.weights import read_index
 from lorafit.model_shapes import known_config, like_known
 from lorafit.run_card import BaseOrigin
-from lorafit.rundir import MANIFEST, require_manifest
+from lorafit.rundir import MANIFEST, TEMPORARY_PREFIX, require_manifest
 from lorafit.strict_json import JsonError, read_json_file
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lorafit.recipe.schema import ModelSection
 
 CONFIG = "config.json"
+_UNPUBLISHED = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([^/]+)-\d+$")  # a merge is read before it is whole
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -78,7 +79,7 @@ class Base:
     @property
     def shown(self) -> str:
         """For messages."""
-        return f"{self.written} ({self.name[:12]})" if self.written else self.name
+        return f"{self.written} ({self.name[:12]})" if self.written else _UNPUBLISHED.sub(r"\1", self.name)
 
     @property
     def origin(self) -> BaseOrigin:

@@ -155,7 +155,11 @@ ABSURD = [
     (["--gpu", "L4", "--price-per-hour", "-3"], 2, ["--price-per-hour", "range"]),
     (["--gpu", "L4", "--price-per-hour", "nan"], 2, ["--price-per-hour", "range"]),
     (["--gpu", "L4", "--price-per-hour", "inf"], 2, ["--price-per-hour", "range"]),
-    (["--gpu", "L4", "--price-per-hour", "cheap"], 2, ["price-per-hour", "valid number"]),
+    (
+        ["--gpu", "L4", "--price-per-hour", "cheap"],
+        2,
+        ["--price-per-hour: expected a number; see"],
+    ),
     (["--price-per-hour", "3"], 2, ["--price-per-hour", "--gpu"]),
     (["--gpu", "24GiB", "--price-per-hour", "3"], 2, ["--price-per-hour", "--gpu"]),
     (["--headroom", "0.2"], 2, ["--headroom", "--gpu", "--fit"]),

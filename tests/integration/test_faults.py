@@ -330,6 +330,7 @@ def test_foreign_files_beside_a_run_stay(world: World) -> None:
 
 
 def test_a_second_run_into_the_same_folder(world: World) -> None:
+    world.rows(name="other.jsonl")
     say_all(world.run("train", "r.yaml"), 0)
     before = world.digests()
     finished = world.run("train", "r.yaml")
@@ -338,6 +339,15 @@ def test_a_second_run_into_the_same_folder(world: World) -> None:
     changed = world.run("train", "r.yaml", "--set", "adapter.r=8")
     say_all(changed, 2, "run", "output", "adapter.r: 4 was changed to 8", "--output")
     say_all(world.run("train", "r.yaml", "--set", "adapter.r=8", "--resume"), 6, "adapter.r")
+    one, three = (
+        ["--set", "data.train[0].path=other.jsonl"],
+        ["--set", "training.max_grad_norm=null", "--set", "seed=3"],
+    )
+    path = "data.train[0].path: ../d.jsonl was changed to ../other.jsonl"
+    advice = "give --output, or change it back and add --resume"
+    say_all(world.run("train", "r.yaml", *one), 2, f"holds another run ({path}); {advice}")
+    say_all(world.run("train", "r.yaml", *one, *three), 2, f"holds another run ({path}, and 2 more keys); {advice}")
+    say_all(world.run("train", "r.yaml", *one, *three, "--resume"), 6, f"{path}, and 2 more keys, so it would not be")
     say_all(world.run("train", "r.yaml", "--resume-from", "77"), 6, "77")
     done = world.run("train", "r.yaml", "--resume")
     say_all(done, 0, "already complete")
@@ -814,3 +824,18 @@ def test_a_limit_of_the_file_size(world: World) -> None:
     outcome = world.spawn("train", "r.yaml", "--set", "adapter.r=64", before=limited)
     say_all(outcome, 7, "file too large")
     assert not list((world.root / "run").rglob(".tmp*"))
+
+
+def test_a_run_without_held_out_rows_is_sent_on_by_a_command_that_works(world: World) -> None:
+    """`lorafit eval` alone would end with exit 4 after it; what is named instead is tried."""
+    world.rows(4, name="test.jsonl", first=100)
+    trained = world.run("train", "r.yaml")
+    say_all(trained, 0, "next: lorafit generate run --prompt TEXT, or lorafit eval run --set data.test=$PWD/FILE")
+    say_all(world.run("eval", "run"), 4, "no validation rows", "add --set data.test=$PWD/FILE")
+    say_all(world.run("eval", "run", "--set", f"data.test={Path.cwd()}/test.jsonl", "--limit", "2"), 0)
+    say_all(world.run("generate", "run", "--prompt", "hi", "--max-new-tokens", "2"), 0)
+
+
+def test_a_run_with_held_out_rows_is_sent_on_to_its_evaluation(world: World) -> None:
+    world.recipe(("train: d.jsonl", "train: d.jsonl\n  validation: {fraction: 0.25}"))
+    assert world.run("train", "r.yaml").stdout.rstrip().endswith("next: lorafit eval run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorafit.errors import MESSAGE_LIMIT_CHARACTERS, UsageError
+from lorafit.errors import MESSAGE_LIMIT_CHARACTERS, Problems, UsageError
 from lorafit.kinds.fields import listed
 
 
@@ -45,3 +45,16 @@ def test_json_holds_the_message_and_its_parts() -> None:
         "key": "a.b",
         "todo": "mend it",
     }
+
+
+def test_of_several_errors_the_last_line_cuts_no_list_a_second_time() -> None:
+    """The first error's own line lists all names; where they do not fit behind the count, none are listed again."""
+    first = UsageError("unknown kind", file="r.yaml", line=3, key="a.b", todo=f"available: {', '.join(names(23))}")
+    assert first.one_line.endswith(names(23)[-1])
+    last = Problems([first, UsageError("is wrong")], file="some-recipe.yaml").one_line
+    assert last == "some-recipe.yaml: 2 errors; first: r.yaml:3: a.b: unknown kind"
+
+
+def test_advice_is_no_list_of_names() -> None:
+    message = UsageError("x" * 250, todo="give --output, or change it back and add --resume " + "y" * 40).one_line
+    assert " more" not in message

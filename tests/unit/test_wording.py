@@ -6,10 +6,12 @@ import pytest
 
 from lorafit.wording import counted
 
+MORE = [(2.5, "2.5 rows"), (2.0, "2 rows"), (1234.567, "1,234.57 rows"), (0.00123, "0.0012 rows"), (0.999, "1 row")]
+
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1200, "1,200 rows"), (1.0, "1 row"), (2 / 3, "0.666667 rows")],
+    [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1200, "1,200 rows"), (1.0, "1 row"), (2 / 3, "0.67 rows"), *MORE],
 )
 def test_a_number_has_its_noun(number: float, said: str) -> None:
     assert counted(number, "row") == said
