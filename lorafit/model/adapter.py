@@ -25,6 +25,7 @@ from lorafit.model.adapter_checks import check_fields, check_notes, check_values
 from lorafit.model.check import list_names
 from lorafit.model.homes import adapted_layers, find_home, note_homes
 from lorafit.model.inspect import summarise_quantization
+from lorafit.model.loading_note import note_loading
 from lorafit.model.names import names_of
 from lorafit.model.weights import TensorEntry, read_header, read_rows
 from lorafit.portable import is_local_path
@@ -161,6 +162,7 @@ def save_adapter(
         "base": base.origin.model_dump(mode="json"),
         "quantization": summarise_quantization(quantization) if quantization else None,
         **({} if layers is None else {"layers": layers}),
+        **({} if quantization is None else note_loading(model, str(quantization["weights_dtype"]))),
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }
     for name, value in ((CONFIG, config), (NOTES, notes)):

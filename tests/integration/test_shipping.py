@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,12 @@ def make_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     return folder
 
 
-def train(folder: Path, rows: list[dict[str, Any]], **data: Any) -> Path:
+def train(folder: Path, rows: list[dict[str, Any]], *, model: dict[str, Any] | None = None, **data: Any) -> Path:
     """Trains on `rows` until the answers are no accident; gives the recipe."""
     write_rows(folder / "d.jsonl", rows)
     recipe = {
         "name": "shipped",
-        "model": {"base": "base", "dtype": "fp32", "attention": "sdpa", "quantization": "none"},
+        "model": model or {"base": "base", "dtype": "fp32", "attention": "sdpa", "quantization": "none"},
         "adapter": {"r": 16, "alpha": 32, "dropout": 0.0},
         "data": {"train": "d.jsonl", "max_length": 400, **data},
         "training": {
@@ -168,6 +169,25 @@ def test_hermes_ships_and_what_was_learnt_is_called(tmp_path: Path) -> None:
     assert answers[0] == answers[1] and answers[0][2] == "I."
     called = [[("weather", {"city": city})] for city in ("Paris", "Rome")]
     assert [read_calls(text) for text in answers[0]] == [*called, []]
+
+
+def test_the_pages_lines_open_a_quantised_run(tmp_path: Path) -> None:
+    make_base(tmp_path / "base", tokenizer_of("chatml"))
+    rows = [{"messages": [user(ask), assistant(answer)]} for ask, answer in PAIRS]
+    train(tmp_path, rows, model={"base": "base", "dtype": "bf16"})
+    adapter, prompts = tmp_path / "run" / "adapter", [ask for ask, _ in PAIRS]
+    answers = pipeline.generate(tmp_path / "run", rows=prompts, max_new_tokens=NEW_TOKENS).answers
+    page = (Path(__file__).parents[2] / "docs" / "merge.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block.replace("RUN/adapter", str(adapter)), "merge.md", "exec"), names)
+    model, plainly = names["model"], AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    ids = [tokenizer.apply_chat_template([user(ask)], add_generation_prompt=True).input_ids for ask in prompts]
+    assert greedy(model, adapter, tokenizer, ids) == [(answer.text, answer.tokens) for answer in answers]
+    with torch.no_grad():
+        one, other = (opened(input_ids=torch.tensor([ids[0]])).logits.float() for opened in (model, plainly))
+    assert (one - other).abs().max() > 0.1, "the base without quantisation is another"
 
 
 def test_a_run_on_verbatim_rows_stays_verbatim(tmp_path: Path) -> None:
