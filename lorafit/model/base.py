@@ -378,9 +378,7 @@ def _hub_config(model: ModelSection) -> dict[str, Any]:
     except HubRefusedError as refused:
         error = _refused(model, refused)
         if (known := like_known(model.base)) is not None and known.lower() != model.base.lower():
-            error.todo = (
-                f"did you mean {known}, whose shape is known? an estimate needs no more: --set model.base={known}"
-            )
+            error.todo = f"did you mean {known}, whose shape is known? an estimate needs no more"
         raise error from refused
     return load_config(file.parent)
 
