@@ -63,7 +63,8 @@ def resolve_plan(
     else:
         source = "rehearsal" if is_open else "recipe"
         if is_open:
-            reporter.info("rehearsal: measuring attention and micro-batches on this run's rows, once for all its runs")
+            kept = "kept for this recipe with this seed; --plan takes another run's"
+            reporter.info(f"rehearsal: measuring attention and micro-batches on this run's rows, {kept}")
         choice = rehearsal.choose(
             attention=plan.attention,
             gradient_checkpointing=plan.gradient_checkpointing,
