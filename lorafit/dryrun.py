@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,11 +39,45 @@ from lorafit.trainer.step import accumulate_gradients, gradient_norm, sum_gradie
 from lorafit.trainer.tracking import build_accelerator
 
 if TYPE_CHECKING:
-    from lorafit.plan import MemoryQuestion
+    from lorafit.plan import MemoryQuestion, RecipeEstimate
+    from lorafit.recipe.schema import Recipe
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
 _attention = functional.scaled_dot_product_attention
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def run_estimated(
+    found: RecipeEstimate,
+    estimate: Callable[[Recipe], RecipeEstimate],
+    config: Mapping[str, Any],
+    reporter: Reporter | None,
+) -> RecipeEstimate:
+    """An estimate with the exact one beside it, which then gives the verdict.
+
+    Where checkpointing is `auto` and the card has not what the step needs without, the step with it is asked as well.
+
+    Args:
+        found: The closed form's answer.
+        estimate: Makes another one of a changed recipe.
+        config: The base's config.json.
+        reporter: Gets the progress.
+    """
+
+    def run(found: RecipeEstimate) -> RecipeEstimate:
+        memory, recipe = found.memory, found.question.recipe
+        tokens = memory.micro_batch_tokens
+        accumulates = recipe.training.batch_size * found.longest_tokens > tokens  # else all of a step is in one
+        dry = DryRun(found.question, config, tokens, memory.gradient_checkpointing, accumulates)
+        return replace(found, exact=dry.run(reporter))
+
+    recipe, exact = found.question.recipe, run(found)
+    undecided = recipe.training.gradient_checkpointing == "auto" and not found.memory.gradient_checkpointing
+    if exact.fits is not False or not undecided:
+        return exact
+    training = recipe.training.model_copy(update={"gradient_checkpointing": True})
+    with_it = estimate(recipe.model_copy(update={"training": training}))
+    return replace(run(with_it), without_checkpointing=exact.exact)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +96,8 @@ def estimate(
         headroom: Share of a card's memory that must stay free; 0.05 where None.
         fit: A card: the estimate says how large micro-batch, row and rank can be on it.
         price_per_hour: Of the card, in any currency.
-        exact: Run the training step on fake tensors besides; the verdict goes by that.
+        exact: Run the training step on fake tensors besides; the verdict goes by that. Done unasked where a card is
+            named and the model has layers that the closed form does not count.
         reporter: Gets the progress of preparing rows and of the dry run; silent where None.
     """
     from lorafit.devices import parse_gpu
@@ -117,16 +117,13 @@ def estimate(
     rows = read_lengths(loaded, reporter or Silent())
     options = Options(device, headroom, fit_device, price_per_hour)
     with placed(loaded):
-        found = estimate_recipe(loaded.recipe, find_shape(config), rows, options)
-    if not exact:
+        estimate = partial(estimate_recipe, shape=find_shape(config), rows=rows, options=options)
+        found = estimate(loaded.recipe)
+    if not exact and not found.needs_dry_run:
         return found
-    from lorafit.dryrun import DryRun
+    from lorafit.dryrun import run_estimated
 
-    memory = found.memory
-    step_tokens = loaded.recipe.training.batch_size * found.longest_tokens  # all of it in one micro-batch?
-    accumulates = step_tokens > memory.micro_batch_tokens
-    dry = DryRun(found.question, config, memory.micro_batch_tokens, memory.gradient_checkpointing, accumulates)
-    return replace(found, exact=dry.run(reporter))
+    return run_estimated(found, estimate, config, reporter)
 
 
 def compare_cards(

@@ -339,6 +339,11 @@ def _warnings(
         found.append(
             f"the longest row has {dataset.longest_tokens} tokens; the model was made for {shape.max_positions}"
         )
+    if shape.scanning_layers:
+        found.append(
+            f"{shape.scanning_layers} of {shape.layers} layers carry a state along the row (Mamba, linear attention), "
+            "which this plan's memory does not count: see lorafit estimate-memory --exact"
+        )
     if shape.expert_parameters and recipe.model.quantization.kind != "none":
         share = shape.expert_parameters / shape.total_parameters
         found.append(

@@ -87,7 +87,7 @@ def _head(estimate: RecipeEstimate) -> Iterator[str]:
     if shape.scanning_layers and estimate.exact is None:
         yield (
             f"too low: {shape.scanning_layers} of {shape.layers} layers carry a state along the row (Mamba, linear "
-            "attention), which is not counted here; --exact counts it"
+            "attention), which is not counted here; --exact counts it, and a card's name (--gpu) turns that on"
         )
     if memory.unquantized_expert_bytes:
         yield f"{format_bytes(memory.unquantized_expert_bytes)} of weights are experts, which no quantisation reaches"
@@ -264,6 +264,14 @@ def _verdict(estimate: RecipeEstimate) -> Iterator[tuple[str, str]]:
         marks = [saving.note] if saving.note else []
         marks += ["then it fits"] if saving.fits and not estimate.fits else []
         yield f"{format_bytes(saving.saved_bytes):>10}  {'; '.join([saving.switch, *marks])}", ""
+    if estimate.needs_dry_run:
+        if estimate.savings:
+            yield (
+                "at least so much: what layers with a state along the row hold is counted by dry runs alone",
+                "",
+            )
+        if estimate.options.fit is not None:
+            yield "the largest micro-batch, row and rank are not looked for in such models; try values with --set", ""
     if estimate.enough is not None:
         yield f"fits, with {format_bytes(estimate.enough.needed_bytes)}: {estimate.enough.shown}", "bold"
 

@@ -93,7 +93,7 @@ class RecipeEstimate(Printed):
     total_parameters: int
     trainable_parameters: int
     options: Options
-    without_checkpointing: MemoryEstimate | None
+    without_checkpointing: MemoryEstimate | ExactEstimate | None
     epochs: float
     cost: RunCost
     methods: tuple[Method, ...]
@@ -107,6 +107,11 @@ class RecipeEstimate(Printed):
     def device(self) -> DeviceFacts | None:
         """The card of `--gpu`, else of `--fit`: what all is planned for."""
         return self.options.card
+
+    @property
+    def needs_dry_run(self) -> bool:
+        """Whether the closed form cannot say if it fits: it does not count what some layers of the model hold."""
+        return self.device is not None and self.question.shape.scanning_layers > 0
 
     @property
     def fits(self) -> bool | None:
@@ -140,6 +145,9 @@ class RecipeEstimate(Printed):
         if self.fits is False and self.options.gpu is not None:
             device, enough = self.options.gpu, self.enough
             hopeless = f"no three switches are enough, {self.larger}"
+            if self.needs_dry_run:
+                tries = [saving.switch for saving in self.savings[:2]]
+                hopeless = f"try {' or '.join(tries)}; {self.larger}" if tries else self.larger
             raise DoesNotFitError(
                 f"does not fit: needs {format_bytes(self.needed_bytes)}, {device.name} has "
                 f"{format_bytes(device.memory_bytes)} usable, of which {self.options.headroom:.0%} stay free",
@@ -249,6 +257,7 @@ def estimate_recipe(
         adapter.trainable_parameters(recipe.adapter, linear) for linear in adapter.targets(recipe.adapter, shape)
     )
     epochs = run_epochs(recipe, facts.rows) if facts is not None else 0.0
+    counted_on = None if shape.scanning_layers else device  # a figure that is too low fits nowhere
     return RecipeEstimate(
         name=recipe.name,
         model=recipe.model.base,
@@ -274,8 +283,8 @@ def estimate_recipe(
             dtype=question.dtype,
             price_per_hour=options.price_per_hour,
         ),
-        methods=compare_methods(question, tokens, checkpointing, device, headroom),
-        savings=find_savings(question, tokens, checkpointing, device, headroom),
+        methods=compare_methods(question, tokens, checkpointing, counted_on, headroom),
+        savings=find_savings(question, tokens, checkpointing, counted_on, headroom),
         enough=_find_enough(question, memory, facts, device, headroom),
         fit=_fit(recipe, shape, facts, options),
         question=question,
@@ -304,7 +313,7 @@ def _find_enough(
     device: DeviceFacts | None,
     headroom: float,
 ) -> Enough | None:
-    if device is None or fits(memory, device.memory_bytes, headroom):
+    if device is None or question.shape.scanning_layers or fits(memory, device.memory_bytes, headroom):
         return None
 
     def estimate(changed: Recipe) -> MemoryEstimate:
@@ -338,7 +347,7 @@ def _ask(
 
 
 def _fit(recipe: Recipe, shape: ModelShape, facts: DatasetFacts | None, options: Options) -> Fit | None:
-    if options.fit is None:
+    if options.fit is None or shape.scanning_layers:
         return None
     question = _ask(recipe, shape, facts, options.fit, options.headroom)
     asked = recipe.training.micro_batch_tokens
