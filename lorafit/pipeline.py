@@ -117,13 +117,13 @@ def estimate(
     rows = read_lengths(loaded, reporter or Silent())
     options = Options(device, headroom, fit_device, price_per_hour)
     with placed(loaded):
-        estimate = partial(estimate_recipe, shape=find_shape(config), rows=rows, options=options)
-        found = estimate(loaded.recipe)
+        answer = partial(estimate_recipe, shape=find_shape(config), rows=rows, options=options)
+        found = answer(loaded.recipe)
     if not exact and not found.needs_dry_run:
         return found
     from lorafit.dryrun import run_estimated
 
-    return run_estimated(found, estimate, config, reporter)
+    return run_estimated(found, answer, config, reporter)
 
 
 def compare_cards(
