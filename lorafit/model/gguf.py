@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ def convert_gguf(file: Path, bases: Path, reporter: Reporter) -> Path:
         reporter.info(f"converting {file.name} to safetensors, once, into {folder}")
         try:
             with atomic_dir(folder, replace=True) as temporary:
-                _convert(file, temporary)
+                _convert(file, temporary, reporter)
         except UsageError:
             if not _is_whole(folder):  # else another process was first, without our lock
                 raise
@@ -112,14 +111,32 @@ def _dtype(file: Path) -> torch.dtype:
     return {"F32": torch.float32, "F16": torch.float16}.get(elements.most_common(1)[0][0], torch.bfloat16)
 
 
-def _convert(file: Path, target: Path) -> None:
+@contextlib.contextmanager
+def _tensors_shown(reporter: Reporter) -> Iterator[None]:
+    """Shows how many tensors transformers has read in our bar, in place of its own, which knows no switch."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def read(tensors: Sequence[Any], **options: Any) -> Iterator[Any]:
+        with reporter.track(len(tensors), "converting tensors") as bar:
+            for tensor in tensors:
+                yield tensor
+                bar.advance(1)
+
+    theirs = reader.tqdm
+    reader.tqdm = read
+    try:
+        yield
+    finally:
+        reader.tqdm = theirs
+
+
+def _convert(file: Path, target: Path, reporter: Reporter) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from lorafit.model.quiet import quiet_libraries
 
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    bars = contextlib.redirect_stderr(io.StringIO())  # the reader's own bar knows no switch
-    with quiet_libraries(), _errors(file), bars:
+    with quiet_libraries(), _errors(file), _tensors_shown(reporter):
         place = str(file.parent)
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(

@@ -19,6 +19,7 @@ from lorafit.contracts import Silent
 from lorafit.errors import ModelError, SafetyError
 from lorafit.model.base import Base, fingerprint, load_config, read_config, resolve_base
 from lorafit.model.weights import read_header
+from lorafit.reporting import ConsoleReporter
 from tests.unit.model.conftest import make_llama
 
 
@@ -173,6 +174,17 @@ def test_gguf_is_converted_once_repeatably_and_named_by_content(tmp_path: Path, 
     (base.path / "MANIFEST").unlink()  # without it the folder does not exist: converted anew, to the same bytes
     again = resolve("tiny.gguf", tmp_path)
     assert (again.path / "model.safetensors").read_bytes() == first and again == base
+
+
+def test_converting_shows_how_far_it_is(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file takes minutes: a bar over its tensors, and nothing of the libraries' own."""
+    write_gguf(tmp_path / "tiny.gguf")
+    resolve_base(section("tiny.gguf"), tmp_path, ConsoleReporter(verbose=True))
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith("converting tiny.gguf to safetensors")
+    assert [line.split("  ")[0] for line in said[1:]] == [f"converting tensors {n}/11" for n in range(1, 12)]
 
 
 def _resolve_in_child(folder: str, results: Any) -> None:
