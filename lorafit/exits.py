@@ -87,7 +87,7 @@ def _report(error: LorafitError, json_head: dict[str, Any] | None) -> int:
             sys.stdout.flush()
     for part in parts if isinstance(error, Problems) else ():
         _say(f"error: {part.one_line}")
-    if isinstance(error, StoppedBySignal) and sys.stderr.isatty():
+    if error.exit_code == 128 + signal.SIGINT and sys.stderr.isatty():
         _say("")  # the terminal wrote ^C into this line
     _say(f"error: {error.one_line}")
     return error.exit_code

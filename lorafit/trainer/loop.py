@@ -121,7 +121,7 @@ class Trainer:
         self.log = MetricsLog(store.run.metrics, reporter, enabled=accelerator.is_main_process)
         self.environment = Environment.here(accelerator.device.type, accelerator.num_processes)
         self.trackers = Trackers(accelerator, reporter)
-        self.signals = StopSignals()
+        self.signals = StopSignals(self.reporter.info)
         at_once = resolved.micro_batches_at_once
         self.abreast = Abreast(at_once, self.parameters) if at_once > 1 else None
         self.feed = StepFeed(self._micro_batches, plan.total_steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -22,13 +22,24 @@ class StopRequested(Exception):  # noqa: N818 - a wish, not an error
         self.number = number
 
 
+def _what_follows(number: int) -> str:
+    """What the loop does now, for whoever waits."""
+    again = "; press Ctrl-C again to stop at once, without it" if number == signal.SIGINT else ""
+    return f"stopping: saving a checkpoint of the last whole step{again}"
+
+
 class StopSignals:
     """While entered, signals set `received` instead of ending the process; afterwards the handlers are as before.
 
     A second SIGINT ends at once, without saving. Outside the main thread Python takes no handlers, and none are set.
+
+    Args:
+        says: Gets one sentence when the first signal comes; a step can be long, and a person waits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, says: Callable[[str], None] = lambda sentence: None) -> None:
+        self._says = says
+        self._saying: threading.Thread | None = None
         self.received: int | None = None
         self._may_interrupt = False
         self._before: dict[int, Any] = {}
@@ -45,10 +56,17 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        if self._saying is not None:
+            self._saying.join()
+            self._saying = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise StoppedBySignal("stopped by a second SIGINT: the last steps are not saved", signal_number=number)
+        if self.received is None:
+            # From a thread: a handler that writes may have come in the midst of a write.
+            self._saying = threading.Thread(target=self._says, args=(_what_follows(number),), daemon=True)
+            self._saying.start()
         self.received = number
         if self._may_interrupt:
             raise StopRequested(number)

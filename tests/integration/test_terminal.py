@@ -110,3 +110,28 @@ def test_ctrl_c_while_workers_prepare_rows(world: World, presses: int) -> None:
         assert time.monotonic() - pressed < 20
         assert "Traceback" not in terminal.text and "Exception" not in terminal.text, terminal.text
         assert list_group(terminal.process.pid) == []
+
+
+def test_training_on_a_terminal_of_80_columns(world: World) -> None:
+    """The line shows how far it is and how long it takes; Ctrl-C is answered at once; the command to copy is whole."""
+    world.recipe(("max_steps: 2", "max_steps: 50000"))
+    output = f"runs/{'a-long-name-' * 6}"
+    with on_terminal(world, "train", "r.yaml", "--output", output) as terminal:
+        figures = r"loss [\d.]+  tok/s \d+ +(GiB [\d.]+ of est\. [\d.]+ +)?(\d+:)?\d\d:\d\d"
+        terminal.read(lambda seen: re.search(rf"training [^\r]* \d\d/50000 {figures}\r", seen.text) is not None)
+        terminal.type(CTRL_C)
+        terminal.read()
+        assert terminal.process.wait(30) == 130
+    said = terminal.text.replace("\r\n", "\n")
+    assert said.count("stopping: saving a checkpoint of the last whole step; press Ctrl-C again to stop at once") == 1
+    (last,) = re.findall(r"^error: stopped by SIGINT: saved step .*$", said, re.MULTILINE)
+    assert last.endswith(f"go on with: lorafit train r.yaml --output {output} --resume")
+    assert said.index("stopping: ") < said.index("error: ")
+
+
+def test_what_is_to_be_copied_stands_on_one_line(world: World) -> None:
+    output = f"runs/{'a-long-name-' * 6}"
+    with on_terminal(world, "train", "r.yaml", "--output", output, columns=60) as terminal:
+        terminal.read()
+        assert terminal.process.wait(30) == 0
+    assert f"the adapter of step 2 is in {output}/adapter; next: lorafit eval {output}\r\n" in terminal.text

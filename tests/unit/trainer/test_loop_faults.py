@@ -18,6 +18,7 @@ from tiny_run import Job, Rows, TinyPlan
 from lorafit import rundir
 from lorafit.errors import NumericsError, ResourceError, StoppedBySignal
 from lorafit.recipe.schema import EarlyStoppingSection
+from lorafit.trainer.signals import StopSignals
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.step import accumulate_gradients
 
@@ -204,12 +205,17 @@ def test_signals_save_the_edge_and_handlers_are_restored(job: Callable[..., Job]
     one = job()
     trainer = one.trainer()
     trainer.lr_at = lambda step: 1e-3 if step < 3 else os.kill(os.getpid(), number) or 1e-3
+    said: list[str] = []
+    trainer.reporter.info = said.append
+    trainer.signals = StopSignals(trainer.reporter.info)
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with pytest.raises(StoppedBySignal, match=f"stopped by {name}: saved step 3") as stopped:
         trainer.fit(TrainState())
     assert stopped.value.exit_code == 128 + number
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
     assert one.store.open().state.step == 3  # type: ignore[union-attr]
+    (told,) = said
+    assert told.startswith("stopping: saving a checkpoint") and ("Ctrl-C" in told) == (name == "SIGINT")
 
 
 def test_a_signal_ends_an_evaluation_which_the_resume_makes_up_for(job: Callable[..., Job]) -> None:
