@@ -20,3 +20,8 @@ def counted(number: float, noun: str) -> str:
 def alternatives(names: Sequence[str]) -> str:
     """`a`, `a or b`, `a, b or c`."""
     return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def agreed(number: float, one: str, many: str) -> str:
+    """The form of a verb that goes with a number: `is` of 1 row, `are` of 2."""
+    return one if number == 1 else many

@@ -27,6 +27,7 @@ from lorafit.data.overlong import SURE_FACTOR
 from lorafit.data.sample_renderer import Renderer
 from lorafit.data.store import Chunk, pack_chunk
 from lorafit.errors import DataError, ResourceError
+from lorafit.wording import counted
 
 Encode = Callable[[Sample, Callable[[Sample], Encoded | None]], Encoded | None]
 PlacedSample = tuple[int, int, Sample]
@@ -129,7 +130,7 @@ class Encoder:
             result.lengths.append(("dropped", source, line, f"{reason}, and no trained token fits"))
         elif self.overlength == "split" and sample.text is not None:
             pieces = [self.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
-            result.lengths.append(("split", source, line, f"{reason}: {len(pieces)} rows"))
+            result.lengths.append(("split", source, line, f"{reason}: {counted(len(pieces), 'row')}"))
             return [piece for piece in pieces if piece is not None]
         elif self.overlength == "drop":
             result.lengths.append(("dropped", source, line, reason))

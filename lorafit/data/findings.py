@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.data.report import DataReport, SplitReport, describe_fates, find_contradictions, find_overlaps
 from lorafit.recipe.schema import ValidationFraction
-from lorafit.wording import counted
+from lorafit.wording import agreed, counted
 
 if TYPE_CHECKING:
     from lorafit.data.sample_renderer import Renderer
@@ -41,7 +41,8 @@ def finish_report(
     for overlap in overlaps:
         one, other = overlap.places[0]
         warnings.append(
-            f"{overlap.rows} rows of {overlap.second} occur in {overlap.first} as well, the first at {other} and {one}"
+            f"{counted(overlap.rows, 'row')} of {overlap.second} {agreed(overlap.rows, 'occurs', 'occur')} in "
+            f"{overlap.first} as well, the first at {other} and {one}"
         )
     contradictions = find_contradictions(sets["train"]) if "train" in sets else None
     if contradictions is not None:
@@ -52,7 +53,7 @@ def finish_report(
         warnings += describe_fates(split, report, data.max_length)
         for what, count in sorted(report.seen.items()):
             if not what.startswith("history: "):
-                warnings.append(f"{split}: {what} in {count} rows")
+                warnings.append(f"{split}: {what} in {counted(count, 'row')}")
     for samples in sources.values():
         warnings += [warning for source in samples.sources for warning in source.warnings()]
     warnings += [] if is_decided else _warn_of_verbatim(sources, data, renderer)

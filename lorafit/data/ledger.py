@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.data.template_names import KEY as TEMPLATE_KEY
 from lorafit.errors import DataError, LorafitError, Problems
+from lorafit.wording import agreed, counted
 
 if TYPE_CHECKING:
     from lorafit.recipe.schema import BadRowsSection
@@ -161,7 +162,7 @@ class Ledger:
         source = self.sources[number]
         limit = f"the limit bad_rows.max_fraction is {self._bad_rows.max_fraction:g}"
         first = next((f"; first: line {note.line}: {note.reason}" for note in self.notes if note.source == number), "")
-        what = f"{source.bad} of {source.read} rows are bad, {limit}{first}"
+        what = f"{source.bad} of {counted(source.read, 'row')} {agreed(source.bad, 'is', 'are')} bad, {limit}{first}"
         return DataError(what, file=source.file, todo="correct them, or raise the limit")
 
     def to_json(self) -> dict[str, Any]:

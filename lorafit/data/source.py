@@ -27,6 +27,7 @@ from lorafit.errors import IN_MEMORY, DataError, LorafitError, RecipeError, rais
 from lorafit.kinds.fields import listed
 from lorafit.kinds.formats import formats, required_fields
 from lorafit.registry import nearest
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter, Sample
@@ -143,7 +144,7 @@ class Source:
         for column, count in sorted(self.unread.items()):
             todo = explain_unread(column, columns, self._reader)
             if todo is not None:
-                said.append(f"{self.shown}: column '{column}' ({count} rows) is not read; {todo}")
+                said.append(f"{self.shown}: column '{column}' ({counted(count, 'row')}) is not read; {todo}")
         for column in sorted(self._absent if not self._prompts else ()):  # what a prompt must have is an error
             said.append(f"{self.shown}: columns names '{column}', which none of the first rows has; correct the recipe")
         if self._path is not None and suffix_of(self._path) == ".xlsx":

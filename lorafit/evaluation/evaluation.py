@@ -10,6 +10,7 @@ from lorafit.errors import row_place
 from lorafit.evaluation.generate import Answer
 from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison
 from lorafit.kinds.metrics import RowScore
+from lorafit.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,8 @@ class Unscored:
     def sentence(self) -> str:
         """For people."""
         if self.rows == self.of:
-            return f"{self.metric}: does not apply, none of {self.of} rows is {self.condition}"
-        return f"{self.metric}: {self.rows} of {self.of} rows left out, it needs {self.condition}"
+            return f"{self.metric}: does not apply, none of {counted(self.of, 'row')} is {self.condition}"
+        return f"{self.metric}: {self.rows} of {counted(self.of, 'row')} left out, it needs {self.condition}"
 
 
 @dataclass(frozen=True, slots=True)

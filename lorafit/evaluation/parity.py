@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import NumericsError
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ class Parity:
 
     def describe(self) -> list[str]:
         """For people, line by line."""
-        where = f"{self.rows} prompts ({self.tokens} tokens)"
+        where = f"{counted(self.rows, 'prompt')} ({counted(self.tokens, 'token')})"
         return [
             f"logits of merged against adapter on {where}: mean KL {self.mean_kl:.2g}",
             f"largest difference {self.max_logit_difference:.3g}, same first choice {self.top1_agreement:.1%}",

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorafit.kinds.metrics import Metric, RowScore
+from lorafit.wording import agreed, counted
 
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "not distinguishable", "too few rows"]
@@ -75,10 +76,11 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """The verdict with its numbers, for people."""
-        rows = f"{self.rows} row{'s' if self.rows != 1 else ''}"
+        rows = counted(self.rows, "row")
         change = f"from {self.show(self.base)} to {self.show(self.tuned)}"
         if self.rows < LEAST_ROWS:
-            return f"{self.name}: {rows} are too few to tell, {change}; a verdict needs at least {LEAST_ROWS}"
+            few = f"{rows} {agreed(self.rows, 'is', 'are')} too few to tell"
+            return f"{self.name}: {few}, {change}; a verdict needs at least {LEAST_ROWS}"
         span = f"95 % interval {self.show_change(self.low)} to {self.show_change(self.high)}"
         head = f"{self.verdict} with {rows}" if self.verdict == "not distinguishable" else f"{self.verdict} on {rows}"
         rough = "; so few rows give a rough interval" if self.rows < ROUGH_ROWS else ""

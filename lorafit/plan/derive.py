@@ -239,7 +239,7 @@ def _warmup(recipe: Recipe, total_steps: int) -> int:
     asked = recipe.training.schedule.warmup_steps
     if asked is not None and asked > total_steps:
         raise RecipeError(
-            f"warmup_steps {asked} is more than the {total_steps} steps of the run",
+            f"warmup_steps {asked} is more than the {counted(total_steps, 'step')} of the run",
             key="training.schedule.warmup_steps",
             todo="lower it, or use warmup_ratio",
         )
@@ -316,7 +316,8 @@ def _warnings(
         )
     if training.batch_size > dataset.rows:
         found.append(
-            f"batch_size {training.batch_size} is more than the {dataset.rows} rows: every step is a whole epoch"
+            f"batch_size {training.batch_size} is more than the {counted(dataset.rows, 'row')}: "
+            "every step is a whole epoch"
         )
     if total_steps < FEW_STEPS:
         steps = counted(total_steps, "optimizer step")
@@ -333,7 +334,8 @@ def _warnings(
     every = recipe.evaluation.every_steps
     if every is not None and every > total_steps:
         found.append(
-            f"evaluation.every_steps {every} is more than the run's {total_steps} steps: evaluated at its end only"
+            f"evaluation.every_steps {every} is more than the run's {counted(total_steps, 'step')}: "
+            "evaluated at its end only"
         )
     if dataset.longest_tokens > shape.max_positions:
         found.append(

@@ -9,6 +9,7 @@ from lorafit.devices import format_bytes
 from lorafit.memory.estimate import ALLOCATOR_FACTOR
 from lorafit.plan.render import format_count
 from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
@@ -172,7 +173,7 @@ def _lengths(estimate: RecipeEstimate, block: str) -> Iterator[str]:
         return
     yield ""
     yield (
-        f"{facts.rows:,} rows of {facts.tokens / max(facts.rows, 1):,.0f} tokens on average, the longest "
+        f"{counted(facts.rows, 'row')} of {facts.tokens / max(facts.rows, 1):,.0f} tokens on average, the longest "
         f"{facts.longest_tokens:,} (data.max_length {estimate.max_length:,})"
     )
     most, width = max((rows for *_, rows in bars), default=1), len(f"{bars[-1][1]:,}") if bars else 1

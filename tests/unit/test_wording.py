@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorafit.wording import counted
+from lorafit.wording import agreed, counted
 
 MORE = [(2.5, "2.5 rows"), (2.0, "2 rows"), (1234.567, "1,234.57 rows"), (0.00123, "0.0012 rows"), (0.999, "1 row")]
 
@@ -15,3 +15,11 @@ MORE = [(2.5, "2.5 rows"), (2.0, "2 rows"), (1234.567, "1,234.57 rows"), (0.0012
 )
 def test_a_number_has_its_noun(number: float, said: str) -> None:
     assert counted(number, "row") == said
+
+
+def test_a_verb_goes_with_its_number() -> None:
+    assert [f"{counted(number, 'row')} {agreed(number, 'is', 'are')}" for number in (0, 1, 2)] == [
+        "0 rows are",
+        "1 row is",
+        "2 rows are",
+    ]

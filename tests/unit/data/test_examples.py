@@ -307,6 +307,7 @@ def test_overlaps_are_counted_and_warned_about(tmp_path: Path, prepare_rows: Pre
     assert ("train", "test") not in found
     assert found["validation", "retention"][0] == 4
     assert any("2 rows of validation occur in train" in warning for warning in listener.warnings)
+    assert any("1 row of test occurs in validation" in warning for warning in listener.warnings)
 
 
 def test_repeats_count_in_the_facts(tmp_path: Path, prepare_rows: Prepare) -> None:
@@ -796,7 +797,7 @@ def test_a_row_of_megabytes_is_refused_at_once(tmp_path: Path, prepare_rows: Pre
         (
             [chat("a?", "b."), {"messages": []}],
             {"bad_rows": {"policy": "skip", "max_fraction": 0.1}},
-            ["1 of 2 rows are bad", "0.1"],
+            ["1 of 2 rows is bad", "0.1"],
             {"bad_rows": {"policy": "skip", "max_fraction": 0.5}},
         ),
         ([chat("a? " * 90, "b."), chat("c?", "d.")], {"max_length": 64}, ["d.jsonl:1", "max_length is 64"], None),

@@ -116,6 +116,8 @@ def test_few_rows_get_no_verdict_or_a_warning():
     (many,) = compare("loss", metric, losses([4.0] * 30), losses([1.0] * 30), seed=0)
     assert five.verdict == "too few rows"
     assert f"5 rows are too few to tell, from 4.000 to 1.000; a verdict needs at least {LEAST_ROWS}" in five.sentence
+    (one,) = compare("loss", metric, losses([4.0]), losses([1.0]), seed=0)
+    assert "1 row is too few to tell" in one.sentence
     assert six.verdict == "better"
     assert "rough" in six.sentence
     assert "rough" not in many.sentence
