@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafit.rundir import atomic_file
+from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -140,11 +141,11 @@ class StepProfile(NoProfile):
         )
 
     def _table(self) -> str:
-        counted = [s for number, s in enumerate(self._steps, 1) if number > 1 and number not in _TRACED_STEPS]
-        counted = counted or self._steps[1:] or self._steps
-        mean = {name: sum(step[name] for step in counted) / len(counted) for name in PHASES}
+        taken = [s for number, s in enumerate(self._steps, 1) if number > 1 and number not in _TRACED_STEPS]
+        taken = taken or self._steps[1:] or self._steps
+        mean = {name: sum(step[name] for step in taken) / len(taken) for name in PHASES}
         whole = sum(mean.values()) or 1.0
-        lines = [f"phase       seconds a step   share   (mean of {len(counted)} steps)"]
+        lines = [f"phase       seconds a step   share   (mean of {counted(len(taken), 'step')})"]
         lines += [f"{name:<11} {mean[name]:>14.4f} {mean[name] / whole:>7.1%}" for name in PHASES]
         lines.append(f"{'step':<11} {whole:>14.4f}")
         if self._operations:

@@ -115,7 +115,7 @@ def test_columns_that_are_not_read_are_warned_about(tmp_path: Path) -> None:
     read(tmp_path, row, reporter)
     list(read_sources([SourceSection(path="d.jsonl")], tmp_path, BadRowsSection(), reporter))
     assert len(reporter.warnings) == 1
-    assert "column 'context' (1 rows) is not read" in reporter.warnings[0]
+    assert "column 'context' (1 row) is not read" in reporter.warnings[0]
     columns = yaml.safe_load(MAPPING.findall(reporter.warnings[0])[0])
     assert [turn["content"] for turn in read(tmp_path, row, columns=columns).messages or ()] == ["q\n\nc", "a"]
     reporter = Silent()

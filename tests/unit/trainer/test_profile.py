@@ -53,7 +53,7 @@ def test_trace_names_phases_and_operations(tmp_path: Path) -> None:
 def test_a_short_run_takes_what_it_has(tmp_path: Path, steps: int) -> None:
     _, profile = profiled(tmp_path, steps)
     table = profile.finish()
-    assert table is not None and "mean of 1 steps" in table
+    assert table is not None and "mean of 1 step)" in table
     assert (tmp_path / "trace.json.gz").exists() == (steps > 1)
 
 
