@@ -134,4 +134,6 @@ def test_what_is_to_be_copied_stands_on_one_line(world: World) -> None:
     with on_terminal(world, "train", "r.yaml", "--output", output, columns=60) as terminal:
         terminal.read()
         assert terminal.process.wait(30) == 0
-    assert f"the adapter of step 2 is in {output}/adapter; next: lorafit eval {output}\r\n" in terminal.text
+    (line,) = [line for line in terminal.text.split("\r\n") if line.startswith("the adapter of step 2 is in ")]
+    assert f" {output}/adapter; next: lorafit generate {output} --prompt TEXT" in line
+    assert line.endswith(f"lorafit eval {output} --set data.test=$PWD/FILE")
