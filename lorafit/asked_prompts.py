@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from lorafit.recipe.schema import SourceSection
 
 
+def check_prompts(*given: object) -> None:
+    """Refuses prompts that are given in none of the ways that there are, or in several, which None stands for.
+
+    Raises:
+        UsageError: As said.
+    """
+    if len(given) - given.count(None) != 1:
+        raise UsageError("needs a prompt", key="--prompt", todo="give either --prompt TEXT or --input FILE")
+
+
 def read_prompts(
     run_or_model: Path,
     prompt: str | None,
@@ -25,8 +35,6 @@ def read_prompts(
     """The prompts, before anything heavy starts. A run knows by its recipe what its rows call their columns."""
     from lorafit.data.prompts import column_names, read_prompt, read_prompt_file, read_prompt_rows
 
-    if [prompt, input_file, rows].count(None) != 2:
-        raise UsageError("needs a prompt", key="--prompt", todo="give either --prompt TEXT or --input FILE")
     if prompt is not None:
         return read_prompt(prompt)
     sources: list[SourceSection] = []

@@ -354,9 +354,10 @@ def generate(
     """
     check_arguments({"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed})
     reporter = reporter or Silent()
-    check_answerable(run_or_model, checkpoint)
-    from lorafit.asked_prompts import read_prompts
+    from lorafit.asked_prompts import check_prompts, read_prompts
 
+    check_prompts(prompt, input_file, rows)
+    check_answerable(run_or_model, checkpoint)
     prompts = read_prompts(run_or_model, prompt, input_file, rows, reporter)
     from lorafit.answering import open_speaker
     from lorafit.evaluation.generate import generate_answers
