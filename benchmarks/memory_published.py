@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.devices import cards, find_card, usable_bytes
 from lorafit.errors import LorafitError
+from lorafit.hardware import cards, find_card, usable_bytes
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory.estimate import ALLOCATOR_FACTOR, CONTEXT_BYTES, step_phases
 from lorafit.memory.work import Numerics, Work

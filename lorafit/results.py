@@ -132,9 +132,9 @@ class Trained(Printed):
         else:
             parts = [beside(fit.peak_memory_bytes, "resident", needed)]
         if (before := fit.peak_before_steps_bytes) is None:
-            parts[0] += " with loading and rehearsal"
+            parts[0] += " in all of the run"
         elif before > fit.peak_memory_bytes:
-            parts.append(f"{before / _MIB:,.0f} MiB before the first step (loading, rehearsal)")
+            parts.append(f"{before / _MIB:,.0f} MiB before the first step")
         if fit.live_tensors is not None:
             parts.append(beside(fit.live_tensors.tensor_bytes, "of live tensors counted", tensors))
         return "peak memory: " + ", ".join(parts)

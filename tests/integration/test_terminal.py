@@ -106,7 +106,7 @@ def test_ctrl_c_while_workers_prepare_rows(world: World, presses: int) -> None:
             time.sleep(0.05)
         pressed = time.monotonic()
         terminal.read(seconds=60)
-        assert terminal.process.wait(30) == 130
+        assert terminal.process.wait(30) in (130, -signal.SIGINT)  # a shell says 130 of both
         assert time.monotonic() - pressed < 20
         assert "Traceback" not in terminal.text and "Exception" not in terminal.text, terminal.text
         assert list_group(terminal.process.pid) == []
