@@ -835,7 +835,10 @@ def test_files_of_the_cache_that_hold_something_else_are_ignored(world: World, c
 # --- what nobody wrote into a recipe ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("begun", "resumed", "quantization"), [("1", "2", "nf4"), ("2", "1", "none")])
+@pytest.mark.parametrize(
+    ("begun", "resumed", "quantization"),
+    [("1", "2", "nf4"), pytest.param("2", "1", "none", marks=pytest.mark.slow)],
+)
 def test_a_resume_has_the_threads_of_its_run(world: World, begun: str, resumed: str, quantization: str) -> None:
     """Real processes: begun with one number of threads and resumed with another, it is the unbroken run bit for bit."""
     changes = [
