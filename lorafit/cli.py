@@ -316,7 +316,7 @@ def estimate_memory(
         float | None, typer.Option(metavar="PRICE", help="Of the card, in any currency: what the run will cost.")
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Run the training step itself on tensors without values: seconds.")
+        bool, typer.Option("--exact", help="Run the training step itself on tensors without values: up to a minute.")
     ] = False,
 ) -> None:
     """Itemised peak memory, time and cost, without weights and without a GPU."""

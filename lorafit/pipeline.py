@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.arguments import check_arguments
 from lorafit.contracts import Reporter, Silent
-from lorafit.errors import UsageError
+from lorafit.errors import ModelError, UsageError
 from lorafit.job import check_template, look_at_template, open_job, placed, prove
 from lorafit.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.rundir import RunDir, read_json
@@ -123,7 +123,12 @@ def estimate(
         return found
     from lorafit.dryrun import run_estimated
 
-    return run_estimated(found, answer, config, reporter)
+    try:
+        return run_estimated(found, answer, config, reporter)
+    except ModelError:
+        if exact:
+            raise
+        return found  # nobody asked for it; the verdict is that it cannot be told
 
 
 def compare_cards(

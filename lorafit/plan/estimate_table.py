@@ -33,6 +33,7 @@ _LABELS = {
 }
 _PHASE_BAR_CHARACTERS, _LENGTH_BAR_CHARACTERS = 8, 40
 _MOST_LENGTH_BARS = 8
+_VERDICTS = {True: "fits", False: "does not fit", None: "cannot be told, more than this is needed"}
 _SHARES = (UTILISATION, HIGH_UTILISATION, LOW_UTILISATION)
 
 
@@ -255,7 +256,7 @@ def _verdict(estimate: RecipeEstimate) -> Iterator[tuple[str, str]]:
     usable = device.memory_bytes * (1 - headroom)
     yield "", ""
     said = (
-        f"{'fits' if estimate.fits else 'does not fit'}: {format_bytes(estimate.needed_bytes)} of "
+        f"{_VERDICTS[estimate.fits]}: {format_bytes(estimate.needed_bytes)} of "
         f"{format_bytes(usable)} ({device.name}: {format_bytes(device.memory_bytes)} usable, {headroom:.0%} stay free)"
     )
     yield said, "bold green" if estimate.fits else "bold red"

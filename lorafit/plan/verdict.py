@@ -115,9 +115,10 @@ class RecipeEstimate(Printed):
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits on the card; None where none was named."""
+        """Whether it fits on the card; None where none was named, or the closed form is too low and no dry run ran."""
         device = self.device
-        return None if device is None else fits(self.exact or self.memory, device.memory_bytes, self.options.headroom)
+        found = None if device is None else fits(self.exact or self.memory, device.memory_bytes, self.options.headroom)
+        return None if found and self.needs_dry_run and self.exact is None else found
 
     @property
     def with_checkpointing_bytes(self) -> int | None:
@@ -142,6 +143,13 @@ class RecipeEstimate(Printed):
         Raises:
             DoesNotFitError: It does not fit on the card, or nothing at all does.
         """
+        if self.fits is None and self.options.gpu is not None:
+            raise DoesNotFitError(
+                f"cannot be told whether it fits: needs more than {format_bytes(self.needed_bytes)}, layers that carry "
+                "a state are not counted, and the model does not run on tensors without values",
+                key="--gpu",
+                todo="try a few steps: lorafit train --set training.max_steps=2",
+            )
         if self.fits is False and self.options.gpu is not None:
             device, enough = self.options.gpu, self.enough
             hopeless = f"no three switches are enough, {self.larger}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lorafit
-from lorafit.errors import DoesNotFitError
+from lorafit.errors import DoesNotFitError, ModelError
 from tests.zoo_models import tiny_config
 
 
@@ -57,3 +57,15 @@ def test_fit_is_a_verdict_and_no_search(recipe: dict[str, Any]) -> None:
     found = lorafit.estimate(recipe, fit="24GiB")
     assert found.fits and found.exact is not None and found.fit is None
     assert "not looked for in such models" in str(found)
+
+
+def test_where_no_dry_run_is_possible_nothing_is_said_to_fit(recipe: dict[str, Any]) -> None:
+    """Its forward branches on numbers: who did not ask for --exact is not told to leave it out."""
+    config = tiny_config("qwen4_exp_text").to_dict()
+    Path(recipe["model"]["base"], "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = lorafit.estimate(recipe, gpu="24GiB")
+    assert found.exact is None and found.fits is None and "cannot be told" in str(found)
+    with pytest.raises(DoesNotFitError, match="cannot be told whether it fits"):
+        found.raise_unless_fits()
+    with pytest.raises(ModelError, match="leave --exact out"):
+        lorafit.estimate(recipe, gpu="24GiB", exact=True)
