@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorafit.dryrun import DryRun
 from lorafit.errors import ModelError
+from lorafit.estimate.dry_run import DryRun
+from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape
 from lorafit.plan import MemoryQuestion
-from lorafit.plan.question import estimated_attention
+from lorafit.plan.step_memory import estimated_attention
 from lorafit.recipe.load import load_recipe
-from lorafit.shipped import shipped
 
 GIB = 2**30
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -100,13 +100,13 @@ def measure(recipe_file: Path) -> dict[str, Any]:
     """In a process of its own: trains, then asks both engines the same question."""
     import torch
 
-    from lorafit.dryrun import DryRun
+    from lorafit.estimate.dry_run import DryRun
     from lorafit.model.base import read_config
     from lorafit.model_shapes import read_shape
     from lorafit.ops.peak_memory import peak_memory_bytes
     from lorafit.pipeline import train
     from lorafit.plan import MemoryQuestion
-    from lorafit.plan.question import estimated_attention
+    from lorafit.plan.step_memory import estimated_attention
     from lorafit.recipe.load import load_recipe
 
     trained = train(recipe_file, measure_memory=True)

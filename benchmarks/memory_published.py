@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import LorafitError
-from lorafit.hardware import cards, find_card, usable_bytes
+from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.quantizations import quantizations
+from lorafit.machine.hardware import cards, find_card, usable_bytes
+from lorafit.machine.shipped import shipped
 from lorafit.memory.estimate import ALLOCATOR_FACTOR, CONTEXT_BYTES, step_phases
-from lorafit.memory.work import Numerics, Work
+from lorafit.memory.layer_inputs import Numerics, Work
 from lorafit.model.class_shape import find_shape
 from lorafit.model_shapes import known_config
-from lorafit.shapes import LinearShape, ModelShape
-from lorafit.shipped import shipped
 
 GIB = 2**30
 HEADROOM = 0.05

@@ -77,7 +77,7 @@ def make_base(folder: Path, size: str) -> None:
     """Random weights in bf16, a few MiB at a time, in SHARDS files."""
     import torch
 
-    from lorafit.model.rebuild import row_blocks
+    from lorafit.model.merge.requantize import row_blocks
     from lorafit.model.weights import INDEX, build_header, bytes_of
 
     of = SIZES[size]
@@ -196,7 +196,7 @@ def merge_dequantized(folder: Path, _: str) -> dict[str, Any]:
     """What `lorafit merge RUN` does before it compares answers, which this run has no rows and no tokenizer for."""
     from lorafit.contracts import Silent
     from lorafit.model.base import Base, fingerprint, load_config
-    from lorafit.model.merge import merge_adapter
+    from lorafit.model.merge.stream import merge_adapter
 
     base, run = folder / "base", folder / "run"
     config = load_config(base)
@@ -224,7 +224,7 @@ def compare(folder: Path, _: str) -> dict[str, Any]:
     Returns:
         `equal`: share of values with the same bits. `furthest`: the largest difference over the larger value.
     """
-    from lorafit.model.rebuild import row_blocks
+    from lorafit.model.merge.requantize import row_blocks
     from lorafit.model.weights import read_index, read_rows
 
     ours, theirs = read_index(folder / "output"), read_index(folder / "peft")

@@ -32,8 +32,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lorafit.contracts import Sample, Silent
-from lorafit.data.examples import Prepared, build_renderer, prepare
-from lorafit.data.source import read_sources
+from lorafit.data.prepare import Prepared, build_renderer, prepare
+from lorafit.data.sources.source import read_sources
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import DataSection
 

@@ -196,7 +196,7 @@ def main() -> int:
     import torch
     from transformers.utils import logging
 
-    from lorafit.library_settings import set_library_defaults
+    from lorafit.machine.library_settings import set_library_defaults
     from tests.zoo_models import architectures
 
     set_library_defaults()

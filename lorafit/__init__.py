@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorafit.version import __version__
+from lorafit.machine.version import __version__
 
 if TYPE_CHECKING:
     from lorafit.api import estimate, evaluate, generate, merge, preview, train, validate

@@ -27,7 +27,7 @@ def main() -> None:
     except SystemExit:
         import signal
 
-        from lorafit.exits import end_at_once
+        from lorafit.console.exits import end_at_once
 
         signal.signal(signal.SIGINT, end_at_once)  # what is left is the interpreter's own end
         raise

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import LorafitError, UsageError
-from lorafit.library_settings import set_library_defaults
+from lorafit.machine.library_settings import set_library_defaults
 
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
-    from lorafit.plan import RecipeEstimate
-    from lorafit.results import Evaluated, Generated, Merged, Trained, Validated
+    from lorafit.estimate import RecipeEstimate
+    from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
 
 __all__ = ["LorafitError", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]
 
@@ -53,9 +53,9 @@ def _session(arguments: Mapping[str, Any], required: Sequence[str] = ()) -> Iter
         arguments: All of the function, by name.
         required: Those that may not be None, beside those that never may.
     """
-    from lorafit.arguments import check_arguments
-    from lorafit.cache import settle_home
-    from lorafit.reporting import ConsoleReporter
+    from lorafit.console.arguments import check_arguments
+    from lorafit.console.reporting import ConsoleReporter
+    from lorafit.files.cache import settle_home
 
     silent = Silent()
     try:
@@ -70,7 +70,7 @@ def _session(arguments: Mapping[str, Any], required: Sequence[str] = ()) -> Iter
         _name_as_parameters(error)
         raise
     except OSError as error:
-        from lorafit.exits import explain_os_error
+        from lorafit.console.exits import explain_os_error
 
         raise (explain_os_error(error) or error) from error
     finally:
@@ -360,7 +360,7 @@ def _flags(overrides: Overrides) -> list[str]:
 
 def _row_flags(key: str, name: str, rows: Rows | None) -> list[str]:
     """The flag that leads a split of the recipe to these rows, which lie in the cache by their content."""
-    from lorafit.memory_rows import keep_rows
+    from lorafit.data.sources.memory_rows import keep_rows
 
     return [] if rows is None else [keep_rows(rows, name, key)]
 

@@ -1,6 +1,6 @@
 """The command line. Bodies import lazily, so that `--help` needs neither torch nor pydantic.
 
-Results go to stdout, all else to stderr; `lorafit.exits` makes exit codes of errors.
+Results go to stdout, all else to stderr; `lorafit.console.exits` makes exit codes of errors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from lorafit.arguments import NUMBERS
-from lorafit.exits import exit_code, termination_as_error
-from lorafit.library_settings import set_library_defaults
+from lorafit.console.arguments import NUMBERS
+from lorafit.console.exits import exit_code, termination_as_error
+from lorafit.machine.library_settings import set_library_defaults
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -43,8 +43,8 @@ class Session:
     @property
     def reporter(self) -> Reporter:
         """Where progress and warnings go: stderr."""
-        from lorafit.cache import settle_home
-        from lorafit.reporting import ConsoleReporter
+        from lorafit.console.reporting import ConsoleReporter
+        from lorafit.files.cache import settle_home
 
         reporter = ConsoleReporter(quiet=self.quiet, verbose=self.verbose)
         if (said := settle_home()) is not None:
@@ -57,7 +57,7 @@ class Session:
         if self.json:
             typer.echo(json.dumps(result.to_json(), ensure_ascii=False, allow_nan=False))
         else:
-            from lorafit.reporting import result_console
+            from lorafit.console.reporting import result_console
 
             result.render(result_console())
 
@@ -76,7 +76,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         session = Session(**{name: values.pop(name) for name in _COMMON_FLAGS})
         _ran_with.append(session)
         if not session.debug:
-            from lorafit.reporting import quieten_libraries
+            from lorafit.console.reporting import quieten_libraries
 
             quieten_libraries()
         function(session, **values)
@@ -99,7 +99,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from lorafit.version import __version__
+        from lorafit.machine.version import __version__
 
         typer.echo(f"lorafit {__version__}")
         raise typer.Exit
@@ -286,7 +286,7 @@ def _list_cards(context: typer.Context, gpus: list[str] | None) -> list[str]:
     named = [name.strip() for each in gpus or [] for name in each.split(",")]
     if "list" not in named:
         return named
-    from lorafit.hardware import card_lines, cards
+    from lorafit.machine.hardware import card_lines, cards
 
     typer.echo(json.dumps({"cards": cards()}) if "--json" in (context.obj or ()) else "\n".join(card_lines()))
     raise typer.Exit

@@ -13,8 +13,8 @@
     ├── StoppedBySignal       128+n   stopped by signal n after its state was saved
     └── Problems                  ·   several errors at once; exits as its first
 
-A message reads `<file>[:line[:column]][: key]: <what>; <what to do>`. `lorafit.exits` is the one place that turns these
-into exit codes and prints them behind `error: `.
+A message reads `<file>[:line[:column]][: key]: <what>; <what to do>`. `lorafit.console.exits` is the one place that
+turns these into exit codes and prints them behind `error: `.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
 from lorafit.kinds.tasks import tasks
-from lorafit.version import installed_versions
-from lorafit.workspace import sources_of
+from lorafit.machine.version import installed_versions
+from lorafit.run.workspace import sources_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     import torch
 
     from lorafit.contracts import Examples, GenerationRow
-    from lorafit.data.examples import Prepared, Renderer
+    from lorafit.data.prepare import Prepared, Renderer
+    from lorafit.facts import DeviceFacts, ModelShape
     from lorafit.model.base import Base
     from lorafit.model.tokenizer_files import Companions
     from lorafit.objective import Objective
     from lorafit.plan import ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
     from lorafit.recipe.schema import Recipe
-    from lorafit.run_card import RunCard
-    from lorafit.shapes import DeviceFacts, ModelShape
+    from lorafit.run.card import RunCard
 
 _PROOF_TOKENS = 512
 _ROWS_TO_COMPARE = 16
@@ -73,7 +73,7 @@ class Job:
     def card(self, resolved: ResolvedPlan) -> RunCard:
         """What whoever answers with the run must know of it."""
         from lorafit.model.tokenizer_files import TokenizerFolder, digest_templates, end_with
-        from lorafit.run_card import RunCard
+        from lorafit.run.card import RunCard
 
         recipe, stop_ids = self.recipe, self.stop_ids()
         beside = TokenizerFolder(self.base.path, follows_links=True)
@@ -173,8 +173,8 @@ def open_job(
     recipe = loaded.recipe
     check_template(loaded)
     look_for_rows(loaded)
-    from lorafit.data.examples import build_renderer
-    from lorafit.devices import read_device
+    from lorafit.data.prepare import build_renderer
+    from lorafit.machine.devices import read_device
     from lorafit.model.base import resolve_base
     from lorafit.model.class_shape import find_shape
     from lorafit.model.load import load_tokenizer
@@ -211,9 +211,9 @@ def prepare_rows(
         DataError: Files or rows are bad.
         ModelError: A token has no row in the embedding, or there is no usable chat template.
     """
-    from lorafit.cache import cache_folder
-    from lorafit.data.examples import prepare
     from lorafit.data.id_range import check_examples
+    from lorafit.data.prepare import prepare
+    from lorafit.files.cache import cache_folder
 
     recipe = loaded.recipe
     with placed(loaded):
@@ -253,7 +253,7 @@ def look_at_template(named: str | None, folder: Path) -> None:
         RecipeError: It is neither a shipped name nor a file of text.
         ModelError: The file is no valid Jinja.
     """
-    from lorafit.data.template_names import KEY, SHIPPED_TEMPLATES, read_template
+    from lorafit.data.chat.template_names import KEY, SHIPPED_TEMPLATES, read_template
 
     try:
         text = read_template(named, folder)
@@ -261,7 +261,7 @@ def look_at_template(named: str | None, folder: Path) -> None:
         raise RecipeError(error.what, key=KEY, todo=error.todo) from error
     if text is None or named in SHIPPED_TEMPLATES:
         return
-    from lorafit.data.chat_template import compile_or_explain
+    from lorafit.data.chat.template import compile_or_explain
 
     try:
         compile_or_explain(text)
@@ -295,7 +295,7 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, 
     Raises:
         DataError: A file is missing, or cannot be read.
     """
-    from lorafit.data.source import read_sources
+    from lorafit.data.sources.source import read_sources
 
     errors: list[LorafitError] = []
     for key, sources in sources_of(loaded.recipe).items():

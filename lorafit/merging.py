@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from lorafit.answering import Tuned, open_lone_adapter, open_tuned
+from lorafit.answering.model import Tuned, open_lone_adapter, open_tuned
 from lorafit.errors import CheckpointError, ModelError
+from lorafit.files.rundir import read_object
 from lorafit.job import open_job
-from lorafit.model.merge import merge_adapter
+from lorafit.model.merge.stream import merge_adapter
 from lorafit.model.weights import read_index
-from lorafit.output_folder import check_output
-from lorafit.results import Merged
-from lorafit.rundir import read_object
-from lorafit.workspace import OpenedRun
+from lorafit.run.output_folder import check_output
+from lorafit.run.results import Merged
+from lorafit.run.workspace import OpenedRun
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -46,15 +46,15 @@ class _Comparison:
         Raises:
             NumericsError: The merge is further from the adapter than rounding explains.
         """
-        from lorafit.devices import cpu_memory_bytes
+        from lorafit.machine.devices import cpu_memory_bytes
 
         weights = sum(entry.size_bytes for entry in read_index(self._tuned.base.path).values())
         needed, free = int(_WEIGHTS_HELD * weights) + _LOADED_LIBRARIES_BYTES, int(_SPARE_SHARE * cpu_memory_bytes())
         if needed > free:
             self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
             return
+        from lorafit.answering.speaker import open_plain_model
         from lorafit.evaluation.parity import compare_merge, require_parity
-        from lorafit.evaluation.speaker import open_plain_model
 
         adapted = self._tuned.load(self._reporter)
         merged = open_plain_model(merged_folder, self._reporter)[0]()
@@ -146,7 +146,7 @@ def _rows_to_compare(opened: OpenedRun, reporter: Reporter) -> Rows | None:
 
 def _check_templates(adapter: Path, companions: Companions) -> None:
     """Raises ModelError where a template that is taken is not valid; it is compiled, and not run."""
-    from lorafit.data.chat_template import compile_or_explain
+    from lorafit.data.chat.template import compile_or_explain
 
     for text in companions.templates.values():
         try:

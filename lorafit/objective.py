@@ -46,7 +46,7 @@ class Objective(nn.Module):
 
     Attributes:
         masks_documents: Whether packed rows get a mask beside their positions, for models that do not build one from
-            positions alone. `lorafit.trainer.separation` finds out.
+            positions alone. `lorafit.trainer.packing_isolation` finds out.
     """
 
     def __init__(self, model: nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False) -> None:

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.arguments import check_arguments
+from lorafit.console.arguments import check_arguments
 from lorafit.contracts import Reporter, Silent
 from lorafit.errors import ModelError, UsageError
+from lorafit.files.rundir import RunDir, read_json
 from lorafit.job import check_template, look_at_template, open_job, placed, prove
-from lorafit.output_folder import check_output, check_own, check_reports, check_unused, claimed
-from lorafit.rundir import RunDir, read_json
-from lorafit.workspace import (
+from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
+from lorafit.run.workspace import (
     base_commit,
     began,
     check_answerable,
@@ -36,14 +36,14 @@ from lorafit.workspace import (
 
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
-    from lorafit.plan import CardComparison, RecipeEstimate
-    from lorafit.results import Evaluated, Generated, Merged, Trained, Validated
+    from lorafit.estimate import CardComparison, RecipeEstimate
+    from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
 
 
 def validate(recipe: Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Validated:
     """Checks a recipe and looks whether its chat template is there: no torch, no data, no model."""
     from lorafit.recipe.load import load_recipe
-    from lorafit.results import Validated
+    from lorafit.run.results import Validated
 
     loaded = load_recipe(recipe, overrides, look_at_template=look_at_template)
     check_template(loaded)
@@ -100,11 +100,12 @@ def estimate(
             named and the model has layers that the closed form does not count.
         reporter: Gets the progress of preparing rows and of the dry run; silent where None.
     """
-    from lorafit.devices import parse_gpu
-    from lorafit.local_rows import read_lengths
+    from lorafit.estimate import Options, check_headroom, estimate_recipe
+    from lorafit.estimate.local_rows import read_lengths
+    from lorafit.machine.devices import parse_gpu
     from lorafit.model.base import read_config
     from lorafit.model.class_shape import find_shape
-    from lorafit.plan import Options, check_headroom, check_price, estimate_recipe
+    from lorafit.plan import check_price
     from lorafit.recipe.load import load_recipe
 
     device = parse_gpu(gpu) if gpu is not None else None
@@ -121,7 +122,7 @@ def estimate(
         found = answer(loaded.recipe)
     if not exact and not found.needs_dry_run:
         return found
-    from lorafit.dryrun import run_estimated
+    from lorafit.estimate.dry_run import run_estimated
 
     try:
         return run_estimated(found, answer, config, reporter)
@@ -135,8 +136,8 @@ def compare_cards(
     recipe: Path | Mapping[str, Any], gpus: Sequence[str], *, fit: str | None = None, **options: Any
 ) -> CardComparison:
     """The recipe on several cards, a row each; `options` are those of `estimate`, all but what is of one card alone."""
-    from lorafit.devices import parse_gpu
-    from lorafit.plan import CardComparison
+    from lorafit.estimate import CardComparison
+    from lorafit.machine.devices import parse_gpu
 
     for name, value in (("--fit", fit), ("--price-per-hour", options.get("price_per_hour"))):
         if value is not None:
@@ -176,10 +177,10 @@ def train(
         reporter: Gets progress and warnings; silent where None.
     """
     from lorafit.kinds.tasks import tasks
-    from lorafit.model.shippable import check_shippable_unloaded
+    from lorafit.model.merge.shippable import check_shippable_unloaded
     from lorafit.plan import ResolvedPlan, plan, require_fit
     from lorafit.recipe.load import load_recipe
-    from lorafit.results import Trained
+    from lorafit.run.results import Trained
     from lorafit.training import Training
 
     reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
@@ -241,13 +242,13 @@ def evaluate(
     opened = open_run(run_or_recipe, overrides)
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     _, step = opened.adapter(checkpoint)  # said before the libraries are loaded
-    from lorafit.answering import changed_evaluation, open_evaluation, open_tuned, settle_evaluation
+    from lorafit.answering.model import changed_evaluation, open_evaluation, open_tuned, settle_evaluation
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
     from lorafit.evaluation.runner import evaluate_pair
     from lorafit.model.adapter import adapter_tensors
     from lorafit.model.inspect import coverage
-    from lorafit.results import Evaluated
+    from lorafit.run.results import Evaluated
 
     opened = settle_evaluation(opened, overrides, reporter)
     split = split or usual_split(opened.loaded.recipe)
@@ -359,15 +360,15 @@ def generate(
     """
     check_arguments({"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed})
     reporter = reporter or Silent()
-    from lorafit.asked_prompts import check_prompts, read_prompts
+    from lorafit.answering.prompts import check_prompts, read_prompts
 
     check_prompts(prompt, input_file, rows)
     check_answerable(run_or_model, checkpoint)
     prompts = read_prompts(run_or_model, prompt, input_file, rows, reporter)
-    from lorafit.answering import open_speaker
-    from lorafit.evaluation.generate import generate_answers
-    from lorafit.evaluation.isolation import adapter_off, evaluating
-    from lorafit.results import Generated
+    from lorafit.answering.generate import generate_answers
+    from lorafit.answering.model import open_speaker
+    from lorafit.ops.isolation import adapter_off, evaluating
+    from lorafit.run.results import Generated
 
     if compare_base and is_model(run_or_model):
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")

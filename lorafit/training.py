@@ -10,22 +10,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Reporter, Silent
+from lorafit.files.rundir import RunDir, check_manifest, read_object, write_json
 from lorafit.job import load_base, prove, torch_dtype
 from lorafit.kinds.tasks import tasks
-from lorafit.rundir import RunDir, check_manifest, read_object, write_json
-from lorafit.version import installed_versions
-from lorafit.workspace import check_same_facts, describe_run, read_base_digest
+from lorafit.machine.version import installed_versions
+from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lorafit.facts import LinearShape
     from lorafit.job import Job
     from lorafit.model.content import Content
     from lorafit.objective import Objective
     from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan
-    from lorafit.results import Trained
-    from lorafit.run_card import RunCard
-    from lorafit.shapes import LinearShape
+    from lorafit.run.card import RunCard
+    from lorafit.run.results import Trained
     from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore
     from lorafit.trainer.loop import Trainer
     from lorafit.trainer.speed import Speed
@@ -55,10 +55,10 @@ class Training:
         from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
         from lorafit.ops.rng import seed_rng
         from lorafit.plan import require_fit
-        from lorafit.results import Trained, describe_resolved
+        from lorafit.run.results import Trained, describe_resolved
         from lorafit.trainer.checkpoint import CheckpointStore
+        from lorafit.trainer.optimizer_state import taken_back
         from lorafit.trainer.state import FitResult, TrainState
-        from lorafit.trainer.tensors import taken_back
         from lorafit.trainer.tracking import build_accelerator, check_same_rows, part
 
         job, recipe = self.job, self.job.recipe
@@ -185,7 +185,7 @@ class Training:
         """The base with its adapter, which is the planned one, and can be merged and loaded again."""
         from lorafit.model.agreement import check_plan
         from lorafit.model.load import attach_adapter
-        from lorafit.model.shippable import check_shippable
+        from lorafit.model.merge.shippable import check_shippable
 
         job, recipe = self.job, self.job.recipe
         model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
@@ -202,7 +202,7 @@ class Training:
 
     def _measure_speed(self, fit: FitResult, accelerator: Any) -> Speed | None:
         """The run's figures against what the machine can do."""
-        from lorafit.cache import cache_folder
+        from lorafit.files.cache import cache_folder
         from lorafit.plan.flops import count_flops
         from lorafit.trainer.speed import measure_speed
 
@@ -263,8 +263,8 @@ class Training:
         self, objective: Objective, accelerator: Any, checkpoint: Checkpoint | None, given: ResolvedPlan | None
     ) -> ResolvedPlan:
         """Settles `auto` on the run's real shapes."""
-        from lorafit.cache import cache_folder
         from lorafit.data.batch import StepRows
+        from lorafit.files.cache import cache_folder
         from lorafit.kinds.optimizers import optimizers
         from lorafit.memory import fits
         from lorafit.model.load import enable_checkpointing

@@ -198,7 +198,7 @@ def _check_peft(folder: Path, run: Path, quantization: str, ours: Any, walk: Wal
 
 def _own_logits(run: Path) -> tuple[Any, float]:
     """Of lorafit's own model of a run, and the share of its base that is quantised."""
-    from lorafit.answering import open_speaker
+    from lorafit.answering.model import open_speaker
     from lorafit.model.inspect import coverage
 
     model = open_speaker(run, None, None, Silent()).model
@@ -232,7 +232,7 @@ def _quantised_as(run: Path, quantization: str) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    from lorafit.answering import open_speaker
+    from lorafit.answering.model import open_speaker
 
     packed = set(json.loads((run / "quantization.json").read_text(encoding="utf-8"))["tensors"])
     base = open_speaker(run, None, None, Silent()).model.get_base_model()

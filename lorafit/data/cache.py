@@ -21,13 +21,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lorafit.cache import locked, own_folder, refuse_foreign
-from lorafit.rundir import TEMPORARY_PREFIX, atomic_dir, check_manifest, write_json
-from lorafit.strict_json import JsonError, read_json_file
+from lorafit.files.cache import locked, own_folder, refuse_foreign
+from lorafit.files.rundir import TEMPORARY_PREFIX, atomic_dir, check_manifest, write_json
+from lorafit.files.strict_json import JsonError, read_json_file
 
 Parts = Mapping[str, str]
 
-_CODE = ("strict_json.py", "data/*.py", "data/templates/*", "kinds/*.py", "kinds/formats/*.py", "kinds/tasks/*.py")
+_CODE = (
+    "files/strict_json.py",
+    "data/**/*.py",
+    "data/templates/*",
+    "kinds/*.py",
+    "kinds/formats/*.py",
+    "kinds/tasks/*.py",
+)
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorafit.console.wording import agreed, counted
 from lorafit.data.report import DataReport, SplitReport, describe_fates, find_contradictions, find_overlaps
 from lorafit.recipe.schema import ValidationFraction
-from lorafit.wording import agreed, counted
 
 if TYPE_CHECKING:
     from lorafit.data.sample_renderer import Renderer
-    from lorafit.data.source import SampleSet
+    from lorafit.data.sources.source import SampleSet
     from lorafit.data.store import ExampleSet
     from lorafit.recipe.schema import DataSection
 

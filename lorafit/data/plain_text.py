@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
 from lorafit.contracts import Encoded
-from lorafit.data.encode import TextEncoder
+from lorafit.data.text_encoder import TextEncoder
 from lorafit.data.truncate import Truncated, cut_tokens
 from lorafit.errors import DataError, ModelError
 

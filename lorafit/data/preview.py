@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorafit.console.wording import counted
 from lorafit.contracts import Printed, Sample
 from lorafit.errors import row_place
-from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from lorafit.data.examples import Prepared
+    from lorafit.data.prepare import Prepared
     from lorafit.data.report import Bar, SplitReport
     from lorafit.data.sample_renderer import Renderer
     from lorafit.data.store import ExampleSet

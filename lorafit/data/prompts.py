@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Sample, Silent
-from lorafit.data.columns import NO_PROMPT, Columns, find_format, no_prompt, rename, written
-from lorafit.data.patterns import find_files
-from lorafit.data.source import SampleSet, Source
-from lorafit.data.tables import are_numbers
+from lorafit.data.sources.patterns import find_files
+from lorafit.data.sources.row_columns import NO_PROMPT, Columns, find_format, no_prompt, rename, written
+from lorafit.data.sources.source import SampleSet, Source
+from lorafit.data.sources.tables import are_numbers
 from lorafit.errors import DataError, LorafitError, UsageError, raise_all
 from lorafit.kinds.formats import formats
 

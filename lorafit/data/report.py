@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafit.data.ledger import Ledger, SourceCounts
+from lorafit.console.wording import counted
+from lorafit.data.row_counts import Ledger, SourceCounts
 from lorafit.data.store import NO_PROMPT
 from lorafit.errors import row_place
-from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

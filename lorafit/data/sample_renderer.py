@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Encoded, GenerationRow, Message, Sample
-from lorafit.data.chat_template import compile_or_explain, template_sources
-from lorafit.data.clock import StoppedClock, read_clock, write_moment
+from lorafit.data.chat.clock import StoppedClock, read_clock, write_moment
+from lorafit.data.chat.render import ChatRenderer, Rendering
+from lorafit.data.chat.template import compile_or_explain, template_sources
+from lorafit.data.chat.template_names import read_template
 from lorafit.data.overlong import is_surely_longer, keep_head, keep_tail
 from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
-from lorafit.data.render import ChatRenderer, Rendering
-from lorafit.data.template_names import read_template
 from lorafit.errors import DataError, LorafitError
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Encoded
-from lorafit.data.encode import mark_trained
+from lorafit.data.text_encoder import mark_trained
 
 if TYPE_CHECKING:
-    from lorafit.data.render import ChatRenderer
+    from lorafit.data.chat.render import ChatRenderer
 
 Messages = Sequence[Mapping[str, Any]]
 

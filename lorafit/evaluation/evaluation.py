@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lorafit.answering.generate import Answer
+from lorafit.console.wording import counted
 from lorafit.errors import row_place
-from lorafit.evaluation.generate import Answer
 from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison
 from lorafit.kinds.metrics import RowScore
-from lorafit.wording import counted
 
 
 @dataclass(frozen=True, slots=True)

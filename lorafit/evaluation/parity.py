@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafit.console.wording import counted
 from lorafit.errors import NumericsError
-from lorafit.wording import counted
 
 if TYPE_CHECKING:
     import torch

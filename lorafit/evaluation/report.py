@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorafit.console.wording import counted
 from lorafit.errors import row_place
 from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
 from lorafit.evaluation.statistics import Comparison
-from lorafit.rundir import RunDir, atomic_file, write_json
-from lorafit.wording import counted
+from lorafit.files.rundir import RunDir, atomic_file, write_json
 
 HEADINGS = ("metric", "base", "tuned", "tuned 95 %", "difference", "95 % interval", "verdict", "rows better / worse")
 _MEBIBYTE = 1 << 20

@@ -12,8 +12,8 @@ from lorafit.evaluation.statistics import Comparison, compare
 from lorafit.kinds.metrics import RowScore, metrics
 
 if TYPE_CHECKING:
+    from lorafit.answering.generate import Answer
     from lorafit.contracts import Example, Examples, GenerationRow
-    from lorafit.evaluation.generate import Answer
 
 WORST_ROWS = 10
 

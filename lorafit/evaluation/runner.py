@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lorafit.answering.generate import BATCH_TOKENS, Answer, generate_answers
 from lorafit.data.batch import collate, cut_step
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
-from lorafit.evaluation.generate import BATCH_TOKENS, Answer, generate_answers
-from lorafit.evaluation.isolation import adapter_off, evaluating
 from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
+from lorafit.ops.isolation import adapter_off, evaluating
 from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
 
 if TYPE_CHECKING:

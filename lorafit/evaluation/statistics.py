@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lorafit.console.wording import agreed, counted
 from lorafit.kinds.metrics import Metric, RowScore
-from lorafit.wording import agreed, counted
 
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "not distinguishable", "too few rows"]

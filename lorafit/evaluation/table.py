@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lorafit.console.wording import counted
 from lorafit.evaluation.evaluation import Evaluation
 from lorafit.evaluation.report import HEADINGS, cells_of, describe, headline, texts_of
 from lorafit.evaluation.statistics import LEAST_ROWS, ROUGH_ROWS, Comparison, Verdict
-from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

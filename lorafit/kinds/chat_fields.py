@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lorafit.console.nearest import nearest
 from lorafit.contracts import Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.fields import Row, describe, listed, read_json, read_json_list, wrong_type
-from lorafit.registry import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MEANT = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorafit.console.nearest import nearest
 from lorafit.errors import DataError
-from lorafit.registry import nearest
-from lorafit.strict_json import JsonError, parse_json
+from lorafit.files.strict_json import JsonError, parse_json
 
 Row = Mapping[str, Any]
 

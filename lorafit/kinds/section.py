@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from lorafit.registry import Registry
+    from lorafit.kinds.registry import Registry
 
 PATH: Any = {"format": "path"}
 """`Field(json_schema_extra=PATH)` marks a path, relative to the recipe that it is written in."""

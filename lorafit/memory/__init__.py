@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from lorafit.memory.estimate import COMPONENTS, MemoryEstimate, Phase, estimate, fits, labels_of, needed_bytes
 from lorafit.memory.exact import ExactEstimate
-from lorafit.memory.work import Numerics
+from lorafit.memory.layer_inputs import Numerics
 
 __all__ = [
     "COMPONENTS",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.adapters import Adapter
 from lorafit.kinds.optimizers import OptimizerKind
 from lorafit.kinds.quantizations import Quantization, quantizations
@@ -17,10 +18,9 @@ from lorafit.memory.layer import (
     layer_peak,
     ungraded_bytes,
 )
+from lorafit.memory.layer_inputs import Numerics, Work
 from lorafit.memory.linear import fuses_linears, unpacked_bytes
-from lorafit.memory.work import Numerics, Work
-from lorafit.ops.pieces import chunk_labels
-from lorafit.shapes import LinearShape, ModelShape
+from lorafit.ops.chunk_sizes import chunk_labels
 
 if TYPE_CHECKING:
     from lorafit.memory.exact import ExactEstimate

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lorafit.facts import LinearShape, ModelShape
+from lorafit.memory.layer_inputs import Moment, Numerics, Operation, Work
 from lorafit.memory.linear import fuses_linears, linear_operation, own_copy_bytes
-from lorafit.memory.work import Moment, Numerics, Operation, Work
-from lorafit.ops.pieces import chunk_rows, largest_block
-from lorafit.shapes import LinearShape, ModelShape
+from lorafit.ops.chunk_sizes import chunk_rows, largest_block
 
 
 @dataclass(frozen=True, slots=True)

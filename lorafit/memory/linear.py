@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from lorafit.memory.work import Moment, Operation, Work
-from lorafit.shapes import LinearShape
+from lorafit.facts import LinearShape
+from lorafit.memory.layer_inputs import Moment, Operation, Work
 
 
 def _adapter_reads(work: Work, input_bytes: int) -> int:

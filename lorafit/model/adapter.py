@@ -18,21 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.cache import known_hash
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError, SafetyError
+from lorafit.files.cache import known_hash
+from lorafit.files.portable import is_local_path
+from lorafit.files.rundir import MANIFEST, require_manifest
+from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.machine.version import __version__
 from lorafit.model.adapter_checks import check_fields, check_notes, check_values
-from lorafit.model.check import list_names
-from lorafit.model.homes import adapted_layers, find_home, note_homes
+from lorafit.model.check_weights import list_names
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.loading_note import note_loading
+from lorafit.model.merge.homes import adapted_layers, find_home, note_homes
 from lorafit.model.names import names_of
 from lorafit.model.weights import TensorEntry, read_header, read_rows
-from lorafit.portable import is_local_path
-from lorafit.run_card import RunCard
-from lorafit.rundir import MANIFEST, require_manifest
-from lorafit.strict_json import JsonError, read_json_file
-from lorafit.version import __version__
+from lorafit.run.card import RunCard
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorafit.errors import ModelError
-from lorafit.shapes import LinearShape
+from lorafit.facts import LinearShape
 
 _SHOWN = 3
 

@@ -1,7 +1,7 @@
 """Every byte of a base's weights, hashed: what a run was begun on, and what it must find again.
 
 `fingerprint` reads 4 KiB of each tensor and tells one base from another in milliseconds; an edit beside those bytes it
-does not see. This hash sees all of them, and names the tensor. A file is read once: `lorafit.cache` keeps its hashes
+does not see. This hash sees all of them, and names the tensor. A file is read once: `files.cache` keeps its hashes
 for as long as the file stays the same.
 """
 
@@ -18,11 +18,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from lorafit.cache import remember
 from lorafit.errors import CheckpointError
-from lorafit.model.check import list_names
+from lorafit.files.cache import remember
+from lorafit.files.rundir import read_object
+from lorafit.model.check_weights import list_names
 from lorafit.model.weights import TensorEntry, read_header, read_index
-from lorafit.rundir import read_object
 
 _HASHING = "tensors 1"
 _READ_BYTES = 4 << 20

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.cache import cache_folder
 from lorafit.errors import LorafitError, ModelError
+from lorafit.files.cache import cache_folder
 from lorafit.model.base import CONFIG, Base, check_made, fingerprint, load_config, resolve_base
 from lorafit.model.content import describe_difference, read_content
-from lorafit.run_card import BaseOrigin
+from lorafit.run.card import BaseOrigin
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

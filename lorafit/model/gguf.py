@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.cache import known_hash, locked, own_folder, refuse_foreign
 from lorafit.errors import ModelError, UsageError
-from lorafit.rundir import atomic_dir, check_manifest
+from lorafit.files.cache import known_hash, locked, own_folder, refuse_foreign
+from lorafit.files.rundir import atomic_dir, check_manifest
 
 if TYPE_CHECKING:
     import torch

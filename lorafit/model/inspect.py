@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError
-from lorafit.model.check import list_names
+from lorafit.model.check_weights import list_names
 from lorafit.model.names import Part, names_of, write_parts
 
 if TYPE_CHECKING:

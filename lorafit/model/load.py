@@ -15,7 +15,7 @@ from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.attention import loading_option, offer_attention
-from lorafit.model.check import check_finite, check_loading, check_weights
+from lorafit.model.check_weights import check_finite, check_loading, check_weights
 from lorafit.model.classes import find_auto_class
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
+from lorafit.console.nearest import nearest
 from lorafit.errors import RecipeError
-from lorafit.model.check import list_names
+from lorafit.model.check_weights import list_names
 from lorafit.model.classes import build_whole
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model_shapes import ROUTERS_CHOOSE
-from lorafit.registry import nearest
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

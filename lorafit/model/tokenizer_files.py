@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError
-from lorafit.portable import portable
-from lorafit.strict_json import JsonError, read_json_file
+from lorafit.files.portable import portable
+from lorafit.files.strict_json import JsonError, read_json_file
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_JSON = "tokenizer.json"

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError, SafetyError
-from lorafit.strict_json import JsonError, parse_json, read_json_file
+from lorafit.files.strict_json import JsonError, parse_json, read_json_file
 
 if TYPE_CHECKING:
     import torch

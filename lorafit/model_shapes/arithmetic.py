@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from lorafit.console.nearest import nearest
 from lorafit.errors import ModelError
+from lorafit.facts import LeftOut, LinearShape, ModelShape
+from lorafit.machine.shipped import shipped
 from lorafit.model_shapes.families import ALIASES, DEFAULTS, FAMILIES, Family, Flag
-from lorafit.registry import nearest
-from lorafit.shapes import LeftOut, LinearShape, ModelShape
-from lorafit.shipped import shipped
 
 EXPERTS = "experts"
 ROUTERS_CHOOSE = "chooses experts"

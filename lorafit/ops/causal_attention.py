@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lorafit.ops.pieces import BLOCK_TOKENS, chunk_rows, cut_blocks, padded_keys
+from lorafit.ops.chunk_sizes import BLOCK_TOKENS, chunk_rows, cut_blocks, padded_keys
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lorafit.ops.pieces import chunk_labels
+from lorafit.ops.chunk_sizes import chunk_labels
 
 
 def linear_cross_entropy(

@@ -4,34 +4,26 @@
     ModelShape, DatasetFacts, DeviceFacts ─┴─> plan() ─> Plan (bounds) ─> rehearsal ─> ResolvedPlan (values, saved)
                                                  └─> require_fit(): exit 10 before any weight is loaded
 
-`estimate_recipe` is the same arithmetic for `lorafit estimate-memory`, which needs neither rows nor a card;
+`lorafit.estimate` is the same arithmetic for `lorafit estimate-memory`, which needs neither rows nor a card;
 `count_flops` is the one place that knows what a run computes.
 """
 
 from __future__ import annotations
 
-from lorafit.plan.comparison import CardComparison
 from lorafit.plan.derive import Plan, memory_question, plan, require_fit
 from lorafit.plan.flops import Flops, count_flops
-from lorafit.plan.question import MemoryQuestion
 from lorafit.plan.render import plan_table
 from lorafit.plan.resolved import ResolvedPlan
 from lorafit.plan.run_cost import check_price
-from lorafit.plan.verdict import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
+from lorafit.plan.step_memory import MemoryQuestion
 
 __all__ = [
-    "CardComparison",
     "Flops",
     "MemoryQuestion",
-    "Options",
     "Plan",
-    "RecipeEstimate",
     "ResolvedPlan",
-    "RowLengths",
-    "check_headroom",
     "check_price",
     "count_flops",
-    "estimate_recipe",
     "memory_question",
     "plan",
     "plan_table",

@@ -6,22 +6,22 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from lorafit.devices import format_bytes
+from lorafit.console.wording import counted
 from lorafit.errors import DataError, DoesNotFitError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import warmup_steps
+from lorafit.machine.devices import format_bytes
 from lorafit.memory import MemoryEstimate, fits
-from lorafit.plan.question import MemoryQuestion, estimated_attention, resolve_compute_dtype, resolve_dtype
+from lorafit.plan.step_memory import MemoryQuestion, estimated_attention, resolve_compute_dtype, resolve_dtype
 from lorafit.plan.unpacked import asks_to_keep, decide_unpacked
-from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from lorafit.contracts import Reporter
+    from lorafit.facts import DatasetFacts, DeviceFacts, LeftOut, ModelShape
     from lorafit.recipe.schema import Recipe
-    from lorafit.shapes import DatasetFacts, DeviceFacts, LeftOut, ModelShape
 
 DEFAULT_EPOCHS = 3.0
 MOST_MICRO_BATCH_TOKENS = 16_384

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorafit.shapes import ModelShape
+    from lorafit.facts import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

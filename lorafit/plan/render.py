@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lorafit.devices import format_bytes
-from lorafit.wording import counted
+from lorafit.console.wording import counted
+from lorafit.machine.devices import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

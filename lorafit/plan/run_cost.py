@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorafit.devices import peak_flops
 from lorafit.errors import UsageError
+from lorafit.machine.devices import peak_flops
 from lorafit.plan.flops import Flops, count_flops
 
 if TYPE_CHECKING:
-    from lorafit.shapes import DatasetFacts, DeviceFacts, ModelShape
+    from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
 
 UTILISATION, LOW_UTILISATION, HIGH_UTILISATION = 0.35, 0.2, 0.5
 """Share of a card's peak that training sustains, recomputation counted as work. An assumption. Published runs, by

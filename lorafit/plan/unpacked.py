@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorafit.memory import fits
-from lorafit.plan.question import MemoryQuestion, resolve_compute_dtype
+from lorafit.plan.step_memory import MemoryQuestion, resolve_compute_dtype
 
 if TYPE_CHECKING:
-    from lorafit.shapes import DeviceFacts
+    from lorafit.facts import DeviceFacts
 
 MOST_OF_MEMORY = 0.25
 """Share of usable memory that `auto` gives to the copies: the rest makes micro-batches larger, which is faster too."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from lorafit.wording import counted
+from lorafit.console.wording import counted
 
 ABSENT = object()
 """Stands for the value of a key that a recipe has not."""

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from lorafit.recipe.docstrings import field_docs, first_paragraph
 from lorafit.recipe.expect import listed_names
-from lorafit.recipe.layers import preset_names
-from lorafit.recipe.outline import Choice, Field, Group, Leaf, Slot, Table, Variants, fields_of, recipe_outline
+from lorafit.recipe.extends import preset_names
+from lorafit.recipe.schema_tree import Choice, Field, Group, Leaf, Slot, Table, Variants, fields_of, recipe_outline
 
 EXTENDS = "A shipped preset, or the path of another recipe: what this file does not say is taken from there."
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import annotated_types
 from pydantic import AfterValidator, BaseModel
 
-from lorafit.recipe.outline import Choice, Group, Items, Leaf, Slot, Variants
+from lorafit.recipe.schema_tree import Choice, Group, Items, Leaf, Slot, Variants
 from lorafit.recipe.words import LARGEST_COUNT, OneNameOf
 
 _NAMES = {str: "text", int: "a whole number", float: "a number"}

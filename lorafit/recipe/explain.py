@@ -13,10 +13,10 @@ from lorafit.errors import RecipeError
 from lorafit.recipe.expect import allowed_range, expectation
 from lorafit.recipe.mending import mend
 from lorafit.recipe.names import is_not_yet
-from lorafit.recipe.outline import Choice, Group, Items, Slot, Variants, fields_at, real_path, slot_at
+from lorafit.recipe.schema_tree import Choice, Group, Items, Slot, Variants, fields_at, real_path, slot_at
 from lorafit.recipe.suggest import answer_unknown_key
-from lorafit.recipe.tree import Entry, KeyPath, find, key_text, nearest_entry, parse_key, shown
 from lorafit.recipe.words import suggest_word
+from lorafit.recipe.yaml_tree import Entry, KeyPath, find, key_text, nearest_entry, parse_key, shown
 
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 _EMPTY_ERRORS = {"too_short", "string_too_short"}

@@ -8,9 +8,9 @@ from typing import Any, get_args, get_origin
 
 from lorafit.recipe.expect import form_names, listed_names
 from lorafit.recipe.names import foreign_names, is_not_yet
-from lorafit.recipe.outline import Choice, Items, Leaf, Slot, every_key, recipe_outline
-from lorafit.recipe.tree import Entry, KeyPath, parse_key, shown
+from lorafit.recipe.schema_tree import Choice, Items, Leaf, Slot, every_key, recipe_outline
 from lorafit.recipe.words import FOREIGN_VALUES, fold, means_nothing
+from lorafit.recipe.yaml_tree import Entry, KeyPath, parse_key, shown
 
 _BATCH_KEYS = ("micro_batch_size", "per_device_train_batch_size", "per_gpu_train_batch_size", "train_batch_size")
 _ACCUMULATION_KEYS = ("gradient_accumulation_steps", "gradient_accumulation", "accumulate_grad_batches")

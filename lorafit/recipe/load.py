@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorafit.errors import UsageError, raise_all
-from lorafit.recipe.agreement import disagreements
-from lorafit.recipe.layers import read_layers
-from lorafit.recipe.outline import plain, recipe_outline
+from lorafit.recipe.cross_field_rules import disagreements
+from lorafit.recipe.extends import read_layers
 from lorafit.recipe.paths import absolute, moved
-from lorafit.recipe.tree import (
+from lorafit.recipe.schema_tree import plain, recipe_outline
+from lorafit.recipe.yaml_tree import (
     Entry,
     Place,
     entry_of,
@@ -97,7 +97,7 @@ def load_recipe(
     layers = read_layers(path, overrides, values)
     valid = _valid_recipe(layers.tree)
     if valid is None or layers.errors:
-        from lorafit.recipe.diagnosis import diagnose
+        from lorafit.recipe.all_errors import diagnose
 
         look = partial(look_at_template, folder=absolute(path).parent) if look_at_template is not None else None
         raise_all(diagnose(layers, main=str(path), look_at_template=look), file=str(path))

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from lorafit.recipe.expect import form_names, listed_names
-from lorafit.recipe.outline import (
+from lorafit.recipe.schema_tree import (
     Group,
     Items,
     Leaf,
@@ -21,8 +21,8 @@ from lorafit.recipe.outline import (
     recipe_outline,
     slot_at,
 )
-from lorafit.recipe.tree import Entry, KeyPath, entry_of, find, nearest_entry, shown, with_entry
 from lorafit.recipe.words import means_nothing, suggest_word
+from lorafit.recipe.yaml_tree import Entry, KeyPath, entry_of, find, nearest_entry, shown, with_entry
 
 _SHOWN_WORD_CHARACTERS = 40
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from lorafit.shipped import shipped
+from lorafit.machine.shipped import shipped
 
 _FEWEST_KEYS = 3  # of one tool, by which a recipe is taken for that tool's
 

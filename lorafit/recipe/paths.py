@@ -6,9 +6,9 @@ import os
 from dataclasses import replace
 from pathlib import Path, PurePath
 
-from lorafit.recipe.agreement import DATA_SUFFIXES
-from lorafit.recipe.outline import Slot, expand, fields_at, recipe_outline, slot_below
-from lorafit.recipe.tree import Entry
+from lorafit.recipe.cross_field_rules import DATA_SUFFIXES
+from lorafit.recipe.schema_tree import Slot, expand, fields_at, recipe_outline, slot_below
+from lorafit.recipe.yaml_tree import Entry
 
 _FILE_SUFFIXES = DATA_SUFFIXES | {".gguf", ".jinja", ".jinja2", ".j2", ".safetensors", ".yaml", ".yml"}
 

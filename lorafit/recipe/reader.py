@@ -14,7 +14,7 @@ import yaml
 
 from lorafit.errors import RecipeError
 from lorafit.recipe.scalars import UnclearScalarError, read_scalar
-from lorafit.recipe.tree import Entry, KeyPath, Place, Unreadable, key_text, mapping, shown
+from lorafit.recipe.yaml_tree import Entry, KeyPath, Place, Unreadable, key_text, mapping, shown
 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 20_000

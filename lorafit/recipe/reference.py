@@ -12,14 +12,14 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from lorafit.files.rundir import atomic_file
+from lorafit.machine.shipped import shipped
 from lorafit.recipe.docstrings import field_docs, first_paragraph
 from lorafit.recipe.editor_schema import EXTENDS, json_schema
 from lorafit.recipe.expect import allowed_range, expectation, listed_names
-from lorafit.recipe.layers import preset_names
-from lorafit.recipe.outline import Choice, Field, Group, Items, Leaf, Slot, Variants, fields_of, recipe_outline
-from lorafit.recipe.tree import KeyPath, key_text
-from lorafit.rundir import atomic_file
-from lorafit.shipped import shipped
+from lorafit.recipe.extends import preset_names
+from lorafit.recipe.schema_tree import Choice, Field, Group, Items, Leaf, Slot, Variants, fields_of, recipe_outline
+from lorafit.recipe.yaml_tree import KeyPath, key_text
 
 _INTRODUCTION = """\
 # The recipe

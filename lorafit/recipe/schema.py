@@ -1,7 +1,7 @@
 """The recipe as frozen pydantic models. A field's docstring is its line in the reference, with its unit.
 
 Only what is built stands here. Kinds bring their own sections (`lorafit.kinds`). What two fields must agree on stands
-in `lorafit.recipe.agreement`, so that every disagreement of a recipe is reported at once.
+in `lorafit.recipe.cross_field_rules`, so that every disagreement of a recipe is reported at once.
 """
 
 from __future__ import annotations

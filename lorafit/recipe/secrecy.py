@@ -9,7 +9,7 @@ import re
 from itertools import pairwise
 
 from lorafit.errors import SafetyError
-from lorafit.recipe.tree import Entry, KeyPath, key_text, walk
+from lorafit.recipe.yaml_tree import Entry, KeyPath, key_text, walk
 
 _WORD_BREAK = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_WORDS = re.compile(

@@ -6,9 +6,11 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lorafit.console.nearest import nearest
+from lorafit.console.wording import alternatives
 from lorafit.recipe.foreign import foreign_answer, value_of_ours
 from lorafit.recipe.names import names_in_a_source
-from lorafit.recipe.outline import (
+from lorafit.recipe.schema_tree import (
     Choice,
     Slot,
     every_key,
@@ -18,9 +20,7 @@ from lorafit.recipe.outline import (
     recipe_outline,
     variant_of,
 )
-from lorafit.recipe.tree import Entry, KeyPath, key_text
-from lorafit.registry import nearest
-from lorafit.wording import alternatives
+from lorafit.recipe.yaml_tree import Entry, KeyPath, key_text
 
 _MARK_OF_A_SOURCE = "subset"  # a key that sources of rows have, and no other section
 

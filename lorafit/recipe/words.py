@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lorafit.registry import nearest
+from lorafit.console.nearest import nearest
 
 LARGEST_COUNT = 2**31 - 1
 """Whole numbers up to this fit the counters of every library below."""

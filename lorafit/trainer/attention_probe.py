@@ -10,7 +10,7 @@ import torch
 from lorafit.data.batch import collate
 from lorafit.model.attention import FUSED_ATTENTION, set_attention
 from lorafit.objective import choose_probe
-from lorafit.ops.distance import ROUNDING, logits_distance
+from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.rng import preserved_rng
 
 if TYPE_CHECKING:

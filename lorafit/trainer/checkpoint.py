@@ -17,8 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.console.wording import counted
 from lorafit.errors import CheckpointError, ResourceError
-from lorafit.rundir import (
+from lorafit.files.rundir import (
     FORMAT,
     MANIFEST,
     TEMPORARY_PREFIX,
@@ -29,9 +30,8 @@ from lorafit.rundir import (
     read_object,
     write_json,
 )
-from lorafit.strict_json import JsonError, read_json_file
+from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.trainer.state import TrainState
-from lorafit.wording import counted
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lorafit.errors import ModelError, RecipeError
-from lorafit.model.check import list_names
+from lorafit.model.check_weights import list_names
 from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.rng import preserved_rng
 

@@ -24,11 +24,11 @@ from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.peak_memory import peak_memory_bytes
 from lorafit.ops.rng import capture_rng, preserved_rng, restore_rng
-from lorafit.trainer.abreast import Abreast
 from lorafit.trainer.checkpoint import ADAPTER_FOLDER, Checkpoint, CheckpointStore, Environment, write_state
-from lorafit.trainer.feed import StepFeed
 from lorafit.trainer.metrics_log import MetricsLog
+from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
 from lorafit.trainer.out_of_memory import out_of_memory, release_memory, trim_after
+from lorafit.trainer.prefetch import StepFeed
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 from lorafit.trainer.progress import StepProgress, peak_reserved_bytes
 from lorafit.trainer.signals import StopRequested, StopSignals
@@ -43,7 +43,7 @@ from lorafit.trainer.step import (
     sum_gradients,
     update_parameters,
 )
-from lorafit.trainer.tensors import load_optimizer, save_optimizer
+from lorafit.trainer.threaded_micro_batches import Abreast
 from lorafit.trainer.tracking import Trackers
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.rundir import atomic_file
+from lorafit.files.rundir import atomic_file
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

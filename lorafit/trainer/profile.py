@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafit.rundir import atomic_file
-from lorafit.wording import counted
+from lorafit.console.wording import counted
+from lorafit.files.rundir import atomic_file
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

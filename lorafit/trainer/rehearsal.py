@@ -31,11 +31,11 @@ from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, s
 from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.peak_memory import peak_memory_bytes
 from lorafit.ops.rng import preserved_rng
-from lorafit.trainer.abreast import abreast_of, threads_abreast, time_micro_batches
 from lorafit.trainer.attention_probe import AttentionProbe
-from lorafit.trainer.heaviest import fill_rows, heaviest_shapes
 from lorafit.trainer.out_of_memory import out_of_memory, release_memory, trim_after
-from lorafit.trainer.separation import prove_separation
+from lorafit.trainer.packing_isolation import prove_separation
+from lorafit.trainer.threaded_micro_batches import abreast_of, threads_abreast, time_micro_batches
+from lorafit.trainer.worst_case_batches import fill_rows, heaviest_shapes
 
 if TYPE_CHECKING:
     from lorafit.contracts import Examples, Reporter

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.cache import own_folder, refuse_foreign
 from lorafit.errors import LorafitError, SafetyError
+from lorafit.files.cache import own_folder, refuse_foreign
+from lorafit.files.rundir import write_json
+from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.plan import ResolvedPlan
-from lorafit.rundir import write_json
-from lorafit.strict_json import JsonError, read_json_file
 from lorafit.trainer.rehearsal import Choice, Rehearsal
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.cache import own_folder
+from lorafit.files.cache import own_folder
+from lorafit.files.rundir import write_json
+from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.ops.matmul_peak import measure_matmul_peak
-from lorafit.rundir import write_json
-from lorafit.strict_json import JsonError, read_json_file
 
 if TYPE_CHECKING:
     from lorafit.trainer.state import FitResult

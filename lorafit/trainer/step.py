@@ -22,7 +22,7 @@ from lorafit.trainer.profile import NO_PROFILE, NoProfile
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch, Examples
-    from lorafit.trainer.abreast import Abreast
+    from lorafit.trainer.threaded_micro_batches import Abreast
 
 _NAMED_ROWS = 3
 

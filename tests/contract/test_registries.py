@@ -19,11 +19,11 @@ from lorafit.kinds.formats import Format, formats
 from lorafit.kinds.metrics import Metric, metrics
 from lorafit.kinds.optimizers import OptimizerKind, OptimizerSection, optimizers
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
+from lorafit.kinds.registry import Registry
 from lorafit.kinds.schedules import Schedule, ScheduleSection, schedules
 from lorafit.kinds.section import Section
 from lorafit.kinds.tasks import Task, tasks
 from lorafit.recipe.docstrings import field_docs
-from lorafit.registry import Registry
 
 PROTOCOLS: dict[str, tuple[Registry[Any], type]] = {
     "adapters": (adapters, Adapter),
@@ -182,7 +182,7 @@ class TestSection:
     def test_every_number_has_a_range(self, family: str, name: str) -> None:
         """Without one a recipe's slip, a learning rate of -1, would only be found by a library, or by nobody."""
         from lorafit.recipe.expect import allowed_range
-        from lorafit.recipe.outline import Leaf, fields_of
+        from lorafit.recipe.schema_tree import Leaf, fields_of
 
         for option, field in fields_of(section_of(family, name)).items():
             forms = [form for form, _ in field.slot.forms] if isinstance(field.slot, Leaf) else []

@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 from lorafit import pipeline
 from lorafit.contracts import Encoded
+from lorafit.files.rundir import RunDir, read_json
 from lorafit.kinds.tasks import tasks
-from lorafit.rundir import RunDir, read_json
 from tests.integration.option_kinds import kind_cases
 from tests.integration.option_leaves import Case, Probe
 from tests.integration.option_world import (

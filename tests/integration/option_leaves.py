@@ -17,7 +17,7 @@ from itertools import combinations
 from typing import Any, get_args
 
 from lorafit.errors import LorafitError
-from lorafit.recipe.outline import Choice, Group, Items, Leaf, Slot, Variants, fields_of
+from lorafit.recipe.schema_tree import Choice, Group, Items, Leaf, Slot, Variants, fields_of
 
 Probe = Callable[[Any], Any]
 """From a leaf's value to what came of it: plain values that can be compared."""

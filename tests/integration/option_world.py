@@ -15,10 +15,10 @@ import yaml
 from lorafit import pipeline
 from lorafit.contracts import Silent
 from lorafit.evaluation.evaluation import Evaluation
+from lorafit.files.rundir import RunDir
 from lorafit.job import Job, open_job
 from lorafit.plan import Plan
 from lorafit.recipe.load import LoadedRecipe, load_recipe
-from lorafit.rundir import RunDir
 from tests.integration.tiny_world import make_base, make_rows, write_rows
 
 T = TypeVar("T")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from lorafit.answering import changed_evaluation
+from lorafit.answering.model import changed_evaluation
 from lorafit.cli import app
-from lorafit.workspace import open_run
+from lorafit.run.workspace import open_run
 from tests.integration.conftest import SCRIPT, Outcome, World, say_all
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]

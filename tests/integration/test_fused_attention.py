@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorafit import pipeline
-from lorafit.rundir import read_json
+from lorafit.files.rundir import read_json
 from tests.integration.option_world import OptionWorld, adapter_tensors
 
 CHANGES = {

@@ -38,11 +38,11 @@ RUN = """
 import contextlib, io, json, sys, time
 from pathlib import Path
 from lorafit import cli
-from lorafit.data.hub import HubRows
+from lorafit.data.sources.hub import HubRows
 from lorafit.errors import LorafitError
 from lorafit.model.base import resolve_base
 from lorafit.recipe.schema import ModelSection
-from lorafit.reporting import ConsoleReporter, quieten_libraries
+from lorafit.console.reporting import ConsoleReporter, quieten_libraries
 
 def fetch(kind, name, revision=None):
     quieten_libraries()

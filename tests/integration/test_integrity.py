@@ -647,7 +647,7 @@ def test_hashes_of_large_files_are_kept_and_belong_to_one_state_of_them(
     own_base: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read once for as long as a file is the same; read anew after every change, and where others may write."""
-    from lorafit import cache
+    from lorafit.files import cache
     from lorafit.model import content
 
     world, folder = own_base, own_base.root / "model"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorafit import pipeline
-from lorafit.rundir import RunDir, read_json
+from lorafit.files.rundir import RunDir, read_json
 from tests.integration.option_world import OptionWorld, adapter_tensors, scores_of, step_lines
 
 

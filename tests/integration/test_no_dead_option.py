@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from lorafit.errors import RecipeError
+from lorafit.files.rundir import RunDir
 from lorafit.kinds.optimizers import optimizers
-from lorafit.recipe.outline import Group, recipe_outline
 from lorafit.recipe.schema import Recipe
-from lorafit.rundir import RunDir
+from lorafit.recipe.schema_tree import Group, recipe_outline
 from tests.integration.option_cases import all_cases, first_loss, trained_tokens
 from tests.integration.option_leaves import Case, every_value, faults_of, leaves, without_a_case, without_a_leaf
 from tests.integration.option_world import Changes, OptionWorld, adapter_tensors, everything_of, scores_of

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorafit.run_card import RunCard
+from lorafit.run.card import RunCard
 from tests.integration.conftest import World, say_all
 from tests.integration.tiny_world import make_base
 
@@ -262,7 +262,7 @@ def whole_digest(world: World) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    from lorafit.rundir import atomic_dir
+    from lorafit.files.rundir import atomic_dir
 
     with atomic_dir(folder, replace=True) as temporary:
         for file in folder.iterdir():

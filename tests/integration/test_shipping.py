@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lorafit import pipeline
-from lorafit.data.render import ChatRenderer
+from lorafit.data.chat.render import ChatRenderer
 from lorafit.kinds.metrics.tool_call import read_calls
 from tests.integration.tiny_world import write_rows
 from tests.unit.data.render_families import CHATML, FAMILIES, QWEN, WEATHER, assistant, call, tokenizer_of, tool, user

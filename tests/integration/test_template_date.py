@@ -23,7 +23,7 @@ class Days:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.now, self._monkeypatch, self._folder = BEGAN, monkeypatch, folder
-        monkeypatch.setattr("lorafit.data.clock.read_clock", lambda: self.now)
+        monkeypatch.setattr("lorafit.data.chat.clock.read_clock", lambda: self.now)
         for user in ("render", "sample_renderer"):
             monkeypatch.setattr(f"lorafit.data.{user}.read_clock", lambda: self.now)
         self.move(0)
@@ -70,7 +70,7 @@ def test_a_run_that_begins_another_day_writes_that_day(world: World, days: Days)
 def test_what_asks_a_run_asks_as_on_its_first_day(world: World, days: Days) -> None:
     from transformers import AutoTokenizer
 
-    from lorafit.answering import open_speaker
+    from lorafit.answering.model import open_speaker
     from lorafit.contracts import Sample, Silent
 
     say_all(world.run("train", "r.yaml"), 0)

@@ -82,7 +82,7 @@ def test_the_wheel_holds_all_that_is_shipped_and_nothing_else(wheel: Path) -> No
 
 
 def test_the_checkout_is_not_what_runs(installed: Path, elsewhere: Path) -> None:
-    code = "import lorafit.shipped as s; print(s.__file__); print(s.shipped('presets'))"
+    code = "import lorafit.machine.shipped as s; print(s.__file__); print(s.shipped('presets'))"
     module, presets = use(installed, elsewhere, "-c", code).stdout.split()
     assert Path(module).is_relative_to(installed)
     assert Path(presets).is_relative_to(installed / "lorafit" / "_configs")

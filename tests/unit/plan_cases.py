@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
 from lorafit.model_shapes import known_config, read_shape
 from lorafit.recipe.schema import Recipe
-from lorafit.shapes import DatasetFacts, DeviceFacts, ModelShape
 
 GIB = 2**30
 ROWS = DatasetFacts(

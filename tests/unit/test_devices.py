@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lorafit import devices
-from lorafit.devices import format_bytes, parse_gpu, peak_flops, read_device
 from lorafit.errors import UsageError
-from lorafit.hardware import cards, find_card, find_cards, usable_bytes
+from lorafit.machine import devices
+from lorafit.machine.devices import format_bytes, parse_gpu, peak_flops, read_device
+from lorafit.machine.hardware import cards, find_card, find_cards, usable_bytes
 
 GIB = 2**30
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_memory import ATTENTION, GPT2, MODELS, SIZES, build, one_thread  # noqa: F401
 
-from lorafit import dryrun
 from lorafit.contracts import Batch
-from lorafit.dryrun import DryRun, ExactEstimate
 from lorafit.errors import ModelError
+from lorafit.estimate import dry_run as dryrun
+from lorafit.estimate.dry_run import DryRun, ExactEstimate
 from lorafit.kinds.optimizers import optimizers
 from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked
@@ -24,7 +24,7 @@ from lorafit.model_shapes import known_config
 from lorafit.objective import Objective
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.plan import MemoryQuestion
-from lorafit.plan.question import estimated_attention
+from lorafit.plan.step_memory import estimated_attention
 from lorafit.plan.unpacked import decide_unpacked
 from lorafit.recipe.load import load_recipe
 from lorafit.trainer.step import accumulate_gradients, gradient_norm, update_parameters

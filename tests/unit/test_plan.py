@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from plan_cases import GIB, ROWS, card, recipe, shape_of
 
 from lorafit.errors import CheckpointError, DataError, DoesNotFitError, RecipeError
+from lorafit.facts import DatasetFacts, DeviceFacts
 from lorafit.memory import fits
 from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan, plan, require_fit
-from lorafit.shapes import DatasetFacts, DeviceFacts
 
 
 def make(

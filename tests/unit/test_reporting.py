@@ -13,11 +13,11 @@ import time
 import pytest
 from rich.console import Console
 
-from lorafit.live_line import LiveLine
-from lorafit.reporting import ConsoleReporter
+from lorafit.console.live_line import LiveLine
+from lorafit.console.reporting import ConsoleReporter
 
 PROGRAM = """
-from lorafit.reporting import ConsoleReporter
+from lorafit.console.reporting import ConsoleReporter
 reporter = ConsoleReporter()
 with reporter.track(3, "training") as bar:
     for step in range(3):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from lorafit.errors import ModelError
+from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape, read_class_shape
 from lorafit.model.classes import build_empty, build_whole, read_settings
 from lorafit.model_shapes import known_config, known_families, read_shape
-from lorafit.shipped import shipped
 
 FACTS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(shipped("models").glob("*.json"))}
 SIZES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorafit.wording import agreed, counted
+from lorafit.console.wording import agreed, counted
 
 MORE = [(2.5, "2.5 rows"), (2.0, "2 rows"), (1234.567, "1,234.57 rows"), (0.00123, "0.0012 rows"), (0.999, "1 row")]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorafit.kinds.registry import Registry
 from lorafit.kinds.section import Section
-from lorafit.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorafit.contracts import StepHook
-    from lorafit.shapes import LinearShape, ModelShape
+    from lorafit.facts import LinearShape, ModelShape
 
 
 class AdapterSection(Section):

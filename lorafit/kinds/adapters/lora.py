@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
+from lorafit.console.nearest import nearest
 from lorafit.errors import RecipeError
 from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.section import PATH
-from lorafit.registry import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorafit.contracts import StepHook
-    from lorafit.shapes import LinearShape, ModelShape
+    from lorafit.facts import LinearShape, ModelShape
 
 
 _ALL_LINEAR = frozenset({"all", "auto", "all-linear", "all-linears", "linear", "all-linear-layers", "*"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorafit.registry import Registry
+from lorafit.kinds.registry import Registry
 
 if TYPE_CHECKING:
     from lorafit.contracts import Sample

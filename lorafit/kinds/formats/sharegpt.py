@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lorafit.console.nearest import nearest
 from lorafit.contracts import Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.chat_fields import read_call, read_entries, read_tools, read_weight, with_system, without_answer
@@ -19,7 +20,6 @@ from lorafit.kinds.fields import (
     wrong_type,
 )
 from lorafit.kinds.formats import formats
-from lorafit.registry import nearest
 
 _ROLES = {
     "human": "user", "user": "user",

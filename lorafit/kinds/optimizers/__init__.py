@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 
+from lorafit.kinds.registry import Registry
 from lorafit.kinds.section import Section
-from lorafit.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

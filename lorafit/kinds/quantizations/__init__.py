@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from lorafit.kinds.registry import Registry
 from lorafit.kinds.section import Section
-from lorafit.registry import Registry
 
 if TYPE_CHECKING:
     import torch
 
-    from lorafit.shapes import LinearShape
+    from lorafit.facts import LinearShape
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 KeepUnpacked = bool | Literal["auto"]

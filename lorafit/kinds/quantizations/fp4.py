@@ -15,7 +15,7 @@ from lorafit.kinds.quantizations import ComputeDtype, KeepUnpacked, Quantization
 if TYPE_CHECKING:
     import torch
 
-    from lorafit.shapes import LinearShape
+    from lorafit.facts import LinearShape
 
 BLOCK_WEIGHTS = 64  # bitsandbytes' Params4bit default on every device
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax

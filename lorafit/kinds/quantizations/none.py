@@ -9,7 +9,7 @@ from lorafit.kinds.quantizations import QuantizationSection, quantizations
 if TYPE_CHECKING:
     import torch
 
-    from lorafit.shapes import LinearShape
+    from lorafit.facts import LinearShape
 
 
 class NoneSection(QuantizationSection):

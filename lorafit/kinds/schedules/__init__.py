@@ -7,8 +7,8 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import Field, model_validator
 
+from lorafit.kinds.registry import Registry
 from lorafit.kinds.section import Section
-from lorafit.registry import Registry
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of the peak learning rate."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorafit.registry import Registry
+from lorafit.kinds.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ from hypothesis import settings
 from tiny_data import Listener, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.data.examples import Prepared, build_renderer, prepare
+from lorafit.data.prepare import Prepared, build_renderer, prepare
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import DataSection, SourceSection
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from render_families import assistant, tokenizer_of, user
 from tiny_data import CHATML, chat, write_jsonl
 
-from lorafit.data import clock
-from lorafit.data.clock import StoppedClock, find_moment, write_moment
-from lorafit.data.examples import Prepared, build_renderer
-from lorafit.data.render import ChatRenderer, mask_chat
-from lorafit.data.sandbox import compile_template
+from lorafit.data.chat import clock
+from lorafit.data.chat.clock import StoppedClock, find_moment, write_moment
+from lorafit.data.chat.render import ChatRenderer, mask_chat
+from lorafit.data.chat.traced_template import compile_template
+from lorafit.data.prepare import Prepared, build_renderer
 from lorafit.errors import CheckpointError, DataError
 from lorafit.recipe.schema import DataSection
 
@@ -98,7 +98,7 @@ def test_mask_chat_asks_for_the_moment_of_its_call(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tokenizer, "chat_template", LLAMA32)
     said = []
     for moment in (BEGAN, datetime(2026, 2, 6, 9, 0)):
-        monkeypatch.setattr("lorafit.data.render.read_clock", lambda moment=moment: moment)
+        monkeypatch.setattr("lorafit.data.chat.render.read_clock", lambda moment=moment: moment)
         said.append(tokenizer.decode(mask_chat(CHAT, None, tokenizer)[0])[:23])
     assert said == ["Today Date: 05 Feb 2026", "Today Date: 06 Feb 2026"]
 

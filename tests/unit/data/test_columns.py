@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lorafit.contracts import Sample, Silent
-from lorafit.data.source import read_sources
+from lorafit.data.sources.source import read_sources
 from lorafit.errors import LorafitError, RecipeError
 from lorafit.recipe.schema import BadRowsSection, SourceSection
 

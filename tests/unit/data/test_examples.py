@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lorafit.contracts import Examples, Sample
 from lorafit.data import cache as cache_module
-from lorafit.data import encoding, overlong
-from lorafit.data.examples import Prepared, hold_out
-from lorafit.data.source import Source
+from lorafit.data import encode_rows as encoding
+from lorafit.data import overlong
+from lorafit.data.prepare import Prepared, hold_out
+from lorafit.data.sources.source import Source
 from lorafit.errors import DataError, LorafitError, ModelError, Problems, ResourceError
 from lorafit.recipe.schema import SourceSection
 
@@ -530,7 +531,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         from tiny_data import make_tokenizer, Listener
-        from lorafit.data.examples import build_renderer, prepare
+        from lorafit.data.prepare import build_renderer, prepare
         from lorafit.kinds.tasks import tasks
         from lorafit.recipe.schema import DataSection
         folder, section = Path(sys.argv[1]), DataSection(train="d.jsonl")
@@ -557,7 +558,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(
 
 ORPHAN = """
 import os, sys, time
-from lorafit.data.encoding import _start_worker
+from lorafit.data.encode_rows import _start_worker
 parent, dies = os.getpid(), sys.argv[1] == "killed"
 if os.fork() == 0:
     while dies and os.getppid() == parent:
@@ -616,7 +617,7 @@ def test_two_processes_build_once(tmp_path: Path, prepare_rows: Prepare) -> None
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         from tiny_data import make_tokenizer, Listener
-        from lorafit.data.examples import build_renderer, prepare
+        from lorafit.data.prepare import build_renderer, prepare
         from lorafit.kinds.tasks import tasks
         from lorafit.recipe.schema import DataSection
         folder, section, listener = Path(sys.argv[1]), DataSection(train="d.jsonl"), Listener()

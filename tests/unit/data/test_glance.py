@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_data import Listener, chat, write_jsonl
 
-from lorafit.data.examples import Prepared
+from lorafit.data.prepare import Prepared
 from lorafit.errors import LorafitError
 
 Prepare = Callable[..., Prepared]

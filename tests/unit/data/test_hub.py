@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorafit.contracts import Silent
-from lorafit.data.hub import HubRows, is_hub_id
+from lorafit.data.sources.hub import HubRows, is_hub_id
 from lorafit.errors import SafetyError
 
 MAKE = """
@@ -34,7 +34,7 @@ READ = """
     import json, sys
     from pathlib import Path
     from lorafit.contracts import Silent
-    from lorafit.data.source import read_sources
+    from lorafit.data.sources.source import read_sources
     from lorafit.errors import LorafitError
     from lorafit.recipe.schema import BadRowsSection, SourceSection
     for section in json.loads(sys.argv[2]):

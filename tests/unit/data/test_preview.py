@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_data import chat, make_tokenizer, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.data.examples import Prepared, build_renderer
+from lorafit.data.prepare import Prepared, build_renderer
 from lorafit.data.preview import Preview, draw_histogram, preview
 from lorafit.data.report import count_lengths
 from lorafit.recipe.schema import DataSection

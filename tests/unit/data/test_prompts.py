@@ -13,11 +13,11 @@ import torch
 from render_families import QWEN
 from tiny_data import CHATML, make_tokenizer, write_jsonl
 
+from lorafit.answering.speaker import Speaker
 from lorafit.contracts import Sample, Silent
-from lorafit.data.examples import Prepared
+from lorafit.data.prepare import Prepared
 from lorafit.data.prompts import column_names, read_prompt_file, read_prompt_rows
 from lorafit.errors import DataError, LorafitError
-from lorafit.evaluation.speaker import Speaker
 from lorafit.kinds.formats import formats, required_fields
 from lorafit.recipe.schema import SourceSection
 
@@ -245,7 +245,7 @@ def test_no_hub_is_asked_for_prompts(tmp_path: Path) -> None:
 
 
 def test_a_field_that_the_template_drops_is_refused_with_its_place(tmp_path: Path) -> None:
-    from lorafit.data.render import ChatRenderer
+    from lorafit.data.chat.render import ChatRenderer
 
     tokenizer = make_tokenizer(chat_template=CHATML)
     speaker = speaker_of(tokenizer, ChatRenderer(tokenizer))

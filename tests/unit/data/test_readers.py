@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafit.contracts import Sample, Silent
-from lorafit.data import lines, tables
-from lorafit.data.source import read_sources
+from lorafit.data.sources import lines, tables
+from lorafit.data.sources.source import read_sources
 from lorafit.errors import LorafitError
 from lorafit.recipe.schema import BadRowsSection, SourceSection
 

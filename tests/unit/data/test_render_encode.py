@@ -11,8 +11,8 @@ from render_families import CORPUS, FAMILIES, tokenizer_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.data.encode import FIRST_PRIVATE_CHARACTER, TextEncoder, mark_trained
 from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
+from lorafit.data.text_encoder import FIRST_PRIVATE_CHARACTER, TextEncoder, mark_trained
 from lorafit.errors import DataError, ModelError
 
 

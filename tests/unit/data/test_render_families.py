@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from render_families import FAMILIES, WEATHER, assistant, call, system, tokenizer_of, tool, user
 
-from lorafit.data.render import ChatRenderer, RenderError, mask_chat
+from lorafit.data.chat.render import ChatRenderer, RenderError, mask_chat
 from lorafit.errors import DataError
 
 ALTERNATING = ["chatml", "llama3", "mistral", "gemma", "phi", "qwen", "deepseek", "harmony", "vicuna", "generation"]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from render_families import FAMILIES, WEATHER, assistant, call, system, tokenizer_of, tool, user
 
-from lorafit.data.render import NO_END_TOKEN, ChatRenderer, RenderError, mask_chat
-from lorafit.data.template_names import SHIPPED_TEMPLATES, shipped_template
+from lorafit.data.chat.render import NO_END_TOKEN, ChatRenderer, RenderError, mask_chat
+from lorafit.data.chat.template_names import SHIPPED_TEMPLATES, shipped_template
 from lorafit.data.truncate import Truncated
 from lorafit.errors import LorafitError, ModelError
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError, TemplateError
 
-from lorafit.data.filters import TemplateLimitError, tojson
-from lorafit.data.provenance import BLURRED, Typed, format_percent, glue, runs_of, shown, typed_leaf
-from lorafit.data.sandbox import ChatTemplate
-from lorafit.data.typed_chat import Leaf, TypedChat
+from lorafit.data.chat.jinja_filters import TemplateLimitError, tojson
+from lorafit.data.chat.traced_template import ChatTemplate
+from lorafit.data.chat.traced_text import BLURRED, Typed, format_percent, glue, runs_of, shown, typed_leaf
+from lorafit.data.chat.typed_chat import Leaf, TypedChat
 
 LEAF = "THE TYPED Text, OF A User:  WITH\nLINES\t AND  BLANKS \n"
 TYPED = LEAF.upper()

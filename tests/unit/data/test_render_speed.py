@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from render_families import FAMILIES, WEATHER, assistant, call, system, tokenizer_of, tool, user
 
 from lorafit.contracts import Encoded, Sample
-from lorafit.data import encode
-from lorafit.data.chat_template import BoundChat, RenderError, compile_or_explain
-from lorafit.data.encode import mark_trained
-from lorafit.data.filters import TemplateLimitError
-from lorafit.data.jinja_environment import ChatEnvironment, JsonMemo
-from lorafit.data.render import ChatRenderer
+from lorafit.data import text_encoder as encode
+from lorafit.data.chat.jinja_environment import ChatEnvironment, JsonMemo
+from lorafit.data.chat.jinja_filters import TemplateLimitError
+from lorafit.data.chat.render import ChatRenderer
+from lorafit.data.chat.template import BoundChat, RenderError, compile_or_explain
+from lorafit.data.chat.template_names import SHIPPED_TEMPLATES, shipped_template
+from lorafit.data.chat.traced_template import ChatTemplate
+from lorafit.data.chat.typed_chat import ToolSet, TypedChat
 from lorafit.data.sample_renderer import build_renderer
-from lorafit.data.sandbox import ChatTemplate
-from lorafit.data.template_names import SHIPPED_TEMPLATES, shipped_template
-from lorafit.data.typed_chat import ToolSet, TypedChat
+from lorafit.data.text_encoder import mark_trained
 from lorafit.errors import DataError, LorafitError
 from lorafit.recipe.schema import DataSection
 
@@ -242,5 +242,5 @@ def test_a_refused_beginning_costs_no_error(monkeypatch: pytest.MonkeyPatch) -> 
     chat = BoundChat(compile_or_explain(FAMILIES["gemma"].template), [user("a?"), assistant("A.")], None, {})
     with pytest.raises(RenderError):
         BoundChat(compile_or_explain(FAMILIES["gemma"].template), [assistant("A.")], None, {}).trace()
-    monkeypatch.setattr("lorafit.data.chat_template.explain", lambda error: pytest.fail("explained"))
+    monkeypatch.setattr("lorafit.data.chat.template.explain", lambda error: pytest.fail("explained"))
     assert chat.attempt(1) is not None

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from render_families import WEATHER, assistant, call, system, tokenizer_of, tool, user
 
-from lorafit.data.chat_template import RenderError
-from lorafit.data.render import ChatRenderer
-from lorafit.data.template_names import shipped_template
+from lorafit.data.chat.render import ChatRenderer
+from lorafit.data.chat.template import RenderError
+from lorafit.data.chat.template_names import shipped_template
 from lorafit.kinds.metrics.tool_call import read_calls
 
 CALL = '<tool_call>\n{{"name": "weather", "arguments": {{"city": "{}"}}}}\n</tool_call>'

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from lorafit.contracts import Sample, Silent
-from lorafit.data import json_file, patterns
-from lorafit.data.examples import Prepared
-from lorafit.data.source import read_sources
+from lorafit.data.prepare import Prepared
+from lorafit.data.sources import json_file, patterns
+from lorafit.data.sources.source import read_sources
 from lorafit.errors import LorafitError
 from lorafit.recipe.schema import BadRowsSection, SourceSection
 
@@ -109,7 +109,7 @@ READ = """
     import resource, sys
     from pathlib import Path
     from lorafit.contracts import Silent
-    from lorafit.data.source import read_sources
+    from lorafit.data.sources.source import read_sources
     from lorafit.errors import LorafitError
     from lorafit.recipe.schema import BadRowsSection, SourceSection
     import pyarrow.parquet

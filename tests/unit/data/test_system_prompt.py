@@ -10,8 +10,8 @@ import pytest
 from render_families import FAMILIES, assistant, system, tokenizer_of, user
 from tiny_data import CHATML, chat, write_jsonl
 
-from lorafit.data.examples import Prepared
-from lorafit.data.render import ChatRenderer
+from lorafit.data.chat.render import ChatRenderer
+from lorafit.data.prepare import Prepared
 from lorafit.errors import DataError, RecipeError
 
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML

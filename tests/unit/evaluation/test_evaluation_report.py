@@ -16,8 +16,8 @@ from lorafit.evaluation.evaluation import About, Evaluation, Row, Speed
 from lorafit.evaluation.report import name_report, render_markdown, write_report
 from lorafit.evaluation.rows import compare_rows, find_worst
 from lorafit.evaluation.table import render_evaluation
+from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import RowScore
-from lorafit.rundir import RunDir
 
 
 def build(answered=40, right=30, **changes):

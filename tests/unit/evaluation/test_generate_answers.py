@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from lorafit.answering.generate import cut_prompts, find_stop_ids, generate_answers
 from lorafit.contracts import Silent
 from lorafit.errors import ResourceError
-from lorafit.evaluation.generate import cut_prompts, find_stop_ids, generate_answers
 
 PROMPTS = ["a", "the sky is blue", "why?", "one two three four five six", "z" * 40, "", "été ☃"]
 

@@ -9,8 +9,8 @@ import pytest
 
 from lorafit.contracts import Sample
 from lorafit.errors import DataError
+from lorafit.files.strict_json import JsonError, parse_json
 from lorafit.kinds.formats import formats
-from lorafit.strict_json import JsonError, parse_json
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 2}}}

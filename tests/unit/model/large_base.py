@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorafit.model.inspect import digest_of
-from lorafit.model.rebuild import REBUILDERS, row_blocks
+from lorafit.model.merge.requantize import REBUILDERS, row_blocks
 from lorafit.model.weights import INDEX, build_header, read_index
 
 LINEARS = {"q_proj": "self_attn", "o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
@@ -77,7 +77,7 @@ import json, sys, time
 from pathlib import Path
 from lorafit.contracts import Silent
 from lorafit.model.base import Base, fingerprint, load_config
-from lorafit.model.merge import merge_adapter
+from lorafit.model.merge.stream import merge_adapter
 base, adapter, output, kind, record = sys.argv[1:6]
 config = load_config(Path(base))
 used = json.loads(Path(record).read_text()) if kind == "dequantized" else None

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafit.model import background
-from lorafit.model.background import BackgroundWriter
+from lorafit.model.merge.background_writer import BackgroundWriter
+from lorafit.model.merge.stream import background_writer as background
 
 
 @pytest.fixture(autouse=True)

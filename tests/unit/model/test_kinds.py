@@ -10,10 +10,10 @@ import torch
 from pydantic import ValidationError
 
 from lorafit.errors import RecipeError
+from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.load import attach_adapter
-from lorafit.shapes import LinearShape, ModelShape
 from tests.unit.model.conftest import load, lora, make_llama, open_base
 
 

@@ -19,7 +19,7 @@ from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.base import Base
-from lorafit.model.check import list_names
+from lorafit.model.check_weights import list_names
 from lorafit.model.load import attach_adapter, enable_checkpointing, load_model, load_tokenizer
 from lorafit.model.targets import choose_targets
 from tests.unit.model.conftest import load, logits, lora, make_gpt2, make_llama, open_base, randomise

@@ -19,9 +19,9 @@ from lorafit.contracts import Silent
 from lorafit.errors import ModelError
 from lorafit.model.adapter import CONFIG, NOTES, WEIGHTS
 from lorafit.model.load import attach_adapter
-from lorafit.model.merge import MergeReport, merge_adapter
+from lorafit.model.merge.shippable import check_shippable
+from lorafit.model.merge.stream import MergeReport, merge_adapter
 from lorafit.model.names import names_of
-from lorafit.model.shippable import check_shippable
 from tests.unit.model.conftest import Trained, load, logits, lora, make_llama, open_base, randomise, train_like
 from tests.unit.model.named_bases import BASES, change_file, laguna, transposed_llama
 
@@ -238,7 +238,7 @@ import sys
 from pathlib import Path
 from lorafit.contracts import Silent
 from lorafit.model.base import Base, fingerprint, load_config
-from lorafit.model.merge import merge_adapter
+from lorafit.model.merge.stream import merge_adapter
 base, adapter, output = map(Path, sys.argv[1:])
 config = load_config(base)
 base = Base(base, "base", config, fingerprint(base, config))

@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError
-from lorafit.model.merge import merge_adapter
+from lorafit.files.portable import portable
+from lorafit.model.merge.stream import merge_adapter
 from lorafit.model.tokenizer_files import TokenizerFolder
-from lorafit.portable import portable
 from tests.unit.model.conftest import Trained
 
 

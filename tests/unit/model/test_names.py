@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorafit.errors import ModelError
-from lorafit.model.check import check_weights
+from lorafit.model.check_weights import check_weights
 from lorafit.model.load import build_class
 from lorafit.model.names import Part, TensorNames, names_of, read_names, read_parts, write_parts
 from lorafit.model.weights import TensorEntry, read_index, read_rows

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorafit.model import rebuild
 from lorafit.model.inspect import hash_four_bit
-from lorafit.model.rebuild import FourBitRows, Int8Rows, compare_proof, row_blocks
+from lorafit.model.merge.requantize import FourBitRows, Int8Rows, compare_proof, row_blocks
+from lorafit.model.merge.stream import requantize as rebuild
 from lorafit.model.weights import TensorEntry, read_header
 
 

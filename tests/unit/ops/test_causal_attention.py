@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorafit.ops import pieces
+from lorafit.ops import chunk_sizes as pieces
 from lorafit.ops.causal_attention import causal_attention
 
 Tensors = tuple[torch.Tensor, ...]

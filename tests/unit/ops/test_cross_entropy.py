@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lorafit.ops import pieces
+from lorafit.ops import chunk_sizes as pieces
 from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
 
 

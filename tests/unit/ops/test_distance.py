@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorafit.ops.distance import ROUNDING, logits_distance
+from lorafit.ops.logits_distance import ROUNDING, logits_distance
 
 
 def test_it_is_relative_and_sees_what_is_not_rounding() -> None:

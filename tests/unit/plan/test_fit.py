@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_cases import GIB, ROWS, card, recipe, shape_of
 
-from lorafit.devices import parse_gpu
 from lorafit.errors import DoesNotFitError
-from lorafit.hardware import cards
+from lorafit.estimate import Options, RecipeEstimate, RowLengths, estimate_recipe
+from lorafit.estimate.fit import Largest
+from lorafit.facts import DeviceFacts, ModelShape
+from lorafit.machine.devices import parse_gpu
+from lorafit.machine.hardware import cards
+from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape
 from lorafit.model_shapes import known_families
-from lorafit.plan import Options, RecipeEstimate, RowLengths, estimate_recipe
-from lorafit.plan.fit import Largest
-from lorafit.plan.question import find_largest
+from lorafit.plan.step_memory import find_largest
 from lorafit.recipe.words import LARGEST_COUNT
-from lorafit.shapes import DeviceFacts, ModelShape
-from lorafit.shipped import shipped
 
 FROM_CLASSES = ("google--gemma-4-E2B", "unsloth--gpt-oss-20b-BF16")  # of those that no arithmetic knows: seconds each
 FILES = sorted(shipped("models").glob("*.json"))

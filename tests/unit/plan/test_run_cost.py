@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from plan_cases import ROWS, card, recipe, shape_of
 
-from lorafit.devices import parse_gpu, peak_flops
 from lorafit.errors import UsageError
+from lorafit.estimate import Options, RowLengths, estimate_recipe
+from lorafit.estimate.table import format_seconds
+from lorafit.machine.devices import parse_gpu, peak_flops
 from lorafit.model_shapes import read_shape
-from lorafit.plan import Options, RowLengths, check_price, count_flops, estimate_recipe
-from lorafit.plan.estimate_table import format_seconds
+from lorafit.plan import check_price, count_flops
 from lorafit.plan.flops import active_parameters, head_parameters
 from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorafit.errors import UsageError
-from lorafit.recipe.layers import preset_names
+from lorafit.recipe.extends import preset_names
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
 
 FAMILY = """\

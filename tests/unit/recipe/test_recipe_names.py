@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from lorafit.console.nearest import nearest
 from lorafit.recipe.names import foreign_names, names_in_a_source
-from lorafit.recipe.outline import Choice, every_key, fields_of, recipe_outline
 from lorafit.recipe.schema import TrainSourceSection
+from lorafit.recipe.schema_tree import Choice, every_key, fields_of, recipe_outline
 from lorafit.recipe.words import FOREIGN_VALUES, OneNameOf
-from lorafit.registry import nearest
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
 
 KEYS = {".".join(map(str, path)): slot for path, slot in every_key(recipe_outline())}
@@ -104,7 +104,7 @@ def test_what_exists_is_not_said_to_be_missing() -> None:
 
 def test_every_foreign_value_has_a_value_of_ours() -> None:
     from lorafit.recipe.expect import form_names, listed_names
-    from lorafit.recipe.outline import Items, Leaf
+    from lorafit.recipe.schema_tree import Items, Leaf
 
     ours: set[str] = set()
     for slot in KEYS.values():

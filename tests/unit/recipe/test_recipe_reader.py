@@ -7,9 +7,9 @@ import time
 import pytest
 
 from lorafit.errors import RecipeError
-from lorafit.recipe.outline import plain
 from lorafit.recipe.reader import MOST_BYTES, decode, read_tree
-from lorafit.recipe.tree import Place, find
+from lorafit.recipe.schema_tree import plain
+from lorafit.recipe.yaml_tree import Place, find
 
 TOP = Place("r.yaml", 1, 1)
 

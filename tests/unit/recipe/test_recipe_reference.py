@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from lorafit.machine.shipped import shipped
 from lorafit.recipe.docstrings import field_docs
 from lorafit.recipe.editor_schema import json_schema
-from lorafit.recipe.outline import Choice, every_key, fields_of, plain, recipe_outline
 from lorafit.recipe.reader import read_tree
 from lorafit.recipe.reference import reference_markdown
-from lorafit.recipe.tree import Place
-from lorafit.shipped import shipped
+from lorafit.recipe.schema_tree import Choice, every_key, fields_of, plain, recipe_outline
+from lorafit.recipe.yaml_tree import Place
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads
 
 CHECKOUT = Path(__file__).parents[3]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit import shipped
+from lorafit.machine import shipped
 
 
 def test_in_the_checkout() -> None:

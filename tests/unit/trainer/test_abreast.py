@@ -15,9 +15,9 @@ from lorafit.contracts import Batch
 from lorafit.data.batch import collate
 from lorafit.model.fuse import fuse_layers
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.abreast import Abreast, threads_abreast
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.step import accumulate_gradients
+from lorafit.trainer.threaded_micro_batches import Abreast, threads_abreast
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from tiny_run import Job, Rows, TinyPlan
 from lorafit.contracts import Example
 from lorafit.data.packing import Cutter
 from lorafit.errors import DataError
-from lorafit.trainer.feed import StepFeed
+from lorafit.trainer.prefetch import StepFeed
 from lorafit.trainer.state import TrainState
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafit.library_settings import LIBRARY_SETTINGS
+from lorafit.machine.library_settings import LIBRARY_SETTINGS
 from lorafit.trainer.out_of_memory import release_memory, trim_after
 
 MIB = 2**20

@@ -15,8 +15,8 @@ import pytest
 import torch
 from tiny_run import Job, Rows, TinyPlan
 
-from lorafit import rundir
 from lorafit.errors import NumericsError, ResourceError, StoppedBySignal
+from lorafit.files import rundir
 from lorafit.recipe.schema import EarlyStoppingSection
 from lorafit.trainer.signals import StopSignals
 from lorafit.trainer.state import TrainState
@@ -303,8 +303,9 @@ def test_a_real_file_size_limit_is_a_resource_error(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import resource, torch; from pathlib import Path; from lorafit.rundir import atomic_dir;"
-        "from lorafit.trainer.tensors import write_tensors; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));\n"
+        "import resource, torch; from pathlib import Path; from lorafit.files.rundir import atomic_dir;"
+        "from lorafit.trainer.optimizer_state import write_tensors;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));\n"
         f"with atomic_dir(Path({str(tmp_path)!r}) / 'x') as folder:\n"
         "    write_tensors(folder / 'a.safetensors', {'a': torch.zeros(100_000)})"
     )

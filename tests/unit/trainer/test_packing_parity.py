@@ -18,7 +18,7 @@ from lorafit.errors import NumericsError
 from lorafit.objective import Objective
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.rng import capture_rng, seed_rng
-from lorafit.trainer.separation import prove_separation
+from lorafit.trainer.packing_isolation import prove_separation
 from lorafit.trainer.state import TrainState
 
 SIZES = {

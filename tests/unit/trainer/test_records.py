@@ -14,9 +14,9 @@ from lorafit.errors import CheckpointError, RecipeError
 from lorafit.kinds.optimizers import optimizers
 from lorafit.trainer import tracking
 from lorafit.trainer.metrics_log import MetricsLog
+from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
 from lorafit.trainer.progress import StepProgress
 from lorafit.trainer.state import Best, TrainState
-from lorafit.trainer.tensors import load_optimizer, save_optimizer
 from lorafit.trainer.tracking import Trackers, build_accelerator
 
 CPU = torch.device("cpu")

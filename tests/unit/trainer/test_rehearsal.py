@@ -23,11 +23,11 @@ from lorafit.errors import NumericsError, ResourceError
 from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.abreast import Abreast
-from lorafit.trainer.heaviest import fill_rows, heaviest_shapes
 from lorafit.trainer.rehearsal import CLOSE_ENOUGH, Rehearsal
 from lorafit.trainer.resolve import cached_plan_file, resolve_plan
 from lorafit.trainer.state import TrainState
+from lorafit.trainer.threaded_micro_batches import Abreast
+from lorafit.trainer.worst_case_batches import fill_rows, heaviest_shapes
 
 
 def stage(job: Job, **values: Any) -> Rehearsal:

@@ -13,7 +13,7 @@ from transformers import modeling_flash_attention_utils as flash
 
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
-from lorafit.trainer.separation import prove_separation
+from lorafit.trainer.packing_isolation import prove_separation
 
 
 def attend(

@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorafit.contracts import Example, Silent
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
+from lorafit.files.rundir import RunDir
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at, schedules
 from lorafit.objective import Objective
 from lorafit.ops.rng import seed_rng
-from lorafit.rundir import RunDir
 from lorafit.trainer.checkpoint import CheckpointStore
 from lorafit.trainer.loop import Trainer
 

@@ -1,0 +1,46 @@
+"""The prompts that `generate` is asked: one, a file of them, or rows from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Reporter
+from lorafit.errors import UsageError
+from lorafit.run.workspace import is_lone_adapter, is_model, open_run, sources_of
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Sample
+    from lorafit.recipe.schema import SourceSection
+
+
+def check_prompts(*given: object) -> None:
+    """Refuses prompts that are given in none of the ways that there are, or in several, which None stands for.
+
+    Raises:
+        UsageError: As said.
+    """
+    if len(given) - given.count(None) != 1:
+        raise UsageError("needs a prompt", key="--prompt", todo="give either --prompt TEXT or --input FILE")
+
+
+def read_prompts(
+    run_or_model: Path,
+    prompt: str | None,
+    input_file: Path | None,
+    rows: Sequence[str | Mapping[str, Any]] | None,
+    reporter: Reporter,
+) -> list[Sample]:
+    """The prompts, before anything heavy starts. A run knows by its recipe what its rows call their columns."""
+    from lorafit.data.prompts import column_names, read_prompt, read_prompt_file, read_prompt_rows
+
+    if prompt is not None:
+        return read_prompt(prompt)
+    sources: list[SourceSection] = []
+    if not is_model(run_or_model) and not is_lone_adapter(run_or_model):
+        sources = [source for part in sources_of(open_run(run_or_model).loaded.recipe).values() for source in part]
+    known = column_names(sources)
+    if input_file is not None:
+        return read_prompt_file(input_file, known, reporter)
+    return read_prompt_rows(rows or [], known)

@@ -1,0 +1,180 @@
+"""What a person sees: messages, warnings and bars on stderr, results on stdout. rich is imported when first needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafit.contracts import Progress
+
+_LINE_EVERY_SECONDS = 10.0
+_QUIET_SETTINGS = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "critical",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def quieten_libraries() -> None:
+    """Keeps the libraries' bars and advice off the terminal; ours say what matters. `--debug` leaves them on."""
+    for name, value in _QUIET_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "transformers", "datasets", "huggingface_hub", "torch", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def result_console() -> Console:
+    """Where results go: stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+class ConsoleReporter:
+    """contracts.Reporter for people. On a terminal bars are drawn; elsewhere a line is written now and then.
+
+    Args:
+        quiet: Keep quiet; the result and errors are somebody else's.
+        verbose: Write a line for each step of a bar where no bar is drawn.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self._quiet = quiet
+        self._verbose = verbose
+        self._bar: _DrawnBar | None = None
+        self._warned: set[str] = set()
+
+    def info(self, message: str) -> None:
+        """One line."""
+        self._write(message)
+
+    def warn(self, message: str) -> None:
+        """One line that stands out; the same one is not said again."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self._write(f"warning: {message}", style="yellow")
+
+    def show(self, renderable: Any) -> None:
+        """A table or text for rich."""
+        if not self._quiet:
+            from rich.console import Console
+
+            Console(stderr=True, highlight=False).print(renderable)
+
+    def track(self, total: int | None, what: str, done: int = 0) -> Progress:
+        """A bar of `total` units (None: nobody knows), drawn or written; an earlier process did `done` of them."""
+        if self._quiet:
+            from lorafit.contracts import SilentProgress
+
+            return SilentProgress()
+        if sys.stderr.isatty() and self._bar is None:
+            return _DrawnBar(self, total, what, done)
+        return _WrittenBar(total, what, done, every_seconds=0.0 if self._verbose else _LINE_EVERY_SECONDS)
+
+    def _write(self, message: str, style: str = "") -> None:
+        if self._quiet:
+            return
+        if self._bar is not None:  # above the bar, which is drawn anew
+            self._bar.print(message, style)
+        elif style and sys.stderr.isatty():
+            from rich.console import Console
+
+            Console(stderr=True, highlight=False).print(message, style=style, markup=False, soft_wrap=True)
+        else:
+            _write_line(message)
+
+
+class _DrawnBar:
+    """A live bar. While one is drawn, other bars are written."""
+
+    def __init__(self, reporter: ConsoleReporter, total: int | None, what: str, done: int) -> None:
+        from rich.console import Console
+
+        from lorafit.console.live_line import LiveLine
+
+        self._reporter = reporter
+        self._line = LiveLine(Console(stderr=True, highlight=False), what, total, done)
+
+    def __enter__(self) -> _DrawnBar:
+        self._line.start()
+        self._reporter._bar = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reporter._bar = None
+        self._line.stop()
+
+    def advance(self, amount: int = 1, **shown: Any) -> None:
+        self._line.step(amount, _worded(shown))
+
+    def print(self, message: str, style: str) -> None:
+        self._line.console.print(message, style=style or None, markup=False, soft_wrap=True)
+
+
+class _WrittenBar:
+    """Lines instead of a bar: the first, one every few seconds, and the last."""
+
+    def __init__(self, total: int | None, what: str, done: int, *, every_seconds: float) -> None:
+        self._total, self._what, self._every_seconds = total, what, every_seconds
+        self._done = self._before = self._said = done
+        self._began = time.monotonic()
+        self._written: float | None = None
+        self._shown: dict[str, str] = {}
+
+    def __enter__(self) -> _WrittenBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if exc[0] is None and self._said < self._done:
+            self._write("")  # nobody knew that the last one was the last
+
+    def advance(self, amount: int = 1, **shown: Any) -> None:
+        self._done += amount
+        if self._total is not None and self._done > self._total:
+            self._total = None  # more than was thought, and nobody knows how much
+        now = time.monotonic()
+        is_last = self._done == self._total
+        self._shown = _worded(shown) or self._shown
+        if self._written is not None and now - self._written < self._every_seconds and not is_last:
+            return
+        if self._written is None and not shown and not is_last and now - self._began < self._every_seconds:
+            return  # quick jobs say only that they are done
+        self._written = now
+        left = ""
+        if self._total is not None and not is_last:
+            seconds = (now - self._began) / (self._done - self._before) * (self._total - self._done)
+            left = f"  {_clock(seconds)} left"
+        self._write(left)
+
+    def _write(self, left: str) -> None:
+        self._said = self._done
+        count = str(self._done) if self._total is None else f"{self._done}/{self._total}"
+        words = "  ".join(f"{name.replace('_', ' ')} {value}" for name, value in self._shown.items())
+        _write_line(f"{self._what} {count}  {words}{left}".rstrip())
+
+
+def _write_line(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _worded(shown: dict[str, Any]) -> dict[str, str]:
+    """Values as they are shown."""
+    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

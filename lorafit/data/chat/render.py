@@ -1,0 +1,387 @@
+"""Chats to text with the characters that carry loss, and to token ids with the tokens that do.
+
+    messages --template--> Rendering(text, spans) --tokenizer--> Encoded(input_ids, trained)
+
+`ChatRenderer` is the only code that does this: training, preview, evaluation and `mask_chat` all use it. How spans
+are found is told in `assistant_spans`, how typed control strings stay text in `lorafit.data.text_encoder`;
+`docs/masks.md` draws both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from lorafit.contracts import Encoded
+from lorafit.data.chat.assistant_spans import Habits, Turn, find_turns, learn_habits
+from lorafit.data.chat.clock import StoppedClock, read_clock
+from lorafit.data.chat.dropped_fields import Dropped, find_dropped
+from lorafit.data.chat.system_prompt import DROPS, refusal_of_system
+from lorafit.data.chat.template import (
+    BoundChat,
+    RenderError,
+    check_variables,
+    compile_or_explain,
+    template_sources,
+    with_text_arguments,
+)
+from lorafit.data.chat.template_names import KEY
+from lorafit.data.chat.traced_template import CLOCK, Traced, join_stretches, stretches
+from lorafit.data.chat.traced_text import BLURRED
+from lorafit.data.chat.typed_chat import TOOLS, Messages
+from lorafit.data.text_encoder import Stretch, TextEncoder, mark_trained
+from lorafit.data.truncate import Truncated, truncate_chat
+from lorafit.errors import DataError, LorafitError, RecipeError
+from lorafit.run.prelude import split_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_END_TOKEN = "the chat template writes no end-of-turn token, so the model does not learn to stop"
+
+TrainOn = Literal["assistant", "last_turn", "completion", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A rendered chat. All places are characters of `text`.
+
+    Attributes:
+        text: What the template makes of the chat, equal to `apply_chat_template(tokenize=False)`.
+        spans: What carries loss, in order.
+        turns: Every assistant turn, whether it carries loss or not.
+        typed: What somebody typed; all else was written by the template itself.
+        unsure: The part of `typed` that may be the template's all the same.
+        all_trained: Whether every token carries loss, those of no length too.
+        warnings: Dropped fields (where they are no errors) and turns without an end-of-turn token, one text for each;
+            equal ones are to be counted.
+        history_dropped: Fields that the template shows in the last turn only, one name for each time it happens.
+    """
+
+    text: str
+    spans: tuple[Stretch, ...]
+    turns: tuple[Turn, ...]
+    typed: tuple[Stretch, ...]
+    unsure: tuple[Stretch, ...] = ()
+    all_trained: bool = False
+    warnings: tuple[str, ...] = ()
+    history_dropped: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[Stretch, ...]:
+        """What the model writes: the spans, or every assistant turn where all of the text carries loss."""
+        return tuple((turn.start, turn.end) for turn in self.turns) if self.all_trained else self.spans
+
+
+class ChatRenderer:
+    """Renders and encodes chats for one tokenizer, one template and one choice of what carries loss.
+
+    Args:
+        tokenizer: Its template is used where none is given; it is not changed.
+        chat_template: A shipped name (`SHIPPED_TEMPLATES`) or the text of a template.
+        train_on: `assistant`: every assistant turn without `weight: 0`; `last_turn`: the last of them; `completion`:
+            those behind the last user message; `all`: every token.
+        dropped_fields: What to do with a field that the template renders nowhere: `error`; `warn`; or `trained`: an
+            error for what would carry loss (content, reasoning and calls of the assistant), else a warning.
+        system_prompt: The system message of chats that have none; where None, the one that lorafit shipped in the
+            template (`lorafit.run.prelude`).
+        now: The moment that the template takes for the present one; this minute where None.
+
+    Raises:
+        ModelError: Without any template, or for one that is not valid, not allowed or uses unknown variables.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        train_on: TrainOn = "assistant",
+        dropped_fields: Literal["error", "trained", "warn"] = "error",
+        system_prompt: str | None = None,
+        now: datetime | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        shipped_prompt, self._sources = split_prompts(template_sources(tokenizer, chat_template))
+        self.template = chat_template or tokenizer.chat_template
+        self._train_on = train_on
+        self._dropped_fields = dropped_fields
+        self._system_prompt = shipped_prompt if system_prompt is None else system_prompt
+        self._clock = StoppedClock(now or read_clock())
+        self._variables = {CLOCK: self._clock.strftime_now, **tokenizer.special_tokens_map}
+        templates = {source: compile_or_explain(source) for source in self._sources.values()}
+        self.encoder = TextEncoder(tokenizer, "\0".join(template.literal_text() for template in templates.values()))
+        longest_first = sorted(self.encoder.control.values(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        end_token = str(tokenizer.eos_token or "")
+        self._habits: dict[str, Habits] = {}
+        for source, template in templates.items():
+            check_variables(template, self._variables)
+            self._habits[source] = learn_habits(template, self._variables, end_token, self._control)
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Text of each template by name, without a system prompt; `default` is always one of them."""
+        return dict(self._sources)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message of chats that have none."""
+        return self._system_prompt
+
+    @property
+    def dates(self) -> dict[str, str]:
+        """What the templates are told of the present moment, by the format they ask in."""
+        formats = [compile_or_explain(source).clock_formats() for source in self._sources.values()]
+        return self._clock.dates([format for known in formats for format in known or ()])
+
+    def check_system_prompt(self) -> None:
+        """Finds a template that can do nothing with a system message: each chat that gets one would be an error.
+
+        Raises:
+            RecipeError: It refuses system messages; or drops them, where that is an error.
+        """
+        for template in map(compile_or_explain, self._sources.values() if self._system_prompt is not None else ()):
+            reason = refusal_of_system(template, str(self._system_prompt), self._variables, self._control)
+            if reason is not None and not (reason == DROPS and self._dropped_fields == "warn"):
+                todo = "leave it out, e.g. put the text before each question, or name another data.chat_template"
+                raise RecipeError(reason, key="data.system_prompt", todo=todo)
+
+    def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> Rendering:
+        """Renders a chat and finds what carries loss.
+
+        Args:
+            messages: The chat, in OpenAI's form. An assistant message with `weight: 0` carries no loss.
+            tools: JSON schemas of the tools.
+
+        Raises:
+            RenderError: If the template refuses the chat, drops a field, or two ways to find a turn disagree.
+            ModelError: If the template itself is at fault.
+        """
+        source = self._source(tools)
+        bound, whole = self._trace(self._prepare(messages), tools, source)
+        chat = bound.messages
+        self._check_official(whole.text, chat, tools, source)
+        dropped = find_dropped(bound, whole, self._control)
+        turns = find_turns(bound, whole, self._habits[source])
+        warnings = self._judge_dropped(dropped, chat)
+        warnings += [NO_END_TOKEN for turn in turns if not turn.has_end_token]
+        typed, unsure = self._typed_stretches(whole)
+        return Rendering(
+            text=whole.text,
+            spans=tuple(self._spans(whole.text, turns, chat, messages)),
+            turns=tuple(turns),
+            typed=tuple(typed),
+            unsure=tuple(unsure),
+            all_trained=self._train_on == "all",
+            warnings=tuple(warnings),
+            history_dropped=tuple(name for _, name in dropped.history),
+        )
+
+    def encode(self, rendering: Rendering) -> Encoded:
+        """Token ids of a rendering, and which of them carry loss.
+
+        Raises:
+            DataError: If a control string stands where nobody can say who wrote it.
+        """
+        return _mark(rendering, *self.locate(rendering))
+
+    def encode_all(self, renderings: Sequence[Rendering]) -> Iterator[Encoded | DataError]:
+        """`encode` of each, or what it raises. Together they take less time than one by one."""
+        encodings = self.encoder.encode_batches([rendering.text for rendering in renderings])
+        for rendering, encoding in zip(renderings, encodings, strict=True):
+            try:
+                found = self.encoder.read(encoding, rendering.text, rendering.typed, rendering.unsure)
+            except DataError as error:
+                yield error
+            else:
+                yield _mark(rendering, *found)
+
+    def locate(self, rendering: Rendering) -> tuple[list[int], list[Stretch]]:
+        """Token ids of a rendering and where each stands in its text."""
+        return self.encoder.encode(rendering.text, rendering.typed, rendering.unsure)
+
+    def truncate(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, max_length: int
+    ) -> Truncated | None:
+        """A chat cut to `max_length` tokens: oldest turns first, then the prompt from its left
+        (`lorafit.data.truncate`).
+
+        Returns:
+            None where nothing useful of an answer fits.
+
+        Raises:
+            RenderError: As `render`.
+        """
+        return truncate_chat(self, messages, tools, max_length)
+
+    def prompt_ids(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a chat with the generation prompt behind it: what a model is given to answer.
+
+        Raises:
+            RenderError: If the template refuses the chat, or drops a field.
+        """
+        bound, whole = self._trace(self._prepare(messages), tools, self._source(tools), prompt=True)
+        self._judge_dropped(find_dropped(bound, whole, self._control), bound.messages)
+        typed, unsure = self._typed_stretches(whole)
+        return self.encoder.encode(whole.text, typed, unsure)[0]
+
+    def end_of_turn_id(self) -> int | None:
+        """The control token that the template writes behind an answer, which need not be the tokenizer's end token.
+
+        None where the template writes none, or refuses a chat of one question and one answer.
+        """
+        try:
+            rendering = self.render([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+        except LorafitError:
+            return None
+        turn = rendering.turns[-1]
+        ids, offsets = self.locate(rendering)
+        return next(
+            (
+                number
+                for number, (start, end) in zip(ids, offsets, strict=True)
+                if end > turn.answer_end and start < turn.end and number in self.encoder.control
+            ),
+            None,
+        )
+
+    def _source(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """The template for a chat; some tokenizers have one for chats with tools."""
+        return self._sources["tool_use" if tools and "tool_use" in self._sources else "default"]
+
+    def _prepare(self, messages: Messages) -> list[dict[str, Any]]:
+        """The chat as the template gets it: no weights, and the system prompt where there is none."""
+        if not messages:
+            raise RenderError("the chat holds no messages")
+        chat = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        if self._system_prompt is not None and chat[0].get("role") not in ("system", "developer"):
+            chat.insert(0, {"role": "system", "content": self._system_prompt})
+        return chat
+
+    def _trace(
+        self,
+        chat: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        source: str,
+        prompt: bool = False,
+    ) -> tuple[BoundChat, Traced]:
+        """Renders a chat. A template that takes arguments of tool calls as text only (DeepSeek's) gets them as JSON."""
+        template = compile_or_explain(source)
+        bound = BoundChat(template, chat, tools, self._variables)
+        try:
+            return bound, bound.trace(prompt=prompt)
+        except RenderError:
+            as_text = with_text_arguments(chat)
+            if as_text == chat:
+                raise
+            bound = BoundChat(template, as_text, tools, self._variables)
+            try:
+                return bound, bound.trace(prompt=prompt)
+            except RenderError:
+                pass
+            raise
+
+    def _check_official(
+        self, text: str, chat: Messages, tools: Sequence[Mapping[str, Any]] | None, source: str
+    ) -> None:
+        official = self._tokenizer.apply_chat_template(
+            chat, tools=tools, chat_template=self._clock.stop_in(source), tokenize=False
+        )
+        if official != text:
+            place = next(
+                (k for k, (a, b) in enumerate(zip(official, text, strict=False)) if a != b),
+                min(len(official), len(text)),
+            )
+            raise RenderError(
+                f"lorafit and transformers render this chat differently from character {place} on: "
+                f"{text[place : place + 20]!r}, {official[place : place + 20]!r}",
+                key=KEY,
+                todo="report the template",
+            )
+
+    def _judge_dropped(self, dropped: Dropped, chat: Messages) -> list[str]:
+        """Warnings for fields that are rendered nowhere.
+
+        Raises:
+            RenderError: Where they are errors.
+        """
+        refused, said = [], []
+        for message, field in dropped.lost:
+            role = None if message == TOOLS else chat[message].get("role")
+            said.append("the tools" if message == TOOLS else f"{field} of {role}")
+            if self._dropped_fields == "error" or (
+                self._dropped_fields == "trained" and role == "assistant" and field != "name"
+            ):
+                refused.append("the tools" if message == TOOLS else f"{field} of message {message + 1} ({role})")
+        if refused:
+            of_tools = any(
+                message == TOOLS or field in ("tool_calls", "function_call") for message, field in dropped.lost
+            )
+            named = "data.chat_template: hermes" if of_tools else "another data.chat_template"
+            todo = f"use {named}, or data.dropped_fields: warn"
+            raise RenderError(f"the chat template drops {', '.join(refused)}", key=KEY, todo=todo)
+        return [f"dropped: {text}" for text in said]
+
+    def _typed_stretches(self, whole: Traced) -> tuple[list[Stretch], list[Stretch]]:
+        """What was typed, and which of it perhaps. Where no control string was typed at all, nothing depends on a
+        perhaps.
+        """
+        if not any(start == BLURRED for _, _, start in whole.runs):
+            return join_stretches((start, end) for start, end, _ in whole.authors), []
+        perhaps = stretches(whole, lambda start: start == BLURRED)
+        if perhaps and not any(self._control.search(leaf.text) for leaf in whole.leaves):
+            return stretches(whole, lambda start: start != BLURRED), []
+        return stretches(whole, lambda start: True), perhaps
+
+    def _spans(self, text: str, turns: Sequence[Turn], chat: Messages, messages: Messages) -> Iterable[Stretch]:
+        if self._train_on == "all":
+            return [(0, len(text))]
+        added = len(chat) - len(messages)
+        if self._train_on == "last_turn":
+            turns = turns[-1:]
+        elif self._train_on == "completion":
+            last_user = max((index for index, message in enumerate(chat) if message.get("role") == "user"), default=-1)
+            turns = [turn for turn in turns if turn.message > last_user]
+        return [
+            (turn.start, turn.end)
+            for turn in turns
+            if turn.end > turn.start and messages[turn.message - added].get("weight", 1) != 0
+        ]
+
+
+def _mark(rendering: Rendering, ids: list[int], offsets: Sequence[Stretch]) -> Encoded:
+    return Encoded(ids, [True] * len(ids) if rendering.all_trained else mark_trained(offsets, rendering.spans))
+
+
+_renderers: WeakKeyDictionary[Any, ChatRenderer] = WeakKeyDictionary()
+
+
+def mask_chat(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of a chat and its labels, as training makes them.
+
+    Args:
+        messages: The chat, in OpenAI's form.
+        tools: JSON schemas of the tools, or None.
+        tokenizer: With a chat template.
+
+    Returns:
+        `input_ids` and `labels`, of equal length: `labels[i]` is `input_ids[i]` where the token carries loss, else
+        -100. They are not shifted.
+
+    Raises:
+        RenderError: If the template refuses the chat or drops something that should be trained.
+        ModelError: If there is no usable template.
+    """
+    renderer = _renderers.get(tokenizer)
+    if renderer is None or renderer.template != tokenizer.chat_template or CLOCK in str(renderer.template):
+        renderer = _renderers[tokenizer] = ChatRenderer(tokenizer, dropped_fields="trained")
+    encoded = renderer.encode(renderer.render(messages, tools))
+    labels = [number if trained else -100 for number, trained in zip(encoded.input_ids, encoded.trained, strict=True)]
+    return encoded.input_ids, labels

@@ -1,0 +1,177 @@
+"""Chat templates from everywhere, and what they raise as our errors: the tokenizer's own, a shipped one, a file's
+text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jinja2
+
+from lorafit.data.chat.jinja_filters import TemplateLimitError
+from lorafit.data.chat.template_names import KEY, SHIPPED_TEMPLATES, shipped_template
+from lorafit.data.chat.traced_template import ChatTemplate, Traced, compile_template
+from lorafit.data.chat.typed_chat import Messages, TypedChat
+from lorafit.errors import DataError, LorafitError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RenderError(DataError):
+    """A chat that the template refuses, or of which it drops something that should be trained."""
+
+
+class BoundChat:
+    """A template with one chat and the tokenizer's special tokens; renders the chat and what it begins with.
+
+    Args:
+        template: The template.
+        messages: The chat.
+        tools: JSON schemas of its tools.
+        variables: What else the template may read.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> None:
+        self.messages = messages
+        self._template, self._variables = template, variables
+        self._chat = TypedChat(messages, tools)
+        self._plain: dict[tuple[int, bool], str | None] = {}
+
+    def trace(self, count: int | None = None, *, prompt: bool = False) -> Traced:
+        """The first `count` messages, all where None, rendered and traced.
+
+        Args:
+            count: Messages.
+            prompt: Whether the generation prompt follows.
+
+        Raises:
+            RenderError: The template refuses them.
+            ModelError: The template itself is at fault.
+        """
+        count = len(self.messages) if count is None else count
+        try:
+            traced = self._template.trace(self._chat, count, self._variables, add_generation_prompt=prompt)
+        except Exception as error:  # a template can raise anything
+            explain(error)
+        self._plain[count, prompt] = traced.text
+        return traced
+
+    def attempt_trace(self, count: int, *, prompt: bool = False) -> Traced | None:
+        """The same; None where the template refuses them."""
+        try:
+            return self.trace(count, prompt=prompt)
+        except LorafitError:
+            return None
+
+    def attempt(self, count: int, *, prompt: bool = False) -> str | None:
+        """The text of the first `count` messages; None where the template refuses them."""
+        if (count, prompt) not in self._plain:
+            try:
+                text = self._template.render(self._chat, count, self._variables, add_generation_prompt=prompt)
+            except Exception:  # a template can raise anything
+                text = None
+            self._plain[count, prompt] = text
+        return self._plain[count, prompt]
+
+
+def explain(error: Exception) -> NoReturn:
+    if isinstance(error, LorafitError):
+        raise error
+    line = None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    place = f" at line {line}" if line else ""
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        raise ModelError(f"what the chat template does{place} is not allowed: {error}", key=KEY) from error
+    if isinstance(error, (TemplateLimitError, MemoryError, RecursionError, OverflowError)):
+        limit = "" if isinstance(error, TemplateLimitError) else "time limit or size limit: "
+        raise ModelError(f"the chat template was stopped{place}: {limit}{error}", key=KEY) from error
+    message = " ".join(str(error).split()) or type(error).__name__
+    raise RenderError(
+        f"the chat template refuses this chat{place}: {message}", key=KEY, todo="correct the row"
+    ) from error
+
+
+def template_sources(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> dict[str, str]:
+    """The templates to use, by name; `default` is always one of them."""
+    if chat_template is not None:
+        return {"default": shipped_template(chat_template) if chat_template in SHIPPED_TEMPLATES else chat_template}
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, dict) and own:
+        return {**own, "default": own.get("default") or next(iter(own.values()))}
+    if isinstance(own, str) and own:
+        return {"default": own}
+    raise ModelError(
+        "the tokenizer has no chat template, as is usual for base models",
+        key=KEY,
+        todo=f"set data.chat_template to one of {', '.join(SHIPPED_TEMPLATES)}, or to a file",
+    )
+
+
+def compile_or_explain(source: str) -> ChatTemplate:
+    try:
+        return compile_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"the chat template is not valid, line {error.lineno}: {error.message}", key=KEY) from error
+    except jinja2.TemplateError as error:
+        raise ModelError(f"the chat template is not valid: {error}", key=KEY) from error
+
+
+def check_variables(template: ChatTemplate, variables: Mapping[str, Any]) -> None:
+    """Finds a template that fails for any chat because a name in it is unknown.
+
+    Args:
+        template: The template.
+        variables: What it may read besides the chat.
+
+    Raises:
+        ModelError: With the line of the template.
+    """
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    undefined: RenderError | None = None
+    for chat in ([ask], [ask, answer], [{"role": "system", "content": "s"}, ask, answer]):
+        try:
+            BoundChat(template, chat, None, variables).trace()
+            return
+        except RenderError as error:
+            undefined = error if isinstance(error.__cause__, jinja2.UndefinedError) else undefined
+    if undefined is not None:
+        raise ModelError(
+            undefined.what.replace("refuses this chat", "fails for any chat"), key=KEY, todo="correct the template"
+        ) from undefined
+
+
+def with_text_arguments(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat with arguments of tool calls as JSON text."""
+
+    def call_as_text(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        inner = call.get("function")
+        if isinstance(inner, Mapping):
+            return {**call, "function": call_as_text(inner)}
+        arguments = call.get("arguments")
+        return (
+            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            if isinstance(arguments, (dict, list))
+            else call
+        )
+
+    return [
+        {**message, "tool_calls": [call_as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in chat
+    ]

@@ -1,0 +1,56 @@
+"""What a recipe can name as its chat template: one that comes with lorafit, or a file. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from lorafit.console.nearest import nearest
+from lorafit.errors import ModelError
+from lorafit.files.strict_json import JsonError, read_regular_file
+
+SHIPPED_TEMPLATES = ("alpaca", "chatml", "hermes", "plain")
+KEY = "data.chat_template"
+_LARGEST_BYTES = 1 << 20
+
+
+def shipped_template(name: str) -> str:
+    """The text of a chat template that comes with lorafit.
+
+    Raises:
+        KeyError: For a name that is not in `SHIPPED_TEMPLATES`.
+    """
+    if name not in SHIPPED_TEMPLATES:
+        raise KeyError(name)
+    return resources.files("lorafit.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def read_template(named: str | None, folder: Path) -> str | None:
+    """What a recipe names: None, a shipped name as it is, or the text of a file.
+
+    Args:
+        named: The recipe's word.
+        folder: The recipe's folder, which a path is relative to.
+
+    Raises:
+        ModelError: It is neither a shipped name nor a file that can be read.
+    """
+    if named is None or named in SHIPPED_TEMPLATES:
+        return named
+    try:
+        raw = read_regular_file(folder / Path(named).expanduser(), _LARGEST_BYTES + 1)
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except (JsonError, UnicodeDecodeError) as error:
+        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.what
+        raise ModelError(f"template file '{named}' {what}", key=KEY, todo="name a file of Jinja text") from None
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home of an unknown user
+        close = nearest(named, SHIPPED_TEMPLATES, count=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        shipped = f"shipped are {', '.join(SHIPPED_TEMPLATES)}; else name a file"
+        todo = f"{hint}{shipped}. An instruct model has its own: leave this out"
+        reason = (getattr(error, "strerror", None) or type(error).__name__).lower()
+        raise ModelError(f"template '{named}' cannot be read: {reason}", key=KEY, todo=todo) from None
+    if not text.strip() or len(raw) > _LARGEST_BYTES:
+        what = f"larger than {_LARGEST_BYTES >> 20} MiB" if text.strip() else "empty"
+        raise ModelError(f"template file '{named}' is {what}", key=KEY, todo="name a file of Jinja text")
+    return text

@@ -1,0 +1,212 @@
+"""Runs a chat template as transformers does, but so that the rendering knows who wrote each character.
+
+`ChatTemplate(source).trace(chat, ...)` gives the text, the runs of `traced_text`, and the stretch of text
+that the template wrote while its loop stood at each message:
+
+    <|im_start|>user⏎hi<|im_end|>⏎<|im_start|>assistant⏎hello<|im_end|>⏎
+    └────── message 0 ──────────┘ └──────────── message 1 ──────────────┘
+
+For that, every `for` of the template gets two invisible outputs: a mark at the start of its body and one behind its
+end. A template is foreign code: it runs in Jinja's immutable sandbox, and one that runs or grows without end is
+stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
+
+import jinja2
+import jinja2.nodes as nodes
+
+from lorafit.data.chat.jinja_environment import (
+    FIRST_MESSAGE,
+    GENERATION_END,
+    GENERATION_START,
+    LOOP_END,
+    ChatEnvironment,
+    TracingEnvironment,
+)
+from lorafit.data.chat.traced_text import Run, runs_of
+from lorafit.data.chat.typed_chat import Leaf, TypedChat
+from lorafit.run.prelude import has_dates
+
+CLOCK = "strftime_now"
+
+
+@dataclass
+class Traced:
+    """A rendering with its origins.
+
+    Attributes:
+        text: The rendering.
+        runs: Who wrote it; `(length, leaf, start)`, marks left out. `leaves[leaf - 1]` is the string.
+        leaves: The strings of the chat.
+        tool_names: Numbers of the leaves that name a tool.
+        regions: For each message the stretches that were written for it, in order, none of them empty.
+        generation: Stretches inside `{% generation %}`.
+        tail: Where the template's last loop over messages ended; 0 without one.
+    """
+
+    text: str
+    runs: list[Run]
+    leaves: list[Leaf]
+    tool_names: Sequence[int] = ()
+    regions: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    generation: list[tuple[int, int]] = field(default_factory=list)
+    tail: int = 0
+
+    @cached_property
+    def authors(self) -> list[tuple[int, int, int]]:
+        """Who typed what: `(start, end, message)`, in order, neighbours of one message joined."""
+        found: list[tuple[int, int, int]] = []
+        place = 0
+        for length, origin, _ in self.runs:
+            if length and origin > 0:
+                message = self.leaves[origin - 1].message
+                if found and found[-1][1] == place and found[-1][2] == message:
+                    found[-1] = (found[-1][0], place + length, message)
+                else:
+                    found.append((place, place + length, message))
+            place += length
+        return found
+
+    @cached_property
+    def typed_by(self) -> dict[int, list[tuple[int, int]]]:
+        """The same by message."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for start, end, message in self.authors:
+            found.setdefault(message, []).append((start, end))
+        return found
+
+
+def stretches(whole: Traced, wanted: Callable[[int], bool]) -> list[tuple[int, int]]:
+    """Stretches of typed characters that are placed in their leaf in a wanted way."""
+    ends = accumulate(length for length, _, _ in whole.runs)
+    placed = zip(whole.runs, ends, strict=True)
+    return join_stretches(
+        (end - length, end) for (length, origin, start), end in placed if origin > 0 and wanted(start)
+    )
+
+
+def join_stretches(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same without empty ones, neighbours joined."""
+    joined: list[tuple[int, int]] = []
+    for start, end in stretches:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        elif end > start:
+            joined.append((start, end))
+    return joined
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: The Jinja text.
+
+    Raises:
+        jinja2.TemplateSyntaxError: If it is not valid Jinja.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._environment = TracingEnvironment()
+        self._template = self._environment.from_string(source)
+
+    @cached_property
+    def _plain(self) -> tuple[ChatEnvironment, jinja2.Template]:
+        environment = ChatEnvironment()
+        return environment, environment.from_string(self.source)
+
+    def literal_text(self) -> str:
+        """Every piece of text that stands in the template, NUL between them."""
+        tree = self._environment.parse(self.source)
+        pieces = [node.data for node in tree.find_all(nodes.TemplateData)]
+        pieces += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        return "\0".join(pieces)
+
+    def clock_formats(self) -> tuple[str, ...] | None:
+        """The formats in which the template asks for the present moment, in order: none where it asks for none.
+
+        None where it may ask in a format that does not stand in it.
+        """
+        if CLOCK not in self.source or has_dates(self.source):
+            return ()
+        tree = self._environment.parse(self.source)
+        names = [node for node in tree.find_all(nodes.Name) if node.name == CLOCK and node.ctx == "load"]
+        asked = [call for call in tree.find_all(nodes.Call) if call.node in names]
+        tested = [test for test in tree.find_all(nodes.Test) if test.node in names]
+        given = [call.args[0] for call in asked if call.args]
+        formats = [node.value for node in given if isinstance(node, nodes.Const) and isinstance(node.value, str)]
+        return tuple(dict.fromkeys(formats)) if len(formats) + len(tested) == len(names) else None
+
+    def trace(
+        self, chat: TypedChat, count: int, variables: Mapping[str, Any], *, add_generation_prompt: bool = False
+    ) -> Traced:
+        """Renders the first `count` messages of a chat and traces every character.
+
+        Raises:
+            jinja2.TemplateError, TypeError, ...: Whatever the template raises for this chat.
+        """
+        environment, given = self._environment, _variables(chat.records[:count], chat.tools.typed, variables)
+        environment.memo = chat.memo
+        try:
+            result = environment.run(self._template, {**given, "add_generation_prompt": add_generation_prompt})
+        except Exception:
+            environment.handle_exception()  # raises it again, with the template's line
+        return _read_marks(result, chat)
+
+    def render(
+        self, chat: TypedChat, count: int, variables: Mapping[str, Any], *, add_generation_prompt: bool = False
+    ) -> str:
+        """The same text, without the tracing."""
+        (environment, template), given = self._plain, _variables(chat.plain[:count], chat.tools.plain, variables)
+        environment.memo = chat.memo
+        return environment.run(template, {**given, "add_generation_prompt": add_generation_prompt})
+
+
+def _variables(messages: Any, tools: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {"messages": messages, "tools": tools, "documents": None, **variables}
+
+
+@lru_cache(maxsize=32)
+def compile_template(source: str) -> ChatTemplate:
+    """`ChatTemplate(source)`, compiled once a process."""
+    return ChatTemplate(source)
+
+
+def _read_marks(result: str, chat: TypedChat) -> Traced:
+    """Reads the marks out of a rendering: a stack of loops says for which message each character was written."""
+    traced = Traced(str.__str__(result), [], chat.leaves, chat.tools.names)
+    stack: list[tuple[int, int]] = []  # (loop, message)
+    generation_start = place = 0
+    for length, origin, start in runs_of(result):
+        if length:
+            traced.runs.append((length, origin, start))
+            if stack:
+                stretches = traced.regions.setdefault(stack[-1][1], [])
+                if stretches and stretches[-1][1] == place:
+                    stretches[-1] = (stretches[-1][0], place + length)
+                else:
+                    stretches.append((place, place + length))
+            place += length
+        elif origin <= FIRST_MESSAGE or origin == LOOP_END:
+            open_loops = [loop for loop, _ in stack]
+            if start in open_loops:
+                del stack[open_loops.index(start) :]
+            if origin != LOOP_END:
+                stack.append((start, FIRST_MESSAGE - origin))
+            elif start in open_loops:
+                traced.tail = place
+        elif origin == GENERATION_START:
+            generation_start = place
+        elif origin == GENERATION_END:
+            traced.generation.append((generation_start, place))
+        else:
+            traced.runs.append((length, origin, start))
+    return traced

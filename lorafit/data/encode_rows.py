@@ -1,0 +1,303 @@
+"""Samples to tokens, chunk by chunk, here or in worker processes; the order and the result are the same.
+
+samples ──chunks──> encode_chunk, in this process while it is not worth more ──in order──> EncodedChunk ──> writer
+                                 in forked workers once seconds of work are left
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorafit.console.wording import counted
+from lorafit.contracts import Encoded, Sample
+from lorafit.data.overlong import SURE_FACTOR
+from lorafit.data.sample_renderer import Renderer
+from lorafit.data.store import Chunk, pack_chunk
+from lorafit.errors import DataError, ResourceError
+
+Encode = Callable[[Sample, Callable[[Sample], Encoded | None]], Encoded | None]
+PlacedSample = tuple[int, int, Sample]
+"""Number of its source, line there, sample."""
+
+CHUNK_ROWS = 256
+CHUNK_CHARACTERS = 400_000
+SMALL_CHUNKS, SMALL_PART = 2, 1 / 8
+SECONDS_A_WORKER = 0.7  # of work, that are worth a process: starting one takes about 0.1
+WORKERS_LIMIT = 16
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
+_CHUNKS_AHEAD = 4  # for each worker; bounds what waits in memory
+
+
+@dataclass(slots=True)
+class EncodedChunk:
+    """What became of a chunk of samples.
+
+    Attributes:
+        chunk: The rows that can be trained on.
+        examples: (source, number of examples) of each usable sample.
+        bad: Samples of which nothing can be trained, with the reason.
+        overlong: Samples that are too long where the recipe says that this is an error.
+        lengths: (what, source, line, reason) of samples that were dropped, cut or split.
+        seen: What the renderer counted.
+        samples: Samples in the chunk.
+    """
+
+    chunk: Chunk
+    examples: list[tuple[int, int]] = field(default_factory=list)
+    bad: list[tuple[int, int, DataError]] = field(default_factory=list)
+    overlong: list[tuple[int, int, DataError]] = field(default_factory=list)
+    lengths: list[tuple[str, int, int, str]] = field(default_factory=list)
+    seen: Counter[str] = field(default_factory=Counter)
+    samples: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Makes tokens of samples by the rules of one recipe.
+
+    Attributes:
+        renderer: Renders a sample.
+        encode: The task's `encode`.
+        max_length: Longest row, in tokens.
+        overlength: What happens to longer ones.
+    """
+
+    renderer: Renderer
+    encode: Encode
+    max_length: int
+    overlength: Literal["error", "drop", "truncate", "split"]
+
+    def encode_chunk(self, samples: Sequence[PlacedSample]) -> EncodedChunk:
+        """Encodes samples one by one; what is wrong with one is noted and the others go on."""
+        rows: list[tuple[int, int, Encoded]] = []
+        result = EncodedChunk(pack_chunk([]), samples=len(samples))
+        self.renderer.seen.clear()
+        endless = [self.renderer.is_surely_longer(sample) for _, _, sample in samples]
+        shorter = [sample for (_, _, sample), is_endless in zip(samples, endless, strict=True) if not is_endless]
+        rendered = iter(self.renderer.render_all(shorter))
+        for (source, line, sample), is_endless in zip(samples, endless, strict=True):
+            try:
+                whole = None if is_endless else self._take(sample, next(rendered))
+                if whole is not None and len(whole.input_ids) <= self.max_length:
+                    encoded = [whole]
+                else:
+                    encoded = self._shorten(source, line, sample, whole, result)
+            except DataError as error:
+                error.at(file=sample.file, line=line)
+                result.bad.append((source, line, error))
+                continue
+            if encoded:
+                result.examples.append((source, len(encoded)))
+                rows += [(source, line, row) for row in encoded]
+        result.chunk, result.seen = pack_chunk(rows), Counter(self.renderer.seen)
+        return result
+
+    def _take(self, sample: Sample, rendered: Encoded | DataError | None) -> Encoded:
+        """What the task makes of a rendered sample."""
+        if isinstance(rendered, DataError):
+            raise rendered
+        whole = self.encode(sample, lambda asked: rendered if asked is sample else self.renderer.render(asked))
+        if whole is None:
+            todo = "every answer is empty or has weight 0; correct or remove the row"
+            raise DataError("no trainable tokens", todo=todo)
+        return whole
+
+    def _shorten(
+        self, source: int, line: int, sample: Sample, whole: Encoded | None, result: EncodedChunk
+    ) -> list[Encoded]:
+        """What is left of a sample that is too long; `whole` is None where nobody counted how much."""
+        count = f"over {SURE_FACTOR * self.max_length}" if whole is None else str(len(whole.input_ids))
+        reason = f"{count} tokens, max_length is {self.max_length}"
+        if self.overlength == "truncate":
+            cut = self.encode(sample, self.renderer.truncate)
+            if cut is not None:
+                result.lengths.append(("cut", source, line, reason))
+                return [cut]
+            result.lengths.append(("dropped", source, line, f"{reason}, and no trained token fits"))
+        elif self.overlength == "split" and sample.text is not None:
+            pieces = [self.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
+            result.lengths.append(("split", source, line, f"{reason}: {counted(len(pieces), 'row')}"))
+            return [piece for piece in pieces if piece is not None]
+        elif self.overlength == "drop":
+            result.lengths.append(("dropped", source, line, reason))
+        else:
+            result.overlong.append((source, line, self._overlong(sample, line, reason)))
+        return []
+
+    def _overlong(self, sample: Sample, line: int, reason: str) -> DataError:
+        if self.overlength == "split":
+            reason, todo = f"{reason}; only plain text can be split", "set data.overlength: truncate or drop"
+        else:
+            rules = "split, truncate or drop" if sample.text is not None else "truncate or drop"
+            todo = f"raise data.max_length, or set data.overlength: {rules}"
+        return DataError(reason, file=sample.file, line=line, todo=todo)
+
+
+def _give(encoded: Encoded) -> Callable[[Sample], Encoded | None]:
+    return lambda sample: encoded
+
+
+def count_workers(seconds: float) -> int:
+    """Processes that are worth starting for so much work of one: 0 means to encode in this one."""
+    if sys.platform != "linux":  # elsewhere a fork is not safe and a spawn slow
+        return 0
+    workers = min(len(os.sched_getaffinity(0)), WORKERS_LIMIT, int(seconds / SECONDS_A_WORKER))
+    return workers if workers > 1 else 0
+
+
+def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int) -> Generator[EncodedChunk, None, None]:
+    """Encodes samples in order, a chunk at a time; never holds more than some chunks of them.
+
+    Args:
+        encoder: The rules.
+        samples: Any number of them, read as needed.
+        expected: About how many there are.
+
+    Raises:
+        ModelError: There is no usable chat template or tokenizer.
+        ResourceError: A worker was killed, as the system does where memory runs out.
+    """
+    chunks = cut_chunks(samples)
+    done = 0
+    with _old_objects_left_alone():
+        for number, chunk in enumerate(chunks):
+            began = time.monotonic()
+            encoded = encoder.encode_chunk(chunk)
+            seconds, done = time.monotonic() - began, done + len(chunk)
+            yield encoded
+            workers = count_workers(seconds / len(chunk) * (expected - done)) if number else 0  # the first one compiles
+            if workers:
+                yield from _encode_in_workers(encoder, chunks, workers)
+
+
+@contextlib.contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Python's collector walks over every library object again and again while rows are made, and so makes each worker
+    copy the pages that it shares with its parent.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def cut_chunks(samples: Iterable[PlacedSample]) -> Iterator[tuple[PlacedSample, ...]]:
+    """Samples in chunks of a few hundred rows or kilobytes, whichever is less; the first ones are smaller, so that it
+    shows soon how long the others take.
+    """
+    chunk: list[PlacedSample] = []
+    cut = characters = 0
+    for placed in samples:
+        chunk.append(placed)
+        characters += count_characters(placed[2])
+        part = SMALL_PART if cut < SMALL_CHUNKS else 1
+        if len(chunk) >= CHUNK_ROWS * part or characters >= CHUNK_CHARACTERS * part:
+            yield tuple(chunk)
+            chunk, characters, cut = [], 0, cut + 1
+    if chunk:
+        yield tuple(chunk)
+
+
+def count_characters(sample: Sample) -> int:
+    """About how much text a sample holds."""
+    return sum(map(_characters, (sample.prompt, sample.completion, sample.text, sample.messages, sample.tools)))
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 1
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(encoder: Encoder, parent: int) -> None:
+    """Keeps the encoder, leaves Ctrl-C to the parent, and dies with it even where it was killed.
+
+    A worker that outlived its parent would wait for work for ever, and hold the lock that it got from it.
+    """
+    global _worker_encoder
+    _worker_encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:  # killed before that call: no signal comes any more
+        os._exit(1)
+
+
+def _encode_in_worker(samples: Sequence[PlacedSample]) -> EncodedChunk:
+    assert _worker_encoder is not None
+    return _worker_encoder.encode_chunk(samples)
+
+
+def _encode_in_workers(
+    encoder: Encoder, chunks: Iterator[tuple[PlacedSample, ...]], workers: int
+) -> Iterator[EncodedChunk]:
+    """A fork hands the tokenizer over without pickling it; the tokenizers' own threads must be off in a fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    waiting: deque[Future[EncodedChunk]] = deque()
+    context = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder, os.getpid())) as pool:
+            try:
+                for chunk in chunks:
+                    with _without_interrupts() if not waiting else contextlib.nullcontext():
+                        waiting.append(pool.submit(_encode_in_worker, chunk))
+                    if len(waiting) >= workers * _CHUNKS_AHEAD:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            except BaseException:
+                _kill(pool)
+                raise
+    except BrokenProcessPool:
+        raise ResourceError("a process that tokenises rows was killed: memory ran out?", todo="free memory") from None
+    finally:
+        if before is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Holds Ctrl-C back while workers are forked: they would answer it until they leave it to their parent, and in what
+    Python runs around a fork it is lost. A mask does not do: another thread, such as a bar's, would get the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C does not come here
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(signal.SIGINT, None)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """Ends the workers in the midst of their chunks, which nobody wants any more (as Python 3.14's `kill_workers`)."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,352 @@
+"""Rows of a recipe, prepared: read, checked, rendered, tokenised, kept in the cache, and split.
+
+data.train ──> samples ──> tokens ──> store (cache) ──┬─ rows ──> train
+                                                      └─ fraction drawn by the seed ──> validation
+data.validation, data.test, evaluation.retention ──> a store each
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafit.contracts import Sample
+from lorafit.data.batch import rows_per_epoch, shuffle
+from lorafit.data.cache import PreparedCache, code_version
+from lorafit.data.encode_rows import Encode, EncodedChunk, Encoder, PlacedSample, encode_all
+from lorafit.data.findings import finish_report
+from lorafit.data.report import DataReport, report_split
+from lorafit.data.row_counts import SKIP_BAD_ROWS, Ledger
+from lorafit.data.sample_renderer import Renderer, build_renderer
+from lorafit.data.sources.source import SampleSet, read_sources
+from lorafit.data.store import ExampleSet, StoreWriter, is_sound
+from lorafit.errors import DataError, Problems
+from lorafit.facts import DatasetFacts
+from lorafit.files.strict_json import read_json_file
+from lorafit.recipe.schema import ValidationFraction
+
+if TYPE_CHECKING:
+    from lorafit.contracts import GenerationRow, Reporter
+    from lorafit.recipe.schema import DataSection, SourceSection
+
+__all__ = ["ExampleSet", "Prepared", "Renderer", "build_renderer", "prepare"]
+
+_REPORT = "report.json"
+_GLANCE_ROWS = 256  # prepared in a second, and enough to see what rows are like
+_FRACTION_KEY = 3  # tells this draw of the seed from the orders of epochs
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The splits of a recipe, all of them or those that were asked for.
+
+    Attributes:
+        splits: The rows by split: `train`, which is trained on; `validation`, scored while training; `test`, scored at
+            the end only; `retention`, rows of general ability.
+        report: What was found.
+        digest: SHA-256 of the tokens and loss positions of these splits.
+    """
+
+    splits: dict[str, ExampleSet]
+    report: DataReport
+    digest: str
+    _sources: dict[str, SampleSet]
+    _renderer: Renderer
+
+    @property
+    def train(self) -> ExampleSet:
+        """What is trained on."""
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> ExampleSet | None:
+        """Scored while training."""
+        return self.splits.get("validation")
+
+    @property
+    def test(self) -> ExampleSet | None:
+        """Scored at the end only."""
+        return self.splits.get("test")
+
+    @property
+    def retention(self) -> ExampleSet | None:
+        """Rows of general ability."""
+        return self.splits.get("retention")
+
+    def facts(self) -> DatasetFacts:
+        """What plan and memory must know of the rows."""
+        source_of = np.asarray(self.train.source_of)
+        repeats = np.asarray(self.train.repeats)[source_of]
+        lengths, trained = np.asarray(self.train.lengths), np.asarray(self.train.trained_counts)
+        return DatasetFacts(
+            rows=rows_per_epoch(self.train),
+            tokens=round(float((lengths * repeats).sum())),
+            trained_tokens=round(float((trained * repeats).sum())),
+            longest_tokens=int(lengths.max()),
+            longest_trained_tokens=int(trained.max()),
+            squared_tokens=round(float((np.square(lengths, dtype=np.float64) * repeats).sum())),
+            validation_rows=len(self.validation) if self.validation is not None else 0,
+            validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
+        )
+
+    def samples(self, split: str) -> SampleSet:
+        """The sources that the rows of a split came from; rows that were held out came from those of `train`."""
+        return self._sources[split] if split in self._sources else self._sources["train"]
+
+    def generation_rows(self, split: str, limit: int | None = None, *, with_calls: bool = False) -> list[GenerationRow]:
+        """Prompts and reference answers for the rows of a split, in their order; plain text has none.
+
+        Args:
+            split: `train`, `validation`, `test` or `retention`.
+            limit: Only for the split's first rows.
+            with_calls: Also for the last turn of a row that calls tools, where that is not its last answer.
+
+        Raises:
+            DataError: The chat template refuses a prompt.
+        """
+        examples = self.splits.get(split)
+        if examples is None:
+            return []
+        source_of, lines = np.asarray(examples.source_of)[:limit], examples.lines[:limit]
+        wanted = set(zip(source_of.tolist(), lines.tolist(), strict=True))
+        found = []
+        for number, line, sample in self.samples(split).rows():
+            if isinstance(sample, Sample) and (number, line) in wanted:
+                try:
+                    found += self._renderer.generation_rows(sample, with_calls=with_calls)
+                except DataError as error:
+                    raise error.at(file=sample.file, line=line) from None
+        return found
+
+
+def prepare(
+    data: DataSection,
+    *,
+    folder: Path,
+    renderer: Renderer,
+    encode: Encode,
+    seed: int,
+    cache_dir: Path,
+    reporter: Reporter,
+    retention: Sequence[SourceSection] | None = None,
+    only: Collection[str] | None = None,
+    glance: int | None = None,
+) -> Prepared:
+    """Prepares every split of a recipe, or takes it from the cache.
+
+    Args:
+        data: The recipe's section.
+        folder: The recipe's folder.
+        renderer: From `build_renderer`.
+        encode: The task's `encode`.
+        seed: Draws the rows of `validation: {fraction: ...}`.
+        cache_dir: Folder of prepared rows, e.g. `~/.cache/lorafit/data`.
+        reporter: Gets progress, cache hits and misses, and warnings.
+        retention: Sources of `evaluation.retention`.
+        only: Splits that are wanted of a run that was trained: files of others are not opened. Rows that are held out
+            of the training rows need those.
+        glance: Enough to look at so many rows of each split: where many are not prepared yet, only the first of each
+            source are; none are held out then, and the digest is not that of a training.
+
+    Raises:
+        DataError: Rows or files are bad, too long, or none are left.
+        RecipeError: The chat template can do nothing with the recipe's system prompt.
+        ModelError: There is no usable chat template or tokenizer.
+        ResourceError: The cache cannot be written, or memory ran out.
+    """
+    sections = {"train": data.train, "validation": data.validation, "test": data.test, "retention": retention}
+    held_out = data.validation if isinstance(data.validation, ValidationFraction) else None
+    wanted = set(sections if only is None else only)
+    opened = wanted | {"train"} if held_out and "validation" in wanted else wanted
+    sources = {
+        split: read_sources(section, folder, data.bad_rows, reporter)
+        for split, section in sections.items()
+        if isinstance(section, Sequence) and split in opened
+    }
+    first = (sample for samples in sources.values() for sample in samples.first_samples())
+    if data.system_prompt is not None and any(renderer.is_chat(sample) for sample in first):
+        renderer.chats.check_system_prompt()
+    cache = PreparedCache(cache_dir)
+    encoder = Encoder(renderer, encode, data.max_length, data.overlength)
+    sets: dict[str, ExampleSet] = {}
+    ledgers: dict[str, Ledger] = {}
+    said: dict[str, str] = {}
+    partial: dict[str, int] = {}
+    for split, samples in list(sources.items()):
+        preparation = _Preparation(split, samples, data, encoder, cache, reporter)
+        if glance is not None and (few := preparation.first(glance)) is not None:
+            with contextlib.suppress(DataError, Problems):  # said of all rows, not of a few
+                sets[split], ledgers[split], said[split] = few.run()
+                sources[split], partial[split] = few.samples, samples.guess_rows()
+                continue
+        sets[split], ledgers[split], said[split] = preparation.run()
+    if held_out and "train" in sets and "train" not in partial:
+        sets["train"], sets["validation"] = hold_out(sets["train"], held_out.fraction, seed)
+        said["validation"] = said["train"]
+    reports = {split: report_split(sets[split], ledgers.get(split), said[split], partial.get(split)) for split in sets}
+    report = finish_report(reports, sets, sources, data, renderer, is_decided=only is not None)
+    for warning in report.warnings:
+        reporter.warn(warning)
+    digests = {split: examples.digest() for split, examples in sorted(sets.items())}
+    return Prepared(
+        splits={split: examples for split, examples in sets.items() if split in wanted},
+        report=report,
+        digest=hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+        _sources=sources,
+        _renderer=renderer,
+    )
+
+
+def hold_out(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
+    """Splits rows into those that stay and `fraction` of them, at least one, drawn by the seed.
+
+    Raises:
+        DataError: There are too few rows to leave one on each side.
+    """
+    if len(examples) < 2:
+        todo = "give data.validation sources of its own"
+        raise DataError(f"{len(examples)} row is too few to hold out a fraction", file=examples.files[0], todo=todo)
+    order = shuffle(len(examples), seed, _FRACTION_KEY)
+    count = min(len(examples) - 1, max(1, round(fraction * len(examples))))
+    return examples.select(order[count:]), examples.select(order[:count])
+
+
+@dataclass(frozen=True, slots=True)
+class _Preparation:
+    """One split on its way into the cache."""
+
+    split: str
+    samples: SampleSet
+    data: DataSection
+    encoder: Encoder
+    cache: PreparedCache
+    reporter: Reporter
+    is_partial: bool = False
+
+    def first(self, rows: int) -> _Preparation | None:
+        """The preparation of the first rows of each source; None where all are prepared already, or are few."""
+        if self.samples.guess_rows() <= 2 * _GLANCE_ROWS or self.cache.find(self._parts(), "").hit:
+            return None
+        most = max(rows, _GLANCE_ROWS // len(self.samples.sources), 1)
+        return replace(self, samples=self.samples.first(most), is_partial=True)
+
+    def run(self) -> tuple[ExampleSet, Ledger, str]:
+        """The rows, what was counted, and what the cache said."""
+        where = [self.split, [source.place for source in self.samples.sources]]
+        place = json.dumps([*where, "first rows"] if self.is_partial else where)
+        parts = self._parts()
+        names = [source.name for source in self.samples.sources]
+        spoken = {_data_part(number): f"data of {name}" for number, name in enumerate(names)}
+        lookup = self.cache.find(parts, place, spoken)
+        wait = f"{self.split} rows: another process prepares them; waiting for it"
+        with self.cache.locked(lookup.folder, lambda: self.reporter.info(wait)):
+            if not lookup.hit:
+                again = self.cache.find(parts, place, spoken)  # another process may have built it while we waited
+                lookup = again if again.hit else lookup
+            ledger = self._read_ledger(lookup.folder, names) if lookup.hit else None
+            if lookup.hit and ledger is None:
+                lookup = replace(lookup, hit=False, reason="cache miss: the cached copy is damaged (its content)")
+            self.reporter.info(f"{self.split} rows: {lookup.reason}")
+            if ledger is None:
+                self._build(lookup.folder)
+                ledger = self._read_ledger(lookup.folder, names)
+        assert ledger is not None
+        self.cache.remember(parts, place)
+        ledger.judge(todo=SKIP_BAD_ROWS)  # behind the cache: what is wrong is said again without preparing again
+        self._check_left(ledger)
+        for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
+            source.unread.update({} if source.unread else counts.unread)
+        repeats = [getattr(source.section, "repeats", 1.0) for source in self.samples.sources]
+        return ExampleSet(lookup.folder, names, repeats), ledger, lookup.reason
+
+    def _read_ledger(self, folder: Path, names: Sequence[str]) -> Ledger | None:
+        """What a cached split says of itself; None where that, or its rows, are not what was written."""
+        try:
+            stored = read_json_file(folder / _REPORT)
+            return Ledger.from_json(stored, names, self.data.bad_rows) if is_sound(folder) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _parts(self) -> dict[str, str]:
+        data = self.data
+        parts = {_data_part(number): source.key() for number, source in enumerate(self.samples.sources)}
+        for number, source in enumerate(self.samples.sources):
+            section = source.section
+            kind = Path(section.path).suffix.lower()
+            reading = [kind, source.format, section.columns, section.limit]
+            parts[f"source {number + 1}"] = json.dumps(reading, sort_keys=True)
+        parts |= self.encoder.renderer.key()
+        options = data.model_dump(
+            include={"system_prompt", "dropped_fields", "train_on", "max_length", "overlength"}, mode="json"
+        )
+        parts |= {option: json.dumps(value) for option, value in options.items()}
+        if self.encoder.renderer.written_date is not None:
+            parts["date in the chat template"] = self.encoder.renderer.written_date
+        encode: Any = self.encoder.encode
+        return {**parts, "task": getattr(encode, "__qualname__", repr(encode)), "code": code_version()}
+
+    def _build(self, target: Path) -> None:
+        guess = self.samples.guess_rows()
+        ledger = self.samples.new_ledger()
+        with self.cache.build(target) as folder:
+            total, what = self.samples.count_for_bar(), f"preparing {self.split} rows"
+            with StoreWriter(folder) as writer, self.reporter.track(total, what) as bar:
+                began, done = time.monotonic(), 0
+                with contextlib.closing(encode_all(self.encoder, self._usable(ledger), guess)) as chunks:
+                    for encoded in chunks:
+                        writer.write(encoded.chunk)
+                        _count(ledger, encoded)
+                        done += encoded.samples
+                        seconds = time.monotonic() - began
+                        bar.advance(encoded.samples, **({"rows/s": round(done / seconds)} if seconds > 1 else {}))
+            ledger.sort()
+            for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
+                counts.unread = dict(source.unread)
+                if source.changed():
+                    raise DataError("was written to while it was read", file=source.name, todo="start again")
+            (folder / _REPORT).write_text(json.dumps(ledger.to_json()), encoding="utf-8")
+
+    def _usable(self, ledger: Ledger) -> Iterator[PlacedSample]:
+        for number, line, row in self.samples.rows():
+            ledger.count_read(number)
+            if isinstance(row, DataError):
+                ledger.note_bad(number, line, row)
+            else:
+                yield number, line, row
+
+    def _check_left(self, ledger: Ledger) -> None:
+        """Raises DataError where no row is left, and says where they went."""
+        if any(source.kept for source in ledger.sources):
+            return
+        files = ", ".join(source.file for source in ledger.sources)
+        read, dropped = (sum(getattr(source, name) for source in ledger.sources) for name in ("read", "dropped"))
+        if not read:
+            raise DataError("no rows", file=files)
+        if dropped:
+            what = f"no rows left: {dropped} of {read} are longer than max_length {self.data.max_length}"
+            raise DataError(what, file=files, todo="raise data.max_length, or set data.overlength: truncate")
+        raise DataError(f"no rows left: {read} of {read} are bad", file=files, todo="correct them")
+
+
+def _data_part(number: int) -> str:
+    return f"data {number + 1}"
+
+
+def _count(ledger: Ledger, encoded: EncodedChunk) -> None:
+    for source, examples in encoded.examples:
+        ledger.count_kept(source, examples)
+    for source, line, error in encoded.bad:
+        ledger.note_bad(source, line, error)
+    for source, line, error in encoded.overlong:
+        ledger.note_overlong(source, line, error)
+    for what, source, line, reason in encoded.lengths:
+        ledger.note_length(what, source, line, reason)
+    ledger.seen.update(encoded.seen)

@@ -1,0 +1,218 @@
+"""Counts of what became of the rows of one split, and the rule for the bad ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lorafit.console.wording import agreed, counted
+from lorafit.data.chat.template_names import KEY as TEMPLATE_KEY
+from lorafit.errors import DataError, LorafitError, Problems
+
+if TYPE_CHECKING:
+    from lorafit.recipe.schema import BadRowsSection
+
+NOTES_KEPT = 1000
+LINES_SHOWN = 3
+SKIP_BAD_ROWS = "correct such rows, or leave them out with data.bad_rows: {policy: skip}"
+DROPS_ROWS = "the chat template drops"
+"""How an error of a row begins that holds what the template renders nowhere."""
+ERRORS_SHOWN = 5
+
+
+def raise_first(errors: Sequence[LorafitError], count: int, *, file: str, todo: str | None = None) -> None:
+    """Raises nothing for no error, the error itself for one, and for several the first five with the count of all.
+
+    The last line says what to do: as the first error does, else `todo`.
+    """
+    if count == 1:
+        errors[0].todo = errors[0].todo or todo
+        raise errors[0]
+    if errors:
+        problems = Problems(errors[:ERRORS_SHOWN], file=file)
+        problems.todo = None if errors[0].todo else todo  # its own stands in the line already
+        problems.what = problems.what.replace(f"{len(problems.errors)} errors", f"{count} errors", 1)
+        raise problems
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """What became of the rows of one source.
+
+    Attributes:
+        read: Rows read.
+        kept: Examples made of them (`split` makes several of one row).
+        bad: Malformed, empty and untrainable rows.
+        dropped: Rows left out for their length.
+        cut: Rows shortened to the longest length.
+        split: Rows cut into several examples.
+        unread: Columns that the format does not read, with the number of rows that hold them.
+    """
+
+    file: str
+    format: str
+    read: int = 0
+    kept: int = 0
+    bad: int = 0
+    dropped: int = 0
+    cut: int = 0
+    split: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What happened to one row: `bad`, `dropped`, `cut` or `split`, and why."""
+
+    what: str
+    source: int
+    line: int
+    reason: str
+
+
+class Ledger:
+    """Counts and notes of one pass over the sources of a split.
+
+    Args:
+        sources: Name and format of each source.
+        bad_rows: The rule for bad rows.
+
+    Attributes:
+        sources: Counts, one for each source.
+        notes: The first `NOTES_KEPT` rows that something happened to.
+        seen: Other things worth a number, e.g. fields that a template drops, by what they are.
+    """
+
+    def __init__(self, sources: Sequence[tuple[str, str]], bad_rows: BadRowsSection) -> None:
+        self.sources = [SourceCounts(name, kind) for name, kind in sources]
+        self.notes: list[Note] = []
+        self.seen: Counter[str] = Counter()
+        self._bad_rows = bad_rows
+        self._bad: list[tuple[int, DataError]] = []  # with the number of the source
+        self._overlong: list[tuple[int, DataError]] = []
+        self._overlong_count = 0
+
+    def count_read(self, source: int) -> None:
+        """One more row was read."""
+        self.sources[source].read += 1
+
+    def count_kept(self, source: int, examples: int = 1) -> None:
+        """A row gave that many examples."""
+        self.sources[source].kept += examples
+
+    def note_bad(self, source: int, line: int, error: DataError) -> None:
+        """A row cannot be trained on."""
+        self.sources[source].bad += 1
+        error.at(file=self.sources[source].file, line=line)
+        if len(self._bad) < NOTES_KEPT:
+            self._bad.append((source, error))
+        self._note("bad", source, line, f"{error.key}: {error.what}" if error.key else error.what)
+
+    def note_overlong(self, source: int, line: int, error: DataError) -> None:
+        """A row is too long and the recipe says that this is an error."""
+        self._overlong_count += 1
+        if len(self._overlong) < ERRORS_SHOWN:
+            self._overlong.append((source, error))
+
+    def note_length(self, what: str, source: int, line: int, reason: str) -> None:
+        """A row was `dropped`, `cut` or `split` for its length."""
+        counts = self.sources[source]
+        setattr(counts, what, getattr(counts, what) + 1)
+        self._note(what, source, line, reason)
+
+    def _note(self, what: str, source: int, line: int, reason: str) -> None:
+        if len(self.notes) < NOTES_KEPT:
+            self.notes.append(Note(what, source, line, reason[:300]))
+
+    def sort(self) -> None:
+        """Puts notes and errors into the order of the rows: rows are read ahead of those that are made."""
+        self.notes.sort(key=lambda note: (note.source, note.line))
+        self._bad.sort(key=lambda placed: (placed[0], placed[1].line or 0))
+
+    def judge(self, *, todo: str | None = None) -> None:
+        """Applies the recipe's rules once all rows are read.
+
+        Args:
+            todo: What may be done about bad rows but to correct them, where the rule is one of a recipe.
+
+        Raises:
+            DataError: Rows are bad and the policy is `error`, or more of a source are than may be, or rows are too
+                long; several as `Problems`, which shows the first five and counts all.
+        """
+        errors: list[LorafitError] = []
+        count = 0
+        if self._bad_rows.policy == "error":
+            errors += [error for _, error in self._bad]
+            count += sum(source.bad for source in self.sources)
+        else:
+            for number, source in enumerate(self.sources):
+                if source.bad > self._bad_rows.max_fraction * source.read:
+                    errors.append(self._too_many(number))
+                    count += 1
+        are_bad = bool(errors) and self._bad_rows.policy == "error"
+        errors, count = _with_drops_as_one(errors, count)
+        errors += [error for _, error in self._overlong]
+        count += self._overlong_count
+        file = errors[0].file or "data" if errors else "data"
+        raise_first(errors, count, file=file, todo=todo if are_bad else None)
+
+    def _too_many(self, number: int) -> DataError:
+        source = self.sources[number]
+        limit = f"the limit bad_rows.max_fraction is {self._bad_rows.max_fraction:g}"
+        first = next((f"; first: line {note.line}: {note.reason}" for note in self.notes if note.source == number), "")
+        what = f"{source.bad} of {counted(source.read, 'row')} {agreed(source.bad, 'is', 'are')} bad, {limit}{first}"
+        return DataError(what, file=source.file, todo="correct them, or raise the limit")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that a cached copy must be able to say again."""
+        return {
+            "sources": [asdict(source) for source in self.sources],
+            "notes": [[note.what, note.source, note.line, note.reason] for note in self.notes],
+            "seen": dict(self.seen),
+            "bad": [_plain(*placed) for placed in self._bad],
+            "overlong": [_plain(*placed) for placed in self._overlong],
+            "overlong_count": self._overlong_count,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], names: Sequence[str], bad_rows: BadRowsSection) -> Ledger:
+        """The ledger of a cached split; files are called what the recipe calls them now."""
+        ledger = cls([], bad_rows)
+        ledger.sources = [
+            SourceCounts(**{**counts, "file": name}) for counts, name in zip(value["sources"], names, strict=True)
+        ]
+        ledger.notes = [Note(*note) for note in value["notes"]]
+        ledger.seen = Counter(value["seen"])
+        ledger._bad = [_error(error, names) for error in value["bad"]]
+        ledger._overlong = [_error(error, names) for error in value["overlong"]]
+        ledger._overlong_count = int(value["overlong_count"])
+        return ledger
+
+
+def _with_drops_as_one(errors: list[LorafitError], count: int) -> tuple[list[LorafitError], int]:
+    """The errors, where those of a template that drops what rows hold became one: it is the template's fault.
+
+    Args:
+        errors: Of rows; where there are very many, the first of them.
+        count: Of all.
+    """
+    alike = [error for error in errors if error.key == TEMPLATE_KEY and error.what.startswith(DROPS_ROWS)]
+    if len(alike) < 2:
+        return errors, count
+    number = count if len(alike) == len(errors) else len(alike)
+    first = alike[0]
+    lines = [str(error.line) for error in alike if error.file == first.file][:LINES_SHOWN]
+    what = f"in {number:,} rows, lines {', '.join(lines)}{' ...' if number > len(lines) else ''}, {first.what}"
+    one = DataError(what, file=first.file, line=first.line, key=first.key, todo=first.todo)
+    return [one, *(error for error in errors if error not in alike)], count - number + 1
+
+
+def _plain(source: int, error: DataError) -> list[Any]:
+    return [source, error.line, error.column, error.key, error.what, error.todo]
+
+
+def _error(value: list[Any], names: Sequence[str]) -> tuple[int, DataError]:
+    source, line, column, key, what, todo = value
+    return source, DataError(what, file=names[source], line=line, column=column, key=key, todo=todo)

@@ -1,0 +1,1 @@
+"""Rows as they lie in files, on the hub or in memory."""

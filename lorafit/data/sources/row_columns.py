@@ -1,0 +1,214 @@
+"""What the columns of a row say: which format it has, or which it probably has and how they are mapped to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lorafit.console.nearest import nearest
+from lorafit.console.wording import alternatives
+from lorafit.errors import DataError
+from lorafit.kinds.fields import listed, missing_field
+from lorafit.kinds.formats import Format, formats, required_fields
+from lorafit.kinds.tasks import tasks
+
+Columns = Mapping[str, str]
+"""`{ours: theirs}`: which of a source's columns holds a field of its format."""
+Row = Mapping[str, Any]
+
+_ANSWER_MISSING = "a training row holds its answer; prompts are for generate --input"
+
+NO_PROMPT = "no prompt among the columns"
+_LABELS = ("label", "labels")
+_VERDICTS = ("true", "false")
+_PREFERENCE = ("chosen", "rejected")
+_TURNS = {"messages": "role", "conversations": "from"}
+"""Fields that hold lists of turns, and the key that tells whose turns they are."""
+
+
+def by_priority() -> list[tuple[str, Format]]:
+    """The formats, those first that are asked first."""
+    return sorted(formats.items(), key=lambda item: item[1].priority)
+
+
+def rename(row: Row, columns: Columns) -> dict[str, Any]:
+    """The row with our names for the mapped columns; a name of ours that was taken gives way."""
+    if not columns:
+        return dict(row)
+    renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
+    renamed.update({ours: row[theirs] for ours, theirs in columns.items() if theirs in row})
+    return renamed
+
+
+def find_format(row: Row, mapped: Iterable[str] = (), *, prompts: bool = False) -> str | None:
+    """The format that a row looks like; None for no known one.
+
+    Args:
+        row: Its columns, named as the formats name them.
+        mapped: Fields that the recipe maps: the format must read all of them.
+        prompts: Whether it is a prompt: one that is a whole training row besides is read as that.
+    """
+    kinds = [(name, kind) for name, kind in by_priority() if set(mapped) <= kind.fields.keys()]
+    if prompts:
+        asked = {name: required_fields(kind, prompts=True) for name, kind in kinds}
+        kinds = [(name, kind) for name, kind in kinds if asked[name] and asked[name] <= row.keys()]
+    whole = next((name for name, kind in kinds if kind.matches(row)), None)
+    return whole or (kinds[0][0] if prompts and kinds else None)
+
+
+def check_task(row: Row, name: str) -> None:
+    """Refuses rows that were written for a task that does not exist yet, and would lose what it learns.
+
+    Args:
+        row: A row, named as the formats name them.
+        name: The format that was found for it.
+
+    Raises:
+        DataError: It is a text with its label, or an answer with a verdict on it.
+    """
+    label = next((column for column in _LABELS if column in row), None)
+    if label is not None and name == "text":
+        raise _classification(label, "text", "format: text learns the text alone", row)
+    if label is not None and name == "prompt_completion" and str(row[label]).lower() in _VERDICTS:
+        what = f"rows of prompt, completion and {label} (true, false) are for kto, which is no task yet"
+        todo = f"keep the rows whose {label} is true; format: prompt_completion learns all of them"
+        raise DataError(f"{what}; {_existing_tasks()}", key=label, todo=todo)
+
+
+def _classification(label: str, text: str, todo: str, row: Row) -> DataError:
+    if isinstance(row[label], str):
+        todo += f", columns: {{prompt: {text}, completion: {label}}} to write the label"
+    what = f"rows of {text} and {label} are for classification, which is no task yet; {_existing_tasks()}"
+    return DataError(what, key=label, todo=todo)
+
+
+def _existing_tasks() -> str:
+    return f"there is {', '.join(tasks.names())}"
+
+
+def guess_columns(row: Row, kind: Format) -> dict[str, str] | None:
+    """Which columns of a row hold the fields of a format, by names that others use; None where a field must be
+    guessed in vain.
+    """
+    folded = {str(key).lower(): str(key) for key in row}
+    found: dict[str, str] = {}
+    for field in sorted(kind.fields, key=lambda field: not kind.fields[field]):
+        names = [field, *kind.known_as.get(field, ())]
+        column = next((folded[name] for name in names if name in folded and folded[name] not in found.values()), None)
+        if column is not None:
+            found[field] = column
+        elif kind.fields[field]:
+            return None
+    return {field: found[field] for field in kind.fields if field in found}
+
+
+def written(columns: Columns) -> str:
+    """Mapped columns as a recipe has them: `columns: {output: response}`. Those that need no mapping are left out."""
+    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items() if ours != theirs)
+    return f"columns: {{{pairs}}}"
+
+
+def unknown_columns(row: Row, *, is_table: bool) -> DataError:
+    """The error for a training row of no known format: names the likely one first, and how columns are mapped to it.
+
+    Args:
+        row: Its columns, mapped ones renamed.
+        is_table: Whether it may come from a table without a header.
+    """
+    if not row:
+        return missing_field("messages", row)
+    if set(_PREFERENCE) <= row.keys():
+        return _preference(row)
+    chats = [written({field: column}) for column in row if (field := _turns_field(row[column])) is not None]
+    chat, text = _guess_format(row, verbatim=False), _guess_format(row, verbatim=True)
+    if not chats and chat is None and (typo := _find_typo(row)):
+        return missing_field(typo, row)
+    label = next((column for column in _LABELS if column in row), None)
+    texts = [column for column, value in row.items() if isinstance(value, str) and column != label]
+    if label is not None and texts and not chats and chat is None:
+        return _classification(
+            label, texts[0], f"columns: {{text: {texts[0]}}}, format: text learns the text alone", row
+        )
+    asked = find_format(row, prompts=True)
+    if chats:
+        todo = f"likely chats: {chats[0]}"
+    elif chat is not None:
+        todo = f"likely {chat[0]}, a chat: {written(chat[1])}"
+        if text is not None and len(text[1]) >= len(chat[1]):
+            todo += f"; {text[0]}, verbatim text: {written(text[1])}"
+    elif text is not None:
+        todo = f"likely {text[0]}, verbatim text: {written(text[1])}"
+    elif asked is not None:
+        answer = formats.get(asked).answer
+        return DataError(f"missing field '{answer}' of {asked}; found {listed(row)}", key=answer, todo=_ANSWER_MISSING)
+    else:
+        verbatim = "{prompt: THEIRS, completion: THEIRS} or {text: THEIRS}"
+        todo = f"map a chat's columns: {{question: THEIRS, answer: THEIRS}}; verbatim text's: {verbatim}"
+        todo += "; numbers where there is no header: {text: '1'}" if is_table else ""
+    return DataError(f"no known format has the columns {listed(row)}", todo=todo)
+
+
+def _find_typo(row: Row) -> str | None:
+    """The field of a format whose missing fields all look like columns that are there."""
+    for _, kind in by_priority():
+        missing = sorted(required_fields(kind) - row.keys())
+        if missing and all(nearest(field, row, count=1) for field in missing):
+            return missing[0]
+    return None
+
+
+def _preference(row: Row) -> DataError:
+    what = f"rows of preferences ({', '.join(_PREFERENCE)}) are no task yet; {_existing_tasks()}"
+    field = _turns_field(row["chosen"])
+    asks = next((column for column in ("prompt", "question", "instruction", "input") if column in row), "THEIRS")
+    columns = {field: "chosen"} if field is not None else {"question": asks, "answer": "chosen"}
+    return DataError(what, todo=f"to learn the chosen answers alone, map {written(columns)}")
+
+
+def _turns_field(value: Any) -> str | None:
+    """The field that a list of turns is read from, by how its turns are written; None for another value."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):  # a list that a table holds as text
+        return next((field for field, name in _TURNS.items() if f'"{name}"' in value), None)
+    first = value[0] if isinstance(value, list) and value else None
+    return next((field for field, name in _TURNS.items() if isinstance(first, dict) and name in first), None)
+
+
+def _guess_format(row: Row, *, verbatim: bool) -> tuple[str, dict[str, str]] | None:
+    """The format of chats, or of verbatim text, that reads the most columns of a row, and those; None for none."""
+    kinds = [(name, kind) for name, kind in reversed(by_priority()) if kind.verbatim == verbatim]  # plain ones first
+    guesses = [(name, columns) for name, kind in kinds if (columns := guess_columns(row, kind)) is not None]
+    return max(guesses, key=lambda guess: (len(guess[1]), sum(a == b for a, b in guess[1].items())), default=None)
+
+
+def explain_unread(column: str, row: Row, kind: Format) -> str | None:
+    """What to do about a column that a format does not read, where it seems to belong to what is asked.
+
+    Args:
+        column: The column.
+        row: The columns that the rows have, named as the format names them.
+        kind: The format.
+
+    Returns:
+        None where nothing speaks for it.
+    """
+    optional = [field for field, needed in kind.fields.items() if not needed]
+    close = nearest(column, optional, count=1)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    for _, other in by_priority():
+        for field, needed in other.fields.items():
+            if needed or field in kind.fields or column.lower() not in (field, *other.known_as.get(field, ())):
+                continue
+            columns = guess_columns(row, other)
+            if columns is not None and columns.get(field) == column:
+                return f"to ask with it, map {written(columns)}"
+    return None
+
+
+def no_prompt(row: Row) -> DataError:
+    """The error for a row that no format takes for a prompt."""
+    asking = sorted({field for _, kind in by_priority() for field in required_fields(kind, prompts=True)})
+    close = next((near[0] for field in asking if (near := nearest(field, row, count=1))), None)
+    todo = f"did you mean '{close}'? " if close else ""
+    todo += f"call the one that asks {alternatives(asking)}"
+    return DataError(f"{NO_PROMPT} {listed(row)}", todo=todo)

@@ -1,0 +1,366 @@
+"""Sources of a recipe: which file or hub data set, which format, and its rows as samples with file and line.
+
+    SourceSection --open--> Source(name, format, columns) --read--> (line, Sample | DataError), one row at a time
+
+Opening looks at every file before anything heavy is imported: is it there, is it data, which format have its rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from copy import copy
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafit.console.nearest import nearest
+from lorafit.console.wording import counted
+from lorafit.data.row_counts import Ledger, raise_first
+from lorafit.data.sources.files import Fingerprint, check_file, has_data_suffix, is_packed, suffix_of, take_fingerprint
+from lorafit.data.sources.hub import HubRows, is_hub_id
+from lorafit.data.sources.lines import RawRow, RawRows
+from lorafit.data.sources.patterns import expand_sources
+from lorafit.data.sources.readers import read_file
+from lorafit.data.sources.row_columns import check_task, explain_unread, find_format, no_prompt, rename, unknown_columns
+from lorafit.errors import IN_MEMORY, DataError, LorafitError, RecipeError, raise_all
+from lorafit.files.cache import memory_rows
+from lorafit.kinds.fields import listed
+from lorafit.kinds.formats import formats, required_fields
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter, Sample
+    from lorafit.recipe.schema import BadRowsSection, SourceSection
+
+ROWS_LOOKED_AT = 100
+
+
+class Source:
+    """One opened source. Reading it again gives the same rows.
+
+    Args:
+        section: The source as the recipe has it.
+        folder: The recipe's folder.
+        prompts: Whether its rows are prompts: what the model is to write may be missing, and is left out. A prompt's
+            source is a local file.
+        reporter: Told that the hub is asked, and where it gave no answer.
+
+    Attributes:
+        name: The file or id as the recipe names it; `rows` and the like for rows that a program gave.
+        format: Name of the rows' format.
+        unread: How many rows hold each column that the format does not read; filled while reading.
+
+    Raises:
+        DataError: The file is missing or no data, or its first rows have no format, or several.
+        SafetyError: It is or ships a script.
+        RecipeError: `columns` names a field that no format has.
+    """
+
+    def __init__(self, section: SourceSection, folder: Path, reporter: Reporter, *, prompts: bool = False) -> None:
+        self.section, self._prompts = section, prompts
+        self.name = memory_rows(folder / section.path) or section.path
+        self.unread: Counter[str] = Counter()
+        self._path, self._hub = _locate(section, folder, reporter, local=prompts)
+        self._fingerprint: Fingerprint | None = None
+        self._absent = set(section.columns.values())
+        self._check_columns()
+        if section.format != "auto":
+            self.format, self._absent = section.format, set()
+        else:
+            self.format = self._find_format()
+        self._reader = formats.get(self.format)
+        required = required_fields(self._reader, prompts=prompts)
+        self._required = {self.section.columns.get(field, field) for field in required}
+
+    def read(self) -> Iterator[tuple[int, Sample | DataError]]:
+        """Every row, up to the source's `limit`, as a sample or as the error that says why it is none.
+
+        Raises:
+            DataError: The file cannot be read any further.
+        """
+        for line, row in self._raw_rows():
+            yield line, self._read_row(line, row)
+
+    @property
+    def has_its_columns(self) -> bool:
+        """Whether the first rows have every column that `columns` names and a row must have."""
+        return not self._absent & self._required
+
+    def first(self, rows: int) -> Source:
+        """The same source with a limit of so many rows, or its own where that is less."""
+        shorter = copy(self)
+        limit = min(rows, self.section.limit or rows)
+        shorter.section, shorter.unread = self.section.model_copy(update={"limit": limit}), Counter()
+        return shorter
+
+    @property
+    def place(self) -> str:
+        """Where it is, however the recipe spells that: the file's path from the root, or the hub id."""
+        return str(self._path.resolve()) if self._path is not None else self.name
+
+    @property
+    def shown(self) -> str:
+        """What a warning calls it: a file that the recipe names by its own folder, as seen from the working folder."""
+        if self._path is None or self.name in IN_MEMORY or Path(self.name).expanduser().is_absolute():
+            return self.name
+        return os.path.relpath(self._path)
+
+    def key(self) -> str:
+        """A hash of the bytes that the rows come from, for a cache."""
+        if self._hub is not None:
+            return self._hub.fingerprint()
+        return self._take_fingerprint().sha256
+
+    def changed(self) -> bool:
+        """Whether the file was written to since `key` was taken."""
+        before = self._fingerprint
+        if before is None or self._path is None:
+            return False
+        now = self._path.stat()
+        return (now.st_mtime_ns, now.st_size) != (before.changed_at_ns, before.size_bytes)
+
+    def guess_rows(self) -> int:
+        """About how many rows there are, for a progress bar and to judge how much work is left."""
+        if self._hub is not None:
+            count = self._hub.count()
+        else:
+            assert self._path is not None
+            found = self._take_fingerprint()
+            is_text = suffix_of(self._path) not in (".parquet", ".xlsx") and not is_packed(self._path)
+            count = max(1, found.lines, found.size_bytes // 4000) if is_text else max(1, found.size_bytes // 500)
+        return min(count, self.section.limit or count)
+
+    def has_a_line_a_row(self) -> bool:
+        """Whether `guess_rows` is a count, but for a line or two: of a hub's data set, or of lines that are rows."""
+        if self._path is None:
+            return True
+        return suffix_of(self._path) in (".jsonl", ".ndjson", ".csv", ".tsv", ".txt") and not is_packed(self._path)
+
+    def warnings(self) -> list[str]:
+        """Columns that no one reads and that look like part of what is asked, said once all rows are read."""
+        said = []
+        columns = dict.fromkeys([*required_fields(self._reader, prompts=self._prompts), *self.unread])
+        for column, count in sorted(self.unread.items()):
+            todo = explain_unread(column, columns, self._reader)
+            if todo is not None:
+                said.append(f"{self.shown}: column '{column}' ({counted(count, 'row')}) is not read; {todo}")
+        for column in sorted(self._absent if not self._prompts else ()):  # what a prompt must have is an error
+            said.append(f"{self.shown}: columns names '{column}', which none of the first rows has; correct the recipe")
+        if self._path is not None and suffix_of(self._path) == ".xlsx":
+            from lorafit.data.sources.workbook import unread_sheets
+
+            others = unread_sheets(self._path)
+            said += [f"{self.shown}: {others}"] if others else []
+        return said
+
+    def _take_fingerprint(self) -> Fingerprint:
+        if self._fingerprint is None:
+            assert self._path is not None
+            self._fingerprint = take_fingerprint(self._path)
+        return self._fingerprint
+
+    def _raw_rows(self) -> RawRows:
+        rows = self._hub.rows() if self._hub is not None else self._file_rows()
+        return islice(rows, self.section.limit)
+
+    def _file_rows(self) -> RawRows:
+        assert self._path is not None
+        try:
+            columns = list(self.section.columns.values())
+            yield from read_file(self._path, columns, self._is_row, prompts=self._prompts)
+        except LorafitError as error:
+            raise error.at(file=self.name) from None
+        except OSError as error:
+            what = f"cannot be read: {(error.strerror or type(error).__name__).lower()}"
+            raise DataError(what, file=self.name) from None
+
+    def _is_row(self, row: RawRow) -> bool:
+        if self.section.format == "text" and suffix_of(self.section.path) == ".txt":
+            return False  # the recipe says that these lines are a text, whatever they look like
+        return self._format_of(rename(row, self.section.columns)) is not None
+
+    def _format_of(self, renamed: RawRow) -> str | None:
+        return find_format(renamed, self.section.columns, prompts=self._prompts)
+
+    def _read_row(self, line: int, row: RawRow | DataError) -> Sample | DataError:
+        if isinstance(row, DataError):
+            row.at(file=self.name, line=line)
+            return row
+        try:
+            self._check_mapped(row)
+            mapped = rename(row, self.section.columns)
+            for column in mapped.keys() - self._reader.fields.keys():
+                self.unread[column] += 1
+            read = self._reader.read_prompt if self._prompts else self._reader.read
+            return read(mapped, self.name, line)
+        except DataError as error:
+            error.at(file=self.name, line=line)
+            return error
+
+    def _check_mapped(self, row: RawRow) -> None:
+        for ours, theirs in self.section.columns.items():
+            if theirs not in row and theirs in self._required:
+                close = nearest(theirs, row, count=1)
+                hint = f"did you mean '{close[0]}'?" if close else "correct columns in the recipe"
+                raise DataError(f"missing column '{theirs}'; found {listed(row)}", key=ours, todo=hint)
+
+    def _check_columns(self) -> None:
+        chosen = [self.section.format] if self.section.format != "auto" else formats.names()
+        known = {field for name in chosen for field in formats.get(name).fields}
+        for ours in self.section.columns:
+            if ours not in known:
+                close = nearest(ours, known, count=1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                todo = f"{hint}fields are {', '.join(sorted(known))}"
+                raise RecipeError(f"columns of {self.name}: unknown field '{ours}'", key="columns", todo=todo)
+        if not any(self.section.columns.keys() <= formats.get(name).fields.keys() for name in chosen):
+            what = f"columns of {self.name}: no format has {' and '.join(sorted(self.section.columns))} together"
+            raise RecipeError(what, key="columns", todo="map the fields of one format")
+
+    def _find_format(self) -> str:
+        """The format of the first rows, which must all have the same."""
+        found: dict[str, int] = {}
+        errors: list[DataError] = []
+        first: tuple[int, RawRow] | None = None
+        strange: tuple[int, RawRow] | None = None
+        for line, row in islice(self._raw_rows(), ROWS_LOOKED_AT):
+            if isinstance(row, DataError):
+                row.at(file=self.name, line=line)
+                errors.append(row)
+                continue
+            mapped = rename(row, self.section.columns)
+            name = self._format_of(mapped)
+            self._absent -= row.keys()
+            if name is not None:
+                if first is None:
+                    first = line, dict(mapped)
+                for column in first[1].keys() - mapped.keys():
+                    del first[1][column]  # what only some rows have says nothing about all of them
+                found.setdefault(name, line)
+            elif strange is None:
+                strange = line, mapped
+        if len(found) > 1:
+            seen = " and ".join(f"{name} (line {line})" for name, line in found.items())
+            todo = "name one with format:, or split the file into two sources"
+            raise DataError(f"rows look like different formats: {seen}", file=self.name, todo=todo)
+        if first is not None:
+            name = next(iter(found))
+            self._check_task(*first, name)
+            return name
+        if strange is not None:
+            raise self._unknown_format(*strange)
+        raise_first(errors, len(errors), file=self.name)
+        raise DataError("no prompts" if self._prompts else "no rows", file=self.name)
+
+    def _check_task(self, line: int, row: RawRow, name: str) -> None:
+        if self._prompts:
+            return
+        try:
+            check_task(row, name)
+        except DataError as error:
+            raise error.at(file=self.name, line=line) from None
+
+    def _unknown_format(self, line: int, row: RawRow) -> LorafitError:
+        is_table = self._path is not None and suffix_of(self._path) in (".csv", ".tsv", ".xlsx")
+        error = no_prompt(row) if self._prompts else unknown_columns(row, is_table=is_table)
+        return error.at(file=self.name, line=line)
+
+
+def _locate(
+    section: SourceSection, folder: Path, reporter: Reporter, *, local: bool
+) -> tuple[Path | None, HubRows | None]:
+    """The local file of a source, checked, or (unless it must be `local`) the hub data set that its name stands for."""
+    path = folder / Path(section.path).expanduser()
+    looks_local = has_data_suffix(section.path) or not is_hub_id(section.path)
+    is_in_folder = "/" in section.path and (folder / section.path.split("/")[0]).is_dir()
+    if local or looks_local or is_in_folder or os.path.lexists(path):
+        check_file(path, section.path, start="the working folder" if local else "the recipe's folder")
+        return path, None
+    revision, split = section.revision, section.split
+    return None, HubRows(section.path, subset=section.subset, split=split, revision=revision, reporter=reporter)
+
+
+class SampleSet:
+    """The samples of several sources, read lazily, one at a time and in order.
+
+    Iterating gives every usable row; bad rows go to the ledger, and the rule of the recipe is applied at the end.
+
+    Attributes:
+        sources: The opened sources.
+        ledger: What was counted in the last complete pass.
+    """
+
+    def __init__(self, sources: Sequence[Source], bad_rows: BadRowsSection, reporter: Reporter) -> None:
+        self.sources, self._bad_rows, self._reporter = tuple(sources), bad_rows, reporter
+        self.ledger = self.new_ledger()
+
+    def new_ledger(self) -> Ledger:
+        """An empty ledger for one pass over these sources."""
+        return Ledger([(source.name, source.format) for source in self.sources], self._bad_rows)
+
+    def first(self, rows: int) -> SampleSet:
+        """The first rows of each source."""
+        return SampleSet([source.first(rows) for source in self.sources], self._bad_rows, self._reporter)
+
+    def guess_rows(self) -> int:
+        """About how many rows there are."""
+        return sum(source.guess_rows() for source in self.sources)
+
+    def count_for_bar(self) -> int | None:
+        """How many rows there are, but for some; None where that cannot be told before they are read."""
+        return self.guess_rows() if all(source.has_a_line_a_row() for source in self.sources) else None
+
+    def rows(self) -> Iterator[tuple[int, int, Sample | DataError]]:
+        """Every row as (number of its source, line, sample or error)."""
+        for number, source in enumerate(self.sources):
+            source.unread.clear()
+            for line, row in source.read():
+                yield number, line, row
+
+    def first_samples(self) -> Iterator[Sample]:
+        """The first usable row of each source; all rows of a source have one form."""
+        for source in self.sources:
+            yield from islice((row for _, row in source.read() if not isinstance(row, DataError)), 1)
+
+    def __iter__(self) -> Iterator[Sample]:
+        self.ledger = self.new_ledger()
+        for number, line, row in self.rows():
+            self.ledger.count_read(number)
+            if isinstance(row, DataError):
+                self.ledger.note_bad(number, line, row)
+            else:
+                self.ledger.count_kept(number)
+                yield row
+        self.ledger.judge()
+        for source in self.sources:
+            for warning in source.warnings():
+                self._reporter.warn(warning)
+
+
+def read_sources(
+    sources: Sequence[SourceSection], folder: Path, bad_rows: BadRowsSection, reporter: Reporter
+) -> SampleSet:
+    """Opens every source, so that a missing or unreadable one is an error before anything heavy starts.
+
+    A source whose path is a pattern is opened as one for each of its files.
+
+    Args:
+        sources: Sources of one split.
+        folder: The recipe's folder, which paths are relative to.
+        bad_rows: What happens to rows that are none.
+        reporter: Gets warnings.
+
+    Raises:
+        DataError: One source cannot be opened; several of them as `Problems`.
+        SafetyError: One is or ships a script.
+    """
+    opened, errors = [], []
+    for section in sources:
+        try:
+            for one in expand_sources([section], folder):
+                opened.append(Source(one, folder, reporter))
+        except LorafitError as error:
+            errors.append(error)
+    raise_all(errors, file="data")
+    return SampleSet(opened, bad_rows, reporter)

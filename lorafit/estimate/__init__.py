@@ -1,0 +1,8 @@
+"""`lorafit estimate-memory`: what a recipe needs on a card, by the closed form or by a dry run of train's own step."""
+
+from __future__ import annotations
+
+from lorafit.estimate.cards_compared import CardComparison
+from lorafit.estimate.recipe_estimate import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
+
+__all__ = ["CardComparison", "Options", "RecipeEstimate", "RowLengths", "check_headroom", "estimate_recipe"]

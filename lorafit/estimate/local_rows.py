@@ -1,0 +1,150 @@
+"""Lengths of a recipe's real rows, where all that takes is on this disk: an estimate never downloads or fails for them.
+
+memo (recipe, files as they lie there, code) ──hit──> RowLengths, without tokenizer or torch
+     └─miss─> tokenizer ─> the same preparation and cache as `train` ─> RowLengths, kept as a memo
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Progress, Reporter, Silent
+from lorafit.errors import LorafitError
+from lorafit.estimate import RowLengths
+from lorafit.facts import DatasetFacts
+from lorafit.files.cache import own_folder
+from lorafit.files.strict_json import read_json_file
+from lorafit.kinds.tasks import tasks
+from lorafit.run.workspace import sources_of
+
+if TYPE_CHECKING:
+    from lorafit.model.base import Base
+    from lorafit.recipe.load import LoadedRecipe
+
+_REASON_CHARACTERS = 160
+
+
+def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
+    """The lengths of the training rows; or, in words, why there are none."""
+    from lorafit.files.cache import cache_folder
+    from lorafit.model.base import find_local_base, is_gguf
+
+    try:
+        sources = _source_files(loaded)
+    except LorafitError as error:
+        return RowLengths(missing=error.one_line[:_REASON_CHARACTERS])
+    absent = next((path for path in sources if not _local(loaded, path).is_file()), None)
+    if absent is not None:
+        return RowLengths(missing=f"{absent} is not on this disk")
+    base = find_local_base(loaded.recipe.model, loaded.folder)
+    if base is None:
+        name = loaded.recipe.model.base
+        converted = f"{name} is converted by the first preview or train"
+        return RowLengths(missing=converted if is_gguf(name) else f"the tokenizer of {name} is not on this disk")
+    memo = cache_folder() / "data" / "lengths" / f"{_key(loaded, base)}.json"
+    known = _read_memo(memo)
+    if known is not None:
+        return known
+    try:
+        found = _prepare(loaded, base, reporter)
+    except LorafitError as error:  # rows that cannot be trained on are for `train` and `preview` to refuse
+        return RowLengths(missing=error.one_line[:_REASON_CHARACTERS])
+    _write_memo(memo, found)
+    return found
+
+
+def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter) -> RowLengths:
+    from lorafit.data.prepare import build_renderer, prepare
+    from lorafit.files.cache import cache_folder
+    from lorafit.model.load import load_tokenizer
+
+    recipe = loaded.recipe
+    prepared = prepare(
+        recipe.data,
+        folder=loaded.folder,
+        renderer=build_renderer(load_tokenizer(base), recipe.data, loaded.folder),
+        encode=tasks.get(recipe.task).encode,
+        seed=recipe.seed,
+        cache_dir=cache_folder() / "data",
+        reporter=_BarsAlone(reporter),
+        retention=recipe.evaluation.retention,
+    )
+    bars = prepared.report.splits["train"].histogram
+    return RowLengths(prepared.facts(), tuple((bar.low, bar.high, bar.rows) for bar in bars))
+
+
+class _BarsAlone(Silent):
+    """Shows how far a long preparation is, and leaves what it says to the commands that are about rows."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__()
+        self._reporter = reporter
+
+    def track(self, total: int | None, what: str, done: int = 0) -> Progress:  # type: ignore[override]
+        """The reporter's own bar."""
+        return self._reporter.track(total, what, done)
+
+
+def _key(loaded: LoadedRecipe, base: Base) -> str:
+    """A hash of all that decides the lengths: options, files by place, size and time of change, and the code."""
+    from lorafit.data.cache import code_version
+
+    recipe = loaded.recipe
+    parts: dict[str, Any] = {
+        "data": recipe.data.model_dump(mode="json"),
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "files": [_stamp(file) for file in _files(loaded, base)],
+        "code": code_version(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _source_files(loaded: LoadedRecipe) -> list[str]:
+    """The files or hub ids of all sources, as the recipe names them or its patterns find them."""
+    from lorafit.data.sources.patterns import find_files
+
+    paths = [source.path for part in sources_of(loaded.recipe).values() for source in part]
+    return [name for path in paths for name in find_files(path, loaded.folder)]
+
+
+def _files(loaded: LoadedRecipe, base: Base) -> Iterator[Path]:
+    yield from (_local(loaded, name) for name in _source_files(loaded))
+    template = loaded.recipe.data.chat_template
+    if template is not None and _local(loaded, template).is_file():
+        yield _local(loaded, template)
+    beside = [*base.path.glob("*"), *base.path.glob("additional_chat_templates/*")]
+    yield from (file for file in sorted(beside) if file.is_file() and file.suffix != ".safetensors")
+
+
+def _local(loaded: LoadedRecipe, path: str) -> Path:
+    return loaded.folder / Path(path).expanduser()
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    now = file.stat()
+    return str(file.resolve()), now.st_size, now.st_mtime_ns
+
+
+def _read_memo(memo: Path) -> RowLengths | None:
+    try:
+        stored = read_json_file(memo)
+        bars = tuple((low, high, rows) for low, high, rows in stored["bars"])
+        return RowLengths(DatasetFacts(**stored["facts"]), bars)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_memo(memo: Path, found: RowLengths) -> None:
+    from lorafit.files.rundir import write_json
+
+    assert found.facts is not None
+    with contextlib.suppress(OSError, LorafitError):  # a full disk costs the next estimate some time, no more
+        own_folder(memo.parent)
+        write_json(memo, {"facts": asdict(found.facts), "bars": found.bars})

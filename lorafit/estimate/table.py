@@ -1,0 +1,310 @@
+"""An estimate for people: one screen of 80 columns. rich is imported only in the functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from lorafit.console.wording import counted
+from lorafit.machine.devices import format_bytes
+from lorafit.memory.estimate import ALLOCATOR_FACTOR
+from lorafit.plan.render import format_count
+from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
+
+if TYPE_CHECKING:
+    from rich.console import Console, JustifyMethod
+    from rich.table import Table
+
+    from lorafit.estimate.fit import Fit, Largest
+    from lorafit.estimate.recipe_estimate import RecipeEstimate
+    from lorafit.memory import ExactEstimate, MemoryEstimate
+
+_LABELS = {
+    "base_weights": "base weights",
+    "quantization_constants": "quantisation constants",
+    "unpacked_weights": "unpacked weights",
+    "adapter": "adapter",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "kept_activations": "kept activations",
+    "recomputation": "one layer at work",
+    "loss": "loss (logits chunk)",
+    "workspace": "dequantised weight",
+}
+_PHASE_BAR_CHARACTERS, _LENGTH_BAR_CHARACTERS = 8, 40
+_MOST_LENGTH_BARS = 8
+_VERDICTS = {True: "fits", False: "does not fit", None: "cannot be told, more than this is needed"}
+_SHARES = (UTILISATION, HIGH_UTILISATION, LOW_UTILISATION)
+
+
+def print_estimate(estimate: RecipeEstimate, console: Console) -> None:
+    """Head, itemised memory, row lengths, methods, cost, and what the flags asked for."""
+    block = "█" if _can_show(console, "█") else "#"
+    for line in _head(estimate):
+        _say(console, line)
+    console.print()
+    console.print(_memory(estimate.memory, block))
+    if estimate.exact is not None:
+        console.print()
+        console.print(_exact(estimate.exact, estimate.memory))
+        _say(console, f"peak in {_moment(estimate.exact)}")
+    for line in _lengths(estimate, block):
+        _say(console, line)
+    console.print()
+    console.print(_methods(estimate))
+    if estimate.device is not None and any(method.fits is False for method in estimate.methods):
+        _say(console, f"* more than {estimate.device.name} has")
+    console.print()
+    for line in _cost(estimate):
+        _say(console, line)
+    if estimate.device is not None:
+        for line, style in _verdict(estimate):
+            _say(console, line, style)
+    if estimate.fit is not None:
+        for line in _fit(estimate.fit):
+            _say(console, line)
+
+
+def _head(estimate: RecipeEstimate) -> Iterator[str]:
+    memory, facts = estimate.memory, estimate.rows.facts
+    share = estimate.trainable_parameters / estimate.total_parameters
+    yield (
+        f"{estimate.model}: {format_count(estimate.total_parameters)} parameters, {estimate.quantization}, "
+        f"{estimate.dtype}; {format_count(estimate.trainable_parameters)} trainable ({share:.2%})"
+    )
+    what = "the longest row" if facts is not None else "a row of data.max_length"
+    if memory.micro_batch_tokens > estimate.longest_tokens:
+        what = f"{what} has {estimate.longest_tokens:,}"
+    on = "on" if memory.gradient_checkpointing else "off"
+    yield f"micro-batch of {memory.micro_batch_tokens:,} tokens ({what}), checkpointing {on}"
+    if estimate.without_checkpointing is not None and estimate.device is not None:
+        needed = format_bytes(estimate.without_checkpointing.needed_bytes)
+        yield f"checkpointing was turned on for {estimate.device.name}: without it {needed} would be needed"
+    if estimate.with_checkpointing_bytes is not None:
+        needed = format_bytes(estimate.with_checkpointing_bytes)
+        yield f"gradient_checkpointing is auto: on where a card needs it (--gpu), {needed} in all"
+    if facts is None:
+        yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
+    shape = estimate.question.shape
+    if shape.scanning_layers and estimate.exact is None:
+        yield (
+            f"too low: {shape.scanning_layers} of {shape.layers} layers carry a state along the row (Mamba, linear "
+            "attention), which is not counted here; --exact counts it, and a card's name (--gpu) turns that on"
+        )
+    if memory.unquantized_expert_bytes:
+        yield f"{format_bytes(memory.unquantized_expert_bytes)} of weights are experts, which no quantisation reaches"
+
+
+def _memory(memory: MemoryEstimate, block: str) -> Table:
+    """Components on the left; phases, and what the card needs besides tensors, on the right."""
+    on_card = memory.device_kind == "cuda"
+    slack = memory.needed_bytes - memory.context_bytes - memory.tensor_bytes
+    factor = memory.allocator_factor or ALLOCATOR_FACTOR[memory.device_kind]
+    left = [
+        (_LABELS[name], format_bytes(size), f"{size / memory.tensor_bytes:.0%}")
+        for name, size in memory.components.items()
+        if size
+    ]
+    right = [
+        *_phases(memory, block),
+        ("", "", ""),
+        ("tensors", format_bytes(memory.tensor_bytes), ""),
+        (f"allocator x {factor:.2f}", format_bytes(slack), ""),
+        ("CUDA context" if on_card else "process", format_bytes(memory.context_bytes), ""),
+        (f"[bold]{'card' if on_card else 'memory'} needed[/]", f"[bold]{format_bytes(memory.needed_bytes)}[/]", ""),
+    ]
+    both = _grid("left", "left")
+    both.add_row(_filled(left), _filled(right))
+    return both
+
+
+def _exact(exact: ExactEstimate, memory: MemoryEstimate) -> Table:
+    """Both engines side by side, by component and by phase."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for name in ("dry run of the step", "exact", "closed form"):
+        table.add_column(name, justify="left" if name.startswith("dry") else "right", no_wrap=True)
+    closed = memory.components
+    for name, size in exact.components.items():
+        if size or closed.get(name):
+            table.add_row(_LABELS.get(name, name), format_bytes(size), format_bytes(closed.get(name, 0)))
+    error = memory.tensor_bytes / exact.tensor_bytes - 1
+    table.add_row("tensors", format_bytes(exact.tensor_bytes), f"{format_bytes(memory.tensor_bytes)} ({error:+.1%})")
+    what = "card needed" if memory.device_kind == "cuda" else "memory needed"
+    table.add_row(what, format_bytes(exact.needed_bytes), format_bytes(memory.needed_bytes), style="bold")
+    return table
+
+
+def _moment(exact: ExactEstimate) -> str:
+    """`backward: mm in recomputing layers.31.mlp.down_proj`."""
+    where = exact.peak.where.removeprefix("aten.").replace(".default", "")
+    return f"{exact.peak.phase}: {where}" if where else exact.peak.phase
+
+
+def _filled(rows: Iterable[tuple[str, ...]]) -> Table:
+    table = _grid("left", "right", "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _grid(*justified: JustifyMethod) -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for justify in justified:
+        table.add_column(justify=justify, no_wrap=True)
+    return table
+
+
+def _phases(memory: MemoryEstimate, block: str) -> Iterator[tuple[str, str, str]]:
+    """A bar per phase, its length against the peak's."""
+    fixed = sum(memory.fixed.values())
+    for phase in memory.phases:
+        total = fixed + phase.total_bytes
+        bar = block * max(1, round(_PHASE_BAR_CHARACTERS * total / memory.tensor_bytes))
+        yield phase.name, format_bytes(total), f"{bar} peak" if phase is memory.peak_phase else bar
+
+
+def _lengths(estimate: RecipeEstimate, block: str) -> Iterator[str]:
+    """Rows by length; nothing where no rows were read."""
+    facts, bars = estimate.rows.facts, _merged(estimate.rows.bars)
+    if facts is None:
+        return
+    yield ""
+    yield (
+        f"{counted(facts.rows, 'row')} of {facts.tokens / max(facts.rows, 1):,.0f} tokens on average, the longest "
+        f"{facts.longest_tokens:,} (data.max_length {estimate.max_length:,})"
+    )
+    most, width = max((rows for *_, rows in bars), default=1), len(f"{bars[-1][1]:,}") if bars else 1
+    for low, high, rows in bars:
+        bar = block * max(round(_LENGTH_BAR_CHARACTERS * rows / most), 1 if rows else 0)
+        yield f"{low:>{width},} to {high:>{width},} tokens {rows:>9,}  {bar}".rstrip()
+
+
+def _merged(bars: tuple[tuple[int, int, int], ...]) -> list[tuple[int, int, int]]:
+    """At most eight bars, two neighbours become one; none before the shortest row."""
+    found = list(bars)
+    while found and not found[0][2]:
+        del found[0]
+    while len(found) > _MOST_LENGTH_BARS:
+        pairs = [found[number : number + 2] for number in range(0, len(found), 2)]
+        found = [(pair[0][0], pair[-1][1], sum(rows for *_, rows in pair)) for pair in pairs]
+    return found
+
+
+def _methods(estimate: RecipeEstimate) -> Table:
+    """The same model trained otherwise; the recipe's own way stands out."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for name in ("this model as", "weights", "gradients", "optimizer", "temporary", "needed"):
+        table.add_column(name, justify="left" if name == "this model as" else "right", no_wrap=True)
+    own = estimate.quantization if estimate.quantization != "none" else estimate.dtype
+    for method in estimate.methods:
+        parts = (method.weights_bytes, method.gradients_bytes, method.optimizer_bytes, method.temporary_bytes)
+        is_own = method.name != "full" and method.precision == own
+        needed = format_bytes(method.needed_bytes) + ("" if method.fits is not False else " *")
+        table.add_row(
+            f"{method.name}, {method.precision}", *(format_bytes(part) for part in parts), needed,
+            style="bold" if is_own else "",
+        )  # fmt: skip
+    return table
+
+
+def _cost(estimate: RecipeEstimate) -> Iterator[str]:
+    cost = estimate.cost
+    tokens = f"{format_count(cost.tokens)} tokens"
+    what = f"the run, {estimate.epochs:.3g} epochs, {tokens}" if cost.is_whole_run else tokens
+    flops = f"{what}: {cost.flops.total:.2g} flops".replace("e+", "e")
+    if cost.device is None or cost.peak_flops is None:
+        yield f"{flops}; a card's name (--gpu) says how long that takes"
+        return
+    yield f"{flops}, {_range([cost.seconds(share) or 0.0 for share in _SHARES], format_seconds)} on {cost.device}"
+    if cost.price_per_hour is not None:
+        prices = _range([cost.price(share) or 0.0 for share in _SHARES], _format_price)
+        yield f"  price {prices} at {cost.price_per_hour:g} an hour"
+    yield (
+        f"  assumed: {UTILISATION:.0%} ({LOW_UTILISATION:.0%} to {HIGH_UTILISATION:.0%}) of its peak, "
+        f"{cost.peak_flops / 1e12:,.0f} TFLOP/s; evaluation comes on top"
+    )
+
+
+def _range(values: list[float], write: Callable[[float], str]) -> str:
+    """`12 min (8 min to 20 min)`."""
+    expected, least, most = map(write, values)
+    return f"{expected} ({least} to {most})"
+
+
+def _format_price(price: float) -> str:
+    return f"{price:.2f}" if price < 1000 else f"{price:,.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.4 h`, `5.1 days`."""
+    for unit, scale, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < most * scale:
+            value = seconds / scale
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
+    return f"{seconds / 86400:,.3g} days"
+
+
+def _verdict(estimate: RecipeEstimate) -> Iterator[tuple[str, str]]:
+    assert estimate.device is not None
+    device, headroom = estimate.device, estimate.options.headroom
+    usable = device.memory_bytes * (1 - headroom)
+    yield "", ""
+    said = (
+        f"{_VERDICTS[estimate.fits]}: {format_bytes(estimate.needed_bytes)} of "
+        f"{format_bytes(usable)} ({device.name}: {format_bytes(device.memory_bytes)} usable, {headroom:.0%} stay free)"
+    )
+    yield said, "bold green" if estimate.fits else "bold red"
+    if estimate.savings:
+        yield "would save, each alone:", ""
+    for saving in estimate.savings:
+        marks = [saving.note] if saving.note else []
+        marks += ["then it fits"] if saving.fits and not estimate.fits else []
+        yield f"{format_bytes(saving.saved_bytes):>10}  {'; '.join([saving.switch, *marks])}", ""
+    if estimate.needs_dry_run:
+        if estimate.savings:
+            yield (
+                "at least so much: what layers with a state along the row hold is counted by dry runs alone",
+                "",
+            )
+        if estimate.options.fit is not None:
+            yield "the largest micro-batch, row and rank are not looked for in such models; try values with --set", ""
+    if estimate.enough is not None:
+        yield f"fits, with {format_bytes(estimate.enough.needed_bytes)}: {estimate.enough.shown}", "bold"
+
+
+def _fit(fit: Fit) -> Iterator[str]:
+    yield ""
+    size = format_bytes(fit.device.memory_bytes)
+    yield f"largest for {fit.device.name} ({size} usable, {fit.headroom:.0%} stay free), each alone:"
+    rows = (fit.micro_batch.value or 0) // fit.row_tokens
+    batch = f"tokens ({rows} {'row' if rows == 1 else 'rows'} of {fit.row_tokens:,})"
+    yield f"  micro-batch  {_largest(fit.micro_batch, batch, 'a row of {} tokens')}"
+    yield f"  longest row  {_largest(fit.row, 'tokens', '{} tokens')}"
+    if fit.rank is not None:
+        yield f"  rank         {_largest(fit.rank, f'at {fit.micro_batch_tokens:,} tokens a micro-batch', 'rank {}')}"
+
+
+def _largest(found: Largest, what: str, least: str) -> str:
+    if found.value is None:
+        return f"not even {least.format(f'{found.least:,}')}"
+    other = f"; {found.other:,} with it {'off' if found.checkpointing else 'on'}" if found.other is not None else ""
+    bound = f"; bounded by {found.bound}" if found.bound else ""
+    return f"{found.value:,} {what}, checkpointing {'on' if found.checkpointing else 'off'}{other}{bound}"
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(text, style=style, markup=False, highlight=False)
+
+
+def _can_show(console: Console, text: str) -> bool:
+    try:
+        text.encode(console.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,181 @@
+"""Where a run happens: the device of this process, or a card named on the command line.
+
+torch is imported only where a GPU may have to be asked; sizes and names of cards need none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorafit.errors import UsageError
+from lorafit.facts import DeviceFacts
+from lorafit.machine.hardware import choose_card, find_card, nearest_cards, usable_bytes
+
+_UNITS = {
+    "": 2**30,
+    "g": 2**30,
+    "gib": 2**30,
+    "gb": 10**9,
+    "m": 2**20,
+    "mib": 2**20,
+    "mb": 10**6,
+    "t": 2**40,
+    "tib": 2**40,
+    "tb": 10**12,
+}
+_SIZE = re.compile(r"^\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*$", re.IGNORECASE)
+_SMALLEST_BYTES, _LARGEST_BYTES = 2**28, 2**44
+_RANGE = "0.25GiB to 16384GiB"
+_LARGEST_BARE_GIB = 512  # more than a card has: a number without a unit above it is a card's
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86; the last is what Linux calls it on Arm
+
+
+def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
+    """What `--gpu` means: a card's name, a size, or `cpu`, which is this machine without its GPU.
+
+    Raises:
+        UsageError: Neither; or the size is out of range, or several cards are called so.
+    """
+    if text.strip().lower() == "cpu":
+        return read_device("cpu")
+    if (card := choose_card(text, flag)) is not None:
+        return DeviceFacts("cuda", str(card["names"][0]), usable_bytes(card), bool(card["bf16"]))
+    match = _SIZE.match(text)
+    if match is None or _is_no_size(match[1], match[2].lower()):
+        close = nearest_cards(text)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        todo = f"{hint}--gpu list names all; a size lies in the range {_RANGE} and has a unit, e.g. 24GiB"
+        raise UsageError(f"'{text}' is no known card", key=flag, todo=todo)
+    size = _size_bytes(text, match, flag)
+    unit = match[2].lower()
+    shown = format_bytes(size)
+    if unit in ("gb", "mb", "tb"):  # 10^9: the label of a card, which the tables give in GiB
+        shown = f"{match[1]} {match[2].upper()} = {shown}"
+    return DeviceFacts(kind="cuda", name=f"a GPU of {shown}", memory_bytes=size, bf16=True)
+
+
+def _is_no_size(number: str, unit: str) -> bool:
+    """Whether what is written like a size means a card: `1660`, `1080ti`, `4070 laptop`."""
+    if unit:
+        return unit not in _UNITS and number.isdecimal() and len(number) >= 3
+    return float(number) > _LARGEST_BARE_GIB
+
+
+def _size_bytes(text: str, match: re.Match[str], flag: str) -> int:
+    """Bytes of a size such as `24GiB`, `24GB` (10^9), `80gib` or `24` (GiB).
+
+    Raises:
+        UsageError: The size is out of range, or its unit is unknown.
+    """
+    number, unit = float(match[1]), match[2].lower()
+    if unit not in _UNITS:
+        raise UsageError(f"'{text}' has no unit of memory", key=flag, todo="write for example 24GiB or 24GB")
+    size = number * _UNITS[unit]
+    if not math.isfinite(size) or not _SMALLEST_BYTES <= size <= _LARGEST_BYTES:
+        raise UsageError(f"'{text}' is out of range", key=flag, todo=f"a size lies in the range {_RANGE}")
+    return round(size)
+
+
+def peak_flops(device: DeviceFacts) -> float | None:
+    """Of dense products in 16 bits, a second; None where the card is not in `configs/hardware`."""
+    card = find_card(device.name) if device.kind == "cuda" else None
+    return None if card is None else float(card["peak_tflops"]) * 1e12
+
+
+def format_bytes(size: int | float) -> str:
+    """`24 GiB`, `1.5 GiB`, `310 MiB`, `12 KiB`."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= scale:
+            value = size / scale
+            return f"{value:.0f} {unit}" if value >= 100 or value == round(value) else f"{value:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def read_device(kind: str = "auto", *, count: int | None = None) -> DeviceFacts:
+    """The device that this process trains on.
+
+    Args:
+        kind: `cpu`, `cuda` or `mps`; `auto` takes the first GPU there is.
+        count: Processes that train together; from torchrun's WORLD_SIZE where None.
+    """
+    processes = count if count is not None else max(1, int(os.environ.get("WORLD_SIZE", "1") or 1))
+    if kind != "cpu":
+        import torch
+
+        if kind in ("auto", "cuda") and torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            # compute capability 8.0 (Ampere) is the first with bf16 tensor cores; ROCm reports 9.x for its own
+            bf16 = properties.major >= 8
+            return DeviceFacts("cuda", properties.name, properties.total_memory, bf16, processes)
+        if kind in ("auto", "mps") and torch.backends.mps.is_available():
+            limit = torch.mps.recommended_max_memory()
+            return DeviceFacts("mps", "Apple GPU", min(limit, cpu_memory_bytes()), False, processes)
+    return DeviceFacts("cpu", "cpu", cpu_memory_bytes() // processes, _cpu_has_bf16(), processes)
+
+
+def cpu_memory_bytes() -> int:
+    """Memory this process may have in all: the smaller of available RAM, the control group's limit and `ulimit -v`.
+
+    What the process holds already counts as available, since an estimate counts the interpreter and libraries too.
+    """
+    import psutil
+
+    process = psutil.Process()
+    own = process.memory_info()
+    limits = [psutil.virtual_memory().available + own.rss]
+    limits += [limit - used + own.rss for limit, used in _cgroup_limits()]
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return int(max(0, min(limits)))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(soft - own.vms + own.rss)
+    return int(max(0, min(limits)))
+
+
+def _cgroup_limits(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """(limit, use that cannot be reclaimed) in bytes of this process's control group and of each above it."""
+    try:
+        lines = own.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root if not controllers else root / "memory"
+        names = ("memory.max", "memory.current", "inactive_file") if not controllers else (
+            "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")  # fmt: skip
+        folder = base / path.strip("/")
+        for place in (folder, *folder.parents):
+            if place != base and base not in place.parents:
+                break
+            yield from _read_cgroup(place, *names)
+
+
+def _read_cgroup(folder: Path, limit_name: str, usage_name: str, reclaimable: str) -> Iterator[tuple[int, int]]:
+    try:
+        limit = int((folder / limit_name).read_text(encoding="ascii"))
+        used = int((folder / usage_name).read_text(encoding="ascii"))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):  # "max" is no number: no limit here
+        return
+    if limit < _LARGEST_BYTES:  # version 1 writes almost 2^63 for no limit
+        yield limit, max(0, used - int(statistics.get(reclaimable, 0)))
+
+
+def _cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bf16 in hardware."""
+    try:
+        text = cpuinfo.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    lines = (line for line in text.splitlines() if line.lower().startswith(("flags", "features")))
+    return any(flag in line.split() for line in lines for flag in _BF16_FLAGS)

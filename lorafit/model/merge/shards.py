@@ -1,0 +1,236 @@
+"""The shards of a merged model: every tensor of the base, updated where the adapter has an update, checked as written.
+
+this thread        rows of W (from the file, or rebuilt) + s * B A ──blocks──┐
+checking thread                 W + s * B A in fp64 == what can be read ? <──┤
+writing threads                                hash │ write │ fsync       <──┘
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import NumericsError
+from lorafit.model.merge.background_writer import BackgroundWriter
+from lorafit.model.merge.lora_math import Addition, Factors, Proof
+from lorafit.model.merge.merge_targets import Updates
+from lorafit.model.merge.requantize import PlainRows, Rebuilder, Rows, row_blocks
+from lorafit.model.merge.stretches import Stretch, cut_tensors
+from lorafit.model.names import Part
+from lorafit.model.weights import (
+    FLOAT_DTYPES,
+    INDEX,
+    TensorEntry,
+    build_header,
+    read_header,
+    read_rows,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.contracts import Progress, Reporter
+
+ALLOWED_DIFFERENCE = 1e-5
+"""Share of codes that may be one level off where the run was trained on another kind of device."""
+_TENSORS_BEHIND = 1
+"""Tensors that may wait for their check beside the one that is written; each may hold a rebuilt weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How the values that are written are made.
+
+    Attributes:
+        used: The run's quantization.json where the weights are those that training saw; None for the file's own.
+        quantised: Where the weights of its quantised layers lie, by path.
+        dtype: safetensors' name of what floats are written in; the file's where None.
+        kept: Tensors that stay in the file's dtype all the same: what the class leaves out, or keeps in another.
+    """
+
+    used: Mapping[str, Any] | None = None
+    quantised: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    dtype: str | None = None
+    kept: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A stretch with what its values are made of."""
+
+    stretch: Stretch
+    rows: Rows
+    factors: Factors | None
+
+
+class ShardMerger:
+    """Writes every shard of the base anew, and checks what it wrote.
+
+    Args:
+        entries: The base's tensors.
+        updates: The adapter's.
+        values: How what is written is made.
+        verify: Whether each written tensor is read back and compared.
+
+    Attributes:
+        dtypes: What each tensor is written in.
+        cast_dtypes: Of those, what tensors have that are not kept as they are.
+        total_bytes: Of all of them.
+        rebuilt: Paths of the layers whose quantised values are made again.
+        digests: SHA-256 of the written files by name, filled by `write`.
+        largest_error: Largest |written - exact| over its bound, 0 to 1.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry], updates: Updates, values: Values, *, verify: bool) -> None:
+        self._entries, self._copies, self._verify = entries, updates.copies, verify
+        self._rebuilder = Rebuilder(entries, values.used, values.quantised) if values.used is not None else None
+        self.rebuilt = list(values.quantised) if values.used is not None else []
+        matrices = {name: entry.as_matrix() for name, entry in entries.items()}
+        rows = {name: matrix.rows for name, matrix in matrices.items()}
+        self._stretches = cut_tensors(rows, {path: values.quantised[path] for path in self.rebuilt}, updates.patches)
+        self.largest_error = 0.0
+        self.digests: dict[str, str] = {}
+        self.dtypes = {
+            name: values.dtype
+            if values.dtype and entry.dtype in FLOAT_DTYPES and name not in values.kept
+            else entry.dtype
+            for name, entry in entries.items()
+        }
+        self.cast_dtypes = {dtype for name, dtype in self.dtypes.items() if name not in values.kept}
+        self.total_bytes = sum(e.elements * torch_dtype(self.dtypes[n]).itemsize for n, e in entries.items())
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Writes all shards into `folder`, so that they are on the disk afterwards.
+
+        Raises:
+            NumericsError: A rebuilt weight is not the run's, or a written one is not W + s * B A.
+            OSError: The disk is full or broken.
+        """
+        files = dict.fromkeys(entry.file for entry in self._entries.values())
+        behind: deque[Future[None]] = deque()
+        with _one_thread(self._rebuilder is None), BackgroundWriter() as writer, ThreadPoolExecutor(1) as checking:
+            for source in files:
+                entries = sorted(read_header(source).values(), key=lambda entry: entry.offset)
+                header = build_header([(e.name, self.dtypes[e.name], e.shape) for e in entries])
+                target, offset = folder / source.name, len(header)
+                writer.begin(target)
+                last = writer.put(header)
+                for entry in entries:
+                    matrix = entry.as_matrix()
+                    written = TensorEntry(entry.name, target, self.dtypes[entry.name], matrix.shape, offset, 0)
+                    sources = [self._source(matrix, stretch) for stretch in self._stretches[entry.name]]
+                    for block in self._blocks(sources, written, writer):
+                        last = writer.put(block)
+                        offset += block.numel()
+                    if self._verify:
+                        behind.append(checking.submit(self._check_written, last, sources, written))
+                    while len(behind) > _TENSORS_BEHIND:
+                        behind.popleft().result()
+                    progress.advance()
+            for checked in behind:
+                checked.result()
+        self.digests.update(writer.digests)
+        if len(files) > 1 or (next(iter(files)).parent / INDEX).is_file():
+            weight_map = {name: entry.file.name for name, entry in sorted(self._entries.items())}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _source(self, entry: TensorEntry, stretch: Stretch) -> _Source:
+        rows: Rows = PlainRows(entry)
+        if stretch.layer is not None and self._rebuilder is not None:
+            rows = self._rebuilder.rows(stretch.layer)
+        elif entry.name in self._copies:
+            rows = PlainRows(self._copies[entry.name].as_matrix(), torch_dtype(entry.dtype))
+        return _Source(stretch, rows, stretch.patch.factors() if stretch.patch else None)
+
+    def _blocks(self, sources: Sequence[_Source], written: TensorEntry, writer: BackgroundWriter) -> Iterator[Any]:
+        """The bytes of a tensor as they are written, in memory of the writer's."""
+        dtype = torch_dtype(written.dtype)
+        for source in sources:
+            addition = Addition(source.factors) if source.factors else None
+            first, count = source.stretch.first, source.stretch.stop - source.stretch.start
+            for start, stop in row_blocks(count, written.row_elements):
+                block = writer.take_block((stop - start) * written.row_elements * dtype.itemsize)
+                out = block.view(dtype).view((stop - start, *written.shape[1:]) if written.shape else ())
+                values = source.rows.read(first + start, first + stop, out)
+                if addition is not None:
+                    addition.add(values, start, out)
+                elif values is not out:
+                    out.copy_(values)
+                yield block
+
+    def _check_written(self, last_write: Future[None], sources: Sequence[_Source], written: TensorEntry) -> None:
+        last_write.result()
+        for source in sources:
+            self._check(source, written)
+
+    def _check(self, source: _Source, written: TensorEntry) -> None:
+        """Reads a stretch back from the output file and compares it with W + s * B A (see `Proof`).
+
+        One without an update must be equal to the cast one, bit for bit.
+        """
+        import torch
+
+        proof = Proof(source.factors, written.dtype) if source.factors else None
+        base_dtype, dtype = torch_dtype(self._entries[written.name].dtype), torch_dtype(written.dtype)
+        stretch = source.stretch
+        into: tuple[torch.Tensor, torch.Tensor] | None = None
+        for start, stop in row_blocks(stretch.stop - stretch.start, written.row_elements):
+            shape = (stop - start, *written.shape[1:]) if written.shape else ()
+            if into is None or into[0].shape != shape:  # the last block may be lower
+                into = torch.empty(shape, dtype=base_dtype), torch.empty(shape, dtype=dtype)
+            values = source.rows.read(stretch.first + start, stretch.first + stop, into[0])
+            got = read_rows(written, stretch.start + start, stretch.start + stop, into[1])
+            if proof is None:
+                if not torch.equal(_as_bytes(got), _as_bytes(values.to(got.dtype))):
+                    raise _mismatch(written, "its bytes differ from the base's")
+                continue
+            worst = proof.compare(values, got, start)
+            if not worst <= 1.0:
+                raise _mismatch(written, f"it is {worst:.3g} times the rounding bound away from W + s * B A")
+            self.largest_error = max(self.largest_error, worst)
+
+    def conclude(self, reporter: Reporter) -> tuple[int, bool]:
+        """(codes off, whether the base was proven), once all is written.
+
+        Raises:
+            NumericsError: More codes are off than another kind of device explains.
+        """
+        if self._rebuilder is None:
+            return 0, False
+        return self._rebuilder.conclude(ALLOWED_DIFFERENCE, reporter), True
+
+
+@contextlib.contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """Keeps torch to one thread a caller where the arithmetic is less work than hashing, which has a thread beside it.
+
+    More threads would only take the cores from those that hash, write and check.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8, in which NaN equals NaN and 0 is not -0."""
+    import torch
+
+    return values.reshape(-1).view(torch.uint8)
+
+
+def _mismatch(written: TensorEntry, why: str) -> NumericsError:
+    return NumericsError(f"a written tensor is wrong: {why}", key=written.name, todo="nothing was kept; check the disk")

@@ -1,0 +1,130 @@
+"""Whether what a run is about to train can be shipped: merged into the base's files, and loaded by PEFT.
+
+Both are answered before the first step, from names and shapes alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorafit.errors import ModelError
+from lorafit.model.adapter import adapter_config, adapter_tensors, wrap_model
+from lorafit.model.check_weights import list_names
+from lorafit.model.inspect import is_quantised
+from lorafit.model.merge.homes import adapted_layers, find_home
+from lorafit.model.names import TensorNames, names_of
+
+if TYPE_CHECKING:
+    from lorafit.model.base import Base
+
+
+def check_shippable(model: Any, base: Base, class_name: str = "AutoModelForCausalLM") -> None:
+    """Plans the merge of a fresh adapter, and lets PEFT load it onto the class without values.
+
+    Args:
+        model: The loaded base with its adapter, or both on the meta device.
+        base: Its files.
+        class_name: The class that PEFT's users load it as.
+
+    Raises:
+        ModelError: An adapted or quantised layer has no rows in the files that it could be merged into, or PEFT would
+            not find the adapter's tensors again.
+    """
+    names = names_of(model)
+    if names is None:
+        raise ValueError("the model was not loaded by load_model")
+    _check_merge(model, base, names)
+    if _peft_renames(model):
+        _check_peft(model, base, class_name)
+
+
+def check_shippable_unloaded(base: Base, section: Any, seed: int, class_name: str) -> None:
+    """The same before any weight is loaded, of the adapter that a recipe asks for; what is quantised is not asked.
+
+    Args:
+        base: The model's files.
+        section: The recipe's adapter.
+        seed: The recipe's.
+        class_name: As in `check_shippable`.
+
+    Raises:
+        ModelError: As in `check_shippable`, or the files do not belong to the class.
+        RecipeError: A target matches nothing.
+    """
+    import torch
+
+    from lorafit.model.check_weights import check_weights
+    from lorafit.model.load import attach_adapter, build_class
+    from lorafit.model.names import keep_names
+    from lorafit.model.weights import read_index
+
+    skeleton = build_class(base, class_name)
+    keep_names(skeleton, check_weights(skeleton, read_index(base.path), base.path))
+    with torch.device("meta"):
+        model = attach_adapter(skeleton, section.model_copy(update={"init_from": None}), seed)
+    check_shippable(model, base, class_name)
+
+
+def _check_merge(model: Any, base: Base, names: TensorNames) -> None:
+    failures = []
+    for path, layer in adapted_layers(model).items():
+        try:
+            find_home(path, layer, names)
+        except ModelError as error:
+            failures.append(error)
+    if failures:
+        more = f" (and {len(failures) - 1} layers more)" if len(failures) > 1 else ""
+        raise ModelError(
+            f"this run could not be merged: {failures[0].what}{more}",
+            file=base.shown,
+            key="adapter.target_modules",
+            todo=failures[0].todo or "name other target_modules",
+        )
+    quantised = [path for path, value in model.get_base_model().named_parameters() if is_quantised(value)]
+    lost = [path for path in quantised if not names.parts.get(path.replace(".base_layer", ""))]
+    if lost:
+        raise ModelError(
+            f"this run could not be merged: {len(lost)} layers would be quantised whose rows are in none of the files "
+            f"({list_names(lost)})",
+            file=base.shown,
+            key="model.quantization",
+            todo="use quantization: none",
+        )
+
+
+def _peft_renames(model: Any) -> bool:
+    """Whether PEFT converts adapters of this class while it loads them; else it takes them by their names."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    base = model.get_base_model()
+    return get_checkpoint_conversion_mapping(base.config.model_type) is not None
+
+
+def _check_peft(model: Any, base: Base, class_name: str) -> None:
+    """Loads the adapter's names and shapes with PEFT's own code onto a fresh model of the class."""
+    import torch
+    from peft import set_peft_model_state_dict
+
+    from lorafit.model.load import build_class
+    from lorafit.model.quiet import quiet_libraries
+
+    ours = {name: torch.empty(value.shape, device="meta") for name, value in adapter_tensors(model).items()}
+    fresh = wrap_model(
+        build_class(base, class_name), adapter_config(model, *base.reference), base.path, trainable=False, empty=True
+    )
+    theirs = {name: tuple(value.shape) for name, value in adapter_tensors(fresh).items()}
+    with quiet_libraries():
+        try:
+            told = set_peft_model_state_dict(fresh, dict(ours), low_cpu_mem_usage=True)
+            lost = [name for name in told.missing_keys if "lora_" in name] + list(told.unexpected_keys)
+        except (RuntimeError, ValueError, KeyError) as error:
+            lost = [(str(error).splitlines() or [type(error).__name__])[0]]
+    unlike = [name for name, value in ours.items() if theirs.get(name) != tuple(value.shape)]
+    if lost or unlike:
+        raise ModelError(
+            f"PEFT renames the layers of this class while it loads an adapter, and would not find "
+            f"{len(lost or unlike)} tensors of this one again ({list_names(lost or unlike)})",
+            file=base.shown,
+            key="adapter.target_modules",
+            todo="name other target_modules",
+        )

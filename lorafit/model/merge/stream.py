@@ -1,0 +1,259 @@
+"""An adapter into its base's weights, tensor by tensor, a few MiB at a time, checked against what was written.
+
+    base shard --rows--> W  (as the file has it, or the quantised values that training saw, proven by the run's hashes)
+    adapter    --------> s * B A
+                         W + s * B A in fp32, rounded once --> output shard --read back--> equal to W + s * B A (fp64)?
+
+Never a 4-bit result: quantising a merged weight again would erase the adapter, whose update is finer than a 4-bit step.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorafit.errors import ModelError, ResourceError, UsageError
+from lorafit.files.rundir import atomic_dir, make_folder
+from lorafit.model.adapter import NOTES, WEIGHTS, AdapterFolder, check_base, read_adapter
+from lorafit.model.adapter_checks import check_values
+from lorafit.model.class_table import read_class_homes, read_class_parts
+from lorafit.model.inspect import summarise_quantization
+from lorafit.model.merge.companions import choose_companions, write_rest
+from lorafit.model.merge.merge_targets import plan_updates
+from lorafit.model.merge.requantize import REBUILDERS
+from lorafit.model.merge.shards import ShardMerger, Values
+from lorafit.model.names import Part, are_parts, read_parts
+from lorafit.model.tokenizer_files import Companions, write_object
+from lorafit.model.weights import TensorEntry, dtype_name, read_index
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.contracts import Reporter
+    from lorafit.model.base import Base
+
+BaseKind = Literal["dequantized", "original"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        kind: The base that was merged into.
+        tensors: Tensors written.
+        merged_tensors: Of those, the ones that got an update.
+        rebuilt_tensors: Of those, the ones taken as training's quantised values.
+        proven: Whether the rebuilt base was compared with hashes of the run.
+        codes_off: Codes one level off, on another kind of device than the run's.
+        verified: Whether every written tensor was read back and compared.
+        largest_error: Largest |written - exact| over its bound, 0 to 1; 0 where not verified.
+    """
+
+    output: Path
+    kind: BaseKind
+    tensors: int
+    merged_tensors: int
+    rebuilt_tensors: int
+    written_bytes: int
+    proven: bool
+    codes_off: int
+    verified: bool
+    largest_error: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the output by its name."""
+        return {**asdict(self), "output": self.output.name}
+
+    def describe(self) -> list[str]:
+        """For people, line by line."""
+        size = self.written_bytes / 2**20
+        what = f"merged {self.merged_tensors} of {self.tensors} tensors into the {self.kind} base"
+        lines = [f"{what}: {self.output}, {size:,.0f} MiB in {self.seconds:.1f} s"]
+        if self.proven:
+            off = f", {self.codes_off} codes one level off" if self.codes_off else ""
+            lines.append(f"{self.rebuilt_tensors} quantised tensors rebuilt and proven to be the run's{off}")
+        if self.verified:
+            lines.append(
+                f"every tensor read back: equal to W + s B A within {self.largest_error:.2f} of its rounding bound"
+            )
+        return lines
+
+
+def merge_adapter(
+    base: Base,
+    adapter_folder: Path,
+    output: Path,
+    *,
+    kind: BaseKind,
+    quantization: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    judge: Callable[[Companions], None] | None = None,
+    check: Callable[[Path], None] | None = None,
+    reporter: Reporter,
+) -> MergeReport:
+    """Writes base + adapter as a model folder that plain transformers loads.
+
+    Args:
+        base: The base that the adapter was trained on.
+        adapter_folder: In PEFT's layout. Its tokenizer and chat template are taken before the base's, with a word
+            where they differ.
+        output: The folder to make; it may exist, empty.
+        kind: `dequantized`: the quantised values that training saw. `original`: the base's own weights.
+        quantization: The run's quantization.json (`inspect.describe_quantization`); needed for `dequantized`.
+        dtype: Of all written floats; by default training's own for `dequantized`, the file's for `original`.
+        verify: Whether each written tensor is read back and compared with W + s * B A.
+        judge: Called before anything is written with the tokenizer and templates that are taken; may raise.
+        check: Called with the finished folder before it gets its name; what it raises leaves no output.
+        reporter: Shows progress.
+
+    Raises:
+        UsageError: The output is an input, lies inside one, or is not empty.
+        ModelError: The adapter cannot be merged as a plain update, or does not fit the base.
+        NumericsError: The rebuilt base is not the one of the run, or a written tensor is not W + s * B A.
+        ResourceError: The disk is too small.
+    """
+    started = time.monotonic()
+    _check_output(output, base.path, adapter_folder)
+    adapter = read_adapter(adapter_folder)
+    check_base(adapter, base)
+    check_values(adapter.tensors, adapter_folder / WEIGHTS, adapter.config["lora_alpha"], reporter)
+    entries = read_index(base.path)
+    updates = plan_updates(adapter, entries, base.config, partial(read_class_homes, base, adapter, entries=entries))
+    companions = choose_companions(base, adapter, reporter)
+    if judge is not None:
+        judge(companions)
+    used = _check_quantization(kind, quantization, base)
+    merger = ShardMerger(entries, updates, _choose_values(base, used, dtype, entries), verify=verify)
+    make_folder(output.parent)
+    free = shutil.disk_usage(output.parent).free
+    if free < merger.total_bytes:
+        raise ResourceError(
+            f"the merged model takes {merger.total_bytes / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB left",
+            file=str(output),
+            todo="choose an output on another disk",
+        )
+    with atomic_dir(output, replace=output.exists(), digests=merger.digests) as temporary:
+        with reporter.track(len(entries), "merging") as bar:
+            merger.write(temporary, bar)
+        codes_off, proven = merger.conclude(reporter)
+        write_rest(base, companions, temporary, merger.cast_dtypes)
+        _write_notes(temporary, base, adapter, kind, used)
+        if check is not None:
+            check(temporary)
+    return MergeReport(
+        output=output,
+        kind=kind,
+        tensors=len(entries),
+        merged_tensors=len(updates.patches),
+        rebuilt_tensors=len(merger.rebuilt),
+        written_bytes=merger.total_bytes,
+        proven=proven,
+        codes_off=codes_off,
+        verified=verify,
+        largest_error=merger.largest_error,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_output(output: Path, base: Path, adapter: Path) -> None:
+    made = output.resolve()
+    for source in (base.resolve(), adapter.resolve()):
+        if made == source or source in made.parents or made in source.parents:
+            raise UsageError("the output is also an input, or lies inside one", file=str(output), todo="choose another")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError("the output exists and is not empty", file=str(output), todo="choose another, or remove it")
+
+
+def _check_quantization(kind: BaseKind, quantization: Mapping[str, Any] | None, base: Base) -> Mapping[str, Any] | None:
+    if kind == "original":
+        return None
+    if not quantization or quantization.get("kind") not in REBUILDERS or "tensors" not in quantization:
+        raise ModelError(
+            "nothing is known of how training quantised this base, so it cannot be rebuilt",
+            file=str(base.path),
+            todo="merge a run folder, or merge with --base original",
+        )
+    wrong = _malformed(quantization)
+    if wrong is not None:
+        what, todo = "says something else than lorafit writes", "restore the file, or merge with --base original"
+        raise ModelError(what, file="quantization.json", key=wrong, todo=todo)
+    return quantization
+
+
+def _malformed(used: Mapping[str, Any]) -> str | None:
+    """The key of a quantization.json that holds what no run wrote; None where all is well."""
+    if used.get("weights_dtype") not in ("bfloat16", "float16", "float32"):
+        return "weights_dtype"
+    if not isinstance(used.get("double_quant", False), bool):
+        return "double_quant"
+    tensors = used["tensors"]
+    if not isinstance(tensors, dict):
+        return "tensors"
+    texts, numbers = ("codes", "constants"), (int, float, type(None))
+    for name, proof in tensors.items():
+        if not isinstance(proof, dict) or not all(isinstance(proof.get(key), str) for key in texts):
+            return f"tensors.{name}"
+        if not isinstance(proof.get("offset"), numbers):
+            return f"tensors.{name}.offset"
+        if not are_parts(proof.get("parts", [""])):
+            return f"tensors.{name}.parts"
+    kept = used.get("kept", [])
+    return None if isinstance(kept, list) and all(isinstance(name, str) for name in kept) else "kept"
+
+
+def _choose_values(
+    base: Base, used: Mapping[str, Any] | None, dtype: torch.dtype | None, entries: Mapping[str, TensorEntry]
+) -> Values:
+    """What is written: the files' own values, or those that training saw, in the dtype it rounded the others to."""
+    if used is None:
+        return Values(dtype=None if dtype is None else dtype_name(dtype))
+    import torch
+
+    dtype = dtype or getattr(torch, used["weights_dtype"])
+    return Values(
+        used, _find_quantised(base, used["tensors"], entries), dtype_name(dtype), frozenset(used.get("kept", ()))
+    )
+
+
+def _find_quantised(
+    base: Base, proofs: Mapping[str, Mapping[str, Any]], entries: Mapping[str, TensorEntry]
+) -> dict[str, Sequence[Part]]:
+    """Where the weights of quantised layers lie: as the run noted it, else by their own names, else by the class."""
+    found: dict[str, Sequence[Part]] = {}
+    rows = {name: entry.as_matrix().rows for name, entry in entries.items()}
+    for path, proof in proofs.items():
+        name = f"{path}.weight"
+        if "parts" in proof:
+            found[path] = read_parts(proof["parts"], rows)
+        elif name in entries:
+            found[path] = [Part(name, 0, rows[name])]
+    for path, parts in found.items():
+        lost = [part.name for part in parts if not 0 <= part.start < part.stop <= rows.get(part.name, 0)]
+        if lost:
+            what = f"finds no home in the base: it has no '{lost[0]}' of that size"
+            raise ModelError(what, file=str(base.path), key=path, todo="use the base it was trained on")
+    nameless = [path for path in proofs if path not in found]
+    return {**found, **(read_class_parts(base, nameless, entries) if nameless else {})}
+
+
+def _write_notes(
+    target: Path, base: Base, adapter: AdapterFolder, kind: BaseKind, used: Mapping[str, Any] | None
+) -> None:
+    """lorafit.json of the merged model: what it was made from, and whether it is asked in chats or verbatim."""
+    card = adapter.card()
+    origin = base.origin.model_dump(mode="json")
+    notes = {
+        "format": 1,
+        "merged": {"base": origin, "into": kind, "quantization": summarise_quantization(used or {}) or None},
+        "adapter": {"name": adapter.path.name, "r": adapter.config.get("r"), "alpha": adapter.config.get("lora_alpha")},
+        "chat": card.chat if card else None,
+    }
+    write_object(target / NOTES, notes)

@@ -1,0 +1,264 @@
+"""What each command gives back: plain values for `--json`, and the same for people."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.console.wording import counted
+from lorafit.contracts import Printed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafit.answering.generate import Answer
+    from lorafit.contracts import Sample
+    from lorafit.evaluation.evaluation import Evaluation
+    from lorafit.evaluation.parity import Parity
+    from lorafit.files.rundir import RunDir
+    from lorafit.memory import MemoryEstimate
+    from lorafit.model.merge.stream import MergeReport
+    from lorafit.plan import Plan, ResolvedPlan
+    from lorafit.recipe.load import LoadedRecipe
+    from lorafit.trainer.speed import Speed
+    from lorafit.trainer.state import FitResult
+
+_GIB, _MIB = 1 << 30, 1 << 20
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A recipe without errors."""
+
+    loaded: LoadedRecipe
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved recipe, every default written out."""
+        return {
+            "valid": True,
+            "file": self.loaded.file,
+            "digest": self.loaded.digest,
+            "recipe": self.loaded.recipe.model_dump(mode="json"),
+        }
+
+    def line(self) -> str:
+        """For people."""
+        return f"{self.loaded.file} is valid (rows and models are not opened: see preview, train --dry-run)"
+
+
+@dataclass(frozen=True)
+class Trained(Printed):
+    """A finished run, or only its plan after a dry run (`fit` and `resolved` are None then).
+
+    Attributes:
+        has_held_out_rows: Whether its recipe names rows to score it on.
+    """
+
+    run: RunDir
+    plan: Plan
+    resolved: ResolvedPlan | None
+    fit: FitResult | None
+    estimate: MemoryEstimate | None = None
+    speed: Speed | None = None
+    profile: str | None = None
+    has_held_out_rows: bool = True
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.run.root
+
+    def summary(self) -> dict[str, Any]:
+        """How training ended, for `result.json`: memory as estimated and as measured among it."""
+        from dataclasses import asdict
+
+        if self.fit is None:
+            return {}
+        return {
+            **asdict(self.fit),
+            "estimated_tensor_bytes": self.estimate.tensor_bytes if self.estimate else None,
+            "estimated_memory_bytes": self.estimate.needed_bytes if self.estimate else None,
+            "speed": self.speed.to_json() if self.speed else None,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plan, resolved plan and how training ended."""
+        return {
+            "run": self.run.root.name,
+            "plan": self.plan.to_json(),
+            "resolved": self.resolved.to_json() if self.resolved else None,
+            "result": self.summary() or None,
+        }
+
+    def render(self, console: Console) -> None:
+        """How it ended, where the time went, memory beside its estimate, and what to do next."""
+        if self.fit is None:
+            console.print("dry run: nothing was loaded or written", markup=False, soft_wrap=True)
+            return
+        fit = self.fit
+        if not fit.was_complete:
+            if self.profile is not None:
+                console.print(self.profile, markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    f"profile: {near(self.run.profile)}, {near(self.run.trace)}\n", markup=False, soft_wrap=True
+                )
+            rate = f": {self.speed.describe()}" if self.speed else ""
+            console.print(
+                f"trained {counted(fit.steps, 'step')} in {_clock(fit.seconds)}{rate}", markup=False, soft_wrap=True
+            )
+            console.print(self._memory_line(fit), markup=False, soft_wrap=True)
+        which = f"the adapter of step {fit.adapter_step}"
+        if fit.best is not None and fit.best.step == fit.adapter_step:
+            which += f" (best {fit.best.metric}: {fit.best.value:.4g})"
+        shown = near(self.run.root)
+        after = f"lorafit eval {shown}"
+        if not self.has_held_out_rows:
+            after = f"lorafit generate {shown} --prompt TEXT, or {after} --set data.test=$PWD/FILE"
+        console.print(f"{which} is in {shown}/adapter; next: {after}", markup=False, soft_wrap=True)
+
+    def _memory_line(self, fit: FitResult) -> str:
+        """Peak memory as measured, beside the estimate of the same quantity."""
+        tensors, needed = (self.estimate.tensor_bytes, self.estimate.needed_bytes) if self.estimate else (0, 0)
+
+        def beside(measured: int, what: str, estimated: int) -> str:
+            return f"{measured / _MIB:,.0f} MiB {what}" + (f" ({estimated / _MIB:,.0f} estimated)" if estimated else "")
+
+        if fit.peak_reserved_bytes is not None:
+            parts = [beside(fit.peak_memory_bytes, "of tensors", tensors)]
+            parts += [beside(fit.peak_reserved_bytes, "reserved", 0), f"{needed / _MIB:,.0f} MiB of the card estimated"]
+        else:
+            parts = [beside(fit.peak_memory_bytes, "resident", needed)]
+        if (before := fit.peak_before_steps_bytes) is None:
+            parts[0] += " in all of the run"
+        elif before > fit.peak_memory_bytes:
+            parts.append(f"{before / _MIB:,.0f} MiB before the first step")
+        if fit.live_tensors is not None:
+            parts.append(beside(fit.live_tensors.tensor_bytes, "of live tensors counted", tensors))
+        return "peak memory: " + ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Evaluated(Printed):
+    """An evaluation, the run it belongs to, its report's name, and the folder that places of rows are relative to."""
+
+    run: RunDir
+    evaluation: Evaluation
+    report: str
+    folder: Path
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Figures of base and tuned model by metric, as in `report.json`."""
+        figures: dict[str, Any] = self.to_json()["metrics"]
+        return figures
+
+    def to_json(self) -> dict[str, Any]:
+        """As in `report.json`."""
+        return self.evaluation.to_json()
+
+    def render(self, console: Console) -> None:
+        """The table, and where the report is."""
+        from lorafit.evaluation.table import render_evaluation
+
+        console.print(render_evaluation(self.evaluation, columns=console.width, place=self._place))
+        console.print(f"\nreport: {near(self.run.report('md', self.report))}", markup=False, soft_wrap=True)
+
+    def _place(self, file: str) -> str:
+        """A row's file as seen from the current folder; what is no file here (a data set of the hub) stays."""
+        path = self.folder / file
+        return near(path) if path.exists() else file
+
+
+@dataclass(frozen=True)
+class Merged(Printed):
+    """A merge, and the comparison of logits where there was memory for it."""
+
+    report: MergeReport
+    parity: Parity | None
+    parity_skipped: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Both."""
+        return {
+            **self.report.to_json(),
+            "parity": self.parity.to_json() if self.parity else None,
+            "parity_skipped": self.parity_skipped or None,
+        }
+
+    def render(self, console: Console) -> None:
+        """What was written and proven."""
+        for line in self.report.describe():
+            console.print(line, markup=False, soft_wrap=True)
+        if self.parity is not None:
+            for line in self.parity.describe():
+                console.print(line, markup=False, soft_wrap=True)
+        elif self.parity_skipped:
+            console.print(f"logits were not compared: {self.parity_skipped}", markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Generated(Printed):
+    """Answers to prompts, with the base model's beside them where asked; or to verbatim texts, which are no chats."""
+
+    prompts: Sequence[Sample]
+    answers: Sequence[Answer]
+    base_answers: Sequence[Answer] | None
+    are_chats: bool = True
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers' texts, in the prompts' order."""
+        return [answer.text for answer in self.answers]
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry a prompt, in order."""
+        rows = []
+        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            row: dict[str, Any] = {"file": prompt.file, "line": prompt.line} if prompt.line else {}
+            row |= {"messages": list(prompt.turns)} if self.are_chats else {"prompt": prompt.turns[-1]["content"]}
+            if prompt.tools:
+                row["tools"] = list(prompt.tools)
+            row |= {"answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
+            if self.base_answers is not None:
+                row["base_answer"] = self.base_answers[number].text
+            rows.append(row)
+        return {"answers": rows}
+
+    def render(self, console: Console) -> None:
+        """The answers, each behind its prompt; that of a command line is repeated only where two models answer."""
+        is_plain = len(self.prompts) == 1 and not self.prompts[0].line and self.base_answers is None
+        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            if is_plain:
+                console.print(answer.text, markup=False, soft_wrap=True)
+                continue
+            asked = prompt.turns[-1]["content"]
+            console.print(f"{'' if number == 0 else chr(10)}> {asked}", style="bold", markup=False, soft_wrap=True)
+            if self.base_answers is not None:
+                console.print(f"base:  {self.base_answers[number].text}", markup=False, soft_wrap=True)
+                console.print(f"tuned: {answer.text}", style="green", markup=False, soft_wrap=True)
+            else:
+                console.print(answer.text, markup=False, soft_wrap=True)
+
+
+def describe_resolved(resolved: ResolvedPlan) -> str:
+    """What `auto` became, and where that comes from."""
+    checkpointing = "on" if resolved.gradient_checkpointing else "off"
+    at_once = f", {resolved.micro_batches_at_once} at once" if resolved.micro_batches_at_once > 1 else ""
+    return (
+        f"micro-batches of {resolved.micro_batch_tokens} tokens{at_once}, {resolved.attention} attention, "
+        f"checkpointing {checkpointing} (from the {resolved.source})"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def near(path: Path) -> str:
+    """A path as the user would type it: relative to the current folder where that is shorter."""
+    absolute = os.path.normpath(Path.cwd() / path)
+    return min(os.path.relpath(absolute), absolute, key=len)

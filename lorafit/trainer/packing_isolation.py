@@ -1,0 +1,135 @@
+"""Proves on the loaded model that documents which share a row do not see each other, before any of them is packed.
+
+    row          A A A A A B B B B      label only B
+    change A     ? ? ? ? ? B B B B      B's logits stay, to rounding
+    gradient     0 0 0 0 0 g g g g      of B's loss at the embeddings: exactly 0 at A's
+    B alone      B B B B                the same logits as behind A: its positions begin anew
+
+Restarted positions alone are tried first. Models that build no mask from them get an additive block-diagonal mask as
+well, where each of their layers attends to the whole row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lorafit.contracts import Batch, Example
+from lorafit.data.packing import collate_packed
+from lorafit.errors import NumericsError
+from lorafit.ops.logits_distance import ROUNDING, logits_distance
+from lorafit.ops.memory_errors import is_out_of_memory
+from lorafit.ops.rng import preserved_rng
+
+if TYPE_CHECKING:
+    from lorafit.objective import Objective
+
+_DOCUMENT_TOKENS = 32
+
+
+def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int, *, one_row: bool) -> None:
+    """Settles how packed rows are kept apart (`objective.masks_documents`), or refuses to pack.
+
+    Modes, random numbers and gradients are left as they were.
+
+    Args:
+        objective: On its device, with the attention that will be used.
+        rows: One or two rows of the run; their first tokens are the documents.
+        pad_id: Fills up short rows.
+        one_row: Whether micro-batches will be one row; else the proof has a second one, with padding.
+
+    Raises:
+        NumericsError: Documents see each other, however they are kept apart.
+    """
+    first, second = (_beginning(row) for row in (rows[0], rows[-1]))
+    fault = ""
+    for with_mask in (False, True):
+        if with_mask and not _attends_to_whole_rows(objective):
+            break
+        objective.masks_documents = with_mask
+        with preserved_rng(), _in_eval_mode(objective):
+            found = _find_fault(objective, first, second, pad_id, one_row)
+        if not found:
+            return
+        fault = fault or found
+    config = objective.base.config
+    raise NumericsError(
+        f"{config.model_type} cannot be packed with {config._attn_implementation} attention: {fault}",
+        key="data.packing",
+        todo="set data.packing: false",
+    )
+
+
+def _find_fault(objective: Objective, first: Example, second: Example, pad_id: int, one_row: bool) -> str:
+    """What is wrong, in words; empty where the documents do not see each other."""
+    device = objective.base.get_input_embeddings().weight.device
+
+    def pack(before: Example) -> Batch:
+        rows = [[_unlabelled(before), second]] + ([] if one_row else [[_unlabelled(second)]])
+        return collate_packed(rows, pad_id).to(device)
+
+    changed = replace(first, input_ids=np.resize(list(second.input_ids)[::-1], len(first.input_ids)).tolist())
+    try:
+        with torch.no_grad():
+            behind, moved = objective.labelled_logits(pack(first)), objective.labelled_logits(pack(changed))
+            alone = objective.labelled_logits(collate_packed([[second]], pad_id).to(device))
+        gradient = _gradient_at(objective, pack(first))[: len(first.input_ids)]
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        return f"it does not run on packed rows ({type(error).__name__})"
+    tolerance = ROUNDING[objective.autocast_dtype]
+    if bool(gradient.count_nonzero()) or not logits_distance(behind, moved) <= tolerance:
+        return "its documents see each other in a row (a state is carried on, or no mask made of their positions)"
+    if not logits_distance(behind, alone) <= tolerance:
+        return "a document gives other logits there than alone (its positions do not begin anew)"
+    return ""
+
+
+def _gradient_at(objective: Objective, batch: Batch) -> torch.Tensor:
+    """The gradient of the batch's loss at the input embeddings of its first row, [seq, hidden]."""
+    leaves: list[torch.Tensor] = []
+
+    def cut(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # a leaf may not be changed in place, and some models do
+
+    handle = objective.base.get_input_embeddings().register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            loss_sum, _, _ = objective(batch)
+    finally:
+        handle.remove()
+    return torch.autograd.grad(loss_sum, leaves[0])[0][0]
+
+
+def _attends_to_whole_rows(objective: Objective) -> bool:
+    """Whether one mask is right for every layer: no sliding windows, no chunks, no states."""
+    config = objective.base.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return set(kinds) == {"full_attention"} and getattr(config, "sliding_window", None) is None
+
+
+def _beginning(row: Example) -> Example:
+    """The first tokens of a row, all of them to be predicted."""
+    ids = row.input_ids[:_DOCUMENT_TOKENS]
+    return replace(row, input_ids=ids, trained=[1] * len(ids))
+
+
+def _unlabelled(row: Example) -> Example:
+    return replace(row, trained=[0] * len(row.input_ids))
+
+
+@contextlib.contextmanager
+def _in_eval_mode(objective: Objective) -> Iterator[None]:
+    was_training = objective.training
+    objective.eval()
+    try:
+        yield
+    finally:
+        objective.train(was_training)
