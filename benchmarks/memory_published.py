@@ -269,19 +269,15 @@ def weight_bytes(quant: str, shape: ModelShape) -> tuple[float, Callable[[Linear
             "int8": "int8"}.get(lowered)  # fmt: skip
     if kind is None:
         raise UndescribedError(f"quantisation '{quant}'")
-    quantization = quantizations.get(kind)
-    section = quantization.section(**({"double_quant": "dq" in lowered} if kind in ("nf4", "fp4") else {}))
+    quantization = quantizations.make(kind, **({"double_quant": "dq" in lowered} if kind in ("nf4", "fp4") else {}))
     experts: tuple[LinearShape, ...] = ()
     if shape.experts:
         count = shape.experts * shape.layers
         inner, hidden = shape.expert_size, shape.hidden_size
         experts = (LinearShape("w1", hidden, inner, 2 * count), LinearShape("w2", inner, hidden, count))
     outside = shape.total_parameters - shape.linear_parameters - shape.expert_parameters
-    inside = sum(
-        quantization.weight_bytes(section, x, 2) + quantization.constant_bytes(section, x)
-        for x in (*shape.linears, *experts)
-    )
-    return 2 * outside + inside, lambda x: quantization.workspace_bytes(section, replace(x, count=1), 2)
+    inside = sum(quantization.weight_bytes(x, 2) + quantization.constant_bytes(x) for x in (*shape.linears, *experts))
+    return 2 * outside + inside, lambda x: quantization.workspace_bytes(replace(x, count=1), 2)
 
 
 def loss_bytes(row: dict[str, str], shape: ModelShape, tokens: int) -> int:

@@ -197,8 +197,7 @@ class Training:
         """The linears that the plan counts as adapted."""
         from lorafit.kinds.adapters import adapters
 
-        section = self.job.recipe.adapter
-        return adapters.get(section.kind).targets(section, self.job.shape)
+        return adapters.bind(self.job.recipe.adapter).targets(self.job.shape)
 
     def _measure_speed(self, fit: FitResult, accelerator: Any) -> Speed | None:
         """The run's figures against what the machine can do."""
@@ -274,7 +273,6 @@ class Training:
 
         job, recipe = self.job, self.job.recipe
         question = self._question()
-        optimizer = recipe.training.optimizer
         rehearsal = Rehearsal(
             objective,
             job.rows.train,
@@ -287,7 +285,7 @@ class Training:
             fits=lambda tokens, on, attention: fits(
                 replace(question, attention=attention).at(tokens, on), job.device.memory_bytes
             ),
-            optimizer_bytes=optimizers.get(optimizer.kind).state_bytes(optimizer, self.plan.trainable_parameters),
+            optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
             packing=recipe.data.packing,
             ranks=accelerator.num_processes,
             one_by_one=self.profiles or self.counts_memory,  # both look at one thread
@@ -318,14 +316,14 @@ class Training:
         from lorafit.data.packing import Cutter
         from lorafit.evaluation.runner import Ranks, evaluate_during
         from lorafit.kinds.adapters import adapters
-        from lorafit.kinds.optimizers import build_optimizer
+        from lorafit.kinds.optimizers import optimizers
         from lorafit.kinds.schedules import learning_rate_at
         from lorafit.trainer.loop import Trainer
         from lorafit.trainer.profile import NO_PROFILE, StepProfile
 
         job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        hook = adapters.get(recipe.adapter.kind).step_hook(recipe.adapter, model)
+        hook = adapters.bind(recipe.adapter).step_hook(model)
         evaluate_rows = None
         if job.rows.validation is not None and self.plan.evaluate_every_steps is not None:
             evaluate_rows = evaluate_during(
@@ -342,7 +340,7 @@ class Training:
             )
         return Trainer(
             objective,
-            build_optimizer(training.optimizer, trainable, training.learning_rate, accelerator.device),
+            optimizers.bind(training.optimizer).build(trainable, training.learning_rate, accelerator.device),
             lambda step: learning_rate_at(training.schedule, training.learning_rate, step, self.plan.total_steps),
             StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
             job.rows.train,

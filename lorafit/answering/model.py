@@ -345,8 +345,8 @@ def _speak_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Spea
         choose_companions(base, saved, reporter).write(Path(folder))
         tokenizer = load_tokenizer(base, Path(folder))
     used = saved.quantization() or {"kind": "none"}
-    kind = quantizations.get(str(used.get("kind")))
-    section = kind.section(**{key: value for key, value in used.items() if key in kind.section.model_fields})
+    named = quantizations.section(str(used.get("kind")))
+    section = named(**{key: value for key, value in used.items() if key in named.model_fields})
     noted = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(used.get("weights_dtype")))
     dtype = torch_dtype(noted) if noted else dtype_of(main_dtype(read_index(base.path)))
 

@@ -66,7 +66,7 @@ def compare_methods(
 def with_quantization(question: MemoryQuestion, kind: str, dtype: str) -> MemoryQuestion:
     """The same recipe on a base stored otherwise."""
     asked = question.recipe.model.quantization
-    section = asked if asked.kind == kind else quantizations.get(kind).section()
+    section = asked if asked.kind == kind else quantizations.make_section(kind)
     model = question.recipe.model.model_copy(update={"quantization": section})
     return replace(question, recipe=question.recipe.model_copy(update={"model": model}), dtype=dtype)
 

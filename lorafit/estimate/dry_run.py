@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from lorafit.contracts import Batch, Reporter, Silent
 from lorafit.errors import ModelError
-from lorafit.kinds.optimizers import build_optimizer
+from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import ExactEstimate
 from lorafit.model import fuse
@@ -133,7 +133,7 @@ class DryRun:
         objective.train()
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         training = recipe.training
-        optimizer = build_optimizer(training.optimizer, trained, training.learning_rate, accelerator.device)
+        optimizer = optimizers.bind(training.optimizer).build(trained, training.learning_rate, accelerator.device)
         for group in optimizer.param_groups:
             if on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there

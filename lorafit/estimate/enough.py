@@ -134,7 +134,7 @@ def _switches(recipe: Recipe, shape: ModelShape, longest_tokens: int) -> Iterato
     training, adapter, section = recipe.training, recipe.adapter, recipe.model.quantization
     changes: dict[str, Any]
     if not training.optimizer.kind.endswith("8bit"):
-        changes = {"optimizer": optimizers.get("adamw_8bit").section()}
+        changes = {"optimizer": optimizers.make_section("adamw_8bit")}
         yield Switch("training.optimizer=adamw_8bit", 1, "training", changes)
     if isinstance(training.micro_batch_tokens, int) and training.micro_batch_tokens > longest_tokens:
         changes = {"micro_batch_tokens": longest_tokens}
@@ -147,7 +147,7 @@ def _switches(recipe: Recipe, shape: ModelShape, longest_tokens: int) -> Iterato
             flag = f"model.quantization.{name}={str(value).lower()}"
             yield Switch(flag, price, "model", {"quantization": changed})
     if shape.linears and section.kind not in ("nf4", "fp4"):
-        yield Switch("model.quantization=nf4", 5, "model", {"quantization": quantizations.get("nf4").section()})
+        yield Switch("model.quantization=nf4", 5, "model", {"quantization": quantizations.make_section("nf4")})
     if getattr(adapter, "dropout", 0.0) > 0:
         yield Switch("adapter.dropout=0.0", 3, "adapter", {"dropout": 0.0})
     rank = getattr(adapter, "r", 1)

@@ -260,10 +260,8 @@ def estimate_recipe(
     question = _ask(recipe, shape, facts, device, headroom)
     memory, without = _answer(question, device, headroom)
     tokens, checkpointing = memory.micro_batch_tokens, memory.gradient_checkpointing
-    adapter = adapters.get(recipe.adapter.kind)
-    trainable = sum(
-        adapter.trainable_parameters(recipe.adapter, linear) for linear in adapter.targets(recipe.adapter, shape)
-    )
+    adapter = adapters.bind(recipe.adapter)
+    trainable = sum(adapter.trainable_parameters(linear) for linear in adapter.targets(shape))
     epochs = run_epochs(recipe, facts.rows) if facts is not None else 0.0
     counted_on = None if shape.scanning_layers else device  # a figure that is too low fits nowhere
     return RecipeEstimate(

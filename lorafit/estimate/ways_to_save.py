@@ -83,7 +83,7 @@ def _smaller_batches(question: MemoryQuestion, tokens: int, checkpointing: bool)
 def _smaller_weights(question: MemoryQuestion, tokens: int, checkpointing: bool) -> Iterator[_Switch]:
     section = question.recipe.model.quantization
     if question.shape.linears and section.kind not in ("nf4", "fp4"):
-        nf4 = quantizations.get("nf4").section()
+        nf4 = quantizations.make_section("nf4")
         changed = _with(question, "model", quantization=nf4)
         yield _Switch("model.quantization: nf4", changed.at(tokens, checkpointing))
     if getattr(section, "double_quant", True) is False:
@@ -109,12 +109,12 @@ def _smaller_adapters(question: MemoryQuestion, tokens: int, checkpointing: bool
 
 
 def _smaller_states(question: MemoryQuestion, tokens: int, checkpointing: bool) -> Iterator[_Switch]:
-    now = optimizers.get(question.recipe.training.optimizer.kind)
+    now = optimizers.bind(question.recipe.training.optimizer)
     if not question.recipe.training.optimizer.kind.endswith("8bit"):
-        changed = _with(question, "training", optimizer=optimizers.get("adamw_8bit").section())
+        changed = _with(question, "training", optimizer=optimizers.make_section("adamw_8bit"))
         yield _Switch("training.optimizer: adamw_8bit", changed.at(tokens, checkpointing))
-    if question.device_kind == "cuda" and not now.is_paged(question.recipe.training.optimizer):
-        changed = _with(question, "training", optimizer=optimizers.get("paged_adamw_8bit").section())
+    if question.device_kind == "cuda" and not now.is_paged:
+        changed = _with(question, "training", optimizer=optimizers.make_section("paged_adamw_8bit"))
         memory = changed.at(tokens, checkpointing)
         leaves = round(memory.paged_bytes * (memory.needed_bytes - memory.context_bytes) / memory.tensor_bytes)
         yield _Switch("training.optimizer: paged_adamw_8bit", memory, leaves, "once its state has left the card")

@@ -1,42 +1,56 @@
-"""Registries of named kinds. Adding a kind is adding one file to the registry's folder; no list names it."""
+"""Registries of named kinds. Adding a kind is adding one file to the registry's folder; no list names it.
+
+formats.get("alpaca")               a kind without a recipe section: one instance a name
+optimizers.bind(recipe.optimizer)   a kind with one: the class that was registered for it, the section inside
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, Union
+
+from pydantic import BeforeValidator, Field
 
 from lorafit.console.nearest import nearest
 from lorafit.errors import RecipeError
+from lorafit.kinds.section import KindSection
 
 T = TypeVar("T")
+S_co = TypeVar("S_co", bound=KindSection, covariant=True)
 
 
-class Registry(Generic[T]):
-    """Kinds by name, found by importing every module of one package the first time anything is asked for.
+class Kind(ABC, Generic[S_co]):
+    """A registered way to do something, with the recipe section that sets its options inside."""
 
-    Args:
-        what: What its members are called in messages, e.g. `optimizer`.
-        package: The package whose modules register members, e.g. `lorafit.kinds.optimizers`.
-    """
+    def __init__(self, section: S_co) -> None:
+        self._section = section
+
+    @property
+    def section(self) -> S_co:
+        """The recipe's options."""
+        return self._section
+
+
+K = TypeVar("K", bound=Kind[KindSection])
+
+
+class _Members(Generic[T]):
+    """Values by name, found by importing every module of one package the first time anything is asked for."""
 
     def __init__(self, what: str, package: str) -> None:
         self.what = what
         self._package = package
         self._members: dict[str, T] = {}
+        self._class_names: dict[str, str] = {}
         self._loaded = False
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: makes one instance of the class the member called `name`."""
-
-        def add(cls: type[T]) -> type[T]:
-            if name in self._members and type(self._members[name]).__qualname__ != cls.__qualname__:
-                raise ValueError(f"two {self.what} kinds are called {name!r}")
-            self._members[name] = cls()
-            return cls
-
-        return add
+    def _add(self, name: str, member: T, class_name: str) -> None:
+        if self._class_names.setdefault(name, class_name) != class_name:  # a module may be imported twice
+            raise ValueError(f"two {self.what} kinds are called {name!r}")
+        self._members[name] = member
 
     def _load(self) -> None:
         if not self._loaded:
@@ -66,4 +80,81 @@ class Registry(Generic[T]):
     def items(self) -> list[tuple[str, T]]:
         """Every name with its member, sorted by name."""
         self._load()
-        return sorted(self._members.items())
+        return sorted(self._members.items(), key=lambda item: item[0])
+
+
+class Registry(_Members[T]):
+    """Kinds without options of their own: `get` gives the one instance of a name.
+
+    Args:
+        what: What its members are called in messages, e.g. `metric`.
+        package: The package whose modules register members, e.g. `lorafit.kinds.metrics`.
+    """
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: makes one instance of the class the member called `name`."""
+
+        def add(cls: type[T]) -> type[T]:
+            self._add(name, cls(), cls.__qualname__)
+            return cls
+
+        return add
+
+
+class SectionRegistry(_Members[type[K]], Generic[K]):
+    """Kinds that bring a recipe section: `bind` gives the kind of a section, with the section inside.
+
+    Args:
+        what: What its members are called in messages, e.g. `optimizer`.
+        package: The package whose modules register members, e.g. `lorafit.kinds.optimizers`.
+    """
+
+    def __init__(self, what: str, package: str) -> None:
+        super().__init__(what, package)
+        self._sections: dict[str, type[KindSection]] = {}
+
+    def register(self, section: type[KindSection]) -> Callable[[type[K]], type[K]]:
+        """Class decorator: makes the class the member that `section` names by the default of its field `kind`."""
+        name = section.model_fields["kind"].default
+
+        def add(cls: type[K]) -> type[K]:
+            self._add(name, cls, cls.__qualname__)
+            self._sections[name] = section
+            return cls
+
+        return add
+
+    def section(self, name: str) -> type[KindSection]:
+        """The recipe section of the member called `name`. Raises RecipeError as `get`."""
+        self.get(name)
+        return self._sections[name]
+
+    def make_section(self, name: str, **options: object) -> KindSection:
+        """The section of the member called `name`: these options, every other at its default."""
+        return self.section(name).model_validate(options)
+
+    def make(self, name: str, **options: object) -> K:
+        """The member called `name` with these options, every other at its default."""
+        return self.bind(self.make_section(name, **options))
+
+    def bind(self, section: KindSection) -> K:
+        """The kind that a recipe's section names, with the section inside."""
+        return self.get(section.kind)(section)
+
+    def one_of(self, default: str | None = None) -> Any:
+        """The annotated type of a field that names a kind: a union over the sections, told apart by `kind`.
+
+        A bare word stands for the kind with its defaults: `optimizer: adamw` is `optimizer: {kind: adamw}`. A mapping
+        that names no kind means `default`: `adapter: {r: 8}` is `adapter: {kind: lora, r: 8}`.
+        """
+
+        def with_kind(value: object) -> object:
+            if isinstance(value, str):
+                return {"kind": value}
+            if isinstance(value, dict) and "kind" not in value and default is not None:
+                return {"kind": default, **value}
+            return value
+
+        sections = tuple(self.section(name) for name in self.names())
+        union = Annotated[Union[sections], Field(discriminator="kind")] if len(sections) > 1 else sections[0]  # noqa: UP007
+        return Annotated[union, BeforeValidator(with_kind)]

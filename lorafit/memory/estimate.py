@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lorafit.facts import LinearShape, ModelShape
-from lorafit.kinds.adapters import Adapter
-from lorafit.kinds.optimizers import OptimizerKind
-from lorafit.kinds.quantizations import Quantization, quantizations
+from lorafit.kinds.adapters import Adapter, AdapterSection
+from lorafit.kinds.optimizers import Optimizer, OptimizerSection
+from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
 from lorafit.memory.layer import (
     LayerPeak,
     final_norm_bytes,
@@ -165,12 +165,9 @@ def labels_of(micro_batch_tokens: int, longest_tokens: int, longest_trained_toke
 def estimate(
     shape: ModelShape,
     *,
-    quantization: Quantization,
-    quantization_section: Any,
-    adapter: Adapter,
-    adapter_section: Any,
-    optimizer: OptimizerKind,
-    optimizer_section: Any,
+    quantization: Quantization[QuantizationSection],
+    adapter: Adapter[AdapterSection],
+    optimizer: Optimizer[OptimizerSection],
     dtype_bytes: int,
     micro_batch_tokens: int,
     longest_tokens: int,
@@ -196,23 +193,23 @@ def estimate(
     Raises:
         RecipeError: The adapter's targets match nothing in this model.
     """
-    plain = quantizations.get("none")
+    plain = quantizations.make("none")
     if not shape.quantizable:
-        quantization, quantization_section = plain, plain.section()
+        quantization = plain
     tokens = max(micro_batch_tokens, longest_tokens)
-    targets = adapter.targets(adapter_section, shape)
-    trainable = sum(adapter.trainable_parameters(adapter_section, linear) for linear in targets)
+    targets = adapter.targets(shape)
+    trainable = sum(adapter.trainable_parameters(linear) for linear in targets)
 
     def dequantised(linear: LinearShape) -> int:
         one = replace(linear, count=1)
-        return quantization.workspace_bytes(quantization_section, one, dtype_bytes) if linear.quantizable else 0
+        return quantization.workspace_bytes(one, dtype_bytes) if linear.quantizable else 0
 
     numerics = _numerics(quantization, dtype_bytes, device_kind)
     work = Work(
         row_tokens=longest_tokens,
         adapted=targets,
-        rank=adapter.rank(adapter_section),
-        dropout=float(getattr(adapter_section, "dropout", 0.0)),
+        rank=adapter.rank(),
+        dropout=float(getattr(adapter.section, "dropout", 0.0)),
         attention=attention,
         dequantised_bytes=dequantised,
         numerics=numerics,
@@ -222,12 +219,12 @@ def estimate(
     outside = shape.embedding_parameters + shape.head_parameters + shape.other_parameters
     experts_bytes = shape.expert_parameters * dtype_bytes
     packed_linears = [linear for linear in shape.linears if linear.quantizable]
-    weights = [quantization.weight_bytes(quantization_section, linear, dtype_bytes) for linear in packed_linears]
-    weights += [plain.weight_bytes(plain.section(), x, dtype_bytes) for x in shape.linears if not x.quantizable]
-    state_bytes = optimizer.state_bytes(optimizer_section, trainable)
+    weights = [quantization.weight_bytes(linear, dtype_bytes) for linear in packed_linears]
+    weights += [plain.weight_bytes(x, dtype_bytes) for x in shape.linears if not x.quantizable]
+    state_bytes = optimizer.state_bytes(trainable)
     fixed = {
         "base_weights": sum(weights) + outside * dtype_bytes + experts_bytes,
-        "quantization_constants": sum(quantization.constant_bytes(quantization_section, x) for x in packed_linears),
+        "quantization_constants": sum(quantization.constant_bytes(x) for x in packed_linears),
         "unpacked_weights": unpacked_bytes(work),
         "adapter": 4 * trainable,
         "gradients": 4 * trainable,
@@ -239,12 +236,12 @@ def estimate(
         device_kind=numerics.device_kind,
         micro_batch_tokens=tokens,
         gradient_checkpointing=gradient_checkpointing,
-        paged_bytes=state_bytes if optimizer.is_paged(optimizer_section) and device_kind == "cuda" else 0,
+        paged_bytes=state_bytes if optimizer.is_paged and device_kind == "cuda" else 0,
         unquantized_expert_bytes=experts_bytes if quantization.is_quantized else 0,
     )
 
 
-def _numerics(quantization: Quantization, dtype_bytes: int, device_kind: str) -> Numerics:
+def _numerics(quantization: Quantization[QuantizationSection], dtype_bytes: int, device_kind: str) -> Numerics:
     """lorafit's own way of computing."""
     return Numerics(
         stream_bytes=dtype_bytes,

@@ -92,11 +92,11 @@ def load_model(
         skeleton = _build_skeleton(auto, config, base)
         names = check_weights(skeleton, entries, base.path)
         offer_attention(attention, skeleton)
-        kind = quantizations.get(quantization.kind)
+        kind = quantizations.bind(quantization)
         plain = unquantised_names(skeleton)
         if quantization.kind in FOUR_BIT_KINDS and torch.device(device).type == "cpu":
             plain += leave_narrow(skeleton, reporter)
-        settings = kind.transformers_config(quantization, compute_dtype, plain)
+        settings = kind.transformers_config(compute_dtype, plain)
         options: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
         if attention != "auto":
             options["attn_implementation"] = loading_option(skeleton, attention)
@@ -193,7 +193,7 @@ def attach_adapter(model: Any, section: Any, seed: int, *, folder: Path | None =
     targets = choose_targets(model, section.target_modules)
     with quiet_libraries():
         try:
-            adapted = adapters.get(section.kind).build(section, model, targets, seed)
+            adapted = adapters.bind(section).build(model, targets, seed)
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             name, lines = type(model).__name__, str(error).strip().splitlines() or [""]
             todo = "use another base model"

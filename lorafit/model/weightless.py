@@ -50,7 +50,7 @@ def build_weightless(
     Raises:
         ModelError: transformers cannot build the model from this config.
     """
-    kind = quantizations.get(quantization.kind)
+    kind = quantizations.bind(quantization)
     with quiet_libraries():
         register_fused_attention()
         model = build_empty(read_settings(config), find_auto_class(config, auto_class), dtype=dtype)
@@ -59,7 +59,7 @@ def build_weightless(
         plain = unquantised_names(model)
         if quantization.kind in FOUR_BIT_KINDS and device_kind == "cpu":
             plain += leave_narrow(model, Silent())
-        converted = kind.transformers_config(quantization, compute_dtype, plain)
+        converted = kind.transformers_config(compute_dtype, plain)
         if converted is not None:
             from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 

@@ -140,8 +140,9 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
     _check_attention(recipe, device)
     _check_length(dataset, shape)
     bounds = _bounds(question, dataset, device)
-    targets = adapters.get(recipe.adapter.kind).targets(recipe.adapter, shape)
-    trainable = sum(adapters.get(recipe.adapter.kind).trainable_parameters(recipe.adapter, t) for t in targets)
+    adapter = adapters.bind(recipe.adapter)
+    targets = adapter.targets(shape)
+    trainable = sum(adapter.trainable_parameters(target) for target in targets)
     stopping = evaluation.early_stopping
     return Plan(
         name=recipe.name,
@@ -355,7 +356,7 @@ def _warnings(
         found += _unreached(shape)
     if not shape.quantizable and recipe.model.quantization.kind != "none":
         found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
-    if optimizers.get(training.optimizer.kind).is_paged(training.optimizer) and device.kind != "cuda":
+    if optimizers.bind(training.optimizer).is_paged and device.kind != "cuda":
         found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
     return tuple(found)
 

@@ -46,12 +46,9 @@ class MemoryQuestion:
         tokens = max(micro_batch_tokens, self.longest_tokens)
         return estimate(
             self.shape,
-            quantization=quantizations.get(model.quantization.kind),
-            quantization_section=model.quantization,
-            adapter=adapters.get(adapter.kind),
-            adapter_section=adapter,
-            optimizer=optimizers.get(training.optimizer.kind),
-            optimizer_section=training.optimizer,
+            quantization=quantizations.bind(model.quantization),
+            adapter=adapters.bind(adapter),
+            optimizer=optimizers.bind(training.optimizer),
             dtype_bytes=DTYPE_BYTES[self.dtype],
             micro_batch_tokens=tokens,
             longest_tokens=self.longest_tokens,

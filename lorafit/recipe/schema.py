@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
-from lorafit.kinds.adapters import adapters
+from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.formats import formats
 from lorafit.kinds.metrics import metrics
-from lorafit.kinds.optimizers import optimizers
-from lorafit.kinds.quantizations import quantizations
-from lorafit.kinds.schedules import schedules
-from lorafit.kinds.section import PATH, PATH_OR_NAME, Section, one_of
+from lorafit.kinds.optimizers import OptimizerSection, optimizers
+from lorafit.kinds.quantizations import QuantizationSection, quantizations
+from lorafit.kinds.schedules import ScheduleSection, schedules
+from lorafit.kinds.section import PATH, PATH_OR_NAME, Section
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.words import LARGEST_COUNT, OneNameOf
 
 if TYPE_CHECKING:
-    AdapterChoice = Any
-    OptimizerChoice = Any
-    QuantizationChoice = Any
-    ScheduleChoice = Any
+    AdapterChoice = AdapterSection
+    OptimizerChoice = OptimizerSection
+    QuantizationChoice = QuantizationSection
+    ScheduleChoice = ScheduleSection
 else:
-    AdapterChoice = one_of(adapters, "lora")
-    OptimizerChoice = one_of(optimizers, "paged_adamw_8bit")
-    QuantizationChoice = one_of(quantizations, "nf4")
-    ScheduleChoice = one_of(schedules, "cosine")
+    AdapterChoice = adapters.one_of("lora")
+    OptimizerChoice = optimizers.one_of("paged_adamw_8bit")
+    QuantizationChoice = quantizations.one_of("nf4")
+    ScheduleChoice = schedules.one_of("cosine")
 
 Auto = Literal["auto"]
 

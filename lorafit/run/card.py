@@ -16,17 +16,17 @@ from pydantic import field_validator, model_validator
 
 from lorafit.errors import CheckpointError
 from lorafit.files.rundir import read_json
-from lorafit.kinds.adapters import adapters
-from lorafit.kinds.quantizations import quantizations
-from lorafit.kinds.section import Section, one_of
+from lorafit.kinds.adapters import AdapterSection, adapters
+from lorafit.kinds.quantizations import QuantizationSection, quantizations
+from lorafit.kinds.section import Section
 from lorafit.run.prelude import with_dates, with_system_prompt
 
 if TYPE_CHECKING:
-    AdapterChoice = Any
-    QuantizationChoice = Any
+    AdapterChoice = AdapterSection
+    QuantizationChoice = QuantizationSection
 else:
-    AdapterChoice = one_of(adapters, "lora")
-    QuantizationChoice = one_of(quantizations)
+    AdapterChoice = adapters.one_of("lora")
+    QuantizationChoice = quantizations.one_of()
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Attention = Literal["auto", "eager", "sdpa", "fused", "flash_attention_2"]

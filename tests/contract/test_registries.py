@@ -17,19 +17,19 @@ from lorafit.errors import RecipeError
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapters
 from lorafit.kinds.formats import Format, formats
 from lorafit.kinds.metrics import Metric, metrics
-from lorafit.kinds.optimizers import OptimizerKind, OptimizerSection, optimizers
+from lorafit.kinds.optimizers import Optimizer, OptimizerSection, optimizers
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
-from lorafit.kinds.registry import Registry
+from lorafit.kinds.registry import Registry, SectionRegistry
 from lorafit.kinds.schedules import Schedule, ScheduleSection, schedules
 from lorafit.kinds.section import Section
 from lorafit.kinds.tasks import Task, tasks
 from lorafit.recipe.docstrings import field_docs
 
-PROTOCOLS: dict[str, tuple[Registry[Any], type]] = {
+PROTOCOLS: dict[str, tuple[Registry[Any] | SectionRegistry[Any], type]] = {
     "adapters": (adapters, Adapter),
     "formats": (formats, Format),
     "metrics": (metrics, Metric),
-    "optimizers": (optimizers, OptimizerKind),
+    "optimizers": (optimizers, Optimizer),
     "quantizations": (quantizations, Quantization),
     "schedules": (schedules, Schedule),
     "tasks": (tasks, Task),
@@ -47,12 +47,14 @@ IDS_WITH_SECTION = [f"{family}-{name}" for family, name in WITH_SECTION]
 
 
 def member(family: str, name: str) -> Any:
-    return PROTOCOLS[family][0].get(name)
+    registry = PROTOCOLS[family][0]
+    return registry.make(name) if isinstance(registry, SectionRegistry) else registry.get(name)
 
 
 def section_of(family: str, name: str) -> type[Section]:
-    section: type[Section] = member(family, name).section
-    return section
+    registry = PROTOCOLS[family][0]
+    assert isinstance(registry, SectionRegistry)
+    return registry.section(name)
 
 
 def wanted(protocol: type) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def test_every_file_of_a_family_registers_something() -> None:
     for family, (registry, _) in PROTOCOLS.items():
         package = importlib.import_module(f"lorafit.kinds.{family}")
         files = {f"lorafit.kinds.{family}.{m.name}" for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"}
-        assert {type(one).__module__ for _, one in registry.items()} == files
+        assert {type(member(family, name)).__module__ for name in registry.names()} == files
 
 
 @pytest.mark.parametrize(("family", "name"), KINDS, ids=IDS)

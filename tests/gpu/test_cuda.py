@@ -37,12 +37,12 @@ def test_nf4_trains_as_on_a_cpu(gpu: World) -> None:
 def test_state_of_a_paged_optimizer_is_paged() -> None:
     import torch
 
-    from lorafit.kinds.optimizers import build_optimizer, optimizers
+    from lorafit.kinds.optimizers import optimizers
 
     card = torch.device("cuda")
     for name in (name for name in optimizers.names() if name.startswith("paged")):
         weight = torch.nn.Parameter(torch.ones(1024, 128, device=card))
-        optimizer = build_optimizer(optimizers.get(name).section(), [weight], 1e-3, card)
+        optimizer = optimizers.make(name).build([weight], 1e-3, card)
         for _ in range(2):
             weight.grad = torch.ones_like(weight)
             optimizer.step()

@@ -67,8 +67,7 @@ def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: boo
     objective = Objective(model, autocast_dtype=None if fp32 else dtype, exact=not question.shape.plain_head)
     objective.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    section = recipe.training.optimizer
-    optimizer = optimizers.get(section.kind).build(section, trained, 1e-3, torch.device("cpu"))
+    optimizer = optimizers.bind(recipe.training.optimizer).build(trained, 1e-3, torch.device("cpu"))
     ids = torch.randint(3, question.shape.vocabulary, (ROWS, question.longest_tokens))
     columns = range(question.longest_tokens - 1)
     index = torch.tensor([row * question.longest_tokens + column for row in range(ROWS) for column in columns])

@@ -102,10 +102,10 @@ def measure_and_estimate(
     """Peak of live tensors over one optimizer step, state and gradients already there, and its estimate."""
     torch.manual_seed(0)
     shape = read_shape(config)
-    adapter, optimizer = adapters.get("lora"), optimizers.get("adamw")
-    section = adapter.section(r=r, dropout=dropout, target_modules=targets)
-    names = sorted({linear.name for linear in adapter.targets(section, shape)})
-    model = adapter.build(section, build(config, quantization, dtype, attention), names, 0)
+    optimizer = optimizers.make("adamw")
+    adapter = adapters.make("lora", r=r, dropout=dropout, target_modules=targets)
+    names = sorted({linear.name for linear in adapter.targets(shape)})
+    model = adapter.build(build(config, quantization, dtype, attention), names, 0)
     fuse_layers(model)
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -117,7 +117,7 @@ def measure_and_estimate(
     autocast = None if dtype == torch.float32 else dtype
     objective = Objective(model, autocast_dtype=autocast, exact=not shape.plain_head)
     trained = [p for p in model.parameters() if p.requires_grad]
-    steps = optimizer.build(optimizer.section(), trained, 1e-3, torch.device("cpu"))
+    steps = optimizer.build(trained, 1e-3, torch.device("cpu"))
 
     def step() -> None:
         loss, weight, _ = objective(batch)
@@ -133,10 +133,9 @@ def measure_and_estimate(
         live.note(p.grad for p in trained)
         live.note(value for state in steps.state.values() for value in state.values())
         step()
-    kind = quantizations.get(quantization)
     return live.peak_bytes, estimate(
-        shape, quantization=kind, quantization_section=kind.section(), adapter=adapter, adapter_section=section,
-        optimizer=optimizer, optimizer_section=optimizer.section(), dtype_bytes=dtype.itemsize,
+        shape, quantization=quantizations.make(quantization), adapter=adapter, optimizer=optimizer,
+        dtype_bytes=dtype.itemsize,
         micro_batch_tokens=rows * tokens, longest_tokens=tokens, labels=len(index),
         gradient_checkpointing=checkpointing, attention=attention, device_kind="cpu",
     )  # fmt: skip
@@ -190,10 +189,10 @@ def test_estimate_meets_live_tensors(case: str) -> None:
 def ask(hub_id: str = "meta-llama/Llama-3.1-8B", **changes: Any) -> MemoryEstimate:
     config = known_config(hub_id)
     assert config is not None
-    quantization = quantizations.get(changes.pop("quantization", "nf4"))
-    optimizer = optimizers.get(changes.pop("optimizer", "adamw"))
-    adapter = adapters.get("lora")
-    section = adapter.section(
+    quantization = quantizations.make(changes.pop("quantization", "nf4"))
+    optimizer = optimizers.make(changes.pop("optimizer", "adamw"))
+    adapter = adapters.make(
+        "lora",
         r=changes.pop("r", 16),
         dropout=changes.pop("dropout", 0.05),
         target_modules=changes.pop("targets", "all-linear"),
@@ -204,8 +203,7 @@ def ask(hub_id: str = "meta-llama/Llama-3.1-8B", **changes: Any) -> MemoryEstima
         "gradient_checkpointing": True, "attention": "sdpa", "device_kind": "cuda",
     }  # fmt: skip
     return estimate(
-        read_shape(config), quantization=quantization, quantization_section=quantization.section(), adapter=adapter,
-        adapter_section=section, optimizer=optimizer, optimizer_section=optimizer.section(), **(numbers | changes),
+        read_shape(config), quantization=quantization, adapter=adapter, optimizer=optimizer, **(numbers | changes),
     )  # fmt: skip
 
 

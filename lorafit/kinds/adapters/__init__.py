@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import abstractmethod
+from typing import TYPE_CHECKING
 
-from lorafit.kinds.registry import Registry
-from lorafit.kinds.section import Section
+from pydantic import Field
+
+from lorafit.kinds.registry import Kind, S_co, SectionRegistry
+from lorafit.kinds.section import PATH, KindSection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,31 +19,35 @@ if TYPE_CHECKING:
     from lorafit.facts import LinearShape, ModelShape
 
 
-class AdapterSection(Section):
+class AdapterSection(KindSection):
     """What every adapter's section has."""
 
-    kind: str
+    init_from: str | None = Field(default=None, json_schema_extra=PATH)
+    """Folder of an adapter to go on from, relative to the recipe; r, alpha and targets must agree with it."""
 
 
-class Adapter(Protocol):
+class Adapter(Kind[S_co]):
     """One method. `build` attaches it to a loaded base; the rest is arithmetic for plan and memory."""
 
-    section: type[Any]
-
-    def targets(self, section: Any, shape: ModelShape) -> tuple[LinearShape, ...]:
+    @abstractmethod
+    def targets(self, shape: ModelShape) -> tuple[LinearShape, ...]:
         """The linears that get an adapter. Raises RecipeError where a target matches nothing."""
 
-    def trainable_parameters(self, section: Any, linear: LinearShape) -> int:
+    @abstractmethod
+    def trainable_parameters(self, linear: LinearShape) -> int:
         """Trainable parameters on all `linear.count` layers of this kind."""
 
-    def rank(self, section: Any) -> int:
+    @abstractmethod
+    def rank(self) -> int:
         """Width of the bottleneck; what its activations grow with."""
 
-    def build(self, section: Any, model: torch.nn.Module, target_modules: Sequence[str], seed: int) -> torch.nn.Module:
+    @abstractmethod
+    def build(self, model: torch.nn.Module, target_modules: Sequence[str], seed: int) -> torch.nn.Module:
         """The PEFT model with a fresh adapter called `default` (fp32 weights), ready to train."""
 
-    def step_hook(self, section: Any, model: torch.nn.Module) -> StepHook | None:
+    def step_hook(self, model: torch.nn.Module) -> StepHook | None:
         """What the method does between steps; None for most."""
+        return None
 
 
-adapters: Registry[Adapter] = Registry("adapter", "lorafit.kinds.adapters")
+adapters: SectionRegistry[Adapter[AdapterSection]] = SectionRegistry("adapter", "lorafit.kinds.adapters")

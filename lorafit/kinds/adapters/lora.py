@@ -12,15 +12,13 @@ from pydantic import Field, field_validator
 
 from lorafit.console.nearest import nearest
 from lorafit.errors import RecipeError
-from lorafit.kinds.adapters import AdapterSection, adapters
-from lorafit.kinds.section import PATH
+from lorafit.kinds.adapters import Adapter, AdapterSection, adapters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from lorafit.contracts import StepHook
     from lorafit.facts import LinearShape, ModelShape
 
 
@@ -44,8 +42,6 @@ class LoraSection(AdapterSection):
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linears that get an adapter, e.g. [q_proj, v_proj]; all-linear: all but head and MoE routers."""
-    init_from: str | None = Field(default=None, json_schema_extra=PATH)
-    """Folder of an adapter to go on from, relative to the recipe; r, alpha and targets must agree with it."""
 
     @field_validator("target_modules")
     @classmethod
@@ -62,13 +58,11 @@ class LoraSection(AdapterSection):
         return value
 
 
-@adapters.register("lora")
-class Lora:
+@adapters.register(LoraSection)
+class Lora(Adapter[LoraSection]):
     """PEFT's LoRA with fp32 adapter weights, B = 0 at the start."""
 
-    section = LoraSection
-
-    def targets(self, section: LoraSection, shape: ModelShape) -> tuple[LinearShape, ...]:
+    def targets(self, shape: ModelShape) -> tuple[LinearShape, ...]:
         """The linears that get an adapter.
 
         Raises:
@@ -76,10 +70,10 @@ class Lora:
                 others.
         """
         able = tuple(linear for linear in shape.linears if not linear.left_out)
-        if section.target_modules == "all-linear":
+        if self.section.target_modules == "all-linear":
             return able
         known = list(dict.fromkeys(linear.name for linear in able))
-        for name in section.target_modules:
+        for name in self.section.target_modules:
             if name not in known:
                 reasons = {linear.name: linear.left_out for linear in shape.linears}
                 close = nearest(name, known, count=1)
@@ -90,19 +84,17 @@ class Lora:
                     key="adapter.target_modules",
                     todo=f"{hint}available: {', '.join(known)}",
                 )
-        return tuple(linear for linear in able if linear.name in section.target_modules)
+        return tuple(linear for linear in able if linear.name in self.section.target_modules)
 
-    def trainable_parameters(self, section: LoraSection, linear: LinearShape) -> int:
+    def trainable_parameters(self, linear: LinearShape) -> int:
         """A [r, in] and B [out, r] of all `linear.count` layers."""
-        return section.r * (linear.in_features + linear.out_features) * linear.count
+        return self.section.r * (linear.in_features + linear.out_features) * linear.count
 
-    def rank(self, section: LoraSection) -> int:
+    def rank(self) -> int:
         """r."""
-        return section.r
+        return self.section.r
 
-    def build(
-        self, section: LoraSection, model: torch.nn.Module, target_modules: Sequence[str], seed: int
-    ) -> torch.nn.Module:
+    def build(self, model: torch.nn.Module, target_modules: Sequence[str], seed: int) -> torch.nn.Module:
         """The PEFT model with a fresh adapter: A from Kaiming-uniform under `seed`, B zero, both fp32."""
         import torch
         from peft import LoraConfig, get_peft_model
@@ -111,9 +103,9 @@ class Lora:
         modules = dict(model.named_modules())
         wanted = [m for name, m in modules.items() if any(name == t or name.endswith(f".{t}") for t in target_modules)]
         config = LoraConfig(
-            r=section.r,
-            lora_alpha=int(section.alpha) if section.alpha.is_integer() else section.alpha,
-            lora_dropout=section.dropout,
+            r=self.section.r,
+            lora_alpha=int(self.section.alpha) if self.section.alpha.is_integer() else self.section.alpha,
+            lora_dropout=self.section.dropout,
             target_modules=list(target_modules),
             fan_in_fan_out=bool(wanted) and all(isinstance(m, Conv1D) for m in wanted),
             bias="none",
@@ -123,7 +115,3 @@ class Lora:
             torch.manual_seed(seed)
             adapted: torch.nn.Module = get_peft_model(model, config, autocast_adapter_dtype=True)
         return adapted
-
-    def step_hook(self, section: LoraSection, model: torch.nn.Module) -> StepHook | None:
-        """LoRA does nothing between steps."""
-        return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from lorafit.kinds.registry import Registry
-from lorafit.kinds.section import Section
+from lorafit.kinds.registry import Kind, S_co, SectionRegistry
+from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,10 +26,8 @@ _QUANTIZED_BLOCK = 256  # Source: bitsandbytes, blockwise optimizer states; an f
 _MIN_8BIT_VALUES = 4096  # Source: bitsandbytes' default of min_8bit_size
 
 
-class OptimizerSection(Section):
+class OptimizerSection(KindSection):
     """What every optimizer's section has."""
-
-    kind: str
 
 
 class EightBitSection(OptimizerSection):
@@ -38,24 +37,26 @@ class EightBitSection(OptimizerSection):
     """Parameter tensors with fewer values than this keep fp32 state."""
 
 
-class OptimizerKind(Protocol):
+class Optimizer(Kind[S_co]):
     """One optimizer: its memory and how it is built."""
 
-    section: type[Any]
-
-    def state_bytes(self, section: Any, parameters: int) -> int:
+    @abstractmethod
+    def state_bytes(self, parameters: int) -> int:
         """Bytes of optimizer state for that many fp32 trainable parameters (in large tensors)."""
 
-    def is_paged(self, section: Any) -> bool:
+    @property
+    def is_paged(self) -> bool:
         """Whether its state can leave the GPU (CUDA only)."""
+        return False
 
+    @abstractmethod
     def build(
-        self, section: Any, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
+        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
     ) -> torch.optim.Optimizer:
         """The optimizer over `parameters`. On a CPU a paged one is built unpaged."""
 
 
-optimizers: Registry[OptimizerKind] = Registry("optimizer", "lorafit.kinds.optimizers")
+optimizers: SectionRegistry[Optimizer[OptimizerSection]] = SectionRegistry("optimizer", "lorafit.kinds.optimizers")
 
 
 def quantized_state_bytes(parameters: int) -> int:
@@ -63,7 +64,7 @@ def quantized_state_bytes(parameters: int) -> int:
     return parameters + 4 * (parameters // _QUANTIZED_BLOCK)
 
 
-class BitsandbytesOptimizer:
+class BitsandbytesOptimizer(Optimizer[S_co]):
     """What every optimizer of bitsandbytes shares: 8-bit state where the section is one for it, paging, and the build.
 
     Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022.
@@ -75,32 +76,26 @@ class BitsandbytesOptimizer:
     """Running means that it keeps for each parameter."""
     paged: ClassVar[bool] = False
 
-    def state_bytes(self, section: Any, parameters: int) -> int:
+    def state_bytes(self, parameters: int) -> int:
         """Its moments, 8-bit with their constants or fp32."""
-        one = quantized_state_bytes(parameters) if isinstance(section, EightBitSection) else 4 * parameters
+        one = quantized_state_bytes(parameters) if isinstance(self.section, EightBitSection) else 4 * parameters
         return self.moments * one
 
-    def is_paged(self, section: Any) -> bool:
+    @property
+    def is_paged(self) -> bool:
         """Whether its state can leave the GPU."""
         return self.paged
 
     def build(
-        self, section: Any, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
+        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
     ) -> torch.optim.Optimizer:
         """The optimizer with the section's values, which are called as bitsandbytes calls them."""
         import bitsandbytes.optim
 
-        options = section.model_dump(exclude={"kind"})
+        options = self.section.model_dump(exclude={"kind"})
         if self.paged:
             options["is_paged"] = device.type == "cuda"
         optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, self.optimizer)(
-            parameters, lr=learning_rate, optim_bits=8 if isinstance(section, EightBitSection) else 32, **options
+            parameters, lr=learning_rate, optim_bits=8 if isinstance(self.section, EightBitSection) else 32, **options
         )
         return optimizer
-
-
-def build_optimizer(
-    section: Any, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
-) -> torch.optim.Optimizer:
-    """The optimizer that a section names. The plan has said where a paged one runs unpaged."""
-    return optimizers.get(section.kind).build(section, parameters, learning_rate, device)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, OptimizerSection, WeightDecay, optimizers
+from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
 
 if TYPE_CHECKING:
     import torch
@@ -32,26 +32,19 @@ class AdafactorSection(OptimizerSection):
     """Decoupled decay of the adapter's weights."""
 
 
-@optimizers.register("adafactor")
-class Adafactor:
+@optimizers.register(AdafactorSection)
+class Adafactor(Optimizer[AdafactorSection]):
     """Source: Shazeer & Stern, Adafactor, 2018, algorithm 4; transformers' implementation.
 
     torch's own always scales by the weight's root mean square, which keeps `B = 0` where it is.
     """
 
-    section = AdafactorSection
-
-    def state_bytes(self, section: AdafactorSection, parameters: int) -> int:
+    def state_bytes(self, parameters: int) -> int:
         """Row and column means, counted for rank 8, and a full fp32 mean with `beta1`."""
-        return 4 * parameters // _TYPICAL_RANK + (4 * parameters if section.beta1 is not None else 0)
-
-    def is_paged(self, section: AdafactorSection) -> bool:
-        """Never."""
-        return False
+        return 4 * parameters // _TYPICAL_RANK + (4 * parameters if self.section.beta1 is not None else 0)
 
     def build(
         self,
-        section: AdafactorSection,
         parameters: Iterable[torch.nn.Parameter],
         learning_rate: float,
         device: torch.device,
@@ -62,11 +55,11 @@ class Adafactor:
         optimizer: torch.optim.Optimizer = TransformersAdafactor(
             parameters,
             lr=learning_rate,
-            decay_rate=section.decay_rate,
-            clip_threshold=section.clip_threshold,
-            beta1=section.beta1,
-            weight_decay=section.weight_decay,
-            scale_parameter=section.scale_parameter,
+            decay_rate=self.section.decay_rate,
+            clip_threshold=self.section.clip_threshold,
+            beta1=self.section.beta1,
+            weight_decay=self.section.weight_decay,
+            scale_parameter=self.section.scale_parameter,
             relative_step=False,
             warmup_init=False,
         )

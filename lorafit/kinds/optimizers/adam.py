@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, OptimizerSection, WeightDecay, optimizers
+from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
 
 if TYPE_CHECKING:
     import torch
@@ -25,26 +25,24 @@ class AdamSection(OptimizerSection):
     """L2 penalty, added to the gradient before the moments (AdamW decays apart from them)."""
 
 
-@optimizers.register("adam")
-class Adam:
+@optimizers.register(AdamSection)
+class Adam(Optimizer[AdamSection]):
     """Source: Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1."""
 
-    section = AdamSection
-
-    def state_bytes(self, section: AdamSection, parameters: int) -> int:
+    def state_bytes(self, parameters: int) -> int:
         """Two fp32 moments."""
         return 8 * parameters
 
-    def is_paged(self, section: AdamSection) -> bool:
-        """Never."""
-        return False
-
     def build(
-        self, section: AdamSection, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
+        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
     ) -> torch.optim.Optimizer:
         """torch.optim.Adam."""
         import torch
 
         return torch.optim.Adam(
-            parameters, lr=learning_rate, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+            parameters,
+            lr=learning_rate,
+            betas=self.section.betas,
+            eps=self.section.eps,
+            weight_decay=self.section.weight_decay,
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, OptimizerSection, WeightDecay, optimizers
+from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
 
 if TYPE_CHECKING:
     import torch
@@ -25,23 +25,16 @@ class AdamWSection(OptimizerSection):
     """Decoupled decay of the adapter's weights."""
 
 
-@optimizers.register("adamw")
-class AdamW:
+@optimizers.register(AdamWSection)
+class AdamW(Optimizer[AdamWSection]):
     """Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2."""
 
-    section = AdamWSection
-
-    def state_bytes(self, section: AdamWSection, parameters: int) -> int:
+    def state_bytes(self, parameters: int) -> int:
         """Two fp32 moments."""
         return 8 * parameters
 
-    def is_paged(self, section: AdamWSection) -> bool:
-        """Never."""
-        return False
-
     def build(
         self,
-        section: AdamWSection,
         parameters: Iterable[torch.nn.Parameter],
         learning_rate: float,
         device: torch.device,
@@ -50,5 +43,9 @@ class AdamW:
         import torch
 
         return torch.optim.AdamW(
-            parameters, lr=learning_rate, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+            parameters,
+            lr=learning_rate,
+            betas=self.section.betas,
+            eps=self.section.eps,
+            weight_decay=self.section.weight_decay,
         )

@@ -14,6 +14,7 @@ from lorafit.kinds.optimizers import (
     WeightDecay,
     optimizers,
 )
+from lorafit.kinds.registry import S_co
 
 
 class _AdamWOptions(OptimizerSection):
@@ -49,38 +50,32 @@ class PagedAdamW32bitSection(_AdamWOptions):
     kind: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
 
 
-class _BnbAdamW(BitsandbytesOptimizer):
+class _BnbAdamW(BitsandbytesOptimizer[S_co]):
     """Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2."""
 
     optimizer = "AdamW"
     moments = 2
 
 
-@optimizers.register("adamw_8bit")
-class AdamW8bit(_BnbAdamW):
+@optimizers.register(AdamW8bitSection)
+class AdamW8bit(_BnbAdamW[AdamW8bitSection]):
     """8-bit state."""
 
-    section = AdamW8bitSection
 
-
-@optimizers.register("paged_adamw_8bit")
-class PagedAdamW8bit(_BnbAdamW):
+@optimizers.register(PagedAdamW8bitSection)
+class PagedAdamW8bit(_BnbAdamW[PagedAdamW8bitSection]):
     """8-bit state, paged."""
 
-    section = PagedAdamW8bitSection
     paged = True
 
 
-@optimizers.register("adamw_bnb_32bit")
-class AdamW32bit(_BnbAdamW):
+@optimizers.register(AdamW32bitSection)
+class AdamW32bit(_BnbAdamW[AdamW32bitSection]):
     """fp32 state."""
 
-    section = AdamW32bitSection
 
-
-@optimizers.register("paged_adamw_32bit")
-class PagedAdamW32bit(_BnbAdamW):
+@optimizers.register(PagedAdamW32bitSection)
+class PagedAdamW32bit(_BnbAdamW[PagedAdamW32bitSection]):
     """fp32 state, paged."""
 
-    section = PagedAdamW32bitSection
     paged = True

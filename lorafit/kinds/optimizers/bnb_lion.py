@@ -12,6 +12,7 @@ from lorafit.kinds.optimizers import (
     WeightDecay,
     optimizers,
 )
+from lorafit.kinds.registry import S_co
 
 
 class _LionOptions(OptimizerSection):
@@ -45,38 +46,32 @@ class PagedLion32bitSection(_LionOptions):
     kind: Literal["paged_lion_32bit"] = "paged_lion_32bit"
 
 
-class _BnbLion(BitsandbytesOptimizer):
+class _BnbLion(BitsandbytesOptimizer[S_co]):
     """Source: Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, program 1."""
 
     optimizer = "Lion"
     moments = 1
 
 
-@optimizers.register("lion_8bit")
-class Lion8bit(_BnbLion):
+@optimizers.register(Lion8bitSection)
+class Lion8bit(_BnbLion[Lion8bitSection]):
     """8-bit state."""
 
-    section = Lion8bitSection
 
-
-@optimizers.register("paged_lion_8bit")
-class PagedLion8bit(_BnbLion):
+@optimizers.register(PagedLion8bitSection)
+class PagedLion8bit(_BnbLion[PagedLion8bitSection]):
     """8-bit state, paged."""
 
-    section = PagedLion8bitSection
     paged = True
 
 
-@optimizers.register("lion_32bit")
-class Lion32bit(_BnbLion):
+@optimizers.register(Lion32bitSection)
+class Lion32bit(_BnbLion[Lion32bitSection]):
     """fp32 state."""
 
-    section = Lion32bitSection
 
-
-@optimizers.register("paged_lion_32bit")
-class PagedLion32bit(_BnbLion):
+@optimizers.register(PagedLion32bitSection)
+class PagedLion32bit(_BnbLion[PagedLion32bitSection]):
     """fp32 state, paged."""
 
-    section = PagedLion32bitSection
     paged = True

@@ -13,6 +13,7 @@ from lorafit.kinds.optimizers import (
     WeightDecay,
     optimizers,
 )
+from lorafit.kinds.registry import S_co
 
 
 class _RMSpropOptions(OptimizerSection):
@@ -36,22 +37,18 @@ class RMSprop32bitSection(_RMSpropOptions):
     kind: Literal["rmsprop_bnb_32bit"] = "rmsprop_bnb_32bit"
 
 
-class _BnbRMSprop(BitsandbytesOptimizer):
+class _BnbRMSprop(BitsandbytesOptimizer[S_co]):
     """Source: Tieleman & Hinton, lecture 6.5, 2012. It has no momentum there."""
 
     optimizer = "RMSprop"
     moments = 1
 
 
-@optimizers.register("rmsprop_bnb_8bit")
-class RMSprop8bit(_BnbRMSprop):
+@optimizers.register(RMSprop8bitSection)
+class RMSprop8bit(_BnbRMSprop[RMSprop8bitSection]):
     """8-bit state."""
 
-    section = RMSprop8bitSection
 
-
-@optimizers.register("rmsprop_bnb_32bit")
-class RMSprop32bit(_BnbRMSprop):
+@optimizers.register(RMSprop32bitSection)
+class RMSprop32bit(_BnbRMSprop[RMSprop32bitSection]):
     """fp32 state."""
-
-    section = RMSprop32bitSection

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, OptimizerSection, WeightDecay, optimizers
+from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
 
 if TYPE_CHECKING:
     import torch
@@ -29,23 +29,16 @@ class RMSpropSection(OptimizerSection):
     """L2 penalty, added to the gradient."""
 
 
-@optimizers.register("rmsprop")
-class RMSprop:
+@optimizers.register(RMSpropSection)
+class RMSprop(Optimizer[RMSpropSection]):
     """Source: Tieleman & Hinton, lecture 6.5 of Neural Networks for Machine Learning, 2012; centered: Graves, 2013."""
 
-    section = RMSpropSection
-
-    def state_bytes(self, section: RMSpropSection, parameters: int) -> int:
+    def state_bytes(self, parameters: int) -> int:
         """fp32 squares, and where asked momentum and means."""
-        return 4 * parameters * (1 + bool(section.momentum) + section.centered)
-
-    def is_paged(self, section: RMSpropSection) -> bool:
-        """Never."""
-        return False
+        return 4 * parameters * (1 + bool(self.section.momentum) + self.section.centered)
 
     def build(
         self,
-        section: RMSpropSection,
         parameters: Iterable[torch.nn.Parameter],
         learning_rate: float,
         device: torch.device,
@@ -56,9 +49,9 @@ class RMSprop:
         return torch.optim.RMSprop(
             parameters,
             lr=learning_rate,
-            alpha=section.alpha,
-            eps=section.eps,
-            momentum=section.momentum,
-            centered=section.centered,
-            weight_decay=section.weight_decay,
+            alpha=self.section.alpha,
+            eps=self.section.eps,
+            momentum=self.section.momentum,
+            centered=self.section.centered,
+            weight_decay=self.section.weight_decay,
         )

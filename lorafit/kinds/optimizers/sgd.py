@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from lorafit.kinds.optimizers import OptimizerSection, WeightDecay, optimizers
+from lorafit.kinds.optimizers import Optimizer, OptimizerSection, WeightDecay, optimizers
 
 if TYPE_CHECKING:
     import torch
@@ -31,22 +31,16 @@ class SGDSection(OptimizerSection):
         return self
 
 
-@optimizers.register("sgd")
-class SGD:
+@optimizers.register(SGDSection)
+class SGD(Optimizer[SGDSection]):
     """Source: Sutskever et al., On the importance of initialization and momentum in deep learning, 2013."""
 
-    section = SGDSection
-
-    def state_bytes(self, section: SGDSection, parameters: int) -> int:
+    def state_bytes(self, parameters: int) -> int:
         """One fp32 buffer where there is momentum."""
-        return 4 * parameters if section.momentum else 0
-
-    def is_paged(self, section: SGDSection) -> bool:
-        """Never."""
-        return False
+        return 4 * parameters if self.section.momentum else 0
 
     def build(
-        self, section: SGDSection, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
+        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
     ) -> torch.optim.Optimizer:
         """torch.optim.SGD."""
         import torch
@@ -54,7 +48,7 @@ class SGD:
         return torch.optim.SGD(
             parameters,
             lr=learning_rate,
-            momentum=section.momentum,
-            nesterov=section.nesterov,
-            weight_decay=section.weight_decay,
+            momentum=self.section.momentum,
+            nesterov=self.section.nesterov,
+            weight_decay=self.section.weight_decay,
         )

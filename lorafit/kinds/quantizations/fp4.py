@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorafit.kinds.quantizations import ComputeDtype, KeepUnpacked, QuantizationSection, quantizations
+from lorafit.kinds.quantizations import ComputeDtype, KeepUnpacked, Quantization, QuantizationSection, quantizations
 
 if TYPE_CHECKING:
     import torch
@@ -37,38 +37,37 @@ class Fp4Section(QuantizationSection):
     `auto`: on a CPU where the plan's memory has room, never on a GPU."""
 
 
-@quantizations.register("fp4")
-class Fp4:
+@quantizations.register(Fp4Section)
+class Fp4(Quantization[Fp4Section]):
     """bitsandbytes' Linear4bit with the FP4 code."""
 
-    section = Fp4Section
     is_quantized: ClassVar[bool] = True
     keeps_inputs: ClassVar[bool] = False
 
-    def weight_bytes(self, section: Fp4Section, linear: LinearShape, dtype_bytes: int) -> int:
+    def weight_bytes(self, linear: LinearShape, dtype_bytes: int) -> int:
         """Two weights a byte."""
         return (linear.in_features * linear.out_features + 1) // 2 * linear.count
 
-    def constant_bytes(self, section: Fp4Section, linear: LinearShape) -> int:
+    def constant_bytes(self, linear: LinearShape) -> int:
         """Block constants and the code tables that every tensor carries."""
         blocks = -(-linear.in_features * linear.out_features // BLOCK_WEIGHTS)
-        if not section.double_quant:
+        if not self.section.double_quant:
             return (4 * blocks + _CODE_BYTES) * linear.count
         nested = -(-blocks // NESTED_BLOCK)
         return (blocks + 4 * nested + _CODE_BYTES + _NESTED_CODE_BYTES + _OFFSET_BYTES) * linear.count
 
-    def workspace_bytes(self, section: Fp4Section, largest: LinearShape, dtype_bytes: int) -> int:
+    def workspace_bytes(self, largest: LinearShape, dtype_bytes: int) -> int:
         """The dequantised copy of one weight, in the compute dtype."""
         return largest.in_features * largest.out_features * dtype_bytes
 
-    def transformers_config(self, section: Fp4Section, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
-        """transformers' BitsAndBytesConfig for the section."""
+    def transformers_config(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
+        """transformers' BitsAndBytesConfig for the self.section."""
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="fp4",
-            bnb_4bit_use_double_quant=section.double_quant,
+            bnb_4bit_use_double_quant=self.section.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
             llm_int8_skip_modules=skip_modules,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorafit.kinds.quantizations import QuantizationSection, quantizations
+from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
 
 if TYPE_CHECKING:
     import torch
@@ -24,27 +24,26 @@ class Int8Section(QuantizationSection):
     """8-bit integers with a scale a row (LLM.int8())."""
 
 
-@quantizations.register("int8")
-class Int8:
+@quantizations.register(Int8Section)
+class Int8(Quantization[Int8Section]):
     """bitsandbytes' Linear8bitLt."""
 
-    section = Int8Section
     is_quantized: ClassVar[bool] = True
     keeps_inputs: ClassVar[bool] = True  # MatMul8bitLt and MatMul8bitFp hold it as a plain attribute of the node
 
-    def weight_bytes(self, section: Int8Section, linear: LinearShape, dtype_bytes: int) -> int:
+    def weight_bytes(self, linear: LinearShape, dtype_bytes: int) -> int:
         """One byte a weight."""
         return linear.weight_parameters
 
-    def constant_bytes(self, section: Int8Section, linear: LinearShape) -> int:
+    def constant_bytes(self, linear: LinearShape) -> int:
         """One fp32 scale a row."""
         return 4 * linear.out_features * linear.count
 
-    def workspace_bytes(self, section: Int8Section, largest: LinearShape, dtype_bytes: int) -> int:
+    def workspace_bytes(self, largest: LinearShape, dtype_bytes: int) -> int:
         """The dequantised copy of one weight that the backward pass makes."""
         return largest.in_features * largest.out_features * dtype_bytes
 
-    def transformers_config(self, section: Int8Section, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
+    def transformers_config(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
         """transformers' BitsAndBytesConfig; LLM.int8() computes in the dtype of its input."""
         from transformers import BitsAndBytesConfig
 

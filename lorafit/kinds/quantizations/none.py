@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorafit.kinds.quantizations import QuantizationSection, quantizations
+from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
 
 if TYPE_CHECKING:
     import torch
@@ -19,26 +19,25 @@ class NoneSection(QuantizationSection):
     """Plain weights in the model's dtype."""
 
 
-@quantizations.register("none")
-class NoQuantization:
+@quantizations.register(NoneSection)
+class NoQuantization(Quantization[NoneSection]):
     """Plain weights."""
 
-    section = NoneSection
     is_quantized: ClassVar[bool] = False
     keeps_inputs: ClassVar[bool] = False
 
-    def weight_bytes(self, section: NoneSection, linear: LinearShape, dtype_bytes: int) -> int:
+    def weight_bytes(self, linear: LinearShape, dtype_bytes: int) -> int:
         """Bytes of the plain weights."""
         return linear.weight_parameters * dtype_bytes
 
-    def constant_bytes(self, section: NoneSection, linear: LinearShape) -> int:
+    def constant_bytes(self, linear: LinearShape) -> int:
         """There are no constants."""
         return 0
 
-    def workspace_bytes(self, section: NoneSection, largest: LinearShape, dtype_bytes: int) -> int:
+    def workspace_bytes(self, largest: LinearShape, dtype_bytes: int) -> int:
         """Nothing is dequantised."""
         return 0
 
-    def transformers_config(self, section: NoneSection, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
+    def transformers_config(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
         """None: nothing to tell transformers."""
         return None

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Protocol
+from abc import abstractmethod
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from lorafit.kinds.registry import Registry
-from lorafit.kinds.section import Section
+from lorafit.kinds.registry import Kind, S_co, SectionRegistry
+from lorafit.kinds.section import KindSection
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of the peak learning rate."""
 
 
-class ScheduleSection(Section):
+class ScheduleSection(KindSection):
     """What every schedule's section has: its warm-up."""
 
-    kind: str
     warmup_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     """Share of all steps in which the learning rate climbs linearly from 0 (0 to 1). Not together with warmup_steps."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -30,16 +30,15 @@ class ScheduleSection(Section):
         return self
 
 
-class Schedule(Protocol):
+class Schedule(Kind[S_co]):
     """One shape of the learning rate after warm-up."""
 
-    section: type[Any]
-
-    def factor(self, section: Any, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
+    @abstractmethod
+    def factor(self, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
         """Multiplier of the peak learning rate, `progress_steps` after warm-up ended, of `decay_steps` in all."""
 
 
-schedules: Registry[Schedule] = Registry("schedule", "lorafit.kinds.schedules")
+schedules: SectionRegistry[Schedule[ScheduleSection]] = SectionRegistry("schedule", "lorafit.kinds.schedules")
 
 
 def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
@@ -63,4 +62,4 @@ def learning_rate_at(section: ScheduleSection, peak: float, step: int, total_ste
     warmup = warmup_steps(section, total_steps)
     if step <= warmup:
         return peak * step / (warmup + 1)
-    return peak * schedules.get(section.kind).factor(section, step - 1 - warmup, total_steps - warmup, warmup)
+    return peak * schedules.bind(section).factor(step - 1 - warmup, total_steps - warmup, warmup)

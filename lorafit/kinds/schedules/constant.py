@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lorafit.kinds.schedules import ScheduleSection, schedules
+from lorafit.kinds.schedules import Schedule, ScheduleSection, schedules
 
 
 class ConstantSection(ScheduleSection):
@@ -13,12 +13,10 @@ class ConstantSection(ScheduleSection):
     kind: Literal["constant"] = "constant"
 
 
-@schedules.register("constant")
-class Constant:
+@schedules.register(ConstantSection)
+class Constant(Schedule[ConstantSection]):
     """No decay."""
 
-    section = ConstantSection
-
-    def factor(self, section: ConstantSection, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
+    def factor(self, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
         """1."""
         return 1.0

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lorafit.kinds.schedules import ScheduleSection, schedules
+from lorafit.kinds.schedules import Schedule, ScheduleSection, schedules
 
 _DEFAULT_TIMESCALE_STEPS = 10_000  # Source: transformers, get_inverse_sqrt_schedule
 
@@ -19,13 +19,11 @@ class InverseSqrtSection(ScheduleSection):
     """Steps after which the learning rate is 0.71 of the peak; null: the steps of warm-up, or 10000 without one."""
 
 
-@schedules.register("inverse_sqrt")
-class InverseSqrt:
+@schedules.register(InverseSqrtSection)
+class InverseSqrt(Schedule[InverseSqrtSection]):
     """Source: Zhai et al., Scaling Vision Transformers, 2022, appendix; transformers' get_inverse_sqrt_schedule."""
 
-    section = InverseSqrtSection
-
-    def factor(self, section: InverseSqrtSection, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
+    def factor(self, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
         """(1 + progress / timescale) ** -1/2."""
-        timescale_steps = section.timescale_steps or warmup_steps or _DEFAULT_TIMESCALE_STEPS
+        timescale_steps = self.section.timescale_steps or warmup_steps or _DEFAULT_TIMESCALE_STEPS
         return float((1.0 + progress_steps / timescale_steps) ** -0.5)

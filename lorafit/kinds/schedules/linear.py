@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lorafit.kinds.schedules import Ratio, ScheduleSection, schedules
+from lorafit.kinds.schedules import Ratio, Schedule, ScheduleSection, schedules
 
 
 class LinearSection(ScheduleSection):
@@ -15,12 +15,10 @@ class LinearSection(ScheduleSection):
     """Share of the peak learning rate at the end (0 to 1)."""
 
 
-@schedules.register("linear")
-class Linear:
+@schedules.register(LinearSection)
+class Linear(Schedule[LinearSection]):
     """Linear decay."""
 
-    section = LinearSection
-
-    def factor(self, section: LinearSection, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
+    def factor(self, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
         """min + (1 - min) * (1 - progress)."""
-        return section.min_ratio + (1.0 - section.min_ratio) * (1.0 - progress_steps / max(1, decay_steps))
+        return self.section.min_ratio + (1.0 - self.section.min_ratio) * (1.0 - progress_steps / max(1, decay_steps))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lorafit.kinds.schedules import Ratio, ScheduleSection, schedules
+from lorafit.kinds.schedules import Ratio, Schedule, ScheduleSection, schedules
 
 
 class PolynomialSection(ScheduleSection):
@@ -19,13 +19,11 @@ class PolynomialSection(ScheduleSection):
     """Share of the peak learning rate at the end (0 to 1)."""
 
 
-@schedules.register("polynomial")
-class Polynomial:
+@schedules.register(PolynomialSection)
+class Polynomial(Schedule[PolynomialSection]):
     """Source: transformers, get_polynomial_decay_schedule_with_warmup."""
 
-    section = PolynomialSection
-
-    def factor(self, section: PolynomialSection, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
+    def factor(self, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
         """min + (1 - min) * (1 - progress) ** power."""
         remaining = 1.0 - progress_steps / max(1, decay_steps)
-        return float(section.min_ratio + (1.0 - section.min_ratio) * remaining**section.power)
+        return float(self.section.min_ratio + (1.0 - self.section.min_ratio) * remaining**self.section.power)

@@ -37,7 +37,7 @@ def theirs(name: str, warmup: int) -> list[float]:
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "inverse_sqrt", "polynomial"])
 def test_equals_transformers_behind_the_warmup(name: str, warmup: int) -> None:
     options = {"power": 2.0} if name == "polynomial" else {}
-    section = schedules.get(name).section(warmup_steps=warmup, **options)
+    section = schedules.make_section(name, warmup_steps=warmup, **options)
     ours = [learning_rate_at(section, 1.0, step, TOTAL) for step in range(1, TOTAL + 1)]
     assert ours[warmup:] == pytest.approx(theirs(name, warmup)[warmup:], abs=1e-12)
     assert ours[:warmup] == pytest.approx([(step + 1) / (warmup + 1) for step in range(warmup)])
@@ -46,7 +46,7 @@ def test_equals_transformers_behind_the_warmup(name: str, warmup: int) -> None:
 @pytest.mark.parametrize("name", schedules.names())
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (2, 1), (3, 3), (5, 9)])
 def test_never_zero_never_infinite(name: str, total: int, warmup: int) -> None:
-    section = schedules.get(name).section(warmup_steps=warmup)
+    section = schedules.make_section(name, warmup_steps=warmup)
     for step in range(1, total + 1):
         rate = learning_rate_at(section, 2e-4, step, total)
         assert math.isfinite(rate) and 0 < rate <= 2e-4
@@ -54,7 +54,7 @@ def test_never_zero_never_infinite(name: str, total: int, warmup: int) -> None:
 
 def test_options_change_the_rate() -> None:
     def last(name: str, **options: float) -> float:
-        return learning_rate_at(schedules.get(name).section(**options), 1.0, TOTAL, TOTAL)
+        return learning_rate_at(schedules.make_section(name, **options), 1.0, TOTAL, TOTAL)
 
     for name in ("cosine", "linear", "polynomial"):
         assert last(name, min_ratio=0.5) > 0.5 > last(name)
@@ -63,7 +63,7 @@ def test_options_change_the_rate() -> None:
 
 
 def test_warmup_of_a_ratio_is_rounded_up_and_ends_with_the_run() -> None:
-    cosine = schedules.get("cosine").section
+    cosine = schedules.section("cosine")
     assert warmup_steps(cosine(warmup_ratio=0.1), 11) == 2
     assert warmup_steps(cosine(warmup_ratio=1.0), 4) == 4
     assert warmup_steps(cosine(), 4) == 0

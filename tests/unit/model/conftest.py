@@ -45,7 +45,7 @@ def open_base(folder: Path) -> Base:
 
 
 def load(base: Base, kind: str = "none", *, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    section = quantizations.get(kind).section(**fields)
+    section = quantizations.make_section(kind, **fields)
     return load_model(
         base, quantization=section, dtype=dtype, compute_dtype=dtype, attention="eager", device="cpu", reporter=Silent()
     )
@@ -60,7 +60,7 @@ def randomise(model: Any, seed: int = 3) -> None:
 
 
 def lora(**fields: Any) -> Any:
-    return adapters.get("lora").section(**({"r": 4, "alpha": 8, "dropout": 0.0} | fields))
+    return adapters.make_section("lora", **({"r": 4, "alpha": 8, "dropout": 0.0} | fields))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def train_like(base: Base, kind: str, *, dtype: torch.dtype = torch.float32, **s
     randomise(model)
     used = None
     if kind != "none":
-        used = describe_quantization(model, quantizations.get(kind).section(), dtype=dtype)
+        used = describe_quantization(model, quantizations.make_section(kind), dtype=dtype)
     folder = base.path.parent / f"adapter-{kind}"
     folder.mkdir()
     save_adapter(model, folder, base=base, quantization=used)

@@ -36,8 +36,7 @@ def stored_bytes(weight: Any) -> tuple[int, int]:
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", None)])
 def test_bytes_are_those_of_the_tensors(shape: tuple[int, int], kind: str, double: bool | None) -> None:
     inputs, outputs = shape
-    member = quantizations.get(kind)
-    section = member.section() if double is None else member.section(double_quant=double)
+    member = quantizations.make(kind, **({} if double is None else {"double_quant": double}))
     weight = torch.randn(outputs, inputs)
     if kind == "int8":
         packed: Any = bnb.nn.Int8Params(weight, requires_grad=False).to("cpu")
@@ -45,16 +44,16 @@ def test_bytes_are_those_of_the_tensors(shape: tuple[int, int], kind: str, doubl
         packed = bnb.nn.Params4bit(weight, quant_type=kind, compress_statistics=bool(double)).to("cpu")
     codes, constants = stored_bytes(packed)
     one = linear("x", inputs, outputs, count=3)
-    assert member.weight_bytes(section, one, 2) == 3 * codes
-    assert member.constant_bytes(section, one) == 3 * constants
+    assert member.weight_bytes(one, 2) == 3 * codes
+    assert member.constant_bytes(one) == 3 * constants
 
 
 def test_plain_weights_have_their_dtype_and_no_constants() -> None:
-    member = quantizations.get("none")
+    member = quantizations.make("none")
     one = linear("x", 10, 20)
-    assert member.weight_bytes(member.section(), one, 4) == 1600
-    assert member.constant_bytes(member.section(), one) == member.workspace_bytes(member.section(), one, 4) == 0
-    assert quantizations.get("nf4").workspace_bytes(quantizations.get("nf4").section(), one, 2) == 400
+    assert member.weight_bytes(one, 4) == 1600
+    assert member.constant_bytes(one) == member.workspace_bytes(one, 4) == 0
+    assert quantizations.make("nf4").workspace_bytes(one, 2) == 400
 
 
 SHAPE = ModelShape(
@@ -70,15 +69,16 @@ SHAPE = ModelShape(
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
 def test_lora_counts_are_pefts(tmp_path: Any, targets: Any) -> None:
-    member, section = adapters.get("lora"), lora(r=3, target_modules=targets)
-    counted = sum(member.trainable_parameters(section, one) for one in member.targets(section, SHAPE))
+    section = lora(r=3, target_modules=targets)
+    member = adapters.bind(section)
+    counted = sum(member.trainable_parameters(one) for one in member.targets(SHAPE))
     model = attach_adapter(load(open_base(make_llama(tmp_path / "base"))), section, 0)
-    assert model.get_nb_trainable_parameters()[0] == counted and member.rank(section) == 3
+    assert model.get_nb_trainable_parameters()[0] == counted and member.rank() == 3
 
 
 def test_targets_that_match_nothing_say_what_exists() -> None:
     with pytest.raises(RecipeError, match="'q_pro' matches no linear") as caught:
-        adapters.get("lora").targets(lora(target_modules=["q_pro"]), SHAPE)
+        adapters.bind(lora(target_modules=["q_pro"])).targets(SHAPE)
     assert "did you mean q_proj?" in str(caught.value) and "down_proj" in str(caught.value)
 
 

@@ -153,7 +153,7 @@ def test_four_bit_on_a_cpu_leaves_out_rows_that_are_no_multiple_of_64(tmp_path: 
     """bitsandbytes 0.50 dequantises them with the constants of other blocks, without a word."""
     base = open_base(make_llama(tmp_path / "base", intermediate_size=160))
     reporter = Silent()
-    section = quantizations.get("nf4").section()
+    section = quantizations.make_section("nf4")
     options = {"dtype": torch.float32, "compute_dtype": torch.float32, "attention": "eager", "device": "cpu"}
     model = load_model(base, quantization=section, reporter=reporter, **options)
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear

@@ -99,7 +99,7 @@ def test_a_target_that_takes_no_adapter_is_refused_with_the_reason(architecture:
         choose_targets(model, [target])
     assert why in str(caught.value)
     with pytest.raises(RecipeError, match=target):
-        adapters.get("lora").targets(lora(target_modules=[target]), read_class_shape(config))
+        adapters.bind(lora(target_modules=[target])).targets(read_class_shape(config))
 
 
 def test_what_peft_moves_is_seen_before_step_1() -> None:
@@ -108,10 +108,10 @@ def test_what_peft_moves_is_seen_before_step_1() -> None:
     with torch.device("meta"):
         moved = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]))
     section = lora(target_modules=["q_proj"], r=4)
-    kind, shape = adapters.get("lora"), find_shape(config)
-    planned = kind.targets(section, shape)
+    kind, shape = adapters.bind(section), find_shape(config)
+    planned = kind.targets(shape)
     with pytest.raises(ModelError, match=r"plan and model disagree: experts: 0 layers planned, \d+ adapted") as caught:
-        check_plan(moved, planned, sum(kind.trainable_parameters(section, linear) for linear in planned))
+        check_plan(moved, planned, sum(kind.trainable_parameters(linear) for linear in planned))
     assert "trainable parameters planned" in str(caught.value)
 
 
@@ -133,9 +133,10 @@ def test_what_peft_moves_is_seen_before_step_1() -> None:
 def test_the_plan_counts_what_is_attached(architecture: str) -> None:
     """Dense layers before mixtures, shared experts, linear attention, latent attention, towers: all by the class."""
     model, config = empty(architecture)
-    kind, section, shape = adapters.get("lora"), lora(r=4), find_shape(config)
-    planned = kind.targets(section, shape)
-    trainable = sum(kind.trainable_parameters(section, linear) for linear in planned)
+    section, shape = lora(r=4), find_shape(config)
+    kind = adapters.bind(section)
+    planned = kind.targets(shape)
+    trainable = sum(kind.trainable_parameters(linear) for linear in planned)
     with torch.device("meta"):
         adapted = attach_adapter(model, section, 0)
     check_plan(adapted, planned, trainable)

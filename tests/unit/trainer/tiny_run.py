@@ -154,13 +154,12 @@ class Job:
         self.model = tiny_model(dropout=self.dropout, seed=self.seed, quantized=self.quantized)
         self.objective = Objective(self.model, autocast_dtype=self.autocast_dtype)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        kind = optimizers.get(self.optimizer["kind"])
-        section = kind.section(**self.optimizer)
-        optimizer = kind.build(section, parameters, self.learning_rate, torch.device("cpu"))
+        kind = optimizers.make(self.optimizer["kind"], **self.optimizer)
+        optimizer = kind.build(parameters, self.learning_rate, torch.device("cpu"))
         run = RunDir(self.root)
         run.root.mkdir(parents=True, exist_ok=True)
         self.store = CheckpointStore(run, keep_last=self.keep_last, reporter=self.reporter)
-        schedule = schedules.get("cosine").section(warmup_steps=2)
+        schedule = schedules.make_section("cosine", warmup_steps=2)
         total = self.plan.total_steps
         seed_rng(self.seed + 1)
         return Trainer(
