@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -27,7 +27,13 @@ class AdapterSection(KindSection):
 
 
 class Adapter(Kind[S_co]):
-    """One method. `build` attaches it to a loaded base; the rest is arithmetic for plan and memory."""
+    """One method. `build` attaches it to a loaded base; the rest is arithmetic for plan and memory.
+
+    Attributes:
+        closed_form: Whether `memory` has formulas for its step, which are LoRA's; any other is estimated by a dry run.
+    """
+
+    closed_form: ClassVar[bool] = False
 
     @abstractmethod
     def targets(self, shape: ModelShape) -> tuple[LinearShape, ...]:

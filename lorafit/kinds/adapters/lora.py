@@ -6,7 +6,7 @@ Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), section 4.1.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -61,6 +61,8 @@ class LoraSection(AdapterSection):
 @adapters.register(LoraSection)
 class Lora(Adapter[LoraSection]):
     """PEFT's LoRA with fp32 adapter weights, B = 0 at the start."""
+
+    closed_form: ClassVar[bool] = True
 
     def targets(self, shape: ModelShape) -> tuple[LinearShape, ...]:
         """The linears that get an adapter.
