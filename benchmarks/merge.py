@@ -77,8 +77,7 @@ def make_base(folder: Path, size: str) -> None:
     """Random weights in bf16, a few MiB at a time, in SHARDS files."""
     import torch
 
-    from lorafit.model.merge.requantize import row_blocks
-    from lorafit.model.weights import INDEX, build_header, bytes_of
+    from lorafit.files.safetensors import INDEX, build_header, bytes_of, row_blocks
 
     of = SIZES[size]
     folder.mkdir()
@@ -145,8 +144,8 @@ def quantise(folder: Path, _: str) -> dict[str, Any]:
     import torch
     from bitsandbytes.functional import quantize_4bit
 
+    from lorafit.files.safetensors import read_index, read_rows
     from lorafit.model.inspect import digest_of, hash_four_bit
-    from lorafit.model.weights import read_index, read_rows
 
     seconds, parameters, tensors = 0.0, 0, {}
     with torch.no_grad():
@@ -224,8 +223,7 @@ def compare(folder: Path, _: str) -> dict[str, Any]:
     Returns:
         `equal`: share of values with the same bits. `furthest`: the largest difference over the larger value.
     """
-    from lorafit.model.merge.requantize import row_blocks
-    from lorafit.model.weights import read_index, read_rows
+    from lorafit.files.safetensors import read_index, read_rows, row_blocks
 
     ours, theirs = read_index(folder / "output"), read_index(folder / "peft")
     if ours.keys() != theirs.keys():

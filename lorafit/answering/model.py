@@ -334,12 +334,12 @@ def _speak_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Spea
     import tempfile
 
     from lorafit.answering.speaker import Speaker, chats_of
+    from lorafit.files.safetensors import main_dtype, read_index
+    from lorafit.files.safetensors import torch_dtype as dtype_of
     from lorafit.kinds.quantizations import quantizations
     from lorafit.model.adapter import open_adapter
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.model.merge.companions import choose_companions
-    from lorafit.model.weights import main_dtype, read_index
-    from lorafit.model.weights import torch_dtype as dtype_of
 
     with tempfile.TemporaryDirectory(prefix="lorafit-") as folder:
         choose_companions(base, saved, reporter).write(Path(folder))

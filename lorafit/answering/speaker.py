@@ -102,10 +102,10 @@ def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Callable[[], Any
         ModelError: It cannot be loaded.
         SafetyError: It holds only pickles, or asks for foreign code.
     """
+    from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
     from lorafit.kinds.quantizations.none import NoneSection
     from lorafit.model.base import open_folder
     from lorafit.model.load import load_model, load_tokenizer
-    from lorafit.model.weights import main_dtype, read_index, torch_dtype
 
     base = open_folder(folder)
     tokenizer = load_tokenizer(base)

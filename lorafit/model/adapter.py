@@ -23,6 +23,7 @@ from lorafit.errors import ModelError, RecipeError, SafetyError
 from lorafit.files.cache import known_hash
 from lorafit.files.portable import is_local_path
 from lorafit.files.rundir import MANIFEST, require_manifest
+from lorafit.files.safetensors import TensorEntry, read_header, read_rows
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.machine.version import __version__
 from lorafit.model.adapter_checks import check_fields, check_notes, check_values
@@ -31,7 +32,6 @@ from lorafit.model.inspect import summarise_quantization
 from lorafit.model.loading_note import note_loading
 from lorafit.model.merge.homes import adapted_layers, find_home, note_homes
 from lorafit.model.names import names_of
-from lorafit.model.weights import TensorEntry, read_header, read_rows
 from lorafit.run.card import RunCard
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError, SafetyError
+from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry, read_rows
 from lorafit.model.check_weights import list_names
-from lorafit.model.weights import FLOAT_DTYPES, TensorEntry, read_rows
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

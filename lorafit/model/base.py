@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.cache import cache_folder, known_hash, refuse_foreign
 from lorafit.files.rundir import MANIFEST, TEMPORARY_PREFIX, require_manifest
+from lorafit.files.safetensors import read_index
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.hub.asking import fetch_file, fetch_files
 from lorafit.hub.refusal import HubRefusedError, Repo
 from lorafit.model.limits import check_sizes
 from lorafit.model.packages import PACKAGE_SCHEME, file_in_package
 from lorafit.model.tokenizer_files import MORE_TEMPLATES, TOKENIZER_PATTERNS
-from lorafit.model.weights import read_index
 from lorafit.model_shapes import known_config, like_known
 from lorafit.run.card import BaseOrigin
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
+from lorafit.files.safetensors import TensorEntry
 from lorafit.model.names import TensorNames, read_names
-from lorafit.model.weights import TensorEntry
 
 if TYPE_CHECKING:
     import torch

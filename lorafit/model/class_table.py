@@ -15,8 +15,8 @@ from lorafit.model.merge.homes import Home, adapted_layers, find_home
 from lorafit.model.names import Part, read_names
 
 if TYPE_CHECKING:
+    from lorafit.files.safetensors import TensorEntry
     from lorafit.model.base import Base
-    from lorafit.model.weights import TensorEntry
 
 
 def read_class_homes(

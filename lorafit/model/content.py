@@ -21,8 +21,8 @@ from typing import Any
 from lorafit.errors import CheckpointError
 from lorafit.files.cache import remember
 from lorafit.files.rundir import read_object
+from lorafit.files.safetensors import TensorEntry, read_header, read_index
 from lorafit.model.check_weights import list_names
-from lorafit.model.weights import TensorEntry, read_header, read_index
 
 _HASHING = "tensors 1"
 _READ_BYTES = 4 << 20

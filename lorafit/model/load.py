@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError, RecipeError
+from lorafit.files.safetensors import read_index
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.attention import loading_option, offer_attention
@@ -20,7 +21,6 @@ from lorafit.model.classes import find_auto_class
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import FOUR_BIT_KINDS, choose_targets, leave_narrow, leave_towers_out, unquantised_names
-from lorafit.model.weights import read_index
 from lorafit.ops.heap import trim_heap
 
 if TYPE_CHECKING:

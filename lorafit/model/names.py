@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lorafit.model.weights import FLOAT_DTYPES, TensorEntry
+from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry
 
 if TYPE_CHECKING:
     import torch

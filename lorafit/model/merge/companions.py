@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
 from lorafit.files.portable import portable
+from lorafit.files.safetensors import FLOAT_DTYPES, torch_dtype
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.tokenizer_files import Companions, TokenizerFolder, digest_templates, end_with, write_object
-from lorafit.model.weights import FLOAT_DTYPES, torch_dtype
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

@@ -21,7 +21,7 @@ from lorafit.errors import ModelError
 from lorafit.model.names import Part, TensorNames, read_parts, write_parts
 
 if TYPE_CHECKING:
-    from lorafit.model.weights import TensorEntry
+    from lorafit.files.safetensors import TensorEntry
 
 _INNER = re.compile(r"(\.base_layer)+$")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafit.model.merge.requantize import row_blocks
+from lorafit.files.safetensors import row_blocks
 
 if TYPE_CHECKING:
     import torch

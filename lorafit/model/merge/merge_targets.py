@@ -14,12 +14,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
+from lorafit.files.safetensors import TensorEntry, read_rows
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.check_weights import list_names
 from lorafit.model.merge.homes import Home, read_homes
 from lorafit.model.merge.lora_math import Factors
 from lorafit.model.names import Part
-from lorafit.model.weights import TensorEntry, read_rows
 
 if TYPE_CHECKING:
     import torch

@@ -9,41 +9,21 @@ all absmax values together; the subtracted mean is the run's own, since a mean's
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import NumericsError
+from lorafit.files.safetensors import AnyEntry, StackedEntry, TensorEntry, read_rows, row_blocks
 from lorafit.model.inspect import count_differences, digest_of, hash_four_bit, hash_tensor
 from lorafit.model.names import Part
-from lorafit.model.weights import AnyEntry, StackedEntry, TensorEntry, read_rows
 
 if TYPE_CHECKING:
     import torch
 
     from lorafit.contracts import Reporter
 
-BLOCK_ELEMENTS = 512 * 1024
-"""Values read, quantised and written at a time: 1 MiB in bf16."""
 QUANTISED_BLOCK = 64
 _NESTED_BLOCK = 256
-
-
-def row_blocks(
-    rows: int, row_elements: int, *, multiple: int = 1, elements: int | None = None
-) -> Iterator[tuple[int, int]]:
-    """Stretches of whole rows.
-
-    Args:
-        rows: Of the tensor.
-        row_elements: Values in each.
-        multiple: All stretches but the last hold a multiple of so many values.
-        elements: About as many values as a stretch holds; BLOCK_ELEMENTS if left out.
-    """
-    step = multiple // math.gcd(row_elements, multiple) if row_elements else 1
-    height = max(1, (elements or BLOCK_ELEMENTS) // max(1, row_elements) // step) * step
-    for start in range(0, rows, height):
-        yield start, min(rows, start + height)
 
 
 class PlainRows:

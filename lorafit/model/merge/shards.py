@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import NumericsError
-from lorafit.model.merge.background_writer import BackgroundWriter
-from lorafit.model.merge.lora_math import Addition, Factors, Proof
-from lorafit.model.merge.merge_targets import Updates
-from lorafit.model.merge.requantize import PlainRows, Rebuilder, Rows, row_blocks
-from lorafit.model.merge.stretches import Stretch, cut_tensors
-from lorafit.model.names import Part
-from lorafit.model.weights import (
+from lorafit.files.safetensors import (
     FLOAT_DTYPES,
     INDEX,
     TensorEntry,
     build_header,
     read_header,
     read_rows,
+    row_blocks,
     torch_dtype,
 )
+from lorafit.model.merge.background_writer import BackgroundWriter
+from lorafit.model.merge.lora_math import Addition, Factors, Proof
+from lorafit.model.merge.merge_targets import Updates
+from lorafit.model.merge.requantize import PlainRows, Rebuilder, Rows
+from lorafit.model.merge.stretches import Stretch, cut_tensors
+from lorafit.model.names import Part
 
 if TYPE_CHECKING:
     import torch

@@ -53,10 +53,10 @@ def check_shippable_unloaded(base: Base, section: Any, seed: int, class_name: st
     """
     import torch
 
+    from lorafit.files.safetensors import read_index
     from lorafit.model.check_weights import check_weights
     from lorafit.model.load import attach_adapter, build_class
     from lorafit.model.names import keep_names
-    from lorafit.model.weights import read_index
 
     skeleton = build_class(base, class_name)
     keep_names(skeleton, check_weights(skeleton, read_index(base.path), base.path))

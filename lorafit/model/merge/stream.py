@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorafit.errors import ModelError, ResourceError, UsageError
 from lorafit.files.rundir import atomic_dir, make_folder
+from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
 from lorafit.model.adapter import NOTES, WEIGHTS, AdapterFolder, check_base, read_adapter
 from lorafit.model.adapter_checks import check_values
 from lorafit.model.class_table import read_class_homes, read_class_parts
@@ -29,7 +30,6 @@ from lorafit.model.merge.requantize import REBUILDERS
 from lorafit.model.merge.shards import ShardMerger, Values
 from lorafit.model.names import Part, are_parts, read_parts
 from lorafit.model.tokenizer_files import Companions, write_object
-from lorafit.model.weights import TensorEntry, dtype_name, read_index
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lorafit.files.safetensors import INDEX, build_header, read_index, row_blocks
 from lorafit.model.inspect import digest_of
-from lorafit.model.merge.requantize import REBUILDERS, row_blocks
-from lorafit.model.weights import INDEX, build_header, read_index
+from lorafit.model.merge.requantize import REBUILDERS
 
 LINEARS = {"q_proj": "self_attn", "o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
 

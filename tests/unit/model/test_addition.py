@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from lorafit.model.merge import lora_math as addition
 from lorafit.model.merge.lora_math import Addition, Factors, Proof
-from lorafit.model.merge.stream import lora_math as addition
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 ROUNDOFF = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}

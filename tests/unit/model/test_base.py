@@ -18,8 +18,8 @@ from gguf import GGUFWriter
 from lorafit.console.reporting import ConsoleReporter
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, SafetyError
+from lorafit.files.safetensors import read_header
 from lorafit.model.base import Base, fingerprint, load_config, read_config, resolve_base
-from lorafit.model.weights import read_header
 from tests.unit.model.conftest import make_llama
 
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from lorafit.contracts import Silent
 from lorafit.errors import LorafitError, ModelError, NumericsError, ResourceError, StoppedBySignal, UsageError
 from lorafit.files.rundir import check_manifest
+from lorafit.files.safetensors import TensorEntry, read_header
 from lorafit.model.merge.shards import ShardMerger
 from lorafit.model.merge.stream import MergeReport, merge_adapter
-from lorafit.model.weights import TensorEntry, read_header
 from tests.unit.model.conftest import Trained, load, logits, make_gpt2, make_llama, open_base, train_like
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.model.weights import read_index
+from lorafit.files.safetensors import read_index
 from tests.unit.model.large_base import MERGE, make_large_adapter, make_large_base, record_quantization
 
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorafit.errors import ModelError
+from lorafit.files.safetensors import TensorEntry, read_index, read_rows
 from lorafit.model.check_weights import check_weights
 from lorafit.model.load import build_class
 from lorafit.model.names import Part, TensorNames, names_of, read_names, read_parts, write_parts
-from lorafit.model.weights import TensorEntry, read_index, read_rows
 from tests.unit.model.conftest import load, make_gpt2, make_llama, open_base
 from tests.unit.model.named_bases import BASES, change_file, transposed_llama
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorafit.files import safetensors
+from lorafit.files.safetensors import TensorEntry, read_header, row_blocks
 from lorafit.model.inspect import hash_four_bit
-from lorafit.model.merge.requantize import FourBitRows, Int8Rows, compare_proof, row_blocks
-from lorafit.model.merge.stream import requantize as rebuild
-from lorafit.model.weights import TensorEntry, read_header
+from lorafit.model.merge.requantize import FourBitRows, Int8Rows, compare_proof
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rebuild, "BLOCK_ELEMENTS", 5000)
+    monkeypatch.setattr(safetensors, "BLOCK_ELEMENTS", 5000)
 
 
 def on_disk(tmp_path: Path, weight: torch.Tensor) -> TensorEntry:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorafit.errors import LorafitError, ModelError, SafetyError
-from lorafit.model.weights import INDEX, build_header, dtype_name, read_header, read_index, read_rows, torch_dtype
+from lorafit.files.safetensors import INDEX, build_header, dtype_name, read_header, read_index, read_rows, torch_dtype
 
 
 def write_raw(file: Path, header: object, data: bytes = b"") -> Path:

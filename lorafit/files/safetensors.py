@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT_BYTES = 100_000_000
+BLOCK_ELEMENTS = 512 * 1024
+"""Values read, quantised and written at a time: 1 MiB in bf16."""
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin", "consolidated.00.pth")
 
 DTYPE_BYTES = {
@@ -344,6 +346,23 @@ def _read_stacked(entry: StackedEntry, start: int, stop: int) -> torch.Tensor:
             found.append(read_rows(part, low - first, high - first))
         first += part.rows
     return torch.cat(found)
+
+
+def row_blocks(
+    rows: int, row_elements: int, *, multiple: int = 1, elements: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Stretches of whole rows.
+
+    Args:
+        rows: Of the tensor.
+        row_elements: Values in each.
+        multiple: All stretches but the last hold a multiple of so many values.
+        elements: About as many values as a stretch holds; BLOCK_ELEMENTS if left out.
+    """
+    step = multiple // math.gcd(row_elements, multiple) if row_elements else 1
+    height = max(1, (elements or BLOCK_ELEMENTS) // max(1, row_elements) // step) * step
+    for start in range(0, rows, height):
+        yield start, min(rows, start + height)
 
 
 def bytes_of(values: torch.Tensor) -> memoryview:
