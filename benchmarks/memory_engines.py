@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError
-from lorafit.estimate.dry_run import DryRun
+from lorafit.estimation.dry_run import DryRun
 from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape
 from lorafit.plan import MemoryQuestion

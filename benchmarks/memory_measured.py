@@ -100,7 +100,7 @@ def measure(recipe_file: Path) -> dict[str, Any]:
     """In a process of its own: trains, then asks both engines the same question."""
     import torch
 
-    from lorafit.estimate.dry_run import DryRun
+    from lorafit.estimation.dry_run import DryRun
     from lorafit.model.base import read_config
     from lorafit.model_shapes import read_shape
     from lorafit.ops.peak_memory import peak_memory_bytes

@@ -26,7 +26,7 @@ from lorafit.machine.library_settings import set_library_defaults
 
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
-    from lorafit.estimate import RecipeEstimate
+    from lorafit.estimation import RecipeEstimate
     from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
 
 __all__ = ["LorafitError", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]

@@ -36,7 +36,7 @@ from lorafit.run.workspace import (
 
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
-    from lorafit.estimate import CardComparison, RecipeEstimate
+    from lorafit.estimation import CardComparison, RecipeEstimate
     from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
 
 
@@ -100,8 +100,8 @@ def estimate(
             named and the model has layers that the closed form does not count.
         reporter: Gets the progress of preparing rows and of the dry run; silent where None.
     """
-    from lorafit.estimate import Options, check_headroom, estimate_recipe
-    from lorafit.estimate.local_rows import read_lengths
+    from lorafit.estimation import Options, check_headroom, estimate_recipe
+    from lorafit.estimation.local_rows import read_lengths
     from lorafit.machine.devices import parse_gpu
     from lorafit.model.base import read_config
     from lorafit.model.class_shape import find_shape
@@ -122,7 +122,7 @@ def estimate(
         found = answer(loaded.recipe)
     if not exact and not found.needs_dry_run:
         return found
-    from lorafit.estimate.dry_run import run_estimated
+    from lorafit.estimation.dry_run import run_estimated
 
     try:
         return run_estimated(found, answer, config, reporter)
@@ -136,7 +136,7 @@ def compare_cards(
     recipe: Path | Mapping[str, Any], gpus: Sequence[str], *, fit: str | None = None, **options: Any
 ) -> CardComparison:
     """The recipe on several cards, a row each; `options` are those of `estimate`, all but what is of one card alone."""
-    from lorafit.estimate import CardComparison
+    from lorafit.estimation import CardComparison
     from lorafit.machine.devices import parse_gpu
 
     for name, value in (("--fit", fit), ("--price-per-hour", options.get("price_per_hour"))):

@@ -1,4 +1,4 @@
-"""What the exact engine (`lorafit.estimate.dry_run`) answers, in the terms of the closed form beside it."""
+"""What the exact engine (`lorafit.estimation.dry_run`) answers, in the terms of the closed form beside it."""
 
 from __future__ import annotations
 

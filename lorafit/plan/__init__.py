@@ -4,7 +4,7 @@
     ModelShape, DatasetFacts, DeviceFacts ─┴─> plan() ─> Plan (bounds) ─> rehearsal ─> ResolvedPlan (values, saved)
                                                  └─> require_fit(): exit 10 before any weight is loaded
 
-`lorafit.estimate` is the same arithmetic for `lorafit estimate-memory`, which needs neither rows nor a card;
+`lorafit.estimation` is the same arithmetic for `lorafit estimate-memory`, which needs neither rows nor a card;
 `count_flops` is the one place that knows what a run computes.
 """
 

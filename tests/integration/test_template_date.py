@@ -24,7 +24,7 @@ class Days:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.now, self._monkeypatch, self._folder = BEGAN, monkeypatch, folder
         monkeypatch.setattr("lorafit.data.chat.clock.read_clock", lambda: self.now)
-        for user in ("render", "sample_renderer"):
+        for user in ("chat.render", "sample_renderer"):
             monkeypatch.setattr(f"lorafit.data.{user}.read_clock", lambda: self.now)
         self.move(0)
 

@@ -14,8 +14,8 @@ from test_memory import ATTENTION, GPT2, MODELS, SIZES, build, one_thread  # noq
 
 from lorafit.contracts import Batch
 from lorafit.errors import ModelError
-from lorafit.estimate import dry_run as dryrun
-from lorafit.estimate.dry_run import DryRun, ExactEstimate
+from lorafit.estimation import dry_run as dryrun
+from lorafit.estimation.dry_run import DryRun, ExactEstimate
 from lorafit.kinds.optimizers import optimizers
 from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked

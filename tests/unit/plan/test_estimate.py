@@ -15,7 +15,7 @@ import pytest
 from plan_cases import GIB, ROWS, card, recipe, shape_of
 
 from lorafit.errors import DoesNotFitError, UsageError
-from lorafit.estimate import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
+from lorafit.estimation import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
 from lorafit.machine.devices import format_bytes, parse_gpu
 from lorafit.machine.hardware import cards, find_cards, usable_bytes
 from lorafit.recipe.load import load_recipe
@@ -310,7 +310,7 @@ def test_a_70b_estimate_is_quick_and_imports_no_torch() -> None:
         "import sys, time; start = time.process_time()\n"
         "from lorafit.machine.devices import parse_gpu\n"
         "from lorafit.model_shapes import known_config, read_shape\n"
-        "from lorafit.estimate import Options, estimate_recipe\n"
+        "from lorafit.estimation import Options, estimate_recipe\n"
         "from lorafit.recipe.schema import Recipe\n"
         "recipe = Recipe.model_validate({'name': 'x', 'model': {'base': 'b'}, 'data': {'train': 'a.jsonl'}})\n"
         "shape = read_shape(known_config('meta-llama/Llama-3.1-70B'))\n"

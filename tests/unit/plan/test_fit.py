@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from plan_cases import GIB, ROWS, card, recipe, shape_of
 
 from lorafit.errors import DoesNotFitError
-from lorafit.estimate import Options, RecipeEstimate, RowLengths, estimate_recipe
-from lorafit.estimate.fit import Largest
+from lorafit.estimation import Options, RecipeEstimate, RowLengths, estimate_recipe
+from lorafit.estimation.fit import Largest
 from lorafit.facts import DeviceFacts, ModelShape
 from lorafit.machine.devices import parse_gpu
 from lorafit.machine.hardware import cards

@@ -10,8 +10,8 @@ import pytest
 from plan_cases import ROWS, card, recipe, shape_of
 
 from lorafit.errors import UsageError
-from lorafit.estimate import Options, RowLengths, estimate_recipe
-from lorafit.estimate.table import format_seconds
+from lorafit.estimation import Options, RowLengths, estimate_recipe
+from lorafit.estimation.table import format_seconds
 from lorafit.machine.devices import parse_gpu, peak_flops
 from lorafit.model_shapes import read_shape
 from lorafit.plan import check_price, count_flops

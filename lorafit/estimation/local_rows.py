@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Progress, Reporter, Silent
 from lorafit.errors import LorafitError
-from lorafit.estimate import RowLengths
+from lorafit.estimation import RowLengths
 from lorafit.facts import DatasetFacts
 from lorafit.files.cache import own_folder
 from lorafit.files.strict_json import read_json_file

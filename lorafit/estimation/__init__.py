@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafit.estimate.cards_compared import CardComparison
-from lorafit.estimate.recipe_estimate import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
+from lorafit.estimation.cards_compared import CardComparison
+from lorafit.estimation.recipe_estimate import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
 
 __all__ = ["CardComparison", "Options", "RecipeEstimate", "RowLengths", "check_headroom", "estimate_recipe"]

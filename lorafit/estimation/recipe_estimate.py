@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Printed
 from lorafit.errors import DoesNotFitError, UsageError
-from lorafit.estimate.compare_methods import Method, compare_methods
-from lorafit.estimate.enough import Enough, find_enough
-from lorafit.estimate.fit import Fit, find_fit
-from lorafit.estimate.ways_to_save import Saving, find_savings
+from lorafit.estimation.compare_methods import Method, compare_methods
+from lorafit.estimation.enough import Enough, find_enough
+from lorafit.estimation.fit import Fit, find_fit
+from lorafit.estimation.ways_to_save import Saving, find_savings
 from lorafit.kinds.adapters import adapters
 from lorafit.machine.devices import format_bytes
 from lorafit.machine.hardware import smallest_card
@@ -133,7 +133,7 @@ class RecipeEstimate(Printed):
 
     def render(self, console: Console) -> None:
         """The tables for people."""
-        from lorafit.estimate.table import print_estimate
+        from lorafit.estimation.table import print_estimate
 
         print_estimate(self, console)
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
     from rich.table import Table
 
-    from lorafit.estimate.fit import Fit, Largest
-    from lorafit.estimate.recipe_estimate import RecipeEstimate
+    from lorafit.estimation.fit import Fit, Largest
+    from lorafit.estimation.recipe_estimate import RecipeEstimate
     from lorafit.memory import ExactEstimate, MemoryEstimate
 
 _LABELS = {

@@ -39,7 +39,7 @@ from lorafit.trainer.step import accumulate_gradients, gradient_norm, sum_gradie
 from lorafit.trainer.tracking import build_accelerator
 
 if TYPE_CHECKING:
-    from lorafit.estimate import RecipeEstimate
+    from lorafit.estimation import RecipeEstimate
     from lorafit.plan import MemoryQuestion
     from lorafit.recipe.schema import Recipe
 

@@ -12,7 +12,7 @@ from lorafit.machine.devices import format_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafit.estimate.recipe_estimate import RecipeEstimate
+    from lorafit.estimation.recipe_estimate import RecipeEstimate
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CardComparison(Printed):
         """A table for people, a row a card."""
         from rich.table import Table
 
-        from lorafit.estimate.table import format_seconds
+        from lorafit.estimation.table import format_seconds
 
         first = self.estimates[0]
         console.print(f"{first.model}, {first.quantization}", style="bold", markup=False, highlight=False)
