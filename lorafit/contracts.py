@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -96,40 +96,48 @@ class GenerationRow:
     is_inner: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch. Built on the CPU; integer index tensors only, so that no step waits for the device.
-
-        input_ids      [batch, seq]   right-padded; causal models need no attention mask then
-        position_ids   [batch, seq]   where rows hold several documents: from 0 in each, and in the padding; else None
-        label_index    [labels]       flat position (row * seq + column) whose hidden state predicts ...
-        label_ids      [labels]       ... this token. Position t predicts token t + 1, so column < seq - 1.
-        weight         int            the number of labels (known on the host, before the forward)
+    """One micro-batch, made by the task on the CPU. Integer index tensors only, so that no step waits for the device.
 
     Attributes:
+        tensors: What the task's loss reads, by name; `input_ids` [sequences, tokens] is always among them.
+        weight: What the loss sum is divided by, e.g. the number of labels; known on the host, before the forward.
         rows: Indices of the examples, for messages about a bad step.
         tokens: Real tokens, padding apart.
     """
 
-    input_ids: torch.Tensor
-    label_index: torch.Tensor
-    label_ids: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
     weight: int
     rows: tuple[int, ...]
     tokens: int
-    position_ids: torch.Tensor | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.tensors["input_ids"].numel()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device` (copied without waiting)."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.label_index.to(device, non_blocking=True),
-            self.label_ids.to(device, non_blocking=True),
-            self.weight,
-            self.rows,
-            self.tokens,
-            None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
-        )
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=moved)
+
+
+class LossSum(NamedTuple):
+    """What one forward gives.
+
+    Attributes:
+        loss_sum: Summed over the micro-batch, a scalar in fp32.
+        weight: `Batch.weight`, by which the sum over a whole step is divided.
+        counts: Other sums over the micro-batch, by name.
+    """
+
+    loss_sum: torch.Tensor
+    weight: int
+    counts: Mapping[str, torch.Tensor]
 
 
 class Examples(Protocol):

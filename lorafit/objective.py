@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lorafit.contracts import LossSum
 from lorafit.errors import ModelError, NumericsError
 from lorafit.model.targets import output_head
 from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
@@ -59,32 +60,34 @@ class Objective(nn.Module):
             _let_autocast_cast(model)
             _keep_results_narrow(model)
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
-        """(loss_sum, weight, aux): nats summed over the labels, their number, `correct` predictions."""
+    def forward(self, batch: Batch) -> LossSum:
+        """Nats summed over the labels, the number of labels, and `correct` predictions."""
         with self._autocast(batch):
             if self.exact:
                 logits = self.labelled_logits(batch)
                 full = logits if logits.dtype == torch.float64 else logits.float()
-                loss_sum = functional.cross_entropy(full, batch.label_ids, reduction="sum")
-                correct = (logits.detach().argmax(-1) == batch.label_ids).sum()
+                loss_sum = functional.cross_entropy(full, batch["label_ids"], reduction="sum")
+                correct = (logits.detach().argmax(-1) == batch["label_ids"]).sum()
             else:
-                loss_sum, correct = linear_cross_entropy(self._labelled_states(batch), *self._head(), batch.label_ids)
-        return loss_sum, batch.weight, {"correct": correct}
+                loss_sum, correct = linear_cross_entropy(
+                    self._labelled_states(batch), *self._head(), batch["label_ids"]
+                )
+        return LossSum(loss_sum, batch.weight, {"correct": correct})
 
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Each label's loss, fp32 [labels], and whether it was the most likely token, bool [labels]."""
         with self._autocast(batch):
             if self.exact:
-                return score_logits(self.labelled_logits(batch), batch.label_ids)
-            return score_linear(self._labelled_states(batch), *self._head(), batch.label_ids)
+                return score_logits(self.labelled_logits(batch), batch["label_ids"])
+            return score_linear(self._labelled_states(batch), *self._head(), batch["label_ids"])
 
     def own_loss(self, batch: Batch) -> torch.Tensor:
         """The model's own loss from full logits, summed over the labels: what `score` must agree with."""
-        labels = torch.full_like(batch.input_ids, _IGNORED_LABEL).flatten()
-        labels[batch.label_index + 1] = batch.label_ids
+        labels = torch.full_like(batch["input_ids"], _IGNORED_LABEL).flatten()
+        labels[batch["label_index"] + 1] = batch["label_ids"]
         with torch.no_grad(), self._autocast(batch):
-            outputs = self.model(**self._inputs(batch), labels=labels.view_as(batch.input_ids))
+            outputs = self.model(**self._inputs(batch), labels=labels.view_as(batch["input_ids"]))
         loss: torch.Tensor = outputs.loss.double() * batch.weight
         return loss
 
@@ -106,7 +109,7 @@ class Objective(nn.Module):
     def _autocast(self, batch: Batch) -> contextlib.AbstractContextManager[object]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(batch.input_ids.device.type, dtype=self.autocast_dtype)
+        return torch.autocast(batch["input_ids"].device.type, dtype=self.autocast_dtype)
 
     def _plain_head(self) -> nn.Linear | None:
         """The output embedding where it is a linear layer and nothing else (no adapter, not quantised, no wrapper)."""
@@ -121,12 +124,13 @@ class Objective(nn.Module):
         Documents of packed rows are kept apart by positions that begin anew, with neither a mask nor a cache:
         transformers derives from them what each implementation needs (lengths of the documents, or its own mask).
         """
-        inputs = {"input_ids": batch.input_ids, "use_cache": False, "return_dict": True}
-        if batch.position_ids is not None:
-            inputs["position_ids"] = batch.position_ids
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False, "return_dict": True}
+        positions = batch.tensors.get("position_ids")
+        if positions is not None:
+            inputs["position_ids"] = positions
             if self.masks_documents:
                 dtype = self.autocast_dtype or self.base.dtype
-                inputs["attention_mask"] = block_diagonal_mask(batch.position_ids, dtype)
+                inputs["attention_mask"] = block_diagonal_mask(positions, dtype)
         return inputs
 
     def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -138,12 +142,12 @@ class Objective(nn.Module):
         base = self.base
         backbone = getattr(base, base.base_model_prefix)
         hidden = backbone(**self._inputs(batch)).last_hidden_state
-        states: torch.Tensor = hidden.flatten(0, 1).index_select(0, batch.label_index)
+        states: torch.Tensor = hidden.flatten(0, 1).index_select(0, batch["label_index"])
         return states
 
     def labelled_logits(self, batch: Batch) -> torch.Tensor:
         """Logits of the labels, [labels, vocabulary], by the model's own forward."""
-        with self._autocast(batch), _head_sees_only(output_head(self.base), batch.label_index):
+        with self._autocast(batch), _head_sees_only(output_head(self.base), batch["label_index"]):
             outputs = self.model(**self._inputs(batch))
         logits: torch.Tensor = outputs.logits.squeeze(0)
         return logits
@@ -248,7 +252,7 @@ def refuse_what_is_not_causal(objective: Objective, batch: Batch) -> None:
     Raises:
         ModelError: They do (an encoder such as BERT), or the model does not run on token ids alone.
     """
-    ids = batch.input_ids
+    ids = batch["input_ids"]
     changed = ids.clone()
     kept = ids.shape[1] - max(1, ids.shape[1] // 4)
     changed[:, kept:] = ids.flip(1)[:, kept:]  # the row's own tokens: some others stand for an image

@@ -217,10 +217,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         indices.append(row * width + places)
         labels.append(ids[places + 1])
     label_index = np.concatenate(indices).astype(np.int64)
+    tensors = {"input_ids": input_ids, "label_index": label_index, "label_ids": np.concatenate(labels)}
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        label_index=torch.from_numpy(label_index),
-        label_ids=torch.from_numpy(np.concatenate(labels)),
+        {name: torch.from_numpy(values) for name, values in tensors.items()},
         weight=len(label_index),
         rows=tuple(example.index for example in examples),
         tokens=sum(len(ids) for ids in arrays),

@@ -136,14 +136,13 @@ def collate_packed(packed: Sequence[Sequence[Example]], pad_id: int) -> Batch:
         position_ids[row, begin:] = np.arange(width - begin)
         tokens += begin
     label_index = np.concatenate(indices).astype(np.int64)
+    label_ids = input_ids.reshape(-1)[label_index + 1]
+    tensors = {"input_ids": input_ids, "label_index": label_index, "label_ids": label_ids, "position_ids": position_ids}
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        label_index=torch.from_numpy(label_index),
-        label_ids=torch.from_numpy(input_ids.reshape(-1)[label_index + 1]),
+        {name: torch.from_numpy(values) for name, values in tensors.items()},
         weight=len(label_index),
         rows=tuple(document.index for documents in packed for document in documents),
         tokens=tokens,
-        position_ids=torch.from_numpy(position_ids),
     )
 
 

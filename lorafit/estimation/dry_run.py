@@ -181,8 +181,9 @@ class DryRun:
         rows, labels = tokens // longest, self.question.labels_at(tokens)
         ids = torch.empty((rows, tokens // rows), dtype=torch.int64)
         index, targets = (torch.empty(labels, dtype=torch.int64) for _ in range(2))
-        positions = torch.empty_like(ids) if self.question.packs_rows else None
-        return Batch(ids, index, targets, labels, tuple(range(rows)), ids.numel(), positions)
+        tensors = {"input_ids": ids, "label_index": index, "label_ids": targets}
+        tensors |= {"position_ids": torch.empty_like(ids)} if self.question.packs_rows else {}
+        return Batch(tensors, labels, tuple(range(rows)), ids.numel())
 
     def _step(self, objective: Any, optimizer: Any, trained: list[Any], batch: Batch, accelerator: Any) -> None:
         """The loop's step. fp16 runs without its loss scale, which takes no memory and reads the gradients' values."""

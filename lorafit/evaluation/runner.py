@@ -93,7 +93,7 @@ def score_examples(
         for members in micro_batches:
             batch = collate([examples[row] for row in members], pad_id)
             # row of each label, on the host: label_index is the flat position row * seq + column
-            owners = batch.label_index.numpy() // batch.input_ids.shape[1]
+            owners = batch["label_index"].numpy() // batch["input_ids"].shape[1]
             losses, correct = objective.score(batch.to(device))
             values = torch.stack([losses.float(), correct.float()]).cpu().numpy().astype(np.float64)
             for column, weights in enumerate((values[0], np.ones(len(owners)), values[1])):

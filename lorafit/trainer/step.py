@@ -75,7 +75,7 @@ def accumulate_gradients(
     Returns:
         The step's figures, and the loss sum of each of this rank's micro-batches.
     """
-    sizes = [(batch.weight, batch.tokens, batch.input_ids.numel()) for batch in batches] or [(0, 0, 0)]
+    sizes = [(batch.weight, batch.tokens, batch.padded_tokens) for batch in batches] or [(0, 0, 0)]
     weight, tokens, padded = sum_over_ranks([float(sum(column)) for column in zip(*sizes, strict=True)], accelerator)
     losses = [] if abreast is None else abreast.accumulate(objective, batches, weight, after_each)
     for batch in batches if abreast is None else ():

@@ -87,7 +87,7 @@ class Abreast:
         """
         assert self._pool is not None, "outside of its context"
         threads = torch.get_num_threads()
-        order = sorted(range(len(batches)), key=lambda number: -batches[number].input_ids.numel())
+        order = sorted(range(len(batches)), key=lambda number: -batches[number].padded_tokens)
         futures: list[Future[tuple[torch.Tensor, Gradients]]] = [
             self._pool.submit(self._differentiate, objective, batches[number], weight, draw_seed()) for number in order
         ]

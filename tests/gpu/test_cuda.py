@@ -182,10 +182,12 @@ def test_batches_arrive_whole(pinned: bool) -> None:
     for number in range(64):
         parts = [torch.randint(0, 1 << 30, shape, generator=generator) for shape in ((8, 512), (4000,), (4000,))]
         sent.append([part.clone() for part in parts])
-        batch = Batch(*(part.pin_memory() if pinned else part for part in parts), 4000, (number,), 4096)
+        names = ("input_ids", "label_index", "label_ids")
+        tensors = {name: part.pin_memory() if pinned else part for name, part in zip(names, parts, strict=True)}
+        batch = Batch(tensors, 4000, (number,), 4096)
         arrived.append(batch.to(card))
     for batch, parts in zip(arrived, sent, strict=True):
-        for tensor, part in zip((batch.input_ids, batch.label_index, batch.label_ids), parts, strict=True):
+        for tensor, part in zip(batch.tensors.values(), parts, strict=True):
             assert tensor.device.type == "cuda"
             assert torch.equal(tensor.cpu(), part)
 

@@ -72,7 +72,9 @@ def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: boo
     columns = range(question.longest_tokens - 1)
     index = torch.tensor([row * question.longest_tokens + column for row in range(ROWS) for column in columns])
     halves = torch.arange(question.longest_tokens // 2).repeat(ROWS, 2) if question.packs_rows else None
-    batch = Batch(ids, index, ids.flatten()[index + 1], len(index), tuple(range(ROWS)), ids.numel(), halves)
+    tensors = {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}
+    tensors |= {"position_ids": halves} if halves is not None else {}
+    batch = Batch(tensors, len(index), tuple(range(ROWS)), ids.numel())
     accelerator = build_accelerator(use_cpu=True)
 
     def step() -> None:

@@ -113,7 +113,12 @@ def measure_and_estimate(
     model.train()
     ids = torch.randint(3, shape.vocabulary, (rows, tokens))
     index = torch.tensor([row * tokens + column for row in range(rows) for column in range(tokens - 1)])
-    batch = Batch(ids, index, ids.flatten()[index + 1], len(index), tuple(range(rows)), rows * tokens)
+    batch = Batch(
+        {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]},
+        len(index),
+        tuple(range(rows)),
+        rows * tokens,
+    )
     autocast = None if dtype == torch.float32 else dtype
     objective = Objective(model, autocast_dtype=autocast, exact=not shape.plain_head)
     trained = [p for p in model.parameters() if p.requires_grad]

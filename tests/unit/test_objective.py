@@ -69,7 +69,7 @@ def batch() -> Batch:
     ids = torch.randint(1, 83, (2, 9), generator=torch.Generator().manual_seed(3))
     ids[1, 6:] = 0
     index = torch.tensor([3, 4, 5, 6, 7, 9 + 1, 9 + 4])
-    return Batch(ids, index, ids.flatten()[index + 1], 7, (0, 1), 15)
+    return Batch({"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}, 7, (0, 1), 15)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -85,12 +85,12 @@ def test_loss_and_gradients_are_the_models_own(build: object, exact: bool) -> No
 
     rows = batch()
     labels = torch.full((18,), -100)
-    labels[rows.label_index + 1] = rows.label_ids
-    theirs = twin(input_ids=rows.input_ids, labels=labels.view(2, 9), use_cache=False)
+    labels[rows["label_index"] + 1] = rows["label_ids"]
+    theirs = twin(input_ids=rows["input_ids"], labels=labels.view(2, 9), use_cache=False)
     (theirs.loss * weight).backward()
     torch.testing.assert_close(loss_sum, theirs.loss * weight, rtol=1e-5, atol=0)
-    logits = theirs.logits.flatten(0, 1)[rows.label_index]
-    assert int(aux["correct"]) == int((logits.argmax(-1) == rows.label_ids).sum())
+    logits = theirs.logits.flatten(0, 1)[rows["label_index"]]
+    assert int(aux["correct"]) == int((logits.argmax(-1) == rows["label_ids"]).sum())
     compared = 0
     for ours, other in zip(model.parameters(), twin.parameters(), strict=True):
         if ours.requires_grad:

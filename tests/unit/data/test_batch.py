@@ -204,26 +204,26 @@ def example(index: int, ids: list[int], trained: list[int]) -> Example:
 def test_collate_pads_on_the_right_and_points_before_each_label() -> None:
     """Token 9 is a label although it is the pad token too; the first token of a row never is one."""
     batch = collate([example(4, [5, 6, 9], [0, 1, 1]), example(2, [7, 8, 3, 4, 9], [1, 0, 0, 0, 1])], pad_id=9)
-    assert batch.input_ids.tolist() == [[5, 6, 9, 9, 9], [7, 8, 3, 4, 9]]
-    assert batch.label_index.tolist() == [0, 1, 5 + 3]
-    assert batch.label_ids.tolist() == [6, 9, 9]
+    assert batch["input_ids"].tolist() == [[5, 6, 9, 9, 9], [7, 8, 3, 4, 9]]
+    assert batch["label_index"].tolist() == [0, 1, 5 + 3]
+    assert batch["label_ids"].tolist() == [6, 9, 9]
     assert (batch.weight, batch.rows, batch.tokens) == (3, (4, 2), 8)
-    assert {str(t.dtype) for t in (batch.input_ids, batch.label_index, batch.label_ids)} == {"torch.int64"}
+    assert {str(t.dtype) for t in (batch["input_ids"], batch["label_index"], batch["label_ids"])} == {"torch.int64"}
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_collate_keeps_every_label(rows: list[list[tuple[int, bool]]]) -> None:
     examples = [example(n, [i for i, _ in row], [int(t) for _, t in row]) for n, row in enumerate(rows)]
     batch = collate(examples, pad_id=0)
-    width = batch.input_ids.shape[1]
+    width = batch["input_ids"].shape[1]
     labels = {
         (index // width, index % width + 1): token
-        for index, token in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True)
+        for index, token in zip(batch["label_index"].tolist(), batch["label_ids"].tolist(), strict=True)
     }
     expected = {(n, t): i for n, row in enumerate(rows) for t, (i, trained) in enumerate(row) if trained and t}
     assert labels == expected
     assert batch.weight == len(expected)
-    assert all(index % width < width - 1 for index in batch.label_index.tolist())
+    assert all(index % width < width - 1 for index in batch["label_index"].tolist())
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "steps"), [(10, 4, 3), (8, 4, 2), (1, 16, 1)])

@@ -78,26 +78,25 @@ def test_one_row_has_no_padding_and_others_are_no_longer_than_the_longest_docume
 def test_collate_draws_what_the_docstring_draws() -> None:
     rows = Rows(5, 3, 4)
     batch = collate_packed([[rows[0], rows[1]], [rows[2]]], pad_id=9)
-    assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 100, 101, 102], [200, 201, 202, 203, 9, 9, 9, 9]]
-    assert batch.position_ids is not None
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
-    assert batch.label_index.tolist() == [1, 2, 3, 5, 6, 9, 10]
-    assert batch.label_ids.tolist() == [2, 3, 4, 101, 102, 202, 203]
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4, 100, 101, 102], [200, 201, 202, 203, 9, 9, 9, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch["label_index"].tolist() == [1, 2, 3, 5, 6, 9, 10]
+    assert batch["label_ids"].tolist() == [2, 3, 4, 101, 102, 202, 203]
     assert (batch.weight, batch.tokens, batch.rows) == (7, 12, (0, 1, 2))
 
 
 def test_a_documents_first_token_is_never_a_label() -> None:
     everything = [Example(row, [7, 8], [1, 1], "rows.jsonl", row) for row in range(3)]
     batch = collate_packed([everything], pad_id=0)
-    assert batch.label_index.tolist() == [0, 2, 4] and batch.label_ids.tolist() == [8, 8, 8]
+    assert batch["label_index"].tolist() == [0, 2, 4] and batch["label_ids"].tolist() == [8, 8, 8]
 
 
 def test_rows_of_one_document_are_plain() -> None:
     rows = Rows(5, 3)
     packed, plain = collate_packed([[rows[0]], [rows[1]]], 9), collate([rows[0], rows[1]], 9)
-    assert packed.position_ids is None
-    assert packed.input_ids.tolist() == plain.input_ids.tolist()
-    assert packed.label_index.tolist() == plain.label_index.tolist()
+    assert "position_ids" not in packed.tensors
+    assert packed["input_ids"].tolist() == plain["input_ids"].tolist()
+    assert packed["label_index"].tolist() == plain["label_index"].tolist()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ def objective(architecture: str, targets: list[str]) -> Objective:
 def row(tokens: int = 12) -> Batch:
     ids = torch.randint(3, 300, (1, tokens), generator=torch.Generator().manual_seed(0))
     index = torch.arange(tokens - 1)
-    return Batch(ids, index, ids.flatten()[index + 1], len(index), (0,), ids.numel())
+    return Batch(
+        {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}, len(index), (0,), ids.numel()
+    )
 
 
 def test_an_adapter_whose_weight_is_read_past_it_is_refused() -> None:

@@ -114,7 +114,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, *, above_tokens: int, err
     """Micro-batches of more padded tokens than that do not fit, once some of the step is done."""
 
     def limited(objective: Any, batches: Any, *rest: Any) -> Any:
-        if any(batch.input_ids.numel() > above_tokens for batch in batches):
+        if any(batch.padded_tokens > above_tokens for batch in batches):
             accumulate_gradients(objective, batches[:1], *rest)
             raise error
         return accumulate_gradients(objective, batches, *rest)

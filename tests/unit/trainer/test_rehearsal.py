@@ -137,7 +137,7 @@ def test_a_rate_counts_padding_and_idle_cores(
 
     def clock(objective: Any, batches: list[Batch], device: torch.device, abreast: Any = None) -> float:
         seen.append(tuple(batch.rows for batch in batches))
-        return max(MICRO_BATCH_COST_TOKENS + batch.input_ids.numel() for batch in batches) / 1000
+        return max(MICRO_BATCH_COST_TOKENS + batch.padded_tokens for batch in batches) / 1000
 
     monkeypatch.setattr("lorafit.trainer.rehearsal.time_micro_batches", clock)
     rate = rehearsal._rate(budget, at_once)
