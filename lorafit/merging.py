@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from lorafit.answering.model import Tuned, open_lone_adapter, open_tuned
+from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.errors import CheckpointError, ModelError
 from lorafit.files.rundir import read_object
 from lorafit.files.safetensors import read_index
@@ -53,11 +53,11 @@ class _Comparison:
         if needed > free:
             self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
             return
-        from lorafit.answering.speaker import open_plain_model
+        from lorafit.answering.opening import open_plain_model
         from lorafit.evaluation.parity import compare_merge, require_parity
 
-        adapted = self._tuned.load(self._reporter)
-        merged = open_plain_model(merged_folder, self._reporter)[0]()
+        adapted = self._tuned.load(self._tuned.tokenizer(), self._reporter)
+        merged = open_plain_model(merged_folder, self._reporter)[1]()
         ids, trained = self._rows
         self.parity = compare_merge(adapted, merged, ids, trained=trained, reporter=self._reporter)
         if self._must_agree:

@@ -35,6 +35,7 @@ from lorafit.run.workspace import (
 )
 
 if TYPE_CHECKING:
+    from lorafit.answering.generate import Answer
     from lorafit.data.preview import Preview
     from lorafit.estimation import CardComparison, RecipeEstimate
     from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
@@ -242,7 +243,8 @@ def evaluate(
     opened = open_run(run_or_recipe, overrides)
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     _, step = opened.adapter(checkpoint)  # said before the libraries are loaded
-    from lorafit.answering.model import changed_evaluation, open_evaluation, open_tuned, settle_evaluation
+    from lorafit.answering.evaluation_rows import changed_evaluation, open_evaluation, settle_evaluation
+    from lorafit.answering.tuned import open_tuned
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
     from lorafit.evaluation.runner import evaluate_pair
@@ -265,14 +267,13 @@ def evaluate(
     if limit is not None:
         examples = examples.first(limit)
     asked = job.questions(split, limit)
-    model = tuned.load(reporter)
-    objective = prove(job, model, tuned.card.dtype, examples, reporter)
-    found, evaluation = coverage(model), job.recipe.evaluation
+    engine = tuned.load(job.tokenizer, reporter)
+    objective = prove(job, engine.model, tuned.card.dtype, examples, reporter)
+    found, evaluation = coverage(engine.model), job.recipe.evaluation
     chose = split == "validation" and evaluation.every_steps is not None
     result = evaluate_pair(
-        model,
+        engine,
         objective,
-        job.tokenizer,
         examples,
         asked,
         evaluation.final,
@@ -287,7 +288,7 @@ def evaluate(
             checkpoint_step=step,
             split=split,
             seen_in_training=split == "train" or chose,
-            trainable_parameters=sum(tensor.numel() for tensor in adapter_tensors(model).values()),
+            trainable_parameters=sum(tensor.numel() for tensor in adapter_tensors(engine.model).values()),
             total_parameters=found.total_parameters,
         ),
     )
@@ -365,30 +366,23 @@ def generate(
     check_prompts(prompt, input_file, rows)
     check_answerable(run_or_model, checkpoint)
     prompts = read_prompts(run_or_model, prompt, input_file, rows, reporter)
-    from lorafit.answering.generate import generate_answers
-    from lorafit.answering.model import open_speaker
-    from lorafit.ops.isolation import adapter_off, evaluating
+    from lorafit.answering.engine import Request, Sampling
+    from lorafit.answering.opening import open_answerer
     from lorafit.run.results import Generated
 
     if compare_base and is_model(run_or_model):
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")
-    speaker = open_speaker(run_or_model, checkpoint, base_model, reporter)
-    prompt_ids = [speaker.prompt_ids(each) for each in prompts]  # a prompt that cannot be asked is told before a load
-    speaker.check_ids(prompt_ids)
-    answer = partial(
-        generate_answers,
-        speaker.model,
-        speaker.tokenizer,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        stop_ids=speaker.stop_ids,
-        temperature=float(temperature),
-        top_p=top_p,
-        seed=seed,
-        reporter=reporter,
-    )
-    with evaluating(speaker.model), speaker.autocast():
-        tuned = answer(what="answers")
-        with adapter_off(speaker.model) if compare_base else nullcontext():
-            base = answer(what="answers, base model") if compare_base else None
-    return Generated(prompts, tuned, base, are_chats=speaker.chats is not None)
+    answerer = open_answerer(run_or_model, checkpoint, base_model, reporter)
+    voice = answerer.voice
+    prompt_ids = [voice.prompt_ids(each) for each in prompts]  # a prompt that cannot be asked is told before a load
+    engine = answerer.load()
+    engine.check_prompts(prompt_ids)
+    sampling = Sampling(max_new_tokens, float(temperature), top_p, seed)
+
+    def answer(adapter: str | None, what: str) -> list[Answer]:
+        requests = [Request(ids, adapter, sampling, voice.stop_ids, row) for row, ids in enumerate(prompt_ids)]
+        return engine.answer(requests, reporter=reporter, what=what)
+
+    tuned = answer(answerer.adapter, "answers")
+    base = answer(None, "answers, base model") if compare_base else None
+    return Generated(prompts, tuned, base, are_chats=voice.chats is not None)

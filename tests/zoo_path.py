@@ -198,10 +198,10 @@ def _check_peft(folder: Path, run: Path, quantization: str, ours: Any, walk: Wal
 
 def _own_logits(run: Path) -> tuple[Any, float]:
     """Of lorafit's own model of a run, and the share of its base that is quantised."""
-    from lorafit.answering.model import open_speaker
+    from lorafit.answering.opening import open_answerer
     from lorafit.model.inspect import coverage
 
-    model = open_speaker(run, None, None, Silent()).model
+    model = open_answerer(run, None, None, Silent()).load().model
     return _logits(model), coverage(model).quantised_share
 
 
@@ -232,10 +232,10 @@ def _quantised_as(run: Path, quantization: str) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    from lorafit.answering.model import open_speaker
+    from lorafit.answering.opening import open_answerer
 
     packed = set(json.loads((run / "quantization.json").read_text(encoding="utf-8"))["tensors"])
-    base = open_speaker(run, None, None, Silent()).model.get_base_model()
+    base = open_answerer(run, None, None, Silent()).load().model.get_base_model()
     linears = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
     plain = sorted({name.replace(".base_layer", "") for name in linears if ".lora_" not in name} - packed)
     settings = BitsAndBytesConfig(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 16_384
 """Default bound of rows x (prompt + new tokens) in one batch: 2 GiB of keys and values for Llama-3.1-8B in bf16."""
 BATCH_ROWS = 64
+Watch = Callable[[int, int], bool]
+"""Told a prompt's number and the next token of its answer; False ends the whole batch behind this token."""
 LEAST_ROUND_ROWS = 4
 """Below this many rows it is not worth ending a round to drop those that have ended."""
 
@@ -68,10 +70,12 @@ def generate_answers(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    rows: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     batch_rows: int = BATCH_ROWS,
     reporter: Reporter,
     what: str = "generating answers",
+    watch: Watch | None = None,
 ) -> list[Answer]:
     """Answers in the prompts' order. Leaves the model's mode, configuration and the random numbers to the caller.
 
@@ -83,11 +87,13 @@ def generate_answers(
         stop_ids: Tokens that end an answer beside the model's own, e.g. the end-of-turn token of the chat template.
         temperature: 0 is greedy; else logits are divided by it before a token is drawn.
         top_p: Sampling only among the likeliest tokens that together reach this probability.
-        seed: Decides what is drawn.
+        seed: Decides, with a prompt's number, what is drawn.
+        rows: The prompts' numbers; their places where None.
         batch_tokens: Bound of rows x (longest prompt + new tokens) in a batch; a single row may exceed it.
         batch_rows: Bound of rows in a batch.
         reporter: Gets a bar and warnings.
         what: Name of the bar.
+        watch: Told each token of an answer as it is written.
 
     Raises:
         ResourceError: Not even one row fits into memory.
@@ -99,24 +105,27 @@ def generate_answers(
     answers: list[Answer | None] = [None if room > 0 else Answer("", 0, 0.0, "no_room") for room in rooms]
     if full := sum(room <= 0 for room in rooms):
         reporter.warn(f"{full} of {len(prompts)} prompts fill the model's {limit} positions and got no answer")
-    writer = _Writer(model, tokenizer, stops, temperature, top_p, seed)
+    numbers = range(len(prompts)) if rows is None else rows
+    writer = _Writer(model, tokenizer, stops, temperature, top_p, seed, watch)
     waiting = cut_prompts([len(prompt) for prompt in prompts], rooms, batch_tokens=batch_tokens, batch_rows=batch_rows)
     whole = reporter.track(sum(map(len, waiting)), what)
     with torch.no_grad(), _plain_generation(model, stops), _head_sees_last(model), whole as bar:
         while waiting:
-            rows = waiting.pop(0)
+            places = waiting.pop(0)
             try:
-                written = writer.write(rows, [prompts[row] for row in rows], rooms[rows[0]])
+                written = writer.write(
+                    [numbers[place] for place in places], [prompts[place] for place in places], rooms[places[0]]
+                )
             except torch.OutOfMemoryError as error:
-                if len(rows) == 1:
+                if len(places) == 1:
                     todo = "lower evaluation.max_new_tokens or free the device"
                     raise ResourceError("out of memory while generating one answer", todo=todo) from error
                 torch.cuda.empty_cache()
-                waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+                waiting[:0] = [places[: len(places) // 2], places[len(places) // 2 :]]
                 continue
-            for row, answer in zip(rows, written, strict=True):
-                answers[row] = answer
-            bar.advance(len(rows))
+            for place, answer in zip(places, written, strict=True):
+                answers[place] = answer
+            bar.advance(len(places))
     return [answer for answer in answers if answer is not None]
 
 
@@ -252,6 +261,27 @@ class _HalfEnded:
         return (ended.float().mean() >= 0.5).expand(len(input_ids))
 
 
+class _Watching:
+    """Stopping criterion that tells a `Watch` each token of the answers that go on.
+
+    Args:
+        watch: Who is told.
+        rows: Numbers of the rows in this round.
+        stops: Tokens that end an answer, and fill it up behind its end.
+    """
+
+    def __init__(self, watch: Watch, rows: Sequence[int], stops: Sequence[int]) -> None:
+        self._watch, self._rows, self._stops = watch, rows, frozenset(stops)
+        self.has_ended = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        """One value a row, `[batch]`: whether it ends here."""
+        tokens = zip(self._rows, input_ids[:, -1].tolist(), strict=True)
+        told = [self._watch(row, token) for row, token in tokens if token not in self._stops]
+        self.has_ended = not all(told)
+        return torch.full((len(input_ids),), self.has_ended, device=input_ids.device)
+
+
 def _keep_rows(cache: Any, index: torch.Tensor, columns: int) -> Any:
     """The cache with some of its rows; None where it cannot be cut, and the next round reads its prompts again."""
     if not hasattr(cache, "batch_select_indices") or cache.get_seq_length() != columns - 1:
@@ -270,6 +300,7 @@ class _Writer:
     temperature: float
     top_p: float
     seed: int
+    watch: Watch | None = None
 
     def write(self, rows: Sequence[int], prompts: Sequence[list[int]], room: int) -> list[Answer]:
         """The answers of one batch, in rounds: rows that have ended are dropped at the end of each.
@@ -285,6 +316,7 @@ class _Writer:
         written: list[list[int]] = [[] for _ in prompts]
         while going:
             kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            watching = [] if self.watch is None else [_Watching(self.watch, [rows[i] for i in going], self.stops)]
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -293,14 +325,14 @@ class _Writer:
                 use_cache=True,
                 return_dict_in_generate=True,
                 logits_processor=self._processors([rows[place] for place in going], start),
-                stopping_criteria=self._criteria(len(going), input_ids.device),
+                stopping_criteria=self._criteria(len(going), input_ids.device, watching),
                 **kept,
             )
             for place, tokens in zip(going, output.sequences[:, start:].tolist(), strict=True):
                 written[place] = tokens
             columns = output.sequences.shape[1]
             left = [i for i, place in enumerate(going) if not set(self.stops) & set(written[place])]
-            if columns - start >= room or not left:
+            if columns - start >= room or not left or any(each.has_ended for each in watching):
                 break
             index = torch.tensor(left, device=input_ids.device)
             cache = _keep_rows(output.past_key_values, index, columns)
@@ -328,11 +360,12 @@ class _Writer:
             processors.append(_GumbelNoise(self.seed, rows, start))
         return processors
 
-    def _criteria(self, rows: int, device: torch.device) -> Any:
+    def _criteria(self, rows: int, device: torch.device, watching: Sequence[_Watching]) -> Any:
         from transformers import StoppingCriteriaList
 
         worth_it = self.stops and rows >= LEAST_ROUND_ROWS
-        return StoppingCriteriaList([_HalfEnded(torch.tensor(self.stops, device=device))] if worth_it else [])
+        rounds = [_HalfEnded(torch.tensor(self.stops, device=device))] if worth_it else []
+        return StoppingCriteriaList([*rounds, *watching])
 
     def _read(self, tokens: list[int], seconds: float) -> Answer:
         """Cuts behind the first stop token, which the rest of a batch goes on past with padding."""

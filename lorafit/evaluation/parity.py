@@ -13,14 +13,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.console.wording import counted
 from lorafit.errors import NumericsError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
+    from lorafit.answering.engine import Engine
     from lorafit.contracts import Reporter
 
 KL_LIMIT = 0.02
@@ -70,8 +72,8 @@ class Parity:
 
 
 def compare_merge(
-    adapted: Any,
-    merged: Any,
+    adapted: Engine,
+    merged: Engine,
     rows: Sequence[Sequence[int]],
     *,
     trained: Sequence[Sequence[int]] | None = None,
@@ -82,7 +84,7 @@ def compare_merge(
     Both are left as they were: modes, dtypes and values.
 
     Args:
-        adapted: The adapter on the base it was trained on, as loaded for evaluation.
+        adapted: The one adapter on the base it was trained on, as loaded for evaluation.
         merged: The merged model, loaded plainly.
         rows: Token ids of each row; rows of fewer than two tokens are left out.
         trained: 0/1 for each token: whether it counts in the two losses; all do by default.
@@ -91,21 +93,20 @@ def compare_merge(
     Raises:
         NumericsError: No row to compare, or logits that are not finite.
     """
-    import torch
-
     totals = _Totals()
     bar = reporter.track(len(rows), "comparing logits")
-    with torch.no_grad(), fp32_compute(adapted), fp32_compute(merged), bar:
+    (adapter,) = adapted.adapters
+    with fp32_compute(adapted.model), fp32_compute(merged.model), bar:
         for number, ids in enumerate(rows):
             if len(ids) > 1:
                 flags = trained[number] if trained is not None else [1] * len(ids)
-                totals.add(_logits(adapted, ids), _logits(merged, ids), ids, flags)
+                totals.add(adapted.logits(ids, adapter), merged.logits(ids), ids, flags)
             bar.advance()
     return totals.finish()
 
 
 @contextlib.contextmanager
-def fp32_compute(model: Any) -> Iterator[None]:
+def fp32_compute(model: PreTrainedModel) -> Iterator[None]:
     """Within it the model is in eval mode and computes in fp32 with the weights it has.
 
     Plain weights become fp32 and afterwards what they were, which loses nothing. 4-bit linears dequantise to the same
@@ -146,16 +147,6 @@ def require_parity(parity: Parity, *, limit: float = KL_LIMIT) -> None:
             f"against {parity.adapter_loss:.4f})",
             todo="do not use this merge; merge into the dequantized base of the run",
         )
-
-
-def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """Logits of one row, `[tokens, vocabulary]`, fp32."""
-    import torch
-
-    device = next(model.parameters()).device
-    batch = torch.tensor([list(ids)], dtype=torch.long, device=device)
-    logits: torch.Tensor = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
-    return logits
 
 
 class _Totals:

@@ -8,7 +8,6 @@ Base (adapter off) and tuned (adapter on) see the same micro-batches and the sam
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lorafit.answering.generate import BATCH_TOKENS, Answer, generate_answers
+from lorafit.answering.engine import Engine, Request, Sampling
+from lorafit.answering.generate import BATCH_TOKENS, Answer
 from lorafit.data.batch import collate, cut_step
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
 from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
-from lorafit.ops.isolation import adapter_off, evaluating
+from lorafit.ops.isolation import evaluating
 from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -154,9 +154,8 @@ def evaluate_during(
 
 
 def evaluate_pair(
-    model: Any,
+    engine: Engine,
     objective: Any,
-    tokenizer: Any,
     examples: Examples,
     generation_rows: Sequence[GenerationRow],
     metric_names: Sequence[str],
@@ -173,9 +172,8 @@ def evaluate_pair(
     """Base (adapter off) and tuned model on the same rows, with intervals and verdicts.
 
     Args:
-        model: PeftModel with its trained adapter active.
-        objective: The objective around that model.
-        tokenizer: The model's.
+        engine: The base with one trained adapter.
+        objective: The objective around its model.
         examples: Held-out rows, prepared as for training.
         generation_rows: Rows to answer; joined with the examples by file and line.
         metric_names: Registered metrics, in the order of the report.
@@ -193,38 +191,32 @@ def evaluate_pair(
         NumericsError: A row's loss is not finite.
     """
     started, metric_names = time.perf_counter(), with_companions(metric_names)
-    forget_peak_memory(device := model.get_input_embeddings().weight.device, of_process=False)
+    forget_peak_memory(device := engine.device, of_process=False)
     asked = find_asked(examples, generation_rows, metric_names)
     score = partial(
         score_examples,
         objective,
         micro_batch_tokens=micro_batch_tokens,
-        pad_id=find_pad_id(tokenizer, model.get_input_embeddings().weight.shape[0]),
+        pad_id=find_pad_id(engine.tokenizer, engine.embedding_rows),
         device=device,
         reporter=reporter,
     )
-    answer = partial(
-        generate_answers,
-        model,
-        tokenizer,
-        [row.prompt_ids for row in asked],
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        batch_tokens=generation_batch_tokens,
-        reporter=reporter,
-    )
+    sampling = Sampling(max_new_tokens)
 
-    def run(side: str) -> _Side:
-        kept = score(retention, what=f"retention, {side} model") if retention is not None else []
-        losses = score(examples, what=f"scoring, {side} model")
-        with autocast(objective, device):
-            return _Side(losses, answer(what=f"answers, {side} model"), kept)
+    def run(side: str, adapter: str | None) -> _Side:
+        requests = [Request(row.prompt_ids, adapter, sampling, tuple(stop_ids)) for row in asked]
+        with engine.using(adapter):
+            kept = score(retention, what=f"retention, {side} model") if retention is not None else []
+            losses = score(examples, what=f"scoring, {side} model")
+        answers = engine.answer(
+            requests, batch_tokens=generation_batch_tokens, reporter=reporter, what=f"answers, {side} model"
+        )
+        return _Side(losses, answers, kept)
 
+    (adapter,) = engine.adapters
     with evaluating(objective):
-        with adapter_off(model):
-            base = run("base")
-        tuned = run("tuned")
-    found = _conclude(examples, retention, asked, base, tuned, metric_names, tokenizer, seed)
+        base, tuned = run("base", None), run("tuned", adapter)
+    found = _conclude(examples, retention, asked, base, tuned, metric_names, engine.tokenizer, seed)
     return Evaluation(
         **found,
         about=about or About(),
@@ -260,13 +252,6 @@ def _conclude(
         "base_speed": Speed.of(base.answers) if asked else None,
         "tuned_speed": Speed.of(tuned.answers) if asked else None,
     }
-
-
-def autocast(objective: Any, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The precision in which the objective computes, for what runs beside it."""
-    if objective.autocast_dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=objective.autocast_dtype)
 
 
 def find_pad_id(tokenizer: Any, embedding_rows: int | None = None) -> int:

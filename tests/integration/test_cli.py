@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from lorafit.answering.model import changed_evaluation
+from lorafit.answering.evaluation_rows import changed_evaluation
 from lorafit.cli import app
 from lorafit.run.workspace import open_run
 from tests.integration.conftest import SCRIPT, Outcome, World, say_all

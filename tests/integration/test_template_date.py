@@ -70,26 +70,26 @@ def test_a_run_that_begins_another_day_writes_that_day(world: World, days: Days)
 def test_what_asks_a_run_asks_as_on_its_first_day(world: World, days: Days) -> None:
     from transformers import AutoTokenizer
 
-    from lorafit.answering.model import open_speaker
+    from lorafit.answering.opening import open_answerer
     from lorafit.contracts import Sample, Silent
 
     say_all(world.run("train", "r.yaml"), 0)
     days.move(60 * 24)
-    speaker = open_speaker(world.root / "run", None, None, Silent())
-    asked = speaker.tokenizer.decode(speaker.prompt_ids(Sample("", 0, prompt="when")))
+    voice = open_answerer(world.root / "run", None, None, Silent()).voice
+    asked = voice.tokenizer.decode(voice.prompt_ids(Sample("", 0, prompt="when")))
     assert asked == f"{PINNED}<|im_start|>user\nwhen<|im_end|>\n<|im_start|>assistant\n"
     say_all(world.run("eval", "run", "--json"), 0)
     scored = [json.loads(line) for line in (world.root / "run" / "report.jsonl").read_text().splitlines()]
     assert scored and all(row["prompt"].startswith(PINNED) for row in scored)
     compared = json.loads((world.root / "run" / "comparison.json").read_text())["rows"]
-    assert all(speaker.tokenizer.decode(row["input_ids"]).startswith(PINNED) for row in compared)
+    assert all(voice.tokenizer.decode(row["input_ids"]).startswith(PINNED) for row in compared)
     say_all(world.run("merge", "run", "--output", "merged"), 0)
     for shipped in ("run/adapter", "merged"):  # what lies beside the weights carries the date to whoever renders it
         plain = AutoTokenizer.from_pretrained(world.root / shipped)
         chat = [{"role": "user", "content": "when"}]
         assert plain.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == asked
-    speaker = open_speaker(world.root / "merged", None, None, Silent())
-    assert speaker.tokenizer.decode(speaker.prompt_ids(Sample("", 0, prompt="when"))) == asked
+    voice = open_answerer(world.root / "merged", None, None, Silent()).voice
+    assert voice.tokenizer.decode(voice.prompt_ids(Sample("", 0, prompt="when"))) == asked
     world.recipe((f"base: {world.base}", "base: merged"), name="again.yaml")
     assert "pinned to" not in world.run("preview", "again.yaml").stderr
 

@@ -13,7 +13,7 @@ import torch
 from render_families import QWEN
 from tiny_data import CHATML, make_tokenizer, write_jsonl
 
-from lorafit.answering.speaker import Speaker
+from lorafit.answering.voice import Voice
 from lorafit.contracts import Sample, Silent
 from lorafit.data.prepare import Prepared
 from lorafit.data.prompts import column_names, read_prompt_file, read_prompt_rows
@@ -59,10 +59,6 @@ class Embedded(torch.nn.Module):
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
         return self.embedding
-
-
-def speaker_of(tokenizer: Any, chats: Any) -> Speaker:
-    return Speaker(lambda: Embedded(len(tokenizer)), tokenizer, chats)
 
 
 def read(file: Path, *sources: SourceSection) -> list[Sample]:
@@ -118,14 +114,14 @@ def test_the_prompt_of_a_training_row_is_what_training_shows_before_its_answer(
     WRITERS[kind](tmp_path / kind, [row, row])
     prepared = prepare_rows(using=tokenizer, train=kind)
     shown = prepared.generation_rows("train")
-    speaker = speaker_of(tokenizer, prepared._renderer.chats)
+    voice = Voice(tokenizer, prepared._renderer.chats)
     prompts = read(tmp_path / kind)
-    assert [speaker.prompt_ids(prompt) for prompt in prompts] == [row.prompt_ids for row in shown]
+    assert [voice.prompt_ids(prompt) for prompt in prompts] == [row.prompt_ids for row in shown]
     assert [(prompt.file, prompt.line) for prompt in prompts] == [(str(tmp_path / kind), row.line) for row in shown]
     official = tokenizer.apply_chat_template(
         list(prompts[0].turns), tools=prompts[0].tools, add_generation_prompt=True, return_dict=False
     )
-    assert speaker.prompt_ids(prompts[0]) == official
+    assert voice.prompt_ids(prompts[0]) == official
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -248,23 +244,23 @@ def test_a_field_that_the_template_drops_is_refused_with_its_place(tmp_path: Pat
     from lorafit.data.chat.render import ChatRenderer
 
     tokenizer = make_tokenizer(chat_template=CHATML)
-    speaker = speaker_of(tokenizer, ChatRenderer(tokenizer))
+    voice = Voice(tokenizer, ChatRenderer(tokenizer))
     write_jsonl(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "q"}], "tools": [TOOL]}])
     with pytest.raises(DataError, match=r"d\.jsonl:1: .*drops the tools"):
-        speaker.prompt_ids(read(tmp_path / "d.jsonl")[0])
+        voice.prompt_ids(read(tmp_path / "d.jsonl")[0])
 
 
 def test_a_model_of_verbatim_text_gets_one_text(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template=None)
-    speaker = speaker_of(tokenizer, None)
+    voice = Voice(tokenizer, None)
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Once upon", "completion": " a time"}])
     write_jsonl(tmp_path / "q.jsonl", [{"question": "Once upon"}])
     write_jsonl(tmp_path / "s.jsonl", [{"question": "Once upon", "system": "s"}])
     (tmp_path / "p.txt").write_text("Once upon\n", encoding="utf-8")
     expected = tokenizer("Once upon", add_special_tokens=True)["input_ids"]
-    assert [speaker.prompt_ids(read(tmp_path / name)[0]) for name in ("p.jsonl", "q.jsonl", "p.txt")] == [expected] * 3
+    assert [voice.prompt_ids(read(tmp_path / name)[0]) for name in ("p.jsonl", "q.jsonl", "p.txt")] == [expected] * 3
     with pytest.raises(DataError, match=r"s\.jsonl:1: .*the prompt is a chat"):
-        speaker.prompt_ids(read(tmp_path / "s.jsonl")[0])
+        voice.prompt_ids(read(tmp_path / "s.jsonl")[0])
 
 
 def test_rows_of_a_program_may_differ(tmp_path: Path) -> None:

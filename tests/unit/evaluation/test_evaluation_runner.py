@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorafit.answering.engine import Engine
 from lorafit.contracts import Silent
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About
@@ -90,7 +91,7 @@ def test_evaluate_during_gives_the_loss_and_what_was_asked_for(tuned, make_rows)
 
 def run_pair(model, tokenizer, rows, questions, names, **options):
     defaults = {"max_new_tokens": 6, "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
-    return evaluate_pair(model, Objective(model), tokenizer, rows, questions, names, **(defaults | options))
+    return evaluate_pair(Engine(model, tokenizer), Objective(model), rows, questions, names, **(defaults | options))
 
 
 def test_base_is_the_model_without_its_adapter_and_tuned_with_it(tuned, llama, tokenizer, make_rows):
@@ -130,7 +131,7 @@ def test_tool_calls_are_scored_with_needless_ones_beside_them_and_the_rest_is_co
     rows, questions = make_rows([("a", call), ("b", "plain"), ("c", "plain too"), ("d", call), ("e", "x")])
     questions[3] = replace(questions[3], reference="CALL f", calls=("f",))
     options = {"max_new_tokens": 4, "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
-    found = evaluate_pair(tuned, Objective(tuned), tokenizer, rows, questions, ["tool_call"], **options)
+    found = evaluate_pair(Engine(tuned, tokenizer), Objective(tuned), rows, questions, ["tool_call"], **options)
     assert {line.name: line.rows for line in found.comparisons} == {"tool_call": 1, "needless_call": 3}
     assert {entry.metric: entry.rows for entry in found.unscored} == {"tool_call": 4, "needless_call": 2}
     assert found.tuned_speed.answers == 4

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
+from lorafit.answering.engine import Engine
 from lorafit.contracts import Silent
 from lorafit.evaluation.runner import evaluate_during, evaluate_pair
 from lorafit.objective import Objective
@@ -116,9 +117,8 @@ def test_evaluating_nf4_changes_neither_weights_nor_later_gradients(nf4, tokeniz
     assert codes
     before = step_gradients(nf4, rows)
     evaluate_pair(
-        nf4,
+        Engine(nf4, tokenizer, autocast_dtype=torch.bfloat16),
         Objective(nf4, autocast_dtype=torch.bfloat16),
-        tokenizer,
         rows,
         questions,
         ["loss", "exact_match"],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lorafit.answering.engine import Engine
 from lorafit.contracts import Silent
 from lorafit.errors import NumericsError
 from lorafit.evaluation.parity import Parity, compare_merge, require_parity
@@ -15,6 +18,10 @@ from lorafit.model.merge.stream import merge_adapter
 from tests.unit.model.conftest import Trained, make_llama, open_base, train_like
 
 ROWS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12]]
+
+
+def compare(made: Trained, merged: Any, rows: Sequence[Sequence[int]], **options: Any) -> Parity:
+    return compare_merge(Engine(made.model, None), Engine(merged, None), rows, **options)
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def merge(made: Trained, kind: str) -> torch.nn.Module:
 
 def test_merged_into_what_was_trained_is_the_adapter(made: Trained) -> None:
     made.model.train()
-    parity = compare_merge(made.model, merge(made, "dequantized"), ROWS, reporter=Silent())
+    parity = compare(made, merge(made, "dequantized"), ROWS, reporter=Silent())
     assert made.model.training, "comparing changed the mode"
     assert (parity.rows, parity.tokens) == (2, 9)
     assert parity.mean_kl < 1e-6 and parity.max_logit_difference < 1e-4 and parity.top1_agreement == 1.0
@@ -44,7 +51,7 @@ def test_bf16_models_are_compared_in_fp32_and_left_as_they_were(tmp_path: Path, 
     made = train_like(open_base(make_llama(tmp_path / "base")), kind, dtype=torch.bfloat16)
     merged = merge(made, "dequantized")
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    parity = compare_merge(made.model, merged, ROWS, reporter=Silent())
+    parity = compare(made, merged, ROWS, reporter=Silent())
     assert parity.mean_kl < 2e-5 and parity.max_logit_difference < 0.02  # the merged weights' own rounding is left
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16} and merged.training is False
     after = dict(made.model.named_parameters())
@@ -54,15 +61,15 @@ def test_bf16_models_are_compared_in_fp32_and_left_as_they_were(tmp_path: Path, 
 
 
 def test_merged_into_other_weights_is_further_away(made: Trained) -> None:
-    near = compare_merge(made.model, merge(made, "dequantized"), ROWS, reporter=Silent())
-    far = compare_merge(made.model, merge(made, "original"), ROWS, reporter=Silent())
+    near = compare(made, merge(made, "dequantized"), ROWS, reporter=Silent())
+    far = compare(made, merge(made, "original"), ROWS, reporter=Silent())
     assert far.mean_kl > 100 * max(near.mean_kl, 1e-9) and far.max_logit_difference > 0.01
 
 
 def test_losses_are_the_models_own_over_the_trained_tokens(made: Trained) -> None:
     merged = merge(made, "dequantized")
     row, flags = [3, 4, 5, 6, 7], [0, 0, 1, 0, 1]
-    parity = compare_merge(made.model, merged, [row], trained=[flags], reporter=Silent())
+    parity = compare(made, merged, [row], trained=[flags], reporter=Silent())
     labels = torch.tensor([[token if flag else -100 for token, flag in zip(row, flags, strict=True)]])
     with torch.no_grad():
         own = float(merged(input_ids=torch.tensor([row]), labels=labels).loss)
@@ -82,8 +89,8 @@ def test_a_far_merge_ends_with_exit_9(made: Trained) -> None:
 def test_nothing_to_compare_and_broken_logits(made: Trained) -> None:
     merged = merge(made, "dequantized")
     with pytest.raises(NumericsError, match="no row"):
-        compare_merge(made.model, merged, [[3]], reporter=Silent())
+        compare(made, merged, [[3]], reporter=Silent())
     with torch.no_grad():
         merged.model.norm.weight[0] = float("nan")
     with pytest.raises(NumericsError, match="not finite"):
-        compare_merge(made.model, merged, ROWS, reporter=Silent())
+        compare(made, merged, ROWS, reporter=Silent())

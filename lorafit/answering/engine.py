@@ -1,0 +1,267 @@
+"""One base model in memory that answers with any of several adapters, or with none.
+
+    requests ──by adapter and sampling──> batches ──generate_answers──> answers, in the requests' order
+                                                   └─ stream: text, token by token
+
+`lorafit generate`, `eval` and the comparison of a merge ask an Engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorafit.answering.generate import BATCH_ROWS, BATCH_TOKENS, Answer, Watch, generate_answers
+from lorafit.contracts import Reporter, Silent
+from lorafit.data.id_range import check_ids
+from lorafit.errors import UsageError
+from lorafit.ops.isolation import adapter_off, evaluating
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorafit.model.base import Base
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer's tokens are chosen.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy; else logits are divided by it before a token is drawn.
+        top_p: Sampling only among the likeliest tokens that together reach this probability, 0 to 1.
+        seed: Decides what is drawn.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for an Engine.
+
+    Attributes:
+        prompt_ids: Token ids, generation prompt included.
+        adapter: Name of the adapter that answers; None: the base model alone.
+        sampling: How tokens are chosen.
+        stop_ids: Tokens that end the answer, beside the model's own.
+        row: Number that, with the seed, decides the noise of sampled tokens: a request draws the same alone and in any
+            batch.
+    """
+
+    prompt_ids: Sequence[int]
+    adapter: str | None = None
+    sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
+    row: int = 0
+
+
+class Engine:
+    """A loaded causal model that answers requests, each with one of its adapters or with none.
+
+    Args:
+        model: The base, or a PEFT model around it.
+        tokenizer: Decodes answers; knows the pad and end tokens.
+        autocast_dtype: Compute in it; None: as the weights are.
+        base: The base on this disk, which further adapters must have been trained on; not compared where None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        base: Base | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.autocast_dtype = autocast_dtype
+        self._base = base
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in the order in which they were added."""
+        return tuple(getattr(self.model, "peft_config", {}))
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts go."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def embedding_rows(self) -> int:
+        """Token ids that the model knows: 0 to one less."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @contextlib.contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Within it the model is the base with that adapter, or alone. Gradient flags are left as they were.
+
+        Raises:
+            UsageError: There is no such adapter.
+        """
+        if adapter is not None and adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none, it is a plain model"
+            raise UsageError(f"no adapter is called '{adapter}'", todo=f"loaded: {known}")
+        if not self.adapters:
+            yield
+        elif adapter is None:
+            with adapter_off(self.model):
+                yield
+        else:
+            with _active(self.model, adapter):
+                yield
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises ModelError where a token of a prompt has no row in the embedding."""
+        for ids in prompts:
+            check_ids(ids, self.tokenizer, self.embedding_rows)
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        batch_rows: int = BATCH_ROWS,
+        reporter: Reporter | None = None,
+        what: str = "answers",
+    ) -> list[Answer]:
+        """Answers in the requests' order. The model's mode and all random numbers are left as they were.
+
+        Args:
+            requests: May name different adapters and sampling.
+            batch_tokens: Bound of rows x (longest prompt + new tokens) in a batch; a single row may exceed it.
+            batch_rows: Bound of rows in a batch.
+            reporter: Gets bars and warnings; silent where None.
+            what: Name of the bars.
+
+        Raises:
+            UsageError: A request names an adapter that is not loaded.
+            ResourceError: Not even one row fits into memory.
+        """
+        answers: dict[int, Answer] = {}
+        for places in _group(requests):
+            chosen = [requests[place] for place in places]
+            written = self._write(chosen, batch_tokens, batch_rows, reporter, what)
+            answers |= dict(zip(places, written, strict=True))
+        return [answers[place] for place in range(len(requests))]
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The answer's text as it is written; the pieces together are the text of `answer`'s.
+
+        Generation runs in a thread of its own and ends at the next token where the iterator is closed.
+
+        Raises:
+            UsageError: The request names an adapter that is not loaded.
+            ResourceError: It does not fit into memory.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        tokens: queue.SimpleQueue[int | Answer | BaseException] = queue.SimpleQueue()
+        closed = threading.Event()
+
+        def watch(_: int, token: int) -> bool:
+            tokens.put(token)
+            return not closed.is_set()
+
+        def write() -> None:
+            try:
+                tokens.put(self._write([request], watch=watch)[0])
+            except BaseException as error:  # raised again where the pieces are read
+                tokens.put(error)
+
+        writer = threading.Thread(target=write, name="lorafit answer", daemon=True)
+        writer.start()
+        pieces, sent = DecodeStream(skip_special_tokens=True), ""
+        try:
+            while not isinstance(item := tokens.get(), Answer | BaseException):
+                if piece := pieces.step(self.tokenizer.backend_tokenizer, item):
+                    sent += piece
+                    yield piece
+            if isinstance(item, BaseException):
+                raise item
+            if len(item.text) > len(sent):  # what waited for the rest of a character
+                yield item.text[len(sent) :]
+        finally:
+            closed.set()
+            writer.join()
+
+    def _write(
+        self,
+        requests: Sequence[Request],
+        batch_tokens: int = BATCH_TOKENS,
+        batch_rows: int = BATCH_ROWS,
+        reporter: Reporter | None = None,
+        what: str = "answer",
+        watch: Watch | None = None,
+    ) -> list[Answer]:
+        """Answers of requests for the same adapter, with the same sampling and stop tokens."""
+        first = requests[0]
+        with evaluating(self.model), self.using(first.adapter), self.autocast():
+            return generate_answers(
+                self.model,
+                self.tokenizer,
+                [list(request.prompt_ids) for request in requests],
+                max_new_tokens=first.sampling.max_new_tokens,
+                stop_ids=first.stop_ids,
+                temperature=first.sampling.temperature,
+                top_p=first.sampling.top_p,
+                seed=first.sampling.seed,
+                rows=[request.row for request in requests],
+                batch_tokens=batch_tokens,
+                batch_rows=batch_rows,
+                reporter=reporter or Silent(),
+                what=what,
+                watch=watch,
+            )
+
+    def logits(self, ids: Sequence[int], adapter: str | None = None) -> torch.Tensor:
+        """Logits of one row by the model's own forward, `[tokens, vocabulary]`, fp32, on the CPU."""
+        batch = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
+        with torch.no_grad(), self.using(adapter):
+            found: torch.Tensor = self.model(input_ids=batch, use_cache=False).logits[0].float().cpu()
+        return found
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The precision that the model was trained in."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+
+def _group(requests: Sequence[Request]) -> Iterable[list[int]]:
+    """Places of the requests that may share a batch, in the order of their first ones."""
+    groups: dict[tuple[str | None, Sampling, tuple[int, ...]], list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault((request.adapter, request.sampling, request.stop_ids), []).append(place)
+    return groups.values()
+
+
+@contextlib.contextmanager
+def _active(model: PeftModel, adapter: str) -> Iterator[None]:
+    """One adapter is active; PEFT makes the active one trainable, so that gradient flags are put back."""
+    before = model.active_adapter
+    if before == adapter:
+        yield
+        return
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.set_adapter(adapter)
+        yield
+    finally:
+        model.set_adapter(before)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

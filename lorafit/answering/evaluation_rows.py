@@ -1,0 +1,135 @@
+"""The rows that a trained run is evaluated on: its recipe's, or others, rendered as in training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.answering.tuned import Tuned
+from lorafit.contracts import Silent
+from lorafit.errors import DataError, LorafitError, UsageError
+from lorafit.job import Job, look_for_rows, prepare_rows
+from lorafit.machine.devices import read_device
+from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes, sources_of
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Reporter
+    from lorafit.recipe.schema import SourceSection
+
+_FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")
+"""What a trained run is: it is taken from the run's card, whatever a recipe says now."""
+
+
+def check_fixed(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter) -> None:
+    """Refuses a flag over what a trained run is; warns where the recipe was changed there since.
+
+    Raises:
+        UsageError: A flag would change what was trained.
+    """
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key.startswith(_FIXED) or key in ("model", "adapter"):
+            todo = "use --base-model" if key == "model.base" else "train anew for that"
+            raise UsageError("a trained run has its own", file="--set", key=key, todo=todo)
+    changed, _ = compare_recipes(opened.run, opened.loaded)
+    for what in changed:
+        if what.startswith(_FIXED):
+            reporter.warn(f"{what} in the recipe; the run is taken as it was trained")
+
+
+def settle_evaluation(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter) -> OpenedRun:
+    """The run as it is evaluated with flags over its recipe.
+
+    Raises:
+        UsageError: A flag would change what was trained.
+    """
+    check_fixed(opened, overrides, reporter)
+    return keep_columns(opened)
+
+
+def keep_columns(opened: OpenedRun) -> OpenedRun:
+    """The run with its own names of columns for other rows than its own, where these rows have such columns.
+
+    A source that says itself how its rows are read is left as it is.
+    """
+    from lorafit.recipe.load import load_recipe
+
+    before, now = both_recipes(opened.run, opened.loaded)
+    recipe, own = opened.loaded.recipe, load_recipe(opened.run.recipe).recipe
+    changed: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
+    for key, sources in sources_of(recipe).items():
+        if key == "data.train" or before.get(key) == now.get(key):
+            continue
+        replaced = [source.columns for source in sources_of(own).get(key, ())]
+        others = [source.columns for each in sources_of(own).values() for source in each]
+        known = [columns for columns in [*replaced, *others] if columns]
+        section, _, name = key.partition(".")
+        changed[section][name] = [_with_columns(source, known, opened.loaded.folder) for source in sources]
+    data = recipe.data.model_copy(update=changed["data"])
+    evaluation = recipe.evaluation.model_copy(update=changed["evaluation"])
+    recipe = recipe.model_copy(update={"data": data, "evaluation": evaluation})
+    return replace(opened, loaded=replace(opened.loaded, recipe=recipe))
+
+
+def _with_columns(source: SourceSection, known: Sequence[Mapping[str, str]], folder: Path) -> SourceSection:
+    """The source read by the first of the mappings that its rows have the columns of; as it is where there is none."""
+    from lorafit.data.sources.source import read_sources
+    from lorafit.recipe.schema import BadRowsSection
+
+    for columns in known if not source.columns and source.format == "auto" else ():
+        mapped = source.model_copy(update={"columns": dict(columns)})
+        with contextlib.suppress(LorafitError):  # told where rows are opened
+            if all(one.has_its_columns for one in read_sources([mapped], folder, BadRowsSection(), Silent()).sources):
+                return mapped
+    return source
+
+
+def changed_evaluation(opened: OpenedRun, split: str) -> dict[str, Any]:
+    """By which values, and those of which keys, an evaluation is not that of the run's own recipe.
+
+    Null stands for a key that the run has and this recipe has not. Sources of splits that are not scored count for
+    nothing, since no row of them is read.
+
+    Args:
+        opened: The run, with its recipe as flags or later edits have it.
+        split: Whose rows are scored.
+    """
+    from lorafit.recipe.schema import ValidationFraction
+
+    recipe = opened.loaded.recipe
+    is_held_out = split == "validation" and isinstance(recipe.data.validation, ValidationFraction)
+    read = {f"data.{split}", *(["data.train"] if is_held_out else [])}
+    ignored = tuple({"data.train", "data.validation", "data.test"} - read)
+    before, now = both_recipes(opened.run, opened.loaded)
+    return {
+        key: now.get(key)
+        for key in sorted(before.keys() | now.keys())
+        if key.startswith(("data.", "evaluation.", "seed")) and not key.startswith((*_FIXED, *ignored))
+        if before.get(key) != now.get(key)
+    }
+
+
+def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Reporter) -> Job:
+    """What an evaluation of a run needs: rows of one split and of general ability, rendered as in training.
+
+    Raises:
+        DataError: The recipe has no such rows, or a file of them cannot be read.
+    """
+    from lorafit.model.class_shape import find_shape
+    from lorafit.recipe.schema import ValidationFraction
+
+    recipe, card = opened.loaded.recipe, tuned.card
+    data = recipe.data.model_copy(update={"system_prompt": card.system_prompt})
+    if {"test": data.test, "validation": data.validation, "train": data.train}[split] is None:
+        todo = "add --set data.test=$PWD/FILE, or data.validation=$PWD/FILE for --split validation"
+        raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo=todo)
+    is_held_out = split == "validation" and isinstance(data.validation, ValidationFraction)
+    loaded = replace(opened.loaded, recipe=recipe.model_copy(update={"data": data}))
+    wanted = ["data.train" if is_held_out else f"data.{split}", "evaluation.retention"]
+    look_for_rows(loaded, only=wanted, todo="or score others: --set data.test=FILE")
+    tokenizer, shape = tuned.tokenizer(), find_shape(tuned.base.config)
+    renderer = tuned.renderer(data, tokenizer)
+    rows = prepare_rows(loaded, renderer, shape, reporter, only=[split, "retention"])
+    return Job(loaded, tuned.base, shape, tokenizer, renderer, rows, read_device())

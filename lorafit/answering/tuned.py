@@ -1,0 +1,165 @@
+"""A trained adapter with its card and its base, found again; no weight is loaded and no training row opened.
+
+RUN ────> card.json ──────┐
+ADAPTER ────> lorafit.json┴──> base, found again ──> Tuned ──load──> Engine
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafit.errors import CheckpointError, DataError
+from lorafit.job import autocast_dtype, open_job, torch_dtype
+from lorafit.kinds.tasks import tasks
+from lorafit.machine.devices import read_device
+from lorafit.run.card import RunCard, read_card
+from lorafit.run.workspace import OpenedRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorafit.answering.engine import Engine
+    from lorafit.contracts import Reporter
+    from lorafit.data.sample_renderer import Renderer
+    from lorafit.model.adapter import AdapterFolder
+    from lorafit.model.base import Base
+    from lorafit.recipe.schema import DataSection
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A trained adapter with its run's card and its base, weights not loaded."""
+
+    card: RunCard
+    base: Base
+    adapter: Path
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Engine:
+        """Base and adapter in the precision of the run."""
+        from lorafit.answering.engine import Engine
+        from lorafit.model.adapter import open_adapter
+        from lorafit.model.load import load_model
+
+        model = load_model(
+            self.base,
+            quantization=self.card.quantization,
+            dtype=torch_dtype(self.card.dtype),
+            compute_dtype=torch_dtype(self.card.compute_dtype),
+            attention=self.card.attention,
+            device=read_device().kind,
+            auto_class=tasks.get(self.card.task).auto_class,
+            reporter=reporter,
+        )
+        adapted = open_adapter(model, self.adapter, trainable=False, base=self.base, reporter=reporter)
+        autocast = autocast_dtype(self.card.dtype)
+        return Engine(adapted, tokenizer, autocast_dtype=autocast, base=self.base)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was trained with; its templates are those of the card."""
+        from lorafit.model.load import load_tokenizer
+        from lorafit.model.tokenizer_files import DEFAULT, TokenizerFolder
+
+        beside = TokenizerFolder(self.adapter).has_tokenizer()
+        tokenizer = load_tokenizer(self.base, self.adapter if beside else None)
+        templates = dict(self.card.templates)
+        tokenizer.chat_template = templates[DEFAULT] if templates.keys() == {DEFAULT} else templates or None
+        return tokenizer
+
+    def renderer(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+        """What turns rows and prompts into tokens as training did.
+
+        Args:
+            data: The recipe's section, with the card's system prompt; the template is the card's.
+            tokenizer: From `tokenizer`.
+        """
+        from lorafit.data.sample_renderer import Renderer
+
+        named = self.card.templates["default"] if self.card.template_is_named else None
+        return Renderer(tokenizer, data, named, self.now())
+
+    def now(self) -> datetime | None:
+        """The moment that templates take for the present one; None where they do not ask."""
+        return datetime.fromisoformat(self.card.template_date) if self.card.template_date else None
+
+
+def find_card(opened: OpenedRun, reporter: Reporter) -> RunCard:
+    """A run's card. One that an earlier version trained has none: it is made from recipe, plan and rows.
+
+    Raises:
+        CheckpointError: The card cannot be read, or rows are needed for it and are not here.
+    """
+    if opened.run.card.is_file():
+        return read_card(opened.run.card)
+    try:
+        return open_job(opened.loaded, reporter, opened.began()).card(opened.resolved())
+    except DataError as error:
+        raise CheckpointError(
+            f"has no card.json, since an earlier lorafit trained it, and its rows cannot be read: {error.what}",
+            file=str(opened.run.root),
+            todo="put its rows back, or merge a copy of its adapter folder",
+        ) from error
+
+
+def open_tuned(opened: OpenedRun, checkpoint: str | None, base_model: str | None, reporter: Reporter) -> Tuned:
+    """A run's adapter with its card and its base.
+
+    Args:
+        opened: The run.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Where the base is, as the user says; found where None.
+        reporter: Told about what is looked for.
+
+    Raises:
+        CheckpointError: There is no such adapter, or no card.
+        ModelError: The base is not on this disk, or is another one.
+    """
+    from lorafit.model.base import resolve_base
+    from lorafit.model.find_base import find_base
+
+    adapter, _ = opened.adapter(checkpoint)
+    card, model = find_card(opened, reporter), opened.loaded.recipe.model
+    if card.base.commit is not None:
+        model = model.model_copy(update={"revision": card.base.commit})
+    base = find_base(
+        card.base,
+        named=base_model,
+        places=[*([Path(card.base_path)] if card.base_path else []), opened.loaded.folder / model.base],
+        make=lambda: resolve_base(model, opened.loaded.folder, reporter),
+        where=opened.run.root,
+        reporter=reporter,
+    )
+    return Tuned(card, base, adapter)
+
+
+def open_lone_adapter(adapter: Path, base_model: str | None, reporter: Reporter) -> tuple[AdapterFolder, Base]:
+    """An adapter folder that came without its run, and its base, which must be on this disk.
+
+    Raises:
+        ModelError: It is no adapter, or its base is not here, or another one.
+    """
+    from lorafit.model.adapter import read_adapter
+    from lorafit.model.base import resolve_base
+    from lorafit.model.find_base import find_base, find_foreign_base
+    from lorafit.recipe.schema import ModelSection
+
+    saved = read_adapter(adapter)
+    card = saved.card()
+    written = str(saved.config.get("base_model_name_or_path") or "")
+    if card is None:
+        revision = saved.config.get("revision")
+        return saved, find_foreign_base(
+            written, str(revision) if revision else None, named=base_model, where=adapter, reporter=reporter
+        )
+    package = ModelSection(base=card.base.name) if card.base.kind == "package" else None
+    base = find_base(
+        card.base,
+        named=base_model,
+        places=[Path(written)] if Path(written).is_absolute() else [],
+        make=(lambda: resolve_base(package, adapter, reporter)) if package else None,
+        where=adapter,
+        reporter=reporter,
+    )
+    return saved, base
