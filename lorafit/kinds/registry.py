@@ -113,13 +113,14 @@ class SectionRegistry(_Members[type[K]], Generic[K]):
         super().__init__(what, package)
         self._sections: dict[str, type[KindSection]] = {}
 
-    def register(self, section: type[KindSection]) -> Callable[[type[K]], type[K]]:
-        """Class decorator: makes the class the member that `section` names by the default of its field `kind`."""
-        name = section.model_fields["kind"].default
+    def register(self, *sections: type[KindSection]) -> Callable[[type[K]], type[K]]:
+        """Class decorator: makes the class the member that each section names by the default of its field `kind`."""
 
         def add(cls: type[K]) -> type[K]:
-            self._add(name, cls, cls.__qualname__)
-            self._sections[name] = section
+            for section in sections:
+                name = section.model_fields["kind"].default
+                self._add(name, cls, cls.__qualname__)
+                self._sections[name] = section
             return cls
 
         return add

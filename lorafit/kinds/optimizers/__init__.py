@@ -37,6 +37,10 @@ class EightBitSection(OptimizerSection):
     """Parameter tensors with fewer values than this keep fp32 state."""
 
 
+class PagedSection(OptimizerSection):
+    """What every optimizer has whose state can leave the GPU (CUDA only)."""
+
+
 class Optimizer(Kind[S_co]):
     """One optimizer: its memory and how it is built."""
 
@@ -47,7 +51,7 @@ class Optimizer(Kind[S_co]):
     @property
     def is_paged(self) -> bool:
         """Whether its state can leave the GPU (CUDA only)."""
-        return False
+        return isinstance(self.section, PagedSection)
 
     @abstractmethod
     def build(
@@ -59,13 +63,25 @@ class Optimizer(Kind[S_co]):
 optimizers: SectionRegistry[Optimizer[OptimizerSection]] = SectionRegistry("optimizer", "lorafit.kinds.optimizers")
 
 
-def quantized_state_bytes(parameters: int) -> int:
-    """Bytes of one 8-bit moment: a byte a value and an fp32 absmax for each block of 256."""
-    return parameters + 4 * (parameters // _QUANTIZED_BLOCK)
+class TorchOptimizer(Optimizer[S_co]):
+    """An optimizer of torch whose constructor calls its options as the section does."""
+
+    optimizer: ClassVar[str]
+    """Its class in `torch.optim`."""
+
+    def build(
+        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
+    ) -> torch.optim.Optimizer:
+        """torch's optimizer with the section's values."""
+        import torch
+
+        options = self.section.model_dump(exclude={"kind"})
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, self.optimizer)(parameters, lr=learning_rate, **options)
+        return optimizer
 
 
 class BitsandbytesOptimizer(Optimizer[S_co]):
-    """What every optimizer of bitsandbytes shares: 8-bit state where the section is one for it, paging, and the build.
+    """An optimizer of bitsandbytes: 8-bit state where its section is an `EightBitSection`, paged for a `PagedSection`.
 
     Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022.
     """
@@ -74,26 +90,21 @@ class BitsandbytesOptimizer(Optimizer[S_co]):
     """Its class in `bitsandbytes.optim`; those called `...8bit` and `Paged...` differ from it in arguments alone."""
     moments: ClassVar[int]
     """Running means that it keeps for each parameter."""
-    paged: ClassVar[bool] = False
 
     def state_bytes(self, parameters: int) -> int:
-        """Its moments, 8-bit with their constants or fp32."""
-        one = quantized_state_bytes(parameters) if isinstance(self.section, EightBitSection) else 4 * parameters
+        """A byte a value and an fp32 absmax for each block of 256, or fp32, for each moment."""
+        is_8bit = isinstance(self.section, EightBitSection)
+        one = parameters + 4 * (parameters // _QUANTIZED_BLOCK) if is_8bit else 4 * parameters
         return self.moments * one
-
-    @property
-    def is_paged(self) -> bool:
-        """Whether its state can leave the GPU."""
-        return self.paged
 
     def build(
         self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
     ) -> torch.optim.Optimizer:
-        """The optimizer with the section's values, which are called as bitsandbytes calls them."""
+        """bitsandbytes' optimizer with the section's values."""
         import bitsandbytes.optim
 
         options = self.section.model_dump(exclude={"kind"})
-        if self.paged:
+        if self.is_paged:
             options["is_paged"] = device.type == "cuda"
         optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, self.optimizer)(
             parameters, lr=learning_rate, optim_bits=8 if isinstance(self.section, EightBitSection) else 32, **options

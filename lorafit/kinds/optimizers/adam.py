@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
-
-if TYPE_CHECKING:
-    import torch
+from lorafit.kinds.optimizers import Beta, OptimizerSection, TorchOptimizer, WeightDecay, optimizers
 
 
 class AdamSection(OptimizerSection):
@@ -26,23 +22,11 @@ class AdamSection(OptimizerSection):
 
 
 @optimizers.register(AdamSection)
-class Adam(Optimizer[AdamSection]):
+class Adam(TorchOptimizer[AdamSection]):
     """Source: Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1."""
+
+    optimizer = "Adam"
 
     def state_bytes(self, parameters: int) -> int:
         """Two fp32 moments."""
         return 8 * parameters
-
-    def build(
-        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
-    ) -> torch.optim.Optimizer:
-        """torch.optim.Adam."""
-        import torch
-
-        return torch.optim.Adam(
-            parameters,
-            lr=learning_rate,
-            betas=self.section.betas,
-            eps=self.section.eps,
-            weight_decay=self.section.weight_decay,
-        )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
-
-if TYPE_CHECKING:
-    import torch
+from lorafit.kinds.optimizers import Beta, OptimizerSection, TorchOptimizer, WeightDecay, optimizers
 
 
 class AdamWSection(OptimizerSection):
@@ -26,26 +22,11 @@ class AdamWSection(OptimizerSection):
 
 
 @optimizers.register(AdamWSection)
-class AdamW(Optimizer[AdamWSection]):
+class AdamW(TorchOptimizer[AdamWSection]):
     """Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2."""
+
+    optimizer = "AdamW"
 
     def state_bytes(self, parameters: int) -> int:
         """Two fp32 moments."""
         return 8 * parameters
-
-    def build(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        learning_rate: float,
-        device: torch.device,
-    ) -> torch.optim.Optimizer:
-        """torch.optim.AdamW."""
-        import torch
-
-        return torch.optim.AdamW(
-            parameters,
-            lr=learning_rate,
-            betas=self.section.betas,
-            eps=self.section.eps,
-            weight_decay=self.section.weight_decay,
-        )

@@ -11,10 +11,10 @@ from lorafit.kinds.optimizers import (
     BitsandbytesOptimizer,
     EightBitSection,
     OptimizerSection,
+    PagedSection,
     WeightDecay,
     optimizers,
 )
-from lorafit.kinds.registry import S_co
 
 
 class _AdamWOptions(OptimizerSection):
@@ -32,7 +32,7 @@ class AdamW8bitSection(_AdamWOptions, EightBitSection):
     kind: Literal["adamw_8bit"] = "adamw_8bit"
 
 
-class PagedAdamW8bitSection(_AdamWOptions, EightBitSection):
+class PagedAdamW8bitSection(_AdamWOptions, EightBitSection, PagedSection):
     """adamw_8bit whose state moves to host memory when a GPU runs full; unpaged on a CPU."""
 
     kind: Literal["paged_adamw_8bit"] = "paged_adamw_8bit"
@@ -44,38 +44,15 @@ class AdamW32bitSection(_AdamWOptions):
     kind: Literal["adamw_bnb_32bit"] = "adamw_bnb_32bit"
 
 
-class PagedAdamW32bitSection(_AdamWOptions):
+class PagedAdamW32bitSection(_AdamWOptions, PagedSection):
     """adamw_bnb_32bit whose state moves to host memory when a GPU runs full; unpaged on a CPU."""
 
     kind: Literal["paged_adamw_32bit"] = "paged_adamw_32bit"
 
 
-class _BnbAdamW(BitsandbytesOptimizer[S_co]):
+@optimizers.register(AdamW8bitSection, PagedAdamW8bitSection, AdamW32bitSection, PagedAdamW32bitSection)
+class BnbAdamW(BitsandbytesOptimizer[_AdamWOptions]):
     """Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2."""
 
     optimizer = "AdamW"
     moments = 2
-
-
-@optimizers.register(AdamW8bitSection)
-class AdamW8bit(_BnbAdamW[AdamW8bitSection]):
-    """8-bit state."""
-
-
-@optimizers.register(PagedAdamW8bitSection)
-class PagedAdamW8bit(_BnbAdamW[PagedAdamW8bitSection]):
-    """8-bit state, paged."""
-
-    paged = True
-
-
-@optimizers.register(AdamW32bitSection)
-class AdamW32bit(_BnbAdamW[AdamW32bitSection]):
-    """fp32 state."""
-
-
-@optimizers.register(PagedAdamW32bitSection)
-class PagedAdamW32bit(_BnbAdamW[PagedAdamW32bitSection]):
-    """fp32 state, paged."""
-
-    paged = True

@@ -9,10 +9,10 @@ from lorafit.kinds.optimizers import (
     BitsandbytesOptimizer,
     EightBitSection,
     OptimizerSection,
+    PagedSection,
     WeightDecay,
     optimizers,
 )
-from lorafit.kinds.registry import S_co
 
 
 class _LionOptions(OptimizerSection):
@@ -28,7 +28,7 @@ class Lion8bitSection(_LionOptions, EightBitSection):
     kind: Literal["lion_8bit"] = "lion_8bit"
 
 
-class PagedLion8bitSection(_LionOptions, EightBitSection):
+class PagedLion8bitSection(_LionOptions, EightBitSection, PagedSection):
     """lion_8bit whose state moves to host memory when a GPU runs full; unpaged on a CPU."""
 
     kind: Literal["paged_lion_8bit"] = "paged_lion_8bit"
@@ -40,38 +40,15 @@ class Lion32bitSection(_LionOptions):
     kind: Literal["lion_32bit"] = "lion_32bit"
 
 
-class PagedLion32bitSection(_LionOptions):
+class PagedLion32bitSection(_LionOptions, PagedSection):
     """lion_32bit whose state moves to host memory when a GPU runs full; unpaged on a CPU."""
 
     kind: Literal["paged_lion_32bit"] = "paged_lion_32bit"
 
 
-class _BnbLion(BitsandbytesOptimizer[S_co]):
+@optimizers.register(Lion8bitSection, PagedLion8bitSection, Lion32bitSection, PagedLion32bitSection)
+class BnbLion(BitsandbytesOptimizer[_LionOptions]):
     """Source: Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, program 1."""
 
     optimizer = "Lion"
     moments = 1
-
-
-@optimizers.register(Lion8bitSection)
-class Lion8bit(_BnbLion[Lion8bitSection]):
-    """8-bit state."""
-
-
-@optimizers.register(PagedLion8bitSection)
-class PagedLion8bit(_BnbLion[PagedLion8bitSection]):
-    """8-bit state, paged."""
-
-    paged = True
-
-
-@optimizers.register(Lion32bitSection)
-class Lion32bit(_BnbLion[Lion32bitSection]):
-    """fp32 state."""
-
-
-@optimizers.register(PagedLion32bitSection)
-class PagedLion32bit(_BnbLion[PagedLion32bitSection]):
-    """fp32 state, paged."""
-
-    paged = True

@@ -13,7 +13,6 @@ from lorafit.kinds.optimizers import (
     WeightDecay,
     optimizers,
 )
-from lorafit.kinds.registry import S_co
 
 
 class _RMSpropOptions(OptimizerSection):
@@ -37,18 +36,9 @@ class RMSprop32bitSection(_RMSpropOptions):
     kind: Literal["rmsprop_bnb_32bit"] = "rmsprop_bnb_32bit"
 
 
-class _BnbRMSprop(BitsandbytesOptimizer[S_co]):
+@optimizers.register(RMSprop8bitSection, RMSprop32bitSection)
+class BnbRMSprop(BitsandbytesOptimizer[_RMSpropOptions]):
     """Source: Tieleman & Hinton, lecture 6.5, 2012. It has no momentum there."""
 
     optimizer = "RMSprop"
     moments = 1
-
-
-@optimizers.register(RMSprop8bitSection)
-class RMSprop8bit(_BnbRMSprop[RMSprop8bitSection]):
-    """8-bit state."""
-
-
-@optimizers.register(RMSprop32bitSection)
-class RMSprop32bit(_BnbRMSprop[RMSprop32bitSection]):
-    """fp32 state."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
-
-if TYPE_CHECKING:
-    import torch
+from lorafit.kinds.optimizers import Beta, OptimizerSection, TorchOptimizer, WeightDecay, optimizers
 
 
 class RMSpropSection(OptimizerSection):
@@ -30,28 +26,11 @@ class RMSpropSection(OptimizerSection):
 
 
 @optimizers.register(RMSpropSection)
-class RMSprop(Optimizer[RMSpropSection]):
+class RMSprop(TorchOptimizer[RMSpropSection]):
     """Source: Tieleman & Hinton, lecture 6.5 of Neural Networks for Machine Learning, 2012; centered: Graves, 2013."""
+
+    optimizer = "RMSprop"
 
     def state_bytes(self, parameters: int) -> int:
         """fp32 squares, and where asked momentum and means."""
         return 4 * parameters * (1 + bool(self.section.momentum) + self.section.centered)
-
-    def build(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        learning_rate: float,
-        device: torch.device,
-    ) -> torch.optim.Optimizer:
-        """torch.optim.RMSprop."""
-        import torch
-
-        return torch.optim.RMSprop(
-            parameters,
-            lr=learning_rate,
-            alpha=self.section.alpha,
-            eps=self.section.eps,
-            momentum=self.section.momentum,
-            centered=self.section.centered,
-            weight_decay=self.section.weight_decay,
-        )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lorafit.kinds.optimizers import Optimizer, OptimizerSection, WeightDecay, optimizers
-
-if TYPE_CHECKING:
-    import torch
+from lorafit.kinds.optimizers import OptimizerSection, TorchOptimizer, WeightDecay, optimizers
 
 
 class SGDSection(OptimizerSection):
@@ -32,23 +28,11 @@ class SGDSection(OptimizerSection):
 
 
 @optimizers.register(SGDSection)
-class SGD(Optimizer[SGDSection]):
+class SGD(TorchOptimizer[SGDSection]):
     """Source: Sutskever et al., On the importance of initialization and momentum in deep learning, 2013."""
+
+    optimizer = "SGD"
 
     def state_bytes(self, parameters: int) -> int:
         """One fp32 buffer where there is momentum."""
         return 4 * parameters if self.section.momentum else 0
-
-    def build(
-        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
-    ) -> torch.optim.Optimizer:
-        """torch.optim.SGD."""
-        import torch
-
-        return torch.optim.SGD(
-            parameters,
-            lr=learning_rate,
-            momentum=self.section.momentum,
-            nesterov=self.section.nesterov,
-            weight_decay=self.section.weight_decay,
-        )
