@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lorafit import pipeline
-from lorafit.kinds.optimizers import build_optimizer
+from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
 from tests.integration.option_leaves import Case, Probe
 from tests.integration.option_world import SPLITS, OptionWorld, digest_of, named_commits
@@ -108,7 +108,7 @@ def updates(section: Any) -> Any:
 
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(64, 128) * 0.1)  # 8192 values: enough for 8-bit state
-    optimizer = build_optimizer(section, [parameter], 1e-2, torch.device("cpu"))
+    optimizer = optimizers.bind(section).build([parameter], 1e-2, torch.device("cpu"))
     for scale in (1.0, 0.1, 3.0, 0.5):
         gradient = torch.randn_like(parameter) * scale
         gradient[:, :16] *= 1e-4  # so small that eps can be seen
