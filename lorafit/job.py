@@ -221,7 +221,7 @@ def prepare_rows(
             recipe.data,
             folder=loaded.folder,
             renderer=renderer,
-            encode=tasks.get(recipe.task).encode,
+            encode=tasks.bind(recipe.task).encode,
             seed=recipe.seed,
             cache_dir=cache_folder() / "data",
             reporter=reporter,
@@ -333,7 +333,7 @@ def load_base(job: Job, *, dtype: str, compute_dtype: str, attention: str, devic
         compute_dtype=torch_dtype(compute_dtype),
         attention=attention,
         device=device,
-        auto_class=tasks.get(job.recipe.task).auto_class,
+        auto_class=tasks.bind(job.recipe.task).auto_class,
         reporter=reporter,
     )
 
@@ -345,14 +345,13 @@ def prove(job: Job, model: Any, dtype: str, examples: Examples, reporter: Report
         NumericsError: They differ on every path.
     """
     from lorafit.data.batch import collate
-    from lorafit.objective import Objective, choose_probe, cut_probe, prove_objective
+    from lorafit.objective import choose_probe
+    from lorafit.objective.proof import prove_objective
 
-    def build(wrapped: torch.nn.Module) -> Objective:
-        return Objective(wrapped, autocast_dtype=autocast_dtype(dtype), exact=not job.shape.plain_head)
-
-    objective: Any = tasks.get(job.recipe.task).build_loss(model, build)
+    task = tasks.bind(job.recipe.task)
+    objective = task.build_objective(model, autocast_dtype=autocast_dtype(dtype), exact=not job.shape.plain_head)
     most_tokens = min(_PROOF_TOKENS, _PROOF_LOGITS_BYTES // (4 * job.shape.vocabulary))
-    row = cut_probe(examples[choose_probe(examples.lengths, most_tokens=most_tokens)], most_tokens)
+    row = task.cut_probe(examples[choose_probe(examples.lengths, most_tokens=most_tokens)], most_tokens)
     device = model.get_input_embeddings().weight.device
     prove_objective(objective, collate([row], job.pad_id).to(device), reporter)
-    return objective  # type: ignore[no-any-return]
+    return objective

@@ -201,7 +201,7 @@ def train(
         if dry_run:
             the_plan.show(reporter)
             require_fit(the_plan)
-            section, auto_class = job.recipe.adapter, tasks.get(job.recipe.task).auto_class
+            section, auto_class = job.recipe.adapter, tasks.bind(job.recipe.task).auto_class
             check_shippable_unloaded(job.base, section, job.recipe.seed, auto_class)
             return Trained(run, the_plan, None, None)
         training = Training(

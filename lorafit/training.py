@@ -190,7 +190,7 @@ class Training:
         job, recipe = self.job, self.job.recipe
         model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
         check_plan(model, self._planned_targets(), self.plan.trainable_parameters)
-        check_shippable(model, job.base, tasks.get(recipe.task).auto_class)
+        check_shippable(model, job.base, tasks.bind(recipe.task).auto_class)
         return model
 
     def _planned_targets(self) -> Sequence[LinearShape]:

@@ -31,7 +31,6 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"estimation.dry_run"},
     {"trainer", "evaluation"},
     {"answering"},
-    {"objective"},
     {"data", "model"},
     {"estimation"},
     {"plan"},
@@ -39,6 +38,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"recipe"},
     {"run.card"},
     {"kinds"},
+    {"objective"},
     {"console.exits", "files.cache"},
     {"ops", "files", "machine.devices", "model_shapes", "console.reporting", "hub"},
     {"machine.hardware"},
@@ -54,7 +54,8 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
         "run.prelude",
     },
 )
-LIGHT = {"__main__", "cli", *(room for floor in FLOORS[17:] for room in floor)} - {"ops", "console.live_line"}
+LIGHT = {"__main__", "cli", *(room for floor in FLOORS[FLOORS.index({"estimation"}) :] for room in floor)}
+LIGHT -= {"ops", "objective", "console.live_line"}
 HEAVY = {
     "torch",
     "transformers",

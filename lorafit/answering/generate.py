@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from lorafit.errors import ResourceError
-from lorafit.model.targets import output_head
 from lorafit.ops.isolation import as_whole
+from lorafit.ops.output_head import output_head
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

@@ -50,7 +50,7 @@ class Tuned:
             compute_dtype=torch_dtype(self.card.compute_dtype),
             attention=self.card.attention,
             device=read_device().kind,
-            auto_class=tasks.get(self.card.task).auto_class,
+            auto_class=tasks.bind(self.card.task).auto_class,
             reporter=reporter,
         )
         adapted = open_adapter(model, self.adapter, trainable=False, base=self.base, reporter=reporter)

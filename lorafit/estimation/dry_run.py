@@ -30,7 +30,6 @@ from lorafit.model import fuse
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
-from lorafit.objective import Objective
 from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.chunk_sizes import chunk_labels
 from lorafit.ops.live_tensors import LiveTensors, watching
@@ -118,7 +117,7 @@ class DryRun:
             compute_dtype=_DTYPES[resolve_compute_dtype(recipe, dtype)],
             attention=self.question.attention,
             device_kind=self.question.device_kind,
-            auto_class=tasks.get(recipe.task).auto_class,
+            auto_class=tasks.bind(recipe.task).auto_class,
         )
         fresh = recipe.adapter.model_copy(update={"init_from": None})
         with torch.device("meta"):
@@ -129,7 +128,9 @@ class DryRun:
             if self.question.keeps_unpacked:
                 keep_unpacked(model)
         enable_checkpointing(model, self.gradient_checkpointing)
-        objective: Any = tasks.get(recipe.task).build_loss(model, self._objective)
+        autocast = None if dtype == "fp32" else _DTYPES[dtype]
+        task = tasks.bind(recipe.task)
+        objective = task.build_objective(model, autocast_dtype=autocast, exact=not self.question.shape.plain_head)
         objective.train()
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         training = recipe.training
@@ -170,10 +171,6 @@ class DryRun:
             for layer in layers:
                 stack.enter_context(layer.register_forward_hook(lambda *_: bar.advance(1)))
             yield
-
-    def _objective(self, model: torch.nn.Module) -> Objective:
-        autocast = None if self.question.dtype == "fp32" else _DTYPES[self.question.dtype]
-        return Objective(model, autocast_dtype=autocast, exact=not self.question.shape.plain_head)
 
     def _batch(self) -> Batch:
         longest = self.question.longest_tokens

@@ -69,7 +69,7 @@ def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter) -> RowLengths
         recipe.data,
         folder=loaded.folder,
         renderer=build_renderer(load_tokenizer(base), recipe.data, loaded.folder),
-        encode=tasks.get(recipe.task).encode,
+        encode=tasks.bind(recipe.task).encode,
         seed=recipe.seed,
         cache_dir=cache_folder() / "data",
         reporter=_BarsAlone(reporter),
@@ -98,7 +98,7 @@ def _key(loaded: LoadedRecipe, base: Base) -> str:
     recipe = loaded.recipe
     parts: dict[str, Any] = {
         "data": recipe.data.model_dump(mode="json"),
-        "task": recipe.task,
+        "task": recipe.task.model_dump(),
         "seed": recipe.seed,
         "files": [_stamp(file) for file in _files(loaded, base)],
         "code": code_version(),

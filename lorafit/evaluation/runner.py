@@ -73,7 +73,7 @@ def score_examples(
     The caller puts the model into eval mode (`evaluating`).
 
     Args:
-        objective: Has `score(batch) -> (losses fp32 [labels], correct bool [labels])`.
+        objective: On its device.
         examples: Prepared rows.
         micro_batch_tokens: Padded tokens of one forward.
         pad_id: Fills up shorter rows.
@@ -92,12 +92,9 @@ def score_examples(
     with reporter.track(sum(map(len, micro_batches)), what) as bar:
         for members in micro_batches:
             batch = collate([examples[row] for row in members], pad_id)
-            # row of each label, on the host: label_index is the flat position row * seq + column
-            owners = batch["label_index"].numpy() // batch["input_ids"].shape[1]
-            losses, correct = objective.score(batch.to(device))
-            values = torch.stack([losses.float(), correct.float()]).cpu().numpy().astype(np.float64)
-            for column, weights in enumerate((values[0], np.ones(len(owners)), values[1])):
-                sums[np.asarray(members), column] = np.bincount(owners, weights=weights, minlength=len(members))
+            scores = objective.score(batch.to(device))
+            for column, name in enumerate(("loss", "weight", "correct")):
+                sums[np.asarray(members), column] = scores[name]
             bar.advance(len(members))
     if ranks.count > 1:
         sums = ranks.add_up(torch.from_numpy(sums).to(device)).cpu().numpy()

@@ -12,7 +12,7 @@ from abc import ABC
 from collections.abc import Callable
 from typing import Annotated, Any, Generic, TypeVar, Union
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler
 
 from lorafit.console.nearest import nearest
 from lorafit.errors import RecipeError
@@ -35,6 +35,12 @@ class Kind(ABC, Generic[S_co]):
 
 
 K = TypeVar("K", bound=Kind[KindSection])
+
+
+def as_bare_word(section: KindSection, dump: SerializerFunctionWrapHandler) -> object:
+    """A section without options as the name of its kind, as recipes had it before the family had any options."""
+    values = dump(section)
+    return section.kind if values == {"kind": section.kind} else values
 
 
 class _Members(Generic[T]):

@@ -15,8 +15,9 @@ from typing import Any
 from lorafit.errors import ModelError
 from lorafit.facts import LeftOut, LinearShape, ModelShape
 from lorafit.model.classes import build_empty, find_auto_class, read_settings
-from lorafit.model.targets import OUTSIDE, ROUTER, ROUTER_NAMES, head_names, left_out_names, output_head, text_part
+from lorafit.model.targets import OUTSIDE, ROUTER, ROUTER_NAMES, head_names, left_out_names
 from lorafit.model_shapes import EXPERTS, EXPERTS_ARE_FUSED, known_families, read_shape
+from lorafit.ops.output_head import output_head, text_part
 
 _ROLES = {
     "q": ("q_proj", "query", "q_lin", "q_b_proj"),

@@ -21,6 +21,7 @@ from lorafit.model.check_weights import list_names
 from lorafit.model.classes import build_whole
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model_shapes import ROUTERS_CHOOSE
+from lorafit.ops.output_head import output_head, text_part
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -110,13 +111,6 @@ def left_out_names(model: Any) -> dict[str, str]:
     return found | dict.fromkeys(_renamed_by_peft(model, usable), RENAMED)
 
 
-def output_head(model: Any) -> Any:
-    """The layer that gives logits: the model's own, or that of the whole language model inside it; None without one."""
-    head = model.get_output_embeddings()
-    inner = text_part(model) if head is None else None
-    return head if inner is None else inner.get_output_embeddings()
-
-
 def head_names(model: Any) -> list[str]:
     """Paths of the output head."""
     head = output_head(model)
@@ -150,12 +144,6 @@ def tower_names(model: Any) -> list[str]:
         if any(kinds) and not any("text" in kind for kind in kinds if kind):
             inside -= {id(module) for module in part.modules()}
     return [name for name, module in _linears(model) if id(module) not in inside]
-
-
-def text_part(model: Any) -> Any:
-    """The language model inside a model of several modalities; None where the model is that itself."""
-    decoder = model.get_decoder() if model.config.sub_configs and hasattr(model, "get_decoder") else None
-    return None if decoder is model else decoder
 
 
 def leave_towers_out(skeleton: Any, config: Any) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, WrapSerializer
 
 from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.formats import formats
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.optimizers import OptimizerSection, optimizers
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
+from lorafit.kinds.registry import as_bare_word
 from lorafit.kinds.schedules import ScheduleSection, schedules
 from lorafit.kinds.section import PATH, PATH_OR_NAME, Section
-from lorafit.kinds.tasks import tasks
+from lorafit.kinds.tasks import TaskSection, tasks
 from lorafit.recipe.words import LARGEST_COUNT, OneNameOf
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     OptimizerChoice = OptimizerSection
     QuantizationChoice = QuantizationSection
     ScheduleChoice = ScheduleSection
+    TaskChoice = TaskSection
 else:
     AdapterChoice = adapters.one_of("lora")
     OptimizerChoice = optimizers.one_of("paged_adamw_8bit")
     QuantizationChoice = quantizations.one_of("nf4")
     ScheduleChoice = schedules.one_of("cosine")
+    TaskChoice = Annotated[tasks.one_of("causal-lm"), WrapSerializer(as_bare_word)]
 
 Auto = Literal["auto"]
 
@@ -50,7 +53,6 @@ def _metrics_while_training() -> list[str]:
 
 
 FormatName = Annotated[str, AfterValidator(OneNameOf("format", lambda: ["auto", *formats.names()]))]
-TaskName = Annotated[str, AfterValidator(OneNameOf("task", tasks.names))]
 MetricName = Annotated[str, AfterValidator(OneNameOf("metric", metrics.names))]
 CheapMetricName = Annotated[str, AfterValidator(OneNameOf("metric while training", _metrics_while_training))]
 
@@ -237,7 +239,7 @@ class Recipe(Section):
 
     name: Word
     """Name of the run; its folder is `runs/NAME` where `output` is not set."""
-    task: TaskName = "causal-lm"
+    task: TaskChoice = Field(default="causal-lm", validate_default=True)
     """What is learnt."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Decides row order, adapter initialisation and dropout."""

@@ -71,24 +71,6 @@ FOREIGN_VALUES: Mapping[str, str] = {
 
 
 NOT_BUILT: Mapping[str, tuple[str, ...]] = {
-    "task": (
-        *("sequence-classification", "token-classification", "classification", "seq2seq-lm", "seq2seq"),
-        *(
-            "preference",
-            "dpo",
-            "orpo",
-            "kto",
-            "simpo",
-            "ipo",
-            "rm",
-            "reward",
-            "reward-model",
-            "rlhf",
-            "ppo",
-            "grpo",
-            "embedding",
-        ),
-    ),
     "format": ("preference", "pairwise", "ranking", "dpo", "orpo", "kto", "chosen_rejected", "classification", "label"),
 }
 """Names that people know of other tools and that mean nothing here yet, by the family they would belong to."""

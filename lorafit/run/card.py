@@ -10,23 +10,27 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import WrapSerializer, field_validator, model_validator
 
 from lorafit.errors import CheckpointError
 from lorafit.files.rundir import read_json
 from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
+from lorafit.kinds.registry import as_bare_word
 from lorafit.kinds.section import Section
+from lorafit.kinds.tasks import TaskSection, tasks
 from lorafit.run.prelude import with_dates, with_system_prompt
 
 if TYPE_CHECKING:
     AdapterChoice = AdapterSection
     QuantizationChoice = QuantizationSection
+    TaskChoice = TaskSection
 else:
     AdapterChoice = adapters.one_of("lora")
     QuantizationChoice = quantizations.one_of()
+    TaskChoice = Annotated[tasks.one_of("causal-lm"), WrapSerializer(as_bare_word)]
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Attention = Literal["auto", "eager", "sdpa", "fused", "flash_attention_2"]
@@ -61,8 +65,8 @@ class RunCard(Section):
 
     format: Literal[1] = 1
     """Version of this form."""
-    task: str
-    """Registered task."""
+    task: TaskChoice
+    """The recipe's section, with what the rows decided."""
     base: BaseOrigin
     """The frozen base model."""
     base_path: str | None = None

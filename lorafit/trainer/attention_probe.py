@@ -50,7 +50,7 @@ class AttentionProbe:
         """[labels, vocabulary], in eval mode."""
         set_attention(self.objective.base, name)
         self.objective.eval()
-        return self.objective.labelled_logits(self._batch())
+        return self.objective.logits(self._batch())
 
     def _gradient_distance(self, name: str, reference: str) -> float:
         expected, found = (self._gradients(attention) for attention in (reference, name))

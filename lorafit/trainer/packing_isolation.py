@@ -76,8 +76,8 @@ def _find_fault(objective: Objective, first: Example, second: Example, pad_id: i
     changed = replace(first, input_ids=np.resize(list(second.input_ids)[::-1], len(first.input_ids)).tolist())
     try:
         with torch.no_grad():
-            behind, moved = objective.labelled_logits(pack(first)), objective.labelled_logits(pack(changed))
-            alone = objective.labelled_logits(collate_packed([[second]], pad_id).to(device))
+            behind, moved = objective.logits(pack(first)), objective.logits(pack(changed))
+            alone = objective.logits(collate_packed([[second]], pad_id).to(device))
         gradient = _gradient_at(objective, pack(first))[: len(first.input_ids)]
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         if is_out_of_memory(error):

@@ -10,9 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lorafit import pipeline
-from lorafit.contracts import Encoded
 from lorafit.files.rundir import RunDir, read_json
-from lorafit.kinds.tasks import tasks
 from tests.integration.option_kinds import kind_cases
 from tests.integration.option_leaves import Case, Probe
 from tests.integration.option_world import (
@@ -100,7 +98,6 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
     tools = {"data.train": "../rows/tools.jsonl", "data.max_length": 2048, "data.dropped_fields": "warn"}
     one, two = "../rows/more.jsonl", ["../rows/more.jsonl", "../rows/validation.jsonl"]
     return {
-        "task": Case(("causal-lm", "every-token"), partial(labels_of_task, world)),
         "seed": Case((0, 1), of_run(world, "seed", adapter_tensors)),
         "data.train": Case((one, two), of_rows(world, "data.train")),
         "data.validation": Case(
@@ -329,19 +326,6 @@ def forward_tokens(world: OptionWorld, packing: bool) -> int:
     finally:
         first.remove()
     return tokens
-
-
-def labels_of_task(world: OptionWorld, task: str) -> Any:
-    """Labels of the rows. There is one task so far; a second one is registered here."""
-    causal = tasks.get("causal-lm")
-
-    class EveryToken(type(causal)):  # type: ignore[misc]
-        def encode(self, sample: Any, render: Any) -> Encoded | None:
-            encoded = super().encode(sample, render)
-            return encoded and Encoded(encoded.input_ids, [True] * len(encoded.input_ids))
-
-    with patch.dict(tasks._members, {"every-token": EveryToken()}):
-        return world.rows({"task": task})
 
 
 def places_of_runs(world: OptionWorld, changes: Changes) -> list[str]:

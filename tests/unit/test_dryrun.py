@@ -17,11 +17,11 @@ from lorafit.errors import ModelError
 from lorafit.estimation import dry_run as dryrun
 from lorafit.estimation.dry_run import DryRun, ExactEstimate
 from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.tasks import tasks
 from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import attach_adapter, enable_checkpointing
 from lorafit.model_shapes import known_config
-from lorafit.objective import Objective
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.plan import MemoryQuestion
 from lorafit.plan.step_memory import estimated_attention
@@ -29,6 +29,8 @@ from lorafit.plan.unpacked import decide_unpacked
 from lorafit.recipe.load import load_recipe
 from lorafit.trainer.step import accumulate_gradients, gradient_norm, update_parameters
 from lorafit.trainer.tracking import build_accelerator
+
+build_objective = tasks.make("causal-lm").build_objective
 
 ROWS, TOKENS = 2, 128
 
@@ -64,7 +66,7 @@ def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: boo
     if question.keeps_unpacked:
         keep_unpacked(model)
     enable_checkpointing(model, checkpointing)
-    objective = Objective(model, autocast_dtype=None if fp32 else dtype, exact=not question.shape.plain_head)
+    objective = build_objective(model, autocast_dtype=None if fp32 else dtype, exact=not question.shape.plain_head)
     objective.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizers.bind(recipe.training.optimizer).build(trained, 1e-3, torch.device("cpu"))

@@ -13,11 +13,13 @@ from lorafit.contracts import Batch
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
+from lorafit.kinds.tasks import tasks
 from lorafit.memory import MemoryEstimate, estimate, fits, labels_of
 from lorafit.model.fuse import fuse_layers
 from lorafit.model_shapes import known_config, read_shape
-from lorafit.objective import Objective
 from lorafit.ops.live_tensors import LiveTensors, quantization_tensors
+
+build_objective = tasks.make("causal-lm").build_objective
 
 SIZES = {
     "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
@@ -120,7 +122,7 @@ def measure_and_estimate(
         rows * tokens,
     )
     autocast = None if dtype == torch.float32 else dtype
-    objective = Objective(model, autocast_dtype=autocast, exact=not shape.plain_head)
+    objective = build_objective(model, autocast_dtype=autocast, exact=not shape.plain_head)
     trained = [p for p in model.parameters() if p.requires_grad]
     steps = optimizer.build(trained, 1e-3, torch.device("cpu"))
 

@@ -25,7 +25,10 @@ from transformers import (
 from lorafit.contracts import Batch, Example, Silent
 from lorafit.data.batch import collate
 from lorafit.errors import ModelError, NumericsError
-from lorafit.objective import Objective, cut_probe, prove_objective
+from lorafit.kinds.tasks import tasks
+from lorafit.objective.proof import prove_objective
+
+build_objective = tasks.make("causal-lm").build_objective
 
 SIZES = {
     "vocab_size": 83,
@@ -78,7 +81,7 @@ def test_loss_and_gradients_are_the_models_own(build: object, exact: bool) -> No
     torch.manual_seed(0)
     model = with_lora(build())  # type: ignore[operator]
     twin = copy.deepcopy(model)
-    objective = Objective(model, exact=exact)
+    objective = build_objective(model, exact=exact)
     assert objective.exact is exact
     loss_sum, weight, aux = objective(batch())
     loss_sum.backward()
@@ -97,34 +100,34 @@ def test_loss_and_gradients_are_the_models_own(build: object, exact: bool) -> No
             torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-6)
             compared += 1
     assert compared >= 4
-    losses, correct = objective.score(batch())
-    torch.testing.assert_close(losses.sum(), loss_sum.detach(), rtol=1e-5, atol=0)
-    assert int(correct.sum()) == int(aux["correct"])
+    scores = objective.score(batch())
+    assert scores["loss"].sum() == pytest.approx(float(loss_sum), rel=1e-5)
+    assert scores["correct"].sum() == int(aux["correct"]) and scores["weight"].tolist() == [5, 2]
 
 
 @pytest.mark.parametrize("build", [gemma, cohere])
 def test_soft_caps_and_scales_are_seen_and_the_exact_path_is_right(build: object) -> None:
     torch.manual_seed(0)
-    objective = Objective(with_lora(build()))  # type: ignore[operator]
+    objective = build_objective(with_lora(build()))  # type: ignore[operator]
     assert not objective.exact
     objective.train()
     state, reporter = torch.get_rng_state(), Silent()
     prove_objective(objective, batch(), reporter)
     assert objective.exact and objective.training and torch.equal(state, torch.get_rng_state())
     assert "exact path" in reporter.warnings[0]
-    torch.testing.assert_close(objective(batch())[0].double(), objective.own_loss(batch()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(objective(batch())[0].double(), objective.reference_loss(batch()), rtol=1e-4, atol=1e-4)
 
 
 def test_ordinary_models_stay_on_the_fast_path() -> None:
     for build in (llama, gpt2):
-        objective, reporter = Objective(with_lora(build())), Silent()
+        objective, reporter = build_objective(with_lora(build())), Silent()
         prove_objective(objective, batch(), reporter)
         assert not objective.exact and reporter.warnings == []
 
 
 def test_a_head_with_an_adapter_takes_the_exact_path_and_is_trained() -> None:
     torch.manual_seed(0)
-    objective = Objective(with_lora(llama(), "lm_head"))
+    objective = build_objective(with_lora(llama(), "lm_head"))
     assert objective.exact
     prove_objective(objective, batch(), Silent())
     objective(batch())[0].backward()
@@ -141,7 +144,7 @@ def test_a_loss_that_is_not_the_models_own_is_refused() -> None:
             return outputs
 
     with pytest.raises(NumericsError, match="not the model's own"):
-        prove_objective(Objective(Doubled(LlamaConfig(**SIZES))), batch(), Silent())
+        prove_objective(build_objective(Doubled(LlamaConfig(**SIZES))), batch(), Silent())
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -149,7 +152,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="own loss on one row is nan"):
-        prove_objective(Objective(model), batch(), Silent())
+        prove_objective(build_objective(model), batch(), Silent())
 
 
 def test_autocast_computes_in_bf16_and_leaves_adapters_fp32() -> None:
@@ -161,7 +164,7 @@ def test_autocast_computes_in_bf16_and_leaves_adapters_fp32() -> None:
     seen: list[torch.dtype] = []
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    objective = Objective(model, autocast_dtype=torch.bfloat16)
+    objective = build_objective(model, autocast_dtype=torch.bfloat16)
     prove_objective(objective, batch(), Silent())
     objective(batch())[0].backward()
     assert set(seen) == {torch.bfloat16}  # not cast up to fp32 first
@@ -174,7 +177,7 @@ def test_a_model_that_sees_ahead_is_refused(is_decoder: bool, refused: bool) -> 
     torch.manual_seed(0)
     sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
     model = BertLMHeadModel(BertConfig(**sizes, is_decoder=is_decoder))
-    objective = Objective(get_peft_model(model, LoraConfig(r=4, target_modules=["query"])))
+    objective = build_objective(get_peft_model(model, LoraConfig(r=4, target_modules=["query"])))
     if not refused:
         prove_objective(objective, batch(), Silent())
         return
@@ -188,7 +191,7 @@ def test_a_model_that_wants_more_than_text_is_refused() -> None:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = GitForCausalLM(GitConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, **sizes))
     with pytest.raises(ModelError, match="GitForCausalLM does not run on text alone"):
-        prove_objective(Objective(model), batch(), Silent())
+        prove_objective(build_objective(model), batch(), Silent())
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,7 @@ def test_a_model_that_wants_more_than_text_is_refused() -> None:
 )
 def test_a_long_probe_is_cut_to_its_last_trained_tokens(trained: list[int], most: int, kept: list[int]) -> None:
     """The model's own loss takes logits of the whole row at once: 1 GiB for 400 tokens and a vocabulary of 262,144."""
-    cut = cut_probe(Example(3, [10, 11, 12, 13, 14, 15], trained, "rows.jsonl", 7), most)
+    cut = tasks.make("causal-lm").cut_probe(Example(3, [10, 11, 12, 13, 14, 15], trained, "rows.jsonl", 7), most)
     assert list(cut.input_ids) == kept
     assert len(cut.trained) == len(kept)
     assert (cut.index, cut.line) == (3, 7)

@@ -536,7 +536,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(
         from lorafit.recipe.schema import DataSection
         folder, section = Path(sys.argv[1]), DataSection(train="d.jsonl")
         prepare(section, folder=folder, renderer=build_renderer(make_tokenizer(), section, folder),
-                encode=tasks.get("causal-lm").encode, seed=0, cache_dir=folder / "cache", reporter=Listener())
+                encode=tasks.make("causal-lm").encode, seed=0, cache_dir=folder / "cache", reporter=Listener())
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parent)]
     process = subprocess.Popen(command)
@@ -622,7 +622,7 @@ def test_two_processes_build_once(tmp_path: Path, prepare_rows: Prepare) -> None
         from lorafit.recipe.schema import DataSection
         folder, section, listener = Path(sys.argv[1]), DataSection(train="d.jsonl"), Listener()
         renderer = build_renderer(make_tokenizer(), section, folder)
-        prepared = prepare(section, folder=folder, renderer=renderer, encode=tasks.get("causal-lm").encode, seed=0,
+        prepared = prepare(section, folder=folder, renderer=renderer, encode=tasks.make("causal-lm").encode, seed=0,
                            cache_dir=folder / "cache", reporter=listener)
         print(prepared.digest, listener.infos[-1])
     """

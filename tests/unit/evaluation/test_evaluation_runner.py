@@ -14,7 +14,9 @@ from lorafit.contracts import Silent
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About
 from lorafit.evaluation.runner import Ranks, evaluate_during, evaluate_pair, measure, score_examples
-from lorafit.objective import Objective
+from lorafit.kinds.tasks import tasks
+
+build_objective = tasks.make("causal-lm").build_objective
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -32,7 +34,7 @@ PAIRS = [
 def score(model, rows, budget, **options):
     model.eval()
     return score_examples(
-        Objective(model), rows, micro_batch_tokens=budget, pad_id=257, device=CPU, reporter=Silent(), **options
+        build_objective(model), rows, micro_batch_tokens=budget, pad_id=257, device=CPU, reporter=Silent(), **options
     )
 
 
@@ -82,7 +84,13 @@ def test_a_loss_that_is_not_finite_names_the_row(llama, make_rows):
 def test_evaluate_during_gives_the_loss_and_what_was_asked_for(tuned, make_rows):
     rows, _ = make_rows(PAIRS)
     evaluate = evaluate_during(
-        Objective(tuned), rows, ["token_accuracy"], micro_batch_tokens=64, pad_id=257, device=CPU, reporter=Silent()
+        build_objective(tuned),
+        rows,
+        ["token_accuracy"],
+        micro_batch_tokens=64,
+        pad_id=257,
+        device=CPU,
+        reporter=Silent(),
     )
     plain = np.array(plain_scores(tuned.eval(), rows)).sum(axis=0)
     found = evaluate()
@@ -91,7 +99,9 @@ def test_evaluate_during_gives_the_loss_and_what_was_asked_for(tuned, make_rows)
 
 def run_pair(model, tokenizer, rows, questions, names, **options):
     defaults = {"max_new_tokens": 6, "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
-    return evaluate_pair(Engine(model, tokenizer), Objective(model), rows, questions, names, **(defaults | options))
+    return evaluate_pair(
+        Engine(model, tokenizer), build_objective(model), rows, questions, names, **(defaults | options)
+    )
 
 
 def test_base_is_the_model_without_its_adapter_and_tuned_with_it(tuned, llama, tokenizer, make_rows):
@@ -131,7 +141,7 @@ def test_tool_calls_are_scored_with_needless_ones_beside_them_and_the_rest_is_co
     rows, questions = make_rows([("a", call), ("b", "plain"), ("c", "plain too"), ("d", call), ("e", "x")])
     questions[3] = replace(questions[3], reference="CALL f", calls=("f",))
     options = {"max_new_tokens": 4, "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
-    found = evaluate_pair(Engine(tuned, tokenizer), Objective(tuned), rows, questions, ["tool_call"], **options)
+    found = evaluate_pair(Engine(tuned, tokenizer), build_objective(tuned), rows, questions, ["tool_call"], **options)
     assert {line.name: line.rows for line in found.comparisons} == {"tool_call": 1, "needless_call": 3}
     assert {entry.metric: entry.rows for entry in found.unscored} == {"tool_call": 4, "needless_call": 2}
     assert found.tuned_speed.answers == 4
@@ -215,7 +225,7 @@ def test_a_better_model_is_called_better(make_tuned, tokenizer, make_rows):
     """A few steps on the rows themselves: the tuned model must win on them, and the report must say so."""
     rows, questions = make_rows(PAIRS)
     model = make_tuned(scale=0.0)
-    objective = Objective(model)
+    objective = build_objective(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     from lorafit.data.batch import collate
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, 
 from lorafit.answering.engine import Engine
 from lorafit.contracts import Silent
 from lorafit.evaluation.runner import evaluate_during, evaluate_pair
-from lorafit.objective import Objective
+from lorafit.kinds.tasks import tasks
 from lorafit.ops.isolation import adapter_off, evaluating
+
+build_objective = tasks.make("causal-lm").build_objective
 
 CPU = torch.device("cpu")
 
@@ -118,7 +120,7 @@ def test_evaluating_nf4_changes_neither_weights_nor_later_gradients(nf4, tokeniz
     before = step_gradients(nf4, rows)
     evaluate_pair(
         Engine(nf4, tokenizer, autocast_dtype=torch.bfloat16),
-        Objective(nf4, autocast_dtype=torch.bfloat16),
+        build_objective(nf4, autocast_dtype=torch.bfloat16),
         rows,
         questions,
         ["loss", "exact_match"],
@@ -141,7 +143,7 @@ def test_evaluating_nf4_changes_neither_weights_nor_later_gradients(nf4, tokeniz
 
 def train(model, rows, evaluate_every):
     """Four steps with dropout; returns the adapter."""
-    objective = Objective(model)
+    objective = build_objective(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     evaluate = evaluate_during(
         objective, rows, ["perplexity"], micro_batch_tokens=32, pad_id=257, device=CPU, reporter=Silent()

@@ -9,15 +9,18 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.contracts import Batch
 from lorafit.errors import ModelError, RecipeError
+from lorafit.kinds.tasks import tasks
 from lorafit.objective import Objective
 from lorafit.trainer.first_gradient import prove_gradients
 from tests.zoo_models import tiny_config
+
+build_objective = tasks.make("causal-lm").build_objective
 
 
 def objective(architecture: str, targets: list[str]) -> Objective:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture))
-    return Objective(get_peft_model(model, LoraConfig(r=2, target_modules=targets, lora_dropout=0.5)))
+    return build_objective(get_peft_model(model, LoraConfig(r=2, target_modules=targets, lora_dropout=0.5)))
 
 
 def row(tokens: int = 12) -> Batch:

@@ -15,11 +15,14 @@ from tiny_run import PAD, VOCABULARY, Job, Rows, TinyPlan
 
 from lorafit.data.packing import Cutter, MicroBatch, collate_packed, cut_packed
 from lorafit.errors import NumericsError
+from lorafit.kinds.tasks import tasks
 from lorafit.objective import Objective
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.rng import capture_rng, seed_rng
 from lorafit.trainer.packing_isolation import prove_separation
 from lorafit.trainer.state import TrainState
+
+build_objective = tasks.make("causal-lm").build_objective
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -59,7 +62,7 @@ def build(kind: str, attention: str, **changes: Any) -> Objective:
                 parameter.mul_(5.0)
     targets = ["in_proj"] if kind == "mamba" else "all-linear"
     lora = LoraConfig(r=4, target_modules=targets, lora_dropout=0.0, init_lora_weights=False)
-    return Objective(get_peft_model(model, lora), exact=kind == "gemma2").train()
+    return build_objective(get_peft_model(model, lora), exact=kind == "gemma2").train()
 
 
 def gradients(objective: Objective, parts: list[MicroBatch], rows: Rows) -> tuple[float, dict[str, torch.Tensor]]:
@@ -148,7 +151,7 @@ def test_a_model_whose_window_a_mask_would_widen_is_not_given_one() -> None:
             parameter.mul_(5.0)
     rows = Rows(2)
     with pytest.raises(NumericsError, match="gpt_oss cannot be packed with eager attention"):
-        prove_separation(Objective(model), [rows[0], rows[1]], PAD, one_row=True)
+        prove_separation(build_objective(model), [rows[0], rows[1]], PAD, one_row=True)
 
 
 class Faulty(transformers.GPT2LMHeadModel):
@@ -181,7 +184,7 @@ def test_the_proof_sees_each_fault_and_leaves_no_trace(fault: str, said: str | N
         for parameter in model.parameters():
             parameter.mul_(5.0)
     model.fault = fault
-    objective, rows = Objective(model, exact=True).train(), Rows(2)
+    objective, rows = build_objective(model, exact=True).train(), Rows(2)
     before, state = copy.deepcopy(model.state_dict()), capture_rng()
     with contextlib.nullcontext() if said is None else pytest.raises(NumericsError, match=said):
         prove_separation(objective, [rows[0], rows[1]], PAD, one_row=one_row)

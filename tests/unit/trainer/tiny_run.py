@@ -22,10 +22,12 @@ from lorafit.data.packing import Cutter
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at, schedules
-from lorafit.objective import Objective
+from lorafit.kinds.tasks import tasks
 from lorafit.ops.rng import seed_rng
 from lorafit.trainer.checkpoint import CheckpointStore
 from lorafit.trainer.loop import Trainer
+
+build_objective = tasks.make("causal-lm").build_objective
 
 VOCABULARY = 97
 PAD = 0
@@ -152,7 +154,7 @@ class Job:
     def trainer(self) -> Trainer:
         self.reporter = Silent()
         self.model = tiny_model(dropout=self.dropout, seed=self.seed, quantized=self.quantized)
-        self.objective = Objective(self.model, autocast_dtype=self.autocast_dtype)
+        self.objective = build_objective(self.model, autocast_dtype=self.autocast_dtype)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         kind = optimizers.make(self.optimizer["kind"], **self.optimizer)
         optimizer = kind.build(parameters, self.learning_rate, torch.device("cpu"))

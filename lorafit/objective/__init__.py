@@ -1,0 +1,131 @@
+"""The module of model and loss that training and evaluation share; which loss, the task says.
+
+loop, proofs, evaluation ──batch──> Objective ──under autocast──> task.sum_loss | task.score | task.logits
+                                    model, precision              everything that knows a label
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lorafit.contracts import Batch, LossSum
+
+_PROBED_ROWS = 64
+
+
+class Loss(Protocol):
+    """What an objective asks of its task. Each call is inside of the objective's precision."""
+
+    def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
+        """The loss summed over a micro-batch, with a gradient."""
+
+    def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+        """Sums over each row of a micro-batch by name, [rows] or [rows, values]; `loss` and `weight` among them."""
+
+    def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """What the loss is computed of, [labels, classes]."""
+
+    def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """The model's own loss, summed over the labels in fp64, a scalar: what the loss must agree with."""
+
+
+class Objective(nn.Module):
+    """A model with its loss: what the loop trains, the proofs try and evaluation scores.
+
+    Args:
+        model: The base model or a PEFT model around it.
+        task: Gives the loss.
+        autocast_dtype: What the forward computes in; None: as the weights are (fp32).
+        exact: Start on the exact path: the model's own forward, where the task has a faster one.
+
+    Attributes:
+        exact: Whether the exact path is taken. It changes the model while it runs: one micro-batch at a time.
+        masks_documents: Whether packed rows get a mask beside their positions, for models that do not build one from
+            positions alone. `lorafit.trainer.packing_isolation` finds out.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Loss, *, autocast_dtype: torch.dtype | None = None, exact: bool = False
+    ) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+        self.autocast_dtype = autocast_dtype
+        self.exact = exact
+        self.masks_documents = False
+        if autocast_dtype is not None:
+            _let_autocast_cast(model)
+            _keep_results_narrow(model)
+
+    def forward(self, batch: Batch) -> LossSum:
+        """The loss summed over a micro-batch."""
+        with self.autocast(batch):
+            return self.task.sum_loss(self, batch)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+        """Sums over each row by name, on the host; `loss` and `weight` among them."""
+        with self.autocast(batch):
+            return self.task.score(self, batch)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """What the loss is computed of, [labels, classes]."""
+        with self.autocast(batch):
+            return self.task.logits(self, batch)
+
+    @torch.no_grad()
+    def reference_loss(self, batch: Batch) -> torch.Tensor:
+        """The model's own loss, summed over the labels in fp64: what `score` must agree with."""
+        with self.autocast(batch):
+            return self.task.reference_loss(self, batch)
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, the PEFT model around it taken off."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def autocast(self, batch: Batch) -> contextlib.AbstractContextManager[object]:
+        """The precision in which the objective computes."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(batch["input_ids"].device.type, dtype=self.autocast_dtype)
+
+
+def _let_autocast_cast(model: nn.Module) -> None:
+    """Adapters leave their input's dtype alone: autocast casts their fp32 weights instead, which are far smaller.
+
+    PEFT would cast every input up to fp32 before autocast casts it down again.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+
+
+def _keep_results_narrow(model: nn.Module) -> None:
+    """CUDA's autocast computes LayerNorm and `pow` in fp32 and leaves the result so: cast back to the input's dtype.
+
+    Else everything behind a norm is twice as wide, and with bitsandbytes' layers, which take no part in autocast and
+    give back the dtype they got, the whole residual stream. On a CPU nothing is cast.
+    """
+
+    def narrow(module: nn.Module, arguments: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+        return result.to(arguments[0].dtype)
+
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) or "GELU" in type(module).__name__:
+            module.register_forward_hook(narrow)
+
+
+def choose_probe(lengths: Sequence[int], *, most_tokens: int) -> int:
+    """The row that proofs look at: of the first ones the longest that is no longer than that, else the shortest."""
+    rows = range(min(len(lengths), _PROBED_ROWS))
+    return max(rows, key=lambda row: lengths[row] if lengths[row] <= most_tokens else -lengths[row])

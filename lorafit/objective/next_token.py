@@ -1,0 +1,167 @@
+"""Losses and logits of next tokens: what every task on a causal language model computes with.
+
+fast    backbone -> last hidden states -> those that a label follows -> head and cross-entropy, in chunks
+exact   the model's own forward, its head fed with those hidden states alone: soft-caps and logit scales behind
+        the head run too
+
+input_ids      [sequences, tokens]   right-padded; causal models need no attention mask then
+position_ids   [sequences, tokens]   where rows hold several documents: from 0 in each, and in the padding
+label_index    [labels]              flat position (sequence * tokens + column) whose hidden state predicts ...
+label_ids      [labels]              ... this token. Position t predicts token t + 1, so column < tokens - 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lorafit.contracts import LossSum
+from lorafit.errors import ModelError
+from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
+from lorafit.ops.masks import block_diagonal_mask
+from lorafit.ops.memory_errors import is_out_of_memory
+from lorafit.ops.output_head import output_head
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Batch
+    from lorafit.objective import Objective
+
+_Result = TypeVar("_Result")
+_IGNORED_LABEL = -100  # what transformers leaves out of its loss
+_AHEAD_TOLERANCE = {None: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of the largest change of a logit
+
+
+def has_plain_head(base: Any) -> bool:
+    """Whether the output embedding is a linear layer and nothing else (no adapter, not quantised, no wrapper) behind a
+    backbone of its own, so that the fast path can be taken.
+    """
+    has_backbone = isinstance(getattr(base, base.base_model_prefix, None), nn.Module)
+    return type(output_head(base)) is nn.Linear and has_backbone
+
+
+def sum_cross_entropy(objective: Objective, batch: Batch) -> LossSum:
+    """Nats summed over the labels, the number of labels, and `correct` predictions."""
+    if objective.exact:
+        logits = labelled_logits(objective, batch)
+        full = logits if logits.dtype == torch.float64 else logits.float()
+        loss_sum = functional.cross_entropy(full, batch["label_ids"], reduction="sum")
+        correct = (logits.detach().argmax(-1) == batch["label_ids"]).sum()
+    else:
+        head = output_head(objective.base)
+        states = _labelled_states(objective, batch)
+        loss_sum, correct = linear_cross_entropy(states, head.weight, head.bias, batch["label_ids"])
+    return LossSum(loss_sum, batch.weight, {"correct": correct})
+
+
+def score_labels(objective: Objective, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each label's loss, fp32 [labels], and whether it was the most likely token, bool [labels]; without gradients."""
+    if objective.exact:
+        return score_logits(labelled_logits(objective, batch), batch["label_ids"])
+    head = output_head(objective.base)
+    return score_linear(_labelled_states(objective, batch), head.weight, head.bias, batch["label_ids"])
+
+
+def own_loss(objective: Objective, batch: Batch) -> torch.Tensor:
+    """The model's own loss from full logits, summed over the labels in fp64.
+
+    Raises:
+        ModelError: The model runs on no text alone, or a token's logits depend on the tokens behind it.
+    """
+    labels = torch.full_like(batch["input_ids"], _IGNORED_LABEL).flatten()
+    labels[batch["label_index"] + 1] = batch["label_ids"]
+    labels = labels.view_as(batch["input_ids"])
+    _refuse_what_is_not_causal(objective, batch)
+    outputs = _on_text_alone(objective, lambda: objective.model(**_inputs(objective, batch), labels=labels))
+    loss: torch.Tensor = outputs.loss.double() * len(batch["label_ids"])
+    return loss
+
+
+def labelled_logits(objective: Objective, batch: Batch) -> torch.Tensor:
+    """Logits of the labels, [labels, vocabulary], by the model's own forward."""
+    with _head_sees_only(output_head(objective.base), batch["label_index"]):
+        outputs = objective.model(**_inputs(objective, batch))
+    logits: torch.Tensor = outputs.logits.squeeze(0)
+    return logits
+
+
+def _labelled_states(objective: Objective, batch: Batch) -> torch.Tensor:
+    """Hidden states that a label follows, [labels, hidden]."""
+    backbone = getattr(objective.base, objective.base.base_model_prefix)
+    hidden = backbone(**_inputs(objective, batch)).last_hidden_state
+    states: torch.Tensor = hidden.flatten(0, 1).index_select(0, batch["label_index"])
+    return states
+
+
+def _inputs(objective: Objective, batch: Batch) -> dict[str, Any]:
+    """Arguments of a forward. Right-padded causal rows need no attention mask.
+
+    Documents of packed rows are kept apart by positions that begin anew, with neither a mask nor a cache: transformers
+    derives from them what each implementation needs (lengths of the documents, or its own mask).
+    """
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False, "return_dict": True}
+    positions = batch.tensors.get("position_ids")
+    if positions is not None:
+        inputs["position_ids"] = positions
+        if objective.masks_documents:
+            dtype = objective.autocast_dtype or objective.base.dtype
+            inputs["attention_mask"] = block_diagonal_mask(positions, dtype)
+    return inputs
+
+
+@contextlib.contextmanager
+def _head_sees_only(head: nn.Module, label_index: torch.Tensor) -> Iterator[None]:
+    """The head gets [1, labels, hidden] instead of [batch, seq, hidden]; an integer index, so that no device waits."""
+
+    def select(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        states = arguments[0].flatten(0, 1).index_select(0, label_index)
+        return (states.unsqueeze(0), *arguments[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_what_is_not_causal(objective: Objective, batch: Batch) -> None:
+    """Runs the model on a row and on the same row with another end: the logits before that end must not move.
+
+    Raises:
+        ModelError: They do (an encoder such as BERT), or the model does not run on token ids alone.
+    """
+    ids = batch["input_ids"]
+    changed = ids.clone()
+    kept = ids.shape[1] - max(1, ids.shape[1] // 4)
+    changed[:, kept:] = ids.flip(1)[:, kept:]  # the row's own tokens: some others stand for an image
+    before = _on_text_alone(objective, lambda: _full_logits(objective, ids))
+    after = _full_logits(objective, changed)
+    moved = (before - after).abs().amax(dim=-1)
+    allowed = _AHEAD_TOLERANCE[objective.autocast_dtype] * float(moved.max())
+    if float(moved[:, :kept].max()) > allowed:
+        raise ModelError(
+            f"{type(objective.base).__name__} sees the tokens that it is to predict: it is no causal language model",
+            todo="use a decoder-only model",
+        )
+
+
+def _full_logits(objective: Objective, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits of whole rows by the model's own forward, fp32 [batch, seq, vocabulary]."""
+    logits: torch.Tensor = objective.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+    return logits.float()
+
+
+def _on_text_alone(objective: Objective, run: Callable[[], _Result]) -> _Result:
+    """What `run` gives; a model's own complaint about its arguments becomes ours."""
+    try:
+        return run()
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        name, lines = type(objective.base).__name__, str(error).strip().splitlines()
+        why = lines[0] if lines else type(error).__name__
+        raise ModelError(f"{name} does not run on text alone: {why}", todo="use a model that does") from error
