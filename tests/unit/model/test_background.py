@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorafit.model.merge import background_writer
 from lorafit.model.merge.background_writer import BackgroundWriter
-from lorafit.model.merge.stream import background_writer as background
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +23,13 @@ def no_thread_is_left() -> object:
 
 
 def test_files_hold_what_was_put_and_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = background._write_all
+    write = background_writer._write_all
 
     def dawdle(*given: object) -> None:
         time.sleep(0.001)  # so that blocks are handed out again while others still wait
         write(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(background, "_write_all", dawdle)
+    monkeypatch.setattr(background_writer, "_write_all", dawdle)
     torch.manual_seed(0)
     wanted: dict[str, bytes] = {}
     with BackgroundWriter() as writer:
@@ -50,15 +50,15 @@ def test_files_hold_what_was_put_and_are_hashed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_memory_is_bounded_however_slow_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_write_all", lambda *_: time.sleep(0.002))
+    monkeypatch.setattr(background_writer, "_write_all", lambda *_: time.sleep(0.002))
     seen = set()
     with BackgroundWriter() as writer:
         writer.begin(tmp_path / "a")
-        for _ in range(3 * background._MOST_PENDING):
+        for _ in range(3 * background_writer._MOST_PENDING):
             block = writer.take_block(4096)
             seen.add(block.data_ptr())
             writer.put(block)
-    assert len(seen) == background._MOST_PENDING
+    assert len(seen) == background_writer._MOST_PENDING
 
 
 def test_a_full_disk_is_raised_here() -> None:
@@ -77,7 +77,7 @@ def test_a_full_disk_is_raised_here() -> None:
 def test_an_interruption_drops_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     gate = threading.Event()
-    monkeypatch.setattr(background, "_write_all", lambda _, view: (gate.wait(10), written.append(bytes(view))))
+    monkeypatch.setattr(background_writer, "_write_all", lambda _, view: (gate.wait(10), written.append(bytes(view))))
     with pytest.raises(KeyboardInterrupt), BackgroundWriter() as writer:
         writer.begin(tmp_path / "a")
         for number in range(8):
