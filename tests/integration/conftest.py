@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,10 +16,7 @@ from typing import Any
 import pytest
 
 from tests.integration.tiny_world import make_base, make_rows, write_rows
-
-SCRIPT = Path(sys.executable).with_name("lorafit")
-DAC_CAPABILITIES = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH: with them root may read and write everything
-PR_CAPBSET_DROP = 24
+from tests.support.processes import PROGRAM, Process, start
 
 RECIPE = """\
 name: tiny
@@ -87,14 +82,6 @@ def say_all(outcome: Outcome, exit_code: int, *parts: str) -> None:
     assert [part for part in parts if part.lower() not in text] == [], shown
 
 
-def drop_dac() -> None:
-    """In a child: takes root's right to ignore file modes, so that chmod means something. Others have none to lose."""
-    if os.geteuid() == 0:
-        libc = ctypes.CDLL(None)
-        for capability in DAC_CAPABILITIES:
-            libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
-
-
 @cache
 def without_network() -> tuple[str, ...]:
     """What runs a command where there is no network; nothing where this machine does not let one."""
@@ -133,26 +120,21 @@ class World:
         """`lorafit ...` in this process."""
         return self.invoke(arguments)
 
-    def spawn(self, *arguments: str, before: Sequence[str] = (), **options: Any) -> Outcome:
-        """`lorafit ...` in a process of its own; `before`: a command that runs it, e.g. `unshare -n`."""
-        environment = {**self.environment, **options.pop("env", {})}
-        done = subprocess.run(
-            [*before, str(SCRIPT), *arguments],
-            cwd=options.pop("cwd", self.root),
-            env=environment,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=300,
-            check=False,
-            **options,
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+    def spawn(self, *arguments: str, **options: Any) -> Outcome:
+        """`lorafit ...` in a process of its own; `env` adds to the environment, the rest is for `processes.start`."""
+        process = self.start(*arguments, **options)
+        try:
+            stdout, stderr = process.communicate(timeout=300)
+        except BaseException:
+            process.kill()
+            raise
+        assert process.returncode is not None
+        return Outcome(process.returncode, stdout, stderr)
 
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **options: Any) -> Process:
         """The same, left running."""
         environment = {**self.environment, **options.pop("env", {})}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen([str(SCRIPT), *arguments], cwd=self.root, env=environment, encoding="utf-8", **pipes)
+        return start(PROGRAM, *arguments, **{"cwd": self.root, "env": environment, **options})
 
     def digests(self, below: str = ".") -> Mapping[str, str]:
         """The hash of every file and the place of every folder and link below a folder, as a test of 'unchanged'."""

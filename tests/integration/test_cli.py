@@ -16,7 +16,8 @@ from typer.main import get_command
 from lorafit.answering.evaluation_rows import changed_evaluation
 from lorafit.cli import app
 from lorafit.run.workspace import open_run
-from tests.integration.conftest import SCRIPT, Outcome, World, say_all
+from tests.integration.conftest import Outcome, World, say_all
+from tests.support.processes import PROGRAM
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 COMMON_FLAGS = ("--json", "--quiet", "--verbose", "--debug", "--help")
@@ -358,7 +359,7 @@ def test_version(world: World) -> None:
     assert done.stdout == outcome.stdout
 
 
-@pytest.mark.parametrize("command", [[str(SCRIPT)], [sys.executable, "-m", "lorafit"]], ids=["script", "module"])
+@pytest.mark.parametrize("command", [[str(PROGRAM)], [sys.executable, "-m", "lorafit"]], ids=["script", "module"])
 def test_modules_of_the_current_folder_are_not_ours(world: World, command: list[str]) -> None:
     for name in ("typer", "yaml", "pydantic", "json"):
         (world.root / f"{name}.py").write_text("open('PWNED', 'w')\n")
@@ -370,7 +371,7 @@ def test_modules_of_the_current_folder_are_not_ours(world: World, command: list[
 
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_descriptions_are_whole(world: World, columns: str) -> None:
-    shown = world.spawn("--help", env={"COLUMNS": columns}).stdout
+    shown = world.spawn("--help", fresh=True, env={"COLUMNS": columns}).stdout
     assert "..." not in shown.replace("[ARGS]...", "") and "…" not in shown
     assert max(map(len, shown.splitlines())) <= int(columns)
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import SCRIPT, World, drop_dac, say_all, without_network
+from tests.integration.conftest import Outcome, World, say_all, without_network
 from tests.integration.tiny_world import make_base
+from tests.support.privileges import drop_dac, limit_file_size
+from tests.support.processes import PROGRAM, Process, finish
 
 RECIPE_COMMANDS = ("validate", "train", "preview", "estimate-memory")
 
@@ -119,7 +121,7 @@ def test_recipe_unreadable(world: World) -> None:
     (world.root / "r.yaml").chmod(0)
     before = sorted(path.name for path in world.root.iterdir())
     for command in ("validate", "train"):
-        say_all(world.spawn(command, "r.yaml", preexec_fn=drop_dac), 2, "r.yaml", "permission denied")
+        say_all(world.spawn(command, "r.yaml", prepare=drop_dac), 2, "r.yaml", "permission denied")
     assert sorted(path.name for path in world.root.iterdir()) == before
 
 
@@ -248,7 +250,7 @@ def test_set_goes_through_the_same_checks(world: World, override: str, said: lis
 def test_output_parent_not_writable(world: World) -> None:
     (world.root / "closed").mkdir(mode=0o555)
     for output in ("closed/run", "closed/deeper/run"):
-        outcome = world.spawn("train", "r.yaml", "--output", output, preexec_fn=drop_dac)
+        outcome = world.spawn("train", "r.yaml", "--output", output, prepare=drop_dac)
         say_all(outcome, 2, "output", "not writable")
         assert list((world.root / "closed").iterdir()) == []
 
@@ -452,7 +454,7 @@ def test_all_missing_files_are_named(world: World) -> None:
 
 def test_data_unreadable(world: World) -> None:
     (world.root / "d.jsonl").chmod(0)
-    say_all(world.spawn("train", "r.yaml", preexec_fn=drop_dac), 4, "d.jsonl", "permission denied")
+    say_all(world.spawn("train", "r.yaml", prepare=drop_dac), 4, "d.jsonl", "permission denied")
 
 
 VARIANTS: dict[str, Callable[[bytes], bytes]] = {
@@ -484,7 +486,7 @@ def test_long_line_is_not_held_in_memory(world: World) -> None:
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True, text=True);"
         "print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); print(done.stderr)"
     )
-    command = [sys.executable, "-c", launcher, str(SCRIPT), "train", "r.yaml"]
+    command = [sys.executable, "-c", launcher, str(PROGRAM), "train", "r.yaml"]
     done = subprocess.run(
         command, cwd=world.root, env=dict(world.environment), capture_output=True, text=True, check=True
     )
@@ -557,7 +559,7 @@ def test_cache_of_another_tokenizer(world: World, monkeypatch: pytest.MonkeyPatc
 # --- what needs a process of its own --------------------------------------------------------------------------------
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: Process, seconds: float = 120) -> None:
     """Until something is seen; fails where the process ends before."""
     began = time.monotonic()
     while not condition():
@@ -598,24 +600,15 @@ def test_output_closed_by_head(world: World) -> None:
 
 
 def test_preview_into_head(world: World) -> None:
+    """`lorafit preview r.yaml | head -1`, where much more is written than a pipe holds."""
     world.rows(2000)
-    shell = f"'{SCRIPT}' preview r.yaml --rows 2000 | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", shell], env=world.environment, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 141), done.stderr
-    assert len(done.stdout.splitlines()) == 1
-    assert "BrokenPipe" not in done.stderr and "Traceback" not in done.stderr
-
-
-def test_ascii_terminal(world: World) -> None:
-    rows = [{"question": f"wo öffnet 🙂 {n}", "answer": f"打开 ا {n}"} for n in range(12)]
-    (world.root / "dätä 数.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    world.recipe(("train: d.jsonl", "train: dätä 数.jsonl"), ("output: run", "output: laüf 🙂"), name="rezept ü.yaml")
-    plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    outcome = world.spawn("preview", "rezept ü.yaml", env=plain)
-    say_all(outcome, 0, "answer" if "answer" in outcome.stdout else "trained")
-    assert "UnicodeEncodeError" not in outcome.stderr
-    say_all(world.spawn("train", "rezept ü.yaml", env=plain), 0)
-    assert (world.root / "laüf 🙂" / "adapter" / "adapter_model.safetensors").is_file()
+    process = world.start("preview", "r.yaml", "--rows", "2000")
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().strip()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(120) == 141, said
+    assert "BrokenPipe" not in said and "Traceback" not in said
 
 
 @pytest.mark.skipif(not without_network(), reason="this machine lets nobody leave its network")
@@ -667,8 +660,7 @@ cli.main(["preview", "r.yaml"])
 def test_killed_while_rows_are_prepared(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.rows(60)
     world.environment["LORAFIT_CACHE"] = str(world.root / "warm")
-    command = [sys.executable, "-c", KILLED_WHILE_PREPARING]
-    done = subprocess.run(command, env=world.environment, capture_output=True, text=True, check=False)
+    done = finish("-c", KILLED_WHILE_PREPARING, cwd=world.root, env=world.environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list((world.root / "warm" / "data").iterdir()) != []
     monkeypatch.setenv("LORAFIT_CACHE", str(world.root / "warm"))
@@ -705,7 +697,7 @@ def test_interrupted_training_says_how_to_go_on(world: World, one_thread: None) 
 
 def test_interrupted_before_training(world: World) -> None:
     """Ctrl-C while libraries and weights are loaded: a last line, and nothing is left."""
-    process = world.start("train", "r.yaml")
+    process = world.start("train", "r.yaml", fresh=True)
     assert process.stderr is not None
     assert "cache" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
@@ -716,8 +708,20 @@ def test_interrupted_before_training(world: World) -> None:
     assert not (world.root / "run").exists()
 
 
-@pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "what"], ["merge", "--output", "m"]])
-def test_a_run_that_is_not_there_is_said_before_libraries_load(world: World, command: list[str]) -> None:
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, sys
+from lorafit import cli
+for words in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            cli.main(words)
+        except SystemExit as stop:
+            print(json.dumps([stop.code, said.getvalue()]))
+"""
+
+
+def test_a_run_that_is_not_there_is_said_before_libraries_load(world: World) -> None:
     """A slip in its name, and a run without an adapter, cost no import of torch; the nearest name is offered."""
     say_all(world.run("train", "r.yaml", "--output", "runs/support-de"), 0)
     shutil.rmtree(world.root / "runs" / "support-de" / "adapter")
@@ -725,14 +729,20 @@ def test_a_run_that_is_not_there_is_said_before_libraries_load(world: World, com
     loads.parent.mkdir(parents=True)
     loads.write_text("raise SystemExit('torch was imported')\n")
     hidden = {"PYTHONPATH": f"{world.root / 'early'}{os.pathsep}{world.environment.get('PYTHONPATH', '')}"}
-    outcome = world.spawn(command[0], "runs/suport-de", *command[1:], env=hidden)
-    say_all(outcome, 2, "runs/suport-de: no such file or folder; did you mean runs/support-de?")
-    outcome = world.spawn(command[0], "runs/support-de", *command[1:], env=hidden)
-    say_all(
-        outcome, 6, "runs/support-de: the run has no finished adapter; name one of its checkpoints with --checkpoint"
-    )
-    outcome = world.spawn(command[0], "other", *command[1:], env=hidden)
-    say_all(outcome, 2, "other: no such file or folder; name a run folder")
+    said = {
+        "runs/suport-de": (2, "runs/suport-de: no such file or folder; did you mean runs/support-de?"),
+        "runs/support-de": (
+            6,
+            "runs/support-de: the run has no finished adapter; name one of its checkpoints with --checkpoint",
+        ),
+        "other": (2, "other: no such file or folder; name a run folder"),
+    }
+    commands = (["eval"], ["generate", "--prompt", "what"], ["merge", "--output", "m"])
+    lines = [[command[0], run, *command[1:]] for command in commands for run in said]
+    done = finish("-c", ONE_AFTER_ANOTHER, json.dumps(lines), cwd=world.root, env=world.environment | hidden)
+    for line, ended in zip(lines, done.stdout.splitlines(), strict=True):
+        code, text = json.loads(ended)
+        say_all(Outcome(code, "", text), *said[line[1]])
 
 
 @pytest.mark.parametrize("output", ["d.jsonl/x", "d.jsonl/x/y"])
@@ -820,8 +830,7 @@ def test_the_run_folder_is_removed_meanwhile(world: World, what: str) -> None:
 
 
 def test_a_limit_of_the_file_size(world: World) -> None:
-    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash"]
-    outcome = world.spawn("train", "r.yaml", "--set", "adapter.r=64", before=limited)
+    outcome = world.spawn("train", "r.yaml", "--set", "adapter.r=64", prepare=limit_file_size)
     say_all(outcome, 7, "file too large")
     assert not list((world.root / "run").rglob(".tmp*"))
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.integration.pretended_hub import (
     trickling,
 )
 from tests.integration.tiny_world import make_rows
+from tests.support.processes import ENVIRONMENT, PROGRAM, Process, WarmPython, start
 
 SECRET = "hf_0123456789geheim"
 MOST_SECONDS = 8.0  # of a command whose libraries are imported; the hub's own client takes 24 where nobody answers
@@ -105,27 +105,25 @@ class Ended(NamedTuple):
 
 
 class Client:
-    """Runs commands in a process that knows the hub by its environment, with a cache of its own."""
+    """Runs commands in a process that knows the hub by its environment, with an empty cache."""
 
-    def __init__(self, folder: Path, hub: Hub) -> None:
-        self.folder, self.hub = folder, hub
-        self.cache = folder / "hf"
+    def __init__(self, folder: Path, python: WarmPython) -> None:
+        self.folder, self.python = folder, python
+        self.cache = Path(python.environment["HF_HOME"])
+        shutil.rmtree(self.cache, ignore_errors=True)
+
+    def start(self, *argv: str, **environment: str) -> Process:
+        own = {**self.python.environment, "LORAFIT_CACHE": str(self.folder / "lorafit"), **environment}
+        return start(*argv, cwd=self.folder, env=own, warm=self.python)
 
     def run(self, *commands: Sequence[str], **environment: str) -> list[Ended]:
-        settings = {"HF_HOME": str(self.cache), "HF_ENDPOINT": self.hub.endpoint, "HF_HUB_ETAG_TIMEOUT": "2"}
-        settings["LORAFIT_CACHE"] = str(self.folder / "lorafit")
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, json.dumps(commands)],
-            cwd=self.folder,
-            env=kept | settings | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=280,
-        )
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr  # loggers write past the redirection
-        return [Ended(*json.loads(line)) for line in done.stdout.splitlines()]
+        process = self.start("-c", RUN, json.dumps(commands), **environment)
+        try:
+            stdout, stderr = process.communicate(timeout=280)
+        finally:
+            process.kill()
+        assert (process.returncode, stderr) == (0, ""), stderr  # loggers write past the redirection
+        return [Ended(*json.loads(line)) for line in stdout.splitlines()]
 
 
 def is_one_sentence(ended: Ended, code: int, *parts: str) -> None:
@@ -156,12 +154,22 @@ def data_files(count: int, *, first: int = 0) -> dict[str, bytes]:
     return {"README.md": b"---\nlicense: mit\n---\n", "train.jsonl": lines.encode()}
 
 
+@pytest.fixture(scope="module")
+def python(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """What all of this file's processes are forked from but those whose environment the hub's libraries read."""
+    kept = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(("HF_", "HUGGING"))}
+    settings = {"HF_HOME": str(tmp_path_factory.mktemp("hf") / "home"), "HF_ENDPOINT": hub.endpoint}
+    made = WarmPython(kept | settings | {"HF_HUB_ETAG_TIMEOUT": "2"})
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def client(tmp_path: Path, hub: Hub, tiny_base: Path) -> Client:
+def client(tmp_path: Path, hub: Hub, python: WarmPython, tiny_base: Path) -> Client:
     (tmp_path / "r.yaml").write_text(RECIPE.format(base=tiny_base))
     World(tmp_path, tiny_base, lambda _: pytest.fail("runs in a process of its own"), {}).rows()
     hub.take_requests()
-    return Client(tmp_path, hub)
+    return Client(tmp_path, python)
 
 
 def fetch(kind: str, name: str, *revision: str) -> list[str]:
@@ -265,9 +273,7 @@ def test_a_download_that_broke_off_is_never_taken_for_whole(client: Client, hub:
 def test_a_long_download_can_be_stopped(client: Client, hub: Hub, number: signal.Signals) -> None:
     """The hub's library waits for its threads; what a killed one left is removed by the next."""
     hub.add("models/long/model", hub.repos["models/good/model"].commits[commit_of("one")], fault=dripping)
-    command = [sys.executable, "-m", "lorafit", *on_model("long/model")]
-    settings = {"HF_HOME": str(client.cache), "HF_ENDPOINT": hub.endpoint}
-    process = subprocess.Popen(command, cwd=client.folder, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
+    process = client.start(str(PROGRAM), *on_model("long/model"))
     try:
         deadline = time.monotonic() + 60
         while not list(client.cache.rglob("*.incomplete")) and time.monotonic() < deadline:

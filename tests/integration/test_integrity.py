@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.conftest import SCRIPT, Outcome, World, say_all
+from tests.integration.conftest import Outcome, World, say_all
+from tests.support.processes import PROGRAM, finish
 
 GENERATE = ("--prompt", "what opens", "--max-new-tokens", "4")
 DEEP = "[" * 3000 + "]" * 3000
@@ -870,51 +871,68 @@ def stranger() -> tuple[str, ...]:
 
 @pytest.mark.skipif(not stranger(), reason="this machine lets nobody be a stranger")
 def test_without_home_and_name(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A container's user: every command runs, in a temporary cache, and one line says what to set."""
+    """A container's user: commands run, in a temporary cache, and one line says what to set."""
     world.recipe(("  final: [perplexity]", "  final: [perplexity, rouge]"))
     temporary = tmp_path_factory.mktemp("tmp")
     bare = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     bare |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
-    for command in (("preview", "r.yaml"), ("train", "r.yaml"), ADAPTER_COMMANDS[0]):
+    for command in (("train", "r.yaml"), ADAPTER_COMMANDS[0]):
         done = subprocess.run(
-            [*stranger(), str(SCRIPT), *command], cwd=world.root, env=bare, capture_output=True, text=True, check=False
+            [*stranger(), str(PROGRAM), *command], cwd=world.root, env=bare, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (command, done.stderr)
         assert done.stderr.count("set LORAFIT_CACHE") == 1, (command, done.stderr)
     assert "lorafit-home-54321" in {path.name for path in temporary.iterdir()}
     (temporary / "lorafit-home-54321").chmod(0o777)
     done = subprocess.run(
-        [*stranger(), str(SCRIPT), "preview", "r.yaml"], cwd=world.root, env=bare, capture_output=True, text=True
+        [*stranger(), str(PROGRAM), "preview", "r.yaml"], cwd=world.root, env=bare, capture_output=True, text=True
     )
     say_all(Outcome(done.returncode, done.stdout, done.stderr), 8, "lorafit-home-54321", "LORAFIT_CACHE")
 
 
-PLAIN = {"LC_ALL": "C.UTF-8", "TZ": "UTC"}
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Asia/Kathmandu"}
 LATIN = {"LC_ALL": "de_DE.ISO-8859-1", "PYTHONIOENCODING": "ascii", "TZ": "Pacific/Auckland"}
 
 
+THREE_COMMANDS = """
+import json, sys
+from lorafit.__main__ import main, read_names_as_utf8
+read_names_as_utf8()
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["lorafit", *words]
+    try:
+        main()
+    except SystemExit as stop:
+        print(words[0], "ended with", stop.code)
+"""
+
+
 def test_locale_and_time_zone_decide_nothing(world: World) -> None:
     """Rows, names and answers beyond ASCII, under locales that cannot write them: the same files, and no crash."""
-    rows = [{"question": f"Größe {n} 日本 İı", "answer": f"¼ – {n} 🙂"} for n in range(8)]
+    rows = [{"question": f"Größe {n} 日本 İı ا", "answer": f"¼ – {n} 🙂"} for n in range(8)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (world.root / "ä.jsonl").write_text(text, encoding="utf-8")
+    (world.root / "dätä 数.jsonl").write_text(text, encoding="utf-8")
     world.recipe(
-        ("  train: d.jsonl", "  train: ä.jsonl"),
+        ("  train: d.jsonl", "  train: dätä 数.jsonl"),
         ("name: tiny", "name: größe"),
         ("  max_length: 128", "  max_length: 256"),
+        name="rezept ü.yaml",
     )
-    answers = []
-    for output, environment in {"plain": PLAIN, "other": ASCII}.items():
-        say_all(world.spawn("train", "r.yaml", "--output", output, env=environment), 0)
-        ask = ("generate", output, "--prompt", "Größe 日本", "--max-new-tokens", "4", "--json")
-        answers.append(world.spawn(*ask, env=environment).json)
-    assert answers[0] == answers[1]
-    for command in (("preview", "r.yaml"), ("eval", "other", "--split", "train")):
-        say_all(world.spawn(*command, env=LATIN), 0)
+    say_all(world.spawn("train", "rezept ü.yaml", "--output", "eben 🙂", env={"TZ": "UTC"}), 0)
+    say_all(world.spawn("train", "rezept ü.yaml", "--output", "laüf 🙂", env=ASCII), 0)
+    ask = ["--prompt", "Größe 日本", "--max-new-tokens", "4", "--json"]
+    commands = [
+        ["preview", "rezept ü.yaml"],
+        ["eval", "laüf 🙂", "--split", "train"],
+        ["generate", "laüf 🙂", *ask],
+    ]
+    done = finish("-c", THREE_COMMANDS, json.dumps(commands), cwd=world.root, env=world.environment | LATIN)
+    assert done.stdout.count("ended with 0") == 3 and "UnicodeEncodeError" not in done.stderr, done
+    answered = json.loads(done.stdout.splitlines()[-2])
+    assert answered["answers"] == world.run("generate", "eben 🙂", *ask).json["answers"]
     found = {}
-    for output in ("plain", "other"):
+    for output in ("eben 🙂", "laüf 🙂"):
         manifest = json.loads((world.root / output / "manifest.json").read_text(encoding="utf-8"))
         facts = {key: manifest[key] for key in ("data", "recipe", "base", "tokenizer", "threads")}
         found[output] = [world.weights(output), facts]
-    assert found["other"] == found["plain"]
+    assert found["laüf 🙂"] == found["eben 🙂"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.integration.tiny_world import make_base, make_recipe
+from tests.support.processes import ENVIRONMENT, PROGRAM, Process, start
 
-PROGRAM = Path(sysconfig.get_path("scripts")) / "lorafit"
 STEPS = 24
 SLOW_STEPS = {"model": {"quantization": "nf4", "dtype": "bf16"}, "adapter": {"dropout": 0.3}}
 NOT_COMPARED = ("seconds",)
@@ -37,16 +35,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(world: Path, output: str, *flags: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "LORAFIT_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [PROGRAM, "train", "recipe.yaml", "--output", output, "--quiet", *flags]
-    return subprocess.Popen(
-        command, cwd=world, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+def start_training(world: Path, output: str, *flags: str, fresh: bool = False) -> Process:
+    environment = {**ENVIRONMENT, "LORAFIT_CACHE": str(world / "cache")}
+    words = ["train", "recipe.yaml", "--output", output, "--quiet", *flags]
+    return start(PROGRAM, *words, cwd=world, env=environment, stdout=subprocess.DEVNULL, fresh=fresh)
 
 
-def finish(world: Path, output: str, *flags: str) -> None:
-    process = start(world, output, *flags)
+def finish(world: Path, output: str, *flags: str, fresh: bool = False) -> None:
+    process = start_training(world, output, *flags, fresh=fresh)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
 
@@ -56,7 +52,7 @@ def log_of(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in NOT_COMPARED} for line in lines]
 
 
-def wait_for(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
+def wait_for(run: Path, steps: int, process: Process) -> None:
     """Until the log holds that many steps, or -1: until step 0 is published; or the process is done."""
     while process.poll() is None:
         log = run / "metrics.jsonl"
@@ -74,14 +70,14 @@ def kill_and_resume(world: Path, name: str, kills: int, seed: int) -> Path:
     killed = 0
     at = [-1, *sorted(moments.randrange(1, STEPS - 1) for _ in range(kills - 1))]
     for number, steps in enumerate(at):
-        process = start(world, name, *(["--resume"] if number else []))
+        process = start_training(world, name, *(["--resume"] if number else []))
         wait_for(run, steps, process)
         time.sleep(moments.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
     assert killed >= kills - 1, "the kills came too late to count"
-    finish(world, name, "--resume")
+    finish(world, name, "--resume", fresh=True)  # another seed of hashes as well
     return run
 
 

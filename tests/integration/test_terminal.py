@@ -9,7 +9,6 @@ import pty
 import re
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import SCRIPT, World
+from tests.integration.conftest import World
+from tests.support.processes import PROGRAM, Process, start
 
 CTRL_C = b"\x03"
 
@@ -28,7 +28,7 @@ CTRL_C = b"\x03"
 class Terminal:
     """A command on a terminal of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     controller: int
     seen: bytes = field(default=b"")
 
@@ -63,15 +63,15 @@ def on_terminal(world: World, *arguments: str, columns: int = 80) -> Iterator[Te
     controller, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {name: value for name, value in world.environment.items() if name not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        [str(SCRIPT), *arguments],
+    process = start(
+        PROGRAM,
+        *arguments,
         cwd=world.root,
         env={**environment, "TERM": "xterm-256color"},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        terminal=True,
     )
     os.close(theirs)
     try:

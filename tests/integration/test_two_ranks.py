@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.tiny_world import make_base, make_recipe, make_rows, write_rows
+from tests.support.processes import ENVIRONMENT, PROGRAM, finish, start
 
-PROGRAM = Path(sysconfig.get_path("scripts")) / "lorafit"
 FLAGS = ["train", "recipe.yaml", "--quiet", "--set", "training.micro_batch_tokens=64"]
 
 
 def test_two_ranks_train_the_run_of_one(tmp_path: Path) -> None:
     make_base(tmp_path / "base")
     make_recipe(tmp_path, evaluation={"every_steps": 2}, training={"batch_size": 5})
-    environment = {**os.environ, "LORAFIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, "LORAFIT_CACHE": str(tmp_path / "cache")}
 
-    def run(*command: str | Path) -> None:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    def run(*command: str | Path, **options: Any) -> None:
+        done = finish(*command, cwd=tmp_path, env=environment, timeout=120, **options)
         assert done.returncode == 0, done.stderr[-2000:]
 
     run(PROGRAM, *FLAGS, "--output", "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run(*torchrun, PROGRAM, *FLAGS, "--output", "two")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run(*torchrun, PROGRAM, *FLAGS, "--output", "two", fresh=True)
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for alone, together in zip(one, two, strict=True):
@@ -50,14 +46,12 @@ def test_ranks_with_different_rows_do_not_train(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = []
     for rank in ("0", "1"):
         own = {"RANK": rank, "LOCAL_RANK": rank, "LORAFIT_CACHE": str(tmp_path / "cache")}
-        environment = {**os.environ, **shared, **own}
-        command = [PROGRAM, *FLAGS, "--output", tmp_path / "run"]
-        pipes: Any = {"stderr": subprocess.PIPE, "text": True}
-        ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env=environment, **pipes))
+        environment = {**ENVIRONMENT, **shared, **own}
+        ranks.append(start(PROGRAM, *FLAGS, "--output", tmp_path / "run", cwd=tmp_path / rank, env=environment))
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [4, 4], said
     assert all("the 2 processes prepared different rows" in text.splitlines()[-1] for text in said)
