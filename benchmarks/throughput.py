@@ -235,7 +235,7 @@ def prepare(work: Path) -> None:
     from lorafit.data.batch import StepRows
     from lorafit.job import load_base, open_job
     from lorafit.model.adapter import save_adapter
-    from lorafit.model.load import attach_adapter
+    from lorafit.model.attach import attach_adapter
     from lorafit.ops.matmul_peak import measure_matmul_peak
     from lorafit.plan.flops import count_flops
     from lorafit.recipe.load import load_recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,6 @@ from lorafit.run.workspace import check_same_facts, describe_run, read_base_dige
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lorafit.facts import LinearShape
     from lorafit.job import Job
     from lorafit.model.content import Content
     from lorafit.objective import Objective
@@ -49,7 +48,8 @@ class Training:
 
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
-        from lorafit.model.adapter import load_adapter_weights, save_adapter
+        from lorafit.model.adapter import save_adapter
+        from lorafit.model.attach import load_adapter_weights
         from lorafit.model.content import reading_content
         from lorafit.model.inspect import describe_quantization
         from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
@@ -183,21 +183,16 @@ class Training:
 
     def _attach(self, base: Any) -> Any:
         """The base with its adapter, which is the planned one, and can be merged and loaded again."""
+        from lorafit.kinds.adapters import adapters
         from lorafit.model.agreement import check_plan
-        from lorafit.model.load import attach_adapter
+        from lorafit.model.attach import attach_adapter
         from lorafit.model.merge.shippable import check_shippable
 
         job, recipe = self.job, self.job.recipe
         model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
-        check_plan(model, self._planned_targets(), self.plan.trainable_parameters)
+        check_plan(model, adapters.bind(recipe.adapter).sites(job.shape), self.plan.trainable_parameters)
         check_shippable(model, job.base, tasks.bind(recipe.task).auto_class)
         return model
-
-    def _planned_targets(self) -> Sequence[LinearShape]:
-        """The linears that the plan counts as adapted."""
-        from lorafit.kinds.adapters import adapters
-
-        return adapters.bind(self.job.recipe.adapter).targets(self.job.shape)
 
     def _measure_speed(self, fit: FitResult, accelerator: Any) -> Speed | None:
         """The run's figures against what the machine can do."""

@@ -18,7 +18,8 @@ from lorafit.files.safetensors import torch_dtype as dtype_of
 from lorafit.job import torch_dtype
 from lorafit.kinds.quantizations import quantizations
 from lorafit.machine.devices import read_device
-from lorafit.model.adapter import ADAPTER_NAME, open_adapter, read_notes
+from lorafit.model.adapter import ADAPTER_NAME, read_notes
+from lorafit.model.attach import open_adapter
 from lorafit.model.base import Base, open_folder
 from lorafit.model.load import load_model, load_tokenizer
 from lorafit.model.merge.companions import choose_companions

@@ -40,7 +40,7 @@ class Tuned:
     def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Engine:
         """Base and adapter in the precision of the run."""
         from lorafit.answering.engine import Engine
-        from lorafit.model.adapter import open_adapter
+        from lorafit.model.attach import open_adapter
         from lorafit.model.load import load_model
 
         model = load_model(

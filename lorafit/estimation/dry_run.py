@@ -27,8 +27,9 @@ from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import ExactEstimate
 from lorafit.model import fuse
+from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers, keep_unpacked
-from lorafit.model.load import attach_adapter, enable_checkpointing
+from lorafit.model.load import enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes
 from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.chunk_sizes import chunk_labels

@@ -197,8 +197,8 @@ def estimate(
     if not shape.quantizable:
         quantization = plain
     tokens = max(micro_batch_tokens, longest_tokens)
-    targets = adapter.targets(shape)
-    trainable = sum(adapter.trainable_parameters(linear) for linear in targets)
+    sites = adapter.sites(shape)
+    trainable = sum(site.parameters for site in sites)
 
     def dequantised(linear: LinearShape) -> int:
         one = replace(linear, count=1)
@@ -207,7 +207,7 @@ def estimate(
     numerics = _numerics(quantization, dtype_bytes, device_kind)
     work = Work(
         row_tokens=longest_tokens,
-        adapted=targets,
+        adapted=tuple(site.linear for site in sites if site.linear is not None),
         rank=adapter.rank(),
         dropout=float(getattr(adapter.section, "dropout", 0.0)),
         attention=attention,

@@ -15,19 +15,19 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import Silent
-from lorafit.errors import ModelError, RecipeError, SafetyError
+from lorafit.errors import ModelError, SafetyError
 from lorafit.files.cache import known_hash
 from lorafit.files.portable import is_local_path
 from lorafit.files.rundir import MANIFEST, require_manifest
-from lorafit.files.safetensors import TensorEntry, read_header, read_rows
+from lorafit.files.safetensors import TensorEntry, read_header
 from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters
 from lorafit.machine.version import __version__
-from lorafit.model.adapter_checks import check_fields, check_notes, check_values
-from lorafit.model.check_weights import list_names
+from lorafit.model.adapter_checks import check_fields, check_notes
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.loading_note import note_loading
 from lorafit.model.merge.homes import adapted_layers, find_home, note_homes
@@ -36,8 +36,8 @@ from lorafit.run.card import RunCard
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
-    from lorafit.contracts import Reporter
     from lorafit.model.base import Base
     from lorafit.model.tokenizer_files import Companions
 
@@ -64,6 +64,11 @@ class AdapterFolder:
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
     notes: dict[str, Any]
+
+    @property
+    def kind(self) -> type[Adapter[AdapterSection]]:
+        """Its method."""
+        return saved_kind(self.config, self.path / CONFIG)
 
     def card(self) -> RunCard | None:
         """The card of the run that made it; None for adapters of other tools, and of earlier versions.
@@ -99,10 +104,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
     if (folder / MANIFEST).exists():
         require_manifest(folder, hash_of=known_hash)
     config = _read_object(folder / CONFIG, folder)
-    if config.get("peft_type") != "LORA":
-        raise ModelError(
-            f"is an adapter of type {str(config.get('peft_type'))[:40]!r}, not LORA", file=str(folder / CONFIG)
-        )
+    kind = saved_kind(config, folder / CONFIG)
     _refuse_imports(config, folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         if (folder / _PICKLE).exists():
@@ -113,8 +115,21 @@ def read_adapter(folder: Path) -> AdapterFolder:
             )
         raise ModelError(f"{WEIGHTS} is missing", file=str(folder), todo="get the whole adapter folder")
     tensors = read_header(folder / WEIGHTS)
-    check_fields(config, tensors, folder / CONFIG)
+    check_fields(kind, config, tensors, folder / CONFIG)
     return AdapterFolder(folder, config, tensors, read_notes(folder))
+
+
+def saved_kind(config: Mapping[str, Any], file: Path) -> type[Adapter[AdapterSection]]:
+    """The method of an adapter_config.json. Raises ModelError where lorafit has none of its type."""
+    kind = adapter_kind(config)
+    if kind is None:
+        known = sorted({kind.peft_type for _, kind in adapters.items()})
+        raise ModelError(
+            f"is an adapter of type {str(config.get('peft_type'))[:40]!r}, which is not known",
+            file=str(file),
+            todo=f"use one of {', '.join(known)}",
+        )
+    return kind
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
@@ -131,15 +146,16 @@ def read_notes(folder: Path) -> dict[str, Any]:
 
 
 def save_adapter(
-    model: Any,
+    model: PeftModel,
     folder: Path,
     *,
     base: Base,
     quantization: Mapping[str, Any] | None = None,
     card: RunCard | None = None,
     companions: Companions | None = None,
+    name: str = ADAPTER_NAME,
 ) -> None:
-    """Writes the adapter called `default` into a folder (made whole by the caller's `atomic_dir`).
+    """Writes an adapter of a model into a folder (made whole by the caller's `atomic_dir`).
 
     Args:
         model: The PEFT model.
@@ -148,14 +164,15 @@ def save_adapter(
         quantization: `inspect.describe_quantization`.
         card: The run's.
         companions: Tokenizer, templates and generation settings.
+        name: What the adapter is called in the model.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = adapter_config(model, *base.reference)
-    tensors = {name: value.detach().to("cpu").contiguous() for name, value in adapter_tensors(model).items()}
+    config = adapter_config(model, *base.reference, name)
+    tensors = {path: value.detach().to("cpu").contiguous() for path, value in adapter_tensors(model, name).items()}
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-    layers = _note_layers(model)
+    layers = _note_layers(model, name)
     notes = {
         "format": 1,
         "lorafit": __version__,
@@ -165,82 +182,36 @@ def save_adapter(
         **({} if quantization is None else note_loading(model, str(quantization["weights_dtype"]))),
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }
-    for name, value in ((CONFIG, config), (NOTES, notes)):
+    for file, value in ((CONFIG, config), (NOTES, notes)):
         text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        (folder / file).write_text(text + "\n", encoding="utf-8")
     if quantization and quantization.get("tensors"):
         (folder / QUANTIZATION).write_text(json.dumps(quantization, allow_nan=False) + "\n", encoding="utf-8")
     if companions is not None:
         companions.write(folder)
 
 
-def adapter_config(model: Any, base_name: str, revision: str | None) -> dict[str, Any]:
-    """What adapter_config.json says of the adapter called `default`, on a base of that name and revision."""
-    config = model.peft_config[ADAPTER_NAME].to_dict()
+def adapter_config(model: PeftModel, base_name: str, revision: str | None, name: str = ADAPTER_NAME) -> dict[str, Any]:
+    """What adapter_config.json says of a model's adapter, on a base of that name and revision."""
+    config = model.peft_config[name].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config |= {_BASE_NAME: base_name, "revision": revision}
-    config |= {"inference_mode": True, "peft_type": "LORA", "auto_mapping": None}
-    config["task_type"] = getattr(config["task_type"], "value", config["task_type"])
-    return config
+    config = {key: value.value if isinstance(value, Enum) else value for key, value in config.items()}
+    return config | {_BASE_NAME: base_name, "revision": revision, "inference_mode": True, "auto_mapping": None}
 
 
-def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The adapter's live parameters by the names they have on disk."""
-    from peft import get_peft_model_state_dict
-
-    prefix = model.base_model.prefix
-    own = {name: parameter for name, parameter in model.named_parameters() if prefix in name}
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, state_dict=own, adapter_name=ADAPTER_NAME, save_embedding_layers=False
-    )
-    return state
+def adapter_tensors(model: PeftModel, name: str = ADAPTER_NAME) -> dict[str, torch.Tensor]:
+    """An adapter's live parameters by the names they have on disk."""
+    kind = saved_kind(model.peft_config[name].to_dict(), Path(CONFIG))
+    return kind.live_tensors(model, name)
 
 
-def _note_layers(model: Any) -> dict[str, Any] | None:
+def _note_layers(model: PeftModel, name: str) -> dict[str, Any] | None:
     """Where each adapted layer's weight lies in the base's files; None for a model that `load_model` did not load."""
     names = names_of(model)
     if names is None:
         return None
-    return note_homes({path: find_home(path, layer, names) for path, layer in adapted_layers(model).items()}, names)
-
-
-def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Puts a saved adapter's values into the model's adapter, in place (shapes and dtype of the model stay).
-
-    Raises:
-        ModelError: Missing or superfluous tensors, wrong shapes, all counted; or values that are no finite floats.
-    """
-    saved = read_adapter(folder)
-    check_values(saved.tensors, folder / WEIGHTS, saved.config["lora_alpha"], Silent())
-    _load_weights(model, saved)
-
-
-def _load_weights(model: Any, saved: AdapterFolder) -> None:
-    import torch
-
-    live = adapter_tensors(model)
-    check_fit(saved, {name: tuple(value.shape) for name, value in live.items()})
-    with torch.no_grad():
-        for name, parameter in live.items():
-            parameter.copy_(read_rows(saved.tensors[name]))
-
-
-def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ModelError where an adapter's tensors are not exactly the wanted ones; names every mismatch."""
-    missing = [name for name in wanted if name not in saved.tensors]
-    extra = [name for name in saved.tensors if name not in wanted]
-    misshapen = [n for n, shape in wanted.items() if n in saved.tensors and saved.tensors[n].shape != shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(wanted)} missing adapter tensors ({list_names(missing)})")
-    if extra:
-        problems.append(f"{len(extra)} adapter tensors find no home in this model ({list_names(extra)})")
-    if misshapen:
-        name = sorted(misshapen)[0]
-        has, needs = list(saved.tensors[name].shape), list(wanted[name])
-        problems.append(f"{len(misshapen)} of another shape ({name} is {has}, the model needs {needs})")
-    if problems:
-        raise ModelError("; ".join(problems), file=str(saved.path / WEIGHTS), todo="use the base it was trained on")
+    layers = adapted_layers(model, name)
+    return note_homes({path: find_home(path, layer, names) for path, layer in layers.items()}, names)
 
 
 def check_named_base(folder: Path) -> None:
@@ -276,98 +247,6 @@ def check_base(saved: AdapterFolder, base: Base) -> None:
             file=str(saved.path),
             todo="use the base it was trained on",
         )
-
-
-def open_adapter(
-    base_model: Any, folder: Path, *, trainable: bool, base: Base | None = None, reporter: Reporter | None = None
-) -> Any:
-    """The loaded base with a saved adapter on it.
-
-    Args:
-        base_model: From `load_model`.
-        folder: The adapter's.
-        trainable: Whether its weights require gradients.
-        base: Checked against the adapter's notes where given.
-        reporter: Warned where the adapter has no effect; silent where None.
-
-    Raises:
-        ModelError: It does not fit, in any respect; nothing is guessed.
-        SafetyError: See `read_adapter`.
-    """
-    from lorafit.model.load import keep_weights_unpacked
-
-    saved = read_adapter(folder)
-    if base is not None:
-        check_base(saved, base)
-    check_values(saved.tensors, folder / WEIGHTS, saved.config["lora_alpha"], reporter or Silent())
-    model = wrap_model(base_model, saved.config, folder, trainable=trainable)
-    _load_weights(model, saved)
-    keep_weights_unpacked(model)
-    for parameter in adapter_tensors(model).values():
-        parameter.requires_grad_(trainable)
-    return model
-
-
-def wrap_model(
-    base_model: Any, config: Mapping[str, Any], folder: Path, *, trainable: bool, empty: bool = False
-) -> Any:
-    """A base model with fresh layers where PEFT puts those of an adapter.
-
-    Args:
-        config: The adapter's adapter_config.json.
-        folder: Where that lies, for messages.
-        empty: Whether the layers get no values, as those of a base on the meta device.
-
-    Raises:
-        ModelError: PEFT does not know its config, or cannot apply it to this model.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    from lorafit.model.quiet import quiet_libraries
-
-    known = LoraConfig.__dataclass_fields__
-    foreign = {key: value for key, value in config.items() if key not in known and value}
-    if foreign:
-        raise ModelError(f"keys this PEFT does not know: {list_names(foreign)}", file=str(folder / CONFIG))
-    fields = {key: value for key, value in config.items() if key in known and key not in ("peft_type", "auto_mapping")}
-    fields |= {"inference_mode": not trainable, "init_lora_weights": True}
-    with quiet_libraries():
-        try:
-            return get_peft_model(base_model, LoraConfig(**fields), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=empty)
-        except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"does not fit this model: {first}", file=str(folder / CONFIG)) from error
-
-
-def go_on_from(model: Any, folder: Path) -> None:
-    """Gives a fresh adapter the weights of a saved one that has the same rank, scaling and targets.
-
-    Raises:
-        RecipeError: Rank, scaling or targets of recipe and adapter differ.
-        ModelError: See `read_adapter`.
-    """
-    saved, fresh = read_adapter(folder), model.peft_config[ADAPTER_NAME]
-    for key, ours in (("r", "r"), ("lora_alpha", "alpha")):
-        theirs, asked = saved.config.get(key), getattr(fresh, key)
-        if theirs != asked:
-            raise RecipeError(
-                f"the recipe says {asked:g}, the adapter to go on from has {theirs}", key=f"adapter.{ours}"
-            )
-    unlike = [
-        key
-        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-        if saved.config.get(key)
-    ]
-    if unlike or saved.config.get("bias", "none") != "none":
-        raise RecipeError(f"{folder} is no plain LoRA adapter ({', '.join(unlike) or 'bias'})", key="adapter.init_from")
-    live = {name: tuple(value.shape) for name, value in adapter_tensors(model).items()}
-    if live.keys() != saved.tensors.keys():
-        raise RecipeError(
-            f"{folder} adapts other layers: {list_names(saved.tensors.keys() ^ live.keys())}",
-            key="adapter.target_modules",
-            todo="name the targets it was trained with",
-        )
-    load_adapter_weights(model, folder)
 
 
 def _refuse_imports(config: Mapping[str, Any], file: Path) -> None:

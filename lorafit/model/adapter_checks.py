@@ -7,7 +7,6 @@ wrong as it comes; here each is an error that names the file and the key.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import signal
 import threading
@@ -17,33 +16,35 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry, read_rows
+from lorafit.kinds.adapters import SavedField, is_number, is_rank
 from lorafit.model.check_weights import list_names
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
+    from lorafit.kinds.adapters import Adapter, AdapterSection
 
 _PATTERN_SECONDS = 1.0
 _LONGEST_TEXT_CHARACTERS = 4096
 _UNBOUNDED_TIMES = 64
-_LAYER_PATH = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+?)\.(?:lora_\w+|weight|bias)\b")
+_LAYER_PATH = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+?)(?:\.weight|\.bias)?$")
 
-Check = Callable[[Any], bool]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+Check = Callable[[object], bool]
 
 
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
-
-
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= _LONGEST_TEXT_CHARACTERS
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_text_or_texts(value: object) -> bool:
+    return _is_text(value) or _is_texts(value)
+
+
+def _is_layers(value: object) -> bool:
+    return all(isinstance(number, int) for number in (value if isinstance(value, list) else [value]))
 
 
 def _maybe(check: Check) -> Check:
@@ -54,48 +55,43 @@ def _by_name(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(_is_text(k) and check(v) for k, v in value.items())
 
 
-_NEEDED: dict[str, tuple[Check, str]] = {
-    "r": (_is_rank, "a whole number from 1"),
-    "lora_alpha": (_is_number, "a finite number"),
-}
-_KNOWN: dict[str, tuple[Check, str]] = {
-    "rank_pattern": (_maybe(_by_name(_is_rank)), "ranks by pattern"),
-    "alpha_pattern": (_maybe(_by_name(_is_number)), "finite numbers by pattern"),
-    "target_modules": (_maybe(lambda v: _is_text(v) or _is_texts(v)), "a text or a list of texts"),
-    "exclude_modules": (_maybe(lambda v: _is_text(v) or _is_texts(v)), "a text or a list of texts"),
-    "layers_pattern": (_maybe(lambda v: _is_text(v) or _is_texts(v)), "a text or a list of texts"),
-    "modules_to_save": (_maybe(_is_texts), "a list of texts"),
-    "target_parameters": (_maybe(_is_texts), "a list of texts"),
-    "layers_to_transform": (
-        _maybe(lambda v: all(isinstance(n, int) for n in (v if isinstance(v, list) else [v]))),
-        "whole numbers",
+_SAVED_FIELDS: dict[str, SavedField] = {
+    "rank_pattern": SavedField(_maybe(_by_name(is_rank)), "ranks by pattern"),
+    "alpha_pattern": SavedField(_maybe(_by_name(is_number)), "finite numbers by pattern"),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        SavedField(_maybe(_is_text_or_texts), "a text or a list of texts"),
     ),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "base_model_name_or_path": (_maybe(_is_text), "a text"),
-    "bias": (_is_text, "a text"),
-    **{key: (lambda v: isinstance(v, bool), "true or false") for key in ("use_rslora", "use_dora", "fan_in_fan_out")},
+    **dict.fromkeys(("modules_to_save", "target_parameters"), SavedField(_maybe(_is_texts), "a list of texts")),
+    "layers_to_transform": SavedField(_maybe(_is_layers), "whole numbers"),
+    "base_model_name_or_path": SavedField(_maybe(_is_text), "a text"),
+    "bias": SavedField(_is_text, "a text"),
 }
-_NOTES: dict[str, tuple[Check, str]] = {
-    "base": (_maybe(_by_name(_maybe(lambda v: _is_text(v) or isinstance(v, bool)))), "name and digest of a base"),
-    "quantization": (_maybe(lambda v: isinstance(v, dict) and _is_text(v.get("kind", ""))), "a kind and its options"),
-    "transposed": (_maybe(_is_texts), "a list of texts"),
+"""Of PEFT's config, whatever the method."""
+_NOTES: dict[str, SavedField] = {
+    "base": SavedField(
+        _maybe(_by_name(_maybe(lambda value: _is_text(value) or isinstance(value, bool)))), "name and digest of a base"
+    ),
+    "quantization": SavedField(
+        _maybe(lambda value: isinstance(value, dict) and _is_text(value.get("kind", ""))), "a kind and its options"
+    ),
+    "transposed": SavedField(_maybe(_is_texts), "a list of texts"),
 }
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 
 
-def check_fields(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], file: Path) -> None:
-    """Checks adapter_config.json against the adapter's tensors.
+def check_fields(
+    kind: type[Adapter[AdapterSection]], config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], file: Path
+) -> None:
+    """Checks adapter_config.json against the adapter's method and tensors.
 
     Raises:
         ModelError: A field is missing, or of a type or range that no adapter has, or a pattern is malformed.
         SafetyError: A pattern can take for ever.
     """
-    for key, (check, wanted) in _NEEDED.items():
-        if key not in config:
-            raise ModelError("is missing", file=str(file), key=key, todo=f"it must be {wanted}")
-        _require(config[key], check, wanted, file, key)
-    _check_known(config, _KNOWN, file)
-    paths = sorted({found["path"] for name in tensors if (found := _LAYER_PATH.match(name))})
+    _check_known(config, {**kind.saved_fields, **_SAVED_FIELDS}, file)
+    found = {match["path"] for name in tensors if (match := _LAYER_PATH.match(name))}
+    paths = sorted(found | {path.rpartition(".")[0] for path in found})
     for key in _PATTERNS:
         value = config.get(key)
         # A list holds names, not patterns, but for `layers_pattern`.
@@ -115,15 +111,14 @@ def check_notes(notes: Mapping[str, Any], file: Path) -> None:
     _check_known(notes, _NOTES, file)
 
 
-def _check_known(values: Mapping[str, Any], known: Mapping[str, tuple[Check, str]], file: Path) -> None:
-    for key, (check, wanted) in known.items():
-        if key in values:
-            _require(values[key], check, wanted, file, key)
-
-
-def _require(value: Any, check: Check, wanted: str, file: Path, key: str) -> None:
-    if not check(value):
-        raise ModelError(f"{str(value)[:60]!r} is not {wanted}", file=str(file), key=key, todo="restore the file")
+def _check_known(values: Mapping[str, Any], known: Mapping[str, SavedField], file: Path) -> None:
+    for key, field in known.items():
+        if key not in values:
+            if field.needed:
+                raise ModelError("is missing", file=str(file), key=key, todo=f"it must be {field.wanted}")
+        elif not field.is_valid(values[key]):
+            what = f"{str(values[key])[:60]!r} is not {field.wanted}"
+            raise ModelError(what, file=str(file), key=key, todo="restore the file")
 
 
 def _check_pattern(pattern: str, paths: list[str], file: Path, key: str) -> None:
@@ -185,8 +180,21 @@ def _within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def check_values(tensors: Mapping[str, TensorEntry], file: Path, alpha: float, reporter: Reporter) -> None:
+def check_values(
+    kind: type[Adapter[AdapterSection]],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorEntry],
+    file: Path,
+    reporter: Reporter,
+) -> None:
     """Reads every tensor of an adapter once; warns where the adapter changes nothing.
+
+    Args:
+        kind: Its method.
+        config: adapter_config.json.
+        tensors: Those of `file`.
+        file: Its weights.
+        reporter: Warned.
 
     Raises:
         ModelError: Integers where floats belong, or NaN or Inf.
@@ -201,17 +209,18 @@ def check_values(tensors: Mapping[str, TensorEntry], file: Path, alpha: float, r
             file=str(file),
             todo="get the adapter again",
         )
-    broken, has_effect = [], False
+    broken, nonzero = [], set()
     for name, entry in tensors.items():
         if entry.elements == 0:
             continue
         low, high = torch.aminmax(read_rows(entry))
         if not (torch.isfinite(low) and torch.isfinite(high)):
             broken.append(name)
-        has_effect |= ".lora_A." not in name and bool(low != 0 or high != 0)
+        if low != 0 or high != 0:
+            nonzero.add(name)
     if broken:
         what = f"{len(broken)} adapter tensors hold non-finite values, NaN or Inf ({list_names(broken)})"
         raise ModelError(what, file=str(file), todo="use another checkpoint of its run, or get the adapter again")
-    if not has_effect or alpha == 0:
-        why = "its lora_alpha is 0" if has_effect else "every lora_B is zero"
+    why = kind.why_no_effect(config, nonzero)
+    if why is not None:
         reporter.warn(f"{file.parent}: the adapter has no effect: {why}, so the model answers as its base; train it")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lorafit.errors import ModelError
-from lorafit.facts import LinearShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.kinds.adapters import Site
 
 _SHOWN = 3
 
 
-def check_plan(model: Any, planned: Sequence[LinearShape], trainable_parameters: int) -> None:
+def check_plan(model: torch.nn.Module, planned: Sequence[Site], trainable_parameters: int) -> None:
     """Compares adapted layers and trainable parameters of a PEFT model with the plan's.
 
     Args:
         model: With its adapter.
-        planned: The linears that were to get one.
+        planned: Where the method was to train what.
         trainable_parameters: The plan's count.
 
     Raises:
@@ -26,8 +30,9 @@ def check_plan(model: Any, planned: Sequence[LinearShape], trainable_parameters:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wanted: Counter[str] = Counter()
-    for linear in planned:
-        wanted[linear.name] += linear.count
+    for site in planned:
+        if site.linear is not None:
+            wanted[site.name] += site.count
     found: Counter[str] = Counter()
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
-from lorafit.model.adapter import AdapterFolder, wrap_model
+from lorafit.model.adapter import AdapterFolder
+from lorafit.model.attach import wrap_model
 from lorafit.model.merge.homes import Home, adapted_layers, find_home
 from lorafit.model.names import Part, read_names
 

@@ -1,4 +1,4 @@
-"""Tokenizer, quantised base and adapter: from a Base to the model that is trained.
+"""Tokenizer and quantised base: from a Base to the model that an adapter goes on.
 
 No `prepare_model_for_kbit_training`: it would make embeddings, norms and head fp32, twice as slow and large, and is not
 needed for correct gradients. Checkpointing is the non-reentrant kind, which needs no gradient at the model's input.
@@ -11,16 +11,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import ModelError, RecipeError
+from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_index
-from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.attention import loading_option, offer_attention
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
 from lorafit.model.classes import find_auto_class
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
-from lorafit.model.targets import FOUR_BIT_KINDS, choose_targets, leave_narrow, leave_towers_out, unquantised_names
+from lorafit.model.targets import FOUR_BIT_KINDS, leave_narrow, leave_towers_out, unquantised_names
 from lorafit.ops.heap import trim_heap
 
 if TYPE_CHECKING:
@@ -181,32 +180,6 @@ def enable_checkpointing(model: Any, enabled: bool) -> None:
         else:
             base.gradient_checkpointing_enable({"use_reentrant": False})
     base.config.use_cache = False
-
-
-def attach_adapter(model: Any, section: Any, seed: int, *, folder: Path | None = None) -> Any:
-    """The model with the recipe's adapter: fresh, or going on from `init_from` (relative to `folder`).
-
-    Raises:
-        RecipeError: A target matches nothing, or `init_from` disagrees with the recipe.
-        ModelError: The adapter of `init_from` does not fit this model, or PEFT cannot wrap it.
-    """
-    targets = choose_targets(model, section.target_modules)
-    with quiet_libraries():
-        try:
-            adapted = adapters.bind(section).build(model, targets, seed)
-        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
-            name, lines = type(model).__name__, str(error).strip().splitlines() or [""]
-            todo = "use another base model"
-            raise ModelError(f"PEFT cannot put an adapter on {name}: {lines[0]}", todo=todo) from error
-        keep_weights_unpacked(adapted)
-        if section.init_from is not None:
-            from lorafit.model.adapter import go_on_from
-
-            go_on_from(adapted, (folder or Path()) / section.init_from)
-    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise RecipeError("the adapter has no trainable parameters", key="adapter")
-    return adapted
 
 
 def _config(base: Base) -> Any:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lorafit.console.nearest import nearest
-from lorafit.errors import RecipeError
+from lorafit.kinds.linear_targets import choose_names
 from lorafit.model.check_weights import list_names
 from lorafit.model.classes import build_whole
 from lorafit.model.quiet import quiet_libraries
@@ -46,36 +45,17 @@ READ = "the model reads its weight past any adapter"
 RENAMED = "PEFT renames adapters of this layer while it loads them, and would not find it again"
 
 
-def choose_targets(model: Any, asked: str | Sequence[str]) -> list[str]:
+def choose_targets(model: Any, asked: Literal["all-linear"] | Sequence[str]) -> list[str]:
     """Names for PEFT's `target_modules` that match exactly the wanted linears: last parts of paths where those suffice.
 
     Raises:
-        RecipeError: A name matches no linear, or only such as cannot carry an adapter; the message lists the others.
+        RecipeError: See `choose_names`.
     """
     linears, left_out = linear_names(model), left_out_names(model)
-    kinds = sorted({_last(name) for name in linears})
-    names = kinds if isinstance(asked, str) else list(asked)
-    for name in names:
-        if name not in kinds:
-            raise no_such_target(name, kinds, {_last(path): why for path, why in left_out.items()})
-    if not names:
-        raise RecipeError("no linear of this model can carry an adapter", key="adapter.target_modules")
+    names = choose_names(asked, map(_last, linears), {_last(path): why for path, why in left_out.items()})
     wanted = {name for name in linears if _last(name) in names}
     matched = {name for name, _ in model.named_modules() if _last(name) in names}
     return sorted(names) if matched == wanted else sorted(wanted)
-
-
-def no_such_target(name: str, known: Iterable[str], left_out: dict[str, str]) -> RecipeError:
-    """The error for a target that matches nothing: why it has no adapter, or what it may have meant."""
-    kinds = sorted(known)
-    close = nearest(name, kinds, count=1)
-    hint = f"did you mean {close[0]}? " if close and name not in left_out else ""
-    what = f"'{name}' gets no adapter in this model: {left_out[name]}" if name in left_out else None
-    return RecipeError(
-        what or f"'{name}' matches no linear of this model",
-        key="adapter.target_modules",
-        todo=f"{hint}available: {', '.join(kinds)}",
-    )
 
 
 def linear_names(model: Any) -> list[str]:

@@ -140,9 +140,7 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
     _check_attention(recipe, device)
     _check_length(dataset, shape)
     bounds = _bounds(question, dataset, device)
-    adapter = adapters.bind(recipe.adapter)
-    targets = adapter.targets(shape)
-    trainable = sum(adapter.trainable_parameters(target) for target in targets)
+    trainable = sum(site.parameters for site in adapters.bind(recipe.adapter).sites(shape))
     stopping = evaluation.early_stopping
     return Plan(
         name=recipe.name,

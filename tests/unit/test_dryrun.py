@@ -18,9 +18,10 @@ from lorafit.estimation import dry_run as dryrun
 from lorafit.estimation.dry_run import DryRun, ExactEstimate
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.tasks import tasks
+from lorafit.model.attach import attach_adapter
 from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked
-from lorafit.model.load import attach_adapter, enable_checkpointing
+from lorafit.model.load import enable_checkpointing
 from lorafit.model_shapes import known_config
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.plan import MemoryQuestion

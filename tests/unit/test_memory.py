@@ -15,6 +15,7 @@ from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import MemoryEstimate, estimate, fits, labels_of
+from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers
 from lorafit.model_shapes import known_config, read_shape
 from lorafit.ops.live_tensors import LiveTensors, quantization_tensors
@@ -106,8 +107,7 @@ def measure_and_estimate(
     shape = read_shape(config)
     optimizer = optimizers.make("adamw")
     adapter = adapters.make("lora", r=r, dropout=dropout, target_modules=targets)
-    names = sorted({linear.name for linear in adapter.targets(shape)})
-    model = adapter.build(build(config, quantization, dtype, attention), names, 0)
+    model = attach_adapter(build(config, quantization, dtype, attention), adapter.section, 0)
     fuse_layers(model)
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

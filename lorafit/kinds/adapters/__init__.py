@@ -1,9 +1,16 @@
-"""Parameter-efficient methods: what is trained beside the frozen base."""
+"""Parameter-efficient methods: what is trained beside the frozen base, and how that is folded into it.
+
+An instance, from `adapters.bind(section)`, says what a recipe asks for: its sites, and PEFT's config of them. The
+classmethods are about an adapter on disk, which may be another tool's and has no recipe: `adapter_kind` finds the class
+by its adapter_config.json.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -11,12 +18,17 @@ from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import PATH, KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence, Set
 
     import torch
+    from peft import PeftConfig, PeftModel
 
     from lorafit.contracts import StepHook
     from lorafit.facts import LinearShape, ModelShape
+    from lorafit.files.safetensors import TensorEntry
+
+
+_WIDEST = 1 << 20
 
 
 class AdapterSection(KindSection):
@@ -26,34 +38,219 @@ class AdapterSection(KindSection):
     """Folder of an adapter to go on from, relative to the recipe; r, alpha and targets must agree with it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place of the model that a method trains something at.
+
+    Attributes:
+        kind: What stands there; `prompt`: nothing, the method's vectors are read before the tokens.
+        name: Last part of the modules' paths.
+        count: How many modules of that name get something.
+        parameters: Trained parameters of all of them.
+        linear: The shape of a linear.
+    """
+
+    kind: Literal["linear", "embedding", "prompt", "head"]
+    name: str
+    count: int
+    parameters: int
+    linear: LinearShape | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SavedField:
+    """A check of one key of adapter_config.json, which is a stranger's file.
+
+    Attributes:
+        is_valid: Whether a value is one that PEFT writes.
+        wanted: What such a value is, for the message.
+        needed: Whether the key must be there.
+    """
+
+    is_valid: Callable[[object], bool]
+    wanted: str
+    needed: bool = False
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_rank(value: object) -> bool:
+    """Whether a value of a JSON file is a whole number that a width may be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _WIDEST
+
+
+class Home(Protocol):
+    """How the weight that a layer changes lies in the base's files."""
+
+    @property
+    def key(self) -> str:
+        """What PEFT matches patterns of ranks and alphas with: the layer's path, or the parameter's own name."""
+
+    @property
+    def matrices(self) -> int:
+        """Matrices stacked in it, one for each expert; 1 for a linear."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether its matrices lie `[in, out]`, as GPT-2's, and as embeddings."""
+
+
+class Fold(ABC):
+    """The change of some rows of one matrix, in the orientation of the base's files, computed a few rows at a time."""
+
+    @abstractmethod
+    def apply(self, weight: torch.Tensor, first_row: int, out: torch.Tensor) -> None:
+        """Writes the changed rows, computed in fp32 and rounded once.
+
+        Args:
+            weight: Rows of the base's weight, any float dtype: `[rows, columns]`.
+            first_row: The first of them, counted from where the fold begins.
+            out: The result in the dtype that is written; may be `weight` itself.
+        """
+
+    @abstractmethod
+    def error(self, weight: torch.Tensor, written: torch.Tensor, first_row: int) -> float:
+        """The largest |written - exact| over its rounding bound, exact values in fp64; NaN where one is.
+
+        Another thread may call it while `apply` runs.
+        """
+
+
+class LayerUpdate(ABC):
+    """What an adapter does to one layer's weight, known by the headers of its file; values are read by `fold`."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of one matrix, as it lies in the base's files."""
+
+    @abstractmethod
+    def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> Fold:
+        """The change of some rows of one of its matrices.
+
+        Args:
+            matrix: Its number.
+            first_row: First row of that matrix.
+            stop_row: One behind the last.
+            read: Gives rows of the base's weight, counted from `first_row`, for methods that must see them all first.
+        """
+
+
+class Folding(ABC):
+    """How one adapter's tensors become changes of weights.
+
+    Attributes:
+        parts: What PEFT calls the tensors beside a layer, and which part of its update each is; a layer has all parts.
+    """
+
+    parts: ClassVar[Mapping[str, str]]
+
+    @abstractmethod
+    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LayerUpdate:
+        """What the adapter does to one layer.
+
+        Args:
+            tensors: The layer's, by part.
+            home: How its weight lies in the base's files.
+
+        Raises:
+            ModelError: They do not go together; without a place, which the caller knows.
+        """
+
+
 class Adapter(Kind[S_co]):
-    """One method. `build` attaches it to a loaded base; the rest is arithmetic for plan and memory.
+    """One method.
 
     Attributes:
         closed_form: Whether `memory` has formulas for its step, which are LoRA's; any other is estimated by a dry run.
+        peft_type: What `peft_type` in adapter_config.json says.
+        peft_options: Keys of adapter_config.json, with the values that tell it from others of the same `peft_type`.
+        saved_fields: Checks of its own keys of adapter_config.json.
+        recipe_fields: Those that an adapter to go on from must share with the recipe, with their names there.
+        form_fields: Those that say what its tensors mean, which it must share too.
     """
 
     closed_form: ClassVar[bool] = False
+    peft_type: ClassVar[str]
+    peft_options: ClassVar[Mapping[str, object]] = {}
+    saved_fields: ClassVar[Mapping[str, SavedField]] = {}
+    recipe_fields: ClassVar[Mapping[str, str]] = {}
+    form_fields: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
-    def targets(self, shape: ModelShape) -> tuple[LinearShape, ...]:
-        """The linears that get an adapter. Raises RecipeError where a target matches nothing."""
+    def sites(self, shape: ModelShape) -> tuple[Site, ...]:
+        """Where it trains what. Raises RecipeError where a name of the recipe matches nothing."""
 
     @abstractmethod
-    def trainable_parameters(self, linear: LinearShape) -> int:
-        """Trainable parameters on all `linear.count` layers of this kind."""
+    def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:
+        """PEFT's config of a fresh adapter.
 
-    @abstractmethod
+        Args:
+            target_modules: Names by which PEFT finds exactly the linears of `linear_names` in the loaded model.
+            is_transposed: Whether their weights lie `[in, out]`.
+        """
+
+    def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
+        """Names of the linears it goes on, as the recipe writes them; none for a method without."""
+        return ()
+
     def rank(self) -> int:
-        """Width of the bottleneck; what its activations grow with."""
-
-    @abstractmethod
-    def build(self, model: torch.nn.Module, target_modules: Sequence[str], seed: int) -> torch.nn.Module:
-        """The PEFT model with a fresh adapter called `default` (fp32 weights), ready to train."""
+        """Width of the bottleneck, which the activations of the closed form grow with; 0 for a method without."""
+        return 0
 
     def step_hook(self, model: torch.nn.Module) -> StepHook | None:
         """What the method does between steps; None for most."""
         return None
 
+    @classmethod
+    def opened_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What PEFT's config is made of when a saved adapter is opened, from adapter_config.json."""
+        return dict(config)
+
+    @classmethod
+    def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """The trained parameters of a model's adapter by the names they have on disk, all in place."""
+        from peft import get_peft_model_state_dict
+
+        prefix = str(model.base_model.prefix)
+        own = {path: parameter for path, parameter in model.named_parameters() if prefix in path}
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            model, state_dict=own, adapter_name=name, save_embedding_layers=False
+        )
+        return state
+
+    @classmethod
+    def why_no_effect(cls, config: Mapping[str, Any], nonzero_tensors: Set[str]) -> str | None:
+        """Why a saved adapter changes nothing; None where it may change something.
+
+        Args:
+            config: adapter_config.json.
+            nonzero_tensors: Its tensors that hold more than zeros.
+        """
+        return None
+
+    @classmethod
+    @abstractmethod
+    def folding(cls, config: Mapping[str, Any]) -> Folding:
+        """How an adapter of this adapter_config.json is folded into its base.
+
+        Raises:
+            ModelError: It is no change of weights; the message says why in one sentence.
+        """
+
 
 adapters: SectionRegistry[Adapter[AdapterSection]] = SectionRegistry("adapter", "lorafit.kinds.adapters")
+
+
+def adapter_kind(config: Mapping[str, Any]) -> type[Adapter[AdapterSection]] | None:
+    """The method of an adapter_config.json: of those of its `peft_type` the one whose options fit most closely."""
+    fitting = [
+        kind
+        for _, kind in adapters.items()
+        if kind.peft_type == config.get("peft_type")
+        and all(config.get(key) == value for key, value in kind.peft_options.items())
+    ]
+    return max(fitting, key=lambda kind: len(kind.peft_options), default=None)

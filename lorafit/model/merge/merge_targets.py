@@ -1,85 +1,32 @@
-"""Which rows of a base's files get which update of an adapter: W + s * B A.
-
-Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), section 4.1; rank-stabilised scaling: Kalajdzievski
-2023 (https://arxiv.org/abs/2312.03732), equation 4.
-"""
+"""Which rows of a base's files get which change of an adapter."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
-from lorafit.files.safetensors import TensorEntry, read_rows
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.check_weights import list_names
 from lorafit.model.merge.homes import Home, read_homes
-from lorafit.model.merge.lora_math import Factors
 from lorafit.model.names import Part
 
 if TYPE_CHECKING:
     import torch
 
-_PAIR = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<kind>embedding_)?(?P<half>[AB])(?:\.weight)?$")
+    from lorafit.files.safetensors import TensorEntry
+    from lorafit.kinds.adapters import Fold, LayerUpdate
+
+_BESIDE_A_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.(?P<tensor>(?!weight$)\w+)(?:\.weight)?$")
 _COPY = re.compile(r"^base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight$")
-_FACTORS_KEPT = 4  # both of an expert's two parameters
 _TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
-_PLAIN_INITS = (True, False, "gaussian", "eva", None)
-_PLAIN_KEYS = frozenset(
-    {
-        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights"),
-        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
-        *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config", "megatron_core"),
-        *("qalora_group_size", "ensure_weight_tying", "lora_dropout", "task_type"),
-    }
-)
-"""Keys of adapter_config.json that leave the update s * B A, or are judged by `_refuse_features` and `_scaling`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What one layer's weight gets: `scaling * B @ A` for each of its matrices.
-
-    Attributes:
-        lora_a: `[matrices * r, in]`, or `[r, rows]` of an embedding.
-        lora_b: `[out, r * matrices]`: PEFT lays the matrices' columns side by side for each rank.
-        home: Where the weight lies.
-        read: Reads a factor in fp32; it remembers the last few, since experts share theirs.
-    """
-
-    lora_a: TensorEntry
-    lora_b: TensorEntry
-    scaling: float
-    home: Home
-    read: Callable[[TensorEntry], torch.Tensor]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of one matrix, as it lies in the files."""
-        outputs, inputs = self.lora_b.shape[0], self.lora_a.shape[1]
-        return (inputs, outputs) if self.home.transposed else (outputs, inputs)
-
-    def factors(self, matrix: int) -> Factors:
-        """Both factors of one matrix, read, in fp32 and in the files' orientation.
-
-        Source: peft.tuners.lora.layer.ParamWrapper.get_delta_weight, for several matrices.
-        """
-        count = self.home.matrices
-        rank = self.lora_a.shape[0] // count
-        a = self.read(self.lora_a)[matrix * rank : (matrix + 1) * rank]
-        b = self.read(self.lora_b)[:, matrix::count]
-        left, right = (a.t(), b.t()) if self.home.transposed else (b, a)
-        return Factors(left.contiguous(), right.contiguous(), self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Rows of one tensor of the files that get rows of one matrix of an update.
+    """Rows of one tensor of the files that get the change of rows of one matrix.
 
     Attributes:
         start: First row of the tensor.
@@ -90,14 +37,13 @@ class Patch:
 
     start: int
     stop: int
-    update: Update
+    update: LayerUpdate
     matrix: int
     first: int
 
-    def factors(self) -> Factors:
-        """For these rows alone."""
-        whole = self.update.factors(self.matrix)
-        return Factors(whole.left[self.first : self.first + self.stop - self.start], whole.right, whole.scaling)
+    def fold(self, read: Callable[[int, int], torch.Tensor]) -> Fold:
+        """The change of these rows; `read` gives the base's, counted from `start`."""
+        return self.update.fold(self.matrix, self.first, self.first + self.stop - self.start, read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +78,25 @@ def plan_updates(
     Raises:
         ModelError: A feature that is no plain update, a tensor that fits nowhere, half of a pair, tied weights.
     """
-    _refuse_features(adapter)
-    pairs: dict[str, dict[str, TensorEntry]] = {}
+    try:
+        folding = adapter.kind.folding(adapter.config)
+    except ModelError as error:
+        raise error.at(file=str(adapter.path)) from error
+    layers: dict[str, dict[str, TensorEntry]] = {}
     copies: dict[str, TensorEntry] = {}
     foreign = []
-    for tensor, entry in adapter.tensors.items():
-        if match := _PAIR.match(tensor):
-            pairs.setdefault(match["path"], {})[match["half"]] = entry
-        elif match := _COPY.match(tensor):
+    for name, entry in adapter.tensors.items():
+        if (match := _BESIDE_A_LAYER.match(name)) and match["tensor"] in folding.parts:
+            layers.setdefault(match["path"], {})[folding.parts[match["tensor"]]] = entry
+        elif match := _COPY.match(name):
             copies[match["path"]] = entry
         else:
-            foreign.append(tensor)
-    homes = _find_homes(adapter, pairs, entries, config, read_class)
-    foreign += [path for path in pairs if path not in homes]
-    missing = [f"{path}.lora_{half}" for path in homes for half in "AB" if half not in pairs.get(path, {})]
-    if missing or foreign or not pairs:
+            foreign.append(name)
+    homes = _find_homes(adapter, layers, entries, config, read_class)
+    foreign += [path for path in layers if path not in homes]
+    names = {part: tensor for tensor, part in reversed(list(folding.parts.items()))}
+    missing = [f"{path}.{names[part]}" for path in homes for part in names if part not in layers.get(path, {})]
+    if missing or foreign or not layers:
         raise ModelError(
             f"{len(missing)} missing adapter tensors ({list_names(missing)}); "
             f"{len(foreign)} that find no home in the base ({list_names(foreign)})",
@@ -154,9 +104,11 @@ def plan_updates(
             todo="use the whole adapter, and the base it was trained on",
         )
     made = Updates()
-    read = lru_cache(maxsize=_FACTORS_KEPT)(_read_fp32)
     for path, home in homes.items():
-        _place(made, adapter, path, _update(adapter, path, home, pairs[path], read), entries)
+        try:
+            _place(made, home, folding.update(layers[path], home), entries)
+        except ModelError as error:
+            raise error.at(file=str(adapter.path), key=path) from error
     for patches in made.patches.values():
         patches.sort(key=lambda patch: patch.start)
     for path, entry in copies.items():
@@ -166,7 +118,7 @@ def plan_updates(
 
 def _find_homes(
     adapter: AdapterFolder,
-    pairs: Mapping[str, Mapping[str, TensorEntry]],
+    layers: Mapping[str, Mapping[str, TensorEntry]],
     entries: Mapping[str, TensorEntry],
     config: Mapping[str, Any],
     read_class: Callable[[Set[str]], dict[str, Home]],
@@ -176,12 +128,12 @@ def _find_homes(
         return read_homes(adapter.notes["layers"], entries, str(adapter.path))
     flipped = _transposed_layers(adapter, config)
     homes = {}
-    for path in pairs:
+    for path in layers:
         name = f"{path}.weight"
         if name in entries and len(entries[name].shape) == 2:
             homes[path] = Home(path, (Part(name, 0, entries[name].rows),), 1, path in flipped)
-    is_settled = homes.keys() == pairs.keys() and homes.keys() == _promised_layers(adapter, entries)
-    return homes if is_settled and not _may_be_tied(homes, config) else read_class(pairs.keys())
+    is_settled = homes.keys() == layers.keys() and homes.keys() == _promised_layers(adapter, entries)
+    return homes if is_settled and not _may_be_tied(homes, config) else read_class(layers.keys())
 
 
 def _may_be_tied(paths: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -200,41 +152,13 @@ def _promised_layers(adapter: AdapterFolder, entries: Mapping[str, TensorEntry])
     return {layer for layer in layers if any(layer == t or layer.endswith(f".{t}") for t in targets)}
 
 
-def _read_fp32(entry: TensorEntry) -> torch.Tensor:
-    return read_rows(entry).float()
-
-
-def _update(
-    adapter: AdapterFolder,
-    path: str,
-    home: Home,
-    pair: Mapping[str, TensorEntry],
-    read: Callable[[TensorEntry], torch.Tensor],
-) -> Update:
-    a, b = pair["A"], pair["B"]
-    rank = a.shape[0] // home.matrices
-    if len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0] or rank * home.matrices != a.shape[0]:
-        raise ModelError(
-            f"its factors are {list(a.shape)} and {list(b.shape)}, which no weight of a linear is made of",
-            file=str(adapter.path),
-            key=path,
-            todo="get the adapter again",
-        )
-    return Update(a, b, _scaling(adapter, path, home.key, rank), home, read)
-
-
-def _place(
-    made: Updates, adapter: AdapterFolder, path: str, update: Update, entries: Mapping[str, TensorEntry]
-) -> None:
+def _place(made: Updates, home: Home, update: LayerUpdate, entries: Mapping[str, TensorEntry]) -> None:
     """Adds the patches of one update: its rows where they lie, cut where a matrix ends."""
     height, width = update.shape
-    home = update.home
     widths = {entries[part.name].as_matrix().row_elements for part in home.parts}
     if home.rows != height * home.matrices or widths != {width}:
         raise ModelError(
             f"its update is {[height * home.matrices, width]}, the base's weight {[home.rows, *widths]}",
-            file=str(adapter.path),
-            key=path,
             todo="use the base it was trained on",
         )
     row = 0
@@ -245,9 +169,7 @@ def _place(
             length = min(part.stop - start, height - first)
             others = made.patches.setdefault(part.name, [])
             if any(other.start < start + length and start < other.stop for other in others):
-                raise ModelError(
-                    f"two adapter layers lead to the weight '{part.name}'", file=str(adapter.path), key=path
-                )
+                raise ModelError(f"two adapter layers lead to the weight '{part.name}'")
             others.append(Patch(start, start + length, update, matrix, first))
             start, row = start + length, row + length
 
@@ -277,44 +199,16 @@ def _place_copy(
     made.copies[name] = entry
 
 
-def _refuse_features(adapter: AdapterFolder) -> None:
-    config = adapter.config
-    active = [k for k, v in config.items() if k not in _PLAIN_KEYS and v and not (k == "bias" and v == "none")]
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        active.append(f"init_lora_weights={config['init_lora_weights']}")
-    if active:
-        raise ModelError(
-            f"cannot be merged as W + s * B A: it uses {', '.join(sorted(active))}",
-            file=str(adapter.path),
-            todo="merge it with the tool that made it",
-        )
-
-
-def _matching(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return value
-    return default
-
-
-def _scaling(adapter: AdapterFolder, path: str, key: str, rank: int) -> float:
-    config = adapter.config
-    written = _matching(config.get("rank_pattern") or {}, key, config.get("r"))
-    if written != rank:
-        raise ModelError(f"has rank {rank} in the weights, {written} in its config", file=str(adapter.path), key=path)
-    alpha = float(_matching(config.get("alpha_pattern") or {}, key, config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 def _transposed_layers(adapter: AdapterFolder, config: Mapping[str, Any]) -> set[str]:
     """Adapted layers whose weight lies `[in, out]`: as an older lorafit noted, else GPT-2's own, whatever PEFT wrote.
 
     Embeddings lie so everywhere: a row for each token.
     """
-    matches = [match for name in adapter.tensors if (match := _PAIR.match(name))]
-    embeddings = {match["path"] for match in matches if match["kind"]}
-    paths = {match["path"] for match in matches}
+    paths, embeddings = set(), set()
+    for name in adapter.tensors:
+        if match := _BESIDE_A_LAYER.match(name):
+            paths.add(match["path"])
+            embeddings |= {match["path"]} if "embedding" in match["tensor"] else set()
     if "transposed" in adapter.notes:
         return embeddings | {path for path in paths if path.rsplit(".", 1)[-1] in adapter.notes["transposed"]}
     if config.get("model_type") in _TRANSPOSED_MODELS or adapter.config.get("fan_in_fan_out"):

@@ -28,7 +28,6 @@ from lorafit.files.safetensors import (
     torch_dtype,
 )
 from lorafit.model.merge.background_writer import BackgroundWriter
-from lorafit.model.merge.lora_math import Addition, Factors, Proof
 from lorafit.model.merge.merge_targets import Updates
 from lorafit.model.merge.requantize import PlainRows, Rebuilder, Rows
 from lorafit.model.merge.stretches import Stretch, cut_tensors
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorafit.contracts import Progress, Reporter
+    from lorafit.kinds.adapters import Fold
 
 ALLOWED_DIFFERENCE = 1e-5
 """Share of codes that may be one level off where the run was trained on another kind of device."""
@@ -68,7 +68,16 @@ class _Source:
 
     stretch: Stretch
     rows: Rows
-    factors: Factors | None
+    fold: Fold | None
+
+    @classmethod
+    def of(cls, stretch: Stretch, rows: Rows) -> _Source:
+        """With the change of its rows."""
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            return rows.read(stretch.first + start, stretch.first + stop)
+
+        return cls(stretch, rows, stretch.patch.fold(read) if stretch.patch else None)
 
 
 class ShardMerger:
@@ -111,7 +120,7 @@ class ShardMerger:
         """Writes all shards into `folder`, so that they are on the disk afterwards.
 
         Raises:
-            NumericsError: A rebuilt weight is not the run's, or a written one is not W + s * B A.
+            NumericsError: A rebuilt weight is not the run's, or a written one is not what it must be.
             OSError: The disk is full or broken.
         """
         files = dict.fromkeys(entry.file for entry in self._entries.values())
@@ -149,20 +158,19 @@ class ShardMerger:
             rows = self._rebuilder.rows(stretch.layer)
         elif entry.name in self._copies:
             rows = PlainRows(self._copies[entry.name].as_matrix(), torch_dtype(entry.dtype))
-        return _Source(stretch, rows, stretch.patch.factors() if stretch.patch else None)
+        return _Source.of(stretch, rows)
 
     def _blocks(self, sources: Sequence[_Source], written: TensorEntry, writer: BackgroundWriter) -> Iterator[Any]:
         """The bytes of a tensor as they are written, in memory of the writer's."""
         dtype = torch_dtype(written.dtype)
         for source in sources:
-            addition = Addition(source.factors) if source.factors else None
             first, count = source.stretch.first, source.stretch.stop - source.stretch.start
             for start, stop in row_blocks(count, written.row_elements):
                 block = writer.take_block((stop - start) * written.row_elements * dtype.itemsize)
                 out = block.view(dtype).view((stop - start, *written.shape[1:]) if written.shape else ())
                 values = source.rows.read(first + start, first + stop, out)
-                if addition is not None:
-                    addition.add(values, start, out)
+                if source.fold is not None:
+                    source.fold.apply(values, start, out)
                 elif values is not out:
                     out.copy_(values)
                 yield block
@@ -173,13 +181,12 @@ class ShardMerger:
             self._check(source, written)
 
     def _check(self, source: _Source, written: TensorEntry) -> None:
-        """Reads a stretch back from the output file and compares it with W + s * B A (see `Proof`).
+        """Reads a stretch back from the output file and compares it with what its fold is in fp64.
 
-        One without an update must be equal to the cast one, bit for bit.
+        One without a change must be equal to the cast one, bit for bit.
         """
         import torch
 
-        proof = Proof(source.factors, written.dtype) if source.factors else None
         base_dtype, dtype = torch_dtype(self._entries[written.name].dtype), torch_dtype(written.dtype)
         stretch = source.stretch
         into: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -189,13 +196,13 @@ class ShardMerger:
                 into = torch.empty(shape, dtype=base_dtype), torch.empty(shape, dtype=dtype)
             values = source.rows.read(stretch.first + start, stretch.first + stop, into[0])
             got = read_rows(written, stretch.start + start, stretch.start + stop, into[1])
-            if proof is None:
+            if source.fold is None:
                 if not torch.equal(_as_bytes(got), _as_bytes(values.to(got.dtype))):
                     raise _mismatch(written, "its bytes differ from the base's")
                 continue
-            worst = proof.compare(values, got, start)
+            worst = source.fold.error(values, got, start)
             if not worst <= 1.0:
-                raise _mismatch(written, f"it is {worst:.3g} times the rounding bound away from W + s * B A")
+                raise _mismatch(written, f"it is {worst:.3g} times the rounding bound away from what was to be merged")
             self.largest_error = max(self.largest_error, worst)
 
     def conclude(self, reporter: Reporter) -> tuple[int, bool]:

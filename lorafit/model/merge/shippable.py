@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
-from lorafit.model.adapter import adapter_config, adapter_tensors, wrap_model
+from lorafit.model.adapter import adapter_config, adapter_tensors
+from lorafit.model.attach import wrap_model
 from lorafit.model.check_weights import list_names
 from lorafit.model.inspect import is_quantised
 from lorafit.model.merge.homes import adapted_layers, find_home
@@ -54,8 +55,9 @@ def check_shippable_unloaded(base: Base, section: Any, seed: int, class_name: st
     import torch
 
     from lorafit.files.safetensors import read_index
+    from lorafit.model.attach import attach_adapter
     from lorafit.model.check_weights import check_weights
-    from lorafit.model.load import attach_adapter, build_class
+    from lorafit.model.load import build_class
     from lorafit.model.names import keep_names
 
     skeleton = build_class(base, class_name)

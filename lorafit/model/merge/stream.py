@@ -80,9 +80,8 @@ class MergeReport:
             off = f", {self.codes_off} codes one level off" if self.codes_off else ""
             lines.append(f"{self.rebuilt_tensors} quantised tensors rebuilt and proven to be the run's{off}")
         if self.verified:
-            lines.append(
-                f"every tensor read back: equal to W + s B A within {self.largest_error:.2f} of its rounding bound"
-            )
+            within = f"within {self.largest_error:.2f} of its rounding bound"
+            lines.append(f"every tensor read back: equal to its merged value in fp64 {within}")
         return lines
 
 
@@ -109,7 +108,7 @@ def merge_adapter(
         kind: `dequantized`: the quantised values that training saw. `original`: the base's own weights.
         quantization: The run's quantization.json (`inspect.describe_quantization`); needed for `dequantized`.
         dtype: Of all written floats; by default training's own for `dequantized`, the file's for `original`.
-        verify: Whether each written tensor is read back and compared with W + s * B A.
+        verify: Whether each written tensor is read back and compared with what it must be.
         judge: Called before anything is written with the tokenizer and templates that are taken; may raise.
         check: Called with the finished folder before it gets its name; what it raises leaves no output.
         reporter: Shows progress.
@@ -117,14 +116,14 @@ def merge_adapter(
     Raises:
         UsageError: The output is an input, lies inside one, or is not empty.
         ModelError: The adapter cannot be merged as a plain update, or does not fit the base.
-        NumericsError: The rebuilt base is not the one of the run, or a written tensor is not W + s * B A.
+        NumericsError: The rebuilt base is not the one of the run, or a written tensor is not what it must be.
         ResourceError: The disk is too small.
     """
     started = time.monotonic()
     _check_output(output, base.path, adapter_folder)
     adapter = read_adapter(adapter_folder)
     check_base(adapter, base)
-    check_values(adapter.tensors, adapter_folder / WEIGHTS, adapter.config["lora_alpha"], reporter)
+    check_values(adapter.kind, adapter.config, adapter.tensors, adapter_folder / WEIGHTS, reporter)
     entries = read_index(base.path)
     updates = plan_updates(adapter, entries, base.config, partial(read_class_homes, base, adapter, entries=entries))
     companions = choose_companions(base, adapter, reporter)

@@ -15,9 +15,10 @@ from lorafit.contracts import Silent
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.adapter import save_adapter
+from lorafit.model.attach import attach_adapter
 from lorafit.model.base import Base, resolve_base
 from lorafit.model.inspect import describe_quantization
-from lorafit.model.load import attach_adapter, load_model
+from lorafit.model.load import load_model
 
 
 def make_llama(

@@ -20,13 +20,11 @@ from lorafit.model.adapter import (
     WEIGHTS,
     adapter_tensors,
     check_base,
-    load_adapter_weights,
-    open_adapter,
     read_adapter,
     save_adapter,
 )
+from lorafit.model.attach import attach_adapter, load_adapter_weights, open_adapter
 from lorafit.model.base import Base
-from lorafit.model.load import attach_adapter
 from tests.unit.model.conftest import Trained, load, logits, lora, make_gpt2, make_llama, open_base, train_like
 
 
@@ -140,7 +138,7 @@ def test_missing_broken_and_foreign_files(trained: Callable[..., Trained], tmp_p
     refused("auto_mapping.parent_library", SafetyError)
     (made.adapter / CONFIG).write_text(config)
     change(made.adapter, peft_type="LOHA")
-    refused("'LOHA', not LORA")
+    refused("'LOHA', which is not known")
     (made.adapter / CONFIG).write_text("[")
     refused(f"{CONFIG} is no valid JSON")
     (made.adapter / CONFIG).unlink()
@@ -162,5 +160,5 @@ def test_going_on_from_an_adapter(trained: Callable[..., Trained], llama: Base) 
         with pytest.raises(RecipeError, match=says):
             attach_adapter(load(llama), lora(init_from=made.adapter.name, **other), 9, **relative)
     change(made.adapter, use_rslora=True)
-    with pytest.raises(RecipeError, match="no plain LoRA adapter"):
+    with pytest.raises(RecipeError, match="no plain lora adapter"):
         attach_adapter(load(llama), lora(init_from=made.adapter.name), 9, **relative)

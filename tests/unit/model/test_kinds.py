@@ -13,7 +13,7 @@ from lorafit.errors import RecipeError
 from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
-from lorafit.model.load import attach_adapter
+from lorafit.model.attach import attach_adapter
 from tests.unit.model.conftest import load, lora, make_llama, open_base
 
 
@@ -71,14 +71,14 @@ SHAPE = ModelShape(
 def test_lora_counts_are_pefts(tmp_path: Any, targets: Any) -> None:
     section = lora(r=3, target_modules=targets)
     member = adapters.bind(section)
-    counted = sum(member.trainable_parameters(one) for one in member.targets(SHAPE))
+    counted = sum(site.parameters for site in member.sites(SHAPE))
     model = attach_adapter(load(open_base(make_llama(tmp_path / "base"))), section, 0)
     assert model.get_nb_trainable_parameters()[0] == counted and member.rank() == 3
 
 
 def test_targets_that_match_nothing_say_what_exists() -> None:
     with pytest.raises(RecipeError, match="'q_pro' matches no linear") as caught:
-        adapters.bind(lora(target_modules=["q_pro"])).targets(SHAPE)
+        adapters.bind(lora(target_modules=["q_pro"])).sites(SHAPE)
     assert "did you mean q_proj?" in str(caught.value) and "down_proj" in str(caught.value)
 
 

@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.quantizations import quantizations
+from lorafit.model.attach import attach_adapter
 from lorafit.model.base import Base
 from lorafit.model.check_weights import list_names
-from lorafit.model.load import attach_adapter, enable_checkpointing, load_model, load_tokenizer
+from lorafit.model.load import enable_checkpointing, load_model, load_tokenizer
 from lorafit.model.targets import choose_targets
 from tests.unit.model.conftest import load, logits, lora, make_gpt2, make_llama, open_base, randomise
 
@@ -64,7 +65,7 @@ def test_no_compiler_is_imported_for_a_model_that_is_not_compiled(tmp_path: Path
         sys.path.insert(0, sys.argv[2])
         from pathlib import Path
         from tests.unit.model.conftest import load, lora, open_base
-        from lorafit.model.load import attach_adapter
+        from lorafit.model.attach import attach_adapter
         attach_adapter(load(open_base(Path(sys.argv[1])), "nf4"), lora(), 0)
         print(*(name in sys.modules for name in ("bitsandbytes", "torch._inductor.compile_fx")))
         print("TORCHDYNAMO_DISABLE" in os.environ)

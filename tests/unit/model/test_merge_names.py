@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError
 from lorafit.model.adapter import CONFIG, NOTES, WEIGHTS
-from lorafit.model.load import attach_adapter
+from lorafit.model.attach import attach_adapter
 from lorafit.model.merge.shippable import check_shippable
 from lorafit.model.merge.stream import MergeReport, merge_adapter
 from lorafit.model.names import names_of

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.model.agreement import check_plan
+from lorafit.model.attach import attach_adapter
 from lorafit.model.attention import loading_option
 from lorafit.model.class_shape import find_shape, read_class_shape
 from lorafit.model.classes import _cannot_build, build_empty, find_auto_class, read_settings
-from lorafit.model.load import attach_adapter
 from lorafit.model.targets import (
     CHOICE,
     MOVED,
@@ -99,7 +99,7 @@ def test_a_target_that_takes_no_adapter_is_refused_with_the_reason(architecture:
         choose_targets(model, [target])
     assert why in str(caught.value)
     with pytest.raises(RecipeError, match=target):
-        adapters.bind(lora(target_modules=[target])).targets(read_class_shape(config))
+        adapters.bind(lora(target_modules=[target])).sites(read_class_shape(config))
 
 
 def test_what_peft_moves_is_seen_before_step_1() -> None:
@@ -109,9 +109,9 @@ def test_what_peft_moves_is_seen_before_step_1() -> None:
         moved = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]))
     section = lora(target_modules=["q_proj"], r=4)
     kind, shape = adapters.bind(section), find_shape(config)
-    planned = kind.targets(shape)
+    planned = kind.sites(shape)
     with pytest.raises(ModelError, match=r"plan and model disagree: experts: 0 layers planned, \d+ adapted") as caught:
-        check_plan(moved, planned, sum(kind.trainable_parameters(linear) for linear in planned))
+        check_plan(moved, planned, sum(site.parameters for site in planned))
     assert "trainable parameters planned" in str(caught.value)
 
 
@@ -135,8 +135,8 @@ def test_the_plan_counts_what_is_attached(architecture: str) -> None:
     model, config = empty(architecture)
     section, shape = lora(r=4), find_shape(config)
     kind = adapters.bind(section)
-    planned = kind.targets(shape)
-    trainable = sum(kind.trainable_parameters(linear) for linear in planned)
+    planned = kind.sites(shape)
+    trainable = sum(site.parameters for site in planned)
     with torch.device("meta"):
         adapted = attach_adapter(model, section, 0)
     check_plan(adapted, planned, trainable)

@@ -1,0 +1,221 @@
+"""What the methods share that train a product of two narrow matrices beside a frozen linear: A [r, in] and B [out, r].
+
+Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), section 4.1; rank-stabilised scaling: Kalajdzievski
+2023 (https://arxiv.org/abs/2312.03732), equation 4.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field
+
+from lorafit.errors import ModelError
+from lorafit.files.safetensors import read_rows
+from lorafit.kinds.adapters import Adapter, Folding, Home, LayerUpdate, SavedField, Site, is_number, is_rank
+from lorafit.kinds.adapters._low_rank_fold import LowRankFold
+from lorafit.kinds.linear_targets import LinearsSection, choose_linears
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+
+    from lorafit.facts import LinearShape, ModelShape
+    from lorafit.files.safetensors import TensorEntry
+
+_FACTORS_KEPT = 4  # both of an expert's two parameters
+_PLAIN_INITS = (True, False, "gaussian", "eva", None)
+_PLAIN_KEYS = frozenset(
+    {
+        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights"),
+        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+        *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config", "megatron_core"),
+        *("qalora_group_size", "ensure_weight_tying", "lora_dropout", "task_type"),
+    }
+)
+"""Keys of adapter_config.json that leave the product s * B A, or are judged by `LowRankFolding`."""
+
+
+class LowRankSection(LinearsSection):
+    """Two narrow matrices beside frozen linears."""
+
+    r: int = Field(default=16, ge=1, le=4096)
+    """Rank: width of the bottleneck."""
+    alpha: float = Field(default=32.0, gt=0.0, le=1e6, allow_inf_nan=False)
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_share(value: object) -> bool:
+    return is_number(value) and 0 <= value <= 1  # type: ignore[operator]
+
+
+L_co = TypeVar("L_co", bound=LowRankSection, covariant=True)
+
+
+class LowRank(Adapter[L_co]):
+    """PEFT's LoRA layers with fp32 adapter weights, A Kaiming-uniform and B zero at the start."""
+
+    peft_type: ClassVar[str] = "LORA"
+    saved_fields: ClassVar[Mapping[str, SavedField]] = {
+        "r": SavedField(is_rank, "a whole number from 1", needed=True),
+        "lora_alpha": SavedField(is_number, "a finite number", needed=True),
+        "lora_dropout": SavedField(_is_share, "a number from 0 to 1"),
+        **{key: SavedField(_is_flag, "true or false") for key in ("use_rslora", "use_dora", "fan_in_fan_out")},
+    }
+    recipe_fields: ClassVar[Mapping[str, str]] = {"r": "r", "lora_alpha": "alpha"}
+    form_fields: ClassVar[Sequence[str]] = (
+        *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"),
+    )
+
+    def sites(self, shape: ModelShape) -> tuple[Site, ...]:
+        """The linears that get an adapter. Raises RecipeError where a name matches none."""
+        return tuple(
+            Site("linear", linear.name, linear.count, self.layer_parameters(linear) * linear.count, linear)
+            for linear in choose_linears(self.section.target_modules, shape)
+        )
+
+    def layer_parameters(self, linear: LinearShape) -> int:
+        """Trained parameters beside one linear: A [r, in] and B [out, r]."""
+        return self.section.r * (linear.in_features + linear.out_features)
+
+    def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
+        """The recipe's `target_modules`."""
+        return self.section.target_modules
+
+    def rank(self) -> int:
+        """r."""
+        return self.section.r
+
+    def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:
+        """PEFT's LoraConfig with the options of the method."""
+        from peft import LoraConfig
+
+        alpha = self.section.alpha
+        return LoraConfig(
+            r=self.section.r,
+            lora_alpha=int(alpha) if alpha.is_integer() else alpha,
+            lora_dropout=self.section.dropout,
+            target_modules=list(target_modules),
+            fan_in_fan_out=is_transposed,
+            bias="none",
+            **self.peft_options,
+        )
+
+    @classmethod
+    def opened_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The saved one; no initialisation is repeated, since the values come from the file."""
+        return {**config, "init_lora_weights": True}
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate(LayerUpdate):
+    """What one layer's weight gets: a change by `scaling * B @ A` for each of its matrices.
+
+    Attributes:
+        lora_a: `[matrices * r, in]`, or `[r, rows]` of an embedding.
+        lora_b: `[out, r * matrices]`: PEFT lays the matrices' columns side by side for each rank.
+        read: Reads a tensor in fp32; it remembers the last few, since experts share theirs.
+    """
+
+    lora_a: TensorEntry
+    lora_b: TensorEntry
+    scaling: float
+    matrices: int
+    transposed: bool
+    read: Callable[[TensorEntry], torch.Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one matrix, as it lies in the files."""
+        outputs, inputs = self.lora_b.shape[0], self.lora_a.shape[1]
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
+
+    def factors(self, matrix: int, first_row: int, stop_row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left [rows, r] and right [r, columns] of one matrix, in fp32 and in the files' orientation.
+
+        Source: peft.tuners.lora.layer.ParamWrapper.get_delta_weight, for several matrices.
+        """
+        rank = self.lora_a.shape[0] // self.matrices
+        a = self.read(self.lora_a)[matrix * rank : (matrix + 1) * rank]
+        b = self.read(self.lora_b)[:, matrix :: self.matrices]
+        left, right = (a.t(), b.t()) if self.transposed else (b, a)
+        return left.contiguous()[first_row:stop_row], right.contiguous()
+
+    def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> LowRankFold:
+        """The sum W + s * B A."""
+        return LowRankFold(*self.factors(matrix, first_row, stop_row), self.scaling)
+
+
+class LowRankFolding(Folding):
+    """Changes by s * B A, as an adapter_config.json describes them.
+
+    Args:
+        config: adapter_config.json.
+        known_keys: Keys of the method's own, beside those that leave s * B A as it is.
+
+    Raises:
+        ModelError: It uses what is no such product.
+    """
+
+    parts: ClassVar[Mapping[str, str]] = {
+        "lora_A": "A",
+        "lora_B": "B",
+        "lora_embedding_A": "A",
+        "lora_embedding_B": "B",
+    }
+
+    def __init__(self, config: Mapping[str, Any], known_keys: Set[str] = frozenset()) -> None:
+        known = _PLAIN_KEYS | known_keys
+        active = [k for k, v in config.items() if k not in known and v and not (k == "bias" and v == "none")]
+        if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+            active.append(f"init_lora_weights={config['init_lora_weights']}")
+        if active:
+            raise ModelError(
+                f"cannot be merged as W + s * B A: it uses {', '.join(sorted(active))}",
+                todo="merge it with the tool that made it",
+            )
+        self._config = config
+        self._read = lru_cache(maxsize=_FACTORS_KEPT)(_read_fp32)
+
+    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LowRankUpdate:
+        """Scaling by the config's patterns, rank by the tensors."""
+        a, b = tensors["A"], tensors["B"]
+        rank = a.shape[0] // home.matrices
+        if len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0] or rank * home.matrices != a.shape[0]:
+            raise ModelError(
+                f"its factors are {list(a.shape)} and {list(b.shape)}, which no weight of a linear is made of",
+                todo="get the adapter again",
+            )
+        return LowRankUpdate(a, b, self._scaling(home.key, rank), home.matrices, home.transposed, self._read)
+
+    def _scaling(self, key: str, rank: int) -> float:
+        config = self._config
+        written = _matching(config.get("rank_pattern") or {}, key, config["r"])
+        if written != rank:
+            raise ModelError(f"has rank {rank} in the weights, {written} in its config")
+        alpha = float(_matching(config.get("alpha_pattern") or {}, key, config["lora_alpha"]))
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matching(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the path."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", key):
+            return value
+    return default
+
+
+def _read_fp32(entry: TensorEntry) -> torch.Tensor:
+    return read_rows(entry).float()

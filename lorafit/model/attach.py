@@ -1,0 +1,251 @@
+"""Adapters on a loaded model: fresh from a recipe, opened from a folder, or given the values of a checkpoint.
+
+Whatever the method, PEFT wraps the model here and nowhere else. An adapter has a name, so that one base may carry
+several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.contracts import Silent
+from lorafit.errors import ModelError, RecipeError
+from lorafit.files.safetensors import read_rows
+from lorafit.kinds.adapters import adapters
+from lorafit.model.adapter import (
+    ADAPTER_NAME,
+    CONFIG,
+    WEIGHTS,
+    AdapterFolder,
+    adapter_tensors,
+    check_base,
+    read_adapter,
+    saved_kind,
+)
+from lorafit.model.adapter_checks import check_values
+from lorafit.model.check_weights import list_names
+from lorafit.model.load import keep_weights_unpacked
+from lorafit.model.quiet import quiet_libraries
+from lorafit.model.targets import choose_targets
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+
+    from lorafit.contracts import Reporter
+    from lorafit.kinds.adapters import AdapterSection
+    from lorafit.model.base import Base
+
+
+def attach_adapter(
+    model: Any,
+    section: AdapterSection,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    task_type: str = "CAUSAL_LM",
+    modules_to_save: Sequence[str] = (),
+    name: str = ADAPTER_NAME,
+) -> PeftModel:
+    """The model with the recipe's adapter: fresh, or going on from `init_from`.
+
+    Args:
+        model: From `load_model`, or without weights.
+        section: The recipe's.
+        seed: Of the fresh values.
+        folder: What `init_from` is relative to.
+        task_type: PEFT's name of the task.
+        modules_to_save: Modules that are trained and saved whole beside the adapter, such as a new head.
+        name: What the adapter is called in the model.
+
+    Raises:
+        RecipeError: A target matches nothing, or `init_from` disagrees with the recipe.
+        ModelError: The adapter of `init_from` does not fit this model, or PEFT cannot wrap it.
+    """
+    import torch
+
+    method = adapters.bind(section)
+    asked = method.linear_names()
+    targets = choose_targets(model, asked) if asked else []
+    config = method.peft_config(targets, is_transposed=_are_transposed(model, targets))
+    config.task_type = task_type
+    if modules_to_save:
+        config.modules_to_save = list(modules_to_save)
+    with quiet_libraries():
+        try:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                torch.manual_seed(seed)
+                adapted = _wrap(model, config, name)
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            kind, lines = type(model).__name__, str(error).strip().splitlines() or [""]
+            todo = "use another base model"
+            raise ModelError(f"PEFT cannot put an adapter on {kind}: {lines[0]}", todo=todo) from error
+    keep_weights_unpacked(adapted)
+    if section.init_from is not None:
+        _go_on_from(adapted, section, (folder or Path()) / section.init_from, name)
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise RecipeError("the adapter has no trainable parameters", key="adapter")
+    return adapted
+
+
+def open_adapter(
+    base_model: Any,
+    folder: Path,
+    *,
+    trainable: bool,
+    base: Base | None = None,
+    reporter: Reporter | None = None,
+    name: str = ADAPTER_NAME,
+) -> PeftModel:
+    """The loaded base with a saved adapter on it.
+
+    Args:
+        base_model: From `load_model`, or from here, with adapters of other names.
+        folder: The adapter's.
+        trainable: Whether its weights require gradients.
+        base: Checked against the adapter's notes where given.
+        reporter: Warned where the adapter has no effect; silent where None.
+        name: What the adapter is called in the model.
+
+    Raises:
+        ModelError: It does not fit, in any respect; nothing is guessed.
+        SafetyError: See `read_adapter`.
+    """
+    saved = read_adapter(folder)
+    if base is not None:
+        check_base(saved, base)
+    check_values(saved.kind, saved.config, saved.tensors, folder / WEIGHTS, reporter or Silent())
+    model = wrap_model(base_model, saved.config, folder, trainable=trainable, name=name)
+    _load_weights(model, saved, name)
+    keep_weights_unpacked(model)
+    for parameter in adapter_tensors(model, name).values():
+        parameter.requires_grad_(trainable)
+    return model
+
+
+def wrap_model(
+    base_model: Any,
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    trainable: bool,
+    empty: bool = False,
+    name: str = ADAPTER_NAME,
+) -> PeftModel:
+    """A base model with fresh layers where PEFT puts those of an adapter.
+
+    Args:
+        base_model: As in `open_adapter`.
+        config: The adapter's adapter_config.json.
+        folder: Where that lies, for messages.
+        trainable: Whether PEFT lets the layers train.
+        empty: Whether the layers get no values, as those of a base on the meta device.
+        name: What the adapter is called in the model.
+
+    Raises:
+        ModelError: PEFT does not know its config, or cannot apply it to this model.
+    """
+    from peft import get_peft_config
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = saved_kind(config, folder / CONFIG)
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[kind.peft_type].__dataclass_fields__
+    foreign = {key: value for key, value in config.items() if key not in known and value}
+    if foreign:
+        raise ModelError(f"keys this PEFT does not know: {list_names(foreign)}", file=str(folder / CONFIG))
+    opened = kind.opened_config({key: value for key, value in config.items() if key in known and key != "auto_mapping"})
+    with quiet_libraries():
+        try:
+            return _wrap(base_model, get_peft_config({**opened, "inference_mode": not trainable}), name, empty=empty)
+        except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"does not fit this model: {first}", file=str(folder / CONFIG)) from error
+
+
+def load_adapter_weights(model: PeftModel, folder: Path, name: str = ADAPTER_NAME) -> None:
+    """Puts a saved adapter's values into the model's adapter, in place (shapes and dtype of the model stay).
+
+    Raises:
+        ModelError: Missing or superfluous tensors, wrong shapes, all counted; or values that are no finite floats.
+    """
+    saved = read_adapter(folder)
+    check_values(saved.kind, saved.config, saved.tensors, folder / WEIGHTS, Silent())
+    _load_weights(model, saved, name)
+
+
+def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ModelError where an adapter's tensors are not exactly the wanted ones; names every mismatch."""
+    missing = [name for name in wanted if name not in saved.tensors]
+    extra = [name for name in saved.tensors if name not in wanted]
+    misshapen = [n for n, shape in wanted.items() if n in saved.tensors and saved.tensors[n].shape != shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(wanted)} missing adapter tensors ({list_names(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} adapter tensors find no home in this model ({list_names(extra)})")
+    if misshapen:
+        name = sorted(misshapen)[0]
+        has, needs = list(saved.tensors[name].shape), list(wanted[name])
+        problems.append(f"{len(misshapen)} of another shape ({name} is {has}, the model needs {needs})")
+    if problems:
+        raise ModelError("; ".join(problems), file=str(saved.path / WEIGHTS), todo="use the base it was trained on")
+
+
+def _wrap(model: Any, config: PeftConfig, name: str, *, empty: bool = False) -> PeftModel:
+    """PEFT's model with one more adapter, fp32 over whatever the base is."""
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config, low_cpu_mem_usage=empty)
+        return model
+    adapted: PeftModel = get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=empty)
+    return adapted
+
+
+def _are_transposed(model: torch.nn.Module, target_modules: Sequence[str]) -> bool:
+    """Whether all targets are GPT-2's Conv1D, whose weights lie `[in, out]`."""
+    from transformers.pytorch_utils import Conv1D
+
+    ends = tuple(f".{target}" for target in target_modules)
+    wanted = [module for path, module in model.named_modules() if f".{path}".endswith(ends)]
+    return bool(wanted) and all(isinstance(module, Conv1D) for module in wanted)
+
+
+def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:
+    import torch
+
+    live = adapter_tensors(model, name)
+    check_fit(saved, {path: tuple(value.shape) for path, value in live.items()})
+    with torch.no_grad():
+        for path, parameter in live.items():
+            parameter.copy_(read_rows(saved.tensors[path]))
+
+
+def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path, name: str) -> None:
+    """Gives a fresh adapter the weights of a saved one of the same method, options and layers.
+
+    Raises:
+        RecipeError: Recipe and adapter differ in one of those.
+        ModelError: See `read_adapter`.
+    """
+    saved, fresh, kind = read_adapter(folder), model.peft_config[name], adapters.get(section.kind)
+    for key, ours in kind.recipe_fields.items():
+        theirs, asked = saved.config.get(key), getattr(fresh, key)
+        if theirs != asked:
+            raise RecipeError(
+                f"the recipe says {asked:g}, the adapter to go on from has {theirs}", key=f"adapter.{ours}"
+            )
+    unlike = [key for key in kind.form_fields if (value := saved.config.get(key)) and value != getattr(fresh, key)]
+    if unlike or saved.kind is not kind:
+        form = ", ".join(unlike) or saved.config["peft_type"]
+        raise RecipeError(f"{folder} is no plain {section.kind} adapter ({form})", key="adapter.init_from")
+    live = adapter_tensors(model, name)
+    if live.keys() != saved.tensors.keys():
+        raise RecipeError(
+            f"{folder} adapts other layers: {list_names(saved.tensors.keys() ^ live.keys())}",
+            key="adapter.target_modules",
+            todo="name the targets it was trained with",
+        )
+    load_adapter_weights(model, folder, name)
