@@ -48,8 +48,10 @@ def make_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     return folder
 
 
-def train(folder: Path, rows: list[dict[str, Any]], *, model: dict[str, Any] | None = None, **data: Any) -> Path:
-    """Trains on `rows` until the answers are no accident; gives the recipe."""
+def train(
+    folder: Path, rows: list[dict[str, Any]], *, model: dict[str, Any] | None = None, steps: int = 100, **data: Any
+) -> Path:
+    """Trains on `rows`, with that many steps until the answers are no accident; gives the recipe."""
     write_rows(folder / "d.jsonl", rows)
     recipe = {
         "name": "shipped",
@@ -57,7 +59,7 @@ def train(folder: Path, rows: list[dict[str, Any]], *, model: dict[str, Any] | N
         "adapter": {"r": 16, "alpha": 32, "dropout": 0.0},
         "data": {"train": "d.jsonl", "max_length": 400, **data},
         "training": {
-            "max_steps": 100, "batch_size": 4, "micro_batch_tokens": 1024, "learning_rate": 1e-2,
+            "max_steps": steps, "batch_size": 4, "micro_batch_tokens": 1024, "learning_rate": 1e-2,
             "optimizer": "adamw", "gradient_checkpointing": False,
         },
         "output": "run",
@@ -106,7 +108,7 @@ def plain(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> lis
 def test_a_family_of_templates_ships(tmp_path: Path, family: str) -> None:
     make_base(tmp_path / "base", tokenizer_of(family))
     rows = [{"messages": [user(ask), assistant(answer)]} for ask, answer in PAIRS]
-    recipe = train(tmp_path, rows, system_prompt=SYSTEM)
+    recipe = train(tmp_path, rows, system_prompt=SYSTEM, steps=30)
     trained = [row.input_ids for row in pipeline.preview(recipe, rows=None).rows]
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("run/adapter", "merged")]
     for tokenizer in tokenizers:

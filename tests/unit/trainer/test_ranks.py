@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError
 from lorafit.trainer.checkpoint import Environment, check_continuity
 from lorafit.trainer.state import TrainState
+from tests.support.processes import ENVIRONMENT, start
 
 PROGRAM = """
 import os, signal, sys
@@ -52,12 +51,13 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     program = root / "program.py"
     program.write_text(PROGRAM.format(here=str(Path(__file__).parent), root=str(root)), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    ended = subprocess.run(
-        [*launcher, str(program)], capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    ranks = [start(program, cwd=root, env={**ENVIRONMENT, **shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    ended = [(*rank.communicate(timeout=300), rank.returncode) for rank in ranks]
+    assert [code for _, _, code in ended] == [0, 0], ended
     return root
 
 
