@@ -108,7 +108,7 @@ def plain(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> lis
 def test_a_family_of_templates_ships(tmp_path: Path, family: str) -> None:
     make_base(tmp_path / "base", tokenizer_of(family))
     rows = [{"messages": [user(ask), assistant(answer)]} for ask, answer in PAIRS]
-    recipe = train(tmp_path, rows, system_prompt=SYSTEM, steps=30)
+    recipe = train(tmp_path, rows, system_prompt=SYSTEM, steps=60)
     trained = [row.input_ids for row in pipeline.preview(recipe, rows=None).rows]
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("run/adapter", "merged")]
     for tokenizer in tokenizers:
