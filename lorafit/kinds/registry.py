@@ -10,13 +10,18 @@ import importlib
 import pkgutil
 from abc import ABC
 from collections.abc import Callable
-from typing import Annotated, Any, Generic, TypeVar, Union
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler
 
 from lorafit.console.nearest import nearest
 from lorafit.errors import RecipeError
 from lorafit.kinds.section import KindSection
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
 
 T = TypeVar("T")
 S_co = TypeVar("S_co", bound=KindSection, covariant=True)
@@ -164,4 +169,21 @@ class SectionRegistry(_Members[type[K]], Generic[K]):
 
         sections = tuple(self.section(name) for name in self.names())
         union = Annotated[Union[sections], Field(discriminator="kind")] if len(sections) > 1 else sections[0]  # noqa: UP007
-        return Annotated[union, BeforeValidator(with_kind)]
+        return Annotated[union, BeforeValidator(with_kind), _ChoiceOfKinds(default)]
+
+
+@dataclass(frozen=True)
+class _ChoiceOfKinds:
+    """A choice of kinds in the JSON schema: a bare word, or a kind's section, which names it unless it is `default`."""
+
+    default: str | None
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        union = handler(schema)
+        references = union.get("oneOf", [union])
+        kinds = []
+        for section in map(handler.resolve_ref_schema, references):
+            kinds.append(section["properties"]["kind"]["const"])
+            if kinds[-1] != self.default:
+                section["required"] = ["kind", *section.get("required", [])]
+        return {"anyOf": [{"enum": kinds}, *references]}

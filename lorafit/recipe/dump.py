@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from lorafit.recipe.scalars import UnclearScalarError, read_scalar
+from lorafit.recipe.yaml_tree import Plain
 
 
 class _Dumper(yaml.SafeDumper):
@@ -24,7 +23,7 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-def dump_yaml(values: dict[str, Any]) -> str:
+def dump_yaml(values: Plain) -> str:
     """The values in their own order, one a line."""
     return yaml.dump(
         values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False

@@ -9,38 +9,26 @@ Every value keeps the place that it was written at.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lorafit.console.nearest import nearest
-from lorafit.errors import LorafitError, Problems, RecipeError, SafetyError, UsageError, raise_all
+from lorafit.errors import LorafitError, Problems, RecipeError, UsageError, raise_all
 from lorafit.files.strict_json import JsonError, read_regular_file
 from lorafit.machine.shipped import shipped
 from lorafit.recipe.paths import absolute, moved
 from lorafit.recipe.reader import MOST_BYTES, decode, read_tree, read_value
-from lorafit.recipe.schema_tree import (
-    Choice,
-    Group,
-    Slot,
-    Table,
-    expand,
-    kind_of,
-    recipe_outline,
-    slot_below,
-    variant_of,
-)
-from lorafit.recipe.secrecy import find_secrets, is_secret_key, is_secret_value, shown_flag
+from lorafit.recipe.schema_tree import Node, expand, form_of, kind_of, kinds_of, node_at, node_below, recipe_tree
+from lorafit.recipe.secrecy import shown_flag, without_secrets
 from lorafit.recipe.yaml_tree import (
     Entry,
     KeyPath,
     Place,
+    Plain,
     Unreadable,
     entry_of,
-    find,
     key_text,
-    mapping,
     parse_key,
     shown,
     with_entry,
@@ -75,7 +63,7 @@ class _Source:
     path: Path
 
 
-def read_layers(path: Path, overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> Layers:
+def read_layers(path: Path, overrides: Sequence[str], values: Plain = None) -> Layers:
     """Reads a recipe, everything it extends, and the flags over it.
 
     Args:
@@ -87,10 +75,9 @@ def read_layers(path: Path, overrides: Sequence[str], values: Mapping[str, Any] 
         UsageError: The recipe cannot be read, or a flag is no KEY=VALUE.
         RecipeError: The recipe is no YAML mapping at all.
     """
-    flags = [_read_flag(flag) for flag in overrides]
-    file = str(path)
+    flags, file = [_read_flag(flag) for flag in overrides], str(path)
     if values is None:
-        tree, errors = _read_one(decode(read_bytes(path), file), Place(file, 1, 1))
+        tree, errors = _read_one(read_bytes(path), file)
     else:
         tree, errors = _checked(entry_of(values, Place(path.name)), [])
     for key, entry, _ in flags:
@@ -121,64 +108,49 @@ def read_bytes(path: Path) -> bytes:
         raise UsageError(reason, file=shown_path, todo="name a recipe, a YAML file") from None
 
 
-def _read_one(text: str, place: Place) -> tuple[Entry, list[LorafitError]]:
+def _read_one(raw: bytes, file: str) -> tuple[Entry, list[LorafitError]]:
     """One file's tree without its secrets.
 
     Raises:
         LorafitError: It is no mapping.
     """
-    tree, problems = read_tree(text, place)
-    return _checked(tree, list(problems))
+    tree, problems = read_tree(decode(raw, file), Place(file, 1, 1))
+    return _checked(tree, problems)
 
 
-def _checked(tree: Entry, errors: list[LorafitError]) -> tuple[Entry, list[LorafitError]]:
+def _checked(tree: Entry, problems: Sequence[LorafitError]) -> tuple[Entry, list[LorafitError]]:
     file = tree.place.file
     if not isinstance(tree.value, dict):
-        raise_all(errors, file=file)
+        raise_all(problems, file=file)
         if tree.value is None:
             raise RecipeError("the recipe is empty", file=file, todo="lorafit needs at least name, model and data")
-        raise RecipeError(
-            f"expected a mapping of sections, found {shown(tree)}", **tree.place.known, todo="start with name: my-run"
-        )
-    tree, secrets = _without_secrets(tree)
+        raise tree.place.error(f"expected a mapping of sections, found {shown(tree)}", todo="start with name: my-run")
+    tree, secrets = without_secrets(tree)
     hidden = tuple(secret.key for secret in secrets if secret.key)
-    return tree, [*secrets, *(error for error in errors if not (error.key or "").startswith(hidden))]
-
-
-def _without_secrets(tree: Entry) -> tuple[Entry, list[SafetyError]]:
-    secrets = find_secrets(tree)
-    for path, _ in secrets:
-        entry = find(tree, path)
-        if isinstance(path[-1], str) and (is_secret_key(path[-1]) or is_secret_value(path[-1])):
-            tree = with_entry(tree, path, None)
-        elif entry is not None:
-            tree = with_entry(tree, path, replace(entry, value=Unreadable.VALUE))
-    return tree, [error for _, error in secrets]
+    return tree, [*secrets, *(error for error in problems if not (error.key or "").startswith(hidden))]
 
 
 def _with_extended(tree: Entry, chain: list[_Source]) -> tuple[Entry, list[LorafitError]]:
     """A file's tree over everything that it extends."""
-    extends = tree.value.get("extends")
+    extends = tree.entries.get("extends")
     tree = with_entry(tree, ("extends",), None)
-    if extends is None or extends.value is None or extends.value is Unreadable.VALUE:
+    if extends is None or extends.value in (None, Unreadable.VALUE):
         return tree, []
     try:
         source = _extended_source(extends, chain)
-        place = Place(source.shown, 1, 1)
-        below, errors = _read_one(decode(_extended_bytes(source, extends), source.shown), place)
+        below, errors = _read_one(_extended_bytes(source, extends), source.shown)
     except LorafitError as error:
         return tree, list(error.errors) if isinstance(error, Problems) else [error]
     below, more = _with_extended(below, [*chain, source])
     here, there = chain[-1].path.parent, source.path.parent
     below = moved(below, absolute(there), absolute(here))
-    return merge(below, tree, recipe_outline()), [*errors, *more]
+    return merge(below, tree, recipe_tree()), [*errors, *more]
 
 
 def _extended_source(extends: Entry, chain: list[_Source]) -> _Source:
-    at = {**extends.place.known, "key": "extends"}
-    name = extends.value
+    name, place, key = extends.value, extends.place, ("extends",)
     if not isinstance(name, str) or not name.strip():
-        raise RecipeError(f"expected the name of a preset or the path of a recipe, found {shown(name)}", **at)
+        raise place.error(f"expected the name of a preset or the path of a recipe, found {shown(name)}", key)
     if name.endswith((".yaml", ".yml")) or "/" in name:
         source = _Source(os.path.normpath(Path(chain[-1].shown).parent / name), chain[-1].path.parent / name)
     else:
@@ -188,15 +160,14 @@ def _extended_source(extends: Entry, chain: list[_Source]) -> _Source:
             close = nearest(name, presets, count=1)
             hint = f"did you mean {close[0]}? " if close else ""
             todo = f"{hint}available: {', '.join(presets)}; or name a .yaml file"
-            raise RecipeError(f"no such preset {shown(name)}", **at, todo=todo)
+            raise place.error(f"no such preset {shown(name)}", key, todo)
     known = [os.path.realpath(link.path) for link in chain]
     if os.path.realpath(source.path) in known:
-        circle = " > ".join(
-            Path(link.shown).name for link in [*chain[known.index(os.path.realpath(source.path)) :], source]
-        )
-        raise RecipeError(f"recipes extend each other in a circle: {circle}", **at, todo="take one extends away")
+        links = [*chain[known.index(os.path.realpath(source.path)) :], source]
+        circle = " > ".join(Path(link.shown).name for link in links)
+        raise place.error(f"recipes extend each other in a circle: {circle}", key, "take one extends away")
     if len(chain) > _LONGEST_CHAIN:
-        raise RecipeError(f"more than {_LONGEST_CHAIN} recipes extend each other", **at, todo="write a shorter chain")
+        raise place.error(f"more than {_LONGEST_CHAIN} recipes extend each other", key, "write a shorter chain")
     return source
 
 
@@ -204,8 +175,8 @@ def _extended_bytes(source: _Source, extends: Entry) -> bytes:
     try:
         return read_bytes(source.path)
     except UsageError as error:
-        what = f"{source.shown}: {error.what}"
-        raise RecipeError(what, **extends.place.known, key="extends", todo="paths are relative to this file") from None
+        what, todo = f"{source.shown}: {error.what}", "paths are relative to this file"
+        raise extends.place.error(what, ("extends",), todo) from None
 
 
 def preset_names() -> list[str]:
@@ -213,23 +184,21 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in shipped("presets").glob("*.yaml"))
 
 
-def merge(below: Entry, above: Entry, slot: Slot | None) -> Entry:
+def merge(below: Entry, above: Entry, node: Node | None) -> Entry:
     """`above` laid over `below`, key by key where both are the same section or the same kind."""
-    form = variant_of(slot, above)
-    if isinstance(form, Choice):
-        below, above = expand(form, below), expand(form, above)
-        named = isinstance(above.value, dict) and "kind" in above.value
-        if named and kind_of(form, above) != kind_of(form, below):
+    low, high = expand(node, below), expand(node, above)
+    if node is None or not isinstance(low.value, dict) or not isinstance(high.value, dict):
+        return above
+    if kinds_of(node):
+        if "kind" in high.value and kind_of(node, high) != kind_of(node, low):
             return above
-    elif not isinstance(form, Group | Table) or form is not variant_of(slot, below):
+    elif form_of(node, high) is not form_of(node, low):
         return above
-    if not isinstance(below.value, dict) or not isinstance(above.value, dict):
-        return above
-    entries = dict(below.value)
-    for key, entry in above.value.items():
+    entries = dict(low.value)
+    for key, entry in high.value.items():
         under = entries.get(key)
-        entries[key] = merge(under, entry, slot_below(form, above, key)) if under is not None else entry
-    return mapping(entries, above.place, above.key_place)
+        entries[key] = merge(under, entry, node_below(node, high, key)) if under is not None else entry
+    return replace(above, value=entries)
 
 
 def _read_flag(flag: str) -> tuple[KeyPath, Entry, list[LorafitError]]:
@@ -242,17 +211,13 @@ def _read_flag(flag: str) -> tuple[KeyPath, Entry, list[LorafitError]]:
     key, text = key.strip(), text.strip()
     words = shown_flag(flag)
     words = words if len(words) <= _SHOWN_FLAG_CHARACTERS else f"{words[: _SHOWN_FLAG_CHARACTERS - 1]}…"
-    place = Place(f"{FLAG}{words}")
+    place, todo = Place(f"{FLAG}{words}"), "write --set KEY=VALUE, e.g. training.epochs=1"
     try:
         path = parse_key(key)
     except ValueError:
-        raise UsageError(
-            "no key such as training.epochs or data.train[0].path",
-            file=place.file,
-            todo="write --set KEY=VALUE, e.g. training.epochs=1",
-        ) from None
+        raise UsageError("no key such as training.epochs or data.train[0].path", file=place.file, todo=todo) from None
     if not equals:
-        raise UsageError("no '=' in it", file=place.file, todo="write --set KEY=VALUE, e.g. training.epochs=1")
+        raise UsageError("no '=' in it", file=place.file, todo=todo)
     entry, errors = read_value(text, place, path)
     return path, entry, list(errors)
 
@@ -261,34 +226,34 @@ def _with_flag(tree: Entry, path: KeyPath, entry: Entry) -> tuple[Entry, list[Lo
     """The tree with one flag's value in it, or as it was, with the reason."""
     wrapped = entry
     for part in reversed(path):
-        wrapped = mapping({str(part): wrapped}, entry.place)
-    _, secrets = _without_secrets(wrapped)
+        wrapped = Entry({str(part): wrapped}, entry.place, entry.place)
+    _, secrets = without_secrets(wrapped)
     if secrets:
         return tree, list(secrets)
     try:
-        return _set(tree, path, entry, recipe_outline(), path), []
+        return _set(tree, path, entry, tree, path), []
     except RecipeError as error:
         return tree, [error]
 
 
-def _set(tree: Entry | None, path: KeyPath, new: Entry, slot: Slot | None, whole: KeyPath) -> Entry:
+def _set(tree: Entry | None, path: KeyPath, new: Entry, root: Entry, whole: KeyPath) -> Entry:
+    """A part of `root` with a flag's value at `path` below it, which is `whole` from the top; asks the schema late."""
+    done = whole[: len(whole) - len(path)]
     if not path:
-        return merge(tree, new, slot) if tree is not None else new
-    part, rest, at = path[0], path[1:], {**new.place.known, "key": key_text(whole)}
-    if tree is None or tree.value is None or tree.value is Unreadable.VALUE:
-        tree = mapping({}, new.place)
-    tree = expand(slot, tree)
-    done = key_text(whole[: len(whole) - len(path)]) or "the recipe"
+        is_merged = tree is not None and (isinstance(tree.value, dict) or isinstance(new.value, dict))
+        return merge(tree, new, node_at(done, root)) if tree is not None and is_merged else new
+    if tree is None or tree.value in (None, Unreadable.VALUE):
+        tree = Entry({}, new.place, new.place)
+    if not isinstance(tree.value, dict) or not isinstance(path[0], str):
+        tree = expand(node_at(done, root), tree)
+    part, rest, named = path[0], path[1:], key_text(done) or "the recipe"
     if isinstance(tree.value, tuple):
         number = int(part) if isinstance(part, int) or part.isdecimal() else None
         if number is None or number >= len(tree.value):
-            items = ", ".join(f"{done}[{n}]" for n in range(len(tree.value))) or f"nothing in {done}"
-            raise RecipeError(f"{done} is a list of {len(tree.value)}", **at, todo=f"there is {items}")
-        below = _set(tree.value[number], rest, new, slot_below(slot, tree, number), whole)
-        return with_entry(tree, (number,), below)
+            items = ", ".join(f"{named}[{n}]" for n in range(len(tree.value))) or f"nothing in {named}"
+            raise new.place.error(f"{named} is a list of {len(tree.value)}", whole, f"there is {items}")
+        return with_entry(tree, (number,), _set(tree.value[number], rest, new, root, whole))
     if not isinstance(tree.value, dict) or isinstance(part, int):
-        raise RecipeError(
-            f"{done} holds {shown(tree)}, which has no {key_text((part,))}", **at, todo=f"set {done} itself"
-        )
-    below = _set(tree.value.get(part), rest, new, slot_below(slot, tree, part), whole)
-    return mapping({**tree.value, part: below}, tree.place, tree.key_place)
+        what = f"{named} holds {shown(tree)}, which has no {key_text((part,))}"
+        raise new.place.error(what, whole, f"set {named} itself")
+    return with_entry(tree, (part,), _set(tree.value.get(part), rest, new, root, whole))

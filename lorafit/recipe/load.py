@@ -16,14 +16,8 @@ from lorafit.errors import UsageError, raise_all
 from lorafit.recipe.cross_field_rules import disagreements
 from lorafit.recipe.extends import read_layers
 from lorafit.recipe.paths import absolute, moved
-from lorafit.recipe.schema_tree import plain, recipe_outline
-from lorafit.recipe.yaml_tree import (
-    Entry,
-    Place,
-    entry_of,
-    nearest_entry,
-    parse_key,
-)
+from lorafit.recipe.schema_tree import validate
+from lorafit.recipe.yaml_tree import Entry, ErrorPlace, Place, entry_of, nearest_entry, parse_key, plain
 
 if TYPE_CHECKING:
     from lorafit.recipe.schema import Recipe
@@ -48,7 +42,7 @@ class LoadedRecipe:
     output: Path
     _tree: Entry = field(repr=False)
 
-    def place(self, key: str) -> dict[str, Any]:
+    def place(self, key: str) -> ErrorPlace:
         """Where a key stands, as arguments of an error: `RecipeError(what, key=key, **loaded.place(key))`.
 
         A key that was not written stands where the section around it does.
@@ -95,8 +89,8 @@ def load_recipe(
     values = _plain_values(recipe) if isinstance(recipe, Mapping) else None
     path = Path(RECIPE_VALUES) if isinstance(recipe, Mapping) else recipe
     layers = read_layers(path, overrides, values)
-    valid = _valid_recipe(layers.tree)
-    if valid is None or layers.errors:
+    valid = validate(layers.tree)
+    if isinstance(valid, list) or layers.errors or disagreements(valid):
         from lorafit.recipe.all_errors import diagnose
 
         look = partial(look_at_template, folder=absolute(path).parent) if look_at_template is not None else None
@@ -122,19 +116,6 @@ def _plain_values(values: Mapping[str, Any]) -> Any:
         raise UsageError(what, file=RECIPE_VALUES, todo="use text, numbers, booleans, lists and dicts") from None
 
 
-def _valid_recipe(tree: Entry) -> Recipe | None:
-    """The recipe; None where anything is wrong with it."""
-    from pydantic import ValidationError
-
-    from lorafit.recipe.schema import Recipe
-
-    try:
-        recipe = Recipe.model_validate(plain(tree, recipe_outline()), strict=True)
-    except ValidationError:
-        return None
-    return None if disagreements(recipe) else recipe
-
-
 def _digest(recipe: Recipe) -> str:
     text = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -156,8 +137,6 @@ def dump_recipe(loaded: LoadedRecipe, folder: Path) -> str:
     from lorafit.recipe.dump import dump_yaml
 
     values = loaded.recipe.model_dump(mode="json")
-    tree = entry_of({**values, "output": ""}, Place(loaded.file))
     folder = absolute(folder)
-    resolved = plain(moved(tree, loaded.folder, folder, absolute=True))
-    resolved["output"] = Path(os.path.relpath(loaded.output, folder)).as_posix()
-    return dump_yaml(resolved)
+    tree = entry_of({**values, "output": str(loaded.output)}, Place(loaded.file))
+    return dump_yaml(plain(moved(tree, loaded.folder, folder, absolute=True)))

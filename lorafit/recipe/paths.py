@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from lorafit.recipe.cross_field_rules import DATA_SUFFIXES
-from lorafit.recipe.schema_tree import Slot, expand, fields_at, recipe_outline, slot_below
+from lorafit.recipe.schema_tree import Node, forms, node_below, recipe_tree
 from lorafit.recipe.yaml_tree import Entry
 
 _FILE_SUFFIXES = DATA_SUFFIXES | {".gguf", ".jinja", ".jinja2", ".j2", ".safetensors", ".yaml", ".yml"}
@@ -38,34 +38,32 @@ def is_local(text: str, folder: Path) -> bool:
         return False
 
 
-def moved(tree: Entry, old: Path, new: Path, *, absolute: bool = False, slot: Slot | None = None) -> Entry:
+def moved(tree: Entry, old: Path, new: Path, *, absolute: bool = False, node: Node | None = None) -> Entry:
     """A recipe's tree, written in folder `old`, as it reads from folder `new`.
 
     Args:
-        tree: The recipe, or the part of it that `slot` describes.
+        tree: The recipe, or the part of it that `node` describes.
         old: Folder that its relative paths start from.
         new: Folder that they shall start from.
         absolute: Whether absolute paths become relative too, as in a file that is passed on.
-        slot: What the schema knows about `tree`; the whole recipe if left out.
+        node: What the schema says of `tree`; the whole recipe if left out.
     """
-    slot = slot or recipe_outline()
-    tree = expand(slot, tree)
-    if isinstance(tree.value, tuple):
-        slots = [slot_below(slot, tree, number) for number in range(len(tree.value))]
-        items = zip(tree.value, slots, strict=True)
-        return replace(tree, value=tuple(moved(e, old, new, absolute=absolute, slot=s) if s else e for e, s in items))
-    if not isinstance(tree.value, dict):
+    node = node or recipe_tree()
+    if isinstance(tree.value, str):
+        marks = {one.get("format") for one in (node, *forms(node))}
+        if "path" in marks or ("path-or-name" in marks and is_local(tree.value, old)):
+            return replace(tree, value=_moved_path(tree.value, old, new, absolute))
         return tree
-    fields, entries = fields_at(slot, tree) or {}, {}
-    for key, entry in tree.value.items():
-        field = fields.get(key)
-        if field is None:
-            entries[key] = entry
-        elif isinstance(entry.value, str) and (field.is_path or (field.may_be_path and is_local(entry.value, old))):
-            entries[key] = replace(entry, value=_moved_path(entry.value, old, new, absolute))
-        else:
-            entries[key] = moved(entry, old, new, absolute=absolute, slot=field.slot)
-    return replace(tree, value=entries)
+
+    def inside(part: str | int, entry: Entry) -> Entry:
+        below = node_below(node, tree, part)
+        return moved(entry, old, new, absolute=absolute, node=below) if below else entry
+
+    if isinstance(tree.value, tuple):
+        return replace(tree, value=tuple(inside(number, item) for number, item in enumerate(tree.value)))
+    if isinstance(tree.value, dict):
+        return replace(tree, value={key: inside(key, entry) for key, entry in tree.value.items()})
+    return tree
 
 
 def _moved_path(text: str, old: Path, new: Path, absolute: bool) -> str:

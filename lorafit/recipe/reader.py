@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from lorafit.errors import RecipeError
-from lorafit.recipe.scalars import UnclearScalarError, read_scalar
-from lorafit.recipe.yaml_tree import Entry, KeyPath, Place, Unreadable, key_text, mapping, shown
+from lorafit.recipe.scalars import Scalar, UnclearScalarError, read_scalar
+from lorafit.recipe.yaml_tree import Entry, KeyPath, Place, Unreadable, Value, shown
 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 20_000
@@ -44,14 +44,6 @@ _UNCLOSED_BRACKET = ("'<stream end>'", "or ']', but got ':'", "or '}', but got '
 _CLOSING = {"[": "]", "{": "}"}
 
 
-class _StopReadingError(Exception):
-    """Nothing behind this point can be read."""
-
-    def __init__(self, error: RecipeError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 def decode(raw: bytes, file: str) -> str:
     """The text of a recipe file, without a byte order mark.
 
@@ -69,9 +61,7 @@ def decode(raw: bytes, file: str) -> str:
     if control is not None:
         before = text[: control.start()].replace("\r\n", "\n").replace("\r", "\n")
         line, column = before.count("\n") + 1, control.start() - max(text.rfind("\n", 0, control.start()), -1)
-        raise RecipeError(
-            f"control character U+{ord(control[0]):04X}", file=file, line=line, column=column, todo="remove it"
-        )
+        raise Place(file, line, column).error(f"control character U+{ord(control[0]):04X}", todo="remove it")
     return text
 
 
@@ -89,9 +79,8 @@ def read_tree(text: str, place: Place, path: KeyPath = ()) -> tuple[Entry, list[
     reading = _Reading(place)
     try:
         return reading.document(text, path), reading.errors
-    except _StopReadingError as stop:
-        unreadable = Entry(Unreadable.VALUE, place, place)
-        return unreadable, [*reading.errors, stop.error]
+    except RecipeError as last:  # nothing behind it can be read
+        return Entry(Unreadable.VALUE, place, place), [*reading.errors, last]
 
 
 def read_value(text: str, place: Place, path: KeyPath) -> tuple[Entry, list[RecipeError]]:
@@ -104,99 +93,115 @@ def read_value(text: str, place: Place, path: KeyPath) -> tuple[Entry, list[Reci
     """
     if text.startswith(("[", "{", '"', "'")):
         return read_tree(text, place, path)
-    reading = _Reading(place)
-    return Entry(reading.word(text, path, place), place, place), reading.errors
+    try:
+        return Entry(_read_text(text, is_quoted=False), place, place), []
+    except UnclearScalarError as unclear:
+        return Entry(Unreadable.VALUE, place, place), [place.error(unclear.what, path, unclear.todo)]
+
+
+def _read_text(text: str, *, is_quoted: bool) -> Scalar:
+    """What a scalar's text means.
+
+    Raises:
+        UnclearScalarError: An unquoted word that is ambiguous, or escapes that make what is no text.
+    """
+    control = _CONTROL.search(text) or _SURROGATE.search(text)
+    if control is not None:
+        what = "control character" if ord(control[0]) < 0xD800 else "half a character (a lone surrogate)"
+        raise UnclearScalarError(f"{what} U+{ord(control[0]):04X}", "remove it")
+    return text if is_quoted else read_scalar(text)
 
 
 class _Reading:
-    """The state of reading one document: its events, its anchors, and the errors so far."""
+    """One document being read: its events, its anchors, and the errors so far."""
 
-    def __init__(self, place: Place) -> None:
-        self.file = place
+    def __init__(self, file: Place) -> None:
+        self.file = file
         self.errors: list[RecipeError] = []
-        self.anchors: dict[str, Entry | None] = {}  # None while its value is being read
+        self.anchors: dict[str, tuple[Value, int] | None] = {}  # with the count of values; None while it is being read
         self.count = 0
-        self.open_brackets: list[tuple[str, Any]] = []
+        self.open_brackets: list[tuple[str, yaml.Mark]] = []
         self.events: Any = None
 
     def document(self, text: str, path: KeyPath) -> Entry:
+        """The tree of the only document.
+
+        Raises:
+            RecipeError: It cannot be read to its end.
+        """
         try:
-            self.events = yaml.SafeLoader(text)
+            self.events = yaml.BaseLoader(text)
             self.events.get_event()  # start of the stream
             if self.events.check_event(yaml.StreamEndEvent):
                 return Entry(None, self.file, self.file)
             self.events.get_event()  # start of the document
-            entry = self.value(path, None)
+            entry = self.value(path)
             self.events.get_event()  # end of the document
             if not self.events.check_event(yaml.StreamEndEvent):
                 second = self.place(self.events.peek_event().start_mark)
                 self.say(second, (), "a second document starts here", "keep one recipe a file")
             return entry
         except yaml.MarkedYAMLError as error:
-            raise _StopReadingError(self.syntax_error(error)) from None
+            raise self.syntax_error(error) from None
         except (yaml.YAMLError, ValueError):  # PyYAML calls chr() on any \U escape
-            mark = self.events.get_mark() if self.events else None
-            known = self.place(mark).known if mark else self.file.known
-            raise _StopReadingError(RecipeError("invalid YAML: a character that does not exist", **known)) from None
+            place = self.place(self.events.get_mark()) if self.events else self.file
+            raise place.error("invalid YAML: a character that does not exist") from None
 
-    def place(self, mark: Any) -> Place:
-        if self.file.line is None:
-            return self.file
-        return Place(self.file.file, mark.line + 1, mark.column + 1)
+    def place(self, mark: yaml.Mark) -> Place:
+        """Where a mark is."""
+        return self.file if self.file.line is None else Place(self.file.file, mark.line + 1, mark.column + 1)
 
     def say(self, place: Place, path: KeyPath, what: str, todo: str) -> None:
-        self.errors.append(RecipeError(what, **place.known, key=key_text(path) or None, todo=todo))
+        """Notes an error; reading goes on."""
+        self.errors.append(place.error(what, path, todo))
         if len(self.errors) >= MOST_ERRORS:
-            raise self.stop(place, (), f"more than {MOST_ERRORS} errors", "mend those first")
+            raise place.error(f"more than {MOST_ERRORS} errors", todo="mend those first")
 
-    def stop(self, place: Place, path: KeyPath, what: str, todo: str) -> _StopReadingError:
-        return _StopReadingError(RecipeError(what, **place.known, key=key_text(path) or None, todo=todo))
-
-    def value(self, path: KeyPath, key_place: Place | None) -> Entry:
+    def value(self, path: KeyPath, key_place: Place | None = None) -> Entry:
+        """The next value with everything below it."""
         event = self.events.get_event()
-        place = self.place(event.start_mark)
-        key_place = key_place or place
+        place, before = self.place(event.start_mark), self.count
         if len(path) > DEEPEST_LEVEL:
-            raise self.stop(place, path[:3], f"nested deeper than {DEEPEST_LEVEL} levels", "no section lies that deep")
+            what = f"nested deeper than {DEEPEST_LEVEL} levels"
+            raise place.error(what, path[:3], "no section lies that deep")
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
-            return self.alias(str(event.anchor), path, place, key_place)
+            return Entry(self.alias(str(event.anchor), path, place), place, key_place or place)
         if event.tag is not None:
             tag = "!!" + event.tag.removeprefix(_CORE_TAG) if event.tag.startswith(_CORE_TAG) else event.tag
             self.say(place, path, f"the tag {shown(tag)} is not allowed", "remove it; recipes hold plain values")
         if event.anchor is not None:
             self.anchors[event.anchor] = None
-        entry = self.content(event, path, place, key_place)
+        held = self.content(event, path, place)
         if event.tag is not None:
-            entry = Entry(Unreadable.VALUE, place, key_place)
+            held = Unreadable.VALUE
         if event.anchor is not None:
-            self.anchors[event.anchor] = entry
+            self.anchors[event.anchor] = (held, self.count - before)
         if self.count > MOST_VALUES:
-            raise self.stop(place, path[:3], f"more than {MOST_VALUES} values", "no recipe needs that many")
-        return entry
+            raise place.error(f"more than {MOST_VALUES} values", path[:3], "no recipe needs that many")
+        return Entry(held, place, key_place or place)
 
-    def content(self, event: Any, path: KeyPath, place: Place, key_place: Place) -> Entry:
+    def content(self, event: Any, path: KeyPath, place: Place) -> Value:
+        """What a scalar, list or mapping holds that begins with `event`."""
         if isinstance(event, yaml.ScalarEvent):
-            return Entry(self.scalar(event, path, place), place, key_place)
+            try:
+                return _read_text(event.value, is_quoted=event.style is not None)
+            except UnclearScalarError as unclear:
+                self.say(place, path, unclear.what, unclear.todo)
+                return Unreadable.VALUE
         if event.flow_style:
             self.open_brackets.append(("[" if isinstance(event, yaml.SequenceStartEvent) else "{", event.start_mark))
-        entry = self.collection(event, path, place, key_place)
+        items: list[Entry] = []
+        entries: dict[str, Entry] = {}
+        while not self.events.check_event(yaml.CollectionEndEvent):
+            if isinstance(event, yaml.SequenceStartEvent):
+                items.append(self.value((*path, len(items))))
+            else:
+                self.pair(entries, path)
+        self.events.get_event()
         if event.flow_style:
             self.open_brackets.pop()
-        return entry
-
-    def collection(self, event: Any, path: KeyPath, place: Place, key_place: Place) -> Entry:
-        if isinstance(event, yaml.SequenceStartEvent):
-            items: list[Entry] = []
-            while not self.events.check_event(yaml.SequenceEndEvent):
-                items.append(self.value((*path, len(items)), None))
-            self.events.get_event()
-            return Entry(tuple(items), place, key_place, 1 + sum(item.count for item in items))
-        entries: dict[str, Entry] = {}
-        while not self.events.check_event(yaml.MappingEndEvent):
-            self.pair(entries, path)
-        self.events.get_event()
-        return mapping(entries, place, key_place)
+        return tuple(items) if isinstance(event, yaml.SequenceStartEvent) else entries
 
     def pair(self, entries: dict[str, Entry], path: KeyPath) -> None:
         """Reads one key with its value into `entries`."""
@@ -204,83 +209,54 @@ class _Reading:
         key = self.key(path, at)
         below = (*path, key if key is not None else "?")
         value = self.value(below, at)
-        if key is None:
-            return
-        if key in entries:
-            first = entries[key].key_place
-            where = f"first at line {first.line}" if first.line is not None else "twice in one mapping"
+        if key is not None and entries.setdefault(key, value) is not value:
+            line = entries[key].key_place.line
+            where = f"first at line {line}" if line is not None else "twice in one mapping"
             self.say(at, below, f"duplicate key ({where})", "keep one of the two")
-        else:
-            entries[key] = value
 
     def key(self, path: KeyPath, at: Place) -> str | None:
         """The next key; None, with an error, where it is not text."""
         if not self.events.check_event(yaml.ScalarEvent):
-            self.value((*path, "?"), None)
+            self.value((*path, "?"))
             self.say(at, path, "a key that is not text", "write key: value")
             return None
         event = self.events.get_event()
-        name: str = event.value
+        name, is_quoted = str(event.value), event.style is not None
         if event.tag is not None:
-            self.say(at, path, f"the tag {shown(event.tag)} is not allowed", "remove it; recipes hold plain values")
-            return None
-        if event.style is None and name == "<<":
-            self.say(at, path, "merge keys (<<) are not read", "write the keys out, or use extends")
-            return None
-        try:
-            read = read_scalar(name) if event.style is None else name
-        except UnclearScalarError as unclear:
-            self.say(at, path, f"key: {unclear.what}", f'quote it ("{name[:20]}")')
-            return None
-        if not isinstance(read, str) or not name:
-            self.say(at, path, f"{shown(name)} is a key that is not text", "write a name, or quote it")
-            return None
-        return name if self.is_text(name, path, at) else None
+            refusal = f"the tag {shown(event.tag)} is not allowed", "remove it; recipes hold plain values"
+        elif name == "<<" and not is_quoted:
+            refusal = "merge keys (<<) are not read", "write the keys out, or use extends"
+        else:
+            try:
+                if name and isinstance(_read_text(name, is_quoted=is_quoted), str):
+                    return name
+                refusal = f"{shown(name)} is a key that is not text", "write a name, or quote it"
+            except UnclearScalarError as unclear:
+                refusal = f"key: {unclear.what}", unclear.todo.partition(" or write")[0]
+        self.say(at, path, *refusal)
+        return None
 
-    def scalar(self, event: Any, path: KeyPath, place: Place) -> Any:
-        if event.style is None:
-            return self.word(event.value, path, place)
-        return event.value if self.is_text(event.value, path, place) else Unreadable.VALUE
-
-    def word(self, text: str, path: KeyPath, place: Place) -> Any:
-        """The value of an unquoted word."""
-        if not self.is_text(text, path, place):
-            return Unreadable.VALUE
-        try:
-            return read_scalar(text)
-        except UnclearScalarError as unclear:
-            self.say(place, path, unclear.what, unclear.todo)
-            return Unreadable.VALUE
-
-    def is_text(self, text: str, path: KeyPath, place: Place) -> bool:
-        """Whether escapes made nothing that is no text; says so where they did."""
-        control = _CONTROL.search(text) or _SURROGATE.search(text)
-        if control is not None:
-            what = "control character" if ord(control[0]) < 0xD800 else "half a character (a lone surrogate)"
-            self.say(place, path, f"{what} U+{ord(control[0]):04X}", "remove it")
-        return control is None
-
-    def alias(self, name: str, path: KeyPath, place: Place, key_place: Place) -> Entry:
-        if name not in self.anchors:
-            self.say(place, path, f"the alias *{name[:40]} names no anchor above it", f"define &{name[:40]} first")
-            return Entry(Unreadable.VALUE, place, key_place)
-        target = self.anchors[name]
-        if target is None:
+    def alias(self, name: str, path: KeyPath, place: Place) -> Value:
+        """What an alias stands for."""
+        target = self.anchors.get(name)
+        if target is None and name in self.anchors:
             self.say(place, path, f"the alias *{name[:40]} refers to itself", "write the value out")
-            return Entry(Unreadable.VALUE, place, key_place)
-        self.count += target.count
+        elif target is None:
+            self.say(place, path, f"the alias *{name[:40]} names no anchor above it", f"define &{name[:40]} first")
+        if target is None:
+            return Unreadable.VALUE
+        self.count += target[1]
         if self.count > MOST_VALUES:
-            raise self.stop(place, path, f"aliases grow to more than {MOST_VALUES} values", "write the values out")
-        return Entry(target.value, place, key_place, target.count)
+            raise place.error(f"aliases grow to more than {MOST_VALUES} values", path, "write the values out")
+        return target[0]
 
     def syntax_error(self, error: yaml.MarkedYAMLError) -> RecipeError:
         """PyYAML's complaint in our words, at the place that a reader has to mend."""
-        problem = str(error.problem or error.context)
+        problem, mark = str(error.problem or error.context), error.problem_mark or error.context_mark
         if self.open_brackets and any(sign in problem for sign in _UNCLOSED_BRACKET):
             bracket, mark = self.open_brackets[-1]
             what, todo = f"'{bracket}' is never closed", f"add '{_CLOSING[bracket]}'"
         else:
             what, todo = next(((w, t) for sign, w, t in _SYNTAX_WORDS if sign in problem), (problem, "quote the value"))
-            is_open_quote = "is never closed" in what and error.context_mark is not None
-            mark = error.context_mark if is_open_quote else error.problem_mark or error.context_mark
-        return RecipeError(f"invalid YAML: {what}", **self.place(mark).known, todo=todo)
+            mark = (error.context_mark if "is never closed" in what else None) or mark
+        return (self.place(mark) if mark else self.file).error(f"invalid YAML: {what}", todo=todo)

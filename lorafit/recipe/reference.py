@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-
-from pydantic import BaseModel
 
 from lorafit.files.rundir import atomic_file
 from lorafit.machine.shipped import shipped
-from lorafit.recipe.docstrings import field_docs, first_paragraph
-from lorafit.recipe.editor_schema import EXTENDS, json_schema
-from lorafit.recipe.expect import allowed_range, expectation, listed_names
+from lorafit.recipe.editor_schema import EXTENDS, described_schema, json_schema
+from lorafit.recipe.expect import allowed_range, expectation
 from lorafit.recipe.extends import preset_names
-from lorafit.recipe.schema_tree import Choice, Field, Group, Items, Leaf, Slot, Variants, fields_of, recipe_outline
+from lorafit.recipe.schema_tree import (
+    Node,
+    forms,
+    is_nullable,
+    kind_of,
+    kinds_of,
+    section_of,
+    sections_in,
+    without_references,
+)
 from lorafit.recipe.yaml_tree import KeyPath, key_text
 
 _INTRODUCTION = """\
@@ -70,89 +76,81 @@ values that look like one, are refused; put them into the environment (`HF_TOKEN
 def reference_markdown() -> str:
     """The reference of the recipe: a table for each section, and for each kind its own options."""
     presets = ", ".join(f"`{name}`" for name in preset_names())
+    tree = without_references(described_schema())
+    inner = {name for name, node in tree["properties"].items() if kinds_of(node) or section_of(node)}
+    top = {**tree, "properties": {name: node for name, node in tree["properties"].items() if name not in inner}}
+    extends = f"\n| `extends` | text | | | {EXTENDS} |\n| `name`"
     parts = [_INTRODUCTION.replace("@PRESETS@", presets)]
-    outline = recipe_outline()
-    fields = fields_of(outline.model)
-    top = {name: field for name, field in fields.items() if not isinstance(field.slot, Group | Choice)}
-    parts.append(f"## The top level\n\n{_table(top, field_docs(outline.model), extends=True)}")
-    for name, field in fields.items():
-        if name not in top:
-            parts += _pages((name,), field.slot)
+    parts.append(f"## The top level\n\n{_table(top)}".replace("\n| `name`", extends))
+    for name in tree["properties"]:
+        parts += _pages((name,), tree["properties"][name]) if name in inner else []
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
-def _pages(path: KeyPath, slot: Slot) -> list[str]:
+def _pages(path: KeyPath, node: Node) -> Iterator[str]:
     """The heading and table of a section or kind, and those of the sections in it."""
-    if isinstance(slot, Choice):
-        return [_choice_page(path, slot)]
-    if isinstance(slot, Items) and isinstance(slot.item, Group):
-        return [_section_page(path, slot.item.model, " (each source)")] if path == ("data", "train") else []
-    if isinstance(slot, Variants):
-        models = [form.model for form in slot.forms.values() if isinstance(form, Group)]
-        note = f" (or sources, as in {key_text(('data', 'train'))}, without repeats)"
-        return [_section_page(path, model, note) for model in models]
-    if not isinstance(slot, Group):
-        return []
-    pages = [_section_page(path, slot.model)]
-    for name, field in fields_of(slot.model).items():
-        pages += _pages((*path, name), field.slot)
-    return pages
+    sources = [section for form in forms(node) for section in sections_in(form)]
+    if kinds_of(node):
+        yield _choice_page(path, node)
+    elif path == ("data", "train"):
+        yield _section_page(path, sources[0], " (each source)")
+    else:
+        note = f" (or sources, as in {key_text(('data', 'train'))}, without repeats)" if sources else ""
+        for section in forms(node):
+            if "properties" in section and section not in sources:
+                yield _section_page(path, section, note)
+                for name, field in section["properties"].items():
+                    yield from _pages((*path, name), field)
 
 
-def _section_page(path: KeyPath, model: type[BaseModel], note: str = "") -> str:
-    heading = "##" if len(path) == 1 else "###"
-    text = first_paragraph(model.__doc__)
-    return f"{heading} {key_text(path)}{note}\n\n{text}\n\n{_table(fields_of(model), field_docs(model))}"
+def _heading(path: KeyPath) -> str:
+    return f"{'##' if len(path) == 1 else '###'} {key_text(path)}"
 
 
-def _choice_page(path: KeyPath, slot: Choice) -> str:
-    heading = "##" if len(path) == 1 else "###"
-    kinds = ", ".join(f"`{kind}`" for kind in slot.kinds)
-    parts = [f"{heading} {key_text(path)}\n\nOne of {kinds}; default `{slot.default}`.\n"]
+def _section_page(path: KeyPath, section: Node, note: str = "") -> str:
+    return f"{_heading(path)}{note}\n\n{section['description']}\n\n{_table(section)}"
+
+
+def _choice_page(path: KeyPath, node: Node) -> str:
+    kinds = ", ".join(f"`{kind}`" for kind in kinds_of(node))
+    parts = [f"{_heading(path)}\n\nOne of {kinds}; default `{kind_of(node, None)}`.\n"]
     by_table: dict[str, list[str]] = {}
-    for kind, model in slot.kinds.items():
-        table = _table(fields_of(model), field_docs(model)) if fields_of(model) else "No options of its own.\n"
-        by_table.setdefault(table, []).append(f"- **`{kind}`**: {first_paragraph(model.__doc__)}")
+    for kind, section in kinds_of(node).items():
+        table = _table(section) if set(section["properties"]) > {"kind"} else "No options of its own.\n"
+        by_table.setdefault(table, []).append(f"- **`{kind}`**: {section['description']}")
     for table, lines in by_table.items():
         parts += ["\n".join(lines) + "\n", table]
     return "\n".join(parts)
 
 
-def _table(fields: Mapping[str, Field], docs: dict[str, str], *, extends: bool = False) -> str:
+def _table(section: Node) -> str:
     rows = ["| key | type | default | range | meaning |", "|---|---|---|---|---|"]
-    if extends:
-        rows.append(f"| `extends` | text | | | {EXTENDS} |")
-    for name, field in fields.items():
-        cells = (_type_words(field.slot), _default_words(field), allowed_range(field.slot), docs.get(name, ""))
-        rows.append(f"| `{name}` | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for name, field in section["properties"].items():
+        if name != "kind":
+            default = "**required**" if name in section.get("required", ()) else _default_words(field)
+            cells = (_type_words(field), default, allowed_range(field), field["description"])
+            rows.append(f"| `{name}` | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
-def _type_words(slot: Slot) -> str:
-    if isinstance(slot, Choice):
+def _type_words(node: Node) -> str:
+    if kinds_of(node):
         return "a kind"
-    if isinstance(slot, Group):
-        return "a section or null" if slot.nullable else "a section"
-    if isinstance(slot, Variants):
-        return "a share, or sources, or null"
-    if isinstance(slot, Leaf):
-        names = next((names for _, limits in slot.forms if (names := listed_names(limits)) is not None), None)
-        if names is not None:
-            return f"one of {', '.join(names)}"
-    return expectation(slot)
+    if section_of(node):
+        return "a section or null" if is_nullable(node) else "a section"
+    is_share = any("fraction" in form.get("properties", ()) for form in forms(node))
+    return "a share, or sources, or null" if is_share else expectation(node)
 
 
-def _default_words(field: Field) -> str:
-    if field.required:
-        return "**required**"
-    default = field.default
-    if isinstance(field.slot, Group) and default is not None:
+def _default_words(node: Node) -> str:
+    default = node["default"]
+    if section_of(node) and default is not None:
         return "see below"
     if isinstance(default, float):
         return f"`{default:g}`"
     if default is None or isinstance(default, bool):
         return f"`{json.dumps(default)}`"
-    if isinstance(default, list | tuple):
+    if isinstance(default, list):
         return f"`[{', '.join(str(item) for item in default)}]`"
     return f"`{default}`" if default not in ("", {}) else "empty"
 

@@ -16,14 +16,21 @@ _YAML11_BOOL = {"y": "true", "yes": "true", "on": "true", "n": "false", "no": "f
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _HEX = re.compile(r"0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
-_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?")
-_UNDERSCORES = re.compile(
-    r"[-+]?([0-9]+_[0-9_]*(\.[0-9_]*)?|[0-9]+\.[0-9]*_[0-9_]*|0x[0-9a-fA-F]*_[0-9a-fA-F_]*)([eE][-+]?[0-9]+)?"
-)
-_OTHER_BASE = re.compile(r"[-+]?0([bB][01_]+|[oO][0-7_]+|X[0-9a-fA-F_]+)")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _MOST_DIGITS = 40
+_FIRST_ZEROS = re.compile(r"^([-+]?)0+(?=[0-9])")
+_UNCLEAR = (  # the form of a word, why it is ambiguous, what to write instead: `{}` is its digits in base 10
+    (re.compile(r"[-+]?0[0-9_]+(\.[0-9_]*)?([eE][-+]?[0-9]+)?"), "octal to YAML 1.1", "{}"),
+    (re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?"), "a base-60 number to YAML 1.1", "a number"),
+    (
+        re.compile(
+            r"[-+]?([0-9]+_[0-9_]*(\.[0-9_]*)?|[0-9]+\.[0-9]*_[0-9_]*|0x[0-9a-fA-F]*_[0-9a-fA-F_]*)([eE][-+]?[0-9]+)?"
+        ),
+        "a number to YAML 1.1, text to 1.2",
+        "{}",
+    ),
+    (re.compile(r"[-+]?0([bB][01_]+|[oO][0-7_]+|X[0-9a-fA-F_]+)"), "YAML 1.1 and 1.2 disagree", "a decimal number"),
+)
 
 
 class UnclearScalarError(Exception):
@@ -56,36 +63,20 @@ def read_scalar(text: str) -> Scalar:
         return int(text)
     if _HEX.fullmatch(text):
         return int(text, 16)
-    if _FLOAT.fullmatch(text):
-        return _read_float(text)
-    return text
+    return _read_float(text) if _FLOAT.fullmatch(text) else text
 
 
 def _refuse_unclear(text: str) -> None:
     reading = _YAML11_BOOL.get(text.lower())
     if reading is not None:
-        raise UnclearScalarError(
-            f"'{text}' is ambiguous (YAML 1.1 reads {reading})", f'quote it ("{text}") or write {reading}'
-        )
+        what = f"'{text}' is ambiguous (YAML 1.1 reads {reading})"
+        raise UnclearScalarError(what, f'quote it ("{text}") or write {reading}')
     short = text[:_MOST_DIGITS]
-    if _LEADING_ZERO.fullmatch(text):
-        plain = text.replace("_", "").lstrip("+-0") or "0"
-        raise UnclearScalarError(
-            f"'{short}' is ambiguous (octal to YAML 1.1)", f'quote it ("{short}") or write {plain[:_MOST_DIGITS]}'
-        )
-    if _BASE_60.fullmatch(text):
-        raise UnclearScalarError(
-            f"'{short}' is ambiguous (a base-60 number to YAML 1.1)", f'quote it ("{short}") or write a number'
-        )
-    if _UNDERSCORES.fullmatch(text):
-        plain = text.replace("_", "")[:_MOST_DIGITS]
-        raise UnclearScalarError(
-            f"'{short}' is ambiguous (a number to YAML 1.1, text to 1.2)", f'quote it ("{short}") or write {plain}'
-        )
-    if _OTHER_BASE.fullmatch(text):
-        raise UnclearScalarError(
-            f"'{short}' is ambiguous (YAML 1.1 and 1.2 disagree)", f'quote it ("{short}") or write a decimal number'
-        )
+    for form, why, instead in _UNCLEAR:
+        if form.fullmatch(text):
+            digits = _FIRST_ZEROS.sub(r"\1", text.replace("_", ""))[:_MOST_DIGITS]
+            todo = f'quote it ("{short}") or write {instead.format(digits)}'
+            raise UnclearScalarError(f"'{short}' is ambiguous ({why})", todo)
     if _NOT_FINITE.fullmatch(text):
         raise UnclearScalarError(f"'{text}' is not a finite number", "write a number, or quote it if it is text")
 
@@ -94,7 +85,6 @@ def _read_float(text: str) -> float:
     number = float(text)
     mantissa = re.split("[eE]", text)[0]
     if number in (float("inf"), float("-inf")) or (number == 0 and re.search("[1-9]", mantissa)):
-        raise UnclearScalarError(
-            f"'{text}' is outside the numbers a computer holds", "write a number, or quote it if it is text"
-        )
+        what = f"'{text}' is outside the numbers a computer holds"
+        raise UnclearScalarError(what, "write a number, or quote it if it is text")
     return number

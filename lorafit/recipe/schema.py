@@ -6,7 +6,7 @@ in `lorafit.recipe.cross_field_rules`, so that every disagreement of a recipe is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, WrapSerializer
 
@@ -52,9 +52,9 @@ def _metrics_while_training() -> list[str]:
     return [name for name, metric in metrics.items() if metric.during_training]
 
 
-FormatName = Annotated[str, AfterValidator(OneNameOf("format", lambda: ["auto", *formats.names()]))]
-MetricName = Annotated[str, AfterValidator(OneNameOf("metric", metrics.names))]
-CheapMetricName = Annotated[str, AfterValidator(OneNameOf("metric while training", _metrics_while_training))]
+FormatName = Annotated[str, OneNameOf("format", lambda: ["auto", *formats.names()])]
+MetricName = Annotated[str, OneNameOf("metric", metrics.names)]
+CheapMetricName = Annotated[str, OneNameOf("metric while training", _metrics_while_training)]
 
 
 class ModelSection(Section):
@@ -82,7 +82,7 @@ class SourceSection(Section):
     `rows/*.jsonl`, relative to the recipe; or a hub data set's id."""
     format: FormatName = "auto"
     """How a row is read; `auto` looks at the rows."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, str] = Field(default={})
     """`{ours: theirs}`: which of the source's columns holds a field of the format."""
     limit: Count | None = None
     """Rows read from the top, of each file; all where null."""
@@ -101,19 +101,20 @@ class TrainSourceSection(SourceSection):
     """How often an epoch sees this source; 0.5 sees another half of it each epoch."""
 
 
-def _one_source(value: Any) -> Any:
+def _several(value: object) -> object:
     """A bare path, or one mapping with a path, stands for a list of one source."""
-    if isinstance(value, str):
-        return [{"path": value}]
-    if isinstance(value, dict) and "path" in value:
-        return [value]
-    if isinstance(value, list):
-        return [{"path": item} if isinstance(item, str) else item for item in value]
-    return value
+    if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
+        value = [value]
+    return [{"path": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
 
-Sources = Annotated[list[SourceSection], Field(min_length=1), BeforeValidator(_one_source)]
-TrainSources = Annotated[list[TrainSourceSection], Field(min_length=1), BeforeValidator(_one_source)]
+_Path = Annotated[str, Field(json_schema_extra=PATH_OR_NAME)]
+_Short = _Path | SourceSection | Annotated[list[_Path | SourceSection], Field(min_length=1)]
+_ShortTrain = _Path | TrainSourceSection | Annotated[list[_Path | TrainSourceSection], Field(min_length=1)]
+_Several = BeforeValidator(_several, json_schema_input_type=_Short)
+_SeveralTrain = BeforeValidator(_several, json_schema_input_type=_ShortTrain)
+Sources = Annotated[list[SourceSection], Field(min_length=1), _Several]
+TrainSources = Annotated[list[TrainSourceSection], Field(min_length=1), _SeveralTrain]
 
 
 class ValidationFraction(Section):
@@ -123,12 +124,9 @@ class ValidationFraction(Section):
     """Share of the training rows that is held out (0 to 1), drawn by the seed."""
 
 
-def _form_of_validation(value: Any) -> str:
-    return (
-        "fraction"
-        if isinstance(value, ValidationFraction) or (isinstance(value, dict) and "path" not in value)
-        else "sources"
-    )
+def _form_of_validation(value: object) -> str:
+    is_share = isinstance(value, ValidationFraction) or (isinstance(value, dict) and "path" not in value)
+    return "fraction" if is_share else "sources"
 
 
 Validation = Annotated[
@@ -213,9 +211,9 @@ class EvaluationSection(Section):
 
     every_steps: Count | None = None
     """Optimizer steps between evaluations on the validation rows; null: none while training."""
-    during: list[CheapMetricName] = Field(default_factory=lambda: ["loss"], min_length=1)
+    during: list[CheapMetricName] = Field(default=["loss"], min_length=1)
     """Metrics while training; the loss comes with any of them."""
-    final: list[MetricName] = Field(default_factory=lambda: ["perplexity", "rouge", "exact_match"], min_length=1)
+    final: list[MetricName] = Field(default=["perplexity", "rouge", "exact_match"], min_length=1)
     """Metrics of `lorafit eval`."""
     max_new_tokens: Count = 256
     """Longest generated answer, in tokens."""
@@ -255,7 +253,7 @@ class Recipe(Section):
     """Held-out metrics."""
     checkpoints: CheckpointsSection = Field(default={}, validate_default=True)
     """When the run is saved."""
-    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=[])
     """Trackers that get the metrics, by accelerate; `metrics.jsonl` is always written."""
     output: Line = Field(default="", json_schema_extra=PATH)
     """The run folder, relative to the recipe; `runs/NAME` where empty."""

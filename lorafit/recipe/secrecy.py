@@ -6,10 +6,11 @@ A message never holds the value, nor a key that looks like one itself.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 from lorafit.errors import SafetyError
-from lorafit.recipe.yaml_tree import Entry, KeyPath, key_text, walk
+from lorafit.recipe.yaml_tree import Entry, KeyPath, Unreadable, Value, key_text, walk, with_entry
 
 _WORD_BREAK = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_WORDS = re.compile(
@@ -43,29 +44,27 @@ def is_secret_key(key: str) -> bool:
     return owned or any(_SECRET_WORDS.fullmatch(word) for word in words)
 
 
-def is_secret_value(value: object) -> bool:
+def is_secret_value(value: Value) -> bool:
     """Whether a text holds something of a known secret's form."""
     return isinstance(value, str) and _SECRET_VALUES.search(value) is not None
 
 
-def find_secrets(tree: Entry) -> list[tuple[KeyPath, SafetyError]]:
-    """Every entry that looks like a secret, outermost first, with its error; nothing below one is looked at."""
-    found: list[tuple[KeyPath, SafetyError]] = []
+def without_secrets(tree: Entry) -> tuple[Entry, list[SafetyError]]:
+    """A tree without what looks like a secret, and an error for each; nothing below one is looked at."""
+    found: list[KeyPath] = []
+    errors: list[SafetyError] = []
     for path, entry in walk(tree):
-        if any(path[: len(known)] == known for known, _ in found):
-            continue
         key = path[-1] if path and isinstance(path[-1], str) else ""
-        if is_secret_value(key) or is_secret_key(key):
-            found.append((path, _refusal("a secret in a recipe", path, entry)))
-        elif is_secret_value(entry.value):
-            found.append((path, _refusal("the value looks like a secret", path, entry)))
-    return found
-
-
-def _refusal(what: str, path: KeyPath, entry: Entry) -> SafetyError:
-    key = key_text(tuple(HIDDEN if is_secret_value(part) else part for part in path))
-    todo = "use the environment (HF_TOKEN, WANDB_API_KEY) instead; recipes are copied into run folders"
-    return SafetyError(what, **entry.key_place.known, key=key, todo=todo)
+        is_key = is_secret_value(key) or is_secret_key(key)
+        if not (is_key or is_secret_value(entry.value)) or any(path[: len(known)] == known for known in found):
+            continue
+        found.append(path)
+        what = "a secret in a recipe" if is_key else "the value looks like a secret"
+        shown = key_text(tuple(HIDDEN if is_secret_value(part) else part for part in path))
+        todo = "use the environment (HF_TOKEN, WANDB_API_KEY) instead; recipes are copied into run folders"
+        errors.append(SafetyError(what, **entry.key_place.known, key=shown, todo=todo))
+        tree = with_entry(tree, path, None if is_key else replace(entry, value=Unreadable.VALUE))
+    return tree, errors
 
 
 def shown_flag(flag: str) -> str:

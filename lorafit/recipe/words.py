@@ -1,115 +1,62 @@
-"""Fields that hold a name out of a list, and the names that other tools use for the same things."""
+"""Fields that hold a name out of a list, and how a name that is not in it was probably meant."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from pydantic_core import core_schema
 
 from lorafit.console.nearest import nearest
+from lorafit.recipe.foreign import fold, foreign, is_not_yet
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
 
 LARGEST_COUNT = 2**31 - 1
 """Whole numbers up to this fit the counters of every library below."""
 
-FOREIGN_VALUES: Mapping[str, str] = {
-    "bfloat16": "bf16",
-    "torch.bfloat16": "bf16",
-    "float16": "fp16",
-    "torch.float16": "fp16",
-    "half": "fp16",
-    "bf16_true": "bf16",
-    "bf16_mixed": "bf16",
-    "16_true": "fp16",
-    "16_mixed": "fp16",
-    "32_true": "fp32",
-    "float32": "fp32",
-    "torch.float32": "fp32",
-    "flash_attn": "flash_attention_2",
-    "flash_attention": "flash_attention_2",
-    "fa2": "flash_attention_2",
-    "4bit": "nf4",
-    "int4": "nf4",
-    "bnb_4bit": "nf4",
-    "8bit": "int8",
-    "bnb_8bit": "int8",
-    "llm.int8": "int8",
-    "adamw_torch": "adamw",
-    "adamw_hf": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_apex_fused": "adamw",
-    "adam_torch": "adam",
-    "adamw8bit": "adamw_8bit",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "adamw_32bit": "adamw_bnb_32bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "lion": "lion_32bit",
-    "paged_lion": "paged_lion_32bit",
-    "rmsprop_torch": "rmsprop",
-    "rmsprop_8bit": "rmsprop_bnb_8bit",
-    "rmsprop_bnb": "rmsprop_bnb_32bit",
-    "constant_with_warmup": "constant",
-    "cosine_with_min_lr": "cosine",
-    "poly": "polynomial",
-    "inverse_sqrt_lr": "inverse_sqrt",
-    "sft": "causal-lm",
-    "causal_lm": "causal-lm",
-    "sharegpt": "sharegpt",
-    "chat_template": "messages",
-    "chat": "messages",
-    "openai": "messages",
-    "conversational": "messages",
-    "completion": "text",
-    "eval_loss": "loss",
-    "accuracy": "token_accuracy",
-    "output": "completion",
-    "all": "all-linear",
-    "auto": "all-linear",
-    "linear": "all-linear",
-    "all_linears": "all-linear",
-    "all_linear_layers": "all-linear",
-}
 
-
-NOT_BUILT: Mapping[str, tuple[str, ...]] = {
-    "format": ("preference", "pairwise", "ranking", "dpo", "orpo", "kto", "chosen_rejected", "classification", "label"),
-}
-"""Names that people know of other tools and that mean nothing here yet, by the family they would belong to."""
-
-
-_WORDS_FOR_NOTHING = frozenset({"", "none", "null", "nil", "no", "off", "false", "~", "nothing", "disabled"})
-
-
-def means_nothing(value: Any) -> bool:
-    """Whether a text is one of the words by which people and other tools say that they want none."""
-    return isinstance(value, str) and value.strip().lower() in _WORDS_FOR_NOTHING
-
-
-def fold(word: str) -> str:
-    """A word as it is looked up: in lower case, its parts joined by `_`."""
-    return re.sub(r"[\s_-]+", "_", word.strip().lower())
+def same_word(word: str, known: Iterable[str]) -> str:
+    """The word among `known` that is `word`, written differently or as another tool has it; empty where none is."""
+    known = list(known)
+    words = foreign()["words"]
+    ours = words.get(fold(word), words.get(word.strip().lower(), ""))
+    return next((name for name in known if fold(name) == fold(word)), ours if ours in known else "")
 
 
 def suggest_word(word: str, known: Iterable[str]) -> str:
     """`did you mean lora? ` for a word that is not among `known`, or nothing."""
     known = list(known)
-    same = [name for name in known if fold(name) == fold(word)]
-    ours = FOREIGN_VALUES.get(fold(word), FOREIGN_VALUES.get(word.strip().lower()))
-    close = same or ([ours] if ours in known else nearest(word.strip(), known, count=2))
-    return f"did you mean {' or '.join(str(name) for name in close)}? " if close else ""
+    same = same_word(word, known)
+    close = [same] if same else nearest(word.strip(), known, count=2)
+    return f"did you mean {' or '.join(close)}? " if close else ""
 
 
 class OneNameOf:
-    """A validator that refuses a name not among `names()`; its message lists the nearest and all of them."""
+    """Annotation of text that must be one of `names()`; its error lists the nearest and all of them."""
 
     def __init__(self, what: str, names: Callable[[], list[str]]) -> None:
         self.what, self.names = what, names
 
     def __call__(self, value: str) -> str:
+        """The name itself.
+
+        Raises:
+            ValueError: It is none of them.
+        """
         known = self.names()
-        if value.strip().lower().replace("_", "-") in {name.replace("_", "-") for name in NOT_BUILT.get(self.what, ())}:
+        if value in known:
+            return value
+        if is_not_yet(self.what, value):
             raise ValueError(f"{self.what} '{value}' does not exist yet; available: {', '.join(known)}")
-        if value not in known:
-            raise ValueError(
-                f"unknown {self.what} '{value}'; {suggest_word(value, known)}available: {', '.join(known)}"
-            )
-        return value
+        raise ValueError(f"unknown {self.what} '{value}'; {suggest_word(value, known)}available: {', '.join(known)}")
+
+    def __get_pydantic_core_schema__(self, source: type[str], handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"enum": self.names()}

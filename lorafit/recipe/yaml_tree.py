@@ -9,25 +9,41 @@ A key path is `("data", "train", 0, "path")`, written `data.train[0].path`. Tree
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import TypedDict, Union
 
+from lorafit.errors import RecipeError
+from lorafit.recipe.scalars import Scalar
+
+Plain = Union[dict[str, "Plain"], list["Plain"], Scalar]  # noqa: UP007 (a forward reference takes no `|`)
+"""Values without their places."""
+Value = Union[dict[str, "Entry"], tuple["Entry", ...], Scalar, "Unreadable"]
+"""What one entry holds."""
 KeyPath = tuple[str | int, ...]
 _SEGMENT = re.compile(r"([^.\[\]]+)((?:\[\d+\])*)")
 _SHOWN_CHARACTERS = 40
+_KEY_CHARACTERS = 100
 
 
 class Unreadable(Enum):
-    """What stands where a value could not be read. The error is already known, so nobody reports it again."""
+    """Stand-in for a value that could not be read. The error is already known, so nobody reports it again."""
 
     VALUE = "unreadable"
 
 
+class ErrorPlace(TypedDict):
+    """A place as arguments of an error."""
+
+    file: str
+    line: int | None
+    column: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something stands: a file as the user would name it, or a flag such as `--set seed=1`, which has no lines.
+    """A position in a file as the user would name it, or a flag such as `--set seed=1`, which has no lines.
 
     Attributes:
         line: From 1.
@@ -39,9 +55,15 @@ class Place:
     column: int | None = None
 
     @property
-    def known(self) -> dict[str, Any]:
+    def known(self) -> ErrorPlace:
         """As arguments of an error."""
         return {"file": self.file, "line": self.line, "column": self.column}
+
+    def error(self, what: str, path: KeyPath = (), todo: str | None = None) -> RecipeError:
+        """An error here, about the key at `path`."""
+        key = key_text(path)
+        key = key if len(key) <= _KEY_CHARACTERS else f"{key[: _KEY_CHARACTERS - 1]}…"
+        return RecipeError(what, **self.known, key=key or None, todo=todo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,41 +74,50 @@ class Entry:
         value: A dict of entries, a tuple of entries, a scalar, or `Unreadable.VALUE`.
         place: Where the value starts.
         key_place: Where its key starts; the value's own place for list items and the whole recipe.
-        count: How many values it holds, itself included (aliases counted as often as they are used).
     """
 
-    value: Any
+    value: Value
     place: Place
     key_place: Place
-    count: int = 1
 
     @property
     def at(self) -> Place:
         """Where an error about it points: at a scalar itself, at the key of a mapping or list."""
         return self.key_place if isinstance(self.value, dict | tuple) else self.place
 
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The entries of a mapping by key; empty for everything else."""
+        return self.value if isinstance(self.value, dict) else {}
 
-def mapping(entries: Mapping[str, Entry], place: Place, key_place: Place | None = None) -> Entry:
-    """A mapping of entries as an entry."""
-    return Entry(dict(entries), place, key_place or place, 1 + sum(e.count for e in entries.values()))
 
-
-def entry_of(value: Any, place: Place) -> Entry:
+def entry_of(value: Plain | tuple[Plain, ...], place: Place) -> Entry:
     """Plain values as a tree that stands at one place."""
     if isinstance(value, dict):
-        return mapping({key: entry_of(below, place) for key, below in value.items()}, place)
+        return Entry({key: entry_of(below, place) for key, below in value.items()}, place, place)
     if isinstance(value, list | tuple):
-        items = tuple(entry_of(item, place) for item in value)
-        return Entry(items, place, place, 1 + sum(item.count for item in items))
+        return Entry(tuple(entry_of(item, place) for item in value), place, place)
     return Entry(value, place, place)
+
+
+def plain(entry: Entry) -> Plain:
+    """The values of a tree without their places. What could not be read is left out, a list with such an item whole."""
+    if isinstance(entry.value, dict):
+        return {key: plain(below) for key, below in entry.value.items() if _is_readable(below)}
+    if isinstance(entry.value, tuple):
+        return [plain(item) for item in entry.value]
+    return None if isinstance(entry.value, Unreadable) else entry.value
+
+
+def _is_readable(entry: Entry) -> bool:
+    if isinstance(entry.value, tuple):
+        return all(_is_readable(item) for item in entry.value)
+    return entry.value is not Unreadable.VALUE
 
 
 def key_text(path: KeyPath) -> str:
     """`("data", "train", 0, "path")` as `data.train[0].path`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def parse_key(text: str) -> KeyPath:
@@ -105,23 +136,22 @@ def parse_key(text: str) -> KeyPath:
     return tuple(path)
 
 
-def find(entry: Entry, path: KeyPath) -> Entry | None:
+def overlap(one: KeyPath, other: KeyPath) -> bool:
+    """Whether two paths are the same, or one lies inside of the other."""
+    return all(a == b for a, b in zip(one, other, strict=False))
+
+
+def _below(entry: Entry | None, part: str | int) -> Entry | None:
+    if entry is not None and isinstance(entry.value, tuple) and isinstance(part, int) and part < len(entry.value):
+        return entry.value[part]
+    return entry.entries.get(part) if entry is not None and isinstance(part, str) else None
+
+
+def find(entry: Entry | None, path: KeyPath) -> Entry | None:
     """The entry at `path`; None where nothing was written."""
     for part in path:
-        below = _below(entry, part)
-        if below is None:
-            return None
-        entry = below
+        entry = _below(entry, part)
     return entry
-
-
-def _below(entry: Entry, part: str | int) -> Entry | None:
-    if isinstance(entry.value, dict) and isinstance(part, str):
-        return entry.value.get(part)
-    if isinstance(entry.value, tuple) and isinstance(part, int) and part < len(entry.value):
-        item: Entry = entry.value[part]
-        return item
-    return None
 
 
 def nearest_entry(entry: Entry, path: KeyPath) -> Entry:
@@ -139,46 +169,37 @@ def with_entry(entry: Entry, path: KeyPath, new: Entry | None) -> Entry:
     if not path:
         return new if new is not None else replace(entry, value=Unreadable.VALUE)
     part, rest = path[0], path[1:]
-    if isinstance(entry.value, dict) and isinstance(part, str):
-        entries = dict(entry.value)
-        if rest:
-            entries[part] = with_entry(entries[part], rest, new)
-        elif new is not None:
-            entries[part] = new
-        else:
-            entries.pop(part, None)
-        return mapping(entries, entry.place, entry.key_place)
     if isinstance(entry.value, tuple) and isinstance(part, int):
-        items = list(entry.value)
-        items[part] = with_entry(items[part], rest, new)
-        return replace(entry, value=tuple(items), count=1 + sum(e.count for e in items))
-    raise KeyError(key_text(path))
+        changed = with_entry(entry.value[part], rest, new)
+        return replace(entry, value=(*entry.value[:part], changed, *entry.value[part + 1 :]))
+    if not isinstance(entry.value, dict) or not isinstance(part, str):
+        raise KeyError(key_text(path))
+    if rest:
+        new = with_entry(entry.value[part], rest, new)
+    others = {key: below for key, below in entry.value.items() if new is not None or key != part}
+    return replace(entry, value=others if new is None else {**others, part: new})
 
 
 def walk(entry: Entry, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Entry]]:
     """Every entry with its path, outer ones first."""
     yield path, entry
-    if isinstance(entry.value, dict):
-        for key, below in entry.value.items():
-            yield from walk(below, (*path, key))
-    elif isinstance(entry.value, tuple):
-        for number, below in enumerate(entry.value):
-            yield from walk(below, (*path, number))
+    below = enumerate(entry.value) if isinstance(entry.value, tuple) else entry.entries.items()
+    for part, inner in below:
+        yield from walk(inner, (*path, part))
 
 
-def shown(value: Any) -> str:
+def shown(value: Entry | Value | Plain) -> str:
     """A value for a message: text in quotes and cut to a few words, everything else by its form."""
-    if isinstance(value, Entry):
-        value = value.value
-    if value is None:
+    held = value.value if isinstance(value, Entry) else value
+    if held is None:
         return "nothing"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict):
-        return "a mapping" if value else "an empty mapping"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}" if value else "an empty list"
-    text = str(value)
+    if isinstance(held, bool):
+        return "true" if held else "false"
+    if isinstance(held, dict):
+        return "a mapping" if held else "an empty mapping"
+    if isinstance(held, list | tuple):
+        return f"a list of {len(held)}" if held else "an empty list"
+    text = str(held)
     if len(text) > _SHOWN_CHARACTERS:
         text = text[: _SHOWN_CHARACTERS - 1] + "…"
-    return repr(text) if isinstance(value, str) else text
+    return repr(text) if isinstance(held, str) else text

@@ -184,12 +184,12 @@ class TestSection:
     def test_every_number_has_a_range(self, family: str, name: str) -> None:
         """Without one a recipe's slip, a learning rate of -1, would only be found by a library, or by nobody."""
         from lorafit.recipe.expect import allowed_range
-        from lorafit.recipe.schema_tree import Leaf, fields_of
+        from lorafit.recipe.schema_tree import forms, without_references
 
-        for option, field in fields_of(section_of(family, name)).items():
-            forms = [form for form, _ in field.slot.forms] if isinstance(field.slot, Leaf) else []
-            if int in forms or float in forms:
-                assert allowed_range(field.slot), f"{name}.{option} has no range"
+        schema = without_references(section_of(family, name).model_json_schema())
+        for option, field in schema["properties"].items():
+            if {"integer", "number"} & {form.get("type") for form in forms(field)}:
+                assert allowed_range(field), f"{name}.{option} has no range"
 
     def test_a_recipe_can_name_it(self, family: str, name: str, tmp_path: Path) -> None:
         from lorafit.recipe.load import load_recipe

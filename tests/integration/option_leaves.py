@@ -11,13 +11,13 @@ else than the recipe's own text, digest or plan shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, get_args
+from typing import Any
 
 from lorafit.errors import LorafitError
-from lorafit.recipe.schema_tree import Choice, Group, Items, Leaf, Slot, Variants, fields_of
+from lorafit.recipe.schema_tree import Node, forms, is_nullable, kinds_of, section_of, sections_in, words
 
 Probe = Callable[[Any], Any]
 """From a leaf's value to what came of it: plain values that can be compared."""
@@ -38,64 +38,33 @@ class Case:
     refused: tuple[Any, ...] = ()
 
 
-def leaves(slot: Slot, name: str = "") -> Iterator[str]:
-    """The name of every leaf below a slot, of every kind and form."""
-    if isinstance(slot, Group):
-        yield from [name] if slot.nullable else []
-        for field in fields_of(slot.model).values():
-            yield from leaves(field.slot, f"{name}.{field.name}" if name else field.name)
-    elif isinstance(slot, Choice):
-        yield from [name] if len(slot.kinds) > 1 or slot.nullable else []
-        for kind, model in slot.kinds.items():
-            yield from leaves(Group(model), f"{name}({kind})")
-    elif isinstance(slot, Variants):
-        yield name
-        for form in slot.forms.values():
-            yield from (leaf for leaf in leaves(form, name) if leaf != name)
-    elif isinstance(slot, Items):
-        yield name
-        yield from leaves(slot.item, f"{name}[]") if not isinstance(slot.item, Leaf) else []
-    else:
-        yield name
-
-
-def every_value(slot: Slot, leaf: str) -> set[Any]:
-    """The words that a leaf may hold, where the schema lists them: a Literal's, and the kinds of a choice."""
-    found: set[Any] = set()
-    for name, below in _named(slot):
-        if name != leaf:
-            continue
-        if isinstance(below, Choice):
-            found |= set(below.kinds)
-        elif isinstance(below, Leaf):
-            found |= {value for form, _ in below.forms for value in get_args(form) if isinstance(value, str)}
+def leaves(node: Node, name: str = "") -> dict[str, Node]:
+    """Every leaf of a part of the schema by its name, of every kind and form."""
+    kinds, sources = kinds_of(node), [section for form in forms(node) for section in sections_in(form)]
+    is_leaf = len(kinds) > 1 or is_nullable(node) or not (kinds or section_of(node))
+    found = {name: node} if is_leaf else {}
+    sections = [(f"{name}({kind})", section) for kind, section in kinds.items()]
+    sections += [(name, form) for form in forms(node) if form.get("properties") and not kinds and form not in sources]
+    sections += [(f"{name}[]", section) for section in sources]
+    for above, section in sections:
+        for key, field in section["properties"].items():
+            found |= leaves(field, f"{above}.{key}".removeprefix(".")) if key != "kind" else {}
     return found
 
 
-def _named(slot: Slot, name: str = "") -> Iterator[tuple[str, Slot]]:
-    """Slots by the same names, where one may list its words."""
-    yield name, slot
-    if isinstance(slot, Group):
-        for field in fields_of(slot.model).values():
-            yield from _named(field.slot, f"{name}.{field.name}" if name else field.name)
-    elif isinstance(slot, Choice):
-        for kind, model in slot.kinds.items():
-            yield from _named(Group(model), f"{name}({kind})")
-    elif isinstance(slot, Variants):
-        for form in slot.forms.values():
-            yield from _named(form, name)
-    elif isinstance(slot, Items) and not isinstance(slot.item, Leaf):
-        yield from _named(slot.item, f"{name}[]")
+def every_value(node: Node) -> set[str]:
+    """The words that a leaf may hold, where the schema lists them, lists of them apart."""
+    return {word for form in forms(node) if "items" not in form for word in words(form)}
 
 
-def without_a_case(slot: Slot, cases: Mapping[str, Case]) -> list[str]:
+def without_a_case(node: Node, cases: Mapping[str, Case]) -> list[str]:
     """Leaves that no case shows alive."""
-    return sorted(set(leaves(slot)) - set(cases))
+    return sorted(set(leaves(node)) - set(cases))
 
 
-def without_a_leaf(slot: Slot, cases: Mapping[str, Case]) -> list[str]:
+def without_a_leaf(node: Node, cases: Mapping[str, Case]) -> list[str]:
     """Cases of leaves that the schema does not have any more."""
-    return sorted(set(cases) - set(leaves(slot)))
+    return sorted(set(cases) - set(leaves(node)))
 
 
 def faults_of(case: Case) -> list[str]:

@@ -12,15 +12,17 @@ import pytest
 
 from lorafit.errors import RecipeError
 from lorafit.files.rundir import RunDir
+from lorafit.kinds.formats import formats
 from lorafit.kinds.optimizers import optimizers
 from lorafit.recipe.schema import Recipe
-from lorafit.recipe.schema_tree import Group, recipe_outline
+from lorafit.recipe.schema_tree import recipe_tree, without_references
 from tests.integration.option_cases import all_cases, first_loss, trained_tokens
 from tests.integration.option_leaves import Case, every_value, faults_of, leaves, without_a_case, without_a_leaf
 from tests.integration.option_world import Changes, OptionWorld, adapter_tensors, everything_of, scores_of
 
-LEAVES = list(dict.fromkeys(leaves(recipe_outline())))
+LEAVES = leaves(recipe_tree())
 SETTLED_BY_MEASURING = {"auto"}  # becomes one of the other values
+FORMATS = {"auto", *formats.names()}  # each reads rows of its own, which the tests of formats show
 TRACKER_EXTRAS = ("wandb", "mlflow", "trackio")
 
 
@@ -45,8 +47,8 @@ def cases(options: OptionWorld) -> dict[str, Case]:
 
 
 def test_every_leaf_has_a_case_and_every_case_a_leaf(cases: dict[str, Case]) -> None:
-    assert without_a_case(recipe_outline(), cases) == []
-    assert without_a_leaf(recipe_outline(), cases) == []
+    assert without_a_case(recipe_tree(), cases) == []
+    assert without_a_leaf(recipe_tree(), cases) == []
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -55,11 +57,11 @@ def test_a_leaf_is_alive(cases: dict[str, Case], leaf: str) -> None:
     assert faults_of(cases[leaf]) == []
 
 
-@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if every_value(recipe_outline(), leaf)])
+@pytest.mark.parametrize("leaf", [leaf for leaf, node in LEAVES.items() if every_value(node) - FORMATS])
 def test_every_word_that_a_leaf_may_hold_is_tried(cases: dict[str, Case], leaf: str) -> None:
     tried = [*cases[leaf].values, *cases[leaf].refused]
     words = {value["kind"] if isinstance(value, dict) else value for value in tried if not isinstance(value, list)}
-    assert every_value(recipe_outline(), leaf) - SETTLED_BY_MEASURING <= words
+    assert every_value(LEAVES[leaf]) - SETTLED_BY_MEASURING <= words
 
 
 def test_an_outcome_does_not_change_by_itself(options: OptionWorld) -> None:
@@ -99,12 +101,12 @@ def test_a_leaf_without_a_case_is_named(cases: dict[str, Case]) -> None:
     class Longer(Recipe):
         forgotten: int = 0
 
-    assert without_a_case(Group(Longer), cases) == ["forgotten"]
+    assert without_a_case(without_references(Longer.model_json_schema()), cases) == ["forgotten"]
 
 
 def test_a_case_without_a_leaf_is_named(cases: dict[str, Case]) -> None:
     stale = {**cases, "training.warmup": cases["training.epochs"]}
-    assert without_a_leaf(recipe_outline(), stale) == ["training.warmup"]
+    assert without_a_leaf(recipe_tree(), stale) == ["training.warmup"]
 
 
 def test_an_option_that_does_nothing_is_found(cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Decay of a running mean."""
+
+Betas = Annotated[tuple[Beta, Beta], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+"""Two decays; a list where the recipe is YAML, which has no tuples."""
 
 WeightDecay = Annotated[float, Field(ge=0.0, le=1.0)]
 """Off by default: decay pulls an adapter towards doing nothing, the low rank regularises already, and dropout on the

@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, OptimizerSection, TorchOptimizer, WeightDecay, optimizers
+from lorafit.kinds.optimizers import Betas, OptimizerSection, TorchOptimizer, WeightDecay, optimizers
 
 
 class AdamWSection(OptimizerSection):
     """AdamW of torch, fp32 state: 8 bytes a trainable parameter."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     """Decay of the running mean of gradients and of their squares (each 0 to below 1)."""
     eps: float = Field(default=1e-8, gt=0.0, le=1.0)
     """Added to the root of the second moment."""

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lorafit.kinds.optimizers import (
-    Beta,
+    Betas,
     BitsandbytesOptimizer,
     EightBitSection,
     OptimizerSection,
@@ -18,7 +18,7 @@ from lorafit.kinds.optimizers import (
 
 
 class _AdamWOptions(OptimizerSection):
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     """Decay of the running mean of gradients and of their squares (each 0 to below 1)."""
     eps: float = Field(default=1e-8, gt=0.0, le=1.0)
     """Added to the root of the second moment."""

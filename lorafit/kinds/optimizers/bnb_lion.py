@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lorafit.kinds.optimizers import (
-    Beta,
+    Betas,
     BitsandbytesOptimizer,
     EightBitSection,
     OptimizerSection,
@@ -16,7 +16,7 @@ from lorafit.kinds.optimizers import (
 
 
 class _LionOptions(OptimizerSection):
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    betas: Betas = (0.9, 0.99)
     """Share of the old momentum in the update's direction, and its decay (each 0 to below 1)."""
     weight_decay: WeightDecay = 0.0
     """Decoupled decay of the adapter's weights."""

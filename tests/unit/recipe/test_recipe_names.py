@@ -5,23 +5,24 @@ from __future__ import annotations
 import pytest
 
 from lorafit.console.nearest import nearest
-from lorafit.recipe.names import foreign_names, names_in_a_source
-from lorafit.recipe.schema import TrainSourceSection
-from lorafit.recipe.schema_tree import Choice, every_key, fields_of, recipe_outline
-from lorafit.recipe.words import FOREIGN_VALUES, OneNameOf
+from lorafit.recipe.foreign import foreign, is_not_yet
+from lorafit.recipe.schema import Recipe, TrainSourceSection
+from lorafit.recipe.schema_tree import every_key, kinds_of, recipe_tree
+from lorafit.recipe.schema_tree import words as words_of
+from lorafit.recipe.words import OneNameOf
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
 
-KEYS = {".".join(map(str, path)): slot for path, slot in every_key(recipe_outline())}
-FOREIGN_NAMES, NAMES_IN_A_SOURCE = foreign_names(), names_in_a_source()
+KEYS = {".".join(map(str, path)): node for path, node in every_key(recipe_tree())}
+FOREIGN_NAMES, NAMES_IN_A_SOURCE = foreign()["anywhere"], foreign()["in_a_source"]
 ANSWERED = {name: ours if isinstance(ours, str) else ours[True] for name, ours in FOREIGN_NAMES.items()}
 OURS = {name: ours.partition(": ")[0] for name, ours in ANSWERED.items()}
 
 
 def test_every_answer_names_a_key_that_exists() -> None:
     """The table cannot rot: a key that is renamed must be renamed in it."""
-    choices = {f"{key}.kind" for key, slot in KEYS.items() if isinstance(slot, Choice)}
+    choices = {f"{key}.kind" for key, node in KEYS.items() if kinds_of(node)}
     assert {ours for ours in OURS.values() if ours} - set(KEYS) - choices == {"extends"}
-    assert set(NAMES_IN_A_SOURCE.values()) <= set(fields_of(TrainSourceSection))
+    assert set(NAMES_IN_A_SOURCE.values()) <= set(TrainSourceSection.model_fields)
 
 
 def test_answers_by_value_name_the_same_key() -> None:
@@ -88,32 +89,24 @@ def test_an_adapter_that_does_not_exist_yet_says_so(fails: Fails, kind: str) -> 
 
 def test_a_foreign_name_is_never_one_of_ours_in_its_place() -> None:
     """A name that is a key of ours at the top would never be looked up."""
-    assert not set(FOREIGN_NAMES) & set(fields_of(recipe_outline().model))
-    assert not set(NAMES_IN_A_SOURCE) & set(fields_of(TrainSourceSection))
+    assert not set(FOREIGN_NAMES) & set(Recipe.model_fields)
+    assert not set(NAMES_IN_A_SOURCE) & set(TrainSourceSection.model_fields)
 
 
 def test_what_exists_is_not_said_to_be_missing() -> None:
     from lorafit.kinds.adapters import adapters
+    from lorafit.kinds.formats import formats
     from lorafit.kinds.optimizers import optimizers
     from lorafit.kinds.quantizations import quantizations
-    from lorafit.recipe.names import is_not_yet
+    from lorafit.kinds.tasks import tasks
 
-    for family, kinds in {"adapter": adapters, "optimizer": optimizers, "quantization": quantizations}.items():
+    families = {"adapter": adapters, "optimizer": optimizers, "quantization": quantizations}
+    for family, kinds in {**families, "format": formats, "task": tasks}.items():
         assert not [name for name in kinds.names() if is_not_yet(family, name)]
 
 
-def test_every_foreign_value_has_a_value_of_ours() -> None:
-    from lorafit.recipe.expect import form_names, listed_names
-    from lorafit.recipe.schema_tree import Items, Leaf
-
-    ours: set[str] = set()
-    for slot in KEYS.values():
-        if isinstance(slot, Choice):
-            ours |= set(slot.kinds)
-        leaf = slot.item if isinstance(slot, Items) else slot
-        for form, limits in leaf.forms if isinstance(leaf, Leaf) else ():
-            ours |= set(form_names(form)) | set(listed_names(limits) or ())
-    assert set(FOREIGN_VALUES.values()) <= ours
+def test_every_foreign_word_has_a_word_of_ours() -> None:
+    assert set(foreign()["words"].values()) <= {word for node in KEYS.values() for word in words_of(node)}
 
 
 ANSWERS = [  # where, what another tool calls it, ours

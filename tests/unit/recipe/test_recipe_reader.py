@@ -8,8 +8,7 @@ import pytest
 
 from lorafit.errors import RecipeError
 from lorafit.recipe.reader import MOST_BYTES, decode, read_tree
-from lorafit.recipe.schema_tree import plain
-from lorafit.recipe.yaml_tree import Place, find
+from lorafit.recipe.yaml_tree import Place, find, plain
 
 TOP = Place("r.yaml", 1, 1)
 

@@ -15,8 +15,8 @@ from lorafit.recipe.docstrings import field_docs
 from lorafit.recipe.editor_schema import json_schema
 from lorafit.recipe.reader import read_tree
 from lorafit.recipe.reference import reference_markdown
-from lorafit.recipe.schema_tree import Choice, every_key, fields_of, plain, recipe_outline
-from lorafit.recipe.yaml_tree import Place
+from lorafit.recipe.schema_tree import every_key, kinds_of, recipe_tree
+from lorafit.recipe.yaml_tree import Place, plain
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads
 
 CHECKOUT = Path(__file__).parents[3]
@@ -31,7 +31,7 @@ def test_the_files_are_those_of_this_schema() -> None:
 
 
 def test_every_key_is_in_both_with_its_meaning() -> None:
-    for path, _ in every_key(recipe_outline()):
+    for path, _ in every_key(recipe_tree()):
         assert f"| `{path[-1]}` |" in MARKDOWN or f"\n## {path[-1]}\n" in MARKDOWN
     for name, definition in SCHEMA["$defs"].items():
         for key, one in definition["properties"].items():
@@ -39,16 +39,16 @@ def test_every_key_is_in_both_with_its_meaning() -> None:
 
 
 def test_every_kind_is_in_both() -> None:
-    for _, slot in every_key(recipe_outline()):
-        for kind, model in slot.kinds.items() if isinstance(slot, Choice) else ():
-            assert f"**`{kind}`**" in MARKDOWN
-            assert SCHEMA["$defs"][model.__name__]["properties"]["kind"] == {"const": kind}
+    named = [one["properties"]["kind"] for one in SCHEMA["$defs"].values() if "kind" in one["properties"]]
+    for kind in (kind for _, node in every_key(recipe_tree()) for kind in kinds_of(node)):
+        assert f"**`{kind}`**" in MARKDOWN
+        assert {"const": kind} in named
 
 
 def test_docstrings_of_bases_belong_to_their_kinds() -> None:
     from lorafit.kinds.schedules.cosine import CosineSection
 
-    assert set(fields_of(CosineSection)) <= set(field_docs(CosineSection))
+    assert set(CosineSection.model_fields) - {"kind"} <= set(field_docs(CosineSection))
 
 
 def test_every_example_of_the_reference_is_a_recipe(loads: Loads) -> None:

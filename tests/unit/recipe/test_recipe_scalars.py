@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from lorafit.recipe.dump import dump_yaml
 from lorafit.recipe.reader import read_tree
 from lorafit.recipe.scalars import UnclearScalarError, read_scalar
-from lorafit.recipe.schema_tree import plain
-from lorafit.recipe.yaml_tree import Place
+from lorafit.recipe.yaml_tree import Place, plain
 
 MEANINGS: list[tuple[str, Any]] = [
     ("", None),
