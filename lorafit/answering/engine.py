@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,9 @@ import torch
 from lorafit.answering.generate import BATCH_ROWS, BATCH_TOKENS, Answer, Watch, generate_answers
 from lorafit.contracts import Reporter, Silent
 from lorafit.data.id_range import check_ids
-from lorafit.errors import UsageError
+from lorafit.errors import ModelError, UsageError
+from lorafit.model.adapter import read_adapter
+from lorafit.model.attach import open_adapter
 from lorafit.ops.isolation import adapter_off, evaluating
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ class Engine:
         tokenizer: Decodes answers; knows the pad and end tokens.
         autocast_dtype: Compute in it; None: as the weights are.
         base: The base on this disk, which further adapters must have been trained on; not compared where None.
+        quantization: The kind in which it is loaded, which theirs must be; not compared where None.
     """
 
     def __init__(
@@ -84,11 +88,13 @@ class Engine:
         *,
         autocast_dtype: torch.dtype | None = None,
         base: Base | None = None,
+        quantization: str | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.autocast_dtype = autocast_dtype
         self._base = base
+        self._quantization = quantization
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -105,6 +111,23 @@ class Engine:
     def embedding_rows(self) -> int:
         """Token ids that the model knows: 0 to one less."""
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def add_adapter(self, name: str, folder: Path, reporter: Reporter | None = None) -> None:
+        """Loads one more adapter beside those that are there; the base stays in memory once.
+
+        Raises:
+            UsageError: The name is taken.
+            ModelError: The adapter does not fit this base, in any respect: its digest, how it is quantised, its layers.
+        """
+        if name in self.adapters:
+            raise UsageError(f"two adapters are called '{name}'", todo="give each a name of its own")
+        trained_on = (read_adapter(folder).quantization() or {}).get("kind") if self.adapters else None
+        if self._quantization is not None and trained_on not in (None, self._quantization):
+            what = f"trained on a base in {trained_on}, and this one is loaded in {self._quantization}"
+            raise ModelError(what, file=str(folder), todo="answer with it in an engine of its own")
+        self.model = open_adapter(
+            self.model, folder, name=name, trainable=False, base=self._base, reporter=reporter or Silent()
+        )
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:

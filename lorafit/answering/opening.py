@@ -19,7 +19,6 @@ from lorafit.job import torch_dtype
 from lorafit.kinds.quantizations import quantizations
 from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, read_notes
-from lorafit.model.attach import open_adapter
 from lorafit.model.base import Base, open_folder
 from lorafit.model.load import load_model, load_tokenizer
 from lorafit.model.merge.companions import choose_companions
@@ -118,9 +117,9 @@ def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answe
     dtype = torch_dtype(noted) if noted else dtype_of(main_dtype(read_index(base.path)))
 
     def load() -> Engine:
-        model = _load_base(base, section, dtype, reporter)
-        adapted = open_adapter(model, saved.path, trainable=False, base=base, reporter=reporter)
-        return Engine(adapted, tokenizer, base=base)
+        engine = Engine(_load_base(base, section, dtype, reporter), tokenizer, base=base, quantization=kind)
+        engine.add_adapter(ADAPTER_NAME, saved.path, reporter)
+        return engine
 
     return Answerer(Voice.of_tokenizer(tokenizer), load)
 

@@ -40,7 +40,7 @@ class Tuned:
     def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Engine:
         """Base and adapter in the precision of the run."""
         from lorafit.answering.engine import Engine
-        from lorafit.model.attach import open_adapter
+        from lorafit.model.adapter import ADAPTER_NAME
         from lorafit.model.load import load_model
 
         model = load_model(
@@ -53,9 +53,10 @@ class Tuned:
             auto_class=tasks.bind(self.card.task).auto_class,
             reporter=reporter,
         )
-        adapted = open_adapter(model, self.adapter, trainable=False, base=self.base, reporter=reporter)
-        autocast = autocast_dtype(self.card.dtype)
-        return Engine(adapted, tokenizer, autocast_dtype=autocast, base=self.base)
+        autocast, kind = autocast_dtype(self.card.dtype), self.card.quantization.kind
+        engine = Engine(model, tokenizer, autocast_dtype=autocast, base=self.base, quantization=kind)
+        engine.add_adapter(ADAPTER_NAME, self.adapter, reporter)
+        return engine
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was trained with; its templates are those of the card."""

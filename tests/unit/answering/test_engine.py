@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorafit.answering.engine import Engine, Request, Sampling
-from lorafit.errors import UsageError
+from lorafit.errors import ModelError, UsageError
 from tests.unit.evaluation.conftest import build_llama
 
 PROMPTS = ["a", "the sky is blue", "why?", "one two three four five six", "z" * 40, "été ☃"]
@@ -38,9 +39,10 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def engine(folders: dict[str, Path], tokenizer: Any) -> Engine:
-    model = PeftModel.from_pretrained(build_llama(), folders["law"], adapter_name="law")
-    model.load_adapter(folders["code"], adapter_name="code")
-    return Engine(model, tokenizer)
+    engine = Engine(build_llama(), tokenizer, quantization="none")
+    for name, folder in folders.items():
+        engine.add_adapter(name, folder)
+    return engine
 
 
 def lone_answer(adapter: Path | None, tokenizer: Any, text: str) -> str:
@@ -128,3 +130,13 @@ def test_an_adapter_that_is_not_loaded_is_told_the_loaded_ones(engine: Engine, t
         Engine(build_llama(), tokenizer).answer([request])
     with pytest.raises(UsageError, match="'laws'"):
         next(engine.stream(request))
+
+
+def test_an_adapter_that_would_be_another_here_is_refused(engine: Engine, folders: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="two adapters are called 'law'"):
+        engine.add_adapter("law", folders["law"])
+    notes = {"format": 1, "quantization": {"kind": "nf4"}}
+    (folders["code"] / "lorafit.json").write_text(json.dumps(notes), encoding="utf-8")
+    with pytest.raises(ModelError, match="in nf4, and this one is loaded in none"):
+        engine.add_adapter("third", folders["code"])
+    assert engine.adapters == ("law", "code")
