@@ -30,7 +30,7 @@ from lorafit.model import fuse
 from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import enable_checkpointing
-from lorafit.model.weightless import build_weightless, fill_with_fakes
+from lorafit.model.weightless import build_weightless, fill_with_fakes, unpacking_fakes
 from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.chunk_sizes import chunk_labels
 from lorafit.ops.live_tensors import LiveTensors, watching
@@ -121,7 +121,7 @@ class DryRun:
             auto_class=tasks.bind(recipe.task).auto_class,
         )
         fresh = recipe.adapter.model_copy(update={"init_from": None})
-        with torch.device("meta"):
+        with torch.device("meta"), unpacking_fakes():
             model = attach_adapter(base, fresh, recipe.seed)
         fuse_layers(model)
         with fake:
@@ -140,7 +140,7 @@ class DryRun:
             if on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there
         live = _LiveFakes(_CUDA_BLOCK_BYTES if on_cuda else 1, holds_documents=self.question.packs_rows)
-        with fake, _as_it_would_run(on_cuda):
+        with fake, _as_it_would_run(on_cuda), unpacking_fakes():
             with _LiveFakes():
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)

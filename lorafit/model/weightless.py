@@ -9,7 +9,9 @@ What runs on it is the code that runs on the loaded model; nothing is computed a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Silent
@@ -101,6 +103,37 @@ def fill_with_fakes(model: torch.nn.Module) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = real(buffer)
+
+
+@contextlib.contextmanager
+def unpacking_fakes() -> Iterator[None]:
+    """Lets PEFT's layers that compute with dequantised weights run on a model without values."""
+    from peft.utils import integrations
+
+    own, name = integrations.dequantize_module_weight, "dequantize_module_weight"
+    holders = [module for path, module in sys.modules.items() if path.startswith("peft") and hasattr(module, name)]
+    for module in holders:
+        setattr(module, name, _unpacked)
+    try:
+        yield
+    finally:
+        for module in holders:
+            setattr(module, name, own)
+
+
+def _unpacked(linear: Any) -> torch.Tensor:
+    """[out, in] of a layer's weight, which may have codes or not even those."""
+    import bitsandbytes as bnb
+    import torch
+
+    if isinstance(linear, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+        state = getattr(linear.weight, "quant_state", None)
+        if state is not None:
+            unpacked: torch.Tensor = bnb.functional.dequantize_4bit(linear.weight, state)
+            return unpacked
+        return torch.empty(linear.out_features, linear.in_features, device=linear.weight.device)
+    weight: torch.Tensor = linear.weight
+    return weight
 
 
 def _four_bit_weight(linear: Any) -> Any:

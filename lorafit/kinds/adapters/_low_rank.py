@@ -189,8 +189,16 @@ class LowRankFolding(Folding):
         self._config = config
         self._read = lru_cache(maxsize=_FACTORS_KEPT)(_read_fp32)
 
-    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LowRankUpdate:
-        """Scaling by the config's patterns, rank by the tensors."""
+    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LayerUpdate:
+        """The sum W + s * B A."""
+        return self.low_rank(tensors, home)
+
+    def low_rank(self, tensors: Mapping[str, TensorEntry], home: Home) -> LowRankUpdate:
+        """s * B A of one layer: the scaling by the config's patterns, the rank by the tensors.
+
+        Raises:
+            ModelError: They do not go together.
+        """
         a, b = tensors["A"], tensors["B"]
         rank = a.shape[0] // home.matrices
         if len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0] or rank * home.matrices != a.shape[0]:

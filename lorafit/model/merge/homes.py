@@ -82,14 +82,15 @@ class AdaptedLayer:
 
 def adapted_layers(model: Any, adapter: str = "default") -> dict[str, AdaptedLayer]:
     """Every layer of a PEFT model's adapter, by the path its tensors have on disk. The model may be without values."""
+    from torch.nn import Embedding
     from transformers.pytorch_utils import Conv1D
 
     base = model.get_base_model()
     holders = Counter(id(value) for module in base.modules() for value in module._parameters.values())
     found = {}
     for path, module in base.named_modules():
-        factors = [*(getattr(module, name, {}) for name in ("lora_A", "lora_embedding_A"))]
-        held = next((group[adapter] for group in factors if adapter in group), None)
+        groups = [getattr(module, name, {}) for name in getattr(module, "adapter_layer_names", ())]
+        held = next((group[adapter] for group in groups if adapter in group), None)
         if held is None:
             continue
         own, inner = getattr(module, "parameter_name", None), module.get_base_layer()
@@ -102,7 +103,7 @@ def adapted_layers(model: Any, adapter: str = "default") -> dict[str, AdaptedLay
             parameter=parameter,
             key=parameter if own is not None else path,
             matrices=getattr(module, "num_experts", 1) if own is not None else 1,
-            transposed=lies_flat or adapter in getattr(module, "lora_embedding_A", {}),
+            transposed=lies_flat or isinstance(inner, Embedding),
             holders=holders[id(value)],
             is_plain=getattr(held, "weight", held).dim() == 2,
         )

@@ -118,7 +118,8 @@ def _check_peft(model: Any, base: Base, class_name: str) -> None:
     with quiet_libraries():
         try:
             told = set_peft_model_state_dict(fresh, dict(ours), low_cpu_mem_usage=True)
-            lost = [name for name in told.missing_keys if "lora_" in name] + list(told.unexpected_keys)
+            prefix = str(getattr(fresh.base_model, "prefix", ""))
+            lost = [name for name in told.missing_keys if prefix and prefix in name] + list(told.unexpected_keys)
         except (RuntimeError, ValueError, KeyError) as error:
             lost = [(str(error).splitlines() or [type(error).__name__])[0]]
     unlike = [name for name, value in ours.items() if theirs.get(name) != tuple(value.shape)]
