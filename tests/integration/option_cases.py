@@ -57,14 +57,19 @@ def of_report(world: OptionWorld, key: str, more: Changes | None = None) -> Prob
     return lambda value: scores_of(world.evaluate({**(more or {}), key: value}))
 
 
+def of_kind(kind: str) -> Changes:
+    """An adapter's kind as an override; the default is not written, so that its runs are everybody's."""
+    return {} if kind == "lora" else {"adapter.kind": kind}
+
+
 def model_cases(world: OptionWorld) -> dict[str, Case]:
     """The base, how it is loaded, and what is trained beside it."""
 
     def quantized(option: str, kind: str) -> Probe:
         return lambda value: first_loss(world.train({"model.quantization": {"kind": kind, option: value}}))
 
-    def adapted(option: str, look: Callable[[RunDir], Any]) -> Probe:
-        return of_run(world, f"adapter.{option}", look)
+    def adapted(kind: str, option: str, look: Callable[[RunDir], Any]) -> Probe:
+        return of_run(world, f"adapter.{option}", look, of_kind(kind))
 
     cases = {
         "model.base": Case(("../base", "../other"), of_run(world, "model.base", first_loss)),
@@ -74,14 +79,18 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             ("eager", "sdpa", "fused"), partial(saved_bytes, world, "model.attention"), refused=("flash_attention_2",)
         ),
         "model.quantization": Case(("none", "nf4", "fp4", "int8"), of_run(world, "model.quantization", first_loss)),
-        "adapter(lora).r": Case((4, 2), adapted("r", adapter_shapes)),
-        "adapter(lora).alpha": Case((8.0, 64.0), adapted("alpha", last_loss)),
-        "adapter(lora).dropout": Case((0.0, 0.5), adapted("dropout", adapter_tensors)),
-        "adapter(lora).target_modules": Case(
-            ("all-linear", ["q_proj"], ["q_proj", "v_proj"]), adapted("target_modules", adapter_shapes)
-        ),
-        "adapter(lora).init_from": Case((None, str(world.root / "trained")), partial(first_loss_from, world)),
+        "adapter": Case(("lora", "dora"), of_run(world, "adapter.kind", adapter_shapes)),
     }
+    for kind in ("lora", "dora"):
+        cases |= {
+            f"adapter({kind}).r": Case((4, 2), adapted(kind, "r", adapter_shapes)),
+            f"adapter({kind}).alpha": Case((8.0, 64.0), adapted(kind, "alpha", last_loss)),
+            f"adapter({kind}).dropout": Case((0.0, 0.5), adapted(kind, "dropout", adapter_tensors)),
+            f"adapter({kind}).target_modules": Case(
+                ("all-linear", ["q_proj"], ["q_proj", "v_proj"]), adapted(kind, "target_modules", adapter_shapes)
+            ),
+            f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_from, world, kind)),
+        }
     for kind in ("nf4", "fp4"):
         cases[f"model.quantization({kind}).double_quant"] = Case((True, False), quantized("double_quant", kind))
         cases[f"model.quantization({kind}).compute_dtype"] = Case(
@@ -244,11 +253,11 @@ def loss_of_revision(world: OptionWorld, revision: str | None) -> float:
         return first_loss(world.train({"model.base": "owner/model", "model.revision": revision}))
 
 
-def first_loss_from(world: OptionWorld, adapter: str | None) -> float:
+def first_loss_from(world: OptionWorld, kind: str, adapter: str | None) -> float:
     """The loss before the first step, from scratch or from a trained adapter."""
     if adapter is not None and not Path(adapter).exists():
-        Path(adapter).symlink_to(world.train({}).adapter)
-    return first_loss(world.train({"adapter.init_from": adapter}))
+        Path(adapter).symlink_to(world.train(of_kind(kind)).adapter)
+    return first_loss(world.train({**of_kind(kind), "adapter.init_from": adapter}))
 
 
 def saved_bytes(world: OptionWorld, key: str, value: Any) -> int:

@@ -100,6 +100,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama r 64": {"adapter__r": 64},
     "llama without dropout": {"adapter__dropout": 0.0},
     "llama adamw_8bit": {"training__optimizer": "adamw_8bit"},
+    "llama dora": {"adapter__kind": "dora"},
+    "llama nf4 dora": {"adapter__kind": "dora", "model__quantization": "nf4"},
     "llama packed": {"data__packing": "true"},
     "qwen3": {},
     "gemma2": {},

@@ -212,7 +212,7 @@ def test_output_must_be_no_input_and_empty(trained: Callable[..., Trained]) -> N
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"),
+    [("use_qalora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"),
      ("lora_bias", True), ("layer_replication", [[0, 1]]), ("a_key_of_tomorrow", 1)],
 )  # fmt: skip
 def test_what_is_no_plain_update_is_refused(trained: Callable[..., Trained], key: str, value: object) -> None:

@@ -1,0 +1,166 @@
+"""DoRA: the direction of a frozen weight is trained by a low-rank update, the length of each of its rows by itself.
+
+    V = W + (alpha / r) B A        W' = m V / ||V||        m [out]: one norm an output feature, at the start W's own
+
+The gradient takes ||V|| for a constant, as the paper's section 4.3 proposes.
+
+Source: Liu et al. 2024, DoRA (https://arxiv.org/abs/2402.09353), equation 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lorafit.errors import ModelError
+from lorafit.files.safetensors import row_blocks
+from lorafit.kinds.adapters import Home, LayerUpdate, adapters
+from lorafit.kinds.adapters._low_rank import LowRank, LowRankFolding, LowRankSection, LowRankUpdate
+from lorafit.kinds.adapters._low_rank_fold import FP32_ROUNDOFF, LowRankFold
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.facts import LinearShape
+    from lorafit.files.safetensors import TensorEntry
+
+
+class DoraSection(LowRankSection):
+    """Low-rank adapters beside frozen linears, with a trained norm for each output feature."""
+
+    kind: Literal["dora"] = "dora"
+    """DoRA."""
+
+
+@adapters.register(DoraSection)
+class Dora(LowRank[DoraSection]):
+    """PEFT's DoRA."""
+
+    peft_options: ClassVar[Mapping[str, object]] = {"use_dora": True}
+
+    def layer_parameters(self, linear: LinearShape) -> int:
+        """LoRA's, and a norm for each output feature."""
+        return super().layer_parameters(linear) + linear.out_features
+
+    @classmethod
+    def folding(cls, config: Mapping[str, Any]) -> DoraFolding:
+        """m V / ||V||, row by row."""
+        return DoraFolding(config)
+
+
+class DoraFolding(LowRankFolding):
+    """Weights of a new direction, each output feature as long as the adapter says.
+
+    Args:
+        config: adapter_config.json.
+
+    Raises:
+        ModelError: It uses more than DoRA.
+    """
+
+    parts: ClassVar[Mapping[str, str]] = {**LowRankFolding.parts, "lora_magnitude_vector": "magnitude"}
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config, frozenset({"use_dora"}))
+
+    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> DoraUpdate:
+        """LoRA's, and the norms.
+
+        Raises:
+            ModelError: As LoRA's, or the norms are not one for each output feature.
+        """
+        low_rank, magnitude = self.low_rank(tensors, home), tensors["magnitude"]
+        features = low_rank.lora_b.shape[0]
+        if magnitude.elements != features or home.matrices != 1:
+            raise ModelError(
+                f"has {magnitude.elements} norms for {features} output features", todo="get the adapter again"
+            )
+        return DoraUpdate(low_rank, magnitude)
+
+
+@dataclass(frozen=True, slots=True)
+class DoraUpdate(LayerUpdate):
+    """What one layer's weight gets.
+
+    Attributes:
+        low_rank: The update of its direction.
+        magnitude: `[out]`, the norms.
+    """
+
+    low_rank: LowRankUpdate
+    magnitude: TensorEntry
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As it lies in the files."""
+        return self.low_rank.shape
+
+    def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> DoraFold:
+        """m V / ||V||. A weight that lies `[in, out]` is read once before, for the norms of its columns.
+
+        Raises:
+            ModelError: It lies so, in several tensors.
+        """
+        left, right = self.low_rank.factors(matrix, first_row, stop_row)
+        lengths = self.low_rank.read(self.magnitude).reshape(-1)
+        if not self.low_rank.transposed:
+            return DoraFold(left, right, self.low_rank.scaling, lengths[first_row:stop_row])
+        if stop_row - first_row != self.shape[0]:
+            raise ModelError("a DoRA weight that lies [in, out] cannot be merged where it is several tensors")
+        scales = lengths.double() / self._column_norms(left, right, read)
+        return DoraFold(left, right, self.low_rank.scaling, scales, of_columns=True)
+
+    def _column_norms(
+        self, left: torch.Tensor, right: torch.Tensor, read: Callable[[int, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """||V|| of each column, fp64."""
+        import torch
+
+        squares = torch.zeros(self.shape[1], dtype=torch.float64)
+        for start, stop in row_blocks(*self.shape):
+            changed = (
+                read(start, stop)
+                .double()
+                .addmm_(left[start:stop].double(), right.double(), alpha=self.low_rank.scaling)
+            )
+            squares += changed.square_().sum(dim=0)
+        return squares.sqrt_()
+
+
+class DoraFold(LowRankFold):
+    """Gives the rows of V, or its columns, their lengths.
+
+    Args:
+        left: See `LowRankFold`.
+        right: See `LowRankFold`.
+        scaling: See `LowRankFold`.
+        lengths: m of the rows; of a weight that lies `[in, out]`, m / ||V|| of the columns, fp64.
+        of_columns: Whether it lies so.
+    """
+
+    def __init__(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scaling: float,
+        lengths: torch.Tensor,
+        *,
+        of_columns: bool = False,
+    ) -> None:
+        super().__init__(left, right, scaling)
+        self._lengths, self._of_columns = lengths, of_columns
+
+    def finish(self, changed: torch.Tensor, first_row: int, bound: torch.Tensor | None = None) -> None:
+        """Scales V in place; its errors grow with it, and the norm's own come from those of the row."""
+        import torch
+
+        scale, error = self._lengths, 4 * FP32_ROUNDOFF * torch.ones(1, 1)  # of two roundings, a division, a product
+        if not self._of_columns:
+            norms = torch.linalg.vector_norm(changed, dim=1, keepdim=True, dtype=torch.float64)
+            scale = self._lengths[first_row : first_row + len(changed), None].double() / norms
+            if bound is not None:
+                error = error + bound.norm(dim=1, keepdim=True) / norms.float()
+        changed.mul_(scale.to(changed.dtype))
+        if bound is not None:
+            bound.mul_(scale.abs().float()).add_(changed.abs().float().mul_(error))
