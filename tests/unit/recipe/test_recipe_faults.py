@@ -67,6 +67,7 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     ("text for a section", MINIMAL + "checkpoints: often\n", ["checkpoints", "expected a mapping", "'often'"]),
     ("mapping for a value", MINIMAL + "seed: {a: 1}\n", ["r.yaml:4:1", "seed", "expected a whole number", "a mapping"]),
     ("number for a text", MINIMAL.replace("name: x", "name: 12"), ["name", "expected text", "found 12", "quote it"]),
+    ("not a number", MINIMAL + "training: {learning_rate: .nan}\n", ["training.learning_rate", "not a finite number"]),
     ("infinity", MINIMAL + "training: {learning_rate: .inf}\n", ["training.learning_rate", "not a finite number"]),
     (
         "nan in words",
@@ -198,6 +199,7 @@ OUT_OF_RANGE = [
     *("training.batch_size=0", "training.epochs=-1", "training.epochs=0", "training.max_steps=0"),
     *("training.max_grad_norm=0", "training.micro_batch_tokens=0", "training.schedule.warmup_ratio=1.1"),
     *("training.schedule.warmup_steps=-1", "training.optimizer.betas=[0.9, 1.5]"),
+    *("adapter.r=1000000000", "training.max_steps=-1", "evaluation.early_stopping.min_delta=-1"),
     *("checkpoints.every_steps=0", "checkpoints.keep_last=0", "seed=-1", "seed=4294967296"),
     *("data.max_length=0", "data.validation={fraction: 0}", "data.validation={fraction: 1}"),
     *("data.bad_rows.max_fraction=2", "data.train[0].repeats=0", "data.train[0].limit=0"),
