@@ -61,7 +61,7 @@ type: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)
-	$(BIN)/python -m lorafit.recipe.reference
+	$(BIN)/python docs/write_reference.py
 	$(BIN)/python docs/write_help.py
 
 check: test lint type

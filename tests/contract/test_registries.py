@@ -23,7 +23,7 @@ from lorafit.kinds.registry import Registry, SectionRegistry
 from lorafit.kinds.schedules import Schedule, ScheduleSection, schedules
 from lorafit.kinds.section import Section
 from lorafit.kinds.tasks import Task, tasks
-from lorafit.recipe.docstrings import field_docs
+from tests.support.docs_scripts import load_script
 
 PROTOCOLS: dict[str, tuple[Registry[Any] | SectionRegistry[Any], type]] = {
     "adapters": (adapters, Adapter),
@@ -175,7 +175,7 @@ class TestSection:
 
     def test_it_and_every_option_are_explained(self, family: str, name: str) -> None:
         section = section_of(family, name)
-        docs = field_docs(section)
+        docs = load_script("write_reference").field_docs(section)
         assert (section.__doc__ or "").strip()
         assert section.__doc__ != (SECTIONS[family].__doc__ or ""), "the docstring is its base's"
         for option in section.model_fields:

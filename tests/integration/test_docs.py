@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -11,14 +10,13 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.integration.conftest import World, say_all
 from tests.integration.tiny_world import make_base
+from tests.support.docs_scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -157,27 +155,10 @@ def test_the_documentation_shows_every_command() -> None:
     assert {page.stem for page in COMMAND_PAGES} == names
 
 
-def load_write_help() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("write_help", ROOT / "docs" / "write_help.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=shown)
 def test_help_on_the_page_is_the_present_one(page: Path) -> None:
     assert "<!-- help: generated -->" in page.read_text(encoding="utf-8")
-    assert load_write_help().page_with_help(page) == page.read_text(encoding="utf-8"), "run make docs"
-
-
-def test_generated_reference_is_the_present_one() -> None:
-    from lorafit.recipe.editor_schema import json_schema
-    from lorafit.recipe.reference import reference_markdown
-
-    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference_markdown(), "run make docs"
-    schema: Any = json.loads((ROOT / "configs" / "recipe.schema.json").read_text(encoding="utf-8"))
-    assert schema == json_schema(), "run make docs"
+    assert load_script("write_help").page_with_help(page) == page.read_text(encoding="utf-8"), "run make docs"
 
 
 def anchor(heading: str) -> str:

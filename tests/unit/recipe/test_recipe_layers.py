@@ -176,6 +176,8 @@ PRESETS = {
 
 def test_the_shipped_presets() -> None:
     assert preset_names() == sorted(PRESETS)
+    page = (Path(__file__).parents[3] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert f"a shipped preset ({', '.join(f'`{name}`' for name in sorted(PRESETS))})" in page
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -11,23 +11,22 @@ import pytest
 import yaml
 
 from lorafit.machine.shipped import shipped
-from lorafit.recipe.docstrings import field_docs
-from lorafit.recipe.editor_schema import json_schema
 from lorafit.recipe.reader import read_tree
-from lorafit.recipe.reference import reference_markdown
 from lorafit.recipe.schema_tree import every_key, kinds_of, recipe_tree
 from lorafit.recipe.yaml_tree import Place, plain
+from tests.support.docs_scripts import load_script
 from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads
 
 CHECKOUT = Path(__file__).parents[3]
-SCHEMA = json_schema()
-MARKDOWN = reference_markdown()
+WRITER = load_script("write_reference")
+SCHEMA = WRITER.json_schema()
+MARKDOWN = (CHECKOUT / "docs/recipe.md").read_text()
 
 
 def test_the_files_are_those_of_this_schema() -> None:
     """`make docs` writes them anew."""
     assert json.loads((CHECKOUT / "configs/recipe.schema.json").read_text()) == SCHEMA
-    assert (CHECKOUT / "docs/recipe.md").read_text() == MARKDOWN
+    assert WRITER.page_with_tables(MARKDOWN) == MARKDOWN
 
 
 def test_every_key_is_in_both_with_its_meaning() -> None:
@@ -48,7 +47,7 @@ def test_every_kind_is_in_both() -> None:
 def test_docstrings_of_bases_belong_to_their_kinds() -> None:
     from lorafit.kinds.schedules.cosine import CosineSection
 
-    assert set(CosineSection.model_fields) - {"kind"} <= set(field_docs(CosineSection))
+    assert set(CosineSection.model_fields) - {"kind"} <= set(WRITER.field_docs(CosineSection))
 
 
 def test_every_example_of_the_reference_is_a_recipe(loads: Loads) -> None:
