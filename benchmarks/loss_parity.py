@@ -76,12 +76,12 @@ def run_plain(recipe: Path, start: Path, arguments: argparse.Namespace) -> list[
         _, rows = step_rows.rows(step)
         examples = [job.rows.train[row] for row in rows]
         # Marks are bytes: summed as such they would start again at 256.
-        counts = [int(np.sum(example.trained, dtype=np.int64)) for example in examples]
+        counts = [int(np.sum(example["trained"], dtype=np.int64)) for example in examples]
         weight = sum(counts)
         total = 0.0
         for example, count in zip(examples, counts, strict=True):
-            ids = torch.tensor([[int(token) for token in example.input_ids]])
-            labels = torch.where(torch.tensor([list(example.trained)]).bool(), ids, -100)
+            ids = torch.tensor([[int(token) for token in example["tokens"]]])
+            labels = torch.where(torch.tensor([list(example["trained"])]).bool(), ids, -100)
             loss = model(input_ids=ids, labels=labels).loss * count / weight
             loss.backward()
             total += float(loss.detach())

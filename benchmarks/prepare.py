@@ -58,7 +58,7 @@ def prepare_rows(tokenizer: Any, data: DataSection, cache: Path) -> Prepared:
         data,
         folder=Path(),
         renderer=build_renderer(tokenizer, data, Path()),
-        encode=tasks.get("causal-lm").encode,
+        task=tasks.make("causal-lm"),
         seed=0,
         cache_dir=cache,
         reporter=Silent(),
@@ -136,7 +136,7 @@ def main() -> None:
         templates = build_renderer(tokenizer, data, Path()).chats.templates
         theirs = Transformers(tokenizer, samples, templates)
         expected = theirs.row_by_row()
-        equal = sum(list(made[row].input_ids) == ids for row, ids in enumerate(expected))
+        equal = sum(list(made[row]["tokens"]) == ids for row, ids in enumerate(expected))
         found = compare(theirs, lambda: prepare_fresh(tokenizer, data, folder), len(expected), arguments.rounds)
     tokens = sum(map(len, expected)) / len(expected)
     print(f"\n{equal} of {len(expected)} rows, {tokens:.0f} tokens each, have the ids of apply_chat_template")

@@ -269,10 +269,10 @@ def prepare(work: Path) -> None:
 
 
 def as_row(example: Any) -> dict[str, list[int]]:
-    ids = [int(token) for token in example.input_ids]
+    ids = [int(token) for token in example["tokens"]]
     return {
         "input_ids": ids,
-        "labels": [t if is_trained else IGNORED for t, is_trained in zip(ids, example.trained, strict=True)],
+        "labels": [t if is_trained else IGNORED for t, is_trained in zip(ids, example["trained"], strict=True)],
     }
 
 

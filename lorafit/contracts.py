@@ -48,10 +48,46 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens of one row and which of them carry loss. `trained[i]` means: token i is to be predicted."""
+    """A rendered text as tokens, and which of them carry loss. `trained[i]` means: token i is to be predicted."""
 
     input_ids: list[int]
     trained: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a task's prepared rows.
+
+    Attributes:
+        name: Its name.
+        dtype: numpy's, with its byte order, e.g. `<i4`.
+        width: Values of each row; None: as many as the row has.
+        holds_tokens: Whether the values are token ids, which the model's embedding must have rows for.
+    """
+
+    name: str
+    dtype: str
+    width: int | None = None
+    holds_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """What a task makes of one sample.
+
+    Attributes:
+        columns: Its values by column.
+        tokens: Tokens of its longest sequence, which `data.max_length` bounds.
+        weight: Its share of what a step's loss is divided by, e.g. its trained tokens.
+        asked: Tokens that ask; empty where nothing does. Rows that ask the same and answer differently contradict.
+        answered: Everything else that tells rows apart.
+    """
+
+    columns: Mapping[str, Sequence[float]]
+    tokens: int
+    weight: int
+    asked: Sequence[int]
+    answered: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +96,35 @@ class Example:
 
     Attributes:
         index: Its number in the ExampleSet.
-        input_ids: Token ids, `[tokens]`, a sequence of ints (an array, read from the prepared file).
-        trained: 0/1 for each token: whether it is to be predicted.
+        columns: Its values by column of the task, each a sequence (an array, read from the prepared file).
         file: Where it came from.
         line: Line there, from 1.
     """
 
     index: int
-    input_ids: Sequence[int]
-    trained: Sequence[int]
+    columns: Mapping[str, Sequence[float]]
     file: str
     line: int
+
+    def __getitem__(self, column: str) -> Sequence[float]:
+        return self.columns[column]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownSequence:
+    """One of a row's sequences for people.
+
+    Attributes:
+        input_ids: Its tokens.
+        trained: 0/1 for each: whether it carries loss.
+        name: What tells it from the row's other sequences; empty where there is one.
+        label: What is learnt of the sequence as a whole; empty where tokens are.
+    """
+
+    input_ids: list[int]
+    trained: list[int]
+    name: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +203,11 @@ class Examples(Protocol):
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Tokens of each row."""
+        """Tokens that each row takes in a micro-batch, its sequences padded to one length."""
 
     @property
-    def trained_counts(self) -> Sequence[int]:
-        """Tokens that carry loss, of each row."""
+    def weights(self) -> Sequence[int]:
+        """Each row's share of what a step's loss is divided by, e.g. its trained tokens."""
 
 
 class StepHook(Protocol):

@@ -110,10 +110,8 @@ class Job:
         """Tokens of a few rows, held-out ones where there are any, for the merge's comparison of logits."""
         examples = self.rows.test or self.rows.validation or self.rows.train
         chosen = [examples[row] for row in range(min(_ROWS_TO_COMPARE, len(examples)))]
-        rows = [
-            {"input_ids": [int(token) for token in row.input_ids], "trained": [int(flag) for flag in row.trained]}
-            for row in chosen
-        ]
+        shown = [sequence for row in chosen for sequence in tasks.bind(self.recipe.task).show(row)]
+        rows = [{"input_ids": sequence.input_ids, "trained": sequence.trained} for sequence in shown]
         return {"format": 1, "rows": rows}
 
     def companions(self, card: RunCard) -> Companions:
@@ -221,7 +219,7 @@ def prepare_rows(
             recipe.data,
             folder=loaded.folder,
             renderer=renderer,
-            encode=tasks.bind(recipe.task).encode,
+            task=tasks.bind(recipe.task),
             seed=recipe.seed,
             cache_dir=cache_folder() / "data",
             reporter=reporter,
@@ -229,7 +227,7 @@ def prepare_rows(
             only=only,
             glance=glance,
         )
-    check_examples(rows.splits, renderer.tokenizer, shape.vocabulary)
+    check_examples(rows.splits, tasks.bind(recipe.task).columns, renderer.tokenizer, shape.vocabulary)
     return rows
 
 
@@ -344,7 +342,6 @@ def prove(job: Job, model: Any, dtype: str, examples: Examples, reporter: Report
     Raises:
         NumericsError: They differ on every path.
     """
-    from lorafit.data.batch import collate
     from lorafit.objective import choose_probe
     from lorafit.objective.proof import prove_objective
 
@@ -353,5 +350,5 @@ def prove(job: Job, model: Any, dtype: str, examples: Examples, reporter: Report
     most_tokens = min(_PROOF_TOKENS, _PROOF_LOGITS_BYTES // (4 * job.shape.vocabulary))
     row = task.cut_probe(examples[choose_probe(examples.lengths, most_tokens=most_tokens)], most_tokens)
     device = model.get_input_embeddings().weight.device
-    prove_objective(objective, collate([row], job.pad_id).to(device), reporter)
+    prove_objective(objective, task.collate([[row]], job.pad_id).to(device), reporter)
     return objective

@@ -172,14 +172,13 @@ class Training:
 
     def _prove_gradients(self, objective: Objective) -> None:
         """One short row forward and backward, before anything is written."""
-        from lorafit.data.batch import collate
         from lorafit.objective import choose_probe
         from lorafit.trainer.first_gradient import prove_gradients
 
         rows = self.job.rows.train
         row = choose_probe(rows.lengths, most_tokens=_GRADIENT_TOKENS)
         device = objective.base.get_input_embeddings().weight.device
-        prove_gradients(objective, collate([rows[row]], self.job.pad_id).to(device))
+        prove_gradients(objective, objective.task.collate([[rows[row]]], self.job.pad_id).to(device))
 
     def _attach(self, base: Any) -> Any:
         """The base with its adapter, which is the planned one, and can be merged and loaded again."""
@@ -345,7 +344,12 @@ class Training:
             accelerator,
             self.reporter,
             cutter=Cutter(
-                job.rows.train, job.pad_id, recipe.data.packing, resolved.attention, resolved.micro_batches_at_once
+                job.rows.train,
+                objective.task,
+                job.pad_id,
+                recipe.data.packing,
+                resolved.attention,
+                resolved.micro_batches_at_once,
             ),
             save_adapter=save,
             evaluate=evaluate_rows,

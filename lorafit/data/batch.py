@@ -13,11 +13,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-
-from lorafit.contracts import Batch, Example
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -193,34 +191,3 @@ def span_tokens(padded_tokens: Sequence[int], at_once: int) -> int:
     for tokens in sorted(padded_tokens, reverse=True):
         heapq.heapreplace(busy_until, busy_until[0] + MICRO_BATCH_COST_TOKENS + tokens)
     return max(busy_until)
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pads examples on the right into one micro-batch.
-
-    Position t of a row predicts its token t + 1, so the label of token t stands at index t - 1. Padding is known by
-    length, never by `ids == pad_id`: in many tokenizers the pad token is also the end of a turn.
-
-    Args:
-        examples: At least one.
-        pad_id: Any valid id; no label ever points at a padded position.
-    """
-    import torch
-
-    arrays: list[Any] = [np.asarray(example.input_ids, dtype=np.int64) for example in examples]
-    width = max(len(ids) for ids in arrays)
-    input_ids = np.full((len(arrays), width), pad_id, dtype=np.int64)
-    indices, labels = [], []
-    for row, (ids, example) in enumerate(zip(arrays, examples, strict=True)):
-        input_ids[row, : len(ids)] = ids
-        places = np.flatnonzero(np.asarray(example.trained, dtype=np.uint8)[1:])
-        indices.append(row * width + places)
-        labels.append(ids[places + 1])
-    label_index = np.concatenate(indices).astype(np.int64)
-    tensors = {"input_ids": input_ids, "label_index": label_index, "label_ids": np.concatenate(labels)}
-    return Batch(
-        {name: torch.from_numpy(values) for name, values in tensors.items()},
-        weight=len(label_index),
-        rows=tuple(example.index for example in examples),
-        tokens=sum(len(ids) for ids in arrays),
-    )

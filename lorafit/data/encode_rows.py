@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorafit.console.wording import counted
-from lorafit.contracts import Encoded, Sample
+from lorafit.contracts import Encoded, Sample, TaskRow
 from lorafit.data.overlong import SURE_FACTOR
 from lorafit.data.sample_renderer import Renderer
 from lorafit.data.store import Chunk, pack_chunk
 from lorafit.errors import DataError, ResourceError
+from lorafit.kinds.tasks import Task, TaskSection
 
-Encode = Callable[[Sample, Callable[[Sample], Encoded | None]], Encoded | None]
 PlacedSample = tuple[int, int, Sample]
 """Number of its source, line there, sample."""
 
@@ -71,20 +71,20 @@ class Encoder:
 
     Attributes:
         renderer: Renders a sample.
-        encode: The task's `encode`.
+        task: Makes rows of what is rendered.
         max_length: Longest row, in tokens.
         overlength: What happens to longer ones.
     """
 
     renderer: Renderer
-    encode: Encode
+    task: Task[TaskSection]
     max_length: int
     overlength: Literal["error", "drop", "truncate", "split"]
 
     def encode_chunk(self, samples: Sequence[PlacedSample]) -> EncodedChunk:
         """Encodes samples one by one; what is wrong with one is noted and the others go on."""
-        rows: list[tuple[int, int, Encoded]] = []
-        result = EncodedChunk(pack_chunk([]), samples=len(samples))
+        rows: list[tuple[int, int, TaskRow]] = []
+        result = EncodedChunk({}, samples=len(samples))
         self.renderer.seen.clear()
         endless = [self.renderer.is_surely_longer(sample) for _, _, sample in samples]
         shorter = [sample for (_, _, sample), is_endless in zip(samples, endless, strict=True) if not is_endless]
@@ -92,7 +92,7 @@ class Encoder:
         for (source, line, sample), is_endless in zip(samples, endless, strict=True):
             try:
                 whole = None if is_endless else self._take(sample, next(rendered))
-                if whole is not None and len(whole.input_ids) <= self.max_length:
+                if whole is not None and whole.tokens <= self.max_length:
                     encoded = [whole]
                 else:
                     encoded = self._shorten(source, line, sample, whole, result)
@@ -103,33 +103,34 @@ class Encoder:
             if encoded:
                 result.examples.append((source, len(encoded)))
                 rows += [(source, line, row) for row in encoded]
-        result.chunk, result.seen = pack_chunk(rows), Counter(self.renderer.seen)
+        result.chunk = pack_chunk(rows, self.task.columns, self.task.sequences)
+        result.seen = Counter(self.renderer.seen)
         return result
 
-    def _take(self, sample: Sample, rendered: Encoded | DataError | None) -> Encoded:
+    def _take(self, sample: Sample, rendered: Encoded | DataError | None) -> TaskRow:
         """What the task makes of a rendered sample."""
         if isinstance(rendered, DataError):
             raise rendered
-        whole = self.encode(sample, lambda asked: rendered if asked is sample else self.renderer.render(asked))
+        whole = self.task.encode(sample, lambda asked: rendered if asked is sample else self.renderer.render(asked))
         if whole is None:
             todo = "every answer is empty or has weight 0; correct or remove the row"
             raise DataError("no trainable tokens", todo=todo)
         return whole
 
     def _shorten(
-        self, source: int, line: int, sample: Sample, whole: Encoded | None, result: EncodedChunk
-    ) -> list[Encoded]:
+        self, source: int, line: int, sample: Sample, whole: TaskRow | None, result: EncodedChunk
+    ) -> list[TaskRow]:
         """What is left of a sample that is too long; `whole` is None where nobody counted how much."""
-        count = f"over {SURE_FACTOR * self.max_length}" if whole is None else str(len(whole.input_ids))
+        count = f"over {SURE_FACTOR * self.max_length}" if whole is None else str(whole.tokens)
         reason = f"{count} tokens, max_length is {self.max_length}"
         if self.overlength == "truncate":
-            cut = self.encode(sample, self.renderer.truncate)
+            cut = self.task.encode(sample, self.renderer.truncate)
             if cut is not None:
                 result.lengths.append(("cut", source, line, reason))
                 return [cut]
             result.lengths.append(("dropped", source, line, f"{reason}, and no trained token fits"))
         elif self.overlength == "split" and sample.text is not None:
-            pieces = [self.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
+            pieces = [self.task.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
             result.lengths.append(("split", source, line, f"{reason}: {counted(len(pieces), 'row')}"))
             return [piece for piece in pieces if piece is not None]
         elif self.overlength == "drop":

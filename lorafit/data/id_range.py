@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafit.contracts import Examples
+from lorafit.contracts import Column, Examples
 from lorafit.errors import ModelError, row_place
 
 if TYPE_CHECKING:
@@ -21,20 +21,24 @@ def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max([len(tokenizer) - 1, *map(int, tokenizer.added_tokens_decoder)])
 
 
-def check_examples(splits: Mapping[str, Examples], tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
+def check_examples(
+    splits: Mapping[str, Examples], columns: Iterable[Column], tokenizer: PreTrainedTokenizerBase, embedding_rows: int
+) -> None:
     """Raises ModelError where a prepared row holds a token that the embedding has no row for.
 
     Rows are looked at only where the tokenizer can give such a token at all.
     """
     if highest_id(tokenizer) < embedding_rows:
         return
+    names = [column.name for column in columns if column.holds_tokens]
     for examples in splits.values():
         for number in range(len(examples)):
             example = examples[number]
-            if int(np.max(example.input_ids)) >= embedding_rows:
-                error = beyond(example.input_ids, tokenizer, embedding_rows)
-                error.what += f" (row {row_place(example.file, example.line)})"
-                raise error
+            for name in names:
+                if int(np.max(example[name], initial=0)) >= embedding_rows:
+                    error = beyond(map(int, example[name]), tokenizer, embedding_rows)
+                    error.what += f" (row {row_place(example.file, example.line)})"
+                    raise error
 
 
 def check_ids(ids: Iterable[int], tokenizer: Any, embedding_rows: int) -> None:

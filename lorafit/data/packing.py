@@ -25,15 +25,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from lorafit.contracts import Batch, Example
-from lorafit.data.batch import collate, cut_step, span_tokens
+from lorafit.data.batch import cut_step, span_tokens
 
 if TYPE_CHECKING:
-    from lorafit.contracts import Examples
+    from lorafit.contracts import Batch, Examples
+    from lorafit.objective import TrainedTask
 
 PackedRow = list[int]
 """Numbers of the documents that stand in one row of a micro-batch."""
@@ -107,51 +105,13 @@ def padded_tokens(part: MicroBatch, lengths: Sequence[int]) -> int:
     return len(part) * max(sum(int(lengths[row]) for row in documents) for documents in part)
 
 
-def collate_packed(packed: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-    """Packs documents into the rows of one micro-batch; `position_ids` say where each begins.
-
-    A document's first token is never a label: it would be predicted from the document before it.
-
-    Args:
-        packed: Documents of each row; at least one.
-        pad_id: Any valid id; no label ever points at a padded position.
-    """
-    import torch
-
-    if all(len(documents) == 1 for documents in packed):
-        return collate([documents[0] for documents in packed], pad_id)
-    width = max(sum(len(document.input_ids) for document in documents) for documents in packed)
-    input_ids = np.full((len(packed), width), pad_id, dtype=np.int64)
-    position_ids = np.empty_like(input_ids)
-    indices: list[Any] = []
-    tokens = 0
-    for row, documents in enumerate(packed):
-        begin = 0
-        for document in documents:
-            end = begin + len(document.input_ids)
-            input_ids[row, begin:end] = document.input_ids
-            position_ids[row, begin:end] = np.arange(end - begin)
-            indices.append(row * width + begin + np.flatnonzero(np.asarray(document.trained, dtype=np.uint8)[1:]))
-            begin = end
-        position_ids[row, begin:] = np.arange(width - begin)
-        tokens += begin
-    label_index = np.concatenate(indices).astype(np.int64)
-    label_ids = input_ids.reshape(-1)[label_index + 1]
-    tensors = {"input_ids": input_ids, "label_index": label_index, "label_ids": label_ids, "position_ids": position_ids}
-    return Batch(
-        {name: torch.from_numpy(values) for name, values in tensors.items()},
-        weight=len(label_index),
-        rows=tuple(document.index for documents in packed for document in documents),
-        tokens=tokens,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Cutter:
     """Cuts steps into micro-batches and builds their batches, as the recipe and the attention want them.
 
     Attributes:
         examples: The rows.
+        task: Makes batches of them.
         pad_id: Fills up short rows.
         packing: Whether several documents may share a row.
         attention: Attention implementation of the model.
@@ -159,6 +119,7 @@ class Cutter:
     """
 
     examples: Examples
+    task: TrainedTask
     pad_id: int
     packing: bool = False
     attention: str = "sdpa"
@@ -182,4 +143,4 @@ class Cutter:
 
     def collate(self, part: MicroBatch) -> Batch:
         """The batch of one micro-batch, on the CPU."""
-        return collate_packed([[self.examples[row] for row in documents] for documents in part], self.pad_id)
+        return self.task.collate([[self.examples[row] for row in documents] for documents in part], self.pad_id)

@@ -14,14 +14,14 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorafit.contracts import Sample
 from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
-from lorafit.data.encode_rows import Encode, EncodedChunk, Encoder, PlacedSample, encode_all
+from lorafit.data.encode_rows import EncodedChunk, Encoder, PlacedSample, encode_all
 from lorafit.data.findings import finish_report
 from lorafit.data.report import DataReport, report_split
 from lorafit.data.row_counts import SKIP_BAD_ROWS, Ledger
@@ -31,6 +31,7 @@ from lorafit.data.store import ExampleSet, StoreWriter, is_sound
 from lorafit.errors import DataError, Problems
 from lorafit.facts import DatasetFacts
 from lorafit.files.strict_json import read_json_file
+from lorafit.kinds.tasks import Task, TaskSection
 from lorafit.recipe.schema import ValidationFraction
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ class Prepared:
             the end only; `retention`, rows of general ability.
         report: What was found.
         digest: SHA-256 of the tokens and loss positions of these splits.
+        task: What made the rows.
     """
 
     splits: dict[str, ExampleSet]
     report: DataReport
     digest: str
+    task: Task[TaskSection]
     _sources: dict[str, SampleSet]
     _renderer: Renderer
 
@@ -85,7 +88,7 @@ class Prepared:
         """What plan and memory must know of the rows."""
         source_of = np.asarray(self.train.source_of)
         repeats = np.asarray(self.train.repeats)[source_of]
-        lengths, trained = np.asarray(self.train.lengths), np.asarray(self.train.trained_counts)
+        lengths, trained = np.asarray(self.train.lengths), np.asarray(self.train.weights)
         return DatasetFacts(
             rows=rows_per_epoch(self.train),
             tokens=round(float((lengths * repeats).sum())),
@@ -132,7 +135,7 @@ def prepare(
     *,
     folder: Path,
     renderer: Renderer,
-    encode: Encode,
+    task: Task[TaskSection],
     seed: int,
     cache_dir: Path,
     reporter: Reporter,
@@ -146,7 +149,7 @@ def prepare(
         data: The recipe's section.
         folder: The recipe's folder.
         renderer: From `build_renderer`.
-        encode: The task's `encode`.
+        task: Makes rows of what is rendered.
         seed: Draws the rows of `validation: {fraction: ...}`.
         cache_dir: Folder of prepared rows, e.g. `~/.cache/lorafit/data`.
         reporter: Gets progress, cache hits and misses, and warnings.
@@ -175,7 +178,7 @@ def prepare(
     if data.system_prompt is not None and any(renderer.is_chat(sample) for sample in first):
         renderer.chats.check_system_prompt()
     cache = PreparedCache(cache_dir)
-    encoder = Encoder(renderer, encode, data.max_length, data.overlength)
+    encoder = Encoder(renderer, task, data.max_length, data.overlength)
     sets: dict[str, ExampleSet] = {}
     ledgers: dict[str, Ledger] = {}
     said: dict[str, str] = {}
@@ -200,6 +203,7 @@ def prepare(
         splits={split: examples for split, examples in sets.items() if split in wanted},
         report=report,
         digest=hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+        task=task,
         _sources=sources,
         _renderer=renderer,
     )
@@ -265,13 +269,14 @@ class _Preparation:
         for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
             source.unread.update({} if source.unread else counts.unread)
         repeats = [getattr(source.section, "repeats", 1.0) for source in self.samples.sources]
-        return ExampleSet(lookup.folder, names, repeats), ledger, lookup.reason
+        return ExampleSet(lookup.folder, self.encoder.task.columns, names, repeats), ledger, lookup.reason
 
     def _read_ledger(self, folder: Path, names: Sequence[str]) -> Ledger | None:
         """What a cached split says of itself; None where that, or its rows, are not what was written."""
         try:
             stored = read_json_file(folder / _REPORT)
-            return Ledger.from_json(stored, names, self.data.bad_rows) if is_sound(folder) else None
+            whole = is_sound(folder, self.encoder.task.columns)
+            return Ledger.from_json(stored, names, self.data.bad_rows) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -290,15 +295,15 @@ class _Preparation:
         parts |= {option: json.dumps(value) for option, value in options.items()}
         if self.encoder.renderer.written_date is not None:
             parts["date in the chat template"] = self.encoder.renderer.written_date
-        encode: Any = self.encoder.encode
-        return {**parts, "task": getattr(encode, "__qualname__", repr(encode)), "code": code_version()}
+        task = self.encoder.task.section.model_dump_json()
+        return {**parts, "task": task, "code": code_version()}
 
     def _build(self, target: Path) -> None:
         guess = self.samples.guess_rows()
         ledger = self.samples.new_ledger()
         with self.cache.build(target) as folder:
             total, what = self.samples.count_for_bar(), f"preparing {self.split} rows"
-            with StoreWriter(folder) as writer, self.reporter.track(total, what) as bar:
+            with StoreWriter(folder, self.encoder.task.columns) as writer, self.reporter.track(total, what) as bar:
                 began, done = time.monotonic(), 0
                 with contextlib.closing(encode_all(self.encoder, self._usable(ledger), guess)) as chunks:
                     for encoded in chunks:

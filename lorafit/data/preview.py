@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from lorafit.contracts import Example, ShownSequence
     from lorafit.data.prepare import Prepared
     from lorafit.data.report import Bar, SplitReport
     from lorafit.data.sample_renderer import Renderer
@@ -51,6 +52,8 @@ class PreviewRow:
         input_ids: Its tokens, `[tokens]`.
         labels: The same, or -100 where nothing is learnt, `[tokens]`; not shifted.
         segments: The text of stretches of tokens that are all trained, or all not.
+        name: What tells it from the row's other sequences; empty where there is one.
+        label: What is learnt of it as a whole; empty where tokens are.
     """
 
     split: str
@@ -60,6 +63,8 @@ class PreviewRow:
     input_ids: list[int]
     labels: list[int]
     segments: list[tuple[str, bool]]
+    name: str = ""
+    label: str = ""
 
     @property
     def trained_tokens(self) -> int:
@@ -69,7 +74,8 @@ class PreviewRow:
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the segments."""
         names = ("split", "file", "line", "rendering", "input_ids", "labels")
-        return {name: getattr(self, name) for name in names}
+        more = [name for name in ("name", "label") if getattr(self, name)]
+        return {name: getattr(self, name) for name in (*names, *more)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +131,10 @@ def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOW
         texts = {place: _own_text(renderer, sample) for place, sample in _find_samples(prepared, split, wanted)}
         for number in chosen:
             place = (int(np.asarray(examples.source_of)[number]), int(examples.lines[number]))
-            found.append(_show_row(renderer, split, examples, number, texts.get(place)))
+            example = examples[number]
+            sequences = prepared.task.show(example)
+            own = texts.get(place) if len(sequences) == 1 else None
+            found += [_show_sequence(renderer, split, example, sequence, own) for sequence in sequences]
     return Preview(found, prepared)
 
 
@@ -157,15 +166,15 @@ def _own_text(renderer: Renderer, sample: Sample) -> tuple[str, list[int]] | Non
     return (text, encoded.input_ids) if text is not None and encoded is not None else None
 
 
-def _show_row(
-    renderer: Renderer, split: str, examples: ExampleSet, number: int, own: tuple[str, list[int]] | None
+def _show_sequence(
+    renderer: Renderer, split: str, example: Example, sequence: ShownSequence, own: tuple[str, list[int]] | None
 ) -> PreviewRow:
-    example = examples[number]
-    ids, trained = np.asarray(example.input_ids).tolist(), np.asarray(example.trained).astype(bool)
-    labels = np.where(trained, np.asarray(ids, dtype=np.int64), IGNORED_LABEL).tolist()
-    segments = list(_segments(renderer, ids, trained.tolist()))
+    ids, trained = sequence.input_ids, [bool(flag) for flag in sequence.trained]
+    labels = [token if flag else IGNORED_LABEL for token, flag in zip(ids, trained, strict=True)]
+    segments = list(_segments(renderer, ids, trained))
     whole = own[0] if own is not None and own[1] == ids else "".join(text for text, _ in segments)
-    return PreviewRow(split, example.file, example.line, whole, ids, labels, segments)
+    place = split, example.file, example.line
+    return PreviewRow(*place, whole, ids, labels, segments, sequence.name, sequence.label)
 
 
 def _segments(renderer: Renderer, ids: list[int], trained: list[bool]) -> Iterator[tuple[str, bool]]:
@@ -202,7 +211,9 @@ def _print_row(console: Console, row: PreviewRow) -> None:
     from rich.text import Text
 
     place = row_place(row.file, row.line)
-    head = f"{place}  {row.split}, {counted(len(row.input_ids), 'token')}, {row.trained_tokens} trained"
+    what = f"label {row.label}" if row.label else f"{row.trained_tokens} trained"
+    name = f", {row.name}" if row.name else ""
+    head = f"{place}  {row.split}{name}, {counted(len(row.input_ids), 'token')}, {what}"
     _say(console, head, style="bold")
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     opening, closing = ("⟦", "⟧") if _can_show(console, "⟦⟧") else ("[[", "]]")

@@ -1,20 +1,18 @@
 """Prepared rows on disk: a million of them cost a few numbers each in memory, and their tokens none.
 
-Numbers of rows are memory maps. Tokens are read where they lie, a row at a time: pages of a map that was touched count
-as the process's memory, and an epoch touches all of them.
+Numbers of rows are memory maps. Columns with as many values as a row has are read where they lie, a row at a time:
+pages of a map that was touched count as the process's memory, and an epoch touches all of them.
 
-tokens.int32      ┌── row 0 ──┬─── row 1 ───┬─ row 2 ─┐     token ids, one behind the other
-trained.uint8     │0 0 0 1 1 1│0 0 1 1 1 1 1│0 1 1 1 1│     1 = to be predicted
-offsets.int64     0           6            13        18     where rows begin, and the end
-trained_counts.int32, lines.int64, sources.int32, hashes.uint64, prompt_hashes.uint64      one number a row
+tokens.int32            ┌── row 0 ──┬─── row 1 ───┬─ row 2 ─┐     a column of the task, one row behind the other
+tokens_ends.int64       6           13            18              where its rows end
+lengths.int32, weights.int32, lines.int64, sources.int32, hashes.uint64, prompt_hashes.uint64       one number a row
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,76 +20,70 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 
-from lorafit.contracts import Encoded, Example
+from lorafit.contracts import Column, Example, TaskRow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-DTYPES = {
-    "tokens": "<i4",
-    "trained": "|u1",
-    "offsets": "<i8",
-    "trained_counts": "<i4",
+Chunk = Mapping[str, "NDArray[Any]"]
+"""Encoded rows by file of the store, in a form that is cheap to hand between processes; ends count from the chunk's
+first row."""
+
+NO_PROMPT = 0
+"""In place of the hash of a prompt: nothing stands before what is trained."""
+_NUMBERS = {
+    "lengths": "<i4",
+    "weights": "<i4",
     "lines": "<i8",
     "sources": "<i4",
     "hashes": "<u8",
     "prompt_hashes": "<u8",
 }
-NO_PROMPT = 0
-"""In place of the hash of a prompt: nothing stands before what is trained."""
 _READ_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Encoded rows in a form that is cheap to hand between processes.
+def pack_chunk(rows: Sequence[tuple[int, int, TaskRow]], columns: Sequence[Column], sequences: int = 1) -> Chunk:
+    """Rows as (source, line, row) to arrays.
 
-    Attributes:
-        tokens: Ids of all rows, `[sum of lengths]`.
-        trained: 0/1 for each.
-        lengths: Tokens of each row.
-        lines: Line of each row in its source.
-        sources: Number of each row's source.
-        hashes: 64 bits of a hash of each row's ids.
-        prompt_hashes: The same of the ids before each row's last answer; `NO_PROMPT` where there are none.
+    Args:
+        rows: Any number.
+        columns: The task's.
+        sequences: Of each row.
     """
-
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.uint8]
-    lengths: NDArray[np.int64]
-    lines: NDArray[np.int64]
-    sources: NDArray[np.int32]
-    hashes: NDArray[np.uint64]
-    prompt_hashes: NDArray[np.uint64]
-
-
-def pack_chunk(rows: Sequence[tuple[int, int, Encoded]]) -> Chunk:
-    """Rows as (source, line, tokens) to arrays. A row's first token is never trained: nothing stands before it."""
-    tokens = [np.asarray(encoded.input_ids, dtype=np.int32) for _, _, encoded in rows]
-    trained = [np.asarray(encoded.trained, dtype=np.uint8) for _, _, encoded in rows]
-    for flags in trained:
-        flags[:1] = 0
-    return Chunk(
-        tokens=np.concatenate(tokens) if tokens else np.empty(0, np.int32),
-        trained=np.concatenate(trained) if trained else np.empty(0, np.uint8),
-        lengths=np.array([len(ids) for ids in tokens], dtype=np.int64),
-        lines=np.array([line for _, line, _ in rows], dtype=np.int64),
-        sources=np.array([source for source, _, _ in rows], dtype=np.int32),
-        hashes=np.array([_hash_row(ids) for ids in tokens], dtype=np.uint64),
-        prompt_hashes=np.array(list(map(_hash_prompt, tokens, trained)), dtype=np.uint64),
-    )
+    made = [row for *_, row in rows]
+    numbers: dict[str, list[int]] = {
+        "lengths": [row.tokens * sequences for row in made],
+        "weights": [row.weight for row in made],
+        "lines": [line for _, line, _ in rows],
+        "sources": [source for source, _, _ in rows],
+        "hashes": [_hash([*row.asked, *row.answered]) for row in made],
+        "prompt_hashes": [_hash(row.asked) if len(row.asked) else NO_PROMPT for row in made],
+    }
+    chunk = {name: np.array(values, dtype=_NUMBERS[name]) for name, values in numbers.items()}
+    for column in columns:
+        values = [np.asarray(row.columns[column.name], dtype=column.dtype) for row in made]
+        chunk[column.name] = np.concatenate(values) if values else np.empty(0, column.dtype)
+        if column.width is None:
+            chunk[_ends_of(column)] = np.cumsum([len(each) for each in values], dtype="<i8")
+    return chunk
 
 
-def _hash_row(ids: NDArray[np.int32]) -> int:
-    return int.from_bytes(hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest(), "little")
+def _hash(ids: Sequence[int]) -> int:
+    return int.from_bytes(hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8).digest(), "little")
 
 
-def _hash_prompt(ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> int:
-    """Hash of what stands before the last stretch of trained tokens; a first token alone is no prompt."""
-    places = np.flatnonzero(trained)
-    gaps = np.flatnonzero(np.diff(places) > 1)
-    start = int(places[gaps[-1] + 1] if len(gaps) else places[0]) if len(places) else 0
-    return _hash_row(ids[:start]) if start > 1 else NO_PROMPT
+def _ends_of(column: Column) -> str:
+    return f"{column.name}_ends"
+
+
+def _dtypes(columns: Sequence[Column]) -> dict[str, str]:
+    """Every file of a store by name, with the type of its values."""
+    ends = {_ends_of(column): "<i8" for column in columns if column.width is None}
+    return {**{column.name: column.dtype for column in columns}, **ends, **_NUMBERS}
+
+
+def _file(folder: Path, name: str, dtype: str) -> Path:
+    return folder / f"{name}.{np.dtype(dtype).name}"
 
 
 class StoreWriter:
@@ -99,30 +91,23 @@ class StoreWriter:
 
     Args:
         folder: An existing folder, e.g. the one that `atomic_dir` yields.
+        columns: The task's.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._files: dict[str, BinaryIO] = {name: _file(folder, name).open("wb") for name in DTYPES}
-        self._end = 0
-        self._write("offsets", np.zeros(1, np.int64))
+    def __init__(self, folder: Path, columns: Sequence[Column]) -> None:
+        self._dtypes = _dtypes(columns)
+        self._files: dict[str, BinaryIO] = {
+            name: _file(folder, name, dtype).open("wb") for name, dtype in self._dtypes.items()
+        }
+        self._ends = {_ends_of(column): 0 for column in columns if column.width is None}
 
     def write(self, chunk: Chunk) -> None:
         """Appends the rows of a chunk."""
-        ends = np.cumsum(chunk.lengths) + self._end
-        counts = np.array(
-            [int(part.sum()) for part in np.split(chunk.trained, np.cumsum(chunk.lengths)[:-1])]
-            if len(chunk.lengths)
-            else [],
-            dtype=np.int32,
-        )
-        for name, values in (("offsets", ends), ("trained_counts", counts)):
-            self._write(name, values)
-        for name in ("tokens", "trained", "lines", "sources", "hashes", "prompt_hashes"):
-            self._write(name, getattr(chunk, name))
-        self._end = int(ends[-1]) if len(ends) else self._end
-
-    def _write(self, name: str, values: NDArray[Any]) -> None:
-        self._files[name].write(values.astype(DTYPES[name]).tobytes())
+        for name, dtype in self._dtypes.items():
+            values = chunk[name] + self._ends.get(name, 0) if name in self._ends else chunk[name]
+            self._files[name].write(values.astype(dtype).tobytes())
+            if name in self._ends and len(values):
+                self._ends[name] = int(values[-1])
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -134,28 +119,31 @@ class StoreWriter:
             file.close()
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.{np.dtype(DTYPES[name]).name}"
+def is_sound(folder: Path, columns: Sequence[Column]) -> bool:
+    """Whether the files of a store belong together: a number a row, and as many values as the rows say.
 
-
-def is_sound(folder: Path) -> bool:
-    """Whether the files of a store belong together: as many tokens as the rows say, and a number a row in each other.
-
-    Which tokens they are is not looked at.
+    Which values they are is not looked at.
     """
+    dtypes = _dtypes(columns)
     try:
-        counts = {name: _file(folder, name).stat().st_size / np.dtype(kind).itemsize for name, kind in DTYPES.items()}
-        rows = counts["offsets"] - 1
-        if rows < 0 or any(counts[name] != rows for name in ("trained_counts", "lines", "sources", "hashes")):
-            return False
-        offsets = np.fromfile(_file(folder, "offsets"), dtype=DTYPES["offsets"])
+        counts = {
+            name: _file(folder, name, dtype).stat().st_size / np.dtype(dtype).itemsize for name, dtype in dtypes.items()
+        }
+        rows = counts["lines"]
+        wanted = dict.fromkeys(_NUMBERS, rows)
+        for column in columns:
+            wanted[column.name] = rows * (column.width or 0)
+            if column.width is None:
+                ends = np.fromfile(_file(folder, _ends_of(column), "<i8"), dtype="<i8")
+                if not np.all(np.diff(ends, prepend=0) >= 0):
+                    return False
+                wanted[column.name], wanted[_ends_of(column)] = (int(ends[-1]) if len(ends) else 0), rows
     except OSError:
         return False
-    ends = offsets[0] == 0 and offsets[-1] == counts["tokens"] == counts["trained"]
-    return bool(ends and np.all(np.diff(offsets) >= 0))
+    return counts == wanted
 
 
-class _Column:
+class _Values:
     """One file of a store, read piece by piece; stays readable where the file is removed meanwhile."""
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -180,25 +168,43 @@ class ExampleSet:
 
     Args:
         folder: A store that was written whole.
+        columns: The task's, with which it was written.
         files: Name of each source, as the recipe has it.
         repeats: How often an epoch sees each source.
         rows: Numbers of the store's rows that belong to this set, ascending; all of them where None.
     """
 
     def __init__(
-        self, folder: Path, files: Sequence[str], repeats: Sequence[float], rows: NDArray[np.int64] | None = None
+        self,
+        folder: Path,
+        columns: Sequence[Column],
+        files: Sequence[str],
+        repeats: Sequence[float],
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
-        self.folder, self.files, self.repeats = folder, tuple(files), tuple(repeats)
-        offsets = self._map("offsets")
-        self._rows = np.arange(len(offsets) - 1, dtype=np.int64) if rows is None else rows
-        self._starts, self._ends = offsets[self._rows], offsets[self._rows + 1]
-        self._tokens, self._trained = (_Column(_file(folder, name), DTYPES[name]) for name in ("tokens", "trained"))
+        self.folder, self.columns, self.files, self.repeats = folder, tuple(columns), tuple(files), tuple(repeats)
+        count = len(self._map("lines", "<i8"))
+        self._rows = np.arange(count, dtype=np.int64) if rows is None else rows
+        self._places = {column.name: self._find(column) for column in columns}
+        self._values = {
+            column.name: _Values(_file(folder, column.name, column.dtype), column.dtype) for column in columns
+        }
 
-    def _map(self, name: str) -> Any:
-        path = _file(self.folder, name)
+    def _find(self, column: Column) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the values of each row of this set begin and end."""
+        if column.width is not None:
+            return self._rows * column.width, (self._rows + 1) * column.width
+        ends = np.append(self._map(_ends_of(column), "<i8"), 0)  # the last one is also what is before the first
+        return ends[self._rows - 1], ends[self._rows]
+
+    def _map(self, name: str, dtype: str) -> Any:
+        path = _file(self.folder, name, dtype)
         if path.stat().st_size == 0:
-            return np.empty(0, dtype=DTYPES[name])
-        return np.memmap(path, dtype=DTYPES[name], mode="r")
+            return np.empty(0, dtype=dtype)
+        return np.memmap(path, dtype=dtype, mode="r")
+
+    def _numbers(self, name: str) -> NDArray[Any]:
+        return np.asarray(self._map(name, _NUMBERS[name])[self._rows])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -206,58 +212,57 @@ class ExampleSet:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self._rows):
             raise IndexError(index)
-        start, end = int(self._starts[index]), int(self._ends[index])
-        file = self.files[int(self.source_of[index])]
-        tokens, trained = self._tokens.read(start, end), self._trained.read(start, end)
-        return Example(index, cast(Sequence[int], tokens), cast(Sequence[int], trained), file, int(self.lines[index]))
+        columns = {
+            name: cast(Sequence[float], self._values[name].read(int(starts[index]), int(ends[index])))
+            for name, (starts, ends) in self._places.items()
+        }
+        return Example(index, columns, self.files[int(self.source_of[index])], int(self.lines[index]))
 
     @cached_property
     def lengths(self) -> Sequence[int]:
-        """Tokens of each row, an int64 array `[rows]`."""
-        lengths: Any = self._ends - self._starts
-        return cast(Sequence[int], np.asarray(lengths))
+        """Tokens that each row takes in a micro-batch, an int64 array `[rows]`."""
+        return cast(Sequence[int], self._numbers("lengths").astype(np.int64))
 
     @cached_property
-    def trained_counts(self) -> Sequence[int]:
-        """Tokens that carry loss, of each row, an int32 array `[rows]`."""
-        return cast(Sequence[int], np.asarray(self._map("trained_counts")[self._rows]))
+    def weights(self) -> Sequence[int]:
+        """Each row's share of what a step's loss is divided by, an int32 array `[rows]`."""
+        return cast(Sequence[int], self._numbers("weights"))
 
     @cached_property
     def source_of(self) -> Sequence[int]:
         """Number of each row's source, an int32 array `[rows]`."""
-        return cast(Sequence[int], np.asarray(self._map("sources")[self._rows]))
+        return cast(Sequence[int], self._numbers("sources"))
 
     @cached_property
     def lines(self) -> NDArray[np.int64]:
         """Line of each row in its source."""
-        return np.asarray(self._map("lines")[self._rows])
+        return self._numbers("lines")
 
     @cached_property
     def hashes(self) -> NDArray[np.uint64]:
-        """64 bits of a hash of each row's ids; equal rows have equal ones."""
-        return np.asarray(self._map("hashes")[self._rows])
+        """64 bits of a hash of what each row asks and answers; equal rows have equal ones."""
+        return self._numbers("hashes")
 
     @cached_property
     def prompt_hashes(self) -> NDArray[np.uint64]:
-        """64 bits of a hash of the ids before each row's last answer; `NO_PROMPT` where there are none."""
-        return np.asarray(self._map("prompt_hashes")[self._rows])
+        """64 bits of a hash of what each row asks; `NO_PROMPT` where it asks nothing."""
+        return self._numbers("prompt_hashes")
 
     def select(self, rows: NDArray[np.int64]) -> ExampleSet:
         """The same store with some of the rows of this set, in their old order."""
-        return ExampleSet(self.folder, self.files, self.repeats, np.sort(self._rows[rows]))
+        return ExampleSet(self.folder, self.columns, self.files, self.repeats, np.sort(self._rows[rows]))
 
     def first(self, count: int) -> ExampleSet:
         """Its first rows."""
         return self.select(np.arange(min(count, len(self)), dtype=np.int64))
 
     def digest(self) -> str:
-        """SHA-256 of the tokens and loss positions of all rows, in order: neither paths nor line ends matter."""
+        """SHA-256 of all values of all rows, in order: neither paths nor line ends matter."""
         digest = hashlib.sha256(np.asarray(self.lengths, dtype="<i8").tobytes())
-        gaps = np.flatnonzero(self._starts[1:] != self._ends[:-1]) + 1
-        firsts, lasts = np.append(0, gaps), np.append(gaps, len(self)) - 1
-        stretches = list(zip(self._starts[firsts].tolist(), self._ends[lasts].tolist(), strict=True))
-        for column in (self._tokens, self._trained):
-            for start, end in stretches:
-                for piece in column.pieces(start, end):
+        for name, (starts, ends) in self._places.items():
+            gaps = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+            firsts, lasts = np.append(0, gaps), np.append(gaps, len(self)) - 1
+            for start, end in zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True):
+                for piece in self._values[name].pieces(start, end):
                     digest.update(piece)
         return digest.hexdigest()

@@ -24,7 +24,7 @@ from torch.nn import functional
 from lorafit.contracts import Batch, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.kinds.optimizers import optimizers
-from lorafit.kinds.tasks import tasks
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.memory import ExactEstimate
 from lorafit.model import fuse
 from lorafit.model.attach import attach_adapter
@@ -149,7 +149,7 @@ class DryRun:
                     optimizer.zero_grad(set_to_none=True)
             with watching(live, objective, optimizer), self._progress(base, reporter or Silent()):
                 try:
-                    self._step(objective, optimizer, trained, self._batch(), accelerator)
+                    self._step(objective, optimizer, trained, self._batch(task), accelerator)
                 except (RuntimeError, NotImplementedError) as error:
                     raise self._cannot_run(error) from error
         tokens = max(self.micro_batch_tokens, self.question.longest_tokens)
@@ -173,15 +173,11 @@ class DryRun:
                 stack.enter_context(layer.register_forward_hook(lambda *_: bar.advance(1)))
             yield
 
-    def _batch(self) -> Batch:
+    def _batch(self, task: Task[TaskSection]) -> Batch:
         longest = self.question.longest_tokens
         tokens = max(self.micro_batch_tokens, longest)
         rows, labels = tokens // longest, self.question.labels_at(tokens)
-        ids = torch.empty((rows, tokens // rows), dtype=torch.int64)
-        index, targets = (torch.empty(labels, dtype=torch.int64) for _ in range(2))
-        tensors = {"input_ids": ids, "label_index": index, "label_ids": targets}
-        tensors |= {"position_ids": torch.empty_like(ids)} if self.question.packs_rows else {}
-        return Batch(tensors, labels, tuple(range(rows)), ids.numel())
+        return task.shape_batch(rows, tokens // rows, labels, packed=self.question.packs_rows)
 
     def _step(self, objective: Any, optimizer: Any, trained: list[Any], batch: Batch, accelerator: Any) -> None:
         """The loop's step. fp16 runs without its loss scale, which takes no memory and reads the gradients' values."""

@@ -69,7 +69,7 @@ def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter) -> RowLengths
         recipe.data,
         folder=loaded.folder,
         renderer=build_renderer(load_tokenizer(base), recipe.data, loaded.folder),
-        encode=tasks.bind(recipe.task).encode,
+        task=tasks.bind(recipe.task),
         seed=recipe.seed,
         cache_dir=cache_folder() / "data",
         reporter=_BarsAlone(reporter),

@@ -14,6 +14,7 @@ from lorafit.kinds.metrics import RowScore, metrics
 if TYPE_CHECKING:
     from lorafit.answering.generate import Answer
     from lorafit.contracts import Example, Examples, GenerationRow
+    from lorafit.objective import TrainedTask
 
 WORST_ROWS = 10
 
@@ -88,14 +89,14 @@ def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison], count: in
     return [worst for *_, worst in sorted(found, key=lambda entry: entry[:2])[:count]]
 
 
-def fill_text(worst: Sequence[WorstRow], examples: Examples, tokenizer: Any) -> tuple[WorstRow, ...]:
+def fill_text(worst: Sequence[WorstRow], examples: Examples, task: TrainedTask, tokenizer: Any) -> tuple[WorstRow, ...]:
     """The same rows with prompt and reference as text, decoded from tokens where nothing was generated for a row."""
     wanted = {(w.row.file, w.row.line) for w in worst if not (w.row.prompt or w.row.tuned.reference)}
     texts: dict[tuple[str, int], tuple[str, str]] = {}
     for index in range(len(examples) if wanted else 0):
         example = examples[index]
         if place_of(example) in wanted - texts.keys():
-            texts[place_of(example)] = _decode(example, tokenizer)
+            texts[place_of(example)] = _decode(example, task, tokenizer)
     filled = []
     for entry in worst:
         prompt, reference = texts.get((entry.row.file, entry.row.line), (entry.row.prompt, entry.row.tuned.reference))
@@ -109,12 +110,13 @@ def place_of(example: Example) -> tuple[str, int]:
     return example.file, example.line
 
 
-def _decode(example: Example, tokenizer: Any) -> tuple[str, str]:
-    """Text before the first trained token, and text of the trained tokens."""
-    pairs = [(int(token), bool(flag)) for token, flag in zip(example.input_ids, example.trained, strict=True)]
+def _decode(example: Example, task: TrainedTask, tokenizer: Any) -> tuple[str, str]:
+    """Text before the first trained token, and text of the trained tokens, or the row's label."""
+    sequence = task.show(example)[0]
+    pairs = list(zip(sequence.input_ids, sequence.trained, strict=True))
     first = next((place for place, (_, flag) in enumerate(pairs) if flag), len(pairs))
     prompt = tokenizer.decode([token for token, _ in pairs[:first]])
-    return prompt, tokenizer.decode([token for token, flag in pairs if flag])
+    return prompt, sequence.label or tokenizer.decode([token for token, flag in pairs if flag])
 
 
 def _add(one: RowScore, other: RowScore) -> RowScore:

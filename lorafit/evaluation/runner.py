@@ -19,7 +19,7 @@ import torch
 
 from lorafit.answering.engine import Engine, Request, Sampling
 from lorafit.answering.generate import BATCH_TOKENS, Answer
-from lorafit.data.batch import collate, cut_step
+from lorafit.data.batch import cut_step
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
 from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows
@@ -29,6 +29,7 @@ from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
     from lorafit.contracts import Examples, GenerationRow, Reporter
+    from lorafit.objective import TrainedTask
 
 RETENTION_METRICS = ("loss", "perplexity", "token_accuracy")
 
@@ -91,7 +92,7 @@ def score_examples(
     micro_batches = cut_step(range(rows), examples.lengths, micro_batch_tokens)[ranks.index :: ranks.count]
     with reporter.track(sum(map(len, micro_batches)), what) as bar:
         for members in micro_batches:
-            batch = collate([examples[row] for row in members], pad_id)
+            batch = objective.task.collate([[examples[row]] for row in members], pad_id)
             scores = objective.score(batch.to(device))
             for column, name in enumerate(("loss", "weight", "correct")):
                 sums[np.asarray(members), column] = scores[name]
@@ -213,7 +214,7 @@ def evaluate_pair(
     (adapter,) = engine.adapters
     with evaluating(objective):
         base, tuned = run("base", None), run("tuned", adapter)
-    found = _conclude(examples, retention, asked, base, tuned, metric_names, engine.tokenizer, seed)
+    found = _conclude(examples, retention, asked, base, tuned, metric_names, objective.task, engine.tokenizer, seed)
     return Evaluation(
         **found,
         about=about or About(),
@@ -231,6 +232,7 @@ def _conclude(
     base: _Side,
     tuned: _Side,
     metric_names: Sequence[str],
+    task: TrainedTask,
     tokenizer: Any,
     seed: int,
 ) -> dict[str, Any]:
@@ -242,7 +244,7 @@ def _conclude(
         "comparisons": comparisons,
         "unscored": unscored,
         "rows": rows,
-        "worst": fill_text(find_worst(rows, comparisons), examples, tokenizer),
+        "worst": fill_text(find_worst(rows, comparisons), examples, task, tokenizer),
         "signatures": {name: metrics.get(name).signature() for name in metric_names},
         "retention": compare_rows(retained, RETENTION_METRICS, seed=seed)[0] if retained else (),
         "retention_rows": len(retained),

@@ -17,13 +17,25 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Batch, LossSum
+    from lorafit.contracts import Batch, Example, LossSum, ShownSequence
 
 _PROBED_ROWS = 64
 
 
-class Loss(Protocol):
-    """What an objective asks of its task. Each call is inside of the objective's precision."""
+class TrainedTask(Protocol):
+    """What an objective, and whoever trains or scores one, asks of its task (`lorafit.kinds.tasks.Task`).
+
+    Losses, scores and logits are asked for inside of the objective's precision.
+    """
+
+    def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+        """One micro-batch on the CPU."""
+
+    def cut(self, example: Example, tokens: int) -> Example:
+        """The end of a row."""
+
+    def show(self, example: Example) -> tuple[ShownSequence, ...]:
+        """A row for people."""
 
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """The loss summed over a micro-batch, with a gradient."""
@@ -43,7 +55,7 @@ class Objective(nn.Module):
 
     Args:
         model: The base model or a PEFT model around it.
-        task: Gives the loss.
+        task: Makes its batches and gives its loss.
         autocast_dtype: What the forward computes in; None: as the weights are (fp32).
         exact: Start on the exact path: the model's own forward, where the task has a faster one.
 
@@ -54,7 +66,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, task: Loss, *, autocast_dtype: torch.dtype | None = None, exact: bool = False
+        self, model: nn.Module, task: TrainedTask, *, autocast_dtype: torch.dtype | None = None, exact: bool = False
     ) -> None:
         super().__init__()
         self.model, self.task = model, task

@@ -13,9 +13,10 @@ label_ids      [labels]              ... this token. Position t predicts token t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -34,6 +35,38 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 _IGNORED_LABEL = -100  # what transformers leaves out of its loss
 _AHEAD_TOLERANCE = {None: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of the largest change of a logit
+
+
+def label_tokens(
+    rows: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]], pad_id: int
+) -> dict[str, torch.Tensor]:
+    """Tensors of a micro-batch of padded sequences; `position_ids` among them where a sequence holds several documents.
+
+    Position t of a sequence predicts its token t + 1, so the label of token t stands at index t - 1. A document's first
+    token is never a label: it would be predicted from the document before it.
+
+    Args:
+        rows: Documents of each sequence, at least one, as (token ids, 0/1 for each: whether it is to be predicted).
+        pad_id: Any valid id; no label ever points at a padded position.
+    """
+    width = max(sum(len(ids) for ids, _ in documents) for documents in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    positions = np.empty_like(input_ids)
+    indices = []
+    for row, documents in enumerate(rows):
+        begin = 0
+        for ids, trained in documents:
+            end = begin + len(ids)
+            input_ids[row, begin:end] = ids
+            positions[row, begin:end] = np.arange(end - begin)
+            indices.append(row * width + begin + np.flatnonzero(np.asarray(trained, dtype=np.uint8)[1:]))
+            begin = end
+        positions[row, begin:] = np.arange(width - begin)
+    index = np.concatenate(indices).astype(np.int64)
+    arrays = {"input_ids": input_ids, "label_index": index, "label_ids": input_ids.reshape(-1)[index + 1]}
+    if any(len(documents) > 1 for documents in rows):
+        arrays["position_ids"] = positions
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
 def has_plain_head(base: Any) -> bool:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafit.data.batch import collate
 from lorafit.model.attention import FUSED_ATTENTION, set_attention
 from lorafit.objective import choose_probe
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
@@ -71,4 +70,4 @@ class AttentionProbe:
 
     def _batch(self) -> Batch:
         row = choose_probe(self.examples.lengths, most_tokens=_PROBE_TOKENS)
-        return collate([self.examples[row]], self.pad_id).to(self.device)
+        return self.objective.task.collate([[self.examples[row]]], self.pad_id).to(self.device)

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from lorafit.contracts import Batch, Example
-from lorafit.data.packing import collate_packed
 from lorafit.errors import NumericsError
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.memory_errors import is_out_of_memory
@@ -71,14 +70,16 @@ def _find_fault(objective: Objective, first: Example, second: Example, pad_id: i
 
     def pack(before: Example) -> Batch:
         rows = [[_unlabelled(before), second]] + ([] if one_row else [[_unlabelled(second)]])
-        return collate_packed(rows, pad_id).to(device)
+        return objective.task.collate(rows, pad_id).to(device)
 
-    changed = replace(first, input_ids=np.resize(list(second.input_ids)[::-1], len(first.input_ids)).tolist())
+    tokens = len(first["tokens"])
+    others = np.resize(list(second["tokens"])[::-1], tokens).tolist()
+    changed = replace(first, columns={**first.columns, "tokens": others})
     try:
         with torch.no_grad():
             behind, moved = objective.logits(pack(first)), objective.logits(pack(changed))
-            alone = objective.logits(collate_packed([[second]], pad_id).to(device))
-        gradient = _gradient_at(objective, pack(first))[: len(first.input_ids)]
+            alone = objective.logits(objective.task.collate([[second]], pad_id).to(device))
+        gradient = _gradient_at(objective, pack(first))[:tokens]
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
@@ -117,12 +118,12 @@ def _attends_to_whole_rows(objective: Objective) -> bool:
 
 def _beginning(row: Example) -> Example:
     """The first tokens of a row, all of them to be predicted."""
-    ids = row.input_ids[:_DOCUMENT_TOKENS]
-    return replace(row, input_ids=ids, trained=[1] * len(ids))
+    ids = row["tokens"][:_DOCUMENT_TOKENS]
+    return replace(row, columns={"tokens": ids, "trained": [1] * len(ids)})
 
 
 def _unlabelled(row: Example) -> Example:
-    return replace(row, trained=[0] * len(row.input_ids))
+    return replace(row, columns={**row.columns, "trained": [0] * len(row["tokens"])})
 
 
 @contextlib.contextmanager

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.data.batch import collate
-from lorafit.data.packing import Cutter, collate_packed
+from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
 from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, set_attention, takes_fused_attention
 from lorafit.ops.memory_errors import is_out_of_memory
@@ -166,7 +165,7 @@ class Rehearsal:
 
     @property
     def _cutter(self) -> Cutter:
-        return Cutter(self.examples, self.pad_id, self.packing, self._attention)
+        return Cutter(self.examples, self.objective.task, self.pad_id, self.packing, self._attention)
 
     @contextlib.contextmanager
     def _rolled_back(self) -> Iterator[None]:
@@ -187,7 +186,9 @@ class Rehearsal:
         """The first forward and backward pays for lazy set-up, which no candidate should."""
         if will_measure:
             shortest = min(self.step_rows.rows(1)[1], key=lambda row: int(self.examples.lengths[row]))
-            time_micro_batches(self.objective, [collate([self.examples[shortest]], self.pad_id)], self.device)
+            time_micro_batches(
+                self.objective, [self.objective.task.collate([[self.examples[shortest]]], self.pad_id)], self.device
+            )
 
     def _fastest_attention(self, budget: int, checkpointing: bool) -> str:
         """The fastest candidate on one typical micro-batch; eager, which every model has, where none is left.
@@ -348,8 +349,8 @@ class Rehearsal:
         for rows, width in heaviest_shapes(
             self.examples.lengths, choice.micro_batch_tokens, self.step_rows.batch_size, one_row=self._cutter.one_row
         ):
-            filled = fill_rows(self.examples, rows, width, packing=self.packing)
-            batches = [collate_packed(filled, self.pad_id)] * choice.micro_batches_at_once
+            filled = fill_rows(self.objective.task, self.examples, rows, width, packing=self.packing)
+            batches = [self.objective.task.collate(filled, self.pad_id)] * choice.micro_batches_at_once
             with abreast_of(self.objective, choice.micro_batches_at_once) as abreast:
                 time_micro_batches(self.objective, batches, self.device, abreast)
         if self.validation is not None and len(self.validation):
@@ -357,7 +358,8 @@ class Rehearsal:
             for rows, width in heaviest_shapes(
                 self.validation.lengths, choice.evaluation_micro_batch_tokens, count, one_row=False
             ):
-                batch = collate_packed(fill_rows(self.validation, rows, width, packing=False), self.pad_id)
+                filled = fill_rows(self.objective.task, self.validation, rows, width, packing=False)
+                batch = self.objective.task.collate(filled, self.pad_id)
                 self.objective.eval()
                 self.objective.score(batch.to(self.device))
                 self.objective.train()

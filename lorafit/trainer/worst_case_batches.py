@@ -9,13 +9,13 @@ Packed rows are filled to the last token, and hold two documents at least, so th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from lorafit.contracts import Example, Examples
+    from lorafit.objective import TrainedTask
 
 
 def heaviest_shapes(
@@ -40,25 +40,22 @@ def heaviest_shapes(
     return [(int(rows[place]), int(widths[place])) for place in dict.fromkeys((len(widths) - 1, fullest))]
 
 
-def fill_rows(examples: Examples, rows: int, width: int, *, packing: bool) -> list[list[Example]]:
+def fill_rows(task: TrainedTask, examples: Examples, rows: int, width: int, *, packing: bool) -> list[list[Example]]:
     """Documents of so many rows of `width` tokens: the longest rows of the set, cut to fit (the end of them is kept).
 
     Fewer, or shorter ones, where the set is too small.
     """
-    longest_first = (examples[int(row)] for row in np.argsort(-np.asarray(examples.lengths), kind="stable"))
+    longest_first = np.argsort(-np.asarray(examples.lengths), kind="stable").tolist()
     if not packing:
-        return [[_end_of(row, width)] for row, _ in zip(longest_first, range(rows), strict=False)]
-    filled = (list(_fill(longest_first, width)) for _ in range(rows))
+        return [[task.cut(examples[row], width)] for row in longest_first[:rows]]
+    left = iter(longest_first)
+    filled = (list(_fill(task, examples, left, width)) for _ in range(rows))
     return [documents for documents in filled if documents]
 
 
-def _fill(rows: Iterator[Example], width: int) -> Iterator[Example]:
+def _fill(task: TrainedTask, examples: Examples, rows: Iterator[int], width: int) -> Iterator[Example]:
     left = width
     while left and (row := next(rows, None)) is not None:
-        document = _end_of(row, min(left, -(-width // 2)))
-        left -= len(document.input_ids)
-        yield document
-
-
-def _end_of(row: Example, tokens: int) -> Example:
-    return replace(row, input_ids=row.input_ids[-tokens:], trained=row.trained[-tokens:])
+        tokens = min(left, -(-width // 2), int(examples.lengths[row]))
+        left -= tokens
+        yield task.cut(examples[row], tokens)

@@ -102,8 +102,8 @@ class OptionWorld:
             return []
         found = []
         for number in range(len(examples)):
-            ids = [int(token) for token in examples[number].input_ids]
-            trained = examples[number].trained
+            ids = [int(token) for token in examples[number]["tokens"]]
+            trained = examples[number]["trained"]
             labels = [token if is_trained else -100 for token, is_trained in zip(ids, trained, strict=True)]
             found.append((ids, labels))
         return found

@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from lorafit.contracts import Batch, Example, Silent
-from lorafit.data.batch import collate
 from lorafit.errors import ModelError, NumericsError
 from lorafit.kinds.tasks import tasks
 from lorafit.objective.proof import prove_objective
 
-build_objective = tasks.make("causal-lm").build_objective
+CAUSAL_LM = tasks.make("causal-lm")
+build_objective = CAUSAL_LM.build_objective
 
 SIZES = {
     "vocab_size": 83,
@@ -205,8 +205,10 @@ def test_a_model_that_wants_more_than_text_is_refused() -> None:
 )
 def test_a_long_probe_is_cut_to_its_last_trained_tokens(trained: list[int], most: int, kept: list[int]) -> None:
     """The model's own loss takes logits of the whole row at once: 1 GiB for 400 tokens and a vocabulary of 262,144."""
-    cut = tasks.make("causal-lm").cut_probe(Example(3, [10, 11, 12, 13, 14, 15], trained, "rows.jsonl", 7), most)
-    assert list(cut.input_ids) == kept
-    assert len(cut.trained) == len(kept)
+    cut = CAUSAL_LM.cut_probe(
+        Example(3, {"tokens": [10, 11, 12, 13, 14, 15], "trained": trained}, "rows.jsonl", 7), most
+    )
+    assert list(cut["tokens"]) == kept
+    assert len(cut["trained"]) == len(kept)
     assert (cut.index, cut.line) == (3, 7)
-    assert collate([cut], 0).weight >= 1
+    assert CAUSAL_LM.collate([[cut]], 0).weight >= 1

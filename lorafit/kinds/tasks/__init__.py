@@ -8,19 +8,20 @@ sample ──encode──> row ──collate──> Batch ──Objective──>
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Batch, Encoded, Example, LossSum, Sample
+    from lorafit.contracts import Batch, Column, Encoded, Example, LossSum, Sample, ShownSequence, TaskRow
     from lorafit.objective import Objective
 
 
@@ -34,9 +35,57 @@ class Task(Kind[S_co]):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """The transformers class that loads its models."""
 
+    sequences: ClassVar[int] = 1
+    """Sequences of a row, which stay together in a micro-batch, padded to one length."""
+    packs: ClassVar[bool] = False
+    """Whether several rows may share a sequence, each a document of its own (`data.packing`)."""
+
+    @property
     @abstractmethod
-    def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> Encoded | None:
-        """Tokens and loss positions of one row; None where nothing of it can be learnt."""
+    def columns(self) -> tuple[Column, ...]:
+        """What its prepared rows hold."""
+
+    @abstractmethod
+    def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
+        """One row; None where nothing of the sample can be learnt.
+
+        Args:
+            sample: A row of a source.
+            render: Makes tokens of it, or of another sample made of it: whole, or cut to `data.max_length`.
+        """
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+        """One micro-batch on the CPU, padded on the right.
+
+        Padding is known by length, never by `ids == pad_id`: in many tokenizers the pad token also ends a turn.
+
+        Args:
+            rows: One example each; where the task packs, also several documents that share a sequence.
+            pad_id: Any valid id.
+        """
+
+    @abstractmethod
+    def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
+        """A micro-batch of such a shape, its values left open: what a dry run runs on.
+
+        Args:
+            rows: Sequences.
+            tokens: Of each.
+            labels: Of all; what the batch weighs where a token is a label.
+            packed: Whether sequences hold several documents.
+        """
+
+    def cut(self, example: Example, tokens: int) -> Example:
+        """The end of a row: at most so many tokens in all of its sequences."""
+        kept = max(1, tokens // self.sequences)
+        ragged = {column.name for column in self.columns if column.width is None}
+        columns = {name: values[-kept:] if name in ragged else values for name, values in example.columns.items()}
+        return replace(example, columns=columns)
+
+    @abstractmethod
+    def show(self, example: Example) -> tuple[ShownSequence, ...]:
+        """A row for people: its sequences, and which of their tokens carry loss, or which label."""
 
     def build_objective(
         self, model: torch.nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False

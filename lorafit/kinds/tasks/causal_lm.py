@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Batch, Encoded, Example, LossSum, Sample
+    from lorafit.contracts import Encoded, Example, LossSum, Sample
     from lorafit.objective import Objective
 
 
@@ -27,10 +28,50 @@ class CausalLmSection(TaskSection):
 class CausalLm(Task[CausalLmSection]):
     """The loss is the cross-entropy of the trained tokens; an answer is generated text."""
 
-    def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> Encoded | None:
-        """The rendered row; None where no token is trained (the first cannot be: nothing stands before it)."""
+    packs = True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Token ids, and 0/1 for each: whether it is to be predicted."""
+        return (Column("tokens", "<i4", holds_tokens=True), Column("trained", "|u1"))
+
+    def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
+        """The rendered row; None where no token is trained (the first cannot be: nothing stands before it).
+
+        The last stretch of trained tokens is the answer; a first token alone before it asks nothing.
+        """
         encoded = render(sample)
-        return encoded if encoded is not None and any(encoded.trained[1:]) else None
+        if encoded is None or not any(encoded.trained[1:]):
+            return None
+        ids, trained = encoded.input_ids, [False, *encoded.trained[1:]]
+        end = len(trained) - trained[::-1].index(True)
+        start = next((place for place in range(end, 0, -1) if not trained[place - 1]), 0)
+        start = start if start > 1 else 0
+        return TaskRow({"tokens": ids, "trained": trained}, len(ids), sum(trained), ids[:start], ids[start:])
+
+    def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+        """One micro-batch; of packed rows `position_ids` say where each document begins."""
+        from lorafit.objective.next_token import label_tokens
+
+        documents = [[(document["tokens"], document["trained"]) for document in row] for row in rows]
+        tensors = label_tokens(documents, pad_id)
+        together = [document for row in rows for document in row]
+        tokens = sum(len(document["tokens"]) for document in together)
+        return Batch(tensors, len(tensors["label_ids"]), tuple(document.index for document in together), tokens)
+
+    def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
+        """A micro-batch of such a shape, its values left open."""
+        import torch
+
+        ids = torch.empty((rows, tokens), dtype=torch.int64)
+        index, targets = (torch.empty(labels, dtype=torch.int64) for _ in range(2))
+        tensors = {"input_ids": ids, "label_index": index, "label_ids": targets}
+        tensors |= {"position_ids": torch.empty_like(ids)} if packed else {}
+        return Batch(tensors, labels, tuple(range(rows)), ids.numel())
+
+    def show(self, example: Example) -> tuple[ShownSequence, ...]:
+        """The row's tokens, and which of them carry loss."""
+        return (ShownSequence([int(token) for token in example["tokens"]], [int(flag) for flag in example["trained"]]),)
 
     def build_objective(
         self, model: torch.nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False
@@ -82,7 +123,8 @@ class CausalLm(Task[CausalLmSection]):
 
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """The row up to its last trained token, and of that the last `most_tokens`, at least 2."""
-        trained = [place for place, flag in enumerate(example.trained) if flag]
-        end = trained[-1] + 1 if trained else len(example.trained)
+        flags = example["trained"]
+        trained = [place for place, flag in enumerate(flags) if flag]
+        end = trained[-1] + 1 if trained else len(flags)
         kept = slice(max(0, end - max(2, most_tokens)), end)
-        return replace(example, input_ids=example.input_ids[kept], trained=example.trained[kept])
+        return replace(example, columns={name: values[kept] for name, values in example.columns.items()})

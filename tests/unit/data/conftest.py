@@ -55,7 +55,7 @@ def prepare_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, listener: L
             section,
             folder=tmp_path,
             renderer=build_renderer(using or tokenizer, section, tmp_path, now),
-            encode=tasks.make("causal-lm").encode,
+            task=tasks.make("causal-lm"),
             seed=seed,
             cache_dir=tmp_path / "cache",
             reporter=listener,

@@ -15,7 +15,6 @@ from lorafit.contracts import Example
 from lorafit.data.batch import (
     MICRO_BATCH_COST_TOKENS,
     StepRows,
-    collate,
     cut_step,
     epoch_order,
     rows_per_epoch,
@@ -23,6 +22,9 @@ from lorafit.data.batch import (
     span_tokens,
     steps_per_epoch,
 )
+from lorafit.kinds.tasks import tasks
+
+CAUSAL_LM = tasks.make("causal-lm")
 
 GOLDEN = {(0, 0): [0, 7, 8, 2, 5, 9, 4, 6, 3, 1], (7, 3): [7, 2, 0, 9, 5, 3, 4, 8, 6, 1]}
 
@@ -198,12 +200,14 @@ def test_a_large_evaluation_is_cut_quickly() -> None:
 
 
 def example(index: int, ids: list[int], trained: list[int]) -> Example:
-    return Example(index, ids, trained, "d.jsonl", index + 1)
+    return Example(index, {"tokens": ids, "trained": trained}, "d.jsonl", index + 1)
 
 
 def test_collate_pads_on_the_right_and_points_before_each_label() -> None:
     """Token 9 is a label although it is the pad token too; the first token of a row never is one."""
-    batch = collate([example(4, [5, 6, 9], [0, 1, 1]), example(2, [7, 8, 3, 4, 9], [1, 0, 0, 0, 1])], pad_id=9)
+    batch = CAUSAL_LM.collate(
+        [[example(4, [5, 6, 9], [0, 1, 1])], [example(2, [7, 8, 3, 4, 9], [1, 0, 0, 0, 1])]], pad_id=9
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 9, 9, 9], [7, 8, 3, 4, 9]]
     assert batch["label_index"].tolist() == [0, 1, 5 + 3]
     assert batch["label_ids"].tolist() == [6, 9, 9]
@@ -214,7 +218,7 @@ def test_collate_pads_on_the_right_and_points_before_each_label() -> None:
 @given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_collate_keeps_every_label(rows: list[list[tuple[int, bool]]]) -> None:
     examples = [example(n, [i for i, _ in row], [int(t) for _, t in row]) for n, row in enumerate(rows)]
-    batch = collate(examples, pad_id=0)
+    batch = CAUSAL_LM.collate([[one] for one in examples], pad_id=0)
     width = batch["input_ids"].shape[1]
     labels = {
         (index // width, index % width + 1): token

@@ -36,7 +36,7 @@ Prepare = Callable[..., Prepared]
 
 def rows_of(examples: Any) -> list[tuple[list[int], list[int], str, int]]:
     found = (examples[index] for index in range(len(examples)))
-    return [(list(map(int, e.input_ids)), list(map(int, e.trained)), e.file, e.line) for e in found]
+    return [(list(map(int, e["tokens"])), list(map(int, e["trained"])), e.file, e.line) for e in found]
 
 
 def failure(prepare_rows: Prepare, **data: Any) -> LorafitError:
@@ -60,10 +60,10 @@ def test_rows_are_what_the_template_and_the_tokenizer_make(
         assert file == "d.jsonl" and rows[line - 1] is row
     examples: Examples = prepared.train
     assert list(examples.lengths) == [len(ids) for ids, *_ in found]
-    assert list(examples.trained_counts) == [sum(trained) for _, trained, *_ in found]
+    assert list(examples.weights) == [sum(trained) for _, trained, *_ in found]
     facts = prepared.facts()
     assert facts.rows == 3 and facts.longest_tokens == max(examples.lengths)
-    assert facts.tokens == sum(examples.lengths) and facts.trained_tokens == sum(examples.trained_counts)
+    assert facts.tokens == sum(examples.lengths) and facts.trained_tokens == sum(examples.weights)
 
 
 def test_tokens_stay_on_disk(tmp_path: Path) -> None:
@@ -72,17 +72,21 @@ def test_tokens_stay_on_disk(tmp_path: Path) -> None:
         import resource, sys
         from pathlib import Path
         import numpy as np
-        from lorafit.contracts import Encoded
+        from lorafit.contracts import TaskRow
+        from lorafit.kinds.tasks import tasks
         from lorafit.data.store import ExampleSet, StoreWriter, pack_chunk
         folder = Path(sys.argv[1])
-        with StoreWriter(folder) as writer:
+        columns = tasks.make("causal-lm").columns
+        with StoreWriter(folder, columns) as writer:
             for part in range(16):
-                rows = [(0, n, Encoded(np.arange(n, n + 1000), np.ones(1000))) for n in range(800)]
-                writer.write(pack_chunk(rows))
-        examples = ExampleSet(folder, ["d.jsonl"], [1.0])
+                ids = [np.arange(n, n + 1000) for n in range(800)]
+                made = [TaskRow({"tokens": row, "trained": np.arange(1000) > 0}, 1000, 999, [], row) for row in ids]
+                rows = [(0, n, row) for n, row in enumerate(made)]
+                writer.write(pack_chunk(rows, columns))
+        examples = ExampleSet(folder, columns, ["d.jsonl"], [1.0])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         digest = examples.digest()
-        total = sum(int(examples[n].input_ids[-1]) + int(np.sum(examples[n].trained)) for n in range(len(examples)))
+        total = sum(int(examples[n]["tokens"][-1]) + int(np.sum(examples[n]["trained"])) for n in range(len(examples)))
         print(len(examples), total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
@@ -163,7 +167,7 @@ def test_a_template_from_a_file(tmp_path: Path, prepare_rows: Prepare, tokenizer
     write_jsonl(tmp_path / "d.jsonl", [chat("q", "a")])
     (tmp_path / "own.jinja").write_text(CHATML.replace("assistant\\n", "assistant:\\n"), encoding="utf-8")
     prepared = prepare_rows(train="d.jsonl", chat_template="own.jinja")
-    assert tokenizer.decode(list(prepared.train[0].input_ids)).startswith("<|im_start|>user\nq<|im_end|>")
+    assert tokenizer.decode(list(prepared.train[0]["tokens"])).startswith("<|im_start|>user\nq<|im_end|>")
     error = failure(prepare_rows, train="d.jsonl", chat_template="chatlm")
     assert error.exit_code == 5 and "did you mean chatml" in str(error)
 
@@ -191,7 +195,7 @@ def test_untrainable_rows(tmp_path: Path, prepare_rows: Prepare) -> None:
     prepared = prepare_rows(train="d.jsonl", bad_rows={"policy": "skip", "max_fraction": 0.7})
     assert [line for *_, line in rows_of(prepared.train)] == [1]
     assert len(prepare_rows(train="d.jsonl", train_on="all").train) == 3
-    assert len(prepare_rows(train="d.jsonl", train_on="all").train[2].input_ids) > 5
+    assert len(prepare_rows(train="d.jsonl", train_on="all").train[2]["tokens"]) > 5
 
 
 LONG = " ".join(["words"] * 60)
@@ -536,7 +540,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(
         from lorafit.recipe.schema import DataSection
         folder, section = Path(sys.argv[1]), DataSection(train="d.jsonl")
         prepare(section, folder=folder, renderer=build_renderer(make_tokenizer(), section, folder),
-                encode=tasks.make("causal-lm").encode, seed=0, cache_dir=folder / "cache", reporter=Listener())
+                task=tasks.make("causal-lm"), seed=0, cache_dir=folder / "cache", reporter=Listener())
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parent)]
     process = subprocess.Popen(command)
@@ -622,7 +626,7 @@ def test_two_processes_build_once(tmp_path: Path, prepare_rows: Prepare) -> None
         from lorafit.recipe.schema import DataSection
         folder, section, listener = Path(sys.argv[1]), DataSection(train="d.jsonl"), Listener()
         renderer = build_renderer(make_tokenizer(), section, folder)
-        prepared = prepare(section, folder=folder, renderer=renderer, encode=tasks.make("causal-lm").encode, seed=0,
+        prepared = prepare(section, folder=folder, renderer=renderer, task=tasks.make("causal-lm"), seed=0,
                            cache_dir=folder / "cache", reporter=listener)
         print(prepared.digest, listener.infos[-1])
     """

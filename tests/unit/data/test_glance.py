@@ -18,7 +18,7 @@ ROWS, LOOKED_AT = 600, 256
 
 def lines_of(prepared: Prepared) -> list[tuple[str, int, list[int]]]:
     rows = [prepared.train[number] for number in range(len(prepared.train))]
-    return [(row.file, row.line, list(map(int, row.input_ids))) for row in rows]
+    return [(row.file, row.line, list(map(int, row["tokens"]))) for row in rows]
 
 
 def many(start: int = 0) -> list[Any]:

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.contracts import Example
-from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, collate, cut_step
-from lorafit.data.packing import PACKED_ROW_TOKENS, Cutter, collate_packed, cut_packed, pack_rows, padded_tokens
+from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, cut_step
+from lorafit.data.packing import PACKED_ROW_TOKENS, Cutter, cut_packed, pack_rows, padded_tokens
+from lorafit.kinds.tasks import tasks
+
+CAUSAL_LM = tasks.make("causal-lm")
 
 documents = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 
@@ -21,7 +24,7 @@ class Rows:
 
     def __init__(self, *lengths: int) -> None:
         self.lengths = list(lengths)
-        self.trained_counts = [length - max(1, length // 2) for length in lengths]
+        self.weights = [length - max(1, length // 2) for length in lengths]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -29,7 +32,9 @@ class Rows:
     def __getitem__(self, index: int) -> Example:
         length = self.lengths[index]
         trained = [int(place >= length // 2) for place in range(length)]
-        return Example(index, [100 * index + place for place in range(length)], trained, "rows.jsonl", index + 1)
+        return Example(
+            index, {"tokens": [100 * index + place for place in range(length)], "trained": trained}, "f", index + 1
+        )
 
 
 @given(documents, st.integers(1, 120))
@@ -77,7 +82,7 @@ def test_one_row_has_no_padding_and_others_are_no_longer_than_the_longest_docume
 
 def test_collate_draws_what_the_docstring_draws() -> None:
     rows = Rows(5, 3, 4)
-    batch = collate_packed([[rows[0], rows[1]], [rows[2]]], pad_id=9)
+    batch = CAUSAL_LM.collate([[rows[0], rows[1]], [rows[2]]], pad_id=9)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4, 100, 101, 102], [200, 201, 202, 203, 9, 9, 9, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch["label_index"].tolist() == [1, 2, 3, 5, 6, 9, 10]
@@ -86,14 +91,14 @@ def test_collate_draws_what_the_docstring_draws() -> None:
 
 
 def test_a_documents_first_token_is_never_a_label() -> None:
-    everything = [Example(row, [7, 8], [1, 1], "rows.jsonl", row) for row in range(3)]
-    batch = collate_packed([everything], pad_id=0)
+    everything = [Example(row, {"tokens": [7, 8], "trained": [1, 1]}, "rows.jsonl", row) for row in range(3)]
+    batch = CAUSAL_LM.collate([everything], pad_id=0)
     assert batch["label_index"].tolist() == [0, 2, 4] and batch["label_ids"].tolist() == [8, 8, 8]
 
 
 def test_rows_of_one_document_are_plain() -> None:
     rows = Rows(5, 3)
-    packed, plain = collate_packed([[rows[0]], [rows[1]]], 9), collate([rows[0], rows[1]], 9)
+    packed, plain = CAUSAL_LM.collate([[rows[0]], [rows[1]]], 9), CAUSAL_LM.collate([[rows[0]], [rows[1]]], 9)
     assert "position_ids" not in packed.tensors
     assert packed["input_ids"].tolist() == plain["input_ids"].tolist()
     assert packed["label_index"].tolist() == plain["label_index"].tolist()
@@ -109,4 +114,4 @@ def test_rows_of_one_document_are_plain() -> None:
 )
 def test_a_cutter_cuts_as_recipe_and_attention_want(packing: bool, attention: str, wanted: list[object]) -> None:
     rows = Rows(200, 150, 60, 40, 30)
-    assert Cutter(rows, 9, packing, attention).cut(range(5), 512) == wanted
+    assert Cutter(rows, CAUSAL_LM, 9, packing, attention).cut(range(5), 512) == wanted

@@ -21,11 +21,11 @@ class Rows(list[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        return [len(example.input_ids) for example in self]
+        return [len(example["tokens"]) for example in self]
 
     @property
-    def trained_counts(self) -> list[int]:
-        return [sum(example.trained) for example in self]
+    def weights(self) -> list[int]:
+        return [sum(example["trained"]) for example in self]
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +112,7 @@ def make_rows(tokenizer: PreTrainedTokenizerFast) -> Any:
             before = tokenizer(prompt)["input_ids"]
             after = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
             trained = [0] * len(before) + [1] * len(after)
-            examples.append(Example(index, [*before, *after], trained, "rows.jsonl", index + 1))
+            examples.append(Example(index, {"tokens": [*before, *after], "trained": trained}, "rows.jsonl", index + 1))
             strings = must_contain[index] if must_contain else ()
             questions.append(GenerationRow(list(before), prompt, answer, strings, "rows.jsonl", index + 1))
         return examples, questions

@@ -42,10 +42,10 @@ def plain_scores(model, rows):
     """Cross-entropy from full logits, every row alone."""
     found = []
     for row in rows:
-        ids = torch.tensor([list(row.input_ids)])
+        ids = torch.tensor([list(row["tokens"])])
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits[0, :-1].double()
-        kept = torch.tensor([bool(flag) for flag in row.trained[1:]])
+        kept = torch.tensor([bool(flag) for flag in row["trained"][1:]])
         losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")[kept]
         right = (logits.argmax(-1) == ids[0, 1:])[kept]
         found.append((float(losses.sum()), int(kept.sum()), int(right.sum())))
@@ -75,7 +75,7 @@ def test_processes_share_the_rows_and_add_up(tuned, make_rows):
 def test_a_loss_that_is_not_finite_names_the_row(llama, make_rows):
     rows, _ = make_rows([("abc", "d"), ("ab~", "d")])
     with torch.no_grad():
-        llama.model.embed_tokens.weight[rows[1].input_ids[2]] = math.nan
+        llama.model.embed_tokens.weight[rows[1]["tokens"][2]] = math.nan
     with pytest.raises(NumericsError, match=r"rows.jsonl:2: the loss of this row is not finite") as caught:
         score(llama, rows, 64)
     assert caught.value.exit_code == 9
@@ -227,10 +227,8 @@ def test_a_better_model_is_called_better(make_tuned, tokenizer, make_rows):
     model = make_tuned(scale=0.0)
     objective = build_objective(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    from lorafit.data.batch import collate
-
     for _ in range(60):
-        loss, weight, _ = objective(collate(list(rows), 257))
+        loss, weight, _ = objective(objective.task.collate([[row] for row in rows], 257))
         (loss / weight).backward()
         optimizer.step()
         optimizer.zero_grad()

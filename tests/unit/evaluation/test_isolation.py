@@ -105,7 +105,7 @@ def nf4(llama, attach, tmp_path):
 def step_gradients(model, rows):
     model.train()
     torch.manual_seed(0)
-    ids = torch.tensor([list(rows[0].input_ids)])
+    ids = torch.tensor([list(rows[0]["tokens"])])
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     model.zero_grad()
     loss.backward()
@@ -148,13 +148,11 @@ def train(model, rows, evaluate_every):
     evaluate = evaluate_during(
         objective, rows, ["perplexity"], micro_batch_tokens=32, pad_id=257, device=CPU, reporter=Silent()
     )
-    from lorafit.data.batch import collate
-
     torch.manual_seed(9)
     seen = []
     for step in range(4):
         model.train()
-        loss, weight, _ = objective(collate([rows[step % len(rows)]], 257))
+        loss, weight, _ = objective(objective.task.collate([[rows[step % len(rows)]]], 257))
         (loss / weight).backward()
         optimizer.step()
         optimizer.zero_grad()

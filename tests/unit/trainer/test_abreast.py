@@ -12,18 +12,20 @@ import torch
 from tiny_run import PAD, Job, Rows
 
 from lorafit.contracts import Batch
-from lorafit.data.batch import collate
+from lorafit.kinds.tasks import tasks
 from lorafit.model.fuse import fuse_layers
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.step import accumulate_gradients
 from lorafit.trainer.threaded_micro_batches import Abreast, threads_abreast
 
+CAUSAL_LM = tasks.make("causal-lm")
+
 CPU = torch.device("cpu")
 
 
 def batches_of(rows: Rows, count: int) -> list[Batch]:
-    return [collate([rows[row]], PAD) for row in range(count)]
+    return [CAUSAL_LM.collate([[rows[row]]], PAD) for row in range(count)]
 
 
 def gradients_of(trainer: Any) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from tiny_run import PAD, VOCABULARY, Job, Rows, TinyPlan
 
-from lorafit.data.packing import Cutter, MicroBatch, collate_packed, cut_packed
+from lorafit.data.packing import Cutter, MicroBatch, cut_packed
 from lorafit.errors import NumericsError
 from lorafit.kinds.tasks import tasks
 from lorafit.objective import Objective
@@ -22,7 +22,8 @@ from lorafit.ops.rng import capture_rng, seed_rng
 from lorafit.trainer.packing_isolation import prove_separation
 from lorafit.trainer.state import TrainState
 
-build_objective = tasks.make("causal-lm").build_objective
+CAUSAL_LM = tasks.make("causal-lm")
+build_objective = CAUSAL_LM.build_objective
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -70,7 +71,7 @@ def gradients(objective: Objective, parts: list[MicroBatch], rows: Rows) -> tupl
     objective.zero_grad()
     total = 0.0
     for part in parts:
-        batch = collate_packed([[rows[row] for row in documents] for documents in part], PAD)
+        batch = objective.task.collate([[rows[row] for row in documents] for documents in part], PAD)
         loss_sum, _, _ = objective(batch)
         loss_sum.backward()
         total += float(loss_sum.detach())
@@ -110,7 +111,7 @@ def test_packed_is_unpacked_and_cut_is_uncut(kind: str, attention: str, checkpoi
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_eager_is_sdpa(kind: str, packing: bool) -> None:
     rows, found = Rows(16), []
-    parts = Cutter(rows, PAD, packing).cut(range(16), 160)
+    parts = Cutter(rows, CAUSAL_LM, PAD, packing).cut(range(16), 160)
     for attention in ("eager", "sdpa"):
         found.append(gradients(build(kind, attention), parts, rows))
     same(found[0], found[1])

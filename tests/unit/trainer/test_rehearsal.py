@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from lorafit.contracts import Batch, Silent
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, cut_step
 from lorafit.errors import NumericsError, ResourceError
+from lorafit.kinds.tasks import tasks
 from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
@@ -28,6 +29,8 @@ from lorafit.trainer.resolve import cached_plan_file, resolve_plan
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import Abreast
 from lorafit.trainer.worst_case_batches import fill_rows, heaviest_shapes
+
+CAUSAL_LM = tasks.make("causal-lm")
 
 
 def stage(job: Job, **values: Any) -> Rehearsal:
@@ -332,11 +335,12 @@ def test_heaviest_shapes(budget: int, most_rows: int, one_row: bool, wanted: lis
 def test_filled_rows_keep_the_end_of_rows_where_labels_are() -> None:
     rows = Rows(12)
     for packing in (False, True):
-        for documents in fill_rows(rows, 3, 25, packing=packing):
-            assert sum(len(d.input_ids) for d in documents) == 25 and (len(documents) > 1) is packing
-            assert all(list(d.input_ids) == rows.ids[d.index][-len(d.input_ids) :] for d in documents)
+        for documents in fill_rows(CAUSAL_LM, rows, 3, 25, packing=packing):
+            assert sum(len(d["tokens"]) for d in documents) == 25 and (len(documents) > 1) is packing
+            assert all(list(d["tokens"]) == rows.ids[d.index][-len(d["tokens"]) :] for d in documents)
     assert (
-        fill_rows(Rows(1), 3, 100, packing=True)[0][0].index == 0 and len(fill_rows(Rows(1), 3, 9, packing=True)) == 1
+        fill_rows(CAUSAL_LM, Rows(1), 3, 100, packing=True)[0][0].index == 0
+        and len(fill_rows(CAUSAL_LM, Rows(1), 3, 9, packing=True)) == 1
     )
 
 

@@ -13,7 +13,10 @@ from transformers import modeling_flash_attention_utils as flash
 
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
+from lorafit.kinds.tasks import tasks
 from lorafit.trainer.packing_isolation import prove_separation
+
+CAUSAL_LM = tasks.make("causal-lm")
 
 
 def attend(
@@ -69,7 +72,7 @@ def test_each_document_is_computed_by_itself(kind: str, kernel: list[list[int]])
     prove_separation(objective, [rows[0], rows[1]], PAD, one_row=True)
     assert not objective.masks_documents
     kernel.clear()
-    cutter = Cutter(rows, PAD, packing=True, attention="flash_attention_2")
+    cutter = Cutter(rows, CAUSAL_LM, PAD, packing=True, attention="flash_attention_2")
     parts = cutter.cut(range(16), 160)
     packed = gradients(objective, parts, rows)
     lengths = [[rows.lengths[row] for row in documents] for ((*documents,),) in parts if len(documents) > 1]

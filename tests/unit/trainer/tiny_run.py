@@ -27,7 +27,7 @@ from lorafit.ops.rng import seed_rng
 from lorafit.trainer.checkpoint import CheckpointStore
 from lorafit.trainer.loop import Trainer
 
-build_objective = tasks.make("causal-lm").build_objective
+CAUSAL_LM = tasks.make("causal-lm")
 
 VOCABULARY = 97
 PAD = 0
@@ -41,7 +41,7 @@ class Rows:
         self.ids = [random.integers(1, VOCABULARY, int(random.integers(5, 41))).tolist() for _ in range(count)]
         self.trained = [[int(i >= len(ids) // 2) for i in range(len(ids))] for ids in self.ids]
         self.lengths = [len(ids) for ids in self.ids]
-        self.trained_counts = [sum(t[1:]) for t in self.trained]
+        self.weights = [sum(t[1:]) for t in self.trained]
         self.source_of = [0] * count
         self.repeats = [1.0]
 
@@ -49,7 +49,7 @@ class Rows:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(index, self.ids[index], self.trained[index], "rows.jsonl", index + 1)
+        return Example(index, {"tokens": self.ids[index], "trained": self.trained[index]}, "rows.jsonl", index + 1)
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Job:
     def trainer(self) -> Trainer:
         self.reporter = Silent()
         self.model = tiny_model(dropout=self.dropout, seed=self.seed, quantized=self.quantized)
-        self.objective = build_objective(self.model, autocast_dtype=self.autocast_dtype)
+        self.objective = CAUSAL_LM.build_objective(self.model, autocast_dtype=self.autocast_dtype)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         kind = optimizers.make(self.optimizer["kind"], **self.optimizer)
         optimizer = kind.build(parameters, self.learning_rate, torch.device("cpu"))
@@ -175,7 +175,7 @@ class Job:
             self.store,
             self.accelerator or Accelerator(cpu=True),
             self.reporter,
-            cutter=Cutter(self.rows, PAD, self.packing),
+            cutter=Cutter(self.rows, CAUSAL_LM, PAD, self.packing),
             save_adapter=save_adapter(self.model),
             **self.options,
         )
