@@ -6,8 +6,8 @@
     python benchmarks/zoo.py --rows rows.jsonl llama    try these again, then show the whole table
     python benchmarks/zoo.py --write docs/models.md     the page that shows it
 
-What a row goes through is `tests/zoo_path.py`, how its model is made `tests/zoo_models.py`. A row works, or lorafit
-refused it before step 1, for the reason that is shown; anything else is a failure, and the exit status is 1.
+What a row goes through is `tests/support/zoo_path.py`; its model is made by `tests/support/zoo_models.py`. A row works,
+or lorafit refused it before step 1, for the reason that is shown; anything else is a failure, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def try_architecture(
 ) -> Row:
     """Walks its whole way in a folder, once a precision; the dry run with it where `exact`."""
     from lorafit.errors import LorafitError
-    from tests.zoo_models import group_of
-    from tests.zoo_path import Walk, go, make_world, refuse_unbuilt
+    from tests.support.zoo_models import group_of
+    from tests.support.zoo_path import Walk, go, make_world, refuse_unbuilt
 
     began, group, walks = time.process_time(), group_of(architecture), []
 
@@ -197,7 +197,7 @@ def main() -> int:
     from transformers.utils import logging
 
     from lorafit.machine.library_settings import set_library_defaults
-    from tests.zoo_models import architectures
+    from tests.support.zoo_models import architectures
 
     set_library_defaults()
     logging.disable_progress_bar()

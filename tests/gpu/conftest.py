@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import World, say_all, shared_cache, tiny_base, world
-from tests.integration.tiny_world import make_base
+from tests.integration.conftest import shared_cache, tiny_base, world
+from tests.support.tiny_model import make_base, tiny_llama
+from tests.support.world import World, say_all
 
 __all__ = ["shared_cache", "tiny_base", "world"]
 
@@ -39,12 +40,10 @@ def gpu(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 def larger_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 26 million parameters with the tiny one's tokenizer: large beside what CUDA takes anyway."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = make_base(tmp_path_factory.mktemp("larger") / "base")
     small = json.loads((folder / "config.json").read_text())
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = tiny_llama(
         **{key: small[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
         hidden_size=512,
         intermediate_size=1408,
@@ -53,7 +52,7 @@ def larger_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=4,
         max_position_embeddings=512,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.conftest import NF4, log_of, train
-from tests.integration.conftest import World, say_all
+from tests.support.world import World, say_all
 
 pytestmark = pytest.mark.gpu
 

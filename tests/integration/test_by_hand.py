@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.conftest import World, say_all
+from tests.support.world import World, say_all
 
 BY_HAND = Path(__file__).parents[2] / "recipes" / "by_hand.py"
 STEPS = 6

@@ -16,8 +16,8 @@ from typer.main import get_command
 from lorafit.answering.evaluation_rows import changed_evaluation
 from lorafit.cli import app
 from lorafit.run.workspace import open_run
-from tests.integration.conftest import Outcome, World, say_all
 from tests.support.processes import PROGRAM
+from tests.support.world import Outcome, World, say_all
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 COMMON_FLAGS = ("--json", "--quiet", "--verbose", "--debug", "--help")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.conftest import World, say_all
-from tests.integration.tiny_world import make_base
 from tests.support.docs_scripts import load_script
+from tests.support.tiny_model import make_base
+from tests.support.world import World, say_all
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

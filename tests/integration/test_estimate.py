@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import World, say_all, without_network
 from tests.integration.test_cli import HEAVY
+from tests.support.world import World, say_all, without_network
 
 GIB = 2**30
 LARGE = ("--set", "model.base=meta-llama/Llama-3.1-70B", "--set", "model.quantization=nf4", "--set", "model.dtype=bf16")

@@ -10,7 +10,7 @@ import pytest
 
 import lorafit
 from lorafit.errors import DoesNotFitError, ModelError
-from tests.zoo_models import tiny_config
+from tests.support.zoo_models import tiny_config
 
 
 @pytest.fixture

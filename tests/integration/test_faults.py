@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import Outcome, World, say_all, without_network
-from tests.integration.tiny_world import make_base
 from tests.support.privileges import drop_dac, limit_file_size
 from tests.support.processes import PROGRAM, Process, finish
+from tests.support.tiny_model import make_base
+from tests.support.world import Outcome, World, say_all, without_network
 
 RECIPE_COMMANDS = ("validate", "train", "preview", "estimate-memory")
 

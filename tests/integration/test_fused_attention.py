@@ -8,7 +8,7 @@ import pytest
 
 from lorafit import pipeline
 from lorafit.files.rundir import read_json
-from tests.integration.option_world import OptionWorld, adapter_tensors
+from tests.support.option_world import OptionWorld, adapter_tensors
 
 CHANGES = {
     "model.attention": "fused",

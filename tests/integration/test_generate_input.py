@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.integration.conftest import World, say_all
-from tests.integration.tiny_world import CHATML, make_rows, write_rows
+from tests.support.tiny_model import CHATML
+from tests.support.tiny_recipe import make_rows, write_rows
+from tests.support.world import World, say_all
 
 
 def answers(world: World, file: str, *flags: str) -> list[dict[str, Any]]:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.integration.conftest import RECIPE, World
-from tests.integration.pretended_hub import (
+from tests.support.pretended_hub import (
     Fault,
     Hub,
     Repo,
@@ -29,8 +28,9 @@ from tests.integration.pretended_hub import (
     status,
     trickling,
 )
-from tests.integration.tiny_world import make_rows
 from tests.support.processes import ENVIRONMENT, PROGRAM, Process, WarmPython, start
+from tests.support.tiny_recipe import make_rows
+from tests.support.world import RECIPE, World
 
 SECRET = "hf_0123456789geheim"
 MOST_SECONDS = 8.0  # of a command whose libraries are imported; the hub's own client takes 24 where nobody answers

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.conftest import Outcome, World, say_all
 from tests.support.processes import PROGRAM, finish
+from tests.support.world import Outcome, World, say_all
 
 GENERATE = ("--prompt", "what opens", "--max-new-tokens", "4")
 DEEP = "[" * 3000 + "]" * 3000

@@ -8,7 +8,7 @@ import pytest
 
 from lorafit import pipeline
 from lorafit.files.rundir import RunDir, read_json
-from tests.integration.option_world import OptionWorld, adapter_tensors, scores_of, step_lines
+from tests.support.option_world import OptionWorld, adapter_tensors, scores_of, step_lines
 
 
 @pytest.fixture(scope="module")

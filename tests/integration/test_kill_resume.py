@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.tiny_world import make_base, make_recipe
 from tests.support.processes import ENVIRONMENT, PROGRAM, Process, start
+from tests.support.tiny_model import make_base
+from tests.support.tiny_recipe import make_recipe
 
 STEPS = 24
 SLOW_STEPS = {"model": {"quantization": "nf4", "dtype": "bf16"}, "adapter": {"dropout": 0.3}}

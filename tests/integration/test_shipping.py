@@ -15,16 +15,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
 from lorafit import pipeline
 from lorafit.data.chat.render import ChatRenderer
 from lorafit.kinds.metrics.tool_call import read_calls
-from tests.integration.tiny_world import write_rows
-from tests.unit.data.render_families import CHATML, FAMILIES, QWEN, WEATHER, assistant, call, tokenizer_of, tool, user
+from tests.support.chat_families import CHATML, FAMILIES, QWEN, WEATHER, assistant, call, tokenizer_of, tool, user
+from tests.support.tiny_model import tiny_llama
+from tests.support.tiny_recipe import write_rows
 
 SYSTEM = 'Be "kind", e.g. \\n or %} {{ x }} é 😀:\n- always'
 PAIRS = [
@@ -38,12 +37,9 @@ NEW_TOKENS = 24
 
 def make_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A random Llama for a tokenizer, whose own end token is not the one that ends a turn."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"vocab_size": len(tokenizer), "num_key_value_heads": 4, "max_position_embeddings": 512}
+    model = tiny_llama(bos_token_id=None, eos_token_id=0, pad_token_id=None, **sizes)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

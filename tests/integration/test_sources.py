@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from tests.integration.conftest import World, say_all
-from tests.integration.tiny_world import make_rows
+from tests.support.tiny_recipe import make_rows
+from tests.support.world import World, say_all
 
 
 def write_packed(world: World, name: str, first: int) -> None:

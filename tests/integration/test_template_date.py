@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import World, say_all
-from tests.integration.tiny_world import CHATML
+from tests.support.tiny_model import CHATML
+from tests.support.world import World, say_all
 
 BEGAN = datetime(2026, 2, 5, 10, 32)
 WITH_MINUTES = "{{ 'Today is ' + strftime_now('%d %b %Y %H:%M') + '.\n' }}" + CHATML

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import World, say_all
-from tests.integration.tiny_world import CHATML
+from tests.support.tiny_model import CHATML
+from tests.support.world import World, say_all
 
 COMMANDS = (["validate", "r.yaml"], ["preview", "r.yaml"], ["train", "r.yaml"])
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import World
 from tests.support.processes import PROGRAM, Process, start
+from tests.support.world import World
 
 CTRL_C = b"\x03"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import World, say_all
+from tests.support.world import World, say_all
 
 
 def add_tokens(world: World, *tokens: str, **settings: Any) -> Path:

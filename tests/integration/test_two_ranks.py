@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.tiny_world import make_base, make_recipe, make_rows, write_rows
 from tests.support.processes import ENVIRONMENT, PROGRAM, finish, start
+from tests.support.tiny_model import make_base
+from tests.support.tiny_recipe import make_recipe, make_rows, write_rows
 
 FLAGS = ["train", "recipe.yaml", "--quiet", "--set", "training.micro_batch_tokens=64"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Outcome, say_all, without_network
+from tests.support.world import Outcome, say_all, without_network
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\

@@ -15,8 +15,8 @@ import transformers
 from benchmarks.zoo import COUNTED, try_architecture
 from lorafit import pipeline
 from lorafit.errors import ModelError
-from tests.zoo_models import architectures, group_of
-from tests.zoo_path import make_world, recipe
+from tests.support.zoo_models import architectures, group_of
+from tests.support.zoo_path import make_world, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

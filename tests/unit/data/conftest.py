@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from tiny_data import Listener, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.prepare import Prepared, build_renderer, prepare
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import DataSection, SourceSection
+from tests.support.tiny_data import Listener, make_tokenizer
 
 # A first example may import torch, and a machine be busy: how long one takes is no property of the code.
 settings.register_profile("no deadline", deadline=None)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_data import Listener, chat, write_jsonl
 
 from lorafit.data.prepare import Prepared
 from lorafit.errors import LorafitError
+from tests.support.tiny_data import Listener, chat, write_jsonl
 
 Prepare = Callable[..., Prepared]
 ROWS, LOOKED_AT = 600, 256

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny_data import chat, make_tokenizer, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.prepare import Prepared, build_renderer
 from lorafit.data.preview import Preview, draw_histogram, preview
 from lorafit.data.report import count_lengths
 from lorafit.recipe.schema import DataSection
+from tests.support.tiny_data import chat, make_tokenizer, write_jsonl
 
 Prepare = Callable[..., Prepared]
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from render_families import QWEN
-from tiny_data import CHATML, make_tokenizer, write_jsonl
 
 from lorafit.answering.voice import Voice
 from lorafit.contracts import Sample, Silent
@@ -20,6 +18,8 @@ from lorafit.data.prompts import column_names, read_prompt_file, read_prompt_row
 from lorafit.errors import DataError, LorafitError
 from lorafit.kinds.formats import formats, required_fields
 from lorafit.recipe.schema import SourceSection
+from tests.support.chat_families import QWEN
+from tests.support.tiny_data import CHATML, make_tokenizer, write_jsonl
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "required": ["city"]}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo \\"N\\""}'}}

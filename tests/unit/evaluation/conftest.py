@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorafit.contracts import Example, GenerationRow
+from tests.support.tiny_model import tiny_llama
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 
@@ -40,21 +41,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": 259,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
         "initializer_range": 0.3,
         "bos_token_id": 256,
         "eos_token_id": 257,
         "pad_token_id": 257,
     }
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    return tiny_llama(seed=seed, **settings | changes)
 
 
 def add_adapter(model: torch.nn.Module, seed: int = 1, dropout: float = 0.0, scale: float = 0.05) -> PeftModel:

@@ -15,7 +15,7 @@ from lorafit.contracts import Silent
 from lorafit.errors import NumericsError
 from lorafit.evaluation.parity import Parity, compare_merge, require_parity
 from lorafit.model.merge.stream import merge_adapter
-from tests.unit.model.conftest import Trained, make_llama, open_base, train_like
+from tests.support.adapted import Trained, make_llama, open_base, train_like
 
 ROWS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12]]
 

@@ -22,7 +22,7 @@ from lorafit.model.base import Base
 from lorafit.model.class_shape import find_shape
 from lorafit.model.inspect import describe_quantization
 from lorafit.model.merge.stream import MergeReport, merge_adapter
-from tests.unit.model.conftest import load, logits, make_gpt2, make_llama, open_base
+from tests.support.adapted import load, logits, make_gpt2, make_llama, open_base
 
 FAMILIES = {"llama": make_llama, "gpt2": make_gpt2}
 

@@ -25,7 +25,7 @@ from lorafit.model.adapter import (
 )
 from lorafit.model.attach import attach_adapter, load_adapter_weights, open_adapter
 from lorafit.model.base import Base
-from tests.unit.model.conftest import Trained, load, logits, lora, make_gpt2, make_llama, open_base, train_like
+from tests.support.adapted import Trained, load, logits, lora, make_gpt2, make_llama, open_base, train_like
 
 
 def change(folder: Path, **values: object) -> None:

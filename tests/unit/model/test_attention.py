@@ -11,8 +11,6 @@ import torch
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -22,6 +20,7 @@ from lorafit.errors import ModelError
 from lorafit.model import attention
 from lorafit.model.attention import offer_attention, register_fused_attention, takes_fused_attention
 from lorafit.ops import causal_attention as operation
+from tests.support.tiny_model import tiny_llama
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -46,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def llama(key_heads: int = 2, **more: Any) -> Any:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=key_heads, **more))
+    model = tiny_llama(seed=None, **SIZES, num_key_value_heads=key_heads, **more)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)  # attention matters

@@ -20,7 +20,7 @@ from lorafit.contracts import Silent
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import read_header
 from lorafit.model.base import Base, fingerprint, load_config, read_config, resolve_base
-from tests.unit.model.conftest import make_llama
+from tests.support.adapted import make_llama
 
 
 def section(base: str, revision: str | None = None) -> Any:

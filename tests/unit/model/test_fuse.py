@@ -18,8 +18,6 @@ from transformers import (
     GlmForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -39,7 +37,8 @@ from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear
 from lorafit.ops.rotary import rotate
-from tests.zoo_models import tiny_config
+from tests.support.tiny_model import tiny_llama
+from tests.support.zoo_models import tiny_config
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,7 +49,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def llama(dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
     torch.manual_seed(0)
-    return with_lora(LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype), **lora)
+    return with_lora(tiny_llama(seed=None, **SIZES).to(dtype), **lora)
 
 
 def with_lora(model: Any, **options: Any) -> Any:
@@ -105,7 +104,7 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "nf4"])
 def test_losses_and_gradients_are_pefts_in_fp32(options: dict[str, Any], quantised: bool) -> None:
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    base = tiny_llama(seed=None, **SIZES)
     model = with_lora(in_nf4(base, torch.float32) if quantised else base, **options)
     loss, gradients = loss_and_gradients(model)
     assert fuse_layers(model) == {"lora": 14, "norms": 5, "gated": 2, "rotary": 2}
@@ -332,7 +331,7 @@ GATED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "nf4"])
 def test_gate_and_up_are_one_operation(options: dict[str, Any], quantised: bool, joined: list[torch.Size]) -> None:
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**SIZES, mlp_bias=True))
+    base = tiny_llama(seed=None, **SIZES, mlp_bias=True)
     for name, parameter in base.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -424,7 +423,7 @@ def test_kept_copies_change_no_bit(
 
 def in_nf4_with_lora(dtype: torch.dtype, **options: Any) -> Any:
     torch.manual_seed(0)
-    base = in_nf4(LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype), dtype)
+    base = in_nf4(tiny_llama(seed=None, **SIZES).to(dtype), dtype)
     base.is_loaded_in_4bit = True  # so that PEFT takes its 4-bit layer
     model = with_lora(base, **options)
     for module in model.modules():
@@ -509,7 +508,7 @@ def kept_bytes(model: Any, ids: torch.Tensor) -> int:
 
 def test_less_is_kept_for_the_backward_pass() -> None:
     torch.manual_seed(0)
-    model = with_lora(LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16))
+    model = with_lora(tiny_llama(seed=None, **SIZES).to(torch.bfloat16))
     ids = torch.randint(3, 97, (2, 128))
     before = kept_bytes(model, ids)
     fuse_layers(model)

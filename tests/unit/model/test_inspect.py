@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lorafit.model.attach import attach_adapter
 from lorafit.model.base import Base
 from lorafit.model.inspect import count_differences, coverage, coverage_table, quantized_hashes, sum_codes
-from tests.unit.model.conftest import Trained, load, lora, make_gpt2, make_llama, open_base
+from tests.support.adapted import Trained, load, lora, make_gpt2, make_llama, open_base
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8"])

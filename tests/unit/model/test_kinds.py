@@ -14,7 +14,7 @@ from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.attach import attach_adapter
-from tests.unit.model.conftest import load, lora, make_llama, open_base
+from tests.support.adapted import load, lora, make_llama, open_base
 
 
 def linear(name: str, inputs: int, outputs: int, count: int = 2) -> LinearShape:

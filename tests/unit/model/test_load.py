@@ -23,7 +23,7 @@ from lorafit.model.base import Base
 from lorafit.model.check_weights import list_names
 from lorafit.model.load import enable_checkpointing, load_model, load_tokenizer
 from lorafit.model.targets import choose_targets
-from tests.unit.model.conftest import load, logits, lora, make_gpt2, make_llama, open_base, randomise
+from tests.support.adapted import load, logits, lora, make_gpt2, make_llama, open_base, randomise
 
 
 def edit(base: Base, change: Any) -> None:
@@ -64,7 +64,7 @@ def test_no_compiler_is_imported_for_a_model_that_is_not_compiled(tmp_path: Path
         import os, sys
         sys.path.insert(0, sys.argv[2])
         from pathlib import Path
-        from tests.unit.model.conftest import load, lora, open_base
+        from tests.support.adapted import load, lora, open_base
         from lorafit.model.attach import attach_adapter
         attach_adapter(load(open_base(Path(sys.argv[1])), "nf4"), lora(), 0)
         print(*(name in sys.modules for name in ("bitsandbytes", "torch._inductor.compile_fx")))

@@ -15,8 +15,8 @@ from lorafit.files.safetensors import TensorEntry, read_index, read_rows
 from lorafit.model.check_weights import check_weights
 from lorafit.model.load import build_class
 from lorafit.model.names import Part, TensorNames, names_of, read_names, read_parts, write_parts
-from tests.unit.model.conftest import load, make_gpt2, make_llama, open_base
-from tests.unit.model.named_bases import BASES, change_file, transposed_llama
+from tests.support.adapted import load, make_gpt2, make_llama, open_base
+from tests.support.named_bases import BASES, change_file, transposed_llama
 
 
 def assemble(parts: tuple[Part, ...], entries: Mapping[str, TensorEntry], shape: tuple[int, ...]) -> torch.Tensor:

@@ -30,8 +30,8 @@ from lorafit.model.targets import (
     output_head,
     unquantised_names,
 )
-from tests.unit.model.conftest import lora
-from tests.zoo_models import tiny_config
+from tests.support.adapted import lora
+from tests.support.zoo_models import tiny_config
 
 CAUSAL = "AutoModelForCausalLM"
 

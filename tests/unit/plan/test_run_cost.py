@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import pytest
-from plan_cases import ROWS, card, recipe, shape_of
 
 from lorafit.errors import UsageError
 from lorafit.estimation import Options, RowLengths, estimate_recipe
@@ -17,6 +16,7 @@ from lorafit.model_shapes import read_shape
 from lorafit.plan import check_price, count_flops
 from lorafit.plan.flops import active_parameters, head_parameters
 from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
+from tests.support.plan_cases import ROWS, card, recipe, shape_of
 
 TINY = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -9,7 +9,7 @@ import pytest
 
 from lorafit.errors import LorafitError
 from lorafit.recipe.load import LoadedRecipe, load_recipe
-from tests.unit.recipe.recipe_texts import Fails, Loads
+from tests.support.recipe_texts import Fails, Loads
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
+from tests.support.recipe_texts import MINIMAL, Fails, Loads, parts
 
 AGREE = [
     "training: {max_steps: 10, schedule: {warmup_steps: 10}}\n",

@@ -11,7 +11,7 @@ import yaml
 
 from lorafit.errors import Problems, UsageError
 from lorafit.recipe.load import load_recipe
-from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
+from tests.support.recipe_texts import MINIMAL, Fails, Loads, parts
 
 FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last line says
     ("unclosed list", MINIMAL + "tracking: [a, b\n", ["r.yaml:4", "never closed"]),

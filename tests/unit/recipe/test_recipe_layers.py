@@ -9,7 +9,7 @@ import pytest
 
 from lorafit.errors import UsageError
 from lorafit.recipe.extends import preset_names
-from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
+from tests.support.recipe_texts import MINIMAL, Fails, Loads, parts
 
 FAMILY = """\
 model: {base: meta-llama/Llama-3.1-8B, revision: main}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lorafit.errors import LorafitError, RecipeError
 from lorafit.recipe.load import dump_recipe, load_recipe
 from lorafit.recipe.schema import Recipe
-from tests.unit.recipe.recipe_texts import MINIMAL, Loads
+from tests.support.recipe_texts import MINIMAL, Loads
 
 RICH = """\
 name: 'no'

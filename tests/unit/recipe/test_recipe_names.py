@@ -10,7 +10,7 @@ from lorafit.recipe.schema import Recipe, TrainSourceSection
 from lorafit.recipe.schema_tree import every_key, kinds_of, recipe_tree
 from lorafit.recipe.schema_tree import words as words_of
 from lorafit.recipe.words import OneNameOf
-from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
+from tests.support.recipe_texts import MINIMAL, Fails, Loads, parts
 
 KEYS = {".".join(map(str, path)): node for path, node in every_key(recipe_tree())}
 FOREIGN_NAMES, NAMES_IN_A_SOURCE = foreign()["anywhere"], foreign()["in_a_source"]

@@ -15,7 +15,7 @@ from lorafit.recipe.reader import read_tree
 from lorafit.recipe.schema_tree import every_key, kinds_of, recipe_tree
 from lorafit.recipe.yaml_tree import Place, plain
 from tests.support.docs_scripts import load_script
-from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads
+from tests.support.recipe_texts import MINIMAL, Fails, Loads
 
 CHECKOUT = Path(__file__).parents[3]
 WRITER = load_script("write_reference")

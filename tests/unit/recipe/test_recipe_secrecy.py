@@ -9,7 +9,7 @@ import pytest
 
 from lorafit.errors import SafetyError
 from lorafit.recipe.secrecy import is_secret_key, is_secret_value
-from tests.unit.recipe.recipe_texts import MINIMAL, Fails, Loads, parts
+from tests.support.recipe_texts import MINIMAL, Fails, Loads, parts
 
 CANARY = "hf_CANARYcanary0123456789"
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import Job
+
+from tests.support.tiny_run import Job
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.tasks import tasks
 from lorafit.objective import Objective
 from lorafit.trainer.first_gradient import prove_gradients
-from tests.zoo_models import tiny_config
+from tests.support.zoo_models import tiny_config
 
 build_objective = tasks.make("causal-lm").build_objective
 

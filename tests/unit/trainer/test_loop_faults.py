@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import Job, Rows, TinyPlan
 
 from lorafit.errors import NumericsError, ResourceError, StoppedBySignal
 from lorafit.files import rundir
@@ -21,6 +20,7 @@ from lorafit.recipe.schema import EarlyStoppingSection
 from lorafit.trainer.signals import StopSignals
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.step import accumulate_gradients
+from tests.support.tiny_run import Job, Rows, TinyPlan
 
 
 def poison_loss(trainer: Any, value: float, from_step: int) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import Job, Rows, TinyPlan
 
 from lorafit.data.batch import StepRows
 from lorafit.trainer.state import TrainState
+from tests.support.tiny_run import Job, Rows, TinyPlan
 
 
 def plain_losses(job: Job, steps: int) -> tuple[list[float], list[float], torch.nn.Module]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import Job, Rows, TinyPlan
 
 from lorafit.errors import CheckpointError, StoppedBySignal
 from lorafit.trainer.state import TrainState
+from tests.support.tiny_run import Job, Rows, TinyPlan
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tiny_run import PAD, VOCABULARY, Job, Rows, TinyPlan
 
 from lorafit.data.packing import Cutter, MicroBatch, cut_packed
 from lorafit.errors import NumericsError
@@ -21,6 +20,7 @@ from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.rng import capture_rng, seed_rng
 from lorafit.trainer.packing_isolation import prove_separation
 from lorafit.trainer.state import TrainState
+from tests.support.tiny_run import PAD, VOCABULARY, Job, Rows, TinyPlan
 
 CAUSAL_LM = tasks.make("causal-lm")
 build_objective = CAUSAL_LM.build_objective

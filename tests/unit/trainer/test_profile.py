@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import Job, TinyPlan
 
 from lorafit.ops import matmul_peak
 from lorafit.trainer import speed
 from lorafit.trainer.profile import PHASES, StepProfile
 from lorafit.trainer.state import FitResult, TrainState
+from tests.support.tiny_run import Job, TinyPlan
 
 
 def profiled(root: Path, steps: int) -> tuple[Job, StepProfile]:

@@ -8,19 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import Job
 
 from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError
 from lorafit.trainer.checkpoint import Environment, check_continuity
 from lorafit.trainer.state import TrainState
 from tests.support.processes import ENVIRONMENT, start
+from tests.support.tiny_run import Job
 
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from tiny_run import Job
+from tests.support.tiny_run import Job
 from lorafit.errors import StoppedBySignal
 from lorafit.trainer.state import TrainState
 
@@ -50,7 +50,7 @@ except StoppedBySignal as reason:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     program = root / "program.py"
-    program.write_text(PROGRAM.format(here=str(Path(__file__).parent), root=str(root)), encoding="utf-8")
+    program.write_text(PROGRAM.format(here=str(Path(__file__).parents[3]), root=str(root)), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

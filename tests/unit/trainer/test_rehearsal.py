@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_run import PAD, Job, Rows
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
@@ -29,6 +28,7 @@ from lorafit.trainer.resolve import cached_plan_file, resolve_plan
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import Abreast
 from lorafit.trainer.worst_case_batches import fill_rows, heaviest_shapes
+from tests.support.tiny_run import PAD, Job, Rows
 
 CAUSAL_LM = tasks.make("causal-lm")
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_packing_parity import build, gradients, same
-from tiny_run import PAD, Rows
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import modeling_flash_attention_utils as flash
 
@@ -15,6 +13,8 @@ from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
 from lorafit.kinds.tasks import tasks
 from lorafit.trainer.packing_isolation import prove_separation
+from tests.support.tiny_run import PAD, Rows
+from tests.unit.trainer.test_packing_parity import build, gradients, same
 
 CAUSAL_LM = tasks.make("causal-lm")
 

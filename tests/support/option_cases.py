@@ -1,0 +1,344 @@
+"""Two values of every leaf of the recipe, and what shows that they differ. A new option needs a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from lorafit import pipeline
+from lorafit.files.rundir import RunDir, read_json
+from tests.support.option_kinds import kind_cases
+from tests.support.option_leaves import Case, Probe
+from tests.support.option_world import (
+    Changes,
+    OptionWorld,
+    adapter_tensors,
+    evaluation_lines,
+    files_of,
+    named_commits,
+    scores_of,
+    step_lines,
+)
+
+VALIDATED = {"data.validation": "../rows/validation.jsonl", "evaluation.every_steps": 1}
+STOPPING = {**VALIDATED, "training.max_steps": 5}
+SGD = {"training.optimizer": "sgd", "adapter.alpha": 512.0}  # Adam would hide the gradients' length
+TRACKERS = "tensorboard", "wandb", "mlflow", "trackio"
+
+
+def all_cases(world: OptionWorld) -> dict[str, Case]:
+    """A case for each leaf, by the leaf's name."""
+    return {
+        **kind_cases(world),
+        **model_cases(world),
+        **data_cases(world),
+        **training_cases(world),
+        **evaluation_cases(world),
+        **folder_cases(world),
+    }
+
+
+def of_run(world: OptionWorld, key: str, look: Callable[[RunDir], Any], more: Changes | None = None) -> Probe:
+    """A probe: trains with the value in its place, and looks at what is left."""
+    return lambda value: look(world.train({**(more or {}), key: value}))
+
+
+def of_rows(world: OptionWorld, key: str, more: Changes | None = None, split: str = "train") -> Probe:
+    """A probe: the ids and labels of a split with the value in its place."""
+    return lambda value: world.rows({**(more or {}), key: value}, split)
+
+
+def of_report(world: OptionWorld, key: str, more: Changes | None = None) -> Probe:
+    """A probe: what an evaluation of one and the same run finds with the value in its place."""
+    return lambda value: scores_of(world.evaluate({**(more or {}), key: value}))
+
+
+def of_kind(kind: str) -> Changes:
+    """An adapter's kind as an override; the default is not written, so that its runs are everybody's."""
+    return {} if kind == "lora" else {"adapter.kind": kind}
+
+
+def model_cases(world: OptionWorld) -> dict[str, Case]:
+    """The base, how it is loaded, and what is trained beside it."""
+
+    def quantized(option: str, kind: str) -> Probe:
+        return lambda value: first_loss(world.train({"model.quantization": {"kind": kind, option: value}}))
+
+    def adapted(kind: str, option: str, look: Callable[[RunDir], Any]) -> Probe:
+        return of_run(world, f"adapter.{option}", look, of_kind(kind))
+
+    cases = {
+        "model.base": Case(("../base", "../other"), of_run(world, "model.base", first_loss)),
+        "model.revision": Case((None, "v2"), partial(loss_of_revision, world)),
+        "model.dtype": Case(("fp32", "bf16", "fp16"), of_run(world, "model.dtype", first_loss)),
+        "model.attention": Case(
+            ("eager", "sdpa", "fused"), partial(saved_bytes, world, "model.attention"), refused=("flash_attention_2",)
+        ),
+        "model.quantization": Case(("none", "nf4", "fp4", "int8"), of_run(world, "model.quantization", first_loss)),
+        "adapter": Case(("lora", "dora"), of_run(world, "adapter.kind", adapter_shapes)),
+    }
+    for kind in ("lora", "dora"):
+        cases |= {
+            f"adapter({kind}).r": Case((4, 2), adapted(kind, "r", adapter_shapes)),
+            f"adapter({kind}).alpha": Case((8.0, 64.0), adapted(kind, "alpha", last_loss)),
+            f"adapter({kind}).dropout": Case((0.0, 0.5), adapted(kind, "dropout", adapter_tensors)),
+            f"adapter({kind}).target_modules": Case(
+                ("all-linear", ["q_proj"], ["q_proj", "v_proj"]), adapted(kind, "target_modules", adapter_shapes)
+            ),
+            f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_from, world, kind)),
+        }
+    for kind in ("nf4", "fp4"):
+        cases[f"model.quantization({kind}).double_quant"] = Case((True, False), quantized("double_quant", kind))
+        cases[f"model.quantization({kind}).compute_dtype"] = Case(
+            ("fp32", "bf16", "fp16"), quantized("compute_dtype", kind)
+        )
+        cases[f"model.quantization({kind}).keep_unpacked"] = Case((True, False), partial(times_unpacked, world, kind))
+    return cases
+
+
+def data_cases(world: OptionWorld) -> dict[str, Case]:
+    """Which rows there are, and how they become tokens and labels."""
+    texts, bad = {"data.train": "../rows/texts.jsonl"}, {"data.train": "../rows/bad.jsonl"}
+    chats, named = {"data.train": "../rows/chats.jsonl"}, {"data.train": "../rows/named.jsonl"}
+    tools = {"data.train": "../rows/tools.jsonl", "data.max_length": 2048, "data.dropped_fields": "warn"}
+    one, two = "../rows/more.jsonl", ["../rows/more.jsonl", "../rows/validation.jsonl"]
+    return {
+        "seed": Case((0, 1), of_run(world, "seed", adapter_tensors)),
+        "data.train": Case((one, two), of_rows(world, "data.train")),
+        "data.validation": Case(
+            (None, one, two, {"fraction": 0.5}), of_rows(world, "data.validation", split="validation")
+        ),
+        "data.validation.fraction": Case(
+            (0.1, 0.5), lambda value: world.rows({"data.validation": {"fraction": value}}, "validation")
+        ),
+        "data.test": Case((one, two), lambda value: scores_of(world.evaluate({}, {"data.test": value}))),
+        "data.chat_template": Case((None, "alpaca", "hermes", "plain"), of_rows(world, "data.chat_template", tools)),
+        "data.system_prompt": Case((None, "Be kind."), of_rows(world, "data.system_prompt")),
+        "data.dropped_fields": Case(("warn",), of_rows(world, "data.dropped_fields", named), refused=("error",)),
+        "data.train_on": Case(("assistant", "last_turn", "completion", "all"), of_rows(world, "data.train_on", chats)),
+        "data.max_length": Case((16, 32), of_rows(world, "data.max_length", {**texts, "data.overlength": "truncate"})),
+        "data.overlength": Case(
+            ("drop", "truncate", "split"),
+            of_rows(world, "data.overlength", {**texts, "data.max_length": 32}),
+            refused=("error",),
+        ),
+        "data.packing": Case((False, True), partial(forward_tokens, world)),
+        "data.bad_rows.policy": Case(
+            ("skip",),
+            lambda value: world.rows({**bad, "data.bad_rows": {"policy": value, "max_fraction": 0.5}}),
+            refused=("error",),
+        ),
+        "data.bad_rows.max_fraction": Case(
+            (0.5,),
+            lambda value: world.rows({**bad, "data.bad_rows": {"policy": "skip", "max_fraction": value}}),
+            refused=(0.05,),
+        ),
+    }
+
+
+def training_cases(world: OptionWorld) -> dict[str, Case]:
+    """The optimisation."""
+    schedules = "constant", "cosine", "linear", "inverse_sqrt", {"kind": "polynomial", "power": 3.0}
+    return {
+        "training.epochs": Case(
+            (1.0, 2.0), of_run(world, "training.epochs", steps_taken, {"training.max_steps": None})
+        ),
+        "training.max_steps": Case((2, 3), of_run(world, "training.max_steps", steps_taken)),
+        "training.batch_size": Case((4, 2), of_run(world, "training.batch_size", trained_tokens)),
+        "training.micro_batch_tokens": Case((128, 64), partial(forward_passes, world)),
+        "training.learning_rate": Case((1e-2, 1e-3), of_run(world, "training.learning_rate", adapter_tensors)),
+        "training.schedule": Case(
+            schedules, of_run(world, "training.schedule", adapter_tensors, {"training.max_steps": 3})
+        ),
+        "training.max_grad_norm": Case((1.0, None, 0.01), of_run(world, "training.max_grad_norm", last_loss, SGD)),
+        "training.gradient_checkpointing": Case(
+            (False, True), partial(saved_bytes, world, "training.gradient_checkpointing")
+        ),
+    }
+
+
+def evaluation_cases(world: OptionWorld) -> dict[str, Case]:
+    """What is measured, and what follows from it."""
+
+    def stopped(option: str, more: Mapping[str, Any]) -> Probe:
+        def probe(value: Any) -> Any:
+            return steps_taken(world.train({**STOPPING, "evaluation.early_stopping": {**more, option: value}}))
+
+        return probe
+
+    answered = {"evaluation.final": ["must_contain"]}
+    return {
+        "evaluation.every_steps": Case((1, 2), of_run(world, "evaluation.every_steps", evaluation_lines, VALIDATED)),
+        "evaluation.during": Case(
+            (["loss"], ["loss", "token_accuracy"]), of_run(world, "evaluation.during", evaluation_lines, VALIDATED)
+        ),
+        "evaluation.final": Case((["perplexity"], ["must_contain"], ["bleu"]), of_report(world, "evaluation.final")),
+        "evaluation.max_new_tokens": Case((1, 6), of_report(world, "evaluation.max_new_tokens", answered)),
+        "evaluation.early_stopping": Case(
+            (None, {"patience": 1, "min_delta": 100.0}),
+            of_run(world, "evaluation.early_stopping", steps_taken, STOPPING),
+        ),
+        "evaluation.early_stopping.metric": Case(("loss", "token_accuracy"), partial(best_by, world)),
+        "evaluation.early_stopping.patience": Case((1, 2), stopped("patience", {"min_delta": 100.0})),
+        "evaluation.early_stopping.min_delta": Case((0.0, 100.0), stopped("min_delta", {"patience": 1})),
+        "evaluation.retention": Case(
+            (None, "../rows/more.jsonl", "../rows/validation.jsonl"),
+            lambda value: scores_of(world.evaluate({}, {"evaluation.retention": value})),
+        ),
+    }
+
+
+def folder_cases(world: OptionWorld) -> dict[str, Case]:
+    """What is written, and where."""
+    every = {"checkpoints.every_steps": 1, "training.max_steps": 4}
+    is_missing = [name for name in TRACKERS if find_spec(name) is None]
+    return {
+        "checkpoints.every_steps": Case(
+            (1, 2, 4),
+            of_run(world, "checkpoints.every_steps", files_of, {"training.max_steps": 4, "checkpoints.keep_last": 9}),
+        ),
+        "checkpoints.keep_last": Case((1, 2, 9), of_run(world, "checkpoints.keep_last", files_of, every)),
+        "tracking": Case(
+            ([], ["tensorboard"]), of_run(world, "tracking", files_of), refused=tuple([name] for name in is_missing)
+        ),
+        "name": Case(("one", "two"), lambda value: places_of_runs(world, {"name": value, "output": ""})),
+        "output": Case(("run", "deep/er"), lambda value: places_of_runs(world, {"output": value})),
+    }
+
+
+def first_loss(run: RunDir) -> float:
+    """The loss before anything was learnt: what base, precision and a given adapter decide."""
+    return float(step_lines(run)[0]["loss"])
+
+
+def last_loss(run: RunDir) -> float:
+    """The loss of the last step."""
+    return float(step_lines(run)[-1]["loss"])
+
+
+def trained_tokens(run: RunDir) -> list[int]:
+    """Tokens with a label, step by step."""
+    return [line["trained_tokens"] for line in step_lines(run)]
+
+
+def adapter_shapes(run: RunDir) -> dict[str, str]:
+    """The adapter's tensors, contents apart."""
+    return {name: found.split(") ")[0] for name, found in adapter_tensors(run).items()}
+
+
+def steps_taken(run: RunDir) -> int:
+    """How many there were."""
+    return len(step_lines(run))
+
+
+def best_by(world: OptionWorld, metric: str) -> float:
+    """The value of the best evaluation by one metric."""
+    during = {"evaluation.during": ["loss", "token_accuracy"]}
+    run = world.train({**STOPPING, **during, "evaluation.early_stopping": {"metric": metric, "patience": 9}})
+    return float(read_json(run.best)["value"])
+
+
+def loss_of_revision(world: OptionWorld, revision: str | None) -> float:
+    """A hub, which tests cannot reach, that has another model under another revision."""
+
+    def snapshot_download(name: str, *, repo_type: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (name, repo_type) == ("owner/model", "model") and "model*.safetensors" in allow_patterns
+        return str(world.root / ("base" if revision is None else "other"))
+
+    with patch("huggingface_hub.snapshot_download", snapshot_download), named_commits():
+        return first_loss(world.train({"model.base": "owner/model", "model.revision": revision}))
+
+
+def first_loss_from(world: OptionWorld, kind: str, adapter: str | None) -> float:
+    """The loss before the first step, from scratch or from a trained adapter."""
+    if adapter is not None and not Path(adapter).exists():
+        Path(adapter).symlink_to(world.train(of_kind(kind)).adapter)
+    return first_loss(world.train({**of_kind(kind), "adapter.init_from": adapter}))
+
+
+def saved_bytes(world: OptionWorld, key: str, value: Any) -> int:
+    """Bytes that forward passes keep for their backward, over a whole run."""
+    import torch
+
+    kept = 0
+
+    def pack(tensor: Any) -> Any:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pipeline.train(world.recipe({key: value}))
+    return kept
+
+
+def forward_passes(world: OptionWorld, tokens: int) -> int:
+    """How often a run calls its model."""
+    import torch
+    from transformers import LlamaModel
+
+    calls = 0
+
+    def count(module: Any, *rest: Any) -> None:
+        nonlocal calls
+        calls += isinstance(module, LlamaModel)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        pipeline.train(world.recipe({"training.micro_batch_tokens": tokens}))
+    finally:
+        hook.remove()
+    return calls
+
+
+def times_unpacked(world: OptionWorld, kind: str, keep_unpacked: bool) -> int:
+    """How often a run dequantises a weight."""
+    from bitsandbytes import functional
+
+    real, calls = functional.dequantize_4bit, 0
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **options)
+
+    section = {"kind": kind, "keep_unpacked": keep_unpacked}
+    with patch.object(functional, "dequantize_4bit", count):
+        pipeline.train(world.recipe({"model.quantization": section}))
+    return calls
+
+
+def forward_tokens(world: OptionWorld, packing: bool) -> int:
+    """Tokens that a run gives to its model, padding among them."""
+    import torch
+    from transformers import LlamaModel
+
+    tokens = 0
+
+    def count(module: Any, _: Any, inputs: Mapping[str, Any]) -> None:
+        nonlocal tokens
+        tokens += inputs["input_ids"].numel()
+
+    hooks = []
+
+    def watch(module: Any, *rest: Any) -> None:
+        if isinstance(module, LlamaModel) and not hooks:
+            hooks.append(module.register_forward_pre_hook(count, with_kwargs=True))
+
+    first = torch.nn.modules.module.register_module_forward_pre_hook(watch)
+    try:
+        pipeline.train(world.recipe({"data.packing": packing, "training.micro_batch_tokens": 64}))
+    finally:
+        first.remove()
+    return tokens
+
+
+def places_of_runs(world: OptionWorld, changes: Changes) -> list[str]:
+    """Where the run is, as seen from the recipe."""
+    recipe = world.recipe(changes)
+    pipeline.train(recipe)
+    return [path.relative_to(recipe.parent).as_posix() for path in recipe.parent.rglob("metrics.jsonl")]

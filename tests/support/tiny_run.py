@@ -1,0 +1,187 @@
+"""A tiny random Llama with LoRA, rows of many lengths, and a Trainer around them. No network, no files but tmp_path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from lorafit.contracts import Example, Silent
+from lorafit.data.batch import StepRows
+from lorafit.data.packing import Cutter
+from lorafit.files.rundir import RunDir
+from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.schedules import learning_rate_at, schedules
+from lorafit.kinds.tasks import tasks
+from lorafit.ops.rng import seed_rng
+from lorafit.trainer.checkpoint import CheckpointStore
+from lorafit.trainer.loop import Trainer
+from tests.support.tiny_model import tiny_llama
+
+CAUSAL_LM = tasks.make("causal-lm")
+
+VOCABULARY = 97
+PAD = 0
+
+
+class Rows:
+    """Random rows of 5 to 40 tokens whose second half carries loss."""
+
+    def __init__(self, count: int, seed: int = 1) -> None:
+        random = np.random.default_rng(seed)
+        self.ids = [random.integers(1, VOCABULARY, int(random.integers(5, 41))).tolist() for _ in range(count)]
+        self.trained = [[int(i >= len(ids) // 2) for i in range(len(ids))] for ids in self.ids]
+        self.lengths = [len(ids) for ids in self.ids]
+        self.weights = [sum(t[1:]) for t in self.trained]
+        self.source_of = [0] * count
+        self.repeats = [1.0]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(index, {"tokens": self.ids[index], "trained": self.trained[index]}, "rows.jsonl", index + 1)
+
+
+@dataclass
+class TinyPlan:
+    """What the loop reads of a Plan."""
+
+    total_steps: int = 8
+    evaluate_every_steps: int | None = None
+    save_every_steps: int = 4
+    select_metric: str | None = None
+
+
+@dataclass
+class TinyResolved:
+    """What the loop reads of a ResolvedPlan."""
+
+    micro_batch_tokens: int = 64
+    micro_batches_at_once: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"micro_batch_tokens": self.micro_batch_tokens}
+
+
+def tiny_model(*, dropout: float = 0.0, seed: int = 0, quantized: bool = False) -> torch.nn.Module:
+    """An untrained Llama of 2 layers with LoRA on every linear; B is random too, so that all gradients flow."""
+    seed_rng(seed)
+    base = tiny_llama(seed=seed, vocab_size=VOCABULARY, max_position_embeddings=128, attn_implementation="eager")
+    if quantized:
+        base = quantize(base.to(torch.bfloat16))
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def quantize(base: torch.nn.Module) -> torch.nn.Module:
+    """Every linear but the head in NF4 with double quantisation: the real bitsandbytes layers."""
+    import bitsandbytes as bnb
+
+    for name, module in list(base.named_modules()):
+        if type(module) is torch.nn.Linear and name != "lm_head":
+            new = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            new.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+            )
+            new.support_avx512bf16_for_cpu = False
+            base.set_submodule(name, new.to("cpu"))
+    base.is_loaded_in_4bit = True
+    return base
+
+
+def save_adapter(model: torch.nn.Module) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        save_file(get_peft_model_state_dict(model), folder / "adapter_model.safetensors")
+
+    return save
+
+
+def load_adapter(model: torch.nn.Module) -> Callable[[Path], None]:
+    def load(folder: Path) -> None:
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+    return load
+
+
+@dataclass
+class Job:
+    """One run: everything that a Trainer needs, with defaults; `trainer()` builds it."""
+
+    root: Path
+    dropout: float = 0.0
+    seed: int = 0
+    rows: Rows = field(default_factory=lambda: Rows(44))
+    batch_size: int = 16
+    plan: TinyPlan = field(default_factory=TinyPlan)
+    budget: int = 64
+    packing: bool = False
+    at_once: int = 1
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"kind": "adamw"})
+    learning_rate: float = 1e-2
+    keep_last: int = 2
+    autocast_dtype: torch.dtype | None = None
+    quantized: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    accelerator: Any = None
+
+    def trainer(self) -> Trainer:
+        self.reporter = Silent()
+        self.model = tiny_model(dropout=self.dropout, seed=self.seed, quantized=self.quantized)
+        self.objective = CAUSAL_LM.build_objective(self.model, autocast_dtype=self.autocast_dtype)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        kind = optimizers.make(self.optimizer["kind"], **self.optimizer)
+        optimizer = kind.build(parameters, self.learning_rate, torch.device("cpu"))
+        run = RunDir(self.root)
+        run.root.mkdir(parents=True, exist_ok=True)
+        self.store = CheckpointStore(run, keep_last=self.keep_last, reporter=self.reporter)
+        schedule = schedules.make_section("cosine", warmup_steps=2)
+        total = self.plan.total_steps
+        seed_rng(self.seed + 1)
+        return Trainer(
+            self.objective,
+            optimizer,
+            lambda step: learning_rate_at(schedule, self.learning_rate, step, total),
+            StepRows(self.rows, self.seed, self.batch_size),
+            self.rows,
+            self.plan,  # type: ignore[arg-type]
+            TinyResolved(self.budget, self.at_once),  # type: ignore[arg-type]
+            self.store,
+            self.accelerator or Accelerator(cpu=True),
+            self.reporter,
+            cutter=Cutter(self.rows, CAUSAL_LM, PAD, self.packing),
+            save_adapter=save_adapter(self.model),
+            **self.options,
+        )
+
+    def resume(self, step: int | None = None) -> tuple[Trainer, Any]:
+        """A fresh trainer at the newest whole checkpoint (or `step`'s)."""
+        trainer = self.trainer()
+        checkpoint = self.store.open(step)
+        assert checkpoint is not None
+        return trainer, trainer.restore(checkpoint, load_adapter(self.model))
+
+    def lines(self) -> list[dict[str, Any]]:
+        text = (self.root / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def files(self, step: int) -> dict[str, bytes]:
+        """The checkpoint's tensors."""
+        folder = self.root / "checkpoints" / f"step-{step:06d}"
+        return {f.name: f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}

@@ -1,0 +1,75 @@
+"""What `fused` attention holds: the closed form against the dry run, and the dry run against a real step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafit.model.attention import register_fused_attention
+from lorafit.model_shapes import known_config
+from tests.unit.estimation.test_dry_run import ask, exact, measure
+from tests.unit.memory.test_estimate import MODELS, one_thread  # noqa: F401
+
+FUSED = {"model__attention": "fused"}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama fp32": {"model__dtype": "fp32"},
+    "llama without dropout": {"adapter__dropout": 0.0},
+    "llama with frozen outputs": {"adapter__target_modules": "[q_proj, v_proj]"},
+    "qwen3": {},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_dry_run_holds_what_a_real_step_holds(case: str, checkpointing: bool, tmp_path: Path) -> None:
+    config = MODELS[case.split()[0]]
+    register_fused_attention()
+    question = ask(config, tmp_path, **CASES[case], **FUSED)
+    real, dry = measure(question, config, checkpointing), exact(question, config, checkpointing)
+    assert dry.tensor_bytes == pytest.approx(real.tensor_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tokens", [225, 1024])
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", pytest.param("Qwen/Qwen2.5-7B", marks=pytest.mark.slow)])
+def test_closed_form_meets_the_dry_run(model: str, tokens: int, checkpointing: bool, tmp_path: Path) -> None:
+    config = {**(known_config(model) or {}), "num_hidden_layers": 4}
+    for dropout in (0.0, 0.05):
+        question = ask(config, tmp_path, tokens=tokens, model__quantization="nf4", adapter__dropout=dropout, **FUSED)
+        closed, dry = question.at(2 * tokens, checkpointing), exact(question, config, checkpointing)
+        assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_where_attention_is_the_worst_moment(rows: int, tmp_path: Path) -> None:
+    """Many heads, long rows, a narrow MLP and few words."""
+    config = {
+        **MODELS["llama"],
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+        "max_position_embeddings": 2048,
+    }
+    question = ask(config, tmp_path, tokens=1500, adapter__dropout=0.0, **FUSED)
+    for checkpointing in (False, True):
+        closed, dry = question.at(rows * 1500, checkpointing), exact(question, config, checkpointing, rows)
+        assert closed.peak_phase.name == dry.peak.phase == "backward"
+        assert closed.peak_phase.where.endswith("attention")
+        assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.02)
+
+
+def test_it_keeps_less_than_the_others_and_nothing_else_where_sdpa_runs(tmp_path: Path) -> None:
+    config = MODELS["llama"]
+
+    def kept(attention: str, **changes: Any) -> int:
+        question = ask(config, tmp_path, model__attention=attention, **changes)
+        return question.at(1024, False).components["kept_activations"]
+
+    assert kept("fused") < kept("sdpa") < kept("eager")
+    assert kept("fused", device_kind="cuda") == kept("sdpa", device_kind="cuda")
+    assert kept("fused", data__packing="true") == kept("sdpa", data__packing="true")

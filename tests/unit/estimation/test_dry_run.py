@@ -1,0 +1,271 @@
+"""The exact engine: the step on fake tensors against the same step on real ones, and against the closed form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorafit.contracts import Batch
+from lorafit.errors import ModelError
+from lorafit.estimation import dry_run as dryrun
+from lorafit.estimation.dry_run import DryRun, ExactEstimate
+from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.tasks import tasks
+from lorafit.model.attach import attach_adapter
+from lorafit.model.class_shape import find_shape
+from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.load import enable_checkpointing
+from lorafit.model_shapes import known_config
+from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
+from lorafit.plan import MemoryQuestion
+from lorafit.plan.step_memory import estimated_attention
+from lorafit.plan.unpacked import decide_unpacked
+from lorafit.recipe.load import load_recipe
+from lorafit.trainer.step import accumulate_gradients, gradient_norm, update_parameters
+from lorafit.trainer.tracking import build_accelerator
+from tests.unit.memory.test_estimate import ATTENTION, GPT2, MODELS, SIZES, build, one_thread  # noqa: F401
+
+build_objective = tasks.make("causal-lm").build_objective
+
+ROWS, TOKENS = 2, 128
+
+
+def ask(
+    config: dict[str, Any], folder: Path, *, device_kind: str = "cpu", tokens: int = TOKENS, **changes: Any
+) -> MemoryQuestion:
+    """A recipe's question; `changes` are overrides such as `adapter__r=64`."""
+    file = folder / "recipe.yaml"
+    file.write_text("name: x\nmodel: {base: x}\ndata: {train: [{path: x.jsonl}]}\noutput: x\n", encoding="utf-8")
+    overrides = {"training__optimizer": "adamw", "model__quantization": "none", "adapter__dropout": 0.05, **changes}
+    recipe = load_recipe(file, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]).recipe
+    shape = find_shape(config)
+    dtype = "bf16" if recipe.model.dtype == "auto" else recipe.model.dtype
+    attention = estimated_attention(recipe, shape)
+    question = MemoryQuestion(recipe, shape, tokens, tokens - 1, dtype, attention, device_kind)
+    return decide_unpacked(question, None, 0.05)
+
+
+def exact(question: MemoryQuestion, config: dict[str, Any], checkpointing: bool, rows: int = ROWS) -> ExactEstimate:
+    return DryRun(question, config, rows * question.longest_tokens, checkpointing).run()
+
+
+def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: bool) -> LivePeak:
+    """The same step on real tensors: gradients and optimizer state are there from a step before."""
+    recipe, fp32 = question.recipe, question.dtype == "fp32"
+    torch.manual_seed(0)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    base = build(config, recipe.model.quantization.kind, dtype, question.attention)
+    base.is_loaded_in_4bit = recipe.model.quantization.kind == "nf4"
+    model = attach_adapter(base, recipe.adapter, 0)
+    fuse_layers(model)
+    if question.keeps_unpacked:
+        keep_unpacked(model)
+    enable_checkpointing(model, checkpointing)
+    objective = build_objective(model, autocast_dtype=None if fp32 else dtype, exact=not question.shape.plain_head)
+    objective.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizers.bind(recipe.training.optimizer).build(trained, 1e-3, torch.device("cpu"))
+    ids = torch.randint(3, question.shape.vocabulary, (ROWS, question.longest_tokens))
+    columns = range(question.longest_tokens - 1)
+    index = torch.tensor([row * question.longest_tokens + column for row in range(ROWS) for column in columns])
+    halves = torch.arange(question.longest_tokens // 2).repeat(ROWS, 2) if question.packs_rows else None
+    tensors = {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}
+    tensors |= {"position_ids": halves} if halves is not None else {}
+    batch = Batch(tensors, len(index), tuple(range(ROWS)), ids.numel())
+    accelerator = build_accelerator(use_cpu=True)
+
+    def step() -> None:
+        accumulate_gradients(objective, [batch], accelerator, None, lambda: None)
+        norm = gradient_norm(trained)
+        update_parameters(optimizer, trained, None, norm=norm, max_norm=1.0, learning_rate=1e-3)
+
+    step()
+    live = LiveTensors()
+    with watching(live, objective, optimizer):
+        step()
+    return live.peak()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama nf4": {"model__quantization": "nf4"},
+    "llama nf4 kept unpacked": {"model__quantization": "{kind: nf4, keep_unpacked: true}"},
+    "llama fp32": {"model__dtype": "fp32"},
+    "llama r 64": {"adapter__r": 64},
+    "llama without dropout": {"adapter__dropout": 0.0},
+    "llama adamw_8bit": {"training__optimizer": "adamw_8bit"},
+    "llama dora": {"adapter__kind": "dora"},
+    "llama nf4 dora": {"adapter__kind": "dora", "model__quantization": "nf4"},
+    "llama packed": {"data__packing": "true"},
+    "qwen3": {},
+    "gemma2": {},
+    "gpt2": {},
+    "opt": {},
+    "mixtral": {"adapter__target_modules": f"[{','.join(ATTENTION)}]"},
+    "mixtral fp32": {"model__dtype": "fp32"},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_dry_run_holds_what_a_real_step_holds(case: str, checkpointing: bool, tmp_path: Path) -> None:
+    config = MODELS[max((name for name in MODELS if case.startswith(name)), key=len)]
+    if "nf4" in case:  # on a CPU a width that is no multiple of 64 stays unquantised
+        config = {**config, "intermediate_size": 384}
+    question = ask(config, tmp_path, **CASES[case])
+    real, dry = measure(question, config, checkpointing), exact(question, config, checkpointing)
+    print(case, real.tensor_bytes, dry.tensor_bytes)
+    assert dry.tensor_bytes == pytest.approx(real.tensor_bytes, rel=0.03)
+    assert sum(dry.components.values()) == dry.tensor_bytes == max(dry.peak.phases.values())
+    for name in ("base_weights", "unpacked_weights", "adapter", "gradients"):
+        assert dry.components[name] == pytest.approx(real.components.get(name, 0), rel=0.02)
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    "model", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B", "google/gemma-2-9b", "openai-community/gpt2"]
+)
+def test_closed_form_meets_the_dry_run(model: str, quantization: str, device_kind: str, tmp_path: Path) -> None:
+    """Models cut to two layers, so that what stands beside them weighs most; benchmarks/memory_engines.py has all."""
+    config = {
+        **(known_config(model) or {}),
+        "num_hidden_layers": 2,
+        "n_layer": 2,
+        "n_positions": 1024,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    question = ask(config, tmp_path, device_kind=device_kind, tokens=1024, model__quantization=quantization)
+    for checkpointing in (False, True):
+        closed = question.at(2 * 1024, checkpointing).tensor_bytes
+        within = 0.05 if "lama" in model or "Qwen" in model else 0.10
+        assert closed == pytest.approx(exact(question, config, checkpointing).tensor_bytes, rel=within)
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["allenai/Olmo-3-1025-7B", "google/gemma-3-4b-pt", "unsloth/gpt-oss-20b-BF16",
+     *(pytest.param(model, marks=pytest.mark.slow) for model in (
+         "swiss-ai/Apertus-8B-2509", "google/gemma-4-31B", "google/gemma-4-26B-A4B",
+         "mistralai/Ministral-3-8B-Base-2512", "zai-org/GLM-4.5-Air"))],
+)  # fmt: skip
+def test_closed_form_of_models_read_from_their_classes(model: str, tmp_path: Path) -> None:
+    """Cut to six layers: Gemma's last of them looks at the whole row."""
+    config = known_config(model) or {}
+    text = config.get("text_config", config)
+    text |= {"num_hidden_layers": 6} | ({"layer_types": text["layer_types"][:6]} if "layer_types" in text else {})
+    question = ask(config, tmp_path, device_kind="cuda", tokens=1024, model__quantization="nf4")
+    for checkpointing in (False, True):
+        closed = question.at(2 * 1024, checkpointing).tensor_bytes
+        assert closed == pytest.approx(exact(question, config, checkpointing).tensor_bytes, rel=0.05)
+
+
+def test_a_tower_that_knows_no_sdpa_keeps_its_own_attention(tmp_path: Path) -> None:
+    """Gemma 4's for sounds."""
+    config = known_config("google/gemma-4-E2B") or {}
+    text = config["text_config"]
+    sizes = {"num_hidden_layers": 10, "num_kv_shared_layers": 5, "layer_types": text["layer_types"][:10]}
+    question = ask({**config, "text_config": {**text, **sizes}}, tmp_path, device_kind="cuda")
+    assert question.attention == "sdpa"
+    assert exact(question, {**config, "text_config": {**text, **sizes}}, True).tensor_bytes > 2**30
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B"])
+def test_kept_copies_are_counted_by_both_engines(model: str, device_kind: str, tmp_path: Path) -> None:
+    config = {**(known_config(model) or {}), "num_hidden_layers": 4}  # the first keeps less than the closed form says
+    kept = "{kind: nf4, keep_unpacked: true}"
+    question = ask(config, tmp_path, device_kind=device_kind, tokens=1024, model__quantization=kept)
+    weights = sum(x.in_features * x.out_features * x.count for x in question.shape.linears)
+    for checkpointing in (False, True):
+        closed, dry = question.at(2 * 1024, checkpointing), exact(question, config, checkpointing)
+        assert closed.components["unpacked_weights"] == dry.components["unpacked_weights"] == 2 * weights
+        assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.01)
+
+
+def test_a_change_to_the_step_changes_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs the loop's own functions: a tensor that the gradients' code kept would be seen."""
+    config = MODELS["llama"]
+    question = ask(config, tmp_path)
+    before = exact(question, config, False).tensor_bytes
+    real, kept, size = dryrun.accumulate_gradients, [], 2**22
+
+    def wasteful(*arguments: Any, **options: Any) -> Any:
+        kept.append(torch.empty(size, dtype=torch.uint8))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(dryrun, "accumulate_gradients", wasteful)
+    assert exact(question, config, False).tensor_bytes == before + size
+
+
+def test_int8_holds_its_inputs_and_a_first_micro_batch_has_no_gradients_yet(tmp_path: Path) -> None:
+    config = MODELS["llama"]
+    four, eight = (ask(config, tmp_path, model__quantization=kind) for kind in ("nf4", "int8"))
+    held = exact(eight, config, True).components["kept_activations"]
+    assert held > 1.5 * exact(four, config, True).components["kept_activations"]
+    alone = DryRun(four, config, ROWS * TOKENS, False, accumulates=False).run()
+    assert alone.tensor_bytes < exact(four, config, False).tensor_bytes
+
+
+def test_where_the_peak_is(tmp_path: Path) -> None:
+    config = {**MODELS["llama"], "vocab_size": 50_000}
+    question = ask(config, tmp_path)
+    dry = exact(question, config, True)
+    assert dry.peak.phase == "loss"
+    assert dry.components["loss"] > 50_000 * 4 * 200
+    small = exact(ask({**config, "vocab_size": 64}, tmp_path), {**config, "vocab_size": 64}, True)
+    assert small.peak.phase == "backward"
+    assert "layers." in small.peak.where
+    plain = json.loads(json.dumps(small.to_json()))
+    assert plain["peak_phase"] == "backward"
+    assert plain["needed_bytes"] > plain["tensor_bytes"]
+
+
+def test_on_cuda_dropout_keeps_a_byte_and_nothing_stays_patched(tmp_path: Path) -> None:
+    before = (torch.nn.functional.dropout, torch.nn.functional.layer_norm, torch.pow)
+    config = MODELS["llama"]
+    cpu, cuda = (exact(ask(config, tmp_path, device_kind=kind), config, False) for kind in ("cpu", "cuda"))
+    assert cuda.components["kept_activations"] < 0.95 * cpu.components["kept_activations"]
+    assert before == (torch.nn.functional.dropout, torch.nn.functional.layer_norm, torch.pow)
+
+
+def test_a_config_that_transformers_cannot_build(tmp_path: Path) -> None:
+    question = ask(MODELS["llama"], tmp_path)
+    with pytest.raises(ModelError, match=r"config\.json.*knows no model_type 'no-such-model'"):
+        exact(question, {**SIZES, "model_type": "no-such-model"}, False)
+    with pytest.raises(ModelError, match=r"config\.json.*transformers cannot build this model \(llama\)"):
+        exact(question, {**MODELS["llama"], "hidden_size": 129}, False)
+
+
+def test_a_70b_model_takes_little_memory_here(tmp_path: Path) -> None:
+    """Whole process; seconds are the benchmark's."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from pathlib import Path
+from tests.unit.estimation.test_dry_run import ask, exact
+from lorafit.model_shapes import known_config
+config = {{**known_config("meta-llama/Llama-3.1-70B"), "num_hidden_layers": 8}}
+question = ask(config, Path({str(tmp_path)!r}), device_kind="cuda", tokens=2048, model__quantization="nf4")
+print(exact(question, config, True, rows=1).tensor_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tensor_bytes, resident_kib = map(int, done.stdout.split()[-2:])
+    assert tensor_bytes > 5 * 2**30
+    assert resident_kib < 2 * 2**20
+
+
+def test_a_step_that_needs_values_is_an_error_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs_values(*_: Any) -> None:
+        torch.nonzero(torch.ones(3))
+
+    monkeypatch.setattr(dryrun, "accumulate_gradients", needs_values)
+    with pytest.raises(ModelError, match=r"--exact: llama does not run on tensors without values.*leave --exact out"):
+        exact(ask(MODELS["llama"], tmp_path), MODELS["llama"], False)

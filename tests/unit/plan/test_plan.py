@@ -1,0 +1,306 @@
+"""Derived numbers of a run, bounds of what is left to the rehearsal, and the verdict before any weight is loaded."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafit.errors import CheckpointError, DataError, DoesNotFitError, RecipeError
+from lorafit.facts import DatasetFacts, DeviceFacts
+from lorafit.memory import fits
+from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan, plan, require_fit
+from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
+
+
+def make(
+    device: DeviceFacts | None = None,
+    facts: DatasetFacts = ROWS,
+    hub_id: str = "meta-llama/Llama-3.1-8B",
+    **sections: Any,
+) -> Plan:
+    return plan(recipe(**sections), shape_of(hub_id), facts, device or card(24))
+
+
+@pytest.mark.parametrize(
+    ("training", "steps", "epochs"),
+    [
+        ({}, 21, 3.0),  # seven steps an epoch: the last, of 4 rows, is kept
+        ({"epochs": 1}, 7, 1.0),
+        ({"epochs": 0.5}, 4, 0.5),
+        ({"epochs": 0.001}, 1, 0.001),
+        ({"epochs": 2.1, "batch_size": 10}, 21, 2.1),
+        ({"max_steps": 14}, 14, 2.0),
+        ({"batch_size": 1000}, 3, 3.0),
+    ],
+)
+def test_length_of_the_run(training: dict[str, Any], steps: int, epochs: float) -> None:
+    found = make(training=training)
+    assert (found.total_steps, found.epochs) == (steps, epochs)
+
+
+def test_warm_up() -> None:
+    assert make(training={"schedule": {"kind": "cosine", "warmup_ratio": 0.1}}).warmup_steps == 3
+    assert make(training={"schedule": {"kind": "cosine", "warmup_steps": 21}}).warmup_steps == 21
+    with pytest.raises(
+        RecipeError, match=r"training\.schedule\.warmup_steps: warmup_steps 22 is more than the 21 steps"
+    ):
+        make(training={"schedule": {"kind": "cosine", "warmup_steps": 22}})
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [(card(24), "bf16"), (card(16, bf16=False), "fp16"), (card(64, kind="cpu"), "bf16"),
+     (card(64, kind="cpu", bf16=False), "fp32")],
+)  # fmt: skip
+def test_dtype_follows_the_device(device: DeviceFacts, dtype: str) -> None:
+    found = make(device)
+    assert (found.dtype, found.compute_dtype) == (dtype, dtype)
+
+
+def test_named_dtypes_stay_and_are_warned_about() -> None:
+    slow = make(card(64, kind="cpu"), model={"dtype": "fp16"})
+    assert slow.dtype == "fp16"
+    assert any("fp16 on a CPU is slow" in warning for warning in slow.warnings)
+    emulated = make(card(16, bf16=False), model={"dtype": "bf16"})
+    assert any("no bf16" in warning for warning in emulated.warnings)
+    mixed = make(model={"quantization": {"kind": "nf4", "compute_dtype": "fp32"}})
+    assert (mixed.dtype, mixed.compute_dtype) == ("bf16", "fp32")
+
+
+def test_warnings_name_what_a_user_would_trip_over() -> None:
+    data = {"data": {"validation": {"fraction": 0.1}}, "evaluation": {"every_steps": 50}}
+    found = " | ".join(make(card(64, kind="cpu"), training={"batch_size": 200}, **data).warnings)
+    assert "batch_size 200 is more than the 100 rows" in found
+    assert "every_steps 50 is more than the run's 3 steps" in found
+    assert "paged_adamw_8bit runs unpaged" in found
+    assert "experts" in " ".join(make(card(200), hub_id="mistralai/Mixtral-8x7B-v0.1").warnings)
+    few = make(training={"epochs": 3})
+    assert f"only {few.total_steps} optimizer steps" in few.warnings[0] and "raise training.epochs" in few.warnings[0]
+    capped = make(training={"max_steps": 49, "schedule": {"kind": "cosine", "warmup_steps": 49}})
+    assert "raise training.max_steps" in capped.warnings[0]
+    assert "the warmup takes all 49 steps" in capped.warnings[1]
+    assert make(training={"max_steps": 50}).warnings == ()
+
+
+def test_checkpointing_is_decided_where_memory_decides_it() -> None:
+    assert make(card(80), training={"batch_size": 4}).gradient_checkpointing is False
+    assert make(card(24)).gradient_checkpointing == "auto"
+    assert make(card(9)).gradient_checkpointing is True
+    assert make(card(9), training={"gradient_checkpointing": False}).gradient_checkpointing is False
+    assert make(card(80), training={"gradient_checkpointing": True}).gradient_checkpointing is True
+    assert make(card(9), training={"micro_batch_tokens": 2400}).gradient_checkpointing is True
+    assert make(card(80), training={"micro_batch_tokens": 2400}).gradient_checkpointing is False
+
+
+def test_bounds_of_the_token_budget() -> None:
+    free = make(card(80))
+    assert (free.min_micro_batch_tokens, free.max_micro_batch_tokens) == (600, 16 * 600)  # a whole step
+    assert make(card(80, count=4)).max_micro_batch_tokens == 4 * 600
+    assert make(card(80), training={"batch_size": 100}).max_micro_batch_tokens == 16_384
+    fixed = make(card(80), training={"micro_batch_tokens": 1200})
+    assert (fixed.min_micro_batch_tokens, fixed.max_micro_batch_tokens) == (1200, 1200)
+    short = make(card(80), training={"micro_batch_tokens": 10})  # a longer row is a micro-batch of its own
+    assert short.max_micro_batch_tokens == 600
+    assert free.memory_least.tensor_bytes < free.memory.tensor_bytes
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    gib=st.floats(min_value=6, max_value=40),
+    longest=st.integers(min_value=16, max_value=2000),
+    rank=st.sampled_from([4, 16, 64]),
+    checkpointing=st.booleans(),
+    hub_id=st.sampled_from(
+        ["meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-0.5B", "openai-community/gpt2", "google/gemma-2-2b"]
+    ),
+)
+def test_the_upper_bound_is_maximal(gib: float, longest: int, rank: int, checkpointing: bool, hub_id: str) -> None:
+    shape, most = shape_of(hub_id), 16_384
+    question = MemoryQuestion(
+        recipe(adapter={"r": rank}),
+        shape,
+        longest,
+        longest // 2 + 1,
+        "bf16",
+        "eager" if shape.softcap else "sdpa",
+        "cuda",
+    )
+    size = round(gib * GIB)
+    found = question.largest_tokens(checkpointing, most, size, 0.05)
+    if found is None:
+        assert not fits(question.at(longest, checkpointing), size)
+        return
+    assert fits(question.at(found, checkpointing), size)
+    assert found == max(most, longest) or not fits(question.at(found + 1, checkpointing), size)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_loads() -> None:
+    small = make(card(6))
+    assert not small.fits
+    with pytest.raises(DoesNotFitError, match="one row of 600 tokens with checkpointing needs") as caught:
+        require_fit(small)
+    assert caught.value.exit_code == 10
+    assert "data.max_length" in str(caught.value)
+    border = small.memory_least.needed_bytes / 0.95 / GIB
+    require_fit(make(card(border + 0.01)))
+    with pytest.raises(DoesNotFitError):
+        require_fit(make(card(border - 0.2)))  # a paged state may leave the card: 0.08 GiB of leeway
+    # what is not the least is no reason to refuse
+    require_fit(make(card(border + 0.01), training={"micro_batch_tokens": 100_000, "gradient_checkpointing": False}))
+
+
+def test_facts_that_do_not_go_together() -> None:
+    with pytest.raises(DataError, match="no row"):
+        make(facts=replace(ROWS, rows=0))
+    with pytest.raises(DataError):
+        make(facts=replace(ROWS, trained_tokens=0))
+    with pytest.raises(RecipeError, match=r"data\.max_length: the longest row has 1500 tokens; gpt2 has 1024"):
+        make(facts=replace(ROWS, longest_tokens=1500), hub_id="openai-community/gpt2")
+    with pytest.raises(RecipeError, match=r"model\.attention: sdpa cannot apply the soft-cap"):
+        make(hub_id="google/gemma-2-2b", model={"attention": "sdpa"})
+    with pytest.raises(RecipeError, match=r"model\.attention: flash_attention_2 runs on no CPU"):
+        make(card(64, kind="cpu"), model={"attention": "flash_attention_2"})
+    with pytest.raises(RecipeError, match="matches no linear"):
+        make(adapter={"target_modules": ["q_prj"]})
+
+
+def test_the_metric_that_selects() -> None:
+    data = {"data": {"validation": {"fraction": 0.1}}}
+    assert make().select_metric is None
+    assert make(**data, evaluation={"every_steps": 5}).select_metric == "loss"
+    stopping = {"metric": "token_accuracy"}
+    during = {"every_steps": 5, "during": ["loss", "token_accuracy"], "early_stopping": stopping}
+    assert make(**data, evaluation=during).select_metric == "token_accuracy"
+
+
+def shown(renderable: Any) -> str:
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=80).print(renderable)
+    return out.getvalue()
+
+
+def test_the_table_shows_every_derived_number_in_80_columns() -> None:
+    found = make(training={"schedule": {"kind": "linear", "warmup_ratio": 0.1}})
+    text = shown(found.table())
+    assert max(map(len, text.splitlines())) <= 80
+    for number in (
+        "8,030,261,248",
+        "41,943,040",
+        "100 an epoch",
+        "longest 600",
+        "5,000",
+        "25.0%",
+        "21 of 16 rows",
+        "linear",
+    ):
+        assert number in text
+    assert "3 steps of warm-up" in text
+    assert "600 to 9,600 tokens" in text
+    assert "every 50 steps, the last 2 kept" in text
+    assert "\x1b" not in text
+    odd = shown(plan(recipe(model={"base": "[red]b[/]"}), shape_of(), ROWS, card(24)).table())
+    assert "[red]b[/]" in odd  # what a user wrote is no markup
+
+
+SMALL = "Qwen/Qwen2.5-0.5B"
+
+
+def kept_in(gib: float, *, kind: str = "cpu", asked: bool | str = "auto", hub_id: str = SMALL, **sections: Any) -> Plan:
+    quantization = {"kind": "nf4", "keep_unpacked": asked, **sections.pop("quantization", {})}
+    return make(card(gib, kind=kind), hub_id=hub_id, model={"quantization": quantization}, **sections)
+
+
+def test_unpacked_copies_are_kept_where_a_cpu_has_room() -> None:
+    plain, kept = kept_in(64, asked=False), kept_in(64)
+    assert (plain.keeps_unpacked, kept.keeps_unpacked) == (False, True)
+    size = kept.memory.fixed["unpacked_weights"]
+    assert size == 2 * sum(x.in_features * x.out_features * x.count for x in shape_of(SMALL).linears)
+    assert kept.memory.tensor_bytes - plain.memory.tensor_bytes == size
+    assert "unpacked" in shown(kept.table()) and "unpacked" not in shown(plain.table())
+    assert json.loads(json.dumps(kept.to_json()))["keeps_unpacked"] is True
+
+
+def test_auto_never_keeps_copies_on_a_gpu_and_true_always_does() -> None:
+    assert not kept_in(80, kind="cuda").keeps_unpacked
+    assert kept_in(80, kind="cuda", asked=True).keeps_unpacked
+    assert kept_in(1, asked=True).keeps_unpacked
+    for kind in ("none", "int8"):
+        assert not make(card(64, kind="cpu"), hub_id=SMALL, model={"quantization": kind}).keeps_unpacked
+
+
+def test_auto_gives_copies_a_quarter_of_memory_at_most() -> None:
+    few = {"training": {"gradient_checkpointing": True}}  # so that all else is small
+    size = kept_in(64, **few).memory.fixed["unpacked_weights"]
+    border = 4 * size / GIB
+    assert kept_in(64, **few).memory.needed_bytes < 0.95 * 4 * size
+    assert kept_in(border, **few).keeps_unpacked
+    assert not kept_in(border - 2 / GIB, **few).keeps_unpacked
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": "auto"},
+        {"micro_batch_tokens": 2400, "gradient_checkpointing": True},
+        {"micro_batch_tokens": 2400},
+    ],
+)
+def test_auto_keeps_copies_only_where_the_smallest_micro_batch_fits_beside_them(training: dict[str, Any]) -> None:
+    tokens, checkpointing = training.get("micro_batch_tokens", 600), training.get("gradient_checkpointing") is True
+    fixed = {"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
+    targets = {"target_modules": ["down_proj"], "r": 64}
+    needed = kept_in(640, training=fixed, adapter=targets).memory.needed_bytes
+    border = needed / 0.95 / GIB
+    assert kept_in(border + 2 / GIB, training=training, adapter=targets).keeps_unpacked
+    least = kept_in(border - 2 / GIB, training=training, adapter=targets)
+    assert not least.keeps_unpacked
+    assert least.memory.fixed["unpacked_weights"] == 0
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "quantization"), [("openai-community/gpt2", {}), (SMALL, {"compute_dtype": "fp32"})]
+)
+def test_nothing_is_kept_where_no_forward_would_use_it(hub_id: str, quantization: dict[str, str]) -> None:
+    """PEFT's own forward runs there, and unpacks each time."""
+    forced = kept_in(64, asked=True, hub_id=hub_id, quantization=quantization)
+    assert not forced.keeps_unpacked and forced.memory.fixed["unpacked_weights"] == 0
+    assert any("keep_unpacked has nothing to keep" in warning for warning in forced.warnings)
+    left = kept_in(64, hub_id=hub_id, quantization=quantization)
+    assert not left.keeps_unpacked and not any("keep_unpacked" in warning for warning in left.warnings)
+
+
+def test_json_is_plain() -> None:
+    plain = json.loads(json.dumps(make().to_json()))
+    assert plain["total_steps"] == 21
+    assert plain["memory"]["tensor_bytes"] > 5 * GIB
+    assert plain["device"]["memory_bytes"] == 24 * GIB
+
+
+RESOLVED = ResolvedPlan(1024, 2048, "sdpa", True, "bf16", "bf16", "cpu", 1, "rehearsal", {"seconds": {"1024": 0.5}})
+
+
+def test_a_resolved_plan_survives_json() -> None:
+    assert ResolvedPlan.from_json(json.loads(json.dumps(RESOLVED.to_json()))) == RESOLVED
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("micro_batch_tokens", "many"), ("ranks", 0), ("ranks", True), ("gradient_checkpointing", 1), ("attention", None),
+     ("measured", [])],
+)  # fmt: skip
+def test_a_spoilt_resolved_plan_names_its_key(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"plan.json: {key}"):
+        ResolvedPlan.from_json(RESOLVED.to_json() | {key: value})
+    values = RESOLVED.to_json()
+    del values["dtype"]
+    with pytest.raises(CheckpointError, match="dtype: is missing"):
+        ResolvedPlan.from_json(values)
