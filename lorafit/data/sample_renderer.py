@@ -19,6 +19,7 @@ from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
 from lorafit.data.overlong import is_surely_longer, keep_head, keep_tail
 from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
+from lorafit.data.truncate import truncate_chat
 from lorafit.errors import DataError, LorafitError
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Renderer:
         sample = self._shorten(sample)
         messages = self._messages(sample)
         if messages is not None:
-            return self.chats.truncate(messages, sample.tools, limit)
+            return truncate_chat(self.chats, messages, sample.tools, limit)
         if sample.completion is not None:
             train_on = self._data.train_on
             return truncate_completion(sample.prompt, sample.completion, self.tokenizer, limit, train_on=train_on)

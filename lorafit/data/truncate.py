@@ -47,7 +47,14 @@ class Truncated(Encoded):
 def truncate_chat(
     renderer: ChatRenderer, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, max_length: int
 ) -> Truncated | None:
-    """See `ChatRenderer.truncate`."""
+    """A chat cut to `max_length` tokens.
+
+    Returns:
+        None where nothing useful of an answer fits.
+
+    Raises:
+        RenderError: As `ChatRenderer.render`.
+    """
     chats = _shorter_chats(messages)
     low, high = 0, len(chats) - 1
     while low < high:  # the first that fits, else the last; fewer turns never make a chat longer

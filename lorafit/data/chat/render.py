@@ -34,7 +34,6 @@ from lorafit.data.chat.traced_template import CLOCK, Traced, join_stretches, str
 from lorafit.data.chat.traced_text import BLURRED
 from lorafit.data.chat.typed_chat import TOOLS, Messages
 from lorafit.data.text_encoder import Stretch, TextEncoder, mark_trained
-from lorafit.data.truncate import Truncated, truncate_chat
 from lorafit.errors import DataError, LorafitError, RecipeError
 from lorafit.run.prelude import split_prompts
 
@@ -204,20 +203,6 @@ class ChatRenderer:
     def locate(self, rendering: Rendering) -> tuple[list[int], list[Stretch]]:
         """Token ids of a rendering and where each stands in its text."""
         return self.encoder.encode(rendering.text, rendering.typed, rendering.unsure)
-
-    def truncate(
-        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, max_length: int
-    ) -> Truncated | None:
-        """A chat cut to `max_length` tokens: oldest turns first, then the prompt from its left
-        (`lorafit.data.truncate`).
-
-        Returns:
-            None where nothing useful of an answer fits.
-
-        Raises:
-            RenderError: As `render`.
-        """
-        return truncate_chat(self, messages, tools, max_length)
 
     def prompt_ids(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Token ids of a chat with the generation prompt behind it: what a model is given to answer.

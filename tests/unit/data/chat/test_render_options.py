@@ -8,7 +8,7 @@ import pytest
 
 from lorafit.data.chat.render import NO_END_TOKEN, ChatRenderer, RenderError, mask_chat
 from lorafit.data.chat.template_names import SHIPPED_TEMPLATES, shipped_template
-from lorafit.data.truncate import Truncated
+from lorafit.data.truncate import Truncated, truncate_chat
 from lorafit.errors import LorafitError, ModelError
 from tests.support.chat_families import FAMILIES, WEATHER, assistant, call, system, tokenizer_of, tool, user
 
@@ -203,7 +203,7 @@ LONG = [
 
 
 def cut(max_length: int, messages: list[dict[str, Any]] = LONG, name: str = "qwen", **options: Any) -> Truncated | None:
-    return ChatRenderer(tokenizer_of(name), **options).truncate(messages, None, max_length)
+    return truncate_chat(ChatRenderer(tokenizer_of(name), **options), messages, None, max_length)
 
 
 def whole_length(messages: list[dict[str, Any]], name: str = "qwen") -> int:
@@ -268,7 +268,7 @@ def test_bos_stays_in_front_of_a_cut_prompt() -> None:
     renderer = ChatRenderer(tokenizer)
     messages = [user("why is it so that it is so?"), assistant("it is")]
     assert renderer.encode(renderer.render(messages)).input_ids.count(tokenizer.bos_token_id) == 1
-    row = renderer.truncate(messages, None, whole_length(messages, "llama3") - 10)
+    row = truncate_chat(renderer, messages, None, whole_length(messages, "llama3") - 10)
     assert row is not None and row.input_ids[0] == tokenizer.bos_token_id and not row.trained[0]
     assert row.cut_prompt_tokens > 0 and tokenizer.decode(row.input_ids).endswith("it is<|eot_id|>")
 
