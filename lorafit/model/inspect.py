@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError
+from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.model.check_weights import list_names
 from lorafit.model.names import Part, names_of, write_parts
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _MEAN_TOLERANCE = 1e-5
-SUM_BYTES = 8192
-"""Packed bytes whose codes are summed together (see `sum_codes`)."""
+_WRAPPED = (".base_layer", ".original_module")  # what PEFT calls a layer inside of its own
+_WRAPPED_END = re.compile(r"(\.base_layer|\.original_module)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,44 +81,33 @@ class Coverage:
         }
 
 
-def logical_elements(parameter: torch.nn.Parameter) -> int:
-    """Weights that a parameter stands for: two for each byte of a packed 4-bit one (by its recorded shape)."""
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return parameter.numel()
-    elements = 1
-    for length in state.shape:
-        elements *= int(length)
-    return elements
-
-
-def is_quantised(parameter: torch.nn.Parameter) -> bool:
-    """Whether bitsandbytes holds this parameter as codes."""
-    return getattr(parameter, "quant_state", None) is not None or getattr(parameter, "SCB", None) is not None
-
-
 def coverage(model: Any) -> Coverage:
     """Counts a model with or without an adapter; shared tensors (a tied head) count once."""
-    prefix = model.base_model.prefix if hasattr(model, "peft_config") else None
+    inside = {id(module) for module in (model.get_base_model() if hasattr(model, "peft_config") else model).modules()}
+    prefix = getattr(model.base_model, "prefix", "") if hasattr(model, "peft_config") else ""
     rows: dict[str, list[int]] = {}
     seen: set[int] = set()
     trainable_of: dict[str, int] = {}
     for path, module in model.named_modules():
-        own = [(n, p) for n, p in module.named_parameters(recurse=False)]
+        own = [p for _, p in module.named_parameters(recurse=False)]
         if not own:
             continue
-        if prefix is not None and prefix in path:  # an adapter's own layer: base.q_proj.lora_A.default
-            owner = path.split(f".{prefix}")[0].rsplit(".", 1)[-1]
-            trainable_of[owner] = trainable_of.get(owner, 0) + sum(p.numel() for _, p in own if p.requires_grad)
+        owner = _owner_of_trained(path, prefix) if id(module) in inside else "prompt"
+        if owner is not None:
+            trainable_of[owner] = trainable_of.get(owner, 0) + sum(p.numel() for p in own if p.requires_grad)
             continue
-        inside_adapter = path.endswith(".base_layer")
-        name = path.removesuffix(".base_layer").rsplit(".", 1)[-1]
-        fresh = [p for _, p in own if id(p) not in seen]
+        inside_adapter = path.endswith(_WRAPPED)
+        name = _WRAPPED_END.sub("", path).rsplit(".", 1)[-1]
+        fresh = [p for p in own if id(p) not in seen]
         seen |= {id(p) for p in fresh}
-        quantised = sum(logical_elements(p) for p in fresh if is_quantised(p))
+        codes = quantised_weight(module)
+        packed = sum(module.in_features * module.out_features for p in fresh if p is codes)
+        counts = [packed, *(p.numel() for p in fresh if p is not codes)]
         row = rows.setdefault(name, [0, 0, 0, 0, 0])
-        changes = (1, int(inside_adapter), int(quantised > 0), sum(map(logical_elements, fresh)), quantised)
+        changes = (1, int(inside_adapter), int(packed > 0), sum(counts), packed)
         rows[name] = [old + new for old, new in zip(row, changes, strict=True)]
+    for owner in trainable_of.keys() - rows.keys():
+        rows[owner] = [1, 1, 0, 0, 0]
     kinds = tuple(
         LayerKind(name, count, adapted, packed, parameters, trainable_of.get(name, 0))
         for name, (count, adapted, packed, parameters, _) in rows.items()
@@ -128,6 +118,21 @@ def coverage(model: Any) -> Coverage:
         quantised_parameters=sum(row[4] for row in rows.values()),
         trainable_parameters=sum(trainable_of.values()),
     )
+
+
+def quantised_weight(layer: torch.nn.Module) -> torch.Tensor | None:
+    """The weight of a layer that holds it as codes; None for others."""
+    weight: Any = layer.weight if kind_of_codes(layer) is not None else None
+    quantised: torch.Tensor | None = weight
+    return quantised
+
+
+def _owner_of_trained(path: str, prefix: str) -> str | None:
+    """Name of the layer that a module trains beside or in the place of; None for a module of the base."""
+    for mark in (f".{prefix}" if prefix else None, ".modules_to_save."):  # base.q_proj.lora_A.default
+        if mark is not None and mark in path:
+            return path.split(mark)[0].rsplit(".", 1)[-1]
+    return None
 
 
 def coverage_table(found: Coverage) -> Table:
@@ -148,66 +153,6 @@ def coverage_table(found: Coverage) -> Table:
     return table
 
 
-def hash_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    import torch
-
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    data: Any = flat.view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()
-
-
-def sum_codes(codes: torch.Tensor, *, packed: bool) -> str:
-    """Sums of codes over stretches of SUM_BYTES bytes, modulo 2^16, as base64 of little-endian uint16.
-
-    A hash only says that two sets of codes differ. On another kind of device a code on a rounding edge may come out one
-    level off; the difference of these sums says how many did (as long as few do, which is what is allowed).
-    """
-    import torch
-
-    flat = codes.detach().reshape(-1).view(torch.uint8)
-    sums = []
-    for start in range(0, flat.numel(), SUM_BYTES * 512):  # 4 MiB at a time
-        part = flat[start : start + SUM_BYTES * 512]
-        levels = ((part >> 4) + (part & 15)).to(torch.int32) if packed else part.to(torch.int32)
-        levels = torch.nn.functional.pad(levels, (0, -levels.numel() % SUM_BYTES))
-        sums.append(levels.view(-1, SUM_BYTES).sum(dim=1) % 65536)
-    return base64.b64encode(torch.cat(sums).to(torch.uint16).cpu().numpy().astype("<u2").tobytes()).decode("ascii")
-
-
-def count_differences(ours: str, theirs: str) -> int:
-    """Levels by which two sets of codes differ, from their sums: the sum of |difference| over stretches."""
-    import numpy as np
-
-    a, b = (np.frombuffer(base64.b64decode(text), dtype="<u2").astype(np.int64) for text in (ours, theirs))
-    if a.shape != b.shape:
-        return 2**62
-    distance = (a - b) % 65536
-    return int(np.minimum(distance, 65536 - distance).sum())
-
-
-def hash_four_bit(codes: torch.Tensor, state: Any) -> dict[str, Any]:
-    """The proof of one 4-bit weight: codes, constants and offset, never dequantised values.
-
-    Returns:
-        `codes`: hash of the packed codes. `constants`: hash of the absmax values, or of their codes where those are
-        quantised; then also `nested`: hash of their second-level constants, and `offset`: the subtracted mean.
-        `code_sums` and `constant_sums`: see `sum_codes`.
-    """
-    proof: dict[str, Any] = {
-        "shape": [int(length) for length in state.shape],
-        "codes": hash_tensor(codes),
-        "code_sums": sum_codes(codes, packed=True),
-        "constants": hash_tensor(state.absmax),
-        "offset": None,
-    }
-    if state.nested:
-        proof["constant_sums"] = sum_codes(state.absmax, packed=False)
-        proof["nested"] = hash_tensor(state.state2.absmax)
-        proof["offset"] = float(state.offset)
-    return proof
-
-
 def quantized_hashes(model: Any) -> dict[str, dict[str, Any]]:
     """The proof of every quantised weight, by the path of its layer in the plain base model.
 
@@ -218,15 +163,11 @@ def quantized_hashes(model: Any) -> dict[str, dict[str, Any]]:
     names = names_of(model)
     proofs: dict[str, dict[str, Any]] = {}
     for path, module in base.named_modules():
-        weight: Any = getattr(module, "weight", None)
-        name = path.removesuffix(".base_layer")
-        if getattr(weight, "quant_state", None) is not None:
-            proofs[name] = hash_four_bit(weight.data, weight.quant_state)
-        elif getattr(weight, "SCB", None) is not None:
-            shape = [int(length) for length in weight.shape]
-            proofs[name] = {"shape": shape, "codes": hash_tensor(weight.data), "constants": hash_tensor(weight.SCB)}
-        else:
+        kind = kind_of_codes(module)
+        if kind is None:
             continue
+        name = path.removesuffix(".base_layer")
+        proofs[name] = {**kind.prove(module), "kind": kind.name()}
         proofs[name]["transposed"] = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         parts = names.parts.get(f"{name}.weight", ()) if names is not None else ()
         if names is not None and parts != (Part(f"{name}.weight", 0, names.rows.get(f"{name}.weight", 0)),):
@@ -246,7 +187,7 @@ def kept_tensors(model: Any, dtype: torch.dtype) -> list[str]:
     own = {
         path.replace(".base_layer", ""): value
         for path, value in [*base.named_parameters(), *base.named_buffers()]
-        if value.is_floating_point() and value.dtype != dtype and not is_quantised(value)
+        if value.is_floating_point() and value.dtype != dtype
     }
     return sorted({*names.ignored, *(file for path in own for file in names.files_of(path))})
 

@@ -19,13 +19,14 @@ from lorafit.model.check_weights import check_finite, check_loading, check_weigh
 from lorafit.model.classes import find_auto_class
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
-from lorafit.model.targets import FOUR_BIT_KINDS, leave_narrow, leave_towers_out, unquantised_names
+from lorafit.model.targets import leave_narrow, leave_towers_out, unquantised_names
 from lorafit.ops.heap import trim_heap
 
 if TYPE_CHECKING:
     import torch
 
     from lorafit.contracts import Reporter
+    from lorafit.kinds.quantizations import QuantizationSection
     from lorafit.model.base import Base
 
 
@@ -53,7 +54,7 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
 def load_model(
     base: Base,
     *,
-    quantization: Any,
+    quantization: QuantizationSection,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     attention: str,
@@ -93,8 +94,8 @@ def load_model(
         offer_attention(attention, skeleton)
         kind = quantizations.bind(quantization)
         plain = unquantised_names(skeleton)
-        if quantization.kind in FOUR_BIT_KINDS and torch.device(device).type == "cpu":
-            plain += leave_narrow(skeleton, reporter)
+        if torch.device(device).type == "cpu":
+            plain += leave_narrow(skeleton, kind.cpu_row_multiple, reporter)
         settings = kind.transformers_config(compute_dtype, plain)
         options: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
         if attention != "auto":

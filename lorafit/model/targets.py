@@ -25,8 +25,6 @@ from lorafit.ops.output_head import output_head, text_part
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
 
-FOUR_BIT_KINDS = ("nf4", "fp4")
-_BLOCK_WEIGHTS = 64
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
@@ -168,20 +166,17 @@ def unquantised_names(model: Any) -> list[str]:
     return [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model)]
 
 
-def leave_narrow(model: Any, reporter: Reporter) -> list[str]:
-    """Paths of linears that bitsandbytes 0.50 dequantises wrongly on a CPU, to be left unquantised, with a warning.
-
-    Where a row is no multiple of 64 weights, its vector code pairs weights with the constants of other blocks.
-    """
+def leave_narrow(model: Any, row_multiple: int, reporter: Reporter) -> list[str]:
+    """Paths of linears whose rows are no multiple of so many weights, to be left unquantised, with a warning."""
     plain = set(unquantised_names(model))
     narrow = []
     for name, module in _linears(model):
         inputs = getattr(module, "in_features", None) or module.weight.shape[0]  # Conv1D lies [in, out]
-        if inputs % _BLOCK_WEIGHTS and name not in plain:
+        if inputs % row_multiple and name not in plain:
             narrow.append(name)
     if narrow:
         reporter.warn(
-            f"{len(narrow)} linears stay unquantised: their input width is no multiple of {_BLOCK_WEIGHTS}, "
+            f"{len(narrow)} linears stay unquantised: their input width is no multiple of {row_multiple}, "
             f"which 4-bit weights on a CPU need ({list_names(narrow)})"
         )
     return narrow

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lorafit.files.safetensors import INDEX, build_header, read_index, row_blocks
+from lorafit.kinds.quantizations import packed_kind
 from lorafit.model.inspect import digest_of
-from lorafit.model.merge.requantize import REBUILDERS
 
 LINEARS = {"q_proj": "self_attn", "o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
 
@@ -67,7 +67,7 @@ def record_quantization(base: Path, file: Path, kind: str = "nf4") -> Path:
     """The quantization.json that a run on this base would have stored."""
     used: dict[str, Any] = {"kind": kind, "double_quant": True, "weights_dtype": "bfloat16", "device": "cpu"}
     entries = {name.removesuffix(".weight"): entry for name, entry in read_index(base).items() if "proj" in name}
-    tensors = {path: dict(REBUILDERS[kind](entry, used, None).proof) for path, entry in entries.items()}
+    tensors = {path: dict(packed_kind(kind).rebuild(entry, used, {}).proof) for path, entry in entries.items()}
     file.write_text(json.dumps({**used, "tensors": tensors, "digest": digest_of(tensors)}))
     return file
 

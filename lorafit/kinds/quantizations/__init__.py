@@ -1,17 +1,28 @@
-"""How the frozen base weights are stored."""
+"""How the frozen base weights are stored, each linear by a kind of its own.
+
+file of the base ──loading──> codes and constants ──prove──> quantization.json (hashes, and the kind, by tensor)
+                 ──rebuild──> the same ones, some rows at a time, proven by those hashes: what a merge adds to
+skeleton ──replace_linears──> layers without values ──fake──> fake tensors of the size of codes and constants
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from lorafit.facts import LinearShape
+    from lorafit.files.safetensors import AnyEntry
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 KeepUnpacked = bool | Literal["auto"]
@@ -21,15 +32,32 @@ class QuantizationSection(KindSection):
     """What every quantisation's section has."""
 
 
+class Rows(Protocol):
+    """A weight in the orientation of the base's files, read a stretch of rows at a time."""
+
+    def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows `start` to `stop`: `[stop - start, ...]`; `into`, where it fits."""
+
+
+class RebuiltRows(Rows, Protocol):
+    """A quantised weight made again, its values as training saw them."""
+
+    @property
+    def proof(self) -> Mapping[str, Any]:
+        """What `Packed.prove` would note of it."""
+
+
 class Quantization(Kind[S_co]):
     """One way to store the frozen linear weights.
 
     Attributes:
         keeps_inputs: Whether its linears keep their input for the backward pass, out of checkpointing's reach.
+        cpu_row_multiple: On a CPU, linears whose rows are no multiple of so many weights stay unquantised.
     """
 
     is_quantized: ClassVar[bool]
     keeps_inputs: ClassVar[bool]
+    cpu_row_multiple: ClassVar[int] = 1
 
     @abstractmethod
     def weight_bytes(self, linear: LinearShape, dtype_bytes: int) -> int:
@@ -43,11 +71,70 @@ class Quantization(Kind[S_co]):
     def workspace_bytes(self, largest: LinearShape, dtype_bytes: int) -> int:
         """Bytes of the temporary that one forward or backward of the largest linear needs (its dequantised copy)."""
 
-    @abstractmethod
-    def transformers_config(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
+    def transformers_config(
+        self, compute_dtype: torch.dtype, skip_modules: Sequence[str]
+    ) -> QuantizationConfigMixin | None:
         """What `from_pretrained(quantization_config=)` gets; None for plain weights."""
+        return None
+
+    def replace_linears(self, model: PreTrainedModel, compute_dtype: torch.dtype, skip_modules: Sequence[str]) -> None:
+        """Puts layers of the kind, without values, where loading would put them into a model on the meta device."""
+
+
+class Packed(Quantization[S_co]):
+    """One that holds codes in the place of weights; its classmethods take live layers, and notes of a run."""
+
+    is_quantized: ClassVar[bool] = True
+
+    @classmethod
+    def name(cls) -> str:
+        """What quantization.json calls it."""
+        return next(name for name, kind in quantizations.items() if kind is cls)
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, layer: nn.Module) -> bool:
+        """Whether a layer's weight is one of this kind; with values, without, or fake."""
+
+    @classmethod
+    @abstractmethod
+    def prove(cls, layer: nn.Module) -> dict[str, Any]:
+        """Shape, and hashes of codes and constants, of a loaded layer's weight; never of dequantised values."""
+
+    @classmethod
+    @abstractmethod
+    def rebuild(cls, entry: AnyEntry, used: Mapping[str, Any], proof: Mapping[str, Any]) -> RebuiltRows:
+        """A weight made again from the base's file.
+
+        Args:
+            entry: In the file.
+            used: The run's quantization.json.
+            proof: What `prove` noted of it, with `transposed` for a weight that lies `[in, out]`.
+        """
+
+    @classmethod
+    @abstractmethod
+    def fake(cls, layer: nn.Module) -> nn.Parameter:
+        """A weight of the size that loading would give, for a layer on the meta device; under a FakeTensorMode."""
+
+    @classmethod
+    @abstractmethod
+    def unpack(cls, layer: nn.Module) -> torch.Tensor:
+        """[out, in] of a layer's weight; without values where it has none."""
 
 
 quantizations: SectionRegistry[Quantization[QuantizationSection]] = SectionRegistry(
     "quantization", "lorafit.kinds.quantizations"
 )
+
+
+def packed_kind(name: str) -> type[Packed[QuantizationSection]] | None:
+    """The kind of that name, where it holds codes."""
+    kind = quantizations.get(name) if name in quantizations.names() else None
+    return kind if kind is not None and issubclass(kind, Packed) else None
+
+
+def kind_of_codes(layer: nn.Module) -> type[Packed[QuantizationSection]] | None:
+    """The kind that holds a layer's weight as codes; None for plain weights."""
+    kinds = map(packed_kind, quantizations.names())
+    return next((kind for kind in kinds if kind is not None and kind.holds(layer)), None)

@@ -7,12 +7,17 @@ Source: Dettmers et al. 2022, LLM.int8() (https://arxiv.org/abs/2208.07339), sec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
+from lorafit.files.safetensors import AnyEntry, read_rows, row_blocks
+from lorafit.kinds.code_proofs import hash_tensor
+from lorafit.kinds.quantizations import QuantizationSection, quantizations
+from lorafit.kinds.quantizations._bitsandbytes import BitsandbytesKind, is_layer
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from lorafit.facts import LinearShape
 
@@ -25,10 +30,9 @@ class Int8Section(QuantizationSection):
 
 
 @quantizations.register(Int8Section)
-class Int8(Quantization[Int8Section]):
+class Int8(BitsandbytesKind[Int8Section]):
     """bitsandbytes' Linear8bitLt."""
 
-    is_quantized: ClassVar[bool] = True
     keeps_inputs: ClassVar[bool] = True  # MatMul8bitLt and MatMul8bitFp hold it as a plain attribute of the node
 
     def weight_bytes(self, linear: LinearShape, dtype_bytes: int) -> int:
@@ -39,12 +43,88 @@ class Int8(Quantization[Int8Section]):
         """One fp32 scale a row."""
         return 4 * linear.out_features * linear.count
 
-    def workspace_bytes(self, largest: LinearShape, dtype_bytes: int) -> int:
-        """The dequantised copy of one weight that the backward pass makes."""
-        return largest.in_features * largest.out_features * dtype_bytes
+    def settings(self, compute_dtype: torch.dtype) -> dict[str, Any]:
+        """LLM.int8() computes in the dtype of its input."""
+        return {"load_in_8bit": True}
 
-    def transformers_config(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
-        """transformers' BitsAndBytesConfig; LLM.int8() computes in the dtype of its input."""
-        from transformers import BitsAndBytesConfig
+    @classmethod
+    def holds(cls, layer: nn.Module) -> bool:
+        """A Linear8bitLt."""
+        return is_layer(layer, "Linear8bitLt")
 
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip_modules)
+    @classmethod
+    def prove(cls, layer: nn.Module) -> dict[str, Any]:
+        """Codes and scales."""
+        weight: Any = layer.weight
+        shape = [int(length) for length in weight.shape]
+        return {"shape": shape, "codes": hash_tensor(weight.data), "constants": hash_tensor(weight.SCB)}
+
+    @classmethod
+    def rebuild(cls, entry: AnyEntry, used: Mapping[str, Any], proof: Mapping[str, Any]) -> Int8Rows:
+        """Quantised again."""
+        import torch
+
+        return Int8Rows(entry, getattr(torch, used["weights_dtype"]), transposed=bool(proof.get("transposed")))
+
+    @classmethod
+    def fake(cls, layer: nn.Module) -> nn.Parameter:
+        """Codes and a scale a row; the layer's state holds them from its first forward on."""
+        import torch
+
+        linear: Any = layer
+        codes = torch.empty((linear.out_features, linear.in_features), dtype=torch.int8)
+        weight: Any = torch.nn.Parameter(codes, requires_grad=False)
+        weight.CB = weight.SCB = None
+        linear.state.CB, linear.state.SCB = codes, torch.empty(linear.out_features)
+        fake: torch.nn.Parameter = weight
+        return fake
+
+    @classmethod
+    def unpack(cls, layer: nn.Module) -> torch.Tensor:
+        """Code x scale / 127 in fp32."""
+        import torch
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        linear: Any = layer
+        weight = linear.weight
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else linear.state.SCB
+        if scales is None:
+            return torch.empty(linear.out_features, linear.in_features, device=weight.device)
+        unpacked: torch.Tensor = int8_vectorwise_dequant(weight.data, scales)
+        return unpacked
+
+
+class Int8Rows:
+    """LLM.int8() values of a weight; holds a byte a value, and a scale a row.
+
+    bitsandbytes quantises from fp16. Its forward pass multiplies the codes themselves, so their values stay unrounded.
+
+    Args:
+        entry: The weight in the base's files.
+        dtype: What the weight was rounded to before it was quantised.
+        transposed: Whether it lies `[in, out]` in the files.
+    """
+
+    def __init__(self, entry: AnyEntry, dtype: torch.dtype, *, transposed: bool) -> None:
+        import torch
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        self._dtype, self._transposed = dtype, transposed
+        source = read_rows(entry).t() if self._transposed else None
+        shape = entry.shape[::-1] if self._transposed else entry.shape
+        self._codes = torch.empty(shape, dtype=torch.int8)
+        self._scales = torch.empty(shape[0], dtype=torch.float32)
+        for start, stop in row_blocks(*shape):
+            values = read_rows(entry, start, stop) if source is None else source[start:stop]
+            values = values.to(self._dtype).to(torch.float16).contiguous()
+            self._codes[start:stop], self._scales[start:stop], _ = int8_vectorwise_quant(values)
+        self.proof: dict[str, Any] = {"codes": hash_tensor(self._codes), "constants": hash_tensor(self._scales)}
+
+    def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows in the file's orientation: code x scale / 127 in fp32. `into` is not used: bitsandbytes allocates."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        rows = slice(None) if self._transposed else slice(start, stop)
+        columns = slice(start, stop) if self._transposed else slice(None)
+        values: torch.Tensor = int8_vectorwise_dequant(self._codes[rows, columns], self._scales[rows])
+        return values.t() if self._transposed else values

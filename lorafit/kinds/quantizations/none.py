@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
 
 if TYPE_CHECKING:
-    import torch
-
     from lorafit.facts import LinearShape
 
 
@@ -37,7 +35,3 @@ class NoQuantization(Quantization[NoneSection]):
     def workspace_bytes(self, largest: LinearShape, dtype_bytes: int) -> int:
         """Nothing is dequantised."""
         return 0
-
-    def transformers_config(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> Any:
-        """None: nothing to tell transformers."""
-        return None

@@ -29,7 +29,7 @@ from lorafit.files.safetensors import (
 )
 from lorafit.model.merge.background_writer import BackgroundWriter
 from lorafit.model.merge.merge_targets import Updates
-from lorafit.model.merge.requantize import PlainRows, Rebuilder, Rows
+from lorafit.model.merge.requantize import PlainRows, Rebuilder
 from lorafit.model.merge.stretches import Stretch, cut_tensors
 from lorafit.model.names import Part
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import Progress, Reporter
     from lorafit.kinds.adapters import Fold
+    from lorafit.kinds.quantizations import Rows
 
 ALLOWED_DIFFERENCE = 1e-5
 """Share of codes that may be one level off where the run was trained on another kind of device."""

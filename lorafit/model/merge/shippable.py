@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
+from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.model.adapter import adapter_config, adapter_tensors
 from lorafit.model.attach import wrap_model
 from lorafit.model.check_weights import list_names
-from lorafit.model.inspect import is_quantised
 from lorafit.model.merge.homes import adapted_layers, find_home
 from lorafit.model.names import TensorNames, names_of
 
@@ -82,8 +82,9 @@ def _check_merge(model: Any, base: Base, names: TensorNames) -> None:
             key="adapter.target_modules",
             todo=failures[0].todo or "name other target_modules",
         )
-    quantised = [path for path, value in model.get_base_model().named_parameters() if is_quantised(value)]
-    lost = [path for path in quantised if not names.parts.get(path.replace(".base_layer", ""))]
+    layers = [path.replace(".base_layer", "") for path, layer in model.get_base_model().named_modules()
+              if kind_of_codes(layer) is not None]  # fmt: skip
+    lost = [path for path in layers if not names.parts.get(f"{path}.weight")]
     if lost:
         raise ModelError(
             f"this run could not be merged: {len(lost)} layers would be quantised whose rows are in none of the files "

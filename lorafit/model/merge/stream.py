@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorafit.errors import ModelError, ResourceError, UsageError
 from lorafit.files.rundir import atomic_dir, make_folder
 from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
+from lorafit.kinds.quantizations import packed_kind, quantizations
 from lorafit.model.adapter import NOTES, WEIGHTS, AdapterFolder, check_base, read_adapter
 from lorafit.model.adapter_checks import check_values
 from lorafit.model.class_table import read_class_homes, read_class_parts
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.merge.companions import choose_companions, write_rest
 from lorafit.model.merge.merge_targets import plan_updates
-from lorafit.model.merge.requantize import REBUILDERS
 from lorafit.model.merge.shards import ShardMerger, Values
 from lorafit.model.names import Part, are_parts, read_parts
 from lorafit.model.tokenizer_files import Companions, write_object
@@ -174,7 +174,7 @@ def _check_output(output: Path, base: Path, adapter: Path) -> None:
 def _check_quantization(kind: BaseKind, quantization: Mapping[str, Any] | None, base: Base) -> Mapping[str, Any] | None:
     if kind == "original":
         return None
-    if not quantization or quantization.get("kind") not in REBUILDERS or "tensors" not in quantization:
+    if not quantization or "tensors" not in quantization or not _is_quantized(quantization):
         raise ModelError(
             "nothing is known of how training quantised this base, so it cannot be rebuilt",
             file=str(base.path),
@@ -185,6 +185,11 @@ def _check_quantization(kind: BaseKind, quantization: Mapping[str, Any] | None, 
         what, todo = "says something else than lorafit writes", "restore the file, or merge with --base original"
         raise ModelError(what, file="quantization.json", key=wrong, todo=todo)
     return quantization
+
+
+def _is_quantized(used: Mapping[str, Any]) -> bool:
+    name = used.get("kind")
+    return name in quantizations.names() and quantizations.get(str(name)).is_quantized
 
 
 def _malformed(used: Mapping[str, Any]) -> str | None:
@@ -202,6 +207,8 @@ def _malformed(used: Mapping[str, Any]) -> str | None:
             return f"tensors.{name}"
         if not isinstance(proof.get("offset"), numbers):
             return f"tensors.{name}.offset"
+        if "kind" in proof and packed_kind(str(proof["kind"])) is None:
+            return f"tensors.{name}.kind"
         if not are_parts(proof.get("parts", [""])):
             return f"tensors.{name}.parts"
     kept = used.get("kept", [])

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from lorafit.kinds.code_proofs import count_differences, sum_codes
 from lorafit.model.attach import attach_adapter
 from lorafit.model.base import Base
-from lorafit.model.inspect import count_differences, coverage, coverage_table, quantized_hashes, sum_codes
+from lorafit.model.inspect import coverage, coverage_table, quantized_hashes
 from tests.support.adapted import Trained, load, lora, make_gpt2, make_llama, open_base
 
 

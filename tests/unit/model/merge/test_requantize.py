@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from lorafit.files import safetensors
 from lorafit.files.safetensors import TensorEntry, read_header, row_blocks
-from lorafit.model.inspect import hash_four_bit
-from lorafit.model.merge.requantize import FourBitRows, Int8Rows, compare_proof
+from lorafit.kinds.quantizations._four_bit import FourBitRows, hash_four_bit
+from lorafit.kinds.quantizations.int8 import Int8Rows
+from lorafit.model.merge.requantize import compare_proof
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +52,7 @@ def test_four_bit_codes_and_values(tmp_path: Path, shape: tuple[int, int], trans
         source = (weight.t() if transposed else weight).to(loaded).contiguous()
         whole = bnb.nn.Params4bit(source, quant_type=kind, compress_statistics=double).to("cpu")
         proof = hash_four_bit(whole.data, whole.quant_state) | {"transposed": transposed}
-        used = {"weights_dtype": str(loaded).removeprefix("torch."), "kind": kind, "double_quant": double}
-        rows = FourBitRows(on_disk(tmp_path, weight), used, proof)
+        rows = FourBitRows(on_disk(tmp_path, weight), kind, loaded, double, proof)
         assert compare_proof("w", rows.proof, proof, same_device=True) == 0
         wanted = exact_values(whole.data, whole.quant_state)
         got = torch.cat([rows.read(start, stop) for start, stop in row_blocks(*shape)])
@@ -64,7 +64,7 @@ def test_four_bit_codes_and_values(tmp_path: Path, shape: tuple[int, int], trans
 def test_int8_codes(tmp_path: Path, transposed: bool) -> None:
     weight = torch.randn(130, 70).to(torch.bfloat16)
     whole = bnb.nn.Int8Params(weight.t() if transposed else weight, requires_grad=False).to("cpu")
-    rows = Int8Rows(on_disk(tmp_path, weight), {"weights_dtype": "bfloat16"}, {"transposed": transposed})
+    rows = Int8Rows(on_disk(tmp_path, weight), torch.bfloat16, transposed=transposed)
     exact = whole.CB.float() * whole.SCB[:, None] / 127.0
     got = torch.cat([rows.read(start, stop) for start, stop in row_blocks(130, 70)])
     assert torch.allclose(got, exact.t() if transposed else exact, rtol=1e-6, atol=0.0)
@@ -72,10 +72,9 @@ def test_int8_codes(tmp_path: Path, transposed: bool) -> None:
 
 def test_the_runs_offset_is_used(tmp_path: Path) -> None:
     weight = torch.randn(64, 64)
-    used = {"weights_dtype": "float32", "kind": "nf4", "double_quant": True}
     entry = on_disk(tmp_path, weight)
-    own = FourBitRows(entry, used, None).proof
-    nudged = FourBitRows(entry, used, {"offset": own["offset"] * 1.01}).proof
+    own = FourBitRows(entry, "nf4", torch.float32, True, {}).proof
+    nudged = FourBitRows(entry, "nf4", torch.float32, True, {"offset": own["offset"] * 1.01}).proof
     assert nudged["codes"] == own["codes"] and nudged["nested"] != own["nested"]
 
 

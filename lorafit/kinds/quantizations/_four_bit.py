@@ -1,0 +1,273 @@
+"""Four bits a weight, as bitsandbytes stores them, whatever the sixteen codes stand for.
+
+    w ~ code[q] * absmax        one fp32 absmax for 64 weights, or, double-quantised,
+    absmax ~ map[a] * absmax2 + offset      8 bits each, one fp32 absmax2 for 256 of them, one offset a tensor
+
+bitsandbytes quantises a flat tensor in blocks of 64 values, so stretches of rows that hold a multiple of 64 values give
+the same codes as the whole tensor, for a small part of its 14 temporary bytes a value. Double quantisation then codes
+all absmax values together; the subtracted mean is the run's own, since a mean's last bit depends on device and threads.
+
+Source: Dettmers et al. 2023, QLoRA (https://arxiv.org/abs/2305.14314), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from lorafit.files.safetensors import AnyEntry, read_rows, row_blocks
+from lorafit.kinds.code_proofs import hash_tensor, sum_codes
+from lorafit.kinds.quantizations import ComputeDtype, KeepUnpacked, QuantizationSection
+from lorafit.kinds.quantizations._bitsandbytes import BitsandbytesKind, is_layer
+
+if TYPE_CHECKING:
+    import torch
+    from bitsandbytes.functional import QuantState
+    from torch import nn
+
+    from lorafit.facts import LinearShape
+
+BLOCK_WEIGHTS = 64  # bitsandbytes' Params4bit default on every device
+NESTED_BLOCK = 256  # absmax values that share one second-level absmax
+_CODE_VALUES, _NESTED_CODE_VALUES, _OFFSET_BYTES = 16, 256, 4
+
+
+class FourBitSection(QuantizationSection):
+    """Frozen linear weights in four bits."""
+
+    double_quant: bool = True
+    """Quantise the constants too: 0.516 instead of 0.563 bytes a weight."""
+    compute_dtype: ComputeDtype = "auto"
+    """Dtype of the products with dequantised weights; `auto`: model.dtype."""
+    keep_unpacked: KeepUnpacked = "auto"
+    """Keep each adapted weight's dequantised copy for the whole run: faster, 2 bytes a weight more (4 in fp32).
+
+    `auto`: on a CPU where the plan's memory has room, never on a GPU."""
+
+
+F_co = TypeVar("F_co", bound=FourBitSection, covariant=True)
+
+
+class FourBit(BitsandbytesKind[F_co]):
+    """bitsandbytes' Linear4bit.
+
+    Attributes:
+        code: What bitsandbytes calls the sixteen values.
+    """
+
+    keeps_inputs: ClassVar[bool] = False
+    cpu_row_multiple: ClassVar[int] = BLOCK_WEIGHTS  # bitsandbytes 0.50 pairs weights with other blocks' constants
+    code: ClassVar[str]
+
+    def weight_bytes(self, linear: LinearShape, dtype_bytes: int) -> int:
+        """Two weights a byte."""
+        return (linear.in_features * linear.out_features + 1) // 2 * linear.count
+
+    def constant_bytes(self, linear: LinearShape) -> int:
+        """Block constants and the code tables that every tensor carries."""
+        blocks = -(-linear.in_features * linear.out_features // BLOCK_WEIGHTS)
+        if not self.section.double_quant:
+            return 4 * (blocks + _CODE_VALUES) * linear.count
+        nested = -(-blocks // NESTED_BLOCK)
+        return (blocks + 4 * (nested + _CODE_VALUES + _NESTED_CODE_VALUES) + _OFFSET_BYTES) * linear.count
+
+    def settings(self, compute_dtype: torch.dtype) -> dict[str, Any]:
+        """The section's."""
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.code,
+            "bnb_4bit_use_double_quant": self.section.double_quant,
+            "bnb_4bit_compute_dtype": compute_dtype,
+        }
+
+    @classmethod
+    def holds(cls, layer: nn.Module) -> bool:
+        """A Linear4bit with these codes."""
+        return is_layer(layer, "Linear4bit") and getattr(layer.weight, "quant_type", None) == cls.code
+
+    @classmethod
+    def prove(cls, layer: nn.Module) -> dict[str, Any]:
+        """See `hash_four_bit`."""
+        weight: Any = layer.weight
+        return hash_four_bit(weight.data, weight.quant_state)
+
+    @classmethod
+    def rebuild(cls, entry: AnyEntry, used: Mapping[str, Any], proof: Mapping[str, Any]) -> FourBitRows:
+        """Quantised again; constants of their own constants in its proof say that both are."""
+        import torch
+
+        double_quant = bool(used.get("double_quant", "nested" in proof))
+        return FourBitRows(entry, cls.code, getattr(torch, used["weights_dtype"]), double_quant, proof)
+
+    @classmethod
+    def fake(cls, layer: nn.Module) -> nn.Parameter:
+        """Packed codes and their constants, as `quantize_4bit` leaves them on a loaded layer."""
+        import torch
+        from bitsandbytes.functional import QuantState
+
+        linear: Any = layer
+        old = linear.weight
+        shape = torch.Size((linear.out_features, linear.in_features))
+        blocks = -(-shape.numel() // BLOCK_WEIGHTS)
+        codes = torch.empty(((shape.numel() + 1) // 2, 1), dtype=torch.uint8)
+        weight: torch.nn.Parameter = torch.nn.Parameter(codes, requires_grad=False)
+        nested = None
+        if old.compress_statistics:
+            nested = QuantState(
+                absmax=torch.empty(-(-blocks // NESTED_BLOCK)),
+                code=torch.empty(_NESTED_CODE_VALUES),
+                blocksize=NESTED_BLOCK,
+                dtype=torch.float32,
+            )
+        state = QuantState(
+            absmax=torch.empty(blocks, dtype=torch.float32 if nested is None else torch.uint8),
+            shape=shape,
+            code=torch.empty(_CODE_VALUES),
+            blocksize=BLOCK_WEIGHTS,
+            quant_type=old.quant_type,
+            dtype=linear.compute_dtype,
+            offset=None if nested is None else torch.empty(()),
+            state2=nested,
+        )
+        for name, value in {
+            "quant_state": state,
+            "bnb_quantized": True,
+            "compress_statistics": old.compress_statistics,
+            "quant_type": old.quant_type,
+            "quant_storage": old.quant_storage,
+            "blocksize": BLOCK_WEIGHTS,
+        }.items():
+            setattr(weight, name, value)
+        linear.quant_state = state
+        return weight
+
+    @classmethod
+    def unpack(cls, layer: nn.Module) -> torch.Tensor:
+        """Dequantised to the dtype that the layer's state names."""
+        import torch
+        from bitsandbytes.functional import dequantize_4bit
+
+        linear: Any = layer
+        state = getattr(linear.weight, "quant_state", None)
+        if state is None:
+            return torch.empty(linear.out_features, linear.in_features, device=linear.weight.device)
+        unpacked: torch.Tensor = dequantize_4bit(linear.weight, state)
+        return unpacked
+
+
+def hash_four_bit(codes: torch.Tensor, state: QuantState) -> dict[str, Any]:
+    """The proof of one 4-bit weight: codes, constants and offset, never dequantised values.
+
+    Returns:
+        `codes`: hash of the packed codes. `constants`: hash of the absmax values, or of their codes where those are
+        quantised; then also `nested`: hash of their second-level constants, and `offset`: the subtracted mean.
+        `code_sums` and `constant_sums`: see `sum_codes`.
+    """
+    proof: dict[str, Any] = {
+        "shape": [int(length) for length in state.shape],
+        "codes": hash_tensor(codes),
+        "code_sums": sum_codes(codes, packed=True),
+        "constants": hash_tensor(state.absmax),
+        "offset": None,
+    }
+    if state.nested:
+        proof["constant_sums"] = sum_codes(state.absmax, packed=False)
+        proof["nested"] = hash_tensor(state.state2.absmax)
+        proof["offset"] = float(state.offset)
+    return proof
+
+
+class FourBitRows:
+    """NF4 or FP4 values of a weight, as training saw them.
+
+    Holds half a byte a value, and the constants. A transposed weight (GPT-2's Conv1D is quantised `[out, in]`, stored
+    `[in, out]`) is held dequantised instead; such weights are small.
+
+    Args:
+        entry: The weight in the base's files.
+        code: `nf4` or `fp4`.
+        dtype: What the weight was rounded to before it was quantised.
+        double_quant: Whether its constants are quantised.
+        proof: What the run noted of it: `transposed`, and the `offset` of its constants where it was double-quantised.
+    """
+
+    def __init__(
+        self, entry: AnyEntry, code: str, dtype: torch.dtype, double_quant: bool, proof: Mapping[str, Any]
+    ) -> None:
+        import torch
+        from bitsandbytes.functional import dequantize_blockwise
+
+        self._dtype, self._kind, self._transposed = dtype, code, bool(proof.get("transposed"))
+        self._shape = entry.shape[::-1] if self._transposed else entry.shape
+        codes, absmax = self._quantise(entry)
+        state = self._state(absmax, double_quant, proof.get("offset"))
+        self.proof = hash_four_bit(codes, state)
+        self._codes = codes
+        self._absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        self._whole: torch.Tensor | None = None
+        if self._transposed:
+            blocks = row_blocks(*self._shape, multiple=BLOCK_WEIGHTS)
+            self._whole = torch.cat([self._dequantise(*block) for block in blocks]).t()
+            del self._codes, self._absmax
+
+    def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows in the file's orientation, dequantised to the dtype the weights had when training quantised them.
+
+        `into` is not used: bitsandbytes allocates.
+        """
+        return self._dequantise(start, stop) if self._whole is None else self._whole[start:stop]
+
+    def _quantise(self, entry: AnyEntry) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+        from bitsandbytes.functional import quantize_4bit
+
+        source = read_rows(entry).t() if self._transposed else None
+        total = entry.elements
+        codes = torch.empty((total + 1) // 2, dtype=torch.uint8)
+        absmax = torch.empty(-(-total // BLOCK_WEIGHTS), dtype=torch.float32)
+        rows, width = self._shape
+        for start, stop in row_blocks(rows, width, multiple=BLOCK_WEIGHTS):
+            values = read_rows(entry, start, stop) if source is None else source[start:stop]
+            packed, state = quantize_4bit(
+                values.to(self._dtype).contiguous(), blocksize=BLOCK_WEIGHTS, quant_type=self._kind
+            )
+            first = start * width
+            codes[first // 2 : first // 2 + packed.numel()] = packed.reshape(-1)
+            block = first // BLOCK_WEIGHTS
+            absmax[block : block + state.absmax.numel()] = state.absmax
+        return codes, absmax
+
+    def _state(self, absmax: torch.Tensor, double_quant: bool, offset_noted: float | None) -> QuantState:
+        import torch
+        from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+        code = get_4bit_type(self._kind, device="cpu")
+        fields = {"shape": torch.Size(self._shape), "dtype": self._dtype, "code": code, "quant_type": self._kind}
+        if not double_quant:
+            return QuantState(absmax=absmax, blocksize=BLOCK_WEIGHTS, **fields)
+        offset = absmax.mean() if offset_noted is None else torch.tensor(offset_noted, dtype=torch.float32)
+        nested, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        return QuantState(absmax=nested, offset=offset, state2=state2, blocksize=BLOCK_WEIGHTS, **fields)
+
+    def _dequantise(self, start: int, stop: int) -> torch.Tensor:
+        """Any stretch of rows; it is widened to whole blocks of 64 values and cut again.
+
+        As one long row: bitsandbytes' CPU code is wrong for rows that are no multiple of 64 wide.
+        """
+        import torch
+        from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+
+        width = self._shape[1]
+        first, last = start * width, stop * width
+        low = first // BLOCK_WEIGHTS * BLOCK_WEIGHTS
+        high = min(-(-last // BLOCK_WEIGHTS) * BLOCK_WEIGHTS, self._shape[0] * width)
+        state = QuantState(
+            absmax=self._absmax[low // BLOCK_WEIGHTS : -(-high // BLOCK_WEIGHTS)],
+            shape=torch.Size((1, high - low)),
+            dtype=self._dtype,
+            blocksize=BLOCK_WEIGHTS,
+            code=get_4bit_type(self._kind, device="cpu"),
+            quant_type=self._kind,
+        )
+        flat: torch.Tensor = dequantize_4bit(self._codes[low // 2 : (high + 1) // 2].unsqueeze(1), state).reshape(-1)
+        return flat[first - low : last - low].reshape(stop - start, width)
