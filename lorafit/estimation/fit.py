@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.memory import fits
 from lorafit.plan.step_memory import MemoryQuestion, find_largest
-from lorafit.recipe.words import LARGEST_COUNT
+from lorafit.recipe.schema import LARGEST_COUNT
 
 if TYPE_CHECKING:
     from lorafit.facts import DeviceFacts

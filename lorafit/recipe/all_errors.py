@@ -23,6 +23,7 @@ from lorafit.recipe.yaml_tree import (
 )
 
 _ROUNDS = 5
+_MOST_ERRORS = 400
 _TEMPLATE: KeyPath = ("data", "chat_template")
 
 
@@ -45,12 +46,16 @@ def diagnose(layers: Layers, main: str, look_at_template: Callable[[str], None] 
             rules = [rule for rule in disagreements(judged) if not _is_about(rule, touched)]
             findings += [_contradiction(rule, tree, main) for rule in rules]
             break
-        found = explain(judged, tree)
+        if len(judged) > _MOST_ERRORS:
+            findings.append(finding(tree, (), f"more than {_MOST_ERRORS} errors", "mend the first ones"))
+        found = explain(judged[:_MOST_ERRORS], tree)
         findings += [one for one in found if not _follows(one, touched)]
         touched += [one.meant for one in found if one.meant is not None and find(tree, one.meant) is None]
         touched += [one.path for one in found]
         for one in found:
             tree = _mended(tree, one)
+        if len(judged) > _MOST_ERRORS:
+            break
     findings += _of_template(layers.tree, [one.path for one in findings], look_at_template)
     if not layers.is_whole:  # what is missing may stand in what could not be read
         findings = [one for one in findings if not one.is_missing]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorafit.recipe.schema import LARGEST_COUNT
 from lorafit.recipe.schema_tree import Node, forms, is_nullable, kinds_of, sections_in, words
-from lorafit.recipe.words import LARGEST_COUNT
 
 _NAMES = {"string": "text", "integer": "a whole number", "number": "a number"}
 _FORMATS = {"path": "a path", "path-or-name": "a path or a name"}

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from lorafit.errors import RecipeError
 from lorafit.recipe.expect import allowed_range, expectation
-from lorafit.recipe.foreign import is_not_yet
+from lorafit.recipe.foreign import is_not_yet, suggest_word
 from lorafit.recipe.mending import mend
 from lorafit.recipe.schema_tree import (
     Node,
@@ -25,7 +25,6 @@ from lorafit.recipe.schema_tree import (
     written_path,
 )
 from lorafit.recipe.suggest import suggest_key
-from lorafit.recipe.words import suggest_word
 from lorafit.recipe.yaml_tree import Entry, KeyPath, Place, find, key_text, nearest_entry, shown
 
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
@@ -78,8 +77,8 @@ def explain(errors: Sequence[ErrorDetails], tree: Entry) -> list[Finding]:
         if path[-1:] == ("kind",) and kinds_of(node_at(path[:-1], tree)):
             path = path[:-1]
         by_path.setdefault(path, []).append(error)
-    inner = [path for path in by_path if not any(other[: len(path)] == path != other for other in by_path)]
-    found = [one for path in inner for one in _explain_key(path, by_path[path], tree)]
+    above = {path[:length] for path in by_path for length in range(len(path))}  # one form's errors lie deeper
+    found = [one for path, held in by_path.items() if path not in above for one in _explain_key(path, held, tree)]
     meant = {one.meant for one in found if one.meant is not None}
     return [one for one in found if not (one.is_missing and any(key[: len(one.path)] == one.path for key in meant))]
 

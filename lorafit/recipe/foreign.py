@@ -1,13 +1,16 @@
-"""Other tools' keys and words, and ours for them: `configs/foreign_names.yaml`, read when an unknown one is met."""
+"""Other tools' keys and words: `configs/foreign_names.yaml`, read when one that lorafit does not know is met."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from functools import cache
 from typing import TypedDict
 
+from lorafit.console.nearest import nearest
 from lorafit.machine.shipped import shipped
+from lorafit.recipe.yaml_tree import Value
 
 _FEWEST_KEYS = 3  # of one tool, by which a recipe is taken for that tool's
 
@@ -39,10 +42,26 @@ def foreign() -> ForeignNames:
 
 def fold(word: str) -> str:
     """A word as it is looked up: in lower case, its parts joined by `_`."""
-    return re.sub(r"[\s_-]+", "_", word.strip().lower())
+    return re.sub(r"[\s_-]+", "_", unicodedata.normalize("NFKC", word).strip().lower())
 
 
-def means_nothing(value: object) -> bool:
+def same_word(word: str, known: Iterable[str]) -> str:
+    """The word among `known` that is `word`, written differently or as another tool has it; empty where none is."""
+    known = list(known)
+    words = foreign()["words"]
+    ours = words.get(fold(word), words.get(word.strip().lower(), ""))
+    return next((name for name in known if fold(name) == fold(word)), ours if ours in known else "")
+
+
+def suggest_word(word: str, known: Iterable[str]) -> str:
+    """`did you mean lora? ` for a word that is not among `known`, or nothing."""
+    known = list(known)
+    same = same_word(word, known)
+    close = [same] if same else nearest(word.strip(), known, count=2)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
+def means_nothing(value: Value) -> bool:
     """Whether a text is one of the words by which people and other tools say that they want none."""
     return isinstance(value, str) and value.strip().lower() in foreign()["nothing"]
 

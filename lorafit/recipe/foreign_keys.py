@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lorafit.recipe.foreign import fold, foreign, is_not_yet, means_nothing
+from lorafit.recipe.foreign import fold, foreign, is_not_yet, means_nothing, same_word
 from lorafit.recipe.schema_tree import Node, every_key, forms, kinds_of, recipe_tree, words
-from lorafit.recipe.words import same_word
 from lorafit.recipe.yaml_tree import Entry, KeyPath, Value, parse_key, shown
 
 _LONGEST_LIST_CHARACTERS = 60

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 
-from lorafit.recipe.foreign import means_nothing
+from lorafit.recipe.foreign import means_nothing, suggest_word
 from lorafit.recipe.scalars import UnclearScalarError, read_scalar
 from lorafit.recipe.schema_tree import Node, form_of, forms, kinds_of, node_at, validate, words, written_path
-from lorafit.recipe.words import suggest_word
 from lorafit.recipe.yaml_tree import Entry, KeyPath, Plain, entry_of, find, shown, with_entry
 
 _SHOWN_WORD_CHARACTERS = 40
@@ -36,10 +35,10 @@ def mend(path: KeyPath, node: Node | None, tree: Entry) -> str:
                 return f"leave it out, or write {text}" if is_default else f"write {text}"
     if value is None and any(form.get("type") in ("object", "array") for form in forms(node)):
         return "fill it in, or remove the key"
-    if isinstance(value, str | int | float):
-        advised = next((todo for todo, guess in _guesses(path, node, value) if takes(tree, path, guess)), "")
-        return advised or (_near_words(node, value) if isinstance(value, str) else "")
-    return ""
+    if not isinstance(value, str | int | float):
+        return ""
+    advised = next((todo for todo, guess in _guesses(path, node, value) if takes(tree, path, guess)), "")
+    return advised or (_near_word(node, value) or _near_list(node, value) if isinstance(value, str) else "")
 
 
 def takes(tree: Entry, path: KeyPath, value: Plain) -> bool:
@@ -64,16 +63,15 @@ def _guesses(path: KeyPath, node: Node, value: str | float) -> Iterator[tuple[st
         if isinstance(value, float) and value.is_integer():
             yield f"write {int(value)}", int(value)
         return
-    text = value.strip()
-    with suppress(UnclearScalarError):
-        yield "remove the quotes", read_scalar(text.lower() if text.lower() in ("true", "false") else text)
+    text, lists = value.strip(), [form for form in forms(node) if form.get("type") == "array"]
     if _COMMA_NUMBER.fullmatch(text):
         yield f"write {text.replace(',', '.')}", float(text.replace(",", "."))
-    near = suggest_word(value, [word for form in forms(node) if form.get("type") != "array" for word in words(form)])
-    if near:
-        yield near.rstrip(), near.removeprefix("did you mean ").partition("?")[0].split(" or ")[0]
+    with suppress(UnclearScalarError):
+        read = read_scalar(text.lower() if text.lower() in ("true", "false") else text)
+        if not isinstance(read, str):
+            yield "remove the quotes", read
     names = _parts(value)
-    if names and not means_nothing(value):
+    if lists and names and not means_nothing(value) and not _near_word(node, value):
         yield f"write [{', '.join(names)[:_SHOWN_WORD_CHARACTERS]}]", list[Plain](names)
 
 
@@ -82,9 +80,13 @@ def _parts(text: str) -> list[str]:
     return [name for name in re.split(r"[\s,;]+", text.strip(" []")) if name]
 
 
-def _near_words(node: Node, text: str) -> str:
-    """The words of a list that those of a text are near; empty where one of them is near none."""
+def _near_word(node: Node, text: str) -> str:
+    """The word that a text is near."""
+    return suggest_word(text, [word for form in forms(node) if "items" not in form for word in words(form)]).rstrip()
+
+
+def _near_list(node: Node, text: str) -> str:
+    """The list of words that the parts of a text are near; empty where one of them is near none."""
     known = [word for form in forms(node) if "items" in form for word in words(form)]
     near = [suggest_word(name, known).removeprefix("did you mean ").partition("?")[0] for name in _parts(text)]
-    meant = [word.split(" or ")[0] for word in near]
-    return f"did you mean [{', '.join(meant)}]?" if meant and all(meant) else ""
+    return f"did you mean [{', '.join(word.split(' or ')[0] for word in near)}]?" if near and all(near) else ""

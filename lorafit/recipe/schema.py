@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, WrapSerializer
+from pydantic_core import core_schema
 
 from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.formats import formats
@@ -19,9 +20,15 @@ from lorafit.kinds.registry import as_bare_word
 from lorafit.kinds.schedules import ScheduleSection, schedules
 from lorafit.kinds.section import PATH, PATH_OR_NAME, Section
 from lorafit.kinds.tasks import TaskSection, tasks
-from lorafit.recipe.words import LARGEST_COUNT, OneNameOf
+from lorafit.recipe.foreign import is_not_yet, suggest_word
+from lorafit.recipe.yaml_tree import Plain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+
     AdapterChoice = AdapterSection
     OptimizerChoice = OptimizerSection
     QuantizationChoice = QuantizationSection
@@ -34,6 +41,8 @@ else:
     ScheduleChoice = schedules.one_of("cosine")
     TaskChoice = Annotated[tasks.one_of("causal-lm"), WrapSerializer(as_bare_word)]
 
+LARGEST_COUNT = 2**31 - 1
+"""Whole numbers up to this fit the counters of every library below."""
 Auto = Literal["auto"]
 
 
@@ -46,6 +55,34 @@ def _one_line(value: str) -> str:
 Line = Annotated[str, AfterValidator(_one_line)]
 Word = Annotated[str, StringConstraints(min_length=1), AfterValidator(_one_line)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+
+
+class OneNameOf:
+    """Annotation of text that must be one of `names()`; its error lists the nearest and all of them."""
+
+    def __init__(self, what: str, names: Callable[[], list[str]]) -> None:
+        self.what, self.names = what, names
+
+    def __call__(self, value: str) -> str:
+        """The name itself.
+
+        Raises:
+            ValueError: It is none of them.
+        """
+        known = self.names()
+        if value in known:
+            return value
+        if is_not_yet(self.what, value):
+            raise ValueError(f"{self.what} '{value}' does not exist yet; available: {', '.join(known)}")
+        raise ValueError(f"unknown {self.what} '{value}'; {suggest_word(value, known)}available: {', '.join(known)}")
+
+    def __get_pydantic_core_schema__(self, source: type[str], handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"enum": self.names()}
 
 
 def _metrics_while_training() -> list[str]:
@@ -101,7 +138,7 @@ class TrainSourceSection(SourceSection):
     """How often an epoch sees this source; 0.5 sees another half of it each epoch."""
 
 
-def _several(value: object) -> object:
+def _several(value: Plain) -> Plain:
     """A bare path, or one mapping with a path, stands for a list of one source."""
     if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
         value = [value]
@@ -124,7 +161,7 @@ class ValidationFraction(Section):
     """Share of the training rows that is held out (0 to 1), drawn by the seed."""
 
 
-def _form_of_validation(value: object) -> str:
+def _form_of_validation(value: ValidationFraction | Plain) -> str:
     is_share = isinstance(value, ValidationFraction) or (isinstance(value, dict) and "path" not in value)
     return "fraction" if is_share else "sources"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lorafit.console.nearest import nearest
 from lorafit.console.wording import alternatives
-from lorafit.recipe.foreign import foreign
+from lorafit.recipe.foreign import fold, foreign
 from lorafit.recipe.foreign_keys import foreign_answer, word_of_ours
 from lorafit.recipe.schema_tree import Node, every_key, fields_of, kind_of, kinds_of, recipe_tree
 from lorafit.recipe.yaml_tree import Entry, KeyPath, key_text
@@ -39,7 +39,7 @@ def suggest_key(path: KeyPath, node: Node | None, section: Entry) -> Suggestion:
     another section, the nearest name of this section, the nearest of all.
     """
     key, parent = str(path[-1]), path[:-1]
-    unknown, folded = f"unknown key{_letters_that_deceive(key)}", _fold(key)
+    unknown, folded = f"unknown key{_letters_that_deceive(key)}", fold(key)
     fields, kinds = fields_of(node, section), kinds_of(node)
     known = [*fields, *(["kind"] if kinds else []), *([] if parent else ["extends"])]
     before_colon, colon, _ = folded.partition(":")
@@ -65,10 +65,6 @@ def suggest_key(path: KeyPath, node: Node | None, section: Entry) -> Suggestion:
 
 def _elsewhere(what: str, paths: list[KeyPath]) -> Suggestion:
     return Suggestion(what, f"did you mean {alternatives([key_text(path) for path in paths[:3]])}?", paths[0])
-
-
-def _fold(key: str) -> str:
-    return unicodedata.normalize("NFKC", key).strip().lower().replace("-", "_")
 
 
 def _foreign_key(folded: str, section: Entry, fields: dict[str, Node], parent: KeyPath) -> Suggestion | None:

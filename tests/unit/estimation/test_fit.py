@@ -20,7 +20,7 @@ from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape
 from lorafit.model_shapes import known_families
 from lorafit.plan.step_memory import find_largest
-from lorafit.recipe.words import LARGEST_COUNT
+from lorafit.recipe.schema import LARGEST_COUNT
 from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
 
 FROM_CLASSES = ("google--gemma-4-E2B", "unsloth--gpt-oss-20b-BF16")  # of those that no arithmetic knows: seconds each

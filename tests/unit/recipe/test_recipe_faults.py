@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,14 @@ def test_errors_that_hide_behind_others_are_listed_too(fails: Fails) -> None:
         "training.batch_size",
         "evaluation.every_steps",
     ]
+
+
+def test_a_list_of_thousands_of_mistakes_has_an_end(fails: Fails) -> None:
+    start = time.process_time()
+    lines = parts(fails(MINIMAL + f"tracking: [{', '.join(['wandbb'] * 15_000)}]\n"))
+    assert len(lines) == 401
+    assert any("more than 400 errors" in line for line in lines)
+    assert time.process_time() - start < 30
 
 
 def test_one_mistake_is_one_error(fails: Fails) -> None:

@@ -6,10 +6,9 @@ import pytest
 
 from lorafit.console.nearest import nearest
 from lorafit.recipe.foreign import foreign, is_not_yet
-from lorafit.recipe.schema import Recipe, TrainSourceSection
+from lorafit.recipe.schema import OneNameOf, Recipe, TrainSourceSection
 from lorafit.recipe.schema_tree import every_key, kinds_of, recipe_tree
 from lorafit.recipe.schema_tree import words as words_of
-from lorafit.recipe.words import OneNameOf
 from tests.support.recipe_texts import MINIMAL, Fails, Loads, parts
 
 KEYS = {".".join(map(str, path)): node for path, node in every_key(recipe_tree())}
