@@ -182,7 +182,6 @@ def train(
     from lorafit.plan import ResolvedPlan, plan, require_fit
     from lorafit.recipe.load import load_recipe
     from lorafit.run.results import Trained
-    from lorafit.training import Training
 
     reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
     loaded = load_recipe(recipe, overrides, output=output, look_at_template=look_at_template)
@@ -204,6 +203,8 @@ def train(
             section, auto_class = job.recipe.adapter, tasks.bind(job.recipe.task).auto_class
             check_shippable_unloaded(job.base, section, job.recipe.seed, auto_class)
             return Trained(run, the_plan, None, None)
+        from lorafit.training import Training
+
         training = Training(
             job,
             run,

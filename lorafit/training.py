@@ -9,26 +9,65 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lorafit.contracts import Reporter, Silent
+from lorafit.data.batch import StepRows
+from lorafit.data.packing import Cutter
+from lorafit.errors import StoppedBySignal
+from lorafit.evaluation.runner import Ranks, evaluate_during
+from lorafit.files.cache import cache_folder
 from lorafit.files.rundir import RunDir, check_manifest, read_object, write_json
 from lorafit.job import load_base, prove, torch_dtype
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.schedules import learning_rate_at
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.version import installed_versions
+from lorafit.memory import fits
+from lorafit.model.adapter import save_adapter
+from lorafit.model.agreement import check_plan
+from lorafit.model.attach import attach_adapter, load_adapter_weights
+from lorafit.model.content import reading_content, require_recorded, require_same
+from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.inspect import coverage, coverage_table, describe_quantization, require_same_quantization
+from lorafit.model.load import enable_checkpointing
+from lorafit.model.merge.shippable import check_shippable
+from lorafit.objective import choose_probe
+from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
+from lorafit.ops.rng import seed_rng
+from lorafit.plan import ResolvedPlan, count_flops, memory_question, require_fit
+from lorafit.run.results import Trained, describe_resolved
 from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
+from lorafit.trainer.checkpoint import CheckpointStore, Environment, check_continuity
+from lorafit.trainer.executor import Executor, OneByOne
+from lorafit.trainer.first_gradient import prove_gradients
+from lorafit.trainer.journal import Journal
+from lorafit.trainer.loop import Cadence, HeldOut, Trainer
+from lorafit.trainer.metrics_log import MetricsLog
+from lorafit.trainer.profile import NO_PROFILE, NoProfile, StepProfile
+from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
+from lorafit.trainer.resolve import cached_plan_file, resolve_plan
+from lorafit.trainer.snapshot import Snapshot
+from lorafit.trainer.speed import measure_speed
+from lorafit.trainer.stage import Stage
+from lorafit.trainer.state import FitResult, TrainState
+from lorafit.trainer.step import Update
+from lorafit.trainer.threaded_micro_batches import run_at_once
+from lorafit.trainer.tracking import Trackers, build_accelerator
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from accelerate import Accelerator
+
     from lorafit.job import Job
     from lorafit.model.content import Content
     from lorafit.objective import Objective
-    from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan
+    from lorafit.plan import MemoryQuestion, Plan
     from lorafit.run.card import RunCard
-    from lorafit.run.results import Trained
-    from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore
-    from lorafit.trainer.loop import Trainer
+    from lorafit.trainer.checkpoint import Checkpoint
     from lorafit.trainer.speed import Speed
-    from lorafit.trainer.state import FitResult, TrainState
 
 _GRADIENT_TOKENS = 64
 _SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed
@@ -48,19 +87,6 @@ class Training:
 
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
-        from lorafit.model.adapter import save_adapter
-        from lorafit.model.attach import load_adapter_weights
-        from lorafit.model.content import reading_content
-        from lorafit.model.inspect import describe_quantization
-        from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
-        from lorafit.ops.rng import seed_rng
-        from lorafit.plan import require_fit
-        from lorafit.run.results import Trained, describe_resolved
-        from lorafit.trainer.checkpoint import CheckpointStore
-        from lorafit.trainer.optimizer_state import taken_back
-        from lorafit.trainer.state import FitResult, TrainState
-        from lorafit.trainer.tracking import build_accelerator, check_same_rows, part
-
         job, recipe = self.job, self.job.recipe
         has_held_out = recipe.data.test is not None or recipe.data.validation is not None
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
@@ -88,44 +114,62 @@ class Training:
                 self._check_base(content, used)
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
         self._prove_gradients(objective)
-        resolved = self._resolve(objective, accelerator, checkpoint, given)
-        before_bytes = peak_memory_bytes(accelerator.device)
-        told_apart = forget_peak_memory(accelerator.device)  # the rehearsal tries what the steps do not take
+        executor = self._open_executor(objective, accelerator)
+        resolved = self._resolve(executor, checkpoint, given)
+        before_bytes = peak_memory_bytes(executor.device)
+        told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take
         card = job.card(resolved)
         question = replace(self._question(), attention=resolved.attention)
         expected = question.at(resolved.tokens_at_once, resolved.gradient_checkpointing)
         self.reporter.info(describe_resolved(resolved))
-        seed_rng(recipe.seed + _SEED_STRIDE * accelerator.process_index)  # dropout; each rank drops other inputs
+        seed_rng(recipe.seed + _SEED_STRIDE * executor.rank)  # dropout; each rank drops other inputs
         save = partial(
             save_adapter, model, base=job.base, quantization=used, card=card, companions=job.companions(card)
         )
-        trainer = self._build_trainer(model, objective, resolved, accelerator, store, save, expected.needed_bytes)
-        state = TrainState()
-        if checkpoint is not None:
-            with taken_back(checkpoint.folder):
-                state = trainer.restore(checkpoint, partial(load_adapter_weights, model))
+        trackers = Trackers(accelerator, self.reporter)
+        journal = Journal(
+            self.reporter,
+            MetricsLog(self.where.metrics, self.reporter) if executor.rank == 0 else None,
+            trackers,
+            executor.profile,
+            self.counts_memory,
+            expected.needed_bytes,
+        )
+        executor = run_at_once(executor, resolved.micro_batches_at_once)
+        trainer = self._build_trainer(executor, resolved, store, journal, save)
+        state = trainer.restore(checkpoint) if checkpoint is not None else TrainState()
         state.events += events
         if content is not None:  # nothing is written before all is loaded, compared and proven
             facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
             hashes = {self.where.base: content.to_json(), self.where.quantization: used}
             self._describe(job, card, {**resolved.to_json(), **facts}, hashes, begins=checkpoint is None)
-        trainer.trackers.start(recipe.name, recipe.model_dump(mode="json"), step=state.step)
+        trackers.start(recipe.name, recipe.model_dump(mode="json"), step=state.step)
         try:
             result = replace(trainer.fit(state), peak_before_steps_bytes=before_bytes if told_apart else None)
+        except StoppedBySignal as stopped:
+            stopped.todo = stopped.todo or f"go on with: {self.resume_command}"
+            raise
         finally:
-            profile = trainer.profile.finish()
-        part(accelerator)
-        trainer.trackers.finish()
-        speed = self._measure_speed(result, accelerator)
+            profile = journal.profile.finish()
+        leave_together(accelerator)
+        trackers.finish()
+        speed = self._measure_speed(result, executor)
         trained = Trained(self.where, self.plan, resolved, result, expected, speed, profile, has_held_out)
-        if accelerator.is_main_process:
+        if executor.rank == 0:
             write_json(self.where.result, trained.summary())
         return trained
 
-    def _load(self, accelerator: Any) -> Any:
+    def _open_executor(self, objective: Objective, accelerator: Accelerator) -> Executor:
+        """Several processes, or this one alone."""
+        profile: NoProfile = NO_PROFILE
+        if self.profiles and accelerator.is_main_process:
+            profile = StepProfile(self.where.profile, self.where.trace, accelerator.device)
+        if accelerator.num_processes > 1:
+            return OverRanks(objective, accelerator, profile)
+        return OneByOne(objective, accelerator.device, profile)
+
+    def _load(self, accelerator: Accelerator) -> Any:
         """The base with its adapter, in the precision of the plan."""
-        from lorafit.model.fuse import fuse_layers, keep_unpacked
-        from lorafit.model.inspect import coverage, coverage_table
 
         plan = self.plan
         base = load_base(
@@ -145,8 +189,6 @@ class Training:
 
     def _check_base(self, content: Content, used: Mapping[str, Any]) -> None:
         """Whether the base is the one that the run was begun on, where there is one: every byte, and every code."""
-        from lorafit.model.content import require_same
-        from lorafit.model.inspect import require_same_quantization
 
         where = self.where
         if where.base.exists():
@@ -158,7 +200,6 @@ class Training:
         self, job: Job, card: RunCard, plan: Mapping[str, Any], hashes: Mapping[Path, Any], *, begins: bool
     ) -> None:
         """Everything that the run folder says of the run. Hashes of its base stay those that it was begun with."""
-        import torch
 
         where = self.where
         describe_run(where, job.loaded, {**job.origin(), "threads": torch.get_num_threads()})
@@ -172,8 +213,6 @@ class Training:
 
     def _prove_gradients(self, objective: Objective) -> None:
         """One short row forward and backward, before anything is written."""
-        from lorafit.objective import choose_probe
-        from lorafit.trainer.first_gradient import prove_gradients
 
         rows = self.job.rows.train
         row = choose_probe(rows.lengths, most_tokens=_GRADIENT_TOKENS)
@@ -182,10 +221,6 @@ class Training:
 
     def _attach(self, base: Any) -> Any:
         """The base with its adapter, which is the planned one, and can be merged and loaded again."""
-        from lorafit.kinds.adapters import adapters
-        from lorafit.model.agreement import check_plan
-        from lorafit.model.attach import attach_adapter
-        from lorafit.model.merge.shippable import check_shippable
 
         job, recipe = self.job, self.job.recipe
         model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
@@ -193,11 +228,8 @@ class Training:
         check_shippable(model, job.base, tasks.bind(recipe.task).auto_class)
         return model
 
-    def _measure_speed(self, fit: FitResult, accelerator: Any) -> Speed | None:
+    def _measure_speed(self, fit: FitResult, executor: Executor) -> Speed | None:
         """The run's figures against what the machine can do."""
-        from lorafit.files.cache import cache_folder
-        from lorafit.plan.flops import count_flops
-        from lorafit.trainer.speed import measure_speed
 
         facts = self.job.rows.facts()
         flops = count_flops(
@@ -211,8 +243,8 @@ class Training:
         return measure_speed(
             fit,
             model_flops=flops.model_flops,
-            device=accelerator.device,
-            devices=accelerator.num_processes,
+            device=executor.device,
+            devices=executor.ranks,
             dtype=torch_dtype(self.plan.compute_dtype),
             cache=cache_folder(),
         )
@@ -226,8 +258,6 @@ class Training:
     def _find_checkpoint(
         self, store: CheckpointStore, step: int | None, allow_inexact: bool
     ) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
-        from lorafit.model.content import require_recorded
-        from lorafit.trainer.checkpoint import Environment, check_continuity
 
         job, device = self.job, self.job.device
         if read_base_digest(self.where) not in (None, job.base.digest):
@@ -247,49 +277,33 @@ class Training:
 
     def _question(self) -> MemoryQuestion:
         """What a step of this run holds in memory, by micro-batch and checkpointing."""
-        from lorafit.plan import memory_question
 
         job = self.job
         return memory_question(job.recipe, job.shape, job.rows.facts(), job.device)
 
-    def _resolve(
-        self, objective: Objective, accelerator: Any, checkpoint: Checkpoint | None, given: ResolvedPlan | None
-    ) -> ResolvedPlan:
+    def _resolve(self, executor: Executor, checkpoint: Checkpoint | None, given: ResolvedPlan | None) -> ResolvedPlan:
         """Settles `auto` on the run's real shapes."""
-        from lorafit.data.batch import StepRows
-        from lorafit.files.cache import cache_folder
-        from lorafit.kinds.optimizers import optimizers
-        from lorafit.memory import fits
-        from lorafit.model.load import enable_checkpointing
-        from lorafit.plan import ResolvedPlan
-        from lorafit.trainer.rehearsal import Rehearsal
-        from lorafit.trainer.resolve import cached_plan_file, resolve_plan
-
         job, recipe = self.job, self.job.recipe
         question = self._question()
-        rehearsal = Rehearsal(
-            objective,
+        stage = Stage(
+            executor,
             job.rows.train,
             job.rows.validation if self.plan.evaluate_every_steps is not None else None,
             StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
             job.pad_id,
-            accelerator.device,
             self.reporter,
-            set_checkpointing=partial(enable_checkpointing, objective.model),
+            set_checkpointing=partial(enable_checkpointing, executor.objective.model),
             fits=lambda tokens, on, attention: fits(
                 replace(question, attention=attention).at(tokens, on), job.device.memory_bytes
             ),
             optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
             packing=recipe.data.packing,
-            ranks=accelerator.num_processes,
             one_by_one=self.profiles or self.counts_memory,  # both look at one thread
         )
         key = [json.dumps(job.facts(), sort_keys=True), job.device.name, str(job.device.count), *installed_versions()]
         return resolve_plan(
             self.plan,
-            rehearsal,
-            accelerator,
-            self.reporter,
+            stage,
             resumed=ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder)) if checkpoint else None,
             given=given,
             cache_file=cached_plan_file(cache_folder(), key),
@@ -297,69 +311,60 @@ class Training:
 
     def _build_trainer(
         self,
-        model: Any,
-        objective: Objective,
+        executor: Executor,
         resolved: ResolvedPlan,
-        accelerator: Any,
         store: CheckpointStore,
+        journal: Journal,
         save: Callable[[Path], None],
-        estimate_bytes: int,
     ) -> Trainer:
-        """The loop with everything it is handed."""
-        from lorafit.data.batch import StepRows
-        from lorafit.data.packing import Cutter
-        from lorafit.evaluation.runner import Ranks, evaluate_during
-        from lorafit.kinds.adapters import adapters
-        from lorafit.kinds.optimizers import optimizers
-        from lorafit.kinds.schedules import learning_rate_at
-        from lorafit.trainer.loop import Trainer
-        from lorafit.trainer.profile import NO_PROFILE, StepProfile
-
+        """The loop with its parts."""
         job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        hook = adapters.bind(recipe.adapter).step_hook(model)
-        evaluate_rows = None
-        if job.rows.validation is not None and self.plan.evaluate_every_steps is not None:
-            evaluate_rows = evaluate_during(
-                objective,
-                job.rows.validation,
-                recipe.evaluation.during,
-                micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
-                pad_id=job.pad_id,
-                device=accelerator.device,
-                reporter=Silent(),
-                ranks=Ranks(
-                    accelerator.process_index, accelerator.num_processes, lambda t: accelerator.reduce(t, "sum")
-                ),
-            )
-        return Trainer(
-            objective,
-            optimizers.bind(training.optimizer).build(trainable, training.learning_rate, accelerator.device),
+        model, rows = executor.objective.model, self.job.rows
+        update = Update(
+            optimizers.bind(training.optimizer).build(executor.parameters, training.learning_rate, executor.device),
+            [(name, p) for name, p in executor.objective.named_parameters() if p.requires_grad],
             lambda step: learning_rate_at(training.schedule, training.learning_rate, step, self.plan.total_steps),
-            StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
-            job.rows.train,
-            self.plan,
-            resolved,
-            store,
-            accelerator,
-            self.reporter,
-            cutter=Cutter(
-                job.rows.train,
-                objective.task,
-                job.pad_id,
-                recipe.data.packing,
-                resolved.attention,
-                resolved.micro_batches_at_once,
-            ),
-            save_adapter=save,
-            evaluate=evaluate_rows,
-            early_stopping=recipe.evaluation.early_stopping,
-            max_grad_norm=training.max_grad_norm,
-            hooks=[hook] if hook is not None else [],
-            estimate_bytes=estimate_bytes,
-            counts_memory=self.counts_memory,
-            profile=StepProfile(self.where.profile, self.where.trace, accelerator.device)
-            if self.profiles and accelerator.is_main_process
-            else NO_PROFILE,
-            resume_command=self.resume_command,
+            executor.scaler,
+            training.max_grad_norm,
+            adapters.bind(recipe.adapter).step_hook(model),
         )
+        at_once, task = resolved.micro_batches_at_once, executor.objective.task
+        cutter = Cutter(rows.train, task, job.pad_id, recipe.data.packing, resolved.attention, at_once)
+        load = partial(load_adapter_weights, model)
+        environment = Environment.here(executor.device.type, executor.ranks)
+        return Trainer(
+            executor,
+            update,
+            StepRows(rows.train, recipe.seed, self.plan.batch_size),
+            cutter,
+            resolved.micro_batch_tokens,
+            Cadence(self.plan.total_steps, self.plan.save_every_steps, self.plan.evaluate_every_steps),
+            store,
+            Snapshot(update, save, load, resolved, environment),
+            journal,
+            self._held_out(executor, resolved),
+        )
+
+    def _held_out(self, executor: Executor, resolved: ResolvedPlan) -> HeldOut | None:
+        """Evaluation while training, where the recipe asks for one."""
+        job, evaluation = self.job, self.job.recipe.evaluation
+        if job.rows.validation is None or self.plan.evaluate_every_steps is None:
+            return None
+        evaluate = evaluate_during(
+            executor.objective,
+            job.rows.validation,
+            evaluation.during,
+            micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
+            pad_id=job.pad_id,
+            device=executor.device,
+            reporter=Silent(),
+            ranks=Ranks(
+                executor.rank,
+                executor.ranks,
+                lambda sums: torch.tensor(executor.sum(sums.flatten().tolist()), dtype=sums.dtype).view_as(sums),
+            ),
+        )
+        stopping = evaluation.early_stopping
+        if stopping is None:
+            return HeldOut(evaluate, self.plan.select_metric)
+        return HeldOut(evaluate, self.plan.select_metric, stopping.patience, stopping.min_delta)

@@ -35,13 +35,14 @@ from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.chunk_sizes import chunk_labels
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.plan.step_memory import resolve_compute_dtype
-from lorafit.trainer.step import accumulate_gradients, gradient_norm, sum_gradients, update_parameters
-from lorafit.trainer.tracking import build_accelerator
+from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.step import Update, accumulate_gradients
 
 if TYPE_CHECKING:
     from lorafit.estimation import RecipeEstimate
     from lorafit.plan import MemoryQuestion
     from lorafit.recipe.schema import Recipe
+    from lorafit.trainer.executor import Executor
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
 _attention = functional.scaled_dot_product_attention
@@ -110,7 +111,6 @@ class DryRun:
         recipe, dtype = self.question.recipe, self.question.dtype
         on_cuda = self.question.device_kind != "cpu"
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        accelerator = build_accelerator(use_cpu=True)
         base = build_weightless(
             self.config,
             quantization=recipe.model.quantization,
@@ -133,23 +133,27 @@ class DryRun:
         task = tasks.bind(recipe.task)
         objective = task.build_objective(model, autocast_dtype=autocast, exact=not self.question.shape.plain_head)
         objective.train()
-        trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        training = recipe.training
-        optimizer = optimizers.bind(training.optimizer).build(trained, training.learning_rate, accelerator.device)
+        executor = OneByOne(objective, torch.device("cpu"))
+        # fp16 runs without its loss scale, which takes no memory and reads the gradients' values.
+        executor.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        rate, training = recipe.training.learning_rate, recipe.training
+        optimizer = optimizers.bind(training.optimizer).build(executor.parameters, rate, executor.device)
         for group in optimizer.param_groups:
             if on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there
         live = _LiveFakes(_CUDA_BLOCK_BYTES if on_cuda else 1, holds_documents=self.question.packs_rows)
         with fake, _as_it_would_run(on_cuda), unpacking_fakes():
             with _LiveFakes():
-                for parameter in trained:
+                for parameter in executor.parameters:
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step()  # its state exists from now on
                 if not self.accumulates:
                     optimizer.zero_grad(set_to_none=True)
             with watching(live, objective, optimizer), self._progress(base, reporter or Silent()):
                 try:
-                    self._step(objective, optimizer, trained, self._batch(task), accelerator)
+                    named = list(objective.named_parameters())
+                    update = Update(optimizer, named, lambda step: rate, executor.scaler, training.max_grad_norm)
+                    take_step(executor, update, self._batch(task))
                 except (RuntimeError, NotImplementedError) as error:
                     raise self._cannot_run(error) from error
         tokens = max(self.micro_batch_tokens, self.question.longest_tokens)
@@ -179,20 +183,13 @@ class DryRun:
         rows, labels = tokens // longest, self.question.labels_at(tokens)
         return task.shape_batch(rows, tokens // rows, labels, packed=self.question.packs_rows)
 
-    def _step(self, objective: Any, optimizer: Any, trained: list[Any], batch: Batch, accelerator: Any) -> None:
-        """The loop's step. fp16 runs without its loss scale, which takes no memory and reads the gradients' values."""
-        accumulate_gradients(objective, [batch], accelerator, None, lambda: None)
-        sum_gradients(trained, accelerator)
-        training = self.question.recipe.training
-        update_parameters(
-            optimizer,
-            trained,
-            None,
-            norm=gradient_norm(trained),
-            max_norm=training.max_grad_norm,
-            learning_rate=training.learning_rate,
-        )
-        optimizer.zero_grad(set_to_none=True)
+
+def take_step(executor: Executor, update: Update, batch: Batch) -> None:
+    """The loop's step, of one micro-batch."""
+    accumulate_gradients(executor, [batch])
+    executor.sum_gradients()
+    update.apply(1, update.gradient_norm())
+    update.optimizer.zero_grad(set_to_none=True)
 
 
 class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]

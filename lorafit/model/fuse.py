@@ -79,16 +79,6 @@ def keep_unpacked(model: nn.Module) -> int:
     return kept
 
 
-def drops_only_in_adapters(model: nn.Module) -> bool:
-    """Whether no layer but fused LoRA ones drops anything: these draw by `lorafit.ops.dropout`."""
-    layers: list[Any] = [module for module in model.modules() if _is_fused_lora(module)]
-    fused = {id(dropout) for layer in layers for dropout in layer.lora_dropout.values()}
-    dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-    own = [value for module in model.modules() for name, value in vars(module).items() if "dropout" in name]
-    drops_by_function = any(isinstance(value, float) and value > 0 for value in own)
-    return not drops_by_function and all(dropout.p == 0 or id(dropout) in fused for dropout in dropouts)
-
-
 def _replacement(module: nn.Module, known: dict[type, _Forward | None]) -> tuple[str, _Forward | None]:
     """Kind and forward; `known` grows with each class that was proven or refused."""
     if "forward" in vars(module):  # somebody else's hook

@@ -19,11 +19,11 @@ _of_thread = threading.local()
 
 
 @contextlib.contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """`drop` of this thread draws from a CPU generator with that seed."""
+def drawing_from(seed: int) -> Iterator[numpy.random.Generator]:
+    """`drop` of this thread draws from a CPU generator with that seed, which is given."""
     _of_thread.generator = _generator(seed)
     try:
-        yield
+        yield _of_thread.generator
     finally:
         del _of_thread.generator
 

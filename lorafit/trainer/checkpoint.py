@@ -8,11 +8,10 @@ checkpoints/step-000100/
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from lorafit.console.wording import counted
 from lorafit.errors import CheckpointError, ResourceError
 from lorafit.files.rundir import (
-    FORMAT,
     MANIFEST,
     TEMPORARY_PREFIX,
     RunDir,
@@ -220,17 +218,6 @@ class CheckpointStore:
 
     def _leftovers(self) -> list[Path]:
         return sorted(self.run.checkpoints.glob(f"{TEMPORARY_PREFIX}*")) if self.run.checkpoints.is_dir() else []
-
-
-def write_state(folder: Path, state: TrainState, resolved: Mapping[str, Any], environment: Environment) -> None:
-    """Writes state.json."""
-    values = {
-        "format": FORMAT,
-        "train": state.to_json(),
-        "resolved": dict(resolved),
-        "environment": asdict(environment),
-    }
-    (folder / STATE_FILE).write_text(json.dumps(values, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def check_continuity(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,15 @@ if TYPE_CHECKING:
 class MetricsLog:
     """Appends JSON objects. A write that fails is said once and tried again with the next line; training goes on."""
 
-    def __init__(self, path: Path, reporter: Reporter, *, enabled: bool = True) -> None:
+    def __init__(self, path: Path, reporter: Reporter) -> None:
         self._path = path
         self._reporter = reporter
-        self._enabled = enabled  # one rank writes
         self._unwritten = ""
         self._said = False
 
     def rewind(self, *, step: int, evaluated_step: int) -> None:
         """Drops what lies behind the edge at `step`, and a torn last line."""
-        if not self._enabled or not self._path.is_file():
+        if not self._path.is_file():
             return
         text = self._path.read_bytes().decode("utf-8", errors="replace")
         kept = [line for line in text.splitlines(keepends=True) if _is_before(line, step, evaluated_step)]
@@ -33,10 +33,8 @@ class MetricsLog:
             with atomic_file(self._path) as temporary:
                 temporary.write_text(wanted, encoding="utf-8")
 
-    def write(self, values: dict[str, Any]) -> None:
+    def write(self, values: Mapping[str, Any]) -> None:
         """Appends one object; NaN and Infinity are refused."""
-        if not self._enabled:
-            return
         self._unwritten += json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             self._append(self._unwritten.encode("utf-8"))
@@ -49,7 +47,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Makes what was written last through a power cut; before each checkpoint, which says that it is there."""
-        if self._enabled and self._path.is_file():
+        if self._path.is_file():
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.errors import LorafitError, SafetyError
 from lorafit.files.cache import own_folder, refuse_foreign
 from lorafit.files.rundir import write_json
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.rehearsal import Choice, Rehearsal
+from lorafit.trainer.rehearsal import rehearse, try_heaviest
+from lorafit.trainer.stage import Choice, Stage
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -27,9 +29,7 @@ def cached_plan_file(cache_folder: Path, parts: Sequence[str]) -> Path:
 
 def resolve_plan(
     plan: Plan,
-    rehearsal: Rehearsal,
-    accelerator: Any,
-    reporter: Reporter,
+    stage: Stage,
     *,
     resumed: ResolvedPlan | None = None,
     given: ResolvedPlan | None = None,
@@ -42,7 +42,7 @@ def resolve_plan(
 
     Args:
         plan: What the recipe fixes, and bounds.
-        rehearsal: The stage.
+        stage: What candidates are tried on.
         resumed: The values that the resumed run was trained with.
         given: Those of another run (`--plan`).
         cache_file: From `cached_plan_file`; read, and written after a rehearsal.
@@ -50,29 +50,30 @@ def resolve_plan(
     Raises:
         ResourceError: The heaviest micro-batch does not fit into memory.
     """
-    cached = _read_cached(cache_file, reporter)
+    cached = _read_cached(cache_file, stage.reporter)
     is_open = "auto" in (plan.attention, plan.gradient_checkpointing, plan.micro_batch_tokens)
     known = next(((s, v) for s, v in (("run", resumed), ("plan", given), ("cache", cached)) if v is not None), None)
     if known is not None:
         source, values = known
-        choice = _taken(plan, values, rehearsal)
+        choice = _taken(plan, values, stage)
         if source == "plan":
-            rehearsal.try_heaviest(choice)
-        rehearsal.apply(choice)
+            try_heaviest(stage, choice)
+        stage.apply(choice)
         measured = values.measured
     else:
         source = "rehearsal" if is_open else "recipe"
         if is_open:
             kept = "kept for this recipe with this seed; --plan takes another run's"
-            reporter.info(f"rehearsal: measuring attention and micro-batches on this run's rows, {kept}")
-        choice = rehearsal.choose(
+            stage.reporter.info(f"rehearsal: measuring attention and micro-batches on this run's rows, {kept}")
+        choice = rehearse(
+            stage,
             attention=plan.attention,
             gradient_checkpointing=plan.gradient_checkpointing,
             micro_batch_tokens=plan.micro_batch_tokens,
             least_tokens=plan.min_micro_batch_tokens,
             most_tokens=plan.max_micro_batch_tokens,
         )
-        measured = rehearsal.measured
+        measured = stage.measured
     resolved = ResolvedPlan(
         micro_batch_tokens=choice.micro_batch_tokens,
         evaluation_micro_batch_tokens=choice.evaluation_micro_batch_tokens,
@@ -80,50 +81,34 @@ def resolve_plan(
         gradient_checkpointing=choice.gradient_checkpointing,
         dtype=plan.dtype,
         compute_dtype=plan.compute_dtype,
-        device_kind=accelerator.device.type,
-        ranks=accelerator.num_processes,
+        device_kind=stage.device.type,
+        ranks=stage.executor.ranks,
         source=source if is_open else "recipe",
         micro_batches_at_once=choice.micro_batches_at_once,
         measured=measured,
     )
-    resolved = _same_on_all_ranks(resolved, rehearsal, accelerator)
-    if cache_file is not None and cached is None and source == "rehearsal" and accelerator.is_main_process:
+    if stage.executor.ranks > 1:  # each measured for itself, and clocks differ: rank 0's values
+        resolved = ResolvedPlan.from_json(stage.executor.gather(resolved.to_json())[0])
+        stage.apply(_taken(plan, resolved, stage))
+    if cache_file is not None and cached is None and source == "rehearsal" and stage.executor.rank == 0:
         own_folder(cache_file.parent)
         write_json(cache_file, resolved.to_json())
     return resolved
 
 
-def _taken(plan: Plan, values: ResolvedPlan, rehearsal: Rehearsal) -> Choice:
+def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> Choice:
     """What the recipe fixes, and for the rest `values`."""
     tokens, checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
-    one_by_one = rehearsal.one_by_one or not isinstance(tokens, str)
-    return Choice(
+    choice = Choice(
         values.micro_batch_tokens if isinstance(tokens, str) else tokens,
         values.evaluation_micro_batch_tokens,
         values.attention if plan.attention == "auto" else plan.attention,
         values.gradient_checkpointing if isinstance(checkpointing, str) else checkpointing,
-        1 if one_by_one else values.micro_batches_at_once,
+        values.micro_batches_at_once if isinstance(tokens, str) else 1,
     )
-
-
-def _same_on_all_ranks(resolved: ResolvedPlan, rehearsal: Rehearsal, accelerator: Any) -> ResolvedPlan:
-    """Rank 0's values: each rank measured for itself, and clocks differ."""
-    if accelerator.num_processes == 1:
-        return resolved
-    from accelerate.utils import broadcast_object_list
-
-    (values,) = broadcast_object_list([resolved.to_json()])
-    agreed = ResolvedPlan.from_json(values)
-    rehearsal.apply(
-        Choice(
-            agreed.micro_batch_tokens,
-            agreed.evaluation_micro_batch_tokens,
-            agreed.attention,
-            agreed.gradient_checkpointing,
-            agreed.micro_batches_at_once,
-        )
-    )
-    return agreed
+    if choice.micro_batches_at_once > 1 and not stage.may_run_at_once(choice.gradient_checkpointing):
+        return replace(choice, micro_batches_at_once=1)
+    return choice
 
 
 def _read_cached(cache_file: Path | None, reporter: Reporter) -> ResolvedPlan | None:

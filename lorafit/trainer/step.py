@@ -1,11 +1,8 @@
 """One optimizer step: micro-batches forward and backward, summed over ranks, divided once; then the update.
 
-    rows of the step --cut_step--> micro-batches --dealt to ranks--> forward, backward (no communication)
-    weight = labels of the whole step, over all ranks, counted before the first backward
-    gradient = sum over micro-batches and ranks of d(loss_sum / weight)
-
-Each rank runs backward on its own micro-batches, however many, without DDP's averaging; one flat buffer is summed at
-the end. So nothing is divided by ranks or by accumulation steps, and there is nothing to undo.
+rows of the step --cut_step--> micro-batches --dealt to ranks--> forward, backward (by an `Executor`)
+weight = labels of the whole step, over all ranks, counted before the first backward
+gradient = sum over micro-batches and ranks of d(loss_sum / weight)
 """
 
 from __future__ import annotations
@@ -13,16 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lorafit.errors import NumericsError, row_place
-from lorafit.trainer.profile import NO_PROFILE, NoProfile
+from lorafit.trainer.executor import no_check
 
 if TYPE_CHECKING:
-    from lorafit.contracts import Batch, Examples
-    from lorafit.trainer.threaded_micro_batches import Abreast
+    from lorafit.contracts import Batch, Examples, StepHook
+    from lorafit.trainer.executor import Executor
 
 _NAMED_ROWS = 3
 
@@ -44,94 +41,68 @@ class StepFigures:
     trained_tokens: int
 
 
-def sum_over_ranks(values: Sequence[float], accelerator: Any) -> list[float]:
-    """The sums of each rank's values, on every rank."""
-    if accelerator.num_processes == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    summed: list[float] = accelerator.reduce(total, "sum").tolist()
-    return summed
-
-
 def accumulate_gradients(
-    objective: torch.nn.Module,
-    batches: Sequence[Batch],
-    accelerator: Any,
-    scaler: torch.amp.GradScaler | None,
-    after_each: Callable[[], None],
-    profile: NoProfile = NO_PROFILE,
-    abreast: Abreast | None = None,
+    executor: Executor, batches: Sequence[Batch], after_each: Callable[[], None] = no_check
 ) -> tuple[StepFigures, list[float]]:
     """Leaves this rank's share of the step's gradient in `.grad`; the host waits for the device once, at the end.
 
     Args:
-        objective: As `Accelerator.prepare` gave it.
+        executor: Runs the micro-batches.
         batches: This rank's micro-batches, on the CPU; may be none.
-        scaler: fp16's loss scale.
         after_each: Called after each micro-batch; what it raises ends the step.
-        profile: Told when forward and backward begin and end.
-        abreast: Takes several micro-batches at once; None: one by one.
 
     Returns:
         The step's figures, and the loss sum of each of this rank's micro-batches.
     """
     sizes = [(batch.weight, batch.tokens, batch.padded_tokens) for batch in batches] or [(0, 0, 0)]
-    weight, tokens, padded = sum_over_ranks([float(sum(column)) for column in zip(*sizes, strict=True)], accelerator)
-    losses = [] if abreast is None else abreast.accumulate(objective, batches, weight, after_each)
-    for batch in batches if abreast is None else ():
-        with accelerator.no_sync(objective):
-            with profile.phase("forward"):
-                loss_sum, _, _ = objective(batch.to(accelerator.device))
-                loss = loss_sum / weight
-            with profile.phase("backward"):
-                accelerator.backward(loss if scaler is None else scaler.scale(loss))
-        losses.append(loss_sum.detach())
-        after_each()
+    weight, tokens, padded = executor.sum([float(sum(column)) for column in zip(*sizes, strict=True)])
+    losses = executor.accumulate(batches, weight, after_each)
     sums: list[float] = torch.stack(losses).double().tolist() if losses else []
-    (loss_total,) = sum_over_ranks([sum(sums)], accelerator)
+    (loss_total,) = executor.sum([sum(sums)])
     return StepFigures(loss_total / weight, int(tokens), int(padded), int(weight)), sums
 
 
-@torch.no_grad()
-def sum_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
-    """Sums gradients over ranks in one flat buffer; a rank without a micro-batch adds zeros."""
-    if accelerator.num_processes == 1:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    summed = accelerator.reduce(flat, "sum")
-    for parameter, part in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+@dataclass(frozen=True)
+class Update:
+    """How the gradients of a step change the weights: norm, clipping, the optimizer, and what an adapter's method adds.
 
+    Attributes:
+        optimizer: Over the trained parameters.
+        named: Those, with their names.
+        learning_rate_at: Learning rate of a step, from 1; a pure function.
+        scaler: fp16's loss scale, as the executor has it.
+        max_grad_norm: Gradients are scaled down to this norm; None: no clipping.
+        hook: What a method does between steps.
+    """
 
-def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """Euclidean norm over all gradients, a scalar on their device; may be Inf or NaN."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer: torch.optim.Optimizer
+    named: Sequence[tuple[str, torch.nn.Parameter]]
+    learning_rate_at: Callable[[int], float]
+    scaler: torch.amp.GradScaler
+    max_grad_norm: float | None = 1.0
+    hook: StepHook | None = None
 
+    def gradient_norm(self) -> torch.Tensor:
+        """Euclidean norm over all gradients, the loss scale taken out of them; a scalar, may be Inf or NaN."""
+        self.scaler.unscale_(self.optimizer)
+        return torch.nn.utils.get_total_norm([p.grad for _, p in self.named if p.grad is not None])
 
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], norm: torch.Tensor, max_norm: float | None) -> None:
-    """Scales gradients of that norm down to `max_norm`; None: leaves them."""
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    def apply(self, step: int, norm: torch.Tensor) -> float:
+        """Clips gradients of that norm and takes the optimizer's step; fp16's scaler skips it where they overflowed.
 
-
-def update_parameters(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    scaler: torch.amp.GradScaler | None,
-    *,
-    norm: torch.Tensor,
-    max_norm: float | None,
-    learning_rate: float,
-) -> None:
-    """Clips gradients of that norm and takes the optimizer's step; the scaler skips it where fp16 overflowed."""
-    clip_gradients(parameters, norm, max_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+        Returns:
+            The learning rate.
+        """
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.max_grad_norm, norm)
+        learning_rate = self.learning_rate_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.hook is not None:
+            self.hook.after_optimizer_step(step)
+        return learning_rate
 
 
 def check_loss(

@@ -1,28 +1,26 @@
-"""Micro-batches abreast: on a CPU, several of a step's micro-batches at once, each on a core of its own.
-
-    cores   one by one     1 1  2 2  3 3  4 4       every product is cut into a piece a core, and waited for
-            abreast        1111 2222                each core takes the next micro-batch and does it whole
-                           3333 4444
+"""The executor that runs several micro-batches of a step at once on a CPU, each on a core of its own.
 
 The products of a small model are too small to be worth sharing: two cores do them 1.4 times as fast as one. The sum is
 the same: each thread computes its micro-batch's gradient for itself, and the gradients are added in a fixed order, the
 most tokens first, whichever is done first. That is the order in which they are begun, too: the last ones are short.
+
+Random numbers are a micro-batch's own as well: it drops by a generator whose seed was drawn before any thread began.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
 
-from lorafit.model.fuse import drops_only_in_adapters
-from lorafit.ops.dropout import draw_seed, drawing_from
+from lorafit.ops.dropout import draw_seed, drawing_from, drop
+from lorafit.ops.rng import capture_rng, preserved_rng
+from lorafit.trainer.executor import Executor, OneByOne, no_check
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch
@@ -32,64 +30,48 @@ Gradients = tuple[torch.Tensor | None, ...]
 _MUTABLE_ROTARY = ("dynamic", "longrope")  # their frequencies change with the longest row so far
 
 
-def threads_abreast(objective: Objective, device: torch.device, ranks: int, *, checkpointing: bool) -> int:
-    """How many micro-batches may run at once: the threads of a CPU, or 1 where threads would disturb each other.
+class InThreads(OneByOne):
+    """Threads that each take one micro-batch at a time.
 
-    They would where layers change in a forward, or draw random numbers from the generator that all share. Adapters
-    draw their dropout from a generator a micro-batch, which checkpointing's second forward would not draw again.
-    """
-    if device.type != "cpu" or ranks > 1 or objective.exact:
-        return 1
-    config = objective.base.config
-    rotary = getattr(config, "rope_parameters", None) or {}
-    is_fixed = str(rotary.get("rope_type", "default")) not in _MUTABLE_ROTARY
-    drops = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in objective.modules())
-    draws = bool(getattr(config, "attention_dropout", 0.0)) or not drops_only_in_adapters(objective)
-    return torch.get_num_threads() if is_fixed and not draws and not (drops and checkpointing) else 1
-
-
-class Abreast:
-    """Threads that each take one micro-batch at a time. Use it as a context: at its end none is left running.
+    Within its context the model's dropout layers draw from the generator of the micro-batch that their thread runs.
 
     Args:
+        objective: On the CPU; see `may_run_in_threads`.
         count: Threads; one core each.
-        parameters: Trained ones: their gradients are computed.
     """
 
-    def __init__(self, count: int, parameters: Sequence[nn.Parameter]) -> None:
-        self.count, self._parameters = count, list(parameters)
+    def __init__(self, objective: Objective, count: int) -> None:
+        super().__init__(objective, torch.device("cpu"))
+        self.count = count
         self._pool: ThreadPoolExecutor | None = None
+        self._dropouts = [module for module in objective.modules() if type(module) is nn.Dropout]
 
-    def __enter__(self) -> Abreast:
+    def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="lorafit-micro-batch")
+        for dropout in self._dropouts:
+            vars(dropout)["forward"] = types.MethodType(_drop, dropout)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for dropout in self._dropouts:
+            vars(dropout).pop("forward", None)
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def accumulate(
-        self, objective: Callable[[Batch], Any], batches: Sequence[Batch], weight: float, after_each: Callable[[], None]
+        self, batches: Sequence[Batch], weight: float, after_each: Callable[[], None] = no_check
     ) -> list[torch.Tensor]:
-        """Adds the gradient of sum(losses) / weight to `.grad`.
-
-        Args:
-            objective: In training mode.
-            batches: On the CPU.
-            weight: Labels of the whole step.
-            after_each: Called in this thread when a micro-batch's turn is over; what it raises ends the step.
-
-        Returns:
-            Each micro-batch's summed loss.
-        """
+        """See Executor. `after_each` is called in the caller's thread."""
         assert self._pool is not None, "outside of its context"
         threads = torch.get_num_threads()
         order = sorted(range(len(batches)), key=lambda number: -batches[number].padded_tokens)
+        seeds = [draw_seed() for _ in order]  # all of them first: checkpointing sets the generator in its thread
         futures: list[Future[tuple[torch.Tensor, Gradients]]] = [
-            self._pool.submit(self._differentiate, objective, batches[number], weight, draw_seed()) for number in order
+            self._pool.submit(self._differentiate, batches[number], weight, seed)
+            for number, seed in zip(order, seeds, strict=True)
         ]
         losses: dict[int, torch.Tensor] = {}
         try:
@@ -105,18 +87,16 @@ class Abreast:
             torch.set_num_threads(threads)  # some libraries have one number for all threads
         return [losses[number] for number in range(len(batches))]
 
-    def _differentiate(
-        self, objective: Callable[[Batch], Any], batch: Batch, weight: float, seed: int
-    ) -> tuple[torch.Tensor, Gradients]:
+    def _differentiate(self, batch: Batch, weight: float, seed: int) -> tuple[torch.Tensor, Gradients]:
         torch.set_num_threads(1)
         with drawing_from(seed):
-            loss_sum, _, _ = objective(batch)
-        gradients = torch.autograd.grad(loss_sum / weight, self._parameters, allow_unused=True)
-        return loss_sum.detach(), gradients
+            loss_sum = self.objective(batch).loss_sum
+        loss = self.scaler.scale(loss_sum / weight)
+        return loss_sum.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     @torch.no_grad()
     def _add(self, gradients: Gradients) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None:
                 continue
             if parameter.grad is None:
@@ -125,37 +105,41 @@ class Abreast:
                 parameter.grad.add_(gradient)
 
 
-@contextlib.contextmanager
-def abreast_of(objective: Objective, count: int) -> Iterator[Abreast | None]:
-    """Threads over what the objective trains; None where one micro-batch at a time is asked for."""
-    if count == 1:
-        yield None
-        return
-    with Abreast(count, [parameter for parameter in objective.parameters() if parameter.requires_grad]) as abreast:
-        yield abreast
+def _drop(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    """The forward of a dropout layer among threads."""
+    return drop(x, self.p) if self.training and self.p > 0 else x
 
 
-def time_micro_batches(
-    objective: Objective, batches: Sequence[Batch], device: torch.device, abreast: Abreast | None = None
-) -> float:
-    """Seconds of one forward and backward of each in training mode; the gradients are dropped."""
+def run_at_once(executor: Executor, count: int) -> Executor:
+    """The executor, or one that runs so many micro-batches at once over the same objective."""
+    return executor if count == 1 else InThreads(executor.objective, count)
+
+
+def may_run_in_threads(executor: Executor, batch: Batch, *, checkpointing: bool) -> bool:
+    """Whether threads would not disturb each other, and a run would give the same bits again.
+
+    They would where layers change in a forward, or draw random numbers from a generator that all threads share. What
+    is drawn is seen, not told by what layers are called: one forward in training mode is run, and the generators are
+    looked at. A dropout that draws by itself, such as attention's, is found so, whoever computes it.
+
+    Args:
+        executor: Of the run.
+        batch: A short one.
+        checkpointing: A second forward would draw again, and not the same: then nothing may be dropped at all.
+    """
+    objective = executor.objective
+    if executor.device.type != "cpu" or executor.ranks > 1 or objective.exact:
+        return False
+    rotary = getattr(objective.base.config, "rope_parameters", None) or {}
+    if str(rotary.get("rope_type", "default")) in _MUTABLE_ROTARY:
+        return False
+    was_training = objective.training
     objective.train()
-    _wait(device)
-    began = time.perf_counter()
-    weight = max(1, sum(batch.weight for batch in batches))
-    if abreast is not None:
-        abreast.accumulate(objective, batches, weight, lambda: None)
-    else:
-        for batch in batches:
-            loss_sum, _, _ = objective(batch.to(device))
-            (loss_sum / weight).backward()
-    _wait(device)
-    seconds = time.perf_counter() - began
-    for parameter in objective.parameters():
-        parameter.grad = None
-    return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    try:
+        with preserved_rng(), InThreads(objective, 1), drawing_from(0) as own:
+            shared_before, own_before = capture_rng(), repr(own.bit_generator.state)
+            objective(batch)
+            draws_shared, draws_own = capture_rng() != shared_before, repr(own.bit_generator.state) != own_before
+    finally:
+        objective.train(was_training)
+    return not draws_shared and not (draws_own and checkpointing)

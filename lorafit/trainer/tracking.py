@@ -1,13 +1,14 @@
-"""accelerate's Accelerator and its trackers, as a recipe asks for them."""
+"""accelerate's Accelerator, and the experiment trackers that a recipe names."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import DataError, RecipeError
+from accelerate import Accelerator
+
+from lorafit.errors import RecipeError
 from lorafit.ops.peak_memory import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -15,11 +16,9 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import Reporter
 
-_PARTING_SECONDS = 0.5
 
-
-def build_accelerator(*, use_cpu: bool, tracking: Sequence[str] = (), folder: Path | None = None) -> Any:
-    """An Accelerator without mixed precision and without accumulation: the loop does both itself.
+def build_accelerator(*, use_cpu: bool, tracking: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """An Accelerator without mixed precision and without accumulation: lorafit does both itself.
 
     Args:
         use_cpu: Train on the CPU although there is a GPU.
@@ -34,8 +33,6 @@ def build_accelerator(*, use_cpu: bool, tracking: Sequence[str] = (), folder: Pa
             raise RecipeError(
                 f"{name} is not installed", key="tracking", todo=f'install it with: pip install "lorafit[{name}]"'
             )
-    from accelerate import Accelerator
-
     place = str(folder or ".")
     trackers = [_build_board(place) if name == "tensorboard" else name for name in tracking]
     return Accelerator(cpu=use_cpu, mixed_precision="no", log_with=trackers or None, project_dir=place)
@@ -57,41 +54,6 @@ def _build_board(folder: str) -> Any:
     return Board("tensorboard", folder)
 
 
-def check_same_rows(accelerator: Any, digest: str) -> None:
-    """Refuses to train where the processes of a run hold different rows: a file differs between machines, or a template
-    writes the date and it turned while they started.
-
-    Args:
-        accelerator: From `build_accelerator`.
-        digest: Of this process's rows, in hex.
-
-    Raises:
-        DataError: In every process.
-    """
-    if accelerator.num_processes == 1:
-        return
-    import torch
-
-    own = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=accelerator.device)
-    if len(set(accelerator.gather(own).tolist())) > 1:
-        raise DataError(
-            f"the {accelerator.num_processes} processes prepared different rows",
-            key="data",
-            todo="give each the same files; where the template writes the date and it just turned, start again",
-        )
-
-
-def part(accelerator: Any) -> None:
-    """The last word between several ranks, before anything of their process group is dropped.
-
-    gloo's threads drop a finished collective a moment after it returned, and need the interpreter's lock to do so; a
-    group that is destroyed in that moment waits for its threads with the lock in hand, for ever.
-    """
-    if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()
-        time.sleep(_PARTING_SECONDS)
-
-
 class Trackers:
     """Hands each line of metrics.jsonl to accelerate's trackers. One that fails is said once; training goes on.
 
@@ -99,7 +61,7 @@ class Trackers:
     `train/global_step`, `eval/loss`; with `train/tokens_per_second` and `train/peak_memory_bytes`.
     """
 
-    def __init__(self, accelerator: Any, reporter: Reporter) -> None:
+    def __init__(self, accelerator: Accelerator, reporter: Reporter) -> None:
         self._accelerator = accelerator
         self._reporter = reporter
         self._said = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lorafit.contracts import Example, Silent
+from lorafit.contracts import Example, Silent, StepHook
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.files.rundir import RunDir
@@ -23,8 +23,17 @@ from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at, schedules
 from lorafit.kinds.tasks import tasks
 from lorafit.ops.rng import seed_rng
-from lorafit.trainer.checkpoint import CheckpointStore
-from lorafit.trainer.loop import Trainer
+from lorafit.plan import ResolvedPlan
+from lorafit.trainer.checkpoint import CheckpointStore, Environment
+from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.journal import Journal
+from lorafit.trainer.loop import Cadence, HeldOut, Trainer
+from lorafit.trainer.metrics_log import MetricsLog
+from lorafit.trainer.profile import NO_PROFILE, NoProfile
+from lorafit.trainer.ranks import OverRanks
+from lorafit.trainer.snapshot import Snapshot
+from lorafit.trainer.step import Update
+from lorafit.trainer.threaded_micro_batches import run_at_once
 from tests.support.tiny_model import tiny_llama
 
 CAUSAL_LM = tasks.make("causal-lm")
@@ -52,34 +61,22 @@ class Rows:
         return Example(index, {"tokens": self.ids[index], "trained": self.trained[index]}, "rows.jsonl", index + 1)
 
 
-@dataclass
-class TinyPlan:
-    """What the loop reads of a Plan."""
+@dataclass(frozen=True)
+class TinyPlan(Cadence):
+    """A short run."""
 
     total_steps: int = 8
-    evaluate_every_steps: int | None = None
     save_every_steps: int = 4
-    select_metric: str | None = None
 
 
-@dataclass
-class TinyResolved:
-    """What the loop reads of a ResolvedPlan."""
-
-    micro_batch_tokens: int = 64
-    micro_batches_at_once: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        return {"micro_batch_tokens": self.micro_batch_tokens}
-
-
-def tiny_model(*, dropout: float = 0.0, seed: int = 0, quantized: bool = False) -> torch.nn.Module:
+def tiny_model(*, dropout: float = 0.0, seed: int = 0, quantized: bool = False, dora: bool = False) -> torch.nn.Module:
     """An untrained Llama of 2 layers with LoRA on every linear; B is random too, so that all gradients flow."""
     seed_rng(seed)
     base = tiny_llama(seed=seed, vocab_size=VOCABULARY, max_position_embeddings=128, attn_implementation="eager")
     if quantized:
         base = quantize(base.to(torch.bfloat16))
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"lora_dropout": dropout, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "use_dora": dora}
+    lora = LoraConfig(r=8, lora_alpha=16, **options)
     model = get_peft_model(base, lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -103,6 +100,11 @@ def quantize(base: torch.nn.Module) -> torch.nn.Module:
             base.set_submodule(name, new.to("cpu"))
     base.is_loaded_in_4bit = True
     return base
+
+
+def set_rate(trainer: Trainer, learning_rate_at: Callable[[int], float]) -> None:
+    """Another learning rate; what is asked for it may do other things, too."""
+    trainer.update = replace(trainer.update, learning_rate_at=learning_rate_at)
 
 
 def save_adapter(model: torch.nn.Module) -> Callable[[Path], None]:
@@ -138,8 +140,10 @@ class Job:
     keep_last: int = 2
     autocast_dtype: torch.dtype | None = None
     quantized: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-    accelerator: Any = None
+    held_out: HeldOut | None = None
+    hook: StepHook | None = None
+    profile: NoProfile = NO_PROFILE
+    counts_memory: bool = False
 
     def trainer(self) -> Trainer:
         self.reporter = Silent()
@@ -154,20 +158,30 @@ class Job:
         schedule = schedules.make_section("cosine", warmup_steps=2)
         total = self.plan.total_steps
         seed_rng(self.seed + 1)
-        return Trainer(
-            self.objective,
+        accelerator, executor = Accelerator(cpu=True), OneByOne(self.objective, torch.device("cpu"), self.profile)
+        if accelerator.num_processes > 1:
+            executor = OverRanks(self.objective, accelerator)
+        update = Update(
             optimizer,
+            [(name, p) for name, p in self.objective.named_parameters() if p.requires_grad],
             lambda step: learning_rate_at(schedule, self.learning_rate, step, total),
+            executor.scaler,
+            hook=self.hook,
+        )
+        resolved = ResolvedPlan(self.budget, 64, "eager", False, "fp32", "fp32", "cpu", executor.ranks, "recipe")
+        environment = Environment.here("cpu", executor.ranks)
+        log = MetricsLog(run.metrics, self.reporter) if executor.rank == 0 else None
+        return Trainer(
+            run_at_once(executor, self.at_once),
+            update,
             StepRows(self.rows, self.seed, self.batch_size),
-            self.rows,
-            self.plan,  # type: ignore[arg-type]
-            TinyResolved(self.budget, self.at_once),  # type: ignore[arg-type]
+            Cutter(self.rows, CAUSAL_LM, PAD, self.packing),
+            self.budget,
+            self.plan,
             self.store,
-            self.accelerator or Accelerator(cpu=True),
-            self.reporter,
-            cutter=Cutter(self.rows, CAUSAL_LM, PAD, self.packing),
-            save_adapter=save_adapter(self.model),
-            **self.options,
+            Snapshot(update, save_adapter(self.model), load_adapter(self.model), resolved, environment),
+            Journal(self.reporter, log, profile=self.profile, counts_memory=self.counts_memory),
+            self.held_out,
         )
 
     def resume(self, step: int | None = None) -> tuple[Trainer, Any]:
@@ -175,7 +189,7 @@ class Job:
         trainer = self.trainer()
         checkpoint = self.store.open(step)
         assert checkpoint is not None
-        return trainer, trainer.restore(checkpoint, load_adapter(self.model))
+        return trainer, trainer.restore(checkpoint)
 
     def lines(self) -> list[dict[str, Any]]:
         text = (self.root / "metrics.jsonl").read_text(encoding="utf-8")

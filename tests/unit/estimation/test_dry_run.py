@@ -27,8 +27,8 @@ from lorafit.plan import MemoryQuestion
 from lorafit.plan.step_memory import estimated_attention
 from lorafit.plan.unpacked import decide_unpacked
 from lorafit.recipe.load import load_recipe
-from lorafit.trainer.step import accumulate_gradients, gradient_norm, update_parameters
-from lorafit.trainer.tracking import build_accelerator
+from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.step import Update, accumulate_gradients
 from tests.unit.memory.test_estimate import ATTENTION, GPT2, MODELS, SIZES, build, one_thread  # noqa: F401
 
 build_objective = tasks.make("causal-lm").build_objective
@@ -78,12 +78,12 @@ def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: boo
     tensors = {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}
     tensors |= {"position_ids": halves} if halves is not None else {}
     batch = Batch(tensors, len(index), tuple(range(ROWS)), ids.numel())
-    accelerator = build_accelerator(use_cpu=True)
+    executor = OneByOne(objective, torch.device("cpu"))
+    update = Update(optimizer, list(objective.named_parameters()), lambda step: 1e-3, executor.scaler)
 
     def step() -> None:
-        accumulate_gradients(objective, [batch], accelerator, None, lambda: None)
-        norm = gradient_norm(trained)
-        update_parameters(optimizer, trained, None, norm=norm, max_norm=1.0, learning_rate=1e-3)
+        accumulate_gradients(executor, [batch])
+        update.apply(1, update.gradient_norm())
 
     step()
     live = LiveTensors()

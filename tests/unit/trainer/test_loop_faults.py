@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ import torch
 
 from lorafit.errors import NumericsError, ResourceError, StoppedBySignal
 from lorafit.files import rundir
-from lorafit.recipe.schema import EarlyStoppingSection
+from lorafit.trainer.loop import HeldOut
 from lorafit.trainer.signals import StopSignals
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.step import accumulate_gradients
-from tests.support.tiny_run import Job, Rows, TinyPlan
+from tests.support.tiny_run import Job, Rows, TinyPlan, set_rate
 
 
 def poison_loss(trainer: Any, value: float, from_step: int) -> None:
     """Multiplies the loss of that step and later ones."""
-    take, inner = trainer.feed.take, trainer.objective.forward
+    take, inner = trainer.feed.take, trainer.executor.objective.forward
     current = {"step": 0}
 
     def counting(step: int, budget: int) -> Any:
@@ -33,16 +34,15 @@ def poison_loss(trainer: Any, value: float, from_step: int) -> None:
         return take(step, budget)
 
     def forward(batch: Any) -> Any:
-        loss_sum, weight, aux = inner(batch)
-        return (loss_sum * value if current["step"] >= from_step else loss_sum), weight, aux
+        result = inner(batch)
+        return result._replace(loss_sum=result.loss_sum * value) if current["step"] >= from_step else result
 
-    trainer.feed.take, trainer.objective.forward = counting, forward
+    trainer.feed.take, trainer.executor.objective.forward = counting, forward
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_optimizer(job: Callable[..., Job], value: float) -> None:
     good, bad = (job(name, dropout=0.1, plan=TinyPlan(total_steps=6, save_every_steps=4)) for name in ("good", "bad"))
-    good.plan.total_steps = bad.plan.total_steps = 6
     trainer = bad.trainer()
     poison_loss(trainer, value, from_step=5)
     with pytest.raises(NumericsError, match=r"step 5: non-finite loss \((nan|inf)\) in the .* rows.jsonl:\d+") as error:
@@ -59,17 +59,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_optimizer(job: Callab
 def test_a_gradient_that_is_not_finite_is_named(job: Callable[..., Job]) -> None:
     one = job()
     trainer = one.trainer()
-    name, parameter = trainer.named[3]
+    name, parameter = trainer.update.named[3]
     parameter.register_hook(lambda gradient: gradient * float("inf"))
-    before = [p.detach().clone() for p in trainer.parameters]
+    before = [p.detach().clone() for p in trainer.executor.parameters]
     with pytest.raises(NumericsError, match=f"step 1: non-finite gradient .* in {name}"):
         trainer.fit(TrainState())
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
-    assert trainer.optimizer.state == {} and not (one.root / "metrics.jsonl").exists()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.executor.parameters, strict=True))
+    assert trainer.update.optimizer.state == {} and not (one.root / "metrics.jsonl").exists()
 
 
 def test_a_metric_that_is_not_finite_ends_the_run(job: Callable[..., Job]) -> None:
-    one = job(plan=TinyPlan(evaluate_every_steps=2), options={"evaluate": lambda: {"loss": float("nan")}})
+    one = job(plan=TinyPlan(evaluate_every_steps=2), held_out=HeldOut(lambda: {"loss": float("nan")}))
     with pytest.raises(NumericsError, match="step 2: evaluation gave a non-finite loss"):
         one.trainer().fit(TrainState())
     assert "NaN" not in (one.root / "metrics.jsonl").read_text()
@@ -78,8 +78,8 @@ def test_a_metric_that_is_not_finite_ends_the_run(job: Callable[..., Job]) -> No
 def test_fp16_overflows_are_skipped_steps(job: Callable[..., Job]) -> None:
     one = job(autocast_dtype=torch.float16, plan=TinyPlan(total_steps=12, save_every_steps=2))
     trainer = one.trainer()
-    assert trainer.scaler is not None
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)  # overflows until it has backed off
+    scaler = trainer.executor.scaler
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**26})  # overflows until it has backed off
     state = TrainState()
     trainer.fit(state)
     lines = one.lines()
@@ -94,7 +94,7 @@ def test_fp16_overflows_are_skipped_steps(job: Callable[..., Job]) -> None:
 def test_fp16_that_overflows_for_good_ends_the_run(job: Callable[..., Job]) -> None:
     one = job(autocast_dtype=torch.float16, plan=TinyPlan(total_steps=40, save_every_steps=100))
     trainer = one.trainer()
-    next(iter(trainer.parameters)).register_hook(lambda gradient: gradient * float("inf"))
+    next(iter(trainer.executor.parameters)).register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NumericsError, match=r"step 20: .* 20 times in a row, 20 skipped steps .* loss scale") as error:
         trainer.fit(TrainState())
     assert error.value.exit_code == 9
@@ -113,11 +113,11 @@ def test_fp16_learns_like_fp32(job: Callable[..., Job]) -> None:
 def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, *, above_tokens: int, error: Exception) -> None:
     """Micro-batches of more padded tokens than that do not fit, once some of the step is done."""
 
-    def limited(objective: Any, batches: Any, *rest: Any) -> Any:
+    def limited(executor: Any, batches: Any, *rest: Any) -> Any:
         if any(batch.padded_tokens > above_tokens for batch in batches):
-            accumulate_gradients(objective, batches[:1], *rest)
+            accumulate_gradients(executor, batches[:1], *rest)
             raise error
-        return accumulate_gradients(objective, batches, *rest)
+        return accumulate_gradients(executor, batches, *rest)
 
     monkeypatch.setattr("lorafit.trainer.loop.accumulate_gradients", limited)
 
@@ -159,8 +159,8 @@ def test_other_errors_are_not_taken_for_memory(job: Callable[..., Job], monkeypa
 def test_the_best_checkpoint_outlives_rotation_and_becomes_the_adapter(job: Callable[..., Job]) -> None:
     losses = iter([3.0, 1.0, 2.0, 1.5, 1.4, 1.3])
     one = job(
-        plan=TinyPlan(total_steps=10, evaluate_every_steps=2, save_every_steps=1, select_metric="loss"),
-        options={"evaluate": lambda: {"loss": next(losses)}},
+        plan=TinyPlan(total_steps=10, evaluate_every_steps=2, save_every_steps=1),
+        held_out=HeldOut(lambda: {"loss": next(losses)}, "loss"),
     )
     result = one.trainer().fit(TrainState())
     folders = sorted(p.name for p in (one.root / "checkpoints").iterdir())
@@ -176,9 +176,8 @@ def test_patience_is_kept_over_a_resume(job: Callable[..., Job]) -> None:
     values = {2: 1.0, 4: 0.995, 6: 1.2, 8: 1.1, 10: 0.1}
 
     def build(name: str) -> Job:
-        one = job(name, plan=TinyPlan(total_steps=12, evaluate_every_steps=2, save_every_steps=1, select_metric="loss"))
-        stopping = EarlyStoppingSection(metric="loss", patience=3, min_delta=0.01)
-        one.options = {"evaluate": lambda: {"loss": values[one.state.step]}, "early_stopping": stopping}  # type: ignore[attr-defined]
+        one = job(name, plan=TinyPlan(total_steps=12, evaluate_every_steps=2, save_every_steps=1))
+        one.held_out = HeldOut(lambda: {"loss": values[one.state.step]}, "loss", patience=3, min_delta=0.01)  # type: ignore[attr-defined]
         return one
 
     whole, broken = build("whole"), build("broken")
@@ -204,10 +203,9 @@ def test_signals_save_the_edge_and_handlers_are_restored(job: Callable[..., Job]
     number = getattr(signal, name)
     one = job()
     trainer = one.trainer()
-    trainer.lr_at = lambda step: 1e-3 if step < 3 else os.kill(os.getpid(), number) or 1e-3
+    set_rate(trainer, lambda step: 1e-3 if step < 3 else os.kill(os.getpid(), number) or 1e-3)
     said: list[str] = []
-    trainer.reporter.info = said.append
-    trainer.signals = StopSignals(trainer.reporter.info)
+    trainer.signals = StopSignals(said.append)
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with pytest.raises(StoppedBySignal, match=f"stopped by {name}: saved step 3") as stopped:
         trainer.fit(TrainState())
@@ -220,7 +218,7 @@ def test_signals_save_the_edge_and_handlers_are_restored(job: Callable[..., Job]
 
 def test_a_signal_ends_an_evaluation_which_the_resume_makes_up_for(job: Callable[..., Job]) -> None:
     whole, one = (
-        job(name, plan=TinyPlan(total_steps=6, evaluate_every_steps=3), options={"evaluate": lambda: {"loss": 1.0}})
+        job(name, plan=TinyPlan(total_steps=6, evaluate_every_steps=3), held_out=HeldOut(lambda: {"loss": 1.0}))
         for name in ("whole", "one")
     )
     whole.trainer().fit(TrainState())
@@ -231,7 +229,7 @@ def test_a_signal_ends_an_evaluation_which_the_resume_makes_up_for(job: Callable
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the evaluation went on")
 
-    trainer.evaluate = interrupted
+    trainer.held_out = HeldOut(interrupted)
     with pytest.raises(StoppedBySignal, match="saved step 3"):
         trainer.fit(TrainState())
     assert [line["step"] for line in one.lines()] == [1, 2, 3]
@@ -244,15 +242,16 @@ def test_a_signal_ends_an_evaluation_which_the_resume_makes_up_for(job: Callable
 def test_a_second_interrupt_ends_at_once(job: Callable[..., Job]) -> None:
     one = job()
     trainer = one.trainer()
-    inner = trainer.save_adapter
+    inner = trainer.snapshot.save_adapter
 
     def slow_save(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         inner(folder)
 
-    trainer.plan.save_every_steps = 2
-    trainer.save_adapter = lambda folder: (inner if "step-000000" in folder.parent.name else slow_save)(folder)
+    trainer.cadence = replace(trainer.cadence, save_every_steps=2)
+    save_slowly = lambda folder: (inner if "step-000000" in folder.parent.name else slow_save)(folder)  # noqa: E731
+    trainer.snapshot = replace(trainer.snapshot, save_adapter=save_slowly)
     with pytest.raises(StoppedBySignal, match="not saved") as stopped:
         trainer.fit(TrainState())
     assert stopped.value.exit_code == 130
@@ -262,7 +261,7 @@ def test_a_second_interrupt_ends_at_once(job: Callable[..., Job]) -> None:
 def test_a_signal_while_saving_lets_the_save_finish(job: Callable[..., Job]) -> None:
     one = job(plan=TinyPlan(save_every_steps=3))
     trainer = one.trainer()
-    inner = trainer.save_adapter
+    inner = trainer.snapshot.save_adapter
     saves: list[str] = []
 
     def save(folder: Path) -> None:
@@ -271,7 +270,7 @@ def test_a_signal_while_saving_lets_the_save_finish(job: Callable[..., Job]) -> 
             os.kill(os.getpid(), signal.SIGTERM)
         inner(folder)
 
-    trainer.save_adapter = save
+    trainer.snapshot = replace(trainer.snapshot, save_adapter=save)
     with pytest.raises(StoppedBySignal, match="saved step 3"):
         trainer.fit(TrainState())
     assert len(saves) == 2 and one.store.open().state.step == 3  # type: ignore[union-attr]
@@ -280,14 +279,14 @@ def test_a_signal_while_saving_lets_the_save_finish(job: Callable[..., Job]) -> 
 def test_a_full_disk_leaves_the_older_checkpoint(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     one = job(plan=TinyPlan(save_every_steps=2), keep_last=1)
     trainer = one.trainer()
-    inner = trainer.save_adapter
+    inner = trainer.snapshot.save_adapter
 
     def save(folder: Path) -> None:
         inner(folder)
         if "step-000004" in folder.parent.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
-    trainer.save_adapter = save
+    trainer.snapshot = replace(trainer.snapshot, save_adapter=save)
     with pytest.raises(ResourceError, match="no space left") as error:
         trainer.fit(TrainState())
     assert error.value.exit_code == 7
@@ -317,7 +316,7 @@ def test_a_real_file_size_limit_is_a_resource_error(tmp_path: Path) -> None:
 def test_a_folder_that_disappears_is_said(job: Callable[..., Job]) -> None:
     one = job(plan=TinyPlan(save_every_steps=2))
     trainer = one.trainer()
-    trainer.lr_at = lambda step: 1e-3 if step < 2 else shutil.rmtree(one.root) or 1e-3
+    set_rate(trainer, lambda step: 1e-3 if step < 2 else shutil.rmtree(one.root) or 1e-3)
     with pytest.raises(ResourceError, match="disappeared"):
         trainer.fit(TrainState())
     assert not one.root.exists()
@@ -326,7 +325,7 @@ def test_a_folder_that_disappears_is_said(job: Callable[..., Job]) -> None:
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(job: Callable[..., Job]) -> None:
     one = job(plan=TinyPlan(total_steps=5, save_every_steps=100))
     trainer = one.trainer()
-    inner = trainer.log._append
+    inner = trainer.journal.log._append
     calls: list[bytes] = []
 
     def append(data: bytes) -> None:
@@ -335,7 +334,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(job: Callable[..., J
             raise OSError(errno.ENOSPC, "No space left on device")
         inner(data)
 
-    trainer.log._append = append  # type: ignore[method-assign]
+    trainer.journal.log._append = append  # type: ignore[method-assign]
     trainer.fit(TrainState())
     assert [w for w in one.reporter.warnings if "log write failed once" in w] == one.reporter.warnings
     assert len(one.reporter.warnings) == 1
@@ -368,7 +367,7 @@ def test_foreign_files_and_leftovers(job: Callable[..., Job]) -> None:
     (checkpoints / "step-000002" / "rng_state.pth").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     (checkpoints / ".tmp-12").mkdir()
     (checkpoints / ".tmp-12" / "half").write_text("x")
-    one.plan.total_steps = 4
+    one.plan = replace(one.plan, total_steps=4)
     trainer, state = one.resume()
     trainer.fit(state)
     assert sorted(p.name for p in checkpoints.iterdir()) == ["notes", "step-000004"]

@@ -39,7 +39,7 @@ def plain_losses(job: Job, steps: int) -> tuple[list[float], list[float], torch.
         losses.append(loss_sum / total)
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
         for group in optimizer.param_groups:
-            group["lr"] = trainer.lr_at(step)
+            group["lr"] = trainer.update.learning_rate_at(step)
         optimizer.step()
         optimizer.zero_grad()
     return losses, norms, model
@@ -67,7 +67,7 @@ def test_cuts_do_not_change_the_result(job: Callable[..., Job]) -> None:
     for name, budget in (("16x1", 1), ("4x4", 160), ("1x16", 100_000)):
         one = job(name, budget=budget, rows=Rows(48), plan=TinyPlan(total_steps=6, save_every_steps=100))
         trainer = one.trainer()
-        counts = [len(trainer._micro_batches(step, budget)) for step in (1, 2)]
+        counts = [len(trainer.build_micro_batches(step, budget)) for step in (1, 2)]
         assert {"16x1": counts[0] == 16, "4x4": 3 <= counts[0] <= 6, "1x16": counts[0] <= 4}[name]
         trainer.fit(TrainState())
         logs.append(one.lines())

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from lorafit.errors import CheckpointError, StoppedBySignal
+from lorafit.trainer.loop import HeldOut
 from lorafit.trainer.state import TrainState
-from tests.support.tiny_run import Job, Rows, TinyPlan
+from tests.support.tiny_run import Job, Rows, TinyPlan, set_rate
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -24,7 +26,7 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def stop_at(trainer: Any, *, step: int, micro_batch: int) -> None:
     """Sends this process a SIGTERM behind that micro-batch of that step."""
     seen = {"rows": 0}
-    take, inner = trainer.feed.take, trainer.objective.forward
+    take, inner = trainer.feed.take, trainer.executor.objective.forward
 
     def counting(number: int, budget: int) -> Any:
         seen["step"], seen["rows"] = number, 0
@@ -38,7 +40,7 @@ def stop_at(trainer: Any, *, step: int, micro_batch: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return inner(batch)
 
-    trainer.objective.forward = forward
+    trainer.executor.objective.forward = forward
 
 
 def long_job(job: Callable[..., Job], name: str, kind: str = "adamw") -> Job:
@@ -52,7 +54,7 @@ def long_job(job: Callable[..., Job], name: str, kind: str = "adamw") -> Job:
         rows=Rows(40),
         plan=TinyPlan(total_steps=9, save_every_steps=2, evaluate_every_steps=3),
         optimizer={"kind": kind},
-        options={"evaluate": evaluate},
+        held_out=HeldOut(evaluate),
     )
 
 
@@ -64,7 +66,7 @@ def test_stopped_four_times_and_resumed_is_bit_identical(job: Callable[..., Job]
     trainer, state = parts.trainer(), TrainState()
     for step, micro_batch in ((1, 1), (4, 3), (5, 2), (9, 1)):
         stop_at(trainer, step=step, micro_batch=micro_batch)
-        with pytest.raises(StoppedBySignal, match=rf"stopped by SIGTERM: saved step {step - 1}; go on with") as stopped:
+        with pytest.raises(StoppedBySignal, match=rf"stopped by SIGTERM: saved step {step - 1}") as stopped:
             trainer.fit(state)
         assert stopped.value.exit_code == 128 + 15
         trainer, state = parts.resume()
@@ -84,7 +86,8 @@ def test_killed_without_a_word_goes_on_from_the_last_checkpoint(job: Callable[..
         pass
 
     trainer = killed.trainer()
-    trainer.lr_at = lambda step, inner=trainer.lr_at: inner(step) if step < 8 else (_ for _ in ()).throw(Killed)
+    inner = trainer.update.learning_rate_at
+    set_rate(trainer, lambda step: inner(step) if step < 8 else (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         trainer.fit(TrainState())
     with (killed.root / "metrics.jsonl").open("a") as log:
@@ -104,7 +107,7 @@ def killed_lines(job: Job) -> list[dict[str, Any]]:
 
 def test_evaluating_changes_nothing(job: Callable[..., Job]) -> None:
     with_it, without = long_job(job, "with"), long_job(job, "without")
-    without.options = {}
+    without.held_out = None
     with_it.trainer().fit(TrainState())
     without.trainer().fit(TrainState())
     assert with_it.files(9) == without.files(9)
@@ -124,14 +127,14 @@ def test_a_longer_run_passes_through_the_same_weights(job: Callable[..., Job]) -
     """A constant schedule, more steps: the checkpoint at the old end is the same."""
     short, long = long_job(job, "short"), long_job(job, "long")
     for one, steps in ((short, 4), (long, 6)):
-        one.plan.total_steps = steps
+        one.plan = replace(one.plan, total_steps=steps)
         trainer = one.trainer()
-        trainer.lr_at = lambda _: 1e-2
+        set_rate(trainer, lambda _: 1e-2)
         trainer.fit(TrainState())
     assert short.files(4) == long.files(4)
-    short.plan.total_steps = 6
+    short.plan = replace(short.plan, total_steps=6)
     trainer, state = short.resume()
-    trainer.lr_at = lambda _: 1e-2
+    set_rate(trainer, lambda _: 1e-2)
     trainer.fit(state)
     assert short.files(6) == long.files(6)
 

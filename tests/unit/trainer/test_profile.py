@@ -20,7 +20,7 @@ from tests.support.tiny_run import Job, TinyPlan
 
 def profiled(root: Path, steps: int) -> tuple[Job, StepProfile]:
     profile = StepProfile(root / "profile.txt", root / "trace.json.gz", torch.device("cpu"))
-    job = Job(root, plan=TinyPlan(total_steps=steps, save_every_steps=steps), options={"profile": profile})
+    job = Job(root, plan=TinyPlan(total_steps=steps, save_every_steps=steps), profile=profile)
     job.trainer().fit(TrainState())
     return job, profile
 

@@ -20,25 +20,25 @@ PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from tests.support.tiny_run import Job
+from tests.support.tiny_run import Job, set_rate
 from lorafit.errors import StoppedBySignal
 from lorafit.trainer.state import TrainState
 
 whole = Job(Path({root!r}) / "two")
 trainer = whole.trainer()
-counts = [len(trainer._micro_batches(step, whole.budget)) for step in range(1, 9)]
+counts = [len(trainer.build_micro_batches(step, whole.budget)) for step in range(1, 9)]
 say = Path({root!r}, "rank" + os.environ["RANK"])
 say.write_text(str(counts))
 trainer.fit(TrainState())
 
 stopped = Job(Path({root!r}) / "stopped")
 trainer = stopped.trainer()
-inner = trainer.lr_at
+inner = trainer.update.learning_rate_at
 def lr_at(step):
     if step == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return inner(step)
-trainer.lr_at = lr_at
+set_rate(trainer, lr_at)
 try:
     trainer.fit(TrainState())
 except StoppedBySignal as reason:

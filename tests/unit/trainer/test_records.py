@@ -13,9 +13,9 @@ from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError, RecipeError
 from lorafit.kinds.optimizers import optimizers
 from lorafit.trainer import tracking
+from lorafit.trainer.journal import Journal
 from lorafit.trainer.metrics_log import MetricsLog
 from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
-from lorafit.trainer.progress import StepProgress
 from lorafit.trainer.state import Best, TrainState
 from lorafit.trainer.tracking import Trackers, build_accelerator
 
@@ -40,7 +40,6 @@ def test_the_log_goes_back_to_an_edge(tmp_path: Path) -> None:
 
 
 def test_only_one_rank_writes(tmp_path: Path) -> None:
-    MetricsLog(tmp_path / "metrics.jsonl", Silent(), enabled=False).write({"step": 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,9 +234,10 @@ def test_progress_shows_speed_memory_and_estimate() -> None:
             said.append(message)
 
     line = {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens": 100, "seconds": 0.5}
-    with StepProgress(Listener(), steps=33, done=17, device=CPU, estimate_bytes=2**31) as progress:
-        progress.show(line)
-        progress.show({**line, "grad_norm": None})
+    journal = Journal(Listener(), estimate_bytes=2**31)
+    with journal.tracking(steps=33, done=17, device=CPU):
+        journal.show(line)
+        journal.show({**line, "grad_norm": None})
     assert shown[0]["loss"] == 1.5 and shown[0]["tok/s"] == "200" and shown[0]["GiB"].endswith(" of est. 2.00")
     assert shown[1]["grad"] == "overflow"
     assert said == ["resumed at step 17"]

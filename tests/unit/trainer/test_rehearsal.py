@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
@@ -19,29 +18,28 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from lorafit.contracts import Batch, Silent
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, cut_step
 from lorafit.errors import NumericsError, ResourceError
-from lorafit.kinds.tasks import tasks
 from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.rehearsal import CLOSE_ENOUGH, Rehearsal
+from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.micro_batch_choice import CLOSE_ENOUGH
+from lorafit.trainer.rehearsal import rehearse, run_heaviest
 from lorafit.trainer.resolve import cached_plan_file, resolve_plan
+from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import TrainState
-from lorafit.trainer.threaded_micro_batches import Abreast
+from lorafit.trainer.threaded_micro_batches import InThreads
 from lorafit.trainer.worst_case_batches import fill_rows, heaviest_shapes
-from tests.support.tiny_run import PAD, Job, Rows
-
-CAUSAL_LM = tasks.make("causal-lm")
+from tests.support.tiny_run import CAUSAL_LM, PAD, Job, Rows
 
 
-def stage(job: Job, **values: Any) -> Rehearsal:
+def stage(job: Job, **values: Any) -> Stage:
     trainer = job.trainer()
-    return Rehearsal(
-        objective=job.objective,
+    return Stage(
+        OneByOne(job.objective, torch.device("cpu")),
         examples=job.rows,
         validation=Rows(6, seed=5),
         step_rows=trainer.step_rows,
         pad_id=PAD,
-        device=torch.device("cpu"),
         reporter=Silent(),
         set_checkpointing=values.pop("set_checkpointing", lambda wanted: None),
         one_by_one=values.pop("one_by_one", True),
@@ -52,7 +50,7 @@ def stage(job: Job, **values: Any) -> Rehearsal:
 @pytest.fixture(autouse=True)
 def from_one_row_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """These rows are tiny, so that measuring begins at one longest row."""
-    monkeypatch.setattr("lorafit.trainer.rehearsal._FIRST_BUDGET_TOKENS", 1)
+    monkeypatch.setattr("lorafit.trainer.micro_batch_choice._FIRST_BUDGET_TOKENS", 1)
 
 
 def open_plan(**fixed: Any) -> Any:
@@ -68,11 +66,11 @@ def open_plan(**fixed: Any) -> Any:
     return SimpleNamespace(**{**values, **fixed})
 
 
-def resolve(rehearsal: Rehearsal, plan: Any, **sources: Any) -> ResolvedPlan:
-    return resolve_plan(plan, rehearsal, Accelerator(cpu=True), Silent(), **sources)
+def resolve(rehearsal: Stage, plan: Any, **sources: Any) -> ResolvedPlan:
+    return resolve_plan(plan, rehearsal, **sources)
 
 
-def forwards(rehearsal: Rehearsal) -> list[tuple[int, int]]:
+def forwards(rehearsal: Stage) -> list[tuple[int, int]]:
     """Shapes of all forward passes from now on."""
     seen: list[tuple[int, int]] = []
     embeddings = rehearsal.objective.base.get_input_embeddings()
@@ -88,7 +86,7 @@ def test_it_leaves_no_trace(job: Callable[..., Job]) -> None:
     one = job("one", dropout=0.3)
     rehearsal = stage(one)
     trainer = one.trainer()
-    rehearsal.objective, rng = one.objective, capture_rng()
+    rehearsal.executor, rng = OneByOne(one.objective, torch.device("cpu")), capture_rng()
     before = [p.detach().clone() for p in one.model.parameters()]
     one.objective.eval()
     resolved = resolve(rehearsal, open_plan(attention="eager"))
@@ -116,7 +114,7 @@ def test_the_smallest_budget_close_to_the_fastest_is_taken(
 ) -> None:
     """On a CPU within 5 %: its memory serves others too."""
     rates = {40: 80.0, 80: 96.0, 160: 100.0, 320: 99.0}
-    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: rates[budget])
+    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: rates[budget])
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
     bounded = stage(job(), fits=lambda tokens, checkpointing, attention: tokens <= 40)
     assert resolve(bounded, open_plan(attention="sdpa")).micro_batch_tokens == 40
@@ -125,8 +123,8 @@ def test_the_smallest_budget_close_to_the_fastest_is_taken(
 def test_a_cpu_gets_no_more_tokens_than_its_cores_are_served_with(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.trainer.rehearsal._MOST_CORE_TOKENS", 40)
-    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: float(budget))
+    monkeypatch.setattr("lorafit.trainer.micro_batch_choice._MOST_CORE_TOKENS", 40)
+    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(budget))
     torch.set_num_threads(2)
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
 
@@ -138,12 +136,12 @@ def test_a_rate_counts_padding_and_idle_cores(
     """A machine of exactly 1,000 padded tokens a second and core, and what each micro-batch costs besides."""
     rehearsal, seen = stage(job()), []
 
-    def clock(objective: Any, batches: list[Batch], device: torch.device, abreast: Any = None) -> float:
+    def clock(executor: Any, batches: list[Batch]) -> float:
         seen.append(tuple(batch.rows for batch in batches))
         return max(MICRO_BATCH_COST_TOKENS + batch.padded_tokens for batch in batches) / 1000
 
-    monkeypatch.setattr("lorafit.trainer.rehearsal.time_micro_batches", clock)
-    rate = rehearsal._rate(budget, at_once)
+    monkeypatch.setattr("lorafit.trainer.stage.time_micro_batches", clock)
+    rate = rehearsal.rate(budget, at_once)
     seconds = tokens = 0.0
     for step in range(1, 5):
         rows = rehearsal.step_rows.rows(step)[1]
@@ -170,7 +168,7 @@ def test_a_micro_batch_a_core_where_that_pays(
         return tokens <= 160
 
     monkeypatch.setattr(
-        Rehearsal, "_rate", lambda self, budget, at_once=1: (abreast_rate if at_once > 1 else 100.0) + budget
+        Stage, "rate", lambda self, budget, at_once=1: (abreast_rate if at_once > 1 else 100.0) + budget
     )
     rehearsal = stage(job(), one_by_one=False, fits=fits)
     resolved = resolve(rehearsal, open_plan(attention="sdpa"))
@@ -193,14 +191,14 @@ def test_out_of_memory_abreast_goes_back_to_one_by_one(
 ) -> None:
     torch.set_num_threads(2)
     if when == "tried":  # the rates look well, the heaviest micro-batches run out
-        monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: float(at_once))
-    accumulate = Abreast.accumulate
+        monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(at_once))
+    accumulate = InThreads.accumulate
 
-    def run_out(self: Abreast, *arguments: Any) -> Any:
+    def run_out(self: InThreads, *arguments: Any) -> Any:
         accumulate(self, *arguments)
         raise RuntimeError("alloc_cpu: can't allocate memory")
 
-    monkeypatch.setattr(Abreast, "accumulate", run_out)
+    monkeypatch.setattr(InThreads, "accumulate", run_out)
     resolved = resolve(stage(job(), one_by_one=False), open_plan(attention="sdpa"))
     assert resolved.micro_batches_at_once == 1
 
@@ -209,9 +207,9 @@ def test_measuring_begins_at_a_size_that_is_never_far_from_the_best(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine so slow that one measurement takes all the time keeps that size, if it fits."""
-    monkeypatch.setattr("lorafit.trainer.rehearsal._FIRST_BUDGET_TOKENS", 200)
+    monkeypatch.setattr("lorafit.trainer.micro_batch_choice._FIRST_BUDGET_TOKENS", 200)
     monkeypatch.setattr("lorafit.trainer.rehearsal._MOST_SECONDS", -1.0)
-    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: float(budget))
+    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(budget))
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 200
     tight = stage(job(), fits=lambda tokens, checkpointing, attention: tokens <= 100)
     assert resolve(tight, open_plan(attention="sdpa")).micro_batch_tokens == 100
@@ -252,7 +250,7 @@ def other_attentions() -> Iterator[None]:
     AttentionMaskInterface._global_mapping.pop("cold")
 
 
-def louder(rehearsal: Rehearsal) -> Rehearsal:
+def louder(rehearsal: Stage) -> Stage:
     """Weights so large that attention decides the loss."""
     with torch.no_grad():
         for parameter in rehearsal.objective.parameters():
@@ -263,7 +261,9 @@ def louder(rehearsal: Rehearsal) -> Rehearsal:
 def test_attention_that_mixes_documents_or_changes_the_loss_is_left_out(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, other_attentions: None
 ) -> None:
-    monkeypatch.setattr("lorafit.trainer.rehearsal._attention_candidates", lambda device: ["blind", "cold", "sdpa"])
+    monkeypatch.setattr(
+        "lorafit.trainer.attention_choice._attention_candidates", lambda device: ["blind", "cold", "sdpa"]
+    )
     for packing, left in ((True, {"sdpa"}), (False, {"blind", "sdpa"})):
         rehearsal = louder(stage(job(), packing=packing))
         resolved = resolve(rehearsal, open_plan(micro_batch_tokens=64))
@@ -274,7 +274,7 @@ def test_attention_that_mixes_documents_or_changes_the_loss_is_left_out(
 def test_eager_attention_is_taken_where_no_candidate_is_left(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, other_attentions: None
 ) -> None:
-    monkeypatch.setattr("lorafit.trainer.rehearsal._attention_candidates", lambda device: ["cold"])
+    monkeypatch.setattr("lorafit.trainer.attention_choice._attention_candidates", lambda device: ["cold"])
     assert resolve(louder(stage(job())), open_plan(micro_batch_tokens=64)).attention == "eager"
 
 
@@ -301,7 +301,8 @@ def test_the_heaviest_packed_micro_batches_are_full(job: Callable[..., Job]) -> 
         filled.append((tuple(ids.shape), None if positions is None else int((positions == 0).sum())))
 
     fixed = open_plan(attention="eager", gradient_checkpointing=False, micro_batch_tokens=128)
-    choice = rehearsal.choose(
+    choice = rehearse(
+        rehearsal,
         attention="eager",
         gradient_checkpointing=False,
         micro_batch_tokens=fixed.micro_batch_tokens,
@@ -309,7 +310,7 @@ def test_the_heaviest_packed_micro_batches_are_full(job: Callable[..., Job]) -> 
         most_tokens=320,
     )
     decoder.register_forward_pre_hook(note, with_kwargs=True)
-    rehearsal._try(choice)
+    run_heaviest(rehearsal, choice)
     widest, fullest, *held_out = filled
     assert widest == ((3, 40), 6) and fullest == ((4, 32), 8)  # two documents to a row
     assert all(documents is None for _, documents in held_out)
@@ -355,15 +356,15 @@ def test_checkpointing_goes_on_where_the_estimate_says_so(job: Callable[..., Job
 def test_out_of_memory_lowers_the_budget_then_turns_checkpointing_on_then_ends(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: float(budget))  # the largest is the fastest
+    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(budget))  # the largest is the fastest
     tried: list[tuple[int, bool]] = []
 
-    def limited(self: Rehearsal, choice: Any) -> None:
+    def limited(stage: Stage, choice: Any) -> None:
         tried.append((choice.micro_batch_tokens, choice.gradient_checkpointing))
         if not (choice.gradient_checkpointing and roomy):
             raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(Rehearsal, "_try", limited)
+    monkeypatch.setattr("lorafit.trainer.rehearsal.run_heaviest", limited)
     roomy = True
     resolved = resolve(stage(job()), open_plan(attention="sdpa"))
     assert tried == [(320, False), (160, False), (80, False), (40, False), (40, True)]
@@ -417,7 +418,7 @@ def test_a_rehearsal_is_cached_and_a_broken_cache_is_measured_anew(job: Callable
 def test_eager_attention_has_to_pay_for_the_scores_it_keeps(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, rates: dict[str, float], taken: str
 ) -> None:
-    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: rates[self._attention])
+    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: rates[self.attention])
     resolved = resolve(stage(job()), open_plan(micro_batch_tokens=64))
     assert resolved.attention == taken and resolved.measured["attention_tokens_per_second"] == rates
 
@@ -426,7 +427,7 @@ def test_the_estimate_is_asked_about_the_attention_that_is_tried(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eager attention is not tried where its scores do not fit, and budgets are bounded by what was chosen."""
-    monkeypatch.setattr(Rehearsal, "_rate", lambda self, budget, at_once=1: 2.0 if self._attention == "eager" else 1.0)
+    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: 2.0 if self.attention == "eager" else 1.0)
     roomy = resolve(stage(job()), open_plan(micro_batch_tokens=64))
     assert roomy.attention == "eager"
     tight = stage(job(), fits=lambda tokens, checkpointing, attention: attention != "eager" and tokens < 160)

@@ -1,0 +1,128 @@
+"""Which attention implementation a run takes: the fastest that computes on the loaded model what the others do.
+
+candidate ─> packed documents kept apart? ─> logits of eager attention? ─> gradients of sdpa? ─> tokens a second
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorafit.errors import NumericsError
+from lorafit.model.attention import FUSED_ATTENTION, set_attention, takes_fused_attention
+from lorafit.objective import choose_probe
+from lorafit.ops.logits_distance import ROUNDING, logits_distance
+from lorafit.ops.memory_errors import is_out_of_memory
+from lorafit.ops.rng import preserved_rng
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Batch
+    from lorafit.trainer.stage import Stage
+
+_EAGER_PAYS = 1.1  # times the best other rate: less is not worth the scores that eager attention keeps
+_PROBE_TOKENS = 128  # of the row, at most where there is one so short
+
+
+def fastest_attention(stage: Stage, budget: int, checkpointing: bool) -> str:
+    """The fastest candidate on one typical micro-batch; eager, which every model has, where none is left.
+
+    Left out is what the model does not support, what gives other logits than eager attention, and, when packing,
+    what lets documents of a row see each other. Eager keeps all scores: it is taken only where it is more than
+    10 % faster than any other, and tried only where it fits by the estimate.
+    """
+    base = stage.objective.base
+    if not base._can_set_attn_implementation():  # it computes its attention by itself: there is nothing to choose
+        return str(base.config._attn_implementation)
+    rates: dict[str, float] = {}
+    probe = AttentionProbe(stage)
+    expected = probe.logits("eager")
+    for name in _open_candidates(stage, budget, checkpointing):
+        try:
+            stage.set_attention(name)
+            far = probe.disagreement(name, expected)
+            if far:
+                stage.reporter.warn(f"{name} attention is left out: {far}")
+                continue
+            rates[name] = stage.rate(budget)
+        except (ValueError, ImportError):
+            continue
+        except NumericsError as error:
+            stage.reporter.info(f"{name} attention is left out: {error.what}")
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            stage.clear()
+    stage.measured["attention_tokens_per_second"] = {name: round(rate, 1) for name, rate in rates.items()}
+    return max(rates, key=lambda name: rates[name] / (_EAGER_PAYS if name == "eager" else 1.0), default="eager")
+
+
+def _open_candidates(stage: Stage, budget: int, checkpointing: bool) -> list[str]:
+    """Those of the device that may serve this run. `fused` hands packed rows to sdpa, which is tried anyway."""
+    takes_fused = not stage.packing and takes_fused_attention(stage.objective.base)
+    return [
+        name
+        for name in _attention_candidates(stage.device)
+        if (name != FUSED_ATTENTION or takes_fused) and (name != "eager" or stage.fits(budget, checkpointing, name))
+    ]
+
+
+def _attention_candidates(device: torch.device) -> list[str]:
+    """Eager holds all scores in memory, `fused` is made for CPUs: both are tried on a CPU only."""
+    if device.type != "cuda":
+        return ["sdpa", FUSED_ATTENTION, "eager"]
+    from transformers.utils import is_flash_attn_2_available
+
+    return ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+
+
+@dataclass
+class AttentionProbe:
+    """One row, run under an implementation and its reference. Leaves the implementation and the mode it ran last."""
+
+    stage: Stage
+
+    def disagreement(self, name: str, eager_logits: torch.Tensor) -> str:
+        """How far an implementation is from its references, in words; empty where it is within rounding.
+
+        Args:
+            name: The implementation.
+            eager_logits: `logits("eager")`.
+        """
+        rounding = ROUNDING[self.stage.objective.autocast_dtype]
+        distance = logits_distance(eager_logits, self.logits(name))
+        if not distance <= rounding:
+            return f"its logits are {distance:.2g} from eager's"
+        if name != FUSED_ATTENTION:
+            return ""
+        distance = self._gradient_distance(name, "sdpa")  # `fused` differs from it in training mode only
+        return "" if distance <= rounding else f"its gradients are {distance:.2g} from sdpa's"
+
+    @torch.no_grad()
+    def logits(self, name: str) -> torch.Tensor:
+        """[labels, vocabulary], in eval mode."""
+        set_attention(self.stage.objective.base, name)
+        self.stage.objective.eval()
+        return self.stage.objective.logits(self._batch())
+
+    def _gradient_distance(self, name: str, reference: str) -> float:
+        expected, found = (self._gradients(attention) for attention in (reference, name))
+        return float((found - expected).norm() / expected.norm())
+
+    def _gradients(self, name: str) -> torch.Tensor:
+        """Of the row's loss in training mode, all behind each other, fp64; dropout is drawn alike each time."""
+        set_attention(self.stage.objective.base, name)
+        self.stage.objective.train()
+        with preserved_rng():
+            loss_sum, _, _ = self.stage.objective(self._batch())
+            loss_sum.backward()
+        trained = [parameter for parameter in self.stage.objective.parameters() if parameter.grad is not None]
+        gradients = torch.cat([parameter.grad.flatten().double() for parameter in trained])  # type: ignore[union-attr]
+        for parameter in trained:
+            parameter.grad = None
+        return gradients
+
+    def _batch(self) -> Batch:
+        row = choose_probe(self.stage.examples.lengths, most_tokens=_PROBE_TOKENS)
+        return self.stage.objective.task.collate([[self.stage.examples[row]]], self.stage.pad_id).to(self.stage.device)

@@ -1,0 +1,156 @@
+"""Executors: the ways in which the micro-batches of an optimizer step are run. Loop, rehearsal and dry run take one.
+
+    OneByOne      one after the other, in this process; the dry run's too, whose tensors are fake
+    InThreads     on a CPU several at once, a core each (`lorafit.trainer.threaded_micro_batches`)
+    OverRanks     each process runs its share of them (`lorafit.trainer.ranks`)
+
+    cores   one by one     1 1  2 2  3 3  4 4       every product is cut into a piece a core, and waited for
+            in threads     1111 2222                each core takes the next micro-batch and does it whole
+                           3333 4444
+    ranks                  1 1  3 3                 no communication until all are done: then gradients are summed
+                           2 2  4 4
+
+Whatever an executor does, `.grad` holds d(sum of all losses / weight) afterwards, the weight being that of the whole
+step: nothing is averaged over micro-batches or ranks, so that there is nothing to undo.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+
+import torch
+
+from lorafit.trainer.profile import NO_PROFILE, NoProfile
+
+if TYPE_CHECKING:
+    from lorafit.contracts import Batch
+    from lorafit.objective import Objective
+
+T = TypeVar("T")
+
+
+def no_check() -> None:
+    """What is called after a micro-batch where nothing can end a step early."""
+
+
+class Executor(Protocol):
+    """Runs micro-batches. Used as a context: at its end nothing of it is left running.
+
+    Attributes:
+        objective: Model and loss.
+        device: Where they are.
+        parameters: The trained ones.
+        scaler: fp16's loss scale; switched off, it does nothing, in other precisions.
+        profile: Told when forward and backward begin and end.
+        rank: Number of this process among those that train together, from 0.
+        ranks: Their number.
+    """
+
+    objective: Objective
+    device: torch.device
+    parameters: list[torch.nn.Parameter]
+    scaler: torch.amp.GradScaler
+    profile: NoProfile
+    rank: int
+    ranks: int
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def accumulate(
+        self, batches: Sequence[Batch], weight: float, after_each: Callable[[], None] = no_check
+    ) -> list[torch.Tensor]:
+        """Adds the gradient of (sum of the losses) / weight to `.grad`. Nothing waits for the device.
+
+        Args:
+            batches: This rank's micro-batches, on the CPU; may be none.
+            weight: Labels of the whole step, over all ranks.
+            after_each: Called after each micro-batch; what it raises ends the step.
+
+        Returns:
+            The summed loss of each micro-batch.
+        """
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value, added over all ranks in fp64; the same on every rank."""
+
+    def sum_gradients(self) -> None:
+        """Adds `.grad` over all ranks."""
+
+    def gather(self, value: T) -> list[T]:
+        """Each rank's value, by rank; waits until every rank has given its own."""
+
+
+class OneByOne:
+    """One micro-batch after the other in this process, which trains alone.
+
+    Args:
+        objective: On its device, in training mode when it runs.
+        device: That device.
+        profile: Times forward and backward.
+    """
+
+    rank, ranks = 0, 1
+
+    def __init__(self, objective: Objective, device: torch.device, profile: NoProfile = NO_PROFILE) -> None:
+        self.objective, self.device, self.profile = objective, device, profile
+        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def accumulate(
+        self, batches: Sequence[Batch], weight: float, after_each: Callable[[], None] = no_check
+    ) -> list[torch.Tensor]:
+        """See Executor."""
+        losses = []
+        for batch in batches:
+            with self.profile.phase("forward"):
+                loss_sum = self.objective(batch.to(self.device)).loss_sum
+                loss = self.scaler.scale(loss_sum / weight)
+            with self.profile.phase("backward"):
+                loss.backward()
+            losses.append(loss_sum.detach())
+            after_each()
+        return losses
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The values themselves."""
+        return list(values)
+
+    def sum_gradients(self) -> None:
+        """They are the sum already."""
+
+    def gather(self, value: T) -> list[T]:
+        """The one value."""
+        return [value]
+
+
+def time_micro_batches(executor: Executor, batches: Sequence[Batch]) -> float:
+    """Seconds of one forward and backward of each in training mode; the gradients are dropped."""
+    executor.objective.train()
+    _wait(executor.device)
+    began = time.perf_counter()
+    executor.accumulate(batches, max(1, sum(batch.weight for batch in batches)))
+    _wait(executor.device)
+    seconds = time.perf_counter() - began
+    for parameter in executor.parameters:
+        parameter.grad = None
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
