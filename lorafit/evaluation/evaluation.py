@@ -205,7 +205,7 @@ class Evaluation:
     @property
     def trained_tokens(self) -> int:
         """Trained tokens that were scored."""
-        return sum(row.tuned.tokens for row in self.rows)
+        return int(sum(row.tuned.value("tokens") for row in self.rows))
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the single rows, which go to `report.jsonl`."""
@@ -243,5 +243,6 @@ def _call(row: Row) -> dict[str, Any]:
 
 
 def _side(score: RowScore) -> dict[str, Any]:
-    loss = score.loss_sum / score.tokens if score.tokens else None
-    return {"loss": loss, "tokens": score.tokens, "correct": score.correct, "answer": score.answer}
+    sums = {name: values for name, values in score.sums.items() if name not in ("loss", "weight")}
+    shown = {name: int(values[0]) if len(values) == 1 else list(values) for name, values in sums.items()}
+    return {"loss": score.mean_loss, **shown, "answer": score.answer}

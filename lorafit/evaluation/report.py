@@ -65,11 +65,8 @@ def describe(evaluation: Evaluation) -> list[str]:
     """What was evaluated, line by line."""
     about = evaluation.about
     generated = f", {counted(evaluation.tuned_speed.answers, 'answer')}" if evaluation.tuned_speed else ""
-    rows, tokens = (
-        counted(len(evaluation.rows), f"{about.split} row"),
-        counted(evaluation.trained_tokens, "trained token"),
-    )
-    lines = [f"{rows}, {tokens}{generated}"]
+    tokens = f", {counted(evaluation.trained_tokens, 'trained token')}" if evaluation.trained_tokens else ""
+    lines = [f"{counted(len(evaluation.rows), f'{about.split} row')}{tokens}{generated}"]
     if about.checkpoint_step is not None:
         lines[0] += f"; adapter of step {about.checkpoint_step}"
     if about.split == "train":
@@ -156,7 +153,8 @@ def _describe_speed(side: str, speed: Speed) -> str:
 def headline(worst: WorstRow, file: str) -> str:
     """A worst row in one line: its place, what it is ranked by, its loss."""
     row = worst.row
-    loss = f", loss {row.tuned.loss_sum / row.tuned.tokens:.4g} a token" if row.tuned.tokens else ""
+    mean = row.tuned.mean_loss
+    loss = f", loss {mean:.4g}{' a token' if row.tuned.value('tokens') else ''}" if mean is not None else ""
     return f"{row_place(file, row.line)}: {worst.name} {worst.tuned:.4g} (base {worst.base:.4g}){loss}"
 
 

@@ -29,11 +29,11 @@ def join_rows(
 ) -> tuple[Row, ...]:
     """One Row a source row. Examples that were split from one row are added up: rows are what a bootstrap may draw."""
     joined: dict[tuple[str, int], Row] = {}
-    nothing = RowScore(0.0, 0, 0)
+    nothing = RowScore()
     for index, (base, tuned) in enumerate(zip(base_losses, tuned_losses, strict=True)):
         file, line = place_of(examples[index])
         known = joined.get((file, line), Row(file, line, "", nothing, nothing))
-        joined[file, line] = replace(known, base=_add(known.base, base), tuned=_add(known.tuned, tuned))
+        joined[file, line] = replace(known, base=known.base.plus(base), tuned=known.tuned.plus(tuned))
     for question, base_answer, tuned_answer in zip(asked, base_answers, tuned_answers, strict=True):
         known = joined.get((question.file, question.line), Row(question.file, question.line, "", nothing, nothing))
         base, tuned = (
@@ -76,7 +76,7 @@ def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison], count: in
     Among equals the row with the higher loss comes first.
     """
     names = [line.metric for line in comparisons]
-    name = next((name for name in names if metrics.get(name).needs != "loss"), "loss")
+    name = next((name for name in names if metrics.get(name).needs != "scores"), "loss")
     metric = metrics.get(name)
     sign = 1.0 if metric.better == "higher" else -1.0
     found: list[tuple[float, float, WorstRow]] = []
@@ -84,8 +84,9 @@ def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison], count: in
         if not (metric.usable(row.base) and metric.usable(row.tuned)):
             continue
         base, tuned = (next(iter(metric.values(metric.row_sums([side])[0]).items())) for side in (row.base, row.tuned))
-        loss = row.tuned.loss_sum / row.tuned.tokens if row.tuned.tokens else math.inf
-        found.append((sign * tuned[1], -loss, WorstRow(row, tuned[0], base[1], tuned[1])))
+        loss = row.tuned.mean_loss
+        second = -math.inf if loss is None else -loss
+        found.append((sign * tuned[1], second, WorstRow(row, tuned[0], base[1], tuned[1])))
     return [worst for *_, worst in sorted(found, key=lambda entry: entry[:2])[:count]]
 
 
@@ -117,12 +118,3 @@ def _decode(example: Example, task: TrainedTask, tokenizer: Any) -> tuple[str, s
     first = next((place for place, (_, flag) in enumerate(pairs) if flag), len(pairs))
     prompt = tokenizer.decode([token for token, _ in pairs[:first]])
     return prompt, sequence.label or tokenizer.decode([token for token, flag in pairs if flag])
-
-
-def _add(one: RowScore, other: RowScore) -> RowScore:
-    return replace(
-        one,
-        loss_sum=one.loss_sum + other.loss_sum,
-        tokens=one.tokens + other.tokens,
-        correct=one.correct + other.correct,
-    )

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from lorafit.contracts import Examples, GenerationRow, Reporter
     from lorafit.objective import TrainedTask
 
-RETENTION_METRICS = ("loss", "perplexity", "token_accuracy")
-
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -69,7 +67,7 @@ def score_examples(
     ranks: Ranks | None = None,
     what: str = "scoring",
 ) -> list[RowScore]:
-    """Loss, trained tokens and right predictions of each example, in order.
+    """What the task scores of each example, in order.
 
     The caller puts the model into eval mode (`evaluating`).
 
@@ -88,22 +86,25 @@ def score_examples(
     """
     ranks = ranks or Ranks()
     rows = len(examples)
-    sums = np.zeros((rows, 3))
+    widths = objective.task.scores
+    sums = np.zeros((rows, sum(widths.values())))
     micro_batches = cut_step(range(rows), examples.lengths, micro_batch_tokens)[ranks.index :: ranks.count]
     with reporter.track(sum(map(len, micro_batches)), what) as bar:
         for members in micro_batches:
             batch = objective.task.collate([[examples[row]] for row in members], pad_id)
             scores = objective.score(batch.to(device))
-            for column, name in enumerate(("loss", "weight", "correct")):
-                sums[np.asarray(members), column] = scores[name]
+            sums[np.asarray(members)] = np.column_stack([scores[name] for name in widths])
             bar.advance(len(members))
     if ranks.count > 1:
         sums = ranks.add_up(torch.from_numpy(sums).to(device)).cpu().numpy()
-    for row in np.flatnonzero(~np.isfinite(sums[:, 0])):
+    ends = np.cumsum(list(widths.values()))
+    parts = dict(zip(widths, np.split(sums, ends[:-1], axis=1), strict=True))
+    for row in np.flatnonzero(~np.isfinite(parts["loss"][:, 0])):
         example = examples[int(row)]
         todo = "check the adapter and the compute dtype (fp16 overflows where bf16 does not)"
         raise NumericsError("the loss of this row is not finite", file=example.file, line=example.line, todo=todo)
-    return [RowScore(float(loss), int(tokens), int(right)) for loss, tokens, right in sums]
+    found = [{name: tuple(map(float, part[row])) for name, part in parts.items()} for row in range(rows)]
+    return [RowScore(sums, objective.task.predict(sums)) for sums in found]
 
 
 def measure(names: Sequence[str], rows: Sequence[RowScore]) -> dict[str, float]:
@@ -239,6 +240,7 @@ def _conclude(
     """The fields of an Evaluation that follow from what both models scored and wrote."""
     rows = join_rows(examples, base.losses, tuned.losses, asked, base.answers, tuned.answers)
     comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
+    cheap = [name for name, metric in metrics.items() if metric.during_training and task.can_score(name)]
     retained = join_rows(retention, base.retained, tuned.retained) if retention is not None else ()
     return {
         "comparisons": comparisons,
@@ -246,7 +248,7 @@ def _conclude(
         "rows": rows,
         "worst": fill_text(find_worst(rows, comparisons), examples, task, tokenizer),
         "signatures": {name: metrics.get(name).signature() for name in metric_names},
-        "retention": compare_rows(retained, RETENTION_METRICS, seed=seed)[0] if retained else (),
+        "retention": compare_rows(retained, cheap, seed=seed)[0] if retained else (),
         "retention_rows": len(retained),
         "base_speed": Speed.of(base.answers) if asked else None,
         "tuned_speed": Speed.of(tuned.answers) if asked else None,
@@ -274,10 +276,10 @@ def find_asked(
     """
     if not len(examples) and not generation_rows:
         raise DataError("no rows to evaluate on", todo="set data.test or data.validation")
-    readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs != "loss"]
+    readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs != "scores"]
     asked = []
     for row in generation_rows:
-        probe = RowScore(0.0, 0, 0, "", row.reference, row.must_contain, "", row.calls)
+        probe = RowScore({}, "", row.reference, row.must_contain, "", row.calls)
         if any(metric.usable(probe) for metric in readers if metric.needs == "calls" or not row.is_inner):
             asked.append(row)
     return asked

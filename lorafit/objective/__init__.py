@@ -28,6 +28,16 @@ class TrainedTask(Protocol):
     Losses, scores and logits are asked for inside of the objective's precision.
     """
 
+    @property
+    def scores(self) -> Mapping[str, int]:
+        """What `score` gives by name, and of how many numbers a row."""
+
+    def can_score(self, metric: str) -> bool:
+        """Whether a registered metric can be asked of it."""
+
+    def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
+        """What the model answers to a row, told from its scores; None where it writes its answers."""
+
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
         """One micro-batch on the CPU."""
 

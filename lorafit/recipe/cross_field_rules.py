@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from lorafit.kinds.metrics import metrics
+from lorafit.kinds.tasks import tasks
 from lorafit.recipe.yaml_tree import KeyPath, parse_key
 
 if TYPE_CHECKING:
@@ -80,6 +82,23 @@ def _early_stopping_is_measured(recipe: Recipe) -> Iterator[Disagreement]:
         yield Disagreement(keys, what, f"available metrics: {', '.join(measured)}; evaluation.during names more")
 
 
+def _metrics_suit_the_task(recipe: Recipe) -> Iterator[Disagreement]:
+    task = tasks.bind(recipe.task)
+    for key, names in (("during", recipe.evaluation.during), ("final", recipe.evaluation.final)):
+        for number, name in enumerate(names):
+            if not task.can_score(name):
+                apt = [other for other in metrics.names() if task.can_score(other)]
+                keys = (f"evaluation.{key}[{number}]", "task")
+                what = f"metric '{name}' reads what task {recipe.task.kind} does not give"
+                yield Disagreement(keys, what, f"available: {', '.join(apt)}")
+
+
+def _packing_suits_the_task(recipe: Recipe) -> Iterator[Disagreement]:
+    if recipe.data.packing and not tasks.get(recipe.task.kind).packs:
+        what = f"task {recipe.task.kind} takes one row a sequence"
+        yield Disagreement(("data.packing", "task"), what, "set it to false")
+
+
 def _hub_options_belong_to_the_hub(recipe: Recipe) -> Iterator[Disagreement]:
     base = recipe.model.base
     if recipe.model.revision is not None and (base.startswith("package://") or base.endswith(".gguf")):
@@ -112,5 +131,7 @@ _RULES: tuple[Callable[[Recipe], Iterator[Disagreement]], ...] = (
     _warmup_fits_into_the_run,
     _evaluation_has_rows,
     _early_stopping_is_measured,
+    _metrics_suit_the_task,
+    _packing_suits_the_task,
     _hub_options_belong_to_the_hub,
 )

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, WrapSerializer
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    WrapSerializer,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 from lorafit.kinds.adapters import AdapterSection, adapters
@@ -88,6 +97,8 @@ class OneNameOf:
 def _metrics_while_training() -> list[str]:
     return [name for name, metric in metrics.items() if metric.during_training]
 
+
+_USUAL = tasks.make("causal-lm")
 
 FormatName = Annotated[str, OneNameOf("format", lambda: ["auto", *formats.names()])]
 MetricName = Annotated[str, OneNameOf("metric", metrics.names)]
@@ -248,10 +259,10 @@ class EvaluationSection(Section):
 
     every_steps: Count | None = None
     """Optimizer steps between evaluations on the validation rows; null: none while training."""
-    during: list[CheapMetricName] = Field(default=["loss"], min_length=1)
-    """Metrics while training; the loss comes with any of them."""
-    final: list[MetricName] = Field(default=["perplexity", "rouge", "exact_match"], min_length=1)
-    """Metrics of `lorafit eval`."""
+    during: list[CheapMetricName] = Field(default=list(_USUAL.during_metrics), min_length=1)
+    """Metrics while training, the loss always among them. Where a recipe names none: the usual ones of its task."""
+    final: list[MetricName] = Field(default=list(_USUAL.final_metrics), min_length=1)
+    """Metrics of `lorafit eval`. Where a recipe names none: the usual ones of its task."""
     max_new_tokens: Count = 256
     """Longest generated answer, in tokens."""
     early_stopping: EarlyStoppingSection | None = None
@@ -294,3 +305,17 @@ class Recipe(Section):
     """Trackers that get the metrics, by accelerate; `metrics.jsonl` is always written."""
     output: Line = Field(default="", json_schema_extra=PATH)
     """The run folder, relative to the recipe; `runs/NAME` where empty."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_the_metrics_of_its_task(cls, values: object) -> object:
+        """Metrics that nobody named are those of the task; what is wrong with either is told by its own field."""
+        if not isinstance(values, dict):
+            return values
+        task, evaluation = values.get("task"), values.get("evaluation", {})
+        kind = task.get("kind") if isinstance(task, dict) else task
+        if kind not in tasks.names() or not isinstance(evaluation, dict):
+            return values
+        usual = tasks.get(kind)
+        named = {"during": list(usual.during_metrics), "final": list(usual.final_metrics), **evaluation}
+        return {**values, "evaluation": named}

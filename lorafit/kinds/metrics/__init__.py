@@ -1,4 +1,4 @@
-"""Metrics of an evaluation. Those over tokens read sums; those over answers compare generated text with references.
+"""Metrics of an evaluation. Some read what the task scores; those over answers compare generated text with references.
 
 Every metric is a function of sums over rows, so that one definition serves the corpus, a single row and every resample
 of a bootstrap:
@@ -10,8 +10,9 @@ A mean has k = 2 (numerator, denominator), BLEU has its n-gram counts and length
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import add
 from typing import Any, Literal, Protocol
 
 from lorafit.kinds.registry import Registry
@@ -30,32 +31,46 @@ class RowScore:
     """What one held-out row contributes; everything a metric may use.
 
     Attributes:
-        loss_sum: Summed cross-entropy over its trained tokens, in nats.
-        tokens: Its trained tokens; 0 where it was not scored.
-        correct: Trained tokens whose most likely prediction was right.
-        answer: The generated answer; None where nothing was generated.
+        sums: What the task scored of the row, by name (`Task.scores`); empty where it was not scored.
+        answer: The generated answer, or what the task predicts; None where there is none.
         reference: The answer that the row holds.
         must_contain: Strings that a right answer holds.
         written: The answer with its control tokens, as the model wrote it.
         calls: Names of the tools that the row's answer calls, where the row holds calls apart from text.
     """
 
-    loss_sum: float
-    tokens: int
-    correct: int
+    sums: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     answer: str | None = None
     reference: str = ""
     must_contain: tuple[str, ...] = ()
     written: str | None = None
     calls: tuple[str, ...] = ()
 
+    def value(self, name: str) -> float:
+        """A sum that is one number; 0 where the row was not scored."""
+        return self.sums[name][0] if name in self.sums else 0.0
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The loss of a label; None where the row was not scored."""
+        weight = self.value("weight")
+        return self.value("loss") / weight if weight else None
+
+    def plus(self, other: RowScore) -> RowScore:
+        """This row's score with the sums of another part of the same row."""
+        if not self.sums:
+            return replace(self, sums=other.sums)
+        both = {name: tuple(map(add, values, other.sums[name])) for name, values in self.sums.items()}
+        return replace(self, sums=both)
+
 
 class Metric(Protocol):
     """One metric.
 
     Attributes:
-        needs: `loss` for those over trained tokens, `answers` for those over generated text, which is a row's last
-            answer; `calls` for those over the last turn that calls tools, where a row has one.
+        needs: `scores` for those over what the task scores, `answers` for those over generated text, which is a row's
+            last answer; `calls` for those over the last turn that calls tools, where a row has one.
+        reads: Names of the task's scores that it reads.
         better: Which direction is better.
         during_training: Whether it may be named in `evaluation.during`.
         percent: Whether its values are shares of 1, shown in per cent.
@@ -63,7 +78,8 @@ class Metric(Protocol):
         companions: Metrics that are scored whenever this one is: what it alone would hide.
     """
 
-    needs: Literal["loss", "answers", "calls"]
+    needs: Literal["scores", "answers", "calls"]
+    reads: tuple[str, ...]
     better: Literal["lower", "higher"]
     during_training: bool
     percent: bool
@@ -83,6 +99,31 @@ class Metric(Protocol):
         """Which program and settings computed it, so that others can compare."""
 
 
+class ScoreMean:
+    """A metric over what the task scores, a function of one sum over another.
+
+    Attributes:
+        reads: The sums, the one that is divided by last.
+    """
+
+    reads: tuple[str, ...]
+    condition: str
+
+    needs: Literal["scores", "answers", "calls"] = "scores"
+    better: Literal["lower", "higher"] = "lower"
+    during_training = True
+    percent = False
+    companions: tuple[str, ...] = ()
+
+    def usable(self, row: RowScore) -> bool:
+        """Rows that were scored."""
+        return row.value(self.reads[-1]) > 0
+
+    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
+        """The sums."""
+        return [[row.value(name) for name in self.reads] for row in rows]
+
+
 class CorpusScore:
     """A corpus metric of sacrebleu: its statistics of each answer are what is summed over rows.
 
@@ -92,7 +133,8 @@ class CorpusScore:
 
     scorer: Callable[[], Any]
 
-    needs: Literal["loss", "answers", "calls"] = "answers"
+    needs: Literal["scores", "answers", "calls"] = "answers"
+    reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = False
@@ -120,3 +162,15 @@ metrics: Registry[Metric] = Registry("metric", "lorafit.kinds.metrics")
 def with_companions(names: Sequence[str]) -> list[str]:
     """The metrics and those that come with them, each once, in order."""
     return list(dict.fromkeys(each for name in names for each in (name, *metrics.get(name).companions)))
+
+
+def applies(name: str, scores: Collection[str], *, writes_answers: bool) -> bool:
+    """Whether a metric can be asked of a task.
+
+    Args:
+        name: A registered metric.
+        scores: Names of what the task scores.
+        writes_answers: Whether its models write text.
+    """
+    metric = metrics.get(name)
+    return set(metric.reads) <= set(scores) and (metric.needs == "scores" or writes_answers)

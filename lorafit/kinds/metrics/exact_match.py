@@ -17,7 +17,8 @@ def normalize(text: str) -> str:
 class ExactMatch:
     """Answer equal to reference, white space apart."""
 
-    needs: Literal["loss", "answers", "calls"] = "answers"
+    needs: Literal["scores", "answers", "calls"] = "answers"
+    reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True

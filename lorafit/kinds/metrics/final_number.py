@@ -30,7 +30,8 @@ def read_final_number(text: str, *, marked: bool = False) -> Decimal | None:
 class FinalNumber:
     """Final number equal to the reference's."""
 
-    needs: Literal["loss", "answers", "calls"] = "answers"
+    needs: Literal["scores", "answers", "calls"] = "answers"
+    reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True

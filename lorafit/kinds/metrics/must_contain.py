@@ -27,7 +27,8 @@ def holds_all(answer: str, strings: Sequence[str]) -> bool:
 class MustContain:
     """All strings of the row occur in the answer."""
 
-    needs: Literal["loss", "answers", "calls"] = "answers"
+    needs: Literal["scores", "answers", "calls"] = "answers"
+    reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True

@@ -7,31 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import ScoreMean, metrics
 
 LARGEST_EXPONENT = 700.0  # exp overflows a double above 709; a model that bad needs no more digits
 
 
 @metrics.register("perplexity")
-class Perplexity:
+class Perplexity(ScoreMean):
     """How many equally likely tokens the model hesitates between, on average."""
 
-    needs: Literal["loss", "answers", "calls"] = "loss"
-    better: Literal["lower", "higher"] = "lower"
-    during_training = True
-    percent = False
+    reads: tuple[str, ...] = ("loss", "tokens")
     condition = "a row with trained tokens"
-    companions: tuple[str, ...] = ()
-
-    def usable(self, row: RowScore) -> bool:
-        """Rows with at least one trained token."""
-        return row.tokens > 0
-
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """Summed loss and trained tokens."""
-        return [[row.loss_sum, row.tokens] for row in rows]
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """exp of the mean."""

@@ -75,7 +75,8 @@ def _scorer() -> Any:
 class Rouge:
     """Overlap of words, word pairs and longest common subsequences. ROUGE-Lsum takes each line as a sentence."""
 
-    needs: Literal["loss", "answers", "calls"] = "answers"
+    needs: Literal["scores", "answers", "calls"] = "answers"
+    reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = False

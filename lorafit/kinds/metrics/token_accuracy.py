@@ -5,27 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import ScoreMean, metrics
 
 
 @metrics.register("token_accuracy")
-class TokenAccuracy:
+class TokenAccuracy(ScoreMean):
     """Top-1 accuracy over trained tokens, teacher-forced."""
 
-    needs: Literal["loss", "answers", "calls"] = "loss"
-    better: Literal["lower", "higher"] = "higher"
-    during_training = True
-    percent = True
+    reads: tuple[str, ...] = ("correct", "tokens")
     condition = "a row with trained tokens"
-    companions: tuple[str, ...] = ()
-
-    def usable(self, row: RowScore) -> bool:
-        """Rows with at least one trained token."""
-        return row.tokens > 0
-
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """Right tokens and trained tokens."""
-        return [[row.correct, row.tokens] for row in rows]
+    better: Literal["lower", "higher"] = "higher"
+    percent = True
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """The share."""

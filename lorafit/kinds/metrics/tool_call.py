@@ -156,7 +156,8 @@ def _due(row: RowScore) -> list[Call] | None:
 class ToolCall:
     """All calls of the reference, and no others: names, arguments and order."""
 
-    needs: Literal["loss", "answers", "calls"] = "calls"
+    needs: Literal["scores", "answers", "calls"] = "calls"
+    reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "higher"
     during_training = False
     percent = True
@@ -184,7 +185,8 @@ class ToolCall:
 class NeedlessCall:
     """A call where the reference makes none, well-formed or not."""
 
-    needs: Literal["loss", "answers", "calls"] = "answers"
+    needs: Literal["scores", "answers", "calls"] = "answers"
+    reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "lower"
     during_training = False
     percent = True

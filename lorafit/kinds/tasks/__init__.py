@@ -11,6 +11,7 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from lorafit.kinds.metrics import applies
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
@@ -35,6 +36,17 @@ class Task(Kind[S_co]):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """The transformers class that loads its models."""
 
+    @property
+    @abstractmethod
+    def scores(self) -> Mapping[str, int]:
+        """What `score` gives by name, and of how many numbers a row; `loss` and `weight` among them."""
+
+    during_metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    """`evaluation.during` where a recipe says nothing."""
+    final_metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    """`evaluation.final` where a recipe says nothing."""
+    writes_answers: ClassVar[bool] = False
+    """Whether its models answer with text, which metrics read."""
     sequences: ClassVar[int] = 1
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
     packs: ClassVar[bool] = False
@@ -109,6 +121,10 @@ class Task(Kind[S_co]):
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Sums over each row of a micro-batch by name, [rows] or [rows, values]; `loss` and `weight` among them."""
 
+    def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
+        """What the model answers to a row, told from its scores; None where it writes its answers, or gives none."""
+        return None
+
     @abstractmethod
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """What the loss is computed of, [labels, classes]."""
@@ -124,6 +140,10 @@ class Task(Kind[S_co]):
     @abstractmethod
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """At most so many tokens of a row, at least 2, that carry loss: what the proof before step 1 runs on."""
+
+    def can_score(self, metric: str) -> bool:
+        """Whether a registered metric can be asked of the task."""
+        return applies(metric, self.scores, writes_answers=self.writes_answers)
 
 
 tasks: SectionRegistry[Task[TaskSection]] = SectionRegistry("task", "lorafit.kinds.tasks")

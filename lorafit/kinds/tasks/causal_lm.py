@@ -28,7 +28,14 @@ class CausalLmSection(TaskSection):
 class CausalLm(Task[CausalLmSection]):
     """The loss is the cross-entropy of the trained tokens; an answer is generated text."""
 
+    final_metrics = ("perplexity", "rouge", "exact_match")
+    writes_answers = True
     packs = True
+
+    @property
+    def scores(self) -> Mapping[str, int]:
+        """Summed loss, its weight, which is the trained tokens, and those whose most likely prediction was right."""
+        return {"loss": 1, "weight": 1, "tokens": 1, "correct": 1}
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -100,10 +107,10 @@ class CausalLm(Task[CausalLmSection]):
         rows = batch["label_index"] // batch["input_ids"].shape[1]
         values = torch.stack([losses.double(), torch.ones_like(losses).double(), correct.double()]).cpu().numpy()
         owners = rows.cpu().numpy()
-        return {
-            name: np.bincount(owners, weights, minlength=len(batch.rows)).astype(np.float64)
-            for name, weights in zip(("loss", "weight", "correct"), values, strict=True)
-        }
+        loss, tokens, right = (
+            np.bincount(owners, weights, minlength=len(batch.rows)).astype(np.float64) for weights in values
+        )
+        return {"loss": loss, "weight": tokens, "tokens": tokens, "correct": right}
 
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """Logits of the trained tokens, [labels, vocabulary]."""

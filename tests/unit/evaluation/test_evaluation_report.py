@@ -21,16 +21,22 @@ from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import RowScore
 
 
+def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, ...]]:
+    return {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}
+
+
 def build(answered=40, right=30, **changes):
     rows = tuple(
         Row(
             "test.jsonl",
             line,
             f"Question {line} [bold]?",
-            RowScore(40.0, 10, 2, "no idea", f"It takes {line} days", (f"{line} days",)),
-            RowScore(10.0 + line, 10, 8, f"```{line} days" if line > answered - right else "|", f"It takes {line} days")
+            RowScore(sums(40.0, 10, 2), "no idea", f"It takes {line} days", (f"{line} days",)),
+            RowScore(
+                sums(10.0 + line, 10, 8), f"```{line} days" if line > answered - right else "|", f"It takes {line} days"
+            )
             if line > answered
-            else RowScore(10.0, 10, 8, f"{line} days" if line <= right else "a | b ```", "x", (f"{line} days",)),
+            else RowScore(sums(10.0, 10, 8), f"{line} days" if line <= right else "a | b ```", "x", (f"{line} days",)),
         )
         for line in range(1, answered + 3)
     )
@@ -211,7 +217,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     write_report(RunDir(tmp_path), build())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     broken = build()
-    rows = (*broken.rows, replace(broken.rows[0], tuned=RowScore(math.nan, 1, 0)))
+    rows = (*broken.rows, replace(broken.rows[0], tuned=RowScore(sums(math.nan, 1, 0))))
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_report(RunDir(tmp_path), replace(broken, rows=rows))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

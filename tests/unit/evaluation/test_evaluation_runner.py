@@ -57,8 +57,8 @@ def test_scores_equal_full_logits_of_single_rows(tuned, make_rows, budget):
     rows, _ = make_rows(PAIRS)
     expected = plain_scores(tuned.eval(), rows)
     for found, (loss, tokens, right) in zip(score(tuned, rows, budget), expected, strict=True):
-        assert found.loss_sum == pytest.approx(loss, rel=1e-5)
-        assert (found.tokens, found.correct) == (tokens, right)
+        assert found.value("loss") == pytest.approx(loss, rel=1e-5)
+        assert (found.value("tokens"), found.value("correct")) == (tokens, right)
 
 
 def test_processes_share_the_rows_and_add_up(tuned, make_rows):
@@ -190,8 +190,8 @@ def test_worst_rows_come_first_and_carry_everything(tuned, tokenizer, make_rows)
     assert losses == sorted(losses, reverse=True)
     by_line = {row.line: row for row in found.rows}
     worst = found.worst[0]
-    assert worst.tuned == max(row.tuned.loss_sum / row.tuned.tokens for row in found.rows)
-    assert by_line[worst.row.line].base.loss_sum / by_line[worst.row.line].base.tokens == worst.base
+    assert worst.tuned == max(row.tuned.mean_loss for row in found.rows)
+    assert by_line[worst.row.line].base.mean_loss == worst.base
     answered = run_pair(tuned, tokenizer, rows, questions, ["exact_match"])
     assert {worst.name for worst in answered.worst} == {"exact_match"}
     right_first = [worst.tuned for worst in answered.worst]

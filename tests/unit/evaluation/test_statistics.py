@@ -12,12 +12,16 @@ from lorafit.evaluation.statistics import LEAST_ROWS, bootstrap_values, compare,
 from lorafit.kinds.metrics import RowScore, metrics
 
 
+def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, ...]]:
+    return {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}
+
+
 def losses(values, tokens=10):
-    return [RowScore(float(value) * tokens, tokens, 0) for value in values]
+    return [RowScore(sums(float(value) * tokens, tokens, 0)) for value in values]
 
 
 def hits(values):
-    return [RowScore(0.0, 0, 0, answer="yes" if value else "no", reference="yes") for value in values]
+    return [RowScore(answer="yes" if value else "no", reference="yes") for value in values]
 
 
 def test_interval_of_a_mean_is_the_normal_one_for_many_rows():
@@ -76,7 +80,7 @@ def test_corpus_metrics_are_recomputed_on_each_resampled_corpus(name, direct):
         return " ".join(rng.choice(words) if rng.random() < share else word for word in text.split())
 
     base, tuned = [spoil(text, 0.6) for text in references], [spoil(text, 0.2) for text in references]
-    rows = [[RowScore(0.0, 0, 0, a, r) for a, r in zip(side, references, strict=True)] for side in (base, tuned)]
+    rows = [[RowScore({}, a, r) for a, r in zip(side, references, strict=True)] for side in (base, tuned)]
     metric = metrics.get(name)
     sums = [np.asarray(metric.row_sums(side)) for side in rows]
     of_base, of_tuned = bootstrap_values(metric, *sums, seed=7, resamples=20)
@@ -89,8 +93,8 @@ def test_corpus_metrics_are_recomputed_on_each_resampled_corpus(name, direct):
 
 
 def test_every_value_of_a_metric_gets_its_own_interval():
-    base = [RowScore(0.0, 0, 0, "b a", "a b") for _ in range(8)]
-    tuned = [RowScore(0.0, 0, 0, "a b", "a b") for _ in range(8)]
+    base = [RowScore({}, "b a", "a b") for _ in range(8)]
+    tuned = [RowScore({}, "a b", "a b") for _ in range(8)]
     found = {line.name: line for line in compare("rouge", metrics.get("rouge"), base, tuned, seed=0)}
     assert found["rouge1"].verdict == "not distinguishable"
     assert found["rouge2"].verdict == found["rougeL"].verdict == "better"

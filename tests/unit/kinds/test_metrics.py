@@ -18,6 +18,11 @@ from lorafit.kinds.metrics.final_number import read_final_number
 from lorafit.kinds.metrics.must_contain import holds_all
 from lorafit.kinds.metrics.rouge import split_words
 
+
+def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, ...]]:
+    return {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}
+
+
 TEXTS = [  # answer, reference
     ("The cat sat on the mat.", "The cat is sitting on the mat."),
     ("", "Nothing was said."),
@@ -27,7 +32,7 @@ TEXTS = [  # answer, reference
     ("a b c d e f", "a b c d e f"),
 ]
 ROWS = [
-    RowScore(loss_sum=3.5 * (i + 1), tokens=i + 2, correct=i + 1, answer=a, reference=r, must_contain=("the",))
+    RowScore(sums(3.5 * (i + 1), i + 2, i + 1), answer=a, reference=r, must_contain=("the",))
     for i, (a, r) in enumerate(TEXTS)
 ]
 
@@ -51,7 +56,7 @@ def test_rouge_of_ascii_equals_rouge_score_with_its_own_tokenizer():
     scorer = RougeScorer(kinds, use_stemmer=True)
     texts = [(a, r) for a, r in TEXTS if (a + r).isascii()]
     direct = [scorer.score(r, a) for a, r in texts]
-    found = score("rouge", [RowScore(0.0, 0, 0, a, r) for a, r in texts])
+    found = score("rouge", [RowScore({}, a, r) for a, r in texts])
     assert set(found) == set(kinds)
     for kind in kinds:
         assert found[kind] == pytest.approx(sum(s[kind].fmeasure for s in direct) / len(direct), abs=1e-12)
@@ -97,10 +102,10 @@ def test_words_of_any_script(text, words):
 )
 def test_rouge_reads_all_words_of_a_reference_in_another_script(reference, wrong, nearly):
     """rouge_score's own tokenizer sees 45 alone: 1.0 for any answer with 45 in it, 0.0 for one that spells it."""
-    values = [score("rouge", [RowScore(0.0, 0, 0, answer, reference)]) for answer in (wrong, nearly, reference)]
+    values = [score("rouge", [RowScore({}, answer, reference)]) for answer in (wrong, nearly, reference)]
     for kind in ("rougeL", "rouge1", "rougeLsum"):
         assert values[0][kind] < 0.5 < values[1][kind] < values[2][kind] == 1.0
-    assert not metrics.get("rouge").usable(RowScore(0.0, 0, 0, "45", "— 😀"))
+    assert not metrics.get("rouge").usable(RowScore({}, "45", "— 😀"))
 
 
 def test_bleu_sees_the_letters_of_a_script_without_blanks_as_sacrebleu_does_of_chinese():
@@ -108,22 +113,22 @@ def test_bleu_sees_the_letters_of_a_script_without_blanks_as_sacrebleu_does_of_c
         ["价格是四十五元，可以退货。", "订单45已经发货"],
         ["价格是45元，可以退货。", "订单45今天已经发货"],
     )
-    rows = [RowScore(0.0, 0, 0, a, r) for a, r in zip(answers, references, strict=True)]
+    rows = [RowScore({}, a, r) for a, r in zip(answers, references, strict=True)]
     direct = sacrebleu.corpus_bleu(answers, [references], tokenize="zh").score
     assert score("bleu", rows) == {"bleu": pytest.approx(direct, abs=1e-9)}
     assert 20 < direct < 80
-    assert score("bleu", [RowScore(0.0, 0, 0, "返品は14日間以内です", "返品は14日以内です")])["bleu"] > 20
+    assert score("bleu", [RowScore({}, "返品は14日間以内です", "返品は14日以内です")])["bleu"] > 20
 
 
 def test_token_metrics_weigh_by_tokens():
-    loss, tokens = sum(row.loss_sum for row in ROWS), sum(row.tokens for row in ROWS)
+    loss, tokens = sum(row.value("loss") for row in ROWS), sum(row.value("tokens") for row in ROWS)
     assert score("loss") == {"loss": pytest.approx(loss / tokens)}
     assert score("perplexity") == {"perplexity": pytest.approx(math.exp(loss / tokens))}
-    assert score("token_accuracy") == {"token_accuracy": pytest.approx(sum(r.correct for r in ROWS) / tokens)}
+    assert score("token_accuracy") == {"token_accuracy": pytest.approx(sum(r.value("correct") for r in ROWS) / tokens)}
 
 
 def test_perplexity_stays_a_number():
-    assert math.isfinite(score("perplexity", [RowScore(1e6, 1, 0)])["perplexity"])
+    assert math.isfinite(score("perplexity", [RowScore(sums(1e6, 1, 0))])["perplexity"])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +141,7 @@ def test_perplexity_stays_a_number():
     ],
 )
 def test_exact_match_ignores_white_space_alone(answer, reference, right):
-    assert score("exact_match", [RowScore(0.0, 0, 0, answer, reference)]) == {"exact_match": float(right)}
+    assert score("exact_match", [RowScore({}, answer, reference)]) == {"exact_match": float(right)}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_exact_match_ignores_white_space_alone(answer, reference, right):
 )
 def test_must_contain_wants_every_string_in_any_case(answer, strings, right):
     assert holds_all(answer, strings) is right
-    rows = [RowScore(0.0, 0, 0, answer, "", strings), RowScore(0.0, 0, 0, answer, "")]
+    rows = [RowScore({}, answer, "", strings), RowScore({}, answer, "")]
     assert [metrics.get("must_contain").usable(row) for row in rows] == [True, False]
     assert score("must_contain", rows) == {"must_contain": float(right)}
 
@@ -171,7 +176,7 @@ def test_must_contain_wants_every_string_in_any_case(answer, strings, right):
     ],
 )
 def test_final_number_compares_numbers(answer, right):
-    rows = [RowScore(0.0, 0, 0, answer, "540 * 2 = 1080\n#### 1080"), RowScore(0.0, 0, 0, answer, "no mark, 1080")]
+    rows = [RowScore({}, answer, "540 * 2 = 1080\n#### 1080"), RowScore({}, answer, "no mark, 1080")]
     assert [metrics.get("final_number").usable(row) for row in rows] == [True, False]
     assert score("final_number", rows) == {"final_number": float(right)}
 
@@ -188,8 +193,10 @@ def test_contract_sums_of_rows_give_the_corpus(name):
     if name == "tool_call":
         right = wrong = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     rows = [
-        RowScore(2.0, 3, 1, right, right, ("4",), written=right),
-        RowScore(9.0, 5, 0, wrong, wrong if name == "tool_call" else "we have 7 #### 7", ("7",), written="<tool_call>"),
+        RowScore(sums(2.0, 3, 1), right, right, ("4",), written=right),
+        RowScore(
+            sums(9.0, 5, 0), wrong, wrong if name == "tool_call" else "we have 7 #### 7", ("7",), written="<tool_call>"
+        ),
     ]
     assert all(metric.usable(row) for row in rows)
     one, both, twice = score(name, rows[:1]), score(name, rows), score(name, rows * 2)
@@ -199,8 +206,8 @@ def test_contract_sums_of_rows_give_the_corpus(name):
     assert (one[headline] > both[headline]) == (metric.better == "higher")
     assert metric.condition
     assert metric.signature()
-    assert (metric.needs == "loss") == metric.during_training
-    assert not metric.usable(RowScore(0.0, 0, 0))
+    assert (metric.needs == "scores") == metric.during_training
+    assert not metric.usable(RowScore())
     if metric.percent:
         assert all(0 <= value <= 1 for value in both.values())
 

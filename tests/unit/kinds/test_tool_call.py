@@ -43,7 +43,7 @@ FORMS = {
 def scored(name: str, reference: str, written: str, calls: tuple[str, ...] = ()) -> float | None:
     """The metric's value of one row; None where it leaves the row out."""
     metric = metrics.get(name)
-    row = RowScore(0.0, 0, 0, "", reference, written=written, calls=calls)
+    row = RowScore({}, "", reference, written=written, calls=calls)
     return next(iter(metric.values(metric.row_sums([row])[0]).values())) if metric.usable(row) else None
 
 

@@ -20,7 +20,7 @@ def row_of(family: str, turn: dict[str, Any]) -> RowScore:
     data = DataSection.model_validate({"train": [{"path": "rows.jsonl"}]})
     sample = Sample("rows.jsonl", 1, messages=(user("How warm is it?"), turn), tools=(WEATHER,))
     (row,) = Renderer(tokenizer_of(family), data, None).generation_rows(sample, with_calls=True)
-    return RowScore(0.0, 0, 0, row.reference, row.reference, (), written=row.reference, calls=row.calls)
+    return RowScore({}, row.reference, row.reference, (), written=row.reference, calls=row.calls)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen"])
