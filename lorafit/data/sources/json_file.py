@@ -1,4 +1,4 @@
-"""Rows of a .json file, of which only a stretch is held at a time.
+"""Rows of a .json file, which is held whole while they are read.
 
 [{...}, {...}]                   an array of objects
 {"version": 1, "data": [{...}]}  one object that wraps such an array under its only list of objects
@@ -8,21 +8,20 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lorafit.data.sources.files import LINE_LIMIT_BYTES, READ_BYTES, open_file, utf8_hint
+from lorafit.data.sources.files import LINE_LIMIT_BYTES, open_file, utf8_hint
 from lorafit.data.sources.lines import BLANKS, RawRow, RawRows, as_row, read_jsonl, too_long
 from lorafit.errors import DataError
 from lorafit.files.strict_json import JsonError, check_depth, decode_at
 from lorafit.kinds.fields import listed
 
+FILE_LIMIT_BYTES = 512 << 20
 _BLANK = re.compile(f"[{BLANKS}]*")
-_CUT_CHARACTERS = 16  # a value that the held stretch cuts may fail this far before the cut: `tru`, `\u00e`
 
 
 def read_json_file(path: Path, is_row: Callable[[RawRow], bool]) -> RawRows:
@@ -33,58 +32,74 @@ def read_json_file(path: Path, is_row: Callable[[RawRow], bool]) -> RawRows:
         is_row: Whether an object looks like a row of a known format.
 
     Raises:
-        DataError: It is no UTF-8, malformed, or it is not clear where its rows are.
+        DataError: It is no UTF-8, too large, malformed, or it is not clear where its rows are.
     """
-    with open_file(path) as file:
-        text = _Text(file)
-        first = text.peek()
-        if first == "[":
-            yield from _read_array(text)
-            if text.peek():
-                raise text.error(JsonError("invalid JSON: extra data behind the array", text.place))
-            return
-        if first and first != "{":
-            raise DataError("invalid JSON: expected an array of objects", line=text.line())
-        outline = _read_outline(text) if first else {}
+    text = _Text(_read_text(path))
+    first = text.peek()
+    if first == "[":
+        yield from _read_array(text)
+        if text.peek():
+            raise text.error(JsonError("invalid JSON: extra data behind the array", text.place))
+        return
+    if first and first != "{":
+        raise DataError("invalid JSON: expected an array of objects", line=text.line())
+    begin = text.place
+    outline = _read_outline(text) if first else {}
     if outline is None:
         yield from read_jsonl(path)
         return
-    lists = [key for key, holds_objects in outline.items() if holds_objects]
+    lists = [key for key, place in outline.items() if place]
     is_only_row = not lists or is_row(dict.fromkeys(outline))
     if len(lists) > 1 and not is_only_row:
         raise DataError(f"holds several lists of objects: {listed(lists)}", todo="write the one you want as a file")
+    text.go_to(begin if is_only_row else outline[lists[0]])
+    if not is_only_row:
+        yield from _read_array(text)
+    elif text.peek():
+        yield text.line(), as_row(text.value())
+
+
+def _read_text(path: Path) -> str:
+    """A file of UTF-8, unpacked.
+
+    Raises:
+        DataError: It is none, or holds more than `FILE_LIMIT_BYTES`.
+    """
     with open_file(path) as file:
-        text = _Text(file)
-        if not is_only_row:
-            _go_to(text, lists[0])
-            yield from _read_array(text)
-        elif text.peek():
-            yield text.line(), as_row(text.value())
-
-
-def _read_outline(text: _Text) -> dict[str, bool] | None:
-    """The keys of the object here, and whether each holds a list of objects; None where an object a line stands."""
-    first_line = text.rest_of_line()
+        raw = file.read(FILE_LIMIT_BYTES + 1)
+    if len(raw) > FILE_LIMIT_BYTES:
+        what = f"larger than {FILE_LIMIT_BYTES >> 20} MiB, and a .json file is read whole"
+        raise DataError(what, todo="write it as jsonl: an object a line")
+    if b"\0" in raw:
+        line = 1 + raw.count(b"\n", 0, raw.index(b"\0"))
+        raise DataError("NUL byte: a torn write", line=line, todo="write it again")
     try:
-        outline = _walk_object(text)
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = 1 + raw.count(b"\n", 0, error.start), raw[error.start]
+        raise DataError(f"not valid UTF-8: byte 0x{byte:02X}", line=line, todo=utf8_hint(byte)) from None
+
+
+def _read_outline(text: _Text) -> dict[str, int] | None:
+    """The keys of the object here, each with the place of its list of objects, 0 where it holds none; None where an
+    object a line stands.
+    """
+    begin, outline = text.place, dict[str, int]()
+    try:
+        text.expect("{")
+        while not text.take("}"):
+            if outline:
+                text.expect(",")
+            key = _read_key(text)
+            if key in outline:
+                raise text.error(JsonError(f"duplicate key '{key}'", text.place))
+            place = text.place if text.peek() == "[" else 0
+            outline[key] = place if _skip(text) else 0
     except DataError:
-        if first_line.endswith("}"):  # an object a line, the first of them malformed
+        if text.line_from(begin).endswith("}"):  # an object a line, the first of them malformed
             return None
         raise
     return None if text.peek() else outline
-
-
-def _walk_object(text: _Text) -> dict[str, bool]:
-    outline: dict[str, bool] = {}
-    text.expect("{")
-    while not text.take("}"):
-        if outline:
-            text.expect(",")
-        key = _read_key(text)
-        if key in outline:
-            raise text.error(JsonError(f"duplicate key '{key}'", text.place))
-        outline[key] = _skip(text)
-    return outline
 
 
 def _read_key(text: _Text) -> str:
@@ -97,14 +112,6 @@ def _read_key(text: _Text) -> str:
     return str(key)
 
 
-def _go_to(text: _Text, wanted: str) -> None:
-    """To the value under a key of the (valid) object here."""
-    text.expect("{")
-    while _read_key(text) != wanted:
-        _skip(text)
-        text.expect(",")
-
-
 def _skip(text: _Text) -> bool:
     """Goes behind the value here; whether it is a list whose first entry is an object."""
     if text.peek() != "[":
@@ -112,10 +119,8 @@ def _skip(text: _Text) -> bool:
         if isinstance(value, DataError):
             raise value.at(line=text.line())
         return False
-    first: object = None
-    for number, (_, row) in enumerate(_read_array(text)):
-        first = row if number == 0 else first
-    return isinstance(first, dict)
+    kinds = [isinstance(row, dict) for _, row in _read_array(text)]
+    return bool(kinds) and kinds[0]
 
 
 def _read_array(text: _Text) -> RawRows:
@@ -131,28 +136,25 @@ def _read_array(text: _Text) -> RawRows:
 
 
 class _Text:
-    """The text of a JSON file from one place on: at least as much of it as a row may have, and not much more.
+    """The text of a JSON file.
 
     Attributes:
-        place: Where the next value, or what stands between two of them, begins in what is held.
+        place: Where the next value, or what stands between two of them, begins.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8-sig")()
-        self._held, self._ended, self.place = "", False, 0
-        self._dropped = 0  # characters before what is held
-        self._line, self._line_start, self._counted = 1, 0, 0  # the line that character `_counted` of it is on
-        self._lines_read = 0
+    def __init__(self, text: str) -> None:
+        self._text, self.place = text, 0
+        self._line, self._counted = 1, 0  # the line that character `_counted` is on
+
+    def go_to(self, place: int) -> None:
+        """To a place that was seen before."""
+        self.place, self._line, self._counted = place, 1, 0
 
     def peek(self) -> str:
         """The next character that is no blank, which becomes the place; empty at the end."""
-        while True:
-            self._fill()
-            found = _BLANK.match(self._held, self.place)
-            assert found is not None, "no blanks match too"
-            self.place = found.end()
-            if self.place < len(self._held) or self._ended:
-                return self._held[self.place : self.place + 1]
+        found = _BLANK.match(self._text, self.place)
+        self.place = found.end() if found else self.place
+        return self._text[self.place : self.place + 1]
 
     def take(self, character: str) -> bool:
         """Goes behind a character if it is the next."""
@@ -169,86 +171,42 @@ class _Text:
         """The value here, behind which the place moves; or the error for one that the strict parser alone refuses.
 
         Raises:
-            DataError: It is malformed, so that its end is not known, or longer than a row may be.
+            DataError: It is malformed, so that its end is not known.
         """
         self.peek()
-        start = self.place
-        value: Any
+        start, value = self.place, None
         try:
-            value, end = decode_at(self._held, start)
-            check_depth(self._held[start:end])
+            value, end = decode_at(self._text, start)
+            check_depth(self._text[start:end])
         except JsonError as error:
-            value, end = DataError(error.what), self._end_of_value(start, error)
+            value = DataError(error.what)
+            try:
+                end = json.JSONDecoder().raw_decode(self._text, start)[1]
+            except (ValueError, RecursionError):
+                raise self.error(error) from None
         if end - start > LINE_LIMIT_BYTES // 4:  # a character has 4 bytes at most
-            value = too_long() if len(self._held[start:end].encode()) > LINE_LIMIT_BYTES else value
+            value = too_long() if len(self._text[start:end].encode()) > LINE_LIMIT_BYTES else value
         self.place = end
         return value
 
-    def _end_of_value(self, start: int, error: JsonError) -> int:
-        """Where a value ends that the strict parser refused and the standard one reads."""
-        try:
-            return json.JSONDecoder().raw_decode(self._held, start)[1]
-        except (ValueError, RecursionError) as failed:
-            position = getattr(failed, "pos", 0)
-            is_cut = position >= len(self._held) - _CUT_CHARACTERS or "Unterminated string" in str(failed)
-            if is_cut and not self._ended:
-                raise too_long().at(line=self.line()) from None
-            raise self.error(error) from None
-
-    def rest_of_line(self) -> str:
-        """What is held of the line from the place on, without blanks at its end."""
-        end = self._held.find("\n", self.place)
-        return self._held[self.place : end if end >= 0 else len(self._held)].rstrip()
+    def line_from(self, place: int) -> str:
+        """The rest of the line from a place on, without blanks at its end."""
+        end = self._text.find("\n", place)
+        return self._text[place : end if end >= 0 else len(self._text)].rstrip()
 
     def line(self) -> int:
         """The line that the place is on."""
-        self._line, column = self._locate(self.place)
-        self._line_start, self._counted = self._dropped + self.place - column + 1, self.place
+        self._line += self._text.count("\n", self._counted, self.place)
+        self._counted = self.place
         return self._line
-
-    def _locate(self, position: int) -> tuple[int, int]:
-        """Line and column of a character that is held, not before the one that was asked for last."""
-        newline = self._held.rfind("\n", self._counted, position)
-        start = self._dropped + newline + 1 if newline >= 0 else self._line_start
-        lines = self._held.count("\n", self._counted, position)
-        return self._line + lines, self._dropped + position - start + 1
 
     def error(self, error: JsonError) -> DataError:
         """A fault of the text, with its line and column."""
         position = self.place if error.position is None else error.position
-        line, column = self._locate(position)
-        end = len(self._held.rstrip(BLANKS)) if self._ended else position + 1
+        end = len(self._text.rstrip(BLANKS))
         is_torn = position >= end or "unterminated string" in error.what
         what = error.what.replace("invalid JSON", "truncated or invalid JSON") if is_torn else error.what
         if position >= end:  # said of the last line that holds something
-            return DataError(what, line=line - self._held.count("\n", end, position))
-        return DataError(what, line=line, column=column)
-
-    def _fill(self) -> None:
-        """Reads on until a row's longest text is held from the place on, and lets go of what is before it."""
-        if self._ended or len(self._held) - self.place >= LINE_LIMIT_BYTES:
-            return
-        self.line()
-        pieces, size = [self._held[self.place :]], len(self._held) - self.place
-        self._dropped, self._counted, self.place = self._dropped + self.place, 0, 0
-        while size < 2 * LINE_LIMIT_BYTES and not self._ended:
-            pieces.append(self._read())
-            size += len(pieces[-1])
-        self._held = "".join(pieces)
-
-    def _read(self) -> str:
-        line = self._lines_read + 1
-        try:
-            raw = self._file.read(READ_BYTES)
-            self._ended = not raw
-            self._lines_read += raw.count(b"\n")
-            if b"\0" in raw:
-                line += raw.count(b"\n", 0, raw.index(b"\0"))
-                raise DataError("NUL byte: a torn write", todo="write it again")
-            return self._decoder.decode(raw, final=self._ended)
-        except UnicodeDecodeError as error:
-            line += error.object.count(b"\n", 0, error.start)
-            byte = error.object[error.start]
-            raise DataError(f"not valid UTF-8: byte 0x{byte:02X}", line=line, todo=utf8_hint(byte)) from None
-        except DataError as error:
-            raise error.at(line=line) from None
+            return DataError(what, line=1 + self._text.count("\n", 0, end))
+        column = position - self._text.rfind("\n", 0, position)
+        return DataError(what, line=1 + self._text.count("\n", 0, position), column=column)

@@ -171,20 +171,19 @@ def test_parquet_with_values_of_a_dictionary_is_read_whole(tmp_path: Path) -> No
     assert [sample.line for sample in found] == list(range(1, 25))
 
 
-# --- json, of which a stretch is held ---------------------------------------------------------------------------------
+# --- json, which is read whole ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def short_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stretches of 64 characters instead of 16 Mi, so that every value stands near a border."""
+def short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of at most 64 bytes instead of 16 MiB."""
     monkeypatch.setattr(json_file, "LINE_LIMIT_BYTES", 64)
-    monkeypatch.setattr(json_file, "READ_BYTES", 7)
 
 
-@pytest.mark.usefixtures("short_stretch")
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("wrap", [None, "data", "é"])
-def test_json_is_read_stretch_by_stretch(tmp_path: Path, indent: int | None, wrap: str | None) -> None:
+def test_json_is_read_with_the_lines_of_its_rows(tmp_path: Path, indent: int | None, wrap: str | None) -> None:
     rows = [{"text": f'{n} é\u2028 {"😀" * (n % 7)} \\ " ]}}'} for n in range(200)]
     value = rows if wrap is None else {"version": [1, 2], "n": {"a": None}, wrap: rows, "last": []}
     text = " \n" + json.dumps(value, indent=indent, ensure_ascii=False) + "\n" * 100
@@ -197,7 +196,7 @@ def test_json_is_read_stretch_by_stretch(tmp_path: Path, indent: int | None, wra
         assert json.dumps(row["text"], ensure_ascii=False) in "\n".join(here)
 
 
-@pytest.mark.usefixtures("short_stretch")
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize(
     ("content", "part"),
     [
@@ -209,9 +208,15 @@ def test_json_is_read_stretch_by_stretch(tmp_path: Path, indent: int | None, wra
         ('{"a": 1 %s "data": []}' % ("\n" * 300), "d.json:301:2: invalid JSON: expected ,"),
     ],
 )
-def test_json_faults_have_their_place_in_any_stretch(tmp_path: Path, content: str, part: str) -> None:
+def test_json_faults_have_their_place(tmp_path: Path, content: str, part: str) -> None:
     (tmp_path / "d.json").write_text(content, encoding="utf-8")
     assert part in refusal(tmp_path, "d.json")
+
+
+def test_a_large_json_file_is_to_be_written_as_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_file, "FILE_LIMIT_BYTES", 1 << 20)
+    (tmp_path / "d.json").write_text("[" + '{"text": "a"}, ' * 70_000 + '{"text": "b"}]', encoding="utf-8")
+    assert "larger than 1 MiB, and a .json file is read whole; write it as jsonl" in refusal(tmp_path, "d.json")
 
 
 # --- what separates fields --------------------------------------------------------------------------------------------
