@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -84,13 +85,18 @@ MEMBERS_TO_BE_USED = {"kinds.adapters: Adapter.closed_form", "kinds.tasks: Task.
 HELP_SECONDS = 0.15
 
 
+@cache
+def parse(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def modules(package: Path) -> dict[str, ast.Module]:
     """Every module of the package by dotted name below it, parsed."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+        found[name] = parse(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -199,7 +205,7 @@ def crowded(package: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
         if text.count("\n") > MOST_LINES:
             found.append(f"{path.name}: {text.count(chr(10))} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > MOST_LINES_IN_A_FUNCTION:
@@ -227,7 +233,7 @@ def many_any(package: Path) -> list[str]:
         names += sum(
             (isinstance(node, ast.Name) and node.id == "Any")
             or (isinstance(node, ast.Attribute) and node.attr == "Any")
-            for node in ast.walk(ast.parse(text))
+            for node in ast.walk(parse(text))
         )
     share = 1000 * names / max(1, lines)
     return [f"{share:.1f} Any in 1,000 lines"] if share > MOST_ANY_IN_1000_LINES else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,11 +27,12 @@ from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
 FROM_CLASSES = ("google--gemma-4-E2B", "unsloth--gpt-oss-20b-BF16")  # of those that no arithmetic knows: seconds each
 FILES = sorted(shipped("models").glob("*.json"))
 CONFIGS = {path.stem: json.loads(path.read_text(encoding="utf-8"))["config"] for path in FILES}
-SHAPES = {
-    name: find_shape(config)
-    for name, config in CONFIGS.items()
-    if config["model_type"] in known_families() or name in FROM_CLASSES
-}
+NAMES = [name for name, config in CONFIGS.items() if config["model_type"] in known_families() or name in FROM_CLASSES]
+
+
+@cache
+def shape_named(name: str) -> ModelShape:
+    return find_shape(CONFIGS[name])
 
 
 def needs(shape: ModelShape, device: DeviceFacts, headroom: float, **sections: Any) -> bool:
@@ -42,7 +44,7 @@ def needs(shape: ModelShape, device: DeviceFacts, headroom: float, **sections: A
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(sorted(SHAPES)),
+    name=st.sampled_from(sorted(NAMES)),
     length=st.integers(min_value=8, max_value=8000),
     rank=st.sampled_from([1, 8, 16, 64, 256]),
     gpu=st.sampled_from(["6GiB", "11.3GiB", "700GiB", *(str(known["names"][0]) for known in cards())]),
@@ -56,7 +58,7 @@ def test_answers_are_maximal(
     name: str, length: int, rank: int, gpu: str, headroom: float, checkpointing: bool | str, quantization: str,
     dropout: float, asked: int | str,
 ) -> None:  # fmt: skip
-    shape, device = SHAPES[name], parse_gpu(gpu)
+    shape, device = shape_named(name), parse_gpu(gpu)
     sections: dict[str, dict[str, Any]] = {
         "model": {"quantization": quantization},
         "data": {"max_length": length},
