@@ -50,18 +50,19 @@ def described_schema() -> Node:
 
 def json_schema() -> Node:
     """The recipe as JSON Schema, draft 2020-12, with its short forms (bare kinds, bare paths) and `extends`."""
-    schema = rebuilt(described_schema(), lambda node: {word: held for word, held in node.items() if word != "format"})
-    definitions, needed = schema.pop("$defs"), schema.pop("required")
-    for field in schema["properties"].values():
-        if "$ref" in field:  # what it needs may stand in what the recipe extends
-            definitions[field["$ref"].rpartition("/")[2]].pop("required", None)
+    schema = described_schema()
+    definitions, needed = schema.pop("$defs"), {"required": schema.pop("required"), "properties": {}}
+    for name, field in schema["properties"].items():
+        section = definitions.get(field.get("$ref", "").rpartition("/")[2], {})
+        if "required" in section:  # only of a recipe that extends nothing: else it may stand there
+            needed["properties"][name] = {"required": section.pop("required")}
     presets = {"anyOf": [{"enum": preset_names()}, {"type": "string", "pattern": r"(/|\.ya?ml$)"}]}
     schema["properties"] = {"extends": {**presets, "description": EXTENDS}, **schema["properties"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "lorafit recipe",
         **schema,
-        "anyOf": [{"required": ["extends"]}, {"required": needed}],
+        "anyOf": [{"required": ["extends"]}, needed],
         "$defs": dict(sorted(definitions.items())),
     }
 

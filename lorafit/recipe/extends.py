@@ -19,7 +19,7 @@ from lorafit.files.strict_json import JsonError, read_regular_file
 from lorafit.machine.shipped import shipped
 from lorafit.recipe.paths import absolute, moved
 from lorafit.recipe.reader import MOST_BYTES, decode, read_tree, read_value
-from lorafit.recipe.schema_tree import Node, expand, form_of, kind_of, kinds_of, node_at, node_below, recipe_tree
+from lorafit.recipe.schema_tree import Node, expand, form_of, kind_of, kinds_of, node_below, recipe_tree
 from lorafit.recipe.secrecy import shown_flag, without_secrets
 from lorafit.recipe.yaml_tree import (
     Entry,
@@ -231,29 +231,27 @@ def _with_flag(tree: Entry, path: KeyPath, entry: Entry) -> tuple[Entry, list[Lo
     if secrets:
         return tree, list(secrets)
     try:
-        return _set(tree, path, entry, tree, path), []
+        return _set(tree, path, entry, recipe_tree(), path), []
     except RecipeError as error:
         return tree, [error]
 
 
-def _set(tree: Entry | None, path: KeyPath, new: Entry, root: Entry, whole: KeyPath) -> Entry:
-    """A part of `root` with a flag's value at `path` below it, which is `whole` from the top; asks the schema late."""
-    done = whole[: len(whole) - len(path)]
+def _set(tree: Entry | None, path: KeyPath, new: Entry, node: Node | None, whole: KeyPath) -> Entry:
+    """A part of the recipe, which the schema calls `node`, with a flag's value at `path` in it; `whole` is the key."""
     if not path:
-        is_merged = tree is not None and (isinstance(tree.value, dict) or isinstance(new.value, dict))
-        return merge(tree, new, node_at(done, root)) if tree is not None and is_merged else new
+        return merge(tree, new, node) if tree is not None else new
     if tree is None or tree.value in (None, Unreadable.VALUE):
         tree = Entry({}, new.place, new.place)
-    if not isinstance(tree.value, dict) or not isinstance(path[0], str):
-        tree = expand(node_at(done, root), tree)
-    part, rest, named = path[0], path[1:], key_text(done) or "the recipe"
+    part, rest, done = path[0], path[1:], key_text(whole[: len(whole) - len(path)]) or "the recipe"
+    if not isinstance(tree.value, dict) or not isinstance(part, str):
+        tree = expand(node, tree)
     if isinstance(tree.value, tuple):
         number = int(part) if isinstance(part, int) or part.isdecimal() else None
         if number is None or number >= len(tree.value):
-            items = ", ".join(f"{named}[{n}]" for n in range(len(tree.value))) or f"nothing in {named}"
-            raise new.place.error(f"{named} is a list of {len(tree.value)}", whole, f"there is {items}")
-        return with_entry(tree, (number,), _set(tree.value[number], rest, new, root, whole))
+            items = ", ".join(f"{done}[{n}]" for n in range(len(tree.value))) or f"nothing in {done}"
+            raise new.place.error(f"{done} is a list of {len(tree.value)}", whole, f"there is {items}")
+        return with_entry(tree, (number,), _set(tree.value[number], rest, new, node_below(node, tree, number), whole))
     if not isinstance(tree.value, dict) or isinstance(part, int):
-        what = f"{named} holds {shown(tree)}, which has no {key_text((part,))}"
-        raise new.place.error(what, whole, f"set {named} itself")
-    return with_entry(tree, (part,), _set(tree.value.get(part), rest, new, root, whole))
+        what = f"{done} holds {shown(tree)}, which has no {key_text((part,))}"
+        raise new.place.error(what, whole, f"set {done} itself")
+    return with_entry(tree, (part,), _set(tree.value.get(part), rest, new, node_below(node, tree, part), whole))

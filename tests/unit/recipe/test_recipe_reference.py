@@ -89,7 +89,7 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
         "maximum": lambda limit: not is_number(value) or value <= limit,
         "exclusiveMinimum": lambda limit: not is_number(value) or value > limit,
         "exclusiveMaximum": lambda limit: not is_number(value) or value < limit,
-        **dict.fromkeys(("description", "default", "title", "$schema", "$defs"), lambda _: True),
+        **dict.fromkeys(("description", "default", "format", "title", "$schema", "$defs"), lambda _: True),
     }
     return all(checks[word](meaning) for word, meaning in schema.items())
 
@@ -115,6 +115,7 @@ GOOD = [
     MINIMAL,
     "extends: code\n",
     "extends: ../base.yaml\nseed: 3\n",
+    "extends: code\nmodel: {revision: main}\ndata: {max_length: 9}\n",
     MINIMAL + "adapter: lora\n",
     MINIMAL + "adapter: {r: 8}\n",
     MINIMAL + "training: {optimizer: sgd, micro_batch_tokens: 512, gradient_checkpointing: true}\n",
@@ -126,6 +127,8 @@ GOOD = [
 ]
 BAD = [
     "name: x\n",
+    MINIMAL.replace("base: b", "revision: r"),
+    MINIMAL.replace("train: a.jsonl", "max_length: 9"),
     MINIMAL + "sead: 3\n",
     MINIMAL + "seed: -1\n",
     MINIMAL + "seed: 1.5\n",
