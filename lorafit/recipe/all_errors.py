@@ -28,7 +28,7 @@ _TEMPLATE: KeyPath = ("data", "chat_template")
 
 
 def diagnose(layers: Layers, main: str, look_at_template: Callable[[str], None] | None = None) -> list[LorafitError]:
-    """Every error of a recipe, in the order in which they are said.
+    """Finds every error of a recipe, in the order in which they are printed.
 
     One error hides others: a section with an unknown key is not compared with its neighbours. So what was found is
     mended (taken away, or filled in), the rest is judged again, and rules are asked that touch nothing mended.
@@ -120,7 +120,7 @@ def _mended(tree: Entry, one: Finding) -> Entry:
 
 
 def _in_order(of_text: Sequence[LorafitError], findings: Sequence[Finding], main: str) -> list[LorafitError]:
-    """Refusals for safety first; then what the text says wrongly, what it means wrongly, and what it does not say.
+    """Sorts errors: refusals for safety first; then what the text says wrongly, what it means wrongly, and what it does not say.
 
     Within each as a reader meets them: the recipe, what it extends, the flags.
     """

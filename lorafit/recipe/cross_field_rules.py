@@ -19,7 +19,7 @@ DATA_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parqu
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """Two keys that do not go together.
+    """A rule between keys of a recipe that its values break.
 
     Attributes:
         keys: The keys it is about; the error stands at the first.
@@ -42,7 +42,7 @@ class Disagreement:
 
 
 def disagreements(recipe: Recipe) -> list[Disagreement]:
-    """Everything in which fields of a recipe contradict each other."""
+    """Every rule between keys that a recipe breaks."""
     return [*_of_training(recipe), *_of_evaluation(recipe), *_of_task(recipe), *_of_hub_options(recipe)]
 
 

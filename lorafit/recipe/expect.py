@@ -19,7 +19,7 @@ _LIMITS = {
 
 
 def expectation(node: Node) -> str:
-    """What may stand there, e.g. `a whole number or auto`, `one of error, skip`, `a list of names among loss, bleu`."""
+    """What a node allows, in words: `a whole number or auto`, `one of error, skip`, `a list of names among loss, bleu`."""
     kinds = kinds_of(node)
     short = [part for form in forms(node) if sections_in(form) for part in forms(form["items"])]  # of a list of one
     names = [name for form in forms(node) if form not in short for name in _form_names(form)]
@@ -53,7 +53,7 @@ def allowed_range(node: Node | None, found: float = 0) -> str:
     """The limits on a number, e.g. `between 0 and 1`, `at least 1`; empty where there are none.
 
     Args:
-        node: What may stand there.
+        node: The schema of the number's key.
         found: The number. A limit that only keeps counters from overflowing is left out where it does not matter.
     """
     return next((said for form in forms(node) if (said := _range_words(form, found))), "")

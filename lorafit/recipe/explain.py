@@ -35,7 +35,7 @@ _FIRST_WORD = re.compile(r"[a-z_0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One error of the recipe.
+    """One error of a recipe, with the key that it is about.
 
     Attributes:
         path: The key it is about.
@@ -60,12 +60,12 @@ def finding(
     meant: KeyPath | None = None,
     is_missing: bool = False,
 ) -> Finding:
-    """A finding about the key at `path`, placed where the tree has it, or else where the nearest section starts."""
+    """Makes a finding about the key at `path`, placed where the tree has it, or else where the nearest section starts."""
     return Finding(path, (at or nearest_entry(tree, path).at).error(what, path, todo), meant, is_missing)
 
 
 def explain(errors: Sequence[ErrorDetails], tree: Entry) -> list[Finding]:
-    """One finding a key; what several forms of it said becomes one sentence.
+    """Turns pydantic's errors into one finding a key; what several forms of a key said becomes one sentence.
 
     Args:
         errors: What pydantic found in the values of `tree`.

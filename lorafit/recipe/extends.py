@@ -42,7 +42,7 @@ _SHOWN_FLAG_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Layers:
-    """All layers of a recipe as one tree.
+    """The layers of a recipe, merged into one tree.
 
     Attributes:
         tree: The merged values.
@@ -94,7 +94,7 @@ def read_layers(path: Path, overrides: Sequence[str], values: Plain = None) -> L
 
 
 def read_bytes(path: Path) -> bytes:
-    """At most one byte more than a recipe may have.
+    """Reads a recipe file, and at most one byte more than a recipe may have.
 
     Raises:
         UsageError: There is no such file, or it cannot be read.
@@ -185,7 +185,7 @@ def preset_names() -> list[str]:
 
 
 def merge(below: Entry, above: Entry, node: Node | None) -> Entry:
-    """`above` laid over `below`, key by key where both are the same section or the same kind."""
+    """Lays `above` over `below`, key by key where both are the same section or the same kind."""
     low, high = expand(node, below), expand(node, above)
     if node is None or not isinstance(low.value, dict) or not isinstance(high.value, dict):
         return above

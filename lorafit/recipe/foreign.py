@@ -19,7 +19,7 @@ Answer = str | dict[bool | str, str]
 
 
 class ForeignNames(TypedDict):
-    """The file's tables; what each means is said in it."""
+    """The tables of `configs/foreign_names.yaml`, whose comments say what each of them means."""
 
     anywhere: dict[str, Answer]
     in_a_source: dict[str, str]
@@ -33,7 +33,7 @@ class ForeignNames(TypedDict):
 
 @cache
 def foreign() -> ForeignNames:
-    """What is known of other tools."""
+    """Reads `configs/foreign_names.yaml`, once."""
     import yaml
 
     names: ForeignNames = yaml.safe_load(shipped("foreign_names.yaml").read_text(encoding="utf-8"))

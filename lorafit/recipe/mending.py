@@ -16,11 +16,11 @@ _COMMA_NUMBER = re.compile(r"[-+]?\d+,\d+")
 
 
 def mend(path: KeyPath, node: Node | None, tree: Entry) -> str:
-    """What to do about a value of the wrong type; empty where nothing better can be said than what is expected.
+    """Advice on a value of the wrong type; empty where nothing better can be said than what is expected.
 
     Args:
         path: The key.
-        node: What may stand there.
+        node: The schema of the key.
         tree: The recipe as it was written.
     """
     entry = find(tree, path)

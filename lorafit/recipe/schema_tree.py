@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorafit.recipe.schema import Recipe
 
 Node = dict[str, Any]
-"""A part of a JSON Schema."""
+"""A JSON Schema, or a part of one: what may stand at a key."""
 
 
 def validate(tree: Entry) -> Recipe | list[ErrorDetails]:
@@ -53,7 +53,7 @@ def recipe_tree() -> Node:
 
 
 def without_references(schema: Node) -> Node:
-    """A JSON Schema as a tree: each reference is what it names, and the forms of a form are its neighbours'."""
+    """A JSON Schema as a tree: every `$ref` is replaced by what it names, and a choice inside a choice is flattened."""
     sections: dict[str, Node] = {}
 
     def change(node: Node) -> Node:
@@ -85,18 +85,18 @@ def rebuilt(node: Node, change: Callable[[Node], Node]) -> Node:
 
 
 def forms(node: Node | None) -> list[Node]:
-    """The forms that a value may have, null apart."""
+    """The forms that a node allows, null apart."""
     found: list[Node] = (node or {}).get("anyOf", [node] if node else [])
     return [form for form in found if form.get("type") != "null"]
 
 
 def is_nullable(node: Node) -> bool:
-    """Whether null may stand there."""
+    """Whether a node allows null."""
     return {"type": "null"} in node.get("anyOf", ())
 
 
 def words(node: Node) -> list[str]:
-    """The words that may stand there where the schema lists them, a list's items included."""
+    """The words that a node lists, those that a list may hold included; empty where any text will do."""
     found: list[str] = []
     for form in forms(node):
         found += form.get("enum", [form["const"]] if "const" in form else [])
@@ -105,7 +105,7 @@ def words(node: Node) -> list[str]:
 
 
 def kinds_of(node: Node | None) -> dict[str, Node]:
-    """The section of each kind that may stand there; empty where no kind is chosen."""
+    """The section of each kind that a node allows; empty where it is no choice of kinds."""
     sections = [form for form in forms(node) if "kind" in form.get("properties", ())]
     return {section["properties"]["kind"]["const"]: section for section in sections}
 
@@ -119,7 +119,7 @@ def kind_of(node: Node | None, entry: Entry | None) -> str | None:
 
 
 def section_of(node: Node | None) -> Node | None:
-    """The section that stands there; None where another form may stand there too."""
+    """The section that a node is; None where it allows another form too."""
     only = forms(node)
     return only[0] if len(only) == 1 and only[0].get("properties") and not kinds_of(node) else None
 
@@ -130,7 +130,7 @@ def sections_in(form: Node) -> list[Node]:
 
 
 def form_of(node: Node | None, entry: Entry | None) -> Node | None:
-    """The form that an entry has, or for None that of a section; None where the schema knows none."""
+    """The form of a node that an entry has, or for None its section; None where the schema knows none."""
     kinds = kinds_of(node)
     if kinds:  # of one kind alone, pydantic judges what another kind's section holds by it
         return kinds.get(kind_of(node, entry) or "", next(iter(kinds.values())) if len(kinds) == 1 else None)
@@ -143,13 +143,13 @@ def form_of(node: Node | None, entry: Entry | None) -> Node | None:
 
 
 def fields_of(node: Node | None, entry: Entry | None = None) -> dict[str, Node]:
-    """The keys that may stand in an entry; empty where it is no section, or of no known kind."""
+    """The keys that a node allows in an entry, with their nodes; empty where it is no section, or of no known kind."""
     properties = (form_of(node, entry) or {}).get("properties", {})
     return {name: field for name, field in properties.items() if name != "kind"}
 
 
 def node_below(node: Node | None, entry: Entry | None, part: str | int) -> Node | None:
-    """What may stand at one key or list item of an entry; None where the schema knows nothing."""
+    """The node of one key or list item of an entry; None where the schema has none."""
     if isinstance(part, str):
         return fields_of(node, entry).get(part)
     form = next((form for form in forms(node) if form.get("type") == "array"), {})
@@ -158,7 +158,7 @@ def node_below(node: Node | None, entry: Entry | None, part: str | int) -> Node 
 
 
 def node_at(path: KeyPath, tree: Entry) -> Node | None:
-    """What may stand at a recipe's key; None where the schema knows nothing."""
+    """The node of a recipe's key; None where the schema has none."""
     node: Node | None = recipe_tree()
     entry: Entry | None = tree
     for part in path:

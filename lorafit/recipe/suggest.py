@@ -17,7 +17,7 @@ _MARK_OF_A_SOURCE = "subset"  # a key that sources of rows have, and no other se
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """What to say about an unknown key.
+    """Advice on an unknown key.
 
     Attributes:
         what: What is wrong.
@@ -33,7 +33,7 @@ class Suggestion:
 
 
 def suggest_key(path: KeyPath, node: Node | None, section: Entry) -> Suggestion:
-    """What to say about the key at `path`, which `section` (that may hold what `node` says) does not have.
+    """Advice on the key at `path`, which `section` (that may hold what `node` says) does not have.
 
     Asked in this order: the same name written differently, another tool's name, an option of another kind, a key of
     another section, the nearest name of this section, the nearest of all.

@@ -56,11 +56,11 @@ class Place:
 
     @property
     def known(self) -> ErrorPlace:
-        """As arguments of an error."""
+        """The place as arguments of an error."""
         return {"file": self.file, "line": self.line, "column": self.column}
 
     def error(self, what: str, path: KeyPath = (), todo: str | None = None) -> RecipeError:
-        """An error here, about the key at `path`."""
+        """Makes an error at this place, about the key at `path`."""
         key = key_text(path)
         key = key if len(key) <= _KEY_CHARACTERS else f"{key[: _KEY_CHARACTERS - 1]}…"
         return RecipeError(what, **self.known, key=key or None, todo=todo)
@@ -82,7 +82,7 @@ class Entry:
 
     @property
     def at(self) -> Place:
-        """Where an error about it points: at a scalar itself, at the key of a mapping or list."""
+        """The place that an error about the entry points to: a scalar itself, the key of a mapping or list."""
         return self.key_place if isinstance(self.value, dict | tuple) else self.place
 
     @property
