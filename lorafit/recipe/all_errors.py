@@ -120,7 +120,7 @@ def _mended(tree: Entry, one: Finding) -> Entry:
 
 
 def _in_order(of_text: Sequence[LorafitError], findings: Sequence[Finding], main: str) -> list[LorafitError]:
-    """Sorts errors: refusals for safety first; then what the text says wrongly, what it means wrongly, and what it does not say.
+    """Sorts errors: refusals for safety; what the text says wrongly; what it means wrongly; what it does not say.
 
     Within each as a reader meets them: the recipe, what it extends, the flags.
     """

@@ -19,7 +19,7 @@ _LIMITS = {
 
 
 def expectation(node: Node) -> str:
-    """What a node allows, in words: `a whole number or auto`, `one of error, skip`, `a list of names among loss, bleu`."""
+    """What a node allows, in words: `a whole number or auto`, `one of drop, skip`, `a list of names among loss`."""
     kinds = kinds_of(node)
     short = [part for form in forms(node) if sections_in(form) for part in forms(form["items"])]  # of a list of one
     names = [name for form in forms(node) if form not in short for name in _form_names(form)]

@@ -60,7 +60,7 @@ def finding(
     meant: KeyPath | None = None,
     is_missing: bool = False,
 ) -> Finding:
-    """Makes a finding about the key at `path`, placed where the tree has it, or else where the nearest section starts."""
+    """Makes a finding about the key at `path`, where the tree has it, or else where the nearest section starts."""
     return Finding(path, (at or nearest_entry(tree, path).at).error(what, path, todo), meant, is_missing)
 
 
