@@ -102,7 +102,7 @@ class Job:
             embedding_rows=self.shape.vocabulary,
             tokenizer=self.renderer.key()["tokenizer"],
             chat_template=digest_templates(templates),
-            versions=dict(entry.split(" ", 1) for entry in installed_versions()),
+            versions=installed_versions(),
             seed=recipe.seed,
         )
 

@@ -129,7 +129,7 @@ class Training:
         trackers = Trackers(accelerator, self.reporter)
         journal = Journal(
             self.reporter,
-            MetricsLog(self.where.metrics, self.reporter) if executor.rank == 0 else None,
+            MetricsLog(self.where.metrics, self.reporter),
             trackers,
             executor.profile,
             self.counts_memory,
@@ -300,13 +300,13 @@ class Training:
             packing=recipe.data.packing,
             one_by_one=self.profiles or self.counts_memory,  # both look at one thread
         )
-        key = [json.dumps(job.facts(), sort_keys=True), job.device.name, str(job.device.count), *installed_versions()]
+        key = [job.facts(), job.device.name, job.device.count, installed_versions()]
         return resolve_plan(
             self.plan,
             stage,
             resumed=ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder)) if checkpoint else None,
             given=given,
-            cache_file=cached_plan_file(cache_folder(), key),
+            cache_file=cached_plan_file(cache_folder(), [json.dumps(part, sort_keys=True) for part in key]),
         )
 
     def _build_trainer(

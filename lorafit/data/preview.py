@@ -11,13 +11,13 @@ With colours trained text is green and the rest dim; without, it stands between 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorafit.console.printing import can_show, printable, say
 from lorafit.console.wording import counted
 from lorafit.contracts import Printed, Sample
 from lorafit.errors import row_place
@@ -38,7 +38,6 @@ ROWS_SHOWN = 3
 NOTES_SHOWN = 20
 BAR_CHARACTERS = 40
 IGNORED_LABEL = -100
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +106,9 @@ class Preview(Printed):
         for overlap in report.overlaps:
             places = ", ".join(f"{other} = {one}" for one, other in overlap.places[:3])
             occurs = f"{counted(overlap.rows, 'row')} of {overlap.second} {'occurs' if overlap.rows == 1 else 'occur'}"
-            _say(console, f"{occurs} in {overlap.first} as well: {places}")
+            say(console, f"{occurs} in {overlap.first} as well: {places}")
         of_what = "the training tokens" if self.is_whole else "the tokens that were counted"
-        _say(console, f"tokens that carry loss: {report.trained_share:.1%} of {of_what}")
+        say(console, f"tokens that carry loss: {report.trained_share:.1%} of {of_what}")
 
 
 def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOWN) -> Preview:
@@ -189,24 +188,6 @@ def _segments(renderer: Renderer, ids: list[int], trained: list[bool]) -> Iterat
         decoded, start = grown, end
 
 
-def _printable(console: Console, text: str) -> str:
-    """The text without control characters, which could steer a terminal, and in what the terminal can show."""
-    plain = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
-    return plain.encode(console.encoding, "backslashreplace").decode(console.encoding)
-
-
-def _can_show(console: Console, text: str) -> bool:
-    try:
-        text.encode(console.encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(_printable(console, text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
 def _print_row(console: Console, row: PreviewRow) -> None:
     from rich.text import Text
 
@@ -214,12 +195,12 @@ def _print_row(console: Console, row: PreviewRow) -> None:
     what = f"label {row.label}" if row.label else f"{row.trained_tokens} trained"
     name = f", {row.name}" if row.name else ""
     head = f"{place}  {row.split}{name}, {counted(len(row.input_ids), 'token')}, {what}"
-    _say(console, head, style="bold")
+    say(console, head, style="bold")
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
-    opening, closing = ("⟦", "⟧") if _can_show(console, "⟦⟧") else ("[[", "]]")
+    opening, closing = ("⟦", "⟧") if can_show(console, "⟦⟧") else ("[[", "]]")
     body: Text = Text()
     for text, trained in row.segments:
-        shown = _printable(console, text)
+        shown = printable(console, text)
         if coloured:
             body.append(shown, style="bold green" if trained else "dim")
         else:
@@ -241,12 +222,12 @@ def _source_table(console: Console, prepared: Prepared) -> Table:
             fates = (counts.bad, counts.dropped, counts.cut, counts.split)
             cells = [str(number) if number else "" for number in fates]
             cells.append(f"{repeat:g}" if repeat != 1 else "")
-            file = Text(_printable(console, counts.file), overflow="fold")
+            file = Text(printable(console, counts.file), overflow="fold")
             rows.append([split, file, counts.format, str(counts.read), str(counts.kept), *cells])
         if not part.sources:
             rows.append([split, "held out of train", "", "", str(part.rows), "", "", "", "", ""])
     heads = ("split", "source", "format", "read", "examples", "bad", "dropped", "cut", "split up", "repeats")
-    box = SIMPLE if _can_show(console, "─") else ASCII2
+    box = SIMPLE if can_show(console, "─") else ASCII2
     table = Table(box=box, title="rows by source", title_justify="left")
     shown = [place for place in range(len(heads)) if place < 5 or any(row[place] for row in rows)]
     for place in shown:
@@ -261,20 +242,20 @@ def _print_split(console: Console, split: str, part: SplitReport) -> None:
     size = f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}"
     name = split if part.of_rows is None else f"{split}, the first rows of about {part.of_rows:,}"
     head = f"{name}: {size}, {share:.1%} carry loss, longest {part.longest_tokens}"
-    _say(console, head, style="bold")
-    for line in draw_histogram(part.histogram, "█" if _can_show(console, "█") else "#"):
-        _say(console, line)
+    say(console, head, style="bold")
+    for line in draw_histogram(part.histogram, "█" if can_show(console, "█") else "#"):
+        say(console, line)
     for what, count in sorted(part.seen.items()):
-        _say(console, f"  {what}: {counted(count, 'row')}")
+        say(console, f"  {what}: {counted(count, 'row')}")
     for counts in part.sources:
         if counts.unread:
             columns = ", ".join(f"{name} ({count})" for name, count in sorted(counts.unread.items()))
-            _say(console, f"  {counts.file}: columns that are not read: {columns}")
+            say(console, f"  {counts.file}: columns that are not read: {columns}")
     for note in part.notes[:NOTES_SHOWN]:
-        _say(console, f"  {row_place(note.file, note.line)}: {note.what}: {note.reason}")
+        say(console, f"  {row_place(note.file, note.line)}: {note.what}: {note.reason}")
     happened = sum(counts.bad + counts.dropped + counts.cut + counts.split for counts in part.sources)
     if happened > NOTES_SHOWN:
-        _say(console, f"  ... and {happened - NOTES_SHOWN} more")
+        say(console, f"  ... and {happened - NOTES_SHOWN} more")
 
 
 def draw_histogram(bars: tuple[Bar, ...], block: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from lorafit.console.printing import can_show, say
 from lorafit.console.wording import counted
 from lorafit.machine.devices import format_bytes
 from lorafit.memory.estimate import ALLOCATOR_FACTOR
@@ -39,30 +40,30 @@ _SHARES = (UTILISATION, HIGH_UTILISATION, LOW_UTILISATION)
 
 def print_estimate(estimate: RecipeEstimate, console: Console) -> None:
     """Head, itemised memory, row lengths, methods, cost, and what the flags asked for."""
-    block = "█" if _can_show(console, "█") else "#"
+    block = "█" if can_show(console, "█") else "#"
     for line in _head(estimate):
-        _say(console, line)
+        say(console, line)
     console.print()
     console.print(_memory(estimate.memory, block))
     if estimate.exact is not None:
         console.print()
         console.print(_exact(estimate.exact, estimate.memory))
-        _say(console, f"peak in {_moment(estimate.exact)}")
+        say(console, f"peak in {_moment(estimate.exact)}")
     for line in _lengths(estimate, block):
-        _say(console, line)
+        say(console, line)
     console.print()
     console.print(_methods(estimate))
     if estimate.device is not None and any(method.fits is False for method in estimate.methods):
-        _say(console, f"* more than {estimate.device.name} has")
+        say(console, f"* more than {estimate.device.name} has")
     console.print()
     for line in _cost(estimate):
-        _say(console, line)
+        say(console, line)
     if estimate.device is not None:
         for line, style in _verdict(estimate):
-            _say(console, line, style)
+            say(console, line, style)
     if estimate.fit is not None:
         for line in _fit(estimate.fit):
-            _say(console, line)
+            say(console, line)
 
 
 def _head(estimate: RecipeEstimate) -> Iterator[str]:
@@ -296,15 +297,3 @@ def _largest(found: Largest, what: str, least: str) -> str:
     other = f"; {found.other:,} with it {'off' if found.checkpointing else 'on'}" if found.other is not None else ""
     bound = f"; bounded by {found.bound}" if found.bound else ""
     return f"{found.value:,} {what}, checkpointing {'on' if found.checkpointing else 'off'}{other}{bound}"
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(text, style=style, markup=False, highlight=False)
-
-
-def _can_show(console: Console, text: str) -> bool:
-    try:
-        text.encode(console.encoding)
-    except UnicodeEncodeError:
-        return False
-    return True

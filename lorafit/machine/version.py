@@ -3,27 +3,24 @@
 __version__ = "0.1.0"
 
 _RECORDED = (
-    "lorafit",
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "safetensors",
+    *("lorafit", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
+    *("datasets", "tokenizers", "safetensors", "numpy"),
 )
 
 
-def installed_versions() -> list[str]:
-    """`name version` of Python and of every library that decides what a run computes."""
+def installed_versions() -> dict[str, str]:
+    """Of Python and of every library that decides what a run computes, by name; `none` where one is not installed.
+
+    The one list of them: a plan is measured anew where any changed, a run folder and a checkpoint record it, and a
+    resume says what differs.
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    found = [f"python {platform.python_version()}"]
+    found = {"python": platform.python_version()}
     for name in _RECORDED:
         try:
-            found.append(f"{name} {version(name)}")
+            found[name] = version(name)
         except PackageNotFoundError:
-            found.append(f"{name} none")
+            found[name] = "none"
     return found

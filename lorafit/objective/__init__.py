@@ -6,7 +6,6 @@ loop, proofs, evaluation ──batch──> Objective ──under autocast──
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,11 +114,10 @@ class Objective(nn.Module):
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def autocast(self, batch: Batch) -> contextlib.AbstractContextManager[object]:
+    def autocast(self, batch: Batch) -> torch.autocast:
         """The precision in which the objective computes."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(batch["input_ids"].device.type, dtype=self.autocast_dtype)
+        dtype = self.autocast_dtype
+        return torch.autocast(batch["input_ids"].device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _let_autocast_cast(model: nn.Module) -> None:

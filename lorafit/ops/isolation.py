@@ -37,6 +37,18 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or eval mode, for a try; afterwards the mode and all random number generators are as before."""
+    was_training = model.training
+    model.train(training)
+    try:
+        with preserved_rng():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
 def whole_inputs(model: torch.nn.Module) -> Iterator[None]:
     """Linears on a CPU get inputs that lie in one piece: Mamba layers hand them transposed ones."""
 

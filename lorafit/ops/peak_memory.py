@@ -30,6 +30,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """Most memory that CUDA's caching allocator took from the card; None on a CPU."""
+    import torch
+
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
 def forget_peak_memory(device: torch.device, *, of_process: bool = True) -> bool:
     """Lets the peak begin anew at what is held now; whether that could be done.
 

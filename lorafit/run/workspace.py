@@ -380,7 +380,6 @@ def describe_run(run: RunDir, loaded: LoadedRecipe, facts: Mapping[str, Any]) ->
     """manifest.json, which makes the folder a run (versions, seed, hashes of what it is made of), and recipe.yaml."""
     from lorafit.recipe.load import dump_recipe
 
-    versions = dict(entry.split(" ", 1) for entry in installed_versions())
-    write_json(run.manifest, {"format": 1, "versions": versions, **facts})
+    write_json(run.manifest, {"format": 1, "versions": installed_versions(), **facts})
     with atomic_file(run.recipe) as temporary:
         temporary.write_text(dump_recipe(loaded, run.root), encoding="utf-8")

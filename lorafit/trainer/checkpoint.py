@@ -8,11 +8,9 @@ checkpoints/step-000100/
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from lorafit.files.rundir import (
     write_json,
 )
 from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.machine.version import installed_versions
 from lorafit.trainer.state import TrainState
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ STATE_FILE = "state.json"
 _OTHER_STEP = "resume from another one with --resume-from STEP"
 _MOST_THREADS = 4096
 _DAMAGED_PREFIX, _SUPERSEDED_PREFIX = "damaged-", "superseded-"
-_VERSIONED = ("lorafit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,7 @@ class Environment:
         """This process's."""
         import torch
 
-        found = {"python": platform.python_version()}
-        for name in _VERSIONED:
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                found[name] = "none"
-        return cls(device_kind, ranks, found, torch.get_num_threads())
+        return cls(device_kind, ranks, installed_versions(), torch.get_num_threads())
 
     @classmethod
     def from_json(cls, values: Any) -> Environment:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import torch
@@ -57,11 +56,11 @@ class Executor(Protocol):
     rank: int
     ranks: int
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *exc: object) -> None:
+        return None
 
     def accumulate(
         self, batches: Sequence[Batch], weight: float, after_each: Callable[[], None] = no_check
@@ -87,7 +86,7 @@ class Executor(Protocol):
         """Each rank's value, by rank; waits until every rank has given its own."""
 
 
-class OneByOne:
+class OneByOne(Executor):
     """One micro-batch after the other in this process, which trains alone.
 
     Args:
@@ -103,18 +102,9 @@ class OneByOne:
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
     def accumulate(
         self, batches: Sequence[Batch], weight: float, after_each: Callable[[], None] = no_check
     ) -> list[torch.Tensor]:
-        """See Executor."""
         losses = []
         for batch in batches:
             with self.profile.phase("forward"):
@@ -127,14 +117,12 @@ class OneByOne:
         return losses
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The values themselves."""
         return list(values)
 
     def sum_gradients(self) -> None:
         """They are the sum already."""
 
     def gather(self, value: T) -> list[T]:
-        """The one value."""
         return [value]
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lorafit.errors import ModelError, RecipeError
 from lorafit.model.check_weights import list_names
+from lorafit.ops.isolation import in_mode
 from lorafit.ops.memory_errors import is_out_of_memory
-from lorafit.ops.rng import preserved_rng
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch
@@ -22,11 +22,9 @@ def prove_gradients(objective: Objective, batch: Batch) -> None:
         ModelError: The model's forward or backward fails in training mode.
         RecipeError: A kind of layer carries adapters that get no gradient anywhere: it reads its weight past them.
     """
-    was_training = objective.training
-    objective.train()
     trained = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
     try:
-        with preserved_rng():
+        with in_mode(objective, training=True):
             objective(batch)[0].backward()
         reached = {_layer_kind(name) for name, parameter in trained if _has_gradient(parameter.grad)}
     except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError) as error:
@@ -36,7 +34,6 @@ def prove_gradients(objective: Objective, batch: Batch) -> None:
     finally:
         for _, parameter in trained:
             parameter.grad = None
-        objective.train(was_training)
     _refuse_idle({_layer_kind(name) for name, _ in trained}, reached)
 
 

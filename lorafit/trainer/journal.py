@@ -1,5 +1,4 @@
-"""What is told of a run while it trains: metrics.jsonl, trackers, the bar, and the watches over a step that were asked
-for."""
+"""What is told of a run while it trains: metrics.jsonl, trackers, the bar, and what watches over a step."""
 
 from __future__ import annotations
 
@@ -23,18 +22,13 @@ _GIB = 2**30
 _SMOOTHING = 0.9  # share of the old tokens/s in the shown one
 
 
-def peak_reserved_bytes(device: torch.device) -> int | None:
-    """Most memory that CUDA's caching allocator took from the card; None on a CPU."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-
-
 @dataclass
 class Journal:
     """Tells everybody who listens what a run does.
 
     Attributes:
         reporter: The console.
-        log: metrics.jsonl; None on ranks that do not write.
+        log: metrics.jsonl.
         trackers: accelerate's; None: none.
         profile: Times the parts of a step.
         counts_memory: Live tensors are counted in every step, which makes each slower.
@@ -43,7 +37,7 @@ class Journal:
     """
 
     reporter: Reporter
-    log: MetricsLog | None = None
+    log: MetricsLog
     trackers: Trackers | None = None
     profile: NoProfile = NO_PROFILE
     counts_memory: bool = False
@@ -72,9 +66,8 @@ class Journal:
             self.live_peak = live.peak()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Into metrics.jsonl, and to the trackers."""
-        if self.log is not None:
-            self.log.write(values)
+        """Into metrics.jsonl, and to the trackers; of several ranks the first one writes."""
+        self.log.write(values)
         if self.trackers is not None:
             self.trackers.log(values)
 
@@ -93,13 +86,3 @@ class Journal:
             grad="overflow" if line["grad_norm"] is None else line["grad_norm"],
             **{"tok/s": f"{self._tokens_per_second:.0f}", "GiB": memory},
         )
-
-    def rewind(self, *, step: int, evaluated_step: int) -> None:
-        """Takes the log back to the edge at `step`."""
-        if self.log is not None:
-            self.log.rewind(step=step, evaluated_step=evaluated_step)
-
-    def sync(self) -> None:
-        """Makes what was written last through a power cut."""
-        if self.log is not None:
-            self.log.sync()

@@ -20,10 +20,10 @@ import torch
 from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
 from lorafit.ops.memory_errors import is_out_of_memory
-from lorafit.ops.peak_memory import peak_memory_bytes
+from lorafit.ops.peak_memory import peak_memory_bytes, peak_reserved_bytes
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore
-from lorafit.trainer.journal import Journal, peak_reserved_bytes
+from lorafit.trainer.journal import Journal
 from lorafit.trainer.optimizer_state import taken_back
 from lorafit.trainer.out_of_memory import out_of_memory, release_memory, trim_after
 from lorafit.trainer.prefetch import StepFeed
@@ -131,7 +131,7 @@ class Trainer:
         if self.executor.rank == 0 and not self._is_complete(state):
             self.store.set_later_aside(state.step)
             self.store.note_best(asdict(state.best) if state.best else None)
-            self.journal.rewind(step=state.step, evaluated_step=state.evaluated_step)
+            self.journal.log.rewind(step=state.step, evaluated_step=state.evaluated_step)
         return state
 
     def fit(self, state: TrainState) -> FitResult:
@@ -197,7 +197,8 @@ class Trainer:
                 "trained_tokens": figures.trained_tokens,
                 "seconds": seconds,
             }
-            self.journal.write(line)
+            if self.executor.rank == 0:
+                self.journal.write(line)
         self.journal.show(line)
 
     def _compute_gradients(self, state: TrainState, step: int, rows: Sequence[int]) -> tuple[StepFigures, list[Batch]]:
@@ -275,7 +276,8 @@ class Trainer:
         self.executor.objective.train()
         check_metrics(state.step, values)
         state.evaluated_step = state.step
-        self.journal.write({"step": state.step, "evaluation": values})
+        if self.executor.rank == 0:
+            self.journal.write({"step": state.step, "evaluation": values})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.journal.reporter.info(f"step {state.step}: held-out {shown}")
         name = held_out.select_metric
@@ -294,7 +296,7 @@ class Trainer:
         """Publishes the checkpoint of the last edge, all ranks' random numbers in it."""
         state.rng = self.executor.gather(self._edge_rng)
         if self.executor.rank == 0:
-            self.journal.sync()
+            self.journal.log.sync()
             best = asdict(state.best) if state.best else None
             self.store.save(state.step, lambda folder: self.snapshot.write(folder, state), best=best)
         self._saved_step = state.step

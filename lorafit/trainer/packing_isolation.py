@@ -11,8 +11,7 @@ well, where each of their layers attends to the whole row.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,9 +20,9 @@ import torch
 
 from lorafit.contracts import Batch, Example
 from lorafit.errors import NumericsError
+from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.memory_errors import is_out_of_memory
-from lorafit.ops.rng import preserved_rng
 
 if TYPE_CHECKING:
     from lorafit.objective import Objective
@@ -51,7 +50,7 @@ def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int,
         if with_mask and not _attends_to_whole_rows(objective):
             break
         objective.masks_documents = with_mask
-        with preserved_rng(), _in_eval_mode(objective):
+        with in_mode(objective, training=False):
             found = _find_fault(objective, first, second, pad_id, one_row)
         if not found:
             return
@@ -124,13 +123,3 @@ def _beginning(row: Example) -> Example:
 
 def _unlabelled(row: Example) -> Example:
     return replace(row, columns={**row.columns, "trained": [0] * len(row["tokens"])})
-
-
-@contextlib.contextmanager
-def _in_eval_mode(objective: Objective) -> Iterator[None]:
-    was_training = objective.training
-    objective.eval()
-    try:
-        yield
-    finally:
-        objective.train(was_training)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
 Built = TypeVar("Built")
@@ -36,9 +35,7 @@ class StepFeed(Generic[Built]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorafit-feed")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._ahead = self._future = None
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)

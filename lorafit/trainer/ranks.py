@@ -43,7 +43,6 @@ class OverRanks(OneByOne):
             parameter.data = broadcast(parameter.data)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """See Executor."""
         return self._added(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     @torch.no_grad()
@@ -56,7 +55,6 @@ class OverRanks(OneByOne):
             parameter.grad = part.view_as(parameter).clone()
 
     def gather(self, value: T) -> list[T]:
-        """See Executor."""
         gathered: list[T] = gather_object([value])
         return gathered
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,16 +75,12 @@ def resolve_plan(
         )
         measured = stage.measured
     resolved = ResolvedPlan(
-        micro_batch_tokens=choice.micro_batch_tokens,
-        evaluation_micro_batch_tokens=choice.evaluation_micro_batch_tokens,
-        attention=choice.attention,
-        gradient_checkpointing=choice.gradient_checkpointing,
+        **asdict(choice),
         dtype=plan.dtype,
         compute_dtype=plan.compute_dtype,
         device_kind=stage.device.type,
         ranks=stage.executor.ranks,
         source=source if is_open else "recipe",
-        micro_batches_at_once=choice.micro_batches_at_once,
         measured=measured,
     )
     if stage.executor.ranks > 1:  # each measured for itself, and clocks differ: rank 0's values

@@ -13,8 +13,8 @@ import torch
 
 from lorafit.data.packing import Cutter
 from lorafit.model.attention import register_fused_attention, set_attention
+from lorafit.ops.isolation import in_mode
 from lorafit.ops.memory_errors import is_out_of_memory
-from lorafit.ops.rng import preserved_rng
 from lorafit.trainer.executor import time_micro_batches
 from lorafit.trainer.out_of_memory import release_memory, trim_after
 from lorafit.trainer.packing_isolation import prove_separation
@@ -123,13 +123,11 @@ class Stage:
     @contextlib.contextmanager
     def rolled_back(self) -> Iterator[None]:
         """Gradients are cleared at the end, random numbers and modes as before."""
-        was_training = self.objective.training
-        try:
-            with preserved_rng():
+        with in_mode(self.objective, training=self.objective.training):
+            try:
                 yield
-        finally:
-            self.clear()
-            self.objective.train(was_training)
+            finally:
+                self.clear()
 
     def clear(self) -> None:
         """Drops gradients, and gives back memory that nothing holds."""

@@ -12,14 +12,14 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
 
 from lorafit.ops.dropout import draw_seed, drawing_from, drop
-from lorafit.ops.rng import capture_rng, preserved_rng
+from lorafit.ops.isolation import in_mode
+from lorafit.ops.rng import capture_rng
 from lorafit.trainer.executor import Executor, OneByOne, no_check
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ class InThreads(OneByOne):
             vars(dropout)["forward"] = types.MethodType(_drop, dropout)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         for dropout in self._dropouts:
             vars(dropout).pop("forward", None)
         if self._pool is not None:
@@ -64,7 +62,6 @@ class InThreads(OneByOne):
     def accumulate(
         self, batches: Sequence[Batch], weight: float, after_each: Callable[[], None] = no_check
     ) -> list[torch.Tensor]:
-        """See Executor. `after_each` is called in the caller's thread."""
         assert self._pool is not None, "outside of its context"
         threads = torch.get_num_threads()
         order = sorted(range(len(batches)), key=lambda number: -batches[number].padded_tokens)
@@ -133,13 +130,8 @@ def may_run_in_threads(executor: Executor, batch: Batch, *, checkpointing: bool)
     rotary = getattr(objective.base.config, "rope_parameters", None) or {}
     if str(rotary.get("rope_type", "default")) in _MUTABLE_ROTARY:
         return False
-    was_training = objective.training
-    objective.train()
-    try:
-        with preserved_rng(), InThreads(objective, 1), drawing_from(0) as own:
-            shared_before, own_before = capture_rng(), repr(own.bit_generator.state)
-            objective(batch)
-            draws_shared, draws_own = capture_rng() != shared_before, repr(own.bit_generator.state) != own_before
-    finally:
-        objective.train(was_training)
+    with in_mode(objective, training=True), InThreads(objective, 1), drawing_from(0) as own:
+        shared_before, own_before = capture_rng(), repr(own.bit_generator.state)
+        objective(batch)
+        draws_shared, draws_own = capture_rng() != shared_before, repr(own.bit_generator.state) != own_before
     return not draws_shared and not (draws_own and checkpointing)

@@ -170,7 +170,7 @@ class Job:
         )
         resolved = ResolvedPlan(self.budget, 64, "eager", False, "fp32", "fp32", "cpu", executor.ranks, "recipe")
         environment = Environment.here("cpu", executor.ranks)
-        log = MetricsLog(run.metrics, self.reporter) if executor.rank == 0 else None
+        log = MetricsLog(run.metrics, self.reporter)
         return Trainer(
             run_at_once(executor, self.at_once),
             update,

@@ -234,7 +234,7 @@ def test_progress_shows_speed_memory_and_estimate() -> None:
             said.append(message)
 
     line = {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens": 100, "seconds": 0.5}
-    journal = Journal(Listener(), estimate_bytes=2**31)
+    journal = Journal(Listener(), MetricsLog(Path("metrics.jsonl"), Silent()), estimate_bytes=2**31)
     with journal.tracking(steps=33, done=17, device=CPU):
         journal.show(line)
         journal.show({**line, "grad_norm": None})
