@@ -43,8 +43,9 @@ def diagnose(layers: Layers, main: str, look_at_template: Callable[[str], None] 
     for _ in range(_ROUNDS):
         judged = validate(tree)
         if not isinstance(judged, list):
-            rules = [rule for rule in disagreements(judged) if not _is_about(rule, touched)]
-            findings += [_contradiction(rule, tree, main) for rule in rules]
+            for rule in disagreements(judged):
+                if not any(overlap(path, other) for path in rule.paths for other in touched):
+                    findings.append(_contradiction(rule, tree, main))
             break
         if len(judged) > _MOST_ERRORS:
             findings.append(finding(tree, (), f"more than {_MOST_ERRORS} errors", "mend the first ones"))
@@ -81,10 +82,6 @@ def _of_template(tree: Entry, known: Sequence[KeyPath], look: Callable[[str], No
     except (ModelError, RecipeError) as error:
         return [finding(tree, _TEMPLATE, error.what, error.todo)]
     return []
-
-
-def _is_about(rule: Disagreement, touched: Sequence[KeyPath]) -> bool:
-    return any(overlap(path, other) for path in rule.paths for other in touched)
 
 
 def _contradiction(rule: Disagreement, tree: Entry, main: str) -> Finding:

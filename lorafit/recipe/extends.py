@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorafit.console.nearest import nearest
-from lorafit.errors import LorafitError, Problems, RecipeError, UsageError, raise_all
+from lorafit.errors import LorafitError, RecipeError, UsageError, raise_all
 from lorafit.files.strict_json import JsonError, read_regular_file
 from lorafit.machine.shipped import shipped
 from lorafit.recipe.paths import absolute, moved
@@ -38,6 +38,7 @@ FLAG = "--set "
 """What the place of a flag's value begins with."""
 _LONGEST_CHAIN = 16
 _SHOWN_FLAG_CHARACTERS = 60
+_SHOWN_PATH_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def read_layers(path: Path, overrides: Sequence[str], values: Plain = None) -> L
     """
     flags, file = [_read_flag(flag) for flag in overrides], str(path)
     if values is None:
-        tree, errors = _read_one(read_bytes(path), file)
+        tree, errors = _read_one(read_bytes(path, file), file)
     else:
         tree, errors = _checked(entry_of(values, Place(path.name)), [])
     for key, entry, _ in flags:
@@ -93,8 +94,8 @@ def read_layers(path: Path, overrides: Sequence[str], values: Plain = None) -> L
     return Layers(merged, errors, is_whole=not more)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Reads a recipe file, and at most one byte more than a recipe may have.
+def read_bytes(path: Path, named: str) -> bytes:
+    """Reads a recipe file, which messages call `named`, and at most one byte more than a recipe may have.
 
     Raises:
         UsageError: There is no such file, or it cannot be read.
@@ -104,8 +105,8 @@ def read_bytes(path: Path) -> bytes:
     except (OSError, JsonError) as error:
         told = error.what if isinstance(error, JsonError) else error.strerror or type(error).__name__
         reason = "is a directory" if isinstance(error, JsonError) and path.is_dir() else told.lower()
-        shown_path = str(path) if len(str(path)) <= 120 else f"{str(path)[:119]}…"
-        raise UsageError(reason, file=shown_path, todo="name a recipe, a YAML file") from None
+        named = named if len(named) <= _SHOWN_PATH_CHARACTERS else f"{named[: _SHOWN_PATH_CHARACTERS - 1]}…"
+        raise UsageError(reason, file=named, todo="name a recipe, a YAML file") from None
 
 
 def _read_one(raw: bytes, file: str) -> tuple[Entry, list[LorafitError]]:
@@ -138,9 +139,12 @@ def _with_extended(tree: Entry, chain: list[_Source]) -> tuple[Entry, list[Loraf
         return tree, []
     try:
         source = _extended_source(extends, chain)
-        below, errors = _read_one(_extended_bytes(source, extends), source.shown)
+        below, errors = _read_one(read_bytes(source.path, source.shown), source.shown)
+    except UsageError as error:  # of the file that it names
+        todo = "paths are relative to this file"
+        return tree, [extends.place.error(f"{error.file}: {error.what}", ("extends",), todo)]
     except LorafitError as error:
-        return tree, list(error.errors) if isinstance(error, Problems) else [error]
+        return tree, list(error.errors)
     below, more = _with_extended(below, [*chain, source])
     here, there = chain[-1].path.parent, source.path.parent
     below = moved(below, absolute(there), absolute(here))
@@ -169,14 +173,6 @@ def _extended_source(extends: Entry, chain: list[_Source]) -> _Source:
     if len(chain) > _LONGEST_CHAIN:
         raise place.error(f"more than {_LONGEST_CHAIN} recipes extend each other", key, "write a shorter chain")
     return source
-
-
-def _extended_bytes(source: _Source, extends: Entry) -> bytes:
-    try:
-        return read_bytes(source.path)
-    except UsageError as error:
-        what, todo = f"{source.shown}: {error.what}", "paths are relative to this file"
-        raise extends.place.error(what, ("extends",), todo) from None
 
 
 def preset_names() -> list[str]:
