@@ -27,6 +27,7 @@ import torch
 from lorafit.errors import ResourceError
 from lorafit.ops.isolation import as_whole
 from lorafit.ops.output_head import output_head
+from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -99,15 +100,19 @@ def generate_answers(
         ResourceError: Not even one row fits into memory.
     """
     stops = find_stop_ids(model, tokenizer, stop_ids)
-    limit = find_max_positions(model)
+    limit, begins_with = find_max_positions(model), count_virtual_tokens(model)
     prompts = [list(prompt) or [_first_id(tokenizer, stops)] for prompt in prompts]
-    rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    rooms = [
+        max_new_tokens if limit is None else min(max_new_tokens, limit - begins_with - len(prompt))
+        for prompt in prompts
+    ]
     answers: list[Answer | None] = [None if room > 0 else Answer("", 0, 0.0, "no_room") for room in rooms]
     if full := sum(room <= 0 for room in rooms):
         reporter.warn(f"{full} of {len(prompts)} prompts fill the model's {limit} positions and got no answer")
     numbers = range(len(prompts)) if rows is None else rows
     writer = _Writer(model, tokenizer, stops, temperature, top_p, seed, watch)
-    waiting = cut_prompts([len(prompt) for prompt in prompts], rooms, batch_tokens=batch_tokens, batch_rows=batch_rows)
+    lengths = [len(prompt) for prompt in prompts]
+    waiting = cut_prompts(lengths, rooms, batch_tokens=batch_tokens, batch_rows=batch_rows, pads=begins_with == 0)
     whole = reporter.track(sum(map(len, waiting)), what)
     with torch.no_grad(), _plain_generation(model, stops), _head_sees_last(model), whole as bar:
         while waiting:
@@ -129,7 +134,9 @@ def generate_answers(
     return [answer for answer in answers if answer is not None]
 
 
-def cut_prompts(lengths: Sequence[int], rooms: Sequence[int], *, batch_tokens: int, batch_rows: int) -> list[list[int]]:
+def cut_prompts(
+    lengths: Sequence[int], rooms: Sequence[int], *, batch_tokens: int, batch_rows: int, pads: bool = True
+) -> list[list[int]]:
     """Row numbers of each batch, longest prompts first, so that padding is small and too little memory shows at once.
 
     Rows of a batch have the same room for new tokens: a model with learnt positions fails beyond its last one.
@@ -140,13 +147,14 @@ def cut_prompts(lengths: Sequence[int], rooms: Sequence[int], *, batch_tokens: i
         rooms: New tokens that each row may get.
         batch_tokens: Bound of rows x (longest prompt + new tokens); a single row may exceed it.
         batch_rows: Bound of rows.
+        pads: Whether prompts of several lengths may share a batch: not where vectors stand before the padding.
     """
     order = sorted((row for row in range(len(lengths)) if rooms[row] > 0), key=lambda row: (rooms[row], -lengths[row]))
     batches: list[list[int]] = []
     for row in order:
         last = batches[-1] if batches else []
-        same_room = bool(last) and rooms[last[0]] == rooms[row]
-        if same_room and len(last) < batch_rows and (len(last) + 1) * (lengths[last[0]] + rooms[row]) <= batch_tokens:
+        fits = bool(last) and rooms[last[0]] == rooms[row] and (pads or lengths[last[0]] == lengths[row])
+        if fits and len(last) < batch_rows and (len(last) + 1) * (lengths[last[0]] + rooms[row]) <= batch_tokens:
             last.append(row)
         else:
             batches.append([row])

@@ -86,9 +86,11 @@ def fill_with_fakes(model: torch.nn.Module) -> None:
                 continue
             kind = kind_of_codes(module) if name == "weight" else None
             module._parameters[name] = real(parameter) if kind is None else kind.fake(module)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = real(buffer)
+        held = [values for name, values in vars(module).items() if isinstance(values, dict) and name[0] != "_"]
+        for values in (module._buffers, *held):  # PEFT keeps the numbers of its prompts in a plain dict
+            for name, tensor in list(values.items()):
+                if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                    values[name] = real(tensor)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.output_head import output_head
+from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch
@@ -69,12 +70,13 @@ def label_tokens(
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
-def has_plain_head(base: Any) -> bool:
+def has_fast_path(model: Any) -> bool:
     """Whether the output embedding is a linear layer and nothing else (no adapter, not quantised, no wrapper) behind a
-    backbone of its own, so that the fast path can be taken.
+    backbone of its own, and no adapter stands outside of both, as trained vectors before the tokens do.
     """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     has_backbone = isinstance(getattr(base, base.base_model_prefix, None), nn.Module)
-    return type(output_head(base)) is nn.Linear and has_backbone
+    return type(output_head(base)) is nn.Linear and has_backbone and count_virtual_tokens(model) == 0
 
 
 def sum_cross_entropy(objective: Objective, batch: Batch) -> LossSum:
@@ -116,7 +118,7 @@ def own_loss(objective: Objective, batch: Batch) -> torch.Tensor:
 
 def labelled_logits(objective: Objective, batch: Batch) -> torch.Tensor:
     """Logits of the labels, [labels, vocabulary], by the model's own forward."""
-    with _head_sees_only(output_head(objective.base), batch["label_index"]):
+    with _head_sees_only(output_head(objective.base), batch["label_index"], batch["input_ids"].shape[1]):
         outputs = objective.model(**_inputs(objective, batch))
     logits: torch.Tensor = outputs.logits.squeeze(0)
     return logits
@@ -147,11 +149,14 @@ def _inputs(objective: Objective, batch: Batch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _head_sees_only(head: nn.Module, label_index: torch.Tensor) -> Iterator[None]:
-    """The head gets [1, labels, hidden] instead of [batch, seq, hidden]; an integer index, so that no device waits."""
+def _head_sees_only(head: nn.Module, label_index: torch.Tensor, columns: int) -> Iterator[None]:
+    """The head gets [1, labels, hidden] instead of [batch, seq, hidden]; an integer index, so that no device waits.
+
+    Of a sequence that an adapter begins with vectors of its own, the last `columns` positions are the tokens.
+    """
 
     def select(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        states = arguments[0].flatten(0, 1).index_select(0, label_index)
+        states = arguments[0][:, -columns:].flatten(0, 1).index_select(0, label_index)
         return (states.unsqueeze(0), *arguments[1:])
 
     handle = head.register_forward_pre_hook(select)

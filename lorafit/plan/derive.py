@@ -140,7 +140,11 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
     _check_attention(recipe, device)
     _check_length(dataset, shape)
     bounds = _bounds(question, dataset, device)
-    trainable = sum(site.parameters for site in adapters.bind(recipe.adapter).sites(shape))
+    sites = adapters.bind(recipe.adapter).sites(shape)
+    if recipe.data.packing and any(site.kind == "prompt" for site in sites):
+        why = f"{recipe.adapter.kind} begins a row with vectors of its own, and a packed row holds several"
+        raise RecipeError(why, key="data.packing", todo="write data.packing: false")
+    trainable = sum(site.parameters for site in sites)
     stopping = evaluation.early_stopping
     return Plan(
         name=recipe.name,

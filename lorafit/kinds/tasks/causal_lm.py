@@ -83,11 +83,11 @@ class CausalLm(Task[CausalLmSection]):
     def build_objective(
         self, model: torch.nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False
     ) -> Objective:
-        """The module of model and loss; on the exact path where the head is not a plain linear layer."""
-        from lorafit.objective.next_token import has_plain_head
+        """The module of model and loss; on the exact path where the fast one would compute something else."""
+        from lorafit.objective.next_token import has_fast_path
 
         objective = super().build_objective(model, autocast_dtype=autocast_dtype, exact=exact)
-        objective.exact = exact or not has_plain_head(objective.base)
+        objective.exact = exact or not has_fast_path(model)
         return objective
 
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:

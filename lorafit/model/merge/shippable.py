@@ -35,7 +35,7 @@ def check_shippable(model: Any, base: Base, class_name: str = "AutoModelForCausa
     if names is None:
         raise ValueError("the model was not loaded by load_model")
     _check_merge(model, base, names)
-    if _peft_renames(model):
+    if adapted_layers(model) and _peft_renames(model):
         _check_peft(model, base, class_name)
 
 
