@@ -71,6 +71,9 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
     def adapted(kind: str, option: str, look: Callable[[RunDir], Any]) -> Probe:
         return of_run(world, f"adapter.{option}", look, of_kind(kind))
 
+    def prompted(option: str, look: Callable[[RunDir], Any]) -> Probe:
+        return lambda value: look(world.train({"adapter": {"kind": "prompt_tuning", option: value}}))
+
     cases = {
         "model.base": Case(("../base", "../other"), of_run(world, "model.base", first_loss)),
         "model.revision": Case((None, "v2"), partial(loss_of_revision, world)),
@@ -79,7 +82,10 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             ("eager", "sdpa", "fused"), partial(saved_bytes, world, "model.attention"), refused=("flash_attention_2",)
         ),
         "model.quantization": Case(("none", "nf4", "fp4", "int8"), of_run(world, "model.quantization", first_loss)),
-        "adapter": Case(("lora", "dora"), of_run(world, "adapter.kind", adapter_shapes)),
+        "adapter": Case(("lora", "dora", {"kind": "prompt_tuning"}), of_run(world, "adapter", adapter_shapes)),
+        "adapter(prompt_tuning).tokens": Case((3, 5), prompted("tokens", adapter_shapes)),
+        "adapter(prompt_tuning).init": Case(("vocabulary", "random"), prompted("init", adapter_tensors)),
+        "adapter(prompt_tuning).init_from": Case((None, str(world.root / "prompt")), partial(first_loss_of, world)),
     }
     for kind in ("lora", "dora"):
         cases |= {
@@ -258,6 +264,14 @@ def first_loss_from(world: OptionWorld, kind: str, adapter: str | None) -> float
     if adapter is not None and not Path(adapter).exists():
         Path(adapter).symlink_to(world.train(of_kind(kind)).adapter)
     return first_loss(world.train({**of_kind(kind), "adapter.init_from": adapter}))
+
+
+def first_loss_of(world: OptionWorld, prompt: str | None) -> float:
+    """The loss before the first step, of fresh vectors or of trained ones."""
+    section = {"kind": "prompt_tuning", "tokens": 3}
+    if prompt is not None and not Path(prompt).exists():
+        Path(prompt).symlink_to(world.train({"adapter": section, "training.learning_rate": 0.1}).adapter)
+    return first_loss(world.train({"adapter": {**section, "init_from": prompt}}))
 
 
 def saved_bytes(world: OptionWorld, key: str, value: Any) -> int:

@@ -42,7 +42,8 @@ def ask(
     """A recipe's question; `changes` are overrides such as `adapter__r=64`."""
     file = folder / "recipe.yaml"
     file.write_text("name: x\nmodel: {base: x}\ndata: {train: [{path: x.jsonl}]}\noutput: x\n", encoding="utf-8")
-    overrides = {"training__optimizer": "adamw", "model__quantization": "none", "adapter__dropout": 0.05, **changes}
+    overrides = {"training__optimizer": "adamw", "model__quantization": "none", **changes}
+    overrides |= {} if "adapter" in changes else {"adapter__dropout": changes.get("adapter__dropout", 0.05)}
     recipe = load_recipe(file, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]).recipe
     shape = find_shape(config)
     dtype = "bf16" if recipe.model.dtype == "auto" else recipe.model.dtype
@@ -101,6 +102,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama without dropout": {"adapter__dropout": 0.0},
     "llama adamw_8bit": {"training__optimizer": "adamw_8bit"},
     "llama dora": {"adapter__kind": "dora"},
+    "llama nf4 prompt tuning": {"adapter": "{kind: prompt_tuning, tokens: 16}", "model__quantization": "nf4"},
     "llama nf4 dora": {"adapter__kind": "dora", "model__quantization": "nf4"},
     "llama packed": {"data__packing": "true"},
     "qwen3": {},

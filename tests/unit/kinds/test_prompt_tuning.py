@@ -1,0 +1,169 @@
+"""Prompt tuning is PEFT's: what is trained is what PEFT loads, scores and answers with, and a merge says why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lorafit.answering.engine import Engine, Request, Sampling
+from lorafit.answering.generate import cut_prompts
+from lorafit.contracts import Silent
+from lorafit.errors import ModelError, RecipeError
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.tasks import tasks
+from lorafit.model.adapter import read_adapter, save_adapter
+from lorafit.model.agreement import check_plan
+from lorafit.model.attach import attach_adapter, load_adapter_weights, open_adapter
+from lorafit.model.base import Base
+from lorafit.model.class_shape import find_shape
+from lorafit.model.inspect import coverage
+from lorafit.model.merge.stream import merge_adapter
+from lorafit.objective.next_token import has_fast_path
+from lorafit.ops.isolation import adapter_off
+from lorafit.plan import plan
+from tests.support.adapted import load, logits, lora, make_gpt2, make_llama, open_base
+from tests.support.plan_cases import card, recipe, shape_of
+from tests.support.tiny_model import make_tokenizer
+
+FAMILIES = {"llama": make_llama, "gpt2": make_gpt2}
+PROMPTS = [[5, 9, 30], [7, 8, 9, 10, 11, 12, 13, 60, 61], [40]]
+GREEDY = Sampling(max_new_tokens=9)
+
+
+def section(**fields: Any) -> Any:
+    return adapters.make_section("prompt_tuning", **({"tokens": 5} | fields))
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Base:
+    return open_base(FAMILIES[request.param](tmp_path / "base"))
+
+
+def saved(base: Base, model: Any) -> Path:
+    folder = base.path.parent / "adapter"
+    folder.mkdir()
+    save_adapter(model, folder, base=base)
+    return folder
+
+
+def test_the_plan_counts_its_vectors_and_the_base_stays_the_base(base: Base) -> None:
+    plain = load(base)
+    before, total = logits(plain), coverage(plain).total_parameters
+    model = attach_adapter(plain, section(), 0)
+    sites = adapters.bind(section()).sites(find_shape(base.config))
+    check_plan(model, sites, sum(site.parameters for site in sites))
+    found = coverage(model)
+    assert (found.total_parameters, found.trainable_parameters) == (total, 5 * model.config.hidden_size)
+    assert [kind.name for kind in found.kinds if kind.trainable] == ["prompt"]
+    assert float((logits(model)[:, 5:] - before).abs().max()) > 1e-3
+    with adapter_off(model):
+        assert torch.equal(logits(model), before)
+
+
+def test_first_values_are_tokens_or_noise_by_seed(base: Base) -> None:
+    def vectors(seed: int, **fields: Any) -> torch.Tensor:
+        model = attach_adapter(load(base), section(**fields), seed)
+        return model.prompt_encoder["default"].embedding.weight.detach()
+
+    words = load(base).get_input_embeddings().weight.detach()
+    assert all(any(torch.equal(vector, word) for word in words) for vector in vectors(0))
+    assert torch.equal(vectors(0), vectors(0)) and not torch.equal(vectors(0), vectors(1))
+    assert vectors(0, init="random").std() > 0.5
+
+
+def test_the_loss_is_pefts_own(base: Base) -> None:
+    """With and without padding: labels follow the tokens, not the vectors before them."""
+    from lorafit.contracts import Example
+
+    model = attach_adapter(load(base), section(), 0)
+    assert not has_fast_path(model) and has_fast_path(attach_adapter(load(base), lora(), 0))
+    objective = tasks.make("causal-lm").build_objective(model)
+    assert objective.exact
+    lengths = (9, 4)
+    columns = [{"tokens": list(range(3, 3 + size)), "trained": [0, *[1] * (size - 1)]} for size in lengths]
+    rows = [Example(n, values, "x", n) for n, values in enumerate(columns)]
+    batch = objective.task.collate([[row] for row in rows], 0)
+    model.eval()
+    ours = objective(batch)
+    theirs = 0.0
+    for row in rows:
+        ids = torch.tensor([row["tokens"]])
+        labels = torch.where(torch.arange(ids.shape[1]) > 0, ids, -100)  # a first token is not trained
+        with torch.no_grad():
+            theirs += float(model(input_ids=ids, labels=labels, use_cache=False).loss) * (ids.shape[1] - 1)
+    assert ours.loss_sum.item() == pytest.approx(theirs, rel=1e-5)
+    ours.loss_sum.backward()
+    assert bool(model.prompt_encoder["default"].embedding.weight.grad.abs().min() > 0)
+
+
+def test_peft_loads_what_is_saved_and_a_resume_takes_it_back(base: Base) -> None:
+    model = attach_adapter(load(base), section(), 0)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.mul_(1.5)
+    folder = saved(base, model)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder)
+    assert float((logits(theirs) - logits(model)).abs().max()) <= 1e-5
+    assert torch.equal(logits(open_adapter(load(base), folder, trainable=False, base=base)), logits(model))
+    fresh = attach_adapter(load(base), section(), 7)
+    parameter = fresh.prompt_encoder["default"].embedding.weight
+    load_adapter_weights(fresh, folder)
+    assert parameter is fresh.prompt_encoder["default"].embedding.weight and torch.equal(logits(fresh), logits(model))
+    going_on = attach_adapter(load(base), section(init_from="adapter"), 7, folder=folder.parent)
+    assert torch.equal(logits(going_on), logits(model))
+    with pytest.raises(RecipeError, match="the recipe says 6, the adapter to go on from has 5"):
+        attach_adapter(load(base), section(tokens=6, init_from="adapter"), 7, folder=folder.parent)
+
+
+def test_an_engine_answers_as_peft_does(base: Base) -> None:
+    """Prompts of several lengths: padding would stand between the vectors and the tokens."""
+    tuned = attach_adapter(load(base), section(), 3)
+    with torch.no_grad():
+        tuned.prompt_encoder["default"].embedding.weight.mul_(40)  # else the tokens alone decide
+    tokenizer, folder = make_tokenizer(), saved(base, tuned)
+    engine = Engine(open_adapter(load(base), folder, trainable=False), tokenizer)
+    asked = [Request(ids, "default", GREEDY, row=row) for row, ids in enumerate(PROMPTS)]
+    answers = engine.answer([*asked, *[Request(ids, None, GREEDY) for ids in PROMPTS]])
+    theirs: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder).eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(base.path).eval()
+    expected = []
+    for model in (theirs, plain):
+        for ids in PROMPTS:
+            given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+            out = model.generate(**given, max_new_tokens=9, do_sample=False)
+            expected.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+    assert [answer.text for answer in answers] == expected
+    assert cut_prompts([3, 9, 1, 9], [9] * 4, batch_tokens=999, batch_rows=9, pads=False) == [[1, 3], [0], [2]]
+
+
+def test_a_merge_says_why_not_and_writes_nothing(base: Base) -> None:
+    folder = saved(base, attach_adapter(load(base), section(), 0))
+    with pytest.raises(ModelError, match="stand before the tokens, and changes no weight"):
+        merge_adapter(base, folder, base.path.parent / "merged", kind="original", reporter=Silent())
+    assert not (base.path.parent / "merged").exists()
+
+
+def test_a_strangers_config_opens_no_tokenizer(base: Base) -> None:
+    folder = saved(base, attach_adapter(load(base), section(), 0))
+    file = folder / "adapter_config.json"
+    changed = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x", "tokenizer_name_or_path": "/no/such/place"}
+    config = json.loads(file.read_text()) | changed | {"tokenizer_kwargs": {"trust_remote_code": True}}
+    file.write_text(json.dumps(config))
+    open_adapter(load(base), folder, trainable=False)
+    file.write_text(json.dumps(config | {"num_virtual_tokens": 0}))
+    with pytest.raises(ModelError, match="'0' is not a whole number from 1"):
+        read_adapter(folder)
+
+
+def test_packed_rows_are_refused() -> None:
+    from lorafit.facts import DatasetFacts
+
+    facts = DatasetFacts(rows=8, tokens=800, trained_tokens=400, longest_tokens=100, longest_trained_tokens=50)
+    asked = recipe(adapter={"kind": "prompt_tuning"}, data={"packing": True})
+    with pytest.raises(RecipeError, match="begins a row with vectors of its own"):
+        plan(asked, shape_of(), facts, card(80))
