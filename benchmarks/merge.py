@@ -195,7 +195,8 @@ def write(folder: Path, _: str) -> dict[str, Any]:
 def merge_dequantized(folder: Path, _: str) -> dict[str, Any]:
     """What `lorafit merge RUN` does before it compares answers, which this run has no rows and no tokenizer for."""
     from lorafit.contracts import Silent
-    from lorafit.model.base import Base, fingerprint, load_config
+    from lorafit.model.base import Base
+    from lorafit.model.base_config import fingerprint, load_config
     from lorafit.model.merge.stream import merge_adapter
 
     base, run = folder / "base", folder / "run"

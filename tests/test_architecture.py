@@ -78,7 +78,6 @@ FAMILIES = {"Adapter", "Optimizer", "Quantization", "Schedule", "Task", "Metric"
 CIRCLES_TO_BE_CUT: list[set[str]] = [  # of types and of imports inside of functions; none may come to them
     {"memory.exact", "memory.estimate"},
     {"plan.render", "plan.derive"},
-    {"model.base", "model.gguf"},
     {"estimation.recipe_estimate", "estimation.table"},
 ]
 MEMBERS_TO_BE_USED = {"kinds.adapters: Adapter.closed_form", "kinds.tasks: Task.packs"}  # none may come to them

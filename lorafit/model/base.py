@@ -10,8 +10,6 @@ No torch at module level: `read_config` serves commands that must be quick.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.cache import cache_folder, known_hash, refuse_foreign
 from lorafit.files.rundir import MANIFEST, TEMPORARY_PREFIX, require_manifest
-from lorafit.files.safetensors import read_index
-from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.hub.asking import fetch_file, fetch_files
 from lorafit.hub.refusal import HubRefusedError, Repo
-from lorafit.model.limits import check_sizes
+from lorafit.model.base_config import CONFIG, fingerprint, load_config, refuse_quantised
+from lorafit.model.gguf import content_name, convert_gguf, read_gguf_config
 from lorafit.model.packages import PACKAGE_SCHEME, file_in_package
 from lorafit.model.tokenizer_files import MORE_TEMPLATES, TOKENIZER_PATTERNS
 from lorafit.model_shapes import known_config, like_known
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
     from lorafit.contracts import Reporter
     from lorafit.recipe.schema import ModelSection
 
-CONFIG = "config.json"
 _UNPUBLISHED = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}([^/]+)-\d+$")  # a merge is read before it is whole
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = (
@@ -43,10 +39,6 @@ _HUB_FILES = (
     *("chat_template*", f"{MORE_TEMPLATES}/*"),
 )
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_VOLATILE_KEYS = ("transformers_version", "_name_or_path", "use_cache")
-_SAMPLE_BYTES = 4096
-_CONFIG_LIMIT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,6 @@ def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weigh
     """
     text, written = model.base, ""
     if (file := _gguf_file(text, folder)) is not None:
-        from lorafit.model.gguf import convert_gguf
-
         _refuse_revision(model)
         path = convert_gguf(file, cache_folder() / "bases", reporter)
         kind: Literal["hub", "package", "gguf", "folder"] = "package" if text.startswith(PACKAGE_SCHEME) else "gguf"
@@ -173,8 +163,6 @@ def read_config(model: ModelSection, folder: Path) -> dict[str, Any]:
         SafetyError: It asks for foreign code.
     """
     if (file := _gguf_file(model.base, folder)) is not None:
-        from lorafit.model.gguf import read_gguf_config
-
         return read_gguf_config(file, cache_folder() / "bases")
     if (local := _local_folder(model.base, folder)) is not None:
         return load_config(local)
@@ -185,8 +173,6 @@ def find_local_base(model: ModelSection, folder: Path) -> Base | None:
     """The base with its tokenizer as far as it lies on this disk, without download or conversion; None where it does
     not."""
     if (file := _gguf_file(model.base, folder)) is not None:
-        from lorafit.model.gguf import content_name
-
         path = cache_folder() / "bases" / content_name(file)
     elif (local := _local_folder(model.base, folder)) is not None:
         path = local
@@ -201,101 +187,6 @@ def find_local_base(model: ModelSection, folder: Path) -> Base | None:
     if not (path / CONFIG).is_file() or not any((path / name).is_file() for name in _TOKENIZER):
         return None
     return Base(path, _written_name(model.base), load_config(path), "")
-
-
-def load_config(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json, checked.
-
-    Raises:
-        ModelError: The folder or the file is missing or no JSON object, a size is absurd, or the weights are quantised
-            already.
-        SafetyError: It switches remote code on, or names an attention kernel of the hub.
-    """
-    file = folder / CONFIG
-    if not folder.is_dir():
-        raise ModelError(f"no such model folder, so no {CONFIG}", file=str(folder), todo="check model.base")
-    try:
-        config = read_json_file(file, limit_bytes=_CONFIG_LIMIT_BYTES, constants=True)
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{CONFIG} is missing", file=str(folder), todo="check model.base, or get the whole model"
-        ) from error
-    except JsonError as error:
-        raise ModelError(error.what, file=str(file), todo="get the file again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError("names no model_type", file=str(file), todo="get the whole model")
-    refuse_foreign_code(config, file)
-    check_sizes(config, str(file))
-    _refuse_quantised(config, str(file))
-    return config
-
-
-def _refuse_quantised(config: dict[str, Any], file: str) -> None:
-    settings = config.get("quantization_config")
-    if not settings:
-        return
-    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "by no method we know"
-    copies = ", e.g. unsloth/gpt-oss-20b-BF16" if config["model_type"] == "gpt_oss" else ""
-    raise ModelError(
-        f"the weights are quantised already ({method})",
-        file=file,
-        key="quantization_config",
-        todo=f"use the model's original weights, or a copy in 16 bits{copies}; model.quantization quantises them",
-    )
-
-
-def refuse_foreign_code(value: Any, file: Path, key: str = "") -> None:
-    """Raises SafetyError where a config, at any depth, turns on remote code or names an attention kernel of the hub."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            place = f"{key}.{name}" if key else str(name)
-            if name == "trust_remote_code" and inner:
-                raise SafetyError(
-                    "switches foreign code on", file=str(file), key=place, todo="remove the key, if you trust the rest"
-                )
-            if name in _ATTENTION_KEYS and (kernel := _hub_kernel(inner)) is not None:
-                raise SafetyError(
-                    f"names a kernel of the hub ({kernel})", file=str(file), key=place, todo="remove the key"
-                )
-            if name == "transformers_weights" and inner:
-                raise SafetyError(
-                    "redirects the weights to another file", file=str(file), key=place, todo="remove the key"
-                )
-            refuse_foreign_code(inner, file, place)
-    elif isinstance(value, list):
-        for inner in value:
-            refuse_foreign_code(inner, file, key)
-
-
-def _hub_kernel(value: Any) -> str | None:
-    """The first name in a value, at any depth, that transformers would fetch a kernel by."""
-    if isinstance(value, str):
-        return value if "/" in value else None
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((kernel for kernel in map(_hub_kernel, inner) if kernel is not None), None)
-
-
-def fingerprint(folder: Path, config: dict[str, Any]) -> str:
-    """SHA-256 over the config, every tensor's name, dtype and shape, and 4 KiB from the middle of each tensor.
-
-    Reading all of a large model at each start would take minutes; another training of the same architecture differs in
-    nearly every tensor, so the samples tell bases apart. Quantised runs prove all codes besides.
-    """
-    settled = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
-    digest = hashlib.sha256(json.dumps(settled, sort_keys=True).encode("utf-8"))
-    streams: dict[Path, Any] = {}
-    try:
-        for name, entry in sorted(read_index(folder).items()):
-            digest.update(f"\n{name} {entry.dtype} {entry.shape}\n".encode())
-            if entry.file not in streams:
-                streams[entry.file] = entry.file.open("rb")
-            middle = max(0, (entry.size_bytes - _SAMPLE_BYTES) // 2)
-            streams[entry.file].seek(entry.offset + middle)
-            digest.update(streams[entry.file].read(min(_SAMPLE_BYTES, entry.size_bytes)))
-    finally:
-        for stream in streams.values():
-            stream.close()
-    return digest.hexdigest()
 
 
 def _refuse_revision(model: ModelSection) -> None:
@@ -371,7 +262,7 @@ def _hub_config(model: ModelSection) -> dict[str, Any]:
     if isinstance(cached, str):
         return load_config(Path(cached).parent)
     if model.revision is None and (config := known_config(model.base)) is not None:
-        _refuse_quantised(config, f"{model.base}/{CONFIG}")
+        refuse_quantised(config, f"{model.base}/{CONFIG}")
         return config
     try:
         file = fetch_file(Repo(model.base, "model", model.revision), CONFIG)

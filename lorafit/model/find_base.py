@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from lorafit.errors import LorafitError, ModelError
 from lorafit.files.cache import cache_folder
-from lorafit.model.base import CONFIG, Base, check_made, fingerprint, load_config, resolve_base
+from lorafit.model.base import Base, check_made, resolve_base
+from lorafit.model.base_config import CONFIG, fingerprint, load_config
 from lorafit.model.content import describe_difference, read_content
 from lorafit.run.card import BaseOrigin
 

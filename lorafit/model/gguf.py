@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import ModelError, UsageError
 from lorafit.files.cache import known_hash, locked, own_folder, refuse_foreign
 from lorafit.files.rundir import atomic_dir, check_manifest
+from lorafit.model.base_config import load_config
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +80,6 @@ def read_gguf_config(file: Path, bases: Path) -> dict[str, Any]:
     folder = bases / content_name(file)
     refuse_foreign(folder)
     if check_manifest(folder, hashes=False) is None:
-        from lorafit.model.base import load_config
-
         return load_config(folder)
     from transformers import AutoConfig
 

@@ -76,7 +76,8 @@ MERGE = """
 import json, sys, time
 from pathlib import Path
 from lorafit.contracts import Silent
-from lorafit.model.base import Base, fingerprint, load_config
+from lorafit.model.base import Base
+from lorafit.model.base_config import fingerprint, load_config
 from lorafit.model.merge.stream import merge_adapter
 base, adapter, output, kind, record = sys.argv[1:6]
 config = load_config(Path(base))

@@ -19,7 +19,8 @@ from lorafit.console.reporting import ConsoleReporter
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import read_header
-from lorafit.model.base import Base, fingerprint, load_config, read_config, resolve_base
+from lorafit.model.base import Base, read_config, resolve_base
+from lorafit.model.base_config import fingerprint, load_config
 from tests.support.adapted import make_llama
 
 

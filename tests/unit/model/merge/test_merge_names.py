@@ -237,7 +237,8 @@ def test_a_noted_merge_imports_no_model_library(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from lorafit.contracts import Silent
-from lorafit.model.base import Base, fingerprint, load_config
+from lorafit.model.base import Base
+from lorafit.model.base_config import fingerprint, load_config
 from lorafit.model.merge.stream import merge_adapter
 base, adapter, output = map(Path, sys.argv[1:])
 config = load_config(base)
