@@ -18,9 +18,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafit.contracts import Reporter, Silent
+from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import LorafitError, UsageError
 from lorafit.machine.library_settings import set_library_defaults
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 __all__ = ["LorafitError", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]
 
 StrPath = str | os.PathLike[str]
-Recipe = StrPath | Mapping[str, Any]
+Recipe = StrPath | JsonMapping
 """A recipe's file, or its values: a dict as the YAML would hold it, its paths relative to the working folder."""
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[JsonMapping]
 """Training rows in memory, in any of the formats that files may have, e.g. `[{"question": ..., "answer": ...}]`."""
-Overrides = Mapping[str, Any] | Sequence[str]
+Overrides = JsonMapping | Sequence[str]
 """Values over the recipe's: `{"training.epochs": 1}`, or `["training.epochs=1"]` as behind `--set`."""
 
 
@@ -46,7 +46,7 @@ _OTHERWISE = {"set": "overrides", "plan": "plan_file", "no_verify": "verify", "p
 
 
 @contextmanager
-def _session(arguments: Mapping[str, Any], required: Sequence[str] = ()) -> Iterator[Reporter]:
+def _session(arguments: JsonMapping, required: Sequence[str] = ()) -> Iterator[Reporter]:
     """One call: its arguments checked, the libraries kept quiet, our warnings Python's where nothing else is shown.
 
     Args:
@@ -284,7 +284,7 @@ def merge(
 
 def generate(
     run: StrPath | Trained,
-    prompts: str | Sequence[str | Mapping[str, Any]],
+    prompts: str | Sequence[str | JsonMapping],
     *,
     compare_base: bool = False,
     checkpoint: str | int | None = None,
@@ -327,7 +327,7 @@ def generate(
         )
 
 
-def _recipe(recipe: Recipe) -> Path | Mapping[str, Any]:
+def _recipe(recipe: Recipe) -> Path | JsonMapping:
     return recipe if isinstance(recipe, Mapping) else Path(recipe)
 
 

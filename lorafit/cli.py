@@ -17,6 +17,7 @@ import typer
 
 from lorafit.console.arguments import NUMBERS
 from lorafit.console.exits import exit_code, termination_as_error
+from lorafit.contracts import JsonObject
 from lorafit.machine.library_settings import set_library_defaults
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def estimate_memory(
     """Itemised peak memory, time and cost, without weights and without a GPU."""
     from lorafit import pipeline
 
-    ask: dict[str, Any] = {"overrides": overrides or [], "headroom": headroom, "fit": fit, "exact": exact}
+    ask: JsonObject = {"overrides": overrides or [], "headroom": headroom, "fit": fit, "exact": exact}
     ask |= {"price_per_hour": price_per_hour, "reporter": session.reporter}
     several = gpu is not None and len(gpu) > 1
     one = gpu[0] if gpu else None
@@ -383,7 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _json_head_of_failure(words: list[str]) -> dict[str, Any] | None:
+def _json_head_of_failure(words: list[str]) -> JsonObject | None:
     """What the JSON object of a failure begins with; None without `--json`, and where a result was printed."""
     wanted = _ran_with[-1].json and not _ran_with[-1].has_result if _ran_with else "--json" in words
     if not wanted:

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 PRINTED_COLUMNS = 100
 """Width of a result's text outside of a terminal."""
 
-Message = dict[str, Any]
+JsonObject = dict[str, Any]
+"""A JSON object as Python holds it; what its values are is checked where they are read."""
+JsonMapping = Mapping[str, Any]
+"""The same for whoever only reads it."""
+Message = JsonObject
 """One chat message in OpenAI's form: role, content, tool_calls, tool_call_id, name, reasoning_content, weight."""
 
 

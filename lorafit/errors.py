@@ -20,7 +20,8 @@ turns these into exit codes and prints them behind `error: `.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from lorafit.contracts import JsonObject
 
 MESSAGE_LIMIT_CHARACTERS = 292  # with "error: " in front, and a little room, a line stays under 300
 
@@ -94,7 +95,7 @@ class LorafitError(Exception):
         """Every single error: this one, or all of `Problems`."""
         return (self,)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Message and place, for `--json`."""
         names = ("what", "file", "line", "column", "key", "todo")
         return {"exit_code": self.exit_code, "message": self.one_line, **{name: getattr(self, name) for name in names}}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import Reporter, Silent
+from lorafit.contracts import JsonObject, Reporter, Silent
 from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.version import installed_versions
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafit.contracts import Examples, GenerationRow
     from lorafit.data.prepare import Prepared, Renderer
@@ -42,7 +43,7 @@ class Job:
     loaded: LoadedRecipe
     base: Base
     shape: ModelShape
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     rows: Prepared
     device: DeviceFacts
@@ -106,7 +107,7 @@ class Job:
             seed=recipe.seed,
         )
 
-    def rows_to_compare(self) -> dict[str, Any]:
+    def rows_to_compare(self) -> JsonObject:
         """Tokens of a few rows, held-out ones where there are any, for the merge's comparison of logits."""
         examples = self.rows.test or self.rows.validation or self.rows.train
         chosen = [examples[row] for row in range(min(_ROWS_TO_COMPARE, len(examples)))]
@@ -132,7 +133,7 @@ class Job:
         with_calls = any(metrics.get(name).needs == "calls" for name in self.recipe.evaluation.final)
         return self.rows.generation_rows(split, limit, with_calls=with_calls)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """What the run is made of, and what a resume must find again."""
         return {
             "seed": self.recipe.seed,
@@ -142,7 +143,7 @@ class Job:
             **{name.replace(" ", "_"): digest for name, digest in self.renderer.key().items()},
         }
 
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> JsonObject:
         """The facts, and what a resume takes from the run instead of finding it again."""
         base = {"name": self.base.name, "digest": self.base.digest, "content": self.base.content or None}
         return {**self.facts(), "base": base, "template_date": self.renderer.template_date}
@@ -336,7 +337,7 @@ def load_base(job: Job, *, dtype: str, compute_dtype: str, attention: str, devic
     )
 
 
-def prove(job: Job, model: Any, dtype: str, examples: Examples, reporter: Reporter) -> Objective:
+def prove(job: Job, model: PreTrainedModel, dtype: str, examples: Examples, reporter: Reporter) -> Objective:
     """The objective around a model, compared with the model's own loss on one row.
 
     Raises:

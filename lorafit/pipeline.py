@@ -8,14 +8,14 @@ Every other room gets its section of the recipe or plain values from here; none 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.console.arguments import check_arguments
-from lorafit.contracts import Reporter, Silent
+from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError, UsageError
 from lorafit.files.rundir import RunDir, read_json
 from lorafit.job import check_template, look_at_template, open_job, placed, prove
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
 
 
-def validate(recipe: Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Validated:
+def validate(recipe: Path | JsonMapping, *, overrides: Sequence[str] = ()) -> Validated:
     """Checks a recipe and looks whether its chat template is there: no torch, no data, no model."""
     from lorafit.recipe.load import load_recipe
     from lorafit.run.results import Validated
@@ -52,7 +52,7 @@ def validate(recipe: Path | Mapping[str, Any], *, overrides: Sequence[str] = ())
 
 
 def preview(
-    recipe: Path | Mapping[str, Any],
+    recipe: Path | JsonMapping,
     *,
     overrides: Sequence[str] = (),
     rows: int | None = 3,
@@ -78,7 +78,7 @@ def preview(
 
 
 def estimate(
-    recipe: Path | Mapping[str, Any],
+    recipe: Path | JsonMapping,
     *,
     overrides: Sequence[str] = (),
     gpu: str | None = None,
@@ -134,7 +134,7 @@ def estimate(
 
 
 def compare_cards(
-    recipe: Path | Mapping[str, Any], gpus: Sequence[str], *, fit: str | None = None, **options: Any
+    recipe: Path | JsonMapping, gpus: Sequence[str], *, fit: str | None = None, **options: Any
 ) -> CardComparison:
     """The recipe on several cards, a row each; `options` are those of `estimate`, all but what is of one card alone."""
     from lorafit.estimation import CardComparison
@@ -149,7 +149,7 @@ def compare_cards(
 
 
 def train(
-    recipe: Path | Mapping[str, Any],
+    recipe: Path | JsonMapping,
     *,
     overrides: Sequence[str] = (),
     output: Path | None = None,
@@ -334,7 +334,7 @@ def generate(
     *,
     prompt: str | None = None,
     input_file: Path | None = None,
-    rows: Sequence[str | Mapping[str, Any]] | None = None,
+    rows: Sequence[str | JsonMapping] | None = None,
     compare_base: bool = False,
     checkpoint: str | None = None,
     base_model: str | None = None,

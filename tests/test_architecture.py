@@ -47,13 +47,13 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {
         "errors",
         "facts",
-        "contracts",
         "console.wording",
         "files.strict_json",
         "files.portable",
         "machine",
         "run.prelude",
     },
+    {"contracts"},
 )
 LIGHT = {"__main__", "cli", *(room for floor in FLOORS[FLOORS.index({"estimation"}) :] for room in floor)}
 LIGHT -= {"ops", "objective", "console.live_line"}

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.answering.tuned import Tuned
-from lorafit.contracts import Silent
+from lorafit.contracts import JsonObject, Silent
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.job import Job, look_for_rows, prepare_rows
 from lorafit.machine.devices import read_device
@@ -58,7 +58,7 @@ def keep_columns(opened: OpenedRun) -> OpenedRun:
 
     before, now = both_recipes(opened.run, opened.loaded)
     recipe, own = opened.loaded.recipe, load_recipe(opened.run.recipe).recipe
-    changed: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
+    changed: dict[str, JsonObject] = {"data": {}, "evaluation": {}}
     for key, sources in sources_of(recipe).items():
         if key == "data.train" or before.get(key) == now.get(key):
             continue
@@ -86,7 +86,7 @@ def _with_columns(source: SourceSection, known: Sequence[Mapping[str, str]], fol
     return source
 
 
-def changed_evaluation(opened: OpenedRun, split: str) -> dict[str, Any]:
+def changed_evaluation(opened: OpenedRun, split: str) -> JsonObject:
     """By which values, and those of which keys, an evaluation is not that of the run's own recipe.
 
     Null stands for a key that the run has and this recipe has not. Sources of splits that are not scored count for

@@ -24,12 +24,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import ResourceError
 from lorafit.ops.isolation import as_whole
 from lorafit.ops.output_head import output_head
 from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from lorafit.contracts import Reporter
 
 BATCH_TOKENS = 16_384
@@ -63,7 +66,7 @@ class Answer:
 
 def generate_answers(
     model: torch.nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
@@ -161,27 +164,27 @@ def cut_prompts(
     return batches
 
 
-def find_stop_ids(model: torch.nn.Module, tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
+def find_stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[int]:
     """Every token that ends an answer: those given, those of the model's generation config, the tokenizer's eos."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in [*stop_ids, *listed, tokenizer.eos_token_id] if token is not None})
 
 
-def find_max_positions(model: Any) -> int | None:
+def find_max_positions(model: PreTrainedModel) -> int | None:
     """Positions that the model knows; None where nothing bounds them."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
-def _first_id(tokenizer: Any, stops: Sequence[int]) -> int:
+def _first_id(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
     """What an empty prompt begins with: a model needs one token to go on from."""
     first = tokenizer.bos_token_id
     return int(first) if first is not None else stops[0] if stops else 0
 
 
 @contextlib.contextmanager
-def _plain_generation(model: Any, stops: list[int]) -> Iterator[None]:
+def _plain_generation(model: PreTrainedModel, stops: list[int]) -> Iterator[None]:
     """A neutral generation config in place of the model's own, whose penalties and sampling `generate` would mix in.
 
     Meanwhile adapters cast their input to their own dtype, as they do for whoever loads them with PEFT, unless the
@@ -205,7 +208,7 @@ def _plain_generation(model: Any, stops: list[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _head_sees_last(model: Any) -> Iterator[None]:
+def _head_sees_last(model: PreTrainedModel) -> Iterator[None]:
     """The output head gets the last position alone, [batch, 1, hidden], in one piece: no other logits are read.
 
     `generate` hands it a slice of the prompt's hidden states, or all of them where the model knows no
@@ -228,7 +231,7 @@ def _head_sees_last(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _casting_modules(model: Any) -> list[Any]:
+def _casting_modules(model: PreTrainedModel) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
 
 
@@ -302,8 +305,8 @@ def _keep_rows(cache: Any, index: torch.Tensor, columns: int) -> Any:
 class _Writer:
     """Runs one batch."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     stops: list[int]
     temperature: float
     top_p: float
@@ -323,7 +326,7 @@ class _Writer:
         input_ids, mask = self._pad(prompts, start)
         written: list[list[int]] = [[] for _ in prompts]
         while going:
-            kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            kept: JsonObject = {} if cache is None else {"past_key_values": cache}
             watching = [] if self.watch is None else [_Watching(self.watch, [rows[i] for i in going], self.stops)]
             output = self.model.generate(
                 input_ids=input_ids,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafit.contracts import Reporter
+from lorafit.contracts import JsonMapping, Reporter
 from lorafit.errors import UsageError
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run, sources_of
 
@@ -29,7 +29,7 @@ def read_prompts(
     run_or_model: Path,
     prompt: str | None,
     input_file: Path | None,
-    rows: Sequence[str | Mapping[str, Any]] | None,
+    rows: Sequence[str | JsonMapping] | None,
     reporter: Reporter,
 ) -> list[Sample]:
     """The prompts, before anything heavy starts. A run knows by its recipe what its rows call their columns."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import UsageError
 
 _SHOWN_CHARACTERS = 60
@@ -146,7 +147,7 @@ _NEVER_LEFT_OUT = {"recipe", "run", "prompts", "overrides", "temperature", "top_
 _NEVER_LEFT_OUT |= {name for name, kind in _KINDS.items() if isinstance(kind, Switch)}
 
 
-def check_arguments(arguments: Mapping[str, Any], required: Collection[str] = ()) -> None:
+def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> None:
     """Checks each value by its argument's name.
 
     Args:

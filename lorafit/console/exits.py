@@ -23,6 +23,7 @@ from typing import Any
 
 import typer
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import LorafitError, Problems, ResourceError, StoppedBySignal, UsageError
 
 EXIT_BROKEN_PIPE = 141
@@ -77,7 +78,7 @@ def _say(line: str) -> None:
         sys.stderr.flush()
 
 
-def _report(error: LorafitError, json_head: dict[str, Any] | None) -> int:
+def _report(error: LorafitError, json_head: JsonObject | None) -> int:
     """Writes an error's lines to stderr and, where `json_head` says so, its object behind that head to stdout."""
     parts = error.errors
     if json_head is not None:
@@ -142,9 +143,7 @@ def explain_os_error(error: OSError) -> LorafitError | None:
     return None
 
 
-def exit_code(
-    run: Callable[[], Any], *, debug: Callable[[], bool], json_head: Callable[[], dict[str, Any] | None]
-) -> int:
+def exit_code(run: Callable[[], Any], *, debug: Callable[[], bool], json_head: Callable[[], JsonObject | None]) -> int:
     """Runs the app; every way it can end becomes an exit code and at most one last line `error: ...`.
 
     Args:

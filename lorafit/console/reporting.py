@@ -9,6 +9,8 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonObject
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -169,7 +171,7 @@ def _write_line(text: str) -> None:
     sys.stderr.flush()
 
 
-def _worded(shown: dict[str, Any]) -> dict[str, str]:
+def _worded(shown: JsonObject) -> dict[str, str]:
     """Values as they are shown."""
     return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
 

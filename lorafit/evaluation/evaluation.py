@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from lorafit.answering.generate import Answer
 from lorafit.console.wording import counted
+from lorafit.contracts import JsonObject
 from lorafit.errors import row_place
 from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison
 from lorafit.kinds.metrics import RowScore
@@ -66,7 +66,7 @@ class Row:
         """`file:line`."""
         return row_place(self.file, self.line)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The row for `report.jsonl`."""
         return {
             "file": self.file,
@@ -96,7 +96,7 @@ class WorstRow:
     base: float
     tuned: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The row and what it is ranked by."""
         return {**self.row.to_json(), "ranked_by": self.name, "base_score": self.base, "tuned_score": self.tuned}
 
@@ -160,7 +160,7 @@ class Speed:
         """Generated tokens a second, over all rows of a batch together."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """All fields and the rate."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
@@ -207,7 +207,7 @@ class Evaluation:
         """Trained tokens that were scored."""
         return int(sum(row.tuned.value("tokens") for row in self.rows))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Everything but the single rows, which go to `report.jsonl`."""
         return {
             **asdict(self.about),
@@ -232,7 +232,7 @@ class Evaluation:
         }
 
 
-def _call(row: Row) -> dict[str, Any]:
+def _call(row: Row) -> JsonObject:
     """What was asked at a turn before the last answer; the row's losses stand beside it already."""
     return {
         "prompt": row.prompt,
@@ -242,7 +242,7 @@ def _call(row: Row) -> dict[str, Any]:
     }
 
 
-def _side(score: RowScore) -> dict[str, Any]:
+def _side(score: RowScore) -> JsonObject:
     sums = {name: values for name, values in score.sums.items() if name not in ("loss", "weight")}
     shown = {name: int(values[0]) if len(values) == 1 else list(values) for name, values in sums.items()}
     return {"loss": score.mean_loss, **shown, "answer": score.answer}

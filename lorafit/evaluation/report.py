@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lorafit.console.wording import counted
+from lorafit.contracts import JsonMapping
 from lorafit.errors import row_place
 from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
 from lorafit.evaluation.statistics import Comparison
@@ -20,7 +20,7 @@ _SHOWN_CHANGES = 3
 
 
 def name_report(
-    *, split: str | None, limit: int | None, checkpoint_step: int | None, changed: Mapping[str, Any] | None = None
+    *, split: str | None, limit: int | None, checkpoint_step: int | None, changed: JsonMapping | None = None
 ) -> str:
     """`report`, or a name of its own for what is not the run's own evaluation: other rows, answers or checkpoint.
 
@@ -38,7 +38,7 @@ def name_report(
     return ".".join(parts)
 
 
-def _name_changes(changed: Mapping[str, Any]) -> str:
+def _name_changes(changed: JsonMapping) -> str:
     """The last words of a few keys, for people, and a hash of all keys and values, which tells any two apart."""
     words = dict.fromkeys(key.rpartition(".")[2] for key in sorted(changed))
     text = json.dumps(changed, sort_keys=True, ensure_ascii=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.evaluation.evaluation import Row, Unscored, WorstRow
 from lorafit.evaluation.statistics import Comparison, compare
 from lorafit.kinds.metrics import RowScore, metrics
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lorafit.answering.generate import Answer
     from lorafit.contracts import Example, Examples, GenerationRow
     from lorafit.objective import TrainedTask
@@ -90,7 +92,9 @@ def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison], count: in
     return [worst for *_, worst in sorted(found, key=lambda entry: entry[:2])[:count]]
 
 
-def fill_text(worst: Sequence[WorstRow], examples: Examples, task: TrainedTask, tokenizer: Any) -> tuple[WorstRow, ...]:
+def fill_text(
+    worst: Sequence[WorstRow], examples: Examples, task: TrainedTask, tokenizer: PreTrainedTokenizerBase
+) -> tuple[WorstRow, ...]:
     """The same rows with prompt and reference as text, decoded from tokens where nothing was generated for a row."""
     wanted = {(w.row.file, w.row.line) for w in worst if not (w.row.prompt or w.row.tuned.reference)}
     texts: dict[tuple[str, int], tuple[str, str]] = {}
@@ -111,7 +115,7 @@ def place_of(example: Example) -> tuple[str, int]:
     return example.file, example.line
 
 
-def _decode(example: Example, task: TrainedTask, tokenizer: Any) -> tuple[str, str]:
+def _decode(example: Example, task: TrainedTask, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Text before the first trained token, and text of the trained tokens, or the row's label."""
     sequence = task.show(example)[0]
     pairs = list(zip(sequence.input_ids, sequence.trained, strict=True))

@@ -19,6 +19,7 @@ import torch
 
 from lorafit.answering.engine import Engine, Request, Sampling
 from lorafit.answering.generate import BATCH_TOKENS, Answer
+from lorafit.contracts import JsonObject
 from lorafit.data.batch import cut_step
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
@@ -28,6 +29,8 @@ from lorafit.ops.isolation import evaluating
 from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lorafit.contracts import Examples, GenerationRow, Reporter
     from lorafit.objective import TrainedTask
 
@@ -234,9 +237,9 @@ def _conclude(
     tuned: _Side,
     metric_names: Sequence[str],
     task: TrainedTask,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     seed: int,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The fields of an Evaluation that follow from what both models scored and wrote."""
     rows = join_rows(examples, base.losses, tuned.losses, asked, base.answers, tuned.answers)
     comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
@@ -255,7 +258,7 @@ def _conclude(
     }
 
 
-def find_pad_id(tokenizer: Any, embedding_rows: int | None = None) -> int:
+def find_pad_id(tokenizer: PreTrainedTokenizerBase, embedding_rows: int | None = None) -> int:
     """What fills up rows: the pad token, else the end token, else 0. No loss stands there, so that any will do.
 
     A token that the embedding has no row for, as tokenizers with a pad token added to them have, is passed over.

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lorafit.console.wording import agreed, counted
+from lorafit.contracts import JsonObject
 from lorafit.kinds.metrics import Metric, RowScore
 
 Floats = npt.NDArray[np.float64]
@@ -100,7 +101,7 @@ class Comparison:
         """The interval of the tuned model's value itself, as people read it; - where rows are too few for one."""
         return f"{self.show(self.tuned_low)} to {self.show(self.tuned_high)}" if self.rows >= LEAST_ROWS else "-"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """All fields and the sentence."""
         return {**asdict(self), "sentence": self.sentence}
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.strict_json import JsonError, parse_json, read_json_file
 
@@ -154,7 +155,7 @@ def _look(file: Path, head: bytes, size: int) -> str | None:
     return None
 
 
-def _parse(file: Path, raw: bytes) -> dict[str, Any]:
+def _parse(file: Path, raw: bytes) -> JsonObject:
     try:
         header = parse_json(raw.decode("utf-8"))
     except JsonError as error:
@@ -374,7 +375,7 @@ def bytes_of(values: torch.Tensor) -> memoryview:
 
 def build_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
     """Length and JSON header of a safetensors file that holds these (name, dtype, shape) in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, dtype, shape in tensors:
         size = math.prod(shape) * DTYPE_BYTES[dtype]

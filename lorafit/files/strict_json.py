@@ -14,6 +14,8 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorafit.contracts import JsonObject
+
 FILE_LIMIT_BYTES = 256 << 20  # hashes of every tensor of a model of 400 billion parameters take a quarter of it
 DEPTH_LIMIT = 100  # a chat with tools is about 12 deep; Python's own parser dies near 1000
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -28,7 +30,7 @@ class JsonError(ValueError):
         self.what, self.position = what, position
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     row = dict(pairs)
     if len(row) != len(pairs):
         seen: set[str] = set()

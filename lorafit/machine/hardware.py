@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
-from typing import Any
 
 from lorafit.console.nearest import nearest
+from lorafit.contracts import JsonObject
 from lorafit.errors import UsageError
 from lorafit.machine.shipped import shipped
 
@@ -21,19 +21,19 @@ _MEMORY = re.compile(r"[\s_-]+([0-9]+)\s*(?:gib|gb|g)\s*$", re.IGNORECASE)
 
 
 @cache
-def cards() -> tuple[dict[str, Any], ...]:
+def cards() -> tuple[JsonObject, ...]:
     """Every card of `configs/hardware`, in order of its file, which `file` names without its suffix."""
     paths = sorted(shipped("hardware").glob("*.json"))
     return tuple({"file": path.stem, **json.loads(path.read_text(encoding="utf-8"))} for path in paths)
 
 
-def find_card(name: str) -> dict[str, Any] | None:
+def find_card(name: str) -> JsonObject | None:
     """The card of that name; of several, which differ in their memory alone, the first."""
     found = find_cards(name)
     return found[0] if found else None
 
 
-def find_cards(name: str) -> list[dict[str, Any]]:
+def find_cards(name: str) -> list[JsonObject]:
     """The cards of that name: two where makers sell one card with two sizes of memory, and the name tells no size."""
     key = _key(name)
     named = [card for card in cards() if key and key in _keys(card)]
@@ -43,7 +43,7 @@ def find_cards(name: str) -> list[dict[str, Any]]:
     return [card for card in cards() if head in _keys(card) and card["label_gib"] == int(memory[1])]
 
 
-def choose_card(name: str, flag: str) -> dict[str, Any] | None:
+def choose_card(name: str, flag: str) -> JsonObject | None:
     """The one card of that name; None where there is none.
 
     Raises:
@@ -58,7 +58,7 @@ def choose_card(name: str, flag: str) -> dict[str, Any] | None:
     return found[0] if found else None
 
 
-def _numbers(card: dict[str, Any]) -> list[str]:
+def _numbers(card: JsonObject) -> list[str]:
     """`4070` of RTX-4070-Laptop."""
     return re.split(r"[^0-9]+", card["names"][0])
 
@@ -72,7 +72,7 @@ def nearest_cards(text: str, count: int = 3) -> list[str]:
     return list(dict.fromkeys(by_key[other] for other in close))[:count]
 
 
-def usable_bytes(card: dict[str, Any]) -> int:
+def usable_bytes(card: JsonObject) -> int:
     """What torch reports for a card where that is known, else what its label says."""
     return round(float(card.get("torch_gib") or card["label_gib"]) * 2**30)
 
@@ -87,13 +87,13 @@ def card_lines() -> list[str]:
     return lines
 
 
-def smallest_card(needed_bytes: int, headroom: float) -> dict[str, Any] | None:
+def smallest_card(needed_bytes: int, headroom: float) -> JsonObject | None:
     """The card with the least memory, and of those the slowest, that has so many bytes and its headroom besides."""
     enough = [card for card in cards() if needed_bytes <= usable_bytes(card) * (1.0 - headroom)]
     return min(enough, key=lambda card: (card["label_gib"], card["peak_tflops"]), default=None)
 
 
-def _keys(card: dict[str, Any]) -> set[str]:
+def _keys(card: JsonObject) -> set[str]:
     return {_key(name) for name in (*card["names"], card["file"])}
 
 

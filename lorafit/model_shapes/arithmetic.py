@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from lorafit.console.nearest import nearest
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.facts import LeftOut, LinearShape, ModelShape
 from lorafit.machine.shipped import shipped
@@ -32,7 +32,7 @@ EXPERTS_ARE_FUSED = "no linears, but one tensor for all experts of a layer"
 class _Config:
     """Reads one config.json: aliases, the class's defaults, and errors that name the key."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: JsonMapping) -> None:
         self.type = str(config["model_type"])
         self._values = {**DEFAULTS.get(self.type, {}), **config}
 
@@ -81,7 +81,7 @@ def known_families() -> list[str]:
     return sorted(FAMILIES)
 
 
-def known_config(hub_id: str) -> dict[str, Any] | None:
+def known_config(hub_id: str) -> JsonObject | None:
     """The config of a well-known model that lorafit ships (`configs/models`), by its hub id; None where it has none."""
     folder = shipped("models")
     first = folder / f"{hub_id.replace('/', '--')}.json"
@@ -89,7 +89,7 @@ def known_config(hub_id: str) -> dict[str, Any] | None:
     for path in paths:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if hub_id.lower() in (known.lower() for known in facts["ids"]):
-            config: dict[str, Any] = facts["config"]
+            config: JsonObject = facts["config"]
             return config
     return None
 
@@ -119,7 +119,7 @@ def _without_tuning(hub_id: str) -> str:
     return "-".join(word for word in words if word not in _TUNINGS and not re.fullmatch(r"2[0-9]{3}", word))
 
 
-def read_shape(config: Mapping[str, Any]) -> ModelShape:
+def read_shape(config: JsonMapping) -> ModelShape:
     """The shape of a causal language model from its config.json.
 
     Raises:

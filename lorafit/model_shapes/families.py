@@ -6,7 +6,8 @@ Source: the modeling files of transformers 5; the tests build each class on the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from lorafit.contracts import JsonObject
 
 Flag = bool | str
 """A fixed answer, or the config's key that holds it."""
@@ -116,7 +117,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 # What the classes assume where an older config.json is silent.
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, JsonObject] = {
     "gpt_neox": {"attention_bias": True, "use_parallel_residual": True},
     "opt": {"enable_bias": True, "do_layer_norm_before": True, "dropout": 0.1},
     "falcon": {"parallel_attn": True, "multi_query": True},

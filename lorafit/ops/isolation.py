@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorafit.ops.rng import preserved_rng
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
@@ -77,7 +80,7 @@ def as_whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
     """The base model alone. PEFT sets `requires_grad` at the end even where it was off, so flags are kept here."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

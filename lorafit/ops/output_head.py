@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def output_head(model: Any) -> Any:
+def output_head(model: PreTrainedModel) -> Any:
     """The layer that gives logits: the model's own, or that of the whole language model inside it; None without one."""
     head = model.get_output_embeddings()
     inner = text_part(model) if head is None else None
     return head if inner is None else inner.get_output_embeddings()
 
 
-def text_part(model: Any) -> Any:
+def text_part(model: PreTrainedModel) -> Any:
     """The language model inside a model of several modalities; None where the model is that itself."""
     decoder = model.get_decoder() if model.config.sub_configs and hasattr(model, "get_decoder") else None
     return None if decoder is model else decoder

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy
 import torch
 
-RngState = dict[str, Any]
+from lorafit.contracts import JsonObject
+
+RngState = JsonObject
 """JSON-able: `python`, `numpy`, `torch` (hex), `cuda` (hex, one a device)."""
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import UsageError, raise_all
 from lorafit.recipe.cross_field_rules import disagreements
 from lorafit.recipe.extends import read_layers
@@ -65,7 +66,7 @@ RECIPE_VALUES = "recipe"
 
 
 def load_recipe(
-    recipe: Path | Mapping[str, Any],
+    recipe: Path | JsonMapping,
     overrides: Sequence[str] = (),
     *,
     output: str | Path | None = None,
@@ -107,7 +108,7 @@ def load_recipe(
     )
 
 
-def _plain_values(values: Mapping[str, Any]) -> Any:
+def _plain_values(values: JsonMapping) -> Any:
     """A program's values as a file would hold them: paths as text, tuples as lists, keys as text."""
     try:
         return json.loads(json.dumps(values, default=os.fspath))

@@ -14,10 +14,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from lorafit.contracts import JsonObject
 from lorafit.machine.shipped import shipped
 from lorafit.recipe.yaml_tree import Entry, KeyPath, find, plain
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from lorafit.recipe.schema import Recipe
 
-Node = dict[str, Any]
+Node = JsonObject
 """A JSON Schema, or a part of one: what may stand at a key."""
 
 

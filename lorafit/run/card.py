@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import WrapSerializer, field_validator, model_validator
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError
 from lorafit.files.rundir import read_json
 from lorafit.kinds.adapters import AdapterSection, adapters
@@ -97,7 +98,7 @@ class RunCard(Section):
     """Tokens that end an answer, beside the base's own."""
     pad_id: int
     """What fills up short rows."""
-    generation: dict[str, Any]
+    generation: JsonObject
     """generation_config.json: the base's settings with every token that ends an answer."""
     max_length: int
     """Longest row, in tokens."""
@@ -136,7 +137,7 @@ class RunCard(Section):
         section = self.adapter.model_copy(update={"init_from": None})
         return self.model_copy(update={"base_path": None, "adapter": section})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values."""
         return self.model_dump(mode="json")
 

@@ -11,8 +11,9 @@ import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import LorafitError, UsageError
 from lorafit.files.rundir import TEMPORARY_PREFIX, RunDir, check_format, make_folder, read_object
 from lorafit.files.strict_json import JsonError, read_json_file
@@ -155,7 +156,7 @@ def _holds_run(run: RunDir) -> bool:
     return True
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> JsonObject:
     """The object in a JSON file; an empty one where the file is anything else."""
     try:
         value = read_json_file(file)

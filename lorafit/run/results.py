@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.console.wording import counted
-from lorafit.contracts import Printed
+from lorafit.contracts import JsonObject, Printed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ class Validated:
 
     loaded: LoadedRecipe
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The resolved recipe, every default written out."""
         return {
             "valid": True,
@@ -71,7 +71,7 @@ class Trained(Printed):
         """The run folder."""
         return self.run.root
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """How training ended, for `result.json`: memory as estimated and as measured among it."""
         from dataclasses import asdict
 
@@ -84,7 +84,7 @@ class Trained(Printed):
             "speed": self.speed.to_json() if self.speed else None,
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plan, resolved plan and how training ended."""
         return {
             "run": self.run.root.name,
@@ -150,12 +150,12 @@ class Evaluated(Printed):
     folder: Path
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> JsonObject:
         """Figures of base and tuned model by metric, as in `report.json`."""
-        figures: dict[str, Any] = self.to_json()["metrics"]
+        figures: JsonObject = self.to_json()["metrics"]
         return figures
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As in `report.json`."""
         return self.evaluation.to_json()
 
@@ -180,7 +180,7 @@ class Merged(Printed):
     parity: Parity | None
     parity_skipped: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Both."""
         return {
             **self.report.to_json(),
@@ -213,11 +213,11 @@ class Generated(Printed):
         """The answers' texts, in the prompts' order."""
         return [answer.text for answer in self.answers]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """An entry a prompt, in order."""
         rows = []
         for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
-            row: dict[str, Any] = {"file": prompt.file, "line": prompt.line} if prompt.line else {}
+            row: JsonObject = {"file": prompt.file, "line": prompt.line} if prompt.line else {}
             row |= {"messages": list(prompt.turns)} if self.are_chats else {"prompt": prompt.turns[-1]["content"]}
             if prompt.tools:
                 row["tools"] = list(prompt.tools)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.console.nearest import nearest
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError, DataError, UsageError
 from lorafit.files.rundir import RunDir, atomic_file, read_json, read_object, require_manifest, write_json
 from lorafit.machine.version import installed_versions
@@ -31,7 +32,7 @@ class OpenedRun:
 
     loaded: LoadedRecipe
     run: RunDir
-    manifest: dict[str, Any]
+    manifest: JsonObject
     checkpoint: str | None = None
 
     def began(self) -> datetime | None:
@@ -236,7 +237,7 @@ def inputs_of(loaded: LoadedRecipe) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def resume_command(recipe: Path | Mapping[str, Any], overrides: Sequence[str], output: Path | None) -> str:
+def resume_command(recipe: Path | JsonMapping, overrides: Sequence[str], output: Path | None) -> str:
     """What goes on with a run after a stop, as its user would write it."""
     if isinstance(recipe, Mapping):
         return "lorafit.train(..., resume=True)"
@@ -304,7 +305,7 @@ def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[
     return decisive, harmless
 
 
-def both_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[dict[str, Any], dict[str, Any]]:
+def both_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[JsonObject, JsonObject]:
     """Values by dotted key: of the recipe that a run's folder holds, and of another as it reads from there."""
     from lorafit.recipe.load import load_recipe
 
@@ -324,7 +325,7 @@ def read_base_digest(run: RunDir) -> str | None:
     return str(base.get("digest")) if isinstance(base, dict) else ""
 
 
-def check_same_facts(run: RunDir, facts: Mapping[str, Any]) -> None:
+def check_same_facts(run: RunDir, facts: JsonMapping) -> None:
     """Refuses to go on with other rows, another base, tokenizer or template.
 
     Raises:
@@ -358,7 +359,7 @@ def load_recipe_from(loaded: LoadedRecipe, run: RunDir) -> Recipe:
         return load_recipe(copy).recipe
 
 
-def _only_longer(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _only_longer(key: str, before: JsonMapping, now: JsonMapping) -> bool:
     """A constant learning rate does not depend on the length of the run: then it may be trained longer."""
     if key not in ("training.max_steps", "training.epochs") or now.get("training.schedule.kind") != "constant":
         return False
@@ -367,16 +368,16 @@ def _only_longer(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     return old is not None and new is not None and new > old and not ratio
 
 
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+def _leaves(value: Any, prefix: str = "") -> JsonObject:
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for key, inner in value.items():
         found |= _leaves(inner, f"{prefix}.{key}" if prefix else key)
     return found
 
 
-def describe_run(run: RunDir, loaded: LoadedRecipe, facts: Mapping[str, Any]) -> None:
+def describe_run(run: RunDir, loaded: LoadedRecipe, facts: JsonMapping) -> None:
     """manifest.json, which makes the folder a run (versions, seed, hashes of what it is made of), and recipe.yaml."""
     from lorafit.recipe.load import dump_recipe
 
