@@ -51,7 +51,7 @@ from lorafit.trainer.resolve import cached_plan_file, resolve_plan
 from lorafit.trainer.snapshot import Snapshot
 from lorafit.trainer.speed import measure_speed
 from lorafit.trainer.stage import Stage
-from lorafit.trainer.state import FitResult, TrainState
+from lorafit.trainer.state import Event, FitResult, TrainState
 from lorafit.trainer.step import Update
 from lorafit.trainer.threaded_micro_batches import run_at_once
 from lorafit.trainer.tracking import Trackers, build_accelerator
@@ -257,7 +257,7 @@ class Training:
 
     def _find_checkpoint(
         self, store: CheckpointStore, step: int | None, allow_inexact: bool
-    ) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
+    ) -> tuple[Checkpoint | None, list[Event]]:
 
         job, device = self.job, self.job.device
         if read_base_digest(self.where) not in (None, job.base.digest):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from lorafit.console.wording import counted
 from lorafit.errors import CheckpointError, ResourceError
@@ -28,7 +30,7 @@ from lorafit.files.rundir import (
 )
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.machine.version import installed_versions
-from lorafit.trainer.state import TrainState
+from lorafit.trainer.state import Best, Count, Event, TrainState, read_dataclass
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -45,9 +47,9 @@ class Environment:
     """Where a run happens; what must be the same for a resume to be the same run bit for bit."""
 
     device_kind: str
-    ranks: int
+    ranks: Count
     versions: Mapping[str, str]
-    threads: int = 0
+    threads: Annotated[int, Field(ge=0, le=_MOST_THREADS)] = 0
     """torch's on a CPU, where sums depend on how they are split; 0 where an older run recorded none."""
 
     @classmethod
@@ -56,22 +58,6 @@ class Environment:
         import torch
 
         return cls(device_kind, ranks, installed_versions(), torch.get_num_threads())
-
-    @classmethod
-    def from_json(cls, values: Any) -> Environment:
-        """What `asdict` gave.
-
-        Raises:
-            ValueError: Anything else; the text names the key.
-        """
-        wanted = {"device_kind": str, "ranks": int, "versions": dict}
-        for key, kind in wanted.items():
-            if not isinstance(values, dict) or not isinstance(values.get(key), kind):
-                raise ValueError(f"environment.{key} is missing, or no {kind.__name__}")
-        threads = values.get("threads", 0)
-        if not isinstance(threads, int) or not 0 <= threads <= _MOST_THREADS:
-            raise ValueError("environment.threads is no number of threads")
-        return cls(**{key: values[key] for key in wanted}, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -142,7 +128,7 @@ class CheckpointStore:
             todo="restore that folder from a copy, or train anew with another --output",
         )
 
-    def save(self, step: int, fill: Callable[[Path], None], *, best: dict[str, Any] | None) -> None:
+    def save(self, step: int, fill: Callable[[Path], None], *, best: Best | None) -> None:
         """Publishes the checkpoint of `step`, then which one is best, then removes those that are no longer kept.
 
         Raises:
@@ -162,16 +148,16 @@ class CheckpointStore:
             self._remove(leftover)
         self._rotate(best)
 
-    def note_best(self, best: dict[str, Any] | None) -> None:
+    def note_best(self, best: Best | None) -> None:
         """Writes best.json where it does not say so yet; without a best one there is none."""
         if best is None:
             self.run.best.unlink(missing_ok=True)
         elif not self._says(best):
-            write_json(self.run.best, best)
+            write_json(self.run.best, asdict(best))
 
-    def _says(self, best: dict[str, Any]) -> bool:
+    def _says(self, best: Best) -> bool:
         try:
-            return bool(read_object(self.run.best) == best)
+            return bool(read_object(self.run.best) == asdict(best))
         except CheckpointError:
             return False
 
@@ -190,9 +176,9 @@ class CheckpointStore:
         with atomic_dir(self.run.adapter, replace=True) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
 
-    def _rotate(self, best: dict[str, Any] | None) -> None:
+    def _rotate(self, best: Best | None) -> None:
         whole = [step for step in self.run.steps() if step not in self._damaged]
-        kept = {*whole[-self._keep_last :], *([best["step"]] if best else [])}
+        kept = {*whole[-self._keep_last :], *([best.step] if best else [])}
         for step in whole:
             if step not in kept:
                 self._remove(self.run.checkpoint(step))
@@ -214,7 +200,7 @@ class CheckpointStore:
 
 def check_continuity(
     was: Environment, now: Environment, *, allow_inexact: bool, reporter: Reporter, where: str
-) -> list[dict[str, Any]]:
+) -> list[Event]:
     """Whether a run that was saved there goes on here as the same run.
 
     Returns:
@@ -243,11 +229,11 @@ def check_continuity(
         differences.append(f"versions changed ({', '.join(changed)})")
     for difference in differences:
         reporter.warn(f"{difference}: the rest of the run is not guaranteed bitwise the same")
-    events = [{"kind": "inexact_resume", "what": difference} for difference in differences]
+    events: list[Event] = [{"kind": "inexact_resume", "what": difference} for difference in differences]
     return events + _take_threads(was, now, reporter)
 
 
-def _take_threads(was: Environment, now: Environment, reporter: Reporter) -> list[dict[str, Any]]:
+def _take_threads(was: Environment, now: Environment, reporter: Reporter) -> list[Event]:
     """Goes on with as many of torch's threads as the run had: on a CPU another number rounds sums another way."""
     import torch
 
@@ -271,7 +257,7 @@ def _read(folder: Path) -> Checkpoint:
     values = read_object(file)
     try:
         state = TrainState.from_json(values["train"])
-        environment = Environment.from_json(values["environment"])
+        environment = read_dataclass(Environment, values["environment"], "environment")
     except (KeyError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(what, file=str(file), todo=_OTHER_STEP) from error

@@ -12,7 +12,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,7 @@ from lorafit.ops.peak_memory import peak_memory_bytes, peak_reserved_bytes
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore
 from lorafit.trainer.journal import Journal
-from lorafit.trainer.optimizer_state import taken_back
+from lorafit.trainer.optimizer_state import as_checkpoint_errors
 from lorafit.trainer.out_of_memory import out_of_memory, release_memory, trim_after
 from lorafit.trainer.prefetch import StepFeed
 from lorafit.trainer.signals import StopRequested, StopSignals
@@ -124,13 +124,13 @@ class Trainer:
             CheckpointError: A file of the checkpoint holds something else than a run saves.
         """
         state = checkpoint.state
-        with taken_back(checkpoint.folder):
+        with as_checkpoint_errors(checkpoint.folder):
             self.snapshot.restore(checkpoint)
             restore_rng(state.rng[self.executor.rank % len(state.rng)])
         self._edge_rng, self._saved_step = capture_rng(), state.step
         if self.executor.rank == 0 and not self._is_complete(state):
             self.store.set_later_aside(state.step)
-            self.store.note_best(asdict(state.best) if state.best else None)
+            self.store.note_best(state.best)
             self.journal.log.rewind(step=state.step, evaluated_step=state.evaluated_step)
         return state
 
@@ -297,8 +297,7 @@ class Trainer:
         state.rng = self.executor.gather(self._edge_rng)
         if self.executor.rank == 0:
             self.journal.log.sync()
-            best = asdict(state.best) if state.best else None
-            self.store.save(state.step, lambda folder: self.snapshot.write(folder, state), best=best)
+            self.store.save(state.step, lambda folder: self.snapshot.write(folder, state), best=state.best)
         self._saved_step = state.step
         self.executor.gather(None)  # no rank goes on before it is there
 

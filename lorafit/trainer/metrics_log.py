@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step and a line an evaluation, without gaps or doubles over resumes."""
+"""metrics.jsonl, the log of a run: a line a step and a line an evaluation, without gaps or doubles over resumes."""
 
 from __future__ import annotations
 

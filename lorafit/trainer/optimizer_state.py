@@ -101,8 +101,8 @@ def load_optimizer(
 
 
 @contextlib.contextmanager
-def taken_back(folder: Path) -> Iterator[None]:
-    """Within it a checkpoint is put into a model: whatever the libraries meet in its files is said of the checkpoint.
+def as_checkpoint_errors(folder: Path) -> Iterator[None]:
+    """Turns whatever a library raises while a checkpoint is read into an error that names the checkpoint.
 
     Raises:
         CheckpointError: A file holds something else than a run saves.

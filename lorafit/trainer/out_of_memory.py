@@ -1,4 +1,4 @@
-"""What becomes of an out-of-memory: what to lower is said, and what can be freed is."""
+"""Errors for runs that are out of memory, which say what to lower, and ways to give memory back."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The stage of a rehearsal: a run's objective, rows and device before step 1, on which everything is as before after
-each try."""
+"""A run's model, rows and device before step 1, for a rehearsal: after each try all is as it was before."""
 
 from __future__ import annotations
 

@@ -1,72 +1,58 @@
-"""What a resume needs beside weights and optimizer: plain numbers, as JSON."""
+"""The state of a run in plain values, as a checkpoint holds it in JSON beside weights and optimizer."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lorafit.errors import NumericsError
+from lorafit.ops.rng import RngState
 
 if TYPE_CHECKING:
     from lorafit.ops.live_tensors import LivePeak
-    from lorafit.ops.rng import RngState
 
 MOST_OVERFLOWS_IN_ROW = 20
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Amount = Annotated[Real, Field(ge=0)]
+Event = dict[str, int | str]
+"""What happened on the way: its `kind` (an out-of-memory, an inexact resume), and what is to be known of it."""
+T = TypeVar("T")
+
+
+def read_dataclass(kind: type[T], values: object, name: str) -> T:
+    """The dataclass of which `asdict` gave these JSON values.
+
+    Raises:
+        ValueError: A value is none of its declared type; the text names the key.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, (name, *found['loc'])))}: {found['msg'].lower()}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
     """The best evaluation so far."""
 
-    step: int
+    step: Count
     metric: str
-    value: float
+    value: Real
 
     def improved_by(self, value: float, *, lower_is_better: bool) -> float:
         """How much better `value` is, in the metric's unit; negative where it is worse."""
         return self.value - value if lower_is_better else value - self.value
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_best(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"step", "metric", "value"}
-        and _is_count(value["step"])
-        and isinstance(value["metric"], str)
-        and _is_real(value["value"])
-    )
-
-
-def _are_objects(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
-
-
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("step", "tokens", "padded_tokens", "trained_tokens", "evaluated_step"), _is_count),
-    **dict.fromkeys(("evaluations_without_improvement", "overflows", "overflows_in_row"), _is_count),
-    **dict.fromkeys(("epoch", "seconds"), lambda value: _is_real(value) and value >= 0),
-    "micro_batch_limit_tokens": lambda value: value is None or (_is_count(value) and value > 0),
-    "patience_value": lambda value: value is None or _is_real(value),
-    "stopped_early": lambda value: isinstance(value, bool),
-    "scaler": lambda value: isinstance(value, dict) and all(map(_is_real, value.values())),
-    **dict.fromkeys(("hooks", "events", "rng"), _are_objects),
-}
-"""What each value of the state may be."""
-
-
 @dataclass(slots=True)
 class TrainState:
-    """The edge behind optimizer step `step`. It alone owns what a resume needs.
+    """A run right after optimizer step `step`: all that a resume needs beside weights and optimizer.
 
     Attributes:
         step: Optimizer steps taken.
@@ -89,23 +75,23 @@ class TrainState:
         rng: Each rank's random number generators at this edge.
     """
 
-    step: int = 0
-    epoch: float = 0.0
-    tokens: int = 0
-    padded_tokens: int = 0
-    trained_tokens: int = 0
-    seconds: float = 0.0
-    micro_batch_limit_tokens: int | None = None
-    evaluated_step: int = 0
+    step: Count = 0
+    epoch: Amount = 0.0
+    tokens: Count = 0
+    padded_tokens: Count = 0
+    trained_tokens: Count = 0
+    seconds: Amount = 0.0
+    micro_batch_limit_tokens: Annotated[Count, Field(gt=0)] | None = None
+    evaluated_step: Count = 0
     best: Best | None = None
-    patience_value: float | None = None
-    evaluations_without_improvement: int = 0
+    patience_value: Real | None = None
+    evaluations_without_improvement: Count = 0
     stopped_early: bool = False
-    overflows: int = 0
-    overflows_in_row: int = 0
-    scaler: dict[str, float] = field(default_factory=dict)
+    overflows: Count = 0
+    overflows_in_row: Count = 0
+    scaler: dict[str, int | Real] = field(default_factory=dict)
     hooks: list[Mapping[str, Any]] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     rng: list[RngState] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -121,16 +107,9 @@ class TrainState:
         """
         if not isinstance(values, Mapping):
             raise ValueError("train is no object")
-        best = values.get("best")
-        known = {field.name for field in fields(cls)}
-        if wrong := sorted(known.symmetric_difference(values)):
-            raise ValueError(f"{wrong[0]} is missing or unknown")
-        wrong = [key for key, check in _CHECKS.items() if not check(values[key])]
-        if best is not None and not _is_best(best):
-            wrong.append("best")
-        if wrong:
-            raise ValueError(f"{wrong[0]} holds {str(values[wrong[0]])[:40]!r}")
-        return cls(**{**values, "best": Best(**best) if best else None})
+        if wrong := sorted({field.name for field in fields(cls)}.symmetric_difference(values)):
+            raise ValueError(f"train.{wrong[0]} is missing or unknown")
+        return read_dataclass(cls, values, "train")
 
     def is_complete(self, total_steps: int) -> bool:
         """Whether nothing is left to do."""
