@@ -33,6 +33,8 @@ class Sample:
         file: The file or hub data set as the recipe names it.
         line: Line in the file, from 1 (the row's number for parquet and hub data).
         must_contain: Strings that a right answer holds; used by the metric of that name.
+        labels: Names of the classes that the row belongs to; None where it is not classified.
+        rejected: The same prompt with the answer that is not wanted, where the row compares two.
     """
 
     file: str
@@ -43,6 +45,8 @@ class Sample:
     completion: str | None = None
     text: str | None = None
     must_contain: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
+    rejected: Sample | None = None
 
     @property
     def turns(self) -> tuple[Message, ...]:

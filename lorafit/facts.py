@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ModelClass:
+    """How a task's models are built.
+
+    Attributes:
+        auto_class: The transformers class that loads them.
+        config: Values that their config gets, e.g. `num_labels`.
+        has_new_head: Whether what lies outside of the backbone is the task's own: it is drawn anew where the base's
+            files lack it, theirs is left out, and it is trained and saved whole beside the adapter.
+        peft_task: PEFT's name of the task.
+    """
+
+    auto_class: str = "AutoModelForCausalLM"
+    config: Mapping[str, object] = field(default_factory=dict)
+    has_new_head: bool = False
+    peft_task: str = "CAUSAL_LM"
+
+
+CAUSAL_MODEL = ModelClass()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +99,7 @@ class ModelShape:
         no_sdpa: Whether its class has no attention but eager (GPT-OSS, BLOOM).
         beside: What holds weights and takes no adapter, linears apart: experts, routers, towers.
         has_sinks: Whether attention has a learned sink a head, and so its softmax in the compute dtype (gpt-oss).
+        new_head_parameters: Of a task's own head, which is trained whole.
         scanning_layers: Layers that carry a state along the row (Mamba, linear attention).
         plain_norm: Whether its RMSNorm multiplies by its weight and nothing else (Gemma adds 1 to it).
         plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in
@@ -118,6 +141,7 @@ class ModelShape:
     beside: tuple[LeftOut, ...] = ()
     scanning_layers: int = 0
     has_sinks: bool = False
+    new_head_parameters: int = 0
 
     @property
     def quantizable(self) -> bool:

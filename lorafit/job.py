@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonObject, Reporter, Silent
 from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
-from lorafit.kinds.tasks import tasks
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.version import installed_versions
 from lorafit.run.workspace import sources_of
 
@@ -54,6 +54,11 @@ class Job:
         return self.loaded.recipe
 
     @property
+    def task(self) -> Task[TaskSection]:
+        """What is learnt, with what the rows decided."""
+        return self.rows.task
+
+    @property
     def pad_id(self) -> int:
         """What fills up short rows."""
         from lorafit.evaluation.runner import find_pad_id
@@ -82,7 +87,7 @@ class Job:
         chat = self.writes_chats()
         templates = self.renderer.chats.templates if chat else self.renderer.templates()
         return RunCard(
-            task=recipe.task,
+            task=self.task.section,
             base=self.base.origin,
             base_path=str(self.base.path.resolve()),
             adapter=recipe.adapter,
@@ -111,7 +116,7 @@ class Job:
         """Tokens of a few rows, held-out ones where there are any, for the merge's comparison of logits."""
         examples = self.rows.test or self.rows.validation or self.rows.train
         chosen = [examples[row] for row in range(min(_ROWS_TO_COMPARE, len(examples)))]
-        shown = [sequence for row in chosen for sequence in tasks.bind(self.recipe.task).show(row)]
+        shown = [sequence for row in chosen for sequence in self.task.show(row)]
         rows = [{"input_ids": sequence.input_ids, "trained": sequence.trained} for sequence in shown]
         return {"format": 1, "rows": rows}
 
@@ -175,33 +180,31 @@ def open_job(
     from lorafit.data.prepare import build_renderer
     from lorafit.machine.devices import read_device
     from lorafit.model.base import resolve_base
-    from lorafit.model.class_shape import find_shape
     from lorafit.model.load import load_tokenizer
 
     model = recipe.model if commit is None else recipe.model.model_copy(update={"revision": commit})
     with placed(loaded):
         base = replace(resolve_base(model, loaded.folder, reporter), revision=recipe.model.revision)
-    shape = find_shape(base.config)
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
-    rows = prepare_rows(loaded, renderer, shape, reporter, glance=glance)
+    rows, shape = prepare_rows(loaded, renderer, base.config, reporter, glance=glance)
     return Job(loaded, base, shape, tokenizer, renderer, rows, read_device())
 
 
 def prepare_rows(
     loaded: LoadedRecipe,
     renderer: Renderer,
-    shape: ModelShape,
+    config: Mapping[str, Any],
     reporter: Reporter,
     only: Collection[str] | None = None,
     glance: int | None = None,
-) -> Prepared:
-    """The recipe's rows as tokens, every one of which the model has a row for.
+) -> tuple[Prepared, ModelShape]:
+    """The recipe's rows as tokens, every one of which the model has a row for, and the model's shape for their task.
 
     Args:
         loaded: The recipe.
         renderer: Renders them.
-        shape: The model's.
+        config: The base's config.json.
         reporter: Gets progress and warnings.
         only: The splits that are wanted; all where None.
         glance: Enough to prepare so many rows of each split; all where None.
@@ -213,6 +216,7 @@ def prepare_rows(
     from lorafit.data.id_range import check_examples
     from lorafit.data.prepare import prepare
     from lorafit.files.cache import cache_folder
+    from lorafit.model.class_shape import find_shape
 
     recipe = loaded.recipe
     with placed(loaded):
@@ -228,8 +232,9 @@ def prepare_rows(
             only=only,
             glance=glance,
         )
-    check_examples(rows.splits, tasks.bind(recipe.task).columns, renderer.tokenizer, shape.vocabulary)
-    return rows
+    shape = find_shape(config, rows.task.model_class)
+    check_examples(rows.splits, rows.task.columns, renderer.tokenizer, shape.vocabulary)
+    return rows, shape
 
 
 @contextmanager
@@ -332,7 +337,7 @@ def load_base(job: Job, *, dtype: str, compute_dtype: str, attention: str, devic
         compute_dtype=torch_dtype(compute_dtype),
         attention=attention,
         device=device,
-        auto_class=tasks.bind(job.recipe.task).auto_class,
+        model_class=job.task.model_class,
         reporter=reporter,
     )
 
@@ -346,7 +351,7 @@ def prove(job: Job, model: PreTrainedModel, dtype: str, examples: Examples, repo
     from lorafit.objective import choose_probe
     from lorafit.objective.proof import prove_objective
 
-    task = tasks.bind(job.recipe.task)
+    task = job.task
     objective = task.build_objective(model, autocast_dtype=autocast_dtype(dtype), exact=not job.shape.plain_head)
     most_tokens = min(_PROOF_TOKENS, _PROOF_LOGITS_BYTES // (4 * job.shape.vocabulary))
     row = task.cut_probe(examples[choose_probe(examples.lengths, most_tokens=most_tokens)], most_tokens)

@@ -103,6 +103,7 @@ def estimate(
     """
     from lorafit.estimation import Options, check_headroom, estimate_recipe
     from lorafit.estimation.local_rows import read_lengths
+    from lorafit.kinds.tasks import tasks
     from lorafit.machine.devices import parse_gpu
     from lorafit.model.base import read_config
     from lorafit.model.class_shape import find_shape
@@ -119,7 +120,12 @@ def estimate(
     rows = read_lengths(loaded, reporter or Silent())
     options = Options(device, headroom, fit_device, price_per_hour)
     with placed(loaded):
-        answer = partial(estimate_recipe, shape=find_shape(config), rows=rows, options=options)
+        answer = partial(
+            estimate_recipe,
+            shape=find_shape(config, tasks.bind(loaded.recipe.task).model_class),
+            rows=rows,
+            options=options,
+        )
         found = answer(loaded.recipe)
     if not exact and not found.needs_dry_run:
         return found
@@ -177,7 +183,6 @@ def train(
         profile: Write where the steps' time goes into the run folder.
         reporter: Gets progress and warnings; silent where None.
     """
-    from lorafit.kinds.tasks import tasks
     from lorafit.model.merge.shippable import check_shippable_unloaded
     from lorafit.plan import ResolvedPlan, plan, require_fit
     from lorafit.recipe.load import load_recipe
@@ -200,8 +205,7 @@ def train(
         if dry_run:
             the_plan.show(reporter)
             require_fit(the_plan)
-            section, auto_class = job.recipe.adapter, tasks.bind(job.recipe.task).auto_class
-            check_shippable_unloaded(job.base, section, job.recipe.seed, auto_class)
+            check_shippable_unloaded(job.base, job.recipe.adapter, job.recipe.seed, job.task.model_class)
             return Trained(run, the_plan, None, None)
         from lorafit.training import Training
 

@@ -22,7 +22,6 @@ from lorafit.job import load_base, prove, torch_dtype
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
-from lorafit.kinds.tasks import tasks
 from lorafit.machine.version import installed_versions
 from lorafit.memory import fits
 from lorafit.model.adapter import save_adapter
@@ -223,9 +222,11 @@ class Training:
         """The base with its adapter, which is the planned one, and can be merged and loaded again."""
 
         job, recipe = self.job, self.job.recipe
-        model = attach_adapter(base, recipe.adapter, recipe.seed, folder=job.loaded.folder)
+        model = attach_adapter(
+            base, recipe.adapter, recipe.seed, folder=job.loaded.folder, model_class=job.task.model_class
+        )
         check_plan(model, adapters.bind(recipe.adapter).sites(job.shape), self.plan.trainable_parameters)
-        check_shippable(model, job.base, tasks.bind(recipe.task).auto_class)
+        check_shippable(model, job.base, job.task.model_class)
         return model
 
     def _measure_speed(self, fit: FitResult, executor: Executor) -> Speed | None:

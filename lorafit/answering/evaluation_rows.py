@@ -117,7 +117,6 @@ def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Repor
     Raises:
         DataError: The recipe has no such rows, or a file of them cannot be read.
     """
-    from lorafit.model.class_shape import find_shape
     from lorafit.recipe.schema import ValidationFraction
 
     recipe, card = opened.loaded.recipe, tuned.card
@@ -126,10 +125,10 @@ def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Repor
         todo = "add --set data.test=$PWD/FILE, or data.validation=$PWD/FILE for --split validation"
         raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo=todo)
     is_held_out = split == "validation" and isinstance(data.validation, ValidationFraction)
-    loaded = replace(opened.loaded, recipe=recipe.model_copy(update={"data": data}))
+    loaded = replace(opened.loaded, recipe=recipe.model_copy(update={"data": data, "task": card.task}))
     wanted = ["data.train" if is_held_out else f"data.{split}", "evaluation.retention"]
     look_for_rows(loaded, only=wanted, todo="or score others: --set data.test=FILE")
-    tokenizer, shape = tuned.tokenizer(), find_shape(tuned.base.config)
+    tokenizer = tuned.tokenizer()
     renderer = tuned.renderer(data, tokenizer)
-    rows = prepare_rows(loaded, renderer, shape, reporter, only=[split, "retention"])
+    rows, shape = prepare_rows(loaded, renderer, tuned.base.config, reporter, only=[split, "retention"])
     return Job(loaded, tuned.base, shape, tokenizer, renderer, rows, read_device())

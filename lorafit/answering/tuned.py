@@ -50,7 +50,7 @@ class Tuned:
             compute_dtype=torch_dtype(self.card.compute_dtype),
             attention=self.card.attention,
             device=read_device().kind,
-            auto_class=tasks.bind(self.card.task).auto_class,
+            model_class=tasks.bind(self.card.task).model_class,
             reporter=reporter,
         )
         autocast, kind = autocast_dtype(self.card.dtype), self.card.quantization.kind

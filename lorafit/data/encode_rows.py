@@ -129,7 +129,7 @@ class Encoder:
                 result.lengths.append(("cut", source, line, reason))
                 return [cut]
             result.lengths.append(("dropped", source, line, f"{reason}, and no trained token fits"))
-        elif self.overlength == "split" and sample.text is not None:
+        elif self.overlength == "split" and sample.text is not None and sample.labels is None:
             pieces = [self.task.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
             result.lengths.append(("split", source, line, f"{reason}: {counted(len(pieces), 'row')}"))
             return [piece for piece in pieces if piece is not None]

@@ -106,6 +106,20 @@ def encode_text(
     return [Encoded(ids[start:end], [True] * (end - start)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def encode_labelled(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """A text that is classified, none of its tokens trained: between what the tokenizer itself puts around a text.
+
+    Args:
+        text: The text.
+        tokenizer: The tokenizer.
+        max_length: In tokens; the end of a longer text is cut off.
+    """
+    encoder = _encoder(tokenizer)
+    ids = _typed_ids(encoder, text)[: max(1, max_length - len(encoder.prefix) - len(encoder.suffix))]
+    ids = [*encoder.prefix, *ids, *encoder.suffix]
+    return Encoded(ids, [False] * len(ids))
+
+
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     encoder = _encoders.get(tokenizer)
     if encoder is None:

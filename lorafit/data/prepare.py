@@ -54,7 +54,7 @@ class Prepared:
             the end only; `retention`, rows of general ability.
         report: What was found.
         digest: SHA-256 of the tokens and loss positions of these splits.
-        task: What made the rows.
+        task: What made the rows, with what the training rows decided.
     """
 
     splits: dict[str, ExampleSet]
@@ -177,6 +177,8 @@ def prepare(
     first = (sample for samples in sources.values() for sample in samples.first_samples())
     if data.system_prompt is not None and any(renderer.is_chat(sample) for sample in first):
         renderer.chats.check_system_prompt()
+    if "train" in sources:
+        task = task.settle(sample for *_, sample in sources["train"].rows() if isinstance(sample, Sample))
     cache = PreparedCache(cache_dir)
     encoder = Encoder(renderer, task, data.max_length, data.overlength)
     sets: dict[str, ExampleSet] = {}

@@ -18,7 +18,13 @@ from lorafit.data.chat.render import ChatRenderer, Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
 from lorafit.data.overlong import is_surely_longer, keep_head, keep_tail
-from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
+from lorafit.data.plain_text import (
+    completion_prompt_ids,
+    encode_completion,
+    encode_labelled,
+    encode_text,
+    truncate_completion,
+)
 from lorafit.data.truncate import truncate_chat
 from lorafit.errors import DataError, LorafitError
 
@@ -131,6 +137,8 @@ class Renderer:
         if sample.completion is not None:
             train_on = self._data.train_on
             return encode_completion(sample.prompt, sample.completion, self.tokenizer, train_on=train_on)
+        if sample.labels is not None:
+            return encode_labelled(sample.text or "", self.tokenizer, sys.maxsize)
         pieces = encode_text(sample.text or "", self.tokenizer, sys.maxsize)
         return pieces[0] if pieces else None
 
@@ -193,6 +201,8 @@ class Renderer:
         if sample.completion is not None:
             train_on = self._data.train_on
             return truncate_completion(sample.prompt, sample.completion, self.tokenizer, limit, train_on=train_on)
+        if sample.labels is not None:
+            return encode_labelled(sample.text or "", self.tokenizer, limit)
         pieces = encode_text(sample.text or "", self.tokenizer, limit, "truncate")
         return pieces[0] if pieces else None
 

@@ -63,6 +63,8 @@ class TextEncoder:
         place = next((k for k in range(len(full)) if full[k : k + len(plain)] == plain), 0)
         self.prefix: list[int] = full[:place]
         """What the tokenizer puts in front of a text by itself: a BOS, or nothing."""
+        self.suffix: list[int] = full[place + len(plain) :]
+        """What it puts behind a text: a separator, or nothing."""
         self._unknown = tokenizer.unk_token_id
         self._twin: Tokenizer | None = None
         self._real_id: dict[int, int] = {}

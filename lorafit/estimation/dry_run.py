@@ -110,7 +110,7 @@ class DryRun:
         """
         recipe, dtype = self.question.recipe, self.question.dtype
         on_cuda = self.question.device_kind != "cpu"
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake, task = FakeTensorMode(allow_non_fake_inputs=True), tasks.bind(recipe.task)
         base = build_weightless(
             self.config,
             quantization=recipe.model.quantization,
@@ -118,11 +118,11 @@ class DryRun:
             compute_dtype=_DTYPES[resolve_compute_dtype(recipe, dtype)],
             attention=self.question.attention,
             device_kind=self.question.device_kind,
-            auto_class=tasks.bind(recipe.task).auto_class,
+            model_class=task.model_class,
         )
         fresh = recipe.adapter.model_copy(update={"init_from": None})
         with torch.device("meta"), unpacking_fakes():
-            model = attach_adapter(base, fresh, recipe.seed)
+            model = attach_adapter(base, fresh, recipe.seed, model_class=task.model_class)
         fuse_layers(model)
         with fake:
             fill_with_fakes(model)
@@ -130,7 +130,6 @@ class DryRun:
                 keep_unpacked(model)
         enable_checkpointing(model, self.gradient_checkpointing)
         autocast = None if dtype == "fp32" else _DTYPES[dtype]
-        task = tasks.bind(recipe.task)
         objective = task.build_objective(model, autocast_dtype=autocast, exact=not self.question.shape.plain_head)
         objective.train()
         executor = OneByOne(objective, torch.device("cpu"))

@@ -260,7 +260,7 @@ def estimate_recipe(
     question = _ask(recipe, shape, facts, device, headroom)
     memory, without = _answer(question, device, headroom)
     tokens, checkpointing = memory.micro_batch_tokens, memory.gradient_checkpointing
-    trainable = sum(site.parameters for site in adapters.bind(recipe.adapter).sites(shape))
+    trainable = sum(site.parameters for site in adapters.bind(recipe.adapter).sites(shape)) + shape.new_head_parameters
     epochs = run_epochs(recipe, facts.rows) if facts is not None else 0.0
     counted_on = None if shape.scanning_layers else device  # a figure that is too low fits nowhere
     return RecipeEstimate(

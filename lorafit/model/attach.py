@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
+from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_rows
 from lorafit.kinds.adapters import adapters
 from lorafit.model.adapter import (
@@ -29,6 +30,7 @@ from lorafit.model.check_weights import list_names
 from lorafit.model.load import keep_weights_unpacked
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import choose_targets
+from lorafit.ops.output_head import outer_modules
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +47,7 @@ def attach_adapter(
     seed: int,
     *,
     folder: Path | None = None,
-    task_type: str = "CAUSAL_LM",
-    modules_to_save: Sequence[str] = (),
+    model_class: ModelClass = CAUSAL_MODEL,
     name: str = ADAPTER_NAME,
 ) -> PeftModel:
     """The model with the recipe's adapter: fresh, or going on from `init_from`.
@@ -56,8 +57,7 @@ def attach_adapter(
         section: The recipe's.
         seed: Of the fresh values.
         folder: What `init_from` is relative to.
-        task_type: PEFT's name of the task.
-        modules_to_save: Modules that are trained and saved whole beside the adapter, such as a new head.
+        model_class: The task's: a head of its own is trained and saved whole beside the adapter.
         name: What the adapter is called in the model.
 
     Raises:
@@ -70,9 +70,9 @@ def attach_adapter(
     asked = method.linear_names()
     targets = choose_targets(model, asked) if asked else []
     config = method.peft_config(targets, is_transposed=_are_transposed(model, targets))
-    config.task_type = task_type
-    if modules_to_save:
-        config.modules_to_save = list(modules_to_save)
+    config.task_type = model_class.peft_task
+    if model_class.has_new_head:
+        config.modules_to_save = list(outer_modules(model))
     with quiet_libraries():
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry
 from lorafit.model.names import TensorNames, read_names
+from lorafit.ops.output_head import outer_modules
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,16 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def check_weights(skeleton: Any, entries: Mapping[str, TensorEntry], folder: Path) -> TensorNames:
+def check_weights(
+    skeleton: Any, entries: Mapping[str, TensorEntry], folder: Path, *, has_new_head: bool = False
+) -> TensorNames:
     """Compares the tensors of a folder with a model built on the meta device, by transformers' own renaming rules.
+
+    Args:
+        skeleton: The model.
+        entries: The folder's tensors.
+        folder: For messages.
+        has_new_head: Whether the head is the task's own: the folder may lack it, and another one there is left out.
 
     Returns:
         Which tensors hold which parameter.
@@ -36,6 +45,8 @@ def check_weights(skeleton: Any, entries: Mapping[str, TensorEntry], folder: Pat
         ModelError: Missing, unexpected or wrongly shaped tensors, or integers where floats belong; all are counted.
     """
     names = read_names(skeleton, entries)
+    if has_new_head:
+        names.leave_head_out(tuple(outer_modules(skeleton)), skeleton.base_model_prefix)
     problems = []
     if names.missing:
         problems.append(f"{len(names.missing)} missing tensors ({list_names(names.missing)})")
@@ -65,7 +76,7 @@ def check_loading(info: Mapping[str, Any], folder: Path, names: TensorNames) -> 
         ModelError: It filled something in, left something out, or met an error.
     """
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-        told = {str(name) for name in info.get(what) or ()} - set(names.ignored.values())
+        told = {str(name) for name in info.get(what) or ()} - set(names.ignored.values()) - set(names.fresh)
         if told:
             label = what.replace("_keys", " tensors").replace("error_msgs", "errors")
             raise ModelError(f"{len(told)} {label} while loading: {list_names(told)}", file=str(folder))

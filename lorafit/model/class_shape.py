@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from lorafit.errors import ModelError
-from lorafit.facts import LeftOut, LinearShape, ModelShape
-from lorafit.model.classes import build_empty, find_auto_class, read_settings
+from lorafit.facts import CAUSAL_MODEL, LeftOut, LinearShape, ModelClass, ModelShape
+from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
 from lorafit.model.targets import OUTSIDE, ROUTER, ROUTER_NAMES, head_names, left_out_names
 from lorafit.model_shapes import EXPERTS, EXPERTS_ARE_FUSED, known_families, read_shape
-from lorafit.ops.output_head import output_head, text_part
+from lorafit.ops.output_head import outer_modules, output_head, text_part
 
 _ROLES = {
     "q": ("q_proj", "query", "q_lin", "q_b_proj"),
@@ -37,15 +37,15 @@ _QUERY_NORMS = ("q_norm", "query_layernorm")
 _EXPERT_SIZES = ("moe_intermediate_size", "intermediate_size")
 
 
-def find_shape(config: Mapping[str, Any]) -> ModelShape:
+def find_shape(config: Mapping[str, Any], model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
     """The shape by arithmetic where the family is known, else from the class.
 
     Raises:
         ModelError: transformers does not know the model as a causal language model either.
     """
-    if config.get("model_type") in known_families() and not _has_dense_layers(config):
+    if not model_class.has_new_head and config.get("model_type") in known_families() and not _has_dense_layers(config):
         return read_shape(config)
-    return read_class_shape(config)
+    return read_class_shape(config, model_class)
 
 
 def _has_dense_layers(config: Mapping[str, Any]) -> bool:
@@ -53,16 +53,18 @@ def _has_dense_layers(config: Mapping[str, Any]) -> bool:
     return bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
 
 
-def read_class_shape(config: Mapping[str, Any], task_class: str = "AutoModelForCausalLM") -> ModelShape:
+def read_class_shape(config: Mapping[str, Any], model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
     """Counts what the class holds. Activations are those of a decoder layer with the linears that were found.
 
     Raises:
         ModelError: transformers knows no language model of this type, or cannot build it from this config.
     """
-    auto_class, settings = find_auto_class(config, task_class), read_settings(config)
+    auto_class = find_auto_class(config, model_class.auto_class)
+    settings = with_task(read_settings(config), model_class)
     model = build_empty(settings, auto_class)
     text = model.config.get_text_config()
-    embeddings, head = _token_embedding(model), output_head(model)
+    embeddings, head = _token_embedding(model, generates=not model_class.has_new_head), output_head(model)
+    outer = outer_modules(model).values() if model_class.has_new_head else ()
     linears = _linear_shapes(model)
     beside = _beside(model)
     experts = sum(part.parameters for part in beside if part.name == EXPERTS)
@@ -105,6 +107,7 @@ def read_class_shape(config: Mapping[str, Any], task_class: str = "AutoModelForC
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         no_sdpa=not model._supports_sdpa,
         beside=beside,
+        new_head_parameters=sum(part.numel() for module in outer for part in module.parameters()),
         scanning_layers=_scanning_layers(language),
         has_sinks=any(name.endswith(".sinks") for name, _ in language.named_parameters()),
     )
@@ -157,7 +160,7 @@ def _has_plain_head(text: Any) -> bool:
     return getattr(text, "final_logit_softcapping", None) is None and all(scale in (None, 1) for scale in scales)
 
 
-def _token_embedding(model: Any) -> Any:
+def _token_embedding(model: Any, *, generates: bool) -> Any:
     """The layer that turns token ids into states.
 
     Raises:
@@ -166,7 +169,7 @@ def _token_embedding(model: Any) -> Any:
     import torch
 
     name, why = type(model).__name__, ""
-    if not model.can_generate():
+    if generates and not model.can_generate():
         why = "generates no text token by token"
     else:
         with contextlib.suppress(NotImplementedError):

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafit.errors import ModelError
+from lorafit.facts import ModelClass
 
 _WHOLE_ALONE = frozenset({"emu3"})
 """Registered as language models whose classes find nothing under the names in the files of the whole model."""
@@ -79,6 +80,13 @@ def read_settings(config: Mapping[str, Any]) -> Any:
         return CONFIG_MAPPING[kind].from_dict(_decode(dict(config)))
     except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
         raise _cannot_build(kind, error) from error
+
+
+def with_task(settings: Any, model_class: ModelClass) -> Any:
+    """The config with what a task sets in it."""
+    for name, value in model_class.config.items():
+        setattr(settings, name, value)
+    return settings
 
 
 def build_empty(settings: Any, auto_class: str, **options: Any) -> Any:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
+from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_index
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.attention import loading_option, offer_attention
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
-from lorafit.model.classes import find_auto_class
+from lorafit.model.classes import find_auto_class, with_task
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import leave_narrow, leave_towers_out, unquantised_names
@@ -59,7 +60,7 @@ def load_model(
     compute_dtype: torch.dtype,
     attention: str,
     device: torch.device | str,
-    auto_class: str = "AutoModelForCausalLM",
+    model_class: ModelClass = CAUSAL_MODEL,
     reporter: Reporter,
 ) -> Any:
     """The base model, frozen, its linears quantised as asked; embeddings, head and norms in `dtype`.
@@ -71,7 +72,7 @@ def load_model(
         compute_dtype: Of products with dequantised weights.
         attention: `eager`, `sdpa`, `fused`, `flash_attention_2`, or `auto` for transformers' choice.
         device: Where the whole model goes.
-        auto_class: The transformers class of the task; `find_auto_class` may take another.
+        model_class: The task's; `find_auto_class` may take another transformers class.
         reporter: Told what is loaded.
 
     Raises:
@@ -87,10 +88,10 @@ def load_model(
     with quiet_libraries():
         if torch.device(device).type in ("cpu", "cuda"):
             _import_bitsandbytes()
-        auto = getattr(transformers, find_auto_class(base.config, auto_class))
-        config = _config(base)
+        auto = getattr(transformers, find_auto_class(base.config, model_class.auto_class))
+        config = with_task(_config(base), model_class)
         skeleton = _build_skeleton(auto, config, base)
-        names = check_weights(skeleton, entries, base.path)
+        names = check_weights(skeleton, entries, base.path, has_new_head=model_class.has_new_head)
         offer_attention(attention, skeleton)
         kind = quantizations.bind(quantization)
         plain = unquantised_names(skeleton)
@@ -102,17 +103,19 @@ def load_model(
             options["attn_implementation"] = loading_option(skeleton, attention)
         del skeleton
         try:
-            model, info = auto.from_pretrained(
-                str(base.path),
-                config=config,
-                dtype=dtype,
-                device_map={"": torch.device(device)},
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # what a new head is drawn from, in every process of a run
+                model, info = auto.from_pretrained(
+                    str(base.path),
+                    config=config,
+                    dtype=dtype,
+                    device_map={"": torch.device(device)},
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **options,
+                )
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
@@ -192,8 +195,8 @@ def _config(base: Base) -> Any:
         raise _model_error(base, error) from error
 
 
-def build_class(base: Base, class_name: str = "AutoModelForCausalLM") -> Any:
-    """The model of a class, or of what an auto class chooses, on the meta device: names and shapes, no memory.
+def build_class(base: Base, class_name: str | None = None, model_class: ModelClass = CAUSAL_MODEL) -> Any:
+    """The model of a class, or of a task's, on the meta device: names and shapes, no memory.
 
     Raises:
         ModelError: transformers cannot build it.
@@ -201,9 +204,8 @@ def build_class(base: Base, class_name: str = "AutoModelForCausalLM") -> Any:
     import transformers
 
     with quiet_libraries():
-        if class_name.startswith("Auto"):
-            class_name = find_auto_class(base.config, class_name)
-        return _build_skeleton(getattr(transformers, class_name), _config(base), base)
+        name = class_name or find_auto_class(base.config, model_class.auto_class)
+        return _build_skeleton(getattr(transformers, name), with_task(_config(base), model_class), base)
 
 
 def _build_skeleton(auto: Any, config: Any, base: Base) -> Any:

@@ -75,6 +75,7 @@ class TensorNames:
             each with what transformers' renaming makes of it.
         misfits: A sentence for each tensor of another shape or kind than the class wants.
         tied: For each name that shares its tensor with others, all of these names.
+        fresh: Names of a new head, which the files lack.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -86,6 +87,20 @@ class TensorNames:
     ignored: dict[str, str] = field(default_factory=dict)
     misfits: list[str] = field(default_factory=list)
     tied: dict[str, frozenset[str]] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+
+    def leave_head_out(self, head: Sequence[str], backbone: str) -> None:
+        """Takes a head that the files lack for one that is drawn anew, and leaves out theirs.
+
+        Args:
+            head: Names of the class's modules outside of its backbone.
+            backbone: Name of that.
+        """
+        self.fresh = [name for name in self.missing if name.split(".")[0] in head]
+        self.missing = [name for name in self.missing if name not in self.fresh]
+        theirs = [name for name in self.unexpected if not name.startswith(f"{backbone}.")]
+        self.unexpected = [name for name in self.unexpected if name not in theirs]
+        self.ignored |= {name: name for name in theirs}
 
     def files_of(self, parameter: str) -> tuple[str, ...]:
         """Names of the tensors in the files that a parameter is made from."""

@@ -20,7 +20,7 @@ from lorafit.model.check_weights import list_names
 from lorafit.model.classes import build_whole
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model_shapes import ROUTERS_CHOOSE
-from lorafit.ops.output_head import output_head, text_part
+from lorafit.ops.output_head import outer_modules, output_head, text_part
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
@@ -90,9 +90,15 @@ def left_out_names(model: Any) -> dict[str, str]:
 
 
 def head_names(model: Any) -> list[str]:
-    """Paths of the output head."""
+    """Paths of the output head; of a class that gives no token logits, of all that stands outside of its backbone."""
     head = output_head(model)
-    return [name for name, module in model.named_modules() if head is not None and module is head]
+    if head is not None:
+        return [name for name, module in model.named_modules() if module is head]
+    return [
+        name
+        for name, _ in model.named_modules()
+        if any(f"{name}.".startswith(f"{one}.") for one in outer_modules(model))
+    ]
 
 
 def router_names(model: Any) -> list[str]:

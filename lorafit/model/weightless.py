@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Silent
+from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes, quantizations
 from lorafit.model.attention import register_fused_attention, set_attention
-from lorafit.model.classes import build_empty, find_auto_class, read_settings
+from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import leave_narrow, unquantised_names
 
@@ -33,7 +34,7 @@ def build_weightless(
     compute_dtype: torch.dtype,
     attention: str,
     device_kind: str,
-    auto_class: str = "AutoModelForCausalLM",
+    model_class: ModelClass = CAUSAL_MODEL,
 ) -> Any:
     """The base model, frozen, as `load_model` would give it, on the meta device.
 
@@ -44,7 +45,7 @@ def build_weightless(
         compute_dtype: Of products with dequantised weights.
         attention: `eager`, `sdpa`, ...
         device_kind: What the run would be on; on a CPU 4-bit layers of odd widths stay unquantised.
-        auto_class: The transformers class of the task.
+        model_class: The task's.
 
     Raises:
         ModelError: transformers cannot build the model from this config.
@@ -52,7 +53,8 @@ def build_weightless(
     kind = quantizations.bind(quantization)
     with quiet_libraries():
         register_fused_attention()
-        model = build_empty(read_settings(config), find_auto_class(config, auto_class), dtype=dtype)
+        settings = with_task(read_settings(config), model_class)
+        model = build_empty(settings, find_auto_class(config, model_class.auto_class), dtype=dtype)
         if model._can_set_attn_implementation():
             set_attention(model, attention)
         plain = unquantised_names(model)

@@ -19,3 +19,11 @@ def text_part(model: PreTrainedModel) -> Any:
     """The language model inside a model of several modalities; None where the model is that itself."""
     decoder = model.get_decoder() if model.config.sub_configs and hasattr(model, "get_decoder") else None
     return None if decoder is model else decoder
+
+
+def outer_modules(model: Any) -> dict[str, Any]:
+    """Modules beside the backbone of a transformers model that hold weights, by name: its head."""
+    if not hasattr(model, model.base_model_prefix):
+        return {}
+    beside = {name: module for name, module in model.named_children() if name != model.base_model_prefix}
+    return {name: module for name, module in beside.items() if next(module.parameters(), None) is not None}

@@ -144,7 +144,7 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
     if recipe.data.packing and any(site.kind == "prompt" for site in sites):
         why = f"{recipe.adapter.kind} begins a row with vectors of its own, and a packed row holds several"
         raise RecipeError(why, key="data.packing", todo="write data.packing: false")
-    trainable = sum(site.parameters for site in sites)
+    trainable = sum(site.parameters for site in sites) + shape.new_head_parameters
     stopping = evaluation.early_stopping
     return Plan(
         name=recipe.name,

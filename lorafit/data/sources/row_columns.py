@@ -67,7 +67,7 @@ def check_task(row: Row, name: str) -> None:
         DataError: It is a text with its label, or an answer with a verdict on it.
     """
     label = next((column for column in _LABELS if column in row), None)
-    if label is not None and name == "text":
+    if label is not None and name == "text" and not _is_read("label"):
         raise _classification(label, "text", "format: text learns the text alone", row)
     if label is not None and name == "prompt_completion" and str(row[label]).lower() in _VERDICTS:
         what = f"rows of prompt, completion and {label} (true, false) are for kto, which is no task yet"
@@ -80,6 +80,11 @@ def _classification(label: str, text: str, todo: str, row: Row) -> DataError:
         todo += f", columns: {{prompt: {text}, completion: {label}}} to write the label"
     what = f"rows of {text} and {label} are for classification, which is no task yet; {_existing_tasks()}"
     return DataError(what, key=label, todo=todo)
+
+
+def _is_read(field: str) -> bool:
+    """Whether some format reads a field."""
+    return any(field in kind.fields for _, kind in by_priority())
 
 
 def _existing_tasks() -> str:
@@ -117,7 +122,7 @@ def unknown_columns(row: Row, *, is_table: bool) -> DataError:
     """
     if not row:
         return missing_field("messages", row)
-    if set(_PREFERENCE) <= row.keys():
+    if set(_PREFERENCE) <= row.keys() and not _is_read(_PREFERENCE[0]):
         return _preference(row)
     chats = [written({field: column}) for column in row if (field := _turns_field(row[column])) is not None]
     chat, text = _guess_format(row, verbatim=False), _guess_format(row, verbatim=True)
@@ -125,7 +130,7 @@ def unknown_columns(row: Row, *, is_table: bool) -> DataError:
         return missing_field(typo, row)
     label = next((column for column in _LABELS if column in row), None)
     texts = [column for column, value in row.items() if isinstance(value, str) and column != label]
-    if label is not None and texts and not chats and chat is None:
+    if label is not None and texts and not chats and chat is None and not _is_read("label"):
         return _classification(
             label, texts[0], f"columns: {{text: {texts[0]}}}, format: text learns the text alone", row
         )

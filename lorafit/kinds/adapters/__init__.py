@@ -216,7 +216,8 @@ class Adapter(Kind[S_co]):
         from peft import get_peft_model_state_dict
 
         prefix = str(model.base_model.prefix)
-        own = {path: parameter for path, parameter in model.named_parameters() if prefix in path}
+        marks = (prefix, f".modules_to_save.{name}.")  # a task's own head is saved beside the method's tensors
+        own = {path: parameter for path, parameter in model.named_parameters() if any(mark in path for mark in marks)}
         state: dict[str, torch.Tensor] = get_peft_model_state_dict(
             model, state_dict=own, adapter_name=name, save_embedding_layers=False
         )

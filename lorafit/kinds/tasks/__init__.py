@@ -11,12 +11,13 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.kinds.metrics import applies
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import numpy as np
     import torch
@@ -33,8 +34,18 @@ class TaskSection(KindSection):
 class Task(Kind[S_co]):
     """One task. Torch is imported inside of what needs it."""
 
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
-    """The transformers class that loads its models."""
+    @property
+    def model_class(self) -> ModelClass:
+        """How its models are built: transformers' causal language models, where the task says no other."""
+        return CAUSAL_MODEL
+
+    def settle(self, samples: Iterable[Sample]) -> Task[S_co]:
+        """The task with what its training rows decide, such as the names of labels; most leave that to the recipe.
+
+        Args:
+            samples: The training rows, read only where they are asked.
+        """
+        return self
 
     @property
     @abstractmethod

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
+from lorafit.errors import DataError
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ class CausalLm(Task[CausalLmSection]):
 
         The last stretch of trained tokens is the answer; a first token alone before it asks nothing.
         """
+        if sample.labels is not None or sample.rejected is not None:
+            what = "is classified" if sample.labels is not None else "compares two answers"
+            todo = "set the task that learns it; format: text learns the text alone"
+            raise DataError(f"a row that {what} is not for task causal-lm", todo=todo)
         encoded = render(sample)
         if encoded is None or not any(encoded.trained[1:]):
             return None

@@ -82,6 +82,7 @@ class AdaptedLayer:
 
 def adapted_layers(model: Any, adapter: str = "default") -> dict[str, AdaptedLayer]:
     """Every layer of a PEFT model's adapter, by the path its tensors have on disk. The model may be without values."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.nn import Embedding
     from transformers.pytorch_utils import Conv1D
 
@@ -91,7 +92,7 @@ def adapted_layers(model: Any, adapter: str = "default") -> dict[str, AdaptedLay
     for path, module in base.named_modules():
         groups = [getattr(module, name, {}) for name in getattr(module, "adapter_layer_names", ())]
         held = next((group[adapter] for group in groups if adapter in group), None)
-        if held is None:
+        if held is None or not isinstance(module, BaseTunerLayer):  # a head saved whole changes no weight
             continue
         own, inner = getattr(module, "parameter_name", None), module.get_base_layer()
         parameter = f"{_INNER.sub('', path)}.{own or 'weight'}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
+from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.model.adapter import adapter_config, adapter_tensors
 from lorafit.model.attach import wrap_model
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from lorafit.model.base import Base
 
 
-def check_shippable(model: Any, base: Base, class_name: str = "AutoModelForCausalLM") -> None:
+def check_shippable(model: Any, base: Base, model_class: ModelClass = CAUSAL_MODEL) -> None:
     """Plans the merge of a fresh adapter, and lets PEFT load it onto the class without values.
 
     Args:
         model: The loaded base with its adapter, or both on the meta device.
         base: Its files.
-        class_name: The class that PEFT's users load it as.
+        model_class: What PEFT's users load it as.
 
     Raises:
         ModelError: An adapted or quantised layer has no rows in the files that it could be merged into, or PEFT would
@@ -36,17 +37,17 @@ def check_shippable(model: Any, base: Base, class_name: str = "AutoModelForCausa
         raise ValueError("the model was not loaded by load_model")
     _check_merge(model, base, names)
     if adapted_layers(model) and _peft_renames(model):
-        _check_peft(model, base, class_name)
+        _check_peft(model, base, model_class)
 
 
-def check_shippable_unloaded(base: Base, section: Any, seed: int, class_name: str) -> None:
+def check_shippable_unloaded(base: Base, section: Any, seed: int, model_class: ModelClass) -> None:
     """The same before any weight is loaded, of the adapter that a recipe asks for; what is quantised is not asked.
 
     Args:
         base: The model's files.
         section: The recipe's adapter.
         seed: The recipe's.
-        class_name: As in `check_shippable`.
+        model_class: As in `check_shippable`.
 
     Raises:
         ModelError: As in `check_shippable`, or the files do not belong to the class.
@@ -60,11 +61,13 @@ def check_shippable_unloaded(base: Base, section: Any, seed: int, class_name: st
     from lorafit.model.load import build_class
     from lorafit.model.names import keep_names
 
-    skeleton = build_class(base, class_name)
-    keep_names(skeleton, check_weights(skeleton, read_index(base.path), base.path))
+    skeleton = build_class(base, model_class=model_class)
+    keep_names(
+        skeleton, check_weights(skeleton, read_index(base.path), base.path, has_new_head=model_class.has_new_head)
+    )
     with torch.device("meta"):
-        model = attach_adapter(skeleton, section.model_copy(update={"init_from": None}), seed)
-    check_shippable(model, base, class_name)
+        model = attach_adapter(skeleton, section.model_copy(update={"init_from": None}), seed, model_class=model_class)
+    check_shippable(model, base, model_class)
 
 
 def _check_merge(model: Any, base: Base, names: TensorNames) -> None:
@@ -103,7 +106,7 @@ def _peft_renames(model: Any) -> bool:
     return get_checkpoint_conversion_mapping(base.config.model_type) is not None
 
 
-def _check_peft(model: Any, base: Base, class_name: str) -> None:
+def _check_peft(model: Any, base: Base, model_class: ModelClass) -> None:
     """Loads the adapter's names and shapes with PEFT's own code onto a fresh model of the class."""
     import torch
     from peft import set_peft_model_state_dict
@@ -113,7 +116,11 @@ def _check_peft(model: Any, base: Base, class_name: str) -> None:
 
     ours = {name: torch.empty(value.shape, device="meta") for name, value in adapter_tensors(model).items()}
     fresh = wrap_model(
-        build_class(base, class_name), adapter_config(model, *base.reference), base.path, trainable=False, empty=True
+        build_class(base, model_class=model_class),
+        adapter_config(model, *base.reference),
+        base.path,
+        trainable=False,
+        empty=True,
     )
     theirs = {name: tuple(value.shape) for name, value in adapter_tensors(fresh).items()}
     with quiet_libraries():
