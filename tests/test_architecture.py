@@ -73,14 +73,14 @@ HEAVY = {
 MOST_LINES = 400
 MOST_LINES_IN_A_FUNCTION = 80
 MOST_FILES_BESIDE_ROOMS = 12
-MOST_ANY_IN_1000_LINES = 20.0  # lowered whenever the code has fewer; 10 is the aim
+MOST_ANY_IN_1000_LINES = 17.0  # lowered whenever the code has fewer; 10 is the aim
 FAMILIES = {"Adapter", "Optimizer", "Quantization", "Schedule", "Task", "Metric", "Format"}
 CIRCLES_TO_BE_CUT: list[set[str]] = [  # of types and of imports inside of functions; none may come to them
     {"memory.exact", "memory.estimate"},
     {"plan.render", "plan.derive"},
     {"estimation.recipe_estimate", "estimation.table"},
 ]
-MEMBERS_TO_BE_USED = {"kinds.adapters: Adapter.closed_form", "kinds.tasks: Task.packs"}  # none may come to them
+MEMBERS_TO_BE_USED = {"kinds.adapters: Adapter.closed_form"}  # none may come to them
 HELP_SECONDS = 0.15
 
 
