@@ -197,7 +197,7 @@ def merge_dequantized(folder: Path, _: str) -> dict[str, Any]:
     from lorafit.contracts import Silent
     from lorafit.model.base import Base
     from lorafit.model.base_config import fingerprint, load_config
-    from lorafit.model.merge.stream import merge_adapter
+    from lorafit.model.merge import merge_adapter
 
     base, run = folder / "base", folder / "run"
     config = load_config(base)

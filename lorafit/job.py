@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafit.contracts import Examples, GenerationRow
@@ -314,27 +313,16 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, 
     raise_all(errors, file=loaded.file)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """`bf16`, `fp16` or `fp32` as torch has them."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-
-
-def autocast_dtype(name: str) -> torch.dtype | None:
-    """What a forward computes in beside fp32 adapter weights; None: as they are."""
-    return None if name == "fp32" else torch_dtype(name)
-
-
 def load_base(job: Job, *, dtype: str, compute_dtype: str, attention: str, device: Any, reporter: Reporter) -> Any:
     """The frozen base, quantised as the recipe says."""
     from lorafit.model.load import load_model
+    from lorafit.ops.dtypes import dtype_named
 
     return load_model(
         job.base,
         quantization=job.recipe.model.quantization,
-        dtype=torch_dtype(dtype),
-        compute_dtype=torch_dtype(compute_dtype),
+        dtype=dtype_named(dtype),
+        compute_dtype=dtype_named(compute_dtype),
         attention=attention,
         device=device,
         model_class=job.task.model_class,
@@ -350,6 +338,7 @@ def prove(job: Job, model: PreTrainedModel, dtype: str, examples: Examples, repo
     """
     from lorafit.objective import choose_probe
     from lorafit.objective.proof import prove_objective
+    from lorafit.ops.dtypes import autocast_dtype
 
     task = job.task
     objective = task.build_objective(model, autocast_dtype=autocast_dtype(dtype), exact=not job.shape.plain_head)

@@ -14,7 +14,7 @@ from lorafit.errors import CheckpointError, ModelError
 from lorafit.files.rundir import read_object
 from lorafit.files.safetensors import read_index
 from lorafit.job import open_job
-from lorafit.model.merge.stream import merge_adapter
+from lorafit.model.merge import merge_adapter
 from lorafit.run.output_folder import check_output
 from lorafit.run.results import Merged
 from lorafit.run.workspace import OpenedRun

@@ -183,7 +183,7 @@ def train(
         profile: Write where the steps' time goes into the run folder.
         reporter: Gets progress and warnings; silent where None.
     """
-    from lorafit.model.merge.shippable import check_shippable_unloaded
+    from lorafit.model.shippable import check_shippable_unloaded
     from lorafit.plan import ResolvedPlan, plan, require_fit
     from lorafit.recipe.load import load_recipe
     from lorafit.run.results import Trained

@@ -18,7 +18,7 @@ from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.runner import Ranks, evaluate_during
 from lorafit.files.cache import cache_folder
 from lorafit.files.rundir import RunDir, check_manifest, read_object, write_json
-from lorafit.job import load_base, prove, torch_dtype
+from lorafit.job import load_base, prove
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
@@ -31,8 +31,9 @@ from lorafit.model.content import reading_content, require_recorded, require_sam
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.inspect import coverage, coverage_table, describe_quantization, require_same_quantization
 from lorafit.model.load import enable_checkpointing
-from lorafit.model.merge.shippable import check_shippable
+from lorafit.model.shippable import check_shippable
 from lorafit.objective import choose_probe
+from lorafit.ops.dtypes import dtype_named
 from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import ResolvedPlan, count_flops, memory_question, require_fit
@@ -106,7 +107,7 @@ class Training:
         with reading_content(job.base.path) if accelerator.is_main_process else nullcontext() as reading:
             model = self._load(accelerator)
             content = reading.result() if reading is not None else None
-        used = describe_quantization(model, recipe.model.quantization, dtype=torch_dtype(self.plan.dtype))
+        used = describe_quantization(model, recipe.model.quantization, dtype=dtype_named(self.plan.dtype))
         if content is not None:
             job = replace(job, base=replace(job.base, content=content.digest))
             if checkpoint is not None:
@@ -246,7 +247,7 @@ class Training:
             model_flops=flops.model_flops,
             device=executor.device,
             devices=executor.ranks,
-            dtype=torch_dtype(self.plan.compute_dtype),
+            dtype=dtype_named(self.plan.compute_dtype),
             cache=cache_folder(),
         )
 

@@ -9,23 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from lorafit.answering.engine import Engine
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.answering.voice import Voice
 from lorafit.errors import UsageError
-from lorafit.files.safetensors import main_dtype, read_index
-from lorafit.files.safetensors import torch_dtype as dtype_of
-from lorafit.job import torch_dtype
+from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
 from lorafit.kinds.quantizations import quantizations
 from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, read_notes
 from lorafit.model.base import Base, open_folder
+from lorafit.model.companions import choose_companions
+from lorafit.model.inspect import NOTED_DTYPES
 from lorafit.model.load import load_model, load_tokenizer
-from lorafit.model.merge.companions import choose_companions
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from lorafit.contracts import Reporter
@@ -92,7 +92,7 @@ def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Voice, Callable[
     base = open_folder(folder)
     tokenizer = load_tokenizer(base)
     verbatim = read_notes(folder).get("chat") is False  # a merge of a run on verbatim rows says so
-    dtype = dtype_of(main_dtype(read_index(folder)))
+    dtype = torch_dtype(main_dtype(read_index(folder)))
 
     def load() -> Engine:
         plain = quantizations.make("none").section
@@ -113,8 +113,8 @@ def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answe
     kind = str(used.get("kind"))
     fields = quantizations.section(kind).model_fields
     section: QuantizationSection = quantizations.make(kind, **{k: v for k, v in used.items() if k in fields}).section
-    noted = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(used.get("weights_dtype")))
-    dtype = torch_dtype(noted) if noted else dtype_of(main_dtype(read_index(base.path)))
+    noted = used.get("weights_dtype")
+    dtype = getattr(torch, noted) if noted in NOTED_DTYPES else torch_dtype(main_dtype(read_index(base.path)))
 
     def load() -> Engine:
         engine = Engine(_load_base(base, section, dtype, reporter), tokenizer, base=base, quantization=kind)

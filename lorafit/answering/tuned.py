@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.errors import CheckpointError, DataError
-from lorafit.job import autocast_dtype, open_job, torch_dtype
+from lorafit.job import open_job
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import read_device
+from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.run.card import RunCard, read_card
 from lorafit.run.workspace import OpenedRun
 
@@ -46,8 +47,8 @@ class Tuned:
         model = load_model(
             self.base,
             quantization=self.card.quantization,
-            dtype=torch_dtype(self.card.dtype),
-            compute_dtype=torch_dtype(self.card.compute_dtype),
+            dtype=dtype_named(self.card.dtype),
+            compute_dtype=dtype_named(self.card.compute_dtype),
             attention=self.card.attention,
             device=read_device().kind,
             model_class=tasks.bind(self.card.task).model_class,

@@ -33,6 +33,7 @@ from lorafit.model.load import enable_checkpointing
 from lorafit.model.weightless import build_weightless, fill_with_fakes, unpacking_fakes
 from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.chunk_sizes import chunk_labels
+from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.plan.step_memory import resolve_compute_dtype
 from lorafit.trainer.executor import OneByOne
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
 _attention = functional.scaled_dot_product_attention
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def run_estimated(
@@ -114,8 +114,8 @@ class DryRun:
         base = build_weightless(
             self.config,
             quantization=recipe.model.quantization,
-            dtype=_DTYPES[dtype],
-            compute_dtype=_DTYPES[resolve_compute_dtype(recipe, dtype)],
+            dtype=dtype_named(dtype),
+            compute_dtype=dtype_named(resolve_compute_dtype(recipe, dtype)),
             attention=self.question.attention,
             device_kind=self.question.device_kind,
             model_class=task.model_class,
@@ -129,7 +129,7 @@ class DryRun:
             if self.question.keeps_unpacked:
                 keep_unpacked(model)
         enable_checkpointing(model, self.gradient_checkpointing)
-        autocast = None if dtype == "fp32" else _DTYPES[dtype]
+        autocast = autocast_dtype(dtype)
         objective = task.build_objective(model, autocast_dtype=autocast, exact=not self.question.shape.plain_head)
         objective.train()
         executor = OneByOne(objective, torch.device("cpu"))

@@ -28,9 +28,9 @@ from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters
 from lorafit.machine.version import __version__
 from lorafit.model.adapter_checks import check_fields, check_notes
+from lorafit.model.homes import adapted_layers, find_home, note_homes
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.loading_note import note_loading
-from lorafit.model.merge.homes import adapted_layers, find_home, note_homes
 from lorafit.model.names import names_of
 from lorafit.run.card import RunCard
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
+NOTED_DTYPES = ("bfloat16", "float16", "float32")
+"""What quantization.json may say that weights were rounded to before they were quantised: torch's names."""
 _MEAN_TOLERANCE = 1e-5
 _WRAPPED = (".base_layer", ".original_module")  # what PEFT calls a layer inside of its own
 _WRAPPED_END = re.compile(r"(\.base_layer|\.original_module)$")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorafit.evaluation.parity import Parity
     from lorafit.files.rundir import RunDir
     from lorafit.memory import MemoryEstimate
-    from lorafit.model.merge.stream import MergeReport
+    from lorafit.model.merge import MergeReport
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
     from lorafit.trainer.speed import Speed

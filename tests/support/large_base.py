@@ -78,7 +78,7 @@ from pathlib import Path
 from lorafit.contracts import Silent
 from lorafit.model.base import Base
 from lorafit.model.base_config import fingerprint, load_config
-from lorafit.model.merge.stream import merge_adapter
+from lorafit.model.merge import merge_adapter
 base, adapter, output, kind, record = sys.argv[1:6]
 config = load_config(Path(base))
 used = json.loads(Path(record).read_text()) if kind == "dequantized" else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import ModelError
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.check_weights import list_names
-from lorafit.model.merge.homes import Home, read_homes
+from lorafit.model.homes import Home, read_homes
 from lorafit.model.names import Part
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
 from lorafit.kinds.quantizations import packed_kind, quantizations
 from lorafit.model.adapter import NOTES, WEIGHTS, AdapterFolder, check_base, read_adapter
 from lorafit.model.adapter_checks import check_values
-from lorafit.model.class_table import read_class_homes, read_class_parts
-from lorafit.model.inspect import summarise_quantization
-from lorafit.model.merge.companions import choose_companions, write_rest
+from lorafit.model.companions import choose_companions, write_rest
+from lorafit.model.inspect import NOTED_DTYPES, summarise_quantization
+from lorafit.model.merge.class_table import read_class_homes, read_class_parts
 from lorafit.model.merge.merge_targets import plan_updates
 from lorafit.model.merge.shards import ShardMerger, Values
 from lorafit.model.names import Part, are_parts, read_parts
@@ -194,7 +194,7 @@ def _is_quantized(used: Mapping[str, Any]) -> bool:
 
 def _malformed(used: Mapping[str, Any]) -> str | None:
     """The key of a quantization.json that holds what no run wrote; None where all is well."""
-    if used.get("weights_dtype") not in ("bfloat16", "float16", "float32"):
+    if used.get("weights_dtype") not in NOTED_DTYPES:
         return "weights_dtype"
     if not isinstance(used.get("double_quant", False), bool):
         return "double_quant"

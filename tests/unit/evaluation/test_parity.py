@@ -14,7 +14,7 @@ from lorafit.answering.engine import Engine
 from lorafit.contracts import Silent
 from lorafit.errors import NumericsError
 from lorafit.evaluation.parity import Parity, compare_merge, require_parity
-from lorafit.model.merge.stream import merge_adapter
+from lorafit.model.merge import merge_adapter
 from tests.support.adapted import Trained, make_llama, open_base, train_like
 
 ROWS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12]]

@@ -21,7 +21,7 @@ from lorafit.model.attach import attach_adapter, open_adapter
 from lorafit.model.base import Base
 from lorafit.model.class_shape import find_shape
 from lorafit.model.inspect import describe_quantization
-from lorafit.model.merge.stream import MergeReport, merge_adapter
+from lorafit.model.merge import MergeReport, merge_adapter
 from tests.support.adapted import load, logits, make_gpt2, make_llama, open_base
 
 FAMILIES = {"llama": make_llama, "gpt2": make_gpt2}

@@ -23,7 +23,7 @@ from lorafit.model.attach import attach_adapter, load_adapter_weights, open_adap
 from lorafit.model.base import Base
 from lorafit.model.class_shape import find_shape
 from lorafit.model.inspect import coverage
-from lorafit.model.merge.stream import merge_adapter
+from lorafit.model.merge import merge_adapter
 from lorafit.objective.next_token import has_fast_path
 from lorafit.ops.isolation import adapter_off
 from lorafit.plan import plan

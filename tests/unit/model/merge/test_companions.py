@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError
 from lorafit.files.portable import portable
-from lorafit.model.merge.stream import merge_adapter
+from lorafit.model.merge import merge_adapter
 from lorafit.model.tokenizer_files import TokenizerFolder
 from tests.support.adapted import Trained
 

@@ -22,8 +22,8 @@ from lorafit.contracts import Silent
 from lorafit.errors import LorafitError, ModelError, NumericsError, ResourceError, StoppedBySignal, UsageError
 from lorafit.files.rundir import check_manifest
 from lorafit.files.safetensors import TensorEntry, read_header
+from lorafit.model.merge import MergeReport, merge_adapter
 from lorafit.model.merge.shards import ShardMerger
-from lorafit.model.merge.stream import MergeReport, merge_adapter
 from tests.support.adapted import Trained, load, logits, make_gpt2, make_llama, open_base, train_like
 
 

@@ -19,9 +19,9 @@ from lorafit.contracts import Silent
 from lorafit.errors import ModelError
 from lorafit.model.adapter import CONFIG, NOTES, WEIGHTS
 from lorafit.model.attach import attach_adapter
-from lorafit.model.merge.shippable import check_shippable
-from lorafit.model.merge.stream import MergeReport, merge_adapter
+from lorafit.model.merge import MergeReport, merge_adapter
 from lorafit.model.names import names_of
+from lorafit.model.shippable import check_shippable
 from tests.support.adapted import Trained, load, logits, lora, make_llama, open_base, randomise, train_like
 from tests.support.named_bases import BASES, change_file, laguna, transposed_llama
 
@@ -239,7 +239,7 @@ from pathlib import Path
 from lorafit.contracts import Silent
 from lorafit.model.base import Base
 from lorafit.model.base_config import fingerprint, load_config
-from lorafit.model.merge.stream import merge_adapter
+from lorafit.model.merge import merge_adapter
 base, adapter, output = map(Path, sys.argv[1:])
 config = load_config(base)
 base = Base(base, "base", config, fingerprint(base, config))

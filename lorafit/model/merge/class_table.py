@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import ModelError
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.attach import wrap_model
-from lorafit.model.merge.homes import Home, adapted_layers, find_home
+from lorafit.model.homes import Home, adapted_layers, find_home
 from lorafit.model.names import Part, read_names
 
 if TYPE_CHECKING:

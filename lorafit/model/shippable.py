@@ -13,7 +13,7 @@ from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.model.adapter import adapter_config, adapter_tensors
 from lorafit.model.attach import wrap_model
 from lorafit.model.check_weights import list_names
-from lorafit.model.merge.homes import adapted_layers, find_home
+from lorafit.model.homes import adapted_layers, find_home
 from lorafit.model.names import TensorNames, names_of
 
 if TYPE_CHECKING:
