@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 # what the versions of the libraries can break: import, load, train, resume, merge, generate, the hub
 VERSION_TESTS := tests/unit/model/test_load.py tests/unit/model/merge/test_merge.py tests/unit/trainer/test_loop_resume.py \
-  tests/unit/evaluation/test_generate_answers.py tests/integration/test_python_api.py tests/integration/test_hub.py
+  tests/unit/answering/test_generate_answers.py tests/integration/test_python_api.py tests/integration/test_hub.py
 
 .PHONY: setup quickstart test test-all test-installed test-oldest test-newest test-gpu lint type docs check clean
 

@@ -32,6 +32,12 @@ def test_every_file_on_the_page_exists() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_every_file_that_make_names_exists() -> None:
+    named = set(re.findall(r"tests/[\w/.]+\w", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
 def test_what_tests_share_is_on_the_page() -> None:
     shared = {file.relative_to(ROOT).as_posix() for file in (ROOT / "tests" / "support").glob("*.py")}
     assert shared == set(re.findall(r"`(tests/support/\w+\.py)`", PAGE))
