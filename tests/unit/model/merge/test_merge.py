@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import resource
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,8 @@ from lorafit.contracts import Silent
 from lorafit.errors import LorafitError, ModelError, NumericsError, ResourceError, StoppedBySignal, UsageError
 from lorafit.files.rundir import check_manifest
 from lorafit.files.safetensors import TensorEntry, read_header
+from lorafit.kinds.quantizations import quantizations
+from lorafit.model.inspect import describe_quantization, require_same_quantization
 from lorafit.model.merge import MergeReport, merge_adapter
 from lorafit.model.merge.shards import ShardMerger
 from tests.support.adapted import Trained, load, logits, make_gpt2, make_llama, open_base, train_like
@@ -97,6 +101,36 @@ def test_dequantized_gives_what_the_adapter_gave_on_its_base(
             assert float(((got - exact).abs() / exact.abs().clamp(min=1e-3)).max()) <= roundoff
     if dtype is torch.float32 and kind != "int8":  # int8 computes its forward in 8 bits, no dense weight can
         assert float((logits(merged) - logits(made.model)).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_run_that_noted_one_kind_for_all_weights_merges_to_the_same_bytes(
+    trained: Callable[..., Trained], kind: str
+) -> None:
+    """quantization.json as version 0.1.0 wrote it."""
+    made = trained(kind)
+    assert made.quantization is not None
+    assert {proof.pop("kind") for proof in made.quantization["tensors"].values()} == {kind}
+    old = run(made, "dequantized")
+    bytes_of_old = (old.output / "model.safetensors").read_bytes()
+    shutil.rmtree(old.output)
+    now = run(Trained(made.base, made.adapter, describe_quantization(
+        made.model, quantizations.make_section(kind), dtype=torch.float32), made.model), "dequantized")  # fmt: skip
+    assert old.proven and now.proven and (now.output / "model.safetensors").read_bytes() == bytes_of_old
+    require_same_quantization(
+        describe_quantization(made.model, quantizations.make_section(kind), dtype=torch.float32),
+        made.quantization,
+        file=made.base.path,
+    )
+
+
+def test_a_kind_that_cannot_be_made_again_is_named(trained: Callable[..., Trained]) -> None:
+    made = trained("nf4")
+    assert made.quantization is not None
+    first = next(iter(made.quantization["tensors"]))
+    made.quantization["tensors"][first]["kind"] = "none"
+    with pytest.raises(ModelError, match=re.escape(f"tensors.{first}.kind")):
+        run(made, "dequantized")
 
 
 def dequantised(layer: torch.nn.Module) -> torch.Tensor:
