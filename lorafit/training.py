@@ -45,7 +45,7 @@ from lorafit.trainer.first_gradient import prove_gradients
 from lorafit.trainer.journal import Journal
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
 from lorafit.trainer.metrics_log import MetricsLog
-from lorafit.trainer.profile import NO_PROFILE, NoProfile, StepProfile
+from lorafit.trainer.profile import StepProfile
 from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
 from lorafit.trainer.resolve import cached_plan_file, resolve_plan
 from lorafit.trainer.snapshot import Snapshot
@@ -114,7 +114,8 @@ class Training:
                 self._check_base(content, used)
         objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
         self._prove_gradients(objective)
-        executor = self._open_executor(objective, accelerator)
+        one = accelerator.num_processes == 1
+        executor: Executor = OneByOne(objective, accelerator.device) if one else OverRanks(objective, accelerator)
         resolved = self._resolve(executor, checkpoint, given)
         before_bytes = peak_memory_bytes(executor.device)
         told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take
@@ -126,6 +127,9 @@ class Training:
         save = partial(
             save_adapter, model, base=job.base, quantization=used, card=card, companions=job.companions(card)
         )
+        executor = run_at_once(executor, resolved.micro_batches_at_once)
+        if self.profiles and executor.rank == 0:
+            executor.profile = StepProfile(self.where.profile, self.where.trace, executor.device)
         trackers = Trackers(accelerator, self.reporter)
         journal = Journal(
             self.reporter,
@@ -135,7 +139,6 @@ class Training:
             self.counts_memory,
             expected.needed_bytes,
         )
-        executor = run_at_once(executor, resolved.micro_batches_at_once)
         trainer = self._build_trainer(executor, resolved, store, journal, save)
         state = trainer.restore(checkpoint) if checkpoint is not None else TrainState()
         state.events += events
@@ -158,15 +161,6 @@ class Training:
         if executor.rank == 0:
             write_json(self.where.result, trained.summary())
         return trained
-
-    def _open_executor(self, objective: Objective, accelerator: Accelerator) -> Executor:
-        """Several processes, or this one alone."""
-        profile: NoProfile = NO_PROFILE
-        if self.profiles and accelerator.is_main_process:
-            profile = StepProfile(self.where.profile, self.where.trace, accelerator.device)
-        if accelerator.num_processes > 1:
-            return OverRanks(objective, accelerator, profile)
-        return OneByOne(objective, accelerator.device, profile)
 
     def _load(self, accelerator: Accelerator) -> Any:
         """The base with its adapter, in the precision of the plan."""

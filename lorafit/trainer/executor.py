@@ -43,7 +43,7 @@ class Executor(Protocol):
         device: Where they are.
         parameters: The trained ones.
         scaler: fp16's loss scale; switched off, it does nothing, in other precisions.
-        profile: Told when forward and backward begin and end.
+        profile: Told when forward and backward begin and end; set once the run's own steps begin.
         rank: Number of this process among those that train together, from 0.
         ranks: Their number.
     """
@@ -92,13 +92,12 @@ class OneByOne(Executor):
     Args:
         objective: On its device, in training mode when it runs.
         device: That device.
-        profile: Times forward and backward.
     """
 
     rank, ranks = 0, 1
 
-    def __init__(self, objective: Objective, device: torch.device, profile: NoProfile = NO_PROFILE) -> None:
-        self.objective, self.device, self.profile = objective, device, profile
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        self.objective, self.device, self.profile = objective, device, NO_PROFILE
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
 

@@ -70,7 +70,7 @@ class StepProfile(NoProfile):
     def __init__(self, table_file: Path, trace_file: Path, device: torch.device) -> None:
         self._table_file, self._trace_file, self._device = table_file, trace_file, device
         self._steps: list[dict[str, float]] = []
-        self._seconds = dict.fromkeys(PHASES, 0.0)  # what the rehearsal adds here is gone with the first step
+        self._seconds: dict[str, float] = {}
         self._operations = ""
         self._recorder: profile | None = None
 

@@ -15,7 +15,6 @@ from accelerate.utils import broadcast, gather_object
 
 from lorafit.errors import DataError
 from lorafit.trainer.executor import OneByOne
-from lorafit.trainer.profile import NO_PROFILE, NoProfile
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,11 +31,10 @@ class OverRanks(OneByOne):
     Args:
         objective: The same model in every process; the trained parameters become those of rank 0.
         accelerator: From `lorafit.trainer.tracking`.
-        profile: Times forward and backward.
     """
 
-    def __init__(self, objective: Objective, accelerator: Accelerator, profile: NoProfile = NO_PROFILE) -> None:
-        super().__init__(objective, accelerator.device, profile)
+    def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
+        super().__init__(objective, accelerator.device)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self._accelerator = accelerator
         for parameter in self.parameters:

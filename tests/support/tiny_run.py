@@ -158,9 +158,10 @@ class Job:
         schedule = schedules.make_section("cosine", warmup_steps=2)
         total = self.plan.total_steps
         seed_rng(self.seed + 1)
-        accelerator, executor = Accelerator(cpu=True), OneByOne(self.objective, torch.device("cpu"), self.profile)
+        accelerator, executor = Accelerator(cpu=True), OneByOne(self.objective, torch.device("cpu"))
         if accelerator.num_processes > 1:
             executor = OverRanks(self.objective, accelerator)
+        executor.profile = self.profile
         update = Update(
             optimizer,
             [(name, p) for name, p in self.objective.named_parameters() if p.requires_grad],
