@@ -102,11 +102,8 @@ def measure(recipe_file: Path) -> dict[str, Any]:
 
     from lorafit.estimation.dry_run import DryRun
     from lorafit.model.base import read_config
-    from lorafit.model_shapes import read_shape
     from lorafit.ops.peak_memory import peak_memory_bytes
     from lorafit.pipeline import train
-    from lorafit.plan import MemoryQuestion
-    from lorafit.plan.step_memory import estimated_attention
     from lorafit.recipe.load import load_recipe
 
     trained = train(recipe_file, measure_memory=True)
@@ -114,17 +111,13 @@ def measure(recipe_file: Path) -> dict[str, Any]:
     resident = peak_memory_bytes(torch.device("cpu"))
     recipe, plan = load_recipe(recipe_file).recipe, trained.plan
     config = read_config(recipe.model, recipe_file.parent)
-    shape = read_shape(config)
-    longest = plan.longest_tokens
-    attention = estimated_attention(recipe, shape)
-    question = MemoryQuestion(recipe, shape, longest, longest - 1, plan.dtype, attention, "cpu", plan.keeps_unpacked)
     tokens, checkpointing = int(recipe.training.micro_batch_tokens), bool(recipe.training.gradient_checkpointing)
-    exact = DryRun(question, config, tokens, checkpointing).run()
+    exact = DryRun(plan.step.step, config).run(tokens, checkpointing)
     return {
         "measured_bytes": trained.fit.live_tensors.tensor_bytes,
         "measured_phase": trained.fit.live_tensors.phase,
         "exact_bytes": exact.tensor_bytes,
-        "exact_phase": exact.peak.phase,
+        "exact_phase": exact.peak_phase.name,
         "closed_bytes": trained.estimate.tensor_bytes,
         "needed_bytes": trained.estimate.needed_bytes,
         "resident_bytes": resident,

@@ -25,8 +25,9 @@ from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.quantizations import quantizations
 from lorafit.machine.hardware import cards, find_card, usable_bytes
 from lorafit.machine.shipped import shipped
-from lorafit.memory.estimate import ALLOCATOR_FACTOR, CONTEXT_BYTES, step_phases
+from lorafit.memory.closed_form import step_phases
 from lorafit.memory.layer_inputs import Numerics, Work
+from lorafit.memory.peak import ALLOCATOR_FACTOR, CONTEXT_BYTES
 from lorafit.model.class_shape import find_shape
 from lorafit.model_shapes import known_config
 

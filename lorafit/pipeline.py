@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.console.arguments import check_arguments
 from lorafit.contracts import JsonMapping, Reporter, Silent
-from lorafit.errors import ModelError, UsageError
+from lorafit.errors import UsageError
 from lorafit.files.rundir import RunDir, read_json
 from lorafit.job import check_template, look_at_template, open_job, placed, prove
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
@@ -97,12 +96,12 @@ def estimate(
         headroom: Share of a card's memory that must stay free; 0.05 where None.
         fit: A card: the estimate says how large micro-batch, row and rank can be on it.
         price_per_hour: Of the card, in any currency.
-        exact: Run the training step on fake tensors besides; the verdict goes by that. Done unasked where a card is
-            named and the model has layers that the closed form does not count.
+        exact: Run the whole training step on fake tensors besides; the verdict goes by that.
         reporter: Gets the progress of preparing rows and of the dry run; silent where None.
     """
     from lorafit.estimation import Options, check_headroom, estimate_recipe
     from lorafit.estimation.local_rows import read_lengths
+    from lorafit.estimation.measured import MeasuredSteps
     from lorafit.kinds.tasks import tasks
     from lorafit.machine.devices import parse_gpu
     from lorafit.model.base import read_config
@@ -120,23 +119,14 @@ def estimate(
     rows = read_lengths(loaded, reporter or Silent())
     options = Options(device, headroom, fit_device, price_per_hour)
     with placed(loaded):
-        answer = partial(
-            estimate_recipe,
-            shape=find_shape(config, tasks.bind(loaded.recipe.task).model_class),
-            rows=rows,
-            options=options,
-        )
-        found = answer(loaded.recipe)
-    if not exact and not found.needs_dry_run:
+        engine = MeasuredSteps(config, reporter or Silent())
+        shape = find_shape(config, tasks.bind(loaded.recipe.task).model_class)
+        found = estimate_recipe(loaded.recipe, shape, rows, options, engine)
+    if not exact:
         return found
-    from lorafit.estimation.dry_run import run_estimated
+    from lorafit.estimation.dry_run import run_exactly
 
-    try:
-        return run_estimated(found, answer, config, reporter)
-    except ModelError:
-        if exact:
-            raise
-        return found  # nobody asked for it; the verdict is that it cannot be told
+    return run_exactly(found, config, reporter or Silent())
 
 
 def compare_cards(
@@ -183,8 +173,9 @@ def train(
         profile: Write where the steps' time goes into the run folder.
         reporter: Gets progress and warnings; silent where None.
     """
+    from lorafit.estimation.measured import MeasuredSteps
     from lorafit.model.shippable import check_shippable_unloaded
-    from lorafit.plan import ResolvedPlan, plan, require_fit
+    from lorafit.plan import ResolvedPlan, plan, require_fit, show_plan
     from lorafit.recipe.load import load_recipe
     from lorafit.run.results import Trained
 
@@ -201,9 +192,10 @@ def train(
             check_unused(run, loaded, command=command)
         given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
         job = open_job(loaded, reporter, began(run), base_commit(run)) if resume else open_job(loaded, reporter)
-        the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device)
+        engine = MeasuredSteps(job.base.config, reporter)
+        the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device, engine)
         if dry_run:
-            the_plan.show(reporter)
+            show_plan(the_plan, reporter)
             require_fit(the_plan)
             check_shippable_unloaded(job.base, job.recipe.adapter, job.recipe.seed, job.task.model_class)
             return Trained(run, the_plan, None, None)

@@ -36,7 +36,7 @@ from lorafit.objective import choose_probe
 from lorafit.ops.dtypes import dtype_named
 from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
-from lorafit.plan import ResolvedPlan, count_flops, memory_question, require_fit
+from lorafit.plan import ResolvedPlan, count_flops, require_fit, show_plan
 from lorafit.run.results import Trained, describe_resolved
 from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, check_continuity
@@ -62,9 +62,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lorafit.job import Job
+    from lorafit.memory import StepMemory
     from lorafit.model.content import Content
     from lorafit.objective import Objective
-    from lorafit.plan import MemoryQuestion, Plan
+    from lorafit.plan import Plan
     from lorafit.run.card import RunCard
     from lorafit.trainer.checkpoint import Checkpoint
     from lorafit.trainer.speed import Speed
@@ -97,7 +98,7 @@ class Training:
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
             complete = FitResult.of_complete(checkpoint.state)
             return Trained(self.where, self.plan, None, complete, has_held_out_rows=has_held_out)
-        self.plan.show(self.reporter)
+        show_plan(self.plan, self.reporter)
         require_fit(self.plan)
         accelerator = build_accelerator(
             use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root
@@ -120,8 +121,7 @@ class Training:
         before_bytes = peak_memory_bytes(executor.device)
         told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take
         card = job.card(resolved)
-        question = replace(self._question(), attention=resolved.attention)
-        expected = question.at(resolved.tokens_at_once, resolved.gradient_checkpointing)
+        expected = self._memory_under(resolved.attention).at(resolved.tokens_at_once, resolved.gradient_checkpointing)
         self.reporter.info(describe_resolved(resolved))
         seed_rng(recipe.seed + _SEED_STRIDE * executor.rank)  # dropout; each rank drops other inputs
         save = partial(
@@ -271,16 +271,14 @@ class Training:
         )
         return checkpoint, events
 
-    def _question(self) -> MemoryQuestion:
-        """What a step of this run holds in memory, by micro-batch and checkpointing."""
-
-        job = self.job
-        return memory_question(job.recipe, job.shape, job.rows.facts(), job.device)
+    def _memory_under(self, attention: str) -> StepMemory:
+        """What a step of this run holds under one implementation of attention."""
+        memory = self.plan.step
+        return memory.of(replace(memory.step, attention=attention))
 
     def _resolve(self, executor: Executor, checkpoint: Checkpoint | None, given: ResolvedPlan | None) -> ResolvedPlan:
         """Settles `auto` on the run's real shapes."""
         job, recipe = self.job, self.job.recipe
-        question = self._question()
         stage = Stage(
             executor,
             job.rows.train,
@@ -290,7 +288,7 @@ class Training:
             self.reporter,
             set_checkpointing=partial(enable_checkpointing, executor.objective.model),
             fits=lambda tokens, on, attention: fits(
-                replace(question, attention=attention).at(tokens, on), job.device.memory_bytes
+                self._memory_under(attention).at(tokens, on), job.device.memory_bytes
             ),
             optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
             packing=recipe.data.packing,

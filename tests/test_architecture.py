@@ -29,7 +29,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"answering.prompts", "estimation.local_rows", "run.output_folder"},
     {"run.results"},
     {"run.workspace"},
-    {"estimation.dry_run"},
+    {"estimation.dry_run", "estimation.layer_list", "estimation.measured"},
     {"trainer", "evaluation"},
     {"answering"},
     {"data", "model"},
@@ -75,12 +75,6 @@ MOST_LINES_IN_A_FUNCTION = 80
 MOST_FILES_BESIDE_ROOMS = 12
 MOST_ANY_IN_1000_LINES = 17.0  # lowered whenever the code has fewer; 10 is the aim
 FAMILIES = {"Adapter", "Optimizer", "Quantization", "Schedule", "Task", "Metric", "Format"}
-CIRCLES_TO_BE_CUT: list[set[str]] = [  # of types and of imports inside of functions; none may come to them
-    {"memory.exact", "memory.estimate"},
-    {"plan.render", "plan.derive"},
-    {"estimation.recipe_estimate", "estimation.table"},
-]
-MEMBERS_TO_BE_USED = {"kinds.adapters: Adapter.closed_form"}  # none may come to them
 HELP_SECONDS = 0.15
 
 
@@ -280,7 +274,7 @@ def test_imports_go_down() -> None:
 
 
 def test_no_circles() -> None:
-    assert [circle for circle in circles(PACKAGE) if set(circle.split(" > ")) not in CIRCLES_TO_BE_CUT] == []
+    assert circles(PACKAGE) == []
 
 
 def test_no_room_is_crowded() -> None:
@@ -296,7 +290,7 @@ def test_few_files_stand_beside_the_rooms() -> None:
 
 
 def test_what_a_family_promises_is_used() -> None:
-    assert [member for member in unused_of_families(PACKAGE) if member not in MEMBERS_TO_BE_USED] == []
+    assert unused_of_families(PACKAGE) == []
 
 
 def test_light_rooms_import_nothing_heavy() -> None:

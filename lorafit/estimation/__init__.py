@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from lorafit.estimation.answer import Options, RowLengths
 from lorafit.estimation.cards_compared import CardComparison
-from lorafit.estimation.recipe_estimate import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
+from lorafit.estimation.recipe_estimate import check_headroom, estimate_recipe
+from lorafit.estimation.table import RecipeEstimate
 
 __all__ = ["CardComparison", "Options", "RecipeEstimate", "RowLengths", "check_headroom", "estimate_recipe"]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.contracts import Printed
 from lorafit.errors import DoesNotFitError
+from lorafit.estimation.table import RecipeEstimate, format_seconds
 from lorafit.machine.devices import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafit.estimation.recipe_estimate import RecipeEstimate
+    from lorafit.contracts import JsonObject
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,6 @@ class CardComparison(Printed):
     def render(self, console: Console) -> None:
         """A table for people, a row a card."""
         from rich.table import Table
-
-        from lorafit.estimation.table import format_seconds
 
         first = self.estimates[0]
         console.print(f"{first.model}, {first.quantization}", style="bold", markup=False, highlight=False)
@@ -55,7 +54,7 @@ class CardComparison(Printed):
         console.print(table)
         console.print(f"{first.options.headroom:.0%} of each card stay free; one --gpu alone says more of it")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values, sizes in bytes."""
         return {
             "name": self.estimates[0].name,

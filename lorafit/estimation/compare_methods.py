@@ -7,16 +7,18 @@ pass goes, and the same chunked loss. `benchmarks/memory_published.py` holds tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from lorafit.kinds.quantizations import quantizations
-from lorafit.memory import labels_of
-from lorafit.memory.estimate import ALLOCATOR_FACTOR, CONTEXT_BYTES, loss_bytes, step_phases
+from lorafit.memory import StepMemory, StepShape
+from lorafit.memory.closed_form import loss_bytes, step_phases
 from lorafit.memory.layer_inputs import Numerics, Work
-from lorafit.plan.step_memory import DTYPE_BYTES, MemoryQuestion
+from lorafit.memory.peak import ALLOCATOR_FACTOR, CONTEXT_BYTES, FIXED
+from lorafit.memory.step_shape import DTYPE_BYTES
 
 if TYPE_CHECKING:
+    from lorafit.contracts import JsonObject
     from lorafit.facts import DeviceFacts
     from lorafit.memory import MemoryEstimate
 
@@ -42,64 +44,68 @@ class Method:
     needed_bytes: int
     fits: bool | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
 def compare_methods(
-    question: MemoryQuestion, tokens: int, checkpointing: bool, device: DeviceFacts | None, headroom: float
+    memory: StepMemory, tokens: int, checkpointing: bool, device: DeviceFacts | None, headroom: float
 ) -> tuple[Method, ...]:
-    """Every method that has a meaning, with the recipe's rows, micro-batch, checkpointing, adapter and optimizer."""
-    half = "bf16" if question.dtype == "fp32" else question.dtype
-    found = [full_fine_tuning(question, dtype, tokens, checkpointing) for dtype in ("fp32", half)]
+    """Every method that has a meaning, with the recipe's rows, micro-batch, checkpointing, adapter and optimizer.
+
+    Full fine-tuning is left out where formulas do not count all layers: nobody's dry run is of that.
+    """
+    step = memory.step
+    half = "bf16" if step.dtype == "fp32" else step.dtype
+    found = []
+    if not step.model.scanning_layers:
+        found += [full_fine_tuning(step, dtype, tokens, checkpointing) for dtype in ("fp32", half)]
     adapted = (("LoRA", "none", "fp32"), ("LoRA", "none", half), ("QLoRA", "int8", half), ("QLoRA", "nf4", half))
     for name, kind, dtype in adapted:
-        memory = with_quantization(question, kind, dtype).at(tokens, checkpointing)
-        found.append(_row(name, dtype if kind == "none" else kind, memory))
+        stored = memory.of(_stored_as(step, kind, dtype)).at(tokens, checkpointing)
+        found.append(_row(name, dtype if kind == "none" else kind, stored))
     if device is None:
         return tuple(found)
     limit = device.memory_bytes * (1.0 - headroom)
     return tuple(replace(method, fits=method.needed_bytes <= limit) for method in found)
 
 
-def with_quantization(question: MemoryQuestion, kind: str, dtype: str) -> MemoryQuestion:
-    """The same recipe on a base stored otherwise."""
-    asked = question.recipe.model.quantization
-    section = asked if asked.kind == kind else quantizations.make_section(kind)
-    model = question.recipe.model.model_copy(update={"quantization": section})
-    return replace(question, recipe=question.recipe.model_copy(update={"model": model}), dtype=dtype)
+def _stored_as(step: StepShape, kind: str, dtype: str) -> StepShape:
+    """The same step over a base in another precision."""
+    quantization = step.quantization if step.quantization.section.kind == kind else quantizations.make(kind)
+    compute_dtype = step.compute_dtype if dtype == step.dtype else dtype
+    return replace(step, quantization=quantization, dtype=dtype, compute_dtype=compute_dtype)
 
 
-def full_fine_tuning(question: MemoryQuestion, dtype: str, tokens: int, checkpointing: bool) -> Method:
+def full_fine_tuning(step: StepShape, dtype: str, tokens: int, checkpointing: bool) -> Method:
     """All weights trained with AdamW, everything in one dtype."""
-    shape, width = question.shape, DTYPE_BYTES[dtype]
+    shape, width, device_kind = step.model, DTYPE_BYTES[dtype], step.device_kind
     numerics = Numerics(
         stream_bytes=width,
         compute_bytes=width,
         adapter_bytes=width,
         autocast=False,
-        device_kind="cpu" if question.device_kind == "cpu" else "cuda",
+        device_kind=device_kind,
         keeps_inputs=True,
         fused=False,
     )
-    work = Work(question.longest_tokens, (), 0, 0.0, question.attention, lambda _: 0, numerics)
-    labels = labels_of(tokens, question.longest_tokens, question.longest_trained_tokens)
+    work = Work(step.row_tokens, (), 0, 0.0, step.attention, lambda _: 0, numerics)
+    loss = loss_bytes(shape, numerics, replace(step, packing=False).labels_at(tokens))
     parameters = shape.total_parameters
-    phases = step_phases(shape, work, tokens, loss_bytes(shape, numerics, labels), checkpointing, parameters)
+    phases = step_phases(shape, work, tokens, loss, checkpointing, parameters)
     weights = gradients = width * parameters
     moments = 2 * width * parameters
     # at the start of the backward pass there are no gradients yet; at the update they stand beside foreach AdamW's
     # denominators
     moving = max([2 * gradients, *(phase.total_bytes for phase in phases if phase.name != "update")])
-    needed = round((weights + moments + moving) * ALLOCATOR_FACTOR[numerics.device_kind])
-    return Method(
-        "full", dtype, weights, gradients, moments, moving - gradients, needed + CONTEXT_BYTES[numerics.device_kind]
-    )
+    needed = round((weights + moments + moving) * ALLOCATOR_FACTOR[device_kind]) + CONTEXT_BYTES[device_kind]
+    return Method("full", dtype, weights, gradients, moments, moving - gradients, needed)
 
 
 def _row(name: str, precision: str, memory: MemoryEstimate) -> Method:
-    parts = dict(memory.components)
-    weights = sum(map(parts.pop, ("base_weights", "quantization_constants", "unpacked_weights", "adapter")))
-    gradients, moments = parts.pop("gradients"), parts.pop("optimizer_state")
-    return Method(name, precision, weights, gradients, moments, sum(parts.values()), memory.needed_bytes)
+    parts = memory.components
+    weights = sum(parts[part] for part in FIXED if part not in ("gradients", "optimizer_state"))
+    gradients, moments = parts["gradients"], parts["optimizer_state"]
+    temporary = memory.tensor_bytes - weights - gradients - moments
+    return Method(name, precision, weights, gradients, moments, temporary, memory.needed_bytes)

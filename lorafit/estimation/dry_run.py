@@ -13,8 +13,9 @@ optimizers update all tensors at once, and storage comes in blocks of 512 bytes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,9 @@ from torch.nn import functional
 
 from lorafit.contracts import Batch, Reporter, Silent
 from lorafit.errors import ModelError
-from lorafit.kinds.optimizers import optimizers
-from lorafit.kinds.tasks import Task, TaskSection, tasks
-from lorafit.memory import ExactEstimate
+from lorafit.estimation.layer_list import LayerList
+from lorafit.memory import MemoryEstimate, Phase, StepShape
+from lorafit.memory.peak import PHASES
 from lorafit.model import fuse
 from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers, keep_unpacked
@@ -35,152 +36,164 @@ from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.chunk_sizes import chunk_labels
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
-from lorafit.plan.step_memory import resolve_compute_dtype
 from lorafit.trainer.executor import OneByOne
 from lorafit.trainer.step import Update, accumulate_gradients
 
 if TYPE_CHECKING:
     from lorafit.estimation import RecipeEstimate
-    from lorafit.plan import MemoryQuestion
-    from lorafit.recipe.schema import Recipe
     from lorafit.trainer.executor import Executor
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
 _attention = functional.scaled_dot_product_attention
+_LEARNING_RATE = 1e-4  # any: no value is computed
 
 
-def run_estimated(
-    found: RecipeEstimate,
-    estimate: Callable[[Recipe], RecipeEstimate],
-    config: Mapping[str, Any],
-    reporter: Reporter | None,
-) -> RecipeEstimate:
-    """An estimate with the exact one beside it, which then gives the verdict.
+def run_exactly(found: RecipeEstimate, config: Mapping[str, Any], reporter: Reporter) -> RecipeEstimate:
+    """An estimate with a dry run of its whole step beside it, which then gives the verdict.
 
-    Where checkpointing is `auto` and the card has not what the step needs without, the step with it is asked as well.
+    Where checkpointing is left open and the card has not what the step needs without, the step with it is run as well.
+    """
+    asked, memory = found.asked, found.memory
+    step, tokens = asked.memory.step, memory.micro_batch_tokens
+    accumulates = found.batch_size * step.row_tokens > tokens  # else all of a step is in one micro-batch
+    run = partial(DryRun(step, config).run, tokens, accumulates=accumulates, reporter=reporter)
+    exact = replace(found, exact=run(memory.gradient_checkpointing))
+    if exact.fits is not False or asked.checkpointing is not None or memory.gradient_checkpointing:
+        return exact
+    checkpointed = asked.memory.at(tokens, True)
+    return replace(found, memory=checkpointed, exact=run(True), without_checkpointing=exact.exact)
+
+
+class DryRun:
+    """A training step on fake tensors: one model, on which any number of micro-batches can be tried.
 
     Args:
-        found: The closed form's answer.
-        estimate: Makes another one of a changed recipe.
+        step: The model, the kinds and the rows.
         config: The base's config.json.
-        reporter: Gets the progress.
+
+    Raises:
+        ModelError: transformers cannot build the model.
     """
 
-    def run(found: RecipeEstimate) -> RecipeEstimate:
-        memory, recipe = found.memory, found.question.recipe
-        tokens = memory.micro_batch_tokens
-        accumulates = recipe.training.batch_size * found.longest_tokens > tokens  # else all of a step is in one
-        dry = DryRun(found.question, config, tokens, memory.gradient_checkpointing, accumulates)
-        return replace(found, exact=dry.run(reporter))
+    def __init__(self, step: StepShape, config: Mapping[str, Any]) -> None:
+        self.step = step
+        self._on_cuda = step.device_kind != "cpu"
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        base = build_weightless(
+            config,
+            quantization=step.quantization.section,
+            dtype=dtype_named(step.dtype),
+            compute_dtype=dtype_named(step.compute_dtype),
+            attention=step.attention,
+            device_kind=step.device_kind,
+            model_class=step.task.model_class,
+        )
+        with torch.device("meta"), unpacking_fakes():
+            fresh = step.adapter.section.model_copy(update={"init_from": None})
+            self._model = attach_adapter(base, fresh, 0, model_class=step.task.model_class)
+        fuse_layers(self._model)
+        with self._fake:
+            fill_with_fakes(self._model)
+            if step.keeps_unpacked:
+                keep_unpacked(self._model)
+        self._layers = LayerList(base, step.model.layers)
+        autocast = autocast_dtype(step.dtype)
+        exact = not step.model.plain_head
+        objective = step.task.build_objective(self._model, autocast_dtype=autocast, exact=exact)
+        objective.train()
+        self._executor = OneByOne(objective, torch.device("cpu"))
+        # fp16 runs without its loss scale, which takes no memory and reads the gradients' values.
+        self._executor.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self._trained, named = self._executor.parameters, list(objective.named_parameters())
+        self._optimizer = step.optimizer.build(self._trained, _LEARNING_RATE, self._executor.device)
+        self._update = Update(
+            self._optimizer, named, lambda step: _LEARNING_RATE, self._executor.scaler, step.max_grad_norm
+        )
+        for group in self._optimizer.param_groups:
+            if self._on_cuda and group.get("foreach", 0) is None:
+                group["foreach"] = True  # torch's own default there
+        with self._fake, _as_it_would_run(self._on_cuda), _LiveFakes():
+            self._make_gradients()
+            self._optimizer.step()  # its state exists from now on
+            self._optimizer.zero_grad(set_to_none=True)
 
-    recipe, exact = found.question.recipe, run(found)
-    undecided = recipe.training.gradient_checkpointing == "auto" and not found.memory.gradient_checkpointing
-    if exact.fits is not False or not undecided:
-        return exact
-    training = recipe.training.model_copy(update={"gradient_checkpointing": True})
-    with_it = estimate(recipe.model_copy(update={"training": training}))
-    return replace(run(with_it), without_checkpointing=exact.exact)
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """One micro-batch of a recipe and what is there while it runs.
-
-    Attributes:
-        question: The recipe, its longest row, dtype, attention and kind of device, as the closed form gets them.
-        config: The base's config.json.
-        micro_batch_tokens: Padded tokens; rows of the longest length, one at least.
-        accumulates: Whether a step has several micro-batches: gradients are there then while the later ones run.
-    """
-
-    question: MemoryQuestion
-    config: Mapping[str, Any]
-    micro_batch_tokens: int
-    gradient_checkpointing: bool
-    accumulates: bool = True
-
-    def run(self, reporter: Reporter | None = None) -> ExactEstimate:
-        """Takes one step of the optimizer, so that its state exists, and a whole step that is counted.
+    def run(
+        self,
+        tokens: int,
+        checkpointing: bool,
+        *,
+        accumulates: bool = True,
+        few_layers: bool = False,
+        reporter: Reporter | None = None,
+    ) -> MemoryEstimate:
+        """Takes a whole step and counts what is alive in it.
 
         Args:
+            tokens: Padded tokens of a micro-batch: rows of the longest length, one at least.
+            checkpointing: Whether layers keep their input alone and run forward again.
+            few_layers: Run representatives of the layers, and add what all others would keep.
+            accumulates: Whether a step has several micro-batches: gradients are there then while the later ones run.
             reporter: Gets a bar that advances with each layer of the forward; silent where None.
 
         Raises:
-            ModelError: transformers cannot build the model, or its forward needs the values of its tensors.
+            ModelError: Its forward needs the values of its tensors.
         """
-        recipe, dtype = self.question.recipe, self.question.dtype
-        on_cuda = self.question.device_kind != "cpu"
-        fake, task = FakeTensorMode(allow_non_fake_inputs=True), tasks.bind(recipe.task)
-        base = build_weightless(
-            self.config,
-            quantization=recipe.model.quantization,
-            dtype=dtype_named(dtype),
-            compute_dtype=dtype_named(resolve_compute_dtype(recipe, dtype)),
-            attention=self.question.attention,
-            device_kind=self.question.device_kind,
-            model_class=task.model_class,
-        )
-        fresh = recipe.adapter.model_copy(update={"init_from": None})
-        with torch.device("meta"), unpacking_fakes():
-            model = attach_adapter(base, fresh, recipe.seed, model_class=task.model_class)
-        fuse_layers(model)
-        with fake:
-            fill_with_fakes(model)
-            if self.question.keeps_unpacked:
-                keep_unpacked(model)
-        enable_checkpointing(model, self.gradient_checkpointing)
-        autocast = autocast_dtype(dtype)
-        objective = task.build_objective(model, autocast_dtype=autocast, exact=not self.question.shape.plain_head)
-        objective.train()
-        executor = OneByOne(objective, torch.device("cpu"))
-        # fp16 runs without its loss scale, which takes no memory and reads the gradients' values.
-        executor.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        rate, training = recipe.training.learning_rate, recipe.training
-        optimizer = optimizers.bind(training.optimizer).build(executor.parameters, rate, executor.device)
-        for group in optimizer.param_groups:
-            if on_cuda and group.get("foreach", 0) is None:
-                group["foreach"] = True  # torch's own default there
-        live = _LiveFakes(_CUDA_BLOCK_BYTES if on_cuda else 1, holds_documents=self.question.packs_rows)
-        with fake, _as_it_would_run(on_cuda), unpacking_fakes():
-            with _LiveFakes():
-                for parameter in executor.parameters:
-                    parameter.grad = torch.zeros_like(parameter)
-                optimizer.step()  # its state exists from now on
-                if not self.accumulates:
-                    optimizer.zero_grad(set_to_none=True)
-            with watching(live, objective, optimizer), self._progress(base, reporter or Silent()):
+        step, tokens = self.step, max(tokens, self.step.row_tokens)
+        enable_checkpointing(self._model, checkpointing)
+        live = _LiveFakes(_CUDA_BLOCK_BYTES if self._on_cuda else 1, holds_documents=step.packs_rows)
+        chosen = self._layers.representatives() if few_layers else range(len(self._layers.layers))
+        with self._fake, _as_it_would_run(self._on_cuda), unpacking_fakes():
+            if accumulates:
+                self._make_gradients()
+            with (
+                watching(live, self._executor.objective, self._optimizer),
+                self._layers.only(chosen),
+                self._layers.weighed(live) as kept,
+                self._progress(chosen, checkpointing, reporter or Silent()),
+            ):
                 try:
-                    named = list(objective.named_parameters())
-                    update = Update(optimizer, named, lambda step: rate, executor.scaler, training.max_grad_norm)
-                    take_step(executor, update, self._batch(task))
+                    take_step(self._executor, self._update, self._batch(tokens))
                 except (RuntimeError, NotImplementedError) as error:
                     raise self._cannot_run(error) from error
-        tokens = max(self.micro_batch_tokens, self.question.longest_tokens)
-        return ExactEstimate(live.peak(), self.question.device_kind, tokens, self.gradient_checkpointing)
+                finally:
+                    self._optimizer.zero_grad(set_to_none=True)
+        peak = live.peak()
+        fixed, missing = peak.parts[""], self._layers.missing(chosen, kept)
+        phases = tuple(
+            Phase(name, peak.places.get(name, ""), _beside(fixed, peak.parts.get(name, fixed))) for name in PHASES
+        )
+        if missing:
+            phases = tuple(phase.with_kept(missing) if phase.name != "update" else phase for phase in phases)
+        state_bytes = fixed.get("optimizer_state", 0) if step.pages_state else 0
+        experts = step.unquantized_expert_bytes
+        return MemoryEstimate(fixed, phases, step.device_kind, tokens, checkpointing, state_bytes, experts)
+
+    def _make_gradients(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = torch.zeros_like(parameter)
 
     def _cannot_run(self, error: Exception) -> ModelError:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return ModelError(
-            f"{self.question.shape.model_type} does not run on tensors without values: {lines[0]}",
+            f"{self.step.model.model_type} does not run on tensors without values: {lines[0]}",
             key="--exact",
             todo="leave --exact out: the closed form needs none",
         )
 
     @contextlib.contextmanager
-    def _progress(self, base: Any, reporter: Reporter) -> Iterator[None]:
-        lists = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
-        layers: Any = next((found for found in lists if len(found) == self.question.shape.layers), [])
-        passes = 2 if self.gradient_checkpointing else 1
-        with reporter.track(passes * len(layers), "dry run") as bar, contextlib.ExitStack() as stack:
+    def _progress(self, chosen: Sequence[int], checkpointing: bool, reporter: Reporter) -> Iterator[None]:
+        layers = [self._layers.layers[number] for number in chosen]
+        with (
+            reporter.track((2 if checkpointing else 1) * len(layers), "dry run") as bar,
+            contextlib.ExitStack() as stack,
+        ):
             for layer in layers:
                 stack.enter_context(layer.register_forward_hook(lambda *_: bar.advance(1)))
             yield
 
-    def _batch(self, task: Task[TaskSection]) -> Batch:
-        longest = self.question.longest_tokens
-        tokens = max(self.micro_batch_tokens, longest)
-        rows, labels = tokens // longest, self.question.labels_at(tokens)
-        return task.shape_batch(rows, tokens // rows, labels, packed=self.question.packs_rows)
+    def _batch(self, tokens: int) -> Batch:
+        rows, step = tokens // self.step.row_tokens, self.step
+        return step.task.shape_batch(rows, tokens // rows, step.labels_at(tokens), packed=step.packs_rows)
 
 
 def take_step(executor: Executor, update: Update, batch: Batch) -> None:
@@ -188,7 +201,11 @@ def take_step(executor: Executor, update: Update, batch: Batch) -> None:
     accumulate_gradients(executor, [batch])
     executor.sum_gradients()
     update.apply(1, update.gradient_norm())
-    update.optimizer.zero_grad(set_to_none=True)
+
+
+def _beside(fixed: Mapping[str, int], alive: Mapping[str, int]) -> dict[str, int]:
+    """What is alive beside what stays, by component."""
+    return {name: size - fixed.get(name, 0) for name, size in alive.items() if size != fixed.get(name, 0)}
 
 
 class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]

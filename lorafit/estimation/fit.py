@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafit.memory import fits
-from lorafit.plan.step_memory import MemoryQuestion, find_largest
+from lorafit.estimation.switches import LEAST_ROW_TOKENS
+from lorafit.kinds.adapters import adapters
+from lorafit.memory import find_largest
 from lorafit.recipe.schema import LARGEST_COUNT
 
 if TYPE_CHECKING:
+    from lorafit.contracts import JsonObject
     from lorafit.facts import DeviceFacts
+    from lorafit.kinds.adapters import AdapterSection
     from lorafit.memory import MemoryEstimate
-
-LEAST_ROW_TOKENS = 8
+    from lorafit.plan.recipe_step import RecipeStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Fit:
         found = (self.micro_batch, self.row, self.rank)
         return all(answer is None or answer.value is None for answer in found)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values."""
         return {
             "gpu": {"name": self.device.name, "memory_bytes": self.device.memory_bytes},
@@ -78,68 +80,51 @@ class Fit:
         }
 
 
-def find_fit(question: MemoryQuestion, micro_batch_tokens: int, device: DeviceFacts, headroom: float) -> Fit:
+def find_fit(asked: RecipeStep, device: DeviceFacts, headroom: float) -> Fit:
     """The largest micro-batch, row and rank of a recipe on a card.
 
     Args:
-        question: The recipe on this kind of device.
-        micro_batch_tokens: Of the recipe, or one longest row where it says auto.
+        asked: The recipe's step on this kind of device.
         device: The card.
         headroom: Share of its memory that stays free.
     """
-    asked = question.recipe.training.gradient_checkpointing
+    memory, step, tokens = asked.memory, asked.memory.step, asked.least_tokens
+    limit = device.memory_bytes * (1.0 - headroom)
 
     def search(estimate: Callable[[int, bool], MemoryEstimate], least: int, most: int, bound: str) -> Largest:
         def largest(checkpointing: bool) -> int | None:
-            return find_largest(
-                lambda value: fits(estimate(value, checkpointing), device.memory_bytes, headroom), least, most
-            )
+            return find_largest(lambda value: estimate(value, checkpointing).needed_bytes, limit, least, most)
 
-        found = {choice: largest(choice) for choice in ([False, True] if asked == "auto" else [bool(asked)])}
+        choices = (False, True) if asked.checkpointing is None else (asked.checkpointing,)
+        found = {choice: largest(choice) for choice in choices}
         best = max(found, key=lambda choice: found[choice] or 0)  # off where both are equal: it is faster
         value = found[best]
         return Largest(value, least, best, found.get(not best), bound if value == most else "")
 
-    positions = question.shape.max_positions
-    rank_bound = _rank_bound(question)
+    def of_row(row_tokens: int, checkpointing: bool) -> MemoryEstimate:
+        rows = replace(step, row_tokens=row_tokens, row_labels=row_tokens)
+        return memory.of(rows).at(row_tokens, checkpointing)
+
+    def of_rank(rank: int, checkpointing: bool) -> MemoryEstimate:
+        adapter = adapters.bind(step.adapter.section.model_copy(update={"r": rank}))
+        return memory.of(replace(step, adapter=adapter)).at(tokens, checkpointing)
+
+    positions, most_rank = step.model.max_positions, _rank_bound(step.adapter.section)
+    most_tokens = f"the recipe's bound of {LARGEST_COUNT:,}"
+    least_row, most_row = min(LEAST_ROW_TOKENS, positions), min(positions, LARGEST_COUNT)
     return Fit(
         device=device,
         headroom=headroom,
-        row_tokens=question.longest_tokens,
-        micro_batch_tokens=micro_batch_tokens,
-        micro_batch=search(
-            question.at, question.longest_tokens, LARGEST_COUNT, f"the recipe's bound of {LARGEST_COUNT:,}"
-        ),
-        row=search(
-            lambda tokens, checkpointing: row_question(question, tokens).at(tokens, checkpointing),
-            min(LEAST_ROW_TOKENS, positions),
-            min(positions, LARGEST_COUNT),
-            f"the model's {positions:,} positions",
-        ),
-        rank=None
-        if rank_bound is None
-        else search(
-            lambda rank, checkpointing: rank_question(question, rank).at(micro_batch_tokens, checkpointing),
-            1,
-            rank_bound,
-            f"the recipe's bound of {rank_bound:,}",
-        ),
+        row_tokens=step.row_tokens,
+        micro_batch_tokens=tokens,
+        micro_batch=search(memory.at, step.row_tokens, LARGEST_COUNT, most_tokens),
+        row=search(of_row, least_row, most_row, f"the model's {positions:,} positions"),
+        rank=search(of_rank, 1, most_rank, f"the recipe's bound of {most_rank:,}") if most_rank else None,
     )
 
 
-def row_question(question: MemoryQuestion, tokens: int) -> MemoryQuestion:
-    """The same recipe with rows of another length, every token of them trained."""
-    return replace(question, longest_tokens=tokens, longest_trained_tokens=tokens)
-
-
-def rank_question(question: MemoryQuestion, rank: int) -> MemoryQuestion:
-    """The same recipe with another rank."""
-    adapter = question.recipe.adapter.model_copy(update={"r": rank})
-    return replace(question, recipe=question.recipe.model_copy(update={"adapter": adapter}))
-
-
-def _rank_bound(question: MemoryQuestion) -> int | None:
+def _rank_bound(section: AdapterSection) -> int | None:
     """The largest rank that the recipe's schema takes; None where the adapter has none."""
-    field = type(question.recipe.adapter).model_fields.get("r")
+    field = type(section).model_fields.get("r")
     bounds = [getattr(rule, "le", None) for rule in field.metadata] if field is not None else []
     return next((int(bound) for bound in bounds if bound is not None), None)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.console.printing import can_show, say
 from lorafit.console.wording import counted
+from lorafit.contracts import Printed
+from lorafit.estimation.answer import Answer
 from lorafit.machine.devices import format_bytes
-from lorafit.memory.estimate import ALLOCATOR_FACTOR
+from lorafit.memory import MemoryEstimate, covers
+from lorafit.memory.peak import ALLOCATOR_FACTOR
 from lorafit.plan.render import format_count
 from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
 
@@ -17,8 +21,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lorafit.estimation.fit import Fit, Largest
-    from lorafit.estimation.recipe_estimate import RecipeEstimate
-    from lorafit.memory import ExactEstimate, MemoryEstimate
 
 _LABELS = {
     "base_weights": "base weights",
@@ -38,7 +40,16 @@ _VERDICTS = {True: "fits", False: "does not fit", None: "cannot be told, more th
 _SHARES = (UTILISATION, HIGH_UTILISATION, LOW_UTILISATION)
 
 
-def print_estimate(estimate: RecipeEstimate, console: Console) -> None:
+@dataclass(frozen=True)
+class RecipeEstimate(Answer, Printed):
+    """The answer of `lorafit estimate-memory`: its figures, and how they are shown."""
+
+    def render(self, console: Console) -> None:
+        """The tables for people."""
+        print_estimate(self, console)
+
+
+def print_estimate(estimate: Answer, console: Console) -> None:
     """Head, itemised memory, row lengths, methods, cost, and what the flags asked for."""
     block = "█" if can_show(console, "█") else "#"
     for line in _head(estimate):
@@ -47,12 +58,13 @@ def print_estimate(estimate: RecipeEstimate, console: Console) -> None:
     console.print(_memory(estimate.memory, block))
     if estimate.exact is not None:
         console.print()
-        console.print(_exact(estimate.exact, estimate.memory))
+        console.print(_exact(estimate.exact, estimate.memory, "closed form" if _is_closed(estimate) else "few layers"))
         say(console, f"peak in {_moment(estimate.exact)}")
     for line in _lengths(estimate, block):
         say(console, line)
     console.print()
-    console.print(_methods(estimate))
+    if estimate.methods:
+        console.print(_methods(estimate))
     if estimate.device is not None and any(method.fits is False for method in estimate.methods):
         say(console, f"* more than {estimate.device.name} has")
     console.print()
@@ -66,16 +78,17 @@ def print_estimate(estimate: RecipeEstimate, console: Console) -> None:
             say(console, line)
 
 
-def _head(estimate: RecipeEstimate) -> Iterator[str]:
+def _head(estimate: Answer) -> Iterator[str]:
     memory, facts = estimate.memory, estimate.rows.facts
-    share = estimate.trainable_parameters / estimate.total_parameters
+    step = estimate.asked.memory.step
+    total, trained = step.model.total_parameters, step.trainable_parameters
     yield (
-        f"{estimate.model}: {format_count(estimate.total_parameters)} parameters, {estimate.quantization}, "
-        f"{estimate.dtype}; {format_count(estimate.trainable_parameters)} trainable ({share:.2%})"
+        f"{estimate.model}: {format_count(total)} parameters, {estimate.quantization}, {step.dtype}; "
+        f"{format_count(trained)} trainable ({trained / total:.2%})"
     )
     what = "the longest row" if facts is not None else "a row of data.max_length"
-    if memory.micro_batch_tokens > estimate.longest_tokens:
-        what = f"{what} has {estimate.longest_tokens:,}"
+    if memory.micro_batch_tokens > step.row_tokens:
+        what = f"{what} has {step.row_tokens:,}"
     on = "on" if memory.gradient_checkpointing else "off"
     yield f"micro-batch of {memory.micro_batch_tokens:,} tokens ({what}), checkpointing {on}"
     if estimate.without_checkpointing is not None and estimate.device is not None:
@@ -86,12 +99,13 @@ def _head(estimate: RecipeEstimate) -> Iterator[str]:
         yield f"gradient_checkpointing is auto: on where a card needs it (--gpu), {needed} in all"
     if facts is None:
         yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
-    shape = estimate.question.shape
-    if shape.scanning_layers and estimate.exact is None:
+    if not memory.counts_all and estimate.exact is None:
         yield (
-            f"too low: {shape.scanning_layers} of {shape.layers} layers carry a state along the row (Mamba, linear "
-            "attention), which is not counted here; --exact counts it, and a card's name (--gpu) turns that on"
+            f"too low: {step.model.scanning_layers} of {step.model.layers} layers carry a state along the row (Mamba, "
+            "linear attention), which is not counted here"
         )
+    elif not _is_closed(estimate):
+        yield "measured by dry runs of a few layers"
     if memory.unquantized_expert_bytes:
         yield f"{format_bytes(memory.unquantized_expert_bytes)} of weights are experts, which no quantisation reaches"
 
@@ -100,7 +114,7 @@ def _memory(memory: MemoryEstimate, block: str) -> Table:
     """Components on the left; phases, and what the card needs besides tensors, on the right."""
     on_card = memory.device_kind == "cuda"
     slack = memory.needed_bytes - memory.context_bytes - memory.tensor_bytes
-    factor = memory.allocator_factor or ALLOCATOR_FACTOR[memory.device_kind]
+    factor = ALLOCATOR_FACTOR[memory.device_kind]
     left = [
         (_LABELS[name], format_bytes(size), f"{size / memory.tensor_bytes:.0%}")
         for name, size in memory.components.items()
@@ -119,12 +133,17 @@ def _memory(memory: MemoryEstimate, block: str) -> Table:
     return both
 
 
-def _exact(exact: ExactEstimate, memory: MemoryEstimate) -> Table:
-    """Both engines side by side, by component and by phase."""
+def _is_closed(estimate: Answer) -> bool:
+    """Whether formulas gave the figures, or tried to."""
+    return covers(estimate.asked.memory.step) or not estimate.memory.counts_all
+
+
+def _exact(exact: MemoryEstimate, memory: MemoryEstimate, engine: str) -> Table:
+    """A dry run of the whole step beside the other engine, by component."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    for name in ("dry run of the step", "exact", "closed form"):
+    for name in ("dry run of the step", "exact", engine):
         table.add_column(name, justify="left" if name.startswith("dry") else "right", no_wrap=True)
     closed = memory.components
     for name, size in exact.components.items():
@@ -137,10 +156,11 @@ def _exact(exact: ExactEstimate, memory: MemoryEstimate) -> Table:
     return table
 
 
-def _moment(exact: ExactEstimate) -> str:
+def _moment(exact: MemoryEstimate) -> str:
     """`backward: mm in recomputing layers.31.mlp.down_proj`."""
-    where = exact.peak.where.removeprefix("aten.").replace(".default", "")
-    return f"{exact.peak.phase}: {where}" if where else exact.peak.phase
+    phase = exact.peak_phase
+    where = phase.where.removeprefix("aten.").replace(".default", "")
+    return f"{phase.name}: {where}" if where else phase.name
 
 
 def _filled(rows: Iterable[tuple[str, ...]]) -> Table:
@@ -168,7 +188,7 @@ def _phases(memory: MemoryEstimate, block: str) -> Iterator[tuple[str, str, str]
         yield phase.name, format_bytes(total), f"{bar} peak" if phase is memory.peak_phase else bar
 
 
-def _lengths(estimate: RecipeEstimate, block: str) -> Iterator[str]:
+def _lengths(estimate: Answer, block: str) -> Iterator[str]:
     """Rows by length; nothing where no rows were read."""
     facts, bars = estimate.rows.facts, _merged(estimate.rows.bars)
     if facts is None:
@@ -195,14 +215,14 @@ def _merged(bars: tuple[tuple[int, int, int], ...]) -> list[tuple[int, int, int]
     return found
 
 
-def _methods(estimate: RecipeEstimate) -> Table:
+def _methods(estimate: Answer) -> Table:
     """The same model trained otherwise; the recipe's own way stands out."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for name in ("this model as", "weights", "gradients", "optimizer", "temporary", "needed"):
         table.add_column(name, justify="left" if name == "this model as" else "right", no_wrap=True)
-    own = estimate.quantization if estimate.quantization != "none" else estimate.dtype
+    own = estimate.quantization if estimate.quantization != "none" else estimate.asked.memory.step.dtype
     for method in estimate.methods:
         parts = (method.weights_bytes, method.gradients_bytes, method.optimizer_bytes, method.temporary_bytes)
         is_own = method.name != "full" and method.precision == own
@@ -214,7 +234,7 @@ def _methods(estimate: RecipeEstimate) -> Table:
     return table
 
 
-def _cost(estimate: RecipeEstimate) -> Iterator[str]:
+def _cost(estimate: Answer) -> Iterator[str]:
     cost = estimate.cost
     tokens = f"{format_count(cost.tokens)} tokens"
     what = f"the run, {estimate.epochs:.3g} epochs, {tokens}" if cost.is_whole_run else tokens
@@ -251,7 +271,7 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 86400:,.3g} days"
 
 
-def _verdict(estimate: RecipeEstimate) -> Iterator[tuple[str, str]]:
+def _verdict(estimate: Answer) -> Iterator[tuple[str, str]]:
     assert estimate.device is not None
     device, headroom = estimate.device, estimate.options.headroom
     usable = device.memory_bytes * (1 - headroom)
@@ -267,14 +287,6 @@ def _verdict(estimate: RecipeEstimate) -> Iterator[tuple[str, str]]:
         marks = [saving.note] if saving.note else []
         marks += ["then it fits"] if saving.fits and not estimate.fits else []
         yield f"{format_bytes(saving.saved_bytes):>10}  {'; '.join([saving.switch, *marks])}", ""
-    if estimate.needs_dry_run:
-        if estimate.savings:
-            yield (
-                "at least so much: what layers with a state along the row hold is counted by dry runs alone",
-                "",
-            )
-        if estimate.options.fit is not None:
-            yield "the largest micro-batch, row and rank are not looked for in such models; try values with --set", ""
     if estimate.enough is not None:
         yield f"fits, with {format_bytes(estimate.enough.needed_bytes)}: {estimate.enough.shown}", "bold"
 

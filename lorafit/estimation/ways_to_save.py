@@ -1,27 +1,28 @@
-"""What each switch of a recipe would save on the card, each alone, beside the recipe as it is."""
+"""What would make a recipe need less on a card: each switch alone, and the cheapest set with which it fits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from itertools import combinations
+from typing import TYPE_CHECKING
 
-from lorafit.kinds.optimizers import optimizers
-from lorafit.kinds.quantizations import quantizations
-from lorafit.memory import fits
-from lorafit.plan.step_memory import MemoryQuestion
+from lorafit.estimation.switches import LEAST_ROW_TOKENS, Switch, shorter_rows, switches
+from lorafit.memory import covers, find_largest, fits
+from lorafit.memory.peak import ALLOCATOR_FACTOR
 
 if TYPE_CHECKING:
+    from lorafit.contracts import JsonObject
     from lorafit.facts import DeviceFacts
-    from lorafit.memory import MemoryEstimate
-    from lorafit.recipe.schema import Recipe
+    from lorafit.plan.recipe_step import RecipeStep
 
-_LEAST_ROW_TOKENS = 8
+MOST_SWITCHES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """One switch.
+    """What one switch would save.
 
     Attributes:
         switch: As a line of the recipe.
@@ -34,94 +35,96 @@ class Saving:
     fits: bool | None = None
     note: str = ""
 
+    def to_json(self) -> JsonObject:
+        """Plain values."""
+        return asdict(self) | {"note": self.note or None}
+
 
 @dataclass(frozen=True, slots=True)
-class _Switch:
-    """One thing that could be otherwise, and what the step would need then."""
+class Enough:
+    """A set of switches with which the recipe fits.
 
-    switch: str
-    memory: MemoryEstimate
-    leaves_bytes: int = 0
-    note: str = ""
+    Attributes:
+        flags: `--set KEY=VALUE`, each.
+        needed_bytes: What it needs with all of them.
+    """
+
+    flags: tuple[str, ...]
+    needed_bytes: int
+
+    @property
+    def shown(self) -> str:
+        """To be pasted."""
+        return " ".join(self.flags)
 
 
 def find_savings(
-    question: MemoryQuestion, tokens: int, checkpointing: bool, device: DeviceFacts | None, headroom: float
+    now: RecipeStep, checkpointing: bool, device: DeviceFacts | None, headroom: float
 ) -> tuple[Saving, ...]:
     """The switches that save something, the largest saving first."""
-    now = question.at(tokens, checkpointing).needed_bytes
-    found = []
-    for other in (
-        *_smaller_batches(question, tokens, checkpointing),
-        *_smaller_weights(question, tokens, checkpointing),
-        *_smaller_adapters(question, tokens, checkpointing),
-        *_smaller_states(question, tokens, checkpointing),
-    ):
-        saved = now - other.memory.needed_bytes + other.leaves_bytes
+    needed, found = now.memory.at(now.least_tokens, checkpointing).needed_bytes, []
+    half = now.memory.step.row_tokens // 2
+    shorter = [shorter_rows(half)] if half >= LEAST_ROW_TOKENS else []
+    for switch in (*switches(now, checkpointing), *shorter):
+        changed = switch.on(replace(now, checkpointing=checkpointing))
+        memory, _ = changed.settle(None, headroom)
+        left = round(memory.paged_bytes * ALLOCATOR_FACTOR[memory.device_kind]) if switch.note else 0
+        saved = needed - memory.needed_bytes + left
         if saved > 0:
-            enough = None if device is None else fits(other.memory, device.memory_bytes, headroom)
-            found.append(Saving(other.switch, saved, enough, other.note))
+            enough = None if device is None else fits(memory, device.memory_bytes, headroom)
+            found.append(Saving(switch.line, saved, enough, switch.note))
     return tuple(sorted(found, key=lambda saving: -saving.saved_bytes))
 
 
-def _smaller_batches(question: MemoryQuestion, tokens: int, checkpointing: bool) -> Iterator[_Switch]:
-    longest = question.longest_tokens
-    if not checkpointing:
-        yield _Switch("training.gradient_checkpointing: true", question.at(tokens, True))
-    if tokens > longest:
-        yield _Switch(f"training.micro_batch_tokens: {longest}", question.at(longest, checkpointing))
-    half = longest // 2
-    if half >= _LEAST_ROW_TOKENS:
-        shorter = replace(
-            question,
-            longest_tokens=half,
-            longest_trained_tokens=min(question.longest_trained_tokens, half),
-        )
-        yield _Switch(f"data.max_length: {half}", shorter.at(max(half, tokens // 2), checkpointing))
+def find_enough(now: RecipeStep, checkpointing: bool, device: DeviceFacts, headroom: float) -> Enough | None:
+    """The cheapest set of at most three switches with which a recipe fits that does not; None where there is none.
+
+    Where no set is enough, the switches that save most are tried, one by one, with the longest rows that fit then.
+    Where each estimate is a dry run, sets of which the switches alone would not save enough together are not tried.
+
+    Args:
+        now: The recipe's step.
+        checkpointing: Whether layers are checkpointed as things are.
+        device: The card.
+        headroom: Share of its memory that stays free.
+    """
+    limit = device.memory_bytes * (1.0 - headroom)
+
+    def needs(chosen: tuple[Switch, ...]) -> int:
+        return _with(now, chosen).settle(device, headroom)[0].needed_bytes
+
+    possible = [switch for switch in switches(now, checkpointing) if switch.price is not None]
+    needed = needs(())
+    saved = {switch.flag: needed - needs((switch,)) for switch in possible}
+    sets = sorted(_sets(possible), key=lambda chosen: (sum(one.price or 0 for one in chosen), len(chosen)))
+    for chosen in sets:
+        if not covers(now.memory.step) and sum(saved[one.flag] for one in chosen) < needed - limit:
+            continue
+        if needs(chosen) <= limit:
+            return Enough(tuple(one.flag for one in chosen), needs(chosen))
+    best: tuple[int, tuple[Switch, ...]] | None = None
+    others: tuple[Switch, ...] = ()
+    while True:
+
+        def needs_at(tokens: int, others: tuple[Switch, ...] = others) -> int:
+            return needs((*others, shorter_rows(tokens)))
+
+        longest = find_largest(needs_at, limit, LEAST_ROW_TOKENS, now.memory.step.row_tokens)
+        if longest is not None and (best is None or longest > best[0]):
+            best = longest, (*others, shorter_rows(longest))
+        left = [one for one in possible if one.key not in {other.key for other in others}]
+        if len(others) == MOST_SWITCHES - 1 or not left:
+            return best and Enough(tuple(one.flag for one in best[1]), needs(best[1]))
+        others = min(((*others, one) for one in left), key=needs)
 
 
-def _smaller_weights(question: MemoryQuestion, tokens: int, checkpointing: bool) -> Iterator[_Switch]:
-    section = question.recipe.model.quantization
-    if question.shape.linears and section.kind not in ("nf4", "fp4"):
-        nf4 = quantizations.make_section("nf4")
-        changed = _with(question, "model", quantization=nf4)
-        yield _Switch("model.quantization: nf4", changed.at(tokens, checkpointing))
-    if getattr(section, "double_quant", True) is False:
-        changed = _with(question, "model", quantization=section.model_copy(update={"double_quant": True}))
-        yield _Switch("model.quantization.double_quant: true", changed.at(tokens, checkpointing))
-    if question.keeps_unpacked:
-        unpacking = replace(question, keeps_unpacked=False)
-        yield _Switch("model.quantization.keep_unpacked: false", unpacking.at(tokens, checkpointing))
+def _sets(possible: list[Switch]) -> Iterator[tuple[Switch, ...]]:
+    """Every set of up to `MOST_SWITCHES`, of which no two say the same key."""
+    for size in range(1, MOST_SWITCHES + 1):
+        for chosen in combinations(possible, size):
+            if len({one.key for one in chosen}) == size:
+                yield chosen
 
 
-def _smaller_adapters(question: MemoryQuestion, tokens: int, checkpointing: bool) -> Iterator[_Switch]:
-    adapter = question.recipe.adapter
-    rank = getattr(adapter, "r", 1)
-    if rank > 1:
-        yield _Switch(f"adapter.r: {rank // 2}", _with(question, "adapter", r=rank // 2).at(tokens, checkpointing))
-    named = [x.name for x in question.shape.linears if x.role in ("q", "v", "qkv") and not x.left_out]
-    attention = list(dict.fromkeys(named))
-    if attention and hasattr(adapter, "target_modules"):
-        changed = _with(question, "adapter", target_modules=attention)
-        yield _Switch(f"adapter.target_modules: [{', '.join(attention)}]", changed.at(tokens, checkpointing))
-    if getattr(adapter, "dropout", 0.0) > 0:
-        yield _Switch("adapter.dropout: 0", _with(question, "adapter", dropout=0.0).at(tokens, checkpointing))
-
-
-def _smaller_states(question: MemoryQuestion, tokens: int, checkpointing: bool) -> Iterator[_Switch]:
-    now = optimizers.bind(question.recipe.training.optimizer)
-    if not question.recipe.training.optimizer.kind.endswith("8bit"):
-        changed = _with(question, "training", optimizer=optimizers.make_section("adamw_8bit"))
-        yield _Switch("training.optimizer: adamw_8bit", changed.at(tokens, checkpointing))
-    if question.device_kind == "cuda" and not now.is_paged:
-        changed = _with(question, "training", optimizer=optimizers.make_section("paged_adamw_8bit"))
-        memory = changed.at(tokens, checkpointing)
-        leaves = round(memory.paged_bytes * (memory.needed_bytes - memory.context_bytes) / memory.tensor_bytes)
-        yield _Switch("training.optimizer: paged_adamw_8bit", memory, leaves, "once its state has left the card")
-
-
-def _with(question: MemoryQuestion, section: str, **changes: Any) -> MemoryQuestion:
-    changed: Recipe = question.recipe.model_copy(
-        update={section: getattr(question.recipe, section).model_copy(update=changes)}
-    )
-    return replace(question, recipe=changed)
+def _with(now: RecipeStep, chosen: tuple[Switch, ...]) -> RecipeStep:
+    return reduce(lambda asked, switch: switch.on(asked), chosen, now)

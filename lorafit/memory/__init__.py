@@ -1,4 +1,4 @@
-"""Shapes + numbers -> MemoryEstimate by component: a closed form, instant, without weights and without torch.
+"""Shapes + numbers -> MemoryEstimate by component.
 
     fixed      base weights · quantisation constants · adapter · gradients · optimizer state
     forward    every layer's kept activations + the worst moment of the last layer
@@ -7,23 +7,26 @@
     update     the optimizer's temporaries
     peak = fixed + the largest of the four
 
-docs/memory.md derives each term so that a reader can follow it by hand.
+`closed_form` has formulas for LoRA's step and needs neither weights nor torch; docs/memory.md derives each term so that
+a reader can follow it by hand. What it does not cover is measured (`lorafit.estimate.measured`), with the same answer.
 """
 
 from __future__ import annotations
 
-from lorafit.memory.estimate import COMPONENTS, MemoryEstimate, Phase, estimate, fits, labels_of, needed_bytes
-from lorafit.memory.exact import ExactEstimate
-from lorafit.memory.layer_inputs import Numerics
+from lorafit.memory.closed_form import closed_form, covers
+from lorafit.memory.peak import COMPONENTS, MemoryEstimate, Phase, fits
+from lorafit.memory.step_memory import Engine, StepMemory, find_largest
+from lorafit.memory.step_shape import StepShape
 
 __all__ = [
     "COMPONENTS",
-    "ExactEstimate",
+    "Engine",
     "MemoryEstimate",
-    "Numerics",
     "Phase",
-    "estimate",
+    "StepMemory",
+    "StepShape",
+    "closed_form",
+    "covers",
+    "find_largest",
     "fits",
-    "labels_of",
-    "needed_bytes",
 ]

@@ -45,7 +45,9 @@ class LivePeak:
         phase: `forward`, `loss`, `backward` or `update`; empty before the first.
         where: The operation of that moment, and the module or backward node it ran in.
         components: What was alive then, in the terms of `lorafit.memory`.
-        phases: The most that was alive in each phase.
+        phases: The most that was alive in each phase; under the empty name, what was there before the first.
+        parts: What that was, by component.
+        places: The operation of each phase's worst moment.
     """
 
     tensor_bytes: int
@@ -53,6 +55,8 @@ class LivePeak:
     where: str
     components: dict[str, int]
     phases: dict[str, int]
+    parts: dict[str, dict[str, int]]
+    places: dict[str, str]
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -72,7 +76,9 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rounding_bytes = rounding_bytes
         self._alive: dict[int, _Record] = {}
         self._records: list[_Record] = []
-        self._peak_at, self._peak_phase, self._peak_where = 0, "", ""
+        self._peak_phase = ""
+        self._worst_at: dict[str, int] = {}
+        self._places: dict[str, str] = {}
 
     def note(self, tensors: Iterable[Any], component: str = "") -> None:
         """Counts tensors that were there before, or names the component of tensors that are counted already."""
@@ -82,11 +88,18 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def peak(self) -> LivePeak:
         """The worst moment so far."""
+        parts = {phase: self._components(at) for phase, at in self._worst_at.items()}
+        phase = self._peak_phase
+        where, components = self._places.get(phase, ""), parts.get(phase, {})
+        return LivePeak(self.peak_bytes, phase, where, components, dict(self.phases), parts, dict(self._places))
+
+    def _components(self, at: int) -> dict[str, int]:
+        """What was alive when a record was made."""
         found: dict[str, int] = defaultdict(int)
-        for record in self._records[: self._peak_at + 1]:
-            if record.died_at < 0 or record.died_at > self._peak_at:
+        for record in self._records[: at + 1]:
+            if record.died_at < 0 or record.died_at > at:
                 found[_component(record)] += record.size_bytes
-        return LivePeak(self.peak_bytes, self._peak_phase, self._peak_where, dict(found), dict(self.phases))
+        return dict(found)
 
     def _note(self, tensor: torch.Tensor, component: str, operation: Any) -> None:
         storage = tensor.untyped_storage()
@@ -105,10 +118,11 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._records.append(record)
         weakref.finalize(storage, self._forget, key)
         self.live_bytes += size
-        self.phases[self.phase] = max(self.phases.get(self.phase, 0), self.live_bytes)
+        if self.live_bytes > self.phases.get(self.phase, 0):
+            self.phases[self.phase], self._worst_at[self.phase] = self.live_bytes, len(self._records) - 1
+            self._places[self.phase] = self._describe(operation)
         if self.live_bytes > self.peak_bytes:
-            self.peak_bytes, self._peak_at = self.live_bytes, len(self._records) - 1
-            self._peak_phase, self._peak_where = self.phase, self._describe(operation)
+            self.peak_bytes, self._peak_phase = self.live_bytes, self.phase
 
     def _forget(self, key: int) -> None:
         record = self._alive.pop(key, None)

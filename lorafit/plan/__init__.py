@@ -10,22 +10,20 @@
 
 from __future__ import annotations
 
-from lorafit.plan.derive import Plan, memory_question, plan, require_fit
+from lorafit.plan.derive import Plan, plan, require_fit
 from lorafit.plan.flops import Flops, count_flops
-from lorafit.plan.render import plan_table
+from lorafit.plan.render import plan_table, show_plan
 from lorafit.plan.resolved import ResolvedPlan
 from lorafit.plan.run_cost import check_price
-from lorafit.plan.step_memory import MemoryQuestion
 
 __all__ = [
     "Flops",
-    "MemoryQuestion",
     "Plan",
     "ResolvedPlan",
     "check_price",
     "count_flops",
-    "memory_question",
     "plan",
     "plan_table",
     "require_fit",
+    "show_plan",
 ]

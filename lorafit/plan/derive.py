@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.console.wording import counted
 from lorafit.errors import DataError, DoesNotFitError, RecipeError
-from lorafit.kinds.adapters import adapters
-from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
-from lorafit.memory import MemoryEstimate, fits
-from lorafit.plan.step_memory import MemoryQuestion, estimated_attention, resolve_compute_dtype, resolve_dtype
-from lorafit.plan.unpacked import asks_to_keep, decide_unpacked
+from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
+from lorafit.plan.recipe_step import HEADROOM, RecipeStep, asks_to_keep, recipe_step
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from lorafit.contracts import Reporter
+    from lorafit.contracts import JsonObject
     from lorafit.facts import DatasetFacts, DeviceFacts, LeftOut, ModelShape
     from lorafit.recipe.schema import Recipe
 
@@ -27,13 +22,12 @@ DEFAULT_EPOCHS = 3.0
 MOST_MICRO_BATCH_TOKENS = 16_384
 """Beyond this a forward pass gains no speed on any card: its products are large enough. The rehearsal picks below
 it."""
-HEADROOM = 0.05
 FEW_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen. Holds bounds where the recipe says `auto`; the rehearsal picks between them.
+    """Every number of a run before it starts: values, and bounds where the rehearsal will pick.
 
     Attributes:
         epochs: Passes over the training rows that `total_steps` make.
@@ -41,10 +35,10 @@ class Plan:
         dtype: `bf16`, `fp16` or `fp32`.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
         attention: As the recipe says; `auto` is left to the rehearsal.
-        gradient_checkpointing: True or False where recipe or memory decide; `auto` where both can fit.
-        micro_batch_tokens: As the recipe says.
-        min_micro_batch_tokens: Lower bound for `auto`: one longest row.
-        max_micro_batch_tokens: Upper bound for `auto`: what fits, at most a whole step of this rank.
+        gradient_checkpointing: True or False where recipe or memory decide; None where both can fit.
+        micro_batch_tokens: As the recipe says; None: the rehearsal chooses between the bounds.
+        min_micro_batch_tokens: One longest row.
+        max_micro_batch_tokens: What fits, at most a whole step of this rank.
         select_metric: The metric that chooses the best checkpoint; None: the last one is taken.
         without_adapter: Weights of the layers that no adapter can reach, by name.
         memory: The estimate for the smallest micro-batch, with checkpointing only where it is needed.
@@ -52,6 +46,7 @@ class Plan:
         memory_least: The least this run can need: one longest row, checkpointed.
         fits: Whether `memory_least` fits.
         warnings: What a user should know before the run.
+        step: Answers for the memory of a step, by micro-batch and checkpointing.
     """
 
     name: str
@@ -74,8 +69,8 @@ class Plan:
     quantization: str
     keeps_unpacked: bool
     attention: str
-    gradient_checkpointing: bool | str
-    micro_batch_tokens: int | str
+    gradient_checkpointing: bool | None
+    micro_batch_tokens: int | None
     min_micro_batch_tokens: int
     max_micro_batch_tokens: int
     evaluate_every_steps: int | None
@@ -91,27 +86,17 @@ class Plan:
     memory_least: MemoryEstimate
     fits: bool
     warnings: tuple[str, ...]
+    step: StepMemory
 
     @property
     def trained_share(self) -> float:
         """Share of tokens that carry loss (0 to 1)."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
-    def show(self, reporter: Reporter) -> None:
-        """Shows the plan to people, and warns of what they should know."""
-        reporter.show(self.table())
-        for warning in self.warnings:
-            reporter.warn(warning)
-
-    def table(self) -> Table:
-        """Every number for people."""
-        from lorafit.plan.render import plan_table
-
-        return plan_table(self)
-
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
+        open_values = {name: "auto" for name in ("gradient_checkpointing", "micro_batch_tokens") if plain[name] is None}
         device = {f.name: getattr(self.device, f.name) for f in fields(self.device)}
         estimates = {k: v.to_json() for k, v in plain.items() if isinstance(v, MemoryEstimate)}
         own = {
@@ -120,11 +105,13 @@ class Plan:
             "warnings": list(self.warnings),
             "trained_share": self.trained_share,
         }
-        return plain | estimates | own
+        return plain | open_values | estimates | own
 
 
-def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> Plan:
-    """Derives every number of a run.
+def plan(
+    recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts, engine: Engine = closed_form
+) -> Plan:
+    """Derives every number of a run; `engine` answers for the memory of its step.
 
     Raises:
         RecipeError: Numbers of the recipe do not go together, with the rows and the model it names.
@@ -135,16 +122,12 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
     training, evaluation = recipe.training, recipe.evaluation
     steps_per_epoch = math.ceil(dataset.rows / training.batch_size)
     total_steps, epochs = _length(recipe, steps_per_epoch)
-    dtype = resolve_dtype(recipe.model.dtype, device)
-    question = memory_question(recipe, shape, dataset, device)
+    asked = recipe_step(recipe, shape, dataset, device, engine=engine)
+    memory, step = asked.memory, asked.memory.step
     _check_attention(recipe, device)
     _check_length(dataset, shape)
-    bounds = _bounds(question, dataset, device)
-    sites = adapters.bind(recipe.adapter).sites(shape)
-    if recipe.data.packing and any(site.kind == "prompt" for site in sites):
-        why = f"{recipe.adapter.kind} begins a row with vectors of its own, and a packed row holds several"
-        raise RecipeError(why, key="data.packing", todo="write data.packing: false")
-    trainable = sum(site.parameters for site in sites) + shape.new_head_parameters
+    _check_packing(recipe, step)
+    bounds = _bounds(asked, min(training.batch_size, dataset.rows), device)
     stopping = evaluation.early_stopping
     return Plan(
         name=recipe.name,
@@ -162,13 +145,13 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
         learning_rate=training.learning_rate,
         schedule=training.schedule.kind,
         optimizer=training.optimizer.kind,
-        dtype=dtype,
-        compute_dtype=resolve_compute_dtype(recipe, dtype),
+        dtype=step.dtype,
+        compute_dtype=step.compute_dtype,
         quantization=recipe.model.quantization.kind,
-        keeps_unpacked=question.keeps_unpacked,
+        keeps_unpacked=step.keeps_unpacked,
         attention=recipe.model.attention,
         gradient_checkpointing=bounds.checkpointing,
-        micro_batch_tokens=training.micro_batch_tokens,
+        micro_batch_tokens=asked.tokens,
         min_micro_batch_tokens=bounds.least_tokens,
         max_micro_batch_tokens=bounds.most_tokens,
         evaluate_every_steps=evaluation.every_steps,
@@ -176,29 +159,16 @@ def plan(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: Devic
         keep_last=recipe.checkpoints.keep_last,
         select_metric=stopping.metric if stopping else ("loss" if evaluation.every_steps else None),
         total_parameters=shape.total_parameters,
-        trainable_parameters=trainable,
+        trainable_parameters=step.trainable_parameters,
         without_adapter=shape.left_out,
         device=device,
         memory=bounds.memory,
-        memory_at_most=question.at(bounds.most_tokens, bounds.checkpointing is not False),
+        memory_at_most=memory.at(bounds.most_tokens, bounds.checkpointing is not False),
         memory_least=bounds.memory_least,
         fits=_can_fit(bounds.memory_least, device),
-        warnings=(*_warnings(recipe, shape, dataset, device, dtype, total_steps), *_unpacked_warning(question)),
+        warnings=_warnings(recipe, memory, dataset, device, total_steps),
+        step=memory,
     )
-
-
-def memory_question(recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts) -> MemoryQuestion:
-    """What a step of this run holds, by micro-batch and checkpointing; the rehearsal asks it too."""
-    question = MemoryQuestion(
-        recipe=recipe,
-        shape=shape,
-        longest_tokens=dataset.longest_tokens,
-        longest_trained_tokens=dataset.longest_trained_tokens,
-        dtype=resolve_dtype(recipe.model.dtype, device),
-        attention=estimated_attention(recipe, shape),
-        device_kind=device.kind,
-    )
-    return decide_unpacked(question, device, HEADROOM)
 
 
 def require_fit(plan: Plan) -> None:
@@ -256,6 +226,12 @@ def _check_attention(recipe: Recipe, device: DeviceFacts) -> None:
         raise RecipeError("fused attention is for CPUs", key="model.attention", todo="write sdpa or auto")
 
 
+def _check_packing(recipe: Recipe, step: StepShape) -> None:
+    if step.packing and any(site.kind == "prompt" for site in step.adapter.sites(step.model)):
+        why = f"{recipe.adapter.kind} begins a row with vectors of its own, and a packed row holds several"
+        raise RecipeError(why, key="data.packing", todo="write data.packing: false")
+
+
 def _check_length(dataset: DatasetFacts, shape: ModelShape) -> None:
     longest = max(dataset.longest_tokens, dataset.validation_longest_tokens)
     if shape.position_parameters and longest > shape.max_positions:
@@ -268,49 +244,35 @@ def _check_length(dataset: DatasetFacts, shape: ModelShape) -> None:
 
 @dataclass(frozen=True)
 class _Bounds:
-    checkpointing: bool | str
+    checkpointing: bool | None
     least_tokens: int
     most_tokens: int
     memory: MemoryEstimate
     memory_least: MemoryEstimate
 
 
-def _bounds(question: MemoryQuestion, dataset: DatasetFacts, device: DeviceFacts) -> _Bounds:
+def _bounds(asked: RecipeStep, step_rows: int, device: DeviceFacts) -> _Bounds:
     """Token budget and checkpointing, as far as memory alone decides them."""
-    training = question.recipe.training
-    asked = training.gradient_checkpointing
-    longest = dataset.longest_tokens
-    rows_of_rank = math.ceil(min(training.batch_size, dataset.rows) / device.count)
-    whole_step = rows_of_rank * longest
-    least_memory = question.at(longest, True)
-    if training.micro_batch_tokens != "auto":
-        tokens = max(int(training.micro_batch_tokens), longest)
-        plain = question.at(tokens, False)
-        if asked == "auto":
-            asked = not fits(plain, device.memory_bytes, HEADROOM)
-        return _Bounds(asked, tokens, tokens, question.at(tokens, bool(asked)), least_memory)
-
-    most = max(longest, min(MOST_MICRO_BATCH_TOKENS, whole_step))
-    without = question.largest_tokens(False, most, device.memory_bytes, HEADROOM) if asked is not True else None
-    with_it = question.largest_tokens(True, most, device.memory_bytes, HEADROOM) if asked is not False else None
-    if asked == "auto":
-        asked = True if without is None else (False if without == most else "auto")
-    largest = max(without or longest, (with_it or longest) if asked is not False else longest)
-    memory = question.at(longest, without is None and asked is not False)
-    return _Bounds(asked, longest, largest, memory, least_memory)
-
-
-def _unpacked_warning(question: MemoryQuestion) -> tuple[str, ...]:
-    if question.keeps_unpacked or asks_to_keep(question) is not True:
-        return ()
-    return ("keep_unpacked has nothing to keep: no adapted linear is unpacked from 4 bits to model.dtype",)
+    memory, longest, have = asked.memory, asked.memory.step.row_tokens, device.memory_bytes
+    checkpointing, least = asked.checkpointing, memory.at(longest, True)
+    if asked.tokens is not None:
+        found, _ = asked.settle(device, HEADROOM)
+        return _Bounds(found.gradient_checkpointing, asked.least_tokens, asked.least_tokens, found, least)
+    most = max(longest, min(MOST_MICRO_BATCH_TOKENS, math.ceil(step_rows / device.count) * longest))
+    without = memory.largest_tokens(False, most, have, HEADROOM) if checkpointing is not True else None
+    with_it = memory.largest_tokens(True, most, have, HEADROOM) if checkpointing is not False else None
+    if checkpointing is None and without in (None, most):
+        checkpointing = without is None
+    largest = max(without or longest, (with_it or longest) if checkpointing is not False else longest)
+    smallest = memory.at(longest, without is None and checkpointing is not False)
+    return _Bounds(checkpointing, longest, largest, smallest, least)
 
 
 def _warnings(
-    recipe: Recipe, shape: ModelShape, dataset: DatasetFacts, device: DeviceFacts, dtype: str, total_steps: int
+    recipe: Recipe, memory: StepMemory, dataset: DatasetFacts, device: DeviceFacts, total_steps: int
 ) -> tuple[str, ...]:
     found = []
-    training = recipe.training
+    training, shape, dtype = recipe.training, memory.step.model, memory.step.dtype
     if dtype == "fp16" and device.kind == "cpu":
         found.append("fp16 on a CPU is slow and overflows easily; bf16 or fp32 is meant for it")
     if dtype == "bf16" and not device.bf16:
@@ -344,11 +306,6 @@ def _warnings(
         found.append(
             f"the longest row has {dataset.longest_tokens} tokens; the model was made for {shape.max_positions}"
         )
-    if shape.scanning_layers:
-        found.append(
-            f"{shape.scanning_layers} of {shape.layers} layers carry a state along the row (Mamba, linear attention), "
-            "which this plan's memory does not count: see lorafit estimate-memory --exact"
-        )
     if shape.expert_parameters and recipe.model.quantization.kind != "none":
         share = shape.expert_parameters / shape.total_parameters
         found.append(
@@ -358,8 +315,10 @@ def _warnings(
         found += _unreached(shape)
     if not shape.quantizable and recipe.model.quantization.kind != "none":
         found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
-    if optimizers.bind(training.optimizer).is_paged and device.kind != "cuda":
+    if memory.step.optimizer.is_paged and device.kind != "cuda":
         found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
+    if asks_to_keep(recipe) and not memory.step.keeps_unpacked:
+        found.append("keep_unpacked has nothing to keep: no adapted linear is unpacked from 4 bits to model.dtype")
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ from lorafit.machine.devices import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lorafit.contracts import Reporter
     from lorafit.plan.derive import Plan
 
 
@@ -20,6 +21,13 @@ def format_count(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.3g}{suffix}" if number < 100 * scale else f"{number / scale:.0f}{suffix}"
     return f"{number:,}"
+
+
+def show_plan(plan: Plan, reporter: Reporter) -> None:
+    """Shows the plan to people, and warns of what they should know."""
+    reporter.show(plan_table(plan))
+    for warning in plan.warnings:
+        reporter.warn(warning)
 
 
 def plan_table(plan: Plan) -> Table:
@@ -63,7 +71,7 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
         f"{plan.learning_rate:g}, {plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up; {plan.optimizer}",
     )
     yield "micro-batch", _micro_batch(plan)
-    yield "checkpointing", {True: "on", False: "off", "auto": "auto: both can fit"}[plan.gradient_checkpointing]
+    yield "checkpointing", {True: "on", False: "off", None: "auto: both can fit"}[plan.gradient_checkpointing]
     yield (
         "evaluation",
         (_every(plan.evaluate_every_steps) if plan.evaluate_every_steps else "none while training")
@@ -86,7 +94,7 @@ def _every(steps: int) -> str:
 
 
 def _micro_batch(plan: Plan) -> str:
-    if plan.micro_batch_tokens != "auto":
+    if plan.micro_batch_tokens is not None:
         return f"{plan.min_micro_batch_tokens:,} tokens"
     return f"auto: {plan.min_micro_batch_tokens:,} to {plan.max_micro_batch_tokens:,} tokens"
 

@@ -37,18 +37,18 @@ def rehearse(
     stage: Stage,
     *,
     attention: str,
-    gradient_checkpointing: bool | str,
-    micro_batch_tokens: int | str,
+    gradient_checkpointing: bool | None,
+    micro_batch_tokens: int | None,
     least_tokens: int,
     most_tokens: int,
 ) -> Choice:
-    """Settles what is `auto`, then tries the heaviest micro-batches.
+    """Settles what is open, then tries the heaviest micro-batches.
 
     Args:
         stage: The run's.
-        attention: Of the recipe.
-        gradient_checkpointing: Of the recipe.
-        micro_batch_tokens: Of the recipe.
+        attention: Of the recipe; `auto` is open.
+        gradient_checkpointing: Of the plan; None is open.
+        micro_batch_tokens: Of the plan; None is open.
         least_tokens: Of a micro-batch whose size is open: one longest row.
         most_tokens: Of such a micro-batch: a whole step.
 
@@ -58,13 +58,13 @@ def rehearse(
     """
     began = time.perf_counter()
     with stage.rolled_back():
-        budget = least_tokens if isinstance(micro_batch_tokens, str) else micro_batch_tokens
+        budget = least_tokens if micro_batch_tokens is None else micro_batch_tokens
         checkpointing = gradient_checkpointing is True or (
-            gradient_checkpointing == "auto"
+            gradient_checkpointing is None
             and not stage.fits(budget, False, stage.attention if attention == "auto" else attention)
         )
         stage.set_checkpointing(checkpointing)
-        if attention == "auto" or micro_batch_tokens == "auto":
+        if attention == "auto" or micro_batch_tokens is None:
             # The first forward and backward pays for lazy set-up, which no candidate should.
             time_micro_batches(stage.executor, [stage.shortest_batch()])
         if attention == "auto":
@@ -72,15 +72,15 @@ def rehearse(
             stage.reporter.info(f"rehearsal: {attention} attention is taken")
         stage.set_attention(attention)
         at_once = 1
-        if isinstance(micro_batch_tokens, str):
+        if micro_batch_tokens is None:
             until = began + _MOST_SECONDS
             at_once, rates = fastest_number(stage, least_tokens, most_tokens, checkpointing)
             budget = fastest_budget(stage, least_tokens, most_tokens, checkpointing, until, at_once, rates)
         choice = _heaviest_that_fits(
             stage,
             _with_evaluation_budget(stage, Choice(budget, 0, attention, checkpointing, at_once)),
-            may_checkpoint=gradient_checkpointing == "auto",
-            may_shrink_to=least_tokens if micro_batch_tokens == "auto" else budget,
+            may_checkpoint=gradient_checkpointing is None,
+            may_shrink_to=least_tokens if micro_batch_tokens is None else budget,
         )
     stage.measured["seconds"] = round(time.perf_counter() - began, 3)
     return choice

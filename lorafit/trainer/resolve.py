@@ -51,7 +51,7 @@ def resolve_plan(
         ResourceError: The heaviest micro-batch does not fit into memory.
     """
     cached = _read_cached(cache_file, stage.reporter)
-    is_open = "auto" in (plan.attention, plan.gradient_checkpointing, plan.micro_batch_tokens)
+    is_open = plan.attention == "auto" or None in (plan.gradient_checkpointing, plan.micro_batch_tokens)
     known = next(((s, v) for s, v in (("run", resumed), ("plan", given), ("cache", cached)) if v is not None), None)
     if known is not None:
         source, values = known
@@ -96,11 +96,11 @@ def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> Choice:
     """What the recipe fixes, and for the rest `values`."""
     tokens, checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
     choice = Choice(
-        values.micro_batch_tokens if isinstance(tokens, str) else tokens,
+        values.micro_batch_tokens if tokens is None else tokens,
         values.evaluation_micro_batch_tokens,
         values.attention if plan.attention == "auto" else plan.attention,
-        values.gradient_checkpointing if isinstance(checkpointing, str) else checkpointing,
-        values.micro_batches_at_once if isinstance(tokens, str) else 1,
+        values.gradient_checkpointing if checkpointing is None else checkpointing,
+        values.micro_batches_at_once if tokens is None else 1,
     )
     if choice.micro_batches_at_once > 1 and not stage.may_run_at_once(choice.gradient_checkpointing):
         return replace(choice, micro_batches_at_once=1)

@@ -52,6 +52,8 @@ class Task(Kind[S_co]):
     def scores(self) -> Mapping[str, int]:
         """What `score` gives by name, and of how many numbers a row; `loss` and `weight` among them."""
 
+    closed_form: ClassVar[bool] = False
+    """Whether `memory` has formulas for its loss; that of any other is estimated by a dry run."""
     during_metrics: ClassVar[tuple[str, ...]] = ("loss",)
     """`evaluation.during` where a recipe says nothing."""
     final_metrics: ClassVar[tuple[str, ...]] = ("loss",)

@@ -29,6 +29,7 @@ class CausalLmSection(TaskSection):
 class CausalLm(Task[CausalLmSection]):
     """The loss is the cross-entropy of the trained tokens; an answer is generated text."""
 
+    closed_form = True
     final_metrics = ("perplexity", "rouge", "exact_match")
     writes_answers = True
     packs = True

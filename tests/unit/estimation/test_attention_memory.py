@@ -9,7 +9,7 @@ import pytest
 
 from lorafit.model.attention import register_fused_attention
 from lorafit.model_shapes import known_config
-from tests.unit.estimation.test_dry_run import ask, exact, measure
+from tests.unit.estimation.test_dry_run import ask, exact_both, measure_both
 from tests.unit.memory.test_estimate import MODELS, one_thread  # noqa: F401
 
 FUSED = {"model__attention": "fused"}
@@ -22,25 +22,23 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_a_dry_run_holds_what_a_real_step_holds(case: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_a_dry_run_holds_what_a_real_step_holds(case: str, tmp_path: Path) -> None:
     config = MODELS[case.split()[0]]
     register_fused_attention()
     question = ask(config, tmp_path, **CASES[case], **FUSED)
-    real, dry = measure(question, config, checkpointing), exact(question, config, checkpointing)
-    assert dry.tensor_bytes == pytest.approx(real.tensor_bytes, rel=0.02)
+    real, dry = measure_both(question, config), exact_both(question, config)
+    for checkpointing in (False, True):
+        assert dry[checkpointing].tensor_bytes == pytest.approx(real[checkpointing].tensor_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("tokens", [225, 1024])
+@pytest.mark.parametrize(("tokens", "dropout"), [(225, 0.0), (1024, 0.05)])
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", pytest.param("Qwen/Qwen2.5-7B", marks=pytest.mark.slow)])
-def test_closed_form_meets_the_dry_run(model: str, tokens: int, checkpointing: bool, tmp_path: Path) -> None:
+def test_closed_form_meets_the_dry_run(model: str, tokens: int, dropout: float, tmp_path: Path) -> None:
     config = {**(known_config(model) or {}), "num_hidden_layers": 4}
-    for dropout in (0.0, 0.05):
-        question = ask(config, tmp_path, tokens=tokens, model__quantization="nf4", adapter__dropout=dropout, **FUSED)
-        closed, dry = question.at(2 * tokens, checkpointing), exact(question, config, checkpointing)
-        assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.02)
+    question = ask(config, tmp_path, tokens=tokens, model__quantization="nf4", adapter__dropout=dropout, **FUSED)
+    for checkpointing, dry in exact_both(question, config).items():
+        assert question.at(2 * tokens, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -56,9 +54,9 @@ def test_where_attention_is_the_worst_moment(rows: int, tmp_path: Path) -> None:
         "max_position_embeddings": 2048,
     }
     question = ask(config, tmp_path, tokens=1500, adapter__dropout=0.0, **FUSED)
-    for checkpointing in (False, True):
-        closed, dry = question.at(rows * 1500, checkpointing), exact(question, config, checkpointing, rows)
-        assert closed.peak_phase.name == dry.peak.phase == "backward"
+    for checkpointing, dry in exact_both(question, config, rows).items():
+        closed = question.at(rows * 1500, checkpointing)
+        assert closed.peak_phase.name == dry.peak_phase.name == "backward"
         assert closed.peak_phase.where.endswith("attention")
         assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.02)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,16 @@ import torch
 from lorafit.contracts import Batch
 from lorafit.errors import ModelError
 from lorafit.estimation import dry_run as dryrun
-from lorafit.estimation.dry_run import DryRun, ExactEstimate
-from lorafit.kinds.optimizers import optimizers
+from lorafit.estimation.dry_run import DryRun
 from lorafit.kinds.tasks import tasks
+from lorafit.memory import MemoryEstimate, StepMemory
 from lorafit.model.attach import attach_adapter
 from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import enable_checkpointing
 from lorafit.model_shapes import known_config
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
-from lorafit.plan import MemoryQuestion
-from lorafit.plan.step_memory import estimated_attention
-from lorafit.plan.unpacked import decide_unpacked
+from lorafit.plan.recipe_step import recipe_step
 from lorafit.recipe.load import load_recipe
 from lorafit.trainer.executor import OneByOne
 from lorafit.trainer.step import Update, accumulate_gradients
@@ -38,44 +37,47 @@ ROWS, TOKENS = 2, 128
 
 def ask(
     config: dict[str, Any], folder: Path, *, device_kind: str = "cpu", tokens: int = TOKENS, **changes: Any
-) -> MemoryQuestion:
-    """A recipe's question; `changes` are overrides such as `adapter__r=64`."""
+) -> StepMemory:
+    """A recipe's step; `changes` are overrides such as `adapter__r=64`."""
     file = folder / "recipe.yaml"
     file.write_text("name: x\nmodel: {base: x}\ndata: {train: [{path: x.jsonl}]}\noutput: x\n", encoding="utf-8")
     overrides = {"training__optimizer": "adamw", "model__quantization": "none", **changes}
     overrides |= {} if "adapter" in changes else {"adapter__dropout": changes.get("adapter__dropout", 0.05)}
     recipe = load_recipe(file, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]).recipe
-    shape = find_shape(config)
-    dtype = "bf16" if recipe.model.dtype == "auto" else recipe.model.dtype
-    attention = estimated_attention(recipe, shape)
-    question = MemoryQuestion(recipe, shape, tokens, tokens - 1, dtype, attention, device_kind)
-    return decide_unpacked(question, None, 0.05)
+    step = recipe_step(recipe, find_shape(config), None, None).memory.step
+    return StepMemory(replace(step, row_tokens=tokens, row_labels=tokens - 1, device_kind=device_kind))
 
 
-def exact(question: MemoryQuestion, config: dict[str, Any], checkpointing: bool, rows: int = ROWS) -> ExactEstimate:
-    return DryRun(question, config, rows * question.longest_tokens, checkpointing).run()
+def exact_both(asked: StepMemory, config: dict[str, Any], rows: int = ROWS) -> dict[bool, MemoryEstimate]:
+    """Without checkpointing and with it, on one model."""
+    dry = DryRun(asked.step, config)
+    return {checkpointing: dry.run(rows * asked.step.row_tokens, checkpointing) for checkpointing in (False, True)}
 
 
-def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: bool) -> LivePeak:
-    """The same step on real tensors: gradients and optimizer state are there from a step before."""
-    recipe, fp32 = question.recipe, question.dtype == "fp32"
+def exact(asked: StepMemory, config: dict[str, Any], checkpointing: bool, rows: int = ROWS) -> MemoryEstimate:
+    return DryRun(asked.step, config).run(rows * asked.step.row_tokens, checkpointing)
+
+
+def measure_both(asked: StepMemory, config: dict[str, Any]) -> dict[bool, LivePeak]:
+    """The same steps on real tensors: gradients and optimizer state are there from a step before."""
+    shape, fp32, tokens = asked.step, asked.step.dtype == "fp32", asked.step.row_tokens
+    kind = shape.quantization.section.kind
     torch.manual_seed(0)
     dtype = torch.float32 if fp32 else torch.bfloat16
-    base = build(config, recipe.model.quantization.kind, dtype, question.attention)
-    base.is_loaded_in_4bit = recipe.model.quantization.kind == "nf4"
-    model = attach_adapter(base, recipe.adapter, 0)
+    base = build(config, kind, dtype, shape.attention)
+    base.is_loaded_in_4bit = kind == "nf4"
+    model = attach_adapter(base, shape.adapter.section, 0)
     fuse_layers(model)
-    if question.keeps_unpacked:
+    if shape.keeps_unpacked:
         keep_unpacked(model)
-    enable_checkpointing(model, checkpointing)
-    objective = build_objective(model, autocast_dtype=None if fp32 else dtype, exact=not question.shape.plain_head)
+    objective = build_objective(model, autocast_dtype=None if fp32 else dtype, exact=not shape.model.plain_head)
     objective.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizers.bind(recipe.training.optimizer).build(trained, 1e-3, torch.device("cpu"))
-    ids = torch.randint(3, question.shape.vocabulary, (ROWS, question.longest_tokens))
-    columns = range(question.longest_tokens - 1)
-    index = torch.tensor([row * question.longest_tokens + column for row in range(ROWS) for column in columns])
-    halves = torch.arange(question.longest_tokens // 2).repeat(ROWS, 2) if question.packs_rows else None
+    optimizer = shape.optimizer.build(trained, 1e-3, torch.device("cpu"))
+    ids = torch.randint(3, shape.model.vocabulary, (ROWS, tokens))
+    columns = range(tokens - 1)
+    index = torch.tensor([row * tokens + column for row in range(ROWS) for column in columns])
+    halves = torch.arange(tokens // 2).repeat(ROWS, 2) if shape.packs_rows else None
     tensors = {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}
     tensors |= {"position_ids": halves} if halves is not None else {}
     batch = Batch(tensors, len(index), tuple(range(ROWS)), ids.numel())
@@ -86,11 +88,16 @@ def measure(question: MemoryQuestion, config: dict[str, Any], checkpointing: boo
         accumulate_gradients(executor, [batch])
         update.apply(1, update.gradient_norm())
 
-    step()
-    live = LiveTensors()
-    with watching(live, objective, optimizer):
-        step()
-    return live.peak()
+    found = {}
+    for checkpointing in (False, True):
+        enable_checkpointing(model, checkpointing)
+        if not found:
+            step()
+        live = LiveTensors()
+        with watching(live, objective, optimizer):
+            step()
+        found[checkpointing] = live.peak()
+    return found
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -114,23 +121,23 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_a_dry_run_holds_what_a_real_step_holds(case: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_a_dry_run_holds_what_a_real_step_holds(case: str, tmp_path: Path) -> None:
     config = MODELS[max((name for name in MODELS if case.startswith(name)), key=len)]
     if "nf4" in case:  # on a CPU a width that is no multiple of 64 stays unquantised
         config = {**config, "intermediate_size": 384}
     question = ask(config, tmp_path, **CASES[case])
-    real, dry = measure(question, config, checkpointing), exact(question, config, checkpointing)
-    print(case, real.tensor_bytes, dry.tensor_bytes)
-    assert dry.tensor_bytes == pytest.approx(real.tensor_bytes, rel=0.03)
-    assert sum(dry.components.values()) == dry.tensor_bytes == max(dry.peak.phases.values())
-    for name in ("base_weights", "unpacked_weights", "adapter", "gradients"):
-        assert dry.components[name] == pytest.approx(real.components.get(name, 0), rel=0.02)
+    measured, run = measure_both(question, config), exact_both(question, config)
+    for checkpointing in (False, True):
+        real, dry = measured[checkpointing], run[checkpointing]
+        print(case, checkpointing, real.tensor_bytes, dry.tensor_bytes)
+        assert dry.tensor_bytes == pytest.approx(real.tensor_bytes, rel=0.03)
+        assert sum(dry.components.values()) == dry.tensor_bytes == max(dry.to_json()["phases_bytes"].values())
+        for name in ("base_weights", "unpacked_weights", "adapter", "gradients"):
+            assert dry.components[name] == pytest.approx(real.components.get(name, 0), rel=0.02)
 
 
-@pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(("device_kind", "quantization"), [("cpu", "none"), ("cuda", "nf4")])
 @pytest.mark.parametrize(
     "model", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B", "google/gemma-2-9b", "openai-community/gpt2"]
 )
@@ -145,10 +152,9 @@ def test_closed_form_meets_the_dry_run(model: str, quantization: str, device_kin
         "attn_pdrop": 0.0,
     }
     question = ask(config, tmp_path, device_kind=device_kind, tokens=1024, model__quantization=quantization)
-    for checkpointing in (False, True):
-        closed = question.at(2 * 1024, checkpointing).tensor_bytes
-        within = 0.05 if "lama" in model or "Qwen" in model else 0.10
-        assert closed == pytest.approx(exact(question, config, checkpointing).tensor_bytes, rel=within)
+    within = 0.05 if "lama" in model or "Qwen" in model else 0.10
+    for checkpointing, dry in exact_both(question, config).items():
+        assert question.at(2 * 1024, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=within)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +170,8 @@ def test_closed_form_of_models_read_from_their_classes(model: str, tmp_path: Pat
     text = config.get("text_config", config)
     text |= {"num_hidden_layers": 6} | ({"layer_types": text["layer_types"][:6]} if "layer_types" in text else {})
     question = ask(config, tmp_path, device_kind="cuda", tokens=1024, model__quantization="nf4")
-    for checkpointing in (False, True):
-        closed = question.at(2 * 1024, checkpointing).tensor_bytes
-        assert closed == pytest.approx(exact(question, config, checkpointing).tensor_bytes, rel=0.05)
+    for checkpointing, dry in exact_both(question, config).items():
+        assert question.at(2 * 1024, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.05)
 
 
 def test_a_tower_that_knows_no_sdpa_keeps_its_own_attention(tmp_path: Path) -> None:
@@ -175,19 +180,18 @@ def test_a_tower_that_knows_no_sdpa_keeps_its_own_attention(tmp_path: Path) -> N
     text = config["text_config"]
     sizes = {"num_hidden_layers": 10, "num_kv_shared_layers": 5, "layer_types": text["layer_types"][:10]}
     question = ask({**config, "text_config": {**text, **sizes}}, tmp_path, device_kind="cuda")
-    assert question.attention == "sdpa"
+    assert question.step.attention == "sdpa"
     assert exact(question, {**config, "text_config": {**text, **sizes}}, True).tensor_bytes > 2**30
 
 
-@pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B"])
+@pytest.mark.parametrize(("model", "device_kind"), [("meta-llama/Llama-3.1-8B", "cuda"), ("Qwen/Qwen2.5-7B", "cpu")])
 def test_kept_copies_are_counted_by_both_engines(model: str, device_kind: str, tmp_path: Path) -> None:
     config = {**(known_config(model) or {}), "num_hidden_layers": 4}  # the first keeps less than the closed form says
     kept = "{kind: nf4, keep_unpacked: true}"
     question = ask(config, tmp_path, device_kind=device_kind, tokens=1024, model__quantization=kept)
-    weights = sum(x.in_features * x.out_features * x.count for x in question.shape.linears)
-    for checkpointing in (False, True):
-        closed, dry = question.at(2 * 1024, checkpointing), exact(question, config, checkpointing)
+    weights = sum(x.in_features * x.out_features * x.count for x in question.step.model.linears)
+    for checkpointing, dry in exact_both(question, config).items():
+        closed = question.at(2 * 1024, checkpointing)
         assert closed.components["unpacked_weights"] == dry.components["unpacked_weights"] == 2 * weights
         assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.01)
 
@@ -212,7 +216,7 @@ def test_int8_holds_its_inputs_and_a_first_micro_batch_has_no_gradients_yet(tmp_
     four, eight = (ask(config, tmp_path, model__quantization=kind) for kind in ("nf4", "int8"))
     held = exact(eight, config, True).components["kept_activations"]
     assert held > 1.5 * exact(four, config, True).components["kept_activations"]
-    alone = DryRun(four, config, ROWS * TOKENS, False, accumulates=False).run()
+    alone = DryRun(four.step, config).run(ROWS * TOKENS, False, accumulates=False)
     assert alone.tensor_bytes < exact(four, config, False).tensor_bytes
 
 
@@ -220,11 +224,11 @@ def test_where_the_peak_is(tmp_path: Path) -> None:
     config = {**MODELS["llama"], "vocab_size": 50_000}
     question = ask(config, tmp_path)
     dry = exact(question, config, True)
-    assert dry.peak.phase == "loss"
+    assert dry.peak_phase.name == "loss"
     assert dry.components["loss"] > 50_000 * 4 * 200
     small = exact(ask({**config, "vocab_size": 64}, tmp_path), {**config, "vocab_size": 64}, True)
-    assert small.peak.phase == "backward"
-    assert "layers." in small.peak.where
+    assert small.peak_phase.name == "backward"
+    assert "layers." in small.peak_phase.where
     plain = json.loads(json.dumps(small.to_json()))
     assert plain["peak_phase"] == "backward"
     assert plain["needed_bytes"] > plain["tensor_bytes"]

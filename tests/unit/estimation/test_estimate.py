@@ -45,19 +45,19 @@ def shown(estimate: RecipeEstimate, *, width: int = 80, encoding: str = "utf-8")
 
 def test_without_rows_max_length_stands_for_them() -> None:
     found = guess(data={"max_length": 1024}, rows=RowLengths(missing="a.jsonl is not on this disk"))
-    assert (found.longest_tokens, found.fits) == (1024, None)
+    assert (found.asked.memory.step.row_tokens, found.fits) == (1024, None)
     assert found.memory.micro_batch_tokens == 1024
     found.raise_unless_fits()  # no card, no verdict
     assert found.to_json()["rows_missing"] == "a.jsonl is not on this disk"
     text = shown(found)
     assert "rows not read: a.jsonl is not on this disk; data.max_length stands for them" in text
     assert "tokens on average" not in text and " to " not in text  # no empty bars
-    assert guess(data={"max_length": 9000}, hub_id="openai-community/gpt2").longest_tokens == 1024
+    assert guess(data={"max_length": 9000}, hub_id="openai-community/gpt2").asked.memory.step.row_tokens == 1024
 
 
 def test_real_rows_are_what_is_estimated_and_shown() -> None:
     known = guess(data={"max_length": 1024}, rows=RowLengths(ROWS, BARS))
-    assert known.longest_tokens == 600
+    assert known.asked.memory.step.row_tokens == 600
     assert known.memory.tensor_bytes < guess(data={"max_length": 1024}).memory.tensor_bytes
     plain = known.to_json()
     assert plain["rows"]["histogram"][1] == {"low": 101, "high": 200, "rows": 70}
@@ -183,9 +183,9 @@ def test_every_switch_that_saves_is_listed_and_no_other() -> None:
     rows = RowLengths(replace(ROWS, longest_tokens=1024))
     large = guess(rows=rows, training=bare, model={"quantization": "none"})
     assert set(switches(large)) == {
-        "training.gradient_checkpointing: true", "training.micro_batch_tokens: 1024", "data.max_length: 512",
+        "training.gradient_checkpointing: true", "training.micro_batch_tokens: 1024",
         "model.quantization: nf4", "training.optimizer: adamw_8bit", "training.optimizer: paged_adamw_8bit",
-        "adapter.r: 8", "adapter.target_modules: [q_proj, v_proj]", "adapter.dropout: 0",
+        "adapter.r: 8", "adapter.target_modules: [q_proj, v_proj]", "adapter.dropout: 0.0",
     }  # fmt: skip
     assert all(saved > 0 for saved in switches(large).values())
     assert list(switches(large).values()) == sorted(switches(large).values(), reverse=True)
@@ -246,7 +246,12 @@ def test_methods_are_computed_for_the_model() -> None:
     parts = (own.weights_bytes, own.gradients_bytes, own.optimizer_bytes, own.temporary_bytes)
     assert sum(parts) == found.memory.tensor_bytes
     full = rows["full", "fp32"]
-    assert full.weights_bytes == full.gradients_bytes == 4 * found.total_parameters == full.optimizer_bytes // 2
+    assert (
+        full.weights_bytes
+        == full.gradients_bytes
+        == 4 * found.asked.memory.step.model.total_parameters
+        == full.optimizer_bytes // 2
+    )
     usable = 24 * GIB * 0.95
     assert [method.fits for method in found.methods] == [method.needed_bytes <= usable for method in found.methods]
     assert [method.fits for method in found.methods][:3] == [False] * 3 and found.methods[-1].fits

@@ -18,9 +18,9 @@ from lorafit.facts import DeviceFacts, ModelShape
 from lorafit.machine.devices import parse_gpu
 from lorafit.machine.hardware import cards
 from lorafit.machine.shipped import shipped
+from lorafit.memory import find_largest
 from lorafit.model.class_shape import find_shape
 from lorafit.model_shapes import known_families
-from lorafit.plan.step_memory import find_largest
 from lorafit.recipe.schema import LARGEST_COUNT
 from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
 
@@ -89,12 +89,31 @@ def test_answers_are_maximal(
 
 
 def test_a_search_is_maximal_even_where_what_it_asks_is_not_monotone() -> None:
-    assert find_largest(lambda value: value <= 37, 1, 1000) == 37
-    assert find_largest(lambda value: True, 1, 1000) == 1000
-    assert find_largest(lambda value: False, 1, 1000) is None
-    holes = find_largest(lambda value: value % 100 < 50, 1, 1000)
-    assert holes is not None and holes % 100 == 49
-    assert find_largest(lambda value: value == 5, 5, 5) == 5
+    assert find_largest(lambda value: 2 * value, 75, 1, 1000) == 37
+    assert find_largest(lambda value: value, 1000, 1, 1000) == 1000
+    assert find_largest(lambda value: value, 0, 1, 1000) is None
+    holes = find_largest(lambda value: value % 100 + value // 10, 60, 1, 1000)
+    assert holes is not None
+    assert holes % 100 + holes // 10 <= 60 < (holes + 1) % 100 + (holes + 1) // 10
+    assert find_largest(lambda value: value, 5, 5, 5) == 5
+
+
+@given(
+    a=st.floats(min_value=1, max_value=1e6),
+    b=st.floats(min_value=0, max_value=1e3),
+    limit=st.floats(min_value=0, max_value=1e15),
+)
+def test_a_search_takes_few_looks(a: float, b: float, limit: float) -> None:
+    """Each may be a dry run: a straight line takes a handful, and nothing more than twice what halving would."""
+    looks: list[int] = []
+
+    def needed(value: int) -> int:
+        looks.append(value)
+        return round(a * value + b * value * value)
+
+    found = find_largest(needed, limit, 1, 2**31 - 1)
+    assert found is None or found == 2**31 - 1 or needed(found) <= limit < needed(found + 1)
+    assert len(looks) <= (10 if b == 0 else 66)
 
 
 def fitted(gib: float, **sections: Any) -> RecipeEstimate:
@@ -151,4 +170,4 @@ def test_json_is_plain() -> None:
 def test_the_card_decides_the_dtype() -> None:
     old = replace(card(24), bf16=False)
     guess = estimate_recipe(recipe(model={"dtype": "auto"}), shape_of(), options=Options(gpu=old, fit=old))
-    assert guess.dtype == "fp16" and guess.fit is not None
+    assert guess.asked.memory.step.dtype == "fp16" and guess.fit is not None

@@ -14,7 +14,7 @@ from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
-from lorafit.memory import MemoryEstimate, estimate, fits, labels_of
+from lorafit.memory import MemoryEstimate, StepShape, closed_form, fits
 from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers
 from lorafit.model_shapes import known_config, read_shape
@@ -140,12 +140,11 @@ def measure_and_estimate(
         live.note(p.grad for p in trained)
         live.note(value for state in steps.state.values() for value in state.values())
         step()
-    return live.peak_bytes, estimate(
-        shape, quantization=quantizations.make(quantization), adapter=adapter, optimizer=optimizer,
-        dtype_bytes=dtype.itemsize,
-        micro_batch_tokens=rows * tokens, longest_tokens=tokens, labels=len(index),
-        gradient_checkpointing=checkpointing, attention=attention, device_kind="cpu",
+    asked = StepShape(
+        shape, quantizations.make(quantization), adapter, optimizer, tasks.make("causal-lm"), tokens, tokens - 1,
+        dtype="fp32" if dtype == torch.float32 else "bf16", attention=attention, device_kind="cpu",
     )  # fmt: skip
+    return live.peak_bytes, closed_form(asked, rows * tokens, checkpointing)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -204,14 +203,19 @@ def ask(hub_id: str = "meta-llama/Llama-3.1-8B", **changes: Any) -> MemoryEstima
         dropout=changes.pop("dropout", 0.05),
         target_modules=changes.pop("targets", "all-linear"),
     )
-    tokens = changes.pop("tokens", 1024)
-    numbers: dict[str, Any] = {
-        "dtype_bytes": 2, "micro_batch_tokens": tokens, "longest_tokens": tokens, "labels": tokens,
-        "gradient_checkpointing": True, "attention": "sdpa", "device_kind": "cuda",
-    }  # fmt: skip
-    return estimate(
-        read_shape(config), quantization=quantization, adapter=adapter, optimizer=optimizer, **(numbers | changes),
-    )  # fmt: skip
+    tokens, labels = changes.pop("tokens", 1024), changes.pop("labels", 2**31)
+    checkpointing = changes.pop("checkpointing", True)
+    step = StepShape(
+        read_shape(config),
+        quantization,
+        adapter,
+        optimizer,
+        tasks.make("causal-lm"),
+        tokens,
+        min(labels, tokens),
+        **changes,
+    )
+    return closed_form(step, tokens, checkpointing)
 
 
 def test_components_add_up_to_the_peak_and_are_what_the_formulas_say() -> None:
@@ -230,7 +234,7 @@ def test_components_add_up_to_the_peak_and_are_what_the_formulas_say() -> None:
 
 def test_every_switch_moves_the_estimate_the_way_it_should() -> None:
     plain = ask().tensor_bytes
-    assert ask(gradient_checkpointing=False).tensor_bytes > 1.8 * plain
+    assert ask(checkpointing=False).tensor_bytes > 1.8 * plain
     assert ask(tokens=2048).tensor_bytes > plain
     assert ask(r=64).tensor_bytes > plain
     assert ask(targets=["q_proj", "v_proj"]).tensor_bytes < plain
@@ -238,8 +242,8 @@ def test_every_switch_moves_the_estimate_the_way_it_should() -> None:
     assert ask(quantization="int8").tensor_bytes > plain
     assert ask(quantization="none").tensor_bytes > ask(quantization="int8").tensor_bytes
     assert ask(attention="eager", tokens=4096).tensor_bytes > ask(tokens=4096).tensor_bytes
-    assert ask(dropout=0.0, gradient_checkpointing=False).tensor_bytes < ask(gradient_checkpointing=False).tensor_bytes
-    assert ask(dtype_bytes=4).tensor_bytes > plain
+    assert ask(dropout=0.0, checkpointing=False).tensor_bytes < ask(checkpointing=False).tensor_bytes
+    assert ask(dtype="fp32").tensor_bytes > plain
     assert ask(labels=16).phases[1].total_bytes < ask().phases[1].total_bytes
 
 
@@ -266,9 +270,17 @@ def test_fits_at_the_border() -> None:
 
 
 def test_labels_are_those_of_whole_rows() -> None:
-    assert labels_of(4096, 1000, 300) == 4 * 300
-    assert labels_of(100, 1000, 300) == 300
-    assert labels_of(1000, 1000, 1000) == 999  # nothing predicts the first token
+    kinds = quantizations.make("none"), adapters.make("lora"), optimizers.make("adamw"), tasks.make("causal-lm")
+    config = known_config("meta-llama/Llama-3.1-8B")
+    assert config is not None
+
+    def labels(tokens: int, longest: int, trained: int, packing: bool = False) -> int:
+        return StepShape(read_shape(config), *kinds, longest, trained, packing=packing).labels_at(tokens)
+
+    assert labels(4096, 1000, 300) == 4 * 300
+    assert labels(100, 1000, 300) == 300
+    assert labels(1000, 1000, 1000) == 999  # nothing predicts the first token
+    assert labels(4096, 1000, 300, packing=True) == 4096
 
 
 def test_json_is_plain() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lorafit.errors import CheckpointError, DataError, DoesNotFitError, RecipeError
 from lorafit.facts import DatasetFacts, DeviceFacts
 from lorafit.memory import fits
-from lorafit.plan import MemoryQuestion, Plan, ResolvedPlan, plan, require_fit
+from lorafit.plan import Plan, ResolvedPlan, plan, plan_table, require_fit
+from lorafit.plan.recipe_step import recipe_step
 from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
 
 
@@ -90,7 +91,7 @@ def test_warnings_name_what_a_user_would_trip_over() -> None:
 
 def test_checkpointing_is_decided_where_memory_decides_it() -> None:
     assert make(card(80), training={"batch_size": 4}).gradient_checkpointing is False
-    assert make(card(24)).gradient_checkpointing == "auto"
+    assert make(card(24)).gradient_checkpointing is None
     assert make(card(9)).gradient_checkpointing is True
     assert make(card(9), training={"gradient_checkpointing": False}).gradient_checkpointing is False
     assert make(card(80), training={"gradient_checkpointing": True}).gradient_checkpointing is True
@@ -122,15 +123,8 @@ def test_bounds_of_the_token_budget() -> None:
 )
 def test_the_upper_bound_is_maximal(gib: float, longest: int, rank: int, checkpointing: bool, hub_id: str) -> None:
     shape, most = shape_of(hub_id), 16_384
-    question = MemoryQuestion(
-        recipe(adapter={"r": rank}),
-        shape,
-        longest,
-        longest // 2 + 1,
-        "bf16",
-        "eager" if shape.softcap else "sdpa",
-        "cuda",
-    )
+    rows = replace(ROWS, longest_tokens=longest, longest_trained_tokens=longest // 2 + 1)
+    question = recipe_step(recipe(adapter={"r": rank}), shape, rows, card(gib)).memory
     size = round(gib * GIB)
     found = question.largest_tokens(checkpointing, most, size, 0.05)
     if found is None:
@@ -189,7 +183,7 @@ def shown(renderable: Any) -> str:
 
 def test_the_table_shows_every_derived_number_in_80_columns() -> None:
     found = make(training={"schedule": {"kind": "linear", "warmup_ratio": 0.1}})
-    text = shown(found.table())
+    text = shown(plan_table(found))
     assert max(map(len, text.splitlines())) <= 80
     for number in (
         "8,030,261,248",
@@ -206,7 +200,7 @@ def test_the_table_shows_every_derived_number_in_80_columns() -> None:
     assert "600 to 9,600 tokens" in text
     assert "every 50 steps, the last 2 kept" in text
     assert "\x1b" not in text
-    odd = shown(plan(recipe(model={"base": "[red]b[/]"}), shape_of(), ROWS, card(24)).table())
+    odd = shown(plan_table(plan(recipe(model={"base": "[red]b[/]"}), shape_of(), ROWS, card(24))))
     assert "[red]b[/]" in odd  # what a user wrote is no markup
 
 
@@ -224,7 +218,7 @@ def test_unpacked_copies_are_kept_where_a_cpu_has_room() -> None:
     size = kept.memory.fixed["unpacked_weights"]
     assert size == 2 * sum(x.in_features * x.out_features * x.count for x in shape_of(SMALL).linears)
     assert kept.memory.tensor_bytes - plain.memory.tensor_bytes == size
-    assert "unpacked" in shown(kept.table()) and "unpacked" not in shown(plain.table())
+    assert "unpacked" in shown(plan_table(kept)) and "unpacked" not in shown(plan_table(plain))
     assert json.loads(json.dumps(kept.to_json()))["keeps_unpacked"] is True
 
 
@@ -283,6 +277,7 @@ def test_json_is_plain() -> None:
     assert plain["total_steps"] == 21
     assert plain["memory"]["tensor_bytes"] > 5 * GIB
     assert plain["device"]["memory_bytes"] == 24 * GIB
+    assert plain["gradient_checkpointing"] == plain["micro_batch_tokens"] == "auto" and "step" not in plain
 
 
 RESOLVED = ResolvedPlan(1024, 2048, "sdpa", True, "bf16", "bf16", "cpu", 1, "rehearsal", {"seconds": {"1024": 0.5}})

@@ -56,8 +56,8 @@ def from_one_row_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def open_plan(**fixed: Any) -> Any:
     values = {
         "attention": "auto",
-        "gradient_checkpointing": "auto",
-        "micro_batch_tokens": "auto",
+        "gradient_checkpointing": None,
+        "micro_batch_tokens": None,
         "min_micro_batch_tokens": 40,
         "max_micro_batch_tokens": 320,
         "dtype": "fp32",

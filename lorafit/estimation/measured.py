@@ -1,0 +1,172 @@
+"""The measured engine: peak memory of a step that no formula describes, from dry runs at a few sizes.
+
+    a dry run over few layers ─> what each further layer keeps is added ─> one row, many rows ─> a line through both
+
+With its kinds and the length of its rows fixed, what a step holds grows linearly with its tokens, phase by phase and
+component by component; where scores are kept, it grows linearly with the length of rows as well. So two sizes tell all
+others. What was measured is kept in the cache by config, kinds, rows and versions: the next answer takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafit.errors import LorafitError, ModelError
+from lorafit.files.cache import cache_folder, own_folder
+from lorafit.files.rundir import write_json
+from lorafit.files.strict_json import read_json_file
+from lorafit.machine.version import installed_versions
+from lorafit.memory import MemoryEstimate, Phase, StepShape, closed_form, covers
+
+if TYPE_CHECKING:
+    from lorafit.contracts import JsonObject, Reporter
+    from lorafit.estimation.dry_run import DryRun
+
+MANY_TOKENS = 16_384
+"""Of the larger size: what overtakes something else only in large micro-batches has done so there."""
+LONGEST_ROW_TOKENS = 2048
+"""Rows of layers that carry a state are not measured beyond: transformers' own code loops over their parts."""
+
+
+class MeasuredSteps:
+    """An engine for every step: by formulas where they cover it, else by dry runs.
+
+    Args:
+        config: The base's config.json.
+        reporter: Gets the progress of dry runs.
+        uses_formulas: Whether formulas answer where they can.
+    """
+
+    def __init__(self, config: Mapping[str, object], reporter: Reporter, *, uses_formulas: bool = True) -> None:
+        self._config = config
+        self._uses_formulas = uses_formulas
+        self._reporter = reporter
+        self._versions = [*installed_versions(), _code()]
+        self._known: dict[str, tuple[MemoryEstimate, MemoryEstimate]] = {}
+        self._dry: tuple[str, DryRun] | None = None
+        self._refused = False
+
+    def __call__(self, step: StepShape, tokens: int, checkpointing: bool) -> MemoryEstimate:
+        """Peak memory of a step.
+
+        Where a model cannot run on fake tensors and formulas count a part of it, that part is the answer.
+
+        Raises:
+            ModelError: The model cannot run on fake tensors, and formulas know nothing of the adapter.
+        """
+        if self._uses_formulas and covers(step):
+            return closed_form(step, tokens, checkpointing)
+        if not self._refused:
+            try:
+                return self._measured(step, tokens, checkpointing)
+            except ModelError:
+                if not (step.adapter.closed_form and step.task.closed_form):
+                    raise
+                self._refused = True
+        return replace(closed_form(step, tokens, checkpointing), counts_all=False)
+
+    def _measured(self, step: StepShape, tokens: int, checkpointing: bool) -> MemoryEstimate:
+        if not step.model.scanning_layers or step.row_tokens <= LONGEST_ROW_TOKENS:
+            return _on_line(*self._two_sizes(step, checkpointing), tokens)
+        longest = self._measured(_of_length(step, LONGEST_ROW_TOKENS), tokens, checkpointing)
+        if step.attention != "eager":
+            return longest
+        half = self._measured(_of_length(step, LONGEST_ROW_TOKENS // 2), tokens, checkpointing)
+        return _between(half, longest, 2 * step.row_tokens / LONGEST_ROW_TOKENS - 1, tokens)
+
+    def _two_sizes(self, step: StepShape, checkpointing: bool) -> tuple[MemoryEstimate, MemoryEstimate]:
+        """One row, and as many as `MANY_TOKENS` hold."""
+        kinds = _kinds_of(step)
+        parts = [self._config, kinds, [step.row_tokens, step.row_labels, checkpointing], self._versions]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+        if key not in self._known:
+            file = cache_folder() / "steps" / f"{key}.json"
+            found = _read(file)
+            if found is None:
+                found = self._run(json.dumps(kinds), step, checkpointing)
+                _write(file, found)
+            self._known[key] = found
+        return self._known[key]
+
+    def _run(self, kinds: str, step: StepShape, checkpointing: bool) -> tuple[MemoryEstimate, MemoryEstimate]:
+        from lorafit.estimation.dry_run import DryRun
+
+        if self._dry is None or self._dry[0] != kinds:
+            self._dry = kinds, DryRun(step, self._config)
+        dry = self._dry[1]
+        dry.step = step
+        rows = max(2, MANY_TOKENS // step.row_tokens)
+        one, many = (
+            dry.run(number * step.row_tokens, checkpointing, few_layers=True, reporter=self._reporter)
+            for number in (1, rows)
+        )
+        return one, many
+
+
+def _of_length(step: StepShape, row_tokens: int) -> StepShape:
+    """The same step over shorter rows, of which as large a share is trained."""
+    return replace(step, row_tokens=row_tokens, row_labels=max(1, step.row_labels * row_tokens // step.row_tokens))
+
+
+def _kinds_of(step: StepShape) -> JsonObject:
+    """All that a dry run depends on beside config and rows."""
+    return {
+        "quantization": step.quantization.section.model_dump(mode="json"),
+        "adapter": step.adapter.section.model_dump(mode="json"),
+        "optimizer": step.optimizer.section.model_dump(mode="json"),
+        "task": step.task.section.model_dump(mode="json"),
+        "dtype": [step.dtype, step.compute_dtype],
+        "attention": step.attention,
+        "device": step.device_kind,
+        "packing": step.packing,
+        "keeps_unpacked": step.keeps_unpacked,
+        "clips": step.max_grad_norm is not None,
+    }
+
+
+def _code() -> str:
+    """A hash of lorafit's own code, which is what ran."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _on_line(one: MemoryEstimate, many: MemoryEstimate, tokens: int) -> MemoryEstimate:
+    """The estimate for so many tokens, on the line through two sizes."""
+    share = (tokens - one.micro_batch_tokens) / (many.micro_batch_tokens - one.micro_batch_tokens)
+    return _between(one, many, share, tokens)
+
+
+def _between(one: MemoryEstimate, other: MemoryEstimate, share: float, tokens: int) -> MemoryEstimate:
+    """0 is the one and 1 the other; beyond 1 it is further away."""
+    phases = []
+    for low, high in zip(one.phases, other.phases, strict=True):
+        sizes = {name: (low.parts.get(name, 0), high.parts.get(name, 0)) for name in {**low.parts, **high.parts}}
+        parts = {name: round(a + (b - a) * share) for name, (a, b) in sizes.items()}
+        phases.append(Phase(low.name, (low if share < 0.5 else high).where, parts))
+    return replace(one, phases=tuple(phases), micro_batch_tokens=tokens)
+
+
+def _read(file: Path) -> tuple[MemoryEstimate, MemoryEstimate] | None:
+    """What `_write` wrote; None where there is nothing of it."""
+    try:
+        one, many = (
+            MemoryEstimate(**{**values, "phases": tuple(Phase(**phase) for phase in values["phases"])})
+            for values in read_json_file(file)
+        )
+        return one, many
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path, found: tuple[MemoryEstimate, MemoryEstimate]) -> None:
+    with contextlib.suppress(OSError, LorafitError):  # a full disk costs the next estimate some time, no more
+        own_folder(file.parent)
+        write_json(file, [asdict(one) for one in found])

@@ -1,0 +1,71 @@
+"""`StepMemory`: the one way in which memory is asked for, whichever engine answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lorafit.memory.closed_form import closed_form
+from lorafit.memory.peak import MemoryEstimate
+from lorafit.memory.step_shape import StepShape
+
+Engine = Callable[[StepShape, int, bool], MemoryEstimate]
+"""Peak memory of a step by micro-batch tokens and checkpointing: the closed form, or what dry runs measured."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Peak memory of one training step, by micro-batch and checkpointing.
+
+    Attributes:
+        step: The model, the kinds and the rows.
+        engine: What answers.
+    """
+
+    step: StepShape
+    engine: Engine = closed_form
+
+    def at(self, tokens: int, checkpointing: bool) -> MemoryEstimate:
+        """The estimate for a micro-batch of so many padded tokens, one longest row at least."""
+        return self.engine(self.step, max(tokens, self.step.row_tokens), checkpointing)
+
+    def of(self, step: StepShape) -> StepMemory:
+        """The same engine, asked of another step."""
+        return replace(self, step=step)
+
+    def largest_tokens(self, checkpointing: bool, most_tokens: int, device_bytes: int, headroom: float) -> int | None:
+        """The most tokens, from one longest row up to `most_tokens`, that fit; None where not even that row does.
+
+        Maximal: one token more does not fit by the same estimate, or is more than `most_tokens`.
+        """
+        return find_largest(
+            lambda tokens: self.at(tokens, checkpointing).needed_bytes,
+            device_bytes * (1.0 - headroom),
+            self.step.row_tokens,
+            max(most_tokens, self.step.row_tokens),
+        )
+
+
+def find_largest(needed_bytes: Callable[[int], int], limit_bytes: float, least: int, most: int) -> int | None:
+    """The largest of `least` to `most` whose need is within the limit; None where not even that of `least` is.
+
+    Maximal whatever the shape of the need: that of the next value was seen to be more, or it is beyond `most`. What is
+    needed grows about linearly, so a straight line between both ends finds the place in a few looks; halving sees to it
+    that the worst case takes no more than twice those of a plain bisection.
+    """
+    low_bytes, high_bytes = needed_bytes(least), needed_bytes(most)
+    if low_bytes > limit_bytes:
+        return None
+    if high_bytes <= limit_bytes:
+        return most
+    low, high, halves = least, most, False
+    while high - low > 1:
+        share = 0.5 if halves else (limit_bytes - low_bytes) / (high_bytes - low_bytes)
+        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        before, found_bytes = high - low, needed_bytes(middle)
+        if found_bytes <= limit_bytes:
+            low, low_bytes = middle, found_bytes
+        else:
+            high, high_bytes = middle, found_bytes
+        halves = high - low > before // 2 and not halves
+    return low

@@ -1,0 +1,84 @@
+"""`StepShape`: all that decides how much memory a training step takes, its micro-batch and checkpointing apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorafit.facts import ModelShape
+    from lorafit.kinds.adapters import Adapter, AdapterSection
+    from lorafit.kinds.optimizers import Optimizer, OptimizerSection
+    from lorafit.kinds.quantizations import Quantization, QuantizationSection
+    from lorafit.kinds.tasks import Task, TaskSection
+
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A model, the kinds that train it, and its rows.
+
+    Attributes:
+        dtype: Of weights that are not quantised and of activations: `bf16`, `fp16` or `fp32`.
+        compute_dtype: Of products with dequantised weights.
+        attention: `eager`, `sdpa`, `fused` or `flash_attention_2`.
+        device_kind: `cpu`, or `cuda` for every other: what kernels and allocator are like.
+        row_tokens: Tokens of the longest row.
+        row_labels: Most trained tokens in one row.
+        packing: Whether rows hold several documents, every token of which may be trained.
+        keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
+        max_grad_norm: What gradients are clipped to; None: they are not.
+    """
+
+    model: ModelShape
+    quantization: Quantization[QuantizationSection]
+    adapter: Adapter[AdapterSection]
+    optimizer: Optimizer[OptimizerSection]
+    task: Task[TaskSection]
+    row_tokens: int
+    row_labels: int
+    dtype: str = "bf16"
+    compute_dtype: str = "bf16"
+    attention: str = "sdpa"
+    device_kind: str = "cuda"
+    packing: bool = False
+    keeps_unpacked: bool = False
+    max_grad_norm: float | None = 1.0
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Of `dtype`, a value."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Of the adapter, and of a task's own head."""
+        return sum(site.parameters for site in self.adapter.sites(self.model)) + self.model.new_head_parameters
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a mask keeps several documents of a row apart; a variable-length kernel needs none."""
+        return self.packing and not self.attention.startswith("flash_attention")
+
+    @property
+    def pages_state(self) -> bool:
+        """Whether the optimizer's state can leave the card."""
+        return self.optimizer.is_paged and self.device_kind == "cuda"
+
+    @property
+    def unquantized_expert_bytes(self) -> int:
+        """Experts of a mixture that is quantised: no quantisation touches them; 0 for one that is not."""
+        is_quantized = self.quantization.is_quantized and self.model.quantizable
+        return self.model.expert_parameters * self.dtype_bytes if is_quantized else 0
+
+    def labels_at(self, tokens: int) -> int:
+        """Most labels in so many padded tokens: as many rows as fit, each with the most labels that any row has."""
+        if self.packing:
+            return tokens
+        rows = max(1, tokens // max(1, self.row_tokens))
+        return rows * (min(self.row_labels, self.row_tokens - 1) if self.row_tokens > 1 else 1)
+
+    def with_rows(self, tokens: int) -> StepShape:
+        """The same step over rows of so many tokens at most, cut or all of them trained."""
+        return replace(self, row_tokens=tokens, row_labels=min(self.row_labels, tokens))

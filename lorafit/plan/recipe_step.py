@@ -1,0 +1,169 @@
+"""From a recipe and facts to the training step whose memory is asked for; plan and estimate both begin here.
+
+`auto` is a word of the recipe alone: from here on an open value is None.
+
+Whether adapted 4-bit weights keep their dequantised copy for the whole run (`keep_unpacked`):
+
+    true   always, where there is anything to keep
+    auto   on a CPU whose memory has room: the copies take a quarter of it at most, and the run's smallest micro-batch
+           still fits without checkpointing, or with it where the recipe wants that anyway
+
+Kept or not, a step computes the same to the last bit: only speed and memory differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from lorafit.errors import RecipeError
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.quantizations import quantizations
+from lorafit.kinds.tasks import tasks
+from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
+from lorafit.memory.closed_form import unpacked_weights_bytes
+
+if TYPE_CHECKING:
+    from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
+    from lorafit.recipe.schema import Recipe
+
+T = TypeVar("T")
+
+HEADROOM = 0.05
+MOST_OF_MEMORY = 0.25
+"""Share of usable memory that `auto` gives to unpacked copies: the rest makes micro-batches larger, which is faster."""
+
+
+def given(value: T | str) -> T | None:
+    """What the recipe says; None for `auto`."""
+    return None if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class RecipeStep:
+    """A training step as a recipe asks for it.
+
+    Attributes:
+        memory: What the step needs, by micro-batch and checkpointing.
+        tokens: Padded tokens of a micro-batch; None: left open, and one longest row wherever a number is needed.
+        checkpointing: None: left open, and on only where memory wants it.
+    """
+
+    memory: StepMemory
+    tokens: int | None
+    checkpointing: bool | None
+
+    @property
+    def least_tokens(self) -> int:
+        """The micro-batch that is asked for; one longest row at least."""
+        return max(self.tokens or 0, self.memory.step.row_tokens)
+
+    def of(self, step: StepShape) -> RecipeStep:
+        """The same of another step."""
+        return replace(self, memory=self.memory.of(step))
+
+    def settle(self, device: DeviceFacts | None, headroom: float) -> tuple[MemoryEstimate, MemoryEstimate | None]:
+        """What the step needs; and what it would without checkpointing, where the device has that turned on."""
+        if self.checkpointing is not None:
+            return self.memory.at(self.least_tokens, self.checkpointing), None
+        plain = self.memory.at(self.least_tokens, False)
+        if device is None or fits(plain, device.memory_bytes, headroom):
+            return plain, None
+        return self.memory.at(self.least_tokens, True), plain
+
+
+def recipe_step(
+    recipe: Recipe,
+    shape: ModelShape,
+    rows: DatasetFacts | None,
+    device: DeviceFacts | None,
+    *,
+    headroom: float = HEADROOM,
+    engine: Engine = closed_form,
+) -> RecipeStep:
+    """The step of a recipe.
+
+    Args:
+        recipe: The recipe.
+        shape: Its model.
+        rows: Its real rows; None: a row of data.max_length is assumed, of which every token may carry loss.
+        device: Where the run happens; None: on a GPU that computes bf16, and `auto` keeps no unpacked copies.
+        headroom: Share of the device's memory that stays free.
+        engine: What answers for the step's memory.
+
+    Raises:
+        RecipeError: The adapter's targets match nothing, or sdpa was asked of a model with a soft-cap.
+    """
+    longest = rows.longest_tokens if rows else min(recipe.data.max_length, shape.max_positions)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    step = StepShape(
+        model=shape,
+        quantization=quantizations.bind(recipe.model.quantization),
+        adapter=adapters.bind(recipe.adapter),
+        optimizer=optimizers.bind(recipe.training.optimizer),
+        row_tokens=longest,
+        row_labels=rows.longest_trained_tokens if rows else longest,
+        task=tasks.bind(recipe.task),
+        dtype=dtype,
+        compute_dtype=resolve_compute_dtype(recipe, dtype),
+        attention=estimated_attention(recipe, shape),
+        device_kind="cpu" if device is not None and device.kind == "cpu" else "cuda",
+        packing=recipe.data.packing,
+        max_grad_norm=recipe.training.max_grad_norm,
+    )
+    tokens, checkpointing = given(recipe.training.micro_batch_tokens), given(recipe.training.gradient_checkpointing)
+    asked = RecipeStep(StepMemory(step, engine), tokens, checkpointing)
+    kept = asked.of(replace(step, keeps_unpacked=True))
+    return kept if _keeps_unpacked(asks_to_keep(recipe), kept, device, headroom) else asked
+
+
+def _keeps_unpacked(asked: bool | None, kept: RecipeStep, device: DeviceFacts | None, headroom: float) -> bool:
+    """Whether copies are kept: where there are any, and they are asked for or a CPU has room."""
+    copies = unpacked_weights_bytes(kept.memory.step) if asked is not False else 0
+    if not copies or asked:
+        return copies > 0
+    if device is None or device.kind != "cpu" or copies > MOST_OF_MEMORY * device.memory_bytes:
+        return False
+    return fits(kept.memory.at(kept.least_tokens, kept.checkpointing is True), device.memory_bytes, headroom)
+
+
+def asks_to_keep(recipe: Recipe) -> bool | None:
+    """The recipe's `keep_unpacked`; False for kinds without it."""
+    asked: bool | str = getattr(recipe.model.quantization, "keep_unpacked", False)
+    return given(asked)
+
+
+def resolve_dtype(asked: str, device: DeviceFacts | None) -> str:
+    """`auto`: bf16 where the device computes it at speed (and where no device is named), else fp16 on a GPU, fp32 on
+    a CPU."""
+    if asked != "auto":
+        return asked
+    if device is None or device.bf16:
+        return "bf16"
+    return "fp32" if device.kind == "cpu" else "fp16"
+
+
+def resolve_compute_dtype(recipe: Recipe, dtype: str) -> str:
+    """Of products with dequantised weights; `auto` and kinds without the choice: the model's."""
+    asked = getattr(recipe.model.quantization, "compute_dtype", "auto")
+    return dtype if asked == "auto" else str(asked)
+
+
+def estimated_attention(recipe: Recipe, shape: ModelShape) -> str:
+    """What an estimate assumes for `auto`: sdpa, or eager where the model leaves no choice.
+
+    Raises:
+        RecipeError: The model's soft-cap on attention scores needs eager attention, and the recipe names sdpa or
+            fused.
+    """
+    asked = recipe.model.attention
+    if shape.softcap and asked in ("sdpa", "fused"):
+        raise RecipeError(
+            f"{asked} cannot apply the soft-cap that {shape.model_type} puts on attention scores",
+            key="model.attention",
+            todo="write eager, flash_attention_2 or auto",
+        )
+    if asked == "auto":
+        return "eager" if shape.softcap or shape.no_sdpa else "sdpa"
+    return asked
