@@ -35,6 +35,7 @@ from lorafit.ops.output_head import outer_modules
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
     from lorafit.contracts import Reporter
     from lorafit.kinds.adapters import AdapterSection
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def attach_adapter(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     section: AdapterSection,
     seed: int,
     *,
@@ -91,7 +92,7 @@ def attach_adapter(
 
 
 def open_adapter(
-    base_model: Any,
+    base_model: PreTrainedModel | PeftModel,
     folder: Path,
     *,
     trainable: bool,
@@ -126,7 +127,7 @@ def open_adapter(
 
 
 def wrap_model(
-    base_model: Any,
+    base_model: PreTrainedModel | PeftModel,
     config: Mapping[str, Any],
     folder: Path,
     *,
@@ -193,7 +194,7 @@ def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> No
         raise ModelError("; ".join(problems), file=str(saved.path / WEIGHTS), todo="use the base it was trained on")
 
 
-def _wrap(model: Any, config: PeftConfig, name: str, *, empty: bool = False) -> PeftModel:
+def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, *, empty: bool = False) -> PeftModel:
     """PEFT's model with one more adapter, fp32 over whatever the base is."""
     from peft import PeftModel, get_peft_model
 

@@ -10,7 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, LeftOut, LinearShape, ModelClass, ModelShape
@@ -18,6 +18,10 @@ from lorafit.model.classes import build_empty, find_auto_class, read_settings, w
 from lorafit.model.targets import OUTSIDE, ROUTER, ROUTER_NAMES, head_names, left_out_names
 from lorafit.model_shapes import EXPERTS, EXPERTS_ARE_FUSED, known_families, read_shape
 from lorafit.ops.output_head import outer_modules, output_head, text_part
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _ROLES = {
     "q": ("q_proj", "query", "q_lin", "q_b_proj"),
@@ -113,7 +117,7 @@ def read_class_shape(config: Mapping[str, Any], model_class: ModelClass = CAUSAL
     )
 
 
-def _head_sizes(text: Any, linears: tuple[LinearShape, ...], heads: int, hidden: int) -> tuple[int, int]:
+def _head_sizes(text: PretrainedConfig, linears: tuple[LinearShape, ...], heads: int, hidden: int) -> tuple[int, int]:
     """Heads of keys and values, and a head's size; where those differ by layer, of a layer as wide as the mean."""
     widths = {role: [(x.out_features, x.count) for x in linears if x.role == role] for role in ("q", "k")}
     if len({width for width, _ in widths["q"]}) > 1 and widths["k"]:
@@ -123,7 +127,7 @@ def _head_sizes(text: Any, linears: tuple[LinearShape, ...], heads: int, hidden:
     return _number(text, "num_key_value_heads", heads), _number(text, "head_dim", max(hidden // heads, 1))
 
 
-def _layer_list(model: Any) -> Any:
+def _layer_list(model: PreTrainedModel) -> Any:
     """The decoder layers of a language model: the longest list of modules that it has."""
     import torch
 
@@ -131,7 +135,7 @@ def _layer_list(model: Any) -> Any:
     return max(lists, key=len, default=())
 
 
-def _norms_per_layer(model: Any, hidden: int) -> int:
+def _norms_per_layer(model: PreTrainedModel, hidden: int) -> int:
     """Norms over the stream in the layer that has most: 1, 2 or 4."""
     counts = [
         sum("norm" in name.lower() and part.weight.shape == (hidden,)
@@ -142,25 +146,25 @@ def _norms_per_layer(model: Any, hidden: int) -> int:
     return 4 if most >= 4 else min(most, 2) or 2
 
 
-def _scanning_layers(model: Any) -> int:
+def _scanning_layers(model: PreTrainedModel) -> int:
     """Layers that carry a state along the row: Mamba, linear attention. Each begins with a convolution."""
     import torch
 
     return sum(any(isinstance(part, torch.nn.Conv1d) for part in layer.modules()) for layer in _layer_list(model))
 
 
-def _activation(text: Any) -> str:
+def _activation(text: PretrainedConfig) -> str:
     named = (getattr(text, key, None) for key in ("hidden_act", "hidden_activation", "activation_function"))
     return next((name for name in named if isinstance(name, str)), "silu")
 
 
-def _has_plain_head(text: Any) -> bool:
+def _has_plain_head(text: PretrainedConfig) -> bool:
     """Whether the logits are the head's product itself, neither capped nor scaled."""
     scales = [getattr(text, key, None) for key in ("logits_scaling", "logit_scale")]
     return getattr(text, "final_logit_softcapping", None) is None and all(scale in (None, 1) for scale in scales)
 
 
-def _token_embedding(model: Any, *, generates: bool) -> Any:
+def _token_embedding(model: PreTrainedModel, *, generates: bool) -> Any:
     """The layer that turns token ids into states.
 
     Raises:
@@ -179,7 +183,7 @@ def _token_embedding(model: Any, *, generates: bool) -> Any:
     raise ModelError(f"{name} {why}; it is no language model", file="config.json", todo="use a decoder-only model")
 
 
-def _linear_shapes(model: Any) -> tuple[LinearShape, ...]:
+def _linear_shapes(model: PreTrainedModel) -> tuple[LinearShape, ...]:
     """Linears of the language model by name and size, output head and routers apart; a shared weight counts once."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -204,7 +208,7 @@ def _linear_shapes(model: Any) -> tuple[LinearShape, ...]:
     return tuple(replace(shape, count=count) for shape, count in found.items())
 
 
-def _beside(model: Any) -> tuple[LeftOut, ...]:
+def _beside(model: PreTrainedModel) -> tuple[LeftOut, ...]:
     """What holds weights of the layers and is no linear that could be adapted."""
     parameters: Counter[tuple[str, str]] = Counter()
     for name, module, why in _others(model):
@@ -212,7 +216,7 @@ def _beside(model: Any) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(name, count, why) for (name, why), count in parameters.items() if count)
 
 
-def _others(model: Any) -> Iterator[tuple[str, Any, str]]:
+def _others(model: PreTrainedModel) -> Iterator[tuple[str, Any, str]]:
     import torch
 
     left_out, text = left_out_names(model), text_part(model)
@@ -232,7 +236,7 @@ def _others(model: Any) -> Iterator[tuple[str, Any, str]]:
             yield last, module, "a convolution"
 
 
-def _routes(path: str, module: Any) -> bool:
+def _routes(path: str, module: nn.Module) -> bool:
     """Whether it is a router that holds its weight itself; those that are linears are told by their width."""
     is_named = path.rsplit(".", 1)[-1] in ROUTER_NAMES or "router" in type(module).__name__.lower()
     return is_named and hasattr(module, "weight") and not hasattr(module, "in_features")
@@ -244,13 +248,13 @@ def _tower(path: str) -> str:
     return parts[1] if parts[0] == "model" and len(parts) > 1 else parts[0]
 
 
-def holds_experts(path: str, module: Any) -> bool:
+def holds_experts(path: str, module: nn.Module) -> bool:
     """Whether a module keeps the weights of all its experts in parameters of its own."""
     is_named = "expert" in path.rsplit(".", 1)[-1].lower() or "expert" in type(module).__name__.lower()
     return is_named and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
-def _number(config: Any, key: str, default: int) -> int:
+def _number(config: PretrainedConfig, key: str, default: int) -> int:
     """A whole number of a config; the default where it is missing, or differs from layer to layer."""
     try:
         value = getattr(config, key, None)
@@ -259,12 +263,12 @@ def _number(config: Any, key: str, default: int) -> int:
     return value if isinstance(value, int) and value > 0 else default
 
 
-def _share(config: Any, key: str) -> float:
+def _share(config: PretrainedConfig, key: str) -> float:
     """A dropout of a config; 0 where it has none."""
     value = getattr(config, key, None)
     return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else 0.0
 
 
-def _first_number(config: Any, keys: tuple[str, ...], default: int) -> int:
+def _first_number(config: PretrainedConfig, keys: tuple[str, ...], default: int) -> int:
     """The first of the keys that holds one."""
     return next((found for key in keys if (found := _number(config, key, 0))), default)

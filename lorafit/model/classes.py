@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
 from lorafit.facts import ModelClass
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _WHOLE_ALONE = frozenset({"emu3"})
 """Registered as language models whose classes find nothing under the names in the files of the whole model."""
@@ -61,7 +64,7 @@ def find_auto_class(config: Mapping[str, Any], task_class: str) -> str:
     return task_class
 
 
-def read_settings(config: Mapping[str, Any]) -> Any:
+def read_settings(config: Mapping[str, Any]) -> PretrainedConfig:
     """transformers' config object from what config.json holds, its encoded infinities included.
 
     Raises:
@@ -82,14 +85,14 @@ def read_settings(config: Mapping[str, Any]) -> Any:
         raise _cannot_build(kind, error) from error
 
 
-def with_task(settings: Any, model_class: ModelClass) -> Any:
+def with_task(settings: PretrainedConfig, model_class: ModelClass) -> PretrainedConfig:
     """The config with what a task sets in it."""
     for name, value in model_class.config.items():
         setattr(settings, name, value)
     return settings
 
 
-def build_empty(settings: Any, auto_class: str, **options: Any) -> Any:
+def build_empty(settings: PretrainedConfig, auto_class: str, **options: Any) -> PreTrainedModel:
     """The model on the meta device: names and shapes, no memory.
 
     Raises:
@@ -105,7 +108,7 @@ def build_empty(settings: Any, auto_class: str, **options: Any) -> Any:
         raise _cannot_build(str(settings.model_type), error) from error
 
 
-def build_whole(settings: Any) -> Any:
+def build_whole(settings: PretrainedConfig) -> PreTrainedModel | None:
     """The model of all modalities of a config, on the meta device; None where transformers registers or builds none."""
     from transformers.models.auto import modeling_auto
 

@@ -21,6 +21,8 @@ from lorafit.errors import ModelError
 from lorafit.model.names import Part, TensorNames, read_parts, write_parts
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lorafit.files.safetensors import TensorEntry
 
 _INNER = re.compile(r"(\.base_layer)+$")
@@ -80,7 +82,7 @@ class AdaptedLayer:
     is_plain: bool
 
 
-def adapted_layers(model: Any, adapter: str = "default") -> dict[str, AdaptedLayer]:
+def adapted_layers(model: PeftModel, adapter: str = "default") -> dict[str, AdaptedLayer]:
     """Every layer of a PEFT model's adapter, by the path its tensors have on disk. The model may be without values."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.nn import Embedding

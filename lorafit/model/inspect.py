@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import CheckpointError
-from lorafit.kinds.quantizations import kind_of_codes
+from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes
 from lorafit.model.check_weights import list_names
 from lorafit.model.names import Part, names_of, write_parts
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import torch
     from rich.table import Table
+    from transformers import PreTrainedModel
 
 NOTED_DTYPES = ("bfloat16", "float16", "float32")
 """What quantization.json may say that weights were rounded to before they were quantised: torch's names."""
@@ -83,7 +84,7 @@ class Coverage:
         }
 
 
-def coverage(model: Any) -> Coverage:
+def coverage(model: PreTrainedModel) -> Coverage:
     """Counts a model with or without an adapter; shared tensors (a tied head) count once."""
     inside = {id(module) for module in (model.get_base_model() if hasattr(model, "peft_config") else model).modules()}
     prefix = getattr(model.base_model, "prefix", "") if hasattr(model, "peft_config") else ""
@@ -155,7 +156,7 @@ def coverage_table(found: Coverage) -> Table:
     return table
 
 
-def quantized_hashes(model: Any) -> dict[str, dict[str, Any]]:
+def quantized_hashes(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """The proof of every quantised weight, by the path of its layer in the plain base model.
 
     Paths carry neither PEFT's prefix nor its `base_layer`, so that they are the same before and after an adapter.
@@ -177,7 +178,7 @@ def quantized_hashes(model: Any) -> dict[str, dict[str, Any]]:
     return proofs
 
 
-def kept_tensors(model: Any, dtype: torch.dtype) -> list[str]:
+def kept_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     """Tensors of the base's files that the loaded model has not rounded to `dtype`: a merge leaves them as they are.
 
     The class leaves them out (other heads, towers), or keeps them in a dtype of their own.
@@ -194,7 +195,9 @@ def kept_tensors(model: Any, dtype: torch.dtype) -> list[str]:
     return sorted({*names.ignored, *(file for path in own for file in names.files_of(path))})
 
 
-def describe_quantization(model: Any, section: Any, *, dtype: torch.dtype) -> dict[str, Any]:
+def describe_quantization(
+    model: PreTrainedModel, section: QuantizationSection, *, dtype: torch.dtype
+) -> dict[str, Any]:
     """What a run stores as `quantization.json`, and a merge needs to rebuild what training saw.
 
     Args:

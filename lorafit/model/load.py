@@ -25,13 +25,14 @@ from lorafit.ops.heap import trim_heap
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafit.contracts import Reporter
     from lorafit.kinds.quantizations import QuantizationSection
     from lorafit.model.base import Base
 
 
-def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
+def load_tokenizer(base: Base, folder: Path | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, or that in another folder, e.g. an adapter's.
 
     Raises:
@@ -62,7 +63,7 @@ def load_model(
     device: torch.device | str,
     model_class: ModelClass = CAUSAL_MODEL,
     reporter: Reporter,
-) -> Any:
+) -> PreTrainedModel:
     """The base model, frozen, its linears quantised as asked; embeddings, head and norms in `dtype`.
 
     Args:
@@ -173,7 +174,7 @@ def keep_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def enable_checkpointing(model: Any, enabled: bool) -> None:
+def enable_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
     """Switches recomputation of activations in the backward pass on (non-reentrant) or off."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with quiet_libraries():
@@ -186,7 +187,7 @@ def enable_checkpointing(model: Any, enabled: bool) -> None:
     base.config.use_cache = False
 
 
-def _config(base: Base) -> Any:
+def _config(base: Base) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
@@ -195,7 +196,7 @@ def _config(base: Base) -> Any:
         raise _model_error(base, error) from error
 
 
-def build_class(base: Base, class_name: str | None = None, model_class: ModelClass = CAUSAL_MODEL) -> Any:
+def build_class(base: Base, class_name: str | None = None, model_class: ModelClass = CAUSAL_MODEL) -> PreTrainedModel:
     """The model of a class, or of a task's, on the meta device: names and shapes, no memory.
 
     Raises:
@@ -208,7 +209,7 @@ def build_class(base: Base, class_name: str | None = None, model_class: ModelCla
         return _build_skeleton(getattr(transformers, name), with_task(_config(base), model_class), base)
 
 
-def _build_skeleton(auto: Any, config: Any, base: Base) -> Any:
+def _build_skeleton(auto: Any, config: PretrainedConfig, base: Base) -> PreTrainedModel:
     """The model on the meta device: names and shapes, no memory."""
     import torch
 

@@ -22,6 +22,7 @@ from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 _ROW_OPERATIONS = frozenset(
     {"Chunk", "Split", "Concatenate", "MergeModulelist", "Interleave", "PermuteForRope"}
@@ -139,18 +140,18 @@ def read_parts(written: Iterable[Any], rows: Mapping[str, int]) -> tuple[Part, .
     )
 
 
-def keep_names(model: Any, names: TensorNames) -> None:
+def keep_names(model: PreTrainedModel, names: TensorNames) -> None:
     """Keeps the table on the loaded model, as transformers keeps the conversions it used there."""
     setattr(model, _KEPT_AT, names)
 
 
-def names_of(model: Any) -> TensorNames | None:
+def names_of(model: PreTrainedModel) -> TensorNames | None:
     """The table that `load_model` kept on a model, with or without an adapter; None for a model of other origin."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(base, _KEPT_AT, None)
 
 
-def read_names(skeleton: Any, entries: Mapping[str, TensorEntry]) -> TensorNames:
+def read_names(skeleton: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> TensorNames:
     """The table of a class and a folder.
 
     Args:
@@ -189,7 +190,7 @@ _Gathered = dict[str, tuple[Any, list[tuple[str, TensorEntry]]]]
 
 
 def _place(
-    skeleton: Any, entries: Mapping[str, TensorEntry], wanted: Mapping[str, torch.Tensor]
+    skeleton: PreTrainedModel, entries: Mapping[str, TensorEntry], wanted: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, TensorEntry], _Gathered, dict[str, str]]:
     """Tensors that only get another name, those that conversions gather, and those that lead nowhere (with where)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -219,7 +220,7 @@ def _place(
 
 def _convert(
     names: TensorNames,
-    skeleton: Any,
+    skeleton: PreTrainedModel,
     first: str,
     converter: Any,
     sources: Sequence[tuple[str, TensorEntry]],
@@ -247,7 +248,7 @@ def _convert(
 
 
 def _follow_rows(
-    skeleton: Any, first: str, converter: Any, sources: Sequence[tuple[str, TensorEntry]]
+    skeleton: PreTrainedModel, first: str, converter: Any, sources: Sequence[tuple[str, TensorEntry]]
 ) -> dict[str, tuple[Part, ...]]:
     """For each parameter that a conversion makes: the rows it is made of; it is left out where there are none to tell.
 
@@ -281,7 +282,7 @@ def _follow_rows(
 
 
 def _converted_shapes(
-    skeleton: Any, first: str, converter: Any, sources: Sequence[tuple[str, TensorEntry]]
+    skeleton: PreTrainedModel, first: str, converter: Any, sources: Sequence[tuple[str, TensorEntry]]
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of what a conversion makes, from a run on tensors without values; none where it does not run."""
     import torch
@@ -295,7 +296,7 @@ def _converted_shapes(
 
 
 def _run(
-    skeleton: Any, first: str, converter: Any, tensors: Iterable[tuple[str, torch.Tensor]]
+    skeleton: PreTrainedModel, first: str, converter: Any, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """What transformers' conversion makes of these tensors, by the parameters' full names."""
     fresh = copy.deepcopy(converter)
@@ -322,7 +323,7 @@ def _as_parts(numbers: torch.Tensor, starts: Sequence[int], entries: Sequence[Te
     return tuple(parts)
 
 
-def _tied_groups(skeleton: Any) -> dict[str, frozenset[str]]:
+def _tied_groups(skeleton: PreTrainedModel) -> dict[str, frozenset[str]]:
     groups: dict[str, frozenset[str]] = {}
     for target, source in (getattr(skeleton, "all_tied_weights_keys", None) or {}).items():
         together = groups.get(target, frozenset({target})) | groups.get(source, frozenset({source}))
@@ -330,7 +331,7 @@ def _tied_groups(skeleton: Any) -> dict[str, frozenset[str]]:
     return groups
 
 
-def _moved_buffers(skeleton: Any) -> list[str]:
+def _moved_buffers(skeleton: PreTrainedModel) -> list[str]:
     """Patterns for buffers that the class makes itself now, or has elsewhere, and that older files hold."""
     buffers = [name for name, _ in skeleton.named_buffers()]
     moved = [pattern for suffix, pattern in _MOVED_BUFFERS.items() if any(name.endswith(suffix) for name in buffers)]

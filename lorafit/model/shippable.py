@@ -5,7 +5,7 @@ Both are answered before the first step, from names and shapes alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
@@ -17,10 +17,13 @@ from lorafit.model.homes import adapted_layers, find_home
 from lorafit.model.names import TensorNames, names_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lorafit.kinds.adapters import AdapterSection
     from lorafit.model.base import Base
 
 
-def check_shippable(model: Any, base: Base, model_class: ModelClass = CAUSAL_MODEL) -> None:
+def check_shippable(model: PreTrainedModel, base: Base, model_class: ModelClass = CAUSAL_MODEL) -> None:
     """Plans the merge of a fresh adapter, and lets PEFT load it onto the class without values.
 
     Args:
@@ -40,7 +43,7 @@ def check_shippable(model: Any, base: Base, model_class: ModelClass = CAUSAL_MOD
         _check_peft(model, base, model_class)
 
 
-def check_shippable_unloaded(base: Base, section: Any, seed: int, model_class: ModelClass) -> None:
+def check_shippable_unloaded(base: Base, section: AdapterSection, seed: int, model_class: ModelClass) -> None:
     """The same before any weight is loaded, of the adapter that a recipe asks for; what is quantised is not asked.
 
     Args:
@@ -70,7 +73,7 @@ def check_shippable_unloaded(base: Base, section: Any, seed: int, model_class: M
     check_shippable(model, base, model_class)
 
 
-def _check_merge(model: Any, base: Base, names: TensorNames) -> None:
+def _check_merge(model: PreTrainedModel, base: Base, names: TensorNames) -> None:
     failures = []
     for path, layer in adapted_layers(model).items():
         try:
@@ -98,7 +101,7 @@ def _check_merge(model: Any, base: Base, names: TensorNames) -> None:
         )
 
 
-def _peft_renames(model: Any) -> bool:
+def _peft_renames(model: PreTrainedModel) -> bool:
     """Whether PEFT converts adapters of this class while it loads them; else it takes them by their names."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -106,7 +109,7 @@ def _peft_renames(model: Any) -> bool:
     return get_checkpoint_conversion_mapping(base.config.model_type) is not None
 
 
-def _check_peft(model: Any, base: Base, model_class: ModelClass) -> None:
+def _check_peft(model: PreTrainedModel, base: Base, model_class: ModelClass) -> None:
     """Loads the adapter's names and shapes with PEFT's own code onto a fresh model of the class."""
     import torch
     from peft import set_peft_model_state_dict

@@ -23,6 +23,9 @@ from lorafit.model_shapes import ROUTERS_CHOOSE
 from lorafit.ops.output_head import outer_modules, output_head, text_part
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
     from lorafit.contracts import Reporter
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -43,7 +46,7 @@ READ = "the model reads its weight past any adapter"
 RENAMED = "PEFT renames adapters of this layer while it loads them, and would not find it again"
 
 
-def choose_targets(model: Any, asked: Literal["all-linear"] | Sequence[str]) -> list[str]:
+def choose_targets(model: PreTrainedModel, asked: Literal["all-linear"] | Sequence[str]) -> list[str]:
     """Names for PEFT's `target_modules` that match exactly the wanted linears: last parts of paths where those suffice.
 
     Raises:
@@ -56,13 +59,13 @@ def choose_targets(model: Any, asked: Literal["all-linear"] | Sequence[str]) -> 
     return sorted(names) if matched == wanted else sorted(wanted)
 
 
-def linear_names(model: Any) -> list[str]:
+def linear_names(model: PreTrainedModel) -> list[str]:
     """Paths of the linears that may carry an adapter, Conv1D included."""
     left_out = left_out_names(model)
     return [name for name, _ in _linears(model) if name not in left_out]
 
 
-def left_out_names(model: Any) -> dict[str, str]:
+def left_out_names(model: PreTrainedModel) -> dict[str, str]:
     """Paths of the other linears, the output head apart, each with the reason."""
     linears = _linears(model)
     routers, towers = set(router_names(model)), set(tower_names(model))
@@ -89,7 +92,7 @@ def left_out_names(model: Any) -> dict[str, str]:
     return found | dict.fromkeys(_renamed_by_peft(model, usable), RENAMED)
 
 
-def head_names(model: Any) -> list[str]:
+def head_names(model: PreTrainedModel) -> list[str]:
     """Paths of the output head; of a class that gives no token logits, of all that stands outside of its backbone."""
     head = output_head(model)
     if head is not None:
@@ -101,7 +104,7 @@ def head_names(model: Any) -> list[str]:
     ]
 
 
-def router_names(model: Any) -> list[str]:
+def router_names(model: PreTrainedModel) -> list[str]:
     """Paths of linears that choose experts: inside of a router, or called a gate and as wide as there are experts
     (or one)."""
     import torch
@@ -117,7 +120,7 @@ def router_names(model: Any) -> list[str]:
     ]
 
 
-def tower_names(model: Any) -> list[str]:
+def tower_names(model: PreTrainedModel) -> list[str]:
     """Paths of the linears outside of the language model: vision and audio towers and what joins them to it."""
     decoder = text_part(model)
     if decoder is None:
@@ -130,7 +133,7 @@ def tower_names(model: Any) -> list[str]:
     return [name for name, module in _linears(model) if id(module) not in inside]
 
 
-def leave_towers_out(skeleton: Any, config: Any) -> None:
+def leave_towers_out(skeleton: PreTrainedModel, config: PretrainedConfig) -> None:
     """Tells a language model built from a config of several modalities that its files hold towers besides.
 
     transformers loads it without a word on them; they are left out on purpose, and a merge copies them.
@@ -150,7 +153,7 @@ def leave_towers_out(skeleton: Any, config: Any) -> None:
     skeleton._keys_to_ignore_on_load_unexpected = [*known, *(rf"(^|\.){re.escape(part)}\." for part in sorted(parts))]
 
 
-def _tower_parts(whole: Any) -> set[str]:
+def _tower_parts(whole: PreTrainedModel) -> set[str]:
     """Names of what stands beside the language model in a model of several modalities, e.g. `vision_tower`."""
     text = text_part(whole)
     if text is None:
@@ -163,7 +166,7 @@ def _tower_parts(whole: Any) -> set[str]:
     return {_last(name) for name in beside if name.rpartition(".")[0] in (*holders, "")}
 
 
-def unquantised_names(model: Any) -> list[str]:
+def unquantised_names(model: PreTrainedModel) -> list[str]:
     """Paths that stay in the compute dtype: bitsandbytes leaves none out by itself once a list is given.
 
     Towers beside the language model are never run on text: quantising them would only cost what their users see. What
@@ -172,12 +175,12 @@ def unquantised_names(model: Any) -> list[str]:
     return [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model)]
 
 
-def leave_narrow(model: Any, row_multiple: int, reporter: Reporter) -> list[str]:
+def leave_narrow(model: PreTrainedModel, row_multiple: int, reporter: Reporter) -> list[str]:
     """Paths of linears whose rows are no multiple of so many weights, to be left unquantised, with a warning."""
     plain = set(unquantised_names(model))
     narrow = []
     for name, module in _linears(model):
-        inputs = getattr(module, "in_features", None) or module.weight.shape[0]  # Conv1D lies [in, out]
+        inputs = getattr(module, "in_features", None) or next(module.parameters()).shape[0]  # Conv1D lies [in, out]
         if inputs % row_multiple and name not in plain:
             narrow.append(name)
     if narrow:
@@ -188,7 +191,7 @@ def leave_narrow(model: Any, row_multiple: int, reporter: Reporter) -> list[str]
     return narrow
 
 
-def _linears(model: Any) -> list[tuple[str, Any]]:
+def _linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Every linear but the output head, each module once."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -198,7 +201,7 @@ def _linears(model: Any) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds) and name not in heads]
 
 
-def _shared_names(model: Any) -> set[str]:
+def _shared_names(model: PreTrainedModel) -> set[str]:
     """Linears whose weight is another linear's too (Zamba's blocks): one weight cannot take two updates."""
     owners = Counter(id(module.weight) for _, module in _linears(model))
     shared = {name for name, module in _linears(model) if owners[id(module.weight)] > 1}
@@ -222,7 +225,7 @@ def _multiplies(module: Any) -> bool:
     return isinstance(result, torch.Tensor) and result.shape == (1, 2, module.out_features)
 
 
-def _moved_by_peft(model: Any, linears: Sequence[tuple[str, Any]]) -> set[str]:
+def _moved_by_peft(model: PreTrainedModel, linears: Sequence[tuple[str, nn.Module]]) -> set[str]:
     """Last parts of paths that PEFT, whenever it opens an adapter of this model, takes for names of fused experts.
 
     It does so for models whose experts were linears before transformers 5; linears of the same name (shared experts,
@@ -241,7 +244,7 @@ def _moved_by_peft(model: Any, linears: Sequence[tuple[str, Any]]) -> set[str]:
     return asked - set(config.target_modules or ())
 
 
-def _refused_by_peft(model: Any, linears: Sequence[tuple[str, Any]]) -> set[str]:
+def _refused_by_peft(model: PreTrainedModel, linears: Sequence[tuple[str, nn.Module]]) -> set[str]:
     """Last parts of paths that PEFT attaches no adapter to (Mamba's `out_proj`, whose kernel reads the weight)."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -255,7 +258,7 @@ def _refused_by_peft(model: Any, linears: Sequence[tuple[str, Any]]) -> set[str]
     return refused
 
 
-def _renamed_by_peft(model: Any, names: Sequence[str]) -> list[str]:
+def _renamed_by_peft(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     """Of some linears, those whose adapters get another name when PEFT loads them; none, where those are all.
 
     Then no choice of names helps, and `check_shippable` tells what would be lost.
@@ -278,13 +281,13 @@ def _renamed_by_peft(model: Any, names: Sequence[str]) -> list[str]:
     return lost if len(lost) < len(names) else []
 
 
-def _changed_names(model: Any) -> set[str]:
+def _changed_names(model: PreTrainedModel) -> set[str]:
     """Linears whose weight the model multiplies in place when it goes from training to evaluation (RWKV does)."""
     changed = {f".{path}" for module in model.modules() for path in _weights_changed_by(cast(Any, type(module)))}
     return {name for name, _ in _linears(model) if any(name.endswith(path) for path in changed)}
 
 
-def _read_names(model: Any) -> set[str]:
+def _read_names(model: PreTrainedModel) -> set[str]:
     """Linears whose weight the code of the module around them reads itself, on some path (Mamba's kernels do)."""
     return {
         f"{path}.{child}" if path else child
@@ -315,7 +318,7 @@ def _code_of(kind: Any) -> str:
         return ""
 
 
-def _number(config: Any, key: str) -> int | None:
+def _number(config: PretrainedConfig, key: str) -> int | None:
     try:
         value = getattr(config, key, None)
     except (AttributeError, ValueError, RuntimeError):  # differs from layer to layer

@@ -24,6 +24,7 @@ from lorafit.model.targets import leave_narrow, unquantised_names
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def build_weightless(
@@ -35,7 +36,7 @@ def build_weightless(
     attention: str,
     device_kind: str,
     model_class: ModelClass = CAUSAL_MODEL,
-) -> Any:
+) -> PreTrainedModel:
     """The base model, frozen, as `load_model` would give it, on the meta device.
 
     Args:
