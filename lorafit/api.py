@@ -133,7 +133,7 @@ def estimate(
         fit: A card: how large micro-batch, row and rank can be on it.
         headroom: Share of the card's memory that must stay free; 0.05 where None.
         price_per_hour: Of the card, in any currency.
-        exact: Run the training step on fake tensors besides.
+        exact: Run the training step on fake tensors besides; the verdict goes by that.
         overrides: Values over the recipe's.
         quiet: No progress.
     """

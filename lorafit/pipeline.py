@@ -3,7 +3,8 @@
     recipe ─> output free? ─> base, tokenizer ─> rows ─> plan ─> fits? ─> model + adapter ─> objective, proven
                                                           ─> rehearsal ─> fit ─> run folder
 
-Every other room gets its section of the recipe or plain values from here; none of them knows the whole.
+Every other room gets its section of the recipe or plain values from here; none of them knows the whole. What an
+argument means stands once, at the function of the same name in `lorafit.api`; a reporter of None is silent.
 """
 
 from __future__ import annotations
@@ -60,12 +61,7 @@ def preview(
 ) -> Preview:
     """Rows as the model will see them.
 
-    Args:
-        recipe: Its file, or its values as the YAML would hold them.
-        overrides: `KEY=VALUE` flags over it.
-        rows: How many to show; all of them where None.
-        counts_all: Prepare and count all rows; else of many only the first of each source.
-        reporter: Gets progress and warnings; silent where None.
+    `counts_all`: prepare and count all rows; else, of many, only the first of each source.
     """
     from lorafit.data import preview as room
     from lorafit.recipe.load import load_recipe
@@ -87,18 +83,7 @@ def estimate(
     exact: bool = False,
     reporter: Reporter | None = None,
 ) -> RecipeEstimate:
-    """Peak memory, time and price from the recipe and the base's config alone, and from its rows where they are here.
-
-    Args:
-        recipe: Its file, or its values as the YAML would hold them.
-        overrides: `KEY=VALUE` flags over it.
-        gpu: A card's size or name, or `cpu`: the estimate says whether the run fits.
-        headroom: Share of a card's memory that must stay free; 0.05 where None.
-        fit: A card: the estimate says how large micro-batch, row and rank can be on it.
-        price_per_hour: Of the card, in any currency.
-        exact: Run the whole training step on fake tensors besides; the verdict goes by that.
-        reporter: Gets the progress of preparing rows and of the dry run; silent where None.
-    """
+    """Peak memory, time and price from a recipe and its base's config, and from its rows where they are here."""
     from lorafit.estimation import Options, check_headroom, estimate_recipe
     from lorafit.estimation.local_rows import read_lengths
     from lorafit.estimation.measured import MeasuredSteps
@@ -160,18 +145,7 @@ def train(
 ) -> Trained:
     """Plans, checks, trains and saves a run; or goes on with one.
 
-    Args:
-        recipe: Its file, or its values as the YAML would hold them.
-        overrides: `KEY=VALUE` flags over it.
-        output: A run folder instead of the recipe's.
-        resume: Go on with the run in the output folder.
-        resume_from: From the checkpoint of this step; implies `resume`.
-        plan_file: Another run's `plan.json`, whose resolved values are taken.
-        dry_run: Stop before the weights are loaded.
-        allow_inexact: Resume on another kind of device or number of processes.
-        measure_memory: Count live tensors in every step, which makes each slower.
-        profile: Write where the steps' time goes into the run folder.
-        reporter: Gets progress and warnings; silent where None.
+    `measure_memory` counts live tensors in every step; `profile` writes where the steps' time goes into the run folder.
     """
     from lorafit.estimation.measured import MeasuredSteps
     from lorafit.model.shippable import check_shippable_unloaded
@@ -223,17 +197,7 @@ def evaluate(
     base_model: str | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluated:
-    """Scores base and tuned model on the same held-out rows, and writes the report into the run folder.
-
-    Args:
-        run_or_recipe: A run folder, or the recipe that made it.
-        overrides: `KEY=VALUE` flags over its recipe, e.g. other metrics.
-        checkpoint: `best`, `last` or a step; the saved adapter where None.
-        split: `test`, `validation` or `train`; `test` where the recipe has it, else `validation`.
-        limit: Only the first rows.
-        base_model: Folder or hub id of the base, where it is not found by itself.
-        reporter: Gets progress and warnings; silent where None.
-    """
+    """Scores base and tuned model on the same held-out rows, and writes the report into the run folder."""
     reporter = reporter or Silent()
     if split not in (None, "test", "validation", "train"):
         raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
@@ -303,17 +267,7 @@ def merge(
     verify: bool = True,
     reporter: Reporter | None = None,
 ) -> Merged:
-    """Merges an adapter into its base tensor by tensor, and compares logits where both models fit into memory.
-
-    Args:
-        run_or_adapter: A run folder, its recipe, or an adapter folder.
-        output: Where the merged model goes.
-        base_kind: `dequantized` or `original`; what was trained on where None.
-        checkpoint: `best`, `last` or a step; the saved adapter where None.
-        base_model: Folder or hub id of the base, where it is not found by itself.
-        verify: Whether what was written is read back and compared, and logits are.
-        reporter: Gets progress and warnings; silent where None.
-    """
+    """Merges an adapter into its base tensor by tensor, and compares logits where both models fit into memory."""
     from lorafit.merging import merge_adapter_folder, merge_run
 
     reporter = reporter or Silent()
@@ -340,22 +294,7 @@ def generate(
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Generated:
-    """Answers a prompt or a file of prompts, with the base model beside the tuned one where asked.
-
-    Args:
-        run_or_model: A run folder, its recipe, an adapter folder, or a model folder such as a merge.
-        prompt: One prompt; or
-        input_file: A file of them, in any form that training reads, its columns named as in the run's recipe; or
-        rows: Several, as texts or as rows of training.
-        compare_base: Answer with the adapter off too; needs a run.
-        checkpoint: `best`, `last` or a step; the saved adapter where None.
-        base_model: Folder or hub id of the base, where it is not found by itself.
-        temperature: 0 is greedy.
-        top_p: Nucleus of the sampled tokens, 0 to 1.
-        max_new_tokens: Longest answer.
-        seed: Of the sampling.
-        reporter: Gets progress and warnings; silent where None.
-    """
+    """Answers a prompt or a file of prompts, with the base model beside the tuned one where asked."""
     check_arguments({"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed})
     reporter = reporter or Silent()
     from lorafit.answering.prompts import check_prompts, read_prompts
