@@ -44,7 +44,8 @@ class InThreads(OneByOne):
         super().__init__(objective, torch.device("cpu"))
         self.count = count
         self._pool: ThreadPoolExecutor | None = None
-        self._dropouts = [module for module in objective.modules() if type(module) is nn.Dropout]
+        dropouts = (module for module in objective.modules() if type(module) is nn.Dropout)
+        self._dropouts = [module for module in dropouts if "forward" not in vars(module)]  # else somebody's own
 
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="lorafit-micro-batch")
