@@ -789,8 +789,8 @@ def forge(change: Callable[[Path], object]) -> Callable[[Path], None]:
 
 CACHED = {
     "a short file": lambda folder: (folder / "lines.int64").write_bytes(b"\0" * 8),
-    "offsets that go back": lambda folder: edit_numbers(folder / "offsets.int64", 1, -3),
-    "offsets without end": lambda folder: edit_numbers(folder / "offsets.int64", -1, 2**40),
+    "offsets that go back": lambda folder: edit_numbers(folder / "tokens_ends.int64", 1, -3),
+    "offsets without end": lambda folder: edit_numbers(folder / "tokens_ends.int64", -1, 2**40),
     "a torn token": lambda folder: (folder / "tokens.int32").write_bytes((folder / "tokens.int32").read_bytes()[:-3]),
     "a deep report": lambda folder: (folder / "report.json").write_text(DEEP, encoding="utf-8"),
     "a report of a list": lambda folder: (folder / "report.json").write_text("[]", encoding="utf-8"),
