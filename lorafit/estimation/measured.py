@@ -53,21 +53,13 @@ class MeasuredSteps:
         self._refused = False
 
     def __call__(self, step: StepShape, tokens: int, checkpointing: bool) -> MemoryEstimate:
-        """Peak memory of a step.
-
-        Where a model cannot run on fake tensors and formulas count a part of it, that part is the answer.
-
-        Raises:
-            ModelError: The model cannot run on fake tensors, and formulas know nothing of the adapter.
-        """
+        """Peak memory of a step; where a model cannot run on fake tensors, the part of it that formulas count."""
         if self._uses_formulas and covers(step):
             return closed_form(step, tokens, checkpointing)
         if not self._refused:
             try:
                 return self._measured(step, tokens, checkpointing)
             except ModelError:
-                if not (step.adapter.closed_form and step.task.closed_form):
-                    raise
                 self._refused = True
         return replace(closed_form(step, tokens, checkpointing), counts_all=False)
 

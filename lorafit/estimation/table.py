@@ -100,10 +100,9 @@ def _head(estimate: Answer) -> Iterator[str]:
     if facts is None:
         yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
     if not memory.counts_all and estimate.exact is None:
-        yield (
-            f"too low: {step.model.scanning_layers} of {step.model.layers} layers carry a state along the row (Mamba, "
-            "linear attention), which is not counted here"
-        )
+        scans = f"{step.model.scanning_layers} of {step.model.layers} layers carry a state along the row (Mamba, "
+        what = f"{scans}linear attention), which" if step.model.scanning_layers else "what this method adds to a step"
+        yield f"too low: {what} is not counted here"
     elif not _is_closed(estimate):
         yield "measured by dry runs of a few layers"
     if memory.unquantized_expert_bytes:
