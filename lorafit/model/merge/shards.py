@@ -1,7 +1,7 @@
 """The shards of a merged model: every tensor of the base, updated where the adapter has an update, checked as written.
 
-this thread        rows of W (from the file, or rebuilt) + s * B A ──blocks──┐
-checking thread                 W + s * B A in fp64 == what can be read ? <──┤
+this thread        rows of W (from the file, or rebuilt), folded   ──blocks──┐
+checking thread                 the fold in fp64 == what can be read ?    <──┤
 writing threads                                hash │ write │ fsync       <──┘
 """
 

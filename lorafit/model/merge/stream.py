@@ -1,8 +1,8 @@
 """An adapter into its base's weights, tensor by tensor, a few MiB at a time, checked against what was written.
 
     base shard --rows--> W  (as the file has it, or the quantised values that training saw, proven by the run's hashes)
-    adapter    --------> s * B A
-                         W + s * B A in fp32, rounded once --> output shard --read back--> equal to W + s * B A (fp64)?
+    adapter    --its kind--> a fold of W, e.g. W + s * B A
+                         folded in fp32, rounded once --> output shard --read back--> equal to the fold in fp64?
 
 Never a 4-bit result: quantising a merged weight again would erase the adapter, whose update is finer than a 4-bit step.
 """
@@ -259,7 +259,10 @@ def _write_notes(
     notes = {
         "format": 1,
         "merged": {"base": origin, "into": kind, "quantization": summarise_quantization(used or {}) or None},
-        "adapter": {"name": adapter.path.name, "r": adapter.config.get("r"), "alpha": adapter.config.get("lora_alpha")},
+        "adapter": {
+            "name": adapter.path.name,
+            **{ours: adapter.config.get(key) for key, ours in adapter.kind.recipe_fields.items()},
+        },
         "chat": card.chat if card else None,
     }
     write_object(target / NOTES, notes)
