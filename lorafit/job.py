@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -330,20 +330,62 @@ def load_base(job: Job, *, dtype: str, compute_dtype: str, attention: str, devic
     )
 
 
-def prove(job: Job, model: PreTrainedModel, dtype: str, examples: Examples, reporter: Reporter) -> Objective:
-    """The objective around a model, compared with the model's own loss on one row.
+def build_objective(job: Job, model: PreTrainedModel, dtype: str) -> Objective:
+    """The objective around a model, not proven yet."""
+    from lorafit.ops.dtypes import autocast_dtype
+
+    exact = not job.shape.plain_head
+    return job.task.build_objective(model, autocast_dtype=autocast_dtype(dtype), exact=exact)
+
+
+def refer(
+    job: Job, objective: Objective, splits: Collection[str], reporter: Reporter, *, is_trained: bool = False
+) -> None:
+    """Gives rows of the job the columns that its task asks of the model as it was before the first step.
+
+    Args:
+        job: Whose rows; those of a task that asks nothing stay as they are.
+        objective: Around the model.
+        splits: Which rows.
+        reporter: Gets a bar.
+        is_trained: Whether the adapter is trained already: it is turned off, which is where a fresh one began.
+
+    Raises:
+        ModelError: The adapter is trained already and did not begin fresh.
+    """
+    if not job.task.reference_columns:
+        return
+    from lorafit.evaluation.reference import add_reference
+    from lorafit.files.rundir import hash_file
+    from lorafit.ops.isolation import adapter_off
+
+    recipe, began = job.recipe, job.recipe.adapter.init_from
+    if is_trained and began is not None:
+        what = f"task {recipe.task.kind} refers to the adapter that training began with, which the run does not hold"
+        raise ModelError(what, key="adapter.init_from", todo="evaluate a run that began with a fresh adapter")
+    weights = hash_file(job.loaded.path(began) / "adapter_model.safetensors") if began is not None else None
+    made_of = {
+        "base": job.base.digest,
+        "adapter": [recipe.adapter.model_dump(mode="json"), weights] if weights else None,  # a fresh one does nothing
+        "quantization": recipe.model.quantization.model_dump(mode="json"),
+        "dtype": str(objective.autocast_dtype),
+    }
+    asked = {split: rows for split, rows in job.rows.splits.items() if split in splits}
+    with adapter_off(objective.model) if is_trained else nullcontext():
+        job.rows.splits.update(add_reference(objective, job.task, asked, made_of, job.pad_id, reporter))
+
+
+def prove(job: Job, objective: Objective, examples: Examples, reporter: Reporter) -> None:
+    """Compares an objective with the model's own loss on one row.
 
     Raises:
         NumericsError: They differ on every path.
     """
     from lorafit.objective import choose_probe
     from lorafit.objective.proof import prove_objective
-    from lorafit.ops.dtypes import autocast_dtype
 
     task = job.task
-    objective = task.build_objective(model, autocast_dtype=autocast_dtype(dtype), exact=not job.shape.plain_head)
     most_tokens = min(_PROOF_TOKENS, _PROOF_LOGITS_BYTES // (4 * job.shape.vocabulary))
     row = task.cut_probe(examples[choose_probe(examples.lengths, most_tokens=most_tokens)], most_tokens)
-    device = model.get_input_embeddings().weight.device
+    device = objective.base.get_input_embeddings().weight.device
     prove_objective(objective, task.collate([[row]], job.pad_id).to(device), reporter)
-    return objective

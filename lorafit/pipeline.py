@@ -18,7 +18,7 @@ from lorafit.console.arguments import check_arguments
 from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import UsageError
 from lorafit.files.rundir import RunDir, read_json
-from lorafit.job import check_template, look_at_template, open_job, placed, prove
+from lorafit.job import build_objective, check_template, look_at_template, open_job, placed, prove, refer
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.run.workspace import (
     base_commit,
@@ -225,11 +225,12 @@ def evaluate(
         changed=changed_evaluation(opened, split),
     )
     check_reports(opened.run, report)
-    if limit is not None:
-        examples = examples.first(limit)
     asked = job.questions(split, limit)
     engine = tuned.load(job.tokenizer, reporter)
-    objective = prove(job, engine.model, tuned.card.dtype, examples, reporter)
+    objective = build_objective(job, engine.model, tuned.card.dtype)
+    refer(job, objective, (split, "retention"), reporter, is_trained=True)
+    examples = job.rows.splits[split] if limit is None else job.rows.splits[split].first(limit)
+    prove(job, objective, examples, reporter)
     found, evaluation = coverage(engine.model), job.recipe.evaluation
     chose = split == "validation" and evaluation.every_steps is not None
     result = evaluate_pair(

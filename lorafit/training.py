@@ -18,7 +18,7 @@ from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.runner import Ranks, evaluate_during
 from lorafit.files.cache import cache_folder
 from lorafit.files.rundir import RunDir, check_manifest, read_object, write_json
-from lorafit.job import load_base, prove
+from lorafit.job import build_objective, load_base, prove, refer
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
@@ -113,7 +113,9 @@ class Training:
             job = replace(job, base=replace(job.base, content=content.digest))
             if checkpoint is not None:
                 self._check_base(content, used)
-        objective = prove(job, model, self.plan.dtype, job.rows.train, self.reporter)
+        objective = build_objective(job, model, self.plan.dtype)
+        refer(job, objective, ("train", "validation"), self.reporter)  # before a checkpoint's values are taken
+        prove(job, objective, job.rows.train, self.reporter)
         self._prove_gradients(objective)
         one = accelerator.num_processes == 1
         executor: Executor = OneByOne(objective, accelerator.device) if one else OverRanks(objective, accelerator)

@@ -14,9 +14,10 @@ import torch
 from lorafit.answering.engine import Engine
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.answering.voice import Voice
-from lorafit.errors import UsageError
+from lorafit.errors import ModelError, UsageError
 from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
 from lorafit.kinds.quantizations import quantizations
+from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, read_notes
 from lorafit.model.base import Base, open_folder
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lorafit.contracts import Reporter
     from lorafit.kinds.quantizations import QuantizationSection
     from lorafit.model.adapter import AdapterFolder
+    from lorafit.run.card import RunCard
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
     if not lone:
         opened = open_run(path)
         tuned = open_tuned(opened, checkpoint, base_model, reporter)
+        _require_answers(tuned.card)
         tokenizer = tuned.tokenizer()
         data = opened.loaded.recipe.data.model_copy(update={"system_prompt": tuned.card.system_prompt})
         chats = tuned.renderer(data, tokenizer).chats if tuned.card.chat else None
@@ -75,10 +78,17 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
     card = saved.card()
     if card is None:
         return _open_foreign(saved, base, reporter)
+    _require_answers(card)
     tuned = Tuned(card, base, path)
     tokenizer = tuned.tokenizer()
     voice = Voice.of_tokenizer(tokenizer, system_prompt=card.system_prompt, now=tuned.now())
     return Answerer(voice if card.chat else Voice(tokenizer, None), partial(tuned.load, tokenizer, reporter))
+
+
+def _require_answers(card: RunCard) -> None:
+    """Raises ModelError where the models of a run's task write no text."""
+    if not tasks.bind(card.task).writes_answers:
+        raise ModelError(f"a run of task {card.task.kind} writes no text", key="task", todo="use lorafit eval")
 
 
 def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Voice, Callable[[], Engine]]:

@@ -172,6 +172,7 @@ class ExampleSet:
         files: Name of each source, as the recipe has it.
         repeats: How often an epoch sees each source.
         rows: Numbers of the store's rows that belong to this set, ascending; all of them where None.
+        more: Further columns, which are not in the store, `[rows of this set, width]`.
     """
 
     def __init__(
@@ -181,7 +182,9 @@ class ExampleSet:
         files: Sequence[str],
         repeats: Sequence[float],
         rows: NDArray[np.int64] | None = None,
+        more: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
+        self._more = dict(more or {})
         self.folder, self.columns, self.files, self.repeats = folder, tuple(columns), tuple(files), tuple(repeats)
         count = len(self._map("lines", "<i8"))
         self._rows = np.arange(count, dtype=np.int64) if rows is None else rows
@@ -216,6 +219,7 @@ class ExampleSet:
             name: cast(Sequence[float], self._values[name].read(int(starts[index]), int(ends[index])))
             for name, (starts, ends) in self._places.items()
         }
+        columns |= {name: cast(Sequence[float], values[index]) for name, values in self._more.items()}
         return Example(index, columns, self.files[int(self.source_of[index])], int(self.lines[index]))
 
     @cached_property
@@ -250,7 +254,14 @@ class ExampleSet:
 
     def select(self, rows: NDArray[np.int64]) -> ExampleSet:
         """The same store with some of the rows of this set, in their old order."""
-        return ExampleSet(self.folder, self.columns, self.files, self.repeats, np.sort(self._rows[rows]))
+        kept = np.sort(rows)
+        more = {name: values[kept] for name, values in self._more.items()}
+        return ExampleSet(self.folder, self.columns, self.files, self.repeats, self._rows[kept], more)
+
+    def with_columns(self, more: Mapping[str, NDArray[Any]]) -> ExampleSet:
+        """The same rows with further columns, `[rows, width]`; they are no part of the digest."""
+        more = {**self._more, **more}
+        return ExampleSet(self.folder, self.columns, self.files, self.repeats, self._rows, more)
 
     def first(self, count: int) -> ExampleSet:
         """Its first rows."""

@@ -60,6 +60,8 @@ class Task(Kind[S_co]):
     """`evaluation.final` where a recipe says nothing."""
     writes_answers: ClassVar[bool] = False
     """Whether its models answer with text, which metrics read."""
+    reference_columns: ClassVar[tuple[Column, ...]] = ()
+    """Columns that `refer` computes of every row before the first step; `collate` finds them in the examples."""
     sequences: ClassVar[int] = 1
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
     packs: ClassVar[bool] = False
@@ -133,6 +135,10 @@ class Task(Kind[S_co]):
     @abstractmethod
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Sums over each row of a micro-batch by name, [rows] or [rows, values]; `loss` and `weight` among them."""
+
+    def refer(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+        """The reference columns of a micro-batch, [rows] or [rows, width] each, of the model as it is at step 0."""
+        return {}
 
     def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
         """What the model answers to a row, told from its scores; None where it writes its answers, or gives none."""

@@ -1,0 +1,108 @@
+"""What a task asks of the model before it is trained: one pass over the rows, whose results are columns of them.
+
+    rows ──objective as it is at step 0──> task.refer ──> a column, kept in the cache ──> rows with that column
+
+A preference task's log-probabilities of the reference are such a column: they are computed once for a base, an initial
+adapter, a set of rows and a precision, and no second model is held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorafit.data.batch import cut_step
+from lorafit.files.cache import cache_folder, own_folder
+from lorafit.files.rundir import atomic_file
+from lorafit.ops.isolation import evaluating
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from lorafit.contracts import Reporter
+    from lorafit.data.store import ExampleSet
+    from lorafit.kinds.tasks import Task, TaskSection
+    from lorafit.objective import Objective
+
+_MICRO_BATCH_TOKENS = 2048
+
+
+def add_reference(
+    objective: Objective,
+    task: Task[TaskSection],
+    splits: Mapping[str, ExampleSet],
+    made_of: Mapping[str, object],
+    pad_id: int,
+    reporter: Reporter,
+) -> dict[str, ExampleSet]:
+    """Rows by split with the columns that the task refers to.
+
+    Args:
+        objective: With the model as it is before the first step.
+        task: Its task, which has such columns.
+        splits: The rows.
+        made_of: What decides the values beside rows, task and device: base, initial adapter, precision.
+        pad_id: Fills up shorter rows.
+        reporter: Gets a bar.
+
+    Raises:
+        ResourceError: The cache cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    device, cache = objective.base.get_input_embeddings().weight.device, cache_folder() / "reference"
+    own_folder(cache)
+    found = {}
+    for split, examples in splits.items():
+        parts = {**made_of, "task": task.section.model_dump(), "rows": examples.digest(), "device": device.type}
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+        file = cache / f"{key}.safetensors"
+        values = _read(file, task, len(examples))
+        if values is None:
+            values = _refer(objective, task, examples, pad_id, device, reporter)
+            with atomic_file(file) as temporary:
+                save_file(values, temporary)
+        found[split] = examples.with_columns(values)
+    return found
+
+
+def _read(file: Path, task: Task[TaskSection], rows: int) -> dict[str, NDArray[np.float64]] | None:
+    """Columns that were kept; None where they are not there, or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        found: dict[str, NDArray[np.float64]] = load_file(file)
+    except (OSError, SafetensorError):
+        return None
+    wanted = {column.name: (rows, column.width or 1) for column in task.reference_columns}
+    return found if {name: values.shape for name, values in found.items()} == wanted else None
+
+
+def _refer(
+    objective: Objective,
+    task: Task[TaskSection],
+    examples: ExampleSet,
+    pad_id: int,
+    device: torch.device,
+    reporter: Reporter,
+) -> dict[str, NDArray[np.float64]]:
+    columns = task.reference_columns
+    found = {column.name: np.zeros((len(examples), column.width or 1)) for column in columns}
+    tokens = max(_MICRO_BATCH_TOKENS, int(max(examples.lengths, default=1)))
+    cut = cut_step(range(len(examples)), examples.lengths, tokens)
+    with evaluating(objective), reporter.track(len(examples), "reference") as bar:
+        for members in cut:
+            batch = task.collate([[examples[row]] for row in members], pad_id).to(device)
+            with objective.autocast(batch):
+                values = task.refer(objective, batch)
+            for column in columns:
+                found[column.name][np.asarray(members)] = values[column.name].reshape(len(members), -1)
+            bar.advance(len(members))
+    return found
