@@ -26,7 +26,7 @@ from lorafit.kinds.quantizations import quantizations
 from lorafit.machine.hardware import cards, find_card, usable_bytes
 from lorafit.machine.shipped import shipped
 from lorafit.memory.closed_form import step_phases
-from lorafit.memory.layer_inputs import Numerics, Work
+from lorafit.memory.layer_inputs import Moment, Numerics, Operation, Work
 from lorafit.memory.peak import ALLOCATOR_FACTOR, CONTEXT_BYTES
 from lorafit.model.class_shape import find_shape
 from lorafit.model_shapes import known_config
@@ -58,6 +58,36 @@ DERIVED = {  # fine-tunes under a name of their own, by the base_model of their 
 }
 LORA_METHODS = ("lora", "qlora", "rslora", "pissa", "olora", "lora-fa")
 _TUNED = re.compile(r"^meta-|-(instruct|chat|it|base|hf|bnb-4bit)(?=-|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class OtherNumerics(Numerics):
+    """How another stack computes.
+
+    Attributes:
+        casts_adapter_inputs: PEFT's default, which lorafit's objective turns off under autocast: an adapter's input is
+            cast to the adapter's dtype before autocast casts it down again.
+        offloads_layer_inputs: Checkpointed layer inputs wait in host memory.
+        fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
+        trains_a: Whether the adapters' A is trained; a frozen one (LoRA-FA) keeps nothing of its input.
+        widens: What autocast computes in fp32 (LayerNorm, pow) goes on in fp32.
+    """
+
+    casts_adapter_inputs: bool = True
+    offloads_layer_inputs: bool = False
+    fused_norm: bool = False
+    trains_a: bool = True
+    widens: bool = False
+
+    def adapter_reads(self, input_bytes: int) -> int:
+        return self.adapter_bytes if self.casts_adapter_inputs or not self.autocast else input_bytes
+
+    def layer_inputs_kept(self, layers: int) -> int:
+        return 1 if self.offloads_layer_inputs else layers
+
+    def norm_kernel(self, hidden: int) -> Operation | None:
+        moments = (Moment("backward", 2 * self.stream_bytes * hidden),)
+        return Operation("norm", hidden * self.stream_bytes + 4, moments) if self.fused_norm else None
 
 
 class UndescribedError(Exception):
@@ -203,14 +233,13 @@ def numerics_of(row: dict[str, str], trains_all: bool) -> Numerics:
     autocast = "autocast" in dtype and "no autocast" not in dtype
     # MatMul4Bit of bitsandbytes 0.41 held its input as well as the weight (`ctx.tensors = (A, B)`)
     old_bnb = "saves input activation" in text or re.search(r"(bnb|bitsandbytes) 0\.(3\d|40|41)\b", text)
-    return Numerics(
+    return OtherNumerics(
         stream_bytes=4 if has_wide_stream(row) else 2,
         compute_bytes=2,
         adapter_bytes=4 if wide_adapter else 2,
         autocast=autocast,
         widens=autocast,
         fused=False,
-        casts_adapter_inputs=True,  # PEFT's default
         keeps_inputs=trains_all or (bool(old_bnb) and row["quant"].lower() not in ("", "none")),
         # FOAK's kernels, or inductor's: it saves a norm's input and its fp32 reciprocal, no fp32 copy
         fused_norm="foak" in text or "compile" in dtype,

@@ -117,8 +117,7 @@ def step_phases(
     mask = mask_bytes * work.row_tokens * tokens
     update = Phase("update", "", {"workspace": n.adapter_bytes * trainable})
     if checkpointing:
-        stored = 1 if n.offloads_layer_inputs else shape.layers
-        inputs = stream * stored + _leaked_bytes(shape, n, tokens) * shape.layers + mask
+        inputs = stream * n.layer_inputs_kept(shape.layers) + _leaked_bytes(shape, n, tokens) * shape.layers + mask
         again = final_norm if keeps_layer_input(shape, n) else 0
         again_forward = forward_peak.peak_bytes + stream > backward_peak.peak_bytes  # the result's gradient waits
         worst = forward_peak if again_forward else backward_peak

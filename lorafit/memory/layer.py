@@ -120,9 +120,9 @@ def _norm(name: str, shape: ModelShape, n: Numerics) -> Operation:
         narrow = n.compute_bytes * hidden
         moments = (Moment("forward", 4 * hidden + narrow), Moment("backward", 8 * hidden + narrow))
         return Operation(name, hidden * n.stream_bytes + 4, moments)
-    if n.fused_norm:
-        kept = hidden * n.stream_bytes + 4
-        return Operation(name, kept, (Moment("backward", 2 * n.stream_bytes * hidden),))
+    kernel = n.norm_kernel(hidden)
+    if kernel is not None:
+        return replace(kernel, name=name)
     moments = (Moment("forward", hidden * (4 + n.compute_bytes)), Moment("backward", (16 + n.compute_bytes) * hidden))
     return Operation(name, 4 * hidden + 4, moments)
 
@@ -184,7 +184,8 @@ def _share(linear: LinearShape, shape: ModelShape) -> float:
 
 def _norm_keeps_stream(shape: ModelShape, n: Numerics) -> bool:
     """Whether what a norm keeps is the stream's own tensor, and no cast of it."""
-    return n.fused_norm or _fuses_norm(shape, n) or (n.stream_bytes == 4 if shape.norm == "rms" else not n.wide_on_gpu)
+    has_kernel = n.norm_kernel(shape.hidden_size) is not None or _fuses_norm(shape, n)
+    return has_kernel or (n.stream_bytes == 4 if shape.norm == "rms" else not n.wide_on_gpu)
 
 
 def _norm_out_bytes(shape: ModelShape, n: Numerics) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lorafit.facts import LinearShape
 
@@ -18,37 +19,45 @@ class Numerics:
         adapter_bytes: Of adapter weights.
         autocast: Whether torch's autocast is on.
         device_kind: `cpu` or `cuda`: a CPU keeps a dropout mask in the input's dtype, a GPU one byte a value.
-        casts_adapter_inputs: PEFT's default, which lorafit's objective turns off under autocast: an adapter's input is
-            cast
-            to the adapter's dtype before autocast casts it down again.
         keeps_inputs: Every linear keeps its input: full fine-tuning, and LLM.int8().
         leaks_inputs: And out of checkpointing's reach: LLM.int8().
-        offloads_layer_inputs: Checkpointed layer inputs wait in host memory.
-        trains_a: Whether the adapters' A is trained; a frozen one (LoRA-FA) keeps nothing of its input.
-        fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
         fused: Layers run as `lorafit.model.fuse` makes them: a norm, a gated product and a linear with its LoRA branch
             are one operation each.
-        widens: What autocast computes in fp32 (LayerNorm, pow) goes on in fp32; lorafit's objective casts it back.
+
+    The constants and methods are lorafit's as well; what describes another stack overrides them
+    (benchmarks/memory_published.py).
     """
+
+    trains_a: ClassVar[bool] = True
+    """Whether the adapters' A is trained, and so keeps its input."""
+    widens: ClassVar[bool] = False
+    """Whether what autocast computes in fp32 (LayerNorm, pow) goes on in fp32; lorafit's objective casts it back."""
 
     stream_bytes: int = 2
     compute_bytes: int = 2
     adapter_bytes: int = 4
     autocast: bool = True
     device_kind: str = "cuda"
-    casts_adapter_inputs: bool = False
     keeps_inputs: bool = False
     leaks_inputs: bool = False
-    offloads_layer_inputs: bool = False
-    trains_a: bool = True
-    fused_norm: bool = False
     fused: bool = True
-    widens: bool = False
 
     @property
     def wide_on_gpu(self) -> bool:
         """Whether autocast computes pow and LayerNorm in fp32 (CUDA's list has them, the CPU's has not)."""
         return self.autocast and self.device_kind != "cpu"
+
+    def adapter_reads(self, input_bytes: int) -> int:
+        """Bytes of a value of what an adapter gets: under autocast its input as it is."""
+        return input_bytes if self.autocast else self.adapter_bytes
+
+    def layer_inputs_kept(self, layers: int) -> int:
+        """How many layers' inputs are on the device under checkpointing."""
+        return layers
+
+    def norm_kernel(self, hidden: int) -> Operation | None:
+        """RMSNorm as a kernel of its own, which keeps the stream's own tensor; None: as torch's operations."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,9 @@ from lorafit.facts import LinearShape
 from lorafit.memory.layer_inputs import Moment, Operation, Work
 
 
-def _adapter_reads(work: Work, input_bytes: int) -> int:
-    """Bytes of a value of what an adapter gets: its input, or PEFT's cast of it."""
-    n = work.numerics
-    return n.adapter_bytes if n.casts_adapter_inputs or not n.autocast else input_bytes
-
-
 def own_copy_bytes(work: Work, input_bytes: int) -> int:
     """Bytes of a value of the tensor that A multiplies and keeps; 0 where that is the block's shared input itself."""
-    n, reads = work.numerics, _adapter_reads(work, input_bytes)
+    n, reads = work.numerics, work.numerics.adapter_reads(input_bytes)
     if not n.trains_a:
         return 0
     multiplied = n.compute_bytes if n.autocast else reads
@@ -43,7 +37,7 @@ def linear_operation(
     if linear not in work.adapted:
         plain = (Moment("forward", alive + result, weight), Moment("backward", arriving + c * width_in, weight))
         return Operation(linear.name, 0.0, plain)
-    reads, copy = _adapter_reads(work, input_bytes), own_copy_bytes(work, input_bytes)
+    reads, copy = n.adapter_reads(input_bytes), own_copy_bytes(work, input_bytes)
     if fuses_linears(work):
         return _fused_linear(linear, work, alive=alive, arriving=arriving, freed=freed)
     mask = (reads if n.device_kind == "cpu" else 1) if work.dropout > 0 else 0
