@@ -25,11 +25,13 @@ def main() -> None:
 
         run()
     except SystemExit:
+        import gc
         import signal
 
         from lorafit.console.exits import end_at_once
 
         signal.signal(signal.SIGINT, end_at_once)  # what is left is the interpreter's own end
+        gc.freeze()  # else it looks through all objects of torch once more, which takes a second
         raise
     except KeyboardInterrupt:
         sys.stderr.write("error: stopped by SIGINT; nothing was left half-written\n")
