@@ -356,7 +356,7 @@ def refer(
     if not job.task.reference_columns:
         return
     from lorafit.evaluation.reference import add_reference
-    from lorafit.files.rundir import hash_file
+    from lorafit.files.atomic import hash_file
     from lorafit.ops.isolation import adapter_off
 
     recipe, began = job.recipe, job.recipe.adapter.init_from

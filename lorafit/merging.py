@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.errors import CheckpointError, ModelError
-from lorafit.files.rundir import read_object
+from lorafit.files.atomic import read_object
 from lorafit.files.safetensors import read_index
 from lorafit.job import open_job
 from lorafit.model.merge import merge_adapter

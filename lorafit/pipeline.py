@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from lorafit.console.arguments import check_arguments
 from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import UsageError
-from lorafit.files.rundir import RunDir, read_json
+from lorafit.files.atomic import read_json
+from lorafit.files.rundir import RunDir
 from lorafit.job import build_objective, check_template, look_at_template, open_job, placed, prove, refer
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.run.workspace import (

@@ -16,8 +16,9 @@ from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.runner import Ranks, evaluate_during
+from lorafit.files.atomic import check_manifest, read_object, write_json
 from lorafit.files.cache import cache_folder
-from lorafit.files.rundir import RunDir, check_manifest, read_object, write_json
+from lorafit.files.rundir import RunDir
 from lorafit.job import build_objective, load_base, prove, refer
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers

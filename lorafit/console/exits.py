@@ -127,7 +127,7 @@ def explain_os_error(error: OSError) -> LorafitError | None:
     """Errors of the file system that are the user's to mend, whatever room they come from."""
     import errno
 
-    from lorafit.files.rundir import DISK_ERRORS
+    from lorafit.files.atomic import DISK_ERRORS
 
     file = str(error.filename) if error.filename is not None else None
     if error.errno == errno.ENAMETOOLONG:

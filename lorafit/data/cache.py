@@ -21,8 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lorafit.files.atomic import TEMPORARY_PREFIX, atomic_dir, check_manifest, write_json
 from lorafit.files.cache import locked, own_folder, refuse_foreign
-from lorafit.files.rundir import TEMPORARY_PREFIX, atomic_dir, check_manifest, write_json
 from lorafit.files.strict_json import JsonError, read_json_file
 
 Parts = Mapping[str, str]

@@ -142,7 +142,7 @@ def _read_memo(memo: Path) -> RowLengths | None:
 
 
 def _write_memo(memo: Path, found: RowLengths) -> None:
-    from lorafit.files.rundir import write_json
+    from lorafit.files.atomic import write_json
 
     assert found.facts is not None
     with contextlib.suppress(OSError, LorafitError):  # a full disk costs the next estimate some time, no more

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.errors import LorafitError, ModelError
+from lorafit.files.atomic import write_json
 from lorafit.files.cache import cache_folder, own_folder
-from lorafit.files.rundir import write_json
 from lorafit.files.strict_json import read_json_file
 from lorafit.machine.version import installed_versions
 from lorafit.memory import MemoryEstimate, Phase, StepShape, closed_form, covers

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorafit.data.batch import cut_step
+from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import cache_folder, own_folder
-from lorafit.files.rundir import atomic_file
 from lorafit.ops.isolation import evaluating
 
 if TYPE_CHECKING:

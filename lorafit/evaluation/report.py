@@ -12,7 +12,8 @@ from lorafit.contracts import JsonMapping
 from lorafit.errors import row_place
 from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
 from lorafit.evaluation.statistics import Comparison
-from lorafit.files.rundir import RunDir, atomic_file, write_json
+from lorafit.files.atomic import atomic_file, write_json
+from lorafit.files.rundir import RunDir
 
 HEADINGS = ("metric", "base", "tuned", "tuned 95 %", "difference", "95 % interval", "verdict", "rows better / worse")
 _MEBIBYTE = 1 << 20

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorafit.errors import IN_MEMORY, LorafitError, ResourceError, SafetyError
-from lorafit.files.rundir import hash_file, write_json
+from lorafit.files.atomic import hash_file, write_json
 from lorafit.files.strict_json import JsonError, read_json_file
 
 T = TypeVar("T", str, dict[str, str])

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError, SafetyError
+from lorafit.files.atomic import MANIFEST, require_manifest
 from lorafit.files.cache import known_hash
 from lorafit.files.portable import is_local_path
-from lorafit.files.rundir import MANIFEST, require_manifest
 from lorafit.files.safetensors import TensorEntry, read_header
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters

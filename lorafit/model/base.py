@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafit.errors import ModelError, SafetyError
+from lorafit.files.atomic import MANIFEST, TEMPORARY_PREFIX, require_manifest
 from lorafit.files.cache import cache_folder, known_hash, refuse_foreign
-from lorafit.files.rundir import MANIFEST, TEMPORARY_PREFIX, require_manifest
 from lorafit.hub.asking import fetch_file, fetch_files
 from lorafit.hub.refusal import HubRefusedError, Repo
 from lorafit.model.base_config import CONFIG, fingerprint, load_config, refuse_quantised

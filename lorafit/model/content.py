@@ -19,8 +19,8 @@ from threading import Event
 from typing import Any
 
 from lorafit.errors import CheckpointError
+from lorafit.files.atomic import read_object
 from lorafit.files.cache import remember
-from lorafit.files.rundir import read_object
 from lorafit.files.safetensors import TensorEntry, read_header, read_index
 from lorafit.model.check_weights import list_names
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError, UsageError
+from lorafit.files.atomic import atomic_dir, check_manifest
 from lorafit.files.cache import known_hash, locked, own_folder, refuse_foreign
-from lorafit.files.rundir import atomic_dir, check_manifest
 from lorafit.model.base_config import load_config
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pydantic import WrapSerializer, field_validator, model_validator
 
 from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError
-from lorafit.files.rundir import read_json
+from lorafit.files.atomic import read_json
 from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
 from lorafit.kinds.registry import as_bare_word

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonObject
 from lorafit.errors import LorafitError, UsageError
-from lorafit.files.rundir import TEMPORARY_PREFIX, RunDir, check_format, make_folder, read_object
+from lorafit.files.atomic import TEMPORARY_PREFIX, check_format, make_folder, read_object
+from lorafit.files.rundir import RunDir
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.recipe.differences import tell_differences
 from lorafit.run.workspace import compare_recipes

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lorafit.console.nearest import nearest
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError, DataError, UsageError
-from lorafit.files.rundir import RunDir, atomic_file, read_json, read_object, require_manifest, write_json
+from lorafit.files.atomic import atomic_file, read_json, read_object, require_manifest, write_json
+from lorafit.files.rundir import RunDir
 from lorafit.machine.version import installed_versions
 from lorafit.recipe.differences import ABSENT, differences, tell_differences
 

@@ -18,16 +18,16 @@ from pydantic import Field
 
 from lorafit.console.wording import counted
 from lorafit.errors import CheckpointError, ResourceError
-from lorafit.files.rundir import (
+from lorafit.files.atomic import (
     MANIFEST,
     TEMPORARY_PREFIX,
-    RunDir,
     atomic_dir,
     check_format,
     check_manifest,
     read_object,
     write_json,
 )
+from lorafit.files.rundir import RunDir
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.machine.version import installed_versions
 from lorafit.trainer.state import Best, Count, Event, TrainState, read_dataclass

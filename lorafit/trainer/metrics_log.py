@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.files.rundir import atomic_file
+from lorafit.files.atomic import atomic_file
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, save
 
 from lorafit.errors import CheckpointError, LorafitError
-from lorafit.files.rundir import read_object
+from lorafit.files.atomic import read_object
 
 TENSORS_FILE = "optimizer.safetensors"
 SKELETON_FILE = "optimizer.json"

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafit.console.wording import counted
-from lorafit.files.rundir import atomic_file
+from lorafit.files.atomic import atomic_file
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

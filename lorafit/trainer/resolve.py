@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.errors import LorafitError, SafetyError
+from lorafit.files.atomic import write_json
 from lorafit.files.cache import own_folder, refuse_foreign
-from lorafit.files.rundir import write_json
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.rehearsal import rehearse, try_heaviest

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from lorafit.files.rundir import FORMAT
+from lorafit.files.atomic import FORMAT
 from lorafit.trainer.checkpoint import ADAPTER_FOLDER, STATE_FILE, Checkpoint, Environment
 from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafit.files.atomic import write_json
 from lorafit.files.cache import own_folder
-from lorafit.files.rundir import write_json
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.ops.matmul_peak import measure_matmul_peak
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorafit import pipeline
-from lorafit.files.rundir import read_json
+from lorafit.files.atomic import read_json
 from tests.support.option_world import OptionWorld, adapter_tensors
 
 CHANGES = {

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lorafit import pipeline
-from lorafit.files.rundir import RunDir, read_json
+from lorafit.files.atomic import read_json
+from lorafit.files.rundir import RunDir
 from tests.support.option_world import OptionWorld, adapter_tensors, scores_of, step_lines
 
 

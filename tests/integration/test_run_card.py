@@ -262,7 +262,7 @@ def whole_digest(world: World) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    from lorafit.files.rundir import atomic_dir
+    from lorafit.files.atomic import atomic_dir
 
     with atomic_dir(folder, replace=True) as temporary:
         for file in folder.iterdir():

@@ -10,7 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 from lorafit import pipeline
-from lorafit.files.rundir import RunDir, read_json
+from lorafit.files.atomic import read_json
+from lorafit.files.rundir import RunDir
 from tests.support.option_kinds import kind_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorafit.errors import DataError
+from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import cache_folder, own_folder
-from lorafit.files.rundir import atomic_file
 
 
 def keep_rows(rows: Iterable[Mapping[str, Any]], name: str, key: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafit.errors import ModelError, ResourceError, UsageError
-from lorafit.files.rundir import atomic_dir, make_folder
+from lorafit.files.atomic import atomic_dir, make_folder
 from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
 from lorafit.kinds.quantizations import packed_kind, quantizations
 from lorafit.model.adapter import NOTES, WEIGHTS, AdapterFolder, check_base, read_adapter

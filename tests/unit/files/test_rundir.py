@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorafit.errors import ResourceError
-from lorafit.files.rundir import atomic_dir, atomic_file
+from lorafit.files.atomic import atomic_dir, atomic_file
 
 
 @pytest.mark.parametrize("removed", ["run", "run/checkpoints", "run/checkpoints/.tmp*"])
@@ -44,7 +44,7 @@ def test_errors_of_rust_libraries_are_errors_of_the_disk(tmp_path: Path) -> None
     """safetensors raises an error of its own that only names the errno."""
     code = (
         "import resource, numpy; from pathlib import Path; from safetensors.numpy import save_file\n"
-        "from lorafit.files.rundir import atomic_dir\n"
+        "from lorafit.files.atomic import atomic_dir\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         f"with atomic_dir(Path({str(tmp_path)!r}) / 'x') as folder:\n"
         "    save_file({'a': numpy.zeros(10_000)}, folder / 'a.safetensors')"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lorafit.errors import NumericsError, ResourceError, StoppedBySignal
-from lorafit.files import rundir
+from lorafit.files import atomic
 from lorafit.trainer.loop import HeldOut
 from lorafit.trainer.signals import StopSignals
 from lorafit.trainer.state import TrainState
@@ -305,7 +305,7 @@ def test_a_real_file_size_limit_is_a_resource_error(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import resource, torch; from pathlib import Path; from lorafit.files.rundir import atomic_dir;"
+        "import resource, torch; from pathlib import Path; from lorafit.files.atomic import atomic_dir;"
         "from lorafit.trainer.optimizer_state import write_tensors;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));\n"
         f"with atomic_dir(Path({str(tmp_path)!r}) / 'x') as folder:\n"
@@ -357,7 +357,7 @@ def test_rotation_that_cannot_delete_warns(job: Callable[..., Job], monkeypatch:
     one.trainer().fit(TrainState())
     assert any("could not remove" in w and "step-000001" in w for w in one.reporter.warnings)
     assert sorted(p.name for p in (one.root / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
-    assert rundir.check_manifest(one.root / "checkpoints" / "step-000001") is None
+    assert atomic.check_manifest(one.root / "checkpoints" / "step-000001") is None
 
 
 def test_foreign_files_and_leftovers(job: Callable[..., Job]) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.contracts import Silent
 from lorafit.errors import LorafitError, ModelError, NumericsError, ResourceError, StoppedBySignal, UsageError
-from lorafit.files.rundir import check_manifest
+from lorafit.files.atomic import check_manifest
 from lorafit.files.safetensors import TensorEntry, read_header
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.inspect import describe_quantization, require_same_quantization
