@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 PRINTED_COLUMNS = 100
 """Width of a result's text outside of a terminal."""
 
+JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
+"""What stands at a place of a JSON file that is checked."""
 JsonObject = dict[str, Any]
 """A JSON object as Python holds it; what its values are is checked where they are read."""
 JsonMapping = Mapping[str, Any]

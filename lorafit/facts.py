@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from lorafit.contracts import JsonMapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class ModelClass:
     """
 
     auto_class: str = "AutoModelForCausalLM"
-    config: Mapping[str, object] = field(default_factory=dict)
+    config: JsonMapping = field(default_factory=dict)
     has_new_head: bool = False
     peft_task: str = "CAUSAL_LM"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import JsonObject, Reporter, Silent
+from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.version import installed_versions
@@ -193,7 +193,7 @@ def open_job(
 def prepare_rows(
     loaded: LoadedRecipe,
     renderer: Renderer,
-    config: Mapping[str, Any],
+    config: JsonMapping,
     reporter: Reporter,
     only: Collection[str] | None = None,
     glance: int | None = None,

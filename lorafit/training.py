@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.contracts import Reporter, Silent
+from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
     from lorafit.job import Job
     from lorafit.memory import StepMemory
@@ -184,7 +185,7 @@ class Training:
         self.reporter.show(coverage_table(coverage(model)))
         return model
 
-    def _check_base(self, content: Content, used: Mapping[str, Any]) -> None:
+    def _check_base(self, content: Content, used: JsonMapping) -> None:
         """Whether the base is the one that the run was begun on, where there is one: every byte, and every code."""
 
         where = self.where
@@ -194,7 +195,7 @@ class Training:
             require_same_quantization(used, read_object(where.quantization), file=where.quantization)
 
     def _describe(
-        self, job: Job, card: RunCard, plan: Mapping[str, Any], hashes: Mapping[Path, Any], *, begins: bool
+        self, job: Job, card: RunCard, plan: JsonMapping, hashes: Mapping[Path, Any], *, begins: bool
     ) -> None:
         """Everything that the run folder says of the run. Hashes of its base stay those that it was begun with."""
 
@@ -216,7 +217,7 @@ class Training:
         device = objective.base.get_input_embeddings().weight.device
         prove_gradients(objective, objective.task.collate([[rows[row]]], self.job.pad_id).to(device))
 
-    def _attach(self, base: Any) -> Any:
+    def _attach(self, base: PreTrainedModel) -> Any:
         """The base with its adapter, which is the planned one, and can be merged and loaded again."""
 
         job, recipe = self.job, self.job.recipe

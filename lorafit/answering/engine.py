@@ -258,11 +258,9 @@ class Engine:
             found: torch.Tensor = self.model(input_ids=batch, use_cache=False).logits[0].float().cpu()
         return found
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> torch.autocast:
         """The precision that the model was trained in."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 
 def _group(requests: Sequence[Request]) -> Iterable[list[int]]:

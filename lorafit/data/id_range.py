@@ -5,7 +5,7 @@ of why.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -41,14 +41,14 @@ def check_examples(
                     raise error
 
 
-def check_ids(ids: Iterable[int], tokenizer: Any, embedding_rows: int) -> None:
+def check_ids(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
     """Raises ModelError where one of a prompt's tokens has no row in the embedding."""
     ids = list(ids)
     if max(ids, default=0) >= embedding_rows:
         raise beyond(ids, tokenizer, embedding_rows)
 
 
-def beyond(ids: Iterable[int], tokenizer: Any, embedding_rows: int) -> ModelError:
+def beyond(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> ModelError:
     """The error for a row of tokens, the first of which that is too high is named."""
     first = next(int(number) for number in ids if number >= embedding_rows)
     return ModelError(

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorafit.console.printing import can_show, printable, say
 from lorafit.console.wording import counted
-from lorafit.contracts import Printed, Sample
+from lorafit.contracts import JsonObject, Printed, Sample
 from lorafit.errors import row_place
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class PreviewRow:
         """Tokens that carry loss."""
         return sum(label != IGNORED_LABEL for label in self.labels)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain data, without the segments."""
         names = ("split", "file", "line", "rendering", "input_ids", "labels")
         more = [name for name in ("name", "label") if getattr(self, name)]
@@ -89,7 +89,7 @@ class Preview(Printed):
         """Whether all rows were prepared and counted."""
         return all(part.of_rows is None for part in self.prepared.report.splits.values())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain data."""
         report = self.prepared.report.to_json()
         digest = self.prepared.digest if self.is_whole else None

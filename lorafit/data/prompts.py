@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafit.contracts import Sample, Silent
+from lorafit.contracts import JsonMapping, Sample, Silent
 from lorafit.data.sources.patterns import find_files
 from lorafit.data.sources.row_columns import NO_PROMPT, Columns, find_format, no_prompt, rename, written
 from lorafit.data.sources.source import SampleSet, Source
@@ -87,7 +87,7 @@ def _open(file: str, known: Sequence[Columns]) -> Source:
     raise refused
 
 
-def read_prompt_rows(rows: Sequence[str | Mapping[str, Any]], known: Sequence[Columns]) -> list[Sample]:
+def read_prompt_rows(rows: Sequence[str | JsonMapping], known: Sequence[Columns]) -> list[Sample]:
     """The prompts of a program: texts, or rows as training has them, each in its own format.
 
     Args:
@@ -111,7 +111,7 @@ def read_prompt_rows(rows: Sequence[str | Mapping[str, Any]], known: Sequence[Co
     return found
 
 
-def _read_row(row: str | Mapping[str, Any], known: Sequence[Columns], place: str) -> Sample:
+def _read_row(row: str | JsonMapping, known: Sequence[Columns], place: str) -> Sample:
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):

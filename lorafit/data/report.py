@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorafit.console.wording import counted
+from lorafit.contracts import JsonObject
 from lorafit.data.row_counts import Ledger, SourceCounts
 from lorafit.data.store import NO_PROMPT
 from lorafit.errors import row_place
@@ -116,7 +117,7 @@ class DataReport:
         train = self.splits["train"]
         return train.trained_tokens / train.tokens
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain data."""
         return {**asdict(self), "trained_share": self.trained_share}
 

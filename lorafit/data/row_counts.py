@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafit.console.wording import agreed, counted
+from lorafit.contracts import JsonObject
 from lorafit.data.chat.template_names import KEY as TEMPLATE_KEY
 from lorafit.errors import DataError, LorafitError, Problems
 
@@ -165,7 +166,7 @@ class Ledger:
         what = f"{source.bad} of {counted(source.read, 'row')} {agreed(source.bad, 'is', 'are')} bad, {limit}{first}"
         return DataError(what, file=source.file, todo="correct them, or raise the limit")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Everything that a cached copy must be able to say again."""
         return {
             "sources": [asdict(source) for source in self.sources],
@@ -177,7 +178,7 @@ class Ledger:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any], names: Sequence[str], bad_rows: BadRowsSection) -> Ledger:
+    def from_json(cls, value: JsonObject, names: Sequence[str], bad_rows: BadRowsSection) -> Ledger:
         """The ledger of a cached split; files are called what the recipe calls them now."""
         ledger = cls([], bad_rows)
         ledger.sources = [

@@ -12,17 +12,17 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafit.contracts import Encoded
+from lorafit.contracts import Encoded, JsonMapping
 from lorafit.data.text_encoder import mark_trained
 
 if TYPE_CHECKING:
     from lorafit.data.chat.render import ChatRenderer
 
-Messages = Sequence[Mapping[str, Any]]
+Messages = Sequence[JsonMapping]
 
 PROMPT_SHARE = (
     4  # where an answer must be cut, a quarter of the room is the prompt's: an answer to nothing teaches nothing
@@ -45,7 +45,7 @@ class Truncated(Encoded):
 
 
 def truncate_chat(
-    renderer: ChatRenderer, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, max_length: int
+    renderer: ChatRenderer, messages: Messages, tools: Sequence[JsonMapping] | None, max_length: int
 ) -> Truncated | None:
     """A chat cut to `max_length` tokens.
 
@@ -147,5 +147,5 @@ def _shorter_chats(messages: Messages) -> list[Messages]:
     return chats
 
 
-def _is_system(message: Mapping[str, Any]) -> bool:
+def _is_system(message: JsonMapping) -> bool:
     return message.get("role") in ("system", "developer")

@@ -22,7 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from lorafit.contracts import Batch, Reporter, Silent
+from lorafit.contracts import Batch, JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.estimation.layer_list import LayerList
 from lorafit.memory import MemoryEstimate, Phase, StepShape
@@ -48,7 +48,7 @@ _attention = functional.scaled_dot_product_attention
 _LEARNING_RATE = 1e-4  # any: no value is computed
 
 
-def run_exactly(found: RecipeEstimate, config: Mapping[str, Any], reporter: Reporter) -> RecipeEstimate:
+def run_exactly(found: RecipeEstimate, config: JsonMapping, reporter: Reporter) -> RecipeEstimate:
     """An estimate with a dry run of its whole step beside it, which then gives the verdict.
 
     Where checkpointing is left open and the card has not what the step needs without, the step with it is run as well.
@@ -75,7 +75,7 @@ class DryRun:
         ModelError: transformers cannot build the model.
     """
 
-    def __init__(self, step: StepShape, config: Mapping[str, Any]) -> None:
+    def __init__(self, step: StepShape, config: JsonMapping) -> None:
         self.step = step
         self._on_cuda = step.device_kind != "cpu"
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)

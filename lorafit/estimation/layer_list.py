@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lorafit.ops.live_tensors import LiveTensors
 
 
@@ -25,7 +27,7 @@ class LayerList:
         count: How many it has; none are found where no list of the model is so long.
     """
 
-    def __init__(self, base: Any, count: int) -> None:
+    def __init__(self, base: PreTrainedModel, count: int) -> None:
         lists = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
         self._list = next((found for found in lists if len(found) == count), torch.nn.ModuleList())
         self._config = base.config.get_text_config()

@@ -12,9 +12,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafit.contracts import Progress, Reporter, Silent
+from lorafit.contracts import JsonObject, Progress, Reporter, Silent
 from lorafit.errors import LorafitError
 from lorafit.estimation import RowLengths
 from lorafit.facts import DatasetFacts
@@ -96,7 +96,7 @@ def _key(loaded: LoadedRecipe, base: Base) -> str:
     from lorafit.data.cache import code_version
 
     recipe = loaded.recipe
-    parts: dict[str, Any] = {
+    parts: JsonObject = {
         "data": recipe.data.model_dump(mode="json"),
         "task": recipe.task.model_dump(),
         "seed": recipe.seed,

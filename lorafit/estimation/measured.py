@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import LorafitError, ModelError
 from lorafit.files.atomic import write_json
 from lorafit.files.cache import cache_folder, own_folder
@@ -43,7 +43,7 @@ class MeasuredSteps:
         uses_formulas: Whether formulas answer where they can.
     """
 
-    def __init__(self, config: Mapping[str, object], reporter: Reporter, *, uses_formulas: bool = True) -> None:
+    def __init__(self, config: JsonMapping, reporter: Reporter, *, uses_formulas: bool = True) -> None:
         self._config = config
         self._uses_formulas = uses_formulas
         self._reporter = reporter

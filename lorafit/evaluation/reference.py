@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lorafit.contracts import JsonMapping
 from lorafit.data.batch import cut_step
 from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import cache_folder, own_folder
@@ -37,7 +38,7 @@ def add_reference(
     objective: Objective,
     task: Task[TaskSection],
     splits: Mapping[str, ExampleSet],
-    made_of: Mapping[str, object],
+    made_of: JsonMapping,
     pad_id: int,
     reporter: Reporter,
 ) -> dict[str, ExampleSet]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError, LorafitError, ResourceError, UsageError
 from lorafit.files.strict_json import JsonError, read_json_file
 
@@ -145,7 +146,7 @@ def read_json(path: Path) -> Any:
     return value
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> JsonObject:
     """The same for a file that holds an object.
 
     Raises:

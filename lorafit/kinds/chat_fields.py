@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorafit.console.nearest import nearest
-from lorafit.contracts import Message, Sample
+from lorafit.contracts import JsonObject, Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.fields import Row, describe, listed, read_json, read_json_list, wrong_type
 
@@ -18,7 +18,7 @@ _MEANT = {
 }  # fmt: skip
 
 
-def read_entries(row: Row, name: str) -> list[dict[str, Any]]:
+def read_entries(row: Row, name: str) -> list[JsonObject]:
     """The entries of a chat's list; a JSON list in a string (from a table) is read too.
 
     Raises:
@@ -90,7 +90,7 @@ def read_weight(value: Any, role: str, place: str) -> int:
     raise wrong_type(f"{place}.weight", "0 or 1", value)
 
 
-def read_call(value: Any, place: str) -> dict[str, Any]:
+def read_call(value: Any, place: str) -> JsonObject:
     """One tool call as `{type, function: {name, arguments: object}, id?}`; a flat `{name, arguments}` is wrapped.
 
     Raises:
@@ -108,11 +108,11 @@ def read_call(value: Any, place: str) -> dict[str, Any]:
         arguments = {}
     if not isinstance(arguments, dict):
         raise wrong_type(f"{place}.arguments", "object", arguments)
-    call: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    call: JsonObject = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": value["id"], **call} if value.get("id") is not None else call
 
 
-def read_tools(row: Row, name: str = "tools") -> tuple[dict[str, Any], ...] | None:
+def read_tools(row: Row, name: str = "tools") -> tuple[JsonObject, ...] | None:
     """The tools a chat may call, as `{type: function, function: {...}}`; None for none. A string holds them as JSON.
 
     Raises:

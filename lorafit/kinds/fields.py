@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from lorafit.console.nearest import nearest
+from lorafit.contracts import JsonMapping
 from lorafit.errors import DataError
 from lorafit.files.strict_json import JsonError, parse_json
 
-Row = Mapping[str, Any]
+Row = JsonMapping
 
 MUST_CONTAIN = "must_contain"
 _TYPE_NAMES = {dict: "object", list: "list", str: "string", bool: "boolean", int: "integer", float: "number"}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler
 
 from lorafit.console.nearest import nearest
+from lorafit.contracts import JsonObject, JsonValue
 from lorafit.errors import RecipeError
 from lorafit.kinds.section import KindSection
 
@@ -141,11 +142,11 @@ class SectionRegistry(_Members[type[K]], Generic[K]):
         self.get(name)
         return self._sections[name]
 
-    def make_section(self, name: str, **options: object) -> KindSection:
+    def make_section(self, name: str, **options: JsonValue) -> KindSection:
         """The section of the member called `name`: these options, every other at its default."""
         return self.section(name).model_validate(options)
 
-    def make(self, name: str, **options: object) -> K:
+    def make(self, name: str, **options: JsonValue) -> K:
         """The member called `name` with these options, every other at its default."""
         return self.bind(self.make_section(name, **options))
 
@@ -160,7 +161,7 @@ class SectionRegistry(_Members[type[K]], Generic[K]):
         that names no kind means `default`: `adapter: {r: 8}` is `adapter: {kind: lora, r: 8}`.
         """
 
-        def with_kind(value: object) -> object:
+        def with_kind(value: JsonValue) -> JsonValue:
             if isinstance(value, str):
                 return {"kind": value}
             if isinstance(value, dict) and "kind" not in value and default is not None:
@@ -178,7 +179,7 @@ class _ChoiceOfKinds:
 
     default: str | None
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonObject:
         union = handler(schema)
         references = union.get("oneOf", [union])
         kinds = []

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.atomic import MANIFEST, require_manifest
 from lorafit.files.cache import known_hash
@@ -61,9 +61,9 @@ class AdapterFolder:
     """
 
     path: Path
-    config: dict[str, Any]
+    config: JsonObject
     tensors: dict[str, TensorEntry]
-    notes: dict[str, Any]
+    notes: JsonObject
 
     @property
     def kind(self) -> type[Adapter[AdapterSection]]:
@@ -85,7 +85,7 @@ class AdapterFolder:
             todo = "restore the file, or take another copy of the adapter"
             raise ModelError(f"is no card of a run: {error}", file=str(self.path / NOTES), todo=todo) from error
 
-    def quantization(self) -> dict[str, Any] | None:
+    def quantization(self) -> JsonObject | None:
         """How the base was quantised, with the hashes of every weight where they lie beside the adapter."""
         if (self.path / QUANTIZATION).is_file():
             return _read_object(self.path / QUANTIZATION, self.path)
@@ -119,7 +119,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, config, tensors, read_notes(folder))
 
 
-def saved_kind(config: Mapping[str, Any], file: Path) -> type[Adapter[AdapterSection]]:
+def saved_kind(config: JsonMapping, file: Path) -> type[Adapter[AdapterSection]]:
     """The method of an adapter_config.json. Raises ModelError where lorafit has none of its type."""
     kind = adapter_kind(config)
     if kind is None:
@@ -132,7 +132,7 @@ def saved_kind(config: Mapping[str, Any], file: Path) -> type[Adapter[AdapterSec
     return kind
 
 
-def read_notes(folder: Path) -> dict[str, Any]:
+def read_notes(folder: Path) -> JsonObject:
     """lorafit.json of an adapter or a merged model; empty where another tool made the folder.
 
     Raises:
@@ -150,7 +150,7 @@ def save_adapter(
     folder: Path,
     *,
     base: Base,
-    quantization: Mapping[str, Any] | None = None,
+    quantization: JsonMapping | None = None,
     card: RunCard | None = None,
     companions: Companions | None = None,
     name: str = ADAPTER_NAME,
@@ -191,7 +191,7 @@ def save_adapter(
         companions.write(folder)
 
 
-def adapter_config(model: PeftModel, base_name: str, revision: str | None, name: str = ADAPTER_NAME) -> dict[str, Any]:
+def adapter_config(model: PeftModel, base_name: str, revision: str | None, name: str = ADAPTER_NAME) -> JsonObject:
     """What adapter_config.json says of a model's adapter, on a base of that name and revision."""
     config = model.peft_config[name].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
@@ -205,7 +205,7 @@ def adapter_tensors(model: PeftModel, name: str = ADAPTER_NAME) -> dict[str, tor
     return kind.live_tensors(model, name)
 
 
-def _note_layers(model: PeftModel, name: str) -> dict[str, Any] | None:
+def _note_layers(model: PeftModel, name: str) -> JsonObject | None:
     """Where each adapted layer's weight lies in the base's files; None for a model that `load_model` did not load."""
     names = names_of(model)
     if names is None:
@@ -249,7 +249,7 @@ def check_base(saved: AdapterFolder, base: Base) -> None:
         )
 
 
-def _refuse_imports(config: Mapping[str, Any], file: Path) -> None:
+def _refuse_imports(config: JsonMapping, file: Path) -> None:
     """PEFT imports modules that these keys name. Written by PEFT itself they name transformers and megatron.core."""
     mapping = config.get("auto_mapping") or {}
     library = str(mapping.get("parent_library", "")) if isinstance(mapping, dict) else str(mapping)
@@ -263,7 +263,7 @@ def _refuse_imports(config: Mapping[str, Any], file: Path) -> None:
             raise SafetyError("would import a module that the file names", file=str(file), key=key, todo="remove it")
 
 
-def _read_object(file: Path, folder: Path) -> dict[str, Any]:
+def _read_object(file: Path, folder: Path) -> JsonObject:
     try:
         value = read_json_file(file, constants=True)
     except FileNotFoundError as error:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonMapping, JsonValue
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry, read_rows
 from lorafit.kinds.adapters import SavedField, is_number, is_rank
@@ -28,22 +29,22 @@ _LONGEST_TEXT_CHARACTERS = 4096
 _UNBOUNDED_TIMES = 64
 _LAYER_PATH = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+?)(?:\.weight|\.bias)?$")
 
-Check = Callable[[object], bool]
+Check = Callable[[JsonValue], bool]
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: JsonValue) -> bool:
     return isinstance(value, str) and len(value) <= _LONGEST_TEXT_CHARACTERS
 
 
-def _is_texts(value: object) -> bool:
+def _is_texts(value: JsonValue) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _is_text_or_texts(value: object) -> bool:
+def _is_text_or_texts(value: JsonValue) -> bool:
     return _is_text(value) or _is_texts(value)
 
 
-def _is_layers(value: object) -> bool:
+def _is_layers(value: JsonValue) -> bool:
     return all(isinstance(number, int) for number in (value if isinstance(value, list) else [value]))
 
 
@@ -81,7 +82,7 @@ _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_patter
 
 
 def check_fields(
-    kind: type[Adapter[AdapterSection]], config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], file: Path
+    kind: type[Adapter[AdapterSection]], config: JsonMapping, tensors: Mapping[str, TensorEntry], file: Path
 ) -> None:
     """Checks adapter_config.json against the adapter's method and tensors.
 
@@ -100,7 +101,7 @@ def check_fields(
             _check_pattern(pattern, paths, file, key)
 
 
-def check_notes(notes: Mapping[str, Any], file: Path) -> None:
+def check_notes(notes: JsonMapping, file: Path) -> None:
     """Raises ModelError where lorafit.json holds another type than lorafit writes."""
     if notes.get("format", 1) != 1:
         raise ModelError(
@@ -111,7 +112,7 @@ def check_notes(notes: Mapping[str, Any], file: Path) -> None:
     _check_known(notes, _NOTES, file)
 
 
-def _check_known(values: Mapping[str, Any], known: Mapping[str, SavedField], file: Path) -> None:
+def _check_known(values: JsonMapping, known: Mapping[str, SavedField], file: Path) -> None:
     for key, field in known.items():
         if key not in values:
             if field.needed:
@@ -182,7 +183,7 @@ def _within(seconds: float) -> Iterator[None]:
 
 def check_values(
     kind: type[Adapter[AdapterSection]],
-    config: Mapping[str, Any],
+    config: JsonMapping,
     tensors: Mapping[str, TensorEntry],
     file: Path,
     reporter: Reporter,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorafit.contracts import Silent
+from lorafit.contracts import JsonMapping, Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_rows
@@ -128,7 +128,7 @@ def open_adapter(
 
 def wrap_model(
     base_model: PreTrainedModel | PeftModel,
-    config: Mapping[str, Any],
+    config: JsonMapping,
     folder: Path,
     *,
     trainable: bool,

@@ -13,6 +13,7 @@ from lorafit.model.targets import tower_names
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 FUSED_ATTENTION = "fused"
 _UNUSUAL = ("position_bias", "softcap", "s_aux", "cache")  # what some models hand over besides
@@ -27,7 +28,7 @@ def register_fused_attention() -> None:
     AttentionMaskInterface.register(FUSED_ATTENTION, sdpa_mask)
 
 
-def takes_fused_attention(model: Any) -> bool:
+def takes_fused_attention(model: PreTrainedModel) -> bool:
     """Whether a transformers model looks its attention up by name, and sdpa, which the rest falls back to, is right.
 
     Not where towers stand beside its language model: some have tables of their own, which know transformers' names.
@@ -35,7 +36,7 @@ def takes_fused_attention(model: Any) -> bool:
     return bool(model._can_set_attn_implementation() and model._supports_sdpa) and not tower_names(model)
 
 
-def offer_attention(name: str, model: Any) -> None:
+def offer_attention(name: str, model: PreTrainedModel) -> None:
     """Registers `fused`, and refuses it for a model that computes its attention by itself.
 
     Raises:
@@ -49,7 +50,7 @@ def offer_attention(name: str, model: Any) -> None:
         )
 
 
-def set_attention(model: Any, name: str) -> None:
+def set_attention(model: PreTrainedModel, name: str) -> None:
     """Switches the attention of a transformers model; of one with towers that do not know it, the language model's.
 
     Raises:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.atomic import MANIFEST, TEMPORARY_PREFIX, require_manifest
 from lorafit.files.cache import cache_folder, known_hash, refuse_foreign
@@ -60,7 +61,7 @@ class Base:
 
     path: Path
     name: str
-    config: dict[str, Any]
+    config: JsonObject
     digest: str
     written: str = ""
     kind: Literal["hub", "package", "gguf", "folder"] = "folder"
@@ -155,7 +156,7 @@ def check_made(folder: Path) -> None:
         require_manifest(folder, hash_of=known_hash)
 
 
-def read_config(model: ModelSection, folder: Path) -> dict[str, Any]:
+def read_config(model: ModelSection, folder: Path) -> JsonObject:
     """The base's config.json alone: no weights, no download of weights, no conversion.
 
     Raises:
@@ -254,7 +255,7 @@ def _snapshot(model: ModelSection, reporter: Reporter, *, weights: bool) -> Path
     return path
 
 
-def _hub_config(model: ModelSection) -> dict[str, Any]:
+def _hub_config(model: ModelSection) -> JsonObject:
     """config.json of a hub model: from the cache, from the facts that lorafit ships, or from the hub."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import read_index
 from lorafit.files.strict_json import JsonError, read_json_file
@@ -20,7 +20,7 @@ _SAMPLE_BYTES = 4096
 _CONFIG_LIMIT_BYTES = 16 << 20
 
 
-def load_config(folder: Path) -> dict[str, Any]:
+def load_config(folder: Path) -> JsonObject:
     """A model folder's config.json, checked.
 
     Raises:
@@ -47,7 +47,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def refuse_quantised(config: Mapping[str, Any], file: str) -> None:
+def refuse_quantised(config: JsonMapping, file: str) -> None:
     """Raises ModelError where a config says that its weights are quantised already."""
     settings = config.get("quantization_config")
     if not settings:
@@ -93,7 +93,7 @@ def _hub_kernel(value: Any) -> str | None:
     return next((kernel for kernel in map(_hub_kernel, inner) if kernel is not None), None)
 
 
-def fingerprint(folder: Path, config: dict[str, Any]) -> str:
+def fingerprint(folder: Path, config: JsonObject) -> str:
     """SHA-256 over the config, every tensor's name, dtype and shape, and 4 KiB from the middle of each tensor.
 
     Reading all of a large model at each start would take minutes; another training of the same architecture differs in

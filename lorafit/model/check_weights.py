@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry
 from lorafit.model.names import TensorNames, read_names
@@ -64,7 +65,7 @@ def check_weights(
     return names
 
 
-def check_loading(info: Mapping[str, Any], folder: Path, names: TensorNames) -> None:
+def check_loading(info: JsonMapping, folder: Path, names: TensorNames) -> None:
     """The second look: what transformers itself reports after loading (its conversions of fused weights included).
 
     Args:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, LeftOut, LinearShape, ModelClass, ModelShape
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
@@ -41,7 +42,7 @@ _QUERY_NORMS = ("q_norm", "query_layernorm")
 _EXPERT_SIZES = ("moe_intermediate_size", "intermediate_size")
 
 
-def find_shape(config: Mapping[str, Any], model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
+def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
     """The shape by arithmetic where the family is known, else from the class.
 
     Raises:
@@ -52,12 +53,12 @@ def find_shape(config: Mapping[str, Any], model_class: ModelClass = CAUSAL_MODEL
     return read_class_shape(config, model_class)
 
 
-def _has_dense_layers(config: Mapping[str, Any]) -> bool:
+def _has_dense_layers(config: JsonMapping) -> bool:
     """Whether some layers of a mixture have no experts."""
     return bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
 
 
-def read_class_shape(config: Mapping[str, Any], model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
+def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
     """Counts what the class holds. Activations are those of a decoder layer with the linears that were found.
 
     Raises:

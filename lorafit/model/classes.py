@@ -11,9 +11,9 @@ PEFT's `AutoPeftModelForCausalLM` opens an adapter by the first table, so names 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.facts import ModelClass
 
@@ -29,7 +29,7 @@ _WHOLE = (
 )
 
 
-def find_auto_class(config: Mapping[str, Any], task_class: str) -> str:
+def find_auto_class(config: JsonMapping, task_class: str) -> str:
     """Name of the auto class that loads a model of this config.json.
 
     Args:
@@ -64,7 +64,7 @@ def find_auto_class(config: Mapping[str, Any], task_class: str) -> str:
     return task_class
 
 
-def read_settings(config: Mapping[str, Any]) -> PretrainedConfig:
+def read_settings(config: JsonMapping) -> PretrainedConfig:
     """transformers' config object from what config.json holds, its encoded infinities included.
 
     Raises:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.portable import portable
 from lorafit.files.safetensors import FLOAT_DTYPES, torch_dtype
@@ -76,7 +77,7 @@ def _check_own_tokenizer(own: TokenizerFolder, theirs: TokenizerFolder, base: Ba
     return [vocabulary[end]] if isinstance(end, str) and end in vocabulary else []
 
 
-def embedding_rows(config: dict[str, Any]) -> int | None:
+def embedding_rows(config: JsonObject) -> int | None:
     """Rows of the embedding, from a config.json: token ids are below it; None where the config does not say."""
     text = config.get("text_config")
     found = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError
 from lorafit.files.atomic import read_object
 from lorafit.files.cache import remember
@@ -45,7 +45,7 @@ class Content:
         lines = "".join(f"{name} {value}\n" for name, value in sorted(self.tensors.items()))
         return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """base.json of a run."""
         return {"format": 1, "content": self.digest, "tensors": dict(self.tensors)}
 
@@ -96,7 +96,7 @@ def describe_difference(folder: Path, file: Path) -> str:
     return ""
 
 
-def require_same(content: Content, recorded: Mapping[str, Any], *, folder: Path, file: Path) -> None:
+def require_same(content: Content, recorded: JsonMapping, *, folder: Path, file: Path) -> None:
     """Compares a base with what a run recorded.
 
     Args:

@@ -16,7 +16,7 @@ import copy
 import types
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear, unpack
 from lorafit.ops.rng import preserved_rng
 from lorafit.ops.rotary import rotate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROTARY = "apply_rotary_pos_emb"  # as every modeling file of transformers calls it
 _PROBE_ROWS, _PROBE_WIDTH = 4, 16
@@ -170,7 +173,7 @@ def _computes_plainly(layer: Any, name: str, x: torch.Tensor) -> bool:
     return x.dtype == wanted == stored and not base.weight.requires_grad
 
 
-def _unpacks_plainly(base: Any, state: Any) -> bool:
+def _unpacks_plainly(base: PreTrainedModel, state: Any) -> bool:
     """Whether a 4-bit weight is dequantised to the dtype that its linear computes in."""
     return not getattr(state, "packing_format_for_cpu", False) and base.compute_dtype == state.dtype
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError, UsageError
 from lorafit.files.atomic import atomic_dir, check_manifest
 from lorafit.files.cache import known_hash, locked, own_folder, refuse_foreign
@@ -71,7 +72,7 @@ def _is_whole(folder: Path) -> bool:
     return check_manifest(folder, hash_of=known_hash) is None
 
 
-def read_gguf_config(file: Path, bases: Path) -> dict[str, Any]:
+def read_gguf_config(file: Path, bases: Path) -> JsonObject:
     """The config.json that converting would give, from the file's header alone.
 
     Raises:
@@ -84,7 +85,7 @@ def read_gguf_config(file: Path, bases: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     with _errors(file):
-        found: dict[str, Any] = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).to_dict()
+        found: JsonObject = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).to_dict()
         return found
 
 

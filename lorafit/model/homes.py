@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.model.names import Part, TensorNames, read_parts, write_parts
 
@@ -49,9 +50,9 @@ class Home:
         """Rows of all parts."""
         return sum(part.stop - part.start for part in self.parts)
 
-    def to_json(self, path: str, rows: Mapping[str, int]) -> dict[str, Any] | None:
+    def to_json(self, path: str, rows: Mapping[str, int]) -> JsonObject | None:
         """What differs from the simple case, the whole tensor of the layer's own name; None where nothing does."""
-        written: dict[str, Any] = {}
+        written: JsonObject = {}
         if self.parts != (_whole(path, rows),):
             written["parts"] = write_parts(self.parts, rows)
         if self.key != path:
@@ -137,7 +138,7 @@ def find_home(path: str, layer: AdaptedLayer, names: TensorNames) -> Home:
     return Home(layer.key, parts, layer.matrices, layer.transposed)
 
 
-def note_homes(homes: Mapping[str, Home], names: TensorNames) -> dict[str, Any]:
+def note_homes(homes: Mapping[str, Home], names: TensorNames) -> JsonObject:
     """What an adapter notes of its layers, by path."""
     return {path: home.to_json(path, names.rows) for path, home in homes.items()}
 
@@ -170,7 +171,7 @@ def read_homes(noted: Any, entries: Mapping[str, TensorEntry], file: str) -> dic
     return homes
 
 
-def _read_home(path: str, written: Mapping[str, Any], rows: Mapping[str, int]) -> Home:
+def _read_home(path: str, written: JsonMapping, rows: Mapping[str, int]) -> Home:
     parts = read_parts(written.get("parts", ()), rows) or (_whole(path, rows),)
     return Home(str(written.get("key", path)), parts, int(written.get("matrices", 1)), bool(written.get("transposed")))
 

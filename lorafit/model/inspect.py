@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError
 from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes
 from lorafit.model.check_weights import list_names
@@ -75,7 +76,7 @@ class Coverage:
         """Trainable parameters per hundred of the base's."""
         return 100.0 * self.trainable_parameters / self.total_parameters if self.total_parameters else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values for `--json` and the report."""
         return {
             **asdict(self),
@@ -156,7 +157,7 @@ def coverage_table(found: Coverage) -> Table:
     return table
 
 
-def quantized_hashes(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+def quantized_hashes(model: PreTrainedModel) -> dict[str, JsonObject]:
     """The proof of every quantised weight, by the path of its layer in the plain base model.
 
     Paths carry neither PEFT's prefix nor its `base_layer`, so that they are the same before and after an adapter.
@@ -164,7 +165,7 @@ def quantized_hashes(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = names_of(model)
-    proofs: dict[str, dict[str, Any]] = {}
+    proofs: dict[str, JsonObject] = {}
     for path, module in base.named_modules():
         kind = kind_of_codes(module)
         if kind is None:
@@ -195,9 +196,7 @@ def kept_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     return sorted({*names.ignored, *(file for path in own for file in names.files_of(path))})
 
 
-def describe_quantization(
-    model: PreTrainedModel, section: QuantizationSection, *, dtype: torch.dtype
-) -> dict[str, Any]:
+def describe_quantization(model: PreTrainedModel, section: QuantizationSection, *, dtype: torch.dtype) -> JsonObject:
     """What a run stores as `quantization.json`, and a merge needs to rebuild what training saw.
 
     Args:
@@ -220,18 +219,18 @@ def describe_quantization(
     }
 
 
-def summarise_quantization(described: Mapping[str, Any]) -> dict[str, Any]:
+def summarise_quantization(described: JsonMapping) -> JsonObject:
     """The same without the list of tensors: what `save_adapter` keeps beside the weights."""
     return {key: value for key, value in described.items() if key not in ("tensors", "kept")}
 
 
-def digest_of(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+def digest_of(tensors: Mapping[str, JsonMapping]) -> str:
     """One SHA-256 over the hashes of all quantised weights, so that an adapter folder alone can prove its base."""
     exact = {n: [proof["codes"], proof["constants"], proof.get("nested")] for n, proof in tensors.items()}
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def require_same_quantization(now: Mapping[str, Any], before: Mapping[str, Any], *, file: Path) -> None:
+def require_same_quantization(now: JsonMapping, before: JsonMapping, *, file: Path) -> None:
     """Compares what a resume has quantised with what the run had when it began.
 
     Codes of another kind of device may be off by one level here and there, which a merge counts; they are let through.
@@ -255,7 +254,7 @@ def require_same_quantization(now: Mapping[str, Any], before: Mapping[str, Any],
         )
 
 
-def _same_proof(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+def _same_proof(ours: JsonMapping, theirs: JsonMapping) -> bool:
     """Whether two proofs are of the same weight.
 
     The mean that double quantisation subtracts has another last bit with another number of threads, and what is coded

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 
 MOST_LAYERS = 4096
@@ -21,7 +21,7 @@ _COUNTS = (
 )
 
 
-def check_sizes(config: Mapping[str, Any], file: str, prefix: str = "") -> None:
+def check_sizes(config: JsonMapping, file: str, prefix: str = "") -> None:
     """Raises ModelError where a config, or a part of it, has more layers, experts or width than any model."""
     for key, value in config.items():
         place = f"{prefix}{key}"

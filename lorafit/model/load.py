@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_index
@@ -99,7 +100,7 @@ def load_model(
         if torch.device(device).type == "cpu":
             plain += leave_narrow(skeleton, kind.cpu_row_multiple, reporter)
         settings = kind.transformers_config(compute_dtype, plain)
-        options: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
+        options: JsonObject = {} if settings is None else {"quantization_config": settings}
         if attention != "auto":
             options["attn_implementation"] = loading_option(skeleton, attention)
         del skeleton

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from lorafit.contracts import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FOUR_BIT_SETTINGS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 _HINT = (
@@ -11,7 +16,7 @@ _HINT = (
 )
 
 
-def note_loading(model: Any, dtype: str) -> dict[str, Any]:
+def note_loading(model: PreTrainedModel, dtype: str) -> JsonObject:
     """What other tools must hand to `from_pretrained` to get the base that was trained on; nothing for a plain one."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:

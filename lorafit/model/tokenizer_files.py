@@ -16,8 +16,8 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.portable import portable
 from lorafit.files.strict_json import JsonError, read_json_file
@@ -86,7 +86,7 @@ class TokenizerFolder:
             return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
         return found
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """tokenizer_config.json; empty where there is none.
 
         Raises:
@@ -94,7 +94,7 @@ class TokenizerFolder:
         """
         return self._object(TOKENIZER_CONFIG) or {}
 
-    def generation(self) -> dict[str, Any] | None:
+    def generation(self) -> JsonObject | None:
         """generation_config.json; None where there is none.
 
         Raises:
@@ -157,7 +157,7 @@ class TokenizerFolder:
         if settings:
             write_object(target / TOKENIZER_CONFIG, settings)
 
-    def _object(self, name: str) -> dict[str, Any] | None:
+    def _object(self, name: str) -> JsonObject | None:
         file = self.path / name
         return read_object(file) if self._has(file) else None
 
@@ -188,7 +188,7 @@ class Companions:
 
     tokenizer: TokenizerFolder | None
     templates: Mapping[str, str]
-    generation: Mapping[str, Any] | None
+    generation: JsonMapping | None
     tokenizer_class: str | None = None
 
     def write(self, folder: Path) -> None:
@@ -200,7 +200,7 @@ class Companions:
             write_object(folder / GENERATION, portable(dict(self.generation)))
 
 
-def end_with(settings: Mapping[str, Any] | None, config: Mapping[str, Any], ends: Iterable[int]) -> dict[str, Any]:
+def end_with(settings: JsonMapping | None, config: JsonMapping, ends: Iterable[int]) -> JsonObject:
     """Generation settings in which every one of `ends` ends an answer, beside those that did already.
 
     Args:
@@ -240,7 +240,7 @@ def digest_templates(templates: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> JsonObject:
     """A JSON object from a model folder.
 
     Raises:
@@ -257,7 +257,7 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def write_object(file: Path, value: Mapping[str, Any]) -> None:
+def write_object(file: Path, value: JsonMapping) -> None:
     """Writes a JSON object."""
     file.write_bytes((json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode("utf-8"))
 

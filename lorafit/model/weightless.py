@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import Silent
+from lorafit.contracts import JsonMapping, Silent
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes, quantizations
 from lorafit.model.attention import register_fused_attention, set_attention
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def build_weightless(
-    config: Mapping[str, Any],
+    config: JsonMapping,
     *,
     quantization: QuantizationSection,
     dtype: torch.dtype,

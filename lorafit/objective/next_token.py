@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from lorafit.contracts import LossSum
+from lorafit.contracts import JsonObject, LossSum
 from lorafit.errors import ModelError
 from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
 from lorafit.ops.masks import block_diagonal_mask
@@ -30,6 +30,8 @@ from lorafit.ops.output_head import output_head
 from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lorafit.contracts import Batch
     from lorafit.objective import Objective
 
@@ -70,7 +72,7 @@ def label_tokens(
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
-def has_fast_path(model: Any) -> bool:
+def has_fast_path(model: PreTrainedModel) -> bool:
     """Whether the output embedding is a linear layer and nothing else (no adapter, not quantised, no wrapper) behind a
     backbone of its own, and no adapter stands outside of both, as trained vectors before the tokens do.
     """
@@ -132,7 +134,7 @@ def _labelled_states(objective: Objective, batch: Batch) -> torch.Tensor:
     return states
 
 
-def _inputs(objective: Objective, batch: Batch) -> dict[str, Any]:
+def _inputs(objective: Objective, batch: Batch) -> JsonObject:
     """Arguments of a forward. Right-padded causal rows need no attention mask.
 
     Documents of packed rows are kept apart by positions that begin anew, with neither a mask nor a cache: transformers

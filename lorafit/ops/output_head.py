@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonObject
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -21,7 +23,7 @@ def text_part(model: PreTrainedModel) -> Any:
     return None if decoder is model else decoder
 
 
-def outer_modules(model: Any) -> dict[str, Any]:
+def outer_modules(model: PreTrainedModel) -> JsonObject:
     """Modules beside the backbone of a transformers model that hold weights, by name: its head."""
     if not hasattr(model, model.base_model_prefix):
         return {}

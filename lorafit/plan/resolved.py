@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
+from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.errors import CheckpointError
 
 _TODO = "take a plan.json that a run of lorafit wrote"
@@ -44,7 +44,7 @@ class ResolvedPlan:
     device_kind: str
     ranks: int
     source: str
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: JsonObject = field(default_factory=dict)
     micro_batches_at_once: int = 1
 
     @property
@@ -52,12 +52,12 @@ class ResolvedPlan:
         """Padded tokens whose activations are in memory together."""
         return self.micro_batch_tokens * self.micro_batches_at_once
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], file: str = "plan.json") -> ResolvedPlan:
+    def from_json(cls, values: JsonMapping, file: str = "plan.json") -> ResolvedPlan:
         """What `to_json` gave.
 
         Raises:
@@ -65,7 +65,7 @@ class ResolvedPlan:
         """
         if not isinstance(values, Mapping):
             raise CheckpointError("holds no JSON object", file=file, todo=_TODO)
-        taken: dict[str, Any] = {"measured": {}, "micro_batches_at_once": 1}
+        taken: JsonObject = {"measured": {}, "micro_batches_at_once": 1}
         for known in fields(cls):
             value = values.get(known.name, taken.get(known.name))
             if not _is_valid(str(known.type), value) or value not in _CHOICES.get(known.name, (value,)):
@@ -79,7 +79,7 @@ class ResolvedPlan:
         return cls(**taken)
 
 
-def _is_valid(wanted: str, value: object) -> bool:
+def _is_valid(wanted: str, value: JsonValue) -> bool:
     if wanted == "int":
         return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53
-    return isinstance(value, {"str": str, "bool": bool, "dict[str, Any]": dict}[wanted])
+    return isinstance(value, {"str": str, "bool": bool, "JsonObject": dict}[wanted])

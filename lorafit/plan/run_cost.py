@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonObject
 from lorafit.errors import UsageError
 from lorafit.machine.devices import peak_flops
 from lorafit.plan.flops import Flops, count_flops
@@ -50,7 +51,7 @@ class RunCost:
         seconds = self.seconds(utilisation)
         return None if seconds is None or self.price_per_hour is None else seconds / 3600 * self.price_per_hour
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain numbers; each range from high to low utilisation."""
         shares = {"expected": UTILISATION, "least": HIGH_UTILISATION, "most": LOW_UTILISATION}
         has_price = self.price_per_hour is not None

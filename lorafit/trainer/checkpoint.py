@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from lorafit.console.wording import counted
+from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError, ResourceError
 from lorafit.files.atomic import (
     MANIFEST,
@@ -66,7 +67,7 @@ class Checkpoint:
 
     folder: Path
     state: TrainState
-    resolved: dict[str, Any]
+    resolved: JsonObject
     environment: Environment
 
     @property

@@ -11,6 +11,8 @@ from lorafit.ops.isolation import in_mode
 from lorafit.ops.memory_errors import is_out_of_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from lorafit.contracts import Batch
     from lorafit.objective import Objective
 
@@ -61,5 +63,5 @@ def _layer_kind(parameter: str) -> str:
     return parameter.split(".lora_")[0].rsplit(".", 1)[-1]
 
 
-def _has_gradient(gradient: object) -> bool:
-    return gradient is not None and bool(gradient.any())  # type: ignore[attr-defined]
+def _has_gradient(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from lorafit.contracts import JsonMapping
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.ops.peak_memory import peak_memory_bytes
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
@@ -65,13 +66,13 @@ class Journal:
         if live is not None and (self.live_peak is None or live.peak().tensor_bytes > self.live_peak.tensor_bytes):
             self.live_peak = live.peak()
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, values: JsonMapping) -> None:
         """Into metrics.jsonl, and to the trackers; of several ranks the first one writes."""
         self.log.write(values)
         if self.trackers is not None:
             self.trackers.log(values)
 
-    def show(self, line: Mapping[str, Any]) -> None:
+    def show(self, line: JsonMapping) -> None:
         """Takes a step's line of metrics.jsonl to the bar."""
         now = line["tokens"] / max(line["seconds"], 1e-9)
         before = self._tokens_per_second

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonMapping
 from lorafit.files.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class MetricsLog:
             with atomic_file(self._path) as temporary:
                 temporary.write_text(wanted, encoding="utf-8")
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, values: JsonMapping) -> None:
         """Appends one object; NaN and Infinity are refused."""
         self._unwritten += json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
         try:

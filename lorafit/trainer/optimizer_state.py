@@ -12,11 +12,11 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError, LorafitError
 from lorafit.files.atomic import read_object
 
@@ -41,9 +41,9 @@ def save_optimizer(
     """Writes the state of every parameter, by the parameter's name."""
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[tuple[int, int, torch.dtype], str] = {}  # bitsandbytes shares its quantisation maps between parameters
-    states: dict[str, dict[str, Any]] = {}
+    states: dict[str, JsonObject] = {}
     for name, parameter in parameters.items():
-        entries: dict[str, Any] = {}
+        entries: JsonObject = {}
         states[name] = entries
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
@@ -120,7 +120,7 @@ def as_checkpoint_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _fill(state: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
+def _fill(state: JsonObject, values: JsonMapping, where: str) -> None:
     if set(state) != set(values):
         raise CheckpointError(
             f"optimizer state has {sorted(values)}, this optimizer wants {sorted(state)}",

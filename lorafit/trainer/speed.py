@@ -7,10 +7,11 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from lorafit.contracts import JsonObject
 from lorafit.files.atomic import write_json
 from lorafit.files.cache import own_folder
 from lorafit.files.strict_json import JsonError, read_json_file
@@ -40,7 +41,7 @@ class Speed:
     peak_flops_per_second: float | None
     model_flops_utilisation: float | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values."""
         return asdict(self)
 

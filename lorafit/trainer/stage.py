@@ -6,10 +6,11 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from lorafit.contracts import JsonObject
 from lorafit.data.packing import Cutter
 from lorafit.model.attention import register_fused_attention, set_attention
 from lorafit.ops.isolation import in_mode
@@ -69,7 +70,7 @@ class Stage:
     packing: bool = False
     one_by_one: bool = False
     attention: str = field(default="sdpa", init=False)
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: JsonObject = field(default_factory=dict)
     _untimed_steps: Iterator[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:

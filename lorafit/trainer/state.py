@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.errors import NumericsError
 from lorafit.ops.rng import RngState
 
@@ -24,7 +25,7 @@ Event = dict[str, int | str]
 T = TypeVar("T")
 
 
-def read_dataclass(kind: type[T], values: object, name: str) -> T:
+def read_dataclass(kind: type[T], values: JsonMapping | JsonValue, name: str) -> T:
     """The dataclass of which `asdict` gave these JSON values.
 
     Raises:
@@ -90,16 +91,16 @@ class TrainState:
     overflows: Count = 0
     overflows_in_row: Count = 0
     scaler: dict[str, int | Real] = field(default_factory=dict)
-    hooks: list[Mapping[str, Any]] = field(default_factory=list)
+    hooks: list[JsonMapping] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     rng: list[RngState] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As JSON."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> TrainState:
+    def from_json(cls, values: JsonMapping) -> TrainState:
         """What `to_json` gave.
 
         Raises:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import RecipeError
 from lorafit.ops.peak_memory import peak_memory_bytes
 
@@ -47,7 +48,7 @@ def _build_board(folder: str) -> Any:
 
     class Board(TensorBoardTracker):  # type: ignore[misc]
         @on_main_process  # type: ignore[untyped-decorator]
-        def store_init_configuration(self, values: Mapping[str, Any]) -> None:
+        def store_init_configuration(self, values: JsonMapping) -> None:
             lines = [f"    {name}: {value}" for name, value in values.items()]
             self.writer.add_text("recipe", "\n".join(lines), global_step=self.init_kwargs["purge_step"] - 1)
 
@@ -66,7 +67,7 @@ class Trackers:
         self._reporter = reporter
         self._said = False
 
-    def start(self, project: str, config: Mapping[str, Any], *, step: int = 0) -> None:
+    def start(self, project: str, config: JsonMapping, *, step: int = 0) -> None:
         """Opens them.
 
         Args:
@@ -83,7 +84,7 @@ class Trackers:
 
         self._guarded(open_all)
 
-    def log(self, line: Mapping[str, Any]) -> None:
+    def log(self, line: JsonMapping) -> None:
         """One line."""
         if "evaluation" in line:
             shown = {f"eval/{name}": value for name, value in line["evaluation"].items()}
@@ -108,8 +109,8 @@ class Trackers:
                 self._said = True
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(values: JsonMapping, prefix: str = "") -> JsonObject:
+    found: JsonObject = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{name}.")

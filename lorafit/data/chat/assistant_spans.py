@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.data.chat.template import BoundChat, RenderError
 from lorafit.data.chat.template_names import KEY
 from lorafit.data.chat.traced_template import ChatTemplate, Traced
@@ -67,9 +67,7 @@ class Habits:
     dangling: str = ""
 
 
-def learn_habits(
-    template: ChatTemplate, variables: Mapping[str, Any], end_token: str, control: re.Pattern[str]
-) -> Habits:
+def learn_habits(template: ChatTemplate, variables: JsonMapping, end_token: str, control: re.Pattern[str]) -> Habits:
     """Renders a small chat to see how the template opens an answer. A template that refuses it has no habits.
 
     Args:

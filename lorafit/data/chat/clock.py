@@ -9,11 +9,11 @@ template again:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.data.chat.traced_text import blur
 from lorafit.errors import CheckpointError
 from lorafit.run.prelude import with_dates
@@ -29,7 +29,7 @@ def write_moment(moment: datetime) -> str:
     return moment.isoformat(timespec="minutes")
 
 
-def find_moment(facts: Mapping[str, Any], file: Path) -> datetime | None:
+def find_moment(facts: JsonMapping, file: Path) -> datetime | None:
     """The moment that a run keeps among its facts; None where its template does not ask for one.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jinja2
@@ -20,6 +20,7 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.data.chat.jinja_filters import (
     TemplateLimitError,
     check_size,
@@ -40,7 +41,7 @@ _TEXTS_A_VALUE = 4  # JSON of one value with other options; more only a template
 GENERATION_START, GENERATION_END, LOOP_END, FIRST_MESSAGE = -1, -2, -3, -10
 
 
-class Record(dict[str, Any]):
+class Record(JsonObject):
     """One message as the template sees it; knows its number."""
 
     __slots__ = ("_index",)
@@ -174,7 +175,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
         }
 
-    def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    def run(self, template: jinja2.Template, variables: JsonMapping) -> str:
         """Renders a template of this environment. An error does not say in which line it arose."""
         self.loop_turns = 0
         context = template.new_context({**self.globals, **variables}, shared=True)

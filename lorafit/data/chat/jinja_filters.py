@@ -6,7 +6,7 @@ Every other filter of Jinja is `followed`: where its result lost the origin of w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any
@@ -15,6 +15,7 @@ import jinja2
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import SandboxedEnvironment, SandboxedFormatter
 
+from lorafit.contracts import JsonMapping
 from lorafit.data.chat.traced_text import BLURRED, TEMPLATE, WHOLE, Typed, blur, format_percent, glue, runs_of, shown
 
 TEXT_LIMIT_CHARACTERS = 50_000_000
@@ -64,9 +65,7 @@ def format_filter(value: Any, *args: Any, **kwargs: Any) -> str:
     return format_percent(shown(value), kwargs or args)
 
 
-def format_braces(
-    environment: SandboxedEnvironment, pattern: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> str:
+def format_braces(environment: SandboxedEnvironment, pattern: str, args: Sequence[Any], kwargs: JsonMapping) -> str:
     """`pattern.format(...)` in the sandbox; followed for bare fields, blurred for those with a conversion or a
     format.
     """

@@ -10,13 +10,13 @@ are found is told in `assistant_spans`, how typed control strings stay text in `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from lorafit.contracts import Encoded
+from lorafit.contracts import Encoded, JsonMapping, JsonObject
 from lorafit.data.chat.assistant_spans import Habits, Turn, find_turns, learn_habits
 from lorafit.data.chat.clock import StoppedClock, read_clock
 from lorafit.data.chat.dropped_fields import Dropped, find_dropped
@@ -150,7 +150,7 @@ class ChatRenderer:
                 todo = "leave it out, e.g. put the text before each question, or name another data.chat_template"
                 raise RecipeError(reason, key="data.system_prompt", todo=todo)
 
-    def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> Rendering:
+    def render(self, messages: Messages, tools: Sequence[JsonMapping] | None = None) -> Rendering:
         """Renders a chat and finds what carries loss.
 
         Args:
@@ -204,7 +204,7 @@ class ChatRenderer:
         """Token ids of a rendering and where each stands in its text."""
         return self.encoder.encode(rendering.text, rendering.typed, rendering.unsure)
 
-    def prompt_ids(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+    def prompt_ids(self, messages: Messages, tools: Sequence[JsonMapping] | None = None) -> list[int]:
         """Token ids of a chat with the generation prompt behind it: what a model is given to answer.
 
         Raises:
@@ -235,11 +235,11 @@ class ChatRenderer:
             None,
         )
 
-    def _source(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def _source(self, tools: Sequence[JsonMapping] | None) -> str:
         """The template for a chat; some tokenizers have one for chats with tools."""
         return self._sources["tool_use" if tools and "tool_use" in self._sources else "default"]
 
-    def _prepare(self, messages: Messages) -> list[dict[str, Any]]:
+    def _prepare(self, messages: Messages) -> list[JsonObject]:
         """The chat as the template gets it: no weights, and the system prompt where there is none."""
         if not messages:
             raise RenderError("the chat holds no messages")
@@ -250,8 +250,8 @@ class ChatRenderer:
 
     def _trace(
         self,
-        chat: list[dict[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
+        chat: list[JsonObject],
+        tools: Sequence[JsonMapping] | None,
         source: str,
         prompt: bool = False,
     ) -> tuple[BoundChat, Traced]:
@@ -271,9 +271,7 @@ class ChatRenderer:
                 pass
             raise
 
-    def _check_official(
-        self, text: str, chat: Messages, tools: Sequence[Mapping[str, Any]] | None, source: str
-    ) -> None:
+    def _check_official(self, text: str, chat: Messages, tools: Sequence[JsonMapping] | None, source: str) -> None:
         official = self._tokenizer.apply_chat_template(
             chat, tools=tools, chat_template=self._clock.stop_in(source), tokenize=False
         )
@@ -347,7 +345,7 @@ _renderers: WeakKeyDictionary[Any, ChatRenderer] = WeakKeyDictionary()
 
 
 def mask_chat(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase
+    messages: list[JsonObject], tools: list[JsonObject] | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Token ids of a chat and its labels, as training makes them.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.data.chat.dropped_fields import find_dropped
 from lorafit.data.chat.template import BoundChat, RenderError
 from lorafit.data.chat.traced_template import ChatTemplate
@@ -15,7 +14,7 @@ _REASON_CHARACTERS = 120
 
 
 def refusal_of_system(
-    template: ChatTemplate, prompt: str, variables: Mapping[str, Any], control: re.Pattern[str]
+    template: ChatTemplate, prompt: str, variables: JsonMapping, control: re.Pattern[str]
 ) -> str | None:
     """Why a chat with a system message cannot be rendered, though it can without one; None where it can.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.data.chat.jinja_filters import TemplateLimitError
 from lorafit.data.chat.template_names import KEY, SHIPPED_TEMPLATES, shipped_template
 from lorafit.data.chat.traced_template import ChatTemplate, Traced, compile_template
@@ -38,8 +39,8 @@ class BoundChat:
         self,
         template: ChatTemplate,
         messages: Messages,
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any],
+        tools: Sequence[JsonMapping] | None,
+        variables: JsonMapping,
     ) -> None:
         self.messages = messages
         self._template, self._variables = template, variables
@@ -129,7 +130,7 @@ def compile_or_explain(source: str) -> ChatTemplate:
         raise ModelError(f"the chat template is not valid: {error}", key=KEY) from error
 
 
-def check_variables(template: ChatTemplate, variables: Mapping[str, Any]) -> None:
+def check_variables(template: ChatTemplate, variables: JsonMapping) -> None:
     """Finds a template that fails for any chat because a name in it is unknown.
 
     Args:
@@ -153,7 +154,7 @@ def check_variables(template: ChatTemplate, variables: Mapping[str, Any]) -> Non
         ) from undefined
 
 
-def with_text_arguments(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_text_arguments(chat: list[JsonObject]) -> list[JsonObject]:
     """The chat with arguments of tool calls as JSON text."""
 
     def call_as_text(call: Any) -> Any:

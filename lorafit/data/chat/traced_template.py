@@ -13,7 +13,7 @@ stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -22,6 +22,7 @@ from typing import Any
 import jinja2
 import jinja2.nodes as nodes
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.data.chat.jinja_environment import (
     FIRST_MESSAGE,
     GENERATION_END,
@@ -146,7 +147,7 @@ class ChatTemplate:
         return tuple(dict.fromkeys(formats)) if len(formats) + len(tested) == len(names) else None
 
     def trace(
-        self, chat: TypedChat, count: int, variables: Mapping[str, Any], *, add_generation_prompt: bool = False
+        self, chat: TypedChat, count: int, variables: JsonMapping, *, add_generation_prompt: bool = False
     ) -> Traced:
         """Renders the first `count` messages of a chat and traces every character.
 
@@ -162,7 +163,7 @@ class ChatTemplate:
         return _read_marks(result, chat)
 
     def render(
-        self, chat: TypedChat, count: int, variables: Mapping[str, Any], *, add_generation_prompt: bool = False
+        self, chat: TypedChat, count: int, variables: JsonMapping, *, add_generation_prompt: bool = False
     ) -> str:
         """The same text, without the tracing."""
         (environment, template), given = self._plain, _variables(chat.plain[:count], chat.tools.plain, variables)
@@ -170,7 +171,7 @@ class ChatTemplate:
         return environment.run(template, {**given, "add_generation_prompt": add_generation_prompt})
 
 
-def _variables(messages: Any, tools: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+def _variables(messages: Any, tools: Any, variables: JsonMapping) -> JsonObject:
     return {"messages": messages, "tools": tools, "documents": None, **variables}
 
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.data.chat.jinja_environment import JsonMemo, Record
 from lorafit.data.chat.traced_text import typed_leaf
 
-Messages = Sequence[Mapping[str, Any]]
-Tools = Sequence[Mapping[str, Any]]
+Messages = Sequence[JsonMapping]
+Tools = Sequence[JsonMapping]
 
 TOOLS = -1
 """Stands for the tools where a message's number is asked for."""
@@ -121,7 +122,7 @@ class TypedChat:
         self.memo = JsonMemo(arguments, behind=self.tools.memo)
 
 
-def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
+def _with_reasoning_names(message: JsonMapping) -> JsonObject:
     """The message without its null fields, its reasoning under the names that templates read (as transformers does)."""
     plain = {key: value for key, value in message.items() if value is not None}
     for name in REASONING_FIELDS:
@@ -130,7 +131,7 @@ def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _typed_message(message: Mapping[str, Any], index: int, leaves: list[Leaf]) -> Record:
+def _typed_message(message: JsonMapping, index: int, leaves: list[Leaf]) -> Record:
     record = Record()
     record._index = index
     for key, value in message.items():
@@ -159,7 +160,7 @@ def _typed(value: Any, message: int, path: tuple[str | int, ...], leaves: list[L
     return value
 
 
-def _arguments(message: Mapping[str, Any]) -> Iterator[Any]:
+def _arguments(message: JsonMapping) -> Iterator[Any]:
     """What templates write as JSON: calls, their functions, and the arguments of these."""
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonObject
 from lorafit.data.sources.lines import RawRows
 from lorafit.data.sources.parquet import without_nulls
 from lorafit.errors import DataError, LorafitError, SafetyError
@@ -122,7 +123,7 @@ class HubRows:
         return self._number(self.load())
 
     @staticmethod
-    def _number(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _number(dataset: Any) -> Iterator[tuple[int, JsonObject]]:
         for number, row in enumerate(dataset, start=1):
             yield number, {key: without_nulls(value) for key, value in row.items()}
 

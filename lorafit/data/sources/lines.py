@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lorafit.contracts import JsonObject
 from lorafit.data.sources.files import BOM, LINE_LIMIT_BYTES, READ_BYTES, open_file, utf8_hint
 from lorafit.errors import DataError
 from lorafit.files.strict_json import JsonError, parse_json
 from lorafit.kinds.fields import describe
 
-RawRow = dict[str, Any]
+RawRow = JsonObject
 RawRows = Iterator[tuple[int, RawRow | DataError]]
 
 BLANKS = " \t\r\n"

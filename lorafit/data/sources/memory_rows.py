@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import DataError
 from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import cache_folder, own_folder
 
 
-def keep_rows(rows: Iterable[Mapping[str, Any]], name: str, key: str) -> str:
+def keep_rows(rows: Iterable[JsonMapping], name: str, key: str) -> str:
     """Writes rows into the cache.
 
     Args:
@@ -39,7 +39,7 @@ def keep_rows(rows: Iterable[Mapping[str, Any]], name: str, key: str) -> str:
     return f"{key}={json.dumps([{'path': str(file.absolute())}])}"
 
 
-def _as_lines(rows: Iterable[Mapping[str, Any]], name: str, key: str) -> bytes:
+def _as_lines(rows: Iterable[JsonMapping], name: str, key: str) -> bytes:
     """Rows as jsonl."""
     lines = []
     for number, row in enumerate(rows):

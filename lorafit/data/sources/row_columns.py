@@ -7,6 +7,7 @@ from typing import Any
 
 from lorafit.console.nearest import nearest
 from lorafit.console.wording import alternatives
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import DataError
 from lorafit.kinds.fields import listed, missing_field
 from lorafit.kinds.formats import Format, formats, required_fields
@@ -14,7 +15,7 @@ from lorafit.kinds.tasks import tasks
 
 Columns = Mapping[str, str]
 """`{ours: theirs}`: which of a source's columns holds a field of its format."""
-Row = Mapping[str, Any]
+Row = JsonMapping
 
 _ANSWER_MISSING = "a training row holds its answer; prompts are for generate --input"
 
@@ -31,7 +32,7 @@ def by_priority() -> list[tuple[str, Format]]:
     return sorted(formats.items(), key=lambda item: item[1].priority)
 
 
-def rename(row: Row, columns: Columns) -> dict[str, Any]:
+def rename(row: Row, columns: Columns) -> JsonObject:
     """The row with our names for the mapped columns; a name of ours that was taken gives way."""
     if not columns:
         return dict(row)

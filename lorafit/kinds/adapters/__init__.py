@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
+from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import PATH, KindSection
 
@@ -67,17 +68,17 @@ class SavedField:
         needed: Whether the key must be there.
     """
 
-    is_valid: Callable[[object], bool]
+    is_valid: Callable[[JsonValue], bool]
     wanted: str
     needed: bool = False
 
 
-def is_number(value: object) -> bool:
+def is_number(value: JsonValue) -> bool:
     """Whether a value of a JSON file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_rank(value: object) -> bool:
+def is_rank(value: JsonValue) -> bool:
     """Whether a value of a JSON file is a whole number that a width may be."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _WIDEST
 
@@ -175,7 +176,7 @@ class Adapter(Kind[S_co]):
 
     closed_form: ClassVar[bool] = False
     peft_type: ClassVar[str]
-    peft_options: ClassVar[Mapping[str, object]] = {}
+    peft_options: ClassVar[Mapping[str, JsonValue]] = {}
     saved_fields: ClassVar[Mapping[str, SavedField]] = {}
     recipe_fields: ClassVar[Mapping[str, str]] = {}
     form_fields: ClassVar[Sequence[str]] = ()
@@ -206,7 +207,7 @@ class Adapter(Kind[S_co]):
         return None
 
     @classmethod
-    def opened_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def opened_config(cls, config: JsonMapping) -> JsonObject:
         """What PEFT's config is made of when a saved adapter is opened, from adapter_config.json."""
         return dict(config)
 
@@ -224,7 +225,7 @@ class Adapter(Kind[S_co]):
         return state
 
     @classmethod
-    def why_no_effect(cls, config: Mapping[str, Any], nonzero_tensors: Set[str]) -> str | None:
+    def why_no_effect(cls, config: JsonMapping, nonzero_tensors: Set[str]) -> str | None:
         """Why a saved adapter changes nothing; None where it may change something.
 
         Args:
@@ -235,7 +236,7 @@ class Adapter(Kind[S_co]):
 
     @classmethod
     @abstractmethod
-    def folding(cls, config: Mapping[str, Any]) -> Folding:
+    def folding(cls, config: JsonMapping) -> Folding:
         """How an adapter of this adapter_config.json is folded into its base.
 
         Raises:
@@ -246,7 +247,7 @@ class Adapter(Kind[S_co]):
 adapters: SectionRegistry[Adapter[AdapterSection]] = SectionRegistry("adapter", "lorafit.kinds.adapters")
 
 
-def adapter_kind(config: Mapping[str, Any]) -> type[Adapter[AdapterSection]] | None:
+def adapter_kind(config: JsonMapping) -> type[Adapter[AdapterSection]] | None:
     """The method of an adapter_config.json: of those of its `peft_type` the one whose options fit most closely."""
     fitting = [
         kind

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_rows
 from lorafit.kinds.adapters import Adapter, Folding, Home, LayerUpdate, SavedField, Site, is_number, is_rank
@@ -53,11 +54,11 @@ class LowRankSection(LinearsSection):
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
 
 
-def _is_flag(value: object) -> bool:
+def _is_flag(value: JsonValue) -> bool:
     return isinstance(value, bool)
 
 
-def _is_share(value: object) -> bool:
+def _is_share(value: JsonValue) -> bool:
     return is_number(value) and 0 <= value <= 1  # type: ignore[operator]
 
 
@@ -114,7 +115,7 @@ class LowRank(Adapter[L_co]):
         )
 
     @classmethod
-    def opened_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def opened_config(cls, config: JsonMapping) -> JsonObject:
         """The saved one; no initialisation is repeated, since the values come from the file."""
         return {**config, "init_lora_weights": True}
 
@@ -176,7 +177,7 @@ class LowRankFolding(Folding):
         "lora_embedding_B": "B",
     }
 
-    def __init__(self, config: Mapping[str, Any], known_keys: Set[str] = frozenset()) -> None:
+    def __init__(self, config: JsonMapping, known_keys: Set[str] = frozenset()) -> None:
         known = _PLAIN_KEYS | known_keys
         active = [k for k, v in config.items() if k not in known and v and not (k == "bias" and v == "none")]
         if config.get("init_lora_weights", True) not in _PLAIN_INITS:
@@ -217,7 +218,7 @@ class LowRankFolding(Folding):
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _matching(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
+def _matching(patterns: JsonMapping, key: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the end of the path."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", key):

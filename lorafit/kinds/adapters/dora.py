@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from lorafit.contracts import JsonMapping, JsonValue
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import row_blocks
 from lorafit.kinds.adapters import Home, LayerUpdate, adapters
@@ -37,14 +38,14 @@ class DoraSection(LowRankSection):
 class Dora(LowRank[DoraSection]):
     """PEFT's DoRA."""
 
-    peft_options: ClassVar[Mapping[str, object]] = {"use_dora": True}
+    peft_options: ClassVar[Mapping[str, JsonValue]] = {"use_dora": True}
 
     def layer_parameters(self, linear: LinearShape) -> int:
         """LoRA's, and a norm for each output feature."""
         return super().layer_parameters(linear) + linear.out_features
 
     @classmethod
-    def folding(cls, config: Mapping[str, Any]) -> DoraFolding:
+    def folding(cls, config: JsonMapping) -> DoraFolding:
         """m V / ||V||, row by row."""
         return DoraFolding(config)
 
@@ -61,7 +62,7 @@ class DoraFolding(LowRankFolding):
 
     parts: ClassVar[Mapping[str, str]] = {**LowRankFolding.parts, "lora_magnitude_vector": "magnitude"}
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: JsonMapping) -> None:
         super().__init__(config, frozenset({"use_dora"}))
 
     def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> DoraUpdate:

@@ -5,9 +5,10 @@ Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from typing import Any, ClassVar, Literal
+from collections.abc import Set
+from typing import ClassVar, Literal
 
+from lorafit.contracts import JsonMapping
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._low_rank import LowRank, LowRankFolding, LowRankSection
 
@@ -26,13 +27,13 @@ class Lora(LowRank[LoraSection]):
     closed_form: ClassVar[bool] = True
 
     @classmethod
-    def why_no_effect(cls, config: Mapping[str, Any], nonzero_tensors: Set[str]) -> str | None:
+    def why_no_effect(cls, config: JsonMapping, nonzero_tensors: Set[str]) -> str | None:
         """A B of zeros in every layer, or an alpha of 0."""
         if all(".lora_A." in name for name in nonzero_tensors):
             return "every lora_B is zero"
         return "its lora_alpha is 0" if config["lora_alpha"] == 0 else None
 
     @classmethod
-    def folding(cls, config: Mapping[str, Any]) -> LowRankFolding:
+    def folding(cls, config: JsonMapping) -> LowRankFolding:
         """The sum W + s * B A."""
         return LowRankFolding(config)

@@ -8,10 +8,11 @@ Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.kinds.adapters import Adapter, AdapterSection, Folding, SavedField, Site, adapters, is_rank
 
@@ -57,7 +58,7 @@ class PromptTuning(Adapter[PromptTuningSection]):
         return PromptTuningConfig(num_virtual_tokens=self.section.tokens, prompt_tuning_init=init)
 
     @classmethod
-    def opened_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def opened_config(cls, config: JsonMapping) -> JsonObject:
         """The saved one, which would open a tokenizer for first values: those come from the file."""
         texts = ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
         return {**{key: value for key, value in config.items() if key not in texts}, "prompt_tuning_init": "RANDOM"}
@@ -68,7 +69,7 @@ class PromptTuning(Adapter[PromptTuningSection]):
         return {_TENSOR: model.prompt_encoder[name].embedding.weight}
 
     @classmethod
-    def folding(cls, config: Mapping[str, Any]) -> Folding:
+    def folding(cls, config: JsonMapping) -> Folding:
         """A prompt changes no weight.
 
         Raises:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from lorafit.contracts import JsonMapping
 from lorafit.kinds.registry import Registry
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ class Format(Protocol):
     known_as: Mapping[str, tuple[str, ...]]
     verbatim: bool
 
-    def matches(self, row: Mapping[str, Any]) -> bool:
+    def matches(self, row: JsonMapping) -> bool:
         """Whether a row looks like this format (its required fields are there)."""
 
-    def read(self, row: Mapping[str, Any], file: str, line: int) -> Sample:
+    def read(self, row: JsonMapping, file: str, line: int) -> Sample:
         """The row as a Sample. Raises DataError naming field, expected type and what was found."""
 
-    def read_prompt(self, row: Mapping[str, Any], file: str, line: int) -> Sample:
+    def read_prompt(self, row: JsonMapping, file: str, line: int) -> Sample:
         """What stands before the row's last trained answer; the answer itself may be missing. Raises as `read`."""
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from lorafit.contracts import Message, Sample
+from lorafit.contracts import JsonObject, Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.chat_fields import (
     check_role,
@@ -47,7 +46,7 @@ class Messages:
         return without_answer(self.read(row, file, line), "messages")
 
 
-def _read_turn(entry: dict[str, Any], place: str) -> Message:
+def _read_turn(entry: JsonObject, place: str) -> Message:
     if "role" not in entry and "from" in entry:
         todo = "that is format sharegpt: columns: {conversations: messages}"
         raise DataError("entries have 'from' and 'value'", key=place, todo=todo)
@@ -78,7 +77,7 @@ def _has_reasoning(turn: Message) -> bool:
     return any(isinstance(turn.get(name), str) for name in ("reasoning_content", "reasoning", "thinking"))
 
 
-def _read_calls(turn: Message, place: str) -> list[dict[str, Any]]:
+def _read_calls(turn: Message, place: str) -> list[JsonObject]:
     """Takes `tool_calls`, and the older `function_call`, out of the turn."""
     calls, single = turn.pop("tool_calls", None), turn.pop("function_call", None)
     if single is not None:

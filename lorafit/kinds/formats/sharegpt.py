@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from lorafit.console.nearest import nearest
-from lorafit.contracts import Message, Sample
+from lorafit.contracts import JsonObject, Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.chat_fields import read_call, read_entries, read_tools, read_weight, with_system, without_answer
 from lorafit.kinds.fields import (
@@ -60,7 +59,7 @@ class ShareGpt:
         return without_answer(self.read(row, file, line), "conversations")
 
 
-def _read_turn(entry: dict[str, Any], place: str) -> Message:
+def _read_turn(entry: JsonObject, place: str) -> Message:
     if "from" not in entry and "role" in entry:
         todo = "that is format messages: columns: {messages: conversations}"
         raise DataError("entries have 'role' and 'content'", key=place, todo=todo)

@@ -8,13 +8,14 @@ skeleton ──replace_linears──> layers without values ──fake──> fa
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import torch
     from torch import nn
@@ -43,7 +44,7 @@ class RebuiltRows(Rows, Protocol):
     """A quantised weight made again, its values as training saw them."""
 
     @property
-    def proof(self) -> Mapping[str, Any]:
+    def proof(self) -> JsonMapping:
         """What `Packed.prove` would note of it."""
 
 
@@ -98,12 +99,12 @@ class Packed(Quantization[S_co]):
 
     @classmethod
     @abstractmethod
-    def prove(cls, layer: nn.Module) -> dict[str, Any]:
+    def prove(cls, layer: nn.Module) -> JsonObject:
         """Shape, and hashes of codes and constants, of a loaded layer's weight; never of dequantised values."""
 
     @classmethod
     @abstractmethod
-    def rebuild(cls, entry: AnyEntry, used: Mapping[str, Any], proof: Mapping[str, Any]) -> RebuiltRows:
+    def rebuild(cls, entry: AnyEntry, used: JsonMapping, proof: JsonMapping) -> RebuiltRows:
         """A weight made again from the base's file.
 
         Args:

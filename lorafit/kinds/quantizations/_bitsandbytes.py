@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonObject
 from lorafit.kinds.quantizations import Packed
 from lorafit.kinds.registry import S_co
 
@@ -30,7 +31,7 @@ class BitsandbytesKind(Packed[S_co]):
         return largest.in_features * largest.out_features * dtype_bytes
 
     @abstractmethod
-    def settings(self, compute_dtype: torch.dtype) -> dict[str, Any]:
+    def settings(self, compute_dtype: torch.dtype) -> JsonObject:
         """Arguments of transformers' BitsAndBytesConfig that say what a weight becomes."""
 
     def transformers_config(self, compute_dtype: torch.dtype, skip_modules: Sequence[str]) -> BitsAndBytesConfig:

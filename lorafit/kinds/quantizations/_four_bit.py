@@ -12,9 +12,9 @@ Source: Dettmers et al. 2023, QLoRA (https://arxiv.org/abs/2305.14314), section 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.files.safetensors import AnyEntry, read_rows, row_blocks
 from lorafit.kinds.code_proofs import hash_tensor, sum_codes
 from lorafit.kinds.quantizations import ComputeDtype, KeepUnpacked, QuantizationSection
@@ -71,7 +71,7 @@ class FourBit(BitsandbytesKind[F_co]):
         nested = -(-blocks // NESTED_BLOCK)
         return (blocks + 4 * (nested + _CODE_VALUES + _NESTED_CODE_VALUES) + _OFFSET_BYTES) * linear.count
 
-    def settings(self, compute_dtype: torch.dtype) -> dict[str, Any]:
+    def settings(self, compute_dtype: torch.dtype) -> JsonObject:
         """The section's."""
         return {
             "load_in_4bit": True,
@@ -86,13 +86,13 @@ class FourBit(BitsandbytesKind[F_co]):
         return is_layer(layer, "Linear4bit") and getattr(layer.weight, "quant_type", None) == cls.code
 
     @classmethod
-    def prove(cls, layer: nn.Module) -> dict[str, Any]:
+    def prove(cls, layer: nn.Module) -> JsonObject:
         """See `hash_four_bit`."""
         weight: Any = layer.weight
         return hash_four_bit(weight.data, weight.quant_state)
 
     @classmethod
-    def rebuild(cls, entry: AnyEntry, used: Mapping[str, Any], proof: Mapping[str, Any]) -> FourBitRows:
+    def rebuild(cls, entry: AnyEntry, used: JsonMapping, proof: JsonMapping) -> FourBitRows:
         """Quantised again; constants of their own constants in its proof say that both are."""
         import torch
 
@@ -155,7 +155,7 @@ class FourBit(BitsandbytesKind[F_co]):
         return unpacked
 
 
-def hash_four_bit(codes: torch.Tensor, state: QuantState) -> dict[str, Any]:
+def hash_four_bit(codes: torch.Tensor, state: QuantState) -> JsonObject:
     """The proof of one 4-bit weight: codes, constants and offset, never dequantised values.
 
     Returns:
@@ -163,7 +163,7 @@ def hash_four_bit(codes: torch.Tensor, state: QuantState) -> dict[str, Any]:
         quantised; then also `nested`: hash of their second-level constants, and `offset`: the subtracted mean.
         `code_sums` and `constant_sums`: see `sum_codes`.
     """
-    proof: dict[str, Any] = {
+    proof: JsonObject = {
         "shape": [int(length) for length in state.shape],
         "codes": hash_tensor(codes),
         "code_sums": sum_codes(codes, packed=True),
@@ -191,9 +191,7 @@ class FourBitRows:
         proof: What the run noted of it: `transposed`, and the `offset` of its constants where it was double-quantised.
     """
 
-    def __init__(
-        self, entry: AnyEntry, code: str, dtype: torch.dtype, double_quant: bool, proof: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, entry: AnyEntry, code: str, dtype: torch.dtype, double_quant: bool, proof: JsonMapping) -> None:
         import torch
         from bitsandbytes.functional import dequantize_blockwise
 

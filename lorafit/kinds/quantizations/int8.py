@@ -7,9 +7,9 @@ Source: Dettmers et al. 2022, LLM.int8() (https://arxiv.org/abs/2208.07339), sec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.files.safetensors import AnyEntry, read_rows, row_blocks
 from lorafit.kinds.code_proofs import hash_tensor
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
@@ -43,7 +43,7 @@ class Int8(BitsandbytesKind[Int8Section]):
         """One fp32 scale a row."""
         return 4 * linear.out_features * linear.count
 
-    def settings(self, compute_dtype: torch.dtype) -> dict[str, Any]:
+    def settings(self, compute_dtype: torch.dtype) -> JsonObject:
         """LLM.int8() computes in the dtype of its input."""
         return {"load_in_8bit": True}
 
@@ -53,14 +53,14 @@ class Int8(BitsandbytesKind[Int8Section]):
         return is_layer(layer, "Linear8bitLt")
 
     @classmethod
-    def prove(cls, layer: nn.Module) -> dict[str, Any]:
+    def prove(cls, layer: nn.Module) -> JsonObject:
         """Codes and scales."""
         weight: Any = layer.weight
         shape = [int(length) for length in weight.shape]
         return {"shape": shape, "codes": hash_tensor(weight.data), "constants": hash_tensor(weight.SCB)}
 
     @classmethod
-    def rebuild(cls, entry: AnyEntry, used: Mapping[str, Any], proof: Mapping[str, Any]) -> Int8Rows:
+    def rebuild(cls, entry: AnyEntry, used: JsonMapping, proof: JsonMapping) -> Int8Rows:
         """Quantised again."""
         import torch
 
@@ -118,7 +118,7 @@ class Int8Rows:
             values = read_rows(entry, start, stop) if source is None else source[start:stop]
             values = values.to(self._dtype).to(torch.float16).contiguous()
             self._codes[start:stop], self._scales[start:stop], _ = int8_vectorwise_quant(values)
-        self.proof: dict[str, Any] = {"codes": hash_tensor(self._codes), "constants": hash_tensor(self._scales)}
+        self.proof: JsonObject = {"codes": hash_tensor(self._codes), "constants": hash_tensor(self._scales)}
 
     def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
         """Rows in the file's orientation: code x scale / 127 in fp32. `into` is not used: bitsandbytes allocates."""

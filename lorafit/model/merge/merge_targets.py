@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.check_weights import list_names
@@ -63,7 +64,7 @@ class Updates:
 def plan_updates(
     adapter: AdapterFolder,
     entries: Mapping[str, TensorEntry],
-    config: Mapping[str, Any],
+    config: JsonMapping,
     read_class: Callable[[Set[str]], dict[str, Home]],
 ) -> Updates:
     """Which rows of the base's files get which update.
@@ -120,7 +121,7 @@ def _find_homes(
     adapter: AdapterFolder,
     layers: Mapping[str, Mapping[str, TensorEntry]],
     entries: Mapping[str, TensorEntry],
-    config: Mapping[str, Any],
+    config: JsonMapping,
     read_class: Callable[[Set[str]], dict[str, Home]],
 ) -> dict[str, Home]:
     """Homes of all layers the adapter should have: noted, or by their own names, or by the class."""
@@ -136,7 +137,7 @@ def _find_homes(
     return homes if is_settled and not _may_be_tied(homes, config) else read_class(layers.keys())
 
 
-def _may_be_tied(paths: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+def _may_be_tied(paths: JsonMapping, config: JsonMapping) -> bool:
     """Whether a layer lies outside of the numbered ones (a head, an embedding), and the config does not untie these."""
     outside = [path for path in paths if not any(part.isdigit() for part in path.split("."))]
     return bool(outside) and config.get("tie_word_embeddings") is not False
@@ -199,7 +200,7 @@ def _place_copy(
     made.copies[name] = entry
 
 
-def _transposed_layers(adapter: AdapterFolder, config: Mapping[str, Any]) -> set[str]:
+def _transposed_layers(adapter: AdapterFolder, config: JsonMapping) -> set[str]:
     """Adapted layers whose weight lies `[in, out]`: as an older lorafit noted, else GPT-2's own, whatever PEFT wrote.
 
     Embeddings lie so everywhere: a row for each token.

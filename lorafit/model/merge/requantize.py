@@ -6,8 +6,9 @@ file rows --cast--> weights_dtype --quantise--> codes, absmax --> hashes == the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError, NumericsError
 from lorafit.files.safetensors import AnyEntry, StackedEntry, TensorEntry, read_rows
 from lorafit.kinds.code_proofs import count_differences
@@ -38,7 +39,7 @@ class PlainRows:
         return rows if self._dtype is None else rows.to(self._dtype)
 
 
-def compare_proof(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], *, same_device: bool) -> int:
+def compare_proof(name: str, ours: JsonMapping, theirs: JsonMapping, *, same_device: bool) -> int:
     """Compares a rebuilt weight with what the run stored.
 
     Args:
@@ -67,7 +68,7 @@ def compare_proof(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any],
     return max(1, sum(count_differences(ours[key], theirs[key]) for key in sums))
 
 
-def rebuilder(used: Mapping[str, Any], proof: Mapping[str, Any]) -> type[Packed[QuantizationSection]]:
+def rebuilder(used: JsonMapping, proof: JsonMapping) -> type[Packed[QuantizationSection]]:
     """The kind of one weight: as noted with it, or with all, by runs of earlier versions.
 
     Raises:
@@ -90,11 +91,11 @@ class Rebuilder:
     """
 
     def __init__(
-        self, entries: Mapping[str, TensorEntry], used: Mapping[str, Any], homes: Mapping[str, Sequence[Part]]
+        self, entries: Mapping[str, TensorEntry], used: JsonMapping, homes: Mapping[str, Sequence[Part]]
     ) -> None:
         self._entries, self._used, self._homes = entries, used, homes
         self._recent: dict[str, RebuiltRows] = {}
-        self._proofs: dict[str, Mapping[str, Any]] = {}
+        self._proofs: dict[str, JsonMapping] = {}
         self._codes_off = 0
 
     def rows(self, path: str) -> RebuiltRows:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.contracts import JsonMapping
 from lorafit.errors import NumericsError
 from lorafit.files.safetensors import (
     FLOAT_DTYPES,
@@ -57,7 +58,7 @@ class Values:
         kept: Tensors that stay in the file's dtype all the same: what the class leaves out, or keeps in another.
     """
 
-    used: Mapping[str, Any] | None = None
+    used: JsonMapping | None = None
     quantised: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     dtype: str | None = None
     kept: frozenset[str] = frozenset()

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError, ResourceError, UsageError
 from lorafit.files.atomic import atomic_dir, make_folder
 from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
@@ -67,7 +68,7 @@ class MergeReport:
     largest_error: float
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain values; the output by its name."""
         return {**asdict(self), "output": self.output.name}
 
@@ -91,7 +92,7 @@ def merge_adapter(
     output: Path,
     *,
     kind: BaseKind,
-    quantization: Mapping[str, Any] | None = None,
+    quantization: JsonMapping | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
     judge: Callable[[Companions], None] | None = None,
@@ -171,7 +172,7 @@ def _check_output(output: Path, base: Path, adapter: Path) -> None:
         raise UsageError("the output exists and is not empty", file=str(output), todo="choose another, or remove it")
 
 
-def _check_quantization(kind: BaseKind, quantization: Mapping[str, Any] | None, base: Base) -> Mapping[str, Any] | None:
+def _check_quantization(kind: BaseKind, quantization: JsonMapping | None, base: Base) -> JsonMapping | None:
     if kind == "original":
         return None
     if not quantization or "tensors" not in quantization or not _is_quantized(quantization):
@@ -187,12 +188,12 @@ def _check_quantization(kind: BaseKind, quantization: Mapping[str, Any] | None, 
     return quantization
 
 
-def _is_quantized(used: Mapping[str, Any]) -> bool:
+def _is_quantized(used: JsonMapping) -> bool:
     name = used.get("kind")
     return name in quantizations.names() and quantizations.get(str(name)).is_quantized
 
 
-def _malformed(used: Mapping[str, Any]) -> str | None:
+def _malformed(used: JsonMapping) -> str | None:
     """The key of a quantization.json that holds what no run wrote; None where all is well."""
     if used.get("weights_dtype") not in NOTED_DTYPES:
         return "weights_dtype"
@@ -216,7 +217,7 @@ def _malformed(used: Mapping[str, Any]) -> str | None:
 
 
 def _choose_values(
-    base: Base, used: Mapping[str, Any] | None, dtype: torch.dtype | None, entries: Mapping[str, TensorEntry]
+    base: Base, used: JsonMapping | None, dtype: torch.dtype | None, entries: Mapping[str, TensorEntry]
 ) -> Values:
     """What is written: the files' own values, or those that training saw, in the dtype it rounded the others to."""
     if used is None:
@@ -230,7 +231,7 @@ def _choose_values(
 
 
 def _find_quantised(
-    base: Base, proofs: Mapping[str, Mapping[str, Any]], entries: Mapping[str, TensorEntry]
+    base: Base, proofs: Mapping[str, JsonMapping], entries: Mapping[str, TensorEntry]
 ) -> dict[str, Sequence[Part]]:
     """Where the weights of quantised layers lie: as the run noted it, else by their own names, else by the class."""
     found: dict[str, Sequence[Part]] = {}
@@ -250,9 +251,7 @@ def _find_quantised(
     return {**found, **(read_class_parts(base, nameless, entries) if nameless else {})}
 
 
-def _write_notes(
-    target: Path, base: Base, adapter: AdapterFolder, kind: BaseKind, used: Mapping[str, Any] | None
-) -> None:
+def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKind, used: JsonMapping | None) -> None:
     """lorafit.json of the merged model: what it was made from, and whether it is asked in chats or verbatim."""
     card = adapter.card()
     origin = base.origin.model_dump(mode="json")
