@@ -179,11 +179,13 @@ def open_job(
     from lorafit.data.prepare import build_renderer
     from lorafit.machine.devices import read_device
     from lorafit.model.base import resolve_base
+    from lorafit.model.class_shape import find_shape
     from lorafit.model.load import load_tokenizer
 
     model = recipe.model if commit is None else recipe.model.model_copy(update={"revision": commit})
     with placed(loaded):
         base = replace(resolve_base(model, loaded.folder, reporter), revision=recipe.model.revision)
+    find_shape(base.config, tasks.bind(recipe.task).model_class)  # a config of no model is told before all else
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
     rows, shape = prepare_rows(loaded, renderer, base.config, reporter, glance=glance)

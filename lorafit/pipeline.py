@@ -270,11 +270,12 @@ def merge(
     reporter: Reporter | None = None,
 ) -> Merged:
     """Merges an adapter into its base tensor by tensor, and compares logits where both models fit into memory."""
-    from lorafit.merging import merge_adapter_folder, merge_run
-
     reporter = reporter or Silent()
     if base_kind not in (None, "dequantized", "original"):
         raise UsageError(f"'{base_kind}' is no base", key="--base", todo="use dequantized or original")
+    check_answerable(run_or_adapter, checkpoint)  # said before the libraries are loaded
+    from lorafit.merging import merge_adapter_folder, merge_run
+
     if is_lone_adapter(run_or_adapter):
         return merge_adapter_folder(run_or_adapter, output, base_kind, base_model, verify=verify, reporter=reporter)
     opened = open_run(run_or_adapter)

@@ -7,9 +7,10 @@ What may carry an adapter is asked of `lorafit.model.targets`, as training does:
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonMapping
@@ -42,6 +43,10 @@ _QUERY_NORMS = ("q_norm", "query_layernorm")
 _EXPERT_SIZES = ("moe_intermediate_size", "intermediate_size")
 
 
+_READ: dict[str, ModelShape] = {}
+"""Shapes that this process has read from a class, which takes a second, by config and task."""
+
+
 def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
     """The shape by arithmetic where the family is known, else from the class.
 
@@ -50,7 +55,10 @@ def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> M
     """
     if not model_class.has_new_head and config.get("model_type") in known_families() and not _has_dense_layers(config):
         return read_shape(config)
-    return read_class_shape(config, model_class)
+    key = json.dumps([config, asdict(model_class)], sort_keys=True, default=str)
+    if key not in _READ:
+        _READ[key] = read_class_shape(config, model_class)
+    return _READ[key]
 
 
 def _has_dense_layers(config: JsonMapping) -> bool:
