@@ -69,6 +69,7 @@ def test_where_it_does_not_fit_what_is_promised_was_measured(recipe: dict[str, A
     assert pasted.fits and pasted.memory.needed_bytes == found.enough.needed_bytes
 
 
+@pytest.mark.slow
 def test_fit_searches(recipe: dict[str, Any]) -> None:
     found = lorafit.estimate(recipe, fit="2GiB").fit
     assert found is not None and found.rank is not None and found.row.value is not None

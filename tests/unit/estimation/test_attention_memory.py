@@ -32,7 +32,7 @@ def test_a_dry_run_holds_what_a_real_step_holds(case: str, tmp_path: Path) -> No
         assert dry[checkpointing].tensor_bytes == pytest.approx(real[checkpointing].tensor_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize(("tokens", "dropout"), [(225, 0.0), (1024, 0.05)])
+@pytest.mark.parametrize(("tokens", "dropout"), [(225, 0.0), pytest.param(1024, 0.05, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", pytest.param("Qwen/Qwen2.5-7B", marks=pytest.mark.slow)])
 def test_closed_form_meets_the_dry_run(model: str, tokens: int, dropout: float, tmp_path: Path) -> None:
     config = {**(known_config(model) or {}), "num_hidden_layers": 4}
@@ -41,7 +41,7 @@ def test_closed_form_meets_the_dry_run(model: str, tokens: int, dropout: float, 
         assert question.at(2 * tokens, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_where_attention_is_the_worst_moment(rows: int, tmp_path: Path) -> None:
     """Many heads, long rows, a narrow MLP and few words."""
     config = {

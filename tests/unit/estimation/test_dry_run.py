@@ -159,8 +159,9 @@ def test_closed_form_meets_the_dry_run(model: str, quantization: str, device_kin
 
 @pytest.mark.parametrize(
     "model",
-    ["allenai/Olmo-3-1025-7B", "google/gemma-3-4b-pt", "unsloth/gpt-oss-20b-BF16",
+    ["google/gemma-3-4b-pt",
      *(pytest.param(model, marks=pytest.mark.slow) for model in (
+         "allenai/Olmo-3-1025-7B", "unsloth/gpt-oss-20b-BF16",
          "swiss-ai/Apertus-8B-2509", "google/gemma-4-31B", "google/gemma-4-26B-A4B",
          "mistralai/Ministral-3-8B-Base-2512", "zai-org/GLM-4.5-Air"))],
 )  # fmt: skip
@@ -174,6 +175,7 @@ def test_closed_form_of_models_read_from_their_classes(model: str, tmp_path: Pat
         assert question.at(2 * 1024, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_tower_that_knows_no_sdpa_keeps_its_own_attention(tmp_path: Path) -> None:
     """Gemma 4's for sounds."""
     config = known_config("google/gemma-4-E2B") or {}
@@ -250,6 +252,7 @@ def test_a_config_that_transformers_cannot_build(tmp_path: Path) -> None:
         exact(question, {**MODELS["llama"], "hidden_size": 129}, False)
 
 
+@pytest.mark.slow
 def test_a_70b_model_takes_little_memory_here(tmp_path: Path) -> None:
     """Whole process; seconds are the benchmark's."""
     code = f"""
