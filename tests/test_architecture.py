@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -352,3 +353,27 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
         seconds.append(time.perf_counter() - start)
     print(f"lorafit --help: median {statistics.median(seconds):.3f} s, wanted {HELP_SECONDS} s")
     assert min(seconds) < 10 * HELP_SECONDS
+
+
+def stale_names(text: str, package: Path) -> list[str]:
+    """Dotted names below the package that are no module, nor anything that a module's text holds."""
+    found = []
+    for dotted in re.findall(r"(?<![\w./-])lorafit((?:\.[a-z_]+)+)", text):
+        if dotted == ".json":  # a file that lies beside an adapter
+            continue
+        place, parts = package, dotted[1:].split(".")
+        while parts and (place / parts[0]).is_dir():
+            place = place / parts.pop(0)
+        module = (place / parts[0]).with_suffix(".py") if parts else place
+        holder = place / "__init__.py"
+        held = holder.is_file() and parts and re.search(rf"\b{parts[0]}\b", holder.read_text(encoding="utf-8"))
+        if not module.exists() and not held:
+            found.append(f"lorafit{dotted}")
+    return found
+
+
+def test_modules_that_prose_names_are_there() -> None:
+    """A docstring or a page that sends its reader to a module, sends to one that exists."""
+    pages = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "docs").rglob("*.md"), PACKAGE.parent / "README.md"]
+    assert {name for page in pages for name in stale_names(page.read_text(encoding="utf-8"), PACKAGE)} == set()
+    assert stale_names("see `lorafit.memory.no_such_module`", PACKAGE) == ["lorafit.memory.no_such_module"]

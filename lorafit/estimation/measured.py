@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,6 @@ class MeasuredSteps:
         self._config = config
         self._uses_formulas = uses_formulas
         self._reporter = reporter
-        self._versions = [*installed_versions(), _code()]
         self._known: dict[str, tuple[MemoryEstimate, MemoryEstimate]] = {}
         self._dry: tuple[str, DryRun] | None = None
         self._refused = False
@@ -75,7 +75,7 @@ class MeasuredSteps:
     def _two_sizes(self, step: StepShape, checkpointing: bool) -> tuple[MemoryEstimate, MemoryEstimate]:
         """One row, and as many as `MANY_TOKENS` hold."""
         kinds = _kinds_of(step)
-        parts = [self._config, kinds, [step.row_tokens, step.row_labels, checkpointing], self._versions]
+        parts = [self._config, kinds, [step.row_tokens, step.row_labels, checkpointing], _versions()]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
         if key not in self._known:
             file = cache_folder() / "steps" / f"{key}.json"
@@ -122,12 +122,13 @@ def _kinds_of(step: StepShape) -> JsonObject:
     }
 
 
-def _code() -> str:
-    """A hash of lorafit's own code, which is what ran."""
+@lru_cache(maxsize=1)
+def _versions() -> tuple[str, ...]:
+    """The libraries and a hash of lorafit's own code, which are what ran; read only where a dry run is asked for."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return (*installed_versions(), digest.hexdigest())
 
 
 def _on_line(one: MemoryEstimate, many: MemoryEstimate, tokens: int) -> MemoryEstimate:

@@ -8,7 +8,7 @@
     peak = fixed + the largest of the four
 
 `closed_form` has formulas for LoRA's step and needs neither weights nor torch; docs/memory.md derives each term so that
-a reader can follow it by hand. What it does not cover is measured (`lorafit.estimate.measured`), with the same answer.
+one can follow it by hand. What it does not cover is measured (`lorafit.estimation.measured`), to the same answer.
 """
 
 from __future__ import annotations

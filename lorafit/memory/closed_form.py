@@ -22,7 +22,7 @@ from lorafit.ops.chunk_sizes import chunk_labels
 
 
 def covers(step: StepShape) -> bool:
-    """Whether the formulas describe such a step: what they do not is measured by `lorafit.estimate.measured`."""
+    """Whether the formulas describe such a step: what they do not is measured by `lorafit.estimation.measured`."""
     return step.adapter.closed_form and step.task.closed_form and not step.model.scanning_layers
 
 
