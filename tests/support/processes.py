@@ -9,6 +9,7 @@ that runs behind another one (`unshare`, `bash`), is started for real, and so is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -63,7 +64,8 @@ class ForkedProcess:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its status is still on its way
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         import signal
