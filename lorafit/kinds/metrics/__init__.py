@@ -10,10 +10,11 @@ A mean has k = 2 (numerator, denominator), BLEU has its n-gram counts and length
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import add
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from lorafit.kinds.registry import Registry
 
@@ -64,8 +65,8 @@ class RowScore:
         return replace(self, sums=both)
 
 
-class Metric(Protocol):
-    """One metric.
+class Metric(ABC):
+    """One metric; with the attributes as they stand here it reads answers, and needs a reference beside them.
 
     Attributes:
         needs: `scores` for those over what the task scores, `answers` for those over generated text, which is a row's
@@ -76,44 +77,46 @@ class Metric(Protocol):
         percent: Whether its values are shares of 1, shown in per cent.
         condition: What a row needs so that it can be scored, e.g. `a row that names must_contain`.
         companions: Metrics that are scored whenever this one is: what it alone would hide.
+        settings: How it is computed, so that others can compare.
     """
 
-    needs: Literal["scores", "answers", "calls"]
-    reads: tuple[str, ...]
-    better: Literal["lower", "higher"]
-    during_training: bool
-    percent: bool
-    condition: str
-    companions: tuple[str, ...]
+    needs: Literal["scores", "answers", "calls"] = "answers"
+    reads: tuple[str, ...] = ()
+    better: Literal["lower", "higher"] = "higher"
+    during_training: bool = False
+    percent: bool = False
+    condition: str = "a row with a reference answer"
+    companions: tuple[str, ...] = ()
+    settings: str = ""
 
     def usable(self, row: RowScore) -> bool:
         """Whether this row can be scored (e.g. it names must_contain strings). Rows that cannot are counted."""
+        return row.answer is not None and bool(row.reference.strip())
 
+    @abstractmethod
     def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
         """What each usable row adds to the sums, `[rows][k]`."""
 
+    @abstractmethod
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """Values by name from sums over any rows, `[k]`; the first is the headline."""
 
     def signature(self) -> str:
         """Which program and settings computed it, so that others can compare."""
+        return self.settings
 
 
-class ScoreMean:
+class ScoreMean(Metric):
     """A metric over what the task scores, a function of one sum over another.
 
     Attributes:
         reads: The sums, the one that is divided by last.
     """
 
-    reads: tuple[str, ...]
-    condition: str
-
-    needs: Literal["scores", "answers", "calls"] = "scores"
+    needs = "scores"
     better: Literal["lower", "higher"] = "lower"
     during_training = True
-    percent = False
-    companions: tuple[str, ...] = ()
+    condition = "a row with trained tokens"
 
     def usable(self, row: RowScore) -> bool:
         """Rows that were scored."""
@@ -124,7 +127,30 @@ class ScoreMean:
         return [[row.value(name) for name in self.reads] for row in rows]
 
 
-class CorpusScore:
+class ShareOfRows(Metric):
+    """The share of rows of which something is true.
+
+    Attributes:
+        name: What the share is called.
+    """
+
+    name: str
+    percent = True
+
+    @abstractmethod
+    def holds(self, row: RowScore) -> bool:
+        """Whether it is true of a usable row."""
+
+    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
+        """1 or 0, and 1."""
+        return [[float(self.holds(row)), 1.0] for row in rows]
+
+    def values(self, sums: Sequence[float]) -> dict[str, float]:
+        """The share."""
+        return {self.name: sums[0] / sums[1]}
+
+
+class CorpusScore(Metric):
     """A corpus metric of sacrebleu: its statistics of each answer are what is summed over rows.
 
     Attributes:
@@ -132,18 +158,6 @@ class CorpusScore:
     """
 
     scorer: Callable[[], Any]
-
-    needs: Literal["scores", "answers", "calls"] = "answers"
-    reads: tuple[str, ...] = ()
-    better: Literal["lower", "higher"] = "higher"
-    during_training = False
-    percent = False
-    condition = "a row with a reference answer"
-    companions: tuple[str, ...] = ()
-
-    def usable(self, row: RowScore) -> bool:
-        """Rows that hold a reference and got an answer."""
-        return row.answer is not None and bool(row.reference.strip())
 
     def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
         """sacrebleu's counts of n-grams and lengths."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import RowScore, ShareOfRows, metrics
 
 
 def normalize(text: str) -> str:
@@ -14,29 +11,12 @@ def normalize(text: str) -> str:
 
 
 @metrics.register("exact_match")
-class ExactMatch:
+class ExactMatch(ShareOfRows):
     """Answer equal to reference, white space apart."""
 
-    needs: Literal["scores", "answers", "calls"] = "answers"
-    reads: tuple[str, ...] = ()
-    better: Literal["lower", "higher"] = "higher"
-    during_training = False
-    percent = True
-    condition = "a row with a reference answer"
-    companions: tuple[str, ...] = ()
+    name = "exact_match"
+    settings = "white space collapsed, case kept"
 
-    def usable(self, row: RowScore) -> bool:
-        """Rows that hold a reference and got an answer."""
-        return row.answer is not None and bool(row.reference.strip())
-
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """1 or 0, and 1."""
-        return [[float(normalize(row.answer or "") == normalize(row.reference)), 1.0] for row in rows]
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The share."""
-        return {"exact_match": sums[0] / sums[1]}
-
-    def signature(self) -> str:
-        """What is normalised."""
-        return "white space collapsed, case kept"
+    def holds(self, row: RowScore) -> bool:
+        """Equal once both are normalised."""
+        return normalize(row.answer or "") == normalize(row.reference)

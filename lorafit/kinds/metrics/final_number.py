@@ -9,11 +9,9 @@ Source: GSM8K, Cobbe et al. (2021), "Training Verifiers to Solve Math Word Probl
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from decimal import Decimal
-from typing import Literal
 
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import RowScore, ShareOfRows, metrics
 
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 _FINAL = re.compile(rf"####\s*\$?\s*({_NUMBER})")
@@ -27,32 +25,17 @@ def read_final_number(text: str, *, marked: bool = False) -> Decimal | None:
 
 
 @metrics.register("final_number")
-class FinalNumber:
+class FinalNumber(ShareOfRows):
     """Final number equal to the reference's."""
 
-    needs: Literal["scores", "answers", "calls"] = "answers"
-    reads: tuple[str, ...] = ()
-    better: Literal["lower", "higher"] = "higher"
-    during_training = False
-    percent = True
+    name = "final_number"
     condition = "a row whose reference ends in '#### number'"
-    companions: tuple[str, ...] = ()
+    settings = "number behind the last ####, else the answer's last number"
 
     def usable(self, row: RowScore) -> bool:
         """Rows with a marked number in the reference that got an answer."""
         return row.answer is not None and read_final_number(row.reference, marked=True) is not None
 
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """1 or 0, and 1."""
-        return [
-            [float(read_final_number(row.answer or "") == read_final_number(row.reference, marked=True)), 1.0]
-            for row in rows
-        ]
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The share."""
-        return {"final_number": sums[0] / sums[1]}
-
-    def signature(self) -> str:
-        """Which number is read."""
-        return "number behind the last ####, else the answer's last number"
+    def holds(self, row: RowScore) -> bool:
+        """The same number."""
+        return read_final_number(row.answer or "") == read_final_number(row.reference, marked=True)

@@ -11,13 +11,9 @@ from lorafit.kinds.metrics import ScoreMean, metrics
 class Loss(ScoreMean):
     """What is trained: mean negative log-likelihood of a trained token, weighted by tokens, not by rows."""
 
-    reads: tuple[str, ...] = ("loss", "weight")
-    condition = "a row with trained tokens"
+    reads = ("loss", "weight")
+    settings = "nats per trained token"
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """The mean."""
         return {"loss": sums[0] / sums[1]}
-
-    def signature(self) -> str:
-        """Unit and mean."""
-        return "nats per trained token"

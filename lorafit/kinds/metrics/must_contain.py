@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Literal
 
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import RowScore, ShareOfRows, metrics
 
 
 def fold(text: str) -> str:
@@ -24,29 +23,17 @@ def holds_all(answer: str, strings: Sequence[str]) -> bool:
 
 
 @metrics.register("must_contain")
-class MustContain:
+class MustContain(ShareOfRows):
     """All strings of the row occur in the answer."""
 
-    needs: Literal["scores", "answers", "calls"] = "answers"
-    reads: tuple[str, ...] = ()
-    better: Literal["lower", "higher"] = "higher"
-    during_training = False
-    percent = True
+    name = "must_contain"
     condition = "a row that names must_contain"
-    companions: tuple[str, ...] = ()
+    settings = "all strings, NFKC and case folded, white space collapsed"
 
     def usable(self, row: RowScore) -> bool:
         """Rows that name strings and got an answer."""
         return row.answer is not None and bool(row.must_contain)
 
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """1 or 0, and 1."""
-        return [[float(holds_all(row.answer or "", row.must_contain)), 1.0] for row in rows]
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The share."""
-        return {"must_contain": sums[0] / sums[1]}
-
-    def signature(self) -> str:
-        """What is normalised."""
-        return "all strings, NFKC and case folded, white space collapsed"
+    def holds(self, row: RowScore) -> bool:
+        """Every string is in the answer."""
+        return holds_all(row.answer or "", row.must_contain)

@@ -17,13 +17,9 @@ LARGEST_EXPONENT = 700.0  # exp overflows a double above 709; a model that bad n
 class Perplexity(ScoreMean):
     """How many equally likely tokens the model hesitates between, on average."""
 
-    reads: tuple[str, ...] = ("loss", "tokens")
-    condition = "a row with trained tokens"
+    reads = ("loss", "tokens")
+    settings = "exp of nats per trained token"
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """exp of the mean."""
         return {"perplexity": math.exp(min(sums[0] / sums[1], LARGEST_EXPONENT))}
-
-    def signature(self) -> str:
-        """Unit of the exponent."""
-        return "exp of nats per trained token"

@@ -12,9 +12,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
-from lorafit.kinds.metrics import UNSPACED, RowScore, metrics
+from lorafit.kinds.metrics import UNSPACED, Metric, RowScore, metrics
 
 KINDS = ("rougeL", "rouge1", "rouge2", "rougeLsum")
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
@@ -72,16 +72,10 @@ def _scorer() -> Any:
 
 
 @metrics.register("rouge")
-class Rouge:
+class Rouge(Metric):
     """Overlap of words, word pairs and longest common subsequences. ROUGE-Lsum takes each line as a sentence."""
 
-    needs: Literal["scores", "answers", "calls"] = "answers"
-    reads: tuple[str, ...] = ()
-    better: Literal["lower", "higher"] = "higher"
-    during_training = False
-    percent = False
     condition = "a row whose reference holds letters or digits"
-    companions: tuple[str, ...] = ()
 
     def usable(self, row: RowScore) -> bool:
         """Rows that got an answer and whose reference holds a word."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from lorafit.kinds.metrics import ScoreMean, metrics
 
@@ -12,15 +11,11 @@ from lorafit.kinds.metrics import ScoreMean, metrics
 class TokenAccuracy(ScoreMean):
     """Top-1 accuracy over trained tokens, teacher-forced."""
 
-    reads: tuple[str, ...] = ("correct", "tokens")
-    condition = "a row with trained tokens"
-    better: Literal["lower", "higher"] = "higher"
+    reads = ("correct", "tokens")
+    better = "higher"
     percent = True
+    settings = "top-1 over trained tokens, right prefix given"
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """The share."""
         return {"token_accuracy": sums[0] / sums[1]}
-
-    def signature(self) -> str:
-        """How it is counted."""
-        return "top-1 over trained tokens, right prefix given"

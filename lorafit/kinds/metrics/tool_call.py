@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics import RowScore, ShareOfRows, metrics
 
 Call = tuple[str, Any]
 """A tool's name and its arguments as parsed JSON."""
@@ -153,58 +152,37 @@ def _due(row: RowScore) -> list[Call] | None:
 
 
 @metrics.register("tool_call")
-class ToolCall:
+class ToolCall(ShareOfRows):
     """All calls of the reference, and no others: names, arguments and order."""
 
-    needs: Literal["scores", "answers", "calls"] = "calls"
-    reads: tuple[str, ...] = ()
-    better: Literal["lower", "higher"] = "higher"
-    during_training = False
-    percent = True
+    name = "tool_call"
+    needs = "calls"
     condition = "a row with an assistant turn that calls a tool, in a form that is known"
-    companions: tuple[str, ...] = ("needless_call",)
+    companions = ("needless_call",)
+    settings = "names and arguments equal as JSON, order of keys free, several calls in order"
 
     def usable(self, row: RowScore) -> bool:
         """Rows that got an answer and whose reference holds calls that can be read."""
         return row.written is not None and bool(_due(row))
 
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """1 or 0, and 1. What cannot be read is wrong."""
-        return [[float(_same(read_calls(row.written or ""), _due(row))), 1.0] for row in rows]
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The share."""
-        return {"tool_call": sums[0] / sums[1]}
-
-    def signature(self) -> str:
-        """What is compared."""
-        return "names and arguments equal as JSON, order of keys free, several calls in order"
+    def holds(self, row: RowScore) -> bool:
+        """The same calls. What cannot be read is wrong."""
+        return _same(read_calls(row.written or ""), _due(row))
 
 
 @metrics.register("needless_call")
-class NeedlessCall:
+class NeedlessCall(ShareOfRows):
     """A call where the reference makes none, well-formed or not."""
 
-    needs: Literal["scores", "answers", "calls"] = "answers"
-    reads: tuple[str, ...] = ()
-    better: Literal["lower", "higher"] = "lower"
-    during_training = False
-    percent = True
+    name = "needless_call"
+    better = "lower"
     condition = "a row whose reference calls no tool"
-    companions: tuple[str, ...] = ()
+    settings = "answers that call a tool, or begin to, where the reference does not"
 
     def usable(self, row: RowScore) -> bool:
         """Rows that got an answer and whose reference calls nothing."""
         return row.written is not None and not row.calls and read_calls(row.reference) == []
 
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """1 or 0, and 1."""
-        return [[float(read_calls(row.written or "") != []), 1.0] for row in rows]
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The share."""
-        return {"needless_call": sums[0] / sums[1]}
-
-    def signature(self) -> str:
-        """What counts."""
-        return "answers that call a tool, or begin to, where the reference does not"
+    def holds(self, row: RowScore) -> bool:
+        """The answer calls something, or begins to."""
+        return read_calls(row.written or "") != []
