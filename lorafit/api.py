@@ -15,13 +15,19 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorafit import pipeline
+from lorafit.console.arguments import check_arguments
+from lorafit.console.exits import explain_os_error
+from lorafit.console.reporting import ConsoleReporter
 from lorafit.contracts import JsonMapping, Reporter, Silent
+from lorafit.data.sources.memory_rows import keep_rows
 from lorafit.errors import LorafitError, UsageError
+from lorafit.files.cache import settle_home
 from lorafit.machine.library_settings import set_library_defaults
 
 if TYPE_CHECKING:
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LorafitError", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]
 
+T = TypeVar("T")
 StrPath = str | os.PathLike[str]
 Recipe = StrPath | JsonMapping
 """A recipe's file, or its values: a dict as the YAML would hold it, its paths relative to the working folder."""
@@ -46,17 +53,8 @@ _OTHERWISE = {"set": "overrides", "plan": "plan_file", "no_verify": "verify", "p
 
 
 @contextmanager
-def _session(arguments: JsonMapping, required: Sequence[str] = ()) -> Iterator[Reporter]:
-    """One call: its arguments checked, the libraries kept quiet, our warnings Python's where nothing else is shown.
-
-    Args:
-        arguments: All of the function, by name.
-        required: Those that may not be None, beside those that never may.
-    """
-    from lorafit.console.arguments import check_arguments
-    from lorafit.console.reporting import ConsoleReporter
-    from lorafit.files.cache import settle_home
-
+def _session(arguments: JsonMapping, required: Sequence[str]) -> Iterator[Reporter]:
+    """One call: its arguments checked, the libraries kept quiet, our warnings Python's where nothing else is shown."""
     silent = Silent()
     try:
         check_arguments(arguments, required)
@@ -70,12 +68,34 @@ def _session(arguments: JsonMapping, required: Sequence[str] = ()) -> Iterator[R
         _name_as_parameters(error)
         raise
     except OSError as error:
-        from lorafit.console.exits import explain_os_error
-
         raise (explain_os_error(error) or error) from error
     finally:
         for message in dict.fromkeys(silent.warnings):
-            warnings.warn(message, stacklevel=4)  # at the line that called the function
+            warnings.warn(message, stacklevel=5)  # at the line that called the function
+
+
+def _call(
+    command: Callable[..., T], arguments: JsonMapping, *, rows: str = "data.train", required: Sequence[str] = ()
+) -> T:
+    """Runs a command of `lorafit.pipeline`.
+
+    Args:
+        command: The command.
+        arguments: All of the function that was called, by name; those that the command calls so as well.
+        rows: The recipe's key that `rows` stand for.
+        required: Those that may not be None, beside those that never may.
+    """
+    with _session(arguments, required) as reporter:
+        given = {name: _READ[name](value) if name in _READ else value for name, value in arguments.items()}
+        if given.pop("quiet", None) is not None:
+            given["reporter"] = reporter
+        for name, key in {"rows": rows, "validation_rows": "data.validation", "test_rows": "data.test"}.items():
+            if (several := given.pop(name, None)) is not None:
+                given["overrides"] = [*given["overrides"], keep_rows(several, name, key)]
+        if "prompts" in given:
+            prompts = given.pop("prompts")
+            given["prompt" if isinstance(prompts, str) else "rows"] = prompts
+        return command(**given)
 
 
 def validate(recipe: Recipe, *, overrides: Overrides = ()) -> Validated:
@@ -84,10 +104,7 @@ def validate(recipe: Recipe, *, overrides: Overrides = ()) -> Validated:
     Raises:
         LorafitError: The recipe is wrong; `Problems` holds all errors where there are several.
     """
-    with _session(locals()):
-        from lorafit import pipeline
-
-        return pipeline.validate(_recipe(recipe), overrides=_flags(overrides))
+    return _call(pipeline.validate, locals())
 
 
 def preview(
@@ -107,11 +124,7 @@ def preview(
         overrides: Values over the recipe's.
         quiet: No progress.
     """
-    with _session(locals()) as reporter:
-        from lorafit import pipeline
-
-        flags = _flags(overrides) + _row_flags("data.train", "rows", rows)
-        return pipeline.preview(_recipe(recipe), overrides=flags, rows=show, reporter=reporter)
+    return _call(pipeline.preview, locals())
 
 
 def estimate(
@@ -137,19 +150,7 @@ def estimate(
         overrides: Values over the recipe's.
         quiet: No progress.
     """
-    with _session(locals()) as reporter:
-        from lorafit import pipeline
-
-        return pipeline.estimate(
-            _recipe(recipe),
-            overrides=_flags(overrides),
-            gpu=gpu,
-            fit=fit,
-            headroom=headroom,
-            price_per_hour=price_per_hour,
-            exact=exact,
-            reporter=reporter,
-        )
+    return _call(pipeline.estimate, locals())
 
 
 def train(
@@ -188,26 +189,7 @@ def train(
         LorafitError: As the command; `exit_code` says which kind. Ctrl-C saves the last step first and raises
             `StoppedBySignal`.
     """
-    with _session(locals()) as reporter:
-        from lorafit import pipeline
-
-        flags = [
-            *_flags(overrides),
-            *_row_flags("data.train", "rows", rows),
-            *_row_flags("data.validation", "validation_rows", validation_rows),
-            *_row_flags("data.test", "test_rows", test_rows),
-        ]
-        return pipeline.train(
-            _recipe(recipe),
-            overrides=flags,
-            output=_path(output),
-            resume=resume,
-            resume_from=resume_from,
-            plan_file=_path(plan_file),
-            dry_run=dry_run,
-            allow_inexact=allow_inexact,
-            reporter=reporter,
-        )
+    return _call(pipeline.train, locals())
 
 
 def evaluate(
@@ -233,18 +215,8 @@ def evaluate(
         overrides: Values over the run's recipe, e.g. `{"evaluation.final": ["rouge"]}`.
         quiet: No progress.
     """
-    with _session(locals()) as reporter:
-        from lorafit import pipeline
-
-        return pipeline.evaluate(
-            _run(run),
-            overrides=_flags(overrides) + _row_flags("data.test", "rows", rows),
-            checkpoint=_text(checkpoint),
-            split=split or ("test" if rows is not None else None),
-            limit=limit,
-            base_model=_text(base_model),
-            reporter=reporter,
-        )
+    split = split or ("test" if rows is not None else None)
+    return _call(pipeline.evaluate, locals(), rows="data.test")
 
 
 def merge(
@@ -268,18 +240,7 @@ def merge(
         verify: Whether what was written is read back and compared.
         quiet: No progress.
     """
-    with _session(locals(), required=("output",)) as reporter:
-        from lorafit import pipeline
-
-        return pipeline.merge(
-            _run(run),
-            output=Path(output),
-            base_kind=base,
-            checkpoint=_text(checkpoint),
-            base_model=_text(base_model),
-            verify=verify,
-            reporter=reporter,
-        )
+    return _call(pipeline.merge, locals(), required=("output",))
 
 
 def generate(
@@ -309,34 +270,14 @@ def generate(
         seed: Of the sampling.
         quiet: No progress.
     """
-    with _session(locals()) as reporter:
-        from lorafit import pipeline
-
-        return pipeline.generate(
-            _run(run),
-            prompt=prompts if isinstance(prompts, str) else None,
-            rows=None if isinstance(prompts, str) else prompts,
-            compare_base=compare_base,
-            checkpoint=_text(checkpoint),
-            base_model=_text(base_model),
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            reporter=reporter,
-        )
+    return _call(pipeline.generate, locals())
 
 
-def _recipe(recipe: Recipe) -> Path | JsonMapping:
-    return recipe if isinstance(recipe, Mapping) else Path(recipe)
-
-
-def _run(run: StrPath | Trained) -> Path:
-    return Path(run) if isinstance(run, str | os.PathLike) else run.path
-
-
-def _path(path: StrPath | None) -> Path | None:
-    return None if path is None else Path(path)
+def _path(path: Recipe | Trained | None) -> Path | JsonMapping | None:
+    """Files and folders as paths, a run as its folder; a recipe's values stay what they are."""
+    if path is None or isinstance(path, Mapping):
+        return path
+    return Path(path) if isinstance(path, str | os.PathLike) else path.path
 
 
 def _text(value: object | None) -> str | None:
@@ -358,13 +299,6 @@ def _flags(overrides: Overrides) -> list[str]:
         raise UsageError(f"holds what no recipe can hold ({what})", key="overrides", todo="give plain values") from None
 
 
-def _row_flags(key: str, name: str, rows: Rows | None) -> list[str]:
-    """The flag that leads a split of the recipe to these rows, which lie in the cache by their content."""
-    from lorafit.data.sources.memory_rows import keep_rows
-
-    return [] if rows is None else [keep_rows(rows, name, key)]
-
-
 def _name_as_parameters(error: LorafitError) -> None:
     """Calls what is a flag on the command line by its parameter: `--top-p` is `top_p`, `--set a=1` is an override."""
     for part in error.errors:
@@ -379,3 +313,11 @@ def _name_as_parameters(error: LorafitError) -> None:
 def _parameter(flag: str) -> str:
     name = flag.removeprefix("--").replace("-", "_")
     return _OTHERWISE.get(name, name)
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("recipe", "run", "output", "plan_file"), _path),
+    **dict.fromkeys(("checkpoint", "base_model"), _text),
+    "overrides": _flags,
+}
+"""What an argument becomes for the command, by its name."""

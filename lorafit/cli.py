@@ -64,9 +64,14 @@ class Session:
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the flags that every command has; its body gets them as its first argument, a Session."""
+    """Gives a command the flags that every command has.
+
+    One that takes a Session has a body. Any other is only its flags: they are the arguments of the function of
+    `lorafit.pipeline` that is called as it is.
+    """
     hints = get_type_hints(function, include_extras=True)
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    parameters = list(inspect.signature(function).parameters.values())
+    has_body = hints.get(parameters[0].name) is Session
     named = inspect.Parameter.KEYWORD_ONLY
     flags = [
         inspect.Parameter(name, named, default=False, annotation=Annotated[bool, typer.Option(f"--{name}", help=text)])
@@ -80,9 +85,15 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             from lorafit.console.reporting import quieten_libraries
 
             quieten_libraries()
-        function(session, **values)
+        if has_body:
+            function(session, **values)
+            return
+        from lorafit import pipeline
 
-    everything = [p.replace(annotation=hints[p.name], kind=named) for p in parameters] + flags
+        given = {name: value for name, value in values.items() if value is not None}
+        session.result(getattr(pipeline, function.__name__)(**given, reporter=session.reporter))
+
+    everything = [p.replace(annotation=hints[p.name], kind=named) for p in parameters[has_body:]] + flags
     run.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in everything}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -146,14 +157,13 @@ BaseModel = Annotated[
 @app.command()
 @_command
 def train(
-    session: Session,
     recipe: RecipeFile,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder instead of the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     resume_from: Annotated[int | None, _number("resume_from", "STEP", "Go on from this checkpoint.")] = None,
-    plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take the resolved values of another run's plan.json.")
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Take the resolved values of another run's plan.json.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan and check, then stop before the weights are loaded.")
@@ -169,28 +179,11 @@ def train(
     ] = False,
 ) -> None:
     """Plan, check, train and save."""
-    from lorafit import pipeline
-
-    result = pipeline.train(
-        recipe,
-        overrides=overrides or [],
-        output=output,
-        resume=resume or resume_from is not None,
-        resume_from=resume_from,
-        plan_file=plan,
-        dry_run=dry_run,
-        allow_inexact=allow_inexact,
-        measure_memory=measure_memory,
-        profile=profile,
-        reporter=session.reporter,
-    )
-    session.result(result)
 
 
 @app.command(name="eval")
 @_command
 def evaluate(
-    session: Session,
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A run folder, or the recipe of one.")],
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
@@ -201,24 +194,11 @@ def evaluate(
     base_model: BaseModel = None,
 ) -> None:
     """Score base and tuned model side by side on the same rows."""
-    from lorafit import pipeline
-
-    result = pipeline.evaluate(
-        run,
-        overrides=overrides or [],
-        checkpoint=checkpoint,
-        split=split,
-        limit=limit,
-        base_model=base_model,
-        reporter=session.reporter,
-    )
-    session.result(result)
 
 
 @app.command()
 @_command
 def merge(
-    session: Session,
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder, or an adapter folder.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged model goes.")],
     base: Annotated[
@@ -227,27 +207,17 @@ def merge(
     ] = None,
     checkpoint: Checkpoint = None,
     base_model: BaseModel = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the check of what was written.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--no-verify", callback=lambda skips: not skips, help="Skip the check of what was written."),
+    ] = False,
 ) -> None:
     """Merge an adapter into its base, and verify the result."""
-    from lorafit import pipeline
-
-    result = pipeline.merge(
-        run,
-        output=output,
-        base_kind=base,
-        checkpoint=checkpoint,
-        base_model=base_model,
-        verify=not no_verify,
-        reporter=session.reporter,
-    )
-    session.result(result)
 
 
 @app.command()
 @_command
 def generate(
-    session: Session,
     run: Annotated[
         Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, its recipe, an adapter or a model folder.")
     ],
@@ -265,22 +235,6 @@ def generate(
     seed: Annotated[int, _number("seed", "NUMBER", "Of the sampling.")] = 0,
 ) -> None:
     """Answer a prompt, or a file of prompts."""
-    from lorafit import pipeline
-
-    result = pipeline.generate(
-        run,
-        prompt=prompt,
-        input_file=input_file,
-        compare_base=compare_base,
-        checkpoint=checkpoint,
-        base_model=base_model,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        reporter=session.reporter,
-    )
-    session.result(result)
 
 
 def _list_cards(context: typer.Context, gpus: list[str] | None) -> list[str]:
@@ -358,7 +312,7 @@ def preview(
 
     shown = rows if rows is not None or session.json else 3
     found = pipeline.preview(
-        recipe, overrides=overrides or [], rows=shown, counts_all=not rows, reporter=session.reporter
+        recipe, overrides=overrides or [], show=shown, counts_all=not rows, reporter=session.reporter
     )
     session.result(found)
 

@@ -56,7 +56,7 @@ def preview(
     recipe: Path | JsonMapping,
     *,
     overrides: Sequence[str] = (),
-    rows: int | None = 3,
+    show: int | None = 3,
     counts_all: bool = True,
     reporter: Reporter | None = None,
 ) -> Preview:
@@ -67,10 +67,10 @@ def preview(
     from lorafit.data import preview as room
     from lorafit.recipe.load import load_recipe
 
-    glance = None if counts_all else rows
+    glance = None if counts_all else show
     loaded = load_recipe(recipe, overrides, look_at_template=look_at_template)
     job = open_job(loaded, reporter or Silent(), glance=glance)
-    return room.preview(job.rows, job.renderer, rows)
+    return room.preview(job.rows, job.renderer, show)
 
 
 def estimate(
@@ -189,7 +189,7 @@ def train(
 
 
 def evaluate(
-    run_or_recipe: Path,
+    run: Path,
     *,
     overrides: Sequence[str] = (),
     checkpoint: str | None = None,
@@ -202,7 +202,7 @@ def evaluate(
     reporter = reporter or Silent()
     if split not in (None, "test", "validation", "train"):
         raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
-    opened = open_run(run_or_recipe, overrides)
+    opened = open_run(run, overrides)
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     _, step = opened.adapter(checkpoint)  # said before the libraries are loaded
     from lorafit.answering.evaluation_rows import changed_evaluation, open_evaluation, settle_evaluation
@@ -260,10 +260,10 @@ def evaluate(
 
 
 def merge(
-    run_or_adapter: Path,
+    run: Path,
     *,
     output: Path,
-    base_kind: str | None = None,
+    base: str | None = None,
     checkpoint: str | None = None,
     base_model: str | None = None,
     verify: bool = True,
@@ -271,19 +271,19 @@ def merge(
 ) -> Merged:
     """Merges an adapter into its base tensor by tensor, and compares logits where both models fit into memory."""
     reporter = reporter or Silent()
-    if base_kind not in (None, "dequantized", "original"):
-        raise UsageError(f"'{base_kind}' is no base", key="--base", todo="use dequantized or original")
-    check_answerable(run_or_adapter, checkpoint)  # said before the libraries are loaded
+    if base not in (None, "dequantized", "original"):
+        raise UsageError(f"'{base}' is no base", key="--base", todo="use dequantized or original")
+    check_answerable(run, checkpoint)  # said before the libraries are loaded
     from lorafit.merging import merge_adapter_folder, merge_run
 
-    if is_lone_adapter(run_or_adapter):
-        return merge_adapter_folder(run_or_adapter, output, base_kind, base_model, verify=verify, reporter=reporter)
-    opened = open_run(run_or_adapter)
-    return merge_run(opened, output, base_kind, checkpoint, base_model, verify=verify, reporter=reporter)
+    if is_lone_adapter(run):
+        return merge_adapter_folder(run, output, base, base_model, verify=verify, reporter=reporter)
+    opened = open_run(run)
+    return merge_run(opened, output, base, checkpoint, base_model, verify=verify, reporter=reporter)
 
 
 def generate(
-    run_or_model: Path,
+    run: Path,
     *,
     prompt: str | None = None,
     input_file: Path | None = None,
@@ -303,15 +303,15 @@ def generate(
     from lorafit.answering.prompts import check_prompts, read_prompts
 
     check_prompts(prompt, input_file, rows)
-    check_answerable(run_or_model, checkpoint)
-    prompts = read_prompts(run_or_model, prompt, input_file, rows, reporter)
+    check_answerable(run, checkpoint)
+    prompts = read_prompts(run, prompt, input_file, rows, reporter)
     from lorafit.answering.engine import Request, Sampling
     from lorafit.answering.opening import open_answerer
     from lorafit.run.results import Generated
 
-    if compare_base and is_model(run_or_model):
+    if compare_base and is_model(run):
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")
-    answerer = open_answerer(run_or_model, checkpoint, base_model, reporter)
+    answerer = open_answerer(run, checkpoint, base_model, reporter)
     voice = answerer.voice
     prompt_ids = [voice.prompt_ids(each) for each in prompts]  # a prompt that cannot be asked is told before a load
     engine = answerer.load()

@@ -105,7 +105,7 @@ def test_a_family_of_templates_ships(tmp_path: Path, family: str) -> None:
     make_base(tmp_path / "base", tokenizer_of(family))
     rows = [{"messages": [user(ask), assistant(answer)]} for ask, answer in PAIRS]
     recipe = train(tmp_path, rows, system_prompt=SYSTEM, steps=60)
-    trained = [row.input_ids for row in pipeline.preview(recipe, rows=None).rows]
+    trained = [row.input_ids for row in pipeline.preview(recipe, show=None).rows]
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("run/adapter", "merged")]
     for tokenizer in tokenizers:
         assert [plain(tokenizer, row["messages"]) for row in rows] == trained
@@ -126,7 +126,7 @@ def test_named_templates_ship_with_the_system_prompt(tmp_path: Path) -> None:
         {"messages": [{"role": "system", "content": "Own."}, user("Who?"), assistant("I.")]},
     ]
     recipe = train(tmp_path, rows, system_prompt=SYSTEM)
-    trained = [row.input_ids for row in pipeline.preview(recipe, rows=None).rows]
+    trained = [row.input_ids for row in pipeline.preview(recipe, show=None).rows]
     for name in ("run/adapter", "merged"):
         shipped = AutoTokenizer.from_pretrained(tmp_path / name)
         assert shipped.chat_template.keys() == {"default", "tool_use"}
@@ -154,7 +154,7 @@ def test_hermes_ships_and_what_was_learnt_is_called(tmp_path: Path) -> None:
     ]
     rows.append({"messages": [user("Who?"), assistant("I.")]})
     recipe = train(tmp_path, rows, chat_template="hermes", system_prompt=SYSTEM, max_length=1000)
-    trained = [row.input_ids for row in pipeline.preview(recipe, rows=None).rows]
+    trained = [row.input_ids for row in pipeline.preview(recipe, show=None).rows]
     for name in ("run/adapter", "merged"):
         shipped = AutoTokenizer.from_pretrained(tmp_path / name)
         assert [plain(shipped, row["messages"], tools=row.get("tools")) for row in rows] == trained
@@ -191,7 +191,7 @@ def test_the_pages_lines_open_a_quantised_run(tmp_path: Path) -> None:
 def test_a_run_on_verbatim_rows_stays_verbatim(tmp_path: Path) -> None:
     make_base(tmp_path / "base", tokenizer_of("chatml"))  # it has a template, which these rows do not go through
     recipe = train(tmp_path, [{"prompt": f"{ask} ", "completion": answer} for ask, answer in PAIRS])
-    trained = [row.input_ids for row in pipeline.preview(recipe, rows=None).rows]
+    trained = [row.input_ids for row in pipeline.preview(recipe, show=None).rows]
     for name in ("run/adapter", "merged"):
         shipped = AutoTokenizer.from_pretrained(tmp_path / name)
         assert [[*shipped(f"{ask} {answer}").input_ids, shipped.eos_token_id] for ask, answer in PAIRS] == trained
