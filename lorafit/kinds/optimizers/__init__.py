@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
+from lorafit.contracts import JsonObject
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
@@ -33,6 +35,17 @@ class OptimizerSection(KindSection):
     """What every optimizer's section has."""
 
 
+class AdamWOptions(OptimizerSection):
+    """What every AdamW's section has."""
+
+    betas: Betas = (0.9, 0.95)
+    """Decay of the running mean of gradients and of their squares (each 0 to below 1)."""
+    eps: float = Field(default=1e-8, gt=0.0, le=1.0)
+    """Added to the root of the second moment."""
+    weight_decay: WeightDecay = 0.0
+    """Decoupled decay of the adapter's weights."""
+
+
 class EightBitSection(OptimizerSection):
     """What every optimizer with 8-bit state has."""
 
@@ -45,7 +58,13 @@ class PagedSection(OptimizerSection):
 
 
 class Optimizer(Kind[S_co]):
-    """One optimizer: its memory and how it is built."""
+    """One optimizer: its memory and how it is built.
+
+    Attributes:
+        builds: Its class, as `module:name`.
+    """
+
+    builds: ClassVar[str]
 
     @abstractmethod
     def state_bytes(self, parameters: int) -> int:
@@ -56,60 +75,44 @@ class Optimizer(Kind[S_co]):
         """Whether its state can leave the GPU (CUDA only)."""
         return isinstance(self.section, PagedSection)
 
-    @abstractmethod
+    def options(self, device: torch.device) -> JsonObject:
+        """What its class gets beside parameters and learning rate: the section's values, unless a kind says more."""
+        return self.section.model_dump(exclude={"kind"})
+
     def build(
         self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
     ) -> torch.optim.Optimizer:
         """The optimizer over `parameters`. On a CPU a paged one is built unpaged."""
+        optimizer: torch.optim.Optimizer = resolve_name(self.builds)(
+            parameters, lr=learning_rate, **self.options(device)
+        )
+        return optimizer
 
 
 optimizers: SectionRegistry[Optimizer[OptimizerSection]] = SectionRegistry("optimizer", "lorafit.kinds.optimizers")
 
 
-class TorchOptimizer(Optimizer[S_co]):
-    """An optimizer of torch whose constructor calls its options as the section does."""
-
-    optimizer: ClassVar[str]
-    """Its class in `torch.optim`."""
-
-    def build(
-        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
-    ) -> torch.optim.Optimizer:
-        """torch's optimizer with the section's values."""
-        import torch
-
-        options = self.section.model_dump(exclude={"kind"})
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, self.optimizer)(parameters, lr=learning_rate, **options)
-        return optimizer
-
-
 class BitsandbytesOptimizer(Optimizer[S_co]):
     """An optimizer of bitsandbytes: 8-bit state where its section is an `EightBitSection`, paged for a `PagedSection`.
+
+    Its classes called `...8bit` and `Paged...` differ from the plain one in arguments alone.
 
     Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022.
     """
 
-    optimizer: ClassVar[str]
-    """Its class in `bitsandbytes.optim`; those called `...8bit` and `Paged...` differ from it in arguments alone."""
     moments: ClassVar[int]
     """Running means that it keeps for each parameter."""
 
     def state_bytes(self, parameters: int) -> int:
         """A byte a value and an fp32 absmax for each block of 256, or fp32, for each moment."""
-        is_8bit = isinstance(self.section, EightBitSection)
-        one = parameters + 4 * (parameters // _QUANTIZED_BLOCK) if is_8bit else 4 * parameters
+        one = parameters + 4 * (parameters // _QUANTIZED_BLOCK) if self._is_8bit else 4 * parameters
         return self.moments * one
 
-    def build(
-        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
-    ) -> torch.optim.Optimizer:
-        """bitsandbytes' optimizer with the section's values."""
-        import bitsandbytes.optim
+    def options(self, device: torch.device) -> JsonObject:
+        """The section's values and the form of the state."""
+        paged = {"is_paged": device.type == "cuda"} if self.is_paged else {}
+        return {**super().options(device), "optim_bits": 8 if self._is_8bit else 32, **paged}
 
-        options = self.section.model_dump(exclude={"kind"})
-        if self.is_paged:
-            options["is_paged"] = device.type == "cuda"
-        optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, self.optimizer)(
-            parameters, lr=learning_rate, optim_bits=8 if isinstance(self.section, EightBitSection) else 32, **options
-        )
-        return optimizer
+    @property
+    def _is_8bit(self) -> bool:
+        return isinstance(self.section, EightBitSection)

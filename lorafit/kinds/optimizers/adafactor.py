@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from lorafit.contracts import JsonObject
 from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
 
 if TYPE_CHECKING:
@@ -39,28 +39,12 @@ class Adafactor(Optimizer[AdafactorSection]):
     torch's own always scales by the weight's root mean square, which keeps `B = 0` where it is.
     """
 
+    builds = "transformers.optimization:Adafactor"
+
     def state_bytes(self, parameters: int) -> int:
         """Row and column means, counted for rank 8, and a full fp32 mean with `beta1`."""
         return 4 * parameters // _TYPICAL_RANK + (4 * parameters if self.section.beta1 is not None else 0)
 
-    def build(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        learning_rate: float,
-        device: torch.device,
-    ) -> torch.optim.Optimizer:
-        """transformers' Adafactor with relative steps off."""
-        from transformers.optimization import Adafactor as TransformersAdafactor
-
-        optimizer: torch.optim.Optimizer = TransformersAdafactor(
-            parameters,
-            lr=learning_rate,
-            decay_rate=self.section.decay_rate,
-            clip_threshold=self.section.clip_threshold,
-            beta1=self.section.beta1,
-            weight_decay=self.section.weight_decay,
-            scale_parameter=self.section.scale_parameter,
-            relative_step=False,
-            warmup_init=False,
-        )
-        return optimizer
+    def options(self, device: torch.device) -> JsonObject:
+        """The section's, with relative steps off."""
+        return {**super().options(device), "relative_step": False, "warmup_init": False}

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lorafit.kinds.optimizers import Beta, OptimizerSection, TorchOptimizer, WeightDecay, optimizers
+from lorafit.kinds.optimizers import Beta, Optimizer, OptimizerSection, WeightDecay, optimizers
 
 
 class RMSpropSection(OptimizerSection):
@@ -26,10 +26,10 @@ class RMSpropSection(OptimizerSection):
 
 
 @optimizers.register(RMSpropSection)
-class RMSprop(TorchOptimizer[RMSpropSection]):
+class RMSprop(Optimizer[RMSpropSection]):
     """Source: Tieleman & Hinton, lecture 6.5 of Neural Networks for Machine Learning, 2012; centered: Graves, 2013."""
 
-    optimizer = "RMSprop"
+    builds = "torch.optim:RMSprop"
 
     def state_bytes(self, parameters: int) -> int:
         """fp32 squares, and where asked momentum and means."""

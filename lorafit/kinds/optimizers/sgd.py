@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lorafit.kinds.optimizers import OptimizerSection, TorchOptimizer, WeightDecay, optimizers
+from lorafit.kinds.optimizers import Optimizer, OptimizerSection, WeightDecay, optimizers
 
 
 class SGDSection(OptimizerSection):
@@ -28,10 +28,10 @@ class SGDSection(OptimizerSection):
 
 
 @optimizers.register(SGDSection)
-class SGD(TorchOptimizer[SGDSection]):
+class SGD(Optimizer[SGDSection]):
     """Source: Sutskever et al., On the importance of initialization and momentum in deep learning, 2013."""
 
-    optimizer = "SGD"
+    builds = "torch.optim:SGD"
 
     def state_bytes(self, parameters: int) -> int:
         """One fp32 buffer where there is momentum."""
