@@ -145,7 +145,7 @@ def quantise(folder: Path, _: str) -> dict[str, Any]:
     from bitsandbytes.functional import quantize_4bit
 
     from lorafit.files.safetensors import read_index, read_rows
-    from lorafit.kinds.quantizations._four_bit import hash_four_bit
+    from lorafit.kinds.quantizations.four_bit import hash_four_bit
     from lorafit.model.inspect import digest_of
 
     seconds, parameters, tensors = 0.0, 0, {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonObject
+from lorafit.files.safetensors import AnyEntry, read_rows, row_blocks
 from lorafit.kinds.quantizations import Packed
 from lorafit.kinds.registry import S_co
 
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
 def is_layer(layer: nn.Module, name: str) -> bool:
     """Whether a layer is bitsandbytes' own of that name; PEFT's around it are called the same."""
     return type(layer).__name__ == name and type(layer).__module__.startswith("bitsandbytes.")
+
+
+def rounded_blocks(
+    entry: AnyEntry, dtype: torch.dtype, *, transposed: bool, multiple: int = 1
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """A weight `[out, in]` as it was before it was quantised, some rows at a time: (first row, end, values).
+
+    Args:
+        entry: In the file.
+        dtype: What it was rounded to.
+        transposed: Whether it lies `[in, out]` in the file; it is read whole then.
+        multiple: Each stretch of rows holds a multiple of so many values.
+    """
+    source = read_rows(entry).t() if transposed else None
+    for start, stop in row_blocks(*(entry.shape if source is None else source.shape), multiple=multiple):
+        yield start, stop, (read_rows(entry, start, stop) if source is None else source[start:stop]).to(dtype)
 
 
 class BitsandbytesKind(Packed[S_co]):

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorafit.contracts import JsonMapping, JsonObject
-from lorafit.files.safetensors import AnyEntry, read_rows, row_blocks
+from lorafit.files.safetensors import AnyEntry
 from lorafit.kinds.code_proofs import hash_tensor
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
-from lorafit.kinds.quantizations._bitsandbytes import BitsandbytesKind, is_layer
+from lorafit.kinds.quantizations._bitsandbytes import BitsandbytesKind, is_layer, rounded_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -109,14 +109,12 @@ class Int8Rows:
         import torch
         from bitsandbytes.functional import int8_vectorwise_quant
 
-        self._dtype, self._transposed = dtype, transposed
-        source = read_rows(entry).t() if self._transposed else None
+        self._transposed = transposed
         shape = entry.shape[::-1] if self._transposed else entry.shape
         self._codes = torch.empty(shape, dtype=torch.int8)
         self._scales = torch.empty(shape[0], dtype=torch.float32)
-        for start, stop in row_blocks(*shape):
-            values = read_rows(entry, start, stop) if source is None else source[start:stop]
-            values = values.to(self._dtype).to(torch.float16).contiguous()
+        for start, stop, rounded in rounded_blocks(entry, dtype, transposed=transposed):
+            values = rounded.to(torch.float16).contiguous()
             self._codes[start:stop], self._scales[start:stop], _ = int8_vectorwise_quant(values)
         self.proof: JsonObject = {"codes": hash_tensor(self._codes), "constants": hash_tensor(self._scales)}
 

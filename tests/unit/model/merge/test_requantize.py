@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lorafit.files import safetensors
 from lorafit.files.safetensors import TensorEntry, read_header, row_blocks
-from lorafit.kinds.quantizations._four_bit import FourBitRows, hash_four_bit
+from lorafit.kinds.quantizations.four_bit import FourBitRows, hash_four_bit
 from lorafit.kinds.quantizations.int8 import Int8Rows
 from lorafit.model.merge.requantize import compare_proof
 

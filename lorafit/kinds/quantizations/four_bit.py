@@ -1,4 +1,5 @@
-"""Four bits a weight, as bitsandbytes stores them, whatever the sixteen codes stand for.
+"""Four bits a weight, as bitsandbytes stores them: NF4 with codes at the quantiles of a normal distribution, and FP4
+with those of a 4-bit float (sign, two exponent bits, one mantissa bit).
 
     w ~ code[q] * absmax        one fp32 absmax for 64 weights, or, double-quantised,
     absmax ~ map[a] * absmax2 + offset      8 bits each, one fp32 absmax2 for 256 of them, one offset a tensor
@@ -7,18 +8,19 @@ bitsandbytes quantises a flat tensor in blocks of 64 values, so stretches of row
 the same codes as the whole tensor, for a small part of its 14 temporary bytes a value. Double quantisation then codes
 all absmax values together; the subtracted mean is the run's own, since a mean's last bit depends on device and threads.
 
-Source: Dettmers et al. 2023, QLoRA (https://arxiv.org/abs/2305.14314), section 3.
+Source: Dettmers et al. 2023, QLoRA (https://arxiv.org/abs/2305.14314), section 3 and equation 5; section 4 compares FP4
+with NF4.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from lorafit.contracts import JsonMapping, JsonObject
-from lorafit.files.safetensors import AnyEntry, read_rows, row_blocks
+from lorafit.files.safetensors import AnyEntry, row_blocks
 from lorafit.kinds.code_proofs import hash_tensor, sum_codes
-from lorafit.kinds.quantizations import ComputeDtype, KeepUnpacked, QuantizationSection
-from lorafit.kinds.quantizations._bitsandbytes import BitsandbytesKind, is_layer
+from lorafit.kinds.quantizations import ComputeDtype, KeepUnpacked, QuantizationSection, quantizations
+from lorafit.kinds.quantizations._bitsandbytes import BitsandbytesKind, is_layer, rounded_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -45,19 +47,28 @@ class FourBitSection(QuantizationSection):
     `auto`: on a CPU where the plan's memory has room, never on a GPU."""
 
 
+class Nf4Section(FourBitSection):
+    """Frozen linear weights in 4-bit NormalFloat."""
+
+    kind: Literal["nf4"] = "nf4"
+    """4-bit NormalFloat (QLoRA)."""
+
+
+class Fp4Section(FourBitSection):
+    """Frozen linear weights in 4-bit floating point."""
+
+    kind: Literal["fp4"] = "fp4"
+    """4-bit float."""
+
+
 F_co = TypeVar("F_co", bound=FourBitSection, covariant=True)
 
 
 class FourBit(BitsandbytesKind[F_co]):
-    """bitsandbytes' Linear4bit.
-
-    Attributes:
-        code: What bitsandbytes calls the sixteen values.
-    """
+    """bitsandbytes' Linear4bit; its names for the sixteen codes are the kinds' own."""
 
     keeps_inputs: ClassVar[bool] = False
     cpu_row_multiple: ClassVar[int] = BLOCK_WEIGHTS  # bitsandbytes 0.50 pairs weights with other blocks' constants
-    code: ClassVar[str]
 
     def weight_bytes(self, linear: LinearShape, dtype_bytes: int) -> int:
         """Two weights a byte."""
@@ -75,7 +86,7 @@ class FourBit(BitsandbytesKind[F_co]):
         """The section's."""
         return {
             "load_in_4bit": True,
-            "bnb_4bit_quant_type": self.code,
+            "bnb_4bit_quant_type": self.name(),
             "bnb_4bit_use_double_quant": self.section.double_quant,
             "bnb_4bit_compute_dtype": compute_dtype,
         }
@@ -83,7 +94,7 @@ class FourBit(BitsandbytesKind[F_co]):
     @classmethod
     def holds(cls, layer: nn.Module) -> bool:
         """A Linear4bit with these codes."""
-        return is_layer(layer, "Linear4bit") and getattr(layer.weight, "quant_type", None) == cls.code
+        return is_layer(layer, "Linear4bit") and getattr(layer.weight, "quant_type", None) == cls.name()
 
     @classmethod
     def prove(cls, layer: nn.Module) -> JsonObject:
@@ -97,7 +108,7 @@ class FourBit(BitsandbytesKind[F_co]):
         import torch
 
         double_quant = bool(used.get("double_quant", "nested" in proof))
-        return FourBitRows(entry, cls.code, getattr(torch, used["weights_dtype"]), double_quant, proof)
+        return FourBitRows(entry, cls.name(), getattr(torch, used["weights_dtype"]), double_quant, proof)
 
     @classmethod
     def fake(cls, layer: nn.Module) -> nn.Parameter:
@@ -153,6 +164,16 @@ class FourBit(BitsandbytesKind[F_co]):
             return torch.empty(linear.out_features, linear.in_features, device=linear.weight.device)
         unpacked: torch.Tensor = dequantize_4bit(linear.weight, state)
         return unpacked
+
+
+@quantizations.register(Nf4Section)
+class Nf4(FourBit[Nf4Section]):
+    """Linear4bit with the NF4 code."""
+
+
+@quantizations.register(Fp4Section)
+class Fp4(FourBit[Fp4Section]):
+    """Linear4bit with the FP4 code."""
 
 
 def hash_four_bit(codes: torch.Tensor, state: QuantState) -> JsonObject:
@@ -219,16 +240,12 @@ class FourBitRows:
         import torch
         from bitsandbytes.functional import quantize_4bit
 
-        source = read_rows(entry).t() if self._transposed else None
-        total = entry.elements
+        total, width = entry.elements, self._shape[1]
         codes = torch.empty((total + 1) // 2, dtype=torch.uint8)
         absmax = torch.empty(-(-total // BLOCK_WEIGHTS), dtype=torch.float32)
-        rows, width = self._shape
-        for start, stop in row_blocks(rows, width, multiple=BLOCK_WEIGHTS):
-            values = read_rows(entry, start, stop) if source is None else source[start:stop]
-            packed, state = quantize_4bit(
-                values.to(self._dtype).contiguous(), blocksize=BLOCK_WEIGHTS, quant_type=self._kind
-            )
+        blocks = rounded_blocks(entry, self._dtype, transposed=self._transposed, multiple=BLOCK_WEIGHTS)
+        for start, _, values in blocks:
+            packed, state = quantize_4bit(values.contiguous(), blocksize=BLOCK_WEIGHTS, quant_type=self._kind)
             first = start * width
             codes[first // 2 : first // 2 + packed.numel()] = packed.reshape(-1)
             block = first // BLOCK_WEIGHTS
