@@ -58,7 +58,13 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 300, "encoder_hash_byte_group_size": [3], "vocab_size": VOCABULARY},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 300,
+        "encoder_hash_byte_group_size": [3],
+        "patching_threshold": 6.0,  # above any entropy of 320 tokens: softmax over a patch of one has no gradient
+        "max_patch_length": 4,
+        "vocab_size": VOCABULARY,
+    },
     "blt_local_encoder": {"hidden_size_global": 128, "vocab_size": VOCABULARY},
     "blt_local_decoder": {"hidden_size_global": 128, "vocab_size": VOCABULARY},
     "blt_patcher": {"vocab_size": VOCABULARY},

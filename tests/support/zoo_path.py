@@ -1,6 +1,6 @@
 """The whole way of one architecture: plan, two steps, evaluation, PEFT alone, merge, plain transformers, dry run.
 
-    tiny base ─ train ─ evaluate ─┬─ PEFT alone over the base      same logits, and no adapter that is zero
+    tiny base ─ train ─ evaluate ─┬─ PEFT alone over the base      same logits, no adapter zero or noise
                                   ├─ merge ─ transformers alone    same logits
                                   └─ estimate --exact              the bytes that training counted
 
@@ -27,6 +27,7 @@ from tests.support.zoo_models import make_base
 
 TOLERANCE = 1e-4  # of logits, computed in fp32
 EXACT_TOLERANCE = 0.03  # of live bytes
+ROUNDING = 1e-6  # of the largest gradient, computed in fp32
 STEPS, ROWS = 2, 8
 
 
@@ -126,7 +127,7 @@ def go(folder: Path, quantization: str, walk: Walk, *, exact: bool = True) -> No
     """Walks a world's whole way in one precision; what it finds stands in `walk`, also where it stops.
 
     Raises:
-        BrokenError: Logits differ, an adapter is zero, or counts disagree.
+        BrokenError: Logits differ, an adapter is zero or has nothing to learn, or counts disagree.
         LorafitError: A command refused.
     """
     values, run, merged = (
@@ -189,11 +190,28 @@ def _check_peft(folder: Path, run: Path, quantization: str, ours: Any, walk: Wal
     walk.peft_difference, walk.learnt = _distance(tuned, ours), _distance(tuned, before)
     _require(walk.peft_difference <= TOLERANCE, f"PEFT's logits are {walk.peft_difference:.1e} away")
     _require(walk.learnt > 10 * TOLERANCE, f"the adapter moves no logit by more than {walk.learnt:.1e}")
+    chance = learns_from_rounding(model)
+    _require(not chance, f"{len(chance)} adapters have no gradient but rounding in this base, e.g. {chance[:1]}")
     own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
     zero = [name for name, parameter in own.items() if ".lora_B." in name and not parameter.any()]
     _require(not zero, f"{len(zero)} adapters are zero, e.g. {zero[:1]}")
     found = sum(parameter.numel() for parameter in own.values())
     _require(found == walk.trainable, f"{walk.trainable} trainable parameters planned, PEFT has {found}")
+
+
+def learns_from_rounding(model: Any) -> list[str]:
+    """Adapters of a PEFT model whose gradient is zero or rounding, as that of queries is which see one key each.
+
+    What they learn is chance, and nothing where another attention rounds otherwise.
+    """
+    import torch
+
+    trained = {name: p.requires_grad_() for name, p in model.named_parameters() if ".lora_B." in name}
+    ids = _ids()
+    logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+    sizes = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in trained.items()}
+    return [name for name, size in sizes.items() if not size > ROUNDING * max(sizes.values())]
 
 
 def _own_logits(run: Path) -> tuple[Any, float]:
@@ -251,10 +269,14 @@ def _quantised_as(run: Path, quantization: str) -> dict[str, Any]:
 def _logits(model: Any) -> Any:
     import torch
 
-    model.eval()
-    ids = torch.arange(5, 305, 13)[None]
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
+        return model.eval()(input_ids=_ids(), use_cache=False).logits.float()
+
+
+def _ids() -> Any:
+    import torch
+
+    return torch.arange(5, 305, 13)[None]
 
 
 def _distance(one: Any, other: Any) -> float:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from benchmarks.zoo import COUNTED, try_architecture
 from lorafit import pipeline
 from lorafit.errors import ModelError
-from tests.support.zoo_models import architectures, group_of
-from tests.support.zoo_path import make_world, recipe
+from tests.support.tiny_model import make_tokenizer
+from tests.support.zoo_models import EXCEPTIONS, architectures, group_of, make_base
+from tests.support.zoo_path import learns_from_rounding, make_world, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
@@ -63,6 +65,24 @@ def test_a_dry_run_says_already_what_peft_would_not_load(tmp_path: Path) -> None
     assert pipeline.train(recipe(tmp_path / "qwen2", "nf4"), dry_run=True).fit is None
     with pytest.raises(ModelError, match="PEFT renames the layers of this class"):
         pipeline.train(recipe(tmp_path / "deepseek_ocr2", "nf4"), dry_run=True)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_patches_of_one_token_teach_a_query_rounding_alone(
+    attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero or 1e-8 by attention, hence works or fails by chance: the zoo sees both, and its blt has real gradients."""
+    several, one = tmp_path / "several", tmp_path / "one"
+    make_base("blt", several, make_tokenizer())
+    shared = {key: value for key, value in EXCEPTIONS["blt"].items() if key != "patching_threshold"}
+    monkeypatch.setitem(EXCEPTIONS, "blt", shared)
+    make_base("blt", one, make_tokenizer())
+    idle = [f"local_encoder.cross_attn_layers.0.{name}" for name in ("q_proj", "k_proj")]
+    for folder, expected in ((several, []), (one, idle)):
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+        adapter = LoraConfig(target_modules=r".*local_encoder\.cross_attn_layers.*_proj")
+        found = learns_from_rounding(get_peft_model(base, adapter))
+        assert [name.split(".lora_B")[0].removeprefix("base_model.model.model.") for name in found] == expected
 
 
 def results_on_the_page() -> dict[str, str]:
