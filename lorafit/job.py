@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorafit.contracts import Examples, GenerationRow
+    from lorafit.contracts import Examples
     from lorafit.data.prepare import Prepared, Renderer
     from lorafit.facts import DeviceFacts, ModelShape
     from lorafit.model.base import Base
@@ -125,17 +125,6 @@ class Job:
 
         beside = TokenizerFolder(self.base.path, follows_links=True)
         return Companions(beside, card.shipped_templates, card.generation, type(self.tokenizer).__name__)
-
-    def questions(self, split: str, limit: int | None) -> list[GenerationRow]:
-        """What the metrics of the recipe ask of a split's rows, or of the first ones of it.
-
-        Raises:
-            DataError: The chat template refuses a prompt.
-        """
-        from lorafit.kinds.metrics import metrics
-
-        with_calls = any(metrics.get(name).needs == "calls" for name in self.recipe.evaluation.final)
-        return self.rows.generation_rows(split, limit, with_calls=with_calls)
 
     def facts(self) -> JsonObject:
         """What the run is made of, and what a resume must find again."""
@@ -315,23 +304,6 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, 
     raise_all(errors, file=loaded.file)
 
 
-def load_base(job: Job, *, dtype: str, compute_dtype: str, attention: str, device: Any, reporter: Reporter) -> Any:
-    """The frozen base, quantised as the recipe says."""
-    from lorafit.model.load import load_model
-    from lorafit.ops.dtypes import dtype_named
-
-    return load_model(
-        job.base,
-        quantization=job.recipe.model.quantization,
-        dtype=dtype_named(dtype),
-        compute_dtype=dtype_named(compute_dtype),
-        attention=attention,
-        device=device,
-        model_class=job.task.model_class,
-        reporter=reporter,
-    )
-
-
 def build_objective(job: Job, model: PreTrainedModel, dtype: str) -> Objective:
     """The objective around a model, not proven yet."""
     from lorafit.ops.dtypes import autocast_dtype
@@ -389,5 +361,4 @@ def prove(job: Job, objective: Objective, examples: Examples, reporter: Reporter
     task = job.task
     most_tokens = min(_PROOF_TOKENS, _PROOF_LOGITS_BYTES // (4 * job.shape.vocabulary))
     row = task.cut_probe(examples[choose_probe(examples.lengths, most_tokens=most_tokens)], most_tokens)
-    device = objective.base.get_input_embeddings().weight.device
-    prove_objective(objective, task.collate([[row]], job.pad_id).to(device), reporter)
+    prove_objective(objective, objective.batch_of(row, job.pad_id), reporter)

@@ -20,6 +20,7 @@ from lorafit.errors import UsageError
 from lorafit.files.atomic import read_json
 from lorafit.files.rundir import RunDir
 from lorafit.job import build_objective, check_template, look_at_template, open_job, placed, prove, refer
+from lorafit.kinds.metrics import metrics
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.run.workspace import (
     base_commit,
@@ -226,7 +227,8 @@ def evaluate(
         changed=changed_evaluation(opened, split),
     )
     check_reports(opened.run, report)
-    asked = job.questions(split, limit)
+    with_calls = any(metrics.get(name).needs == "calls" for name in job.recipe.evaluation.final)
+    asked = job.rows.generation_rows(split, limit, with_calls=with_calls)
     engine = tuned.load(job.tokenizer, reporter)
     objective = build_objective(job, engine.model, tuned.card.dtype)
     refer(job, objective, (split, "retention"), reporter, is_trained=True)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.contracts import JsonMapping, Reporter, Silent
+from lorafit.contracts import JsonMapping, Reporter
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
-from lorafit.evaluation.runner import Ranks, evaluate_during
+from lorafit.evaluation.runner import evaluate_during
 from lorafit.files.atomic import check_manifest, read_object, write_json
 from lorafit.files.cache import cache_folder
 from lorafit.files.rundir import RunDir
-from lorafit.job import build_objective, load_base, prove, refer
+from lorafit.job import build_objective, prove, refer
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
@@ -31,7 +31,7 @@ from lorafit.model.attach import attach_adapter, load_adapter_weights
 from lorafit.model.content import reading_content, require_recorded, require_same
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.inspect import coverage, coverage_table, describe_quantization, require_same_quantization
-from lorafit.model.load import enable_checkpointing
+from lorafit.model.load import enable_checkpointing, load_model
 from lorafit.model.shippable import check_shippable
 from lorafit.objective import choose_probe
 from lorafit.ops.dtypes import dtype_named
@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from lorafit.job import Job
     from lorafit.memory import StepMemory
     from lorafit.model.content import Content
-    from lorafit.objective import Objective
     from lorafit.plan import Plan
     from lorafit.run.card import RunCard
     from lorafit.trainer.checkpoint import Checkpoint
@@ -118,7 +117,8 @@ class Training:
         objective = build_objective(job, model, self.plan.dtype)
         refer(job, objective, ("train", "validation"), self.reporter)  # before a checkpoint's values are taken
         prove(job, objective, job.rows.train, self.reporter)
-        self._prove_gradients(objective)
+        probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS)
+        prove_gradients(objective, objective.batch_of(job.rows.train[probe], job.pad_id))
         one = accelerator.num_processes == 1
         executor: Executor = OneByOne(objective, accelerator.device) if one else OverRanks(objective, accelerator)
         resolved = self._resolve(executor, checkpoint, given)
@@ -168,14 +168,15 @@ class Training:
 
     def _load(self, accelerator: Accelerator) -> Any:
         """The base with its adapter, in the precision of the plan."""
-
         plan = self.plan
-        base = load_base(
-            self.job,
-            dtype=plan.dtype,
-            compute_dtype=plan.compute_dtype,
+        base = load_model(
+            self.job.base,
+            quantization=self.job.recipe.model.quantization,
+            dtype=dtype_named(plan.dtype),
+            compute_dtype=dtype_named(plan.compute_dtype),
             attention=plan.attention,
             device=accelerator.device,
+            model_class=self.job.task.model_class,
             reporter=self.reporter,
         )
         model = self._attach(base)
@@ -187,7 +188,6 @@ class Training:
 
     def _check_base(self, content: Content, used: JsonMapping) -> None:
         """Whether the base is the one that the run was begun on, where there is one: every byte, and every code."""
-
         where = self.where
         if where.base.exists():
             require_same(content, read_object(where.base), folder=self.job.base.path, file=where.base)
@@ -198,7 +198,6 @@ class Training:
         self, job: Job, card: RunCard, plan: JsonMapping, hashes: Mapping[Path, Any], *, begins: bool
     ) -> None:
         """Everything that the run folder says of the run. Hashes of its base stay those that it was begun with."""
-
         where = self.where
         describe_run(where, job.loaded, {**job.origin(), "threads": torch.get_num_threads()})
         for file, values in hashes.items():
@@ -209,17 +208,8 @@ class Training:
         write_json(where.data, job.rows.report.to_json())
         write_json(where.plan, plan)
 
-    def _prove_gradients(self, objective: Objective) -> None:
-        """One short row forward and backward, before anything is written."""
-
-        rows = self.job.rows.train
-        row = choose_probe(rows.lengths, most_tokens=_GRADIENT_TOKENS)
-        device = objective.base.get_input_embeddings().weight.device
-        prove_gradients(objective, objective.task.collate([[rows[row]]], self.job.pad_id).to(device))
-
     def _attach(self, base: PreTrainedModel) -> Any:
         """The base with its adapter, which is the planned one, and can be merged and loaded again."""
-
         job, recipe = self.job, self.job.recipe
         model = attach_adapter(
             base, recipe.adapter, recipe.seed, folder=job.loaded.folder, model_class=job.task.model_class
@@ -230,7 +220,6 @@ class Training:
 
     def _measure_speed(self, fit: FitResult, executor: Executor) -> Speed | None:
         """The run's figures against what the machine can do."""
-
         facts = self.job.rows.facts()
         flops = count_flops(
             self.job.shape,
@@ -258,7 +247,6 @@ class Training:
     def _find_checkpoint(
         self, store: CheckpointStore, step: int | None, allow_inexact: bool
     ) -> tuple[Checkpoint | None, list[Event]]:
-
         job, device = self.job, self.job.device
         if read_base_digest(self.where) not in (None, job.base.digest):
             require_recorded(job.base.path, self.where.base)  # names the tensors, where more than the config changed
@@ -348,19 +336,14 @@ class Training:
         job, evaluation = self.job, self.job.recipe.evaluation
         if job.rows.validation is None or self.plan.evaluate_every_steps is None:
             return None
-        evaluate = evaluate_during(
+        evaluate = partial(
+            evaluate_during,
             executor.objective,
             job.rows.validation,
             evaluation.during,
             micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
             pad_id=job.pad_id,
-            device=executor.device,
-            reporter=Silent(),
-            ranks=Ranks(
-                executor.rank,
-                executor.ranks,
-                lambda sums: torch.tensor(executor.sum(sums.flatten().tolist()), dtype=sums.dtype).view_as(sums),
-            ),
+            ranks=executor,
         )
         stopping = evaluation.early_stopping
         if stopping is None:

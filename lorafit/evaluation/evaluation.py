@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from lorafit.answering.generate import Answer
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
-from lorafit.errors import row_place
 from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison
 from lorafit.kinds.metrics import RowScore
 
@@ -60,11 +59,6 @@ class Row:
     def asked_for(self, needs: str) -> Row:
         """The row as a metric reads it, by what that needs: `calls` means the call, where one was asked for."""
         return self.call if needs == "calls" and self.call is not None else self
-
-    @property
-    def place(self) -> str:
-        """`file:line`."""
-        return row_place(self.file, self.line)
 
     def to_json(self) -> JsonObject:
         """The row for `report.jsonl`."""

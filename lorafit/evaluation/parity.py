@@ -93,16 +93,29 @@ def compare_merge(
     Raises:
         NumericsError: No row to compare, or logits that are not finite.
     """
-    totals = _Totals()
+    found = []
     bar = reporter.track(len(rows), "comparing logits")
     (adapter,) = adapted.adapters
     with fp32_compute(adapted.model), fp32_compute(merged.model), bar:
         for number, ids in enumerate(rows):
             if len(ids) > 1:
                 flags = trained[number] if trained is not None else [1] * len(ids)
-                totals.add(adapted.logits(ids, adapter), merged.logits(ids), ids, flags)
+                found.append(_sums(adapted.logits(ids, adapter), merged.logits(ids), ids, flags))
             bar.advance()
-    return totals.finish()
+    if not found:
+        raise NumericsError("no row to compare the merge on", todo="give rows of two tokens or more")
+    *columns, differences, kls = zip(*found, strict=True)
+    tokens, kl, same, labels, adapter_loss, merged_loss = map(sum, columns)
+    return Parity(
+        rows=len(found),
+        tokens=tokens,
+        max_logit_difference=max(differences),
+        mean_kl=kl / tokens,
+        max_kl=max(kls),
+        top1_agreement=same / tokens,
+        adapter_loss=adapter_loss / max(1, labels),
+        merged_loss=merged_loss / max(1, labels),
+    )
 
 
 @contextlib.contextmanager
@@ -149,45 +162,18 @@ def require_parity(parity: Parity, *, limit: float = KL_LIMIT) -> None:
         )
 
 
-class _Totals:
-    """Sums over positions."""
+def _sums(p: torch.Tensor, q: torch.Tensor, ids: Sequence[int], flags: Sequence[int]) -> tuple[float, ...]:
+    """Of one row, with `p`, `q` `[tokens, vocabulary]`, whose position t predicts token t + 1: positions, KL, equal
+    first choices, tokens that count and both models' loss on them; the largest difference and the largest KL last.
+    """
+    import torch
 
-    def __init__(self) -> None:
-        self._rows = self._tokens = self._same = self._counted = 0
-        self._kl = self._worst_kl = self._worst = self._loss_p = self._loss_q = 0.0
-
-    def add(self, p: torch.Tensor, q: torch.Tensor, ids: Sequence[int], flags: Sequence[int]) -> None:
-        """Adds one row: `p`, `q` `[tokens, vocabulary]`; position t predicts token t + 1."""
-        import torch
-
-        if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
-            raise NumericsError("logits are not finite", todo="the adapter or the merged model is broken")
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
-        self._rows += 1
-        self._tokens += p.shape[0]
-        self._kl += float(kl.sum())
-        self._worst_kl = max(self._worst_kl, float(kl.max()))
-        self._worst = max(self._worst, float((p - q).abs().max()))
-        self._same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        target = torch.tensor(list(ids[1:]), dtype=torch.long)[:, None]
-        counts = torch.tensor([float(flag) for flag in flags[1:]])
-        self._counted += int(counts.sum())
-        self._loss_p -= float((log_p[:-1].gather(1, target)[:, 0] * counts).sum())
-        self._loss_q -= float((log_q[:-1].gather(1, target)[:, 0] * counts).sum())
-
-    def finish(self) -> Parity:
-        """The means."""
-        if not self._tokens:
-            raise NumericsError("no row to compare the merge on", todo="give rows of two tokens or more")
-        counted = max(1, self._counted)
-        return Parity(
-            rows=self._rows,
-            tokens=self._tokens,
-            max_logit_difference=self._worst,
-            mean_kl=self._kl / self._tokens,
-            max_kl=self._worst_kl,
-            top1_agreement=self._same / self._tokens,
-            adapter_loss=self._loss_p / counted,
-            merged_loss=self._loss_q / counted,
-        )
+    if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
+        raise NumericsError("logits are not finite", todo="the adapter or the merged model is broken")
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
+    target = torch.tensor(list(ids[1:]), dtype=torch.long)[:, None]
+    counts = torch.tensor([float(flag) for flag in flags[1:]])
+    losses = [-float((log[:-1].gather(1, target)[:, 0] * counts).sum()) for log in (log_p, log_q)]
+    same = (p.argmax(-1) == q.argmax(-1)).sum()
+    return len(p), float(kl.sum()), int(same), int(counts.sum()), *losses, float((p - q).abs().max()), float(kl.max())

@@ -23,7 +23,6 @@ from lorafit.files.cache import cache_folder, own_folder
 from lorafit.ops.isolation import evaluating
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
     from lorafit.contracts import Reporter
@@ -57,16 +56,16 @@ def add_reference(
     """
     from safetensors.numpy import save_file
 
-    device, cache = objective.base.get_input_embeddings().weight.device, cache_folder() / "reference"
+    cache, device = cache_folder() / "reference", objective.device.type
     own_folder(cache)
     found = {}
     for split, examples in splits.items():
-        parts = {**made_of, "task": task.section.model_dump(), "rows": examples.digest(), "device": device.type}
+        parts = {**made_of, "task": task.section.model_dump(), "rows": examples.digest(), "device": device}
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
         file = cache / f"{key}.safetensors"
         values = _read(file, task, len(examples))
         if values is None:
-            values = _refer(objective, task, examples, pad_id, device, reporter)
+            values = _refer(objective, task, examples, pad_id, reporter)
             with atomic_file(file) as temporary:
                 save_file(values, temporary)
         found[split] = examples.with_columns(values)
@@ -87,12 +86,7 @@ def _read(file: Path, task: Task[TaskSection], rows: int) -> dict[str, NDArray[n
 
 
 def _refer(
-    objective: Objective,
-    task: Task[TaskSection],
-    examples: ExampleSet,
-    pad_id: int,
-    device: torch.device,
-    reporter: Reporter,
+    objective: Objective, task: Task[TaskSection], examples: ExampleSet, pad_id: int, reporter: Reporter
 ) -> dict[str, NDArray[np.float64]]:
     columns = task.reference_columns
     found = {column.name: np.zeros((len(examples), column.width or 1)) for column in columns}
@@ -100,7 +94,7 @@ def _refer(
     cut = cut_step(range(len(examples)), examples.lengths, tokens)
     with evaluating(objective), reporter.track(len(examples), "reference") as bar:
         for members in cut:
-            batch = task.collate([[examples[row]] for row in members], pad_id).to(device)
+            batch = task.collate([[examples[row]] for row in members], pad_id).to(objective.device)
             with objective.autocast(batch):
                 values = task.refer(objective, batch)
             for column in columns:

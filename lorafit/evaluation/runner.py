@@ -9,17 +9,16 @@ Base (adapter off) and tuned (adapter on) see the same micro-batches and the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from lorafit.answering.engine import Engine, Request, Sampling
-from lorafit.answering.generate import BATCH_TOKENS, Answer
-from lorafit.contracts import JsonObject
+from lorafit.answering.generate import Answer
+from lorafit.contracts import Silent
 from lorafit.data.batch import cut_step
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
@@ -32,22 +31,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorafit.contracts import Examples, GenerationRow, Reporter
-    from lorafit.objective import TrainedTask
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """Several processes that share the rows of an evaluation: each scores every `count`-th micro-batch.
+class Ranks(Protocol):
+    """Several processes that share the rows of an evaluation, each its part of the micro-batches: an executor is one.
 
     Attributes:
-        index: This process.
-        count: Processes.
-        add_up: Sums a tensor over all processes, e.g. `lambda t: accelerator.reduce(t, "sum")`.
+        rank: Number of this process, from 0.
+        ranks: Their number.
     """
 
-    index: int = 0
-    count: int = 1
-    add_up: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    rank: int
+    ranks: int
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value, added over all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,6 @@ def score_examples(
     *,
     micro_batch_tokens: int,
     pad_id: int,
-    device: torch.device,
     reporter: Reporter,
     ranks: Ranks | None = None,
     what: str = "scoring",
@@ -79,7 +76,6 @@ def score_examples(
         examples: Prepared rows.
         micro_batch_tokens: Padded tokens of one forward.
         pad_id: Fills up shorter rows.
-        device: Where the model is.
         reporter: Gets a bar.
         ranks: Set where several processes share the work.
         what: Name of the bar.
@@ -87,19 +83,19 @@ def score_examples(
     Raises:
         NumericsError: A row's loss is not finite.
     """
-    ranks = ranks or Ranks()
+    first, every = (ranks.rank, ranks.ranks) if ranks is not None else (0, 1)
     rows = len(examples)
     widths = objective.task.scores
     sums = np.zeros((rows, sum(widths.values())))
-    micro_batches = cut_step(range(rows), examples.lengths, micro_batch_tokens)[ranks.index :: ranks.count]
+    micro_batches = cut_step(range(rows), examples.lengths, micro_batch_tokens)[first::every]
     with reporter.track(sum(map(len, micro_batches)), what) as bar:
         for members in micro_batches:
             batch = objective.task.collate([[examples[row]] for row in members], pad_id)
-            scores = objective.score(batch.to(device))
+            scores = objective.score(batch.to(objective.device))
             sums[np.asarray(members)] = np.column_stack([scores[name] for name in widths])
             bar.advance(len(members))
-    if ranks.count > 1:
-        sums = ranks.add_up(torch.from_numpy(sums).to(device)).cpu().numpy()
+    if ranks is not None and every > 1:
+        sums = np.asarray(ranks.sum(sums.flatten().tolist())).reshape(sums.shape)
     ends = np.cumsum(list(widths.values()))
     parts = dict(zip(widths, np.split(sums, ends[:-1], axis=1), strict=True))
     for row in np.flatnonzero(~np.isfinite(parts["loss"][:, 0])):
@@ -122,37 +118,23 @@ def measure(names: Sequence[str], rows: Sequence[RowScore]) -> dict[str, float]:
 
 
 def evaluate_during(
-    objective: torch.nn.Module,
+    objective: Any,
     examples: Examples,
     metric_names: Sequence[str],
     *,
     micro_batch_tokens: int,
     pad_id: int,
-    device: torch.device,
-    reporter: Reporter,
     ranks: Ranks | None = None,
-) -> Callable[[], dict[str, float]]:
-    """What the training loop calls between steps: values by name, the loss always among them.
+) -> dict[str, float]:
+    """What the training loop asks for between steps: values by name, the loss always among them.
 
     Modes, random numbers, weights and NF4 packing are as before the call, so that evaluating does not change training.
     """
-    names = ["loss", *(name for name in metric_names if name != "loss")]
-
-    def evaluate() -> dict[str, float]:
-        with evaluating(objective):
-            scores = score_examples(
-                objective,
-                examples,
-                micro_batch_tokens=micro_batch_tokens,
-                pad_id=pad_id,
-                device=device,
-                reporter=reporter,
-                ranks=ranks,
-                what="evaluating",
-            )
-        return measure(names, scores)
-
-    return evaluate
+    with evaluating(objective):
+        scores = score_examples(
+            objective, examples, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=Silent(), ranks=ranks
+        )
+    return measure(["loss", *(name for name in metric_names if name != "loss")], scores)
 
 
 def evaluate_pair(
@@ -168,7 +150,6 @@ def evaluate_pair(
     seed: int,
     reporter: Reporter,
     retention: Examples | None = None,
-    generation_batch_tokens: int = BATCH_TOKENS,
     about: About | None = None,
 ) -> Evaluation:
     """Base (adapter off) and tuned model on the same rows, with intervals and verdicts.
@@ -185,7 +166,6 @@ def evaluate_pair(
         seed: Of the bootstrap.
         reporter: Gets bars and warnings.
         retention: Prepared rows of general ability; scored by loss, perplexity and token accuracy.
-        generation_batch_tokens: Bound of rows x (prompt + new tokens) in a batch of answers.
         about: What goes into the report's head.
 
     Raises:
@@ -193,69 +173,42 @@ def evaluate_pair(
         NumericsError: A row's loss is not finite.
     """
     started, metric_names = time.perf_counter(), with_companions(metric_names)
-    forget_peak_memory(device := engine.device, of_process=False)
+    forget_peak_memory(engine.device, of_process=False)
     asked = find_asked(examples, generation_rows, metric_names)
-    score = partial(
-        score_examples,
-        objective,
-        micro_batch_tokens=micro_batch_tokens,
-        pad_id=find_pad_id(engine.tokenizer, engine.embedding_rows),
-        device=device,
-        reporter=reporter,
-    )
-    sampling = Sampling(max_new_tokens)
+    pad_id = find_pad_id(engine.tokenizer, engine.embedding_rows)
+    score = partial(score_examples, objective, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=reporter)
 
     def run(side: str, adapter: str | None) -> _Side:
+        sampling = Sampling(max_new_tokens)
         requests = [Request(row.prompt_ids, adapter, sampling, tuple(stop_ids)) for row in asked]
         with engine.using(adapter):
             kept = score(retention, what=f"retention, {side} model") if retention is not None else []
             losses = score(examples, what=f"scoring, {side} model")
-        answers = engine.answer(
-            requests, batch_tokens=generation_batch_tokens, reporter=reporter, what=f"answers, {side} model"
-        )
-        return _Side(losses, answers, kept)
+        return _Side(losses, engine.answer(requests, reporter=reporter, what=f"answers, {side} model"), kept)
 
     (adapter,) = engine.adapters
     with evaluating(objective):
         base, tuned = run("base", None), run("tuned", adapter)
-    found = _conclude(examples, retention, asked, base, tuned, metric_names, objective.task, engine.tokenizer, seed)
-    return Evaluation(
-        **found,
-        about=about or About(),
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(device),
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-    )
-
-
-def _conclude(
-    examples: Examples,
-    retention: Examples | None,
-    asked: Sequence[GenerationRow],
-    base: _Side,
-    tuned: _Side,
-    metric_names: Sequence[str],
-    task: TrainedTask,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-) -> JsonObject:
-    """The fields of an Evaluation that follow from what both models scored and wrote."""
     rows = join_rows(examples, base.losses, tuned.losses, asked, base.answers, tuned.answers)
     comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
-    cheap = [name for name, metric in metrics.items() if metric.during_training and task.can_score(name)]
+    cheap = [name for name, metric in metrics.items() if metric.during_training and objective.task.can_score(name)]
     retained = join_rows(retention, base.retained, tuned.retained) if retention is not None else ()
-    return {
-        "comparisons": comparisons,
-        "unscored": unscored,
-        "rows": rows,
-        "worst": fill_text(find_worst(rows, comparisons), examples, task, tokenizer),
-        "signatures": {name: metrics.get(name).signature() for name in metric_names},
-        "retention": compare_rows(retained, cheap, seed=seed)[0] if retained else (),
-        "retention_rows": len(retained),
-        "base_speed": Speed.of(base.answers) if asked else None,
-        "tuned_speed": Speed.of(tuned.answers) if asked else None,
-    }
+    return Evaluation(
+        about=about or About(),
+        comparisons=comparisons,
+        unscored=unscored,
+        rows=rows,
+        worst=fill_text(find_worst(rows, comparisons), examples, objective.task, engine.tokenizer),
+        signatures={name: metrics.get(name).signature() for name in metric_names},
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(engine.device),
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        retention=compare_rows(retained, cheap, seed=seed)[0] if retained else (),
+        retention_rows=len(retained),
+        base_speed=Speed.of(base.answers) if asked else None,
+        tuned_speed=Speed.of(tuned.answers) if asked else None,
+    )
 
 
 def find_pad_id(tokenizer: PreTrainedTokenizerBase, embedding_rows: int | None = None) -> int:

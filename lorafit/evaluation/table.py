@@ -84,7 +84,8 @@ def _draw(comparisons: Sequence[Comparison], title: str, *, wide: bool) -> Table
 
 def _narrow_cells(line: Comparison) -> tuple[str, ...]:
     """As in the report, points and the number of rows left out: the line below the table says it."""
-    change, low, high = (line.show_change(value).removesuffix(" points") for value in _changes(line))
+    changes = (line.difference, line.low, line.high)
+    change, low, high = (line.show_change(value).removesuffix(" points") for value in changes)
     return (
         line.name,
         line.show(line.base),
@@ -94,10 +95,6 @@ def _narrow_cells(line: Comparison) -> tuple[str, ...]:
         _NARROW_VERDICTS.get(line.verdict, line.verdict),
         f"{line.rows_better} / {line.rows_worse}",
     )
-
-
-def _changes(line: Comparison) -> tuple[float, float, float]:
-    return line.difference, line.low, line.high
 
 
 def _conclude(

@@ -114,6 +114,16 @@ class Objective(nn.Module):
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        device: torch.device = self.base.get_input_embeddings().weight.device
+        return device
+
+    def batch_of(self, row: Example, pad_id: int) -> Batch:
+        """A micro-batch of one row, on the model's device."""
+        return self.task.collate([[row]], pad_id).to(self.device)
+
     def autocast(self, batch: Batch) -> torch.autocast:
         """The precision in which the objective computes."""
         dtype = self.autocast_dtype

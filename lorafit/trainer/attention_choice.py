@@ -125,4 +125,4 @@ class AttentionProbe:
 
     def _batch(self) -> Batch:
         row = choose_probe(self.stage.examples.lengths, most_tokens=_PROBE_TOKENS)
-        return self.stage.objective.task.collate([[self.stage.examples[row]]], self.stage.pad_id).to(self.stage.device)
+        return self.stage.objective.batch_of(self.stage.examples[row], self.stage.pad_id)

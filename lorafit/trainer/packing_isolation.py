@@ -65,11 +65,10 @@ def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int,
 
 def _find_fault(objective: Objective, first: Example, second: Example, pad_id: int, one_row: bool) -> str:
     """What is wrong, in words; empty where the documents do not see each other."""
-    device = objective.base.get_input_embeddings().weight.device
 
     def pack(before: Example) -> Batch:
         rows = [[_unlabelled(before), second]] + ([] if one_row else [[_unlabelled(second)]])
-        return objective.task.collate(rows, pad_id).to(device)
+        return objective.task.collate(rows, pad_id).to(objective.device)
 
     tokens = len(first["tokens"])
     others = np.resize(list(second["tokens"])[::-1], tokens).tolist()
@@ -77,7 +76,7 @@ def _find_fault(objective: Objective, first: Example, second: Example, pad_id: i
     try:
         with torch.no_grad():
             behind, moved = objective.logits(pack(first)), objective.logits(pack(changed))
-            alone = objective.logits(objective.task.collate([[second]], pad_id).to(device))
+            alone = objective.logits(objective.batch_of(second, pad_id))
         gradient = _gradient_at(objective, pack(first))[:tokens]
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         if is_out_of_memory(error):

@@ -94,7 +94,7 @@ class Stage:
     def shortest_batch(self) -> Batch:
         """The shortest row of the first step, alone."""
         row = min(self.step_rows.rows(1)[1], key=lambda row: int(self.examples.lengths[row]))
-        return self.objective.task.collate([[self.examples[row]]], self.pad_id)
+        return self.objective.batch_of(self.examples[row], self.pad_id)
 
     def may_run_at_once(self, checkpointing: bool) -> bool:
         """Whether several micro-batches may run at once in threads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,11 @@ from lorafit.answering.engine import Engine
 from lorafit.contracts import Silent
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About
-from lorafit.evaluation.runner import Ranks, evaluate_during, evaluate_pair, measure, score_examples
+from lorafit.evaluation.runner import evaluate_during, evaluate_pair, measure, score_examples
 from lorafit.kinds.tasks import tasks
 
 build_objective = tasks.make("causal-lm").build_objective
 
-CPU = torch.device("cpu")
 PAIRS = [
     ("say hi", "hi"),
     ("the longest prompt of them all, by far", "a long answer as well"),
@@ -34,7 +34,7 @@ PAIRS = [
 def score(model, rows, budget, **options):
     model.eval()
     return score_examples(
-        build_objective(model), rows, micro_batch_tokens=budget, pad_id=257, device=CPU, reporter=Silent(), **options
+        build_objective(model), rows, micro_batch_tokens=budget, pad_id=257, reporter=Silent(), **options
     )
 
 
@@ -64,11 +64,15 @@ def test_scores_equal_full_logits_of_single_rows(tuned, make_rows, budget):
 def test_processes_share_the_rows_and_add_up(tuned, make_rows):
     rows, _ = make_rows(PAIRS)
     shares = []
-    for index in (0, 1):
-        score(tuned, rows, 50, ranks=Ranks(index, 2, lambda sums: shares.append(sums) or sums))
-    assert all((share[:, 1] == 0).any() for share in shares)
+
+    def ranks(rank, add):
+        return SimpleNamespace(rank=rank, ranks=2, sum=add)
+
+    for rank in (0, 1):
+        score(tuned, rows, 50, ranks=ranks(rank, lambda sums: shares.append(sums) or sums))
+    assert all((np.reshape(share, (len(rows), -1))[:, 1] == 0).any() for share in shares)
     whole = score(tuned, rows, 50)
-    together = score(tuned, rows, 50, ranks=Ranks(0, 2, lambda sums: sums + shares[1]))
+    together = score(tuned, rows, 50, ranks=ranks(0, lambda sums: np.add(sums, shares[1]).tolist()))
     assert together == whole
 
 
@@ -83,17 +87,8 @@ def test_a_loss_that_is_not_finite_names_the_row(llama, make_rows):
 
 def test_evaluate_during_gives_the_loss_and_what_was_asked_for(tuned, make_rows):
     rows, _ = make_rows(PAIRS)
-    evaluate = evaluate_during(
-        build_objective(tuned),
-        rows,
-        ["token_accuracy"],
-        micro_batch_tokens=64,
-        pad_id=257,
-        device=CPU,
-        reporter=Silent(),
-    )
+    found = evaluate_during(build_objective(tuned), rows, ["token_accuracy"], micro_batch_tokens=64, pad_id=257)
     plain = np.array(plain_scores(tuned.eval(), rows)).sum(axis=0)
-    found = evaluate()
     assert found == {"loss": pytest.approx(plain[0] / plain[1]), "token_accuracy": pytest.approx(plain[2] / plain[1])}
 
 

@@ -18,8 +18,6 @@ from lorafit.ops.isolation import adapter_off, evaluating
 
 build_objective = tasks.make("causal-lm").build_objective
 
-CPU = torch.device("cpu")
-
 
 def test_modes_and_random_numbers_are_as_before(tuned):
     tuned.train()
@@ -145,9 +143,6 @@ def train(model, rows, evaluate_every):
     """Four steps with dropout; returns the adapter."""
     objective = build_objective(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    evaluate = evaluate_during(
-        objective, rows, ["perplexity"], micro_batch_tokens=32, pad_id=257, device=CPU, reporter=Silent()
-    )
     torch.manual_seed(9)
     seen = []
     for step in range(4):
@@ -157,7 +152,7 @@ def train(model, rows, evaluate_every):
         optimizer.step()
         optimizer.zero_grad()
         if evaluate_every:
-            seen.append(evaluate())
+            seen.append(evaluate_during(objective, rows, ["perplexity"], micro_batch_tokens=32, pad_id=257))
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}, seen
 
 
