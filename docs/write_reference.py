@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from lorafit.kinds.section import Section
-from lorafit.recipe.expect import allowed_range, expectation
+from lorafit.recipe.explain import allowed_range, expectation
 from lorafit.recipe.extends import preset_names
 from lorafit.recipe.schema import Recipe
 from lorafit.recipe.schema_tree import (

@@ -355,8 +355,7 @@ def prove(job: Job, objective: Objective, examples: Examples, reporter: Reporter
     Raises:
         NumericsError: They differ on every path.
     """
-    from lorafit.objective import choose_probe
-    from lorafit.objective.proof import prove_objective
+    from lorafit.objective import choose_probe, prove_objective
 
     task = job.task
     most_tokens = min(_PROOF_TOKENS, _PROOF_LOGITS_BYTES // (4 * job.shape.vocabulary))

@@ -40,18 +40,16 @@ from lorafit.ops.rng import seed_rng
 from lorafit.plan import ResolvedPlan, count_flops, require_fit, show_plan
 from lorafit.run.results import Trained, describe_resolved
 from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
-from lorafit.trainer.checkpoint import CheckpointStore, Environment, check_continuity
+from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot, check_continuity
 from lorafit.trainer.executor import Executor, OneByOne
-from lorafit.trainer.first_gradient import prove_gradients
-from lorafit.trainer.journal import Journal
+from lorafit.trainer.journal import Journal, MetricsLog
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
-from lorafit.trainer.metrics_log import MetricsLog
 from lorafit.trainer.profile import StepProfile
 from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
 from lorafit.trainer.resolve import cached_plan_file, resolve_plan
-from lorafit.trainer.snapshot import Snapshot
 from lorafit.trainer.speed import measure_speed
 from lorafit.trainer.stage import Stage
+from lorafit.trainer.startup_proofs import prove_gradients
 from lorafit.trainer.state import Event, FitResult, TrainState
 from lorafit.trainer.step import Update
 from lorafit.trainer.threaded_micro_batches import run_at_once

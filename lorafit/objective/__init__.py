@@ -2,6 +2,8 @@
 
 loop, proofs, evaluation ──batch──> Objective ──under autocast──> task.sum_loss | task.score | task.logits
                                     model, precision              everything that knows a label
+
+Before step 1 `prove_objective` compares that loss with the model's own, on one small batch.
 """
 
 from __future__ import annotations
@@ -12,13 +14,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from lorafit.errors import NumericsError
+from lorafit.ops.isolation import in_mode
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Batch, Example, LossSum, ShownSequence
+    from lorafit.contracts import Batch, Example, LossSum, Reporter, ShownSequence
 
 _PROBED_ROWS = 64
+_TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative; logits are rounded to the dtype
 
 
 class TrainedTask(Protocol):
@@ -71,7 +77,7 @@ class Objective(nn.Module):
     Attributes:
         exact: Whether the exact path is taken. It changes the model while it runs: one micro-batch at a time.
         masks_documents: Whether packed rows get a mask beside their positions, for models that do not build one from
-            positions alone. `lorafit.trainer.packing_isolation` finds out.
+            positions alone. `lorafit.trainer.startup_proofs` finds out.
     """
 
     def __init__(
@@ -159,3 +165,36 @@ def choose_probe(lengths: Sequence[int], *, most_tokens: int) -> int:
     """The row that proofs look at: of the first ones the longest that is no longer than that, else the shortest."""
     rows = range(min(len(lengths), _PROBED_ROWS))
     return max(rows, key=lambda row: lengths[row] if lengths[row] <= most_tokens else -lengths[row])
+
+
+def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> None:
+    """Compares the objective with the model's own loss, on one small batch (on the model's device).
+
+    Where the fast path differs (soft-caps, logit scales, unusual heads) the objective goes over to the exact one, and
+    says so. Modes and random numbers are left as they were.
+
+    Raises:
+        ModelError: The model cannot run on such a batch, or is none for this task.
+        NumericsError: The exact path differs too, or the model's own loss is not finite.
+    """
+    with in_mode(objective, training=False):
+        own = float(objective.reference_loss(batch))
+        if not torch.isfinite(torch.tensor(own)):
+            raise NumericsError(
+                f"the model's own loss on one row is {own}",
+                todo="check the base model's weights, or use another model.dtype",
+            )
+        tolerance = _TOLERANCE[objective.autocast_dtype] * max(abs(own), 1.0)
+        ours = float(objective.score(batch)["loss"].sum())
+        if abs(ours - own) > tolerance and not objective.exact:
+            reporter.warn(
+                f"the chunked loss ({ours:.6g}) is not this model's own ({own:.6g}): something stands behind its "
+                "head; going on with the exact path, which is slower"
+            )
+            objective.exact = True
+            ours = float(objective.score(batch)["loss"].sum())
+        if abs(ours - own) > tolerance or ours != ours:
+            raise NumericsError(
+                f"the loss that would be trained ({ours:.6g}) is not the model's own ({own:.6g})",
+                todo="this architecture is not supported; please report it",
+            )

@@ -1,36 +1,194 @@
-"""pydantic's errors in our words, each at the key, line and column that a reader has to mend."""
+"""pydantic's errors in our words, each at the key, line and column that a reader has to mend.
+
+`expectation` says what the schema expects at a key, for the reference as well; `mend` what to write instead of a value
+that the key does not take: the first of some guesses that it does take.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pydantic_core import ErrorDetails
 
 from lorafit.errors import RecipeError
-from lorafit.recipe.expect import allowed_range, expectation
-from lorafit.recipe.foreign import is_not_yet, suggest_word
-from lorafit.recipe.mending import mend
+from lorafit.recipe.foreign import is_not_yet, means_nothing, suggest_word
+from lorafit.recipe.reader import UnclearScalarError, read_scalar
+from lorafit.recipe.schema import LARGEST_COUNT
 from lorafit.recipe.schema_tree import (
     Node,
     fields_of,
     form_of,
     forms,
+    is_nullable,
     kinds_of,
     node_at,
     node_below,
     section_of,
     sections_in,
+    validate,
+    words,
     written_path,
 )
 from lorafit.recipe.suggest import suggest_key
-from lorafit.recipe.yaml_tree import Entry, KeyPath, Place, find, key_text, nearest_entry, shown
+from lorafit.recipe.yaml_tree import (
+    Entry,
+    KeyPath,
+    Place,
+    Plain,
+    entry_of,
+    find,
+    key_text,
+    nearest_entry,
+    shown,
+    with_entry,
+)
 
+_NAMES = {"string": "text", "integer": "a whole number", "number": "a number"}
+_FORMATS = {"path": "a path", "path-or-name": "a path or a name"}
+_PLURALS = {"string": "names", "integer": "whole numbers", "number": "numbers"}
+_LIMITS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "more than",
+    "maximum": "at most",
+    "exclusiveMaximum": "less than",
+}
+_SHOWN_WORD_CHARACTERS = 40
+_COMMA_NUMBER = re.compile(r"[-+]?\d+,\d+")
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 _EMPTY_ERRORS = {"too_short", "string_too_short"}
 _KIND_ERRORS = {"union_tag_invalid", "union_tag_not_found", "literal_error"}
 _FIRST_WORD = re.compile(r"[a-z_0-9]+")
+
+
+def expectation(node: Node) -> str:
+    """What a node allows, in words: `a whole number or auto`, `one of drop, skip`, `a list of names among loss`."""
+    kinds = kinds_of(node)
+    short = [part for form in forms(node) if sections_in(form) for part in forms(form["items"])]  # of a list of one
+    names = [name for form in forms(node) if form not in short for name in _form_names(form)]
+    said = f"one of {', '.join(kinds)}, or a mapping with a kind" if kinds else _either(names)
+    return f"{said} or null" if is_nullable(node) else said
+
+
+def _either(names: Sequence[str]) -> str:
+    """`a`, `a or b`, `one of a, b, c`."""
+    return f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
+
+
+def _form_names(form: Node) -> list[str]:
+    """A form in words; a list of words is each of them."""
+    kind = form.get("type")
+    if kind == "boolean":
+        return ["true", "false"]
+    if kind == "object":
+        keys = list(form.get("properties", ()))
+        return [f"{{{keys[0]}: ...}}" if len(keys) == 1 else "a mapping"]
+    if kind != "array":
+        return words(form) or [_FORMATS.get(str(form.get("format")), _NAMES[str(kind)])]
+    if sections_in(form):
+        return ["a path, or a list of sources"]
+    items = form.get("prefixItems", [form.get("items", {})])
+    many = f"names among {', '.join(words(form))}" if words(form) else _PLURALS.get(items[0].get("type"), "values")
+    return [f"a list of {len(items)} {many}" if "prefixItems" in form else f"a list of {many}"]
+
+
+def allowed_range(node: Node | None, found: float = 0) -> str:
+    """The limits on a number, e.g. `between 0 and 1`, `at least 1`; empty where there are none.
+
+    Args:
+        node: The schema of the number's key.
+        found: The number. A limit that only keeps counters from overflowing is left out where it does not matter.
+    """
+    return next((said for form in forms(node) if (said := _range_words(form, found))), "")
+
+
+def _range_words(form: Node, found: float) -> str:
+    limits = {name: form[name] for name in _LIMITS if name in form}
+    if limits.get("maximum") == LARGEST_COUNT and found <= LARGEST_COUNT:
+        del limits["maximum"]
+    said = {name: f"{limit:.0f}" if float(limit).is_integer() else f"{limit:g}" for name, limit in limits.items()}
+    if {"minimum", "maximum"} <= set(said):
+        return f"between {said['minimum']} and {said['maximum']}"
+    return " and ".join(f"{_LIMITS[name]} {said[name]}" for name in said)
+
+
+def mend(path: KeyPath, node: Node | None, tree: Entry) -> str:
+    """Advice on a value of the wrong type; empty where nothing better can be said than what is expected.
+
+    Args:
+        path: The key.
+        node: The schema of the key.
+        tree: The recipe as it was written.
+    """
+    entry = find(tree, path)
+    if entry is None or node is None:
+        return ""
+    value = entry.value
+    if value is False or means_nothing(value):
+        whole = path[:-1] if isinstance(path[-1], int) else path
+        for guess, text in (([], "[]"), (None, "null")):
+            if takes(tree, whole, guess):
+                is_default = (node_at(whole, tree) or {}).get("default", ...) == guess
+                return f"leave it out, or write {text}" if is_default else f"write {text}"
+    if value is None and any(form.get("type") in ("object", "array") for form in forms(node)):
+        return "fill it in, or remove the key"
+    if not isinstance(value, str | int | float):
+        return ""
+    advised = next((todo for todo, guess in _guesses(path, node, value) if takes(tree, path, guess)), "")
+    return advised or (_near_word(node, value) or _near_list(node, value) if isinstance(value, str) else "")
+
+
+def takes(tree: Entry, path: KeyPath, value: Plain) -> bool:
+    """Whether the recipe would have no error at `path` or below it with that value there."""
+    entry = find(tree, path)
+    if entry is None:
+        return False
+    tried = with_entry(tree, path, entry_of(value, entry.place))
+    found = validate(tried)
+    wrong = [written_path(error["loc"], tried, is_missing=False) for error in found] if isinstance(found, list) else []
+    return not any(one[: len(path)] == path for one in wrong)
+
+
+def _guesses(path: KeyPath, node: Node, value: str | float) -> Iterator[tuple[str, Plain]]:
+    """What a word, number or boolean was perhaps meant to be, with the words that say so."""
+    section = form_of(node, None) if not kinds_of(node) else None
+    for key in (section or {}).get("properties", ()) if not isinstance(value, bool) else ():
+        yield f"write {'' if len(forms(node)) > 1 else f'{path[-1]}: '}{{{key}: {value}}}", {key: value}
+    if not isinstance(value, str):
+        if not any(form.get("type") in ("object", "array") for form in forms(node)):
+            yield "quote it", shown(value)
+        if isinstance(value, float) and value.is_integer():
+            yield f"write {int(value)}", int(value)
+        return
+    text, lists = value.strip(), [form for form in forms(node) if form.get("type") == "array"]
+    if _COMMA_NUMBER.fullmatch(text):
+        yield f"write {text.replace(',', '.')}", float(text.replace(",", "."))
+    with suppress(UnclearScalarError):
+        read = read_scalar(text.lower() if text.lower() in ("true", "false") else text)
+        if not isinstance(read, str):
+            yield "remove the quotes", read
+    names = _parts(value)
+    if lists and names and not means_nothing(value) and not _near_word(node, value):
+        yield f"write [{', '.join(names)[:_SHOWN_WORD_CHARACTERS]}]", list[Plain](names)
+
+
+def _parts(text: str) -> list[str]:
+    """The items of a list that was written as `a, b` or `a b`."""
+    return [name for name in re.split(r"[\s,;]+", text.strip(" []")) if name]
+
+
+def _near_word(node: Node, text: str) -> str:
+    """The word that a text is near."""
+    return suggest_word(text, [word for form in forms(node) if "items" not in form for word in words(form)]).rstrip()
+
+
+def _near_list(node: Node, text: str) -> str:
+    """The list of words that the parts of a text are near; empty where one of them is near none."""
+    known = [word for form in forms(node) if "items" in form for word in words(form)]
+    near = [suggest_word(name, known).removeprefix("did you mean ").partition("?")[0] for name in _parts(text)]
+    return f"did you mean [{', '.join(word.split(' or ')[0] for word in near)}]?" if near and all(near) else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def _run_folder(recipe: Recipe, folder: Path) -> Path:
 
 def dump_recipe(loaded: LoadedRecipe, folder: Path) -> str:
     """The resolved recipe as YAML that `load_recipe` reads from `folder`: every default written out, paths relative."""
-    from lorafit.recipe.dump import dump_yaml
+    from lorafit.recipe.reader import dump_yaml
 
     values = loaded.recipe.model_dump(mode="json")
     folder = absolute(folder)

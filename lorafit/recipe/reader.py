@@ -2,7 +2,9 @@
 
 Refused: duplicate keys, tags, merge keys, several documents, control characters, aliases that refer to themselves or
 blow up, deep nesting, keys that are not text, and words that YAML 1.1 and 1.2 read differently. All but broken syntax
-is collected, so that a reader sees every problem at once.
+is collected, so that a reader sees every problem at once. `dump_yaml` writes values that are read back as the same.
+
+Source: YAML 1.2.2, section 10.3 (core schema), and the YAML 1.1 type repository (yaml.org/type: bool, int, float).
 """
 
 from __future__ import annotations
@@ -13,9 +15,30 @@ from typing import Any
 import yaml
 
 from lorafit.errors import RecipeError
-from lorafit.recipe.scalars import Scalar, UnclearScalarError, read_scalar
-from lorafit.recipe.yaml_tree import Entry, KeyPath, Place, Unreadable, Value, shown
+from lorafit.recipe.yaml_tree import Entry, KeyPath, Place, Plain, Scalar, Unreadable, Value, shown
 
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_TRUE = frozenset({"true", "True", "TRUE"})
+_FALSE = frozenset({"false", "False", "FALSE"})
+_YAML11_BOOL = {"y": "true", "yes": "true", "on": "true", "n": "false", "no": "false", "off": "false"}
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_HEX = re.compile(r"0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_MOST_DIGITS = 40
+_FIRST_ZEROS = re.compile(r"^([-+]?)0+(?=[0-9])")
+_UNCLEAR = (  # the form of a word, why it is ambiguous, what to write instead: `{}` is its digits in base 10
+    (re.compile(r"[-+]?0[0-9_]+(\.[0-9_]*)?([eE][-+]?[0-9]+)?"), "octal to YAML 1.1", "{}"),
+    (re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?"), "a base-60 number to YAML 1.1", "a number"),
+    (
+        re.compile(
+            r"[-+]?([0-9]+_[0-9_]*(\.[0-9_]*)?|[0-9]+\.[0-9]*_[0-9_]*|0x[0-9a-fA-F]*_[0-9a-fA-F_]*)([eE][-+]?[0-9]+)?"
+        ),
+        "a number to YAML 1.1, text to 1.2",
+        "{}",
+    ),
+    (re.compile(r"[-+]?0([bB][01_]+|[oO][0-7_]+|X[0-9a-fA-F_]+)"), "YAML 1.1 and 1.2 disagree", "a decimal number"),
+)
 MOST_BYTES = 1 << 20
 MOST_VALUES = 20_000
 MOST_ERRORS = 100
@@ -42,6 +65,63 @@ _SYNTAX_WORDS = (  # what PyYAML says, what is wrong, what to do; the first that
 )
 _UNCLOSED_BRACKET = ("'<stream end>'", "or ']', but got ':'", "or '}', but got ':'")
 _CLOSING = {"[": "]", "{": "}"}
+
+
+class UnclearScalarError(Exception):
+    """An unquoted word that could mean two things, or no number at all.
+
+    Attributes:
+        what: What is wrong with it.
+        todo: What to write instead.
+    """
+
+    def __init__(self, what: str, todo: str) -> None:
+        super().__init__(what)
+        self.what, self.todo = what, todo
+
+
+def read_scalar(text: str) -> Scalar:
+    """The value of an unquoted word: null, a boolean, a finite number, or text. `2e-4` is a number; dates are text.
+
+    Raises:
+        UnclearScalarError: YAML 1.1 and 1.2 disagree about it, or it is a number that no computer holds.
+    """
+    if text in _NULL:
+        return None
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    _refuse_unclear(text)
+    if len(text) > _MOST_DIGITS and _FLOAT.fullmatch(text):
+        raise UnclearScalarError(f"a number of {len(text)} digits", "write a shorter number, or quote it")
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _HEX.fullmatch(text):
+        return int(text, 16)
+    return _read_float(text) if _FLOAT.fullmatch(text) else text
+
+
+def _refuse_unclear(text: str) -> None:
+    reading = _YAML11_BOOL.get(text.lower())
+    if reading is not None:
+        what = f"'{text}' is ambiguous (YAML 1.1 reads {reading})"
+        raise UnclearScalarError(what, f'quote it ("{text}") or write {reading}')
+    short = text[:_MOST_DIGITS]
+    for form, why, instead in _UNCLEAR:
+        if form.fullmatch(text):
+            digits = _FIRST_ZEROS.sub(r"\1", text.replace("_", ""))[:_MOST_DIGITS]
+            todo = f'quote it ("{short}") or write {instead.format(digits)}'
+            raise UnclearScalarError(f"'{short}' is ambiguous ({why})", todo)
+    if _NOT_FINITE.fullmatch(text):
+        raise UnclearScalarError(f"'{text}' is not a finite number", "write a number, or quote it if it is text")
+
+
+def _read_float(text: str) -> float:
+    number = float(text)
+    mantissa = re.split("[eE]", text)[0]
+    if number in (float("inf"), float("-inf")) or (number == 0 and re.search("[1-9]", mantissa)):
+        what = f"'{text}' is outside the numbers a computer holds"
+        raise UnclearScalarError(what, "write a number, or quote it if it is text")
+    return number
 
 
 def decode(raw: bytes, file: str) -> str:
@@ -260,3 +340,25 @@ class _Reading:
             what, todo = next(((w, t) for sign, w, t in _SYNTAX_WORDS if sign in problem), (problem, "quote the value"))
             mark = (error.context_mark if "is never closed" in what else None) or mark
         return (self.place(mark) if mark else self.file).error(f"invalid YAML: {what}", todo=todo)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, but text is quoted by our reader's rules (`2e-4` is a number to it, not to PyYAML)."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    try:
+        clear = isinstance(read_scalar(text), str) and "\n" not in text
+    except UnclearScalarError:
+        clear = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if clear else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_yaml(values: Plain) -> str:
+    """The values in their own order, one a line."""
+    return yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False
+    )

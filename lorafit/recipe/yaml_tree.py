@@ -15,8 +15,8 @@ from enum import Enum
 from typing import TypedDict, Union
 
 from lorafit.errors import RecipeError
-from lorafit.recipe.scalars import Scalar
 
+Scalar = str | int | float | bool | None
 Plain = Union[dict[str, "Plain"], list["Plain"], Scalar]  # noqa: UP007 (a forward reference takes no `|`)
 """Values without their places."""
 Value = Union[dict[str, "Entry"], tuple["Entry", ...], Scalar, "Unreadable"]

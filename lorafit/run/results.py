@@ -161,7 +161,7 @@ class Evaluated(Printed):
 
     def render(self, console: Console) -> None:
         """The table, and where the report is."""
-        from lorafit.evaluation.table import render_evaluation
+        from lorafit.evaluation.report import render_evaluation
 
         console.print(render_evaluation(self.evaluation, columns=console.width, place=self._place))
         console.print(f"\nreport: {near(self.run.report('md', self.report))}", markup=False, soft_wrap=True)

@@ -59,22 +59,16 @@ def fastest_attention(stage: Stage, budget: int, checkpointing: bool) -> str:
 
 
 def _open_candidates(stage: Stage, budget: int, checkpointing: bool) -> list[str]:
-    """Those of the device that may serve this run. `fused` hands packed rows to sdpa, which is tried anyway."""
+    """Those that may serve this run. Eager holds all scores in memory, `fused` is made for CPUs and hands packed rows
+    to sdpa, which is tried anyway: both are tried on a CPU only.
+    """
+    if stage.device.type == "cuda":
+        from transformers.utils import is_flash_attn_2_available
+
+        return ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
     takes_fused = not stage.packing and takes_fused_attention(stage.objective.base)
-    return [
-        name
-        for name in _attention_candidates(stage.device)
-        if (name != FUSED_ATTENTION or takes_fused) and (name != "eager" or stage.fits(budget, checkpointing, name))
-    ]
-
-
-def _attention_candidates(device: torch.device) -> list[str]:
-    """Eager holds all scores in memory, `fused` is made for CPUs: both are tried on a CPU only."""
-    if device.type != "cuda":
-        return ["sdpa", FUSED_ATTENTION, "eager"]
-    from transformers.utils import is_flash_attn_2_available
-
-    return ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+    takes_eager = stage.fits(budget, checkpointing, "eager")
+    return ["sdpa", *([FUSED_ATTENTION] if takes_fused else []), *(["eager"] if takes_eager else [])]
 
 
 @dataclass
@@ -96,7 +90,8 @@ class AttentionProbe:
             return f"its logits are {distance:.2g} from eager's"
         if name != FUSED_ATTENTION:
             return ""
-        distance = self._gradient_distance(name, "sdpa")  # `fused` differs from it in training mode only
+        expected, found = self._gradients("sdpa"), self._gradients(name)  # `fused` differs in training mode only
+        distance = float((found - expected).norm() / expected.norm())
         return "" if distance <= rounding else f"its gradients are {distance:.2g} from sdpa's"
 
     @torch.no_grad()
@@ -105,10 +100,6 @@ class AttentionProbe:
         set_attention(self.stage.objective.base, name)
         self.stage.objective.eval()
         return self.stage.objective.logits(self._batch())
-
-    def _gradient_distance(self, name: str, reference: str) -> float:
-        expected, found = (self._gradients(attention) for attention in (reference, name))
-        return float((found - expected).norm() / expected.norm())
 
     def _gradients(self, name: str) -> torch.Tensor:
         """Of the row's loss in training mode, all behind each other, fp64; dropout is drawn alike each time."""

@@ -4,10 +4,13 @@ checkpoints/step-000100/
   adapter/                  PEFT layout
   optimizer.safetensors     every moment, dtype exact          optimizer.json   what belongs to which parameter
   state.json                {train, resolved, environment}     MANIFEST         sizes and hashes, written last
+
+A `Snapshot` writes everything that a run trains and takes it back: adapter, optimizer, loss scale, hook.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +23,7 @@ from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError, ResourceError
 from lorafit.files.atomic import (
+    FORMAT,
     MANIFEST,
     TEMPORARY_PREFIX,
     atomic_dir,
@@ -31,10 +35,14 @@ from lorafit.files.atomic import (
 from lorafit.files.rundir import RunDir
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.machine.version import installed_versions
+from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
 from lorafit.trainer.state import Best, Count, Event, TrainState, read_dataclass
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
+    from lorafit.plan import ResolvedPlan
+    from lorafit.trainer.state import TrainState
+    from lorafit.trainer.step import Update
 
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.json"
@@ -280,3 +288,46 @@ def _same_files(source: Path, target: Path) -> bool:
     names = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
     pairs = ((source / name, target / name) for name in names)
     return all(new.is_file() and new.read_bytes() == old.read_bytes() for old, new in pairs)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The trained state of one run.
+
+    Attributes:
+        update: Optimizer, loss scale and hook.
+        save_adapter: Writes the adapter in PEFT's layout into a folder.
+        load_adapter: Takes it back from there.
+        resolved: The values that the run is trained with.
+        environment: Where that happens.
+    """
+
+    update: Update
+    save_adapter: Callable[[Path], None]
+    load_adapter: Callable[[Path], None]
+    resolved: ResolvedPlan
+    environment: Environment
+
+    def write(self, folder: Path, state: TrainState) -> None:
+        """Writes all of it into an empty folder, `state` with the loss scale and the hook's state in it."""
+        hook = self.update.hook
+        state.hooks = [dict(hook.state_dict())] if hook is not None else []
+        state.scaler = dict(self.update.scaler.state_dict())
+        self.save_adapter(folder / ADAPTER_FOLDER)
+        save_optimizer(folder, self.update.optimizer, dict(self.update.named))
+        values = {
+            "format": FORMAT,
+            "train": state.to_json(),
+            "resolved": self.resolved.to_json(),
+            "environment": asdict(self.environment),
+        }
+        (folder / STATE_FILE).write_text(json.dumps(values, allow_nan=False) + "\n", encoding="utf-8")
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes all of it back."""
+        self.load_adapter(checkpoint.adapter)
+        load_optimizer(checkpoint.folder, self.update.optimizer, dict(self.update.named))
+        for hook, saved in zip([self.update.hook] if self.update.hook else [], checkpoint.state.hooks, strict=True):
+            hook.load_state_dict(saved)
+        if checkpoint.state.scaler:
+            self.update.scaler.load_state_dict(checkpoint.state.scaler)

@@ -65,14 +65,7 @@ def resolve_plan(
         if is_open:
             kept = "kept for this recipe with this seed; --plan takes another run's"
             stage.reporter.info(f"rehearsal: measuring attention and micro-batches on this run's rows, {kept}")
-        choice = rehearse(
-            stage,
-            attention=plan.attention,
-            gradient_checkpointing=plan.gradient_checkpointing,
-            micro_batch_tokens=plan.micro_batch_tokens,
-            least_tokens=plan.min_micro_batch_tokens,
-            most_tokens=plan.max_micro_batch_tokens,
-        )
+        choice = rehearse(stage, plan)
         measured = stage.measured
     resolved = ResolvedPlan(
         **asdict(choice),

@@ -17,7 +17,7 @@ from lorafit.ops.isolation import in_mode
 from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.trainer.executor import time_micro_batches
 from lorafit.trainer.out_of_memory import release_memory, trim_after
-from lorafit.trainer.packing_isolation import prove_separation
+from lorafit.trainer.startup_proofs import prove_separation
 from lorafit.trainer.threaded_micro_batches import may_run_in_threads, run_at_once
 
 if TYPE_CHECKING:

@@ -134,7 +134,7 @@ def test_importing_a_kind_imports_nothing_heavy(family: str, name: str) -> None:
 @pytest.mark.parametrize(("family", "name"), KINDS, ids=IDS)
 def test_a_name_is_fit_for_a_recipe(family: str, name: str) -> None:
     """Lower-case words that YAML reads as text, and that a near miss finds again."""
-    from lorafit.recipe.scalars import read_scalar
+    from lorafit.recipe.reader import read_scalar
 
     assert read_scalar(name) == name
     assert name == name.lower()
@@ -183,7 +183,7 @@ class TestSection:
 
     def test_every_number_has_a_range(self, family: str, name: str) -> None:
         """Without one a recipe's slip, a learning rate of -1, would only be found by a library, or by nobody."""
-        from lorafit.recipe.expect import allowed_range
+        from lorafit.recipe.explain import allowed_range
         from lorafit.recipe.schema_tree import forms, without_references
 
         schema = without_references(section_of(family, name).model_json_schema())

@@ -24,14 +24,12 @@ from lorafit.kinds.schedules import learning_rate_at, schedules
 from lorafit.kinds.tasks import tasks
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.checkpoint import CheckpointStore, Environment
+from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
 from lorafit.trainer.executor import OneByOne
-from lorafit.trainer.journal import Journal
+from lorafit.trainer.journal import Journal, MetricsLog
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
-from lorafit.trainer.metrics_log import MetricsLog
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 from lorafit.trainer.ranks import OverRanks
-from lorafit.trainer.snapshot import Snapshot
 from lorafit.trainer.step import Update
 from lorafit.trainer.threaded_micro_batches import run_at_once
 from tests.support.tiny_model import tiny_llama

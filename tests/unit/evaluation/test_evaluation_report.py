@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lorafit.evaluation.evaluation import About, Evaluation, Row, Speed
-from lorafit.evaluation.report import name_report, render_markdown, write_report
-from lorafit.evaluation.rows import compare_rows, find_worst
-from lorafit.evaluation.table import render_evaluation
+from lorafit.evaluation.evaluation import About, Evaluation, Row, Speed, compare_rows, find_worst
+from lorafit.evaluation.report import name_report, render_evaluation, render_markdown, write_report
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import RowScore
 

@@ -25,7 +25,7 @@ from transformers import (
 from lorafit.contracts import Batch, Example, Silent
 from lorafit.errors import ModelError, NumericsError
 from lorafit.kinds.tasks import tasks
-from lorafit.objective.proof import prove_objective
+from lorafit.objective import prove_objective
 from tests.support.tiny_model import tiny_llama
 
 CAUSAL_LM = tasks.make("causal-lm")

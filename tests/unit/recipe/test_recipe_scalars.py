@@ -9,9 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafit.recipe.dump import dump_yaml
-from lorafit.recipe.reader import read_tree
-from lorafit.recipe.scalars import UnclearScalarError, read_scalar
+from lorafit.recipe.reader import UnclearScalarError, dump_yaml, read_scalar, read_tree
 from lorafit.recipe.yaml_tree import Place, plain
 
 MEANINGS: list[tuple[str, Any]] = [

@@ -11,7 +11,7 @@ from lorafit.contracts import Batch
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.tasks import tasks
 from lorafit.objective import Objective
-from lorafit.trainer.first_gradient import prove_gradients
+from lorafit.trainer.startup_proofs import prove_gradients
 from tests.support.zoo_models import tiny_config
 
 build_objective = tasks.make("causal-lm").build_objective

@@ -18,7 +18,7 @@ from lorafit.kinds.tasks import tasks
 from lorafit.objective import Objective
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.rng import capture_rng, seed_rng
-from lorafit.trainer.packing_isolation import prove_separation
+from lorafit.trainer.startup_proofs import prove_separation
 from lorafit.trainer.state import TrainState
 from tests.support.tiny_run import PAD, VOCABULARY, Job, Rows, TinyPlan
 

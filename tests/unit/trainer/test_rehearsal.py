@@ -23,12 +23,11 @@ from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.executor import OneByOne
 from lorafit.trainer.micro_batch_choice import CLOSE_ENOUGH
-from lorafit.trainer.rehearsal import rehearse, run_heaviest
+from lorafit.trainer.rehearsal import fill_rows, heaviest_shapes, rehearse, run_heaviest
 from lorafit.trainer.resolve import cached_plan_file, resolve_plan
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import InThreads
-from lorafit.trainer.worst_case_batches import fill_rows, heaviest_shapes
 from tests.support.tiny_run import CAUSAL_LM, PAD, Job, Rows
 
 
@@ -261,9 +260,7 @@ def louder(rehearsal: Stage) -> Stage:
 def test_attention_that_mixes_documents_or_changes_the_loss_is_left_out(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, other_attentions: None
 ) -> None:
-    monkeypatch.setattr(
-        "lorafit.trainer.attention_choice._attention_candidates", lambda device: ["blind", "cold", "sdpa"]
-    )
+    monkeypatch.setattr("lorafit.trainer.attention_choice._open_candidates", lambda *_: ["blind", "cold", "sdpa"])
     for packing, left in ((True, {"sdpa"}), (False, {"blind", "sdpa"})):
         rehearsal = louder(stage(job(), packing=packing))
         resolved = resolve(rehearsal, open_plan(micro_batch_tokens=64))
@@ -274,7 +271,7 @@ def test_attention_that_mixes_documents_or_changes_the_loss_is_left_out(
 def test_eager_attention_is_taken_where_no_candidate_is_left(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, other_attentions: None
 ) -> None:
-    monkeypatch.setattr("lorafit.trainer.attention_choice._attention_candidates", lambda device: ["cold"])
+    monkeypatch.setattr("lorafit.trainer.attention_choice._open_candidates", lambda *_: ["cold"])
     assert resolve(louder(stage(job())), open_plan(micro_batch_tokens=64)).attention == "eager"
 
 
@@ -301,14 +298,7 @@ def test_the_heaviest_packed_micro_batches_are_full(job: Callable[..., Job]) -> 
         filled.append((tuple(ids.shape), None if positions is None else int((positions == 0).sum())))
 
     fixed = open_plan(attention="eager", gradient_checkpointing=False, micro_batch_tokens=128)
-    choice = rehearse(
-        rehearsal,
-        attention="eager",
-        gradient_checkpointing=False,
-        micro_batch_tokens=fixed.micro_batch_tokens,
-        least_tokens=40,
-        most_tokens=320,
-    )
+    choice = rehearse(rehearsal, fixed)
     decoder.register_forward_pre_hook(note, with_kwargs=True)
     run_heaviest(rehearsal, choice)
     widest, fullest, *held_out = filled

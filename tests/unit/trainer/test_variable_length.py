@@ -12,7 +12,7 @@ from transformers import modeling_flash_attention_utils as flash
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
 from lorafit.kinds.tasks import tasks
-from lorafit.trainer.packing_isolation import prove_separation
+from lorafit.trainer.startup_proofs import prove_separation
 from tests.support.tiny_run import PAD, Rows
 from tests.unit.trainer.test_packing_parity import build, gradients, same
 

@@ -1,4 +1,6 @@
-"""Proves on the loaded model that documents which share a row do not see each other, before any of them is packed.
+"""Proofs on the loaded model before step 1: that it trains at all, and that packed documents do not see each other.
+
+One gradient on one short row shows the first, and that every kind of adapter learns. Of documents which share a row:
 
     row          A A A A A B B B B      label only B
     change A     ? ? ? ? ? B B B B      B's logits stay, to rounding
@@ -19,7 +21,8 @@ import numpy as np
 import torch
 
 from lorafit.contracts import Batch, Example
-from lorafit.errors import NumericsError
+from lorafit.errors import ModelError, NumericsError, RecipeError
+from lorafit.model.check_weights import list_names
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.memory_errors import is_out_of_memory
@@ -28,6 +31,43 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 _DOCUMENT_TOKENS = 32
+
+
+def prove_gradients(objective: Objective, batch: Batch) -> None:
+    """Runs forward and backward in training mode; gradients, modes and random numbers are left as they were.
+
+    Raises:
+        ModelError: The model's forward or backward fails in training mode.
+        RecipeError: A kind of layer carries adapters that get no gradient anywhere: it reads its weight past them.
+    """
+    trained = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
+    try:
+        with in_mode(objective, training=True):
+            objective(batch)[0].backward()
+        reached = {_layer_kind(name) for name, p in trained if p.grad is not None and bool(p.grad.any())}
+    except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{type(objective.base).__name__} cannot take a training step: {why}",
+            todo="use another base model, or another model.attention or model.quantization",
+        ) from error
+    finally:
+        for _, parameter in trained:
+            parameter.grad = None
+    if idle := sorted({_layer_kind(name) for name, _ in trained} - reached):
+        others = ", ".join(sorted(reached)) or "other linears"
+        raise RecipeError(
+            f"the adapters of {list_names(idle)} get no gradient: the model reads those weights past them",
+            key="adapter.target_modules",
+            todo=f"name others: {others}",
+        )
+
+
+def _layer_kind(parameter: str) -> str:
+    """`q_proj` of `model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`."""
+    return parameter.split(".lora_")[0].rsplit(".", 1)[-1]
 
 
 def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int, *, one_row: bool) -> None:
