@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from lorafit.kinds.quantizations import quantizations
 from lorafit.machine.hardware import cards, find_card, usable_bytes
 from lorafit.machine.shipped import shipped
 from lorafit.memory.closed_form import step_phases
-from lorafit.memory.layer_inputs import Moment, Numerics, Operation, Work
+from lorafit.memory.layer import Layer
+from lorafit.memory.operations import Moment, Operation
 from lorafit.memory.peak import ALLOCATOR_FACTOR, CONTEXT_BYTES
 from lorafit.model.class_shape import find_shape
 from lorafit.model_shapes import known_config
@@ -60,34 +62,101 @@ LORA_METHODS = ("lora", "qlora", "rslora", "pissa", "olora", "lora-fa")
 _TUNED = re.compile(r"^meta-|-(instruct|chat|it|base|hf|bnb-4bit)(?=-|$)")
 
 
-@dataclass(frozen=True, slots=True)
-class OtherNumerics(Numerics):
-    """How another stack computes.
+@dataclass(frozen=True)
+class OtherLayer(Layer):
+    """A layer as another stack computes it: PEFT's own forward beside bitsandbytes', nothing fused.
 
     Attributes:
+        wide_stream: The residual stream is fp32.
+        wide_adapter: Adapter weights are fp32.
         casts_adapter_inputs: PEFT's default, which lorafit's objective turns off under autocast: an adapter's input is
             cast to the adapter's dtype before autocast casts it down again.
         offloads_layer_inputs: Checkpointed layer inputs wait in host memory.
         fused_norm: A fused kernel keeps the norm's input and no fp32 copy.
         trains_a: Whether the adapters' A is trained; a frozen one (LoRA-FA) keeps nothing of its input.
-        widens: What autocast computes in fp32 (LayerNorm, pow) goes on in fp32.
     """
 
+    fused: bool = False
+    wide_stream: bool = False
+    wide_adapter: bool = False
     casts_adapter_inputs: bool = True
     offloads_layer_inputs: bool = False
     fused_norm: bool = False
     trains_a: bool = True
-    widens: bool = False
 
-    def adapter_reads(self, input_bytes: int) -> int:
-        return self.adapter_bytes if self.casts_adapter_inputs or not self.autocast else input_bytes
+    @property
+    def stream_bytes(self) -> int:
+        return 4 if self.wide_stream else 2
 
-    def layer_inputs_kept(self, layers: int) -> int:
-        return 1 if self.offloads_layer_inputs else layers
+    @property
+    def adapter_bytes(self) -> int:
+        return 4 if self.wide_adapter else 2
 
-    def norm_kernel(self, hidden: int) -> Operation | None:
-        moments = (Moment("backward", 2 * self.stream_bytes * hidden),)
-        return Operation("norm", hidden * self.stream_bytes + 4, moments) if self.fused_norm else None
+    @property
+    def layer_inputs_kept(self) -> int:
+        return 1 if self.offloads_layer_inputs else self.shape.layers
+
+    def norm(self, name: str) -> Operation:
+        if not self.fused_norm or self.shape.norm == "layer":
+            return super().norm(name)
+        kept, moment = self.stream_bytes * self.shape.hidden_size, 2 * self.stream_bytes * self.shape.hidden_size
+        return Operation(name, kept + 4, (Moment("backward", moment),))
+
+    def norm_keeps_stream(self) -> bool:
+        return self.fused_norm or super().norm_keeps_stream()
+
+    def norm_out_bytes(self) -> int:
+        """What autocast computes in fp32 (LayerNorm, pow) goes on in fp32."""
+        return 4 if self.shape.norm == "layer" and self.wide_on_gpu else self.compute_bytes
+
+    def product_bytes(self) -> int:
+        return 4 if self.shape.activation == "gelu_new" and self.wide_on_gpu else self.compute_bytes
+
+    def reads_shared_input(self, linear: LinearShape) -> bool:
+        return linear in self.adapted and self.trains_a and not self.own_copy_bytes(linear)
+
+    def input_bytes(self, linear: LinearShape) -> int:
+        """Of what a linear reads, a value."""
+        if linear.role == "o":
+            return self.compute_bytes
+        return self.product_bytes() if linear.role == "down" else self.norm_out_bytes()
+
+    def adapter_reads(self, linear: LinearShape) -> int:
+        """Of what its adapter gets, a value."""
+        casts = self.casts_adapter_inputs or not self.autocast
+        return self.adapter_bytes if casts else self.input_bytes(linear)
+
+    def own_copy_bytes(self, linear: LinearShape) -> int:
+        """Of the tensor that A multiplies and keeps, a value; 0 where that is the block's shared input itself."""
+        read, reads = self.input_bytes(linear), self.adapter_reads(linear)
+        multiplied = self.compute_bytes if self.autocast else reads
+        return multiplied if self.trains_a and (self.dropout > 0 or {multiplied, reads} != {read}) else 0
+
+    def linear(self, linear: LinearShape, *, alive: float, ends_block: bool = False, freed: float = 0.0) -> Operation:
+        """With PEFT's casts: an adapter's input, and in the backward pass its gradient, goes through each of them."""
+        if linear not in self.adapted:
+            return super().linear(linear, alive=alive, ends_block=ends_block, freed=freed)
+        c, width_in, width_out = self.compute_bytes, linear.in_features, linear.out_features
+        result, weight = c * width_out, self.dequantised_bytes(linear)
+        arriving = 0 if ends_block else result
+        read, reads, copy = self.input_bytes(linear), self.adapter_reads(linear), self.own_copy_bytes(linear)
+        mask = (reads if self.device_kind == "cpu" else 1) if self.dropout > 0 else 0
+        stages = [reads] * ((reads != read) + (self.dropout > 0))  # cast, dropout
+        if self.autocast and reads != c:
+            stages.append(c)
+        wide = max(sum(stages) - copy, 0)  # the last of them is the copy that stays
+        steps = [c if self.autocast else reads, *reversed(stages), read]  # widths of the gradient on its way back
+        returns = max(max(x + y for x, y in pairwise(steps)) - copy, 0) if stages else steps[0]
+        low = c if self.autocast else self.adapter_bytes
+        kept = (copy + mask) * width_in + low * self.rank
+        moments = (
+            Moment("forward", alive + result - kept, weight),  # W comes first, when the adapter has kept nothing yet
+            Moment("forward", alive + result + wide * width_in),
+            Moment("forward", alive + result + 2 * low * width_out + (reads * width_in if reads != read else 0)),
+            Moment("backward", arriving + returns * width_in),
+            Moment("backward", arriving + (3 * c - copy - mask) * width_in - freed, weight),
+        )
+        return Operation(linear.name, kept, moments)
 
 
 class UndescribedError(Exception):
@@ -143,7 +212,6 @@ def tensors_of(row: dict[str, str]) -> float:
     # rows longer than a table of learned positions cannot run: trainers cut them to the model's length
     length = min(int(number(row, "seq_len")), shape.max_positions if shape.position_parameters else 2**31)
     tokens = int(number(row, "micro_batch")) * length
-    numerics = numerics_of(row, trains_all)
     targets = () if trains_all else targets_of(row["target_modules"], shape)
     rank = 0 if trains_all else int(number(row, "lora_r"))
     adapter = sum(rank * (x.in_features + x.out_features) * x.count for x in targets)
@@ -154,18 +222,17 @@ def tensors_of(row: dict[str, str]) -> float:
     dropout = float(match[1].rstrip(".")) if match else (0.05 if row["id"].startswith("litgpt") else 0.0)
     weights, dequantised = weight_bytes(row["quant"], shape)
     attention = "eager" if "eager" in row["attention"].lower() else "sdpa"
-    work = Work(length, targets, rank, dropout, attention, dequantised, numerics)
-    loss = loss_bytes(row, shape, tokens)
-    phases = step_phases(shape, work, tokens, loss, is_checkpointed(row), trainable)
-    states = state_bytes(row["optimizer"], numerics.adapter_bytes) * trainable
+    layer = OtherLayer(shape, length, targets, rank, dropout, attention, dequantised, **numerics_of(row, trains_all))
+    phases = step_phases(layer, tokens, loss_bytes(row, shape, tokens), is_checkpointed(row), trainable)
+    states = state_bytes(row["optimizer"], layer.adapter_bytes) * trainable
     if not trains_all:
-        fixed = weights + numerics.adapter_bytes * (adapter + trainable) + states
+        fixed = weights + layer.adapter_bytes * (adapter + trainable) + states
         return fixed + max(phase.total_bytes for phase in phases)
     # gradients come as the backward pass goes: none at its start, all at the update, unless each is used up at once;
     # foreach AdamW holds denominators beside them, fused AdamW (what torchtune's configs ask for) holds nothing
     optimizer = row["optimizer"].lower()
     is_fused = "fused" in optimizer or "torchtune" in row["source"].lower() or "8bit" in optimizer
-    update = 0 if "in_bwd" in optimizer else numerics.adapter_bytes * trainable * (1 if is_fused else 2)
+    update = 0 if "in_bwd" in optimizer else layer.adapter_bytes * trainable * (1 if is_fused else 2)
     return weights + states + max(update, *(p.total_bytes for p in phases if p.name != "update"))
 
 
@@ -224,28 +291,26 @@ def _find_config(model_id: str) -> dict[str, Any] | None:
     return None
 
 
-def numerics_of(row: dict[str, str], trains_all: bool) -> Numerics:
+def numerics_of(row: dict[str, str], trains_all: bool) -> dict[str, Any]:
+    """How a row's stack computes, as arguments of `OtherLayer`."""
     dtype = row["compute_dtype"].lower()
     text = f"{dtype} {row['notes'].lower()}"
     if re.match(r"(fp32|float32)(?!.*autocast)", dtype):
         raise UndescribedError(f"compute dtype '{row['compute_dtype']}'")
     wide_adapter = not trains_all and bool(re.search(r"(adapters|lora|adapter weights) fp32", text))
-    autocast = "autocast" in dtype and "no autocast" not in dtype
     # MatMul4Bit of bitsandbytes 0.41 held its input as well as the weight (`ctx.tensors = (A, B)`)
     old_bnb = "saves input activation" in text or re.search(r"(bnb|bitsandbytes) 0\.(3\d|40|41)\b", text)
-    return OtherNumerics(
-        stream_bytes=4 if has_wide_stream(row) else 2,
-        compute_bytes=2,
-        adapter_bytes=4 if wide_adapter else 2,
-        autocast=autocast,
-        widens=autocast,
-        fused=False,
-        keeps_inputs=trains_all or (bool(old_bnb) and row["quant"].lower() not in ("", "none")),
+    keeps_inputs = trains_all or (bool(old_bnb) and row["quant"].lower() not in ("", "none"))
+    return {
+        "wide_stream": has_wide_stream(row),
+        "wide_adapter": wide_adapter,
+        "autocast": "autocast" in dtype and "no autocast" not in dtype,
+        "keeps_input": lambda linear: keeps_inputs,
         # FOAK's kernels, or inductor's: it saves a norm's input and its fp32 reciprocal, no fp32 copy
-        fused_norm="foak" in text or "compile" in dtype,
-        trains_a="lora-fa" not in row["method"],
-        offloads_layer_inputs="offload" in row["grad_checkpointing"].lower(),
-    )
+        "fused_norm": "foak" in text or "compile" in dtype,
+        "trains_a": "lora-fa" not in row["method"],
+        "offloads_layer_inputs": "offload" in row["grad_checkpointing"].lower(),
+    }
 
 
 def is_checkpointed(row: dict[str, str]) -> bool:

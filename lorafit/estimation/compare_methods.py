@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import StepMemory, StepShape
 from lorafit.memory.closed_form import loss_bytes, step_phases
-from lorafit.memory.layer_inputs import Numerics, Work
+from lorafit.memory.layer import Layer
 from lorafit.memory.peak import ALLOCATOR_FACTOR, CONTEXT_BYTES, FIXED
 from lorafit.memory.step_shape import DTYPE_BYTES
 
@@ -81,19 +81,23 @@ def _stored_as(step: StepShape, kind: str, dtype: str) -> StepShape:
 def full_fine_tuning(step: StepShape, dtype: str, tokens: int, checkpointing: bool) -> Method:
     """All weights trained with AdamW, everything in one dtype."""
     shape, width, device_kind = step.model, DTYPE_BYTES[dtype], step.device_kind
-    numerics = Numerics(
-        stream_bytes=width,
+    layer = Layer(
+        shape=shape,
+        row_tokens=step.row_tokens,
+        adapted=(),
+        rank=0,
+        dropout=0.0,
+        attention=step.attention,
+        dequantised_bytes=lambda linear: 0,
         compute_bytes=width,
-        adapter_bytes=width,
         autocast=False,
         device_kind=device_kind,
-        keeps_inputs=True,
+        keeps_input=lambda linear: True,
         fused=False,
     )
-    work = Work(step.row_tokens, (), 0, 0.0, step.attention, lambda _: 0, numerics)
-    loss = loss_bytes(shape, numerics, replace(step, packing=False).labels_at(tokens))
+    loss = loss_bytes(layer, replace(step, packing=False).labels_at(tokens))
     parameters = shape.total_parameters
-    phases = step_phases(shape, work, tokens, loss, checkpointing, parameters)
+    phases = step_phases(layer, tokens, loss, checkpointing, parameters)
     weights = gradients = width * parameters
     moments = 2 * width * parameters
     # at the start of the backward pass there are no gradients yet; at the update they stand beside foreach AdamW's

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lorafit.kinds.quantizations import quantizations
+
 if TYPE_CHECKING:
-    from lorafit.facts import ModelShape
+    from lorafit.facts import LinearShape, ModelShape
     from lorafit.kinds.adapters import Adapter, AdapterSection
     from lorafit.kinds.optimizers import Optimizer, OptimizerSection
     from lorafit.kinds.quantizations import Quantization, QuantizationSection
@@ -55,6 +57,10 @@ class StepShape:
     def trainable_parameters(self) -> int:
         """Of the adapter, and of a task's own head."""
         return sum(site.parameters for site in self.adapter.sites(self.model)) + self.model.new_head_parameters
+
+    def stored_as(self, linear: LinearShape) -> Quantization[QuantizationSection]:
+        """How a linear's weight is stored: plain where transformers leaves its class alone."""
+        return self.quantization if linear.quantizable else quantizations.make("none")
 
     @property
     def packs_rows(self) -> bool:

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.ops.dropout import drop
+from lorafit.ops.fusible import fuses_branch
 from lorafit.ops.layer_functions import rms_norm, silu_product
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear, unpack
@@ -104,20 +106,17 @@ def _replacement(module: nn.Module, known: dict[type, _Forward | None]) -> tuple
 
 
 def _is_lora_linear(module: nn.Module) -> bool:
-    """PEFT's plain or 4-bit LoRA layer over a plain linear."""
-    from peft.tuners.lora import layer
-
-    kinds: list[type] = [layer.Linear]
-    bases: list[type] = [nn.Linear]
-    try:
-        import bitsandbytes
-        from peft.tuners.lora.bnb import Linear4bit
-    except ImportError:
-        pass
-    else:
-        kinds.append(Linear4bit)
-        bases.append(bitsandbytes.nn.Linear4bit)
-    return type(module) in kinds and type(module.base_layer) in bases
+    """PEFT's LoRA layer over a plain linear or a quantised one, where both run as one operation."""
+    kind = type(module)
+    if not kind.__module__.startswith("peft.tuners.lora.") or kind.__name__ not in ("Linear", "Linear4bit"):
+        return False
+    base: Any = module.base_layer
+    codes = kind_of_codes(base)
+    return fuses_branch(
+        of_known_class=codes is not None or type(base) is nn.Linear,
+        keeps_input=codes is not None and codes.keeps_inputs,
+        transposed=bool(module.fan_in_fan_out),
+    )
 
 
 def _is_fused_lora(module: nn.Module) -> bool:

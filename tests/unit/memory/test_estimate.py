@@ -15,6 +15,7 @@ from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import MemoryEstimate, StepShape, closed_form, fits
+from lorafit.memory.closed_form import layer_of
 from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers
 from lorafit.model_shapes import known_config, read_shape
@@ -108,7 +109,7 @@ def measure_and_estimate(
     optimizer = optimizers.make("adamw")
     adapter = adapters.make("lora", r=r, dropout=dropout, target_modules=targets)
     model = attach_adapter(build(config, quantization, dtype, attention), adapter.section, 0)
-    fuse_layers(model)
+    fused = fuse_layers(model)
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.get_base_model().enable_input_require_grads()
@@ -144,6 +145,9 @@ def measure_and_estimate(
         shape, quantizations.make(quantization), adapter, optimizer, tasks.make("causal-lm"), tokens, tokens - 1,
         dtype="fp32" if dtype == torch.float32 else "bf16", attention=attention, device_kind="cpu",
     )  # fmt: skip
+    layer = layer_of(asked)
+    assert fused["lora"] == sum(linear.count for linear in layer.adapted if layer.fuses_linear(linear))
+    assert (fused["norms"] > 0, fused["gated"] > 0) == (layer.fuses_norm(), layer.fuses_gate())
     return live.peak_bytes, closed_form(asked, rows * tokens, checkpointing)
 
 
