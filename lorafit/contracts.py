@@ -91,6 +91,7 @@ class TaskRow:
         weight: Its share of what a step's loss is divided by, e.g. its trained tokens.
         asked: Tokens that ask; empty where nothing does. Rows that ask the same and answer differently contradict.
         answered: Everything else that tells rows apart.
+        trained_tokens: Tokens that carry loss; None where that is its weight.
     """
 
     columns: Mapping[str, Sequence[float]]
@@ -98,6 +99,7 @@ class TaskRow:
     weight: int
     asked: Sequence[int]
     answered: Sequence[int]
+    trained_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +171,14 @@ class Batch:
         weight: What the loss sum is divided by, e.g. the number of labels; known on the host, before the forward.
         rows: Indices of the examples, for messages about a bad step.
         tokens: Real tokens, padding apart.
+        trained_tokens: Those that carry loss; None where that is the weight.
     """
 
     tensors: Mapping[str, torch.Tensor]
     weight: int
     rows: tuple[int, ...]
     tokens: int
+    trained_tokens: int | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]

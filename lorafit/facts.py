@@ -178,7 +178,7 @@ class DatasetFacts:
         rows: Rows of one epoch, repeats counted.
         tokens: Tokens of one epoch, padding apart.
         trained_tokens: Tokens of one epoch that carry loss.
-        longest_tokens: Tokens of the longest row.
+        longest_tokens: Tokens of the longest row, all of its sequences together.
         longest_trained_tokens: Most trained tokens in one row.
         squared_tokens: Sum of the squares of the rows' lengths of one epoch: what attention's work grows with.
         validation_rows: Rows that are scored while training.

@@ -88,14 +88,15 @@ class Prepared:
         """What plan and memory must know of the rows."""
         source_of = np.asarray(self.train.source_of)
         repeats = np.asarray(self.train.repeats)[source_of]
-        lengths, trained = np.asarray(self.train.lengths), np.asarray(self.train.weights)
+        lengths, trained = np.asarray(self.train.lengths), np.asarray(self.train.trained_tokens)
+        squares = np.square(lengths, dtype=np.float64) / self.task.sequences
         return DatasetFacts(
             rows=rows_per_epoch(self.train),
             tokens=round(float((lengths * repeats).sum())),
             trained_tokens=round(float((trained * repeats).sum())),
             longest_tokens=int(lengths.max()),
             longest_trained_tokens=int(trained.max()),
-            squared_tokens=round(float((np.square(lengths, dtype=np.float64) * repeats).sum())),
+            squared_tokens=round(float((squares * repeats).sum())),
             validation_rows=len(self.validation) if self.validation is not None else 0,
             validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
         )

@@ -129,7 +129,7 @@ def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str, of_row
     return SplitReport(
         rows=len(examples),
         tokens=int(lengths.sum()),
-        trained_tokens=int(np.asarray(examples.weights).sum()),
+        trained_tokens=int(np.asarray(examples.trained_tokens).sum()),
         longest_tokens=int(lengths.max(initial=0)),
         histogram=count_lengths(lengths),
         sources=tuple(ledger.sources) if ledger else (),

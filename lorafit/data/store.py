@@ -5,7 +5,8 @@ pages of a map that was touched count as the process's memory, and an epoch touc
 
 tokens.int32            ┌── row 0 ──┬─── row 1 ───┬─ row 2 ─┐     a column of the task, one row behind the other
 tokens_ends.int64       6           13            18              where its rows end
-lengths.int32, weights.int32, lines.int64, sources.int32, hashes.uint64, prompt_hashes.uint64       one number a row
+lengths.int32, weights.int32, trained_tokens.int32, lines.int64, sources.int32, hashes.uint64,
+prompt_hashes.uint64                              one number a row
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ NO_PROMPT = 0
 _NUMBERS = {
     "lengths": "<i4",
     "weights": "<i4",
+    "trained_tokens": "<i4",
     "lines": "<i8",
     "sources": "<i4",
     "hashes": "<u8",
@@ -54,6 +56,7 @@ def pack_chunk(rows: Sequence[tuple[int, int, TaskRow]], columns: Sequence[Colum
     numbers: dict[str, list[int]] = {
         "lengths": [row.tokens * sequences for row in made],
         "weights": [row.weight for row in made],
+        "trained_tokens": [row.weight if row.trained_tokens is None else row.trained_tokens for row in made],
         "lines": [line for _, line, _ in rows],
         "sources": [source for source, _, _ in rows],
         "hashes": [_hash([*row.asked, *row.answered]) for row in made],
@@ -231,6 +234,11 @@ class ExampleSet:
     def weights(self) -> Sequence[int]:
         """Each row's share of what a step's loss is divided by, an int32 array `[rows]`."""
         return cast(Sequence[int], self._numbers("weights"))
+
+    @cached_property
+    def trained_tokens(self) -> Sequence[int]:
+        """Tokens of each row that carry loss, an int32 array `[rows]`."""
+        return cast(Sequence[int], self._numbers("trained_tokens"))
 
     @cached_property
     def source_of(self) -> Sequence[int]:

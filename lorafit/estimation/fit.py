@@ -101,7 +101,8 @@ def find_fit(asked: RecipeStep, device: DeviceFacts, headroom: float) -> Fit:
         value = found[best]
         return Largest(value, least, best, found.get(not best), bound if value == most else "")
 
-    def of_row(row_tokens: int, checkpointing: bool) -> MemoryEstimate:
+    def of_row(sequence_tokens: int, checkpointing: bool) -> MemoryEstimate:
+        row_tokens = sequence_tokens * step.task.sequences
         rows = replace(step, row_tokens=row_tokens, row_labels=row_tokens)
         return memory.of(rows).at(row_tokens, checkpointing)
 

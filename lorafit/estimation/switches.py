@@ -81,7 +81,7 @@ def switches(now: RecipeStep, checkpointing: bool) -> Iterator[Switch]:
 
 
 def shorter_rows(tokens: int) -> Switch:
-    """Rows of so many tokens at most."""
+    """Sequences of so many tokens at most."""
     return Switch("data.max_length", str(tokens), 12, _changed(lambda step: step.with_rows(tokens)))
 
 

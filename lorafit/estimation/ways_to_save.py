@@ -63,7 +63,7 @@ def find_savings(
 ) -> tuple[Saving, ...]:
     """The switches that save something, the largest saving first."""
     needed, found = now.memory.at(now.least_tokens, checkpointing).needed_bytes, []
-    half = now.memory.step.row_tokens // 2
+    half = now.memory.step.sequence_tokens // 2
     shorter = [shorter_rows(half)] if half >= LEAST_ROW_TOKENS else []
     for switch in (*switches(now, checkpointing), *shorter):
         changed = switch.on(replace(now, checkpointing=checkpointing))
@@ -109,7 +109,7 @@ def find_enough(now: RecipeStep, checkpointing: bool, device: DeviceFacts, headr
         def needs_at(tokens: int, others: tuple[Switch, ...] = others) -> int:
             return needs((*others, shorter_rows(tokens)))
 
-        longest = find_largest(needs_at, limit, LEAST_ROW_TOKENS, now.memory.step.row_tokens)
+        longest = find_largest(needs_at, limit, LEAST_ROW_TOKENS, now.memory.step.sequence_tokens)
         if longest is not None and (best is None or longest > best[0]):
             best = longest, (*others, shorter_rows(longest))
         left = [one for one in possible if one.key not in {other.key for other in others}]

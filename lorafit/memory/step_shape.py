@@ -26,7 +26,7 @@ class StepShape:
         compute_dtype: Of products with dequantised weights.
         attention: `eager`, `sdpa`, `fused` or `flash_attention_2`.
         device_kind: `cpu`, or `cuda` for every other: what kernels and allocator are like.
-        row_tokens: Tokens of the longest row.
+        row_tokens: Tokens of the longest row, all of its sequences together.
         row_labels: Most trained tokens in one row.
         packing: Whether rows hold several documents, every token of which may be trained.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
@@ -52,6 +52,11 @@ class StepShape:
     def dtype_bytes(self) -> int:
         """Of `dtype`, a value."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of the longest sequence, which `data.max_length` bounds."""
+        return self.row_tokens // self.task.sequences
 
     @property
     def trainable_parameters(self) -> int:
@@ -86,5 +91,6 @@ class StepShape:
         return rows * (min(self.row_labels, self.row_tokens - 1) if self.row_tokens > 1 else 1)
 
     def with_rows(self, tokens: int) -> StepShape:
-        """The same step over rows of so many tokens at most, cut or all of them trained."""
-        return replace(self, row_tokens=tokens, row_labels=min(self.row_labels, tokens))
+        """The same step over sequences of so many tokens at most, cut or all of them trained."""
+        row = tokens * self.task.sequences
+        return replace(self, row_tokens=row, row_labels=min(self.row_labels, row))

@@ -125,7 +125,7 @@ def plan(
     asked = recipe_step(recipe, shape, dataset, device, engine=engine)
     memory, step = asked.memory, asked.memory.step
     _check_attention(recipe, device)
-    _check_length(dataset, shape)
+    _check_length(dataset, step)
     _check_packing(recipe, step)
     bounds = _bounds(asked, min(training.batch_size, dataset.rows), device)
     stopping = evaluation.early_stopping
@@ -232,8 +232,8 @@ def _check_packing(recipe: Recipe, step: StepShape) -> None:
         raise RecipeError(why, key="data.packing", todo="write data.packing: false")
 
 
-def _check_length(dataset: DatasetFacts, shape: ModelShape) -> None:
-    longest = max(dataset.longest_tokens, dataset.validation_longest_tokens)
+def _check_length(dataset: DatasetFacts, step: StepShape) -> None:
+    shape, longest = step.model, max(dataset.longest_tokens, dataset.validation_longest_tokens) // step.task.sequences
     if shape.position_parameters and longest > shape.max_positions:
         raise RecipeError(
             f"the longest row has {longest} tokens; {shape.model_type} has {shape.max_positions} learned positions",
@@ -302,10 +302,9 @@ def _warnings(
             f"evaluation.every_steps {every} is more than the run's {counted(total_steps, 'step')}: "
             "evaluated at its end only"
         )
-    if dataset.longest_tokens > shape.max_positions:
-        found.append(
-            f"the longest row has {dataset.longest_tokens} tokens; the model was made for {shape.max_positions}"
-        )
+    longest = memory.step.sequence_tokens
+    if longest > shape.max_positions:
+        found.append(f"the longest row has {longest} tokens; the model was made for {shape.max_positions}")
     if shape.expert_parameters and recipe.model.quantization.kind != "none":
         share = shape.expert_parameters / shape.total_parameters
         found.append(

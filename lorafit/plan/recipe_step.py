@@ -95,7 +95,8 @@ def recipe_step(
     Raises:
         RecipeError: The adapter's targets match nothing, or sdpa was asked of a model with a soft-cap.
     """
-    longest = rows.longest_tokens if rows else min(recipe.data.max_length, shape.max_positions)
+    task = tasks.bind(recipe.task)
+    longest = rows.longest_tokens if rows else task.sequences * min(recipe.data.max_length, shape.max_positions)
     dtype = resolve_dtype(recipe.model.dtype, device)
     step = StepShape(
         model=shape,
@@ -104,7 +105,7 @@ def recipe_step(
         optimizer=optimizers.bind(recipe.training.optimizer),
         row_tokens=longest,
         row_labels=rows.longest_trained_tokens if rows else longest,
-        task=tasks.bind(recipe.task),
+        task=task,
         dtype=dtype,
         compute_dtype=resolve_compute_dtype(recipe, dtype),
         attention=estimated_attention(recipe, shape),

@@ -29,10 +29,10 @@ class StepFigures:
     """What the backward passes of one step gave, over all ranks.
 
     Attributes:
-        loss: Mean cross-entropy over the labels, in nats.
+        loss: Mean over what the task weighs, e.g. nats a trained token.
         tokens: Real tokens.
         padded_tokens: Those and padding.
-        trained_tokens: Labels.
+        trained_tokens: Those that carry loss.
     """
 
     loss: float
@@ -54,12 +54,17 @@ def accumulate_gradients(
     Returns:
         The step's figures, and the loss sum of each of this rank's micro-batches.
     """
-    sizes = [(batch.weight, batch.tokens, batch.padded_tokens) for batch in batches] or [(0, 0, 0)]
-    weight, tokens, padded = executor.sum([float(sum(column)) for column in zip(*sizes, strict=True)])
+    sizes = [_sizes(batch) for batch in batches] or [(0, 0, 0, 0)]
+    weight, tokens, padded, trained = executor.sum([float(sum(column)) for column in zip(*sizes, strict=True)])
     losses = executor.accumulate(batches, weight, after_each)
     sums: list[float] = torch.stack(losses).double().tolist() if losses else []
     (loss_total,) = executor.sum([sum(sums)])
-    return StepFigures(loss_total / weight, int(tokens), int(padded), int(weight)), sums
+    return StepFigures(loss_total / weight, int(tokens), int(padded), int(trained)), sums
+
+
+def _sizes(batch: Batch) -> tuple[int, int, int, int]:
+    trained = batch.weight if batch.trained_tokens is None else batch.trained_tokens
+    return batch.weight, batch.tokens, batch.padded_tokens, trained
 
 
 @dataclass(frozen=True)
