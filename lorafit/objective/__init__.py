@@ -62,7 +62,10 @@ class TrainedTask(Protocol):
         """What the loss is computed of, [labels, classes]."""
 
     def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """The model's own loss, summed over the labels in fp64, a scalar: what the loss must agree with."""
+        """The model's own loss, summed over the labels in fp64, a scalar: what `probed_loss` must agree with."""
+
+    def probed_loss(self, objective: Objective, batch: Batch) -> float:
+        """The losses of the labels as they are trained, summed."""
 
 
 class Objective(nn.Module):
@@ -110,9 +113,15 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def reference_loss(self, batch: Batch) -> torch.Tensor:
-        """The model's own loss, summed over the labels in fp64: what `score` must agree with."""
+        """The model's own loss, summed over the labels in fp64: what `probed_loss` must agree with."""
         with self.autocast(batch):
             return self.task.reference_loss(self, batch)
+
+    @torch.no_grad()
+    def probed_loss(self, batch: Batch) -> float:
+        """The losses of the labels as they are trained, summed."""
+        with self.autocast(batch):
+            return self.task.probed_loss(self, batch)
 
     @property
     def base(self) -> Any:
@@ -185,14 +194,14 @@ def prove_objective(objective: Objective, batch: Batch, reporter: Reporter) -> N
                 todo="check the base model's weights, or use another model.dtype",
             )
         tolerance = _TOLERANCE[objective.autocast_dtype] * max(abs(own), 1.0)
-        ours = float(objective.score(batch)["loss"].sum())
+        ours = objective.probed_loss(batch)
         if abs(ours - own) > tolerance and not objective.exact:
             reporter.warn(
                 f"the chunked loss ({ours:.6g}) is not this model's own ({own:.6g}): something stands behind its "
                 "head; going on with the exact path, which is slower"
             )
             objective.exact = True
-            ours = float(objective.score(batch)["loss"].sum())
+            ours = objective.probed_loss(batch)
         if abs(ours - own) > tolerance or ours != ours:
             raise NumericsError(
                 f"the loss that would be trained ({ours:.6g}) is not the model's own ({own:.6g})",

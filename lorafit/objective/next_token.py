@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from lorafit.contracts import JsonObject, LossSum
 from lorafit.errors import ModelError
-from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
+from lorafit.ops.cross_entropy import linear_cross_entropy, linear_label_losses, score_linear, score_logits
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.output_head import output_head
@@ -93,6 +93,16 @@ def sum_cross_entropy(objective: Objective, batch: Batch) -> LossSum:
         states = _labelled_states(objective, batch)
         loss_sum, correct = linear_cross_entropy(states, head.weight, head.bias, batch["label_ids"])
     return LossSum(loss_sum, batch.weight, {"correct": correct})
+
+
+def label_losses(objective: Objective, batch: Batch) -> torch.Tensor:
+    """Each label's loss in nats, fp32 [labels], with a gradient; for losses that are no plain sum of them."""
+    if objective.exact:
+        logits = labelled_logits(objective, batch)
+        full = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(full, batch["label_ids"], reduction="none")
+    head = output_head(objective.base)
+    return linear_label_losses(_labelled_states(objective, batch), head.weight, head.bias, batch["label_ids"])
 
 
 def score_labels(objective: Objective, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,10 +11,12 @@ d loss / d b = p - y.  Source: Wijmans et al., Cut Your Losses in Large-Vocabula
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lorafit.ops.chunk_sizes import chunk_labels
 
@@ -36,6 +38,30 @@ def linear_cross_entropy(
     """
     loss_sum, correct = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
     return loss_sum, correct
+
+
+def linear_label_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    """The loss of each label, fp32 [labels], with a gradient: logits are computed once more in the backward pass.
+
+    For losses that are no plain sum: what each label's gradient is scaled by is known when all losses are.
+
+    Args:
+        hidden: As for `linear_cross_entropy`, and so the others.
+    """
+    states, head, head_bias = _as_computed(hidden, weight, bias)
+    size = chunk_labels(weight.shape[0], hidden.device.type)
+    parts = zip(torch.split(states, size), torch.split(labels, size), strict=True)
+    again = partial(checkpoint, _label_losses, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(part, head, head_bias, ids) for part, ids in parts])
+
+
+def _label_losses(
+    states: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    logits = functional.linear(states, head, bias)
+    return functional.cross_entropy(_in_full(logits), labels, reduction="none")
 
 
 @torch.no_grad()

@@ -150,11 +150,15 @@ class Task(Kind[S_co]):
 
     @abstractmethod
     def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """The model's own loss, summed over the labels in fp64, a scalar: what the loss must agree with.
+        """The model's own loss, summed over the labels in fp64, a scalar: what `probed_loss` must agree with.
 
         Raises:
             ModelError: The model is none for this task.
         """
+
+    def probed_loss(self, objective: Objective, batch: Batch) -> float:
+        """The losses of the labels as they are trained, summed; of rows without reference columns."""
+        return float(self.score(objective, batch)["loss"].sum())
 
     @abstractmethod
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
