@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
+from lorafit.kinds.adapters import begins_as_base
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.version import installed_versions
 from lorafit.run.workspace import sources_of
@@ -312,41 +313,31 @@ def build_objective(job: Job, model: PreTrainedModel, dtype: str) -> Objective:
     return job.task.build_objective(model, autocast_dtype=autocast_dtype(dtype), exact=exact)
 
 
-def refer(
-    job: Job, objective: Objective, splits: Collection[str], reporter: Reporter, *, is_trained: bool = False
-) -> None:
+def refer(job: Job, objective: Objective, splits: Collection[str], reporter: Reporter) -> None:
     """Gives rows of the job the columns that its task asks of the model as it was before the first step.
 
     Args:
         job: Whose rows; those of a task that asks nothing stay as they are.
-        objective: Around the model.
+        objective: Around the model as it was then.
         splits: Which rows.
         reporter: Gets a bar.
-        is_trained: Whether the adapter is trained already: it is turned off, which is where a fresh one began.
 
     Raises:
-        ModelError: The adapter is trained already and did not begin fresh.
+        ResourceError: The cache cannot be written.
     """
     if not job.task.reference_columns:
         return
     from lorafit.evaluation.reference import add_reference
-    from lorafit.files.atomic import hash_file
-    from lorafit.ops.isolation import adapter_off
+    from lorafit.model.adapter import hash_adapter
 
-    recipe, began = job.recipe, job.recipe.adapter.init_from
-    if is_trained and began is not None:
-        what = f"task {recipe.task.kind} refers to the adapter that training began with, which the run does not hold"
-        raise ModelError(what, key="adapter.init_from", todo="evaluate a run that began with a fresh adapter")
-    weights = hash_file(job.loaded.path(began) / "adapter_model.safetensors") if began is not None else None
     made_of = {
         "base": job.base.digest,
-        "adapter": [recipe.adapter.model_dump(mode="json"), weights] if weights else None,  # a fresh one does nothing
-        "quantization": recipe.model.quantization.model_dump(mode="json"),
+        "adapter": None if begins_as_base(job.recipe.adapter) else hash_adapter(objective.model),
+        "quantization": job.recipe.model.quantization.model_dump(mode="json"),
         "dtype": str(objective.autocast_dtype),
     }
     asked = {split: rows for split, rows in job.rows.splits.items() if split in splits}
-    with adapter_off(objective.model) if is_trained else nullcontext():
-        job.rows.splits.update(add_reference(objective, job.task, asked, made_of, job.pad_id, reporter))
+    job.rows.splits.update(add_reference(objective, job.task, asked, made_of, job.pad_id, reporter))
 
 
 def prove(job: Job, objective: Objective, examples: Examples, reporter: Reporter) -> None:

@@ -19,7 +19,7 @@ from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import UsageError
 from lorafit.files.atomic import read_json
 from lorafit.files.rundir import RunDir
-from lorafit.job import build_objective, check_template, look_at_template, open_job, placed, prove, refer
+from lorafit.job import build_objective, check_template, look_at_template, open_job, placed, prove
 from lorafit.kinds.metrics import metrics
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.run.workspace import (
@@ -206,7 +206,12 @@ def evaluate(
     opened = open_run(run, overrides)
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     _, step = opened.adapter(checkpoint)  # said before the libraries are loaded
-    from lorafit.answering.evaluation_rows import changed_evaluation, open_evaluation, settle_evaluation
+    from lorafit.answering.evaluation_rows import (
+        changed_evaluation,
+        open_evaluation,
+        refer_as_begun,
+        settle_evaluation,
+    )
     from lorafit.answering.tuned import open_tuned
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
@@ -231,9 +236,9 @@ def evaluate(
     asked = job.rows.generation_rows(split, limit, with_calls=with_calls)
     engine = tuned.load(job.tokenizer, reporter)
     objective = build_objective(job, engine.model, tuned.card.dtype)
-    refer(job, objective, (split, "retention"), reporter, is_trained=True)
+    prove(job, objective, job.rows.splits[split], reporter)
+    refer_as_begun(job, objective, opened, tuned, split, reporter)
     examples = job.rows.splits[split] if limit is None else job.rows.splits[split].first(limit)
-    prove(job, objective, examples, reporter)
     found, evaluation = coverage(engine.model), job.recipe.evaluation
     chose = split == "validation" and evaluation.every_steps is not None
     result = evaluate_pair(

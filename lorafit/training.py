@@ -16,11 +16,11 @@ from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.runner import evaluate_during
-from lorafit.files.atomic import check_manifest, read_object, write_json
+from lorafit.files.atomic import atomic_dir, check_manifest, read_object, write_json
 from lorafit.files.cache import cache_folder
 from lorafit.files.rundir import RunDir
 from lorafit.job import build_objective, prove, refer
-from lorafit.kinds.adapters import adapters
+from lorafit.kinds.adapters import adapters, begins_as_base
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
 from lorafit.machine.version import installed_versions
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from accelerate import Accelerator
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from lorafit.job import Job
@@ -113,8 +114,10 @@ class Training:
             if checkpoint is not None:
                 self._check_base(content, used)
         objective = build_objective(job, model, self.plan.dtype)
-        refer(job, objective, ("train", "validation"), self.reporter)  # before a checkpoint's values are taken
         prove(job, objective, job.rows.train, self.reporter)
+        if checkpoint is not None and self.where.first_adapter.exists():
+            load_adapter_weights(model, self.where.first_adapter)  # whatever init_from has become since
+        refer(job, objective, ("train", "validation"), self.reporter)  # before a checkpoint's values are taken
         probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS)
         prove_gradients(objective, objective.batch_of(job.rows.train[probe], job.pad_id))
         one = accelerator.num_processes == 1
@@ -148,6 +151,8 @@ class Training:
             facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
             hashes = {self.where.base: content.to_json(), self.where.quantization: used}
             self._describe(job, card, {**resolved.to_json(), **facts}, hashes, begins=checkpoint is None)
+            if checkpoint is None:
+                self._keep_first_adapter(model)
         trackers.start(recipe.name, recipe.model_dump(mode="json"), step=state.step)
         try:
             result = replace(trainer.fit(state), peak_before_steps_bytes=before_bytes if told_apart else None)
@@ -205,6 +210,13 @@ class Training:
         write_json(where.comparison, job.rows_to_compare())
         write_json(where.data, job.rows.report.to_json())
         write_json(where.plan, plan)
+
+    def _keep_first_adapter(self, model: PeftModel) -> None:
+        """Saves what the task refers to, where that is not the base: an evaluation and a resume need it again."""
+        job = self.job
+        if job.task.reference_columns and not begins_as_base(job.recipe.adapter):
+            with atomic_dir(self.where.first_adapter) as folder:
+                save_adapter(model, folder, base=job.base)
 
     def _attach(self, base: PreTrainedModel) -> Any:
         """The base with its adapter, which is the planned one, and can be merged and loaded again."""

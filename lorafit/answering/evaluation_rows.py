@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from lorafit.answering.tuned import Tuned
 from lorafit.contracts import JsonObject, Silent
 from lorafit.errors import DataError, LorafitError, UsageError
-from lorafit.job import Job, look_for_rows, prepare_rows
+from lorafit.job import Job, look_for_rows, prepare_rows, refer
+from lorafit.kinds.adapters import begins_as_base
 from lorafit.machine.devices import read_device
 from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes, sources_of
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter
+    from lorafit.objective import Objective
     from lorafit.recipe.schema import SourceSection
 
 _FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")
@@ -125,10 +127,39 @@ def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Repor
         todo = "add --set data.test=$PWD/FILE, or data.validation=$PWD/FILE for --split validation"
         raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo=todo)
     is_held_out = split == "validation" and isinstance(data.validation, ValidationFraction)
-    loaded = replace(opened.loaded, recipe=recipe.model_copy(update={"data": data, "task": card.task}))
+    model = recipe.model.model_copy(update={"quantization": card.quantization})
+    trained = {"model": model, "adapter": card.adapter, "task": card.task}
+    loaded = replace(opened.loaded, recipe=recipe.model_copy(update={"data": data, **trained}))
     wanted = ["data.train" if is_held_out else f"data.{split}", "evaluation.retention"]
     look_for_rows(loaded, only=wanted, todo="or score others: --set data.test=FILE")
     tokenizer = tuned.tokenizer()
     renderer = tuned.renderer(data, tokenizer)
     rows, shape = prepare_rows(loaded, renderer, tuned.base.config, reporter, only=[split, "retention"])
     return Job(loaded, tuned.base, shape, tokenizer, renderer, rows, read_device())
+
+
+def refer_as_begun(
+    job: Job, objective: Objective, opened: OpenedRun, tuned: Tuned, split: str, reporter: Reporter
+) -> None:
+    """Gives an evaluation's rows what their task asks of the model as it was before the first step.
+
+    The objective's model, which is trained, is as it was then for as long as that takes: with the adapter that the run
+    kept, or without any where it began as the base.
+
+    Raises:
+        ModelError: The run did not begin as the base, and has lost its first adapter.
+        ResourceError: The cache cannot be written.
+    """
+    if not job.task.reference_columns:
+        return
+    from lorafit.model.attach import load_adapter_weights
+    from lorafit.ops.isolation import adapter_off
+
+    splits = (split, "retention")
+    if begins_as_base(tuned.card.adapter):
+        with adapter_off(objective.model):
+            refer(job, objective, splits, reporter)
+        return
+    load_adapter_weights(objective.model, opened.run.first_adapter)
+    refer(job, objective, splits, reporter)
+    load_adapter_weights(objective.model, tuned.adapter)

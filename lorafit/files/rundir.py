@@ -96,6 +96,11 @@ class RunDir:
         return self.root / "adapter"
 
     @property
+    def first_adapter(self) -> Path:
+        """The adapter as it was before the first step, of a run whose task refers to one that is not the base."""
+        return self.root / "first-adapter"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.root / "checkpoints"

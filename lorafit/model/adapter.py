@@ -11,6 +11,7 @@ PEFT loads a file in which no tensor fits with no more than a warning; here each
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -203,6 +204,18 @@ def adapter_tensors(model: PeftModel, name: str = ADAPTER_NAME) -> dict[str, tor
     """An adapter's live parameters by the names they have on disk."""
     kind = saved_kind(model.peft_config[name].to_dict(), Path(CONFIG))
     return kind.live_tensors(model, name)
+
+
+def hash_adapter(model: PeftModel, name: str = ADAPTER_NAME) -> str:
+    """SHA-256 of all that an adapter computes with: its values, and what PEFT's config says of its form."""
+    import torch
+
+    config = adapter_config(model, "", None, name)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for path, value in sorted(adapter_tensors(model, name).items()):
+        digest.update(f"{path} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _note_layers(model: PeftModel, name: str) -> JsonObject | None:

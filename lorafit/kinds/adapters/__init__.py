@@ -167,6 +167,7 @@ class Adapter(Kind[S_co]):
 
     Attributes:
         closed_form: Whether `memory` has formulas for its step, which are LoRA's; any other is estimated by a dry run.
+        starts_as_base: Whether a fresh one computes what the base does, to the last bit.
         peft_type: What `peft_type` in adapter_config.json says.
         peft_options: Keys of adapter_config.json, with the values that tell it from others of the same `peft_type`.
         saved_fields: Checks of its own keys of adapter_config.json.
@@ -175,6 +176,7 @@ class Adapter(Kind[S_co]):
     """
 
     closed_form: ClassVar[bool] = False
+    starts_as_base: ClassVar[bool] = False
     peft_type: ClassVar[str]
     peft_options: ClassVar[Mapping[str, JsonValue]] = {}
     saved_fields: ClassVar[Mapping[str, SavedField]] = {}
@@ -256,3 +258,8 @@ def adapter_kind(config: JsonMapping) -> type[Adapter[AdapterSection]] | None:
         and all(config.get(key) == value for key, value in kind.peft_options.items())
     ]
     return max(fitting, key=lambda kind: len(kind.peft_options), default=None)
+
+
+def begins_as_base(section: AdapterSection) -> bool:
+    """Whether a model computes what its base does before the first step, to the last bit."""
+    return section.init_from is None and adapters.bind(section).starts_as_base

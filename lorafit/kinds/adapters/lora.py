@@ -25,6 +25,7 @@ class Lora(LowRank[LoraSection]):
     """PEFT's LoRA; variants of it that the recipe does not know are opened as PEFT computes them."""
 
     closed_form: ClassVar[bool] = True
+    starts_as_base: ClassVar[bool] = True
 
     @classmethod
     def why_no_effect(cls, config: JsonMapping, nonzero_tensors: Set[str]) -> str | None:
