@@ -8,7 +8,7 @@ from typing import Any
 from lorafit.console.nearest import nearest
 from lorafit.contracts import JsonObject, Message, Sample
 from lorafit.errors import DataError
-from lorafit.kinds.fields import Row, describe, listed, read_json, read_json_list, wrong_type
+from lorafit.kinds.fields import Row, describe, listed, missing_field, read_json, read_json_list, wrong_type
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MEANT = {
@@ -110,6 +110,58 @@ def read_call(value: Any, place: str) -> JsonObject:
         raise wrong_type(f"{place}.arguments", "object", arguments)
     call: JsonObject = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": value["id"], **call} if value.get("id") is not None else call
+
+
+def read_turns(row: Row, name: str) -> tuple[Message, ...]:
+    """The turns of a chat as OpenAI writes them, with `arguments` parsed and contents as strings.
+
+    Raises:
+        DataError: It is no list of turns, or a turn is none.
+    """
+    return tuple(_read_turn(entry, f"{name}[{number}]") for number, entry in enumerate(read_entries(row, name)))
+
+
+def _read_turn(entry: JsonObject, place: str) -> Message:
+    if "role" not in entry and "from" in entry:
+        todo = "that is format sharegpt: columns: {conversations: messages}"
+        raise DataError("entries have 'from' and 'value'", key=place, todo=todo)
+    if "role" not in entry:
+        raise DataError(f"missing field 'role'; found {listed(entry) or 'nothing'}", key=place)
+    role = check_role(entry["role"], place)
+    turn: Message = {key: value for key, value in entry.items() if value is not None}
+    calls = _read_calls(turn, place)
+    if calls and role != "assistant":
+        raise DataError(f"a turn of the {role} cannot call tools", key=f"{place}.tool_calls")
+    if calls:
+        turn["tool_calls"] = calls
+    if "content" in turn:
+        turn["content"] = read_content(turn["content"], place)
+    elif calls or (role == "assistant" and _has_reasoning(turn)):
+        turn["content"] = ""
+    elif "content" in entry:
+        raise wrong_type(f"{place}.content", "string", None)
+    else:
+        error = missing_field("content", entry)
+        raise DataError(error.what, key=place, todo=(error.todo or "").split("rename")[0].strip() or None)
+    if "weight" in turn:
+        turn["weight"] = read_weight(turn["weight"], role, place)
+    return turn
+
+
+def _has_reasoning(turn: Message) -> bool:
+    return any(isinstance(turn.get(name), str) for name in ("reasoning_content", "reasoning", "thinking"))
+
+
+def _read_calls(turn: Message, place: str) -> list[JsonObject]:
+    """Takes `tool_calls`, and the older `function_call`, out of the turn."""
+    calls, single = turn.pop("tool_calls", None), turn.pop("function_call", None)
+    if single is not None:
+        calls = [*(calls or []), single]
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise wrong_type(f"{place}.tool_calls", "list", calls)
+    return [read_call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(calls)]
 
 
 def read_tools(row: Row, name: str = "tools") -> tuple[JsonObject, ...] | None:
