@@ -63,6 +63,11 @@ class Encoded:
     input_ids: list[int]
     trained: list[bool]
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is what was left of a longer text."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Column:

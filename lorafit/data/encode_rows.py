@@ -128,7 +128,7 @@ class Encoder:
             if cut is not None:
                 result.lengths.append(("cut", source, line, reason))
                 return [cut]
-            result.lengths.append(("dropped", source, line, f"{reason}, and no trained token fits"))
+            result.lengths.append(("dropped", source, line, f"{reason}, and nothing that can be learnt fits"))
         elif self.overlength == "split" and sample.text is not None and sample.labels is None:
             pieces = [self.task.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
             result.lengths.append(("split", source, line, f"{reason}: {counted(len(pieces), 'row')}"))
@@ -216,7 +216,8 @@ def cut_chunks(samples: Iterable[PlacedSample]) -> Iterator[tuple[PlacedSample, 
 
 def count_characters(sample: Sample) -> int:
     """About how much text a sample holds."""
-    return sum(map(_characters, (sample.prompt, sample.completion, sample.text, sample.messages, sample.tools)))
+    own = sum(map(_characters, (sample.prompt, sample.completion, sample.text, sample.messages, sample.tools)))
+    return own + (count_characters(sample.rejected) if sample.rejected is not None else 0)
 
 
 def _characters(value: Any) -> int:

@@ -152,7 +152,9 @@ class Renderer:
         else:  # system messages may be what a template drops, and reasoning what it drops of earlier turns
             shown = [turn for turn in messages if turn["role"] != "system" or self._data.dropped_fields == "error"]
             texts = [str(turn.get("content", "")).rpartition("</think>")[2].strip() for turn in shown]
-        return is_surely_longer(texts, self._data.max_length, self.tokenizer)
+        if is_surely_longer(texts, self._data.max_length, self.tokenizer):
+            return True
+        return sample.rejected is not None and self.is_surely_longer(sample.rejected)
 
     def _shorten(self, sample: Sample) -> Sample:
         """The sample without what cutting it to `max_length` would surely take away: the beginnings of what is asked,

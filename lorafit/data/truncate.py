@@ -43,6 +43,11 @@ class Truncated(Encoded):
     cut_prompt_tokens: int = 0
     cut_answer_tokens: int = 0
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything went."""
+        return bool(self.dropped_messages or self.cut_prompt_tokens or self.cut_answer_tokens)
+
 
 def truncate_chat(
     renderer: ChatRenderer, messages: Messages, tools: Sequence[JsonMapping] | None, max_length: int

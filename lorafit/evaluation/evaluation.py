@@ -249,9 +249,14 @@ def _call(row: Row) -> JsonObject:
     }
 
 
+def _shown(value: float) -> float:
+    """A count as the whole number that it is."""
+    return int(value) if value.is_integer() else value
+
+
 def _side(score: RowScore) -> JsonObject:
     sums = {name: values for name, values in score.sums.items() if name not in ("loss", "weight")}
-    shown = {name: int(values[0]) if len(values) == 1 else list(values) for name, values in sums.items()}
+    shown = {name: _shown(values[0]) if len(values) == 1 else list(values) for name, values in sums.items()}
     return {"loss": score.mean_loss, **shown, "answer": score.answer}
 
 

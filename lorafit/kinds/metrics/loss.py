@@ -12,7 +12,7 @@ class Loss(ScoreMean):
     """What is trained: mean negative log-likelihood of a trained token, weighted by tokens, not by rows."""
 
     reads = ("loss", "weight")
-    settings = "nats per trained token"
+    settings = "nats per label: a trained token, a class or a pair"
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """The mean."""

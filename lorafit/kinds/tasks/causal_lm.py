@@ -49,10 +49,13 @@ class CausalLm(Task[CausalLmSection]):
 
         The last stretch of trained tokens is the answer; a first token alone before it asks nothing.
         """
-        if sample.labels is not None or sample.rejected is not None:
-            what = "is classified" if sample.labels is not None else "compares two answers"
+        if sample.labels is not None:
             todo = "set the task that learns it; format: text learns the text alone"
-            raise DataError(f"a row that {what} is not for task causal-lm", todo=todo)
+            raise DataError("a row that is classified is not for task causal-lm", todo=todo)
+        if sample.rejected is not None:
+            columns = "completion: chosen" if sample.messages is None else "messages: chosen"
+            todo = f"set the task that learns it; columns: {{{columns}}} learns the chosen answer alone"
+            raise DataError("a row that compares two answers is not for task causal-lm", todo=todo)
         encoded = render(sample)
         if encoded is None or not any(encoded.trained[1:]):
             return None

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lorafit.ops import chunk_sizes as pieces
-from lorafit.ops.cross_entropy import linear_cross_entropy, score_linear, score_logits
+from lorafit.ops.cross_entropy import linear_cross_entropy, linear_label_losses, score_linear, score_logits
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,18 @@ def test_equals_naive(trained: str) -> None:
     assert int(correct) == int((logits.argmax(-1) == labels).sum())
     wanted = torch.autograd.grad(naive * 0.3, used)
     for ours, theirs in zip(torch.autograd.grad(loss_sum * 0.3, used), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_each_labels_loss_has_a_gradient_of_its_own(dtype: torch.dtype) -> None:
+    """Whatever each is scaled by afterwards; and the values are those that a score has, to the last bit."""
+    *used, labels = operands(dtype)
+    losses, scales = linear_label_losses(*used, labels), torch.linspace(-1.0, 2.0, len(labels), dtype=dtype)
+    assert torch.equal(losses.detach(), score_linear(*used, labels)[0])
+    naive = functional.cross_entropy(functional.linear(*used), labels, reduction="none")
+    wanted = torch.autograd.grad((naive * scales).sum(), used)
+    for ours, theirs in zip(torch.autograd.grad((losses * scales).sum(), used), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
