@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from lorafit.job import Job
     from lorafit.memory import StepMemory
     from lorafit.model.content import Content
+    from lorafit.objective import Objective
     from lorafit.plan import Plan
     from lorafit.run.card import RunCard
     from lorafit.trainer.checkpoint import Checkpoint
@@ -115,9 +116,7 @@ class Training:
                 self._check_base(content, used)
         objective = build_objective(job, model, self.plan.dtype)
         prove(job, objective, job.rows.train, self.reporter)
-        if checkpoint is not None and self.where.first_adapter.exists():
-            load_adapter_weights(model, self.where.first_adapter)  # whatever init_from has become since
-        refer(job, objective, ("train", "validation"), self.reporter)  # before a checkpoint's values are taken
+        self._refer(objective, begins=checkpoint is None)
         probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS)
         prove_gradients(objective, objective.batch_of(job.rows.train[probe], job.pad_id))
         one = accelerator.num_processes == 1
@@ -210,6 +209,13 @@ class Training:
         write_json(where.comparison, job.rows_to_compare())
         write_json(where.data, job.rows.report.to_json())
         write_json(where.plan, plan)
+
+    def _refer(self, objective: Objective, *, begins: bool) -> None:
+        """What the task asks of the model as it was at step 0, before the values of a checkpoint are taken."""
+        first = self.where.first_adapter
+        if not begins and first.exists():
+            load_adapter_weights(objective.model, first)  # whatever init_from has become since
+        refer(self.job, objective, ("train", "validation"), self.reporter)
 
     def _keep_first_adapter(self, model: PeftModel) -> None:
         """Saves what the task refers to, where that is not the base: an evaluation and a resume need it again."""

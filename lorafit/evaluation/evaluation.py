@@ -251,7 +251,7 @@ def _call(row: Row) -> JsonObject:
 
 def _shown(value: float) -> float:
     """A count as the whole number that it is."""
-    return int(value) if value.is_integer() else value
+    return int(value) if value == int(value) else value
 
 
 def _side(score: RowScore) -> JsonObject:
