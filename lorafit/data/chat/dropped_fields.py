@@ -49,7 +49,7 @@ def find_dropped(chat: BoundChat, whole: Traced, control: re.Pattern[str]) -> Dr
             lost.append((TOOLS, "tools"))
             continue
         text = chat.attempt(message + 1)
-        cut = chat.attempt_trace(message + 1) if text is not None and not whole.text.startswith(text) else None
+        cut = chat.trace(message + 1) if text is not None and not whole.text.startswith(text) else None
         shown = fields.keys() - _places(_missing(cut, control), message) if cut is not None else set()
         for place, name in fields.items():
             (history if place in shown else lost).append((message, name))

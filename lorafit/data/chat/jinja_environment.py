@@ -1,14 +1,11 @@
-"""The Jinja environments of chat templates: transformers' own settings, with limits.
-
-`ChatEnvironment` renders plain strings. `TracingEnvironment` differs so that a rendering can be traced: filters and
-operators keep runs, `~` and captures glue them, and every loop writes marks of no length.
+"""The Jinja environment of chat templates: transformers' own settings, with limits, and so that a rendering can be
+traced: filters and operators keep runs, `~` and captures glue them, and every loop writes marks of no length.
 """
 
 from __future__ import annotations
 
-import json
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -19,6 +16,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.data.chat.jinja_filters import (
@@ -68,18 +66,19 @@ class JsonMemo:
         self._behind = behind
         self._known: dict[Any, str] = {}
 
-    def ask(self, make: Callable[..., str], value: Any, *options: Any) -> str:
-        """`make(value, *options)`, made once for values that are kept."""
+    def write(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        """`tojson(value, ...)`, made once for values that are kept."""
         if id(value) not in self._values:
-            return self._behind.ask(make, value, *options) if self._behind is not None else make(value, *options)
+            return (self._behind.write if self._behind is not None else tojson)(value, *args, **kwargs)
+        key = (id(value), args, tuple(kwargs.items()))
         try:
-            known = self._known.get((id(value), *options))
+            known = self._known.get(key)
         except TypeError:  # an option that cannot be hashed
-            return make(value, *options)
+            return tojson(value, *args, **kwargs)
         if known is None:
-            known = make(value, *options)
+            known = tojson(value, *args, **kwargs)
             if len(self._known) < _TEXTS_A_VALUE * len(self._values):
-                self._known[id(value), *options] = known
+                self._known[key] = known
         return known
 
 
@@ -94,8 +93,6 @@ class _GenerationTag(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("_between_marks"), [], [], body).set_lineno(line)
 
     def _between_marks(self, caller: Callable[[], str]) -> str:
-        if not isinstance(self.environment, TracingEnvironment):
-            return caller()
         return glue([_mark(GENERATION_START), caller(), _mark(GENERATION_END)])
 
 
@@ -120,28 +117,9 @@ def _check_name(name: Any) -> None:
 
 
 class _CodeGenerator(CodeGenerator):
-    """Writes `a ~ b` so that it is limited, and the commonest lookups without a call: they are half of a rendering."""
-
-    def visit_Getattr(self, node: nodes.Getattr, frame: Frame) -> None:  # noqa: N802
-        if node.attr in _LOOP_ATTRIBUTES:
-            self._write_lookup(node, frame, "is LoopContext", f"own.{node.attr}", "getattr")
-        elif node.attr in DICT_ATTRIBUTES:
-            super().visit_Getattr(node, frame)
-        else:
-            self._write_lookup(node, frame, f"is dict and {node.attr!r} in own", f"own[{node.attr!r}]", "getattr")
-
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:  # noqa: N802
-        key = node.arg.value if isinstance(node.arg, nodes.Const) else None
-        if isinstance(key, str):
-            self._write_lookup(node, frame, f"is dict and {key!r} in own", f"own[{key!r}]", "getitem")
-        else:
-            super().visit_Getitem(node, frame)
-
-    def _write_lookup(self, node: Any, frame: Frame, test: str, found: str, else_ask: str) -> None:
-        key = node.attr if isinstance(node, nodes.Getattr) else node.arg.value
-        self.write(f"({found} if type(own := ")
-        self.visit(node.node, frame)
-        self.write(f") {test} else environment.{else_ask}(own, {key!r}))")
+    """Writes `a ~ b` so that it is traced; what is printed is neither copied nor made plain: `finalize` gives a string
+    already.
+    """
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.write("environment.join_shown((")
@@ -150,25 +128,58 @@ class _CodeGenerator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo) -> None:
+        self.write("environment.finalize(")
+
+    def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo) -> None:
+        self.write(")")
+
+
+class _LoopMarker(NodeTransformer):
+    """Puts a mark at the start of each loop's body and one behind the loop, whose `else` is no place for it: that runs
+    only where the loop did not.
+    """
+
+    def __init__(self, environment: ChatEnvironment) -> None:
+        self._environment = environment
+        self._loops = 0
+
+    def visit_For(self, loop: nodes.For) -> list[nodes.Node]:  # noqa: N802
+        number = nodes.Const(self._loops)
+        self._loops += 1
+        names = [node for node in (loop.target, *loop.target.find_all(nodes.Name)) if isinstance(node, nodes.Name)]
+        self.generic_visit(loop)
+        loaded = [nodes.Name(name.name, "load") for name in names]
+        loop.body.insert(0, self._print("lorafit_mark", loaded, number, loop.lineno))
+        return [loop, self._print("lorafit_loop_end", [nodes.Const(None)], number, loop.lineno)]
+
+    def _print(self, name: str, values: Sequence[nodes.Expr], number: nodes.Const, line: int) -> nodes.Node:
+        marks: list[nodes.Expr] = [nodes.Filter(value, name, [number], [], None, None) for value in values]
+        return nodes.Output(marks).set_lineno(line, override=True).set_environment(self._environment)
+
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """Renders as transformers does, and stops what runs or grows without end.
+    """Renders as transformers does strings that keep their origin, and marks what is written for which message. Stops
+    what runs or grows without end.
 
     Attributes:
         loop_turns: Turns that loops have taken in this rendering.
         memo: JSON that was made before.
     """
 
-    code_generator_class: type[CodeGenerator] = _CodeGenerator
+    code_generator_class = _CodeGenerator
     intercepted_binops = frozenset({"%", "*", "**"})
 
-    def __init__(self, finalize: Callable[[Any], str] | None = None) -> None:
+    def __init__(self) -> None:
         extensions = [_GenerationTag, jinja2.ext.loopcontrols]
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=finalize, extensions=extensions)
+        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=shown, extensions=extensions)
         self.loop_turns = 0
         self.memo = JsonMemo([])
-        self.concat = _join_limited  # type: ignore[method-assign]
-        self.filters |= {"tojson": self._tojson, "lorafit_turns": self._count_turns}
+        self.concat = limited_glue  # type: ignore[method-assign]
+        self.filters = {name: followed(plain) for name, plain in self.filters.items()}
+        self.filters |= {"join": join, "replace": replace, "format": format_filter}
+        self.filters |= {"tojson": lambda *args, **kwargs: self.memo.write(*args, **kwargs)}
+        self.filters |= {"lorafit_mark": self._mark, "lorafit_loop_end": _loop_end}
         self.globals |= {
             "raise_exception": _raise_exception,
             "dict": lambda *args, **kwargs: dict(*args, **kwargs),
@@ -183,59 +194,20 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        self._mark_loops(tree)
+        _LoopMarker(self).visit(tree)
         return tree
 
-    def _mark_loops(self, tree: nodes.Template) -> None:
-        """Counts the turns of every loop: those of a loop that calls itself one by one, of others when they start."""
-        for loop in tree.find_all(nodes.For):
-            if loop.recursive:
-                one = nodes.Filter(nodes.Const((None,)), "lorafit_turns", [], [], None, None)
-                loop.body.insert(0, _located(nodes.ExprStmt(one), loop.lineno, self))
-            else:
-                loop.iter = nodes.Filter(loop.iter, "lorafit_turns", [], [], None, None)
-
-    @jinja2.pass_context  # so that the compiler does not take it for a constant
-    def _count_turns(self, _context: Any, values: Any) -> Any:
-        if hasattr(values, "__len__"):
-            self.count_turns(len(values))
-            return values
-        return self._each_counted(values)
-
-    def _each_counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        for value in values:
-            self.count_turns(1)
-            yield value
-
-    def count_turns(self, turns: int) -> None:
-        """So many turns of loops more.
-
-        Raises:
-            TemplateLimitError: There were too many.
-        """
-        self.loop_turns += turns
+    def _mark(self, value: Any, loop: int) -> str:
+        """What the mark at the start of a loop's body prints: nothing, or which message the loop stands at."""
+        self.loop_turns += 1
         if self.loop_turns > LOOP_TURNS_LIMIT:
             raise TemplateLimitError(f"time limit: more than {LOOP_TURNS_LIMIT:,} turns of its loops")
-
-    def _tojson(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return self.memo.ask(self.make_json, value, ensure_ascii, indent, separators, sort_keys)
-
-    @staticmethod
-    def make_json(value: Any, ensure_ascii: bool, indent: Any, separators: Any, sort_keys: bool) -> str:
-        """What transformers gives to templates as `tojson`."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return _mark(FIRST_MESSAGE - value._index, loop) if type(value) is Record else ""
 
     @staticmethod
     def join_shown(parts: Iterable[Any]) -> str:
         """`a ~ b`."""
-        return _join_limited(map(str, parts))
+        return limited_glue(shown(part) for part in parts)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         # The sandbox's own checks take half of a rendering's time; all that these types hold is the template's to read.
@@ -250,15 +222,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         elif kind is LoopContext and attribute in _LOOP_ATTRIBUTES:
             return getattr(obj, attribute)
         elif (kind is Typed or kind is str) and attribute in TEXT_METHODS:
-            return self.text_method(obj, attribute)
+            return getattr(Typed(obj, runs_of(obj)) if kind is str else obj, attribute)
         return super().getattr(obj, attribute)
 
-    @staticmethod
-    def text_method(text: str, name: str) -> Any:
-        """A method of a string."""
-        return getattr(text, name)
-
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            return format_percent(left, right)
         if operator == "*":
             for text, count in ((left, right), (right, left)):
                 if isinstance(text, (str, list, tuple)) and isinstance(count, int):
@@ -288,73 +257,6 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return formatted
 
 
-class _TracingCodeGenerator(_CodeGenerator):
-    """What is printed is neither copied nor made plain: `finalize` gives a string already."""
-
-    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo) -> None:
-        self.write("environment.finalize(")
-
-    def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo) -> None:
-        self.write(")")
-
-
-class TracingEnvironment(ChatEnvironment):
-    """Renders strings that keep their origin, and marks what is written for which message."""
-
-    code_generator_class = _TracingCodeGenerator
-
-    def __init__(self) -> None:
-        super().__init__(finalize=shown)
-        self.concat = limited_glue  # type: ignore[method-assign]
-        own = self.filters["tojson"]
-        self.filters = {name: followed(plain) for name, plain in self.filters.items()} | {"tojson": own}
-        self.filters |= {"join": join, "replace": replace, "format": format_filter}
-        self.filters |= {"lorafit_mark": self._mark, "lorafit_loop_end": _loop_end}
-
-    make_json = staticmethod(tojson)
-
-    def _mark_loops(self, tree: nodes.Template) -> None:
-        """Puts a mark at the start of each loop's body and one behind the loop."""
-        for number, loop in enumerate(list(tree.find_all(nodes.For))):
-            targets = [loop.target, *loop.target.find_all(nodes.Name)]
-            names = [target for target in targets if isinstance(target, nodes.Name)]
-            marks: list[nodes.Expr] = [
-                nodes.Filter(nodes.Name(name.name, "load"), "lorafit_mark", [nodes.Const(number)], [], None, None)
-                for name in names
-            ]
-            loop.body.insert(0, _located(nodes.Output(marks), loop.lineno, self))
-            # The `else` of a loop is no place for the end: it runs only where the loop did not.
-            end = nodes.Filter(nodes.Const(None), "lorafit_loop_end", [nodes.Const(number)], [], None, None)
-            loop.end_mark = _located(nodes.Output([end]), loop.lineno, self)  # type: ignore[attr-defined]
-        _place_ends(tree)
-
-    def _mark(self, value: Any, loop: int) -> str:
-        """What the mark at the start of a loop's body prints: nothing, or which message the loop stands at."""
-        self.count_turns(1)
-        return _mark(FIRST_MESSAGE - value._index, loop) if type(value) is Record else ""
-
-    @staticmethod
-    def join_shown(parts: Iterable[Any]) -> str:
-        """`a ~ b`."""
-        return limited_glue(shown(part) for part in parts)
-
-    @staticmethod
-    def text_method(text: str, name: str) -> Any:
-        """A method of a string, of which the result keeps its origin."""
-        return getattr(text if type(text) is Typed else Typed(text, runs_of(text)), name)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%" and isinstance(left, str):
-            return format_percent(left, right)
-        return super().call_binop(context, operator, left, right)
-
-
-def _join_limited(pieces: Iterable[str]) -> str:
-    text = "".join(pieces)
-    check_size(len(text))
-    return text
-
-
 def _mark(code: int, loop: int = 0) -> Typed:
     return Typed("", ((0, code, loop),))
 
@@ -362,28 +264,6 @@ def _mark(code: int, loop: int = 0) -> Typed:
 @jinja2.pass_context  # so that the compiler does not take it for a constant
 def _loop_end(_context: Any, _value: Any, loop: int) -> str:
     return _mark(LOOP_END, loop)
-
-
-def _located(node: nodes.Stmt, line: int, environment: ChatEnvironment) -> nodes.Stmt:
-    node.set_lineno(line, override=True)
-    node.set_environment(environment)
-    return node
-
-
-def _place_ends(node: nodes.Node) -> None:
-    for name in node.fields:
-        value = getattr(node, name)
-        if isinstance(value, list):
-            setattr(node, name, [part for item in value for part in _with_end(item)])
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, nodes.Node):
-                _place_ends(child)
-
-
-def _with_end(item: Any) -> Iterator[Any]:
-    yield item
-    if isinstance(item, nodes.For) and hasattr(item, "end_mark"):
-        yield item.end_mark
 
 
 def _raise_exception(message: str) -> None:

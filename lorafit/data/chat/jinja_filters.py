@@ -6,7 +6,7 @@ Every other filter of Jinja is `followed`: where its result lost the origin of w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any
@@ -98,48 +98,35 @@ def tojson(
 ) -> str:
     """`json.dumps` (as transformers gives it to templates) that keeps the origin of strings and keys."""
     plain = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    comma, colon = separators or (", " if indent is None else ",", ": ")
-    step = " " * indent if isinstance(indent, int) else indent
     escape = encode_basestring_ascii if ensure_ascii else encode_basestring
     pieces: list[str] = []
-
-    def write_string(text: str) -> None:
-        pieces.append('"')
-        place = 0
+    place = 0
+    for text in _strings(value, sort_keys):  # in their order: no other quote stands between two of them
+        begin = plain.find('"', place) + 1
+        pieces.append(plain[place:begin])
+        place, first = begin, 0
         for length, origin, start in runs_of(text):
-            part = str.__getitem__(text, slice(place, place + length))
-            escaped = escape(part)[1:-1]
-            if origin == TEMPLATE:
-                pieces.append(escaped)
-            else:
-                start = start if len(escaped) == length or start == BLURRED else WHOLE
-                pieces.append(Typed(escaped, ((len(escaped), origin, start),)))
-            place += length
+            escaped = escape(str.__getitem__(text, slice(first, first + length)))[1:-1]
+            start = start if len(escaped) == length or start == BLURRED else WHOLE
+            pieces.append(escaped if origin == TEMPLATE else Typed(escaped, ((len(escaped), origin, start),)))
+            place, first = place + len(escaped), first + length
         pieces.append('"')
-
-    def write_items(brackets: str, items: list[Any], margin: str, write: Callable[[Any, str], None]) -> None:
-        inner = margin + step if step is not None else ""
-        for number, item in enumerate(items):
-            pieces.append((brackets[0] if number == 0 else comma) + inner)
-            write(item, inner)
-        pieces.append((margin if step is not None else "") + brackets[1] if items else brackets)
-
-    def write_pair(pair: tuple[Any, Any], margin: str) -> None:
-        key, item = pair
-        write_string(key if isinstance(key, str) else json.loads(json.dumps({key: 0}).partition(": ")[0][1:]))
-        pieces.append(colon)
-        write_value(item, margin)
-
-    def write_value(item: Any, margin: str) -> None:
-        if isinstance(item, str):
-            write_string(item)
-        elif isinstance(item, dict):
-            write_items("{}", sorted(item.items()) if sort_keys else list(item.items()), margin, write_pair)
-        elif isinstance(item, (list, tuple)):
-            write_items("[]", list(item), margin, write_value)
-        else:
-            pieces.append(json.dumps(item))
-
-    write_value(value, "\n")
+        place += 1
+    pieces.append(plain[place:])
     text = glue(pieces)
     return text if text == plain else blur(plain, value)
+
+
+def _strings(value: Any, sort_keys: bool) -> Iterator[str]:
+    """The strings of a value in the order in which its JSON has them, keys that are none (`1`, `null`) as it has
+    them.
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in sorted(value.items()) if sort_keys else value.items():
+            yield key if isinstance(key, str) else json.loads(json.dumps({key: 0}).partition(": ")[0][1:])
+            yield from _strings(item, sort_keys)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item, sort_keys)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
@@ -13,7 +14,7 @@ import jinja2
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.data.chat.jinja_filters import TemplateLimitError
 from lorafit.data.chat.template_names import KEY, SHIPPED_TEMPLATES, shipped_template
-from lorafit.data.chat.traced_template import ChatTemplate, Traced, compile_template
+from lorafit.data.chat.traced_template import ChatTemplate, Traced, compile_template, read_trace
 from lorafit.data.chat.typed_chat import Messages, TypedChat
 from lorafit.errors import DataError, LorafitError, ModelError
 
@@ -45,7 +46,17 @@ class BoundChat:
         self.messages = messages
         self._template, self._variables = template, variables
         self._chat = TypedChat(messages, tools)
-        self._plain: dict[tuple[int, bool], str | None] = {}
+        self._known: dict[tuple[int, bool], str | Exception] = {}
+
+    def _render(self, count: int, prompt: bool) -> str | Exception:
+        """The first messages as their template writes them, with its marks; or what it raises."""
+        if (count, prompt) not in self._known:
+            try:
+                text = self._template.render(self._chat, count, self._variables, add_generation_prompt=prompt)
+                self._known[count, prompt] = text
+            except Exception as error:  # a template can raise anything
+                self._known[count, prompt] = error
+        return self._known[count, prompt]
 
     def trace(self, count: int | None = None, *, prompt: bool = False) -> Traced:
         """The first `count` messages, all where None, rendered and traced.
@@ -58,51 +69,31 @@ class BoundChat:
             RenderError: The template refuses them.
             ModelError: The template itself is at fault.
         """
-        count = len(self.messages) if count is None else count
-        try:
-            traced = self._template.trace(self._chat, count, self._variables, add_generation_prompt=prompt)
-        except Exception as error:  # a template can raise anything
-            explain(error)
-        self._plain[count, prompt] = traced.text
-        return traced
-
-    def attempt_trace(self, count: int, *, prompt: bool = False) -> Traced | None:
-        """The same; None where the template refuses them."""
-        try:
-            return self.trace(count, prompt=prompt)
-        except LorafitError:
-            return None
+        found = self._render(len(self.messages) if count is None else count, prompt)
+        if isinstance(found, Exception):
+            explain(found, self._template)
+        return read_trace(found, self._chat)
 
     def attempt(self, count: int, *, prompt: bool = False) -> str | None:
         """The text of the first `count` messages; None where the template refuses them."""
-        if (count, prompt) not in self._plain:
-            try:
-                text = self._template.render(self._chat, count, self._variables, add_generation_prompt=prompt)
-            except Exception:  # a template can raise anything
-                text = None
-            self._plain[count, prompt] = text
-        return self._plain[count, prompt]
+        found = self._render(count, prompt)
+        return None if isinstance(found, Exception) else str.__str__(found)
 
 
-def explain(error: Exception) -> NoReturn:
+def explain(error: Exception, template: ChatTemplate) -> NoReturn:
+    """Raises what a template raised as an error of ours, with the template's line."""
     if isinstance(error, LorafitError):
         raise error
-    line = None
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    place = f" at line {line}" if line else ""
+    lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    place = f" at line {template.line_of(lines[-1])}" if lines else ""
     if isinstance(error, jinja2.exceptions.SecurityError):
         raise ModelError(f"what the chat template does{place} is not allowed: {error}", key=KEY) from error
     if isinstance(error, (TemplateLimitError, MemoryError, RecursionError, OverflowError)):
         limit = "" if isinstance(error, TemplateLimitError) else "time limit or size limit: "
         raise ModelError(f"the chat template was stopped{place}: {limit}{error}", key=KEY) from error
     message = " ".join(str(error).split()) or type(error).__name__
-    raise RenderError(
-        f"the chat template refuses this chat{place}: {message}", key=KEY, todo="correct the row"
-    ) from error
+    what = f"the chat template refuses this chat{place}: {message}"
+    raise RenderError(what, key=KEY, todo="correct the row") from error
 
 
 def template_sources(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> dict[str, str]:

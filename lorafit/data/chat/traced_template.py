@@ -17,19 +17,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any
 
-import jinja2
 import jinja2.nodes as nodes
 
-from lorafit.contracts import JsonMapping, JsonObject
+from lorafit.contracts import JsonMapping
 from lorafit.data.chat.jinja_environment import (
     FIRST_MESSAGE,
     GENERATION_END,
     GENERATION_START,
     LOOP_END,
     ChatEnvironment,
-    TracingEnvironment,
 )
 from lorafit.data.chat.traced_text import Run, runs_of
 from lorafit.data.chat.typed_chat import Leaf, TypedChat
@@ -116,13 +113,8 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self._environment = TracingEnvironment()
+        self._environment = ChatEnvironment()
         self._template = self._environment.from_string(source)
-
-    @cached_property
-    def _plain(self) -> tuple[ChatEnvironment, jinja2.Template]:
-        environment = ChatEnvironment()
-        return environment, environment.from_string(self.source)
 
     def literal_text(self) -> str:
         """Every piece of text that stands in the template, NUL between them."""
@@ -146,33 +138,21 @@ class ChatTemplate:
         formats = [node.value for node in given if isinstance(node, nodes.Const) and isinstance(node.value, str)]
         return tuple(dict.fromkeys(formats)) if len(formats) + len(tested) == len(names) else None
 
-    def trace(
+    def render(
         self, chat: TypedChat, count: int, variables: JsonMapping, *, add_generation_prompt: bool = False
-    ) -> Traced:
-        """Renders the first `count` messages of a chat and traces every character.
+    ) -> str:
+        """Renders the first `count` messages of a chat; for `read_trace`.
 
         Raises:
             jinja2.TemplateError, TypeError, ...: Whatever the template raises for this chat.
         """
-        environment, given = self._environment, _variables(chat.records[:count], chat.tools.typed, variables)
-        environment.memo = chat.memo
-        try:
-            result = environment.run(self._template, {**given, "add_generation_prompt": add_generation_prompt})
-        except Exception:
-            environment.handle_exception()  # raises it again, with the template's line
-        return _read_marks(result, chat)
+        self._environment.memo = chat.memo
+        given = {"messages": chat.records[:count], "tools": chat.tools.typed, "documents": None, **variables}
+        return self._environment.run(self._template, {**given, "add_generation_prompt": add_generation_prompt})
 
-    def render(
-        self, chat: TypedChat, count: int, variables: JsonMapping, *, add_generation_prompt: bool = False
-    ) -> str:
-        """The same text, without the tracing."""
-        (environment, template), given = self._plain, _variables(chat.plain[:count], chat.tools.plain, variables)
-        environment.memo = chat.memo
-        return environment.run(template, {**given, "add_generation_prompt": add_generation_prompt})
-
-
-def _variables(messages: Any, tools: Any, variables: JsonMapping) -> JsonObject:
-    return {"messages": messages, "tools": tools, "documents": None, **variables}
+    def line_of(self, compiled_line: int) -> int:
+        """The template's line that a line of its compiled form stands for."""
+        return self._template.get_corresponding_lineno(compiled_line)
 
 
 @lru_cache(maxsize=32)
@@ -181,8 +161,10 @@ def compile_template(source: str) -> ChatTemplate:
     return ChatTemplate(source)
 
 
-def _read_marks(result: str, chat: TypedChat) -> Traced:
-    """Reads the marks out of a rendering: a stack of loops says for which message each character was written."""
+def read_trace(result: str, chat: TypedChat) -> Traced:
+    """What `ChatTemplate.render` gave, with its marks read: a stack of loops says for which message each character was
+    written.
+    """
     traced = Traced(str.__str__(result), [], chat.leaves, chat.tools.names)
     stack: list[tuple[int, int]] = []  # (loop, message)
     generation_start = place = 0

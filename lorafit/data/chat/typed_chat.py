@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from lorafit.contracts import JsonMapping, JsonObject
+from lorafit.contracts import JsonMapping
 from lorafit.data.chat.jinja_environment import JsonMemo, Record
 from lorafit.data.chat.traced_text import typed_leaf
+from lorafit.errors import DataError
 
 Messages = Sequence[JsonMapping]
 Tools = Sequence[JsonMapping]
@@ -28,7 +30,6 @@ KNOWN_ROLES = frozenset(
 )
 # transformers fills the first two from any of them
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-_TOOL_SETS_KEPT = 64
 _KEPT_CHARACTERS = 200_000  # of a set's JSON
 
 
@@ -45,17 +46,15 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """A list of tools, plain and typed.
+    """A list of tools.
 
     Attributes:
-        plain: The tools; None for a chat without.
-        typed: The same with every string as a leaf.
+        typed: The tools with every string as a leaf; None for a chat without.
         leaves: These.
         names: Numbers of the leaves that name a tool.
         memo: JSON of their parts.
     """
 
-    plain: list[Any] | None
     typed: list[Any] | None
     leaves: tuple[Leaf, ...]
     names: tuple[int, ...]
@@ -63,51 +62,40 @@ class ToolSet:
 
     @classmethod
     def of(cls, tools: Tools | None) -> ToolSet:
-        """The set of some tools; the one that was made before where they are the same."""
-        if tools is None:
-            return _NO_TOOLS
+        """The set of some tools; the one that was made before where they are the same.
+
+        Raises:
+            DataError: They are no JSON.
+        """
         try:
             text = json.dumps(tools)
-        except (TypeError, ValueError):  # nothing says whether two such are the same
-            return _build_tool_set(list(tools))
-        found = _known.get(text)
-        if found is None or found.plain != list(tools):
-            found = _build_tool_set(list(tools))
-            if len(_known) == _TOOL_SETS_KEPT:
-                _known.clear()
-            if len(text) <= _KEPT_CHARACTERS:
-                _known[text] = found
-        return found
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"the tools are no JSON: {error}", key="tools") from None
+        return (_build_tool_set if len(text) <= _KEPT_CHARACTERS else _build_tool_set.__wrapped__)(text)
 
 
-def _build_tool_set(plain: list[Any]) -> ToolSet:
+@lru_cache(maxsize=64)  # rows that have tools mostly have the same ones
+def _build_tool_set(text: str) -> ToolSet:
     leaves: list[Leaf] = []
-    typed = _typed(plain, TOOLS, (), leaves)
+    tools = _typed(json.loads(text), TOOLS, (), leaves)
     names = tuple(
         number
         for number, leaf in enumerate(leaves, 1)
         if leaf.path[-1] == "name" and not leaf.is_key and "parameters" not in leaf.path
     )
-    tools = [plain, *plain, typed, *typed]
-    functions = [tool["function"] for tool in tools if isinstance(tool, dict) and "function" in tool]
-    return ToolSet(plain, typed, tuple(leaves), names, JsonMemo([*tools, *functions]))
-
-
-_NO_TOOLS = ToolSet(None, None, (), (), JsonMemo([]))
-_known: dict[str, ToolSet] = {}
-"""Tool sets by their JSON: rows that have tools mostly have the same ones."""
+    functions = [tool["function"] for tool in tools or () if isinstance(tool, dict) and "function" in tool]
+    return ToolSet(tools, tuple(leaves), names, JsonMemo([tools, *(tools or ()), *functions]))
 
 
 class TypedChat:
-    """A chat with its tools, plain and typed.
+    """A chat with its tools, every string as a leaf.
 
     Args:
         messages: The chat, in OpenAI's form.
         tools: JSON schemas of the tools.
 
     Attributes:
-        plain: The messages as transformers hands them to a template.
-        records: The same, typed.
+        records: The messages as transformers hands them to a template, typed.
         leaves: Every string; `leaves[n - 1]` is leaf n.
         tools: The tools.
         memo: JSON of parts of the messages.
@@ -116,22 +104,13 @@ class TypedChat:
     def __init__(self, messages: Messages, tools: Tools | None) -> None:
         self.tools = ToolSet.of(tools)
         self.leaves: list[Leaf] = list(self.tools.leaves)
-        self.plain = [_with_reasoning_names(message) for message in messages]
         self.records = [_typed_message(message, index, self.leaves) for index, message in enumerate(messages)]
-        arguments = [part for message in (*self.plain, *self.records) for part in _arguments(message)]
+        arguments = [part for message in self.records for part in _arguments(message)]
         self.memo = JsonMemo(arguments, behind=self.tools.memo)
 
 
-def _with_reasoning_names(message: JsonMapping) -> JsonObject:
-    """The message without its null fields, its reasoning under the names that templates read (as transformers does)."""
-    plain = {key: value for key, value in message.items() if value is not None}
-    for name in REASONING_FIELDS:
-        if name in plain:
-            return {"thinking": plain[name], **plain, "reasoning_content": plain[name]}
-    return plain
-
-
 def _typed_message(message: JsonMapping, index: int, leaves: list[Leaf]) -> Record:
+    """The message without its null fields, its reasoning under the names that templates read (as transformers does)."""
     record = Record()
     record._index = index
     for key, value in message.items():
@@ -139,9 +118,10 @@ def _typed_message(message: JsonMapping, index: int, leaves: list[Leaf]) -> Reco
             continue
         known = key == "role" and value in KNOWN_ROLES
         record[key] = value if known else _typed(value, index, (key,), leaves)
-    named = _with_reasoning_names(record)
-    if len(named) != len(record):
-        record.update(named)
+    reasoning = next((record[name] for name in REASONING_FIELDS if name in record), None)
+    if reasoning is not None:
+        record.setdefault("thinking", reasoning)
+        record["reasoning_content"] = reasoning
     return record
 
 

@@ -11,64 +11,23 @@ from hypothesis import strategies as st
 
 from lorafit.contracts import Encoded, Sample
 from lorafit.data import text_encoder as encode
+from lorafit.data.chat import jinja_environment
 from lorafit.data.chat.jinja_environment import ChatEnvironment, JsonMemo
 from lorafit.data.chat.jinja_filters import TemplateLimitError
 from lorafit.data.chat.render import ChatRenderer
 from lorafit.data.chat.template import BoundChat, RenderError, compile_or_explain
-from lorafit.data.chat.template_names import SHIPPED_TEMPLATES, shipped_template
 from lorafit.data.chat.traced_template import ChatTemplate
 from lorafit.data.chat.typed_chat import ToolSet, TypedChat
 from lorafit.data.sample_renderer import build_renderer
 from lorafit.data.text_encoder import mark_trained
 from lorafit.errors import DataError, LorafitError
 from lorafit.recipe.schema import DataSection
-from tests.support.chat_families import FAMILIES, WEATHER, assistant, call, system, tokenizer_of, tool, user
+from tests.support.chat_families import FAMILIES, WEATHER, assistant, call, tokenizer_of, tool, user
 
 TOOLS = [
     WEATHER,
     {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}},
 ]
-CHATS: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
-    ([user("a?"), assistant("A."), user("b?"), assistant("B.")], None),
-    ([system("S <think>"), user("a?"), assistant("<think>\nhm\n</think>\n\nA."), user("b?"), assistant(" B. ")], None),
-    ([user("a?"), assistant("", reasoning_content="why"), user("b?"), assistant("B.", reasoning_content="so")], None),
-    (
-        [user("w?"), assistant(None, tool_calls=[call("weather", city="Paris")]), tool('{"t": 21}'), assistant("21.")],
-        TOOLS,
-    ),
-    (
-        [
-            user("w?"),
-            assistant("Let me see.", tool_calls=[call("weather", city="<|im_end|>")] * 2),
-            tool("x"),
-            tool("y"),
-        ],
-        TOOLS,
-    ),
-    ([system("S"), user("a?"), user("b?")], []),
-]
-
-
-def sources() -> dict[str, str]:
-    own = {name: family.template for name, family in FAMILIES.items()}
-    return own | {f"shipped {name}": shipped_template(name) for name in SHIPPED_TEMPLATES}
-
-
-@pytest.mark.parametrize("name", sources())
-def test_untraced_rendering_is_the_traced_one_for_every_beginning_of_a_chat(name: str) -> None:
-    template = compile_or_explain(sources()[name])
-    variables = {"bos_token": "<s>", "eos_token": "</s>", "strftime_now": lambda format: "today"}
-    compared = 0
-    for messages, tools in CHATS:
-        for count in range(1, len(messages) + 1):
-            for prompt in (False, True):
-                traced = BoundChat(template, messages, tools, variables).attempt_trace(count, prompt=prompt)
-                plain = BoundChat(template, messages, tools, variables).attempt(count, prompt=prompt)
-                assert plain == (None if traced is None else traced.text)
-                compared += plain is not None
-    assert compared > 20
-
-
 offset_lists = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12).map(
     lambda steps: [
         (sum(length + gap for length, gap in steps[:place]) + steps[place][1],
@@ -143,7 +102,9 @@ def test_equal_tools_are_typed_once_and_changed_ones_anew() -> None:
     changed, again = ToolSet.of(tools), ToolSet.of(TOOLS)
     assert [changed.leaves[number - 1].text for number in changed.names] == ["weather", "clock"]
     assert [again.leaves[number - 1].text for number in again.names] == ["weather", "time"]
-    assert ToolSet.of([{"name": object()}]).plain is not None and ToolSet.of(None).plain is None
+    assert ToolSet.of(None).typed is None
+    with pytest.raises(DataError, match="the tools are no JSON"):
+        ToolSet.of([{"name": object()}])
 
 
 def test_tools_of_another_row_never_show() -> None:
@@ -155,32 +116,29 @@ def test_tools_of_another_row_never_show() -> None:
         assert [other in text for other in ("Paris", "Rome")] == [city == "Paris", city == "Rome"]
 
 
-def test_json_is_made_once_for_values_that_are_kept_and_never_taken_for_another() -> None:
+def test_json_is_made_once_for_values_that_are_kept_and_never_taken_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[Any] = []
-
-    def make(value: Any, *options: Any) -> str:
-        made.append(value)
-        return f"{value}{options}"
-
+    monkeypatch.setattr(jinja_environment, "tojson", lambda value, *options: made.append(value) or f"{value}{options}")
     kept, behind = [1], [2]
     memo = JsonMemo([kept], behind=JsonMemo([behind]))
     for value in (kept, behind, kept, behind):
-        assert memo.ask(make, value, 4) == f"{value}(4,)"
+        assert memo.write(value, 4) == f"{value}(4,)"
     assert made == [kept, behind]
-    assert [memo.ask(make, [n], 4) for n in range(50)] == [f"[{n}](4,)" for n in range(50)]
-    assert memo.ask(make, kept, [7]) == "[1]([7],)"  # an option that no dict takes
+    assert [memo.write([n], 4) for n in range(50)] == [f"[{n}](4,)" for n in range(50)]
+    assert memo.write(kept, [7]) == "[1]([7],)"  # an option that no dict takes
     for indent in range(50):
-        assert memo.ask(make, kept, indent) == f"[1]({indent},)"
+        assert memo.write(kept, indent) == f"[1]({indent},)"
 
 
 def test_a_template_that_writes_a_dict_of_its_own_gets_its_own_json() -> None:
     source = "{% for n in range(40) %}{{ {'n': n} | tojson }}{% endfor %}{{ messages[0].content }}"
     chat = TypedChat([user("x")], None)
-    for text in (ChatTemplate(source).render(chat, 1, {}), ChatTemplate(source).trace(chat, 1, {}).text):
-        assert text == "".join(f'{{"n": {n}}}' for n in range(40)) + "x"
+    assert ChatTemplate(source).render(chat, 1, {}) == "".join(f'{{"n": {n}}}' for n in range(40)) + "x"
 
 
-# --- limits of the untraced environment -------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 ENDLESS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -193,11 +151,9 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("source", ENDLESS)
-def test_endless_templates_are_stopped_untraced_too(source: str) -> None:
+def test_endless_templates_are_stopped(source: str) -> None:
     with pytest.raises(TemplateLimitError):
         ChatTemplate(source).render(TypedChat([user("x")], None), 1, {})
-    with pytest.raises(TemplateLimitError):
-        ChatTemplate(source).trace(TypedChat([user("x")], None), 1, {})
 
 
 def test_a_template_that_loops_only_in_a_beginning_has_no_such_beginning() -> None:
@@ -209,7 +165,7 @@ def test_a_template_that_loops_only_in_a_beginning_has_no_such_beginning() -> No
     assert chat.attempt(1) is None and chat.attempt(2) is not None
 
 
-def test_lookups_without_a_call_find_what_jinja_finds() -> None:
+def test_lookups_find_what_jinja_finds() -> None:
     """Attributes, items, loops, macros and names that shadow each other."""
     source = (
         "{% set own = messages[0] %}{{ own.content }}{{ own['role'] }}{{ own.missing }}{{ own['missing'] }}"
@@ -221,10 +177,10 @@ def test_lookups_without_a_call_find_what_jinja_finds() -> None:
     )
     chat = TypedChat([{**user(" hi "), "extra": {"a": {"b": {"c": 5}}}}], None)
     expected = " hi userhi31TrueTrue5if hi 1234"
-    assert ChatTemplate(source).render(chat, 1, {}) == expected == ChatTemplate(source).trace(chat, 1, {}).text
+    assert ChatTemplate(source).render(chat, 1, {}) == expected
 
 
-def test_the_untraced_environment_is_as_closed_as_the_traced_one() -> None:
+def test_the_environment_is_closed() -> None:
     environment = ChatEnvironment()
     for source in (
         "{{ ''.__class__.__mro__ }}",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError, TemplateError
 
 from lorafit.data.chat.jinja_filters import TemplateLimitError, tojson
-from lorafit.data.chat.traced_template import ChatTemplate
+from lorafit.data.chat.traced_template import ChatTemplate, read_trace
 from lorafit.data.chat.traced_text import BLURRED, Typed, format_percent, glue, runs_of, shown, typed_leaf
 from lorafit.data.chat.typed_chat import Leaf, TypedChat
 
@@ -35,7 +35,7 @@ def assert_origins(text: str, *, leaf: str = TYPED) -> None:
 
 def render(source: str, content: Any = TYPED, **more: Any) -> tuple[str, list[tuple[int, int, int]], list[Leaf]]:
     chat = TypedChat([{"role": "user", "content": content, **more}], None)
-    traced = ChatTemplate(source).trace(chat, 1, {"eos": "</s>"})
+    traced = read_trace(ChatTemplate(source).render(chat, 1, {"eos": "</s>"}), chat)
     return traced.text, traced.runs, traced.leaves
 
 
@@ -182,7 +182,8 @@ def test_regions_follow_the_loop_through_inner_loops_captures_and_a_pass_before(
         "{% for other in messages %}{% endfor %})\n{% endfor %}{% endset %}{{ out | trim }} tail"
     )
     messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "BC"}]
-    traced = ChatTemplate(source).trace(TypedChat(messages, None), len(messages), {})
+    chat = TypedChat(messages, None)
+    traced = read_trace(ChatTemplate(source).render(chat, len(messages), {}), chat)
     stretches = {key: [traced.text[a:b] for a, b in value] for key, value in traced.regions.items()}
     assert stretches == {0: ["(A)\n"], 1: ["(BC)"]}
     assert traced.text[traced.tail :] == " tail"
