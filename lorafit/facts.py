@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lorafit.contracts import JsonMapping
 
@@ -23,6 +23,14 @@ class ModelClass:
     config: JsonMapping = field(default_factory=dict)
     has_new_head: bool = False
     peft_task: str = "CAUSAL_LM"
+
+    def padded_with(self, pad_id: int) -> ModelClass:
+        """The same, told what fills up rows, where it has a head of its own: some find the end of a row by that."""
+        return replace(self, config={**self.config, "pad_token_id": pad_id}) if self.has_new_head else self
+
+    def whole(self) -> ModelClass:
+        """The same for a folder that holds the head, as a merged model's does."""
+        return replace(self, has_new_head=False)
 
 
 CAUSAL_MODEL = ModelClass()

@@ -113,12 +113,13 @@ class Job:
         )
 
     def rows_to_compare(self) -> JsonObject:
-        """Tokens of a few rows, held-out ones where there are any, for the merge's comparison of logits."""
+        """A few rows by column, held-out ones where there are any, for the merge's comparison of logits."""
+        import numpy as np
+
         examples = self.rows.test or self.rows.validation or self.rows.train
-        chosen = [examples[row] for row in range(min(_ROWS_TO_COMPARE, len(examples)))]
-        shown = [sequence for row in chosen for sequence in self.task.show(row)]
-        rows = [{"input_ids": sequence.input_ids, "trained": sequence.trained} for sequence in shown]
-        return {"format": 1, "rows": rows}
+        rows = [examples[row].columns for row in range(min(_ROWS_TO_COMPARE, len(examples)))]
+        as_lists = [{name: np.asarray(values).tolist() for name, values in columns.items()} for columns in rows]
+        return {"format": 1, "rows": as_lists}
 
     def companions(self, card: RunCard) -> Companions:
         """What every adapter of the run gets beside its weights."""

@@ -5,15 +5,18 @@ Nothing of transformers or PEFT is imported before the weights are written, so t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
+from lorafit.contracts import Example, JsonMapping
 from lorafit.errors import CheckpointError, ModelError
 from lorafit.files.atomic import read_object
 from lorafit.files.safetensors import read_index
 from lorafit.job import open_job
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.model.merge import merge_adapter
 from lorafit.run.output_folder import check_output
 from lorafit.run.results import Merged
@@ -25,8 +28,7 @@ if TYPE_CHECKING:
     from lorafit.model.tokenizer_files import Companions
 
 BaseKind = Literal["dequantized", "original"]
-Rows = tuple[list[list[int]], list[list[int]]]
-"""Token ids of rows, and 0/1 for each token: whether it carries loss."""
+_COLUMNS_BEFORE = {"tokens": "input_ids", "trained": "trained"}  # of the rows that an earlier lorafit put aside
 _WEIGHTS_HELD = 3.5  # the base quantised, and both models' products in fp32; measured on bf16 files
 _LOADED_LIBRARIES_BYTES = 3 << 29
 _SPARE_SHARE = 0.8  # of the free memory that a comparison may take
@@ -35,7 +37,7 @@ _SPARE_SHARE = 0.8  # of the free memory that a comparison may take
 class _Comparison:
     """Logits of the merged folder against the adapter on its base; what `merge_adapter` calls before it publishes."""
 
-    def __init__(self, tuned: Tuned, rows: Rows, *, must_agree: bool, reporter: Reporter) -> None:
+    def __init__(self, tuned: Tuned, rows: Sequence[Example], *, must_agree: bool, reporter: Reporter) -> None:
         self._tuned, self._rows, self._must_agree, self._reporter = tuned, rows, must_agree, reporter
         self.parity: Parity | None = None
         self.skipped = ""
@@ -56,10 +58,11 @@ class _Comparison:
         from lorafit.answering.opening import open_plain_model
         from lorafit.evaluation.parity import compare_merge, require_parity
 
-        adapted = self._tuned.load(self._tuned.tokenizer(), self._reporter)
-        merged = open_plain_model(merged_folder, self._reporter)[1]()
-        ids, trained = self._rows
-        self.parity = compare_merge(adapted, merged, ids, trained=trained, reporter=self._reporter)
+        card, reporter = self._tuned.card, self._reporter
+        task = tasks.bind(card.task)
+        adapted = task.build_objective(self._tuned.load(self._tuned.tokenizer(), reporter).model)
+        merged = task.build_objective(open_plain_model(merged_folder, reporter)[1]().model)
+        self.parity = compare_merge(adapted, merged, self._rows, card.pad_id, reporter)
         if self._must_agree:
             require_parity(self.parity)
 
@@ -82,8 +85,8 @@ def merge_run(
     if kind == "dequantized" and not is_quantized:
         raise ModelError("the run's base was not quantised", key="--base", todo="use --base original")
     agrees = kind == "dequantized" or not is_quantized
-    rows = _rows_to_compare(opened, reporter) if verify else None
-    compare = _Comparison(tuned, rows or ([], []), must_agree=agrees, reporter=reporter)
+    rows = _rows_to_compare(opened, tasks.bind(tuned.card.task), reporter) if verify else None
+    compare = _Comparison(tuned, rows or [], must_agree=agrees, reporter=reporter)
     if verify and rows is None:
         compare.skipped = f"{opened.run.comparison.name} is missing, which holds the rows"
     report = merge_adapter(
@@ -122,26 +125,39 @@ def merge_adapter_folder(
     return Merged(report, None, "an adapter alone holds no rows to compare on" if verify else "")
 
 
-def _rows_to_compare(opened: OpenedRun, reporter: Reporter) -> Rows | None:
-    """Tokens and loss flags of the rows that training put aside; None where somebody took them away.
+def _rows_to_compare(opened: OpenedRun, task: Task[TaskSection], reporter: Reporter) -> list[Example] | None:
+    """The rows that training put aside; None where somebody took them away.
 
     Runs of earlier versions, which have no card, have none: there the recipe's are opened.
 
     Raises:
         CheckpointError: comparison.json is damaged.
     """
-    if opened.run.card.is_file() and not opened.run.comparison.is_file():
+    file = opened.run.comparison
+    if opened.run.card.is_file() and not file.is_file():
         return None
-    if opened.run.comparison.is_file():
-        stored = read_object(opened.run.comparison)
+    if file.is_file():
+        stored = read_object(file)
     else:
         stored = open_job(opened.loaded, reporter, opened.began()).rows_to_compare()
+    names = {column.name: column.name for column in (*task.columns, *task.reference_columns)}
     try:
-        rows = [([*map(int, row["input_ids"])], [*map(int, row["trained"])]) for row in stored["rows"]]
+        rows = [_read_columns(row, _COLUMNS_BEFORE if "input_ids" in row else names) for row in stored["rows"]]
+        for row in rows:
+            if len({len(row[column.name]) for column in task.columns if column.width is None}) > 1:
+                raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         todo = "restore the file, or merge with --no-verify"
-        raise CheckpointError("holds no rows of tokens", file=str(opened.run.comparison), todo=todo) from error
-    return [ids for ids, _ in rows], [flags for _, flags in rows]
+        raise CheckpointError("holds no rows of tokens", file=str(file), todo=todo) from error
+    return [Example(number, row, file.name, number + 1) for number, row in enumerate(rows)]
+
+
+def _read_columns(row: JsonMapping, names: Mapping[str, str]) -> dict[str, list[float]]:
+    """A row's numbers by column, from what each is called in the file."""
+    columns = {ours: list(row[theirs]) for ours, theirs in names.items()}
+    if not all(isinstance(value, int | float) for values in columns.values() for value in values):
+        raise TypeError
+    return columns
 
 
 def _check_templates(adapter: Path, companions: Companions) -> None:

@@ -178,7 +178,7 @@ class Training:
             compute_dtype=dtype_named(plan.compute_dtype),
             attention=plan.attention,
             device=accelerator.device,
-            model_class=self.job.task.model_class,
+            model_class=self.job.task.model_class.padded_with(self.job.pad_id),
             reporter=self.reporter,
         )
         model = self._attach(base)

@@ -3,7 +3,7 @@
     requests ──by adapter and sampling──> batches ──generate_answers──> answers, in the requests' order
                                                    └─ stream: text, token by token
 
-`lorafit generate`, `eval` and the comparison of a merge ask an Engine.
+`lorafit generate` and `eval` ask an Engine; the comparison of a merge takes two.
 """
 
 from __future__ import annotations
@@ -250,13 +250,6 @@ class Engine:
                 what=what,
                 watch=watch,
             )
-
-    def logits(self, ids: Sequence[int], adapter: str | None = None) -> torch.Tensor:
-        """Logits of one row by the model's own forward, `[tokens, vocabulary]`, fp32, on the CPU."""
-        batch = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
-        with torch.no_grad(), self.using(adapter):
-            found: torch.Tensor = self.model(input_ids=batch, use_cache=False).logits[0].float().cpu()
-        return found
 
     def autocast(self) -> torch.autocast:
         """The precision that the model was trained in."""

@@ -14,12 +14,13 @@ import torch
 from lorafit.answering.engine import Engine
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.answering.voice import Voice
-from lorafit.errors import ModelError, UsageError
+from lorafit.errors import LorafitError, ModelError, UsageError
+from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
 from lorafit.kinds.quantizations import quantizations
-from lorafit.kinds.tasks import tasks
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.devices import read_device
-from lorafit.model.adapter import ADAPTER_NAME, read_notes
+from lorafit.model.adapter import ADAPTER_NAME, NOTES, read_notes
 from lorafit.model.base import Base, open_folder
 from lorafit.model.companions import choose_companions
 from lorafit.model.inspect import NOTED_DTYPES
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from lorafit.contracts import Reporter
     from lorafit.kinds.quantizations import QuantizationSection
     from lorafit.model.adapter import AdapterFolder
-    from lorafit.run.card import RunCard
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,15 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
     if is_model(path):
         if base_model is not None:
             raise UsageError("a whole model has no base", key="--base-model", todo="name a run or an adapter folder")
+        noted = noted_task(path)
+        if noted is not None:
+            _require_answers(noted)
         voice, load = open_plain_model(path, reporter)
         return Answerer(voice, load, adapter=None)
     if not lone:
         opened = open_run(path)
         tuned = open_tuned(opened, checkpoint, base_model, reporter)
-        _require_answers(tuned.card)
+        _require_answers(tasks.bind(tuned.card.task))
         tokenizer = tuned.tokenizer()
         data = opened.loaded.recipe.data.model_copy(update={"system_prompt": tuned.card.system_prompt})
         chats = tuned.renderer(data, tokenizer).chats if tuned.card.chat else None
@@ -78,17 +81,34 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
     card = saved.card()
     if card is None:
         return _open_foreign(saved, base, reporter)
-    _require_answers(card)
+    _require_answers(tasks.bind(card.task))
     tuned = Tuned(card, base, path)
     tokenizer = tuned.tokenizer()
     voice = Voice.of_tokenizer(tokenizer, system_prompt=card.system_prompt, now=tuned.now())
     return Answerer(voice if card.chat else Voice(tokenizer, None), partial(tuned.load, tokenizer, reporter))
 
 
-def _require_answers(card: RunCard) -> None:
-    """Raises ModelError where the models of a run's task write no text."""
-    if not tasks.bind(card.task).writes_answers:
-        raise ModelError(f"a run of task {card.task.kind} writes no text", key="task", todo="use lorafit eval")
+def _require_answers(task: Task[TaskSection]) -> None:
+    """Raises ModelError where the models of a task write no text."""
+    if not task.writes_answers:
+        raise ModelError(f"a model of task {task.section.kind} writes no text", key="task", todo="use lorafit eval")
+
+
+def noted_task(folder: Path) -> Task[TaskSection] | None:
+    """The task that a merged model's head is for; None for a model of no such note, which is a causal one.
+
+    Raises:
+        ModelError: lorafit.json notes what is no task.
+    """
+    written = read_notes(folder).get("task")
+    if written is None:
+        return None
+    try:
+        options = {"kind": written} if isinstance(written, str) else dict(written)
+        return tasks.make(**{"name" if key == "kind" else key: value for key, value in options.items()})
+    except (LorafitError, TypeError, ValueError) as error:
+        todo = "restore the file, or merge again"
+        raise ModelError("notes no task", file=str(folder / NOTES), key="task", todo=todo) from error
 
 
 def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Voice, Callable[[], Engine]]:
@@ -99,14 +119,16 @@ def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Voice, Callable[
         ModelError: It cannot be loaded.
         SafetyError: It holds only pickles, or asks for foreign code.
     """
-    base = open_folder(folder)
+    task = noted_task(folder)
+    model_class = CAUSAL_MODEL if task is None else task.model_class.whole()
+    base = open_folder(folder, model_class)
     tokenizer = load_tokenizer(base)
     verbatim = read_notes(folder).get("chat") is False  # a merge of a run on verbatim rows says so
     dtype = torch_dtype(main_dtype(read_index(folder)))
 
     def load() -> Engine:
         plain = quantizations.make("none").section
-        return Engine(_load_base(base, plain, dtype, reporter), tokenizer, base=base)
+        return Engine(_load_base(base, plain, dtype, reporter, model_class), tokenizer, base=base)
 
     return Voice(tokenizer, None) if verbatim else Voice.of_tokenizer(tokenizer), load
 
@@ -134,7 +156,13 @@ def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answe
     return Answerer(Voice.of_tokenizer(tokenizer), load)
 
 
-def _load_base(base: Base, section: QuantizationSection, dtype: torch.dtype, reporter: Reporter) -> PreTrainedModel:
+def _load_base(
+    base: Base,
+    section: QuantizationSection,
+    dtype: torch.dtype,
+    reporter: Reporter,
+    model_class: ModelClass = CAUSAL_MODEL,
+) -> PreTrainedModel:
     """A base of which no run says how it was computed: in one dtype throughout, by the model's usual attention."""
     return load_model(
         base,
@@ -143,5 +171,6 @@ def _load_base(base: Base, section: QuantizationSection, dtype: torch.dtype, rep
         compute_dtype=dtype,
         attention="auto",
         device=read_device().kind,
+        model_class=model_class,
         reporter=reporter,
     )

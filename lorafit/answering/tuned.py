@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from lorafit.errors import CheckpointError, DataError
 from lorafit.job import open_job
-from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import read_device
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.run.card import RunCard, read_card
@@ -51,7 +50,7 @@ class Tuned:
             compute_dtype=dtype_named(self.card.compute_dtype),
             attention=self.card.attention,
             device=read_device().kind,
-            model_class=tasks.bind(self.card.task).model_class,
+            model_class=self.card.model_class,
             reporter=reporter,
         )
         autocast, kind = autocast_dtype(self.card.dtype), self.card.quantization.kind

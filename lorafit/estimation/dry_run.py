@@ -86,7 +86,7 @@ class DryRun:
             compute_dtype=dtype_named(step.compute_dtype),
             attention=step.attention,
             device_kind=step.device_kind,
-            model_class=step.task.model_class,
+            model_class=step.task.model_class.padded_with(0),
         )
         with torch.device("meta"), unpacking_fakes():
             fresh = step.adapter.section.model_copy(update={"init_from": None})

@@ -1,7 +1,7 @@
 """A merge against what it was made from: logits of the merged model and of the adapter on its base, on real prompts.
 
     adapter on NF4 --logits--> p        KL(p || q) a position, top-1 agreement, largest |difference|,
-    merged weights --logits--> q        mean cross-entropy over the rows' own tokens for both
+    merged weights --logits--> q        mean cross-entropy over the rows' own labels for both
 
 Both compute in fp32, on the weights as they are: quantised, and merged as written. In bf16 the rounding of activations
 alone makes a KL of 0.007 on chats of SmolLM2-135M, for the adapter as much as for its merge, and would hide the merge's
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lorafit.answering.engine import Engine
-    from lorafit.contracts import Reporter
+    from lorafit.contracts import Example, Reporter
+    from lorafit.objective import Objective
 
 KL_LIMIT = 0.02
 """Mean KL in nats a token above which a merge into the base that was trained on is called wrong.
@@ -39,12 +39,12 @@ class Parity:
 
     Attributes:
         rows: Prompts compared.
-        tokens: Positions compared.
+        tokens: Labels compared: of a causal model every token behind the first.
         max_logit_difference: Largest |difference| of any logit.
         mean_kl: Mean over positions of KL(adapter || merged), in nats.
         max_kl: Its largest value at any position.
         top1_agreement: Share of positions whose most likely token is the same, 0 to 1.
-        adapter_loss: Mean cross-entropy of the adapter on its base over the rows' tokens, in nats.
+        adapter_loss: Mean cross-entropy of the adapter on its base over the labels that are trained, in nats.
         merged_loss: The same of the merged model.
     """
 
@@ -63,7 +63,7 @@ class Parity:
 
     def describe(self) -> list[str]:
         """For people, line by line."""
-        where = f"{counted(self.rows, 'prompt')} ({counted(self.tokens, 'token')})"
+        where = f"{counted(self.rows, 'row')} ({counted(self.tokens, 'label')})"
         return [
             f"logits of merged against adapter on {where}: mean KL {self.mean_kl:.2g}",
             f"largest difference {self.max_logit_difference:.3g}, same first choice {self.top1_agreement:.1%}",
@@ -72,35 +72,32 @@ class Parity:
 
 
 def compare_merge(
-    adapted: Engine,
-    merged: Engine,
-    rows: Sequence[Sequence[int]],
-    *,
-    trained: Sequence[Sequence[int]] | None = None,
-    reporter: Reporter,
+    adapted: Objective, merged: Objective, rows: Sequence[Example], pad_id: int, reporter: Reporter
 ) -> Parity:
     """Runs both models over the same rows, one row at a time, in eval mode, in fp32 and without gradients.
 
     Both are left as they were: modes, dtypes and values.
 
     Args:
-        adapted: The one adapter on the base it was trained on, as loaded for evaluation.
-        merged: The merged model, loaded plainly.
-        rows: Token ids of each row; rows of fewer than two tokens are left out.
-        trained: 0/1 for each token: whether it counts in the two losses; all do by default.
+        adapted: Around the one adapter on the base it was trained on, without autocast.
+        merged: Around the merged model, loaded plainly.
+        rows: Prepared rows of the task; those without a label are left out.
+        pad_id: Any valid id.
         reporter: Shows progress.
 
     Raises:
         NumericsError: No row to compare, or logits that are not finite.
     """
+    import torch
+
     found = []
     bar = reporter.track(len(rows), "comparing logits")
-    (adapter,) = adapted.adapters
-    with fp32_compute(adapted.model), fp32_compute(merged.model), bar:
-        for number, ids in enumerate(rows):
-            if len(ids) > 1:
-                flags = trained[number] if trained is not None else [1] * len(ids)
-                found.append(_sums(adapted.logits(ids, adapter), merged.logits(ids), ids, flags))
+    with fp32_compute(adapted.model), fp32_compute(merged.model), torch.no_grad(), bar:
+        for row in rows:
+            batch = adapted.task.collate_whole(row, pad_id)
+            if len(batch["label_ids"]):
+                p, q = (each.logits(batch.to(each.device)).float().cpu() for each in (adapted, merged))
+                found.append(_sums(p, q, batch["label_ids"], batch.tensors.get("counted")))
             bar.advance()
     if not found:
         raise NumericsError("no row to compare the merge on", todo="give rows of two tokens or more")
@@ -162,9 +159,9 @@ def require_parity(parity: Parity, *, limit: float = KL_LIMIT) -> None:
         )
 
 
-def _sums(p: torch.Tensor, q: torch.Tensor, ids: Sequence[int], flags: Sequence[int]) -> tuple[float, ...]:
-    """Of one row, with `p`, `q` `[tokens, vocabulary]`, whose position t predicts token t + 1: positions, KL, equal
-    first choices, tokens that count and both models' loss on them; the largest difference and the largest KL last.
+def _sums(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None) -> tuple[float, ...]:
+    """Of one row, with `p`, `q` `[labels, classes]`, the right classes, and which of them count: labels, KL, equal
+    first choices, labels that count and both models' loss on them; the largest difference and the largest KL last.
     """
     import torch
 
@@ -172,8 +169,7 @@ def _sums(p: torch.Tensor, q: torch.Tensor, ids: Sequence[int], flags: Sequence[
         raise NumericsError("logits are not finite", todo="the adapter or the merged model is broken")
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
-    target = torch.tensor(list(ids[1:]), dtype=torch.long)[:, None]
-    counts = torch.tensor([float(flag) for flag in flags[1:]])
-    losses = [-float((log[:-1].gather(1, target)[:, 0] * counts).sum()) for log in (log_p, log_q)]
+    counts = torch.ones(len(labels)) if counted is None else counted.float()
+    losses = [-float((log.gather(1, labels[:, None])[:, 0] * counts).sum()) for log in (log_p, log_q)]
     same = (p.argmax(-1) == q.argmax(-1)).sum()
     return len(p), float(kl.sum()), int(same), int(counts.sum()), *losses, float((p - q).abs().max()), float(kl.max())

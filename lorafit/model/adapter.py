@@ -31,7 +31,7 @@ from lorafit.machine.version import __version__
 from lorafit.model.adapter_checks import check_fields, check_notes
 from lorafit.model.homes import adapted_layers, find_home, note_homes
 from lorafit.model.inspect import summarise_quantization
-from lorafit.model.loading_note import note_loading
+from lorafit.model.loading_note import note_head, note_loading
 from lorafit.model.names import names_of
 from lorafit.run.card import RunCard
 
@@ -181,6 +181,7 @@ def save_adapter(
         "quantization": summarise_quantization(quantization) if quantization else None,
         **({} if layers is None else {"layers": layers}),
         **({} if quantization is None else note_loading(model, str(quantization["weights_dtype"]))),
+        **({} if card is None else note_head(model, card.model_class, tensors)),
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }
     for file, value in ((CONFIG, config), (NOTES, notes)):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError, SafetyError
+from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.atomic import MANIFEST, TEMPORARY_PREFIX, require_manifest
 from lorafit.files.cache import cache_folder, known_hash, refuse_foreign
 from lorafit.hub.asking import fetch_file, fetch_files
@@ -132,8 +133,12 @@ def resolve_base(model: ModelSection, folder: Path, reporter: Reporter, *, weigh
     return Base(path, name, config, digest, written, kind, model.revision, commit)
 
 
-def open_folder(folder: Path) -> Base:
+def open_folder(folder: Path, model_class: ModelClass = CAUSAL_MODEL) -> Base:
     """A model folder that a command names, such as a merge; without a fingerprint.
+
+    Args:
+        folder: The model's.
+        model_class: What it is to be loaded as.
 
     Raises:
         CheckpointError: The folder has a MANIFEST and is not what that says.
@@ -144,7 +149,7 @@ def open_folder(folder: Path) -> Base:
 
     check_made(folder)
     config = load_config(folder)
-    find_shape(config)  # refuses what no model can be built from
+    find_shape(config, model_class)  # refuses what no model can be built from
     return Base(folder, folder.name, config, "")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.contracts import JsonObject
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.portable import portable
 from lorafit.files.safetensors import FLOAT_DTYPES, torch_dtype
@@ -84,7 +84,9 @@ def embedding_rows(config: JsonObject) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def write_rest(base: Base, companions: Companions, target: Path, dtypes: Iterable[str]) -> None:
+def write_rest(
+    base: Base, companions: Companions, target: Path, dtypes: Iterable[str], head: JsonMapping | None = None
+) -> None:
     """Everything but the weights: config.json without quantisation and with the new dtype, licence, companions.
 
     Args:
@@ -92,6 +94,7 @@ def write_rest(base: Base, companions: Companions, target: Path, dtypes: Iterabl
         companions: From `choose_companions`.
         target: The merged folder.
         dtypes: safetensors' names of the dtypes that were written.
+        head: What config.json says of a head that the base has not.
     """
     for file in TokenizerFolder(base.path).files(_OF_THE_BASE):
         shutil.copyfile(file, target / file.name)
@@ -101,7 +104,7 @@ def write_rest(base: Base, companions: Companions, target: Path, dtypes: Iterabl
         config["dtype"] = str(torch_dtype(floats.pop())).removeprefix("torch.")
     elif "torch_dtype" in base.config:
         config.setdefault("dtype", base.config["torch_dtype"])
-    write_object(target / "config.json", portable(config))
+    write_object(target / "config.json", portable({**config, **(head or {})}))
     companions.write(target)
 
 

@@ -1,19 +1,28 @@
-"""What lorafit.json tells other tools of a quantised base: how to load what the adapter was trained on."""
+"""What lorafit.json tells of the model that an adapter was trained on: how a base was quantised, and of a new head."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonObject
+from lorafit.model.names import names_of
+from lorafit.ops.output_head import outer_modules
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from lorafit.facts import ModelClass
 
 _FOUR_BIT_SETTINGS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 _HINT = (
     "the adapter was trained on a quantised base: give from_pretrained this dtype and "
     "quantization_config=BitsAndBytesConfig(**quantization_config); without them the base is another one"
 )
+_HEAD_HINT = "build the base as this class with these values in its config before the adapter is loaded onto it"
+HEAD_PREFIX = "base_model.model."
+"""What PEFT puts before the names of a head that is saved whole."""
 
 
 def note_loading(model: PreTrainedModel, dtype: str) -> JsonObject:
@@ -29,3 +38,25 @@ def note_loading(model: PreTrainedModel, dtype: str) -> JsonObject:
         or (known["load_in_4bit"] and key in _FOUR_BIT_SETTINGS)
     }
     return {"loading": {"hint": _HINT, "dtype": dtype, "quantization_config": taken}}
+
+
+def note_head(model: PeftModel, model_class: ModelClass, saved: Iterable[str]) -> JsonObject:
+    """What an adapter notes of the head that is saved with it; nothing where its task has none of its own.
+
+    Args:
+        model: From `load_model`, with the adapter.
+        model_class: The task's, with the id that fills up rows.
+        saved: Names of the adapter's tensors on disk.
+    """
+    if not model_class.has_new_head:
+        return {}
+    base, names = model.get_base_model(), names_of(model)
+    marks = tuple(f"{HEAD_PREFIX}{module}." for module in outer_modules(base))
+    head: JsonObject = {
+        "hint": _HEAD_HINT,
+        "class": type(base).__name__,
+        "config": dict(model_class.config),
+        "tensors": sorted(name.removeprefix(HEAD_PREFIX) for name in saved if name.startswith(marks)),
+        "left_out": [] if names is None else sorted(names.left_head),
+    }
+    return {"head": head}

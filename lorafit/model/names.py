@@ -77,6 +77,7 @@ class TensorNames:
         misfits: A sentence for each tensor of another shape or kind than the class wants.
         tied: For each name that shares its tensor with others, all of these names.
         fresh: Names of a new head, which the files lack.
+        left_head: Names in the files of a head that gave way to a new one; among `ignored` too.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class TensorNames:
     misfits: list[str] = field(default_factory=list)
     tied: dict[str, frozenset[str]] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
+    left_head: list[str] = field(default_factory=list)
 
     def leave_head_out(self, head: Sequence[str], backbone: str) -> None:
         """Takes a head that the files lack for one that is drawn anew, and leaves out theirs.
@@ -99,9 +101,9 @@ class TensorNames:
         """
         self.fresh = [name for name in self.missing if name.split(".")[0] in head]
         self.missing = [name for name in self.missing if name not in self.fresh]
-        theirs = [name for name in self.unexpected if not name.startswith(f"{backbone}.")]
-        self.unexpected = [name for name in self.unexpected if name not in theirs]
-        self.ignored |= {name: name for name in theirs}
+        self.left_head = [name for name in self.unexpected if not name.startswith(f"{backbone}.")]
+        self.unexpected = [name for name in self.unexpected if name not in self.left_head]
+        self.ignored |= {name: name for name in self.left_head}
 
     def files_of(self, parameter: str) -> tuple[str, ...]:
         """Names of the tensors in the files that a parameter is made from."""

@@ -46,6 +46,9 @@ class TrainedTask(Protocol):
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
         """One micro-batch on the CPU."""
 
+    def collate_whole(self, example: Example, pad_id: int) -> Batch:
+        """A row with every label that its model gives logits for."""
+
     def cut(self, example: Example, tokens: int) -> Example:
         """The end of a row."""
 

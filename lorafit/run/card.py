@@ -25,6 +25,8 @@ from lorafit.kinds.tasks import TaskSection, tasks
 from lorafit.run.prelude import with_dates, with_system_prompt
 
 if TYPE_CHECKING:
+    from lorafit.facts import ModelClass
+
     AdapterChoice = AdapterSection
     QuantizationChoice = QuantizationSection
     TaskChoice = TaskSection
@@ -125,6 +127,11 @@ class RunCard(Section):
         if (self.chat or self.template_is_named) and "default" not in self.templates:
             raise ValueError("templates: a run on chats has a default one")
         return self
+
+    @property
+    def model_class(self) -> ModelClass:
+        """How the run's model is built."""
+        return tasks.bind(self.task).model_class.padded_with(self.pad_id)
 
     @property
     def shipped_templates(self) -> dict[str, str]:

@@ -82,7 +82,7 @@ def test_what_asks_a_run_asks_as_on_its_first_day(world: World, days: Days) -> N
     scored = [json.loads(line) for line in (world.root / "run" / "report.jsonl").read_text().splitlines()]
     assert scored and all(row["prompt"].startswith(PINNED) for row in scored)
     compared = json.loads((world.root / "run" / "comparison.json").read_text())["rows"]
-    assert all(voice.tokenizer.decode(row["input_ids"]).startswith(PINNED) for row in compared)
+    assert all(voice.tokenizer.decode(row["tokens"]).startswith(PINNED) for row in compared)
     say_all(world.run("merge", "run", "--output", "merged"), 0)
     for shipped in ("run/adapter", "merged"):  # what lies beside the weights carries the date to whoever renders it
         plain = AutoTokenizer.from_pretrained(world.root / shipped)

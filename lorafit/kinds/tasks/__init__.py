@@ -92,6 +92,13 @@ class Task(Kind[S_co]):
             pad_id: Any valid id.
         """
 
+    def collate_whole(self, example: Example, pad_id: int) -> Batch:
+        """A row with every label that its model gives logits for: what a merge is compared on.
+
+        `counted`, where it is there, is 0/1 for each label: whether it is trained; else all are.
+        """
+        return self.collate([[example]], pad_id)
+
     @abstractmethod
     def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
         """A micro-batch of such a shape, its values left open: what a dry run runs on.
@@ -146,7 +153,7 @@ class Task(Kind[S_co]):
 
     @abstractmethod
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """What the loss is computed of, [labels, classes]."""
+        """What the loss is computed of, [labels, classes]; `label_ids` of the batch are the right ones, [labels]."""
 
     @abstractmethod
     def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:

@@ -75,6 +75,15 @@ class CausalLm(Task[CausalLmSection]):
         tokens = sum(len(document["tokens"]) for document in together)
         return Batch(tensors, len(tensors["label_ids"]), tuple(document.index for document in together), tokens)
 
+    def collate_whole(self, example: Example, pad_id: int) -> Batch:
+        """One row with all of its tokens as labels, of which those that are trained count."""
+        import torch
+
+        flags = [int(flag) for flag in example["trained"]]
+        whole = replace(example, columns={**example.columns, "trained": [1] * len(flags)})
+        batch = self.collate([[whole]], pad_id)
+        return replace(batch, tensors={**batch.tensors, "counted": torch.tensor(flags[1:])})
+
     def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
         """A micro-batch of such a shape, its values left open."""
         import torch

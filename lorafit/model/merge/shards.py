@@ -23,7 +23,6 @@ from lorafit.files.safetensors import (
     INDEX,
     TensorEntry,
     build_header,
-    read_header,
     read_rows,
     row_blocks,
     torch_dtype,
@@ -125,11 +124,13 @@ class ShardMerger:
             NumericsError: A rebuilt weight is not the run's, or a written one is not what it must be.
             OSError: The disk is full or broken.
         """
-        files = dict.fromkeys(entry.file for entry in self._entries.values())
+        files: dict[Path, list[TensorEntry]] = {}
+        for entry in self._entries.values():
+            files.setdefault(entry.file, []).append(entry)
         behind: deque[Future[None]] = deque()
         with _one_thread(self._rebuilder is None), BackgroundWriter() as writer, ThreadPoolExecutor(1) as checking:
-            for source in files:
-                entries = sorted(read_header(source).values(), key=lambda entry: entry.offset)
+            for source, entries in files.items():
+                entries.sort(key=lambda entry: entry.offset)
                 header = build_header([(e.name, self.dtypes[e.name], e.shape) for e in entries])
                 target, offset = folder / source.name, len(header)
                 writer.begin(target)

@@ -28,6 +28,7 @@ from lorafit.model.companions import choose_companions, write_rest
 from lorafit.model.inspect import NOTED_DTYPES, summarise_quantization
 from lorafit.model.merge.class_table import read_class_homes, read_class_parts
 from lorafit.model.merge.merge_targets import plan_updates
+from lorafit.model.merge.own_head import OwnHead
 from lorafit.model.merge.shards import ShardMerger, Values
 from lorafit.model.names import Part, are_parts, read_parts
 from lorafit.model.tokenizer_files import Companions, write_object
@@ -125,8 +126,10 @@ def merge_adapter(
     adapter = read_adapter(adapter_folder)
     check_base(adapter, base)
     check_values(adapter.kind, adapter.config, adapter.tensors, adapter_folder / WEIGHTS, reporter)
-    entries = read_index(base.path)
-    updates = plan_updates(adapter, entries, base.config, partial(read_class_homes, base, adapter, entries=entries))
+    head = OwnHead.of(adapter)
+    plain, entries = head.take_off(adapter), head.put_on(read_index(base.path))
+    updates = plan_updates(plain, entries, base.config, partial(read_class_homes, base, plain, entries=entries))
+    updates.copies.update(head.tensors)
     companions = choose_companions(base, adapter, reporter)
     if judge is not None:
         judge(companions)
@@ -144,7 +147,7 @@ def merge_adapter(
         with reporter.track(len(entries), "merging") as bar:
             merger.write(temporary, bar)
         codes_off, proven = merger.conclude(reporter)
-        write_rest(base, companions, temporary, merger.cast_dtypes)
+        write_rest(base, companions, temporary, merger.cast_dtypes, head.config)
         _write_notes(temporary, base, adapter, kind, used)
         if check is not None:
             check(temporary)
@@ -263,5 +266,6 @@ def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKin
             **{ours: adapter.config.get(key) for key, ours in adapter.kind.recipe_fields.items()},
         },
         "chat": card.chat if card else None,
+        **({"task": card.to_json()["task"]} if card and "head" in adapter.notes else {}),
     }
     write_object(target / NOTES, notes)

@@ -86,14 +86,15 @@ def test_a_sampled_answer_does_not_depend_on_the_requests_beside_it(engine: Engi
 
 
 @pytest.mark.parametrize("name", [None, "law", "code"])
-def test_logits_are_peft_s_with_that_adapter_and_flags_stay(
+def test_the_model_is_peft_s_with_that_adapter_and_flags_stay(
     engine: Engine, folders: dict[str, Path], tokenizer: Any, name: str | None
 ) -> None:
     flags = [parameter.requires_grad for parameter in engine.model.parameters()]
     ids = tokenizer("the sky is blue")["input_ids"]
     lone: Any = build_llama() if name is None else PeftModel.from_pretrained(build_llama(), folders[name])
-    with torch.no_grad():
-        torch.testing.assert_close(engine.logits(ids, name), lone.eval()(torch.tensor([ids])).logits[0])
+    with torch.no_grad(), engine.using(name):
+        own = engine.model(input_ids=torch.tensor([ids])).logits
+        torch.testing.assert_close(own, lone.eval()(torch.tensor([ids])).logits)
     assert [parameter.requires_grad for parameter in engine.model.parameters()] == flags
     assert engine.model.active_adapter == "law"
 

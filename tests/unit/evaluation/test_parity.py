@@ -10,18 +10,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorafit.answering.engine import Engine
-from lorafit.contracts import Silent
+from lorafit.contracts import Example, Silent
 from lorafit.errors import NumericsError
 from lorafit.evaluation.parity import Parity, compare_merge, require_parity
+from lorafit.kinds.tasks import tasks
 from lorafit.model.merge import merge_adapter
 from tests.support.adapted import Trained, make_llama, open_base, train_like
 
 ROWS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12]]
 
 
-def compare(made: Trained, merged: Any, rows: Sequence[Sequence[int]], **options: Any) -> Parity:
-    return compare_merge(Engine(made.model, None), Engine(merged, None), rows, **options)
+def compare(made: Trained, merged: Any, rows: Sequence[Sequence[int]], trained: Sequence[int] | None = None) -> Parity:
+    columns = [{"tokens": row, "trained": trained or [1] * len(row)} for row in rows]
+    examples = [Example(number, row, "rows.jsonl", number + 1) for number, row in enumerate(columns)]
+    task = tasks.make("causal-lm")
+    return compare_merge(task.build_objective(made.model), task.build_objective(merged), examples, 0, Silent())
 
 
 @pytest.fixture
@@ -38,9 +41,9 @@ def merge(made: Trained, kind: str) -> torch.nn.Module:
 
 def test_merged_into_what_was_trained_is_the_adapter(made: Trained) -> None:
     made.model.train()
-    parity = compare(made, merge(made, "dequantized"), ROWS, reporter=Silent())
+    parity = compare(made, merge(made, "dequantized"), ROWS)
     assert made.model.training, "comparing changed the mode"
-    assert (parity.rows, parity.tokens) == (2, 9)
+    assert (parity.rows, parity.tokens) == (2, 7)
     assert parity.mean_kl < 1e-6 and parity.max_logit_difference < 1e-4 and parity.top1_agreement == 1.0
     assert parity.merged_loss == pytest.approx(parity.adapter_loss, abs=1e-5)
     require_parity(parity)
@@ -51,7 +54,7 @@ def test_bf16_models_are_compared_in_fp32_and_left_as_they_were(tmp_path: Path, 
     made = train_like(open_base(make_llama(tmp_path / "base")), kind, dtype=torch.bfloat16)
     merged = merge(made, "dequantized")
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    parity = compare(made, merged, ROWS, reporter=Silent())
+    parity = compare(made, merged, ROWS)
     assert parity.mean_kl < 2e-5 and parity.max_logit_difference < 0.02  # the merged weights' own rounding is left
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16} and merged.training is False
     after = dict(made.model.named_parameters())
@@ -61,15 +64,15 @@ def test_bf16_models_are_compared_in_fp32_and_left_as_they_were(tmp_path: Path, 
 
 
 def test_merged_into_other_weights_is_further_away(made: Trained) -> None:
-    near = compare(made, merge(made, "dequantized"), ROWS, reporter=Silent())
-    far = compare(made, merge(made, "original"), ROWS, reporter=Silent())
+    near = compare(made, merge(made, "dequantized"), ROWS)
+    far = compare(made, merge(made, "original"), ROWS)
     assert far.mean_kl > 100 * max(near.mean_kl, 1e-9) and far.max_logit_difference > 0.01
 
 
 def test_losses_are_the_models_own_over_the_trained_tokens(made: Trained) -> None:
     merged = merge(made, "dequantized")
     row, flags = [3, 4, 5, 6, 7], [0, 0, 1, 0, 1]
-    parity = compare(made, merged, [row], trained=[flags], reporter=Silent())
+    parity = compare(made, merged, [row], flags)
     labels = torch.tensor([[token if flag else -100 for token, flag in zip(row, flags, strict=True)]])
     with torch.no_grad():
         own = float(merged(input_ids=torch.tensor([row]), labels=labels).loss)
@@ -89,8 +92,8 @@ def test_a_far_merge_ends_with_exit_9(made: Trained) -> None:
 def test_nothing_to_compare_and_broken_logits(made: Trained) -> None:
     merged = merge(made, "dequantized")
     with pytest.raises(NumericsError, match="no row"):
-        compare(made, merged, [[3]], reporter=Silent())
+        compare(made, merged, [[3]])
     with torch.no_grad():
         merged.model.norm.weight[0] = float("nan")
     with pytest.raises(NumericsError, match="not finite"):
-        compare(made, merged, ROWS, reporter=Silent())
+        compare(made, merged, ROWS)

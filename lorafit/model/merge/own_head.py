@@ -1,0 +1,74 @@
+"""A task's own head in a merged model: what the adapter saved whole stands there under the class's own names.
+
+base        embeddings, layers, another head          that head is left out
+adapter     base_model.model.classifier.weight        lorafit.json names it: note_head
+merged      embeddings, layers, classifier.weight     config.json says the class, and what it was told
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from lorafit.contracts import JsonMapping
+from lorafit.errors import ModelError
+from lorafit.files.safetensors import DTYPE_BYTES, TensorEntry, main_dtype
+from lorafit.model.adapter import NOTES, AdapterFolder
+from lorafit.model.check_weights import list_names
+from lorafit.model.loading_note import HEAD_PREFIX
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """The head that an adapter brings; one of no tensors where it brings none.
+
+    Attributes:
+        tensors: The adapter's entries, by their names in the merged model.
+        left_out: Tensors of the base that give way to it.
+        config: What the merged config.json says beside the base's.
+    """
+
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
+    config: JsonMapping = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, adapter: AdapterFolder) -> OwnHead:
+        """The head that an adapter notes; one of another tool, whatever it saves whole, notes none.
+
+        Raises:
+            ModelError: The note is not as lorafit writes it, or the adapter lacks tensors of the head.
+        """
+        noted, tensors, file = adapter.notes.get("head"), adapter.tensors, str(adapter.path / NOTES)
+        if noted is None:
+            return cls()
+        try:
+            config = {"architectures": [str(noted["class"])], **noted["config"]}
+            names, left_out = [*map(str, noted["tensors"])], frozenset(map(str, noted["left_out"]))
+        except (KeyError, TypeError) as error:
+            raise ModelError("is not as lorafit writes it", file=file, key="head", todo="restore the file") from error
+        lacking = [name for name in names if f"{HEAD_PREFIX}{name}" not in tensors]
+        if lacking or not names:
+            what = f"lacks its head ({list_names(lacking)})"
+            raise ModelError(what, file=file, key="head", todo="use the whole adapter")
+        return cls({name: tensors[f"{HEAD_PREFIX}{name}"] for name in names}, left_out, config)
+
+    def take_off(self, adapter: AdapterFolder) -> AdapterFolder:
+        """The adapter without its head: what is folded."""
+        if not self.tensors:
+            return adapter
+        kept = {
+            name: entry for name, entry in adapter.tensors.items() if name.removeprefix(HEAD_PREFIX) not in self.tensors
+        }
+        return replace(adapter, config={**adapter.config, "modules_to_save": None}, tensors=kept)
+
+    def put_on(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """The tensors of the merged model: the base's, and those of the head behind them in its last file."""
+        kept = {n: entry for n, entry in entries.items() if n not in self.left_out and n not in self.tensors}
+        last, dtype = max(kept.values(), key=lambda entry: (entry.file.name, entry.offset)), main_dtype(kept)
+        offset = last.offset + last.size_bytes
+        for name, entry in self.tensors.items():
+            size = entry.elements * DTYPE_BYTES[dtype]
+            kept[name] = replace(entry, name=name, file=last.file, dtype=dtype, offset=offset, size_bytes=size)
+            offset += size
+        return kept
