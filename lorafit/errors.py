@@ -20,6 +20,7 @@ turns these into exit codes and prints them behind `error: `.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 from lorafit.contracts import JsonObject
 
@@ -100,7 +101,7 @@ class LorafitError(Exception):
         names = ("what", "file", "line", "column", "key", "todo")
         return {"exit_code": self.exit_code, "message": self.one_line, **{name: getattr(self, name) for name in names}}
 
-    def at(self, file: str | None = None, line: int | None = None, key: str | None = None) -> LorafitError:
+    def at(self, file: str | None = None, line: int | None = None, key: str | None = None) -> Self:
         """Fills in the place where the raiser could not know it; what is already known stays. Returns self."""
         self.file = self.file or file
         self.line = self.line if self.line is not None else line

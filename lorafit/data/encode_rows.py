@@ -25,6 +25,7 @@ from typing import Any, Literal
 from lorafit.console.wording import counted
 from lorafit.contracts import Encoded, Sample, TaskRow
 from lorafit.data.overlong import SURE_FACTOR
+from lorafit.data.row_counts import OVERLONG, Noted
 from lorafit.data.sample_renderer import Renderer
 from lorafit.data.store import Chunk, pack_chunk
 from lorafit.errors import DataError, ResourceError
@@ -49,18 +50,14 @@ class EncodedChunk:
     Attributes:
         chunk: The rows that can be trained on.
         examples: (source, number of examples) of each usable sample.
-        bad: Samples of which nothing can be trained, with the reason.
-        overlong: Samples that are too long where the recipe says that this is an error.
-        lengths: (what, source, line, reason) of samples that were dropped, cut or split.
+        notes: What happened to samples that cannot be trained on, or are too long.
         seen: What the renderer counted.
         samples: Samples in the chunk.
     """
 
     chunk: Chunk
     examples: list[tuple[int, int]] = field(default_factory=list)
-    bad: list[tuple[int, int, DataError]] = field(default_factory=list)
-    overlong: list[tuple[int, int, DataError]] = field(default_factory=list)
-    lengths: list[tuple[str, int, int, str]] = field(default_factory=list)
+    notes: list[Noted] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
     samples: int = 0
 
@@ -95,10 +92,10 @@ class Encoder:
                 if whole is not None and whole.tokens <= self.max_length:
                     encoded = [whole]
                 else:
-                    encoded = self._shorten(source, line, sample, whole, result)
+                    encoded, fate, why = self._shorten(sample, whole)
+                    result.notes.append(Noted(fate, source, why.at(file=sample.file, line=line)))
             except DataError as error:
-                error.at(file=sample.file, line=line)
-                result.bad.append((source, line, error))
+                result.notes.append(Noted("bad", source, error.at(file=sample.file, line=line)))
                 continue
             if encoded:
                 result.examples.append((source, len(encoded)))
@@ -117,35 +114,27 @@ class Encoder:
             raise DataError("no trainable tokens", todo=todo)
         return whole
 
-    def _shorten(
-        self, source: int, line: int, sample: Sample, whole: TaskRow | None, result: EncodedChunk
-    ) -> list[TaskRow]:
-        """What is left of a sample that is too long; `whole` is None where nobody counted how much."""
+    def _shorten(self, sample: Sample, whole: TaskRow | None) -> tuple[list[TaskRow], str, DataError]:
+        """What is left of a sample that is too long, its fate and why; `whole` is None where nobody counted."""
         count = f"over {SURE_FACTOR * self.max_length}" if whole is None else str(whole.tokens)
         reason = f"{count} tokens, max_length is {self.max_length}"
         if self.overlength == "truncate":
             cut = self.task.encode(sample, self.renderer.truncate)
             if cut is not None:
-                result.lengths.append(("cut", source, line, reason))
-                return [cut]
-            result.lengths.append(("dropped", source, line, f"{reason}, and nothing that can be learnt fits"))
-        elif self.overlength == "split" and sample.text is not None and sample.labels is None:
+                return [cut], "cut", DataError(reason)
+            return [], "dropped", DataError(f"{reason}, and no trained token fits")
+        if self.overlength == "drop":
+            return [], "dropped", DataError(reason)
+        if self.overlength == "split" and sample.text is not None and sample.labels is None:
             pieces = [self.task.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
-            result.lengths.append(("split", source, line, f"{reason}: {counted(len(pieces), 'row')}"))
-            return [piece for piece in pieces if piece is not None]
-        elif self.overlength == "drop":
-            result.lengths.append(("dropped", source, line, reason))
-        else:
-            result.overlong.append((source, line, self._overlong(sample, line, reason)))
-        return []
-
-    def _overlong(self, sample: Sample, line: int, reason: str) -> DataError:
+            rows = [piece for piece in pieces if piece is not None]
+            return rows, "split", DataError(f"{reason}: {counted(len(pieces), 'row')}")
         if self.overlength == "split":
             reason, todo = f"{reason}; only plain text can be split", "set data.overlength: truncate or drop"
         else:
             rules = "split, truncate or drop" if sample.text is not None else "truncate or drop"
             todo = f"raise data.max_length, or set data.overlength: {rules}"
-        return DataError(reason, file=sample.file, line=line, todo=todo)
+        return [], OVERLONG, DataError(reason, todo=todo)
 
 
 def _give(encoded: Encoded) -> Callable[[Sample], Encoded | None]:

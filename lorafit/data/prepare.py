@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ import numpy as np
 from lorafit.contracts import Sample
 from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
-from lorafit.data.encode_rows import EncodedChunk, Encoder, PlacedSample, encode_all
+from lorafit.data.encode_rows import Encoder, encode_all
 from lorafit.data.findings import finish_report
 from lorafit.data.report import DataReport, report_split
 from lorafit.data.row_counts import SKIP_BAD_ROWS, Ledger
@@ -308,10 +308,14 @@ class _Preparation:
             total, what = self.samples.count_for_bar(), f"preparing {self.split} rows"
             with StoreWriter(folder, self.encoder.task.columns) as writer, self.reporter.track(total, what) as bar:
                 began, done = time.monotonic(), 0
-                with contextlib.closing(encode_all(self.encoder, self._usable(ledger), guess)) as chunks:
+                with contextlib.closing(encode_all(self.encoder, self.samples.usable(ledger), guess)) as chunks:
                     for encoded in chunks:
                         writer.write(encoded.chunk)
-                        _count(ledger, encoded)
+                        for number, examples in encoded.examples:
+                            ledger.sources[number].kept += examples
+                        for noted in encoded.notes:
+                            ledger.note(noted)
+                        ledger.seen.update(encoded.seen)
                         done += encoded.samples
                         seconds = time.monotonic() - began
                         bar.advance(encoded.samples, **({"rows/s": round(done / seconds)} if seconds > 1 else {}))
@@ -321,14 +325,6 @@ class _Preparation:
                 if source.changed():
                     raise DataError("was written to while it was read", file=source.name, todo="start again")
             (folder / _REPORT).write_text(json.dumps(ledger.to_json()), encoding="utf-8")
-
-    def _usable(self, ledger: Ledger) -> Iterator[PlacedSample]:
-        for number, line, row in self.samples.rows():
-            ledger.count_read(number)
-            if isinstance(row, DataError):
-                ledger.note_bad(number, line, row)
-            else:
-                yield number, line, row
 
     def _check_left(self, ledger: Ledger) -> None:
         """Raises DataError where no row is left, and says where they went."""
@@ -346,15 +342,3 @@ class _Preparation:
 
 def _data_part(number: int) -> str:
     return f"data {number + 1}"
-
-
-def _count(ledger: Ledger, encoded: EncodedChunk) -> None:
-    for source, examples in encoded.examples:
-        ledger.count_kept(source, examples)
-    for source, line, error in encoded.bad:
-        ledger.note_bad(source, line, error)
-    for source, line, error in encoded.overlong:
-        ledger.note_overlong(source, line, error)
-    for what, source, line, reason in encoded.lengths:
-        ledger.note_length(what, source, line, reason)
-    ledger.seen.update(encoded.seen)

@@ -133,7 +133,7 @@ def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str, of_row
         longest_tokens=int(lengths.max(initial=0)),
         histogram=count_lengths(lengths),
         sources=tuple(ledger.sources) if ledger else (),
-        notes=tuple(RowNote(note.what, examples.files[note.source], note.line, note.reason) for note in notes),
+        notes=tuple(RowNote(note.fate, examples.files[note.source], note.why.line or 0, note.reason) for note in notes),
         seen=dict(ledger.seen) if ledger else {},
         cache=cache,
         of_rows=of_rows,

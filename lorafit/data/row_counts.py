@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.console.wording import agreed, counted
 from lorafit.contracts import JsonObject
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lorafit.recipe.schema import BadRowsSection
 
 NOTES_KEPT = 1000
+OVERLONG = "overlong"
+_REASON_CHARACTERS = 300
 LINES_SHOWN = 3
 SKIP_BAD_ROWS = "correct such rows, or leave them out with data.bad_rows: {policy: skip}"
 DROPS_ROWS = "the chat template drops"
@@ -64,13 +66,24 @@ class SourceCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    """What happened to one row: `bad`, `dropped`, `cut` or `split`, and why."""
+class Noted:
+    """What happened to one row.
 
-    what: str
+    Attributes:
+        fate: `bad`: it cannot be trained on; `dropped`, `cut` or `split` for its length; `overlong`: it is too long
+            where the recipe says that this is an error.
+        source: Number of its source.
+        why: The reason, with the row's place.
+    """
+
+    fate: str
     source: int
-    line: int
-    reason: str
+    why: DataError
+
+    @property
+    def reason(self) -> str:
+        """The reason without the place."""
+        return (f"{self.why.key}: {self.why.what}" if self.why.key else self.why.what)[:_REASON_CHARACTERS]
 
 
 class Ledger:
@@ -82,55 +95,32 @@ class Ledger:
 
     Attributes:
         sources: Counts, one for each source.
-        notes: The first `NOTES_KEPT` rows that something happened to.
+        notes: The first `NOTES_KEPT` rows of each fate.
         seen: Other things worth a number, e.g. fields that a template drops, by what they are.
     """
 
     def __init__(self, sources: Sequence[tuple[str, str]], bad_rows: BadRowsSection) -> None:
         self.sources = [SourceCounts(name, kind) for name, kind in sources]
-        self.notes: list[Note] = []
+        self.notes: list[Noted] = []
         self.seen: Counter[str] = Counter()
         self._bad_rows = bad_rows
-        self._bad: list[tuple[int, DataError]] = []  # with the number of the source
-        self._overlong: list[tuple[int, DataError]] = []
-        self._overlong_count = 0
+        self._fates: Counter[str] = Counter()
 
-    def count_read(self, source: int) -> None:
-        """One more row was read."""
-        self.sources[source].read += 1
-
-    def count_kept(self, source: int, examples: int = 1) -> None:
-        """A row gave that many examples."""
-        self.sources[source].kept += examples
-
-    def note_bad(self, source: int, line: int, error: DataError) -> None:
-        """A row cannot be trained on."""
-        self.sources[source].bad += 1
-        error.at(file=self.sources[source].file, line=line)
-        if len(self._bad) < NOTES_KEPT:
-            self._bad.append((source, error))
-        self._note("bad", source, line, f"{error.key}: {error.what}" if error.key else error.what)
-
-    def note_overlong(self, source: int, line: int, error: DataError) -> None:
-        """A row is too long and the recipe says that this is an error."""
-        self._overlong_count += 1
-        if len(self._overlong) < ERRORS_SHOWN:
-            self._overlong.append((source, error))
-
-    def note_length(self, what: str, source: int, line: int, reason: str) -> None:
-        """A row was `dropped`, `cut` or `split` for its length."""
-        counts = self.sources[source]
-        setattr(counts, what, getattr(counts, what) + 1)
-        self._note(what, source, line, reason)
-
-    def _note(self, what: str, source: int, line: int, reason: str) -> None:
-        if len(self.notes) < NOTES_KEPT:
-            self.notes.append(Note(what, source, line, reason[:300]))
+    def note(self, noted: Noted) -> None:
+        """Something happened to a row."""
+        counts, fate = self.sources[noted.source], noted.fate
+        if fate != OVERLONG:
+            setattr(counts, fate, getattr(counts, fate) + 1)
+        self._fates[fate] += 1
+        if self._fates[fate] <= NOTES_KEPT:
+            self.notes.append(noted)
 
     def sort(self) -> None:
         """Puts notes and errors into the order of the rows: rows are read ahead of those that are made."""
-        self.notes.sort(key=lambda note: (note.source, note.line))
-        self._bad.sort(key=lambda placed: (placed[0], placed[1].line or 0))
+        self.notes.sort(key=lambda note: (note.source, note.why.line or 0))
+
+    def _why(self, fate: str) -> list[LorafitError]:
+        return [note.why for note in self.notes if note.fate == fate]
 
     def judge(self, *, todo: str | None = None) -> None:
         """Applies the recipe's rules once all rows are read.
@@ -145,8 +135,7 @@ class Ledger:
         errors: list[LorafitError] = []
         count = 0
         if self._bad_rows.policy == "error":
-            errors += [error for _, error in self._bad]
-            count += sum(source.bad for source in self.sources)
+            errors, count = self._why("bad"), self._fates["bad"]
         else:
             for number, source in enumerate(self.sources):
                 if source.bad > self._bad_rows.max_fraction * source.read:
@@ -154,28 +143,27 @@ class Ledger:
                     count += 1
         are_bad = bool(errors) and self._bad_rows.policy == "error"
         errors, count = _with_drops_as_one(errors, count)
-        errors += [error for _, error in self._overlong]
-        count += self._overlong_count
+        errors += self._why(OVERLONG)
+        count += self._fates[OVERLONG]
         file = errors[0].file or "data" if errors else "data"
         raise_first(errors, count, file=file, todo=todo if are_bad else None)
 
     def _too_many(self, number: int) -> DataError:
         source = self.sources[number]
         limit = f"the limit bad_rows.max_fraction is {self._bad_rows.max_fraction:g}"
-        first = next((f"; first: line {note.line}: {note.reason}" for note in self.notes if note.source == number), "")
+        firsts = (f"; first: line {note.why.line}: {note.reason}" for note in self.notes if note.source == number)
+        first = next(firsts, "")
         what = f"{source.bad} of {counted(source.read, 'row')} {agreed(source.bad, 'is', 'are')} bad, {limit}{first}"
         return DataError(what, file=source.file, todo="correct them, or raise the limit")
 
     def to_json(self) -> JsonObject:
         """Everything that a cached copy must be able to say again."""
-        return {
-            "sources": [asdict(source) for source in self.sources],
-            "notes": [[note.what, note.source, note.line, note.reason] for note in self.notes],
-            "seen": dict(self.seen),
-            "bad": [_plain(*placed) for placed in self._bad],
-            "overlong": [_plain(*placed) for placed in self._overlong],
-            "overlong_count": self._overlong_count,
-        }
+        notes = [
+            (note.fate, note.source, note.why.line, note.why.column, note.why.key, note.why.what, note.why.todo)
+            for note in self.notes
+        ]
+        sources = [asdict(source) for source in self.sources]
+        return {"sources": sources, "notes": notes, "fates": dict(self._fates), "seen": dict(self.seen)}
 
     @classmethod
     def from_json(cls, value: JsonObject, names: Sequence[str], bad_rows: BadRowsSection) -> Ledger:
@@ -184,11 +172,10 @@ class Ledger:
         ledger.sources = [
             SourceCounts(**{**counts, "file": name}) for counts, name in zip(value["sources"], names, strict=True)
         ]
-        ledger.notes = [Note(*note) for note in value["notes"]]
-        ledger.seen = Counter(value["seen"])
-        ledger._bad = [_error(error, names) for error in value["bad"]]
-        ledger._overlong = [_error(error, names) for error in value["overlong"]]
-        ledger._overlong_count = int(value["overlong_count"])
+        for fate, source, line, column, key, what, todo in value["notes"]:
+            why = DataError(what, file=names[source], line=line, column=column, key=key, todo=todo)
+            ledger.notes.append(Noted(fate, source, why))
+        ledger.seen, ledger._fates = Counter(value["seen"]), Counter(value["fates"])
         return ledger
 
 
@@ -208,12 +195,3 @@ def _with_drops_as_one(errors: list[LorafitError], count: int) -> tuple[list[Lor
     what = f"in {number:,} rows, lines {', '.join(lines)}{' ...' if number > len(lines) else ''}, {first.what}"
     one = DataError(what, file=first.file, line=first.line, key=first.key, todo=first.todo)
     return [one, *(error for error in errors if error not in alike)], count - number + 1
-
-
-def _plain(source: int, error: DataError) -> list[Any]:
-    return [source, error.line, error.column, error.key, error.what, error.todo]
-
-
-def _error(value: list[Any], names: Sequence[str]) -> tuple[int, DataError]:
-    source, line, column, key, what, todo = value
-    return source, DataError(what, file=names[source], line=line, column=column, key=key, todo=todo)

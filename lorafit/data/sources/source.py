@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.console.nearest import nearest
 from lorafit.console.wording import counted
-from lorafit.data.row_counts import Ledger, raise_first
+from lorafit.data.row_counts import Ledger, Noted, raise_first
 from lorafit.data.sources.files import Fingerprint, check_file, has_data_suffix, is_packed, suffix_of, take_fingerprint
 from lorafit.data.sources.hub import HubRows, is_hub_id
 from lorafit.data.sources.lines import RawRow, RawRows
@@ -284,16 +284,12 @@ def _locate(
 class SampleSet:
     """The samples of several sources, read lazily, one at a time and in order.
 
-    Iterating gives every usable row; bad rows go to the ledger, and the rule of the recipe is applied at the end.
-
     Attributes:
         sources: The opened sources.
-        ledger: What was counted in the last complete pass.
     """
 
     def __init__(self, sources: Sequence[Source], bad_rows: BadRowsSection, reporter: Reporter) -> None:
         self.sources, self._bad_rows, self._reporter = tuple(sources), bad_rows, reporter
-        self.ledger = self.new_ledger()
 
     def new_ledger(self) -> Ledger:
         """An empty ledger for one pass over these sources."""
@@ -323,19 +319,22 @@ class SampleSet:
         for source in self.sources:
             yield from islice((row for _, row in source.read() if not isinstance(row, DataError)), 1)
 
-    def __iter__(self) -> Iterator[Sample]:
-        self.ledger = self.new_ledger()
+    def usable(self, ledger: Ledger) -> Iterator[tuple[int, int, Sample]]:
+        """Every sample as (number of its source, line, sample); what is none goes to the ledger."""
         for number, line, row in self.rows():
-            self.ledger.count_read(number)
+            ledger.sources[number].read += 1
             if isinstance(row, DataError):
-                self.ledger.note_bad(number, line, row)
+                ledger.note(Noted("bad", number, row))
             else:
-                self.ledger.count_kept(number)
-                yield row
-        self.ledger.judge()
-        for source in self.sources:
-            for warning in source.warnings():
-                self._reporter.warn(warning)
+                yield number, line, row
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Every sample; at the end the recipe's rule for bad rows is applied, and what warns of columns is said."""
+        ledger = self.new_ledger()
+        yield from (sample for *_, sample in self.usable(ledger))
+        ledger.judge()
+        for warning in (warning for source in self.sources for warning in source.warnings()):
+            self._reporter.warn(warning)
 
 
 def read_sources(
