@@ -104,7 +104,7 @@ class Encoder:
         result.seen = Counter(self.renderer.seen)
         return result
 
-    def _take(self, sample: Sample, rendered: Encoded | DataError | None) -> TaskRow:
+    def _take(self, sample: Sample, rendered: Encoded | DataError) -> TaskRow:
         """What the task makes of a rendered sample."""
         if isinstance(rendered, DataError):
             raise rendered

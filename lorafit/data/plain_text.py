@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 
 from lorafit.contracts import Encoded
 from lorafit.data.text_encoder import TextEncoder
-from lorafit.data.truncate import Truncated, cut_tokens
-from lorafit.errors import DataError, ModelError
+from lorafit.data.truncate import cut_tokens
+from lorafit.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ def truncate_completion(
     max_length: int,
     *,
     train_on: TrainOn = "assistant",
-) -> Truncated | None:
+) -> Encoded | None:
     """`encode_completion` cut to `max_length` tokens: the prompt from its left, then the completion from its right,
     which then carries no end token.
 
@@ -66,41 +66,24 @@ def truncate_completion(
     """
     encoded = encode_completion(prompt, completion, tokenizer, train_on=train_on)
     asked = len(completion_prompt_ids(prompt, tokenizer))
-    answers = [place >= asked for place in range(len(encoded.input_ids))]
-    return cut_tokens(encoded, answers, max_length, bos=_encoder(tokenizer).bos)
+    return cut_tokens(encoded, asked, max_length, bos=_encoder(tokenizer).bos)
 
 
-def encode_text(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    overlength: Literal["error", "drop", "truncate", "split"] = "error",
-) -> list[Encoded]:
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Plain text with its end token, every token of it trained.
 
-    Args:
-        text: The text.
-        tokenizer: The tokenizer.
-        max_length: In tokens.
-        overlength: What to do with a longer text: `error`; `drop`: no row; `truncate`: its start, without an end
-            token; `split`: rows of `max_length` one behind the other, of which only the last has the end token.
-
     Raises:
-        DataError: If the text is longer and `overlength` is `error`.
         ModelError: If the tokenizer has no end token.
     """
     encoder = _encoder(tokenizer)
     ids = [*encoder.prefix, *_typed_ids(encoder, text), _end_token(tokenizer)]
-    if len(ids) <= max_length:
-        return [Encoded(ids, [True] * len(ids))]
-    if overlength == "error":
-        raise DataError(
-            f"the text has {len(ids):,} tokens, max_length is {max_length:,}",
-            todo="set data.overlength to split, truncate or drop, or raise data.max_length",
-        )
-    if overlength == "drop":
-        return []
-    ends = [max_length] if overlength == "truncate" else [*range(max_length, len(ids), max_length), len(ids)]
+    return Encoded(ids, [True] * len(ids))
+
+
+def split_text(encoded: Encoded, max_length: int) -> list[Encoded]:
+    """Plain text in rows of `max_length` tokens one behind the other, of which only the last has the end token."""
+    ids = encoded.input_ids
+    ends = [*range(max_length, len(ids), max_length), len(ids)]
     if len(ends) > 1 and ends[-1] - ends[-2] == 1 and max_length > 2:
         ends[-2] -= 1  # one token alone predicts nothing
     return [Encoded(ids[start:end], [True] * (end - start)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

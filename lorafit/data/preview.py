@@ -19,7 +19,7 @@ import numpy as np
 
 from lorafit.console.printing import can_show, printable, say
 from lorafit.console.wording import counted
-from lorafit.contracts import JsonObject, Printed, Sample
+from lorafit.contracts import JsonObject, Printed
 from lorafit.errors import row_place
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class PreviewRow:
     Attributes:
         split: Where it is used.
         file, line: Where it came from.
-        rendering: Its text; of a row that was cut, what is left of it.
+        rendering: The text of its tokens.
         input_ids: Its tokens, `[tokens]`.
         labels: The same, or -100 where nothing is learnt, `[tokens]`; not shifted.
         segments: The text of stretches of tokens that are all trained, or all not.
@@ -125,15 +125,8 @@ def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOW
         if examples is None:
             continue
         room = len(examples) if rows is None else rows - len(found)
-        chosen = _first_of_each(examples, room)
-        wanted = {(int(np.asarray(examples.source_of)[n]), int(examples.lines[n])) for n in chosen}
-        texts = {place: _own_text(renderer, sample) for place, sample in _find_samples(prepared, split, wanted)}
-        for number in chosen:
-            place = (int(np.asarray(examples.source_of)[number]), int(examples.lines[number]))
-            example = examples[number]
-            sequences = prepared.task.show(example)
-            own = texts.get(place) if len(sequences) == 1 else None
-            found += [_show_sequence(renderer, split, example, sequence, own) for sequence in sequences]
+        for example in (examples[number] for number in _first_of_each(examples, room)):
+            found += [_show_sequence(renderer, split, example, sequence) for sequence in prepared.task.show(example)]
     return Preview(found, prepared)
 
 
@@ -145,35 +138,12 @@ def _first_of_each(examples: ExampleSet, count: int) -> list[int]:
     return sorted(row for _, _, row in sorted(in_turn)[: max(0, count)])
 
 
-def _find_samples(
-    prepared: Prepared, split: str, wanted: set[tuple[int, int]]
-) -> Iterator[tuple[tuple[int, int], Sample]]:
-    left = len(wanted)
-    if not left:
-        return
-    for number, line, sample in prepared.samples(split).rows():
-        if (number, line) in wanted and isinstance(sample, Sample):
-            yield (number, line), sample
-            left -= 1
-            if not left:
-                return
-
-
-def _own_text(renderer: Renderer, sample: Sample) -> tuple[str, list[int]] | None:
-    """A chat as its template writes it, with its tokens; what is verbatim is decoded instead, with its end token."""
-    text, encoded = renderer.text(sample), renderer.render(sample)
-    return (text, encoded.input_ids) if text is not None and encoded is not None else None
-
-
-def _show_sequence(
-    renderer: Renderer, split: str, example: Example, sequence: ShownSequence, own: tuple[str, list[int]] | None
-) -> PreviewRow:
+def _show_sequence(renderer: Renderer, split: str, example: Example, sequence: ShownSequence) -> PreviewRow:
     ids, trained = sequence.input_ids, [bool(flag) for flag in sequence.trained]
     labels = [token if flag else IGNORED_LABEL for token, flag in zip(ids, trained, strict=True)]
     segments = list(_segments(renderer, ids, trained))
-    whole = own[0] if own is not None and own[1] == ids else "".join(text for text, _ in segments)
-    place = split, example.file, example.line
-    return PreviewRow(*place, whole, ids, labels, segments, sequence.name, sequence.label)
+    place, text = (split, example.file, example.line), "".join(text for text, _ in segments)
+    return PreviewRow(*place, text, ids, labels, segments, sequence.name, sequence.label)
 
 
 def _segments(renderer: Renderer, ids: list[int], trained: list[bool]) -> Iterator[tuple[str, bool]]:

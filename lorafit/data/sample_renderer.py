@@ -23,6 +23,7 @@ from lorafit.data.plain_text import (
     encode_completion,
     encode_labelled,
     encode_text,
+    split_text,
     truncate_completion,
 )
 from lorafit.data.truncate import truncate_chat
@@ -124,7 +125,7 @@ class Renderer:
         parts = {"tokenizer": f"{vocabulary}{special}", "chat template": f"{bool(self._named_template)}{self.template}"}
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
 
-    def render(self, sample: Sample) -> Encoded | None:
+    def render(self, sample: Sample) -> Encoded:
         """The whole sample as tokens, however long.
 
         Raises:
@@ -139,8 +140,7 @@ class Renderer:
             return encode_completion(sample.prompt, sample.completion, self.tokenizer, train_on=train_on)
         if sample.labels is not None:
             return encode_labelled(sample.text or "", self.tokenizer, sys.maxsize)
-        pieces = encode_text(sample.text or "", self.tokenizer, sys.maxsize)
-        return pieces[0] if pieces else None
+        return encode_text(sample.text or "", self.tokenizer)
 
     def is_surely_longer(self, sample: Sample) -> bool:
         """Whether a sample has more than `max_length` tokens, told without making all of them; False where that takes
@@ -176,13 +176,13 @@ class Renderer:
         keep = keep_head if turn["role"] == "assistant" else keep_tail
         return {**turn, "content": keep(content, self._data.max_length, self.tokenizer)}
 
-    def render_all(self, samples: Sequence[Sample]) -> list[Encoded | DataError | None]:
+    def render_all(self, samples: Sequence[Sample]) -> list[Encoded | DataError]:
         """`render` of each, or what it raises. Together they take less time than one by one.
 
         Raises:
             ModelError: There is no usable chat template or end token.
         """
-        made: list[Rendering | Encoded | DataError | None] = []
+        made: list[Rendering | Encoded | DataError] = []
         for sample in samples:
             try:
                 messages = self._messages(sample)
@@ -205,28 +205,16 @@ class Renderer:
             return truncate_completion(sample.prompt, sample.completion, self.tokenizer, limit, train_on=train_on)
         if sample.labels is not None:
             return encode_labelled(sample.text or "", self.tokenizer, limit)
-        pieces = encode_text(sample.text or "", self.tokenizer, limit, "truncate")
-        return pieces[0] if pieces else None
+        whole = encode_text(sample.text or "", self.tokenizer)
+        return Encoded(whole.input_ids[:limit], whole.trained[:limit])
 
     def split(self, sample: Sample) -> list[Encoded]:
-        """Plain text cut into rows of `max_length`.
-
-        Raises:
-            DataError: The sample is not plain text.
-        """
-        if sample.text is None:
-            what = f"longer than max_length {self._data.max_length}, and only plain text can be split"
-            raise DataError(what, todo="set data.overlength to truncate or drop, or raise data.max_length")
-        return encode_text(sample.text, self.tokenizer, self._data.max_length, "split")
+        """Plain text cut into rows of `max_length`."""
+        return split_text(encode_text(sample.text or "", self.tokenizer), self._data.max_length)
 
     def is_chat(self, sample: Sample) -> bool:
         """Whether the sample goes through the chat template."""
         return self._messages(sample) is not None
-
-    def text(self, sample: Sample) -> str | None:
-        """A chat as the template writes it, whole; None for what goes through no template."""
-        messages = self._messages(sample)
-        return self._render_chat(messages, sample).text if messages is not None else None
 
     def generation_rows(self, sample: Sample, *, with_calls: bool = False) -> list[GenerationRow]:
         """What is asked of a sample: its last trained answer; before it, `with_calls`, the last turn that calls tools,

@@ -13,7 +13,6 @@ else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import Encoded, JsonMapping
@@ -29,29 +28,9 @@ PROMPT_SHARE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Truncated(Encoded):
-    """A row that fits.
-
-    Attributes:
-        dropped_messages: Messages of the oldest turns that went.
-        cut_prompt_tokens: Tokens cut from the left of what was left.
-        cut_answer_tokens: Tokens cut from the end of the answer, the end-of-turn token among them.
-    """
-
-    dropped_messages: int = 0
-    cut_prompt_tokens: int = 0
-    cut_answer_tokens: int = 0
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether anything went."""
-        return bool(self.dropped_messages or self.cut_prompt_tokens or self.cut_answer_tokens)
-
-
 def truncate_chat(
     renderer: ChatRenderer, messages: Messages, tools: Sequence[JsonMapping] | None, max_length: int
-) -> Truncated | None:
+) -> Encoded | None:
     """A chat cut to `max_length` tokens.
 
     Returns:
@@ -75,40 +54,32 @@ def truncate_chat(
     header = next((turn.header for turn in rendering.turns if turn.start == first), first)
     return cut_tokens(
         renderer.encode(rendering),
-        answers,
+        answers.index(True) if True in answers else len(answers),
         max_length,
         bos=renderer.encoder.bos,
         header_tokens=sum(header <= start and end <= first for start, end in offsets),
-        dropped_messages=len(messages) - len(chats[low]),
     )
 
 
 def cut_tokens(
-    encoded: Encoded,
-    answers: Sequence[bool],
-    max_length: int,
-    *,
-    bos: int | None,
-    header_tokens: int = 0,
-    dropped_messages: int = 0,
-) -> Truncated | None:
+    encoded: Encoded, prompt_tokens: int, max_length: int, *, bos: int | None, header_tokens: int = 0
+) -> Encoded | None:
     """Cuts the tokens of one row to `max_length`: its prompt from the left, then, if it must be, its answer from the
     right.
 
     Args:
         encoded: The row.
-        answers: Which tokens an answer holds, whether they carry loss or not; the first of them ends the prompt.
+        prompt_tokens: Tokens before the first that an answer holds, whether that carries loss or not.
         max_length: In tokens.
         bos: The id that stays in front of a cut prompt, if the row starts with it.
         header_tokens: Tokens right before the first answer that are never cut: its header.
-        dropped_messages: Passed on.
 
     Returns:
         None if no token that carries loss is left.
     """
     useful = _useful_tokens(encoded.trained)
     ids, trained = encoded.input_ids[:useful], encoded.trained[:useful]
-    prompt = next((place for place, is_answer in enumerate(answers[:useful]) if is_answer), useful)
+    prompt = min(prompt_tokens, useful)
     answer = useful - prompt
     header = min(header_tokens, prompt)
     kept_prompt = min(prompt, max_length - answer)
@@ -122,13 +93,7 @@ def cut_tokens(
         kept.pop()
     if not any(trained[place] for place in kept[1:]):  # the first token of a row is never predicted
         return None
-    return Truncated(
-        [ids[place] for place in kept],
-        [trained[place] for place in kept],
-        dropped_messages=dropped_messages,
-        cut_prompt_tokens=prompt - kept_prompt,
-        cut_answer_tokens=useful - 1 - kept[-1],
-    )
+    return Encoded([ids[place] for place in kept], [trained[place] for place in kept])
 
 
 def _useful_tokens(trained: Sequence[bool]) -> int:

@@ -26,12 +26,13 @@ class Format(Protocol):
 
     priority: int
     fields: Mapping[str, bool]
-    answer: str | None
-    known_as: Mapping[str, tuple[str, ...]]
-    verbatim: bool
+    answer: str | None = None
+    known_as: Mapping[str, tuple[str, ...]] = {}
+    verbatim: bool = False
 
     def matches(self, row: JsonMapping) -> bool:
-        """Whether a row looks like this format (its required fields are there)."""
+        """Whether a row looks like this format: its required fields are there."""
+        return required_fields(self) <= row.keys()
 
     def read(self, row: JsonMapping, file: str, line: int) -> Sample:
         """The row as a Sample. Raises DataError naming field, expected type and what was found."""

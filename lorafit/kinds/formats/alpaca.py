@@ -14,11 +14,11 @@ from lorafit.kinds.fields import (
     read_optional_string,
     wrong_type,
 )
-from lorafit.kinds.formats import formats
+from lorafit.kinds.formats import Format, formats
 
 
 @formats.register("alpaca")
-class Alpaca:
+class Alpaca(Format):
     """The user's turn is instruction and input, an empty line between them; the assistant's is the output."""
 
     priority = 30
@@ -30,17 +30,12 @@ class Alpaca:
         "history": False,
         "must_contain": False,
     }
-    answer: str | None = "output"
+    answer = "output"
     known_as: Mapping[str, tuple[str, ...]] = {
         "instruction": ("question", "prompt", "query", "problem", "sql_prompt"),
         "input": ("context", "passage", "schema", "sql_context"),
         "output": ("response", "answer", "completion", "solution", "sql", "target"),
     }
-    verbatim = False
-
-    def matches(self, row: Row) -> bool:
-        """Whether the row has an instruction and an output."""
-        return "instruction" in row and "output" in row
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """A chat of the history and one more turn each."""

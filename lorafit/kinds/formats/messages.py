@@ -7,22 +7,15 @@ from collections.abc import Mapping
 from lorafit.contracts import Sample
 from lorafit.kinds.chat_fields import read_tools, read_turns, without_answer
 from lorafit.kinds.fields import Row, missing_field, read_must_contain
-from lorafit.kinds.formats import formats
+from lorafit.kinds.formats import Format, formats
 
 
 @formats.register("messages")
-class Messages:
+class Messages(Format):
     """Roles system, developer, user, assistant and tool; tool calls, reasoning and names; `weight: 0` on a turn."""
 
     priority = 10
     fields: Mapping[str, bool] = {"messages": True, "tools": False, "must_contain": False}
-    answer: str | None = None
-    known_as: Mapping[str, tuple[str, ...]] = {}
-    verbatim = False
-
-    def matches(self, row: Row) -> bool:
-        """Whether the row has messages."""
-        return "messages" in row
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """The chat, with `arguments` parsed and contents as strings."""

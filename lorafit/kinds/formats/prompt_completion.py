@@ -6,25 +6,21 @@ from collections.abc import Mapping
 
 from lorafit.contracts import Sample
 from lorafit.kinds.fields import Row, read_filled_string, read_must_contain, read_string
-from lorafit.kinds.formats import formats
+from lorafit.kinds.formats import Format, formats
 
 
 @formats.register("prompt_completion")
-class PromptCompletion:
+class PromptCompletion(Format):
     """Used verbatim, prompt + completion + end of text, unless the recipe names a chat template."""
 
     priority = 50
     fields: Mapping[str, bool] = {"prompt": True, "completion": True, "must_contain": False}
-    answer: str | None = "completion"
+    answer = "completion"
     known_as: Mapping[str, tuple[str, ...]] = {
         "prompt": ("input", "question", "instruction", "query", "source"),
         "completion": ("response", "output", "answer", "target", "sql", "query"),
     }
     verbatim = True
-
-    def matches(self, row: Row) -> bool:
-        """Whether the row has a prompt and a completion."""
-        return "prompt" in row and "completion" in row
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """Both strings as they are; the prompt may be empty."""

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from lorafit.contracts import Message, Sample
 from lorafit.kinds.chat_fields import assistant_turn, user_turn, with_system
 from lorafit.kinds.fields import Row, read_filled_string, read_must_contain, read_optional_string
-from lorafit.kinds.formats import formats
+from lorafit.kinds.formats import Format, formats
 
 
 @formats.register("question_answer")
-class QuestionAnswer:
+class QuestionAnswer(Format):
     """A chat of one turn each: the user asks, the assistant answers."""
 
     priority = 40
     fields: Mapping[str, bool] = {"question": True, "answer": True, "system": False, "must_contain": False}
-    answer: str | None = "answer"
+    answer = "answer"
     known_as: Mapping[str, tuple[str, ...]] = {
         "question": (
             *("instruction", "prompt", "input", "query", "problem", "user", "human", "frage", "pregunta", "domanda"),
@@ -27,11 +27,6 @@ class QuestionAnswer:
             *("respuesta", "risposta", "sql", "query", "target", "summary", "highlights"),
         ),
     }
-    verbatim = False
-
-    def matches(self, row: Row) -> bool:
-        """Whether the row has a question and an answer."""
-        return "question" in row and "answer" in row
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """A chat of two turns, behind the system message if there is one."""

@@ -18,7 +18,7 @@ from lorafit.kinds.fields import (
     read_string,
     wrong_type,
 )
-from lorafit.kinds.formats import formats
+from lorafit.kinds.formats import Format, formats
 
 _ROLES = {
     "human": "user", "user": "user",
@@ -29,18 +29,11 @@ _ROLES = {
 
 
 @formats.register("sharegpt")
-class ShareGpt:
+class ShareGpt(Format):
     """human, gpt, system, function_call (a JSON call, or a list of them) and observation turns."""
 
     priority = 20
     fields: Mapping[str, bool] = {"conversations": True, "system": False, "tools": False, "must_contain": False}
-    answer: str | None = None
-    known_as: Mapping[str, tuple[str, ...]] = {}
-    verbatim = False
-
-    def matches(self, row: Row) -> bool:
-        """Whether the row has conversations."""
-        return "conversations" in row
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """The chat in OpenAI's form."""

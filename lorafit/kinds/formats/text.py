@@ -7,22 +7,18 @@ from collections.abc import Mapping
 from lorafit.contracts import Sample
 from lorafit.errors import DataError
 from lorafit.kinds.fields import Row, read_filled_string, read_must_contain
-from lorafit.kinds.formats import formats
+from lorafit.kinds.formats import Format, formats
 
 
 @formats.register("text")
-class Text:
+class Text(Format):
     """Every token is trained, the end of text included."""
 
     priority = 60
     fields: Mapping[str, bool] = {"text": True, "must_contain": False}
-    answer: str | None = "text"
+    answer = "text"
     known_as: Mapping[str, tuple[str, ...]] = {"text": ("content", "body", "document", "article")}
     verbatim = True
-
-    def matches(self, row: Row) -> bool:
-        """Whether the row has a text."""
-        return "text" in row
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """The text as it is."""

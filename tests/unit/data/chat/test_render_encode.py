@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.data.plain_text import completion_prompt_ids, encode_completion, encode_text, truncate_completion
+from lorafit.data.plain_text import (
+    completion_prompt_ids,
+    encode_completion,
+    encode_text,
+    split_text,
+    truncate_completion,
+)
 from lorafit.data.text_encoder import FIRST_PRIVATE_CHARACTER, TextEncoder, mark_trained
 from lorafit.errors import DataError, ModelError
 from tests.support.chat_families import CORPUS, FAMILIES, tokenizer_of
@@ -188,30 +194,26 @@ def test_completion_is_cut_from_the_left_of_its_prompt() -> None:
     tokenizer = build("bytes")
     whole = encode_completion("the quick brown fox asks", " why", tokenizer)
     cut = truncate_completion("the quick brown fox asks", " why", tokenizer, len(whole.input_ids) - 3)
-    assert cut is not None and cut.cut_prompt_tokens == 4 - 1 and cut.cut_answer_tokens == 0
+    assert cut is not None
     assert cut.input_ids[0] == tokenizer.bos_token_id and cut.input_ids[-1] == tokenizer.eos_token_id
     assert cut.input_ids[1:] == whole.input_ids[4:]
     short = truncate_completion("the quick brown fox asks", " why not so " * 9, tokenizer, 12)
     assert short is not None and len(short.input_ids) == 12 and tokenizer.eos_token_id not in short.input_ids
-    assert short.cut_answer_tokens > 0 and sum(short.trained) == 9
+    assert sum(short.trained) == 9
     assert truncate_completion("a", "b", tokenizer, 1) is None
 
 
 def test_plain_text_is_trained_whole_and_split() -> None:
     tokenizer = build("bytes")
     text = "the quick brown fox </s> answers"
-    (row,) = encode_text(text, tokenizer, 99)
+    row = encode_text(text, tokenizer)
     assert (
         all(row.trained) and row.input_ids[-1] == tokenizer.eos_token_id and row.input_ids[0] == tokenizer.bos_token_id
     )
     assert row.input_ids.count(tokenizer.eos_token_id) == 1
     length = len(row.input_ids)
-    with pytest.raises(DataError, match=f"the text has {length} tokens"):
-        encode_text(text, tokenizer, 5)
-    assert encode_text(text, tokenizer, 5, "drop") == []
-    assert [part.input_ids for part in encode_text(text, tokenizer, 5, "truncate")] == [row.input_ids[:5]]
     for size in range(3, length):
-        parts = encode_text(text, tokenizer, size, "split")
+        parts = split_text(row, size)
         assert [number for part in parts for number in part.input_ids] == row.input_ids
         assert all(2 <= len(part.input_ids) <= size for part in parts)
 

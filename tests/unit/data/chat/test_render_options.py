@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from lorafit.contracts import Encoded
 from lorafit.data.chat.render import NO_END_TOKEN, ChatRenderer, RenderError, mask_chat
 from lorafit.data.chat.template_names import SHIPPED_TEMPLATES, shipped_template
-from lorafit.data.truncate import Truncated, truncate_chat
+from lorafit.data.truncate import truncate_chat
 from lorafit.errors import LorafitError, ModelError
 from tests.support.chat_families import FAMILIES, WEATHER, assistant, call, system, tokenizer_of, tool, user
 
@@ -202,7 +203,7 @@ LONG = [
 ]
 
 
-def cut(max_length: int, messages: list[dict[str, Any]] = LONG, name: str = "qwen", **options: Any) -> Truncated | None:
+def cut(max_length: int, messages: list[dict[str, Any]] = LONG, name: str = "qwen", **options: Any) -> Encoded | None:
     return truncate_chat(ChatRenderer(tokenizer_of(name), **options), messages, None, max_length)
 
 
@@ -213,22 +214,16 @@ def whole_length(messages: list[dict[str, Any]], name: str = "qwen") -> int:
 
 def test_rows_that_fit_are_left_alone() -> None:
     row = cut(9999)
-    assert row is not None and (row.dropped_messages, row.cut_prompt_tokens, row.cut_answer_tokens) == (0, 0, 0)
-    assert len(row.input_ids) == whole_length(LONG)
+    assert row is not None and len(row.input_ids) == whole_length(LONG)
 
 
 def test_oldest_turns_go_first_and_the_system_message_stays() -> None:
     tokenizer = tokenizer_of("qwen")
-    for dropped, rest in ((2, [LONG[0], *LONG[3:]]), (6, [LONG[0], *LONG[7:]])):
+    for rest in ([LONG[0], *LONG[3:]], [LONG[0], *LONG[7:]]):
         length = whole_length(rest)
         for room in (length, length + 1):
             row = cut(room)
-            assert row is not None and (row.dropped_messages, row.cut_prompt_tokens, row.cut_answer_tokens) == (
-                dropped,
-                0,
-                0,
-            )
-            assert tokenizer.decode(row.input_ids).startswith(
+            assert row is not None and tokenizer.decode(row.input_ids).startswith(
                 "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
             )
             assert len(row.input_ids) == length
@@ -236,8 +231,9 @@ def test_oldest_turns_go_first_and_the_system_message_stays() -> None:
 
 def test_then_the_prompt_is_cut_from_its_left() -> None:
     tokenizer = tokenizer_of("qwen")
-    row = cut(whole_length([LONG[0], *LONG[7:]]) - 5)
-    assert row is not None and (row.dropped_messages, row.cut_prompt_tokens, row.cut_answer_tokens) == (6, 5, 0)
+    room = whole_length([LONG[0], *LONG[7:]]) - 5
+    row = cut(room)
+    assert row is not None and len(row.input_ids) == room
     trained = [number for number, flag in zip(row.input_ids, row.trained, strict=True) if flag]
     assert tokenizer.decode(trained) == "<think>\n\n</think>\n\nthe last answer says that it is so<|im_end|>"
 
@@ -245,7 +241,7 @@ def test_then_the_prompt_is_cut_from_its_left() -> None:
 def test_an_answer_that_is_cut_has_no_end_token_and_keeps_some_prompt() -> None:
     tokenizer = tokenizer_of("qwen")
     row = cut(20)
-    assert row is not None and len(row.input_ids) == 20 and row.cut_answer_tokens > 0
+    assert row is not None and len(row.input_ids) == 20
     assert tokenizer.eos_token_id not in [x for x, flag in zip(row.input_ids, row.trained, strict=True) if flag]
     assert not any(row.trained[:5]) and row.trained[-1]
     assert "assistant\n" in tokenizer.decode(
@@ -270,14 +266,14 @@ def test_bos_stays_in_front_of_a_cut_prompt() -> None:
     assert renderer.encode(renderer.render(messages)).input_ids.count(tokenizer.bos_token_id) == 1
     row = truncate_chat(renderer, messages, None, whole_length(messages, "llama3") - 10)
     assert row is not None and row.input_ids[0] == tokenizer.bos_token_id and not row.trained[0]
-    assert row.cut_prompt_tokens > 0 and tokenizer.decode(row.input_ids).endswith("it is<|eot_id|>")
+    assert tokenizer.decode(row.input_ids).endswith("it is<|eot_id|>")
 
 
 def test_what_follows_the_last_trained_token_goes_first() -> None:
     messages = [user("a?"), assistant("A."), user("a question without an answer")]
-    row = cut(whole_length(messages[:2], "phi") - 1, messages, "phi")
-    assert row is not None and (row.dropped_messages, row.cut_prompt_tokens, row.cut_answer_tokens) == (0, 0, 0)
-    assert row.trained[-1]
+    room = whole_length(messages[:2], "phi") - 1
+    row = cut(room, messages, "phi")
+    assert row is not None and row.trained[-1] and row == cut(9999, messages, "phi")
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last_turn", "completion", "all"])
@@ -289,7 +285,7 @@ def test_every_length_gives_a_row_that_fits_or_none(name: str, train_on: Any) ->
         if row is not None:
             assert len(row.input_ids) == len(row.trained) <= max_length
             assert row.trained[-1] and any(row.trained[1:])
-    assert row is not None and row.cut_answer_tokens == row.cut_prompt_tokens == 0
+    assert row is not None and row == cut(9999, messages, name, train_on=train_on)
 
 
 @pytest.mark.parametrize(
