@@ -1,7 +1,7 @@
 """Rows of parquet files, a few at a time: as many as surely fit into memory, by what the file says of its columns.
 
-A value stands in the file once where it stands in a dictionary page, and in each row once it is read: eight rows that
-share a text of 50 MB are two kilobytes on disk. So a batch is bounded by the dictionary's size for each of its values.
+A value stands in the file once where it stands in a dictionary page: eight rows that share a text of 50 MB are two
+kilobytes on disk. So dictionaries stay what they are, and each row gets its values when it is its turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafit.errors import DataError
 BATCH_BYTES = 64 << 20
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
-_PAGE_HEADER_BYTES = 32
+_TOGETHER_BYTES = 1 << 28
 
 
 def read_parquet(path: Path) -> RawRows:
@@ -31,9 +31,11 @@ def read_parquet(path: Path) -> RawRows:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [file.schema.column(number).path for number in range(len(file.schema))]
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, read_dictionary=columns) as file:
             for group in range(file.metadata.num_row_groups):
-                rows = _count_batch_rows(path, file.metadata.row_group(group))
+                rows = _count_batch_rows(file.metadata.row_group(group))
                 for batch in file.iter_batches(batch_size=rows, row_groups=[group]):
                     for row in _rows_of(batch):
                         number += 1
@@ -44,65 +46,36 @@ def read_parquet(path: Path) -> RawRows:
 
 
 def _rows_of(batch: Any) -> Iterator[RawRow | DataError]:
-    """The rows of a batch; those larger than a row may be as the error that says so, before they become objects."""
-    import pyarrow
-
-    columns = [column.dictionary_decode() if hasattr(column, "dictionary") else column for column in batch.columns]
-    batch = pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
-    parts = [batch] if batch.nbytes <= LINE_LIMIT_BYTES else [batch.slice(row, 1) for row in range(batch.num_rows)]
-    for part in parts:
-        if part.nbytes > LINE_LIMIT_BYTES:
-            yield too_long()
-            continue
-        for row in part.to_pylist():
-            yield {name: without_nulls(value) for name, value in row.items()}
+    """The rows of a batch; those larger than a row may be as the error that says so."""
+    together = batch.nbytes * batch.num_rows <= _TOGETHER_BYTES  # none is larger than what all of them share
+    parts = [batch] if together else (batch.slice(row, 1) for row in range(batch.num_rows))
+    for row in (row for part in parts for row in part.to_pylist()):
+        is_large = not together and _count_bytes(row) > LINE_LIMIT_BYTES
+        yield too_long() if is_large else {name: without_nulls(value) for name, value in row.items()}
 
 
-def _count_batch_rows(path: Path, group: Any) -> int:
-    """Rows of a row group that take `BATCH_BYTES` at most once they are read, 1 to 256.
+def _count_bytes(value: Any) -> int:
+    """Bytes of the texts in a value."""
+    if isinstance(value, dict):
+        return sum(map(_count_bytes, value.values()))
+    if isinstance(value, list):
+        return sum(map(_count_bytes, value))
+    return len(value.encode() if isinstance(value, str) else value) if isinstance(value, (str, bytes)) else 8
+
+
+def _count_batch_rows(group: Any) -> int:
+    """Rows of a row group that take about `BATCH_BYTES` once they are read, 1 to 256.
 
     Raises:
         DataError: A column unpacks to a bomb.
     """
-    columns = [group.column(number) for number in range(group.num_columns)]
-    row_bytes = group.total_byte_size / max(1, group.num_rows)
-    for column in columns:
+    for column in (group.column(number) for number in range(group.num_columns)):
         if is_bomb(column.total_uncompressed_size, column.total_compressed_size):
             sizes = f"{column.total_compressed_size:,} bytes to {column.total_uncompressed_size:,}"
             what = f"column {column.path_in_schema} unpacks from {sizes}"
             raise DataError(what, todo="write it with a dictionary if that is right")
-        row_bytes += _dictionary_bytes(path, column) * max(1, column.num_values / max(1, group.num_rows))
+    row_bytes = group.total_byte_size // max(1, group.num_rows)
     return int(min(_BATCH_ROWS, max(1, BATCH_BYTES // max(1, row_bytes))))
-
-
-def _dictionary_bytes(path: Path, column: Any) -> int:
-    """Size of a column's dictionary page once it is unpacked, which no value of it exceeds; 0 without one.
-
-    The page's header says so, in Thrift's compact form: field 1, the type, and field 2, the size, both zigzag varints.
-    """
-    if not column.has_dictionary_page:
-        return 0
-    with path.open("rb") as file:
-        file.seek(column.dictionary_page_offset)
-        header = file.read(_PAGE_HEADER_BYTES)
-    try:
-        place = 0
-        for _ in range(2):
-            if header[place] != 0x15:  # the next field, a 32-bit integer
-                raise IndexError
-            value, place = _read_varint(header, place + 1)
-        return value >> 1
-    except IndexError:  # no such header: what it is part of is larger
-        return int(column.total_uncompressed_size)
-
-
-def _read_varint(data: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[place]
-        value, shift, place = value | (byte & 0x7F) << shift, shift + 7, place + 1
-        if byte < 0x80:
-            return value, place
 
 
 def without_nulls(value: Any) -> Any:
