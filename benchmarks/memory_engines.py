@@ -49,7 +49,7 @@ def ask(config: dict[str, Any], quantization: str, row_tokens: int, attention: s
         file = Path(folder) / "recipe.yaml"
         file.write_text(RECIPE.format(quantization=quantization), encoding="utf-8")
         recipe = load_recipe(file, [f"data.max_length={row_tokens}", f"model.attention={attention}"]).recipe
-    return recipe_step(recipe, find_shape(config), None, None).memory.step
+    return recipe_step(recipe, find_shape(config), None, None).step
 
 
 def cut(config: dict[str, Any], layers: int | None) -> dict[str, Any]:

@@ -281,8 +281,7 @@ class Training:
 
     def _memory_under(self, attention: str) -> StepMemory:
         """What a step of this run holds under one implementation of attention."""
-        memory = self.plan.step
-        return memory.of(replace(memory.step, attention=attention))
+        return self.plan.step.changed(attention=attention)
 
     def _resolve(self, executor: Executor, checkpoint: Checkpoint | None, given: ResolvedPlan | None) -> ResolvedPlan:
         """Settles `auto` on the run's real shapes."""

@@ -9,8 +9,8 @@ from lorafit.contracts import JsonObject
 from lorafit.errors import DoesNotFitError
 from lorafit.machine.devices import format_bytes
 from lorafit.machine.hardware import smallest_card
-from lorafit.memory import MemoryEstimate, fits
-from lorafit.plan.recipe_step import HEADROOM, RecipeStep
+from lorafit.memory import MemoryEstimate, StepMemory, fits
+from lorafit.plan.recipe_step import HEADROOM
 
 if TYPE_CHECKING:
     from lorafit.estimation.compare_methods import Method
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorafit.estimation.ways_to_save import Enough, Saving
     from lorafit.facts import DatasetFacts, DeviceFacts
     from lorafit.plan.run_cost import RunCost
+    from lorafit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,6 @@ class Answer:
     Attributes:
         asked: The step as the recipe asks for it.
         memory: What it needs, with checkpointing only where recipe or card want it.
-        max_length: Of the recipe.
-        batch_size: Rows a step.
         rows: The real rows, or why there are none.
         without_checkpointing: What the step needs without, where checkpointing was turned on because the card has not
             that much.
@@ -75,13 +74,9 @@ class Answer:
         exact: The same by a dry run of the whole step, where that was asked; the verdict is its then.
     """
 
-    name: str
-    model: str
-    asked: RecipeStep
+    recipe: Recipe
+    asked: StepMemory
     memory: MemoryEstimate
-    quantization: str
-    max_length: int
-    batch_size: int
     rows: RowLengths
     options: Options
     without_checkpointing: MemoryEstimate | None
@@ -92,6 +87,11 @@ class Answer:
     enough: Enough | None
     fit: Fit | None
     exact: MemoryEstimate | None = None
+
+    @property
+    def quantization(self) -> str:
+        """How the base's weights are stored."""
+        return self.recipe.model.quantization.kind
 
     @property
     def device(self) -> DeviceFacts | None:
@@ -111,7 +111,7 @@ class Answer:
     def with_checkpointing_bytes(self) -> int | None:
         """What would be needed with checkpointing, where the recipe leaves it open and no card decided it."""
         is_open = self.asked.checkpointing is None and self.device is None
-        return self.asked.memory.at(self.memory.micro_batch_tokens, True).needed_bytes if is_open else None
+        return self.asked.at(self.memory.micro_batch_tokens, True).needed_bytes if is_open else None
 
     @property
     def needed_bytes(self) -> int:
@@ -164,11 +164,11 @@ class Answer:
         """Plain values, sizes in bytes."""
         facts, device, without = self.rows.facts, self.device, self.without_checkpointing
         return {
-            "name": self.name,
-            "model": self.model,
-            "dtype": self.asked.memory.step.dtype,
+            "name": self.recipe.name,
+            "model": self.recipe.model.base,
+            "dtype": self.asked.step.dtype,
             "quantization": self.quantization,
-            "longest_tokens": self.asked.memory.step.row_tokens,
+            "longest_tokens": self.asked.step.row_tokens,
             "rows_known": facts is not None,
             "rows": None
             if facts is None
@@ -180,8 +180,8 @@ class Answer:
                 "histogram": [{"low": low, "high": high, "rows": rows} for low, high, rows in self.rows.bars],
             },
             "rows_missing": self.rows.missing or None,
-            "total_parameters": self.asked.memory.step.model.total_parameters,
-            "trainable_parameters": self.asked.memory.step.trainable_parameters,
+            "total_parameters": self.asked.step.model.total_parameters,
+            "trainable_parameters": self.asked.step.trainable_parameters,
             "memory": self.memory.to_json(),
             "needed_with_checkpointing_bytes": self.with_checkpointing_bytes,
             "exact": None if self.exact is None else self.exact.to_json(),
@@ -189,10 +189,10 @@ class Answer:
             "headroom": self.options.headroom,
             "fits": self.fits,
             "needed_without_checkpointing_bytes": None if without is None else without.needed_bytes,
-            "savings": [one.to_json() for one in self.savings],
+            "savings": [asdict(saving) | {"note": saving.note or None} for saving in self.savings],
             "enough": None if self.enough is None else asdict(self.enough),
             "fit": None if self.fit is None else self.fit.to_json(),
             "epochs": self.epochs if facts is not None else None,
             "cost": self.cost.to_json(),
-            "methods": [method.to_json() for method in self.methods],
+            "methods": [asdict(method) for method in self.methods],
         }

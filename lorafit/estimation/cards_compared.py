@@ -31,7 +31,7 @@ class CardComparison(Printed):
         from rich.table import Table
 
         first = self.estimates[0]
-        console.print(f"{first.model}, {first.quantization}", style="bold", markup=False, highlight=False)
+        console.print(f"{first.recipe.model.base}, {first.quantization}", style="bold", markup=False, highlight=False)
         if first.rows.facts is None:
             missing = first.rows.missing or "none were given"
             console.print(f"rows not read: {missing}; data.max_length stands for them", markup=False, highlight=False)
@@ -57,8 +57,8 @@ class CardComparison(Printed):
     def to_json(self) -> JsonObject:
         """Plain values, sizes in bytes."""
         return {
-            "name": self.estimates[0].name,
-            "model": self.estimates[0].model,
+            "name": self.estimates[0].recipe.name,
+            "model": self.estimates[0].recipe.model.base,
             "cards": [
                 {key: each[key] for key in ("gpu", "fits", "headroom", "memory", "exact", "cost")}
                 for each in (one.to_json() for one in self.estimates)

@@ -7,20 +7,18 @@ pass goes, and the same chunked loss. `benchmarks/memory_published.py` holds tha
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorafit.kinds.quantizations import quantizations
-from lorafit.memory import StepMemory, StepShape
+from lorafit.memory import MemoryEstimate, Phase, StepMemory, StepShape
 from lorafit.memory.closed_form import loss_bytes, step_phases
 from lorafit.memory.layer import Layer
-from lorafit.memory.peak import ALLOCATOR_FACTOR, CONTEXT_BYTES, FIXED
+from lorafit.memory.peak import FIXED
 from lorafit.memory.step_shape import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from lorafit.contracts import JsonObject
     from lorafit.facts import DeviceFacts
-    from lorafit.memory import MemoryEstimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +42,6 @@ class Method:
     needed_bytes: int
     fits: bool | None = None
 
-    def to_json(self) -> JsonObject:
-        """Plain values."""
-        return asdict(self)
-
 
 def compare_methods(
     memory: StepMemory, tokens: int, checkpointing: bool, device: DeviceFacts | None, headroom: float
@@ -60,10 +54,10 @@ def compare_methods(
     half = "bf16" if step.dtype == "fp32" else step.dtype
     found = []
     if not step.model.scanning_layers:
-        found += [full_fine_tuning(step, dtype, tokens, checkpointing) for dtype in ("fp32", half)]
+        found += [_row("full", dtype, full_fine_tuning(step, dtype, tokens, checkpointing)) for dtype in ("fp32", half)]
     adapted = (("LoRA", "none", "fp32"), ("LoRA", "none", half), ("QLoRA", "int8", half), ("QLoRA", "nf4", half))
     for name, kind, dtype in adapted:
-        stored = memory.of(_stored_as(step, kind, dtype)).at(tokens, checkpointing)
+        stored = replace(memory, step=_stored_as(step, kind, dtype)).at(tokens, checkpointing)
         found.append(_row(name, dtype if kind == "none" else kind, stored))
     if device is None:
         return tuple(found)
@@ -78,7 +72,7 @@ def _stored_as(step: StepShape, kind: str, dtype: str) -> StepShape:
     return replace(step, quantization=quantization, dtype=dtype, compute_dtype=compute_dtype)
 
 
-def full_fine_tuning(step: StepShape, dtype: str, tokens: int, checkpointing: bool) -> Method:
+def full_fine_tuning(step: StepShape, dtype: str, tokens: int, checkpointing: bool) -> MemoryEstimate:
     """All weights trained with AdamW, everything in one dtype."""
     shape, width, device_kind = step.model, DTYPE_BYTES[dtype], step.device_kind
     layer = Layer(
@@ -97,14 +91,18 @@ def full_fine_tuning(step: StepShape, dtype: str, tokens: int, checkpointing: bo
     )
     loss = loss_bytes(layer, replace(step, packing=False).labels_at(tokens))
     parameters = shape.total_parameters
-    phases = step_phases(layer, tokens, loss, checkpointing, parameters)
     weights = gradients = width * parameters
-    moments = 2 * width * parameters
     # at the start of the backward pass there are no gradients yet; at the update they stand beside foreach AdamW's
     # denominators
+    phases = step_phases(layer, tokens, loss, checkpointing, parameters)
     moving = max([2 * gradients, *(phase.total_bytes for phase in phases if phase.name != "update")])
-    needed = round((weights + moments + moving) * ALLOCATOR_FACTOR[device_kind]) + CONTEXT_BYTES[device_kind]
-    return Method("full", dtype, weights, gradients, moments, moving - gradients, needed)
+    return MemoryEstimate(
+        fixed={"base_weights": weights, "gradients": gradients, "optimizer_state": 2 * width * parameters},
+        phases=(Phase("update", "", {"workspace": moving - gradients}),),
+        device_kind=device_kind,
+        micro_batch_tokens=tokens,
+        gradient_checkpointing=checkpointing,
+    )
 
 
 def _row(name: str, precision: str, memory: MemoryEstimate) -> Method:

@@ -41,7 +41,6 @@ from lorafit.trainer.step import Update, accumulate_gradients
 
 if TYPE_CHECKING:
     from lorafit.estimation import RecipeEstimate
-    from lorafit.trainer.executor import Executor
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
 _attention = functional.scaled_dot_product_attention
@@ -54,13 +53,15 @@ def run_exactly(found: RecipeEstimate, config: JsonMapping, reporter: Reporter) 
     Where checkpointing is left open and the card has not what the step needs without, the step with it is run as well.
     """
     asked, memory = found.asked, found.memory
-    step, tokens = asked.memory.step, memory.micro_batch_tokens
-    accumulates = found.batch_size * step.row_tokens > tokens  # else all of a step is in one micro-batch
+    step, tokens = asked.step, memory.micro_batch_tokens
+    accumulates = (
+        found.recipe.training.batch_size * step.row_tokens > tokens
+    )  # else all of a step is in one micro-batch
     run = partial(DryRun(step, config).run, tokens, accumulates=accumulates, reporter=reporter)
     exact = replace(found, exact=run(memory.gradient_checkpointing))
     if exact.fits is not False or asked.checkpointing is not None or memory.gradient_checkpointing:
         return exact
-    checkpointed = asked.memory.at(tokens, True)
+    checkpointed = asked.at(tokens, True)
     return replace(found, memory=checkpointed, exact=run(True), without_checkpointing=exact.exact)
 
 
@@ -152,7 +153,9 @@ class DryRun:
                 self._progress(chosen, checkpointing, reporter or Silent()),
             ):
                 try:
-                    take_step(self._executor, self._update, self._batch(tokens))
+                    accumulate_gradients(self._executor, [self._batch(tokens)])
+                    self._executor.sum_gradients()
+                    self._update.apply(1, self._update.gradient_norm())
                 except (RuntimeError, NotImplementedError) as error:
                     raise self._cannot_run(error) from error
                 finally:
@@ -194,13 +197,6 @@ class DryRun:
     def _batch(self, tokens: int) -> Batch:
         rows, step = tokens // self.step.row_tokens, self.step
         return step.task.shape_batch(rows, tokens // rows, step.labels_at(tokens), packed=step.packs_rows)
-
-
-def take_step(executor: Executor, update: Update, batch: Batch) -> None:
-    """The loop's step, of one micro-batch."""
-    accumulate_gradients(executor, [batch])
-    executor.sum_gradients()
-    update.apply(1, update.gradient_norm())
 
 
 def _beside(fixed: Mapping[str, int], alive: Mapping[str, int]) -> dict[str, int]:

@@ -10,11 +10,10 @@ Each is maximal: one more does not fit by the same estimate, or is beyond a boun
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.estimation.switches import LEAST_ROW_TOKENS
-from lorafit.kinds.adapters import adapters
 from lorafit.memory import find_largest
 from lorafit.recipe.schema import LARGEST_COUNT
 
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from lorafit.contracts import JsonObject
     from lorafit.facts import DeviceFacts
     from lorafit.kinds.adapters import AdapterSection
-    from lorafit.memory import MemoryEstimate
-    from lorafit.plan.recipe_step import RecipeStep
+    from lorafit.memory import MemoryEstimate, StepMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ class Fit:
         }
 
 
-def find_fit(asked: RecipeStep, device: DeviceFacts, headroom: float) -> Fit:
+def find_fit(asked: StepMemory, device: DeviceFacts, headroom: float) -> Fit:
     """The largest micro-batch, row and rank of a recipe on a card.
 
     Args:
@@ -88,7 +86,7 @@ def find_fit(asked: RecipeStep, device: DeviceFacts, headroom: float) -> Fit:
         device: The card.
         headroom: Share of its memory that stays free.
     """
-    memory, step, tokens = asked.memory, asked.memory.step, asked.least_tokens
+    step, tokens = asked.step, asked.least_tokens
     limit = device.memory_bytes * (1.0 - headroom)
 
     def search(estimate: Callable[[int, bool], MemoryEstimate], least: int, most: int, bound: str) -> Largest:
@@ -103,12 +101,10 @@ def find_fit(asked: RecipeStep, device: DeviceFacts, headroom: float) -> Fit:
 
     def of_row(sequence_tokens: int, checkpointing: bool) -> MemoryEstimate:
         row_tokens = sequence_tokens * step.task.sequences
-        rows = replace(step, row_tokens=row_tokens, row_labels=row_tokens)
-        return memory.of(rows).at(row_tokens, checkpointing)
+        return asked.changed(row_tokens=row_tokens, row_labels=row_tokens).at(row_tokens, checkpointing)
 
     def of_rank(rank: int, checkpointing: bool) -> MemoryEstimate:
-        adapter = adapters.bind(step.adapter.section.model_copy(update={"r": rank}))
-        return memory.of(replace(step, adapter=adapter)).at(tokens, checkpointing)
+        return asked.changed(adapter=step.adapter_with(r=rank)).at(tokens, checkpointing)
 
     positions, most_rank = step.model.max_positions, _rank_bound(step.adapter.section)
     most_tokens = f"the recipe's bound of {LARGEST_COUNT:,}"
@@ -118,7 +114,7 @@ def find_fit(asked: RecipeStep, device: DeviceFacts, headroom: float) -> Fit:
         headroom=headroom,
         row_tokens=step.row_tokens,
         micro_batch_tokens=tokens,
-        micro_batch=search(memory.at, step.row_tokens, LARGEST_COUNT, most_tokens),
+        micro_batch=search(asked.at, step.row_tokens, LARGEST_COUNT, most_tokens),
         row=search(of_row, least_row, most_row, f"the model's {positions:,} positions"),
         rank=search(of_rank, 1, most_rank, f"the recipe's bound of {most_rank:,}") if most_rank else None,
     )

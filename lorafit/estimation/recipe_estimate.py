@@ -64,7 +64,7 @@ def estimate_recipe(
     """
     headroom, device, facts = options.headroom, options.card, rows.facts
     asked = recipe_step(recipe, shape, facts, device, headroom=headroom, engine=engine)
-    step = asked.memory.step
+    step = asked.step
     memory, without = asked.settle(device, headroom)
     tokens, checkpointing = memory.micro_batch_tokens, memory.gradient_checkpointing
     misses = device is not None and not fits(memory, device.memory_bytes, headroom)
@@ -77,29 +77,22 @@ def estimate_recipe(
         fit = find_fit(on_it, options.fit, headroom)
     has_others = memory.counts_all and (is_quick or device is not None)
     return RecipeEstimate(
-        name=recipe.name,
-        model=recipe.model.base,
+        recipe=recipe,
         asked=asked,
         memory=memory,
-        quantization=recipe.model.quantization.kind,
-        max_length=recipe.data.max_length,
-        batch_size=recipe.training.batch_size,
         rows=rows,
         options=options,
         without_checkpointing=without,
         epochs=epochs,
         cost=cost_of_run(
-            shape,
+            step,
             facts,
-            row_tokens=step.row_tokens,
             epochs=epochs,
-            adapter_parameters=step.trainable_parameters,
             checkpointing=checkpointing,
             device=device,
-            dtype=step.dtype,
             price_per_hour=options.price_per_hour,
         ),
-        methods=compare_methods(asked.memory, tokens, checkpointing, device, headroom) if has_others else (),
+        methods=compare_methods(asked, tokens, checkpointing, device, headroom) if has_others else (),
         savings=find_savings(asked, checkpointing, counted_on, headroom) if is_quick or misses else (),
         enough=find_enough(asked, checkpointing, counted_on, headroom) if counted_on is not None and misses else None,
         fit=fit,

@@ -16,11 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from lorafit.kinds.adapters import adapters
+from lorafit.contracts import JsonValue
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
-from lorafit.memory import StepShape
-from lorafit.plan.recipe_step import RecipeStep
+from lorafit.memory import StepMemory, StepShape
 
 LEAST_ROW_TOKENS = 8
 
@@ -39,7 +38,7 @@ class Switch:
     key: str
     value: str
     price: int | None
-    on: Callable[[RecipeStep], RecipeStep]
+    on: Callable[[StepMemory], StepMemory]
     note: str = ""
 
     @property
@@ -54,26 +53,21 @@ class Switch:
         return f"--set '{flag}'" if "[" in flag else f"--set {flag}"
 
 
-def switches(now: RecipeStep, checkpointing: bool) -> Iterator[Switch]:
+def switches(now: StepMemory, checkpointing: bool) -> Iterator[Switch]:
     """Everything that could be otherwise, shorter rows apart.
 
     Args:
         now: The recipe's step.
         checkpointing: Whether layers are checkpointed as things are.
     """
-    step = now.memory.step
+    step = now.step
     if not step.optimizer.section.kind.endswith("8bit"):
-        yield Switch("training.optimizer", "adamw_8bit", 1, _with_optimizer("adamw_8bit"))
+        yield _optimizer("adamw_8bit", 1)
     if step.device_kind == "cuda" and not step.optimizer.is_paged:
-        on, note = _with_optimizer("paged_adamw_8bit"), "once its state has left the card"
-        yield Switch("training.optimizer", "paged_adamw_8bit", None, on, note)
+        yield _optimizer("paged_adamw_8bit", None, "once its state has left the card")
     if now.least_tokens > step.row_tokens:
-        yield Switch(
-            "training.micro_batch_tokens",
-            str(step.row_tokens),
-            1,
-            lambda asked: replace(asked, tokens=asked.memory.step.row_tokens),
-        )
+        row = str(step.row_tokens)
+        yield Switch("training.micro_batch_tokens", row, 1, lambda asked: replace(asked, tokens=asked.step.row_tokens))
     if not checkpointing:
         yield Switch("training.gradient_checkpointing", "true", 2, lambda asked: replace(asked, checkpointing=True))
     yield from _smaller_weights(step)
@@ -82,47 +76,47 @@ def switches(now: RecipeStep, checkpointing: bool) -> Iterator[Switch]:
 
 def shorter_rows(tokens: int) -> Switch:
     """Sequences of so many tokens at most."""
-    return Switch("data.max_length", str(tokens), 12, _changed(lambda step: step.with_rows(tokens)))
+
+    def on(asked: StepMemory) -> StepMemory:
+        row = tokens * asked.step.task.sequences
+        return asked.changed(row_tokens=row, row_labels=min(asked.step.row_labels, row))
+
+    return Switch("data.max_length", str(tokens), 12, on)
+
+
+def _optimizer(kind: str, price: int | None, note: str = "") -> Switch:
+    optimizer = optimizers.make(kind)
+    return Switch("training.optimizer", kind, price, lambda asked: asked.changed(optimizer=optimizer), note)
+
+
+def _adapter_option(key: str, value: JsonValue, shown: str, price: int) -> Switch:
+    def on(asked: StepMemory) -> StepMemory:
+        return asked.changed(adapter=asked.step.adapter_with(**{key: value}))
+
+    return Switch(f"adapter.{key}", shown, price, on)
 
 
 def _smaller_weights(step: StepShape) -> Iterator[Switch]:
     section = step.quantization.section
     if getattr(section, "double_quant", True) is False:
         nested = quantizations.bind(section.model_copy(update={"double_quant": True}))
-        on = _changed(lambda step: replace(step, quantization=nested))
-        yield Switch("model.quantization.double_quant", "true", 1, on)
+        yield Switch("model.quantization.double_quant", "true", 1, lambda asked: asked.changed(quantization=nested))
     if step.keeps_unpacked:
-        on = _changed(lambda step: replace(step, keeps_unpacked=False))
-        yield Switch("model.quantization.keep_unpacked", "false", 1, on)
+        key = "model.quantization.keep_unpacked"
+        yield Switch(key, "false", 1, lambda asked: asked.changed(keeps_unpacked=False))
     if step.model.linears and section.kind not in ("nf4", "fp4"):
-        on = _changed(lambda step: replace(step, quantization=quantizations.make("nf4")))
-        yield Switch("model.quantization", "nf4", 5, on)
+        nf4 = quantizations.make("nf4")
+        yield Switch("model.quantization", "nf4", 5, lambda asked: asked.changed(quantization=nf4))
 
 
 def _smaller_adapters(step: StepShape) -> Iterator[Switch]:
     section = step.adapter.section
     if getattr(section, "dropout", 0.0) > 0:
-        yield Switch("adapter.dropout", "0.0", 3, _with_adapter("dropout", 0.0))
+        yield _adapter_option("dropout", 0.0, "0.0", 3)
     rank = getattr(section, "r", 1)
     if rank > 1:
-        yield Switch("adapter.r", str(rank // 2), 6, _with_adapter("r", rank // 2))
+        yield _adapter_option("r", rank // 2, str(rank // 2), 6)
     linears = [x.name for x in step.model.linears if x.role in ("q", "v", "qkv") and not x.left_out]
-    attention = list(dict.fromkeys(linears))
+    attention: list[JsonValue] = list(dict.fromkeys(linears))
     if attention and getattr(section, "target_modules", attention) != attention:
-        names = f"[{', '.join(attention)}]"
-        yield Switch("adapter.target_modules", names, 8, _with_adapter("target_modules", attention))
-
-
-def _changed(change: Callable[[StepShape], StepShape]) -> Callable[[RecipeStep], RecipeStep]:
-    return lambda asked: asked.of(change(asked.memory.step))
-
-
-def _with_optimizer(kind: str) -> Callable[[RecipeStep], RecipeStep]:
-    return _changed(lambda step: replace(step, optimizer=optimizers.make(kind)))
-
-
-def _with_adapter(key: str, value: float | list[str]) -> Callable[[RecipeStep], RecipeStep]:
-    def change(step: StepShape) -> StepShape:
-        return replace(step, adapter=adapters.bind(step.adapter.section.model_copy(update={key: value})))
-
-    return _changed(change)
+        yield _adapter_option("target_modules", attention, f"[{', '.join(dict.fromkeys(linears))}]", 8)

@@ -80,10 +80,10 @@ def print_estimate(estimate: Answer, console: Console) -> None:
 
 def _head(estimate: Answer) -> Iterator[str]:
     memory, facts = estimate.memory, estimate.rows.facts
-    step = estimate.asked.memory.step
+    step = estimate.asked.step
     total, trained = step.model.total_parameters, step.trainable_parameters
     yield (
-        f"{estimate.model}: {format_count(total)} parameters, {estimate.quantization}, {step.dtype}; "
+        f"{estimate.recipe.model.base}: {format_count(total)} parameters, {estimate.quantization}, {step.dtype}; "
         f"{format_count(trained)} trainable ({trained / total:.2%})"
     )
     what = "the longest row" if facts is not None else "a row of data.max_length"
@@ -134,7 +134,7 @@ def _memory(memory: MemoryEstimate, block: str) -> Table:
 
 def _is_closed(estimate: Answer) -> bool:
     """Whether formulas gave the figures, or tried to."""
-    return covers(estimate.asked.memory.step) or not estimate.memory.counts_all
+    return covers(estimate.asked.step) or not estimate.memory.counts_all
 
 
 def _exact(exact: MemoryEstimate, memory: MemoryEstimate, engine: str) -> Table:
@@ -195,7 +195,7 @@ def _lengths(estimate: Answer, block: str) -> Iterator[str]:
     yield ""
     yield (
         f"{counted(facts.rows, 'row')} of {facts.tokens / max(facts.rows, 1):,.0f} tokens on average, the longest "
-        f"{facts.longest_tokens:,} (data.max_length {estimate.max_length:,})"
+        f"{facts.longest_tokens:,} (data.max_length {estimate.recipe.data.max_length:,})"
     )
     most, width = max((rows for *_, rows in bars), default=1), len(f"{bars[-1][1]:,}") if bars else 1
     for low, high, rows in bars:
@@ -221,7 +221,7 @@ def _methods(estimate: Answer) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for name in ("this model as", "weights", "gradients", "optimizer", "temporary", "needed"):
         table.add_column(name, justify="left" if name == "this model as" else "right", no_wrap=True)
-    own = estimate.quantization if estimate.quantization != "none" else estimate.asked.memory.step.dtype
+    own = estimate.quantization if estimate.quantization != "none" else estimate.asked.step.dtype
     for method in estimate.methods:
         parts = (method.weights_bytes, method.gradients_bytes, method.optimizer_bytes, method.temporary_bytes)
         is_own = method.name != "full" and method.precision == own

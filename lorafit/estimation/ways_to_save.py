@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -13,9 +13,8 @@ from lorafit.memory import covers, find_largest, fits
 from lorafit.memory.peak import ALLOCATOR_FACTOR
 
 if TYPE_CHECKING:
-    from lorafit.contracts import JsonObject
     from lorafit.facts import DeviceFacts
-    from lorafit.plan.recipe_step import RecipeStep
+    from lorafit.memory import StepMemory
 
 MOST_SWITCHES = 3
 
@@ -34,10 +33,6 @@ class Saving:
     saved_bytes: int
     fits: bool | None = None
     note: str = ""
-
-    def to_json(self) -> JsonObject:
-        """Plain values."""
-        return asdict(self) | {"note": self.note or None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +54,11 @@ class Enough:
 
 
 def find_savings(
-    now: RecipeStep, checkpointing: bool, device: DeviceFacts | None, headroom: float
+    now: StepMemory, checkpointing: bool, device: DeviceFacts | None, headroom: float
 ) -> tuple[Saving, ...]:
     """The switches that save something, the largest saving first."""
-    needed, found = now.memory.at(now.least_tokens, checkpointing).needed_bytes, []
-    half = now.memory.step.sequence_tokens // 2
+    needed, found = now.at(now.least_tokens, checkpointing).needed_bytes, []
+    half = now.step.sequence_tokens // 2
     shorter = [shorter_rows(half)] if half >= LEAST_ROW_TOKENS else []
     for switch in (*switches(now, checkpointing), *shorter):
         changed = switch.on(replace(now, checkpointing=checkpointing))
@@ -76,7 +71,7 @@ def find_savings(
     return tuple(sorted(found, key=lambda saving: -saving.saved_bytes))
 
 
-def find_enough(now: RecipeStep, checkpointing: bool, device: DeviceFacts, headroom: float) -> Enough | None:
+def find_enough(now: StepMemory, checkpointing: bool, device: DeviceFacts, headroom: float) -> Enough | None:
     """The cheapest set of at most three switches with which a recipe fits that does not; None where there is none.
 
     Where no set is enough, the switches that save most are tried, one by one, with the longest rows that fit then.
@@ -98,7 +93,7 @@ def find_enough(now: RecipeStep, checkpointing: bool, device: DeviceFacts, headr
     saved = {switch.flag: needed - needs((switch,)) for switch in possible}
     sets = sorted(_sets(possible), key=lambda chosen: (sum(one.price or 0 for one in chosen), len(chosen)))
     for chosen in sets:
-        if not covers(now.memory.step) and sum(saved[one.flag] for one in chosen) < needed - limit:
+        if not covers(now.step) and sum(saved[one.flag] for one in chosen) < needed - limit:
             continue
         if needs(chosen) <= limit:
             return Enough(tuple(one.flag for one in chosen), needs(chosen))
@@ -109,7 +104,7 @@ def find_enough(now: RecipeStep, checkpointing: bool, device: DeviceFacts, headr
         def needs_at(tokens: int, others: tuple[Switch, ...] = others) -> int:
             return needs((*others, shorter_rows(tokens)))
 
-        longest = find_largest(needs_at, limit, LEAST_ROW_TOKENS, now.memory.step.sequence_tokens)
+        longest = find_largest(needs_at, limit, LEAST_ROW_TOKENS, now.step.sequence_tokens)
         if longest is not None and (best is None or longest > best[0]):
             best = longest, (*others, shorter_rows(longest))
         left = [one for one in possible if one.key not in {other.key for other in others}]
@@ -126,5 +121,5 @@ def _sets(possible: list[Switch]) -> Iterator[tuple[Switch, ...]]:
                 yield chosen
 
 
-def _with(now: RecipeStep, chosen: tuple[Switch, ...]) -> RecipeStep:
+def _with(now: StepMemory, chosen: tuple[Switch, ...]) -> StepMemory:
     return reduce(lambda asked, switch: switch.on(asked), chosen, now)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lorafit.memory.closed_form import closed_form
-from lorafit.memory.peak import MemoryEstimate
+from lorafit.memory.peak import MemoryEstimate, fits
 from lorafit.memory.step_shape import StepShape
+
+if TYPE_CHECKING:
+    from lorafit.facts import DeviceFacts
 
 Engine = Callable[[StepShape, int, bool], MemoryEstimate]
 """Peak memory of a step by micro-batch tokens and checkpointing: the closed form, or what dry runs measured."""
@@ -20,18 +24,37 @@ class StepMemory:
     Attributes:
         step: The model, the kinds and the rows.
         engine: What answers.
+        tokens: Padded tokens of a micro-batch as they are asked for; None: left open, and one longest row wherever a
+            number is needed.
+        checkpointing: None: left open, and on only where memory wants it.
     """
 
     step: StepShape
     engine: Engine = closed_form
+    tokens: int | None = None
+    checkpointing: bool | None = None
+
+    @property
+    def least_tokens(self) -> int:
+        """The micro-batch that is asked for; one longest row at least."""
+        return max(self.tokens or 0, self.step.row_tokens)
 
     def at(self, tokens: int, checkpointing: bool) -> MemoryEstimate:
         """The estimate for a micro-batch of so many padded tokens, one longest row at least."""
         return self.engine(self.step, max(tokens, self.step.row_tokens), checkpointing)
 
-    def of(self, step: StepShape) -> StepMemory:
-        """The same engine, asked of another step."""
-        return replace(self, step=step)
+    def settle(self, device: DeviceFacts | None, headroom: float) -> tuple[MemoryEstimate, MemoryEstimate | None]:
+        """What the step needs; and what it would without checkpointing, where the device has that turned on."""
+        if self.checkpointing is not None:
+            return self.at(self.least_tokens, self.checkpointing), None
+        plain = self.at(self.least_tokens, False)
+        if device is None or fits(plain, device.memory_bytes, headroom):
+            return plain, None
+        return self.at(self.least_tokens, True), plain
+
+    def changed(self, **changes: Any) -> StepMemory:
+        """The same of a step in which something is otherwise."""
+        return replace(self, step=replace(self.step, **changes))
 
     def largest_tokens(self, checkpointing: bool, most_tokens: int, device_bytes: int, headroom: float) -> int | None:
         """The most tokens, from one longest row up to `most_tokens`, that fit; None where not even that row does.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonValue
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 
 if TYPE_CHECKING:
@@ -90,7 +92,6 @@ class StepShape:
         rows = max(1, tokens // max(1, self.row_tokens))
         return rows * (min(self.row_labels, self.row_tokens - 1) if self.row_tokens > 1 else 1)
 
-    def with_rows(self, tokens: int) -> StepShape:
-        """The same step over sequences of so many tokens at most, cut or all of them trained."""
-        row = tokens * self.task.sequences
-        return replace(self, row_tokens=row, row_labels=min(self.row_labels, row))
+    def adapter_with(self, **options: JsonValue) -> Adapter[AdapterSection]:
+        """The same adapter with other options."""
+        return adapters.bind(self.adapter.section.model_copy(update=options))

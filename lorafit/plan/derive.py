@@ -11,7 +11,7 @@ from lorafit.errors import DataError, DoesNotFitError, RecipeError
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
-from lorafit.plan.recipe_step import HEADROOM, RecipeStep, asks_to_keep, recipe_step
+from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, recipe_step
 
 if TYPE_CHECKING:
     from lorafit.contracts import JsonObject
@@ -122,12 +122,12 @@ def plan(
     training, evaluation = recipe.training, recipe.evaluation
     steps_per_epoch = math.ceil(dataset.rows / training.batch_size)
     total_steps, epochs = _length(recipe, steps_per_epoch)
-    asked = recipe_step(recipe, shape, dataset, device, engine=engine)
-    memory, step = asked.memory, asked.memory.step
+    memory = recipe_step(recipe, shape, dataset, device, engine=engine)
+    step = memory.step
     _check_attention(recipe, device)
     _check_length(dataset, step)
     _check_packing(recipe, step)
-    bounds = _bounds(asked, min(training.batch_size, dataset.rows), device)
+    bounds = _bounds(memory, min(training.batch_size, dataset.rows), device)
     stopping = evaluation.early_stopping
     return Plan(
         name=recipe.name,
@@ -151,7 +151,7 @@ def plan(
         keeps_unpacked=step.keeps_unpacked,
         attention=recipe.model.attention,
         gradient_checkpointing=bounds.checkpointing,
-        micro_batch_tokens=asked.tokens,
+        micro_batch_tokens=memory.tokens,
         min_micro_batch_tokens=bounds.least_tokens,
         max_micro_batch_tokens=bounds.most_tokens,
         evaluate_every_steps=evaluation.every_steps,
@@ -251,13 +251,13 @@ class _Bounds:
     memory_least: MemoryEstimate
 
 
-def _bounds(asked: RecipeStep, step_rows: int, device: DeviceFacts) -> _Bounds:
+def _bounds(memory: StepMemory, step_rows: int, device: DeviceFacts) -> _Bounds:
     """Token budget and checkpointing, as far as memory alone decides them."""
-    memory, longest, have = asked.memory, asked.memory.step.row_tokens, device.memory_bytes
-    checkpointing, least = asked.checkpointing, memory.at(longest, True)
-    if asked.tokens is not None:
-        found, _ = asked.settle(device, HEADROOM)
-        return _Bounds(found.gradient_checkpointing, asked.least_tokens, asked.least_tokens, found, least)
+    longest, have = memory.step.row_tokens, device.memory_bytes
+    checkpointing, least = memory.checkpointing, memory.at(longest, True)
+    if memory.tokens is not None:
+        found, _ = memory.settle(device, HEADROOM)
+        return _Bounds(found.gradient_checkpointing, memory.least_tokens, memory.least_tokens, found, least)
     most = max(longest, min(MOST_MICRO_BATCH_TOKENS, math.ceil(step_rows / device.count) * longest))
     without = memory.largest_tokens(False, most, have, HEADROOM) if checkpointing is not True else None
     with_it = memory.largest_tokens(True, most, have, HEADROOM) if checkpointing is not False else None

@@ -13,7 +13,6 @@ Kept or not, a step computes the same to the last bit: only speed and memory dif
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lorafit.errors import RecipeError
@@ -21,7 +20,7 @@ from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
-from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
+from lorafit.memory import Engine, StepMemory, StepShape, closed_form, fits
 from lorafit.memory.closed_form import unpacked_weights_bytes
 
 if TYPE_CHECKING:
@@ -40,39 +39,6 @@ def given(value: T | str) -> T | None:
     return None if isinstance(value, str) else value
 
 
-@dataclass(frozen=True)
-class RecipeStep:
-    """A training step as a recipe asks for it.
-
-    Attributes:
-        memory: What the step needs, by micro-batch and checkpointing.
-        tokens: Padded tokens of a micro-batch; None: left open, and one longest row wherever a number is needed.
-        checkpointing: None: left open, and on only where memory wants it.
-    """
-
-    memory: StepMemory
-    tokens: int | None
-    checkpointing: bool | None
-
-    @property
-    def least_tokens(self) -> int:
-        """The micro-batch that is asked for; one longest row at least."""
-        return max(self.tokens or 0, self.memory.step.row_tokens)
-
-    def of(self, step: StepShape) -> RecipeStep:
-        """The same of another step."""
-        return replace(self, memory=self.memory.of(step))
-
-    def settle(self, device: DeviceFacts | None, headroom: float) -> tuple[MemoryEstimate, MemoryEstimate | None]:
-        """What the step needs; and what it would without checkpointing, where the device has that turned on."""
-        if self.checkpointing is not None:
-            return self.memory.at(self.least_tokens, self.checkpointing), None
-        plain = self.memory.at(self.least_tokens, False)
-        if device is None or fits(plain, device.memory_bytes, headroom):
-            return plain, None
-        return self.memory.at(self.least_tokens, True), plain
-
-
 def recipe_step(
     recipe: Recipe,
     shape: ModelShape,
@@ -81,7 +47,7 @@ def recipe_step(
     *,
     headroom: float = HEADROOM,
     engine: Engine = closed_form,
-) -> RecipeStep:
+) -> StepMemory:
     """The step of a recipe.
 
     Args:
@@ -114,19 +80,19 @@ def recipe_step(
         max_grad_norm=recipe.training.max_grad_norm,
     )
     tokens, checkpointing = given(recipe.training.micro_batch_tokens), given(recipe.training.gradient_checkpointing)
-    asked = RecipeStep(StepMemory(step, engine), tokens, checkpointing)
-    kept = asked.of(replace(step, keeps_unpacked=True))
+    asked = StepMemory(step, engine, tokens, checkpointing)
+    kept = asked.changed(keeps_unpacked=True)
     return kept if _keeps_unpacked(asks_to_keep(recipe), kept, device, headroom) else asked
 
 
-def _keeps_unpacked(asked: bool | None, kept: RecipeStep, device: DeviceFacts | None, headroom: float) -> bool:
+def _keeps_unpacked(asked: bool | None, kept: StepMemory, device: DeviceFacts | None, headroom: float) -> bool:
     """Whether copies are kept: where there are any, and they are asked for or a CPU has room."""
-    copies = unpacked_weights_bytes(kept.memory.step) if asked is not False else 0
+    copies = unpacked_weights_bytes(kept.step) if asked is not False else 0
     if not copies or asked:
         return copies > 0
     if device is None or device.kind != "cpu" or copies > MOST_OF_MEMORY * device.memory_bytes:
         return False
-    return fits(kept.memory.at(kept.least_tokens, kept.checkpointing is True), device.memory_bytes, headroom)
+    return fits(kept.at(kept.least_tokens, kept.checkpointing is True), device.memory_bytes, headroom)
 
 
 def asks_to_keep(recipe: Recipe) -> bool | None:

@@ -12,7 +12,8 @@ from lorafit.machine.devices import peak_flops
 from lorafit.plan.flops import Flops, count_flops
 
 if TYPE_CHECKING:
-    from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
+    from lorafit.facts import DatasetFacts, DeviceFacts
+    from lorafit.memory import StepShape
 
 UTILISATION, LOW_UTILISATION, HIGH_UTILISATION = 0.35, 0.2, 0.5
 """Share of a card's peak that training sustains, recomputation counted as work. An assumption. Published runs, by
@@ -89,43 +90,37 @@ def check_price(price_per_hour: float | None, device: DeviceFacts | None) -> Non
 
 
 def cost_of_run(
-    shape: ModelShape,
+    step: StepShape,
     dataset: DatasetFacts | None,
     *,
-    row_tokens: int,
     epochs: float,
-    adapter_parameters: int,
     checkpointing: bool,
     device: DeviceFacts | None,
-    dtype: str,
     price_per_hour: float | None,
 ) -> RunCost:
     """Flops, time and price.
 
     Args:
-        shape: The model.
-        dataset: Facts of the rows; None: a million tokens are counted, all of them labelled.
-        row_tokens: Length of a row where rows are not known.
+        step: The training step; a card's peak is that of 16 bits, and says nothing of one in fp32.
+        dataset: Facts of the rows; None: a million tokens are counted in rows of the step's length, all labelled.
         epochs: Passes over the rows, parts included.
-        adapter_parameters: Trainable parameters.
         checkpointing: Whether layers run forward twice.
         device: The card; None: none.
-        dtype: What products are computed in; a card's peak is that of 16 bits.
         price_per_hour: Of the card, in any currency.
     """
     if dataset is not None:
         one = (dataset.tokens, dataset.trained_tokens, dataset.squared_tokens)
         tokens, labelled, squared = (round(number * epochs) for number in one)
     else:
-        tokens, labelled, squared = SAMPLE_TOKENS, SAMPLE_TOKENS, SAMPLE_TOKENS * row_tokens
+        tokens, labelled, squared = SAMPLE_TOKENS, SAMPLE_TOKENS, SAMPLE_TOKENS * step.row_tokens
     flops = count_flops(
-        shape,
-        adapter_parameters=adapter_parameters,
+        step.model,
+        adapter_parameters=step.trainable_parameters,
         tokens=tokens,
         labelled_tokens=labelled,
         squared_tokens=squared,
         checkpointing=checkpointing,
     )
-    peak = peak_flops(device) if device is not None and dtype != "fp32" else None
+    peak = peak_flops(device) if device is not None and step.dtype != "fp32" else None
     name = device.name if device is not None and peak is not None else None
     return RunCost(tokens, dataset is not None, flops, name, peak, price_per_hour if peak else None)

@@ -44,7 +44,7 @@ def ask(
     overrides = {"training__optimizer": "adamw", "model__quantization": "none", **changes}
     overrides |= {} if "adapter" in changes else {"adapter__dropout": changes.get("adapter__dropout", 0.05)}
     recipe = load_recipe(file, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]).recipe
-    step = recipe_step(recipe, find_shape(config), None, None).memory.step
+    step = recipe_step(recipe, find_shape(config), None, None).step
     return StepMemory(replace(step, row_tokens=tokens, row_labels=tokens - 1, device_kind=device_kind))
 
 

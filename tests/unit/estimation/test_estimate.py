@@ -45,19 +45,19 @@ def shown(estimate: RecipeEstimate, *, width: int = 80, encoding: str = "utf-8")
 
 def test_without_rows_max_length_stands_for_them() -> None:
     found = guess(data={"max_length": 1024}, rows=RowLengths(missing="a.jsonl is not on this disk"))
-    assert (found.asked.memory.step.row_tokens, found.fits) == (1024, None)
+    assert (found.asked.step.row_tokens, found.fits) == (1024, None)
     assert found.memory.micro_batch_tokens == 1024
     found.raise_unless_fits()  # no card, no verdict
     assert found.to_json()["rows_missing"] == "a.jsonl is not on this disk"
     text = shown(found)
     assert "rows not read: a.jsonl is not on this disk; data.max_length stands for them" in text
     assert "tokens on average" not in text and " to " not in text  # no empty bars
-    assert guess(data={"max_length": 9000}, hub_id="openai-community/gpt2").asked.memory.step.row_tokens == 1024
+    assert guess(data={"max_length": 9000}, hub_id="openai-community/gpt2").asked.step.row_tokens == 1024
 
 
 def test_real_rows_are_what_is_estimated_and_shown() -> None:
     known = guess(data={"max_length": 1024}, rows=RowLengths(ROWS, BARS))
-    assert known.asked.memory.step.row_tokens == 600
+    assert known.asked.step.row_tokens == 600
     assert known.memory.tensor_bytes < guess(data={"max_length": 1024}).memory.tensor_bytes
     plain = known.to_json()
     assert plain["rows"]["histogram"][1] == {"low": 101, "high": 200, "rows": 70}
@@ -249,7 +249,7 @@ def test_methods_are_computed_for_the_model() -> None:
     assert (
         full.weights_bytes
         == full.gradients_bytes
-        == 4 * found.asked.memory.step.model.total_parameters
+        == 4 * found.asked.step.model.total_parameters
         == full.optimizer_bytes // 2
     )
     usable = 24 * GIB * 0.95

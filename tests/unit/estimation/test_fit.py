@@ -170,4 +170,4 @@ def test_json_is_plain() -> None:
 def test_the_card_decides_the_dtype() -> None:
     old = replace(card(24), bf16=False)
     guess = estimate_recipe(recipe(model={"dtype": "auto"}), shape_of(), options=Options(gpu=old, fit=old))
-    assert guess.asked.memory.step.dtype == "fp16" and guess.fit is not None
+    assert guess.asked.step.dtype == "fp16" and guess.fit is not None

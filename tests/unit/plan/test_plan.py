@@ -124,7 +124,7 @@ def test_bounds_of_the_token_budget() -> None:
 def test_the_upper_bound_is_maximal(gib: float, longest: int, rank: int, checkpointing: bool, hub_id: str) -> None:
     shape, most = shape_of(hub_id), 16_384
     rows = replace(ROWS, longest_tokens=longest, longest_trained_tokens=longest // 2 + 1)
-    question = recipe_step(recipe(adapter={"r": rank}), shape, rows, card(gib)).memory
+    question = recipe_step(recipe(adapter={"r": rank}), shape, rows, card(gib))
     size = round(gib * GIB)
     found = question.largest_tokens(checkpointing, most, size, 0.05)
     if found is None:
