@@ -54,6 +54,115 @@ class LowRankSection(LinearsSection):
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate(LayerUpdate):
+    """What one layer's weight gets: a change by `scaling * B @ A` for each of its matrices.
+
+    Attributes:
+        tensors: By part. A: `[matrices * r, in]`, or `[r, rows]` of an embedding; B: `[out, r * matrices]`, PEFT lays
+            the matrices' columns side by side for each rank.
+        read: Reads a tensor in fp32; it remembers the last few, since experts share theirs.
+    """
+
+    tensors: Mapping[str, TensorEntry]
+    scaling: float
+    matrices: int
+    transposed: bool
+    read: Callable[[TensorEntry], torch.Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one matrix, as it lies in the files."""
+        outputs, inputs = self.tensors["B"].shape[0], self.tensors["A"].shape[1]
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
+
+    def factors(self, matrix: int, first_row: int, stop_row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left [rows, r] and right [r, columns] of one matrix, in fp32 and in the files' orientation.
+
+        Source: peft.tuners.lora.layer.ParamWrapper.get_delta_weight, for several matrices.
+        """
+        rank = self.tensors["A"].shape[0] // self.matrices
+        a = self.read(self.tensors["A"])[matrix * rank : (matrix + 1) * rank]
+        b = self.read(self.tensors["B"])[:, matrix :: self.matrices]
+        left, right = (a.t(), b.t()) if self.transposed else (b, a)
+        return left.contiguous()[first_row:stop_row], right.contiguous()
+
+    def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> LowRankFold:
+        """The sum W + s * B A."""
+        return LowRankFold(*self.factors(matrix, first_row, stop_row), self.scaling)
+
+
+class LowRankFolding(Folding):
+    """Changes by s * B A, as an adapter_config.json describes them.
+
+    Attributes:
+        updates: What each layer gets.
+
+    Args:
+        config: adapter_config.json.
+        known_keys: Keys of the method's own, beside those that leave s * B A as it is.
+
+    Raises:
+        ModelError: It uses what is no such product.
+    """
+
+    updates: ClassVar[type[LowRankUpdate]] = LowRankUpdate
+    parts: ClassVar[Mapping[str, str]] = {
+        "lora_A": "A",
+        "lora_B": "B",
+        "lora_embedding_A": "A",
+        "lora_embedding_B": "B",
+    }
+
+    def __init__(self, config: JsonMapping, known_keys: Set[str]) -> None:
+        known = _PLAIN_KEYS | known_keys
+        active = [k for k, v in config.items() if k not in known and v and not (k == "bias" and v == "none")]
+        if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+            active.append(f"init_lora_weights={config['init_lora_weights']}")
+        if active:
+            raise ModelError(
+                f"cannot be merged as W + s * B A: it uses {', '.join(sorted(active))}",
+                todo="merge it with the tool that made it",
+            )
+        self._config = config
+        self._read = lru_cache(maxsize=_FACTORS_KEPT)(_read_fp32)
+
+    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LowRankUpdate:
+        """s * B A of one layer: the scaling by the config's patterns, the rank by the tensors.
+
+        Raises:
+            ModelError: They do not go together.
+        """
+        a, b = tensors["A"], tensors["B"]
+        rank = a.shape[0] // home.matrices
+        if len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0] or rank * home.matrices != a.shape[0]:
+            raise ModelError(
+                f"its factors are {list(a.shape)} and {list(b.shape)}, which no weight of a linear is made of",
+                todo="get the adapter again",
+            )
+        return self.updates(tensors, self._scaling(home.key, rank), home.matrices, home.transposed, self._read)
+
+    def _scaling(self, key: str, rank: int) -> float:
+        config = self._config
+        written = _matching(config.get("rank_pattern") or {}, key, config["r"])
+        if written != rank:
+            raise ModelError(f"has rank {rank} in the weights, {written} in its config")
+        alpha = float(_matching(config.get("alpha_pattern") or {}, key, config["lora_alpha"]))
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matching(patterns: JsonMapping, key: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the path."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", key):
+            return value
+    return default
+
+
+def _read_fp32(entry: TensorEntry) -> torch.Tensor:
+    return read_rows(entry).float()
+
+
 def _is_flag(value: JsonValue) -> bool:
     return isinstance(value, bool)
 
@@ -66,7 +175,11 @@ L_co = TypeVar("L_co", bound=LowRankSection, covariant=True)
 
 
 class LowRank(Adapter[L_co]):
-    """PEFT's LoRA layers with fp32 adapter weights, A Kaiming-uniform and B zero at the start."""
+    """PEFT's LoRA layers with fp32 adapter weights, A Kaiming-uniform and B zero at the start.
+
+    Attributes:
+        folds: How a saved adapter is folded: the sum W + s * B A, unless a method does more with it.
+    """
 
     peft_type: ClassVar[str] = "LORA"
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
@@ -79,6 +192,7 @@ class LowRank(Adapter[L_co]):
     form_fields: ClassVar[Sequence[str]] = (
         *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"),
     )
+    folds: ClassVar[type[LowRankFolding]] = LowRankFolding
 
     def sites(self, shape: ModelShape) -> tuple[Site, ...]:
         """The linears that get an adapter. Raises RecipeError where a name matches none."""
@@ -119,112 +233,7 @@ class LowRank(Adapter[L_co]):
         """The saved one; no initialisation is repeated, since the values come from the file."""
         return {**config, "init_lora_weights": True}
 
-
-@dataclass(frozen=True, slots=True)
-class LowRankUpdate(LayerUpdate):
-    """What one layer's weight gets: a change by `scaling * B @ A` for each of its matrices.
-
-    Attributes:
-        lora_a: `[matrices * r, in]`, or `[r, rows]` of an embedding.
-        lora_b: `[out, r * matrices]`: PEFT lays the matrices' columns side by side for each rank.
-        read: Reads a tensor in fp32; it remembers the last few, since experts share theirs.
-    """
-
-    lora_a: TensorEntry
-    lora_b: TensorEntry
-    scaling: float
-    matrices: int
-    transposed: bool
-    read: Callable[[TensorEntry], torch.Tensor]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of one matrix, as it lies in the files."""
-        outputs, inputs = self.lora_b.shape[0], self.lora_a.shape[1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
-
-    def factors(self, matrix: int, first_row: int, stop_row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left [rows, r] and right [r, columns] of one matrix, in fp32 and in the files' orientation.
-
-        Source: peft.tuners.lora.layer.ParamWrapper.get_delta_weight, for several matrices.
-        """
-        rank = self.lora_a.shape[0] // self.matrices
-        a = self.read(self.lora_a)[matrix * rank : (matrix + 1) * rank]
-        b = self.read(self.lora_b)[:, matrix :: self.matrices]
-        left, right = (a.t(), b.t()) if self.transposed else (b, a)
-        return left.contiguous()[first_row:stop_row], right.contiguous()
-
-    def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> LowRankFold:
-        """The sum W + s * B A."""
-        return LowRankFold(*self.factors(matrix, first_row, stop_row), self.scaling)
-
-
-class LowRankFolding(Folding):
-    """Changes by s * B A, as an adapter_config.json describes them.
-
-    Args:
-        config: adapter_config.json.
-        known_keys: Keys of the method's own, beside those that leave s * B A as it is.
-
-    Raises:
-        ModelError: It uses what is no such product.
-    """
-
-    parts: ClassVar[Mapping[str, str]] = {
-        "lora_A": "A",
-        "lora_B": "B",
-        "lora_embedding_A": "A",
-        "lora_embedding_B": "B",
-    }
-
-    def __init__(self, config: JsonMapping, known_keys: Set[str] = frozenset()) -> None:
-        known = _PLAIN_KEYS | known_keys
-        active = [k for k, v in config.items() if k not in known and v and not (k == "bias" and v == "none")]
-        if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-            active.append(f"init_lora_weights={config['init_lora_weights']}")
-        if active:
-            raise ModelError(
-                f"cannot be merged as W + s * B A: it uses {', '.join(sorted(active))}",
-                todo="merge it with the tool that made it",
-            )
-        self._config = config
-        self._read = lru_cache(maxsize=_FACTORS_KEPT)(_read_fp32)
-
-    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LayerUpdate:
-        """The sum W + s * B A."""
-        return self.low_rank(tensors, home)
-
-    def low_rank(self, tensors: Mapping[str, TensorEntry], home: Home) -> LowRankUpdate:
-        """s * B A of one layer: the scaling by the config's patterns, the rank by the tensors.
-
-        Raises:
-            ModelError: They do not go together.
-        """
-        a, b = tensors["A"], tensors["B"]
-        rank = a.shape[0] // home.matrices
-        if len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0] or rank * home.matrices != a.shape[0]:
-            raise ModelError(
-                f"its factors are {list(a.shape)} and {list(b.shape)}, which no weight of a linear is made of",
-                todo="get the adapter again",
-            )
-        return LowRankUpdate(a, b, self._scaling(home.key, rank), home.matrices, home.transposed, self._read)
-
-    def _scaling(self, key: str, rank: int) -> float:
-        config = self._config
-        written = _matching(config.get("rank_pattern") or {}, key, config["r"])
-        if written != rank:
-            raise ModelError(f"has rank {rank} in the weights, {written} in its config")
-        alpha = float(_matching(config.get("alpha_pattern") or {}, key, config["lora_alpha"]))
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _matching(patterns: JsonMapping, key: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return value
-    return default
-
-
-def _read_fp32(entry: TensorEntry) -> torch.Tensor:
-    return read_rows(entry).float()
+    @classmethod
+    def folding(cls, config: JsonMapping) -> LowRankFolding:
+        """By the method's own class; its PEFT options are what it may use beside plain LoRA."""
+        return cls.folds(config, cls.peft_options.keys())

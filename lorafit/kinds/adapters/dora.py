@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lorafit.contracts import JsonMapping, JsonValue
+from lorafit.contracts import JsonValue
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import row_blocks
-from lorafit.kinds.adapters import Home, LayerUpdate, adapters
+from lorafit.kinds.adapters import Home, adapters
 from lorafit.kinds.adapters._low_rank import LowRank, LowRankFolding, LowRankSection, LowRankUpdate
 from lorafit.kinds.adapters._low_rank_fold import FP32_ROUNDOFF, LowRankFold
 
@@ -34,68 +34,9 @@ class DoraSection(LowRankSection):
     """DoRA."""
 
 
-@adapters.register(DoraSection)
-class Dora(LowRank[DoraSection]):
-    """PEFT's DoRA."""
-
-    peft_options: ClassVar[Mapping[str, JsonValue]] = {"use_dora": True}
-
-    def layer_parameters(self, linear: LinearShape) -> int:
-        """LoRA's, and a norm for each output feature."""
-        return super().layer_parameters(linear) + linear.out_features
-
-    @classmethod
-    def folding(cls, config: JsonMapping) -> DoraFolding:
-        """m V / ||V||, row by row."""
-        return DoraFolding(config)
-
-
-class DoraFolding(LowRankFolding):
-    """Weights of a new direction, each output feature as long as the adapter says.
-
-    Args:
-        config: adapter_config.json.
-
-    Raises:
-        ModelError: It uses more than DoRA.
-    """
-
-    parts: ClassVar[Mapping[str, str]] = {**LowRankFolding.parts, "lora_magnitude_vector": "magnitude"}
-
-    def __init__(self, config: JsonMapping) -> None:
-        super().__init__(config, frozenset({"use_dora"}))
-
-    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> DoraUpdate:
-        """LoRA's, and the norms.
-
-        Raises:
-            ModelError: As LoRA's, or the norms are not one for each output feature.
-        """
-        low_rank, magnitude = self.low_rank(tensors, home), tensors["magnitude"]
-        features = low_rank.lora_b.shape[0]
-        if magnitude.elements != features or home.matrices != 1:
-            raise ModelError(
-                f"has {magnitude.elements} norms for {features} output features", todo="get the adapter again"
-            )
-        return DoraUpdate(low_rank, magnitude)
-
-
 @dataclass(frozen=True, slots=True)
-class DoraUpdate(LayerUpdate):
-    """What one layer's weight gets.
-
-    Attributes:
-        low_rank: The update of its direction.
-        magnitude: `[out]`, the norms.
-    """
-
-    low_rank: LowRankUpdate
-    magnitude: TensorEntry
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """As it lies in the files."""
-        return self.low_rank.shape
+class DoraUpdate(LowRankUpdate):
+    """What one layer's weight gets; `magnitude` of its tensors, `[out]`, are the norms."""
 
     def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> DoraFold:
         """m V / ||V||. A weight that lies `[in, out]` is read once before, for the norms of its columns.
@@ -103,14 +44,14 @@ class DoraUpdate(LayerUpdate):
         Raises:
             ModelError: It lies so, in several tensors.
         """
-        left, right = self.low_rank.factors(matrix, first_row, stop_row)
-        lengths = self.low_rank.read(self.magnitude).reshape(-1)
-        if not self.low_rank.transposed:
-            return DoraFold(left, right, self.low_rank.scaling, lengths[first_row:stop_row])
+        left, right = self.factors(matrix, first_row, stop_row)
+        lengths = self.read(self.tensors["magnitude"]).reshape(-1)
+        if not self.transposed:
+            return DoraFold(left, right, self.scaling, lengths[first_row:stop_row])
         if stop_row - first_row != self.shape[0]:
             raise ModelError("a DoRA weight that lies [in, out] cannot be merged where it is several tensors")
         scales = lengths.double() / self._column_norms(left, right, read)
-        return DoraFold(left, right, self.low_rank.scaling, scales, of_columns=True)
+        return DoraFold(left, right, self.scaling, scales, of_columns=True)
 
     def _column_norms(
         self, left: torch.Tensor, right: torch.Tensor, read: Callable[[int, int], torch.Tensor]
@@ -120,13 +61,27 @@ class DoraUpdate(LayerUpdate):
 
         squares = torch.zeros(self.shape[1], dtype=torch.float64)
         for start, stop in row_blocks(*self.shape):
-            changed = (
-                read(start, stop)
-                .double()
-                .addmm_(left[start:stop].double(), right.double(), alpha=self.low_rank.scaling)
-            )
+            changed = read(start, stop).double().addmm_(left[start:stop].double(), right.double(), alpha=self.scaling)
             squares += changed.square_().sum(dim=0)
         return squares.sqrt_()
+
+
+class DoraFolding(LowRankFolding):
+    """Weights of a new direction, each output feature as long as the adapter says."""
+
+    updates: ClassVar[type[LowRankUpdate]] = DoraUpdate
+    parts: ClassVar[Mapping[str, str]] = {**LowRankFolding.parts, "lora_magnitude_vector": "magnitude"}
+
+    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LowRankUpdate:
+        """LoRA's, and the norms.
+
+        Raises:
+            ModelError: As LoRA's, or the norms are not one for each output feature.
+        """
+        made, norms, features = super().update(tensors, home), tensors["magnitude"].elements, tensors["B"].shape[0]
+        if norms != features or home.matrices != 1:
+            raise ModelError(f"has {norms} norms for {features} output features", todo="get the adapter again")
+        return made
 
 
 class DoraFold(LowRankFold):
@@ -165,3 +120,15 @@ class DoraFold(LowRankFold):
         changed.mul_(scale.to(changed.dtype))
         if bound is not None:
             bound.mul_(scale.abs().float()).add_(changed.abs().float().mul_(error))
+
+
+@adapters.register(DoraSection)
+class Dora(LowRank[DoraSection]):
+    """PEFT's DoRA."""
+
+    peft_options: ClassVar[Mapping[str, JsonValue]] = {"use_dora": True}
+    folds: ClassVar[type[LowRankFolding]] = DoraFolding
+
+    def layer_parameters(self, linear: LinearShape) -> int:
+        """LoRA's, and a norm for each output feature."""
+        return super().layer_parameters(linear) + linear.out_features

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from lorafit.contracts import JsonMapping
 from lorafit.kinds.adapters import adapters
-from lorafit.kinds.adapters._low_rank import LowRank, LowRankFolding, LowRankSection
+from lorafit.kinds.adapters._low_rank import LowRank, LowRankSection
 
 
 class LoraSection(LowRankSection):
@@ -33,8 +33,3 @@ class Lora(LowRank[LoraSection]):
         if all(".lora_A." in name for name in nonzero_tensors):
             return "every lora_B is zero"
         return "its lora_alpha is 0" if config["lora_alpha"] == 0 else None
-
-    @classmethod
-    def folding(cls, config: JsonMapping) -> LowRankFolding:
-        """The sum W + s * B A."""
-        return LowRankFolding(config)
