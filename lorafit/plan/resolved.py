@@ -3,20 +3,20 @@ nothing anew."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
-from lorafit.contracts import JsonMapping, JsonObject, JsonValue
+from pydantic import Field, TypeAdapter, ValidationError
+
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError
 
 _TODO = "take a plan.json that a run of lorafit wrote"
-_DTYPES = ("bf16", "fp16", "fp32")
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "attention": ("auto", "eager", "sdpa", "fused", "flash_attention_2"),
-    "dtype": _DTYPES,
-    "compute_dtype": _DTYPES,
-}
-"""What a text may be: transformers takes any other name of an attention for a kernel to fetch and run."""
+_Count = Annotated[int, Field(gt=0, lt=1 << 53)]
+_Attention = Annotated[str, Field(pattern="^(auto|eager|sdpa|fused|flash_attention_2)$")]
+"""transformers takes any other name of an attention for a kernel to fetch and run."""
+_Dtype = Annotated[str, Field(pattern="^(bf16|fp16|fp32)$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,17 @@ class ResolvedPlan:
         micro_batches_at_once: On a CPU, each on a core of its own; 1: one by one.
     """
 
-    micro_batch_tokens: int
-    evaluation_micro_batch_tokens: int
-    attention: str
+    micro_batch_tokens: _Count
+    evaluation_micro_batch_tokens: _Count
+    attention: _Attention
     gradient_checkpointing: bool
-    dtype: str
-    compute_dtype: str
+    dtype: _Dtype
+    compute_dtype: _Dtype
     device_kind: str
-    ranks: int
+    ranks: _Count
     source: str
     measured: JsonObject = field(default_factory=dict)
-    micro_batches_at_once: int = 1
+    micro_batches_at_once: _Count = 1
 
     @property
     def tokens_at_once(self) -> int:
@@ -63,23 +63,11 @@ class ResolvedPlan:
         Raises:
             CheckpointError: A value is missing or of another type.
         """
-        if not isinstance(values, Mapping):
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+        if not fault["loc"]:
             raise CheckpointError("holds no JSON object", file=file, todo=_TODO)
-        taken: JsonObject = {"measured": {}, "micro_batches_at_once": 1}
-        for known in fields(cls):
-            value = values.get(known.name, taken.get(known.name))
-            if not _is_valid(str(known.type), value) or value not in _CHOICES.get(known.name, (value,)):
-                raise CheckpointError(
-                    f"{str(value)[:60]!r} is no valid value" if known.name in values else "is missing",
-                    file=file,
-                    key=known.name,
-                    todo=_TODO,
-                )
-            taken[known.name] = value
-        return cls(**taken)
-
-
-def _is_valid(wanted: str, value: JsonValue) -> bool:
-    if wanted == "int":
-        return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53
-    return isinstance(value, {"str": str, "bool": bool, "JsonObject": dict}[wanted])
+        what = "is missing" if fault["type"] == "missing" else f"{str(fault['input'])[:60]!r} is no valid value"
+        raise CheckpointError(what, file=file, key=str(fault["loc"][0]), todo=_TODO)
