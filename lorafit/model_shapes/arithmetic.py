@@ -51,13 +51,9 @@ class _Config:
         """
         value = self.get(key, default)
         if value is None:
-            raise ModelError(
-                "is missing", file="config.json", key=key, todo=f"a {self.type} model's config.json needs it"
-            )
+            raise _fault(key, "is missing", f"a {self.type} model's config.json needs it")
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ModelError(
-                f"{value!r} is not a positive whole number", file="config.json", key=key, todo="repair the file"
-            )
+            raise _fault(key, f"{value!r} is not a positive whole number")
         return value
 
     def share(self, key: str) -> float:
@@ -68,12 +64,16 @@ class _Config:
         """
         value = self.get(key, 0.0)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-            raise ModelError(f"{value!r} is no share from 0 to 1", file="config.json", key=key, todo="repair the file")
+            raise _fault(key, f"{value!r} is no share from 0 to 1")
         return float(value)
 
     def flag(self, flag: Flag) -> bool:
         """A fixed answer, or what the config's key says."""
         return flag if isinstance(flag, bool) else bool(self.get(flag, False))
+
+
+def _fault(key: str, what: str, todo: str = "repair the file") -> ModelError:
+    return ModelError(what, file="config.json", key=key, todo=todo)
 
 
 def known_families() -> list[str]:
@@ -145,12 +145,7 @@ def _head_counts(facts: _Config, hidden: int, family: Family) -> tuple[int, int,
     if facts.type in ("gpt_bigcode", "falcon") and not facts.get("new_decoder_architecture"):
         kv_heads = 1 if facts.get("multi_query") else heads
     if heads % kv_heads:
-        raise ModelError(
-            f"{heads} heads cannot share {kv_heads} key and value heads",
-            file="config.json",
-            key="num_key_value_heads",
-            todo="repair the file",
-        )
+        raise _fault("num_key_value_heads", f"{heads} heads cannot share {kv_heads} key and value heads")
     return heads, kv_heads, head_dim
 
 
@@ -161,10 +156,7 @@ def _decoder(facts: _Config, family: Family) -> ModelShape:
     inner = facts.size(inner_key, None if family.gated else 4 * hidden)
     experts = facts.size(family.experts) if family.experts else 0
     expert_size = facts.size("moe_intermediate_size", inner) if experts else 0
-    if facts.type == "opt":
-        embedded = facts.size("word_embed_proj_dim", hidden)
-    else:
-        embedded = hidden
+    embedded = facts.size("word_embed_proj_dim", hidden) if facts.type == "opt" else hidden
     linears = _attention_linears(facts, family, hidden, layers, heads * head_dim, kv_heads * head_dim)
     linears += _mlp_linears(facts, family, hidden, layers, inner, experts)
     if embedded != hidden:  # OPT-350m: once, around the layers
@@ -172,9 +164,8 @@ def _decoder(facts: _Config, family: Family) -> ModelShape:
     if facts.type == "falcon":  # a class of its own
         linears = tuple(replace(linear, quantizable=False) for linear in linears)
     expert_parameters = 3 * experts * expert_size * hidden * layers
-    positions = 0
-    if family.positions is not None:
-        positions = (facts.size("max_position_embeddings") + family.positions) * hidden
+    learned = family.positions is not None
+    positions = (facts.size("max_position_embeddings") + (family.positions or 0)) * hidden if learned else 0
     tied = bool(facts.get("tie_word_embeddings", family.tied))
     return ModelShape(
         model_type=facts.type,
@@ -226,12 +217,10 @@ def _beside(facts: _Config, hidden: int, layers: int, experts: int, expert_param
 def _has_plain_head(facts: _Config) -> bool:
     """Whether the loss from head times hidden states is the model's own: no soft-cap, no logit scale behind the
     head."""
-    default_cap = 30.0 if facts.type == "gemma2" else None
-    default_scale = 0.0625 if facts.type in ("cohere", "cohere2") else 1.0
-    scale = (
-        facts.get("logit_scale", default_scale) if facts.type.startswith("cohere") else facts.get("logits_scaling", 1.0)
-    )
-    return facts.get("final_logit_softcapping", default_cap) is None and scale == 1.0
+    is_cohere = facts.type.startswith("cohere")
+    scale = facts.get("logit_scale", 0.0625) if is_cohere else facts.get("logits_scaling", 1.0)
+    cap = facts.get("final_logit_softcapping", 30.0 if facts.type == "gemma2" else None)
+    return cap is None and scale == 1.0
 
 
 def _attention_linears(
@@ -251,19 +240,16 @@ def _mlp_linears(
     facts: _Config, family: Family, hidden: int, layers: int, inner: int, experts: int
 ) -> tuple[LinearShape, ...]:
     bias, transposed = facts.flag(family.mlp_bias), family.transposed
-    found: list[LinearShape] = []
     if experts:  # the experts themselves are no linears; what every token sees beside them is
         inner = facts.get("shared_expert_intermediate_size", 0)
         if not inner:
             return ()
-    if family.gated and len(family.up) == 1:
-        found.append(LinearShape(family.up[0], hidden, 2 * inner, layers, bias, transposed, "gate_up"))
-    else:
-        roles = ("gate", "up") if family.gated else ("up",)
-        found += [
-            LinearShape(name, hidden, inner, layers, bias, transposed, role)
-            for name, role in zip(family.up, roles, strict=True)
-        ]
+    joined = family.gated and len(family.up) == 1
+    roles, width = (("gate_up",), 2 * inner) if joined else (("gate", "up") if family.gated else ("up",), inner)
+    found = [
+        LinearShape(name, hidden, width, layers, bias, transposed, role)
+        for name, role in zip(family.up, roles, strict=True)
+    ]
     found.append(LinearShape(family.down, inner, hidden, layers, bias, transposed, "down"))
     return tuple(found)
 
@@ -288,10 +274,9 @@ def _other_parameters(facts: _Config, family: Family, linears: tuple[LinearShape
     if experts and facts.get("shared_expert_intermediate_size"):
         total += hidden * layers  # and the shared expert's gate
     if family.qk_norm and facts.flag(family.qk_norm_if):
-        if family.qk_norm == "head":
-            total += 2 * head_dim * (2 if family.norm_bias else 1) * layers
-        else:
-            total += (heads + kv_heads) * head_dim * layers
+        per_head = family.qk_norm == "head"
+        widths = 2 * (2 if family.norm_bias else 1) if per_head else heads + kv_heads
+        total += widths * head_dim * layers
     if family.head_bias:
         total += facts.size("vocab_size")
     if facts.type == "opt" and (not facts.get("do_layer_norm_before") or facts.get("_remove_final_layer_norm")):

@@ -41,42 +41,26 @@ def plan_table(plan: Plan) -> Table:
 def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     share = plan.trainable_parameters / plan.total_parameters
     yield "model", _plain(plan.model)
-    yield "parameters", (f"{plan.total_parameters:,} + {plan.trainable_parameters:,} trainable ({share:.2%})")
+    yield "parameters", f"{plan.total_parameters:,} + {plan.trainable_parameters:,} trainable ({share:.2%})"
     if plan.without_adapter:
         yield "no adapter", _plain(_left_out(plan))
-    yield (
-        "weights",
-        f"{plan.quantization}, the rest {plan.dtype}; compute {plan.compute_dtype}; attention {plan.attention}",
-    )
+    stored = f"{plan.quantization}, the rest {plan.dtype}; compute {plan.compute_dtype}"
+    yield "weights", f"{stored}; attention {plan.attention}"
     if plan.keeps_unpacked:
         size = format_bytes(plan.memory.fixed["unpacked_weights"])
         yield "unpacked", f"{size} of dequantised weights kept for the whole run"
-    yield (
-        "rows",
-        (
-            f"{plan.rows:,} an epoch, longest {counted(plan.longest_tokens, 'token')}; "
-            f"{counted(plan.validation_rows, 'validation row')}"
-        ),
-    )
+    longest = f"{plan.rows:,} an epoch, longest {counted(plan.longest_tokens, 'token')}"
+    yield "rows", f"{longest}; {counted(plan.validation_rows, 'validation row')}"
     yield "tokens", f"{plan.tokens:,} an epoch, {plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
-    yield (
-        "steps",
-        (
-            f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {counted(plan.epochs, 'epoch')} of "
-            f"{counted(plan.steps_per_epoch, 'step')}"
-        ),
-    )
-    yield (
-        "learning rate",
-        f"{plan.learning_rate:g}, {plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up; {plan.optimizer}",
-    )
+    epochs = f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}"
+    yield "steps", f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {epochs}"
+    schedule = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"
+    yield "learning rate", f"{plan.learning_rate:g}, {schedule}; {plan.optimizer}"
     yield "micro-batch", _micro_batch(plan)
     yield "checkpointing", {True: "on", False: "off", None: "auto: both can fit"}[plan.gradient_checkpointing]
-    yield (
-        "evaluation",
-        (_every(plan.evaluate_every_steps) if plan.evaluate_every_steps else "none while training")
-        + (f"; best by {plan.select_metric}" if plan.select_metric else "; the last step is taken"),
-    )
+    scored = _every(plan.evaluate_every_steps) if plan.evaluate_every_steps else "none while training"
+    taken = f"best by {plan.select_metric}" if plan.select_metric else "the last step is taken"
+    yield "evaluation", f"{scored}; {taken}"
     yield "checkpoints", f"{_every(plan.save_every_steps)}, the last {plan.keep_last} kept"
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")
@@ -104,9 +88,8 @@ def _memory(plan: Plan) -> str:
     parts = f"{format_bytes(least.tensor_bytes)} tensors, {format_bytes(least.needed_bytes)} needed"
     if most.needed_bytes > least.needed_bytes:
         parts += f"; up to {format_bytes(most.needed_bytes)} with the largest micro-batch"
-    return (
-        parts if plan.fits else f"[red]does not fit:[/] {format_bytes(plan.memory_least.needed_bytes)} needed at least"
-    )
+    least_needed = format_bytes(plan.memory_least.needed_bytes)
+    return parts if plan.fits else f"[red]does not fit:[/] {least_needed} needed at least"
 
 
 def _two_columns(title: str) -> Table:
