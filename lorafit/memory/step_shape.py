@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorafit.kinds.adapters import Adapter, AdapterSection
     from lorafit.kinds.optimizers import Optimizer, OptimizerSection
     from lorafit.kinds.quantizations import Quantization, QuantizationSection
+    from lorafit.kinds.section import KindSection
     from lorafit.kinds.tasks import Task, TaskSection
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -65,9 +66,9 @@ class StepShape:
         """Of the adapter, and of a task's own head."""
         return sum(site.parameters for site in self.adapter.sites(self.model)) + self.model.new_head_parameters
 
-    def stored_as(self, linear: LinearShape) -> Quantization[QuantizationSection]:
+    def stored_as(self, linear: LinearShape) -> Quantization[KindSection]:
         """How a linear's weight is stored: plain where transformers leaves its class alone."""
-        return self.quantization if linear.quantizable else quantizations.make("none")
+        return self.quantization.of(linear.name) if linear.quantizable else quantizations.make("none")
 
     @property
     def packs_rows(self) -> bool:

@@ -98,7 +98,7 @@ def load_model(
         kind = quantizations.bind(quantization)
         plain = unquantised_names(skeleton)
         if torch.device(device).type == "cpu":
-            plain += leave_narrow(skeleton, kind.cpu_row_multiple, reporter)
+            plain += leave_narrow(skeleton, kind, reporter)
         settings = kind.transformers_config(compute_dtype, plain)
         options: JsonObject = {} if settings is None else {"quantization_config": settings}
         if attention != "auto":
@@ -124,7 +124,8 @@ def load_model(
             raise _model_error(base, error) from error
     check_loading(info, base.path, names)
     check_finite(model, base.path)
-    if settings is not None:
+    kind.quantise_rest(model, compute_dtype, plain)
+    if kind.is_quantized:
         trim_heap()  # what quantising took, before what is left in mapped files is copied
         let_go_of_files(model)
     keep_names(model, names)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lorafit.contracts import Reporter
+    from lorafit.kinds.quantizations import Quantization, QuantizationSection
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
@@ -175,18 +176,19 @@ def unquantised_names(model: PreTrainedModel) -> list[str]:
     return [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model)]
 
 
-def leave_narrow(model: PreTrainedModel, row_multiple: int, reporter: Reporter) -> list[str]:
-    """Paths of linears whose rows are no multiple of so many weights, to be left unquantised, with a warning."""
+def leave_narrow(model: PreTrainedModel, kind: Quantization[QuantizationSection], reporter: Reporter) -> list[str]:
+    """Paths of linears that a CPU cannot hold in their kind, to be left unquantised, with a warning."""
     plain = set(unquantised_names(model))
     narrow = []
     for name, module in _linears(model):
         inputs = getattr(module, "in_features", None) or next(module.parameters()).shape[0]  # Conv1D lies [in, out]
-        if inputs % row_multiple and name not in plain:
+        if inputs % kind.of(name.rsplit(".", 1)[-1]).cpu_row_multiple and name not in plain:
             narrow.append(name)
     if narrow:
         reporter.warn(
-            f"{len(narrow)} linears stay unquantised: their input width is no multiple of {row_multiple}, "
-            f"which 4-bit weights on a CPU need ({list_names(narrow)})"
+            f"{len(narrow)} linears stay unquantised: their input width is no multiple of "
+            f"{kind.of(narrow[0].rsplit('.', 1)[-1]).cpu_row_multiple}, which 4-bit weights on a CPU need "
+            f"({list_names(narrow)})"
         )
     return narrow
 

@@ -60,7 +60,7 @@ def build_weightless(
             set_attention(model, attention)
         plain = unquantised_names(model)
         if device_kind == "cpu":
-            plain += leave_narrow(model, kind.cpu_row_multiple, Silent())
+            plain += leave_narrow(model, kind, Silent())
         kind.replace_linears(model, compute_dtype, plain)
     model.requires_grad_(False)
     model.config.use_cache = False

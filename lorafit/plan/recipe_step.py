@@ -59,14 +59,16 @@ def recipe_step(
         engine: What answers for the step's memory.
 
     Raises:
-        RecipeError: The adapter's targets match nothing, or sdpa was asked of a model with a soft-cap.
+        RecipeError: A name of adapter or quantisation matches nothing, or sdpa was asked of a model with a soft-cap.
     """
     task = tasks.bind(recipe.task)
     longest = rows.longest_tokens if rows else task.sequences * min(recipe.data.max_length, shape.max_positions)
     dtype = resolve_dtype(recipe.model.dtype, device)
+    quantization = quantizations.bind(recipe.model.quantization)
+    quantization.check(shape)
     step = StepShape(
         model=shape,
-        quantization=quantizations.bind(recipe.model.quantization),
+        quantization=quantization,
         adapter=adapters.bind(recipe.adapter),
         optimizer=optimizers.bind(recipe.training.optimizer),
         row_tokens=longest,

@@ -119,7 +119,7 @@ class ModelSection(Section):
     """Attention implementation: one of transformers, or `fused`, lorafit's own for training on a CPU. `auto`: the
     rehearsal decides."""
     quantization: QuantizationChoice = Field(default="nf4", validate_default=True)
-    """How the frozen linear weights are stored: none, nf4, fp4 or int8."""
+    """How the frozen linear weights are stored."""
 
 
 class SourceSection(Section):

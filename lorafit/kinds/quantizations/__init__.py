@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from lorafit.facts import LinearShape
+    from lorafit.facts import LinearShape, ModelShape
     from lorafit.files.safetensors import AnyEntry
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -72,6 +72,13 @@ class Quantization(Kind[S_co]):
     def workspace_bytes(self, largest: LinearShape, dtype_bytes: int) -> int:
         """Bytes of the temporary that one forward or backward of the largest linear needs (its dequantised copy)."""
 
+    def of(self, name: str) -> Quantization[KindSection]:
+        """How linears of that name, the last part of their paths, are stored: by this kind, unless it mixes several."""
+        return self
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises RecipeError where the section names a linear that the model has not."""
+
     def transformers_config(
         self, compute_dtype: torch.dtype, skip_modules: Sequence[str]
     ) -> QuantizationConfigMixin | None:
@@ -80,6 +87,9 @@ class Quantization(Kind[S_co]):
 
     def replace_linears(self, model: PreTrainedModel, compute_dtype: torch.dtype, skip_modules: Sequence[str]) -> None:
         """Puts layers of the kind, without values, where loading would put them into a model on the meta device."""
+
+    def quantise_rest(self, model: PreTrainedModel, compute_dtype: torch.dtype, skip_modules: Sequence[str]) -> None:
+        """Quantises, in a loaded model, what transformers has not; it knows one kind a model."""
 
 
 class Packed(Quantization[S_co]):
