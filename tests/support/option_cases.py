@@ -82,7 +82,10 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         "model.attention": Case(
             ("eager", "sdpa", "fused"), partial(saved_bytes, world, "model.attention"), refused=("flash_attention_2",)
         ),
-        "model.quantization": Case(("none", "nf4", "fp4", "int8"), of_run(world, "model.quantization", first_loss)),
+        "model.quantization": Case(
+            ("none", "nf4", "fp4", "int8", {"kind": "mixed", "linears": {"down_proj": "int8"}}),
+            of_run(world, "model.quantization", first_loss),
+        ),
         "adapter": Case(("lora", "dora", {"kind": "prompt_tuning"}), of_run(world, "adapter", adapter_shapes)),
         "adapter(prompt_tuning).tokens": Case((3, 5), prompted("tokens", adapter_shapes)),
         "adapter(prompt_tuning).init": Case(("vocabulary", "random"), prompted("init", adapter_tensors)),
@@ -98,6 +101,9 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             ),
             f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_from, world, kind)),
         }
+    cases["model.quantization(mixed).linears"] = Case(({}, {"down_proj": "int8"}), quantized("linears", "mixed"))
+    cases["model.quantization(mixed).others"] = Case(("nf4", "none"), quantized("others", "mixed"))
+    cases["model.quantization(mixed).double_quant"] = Case((True, False), quantized("double_quant", "mixed"))
     for kind in ("nf4", "fp4"):
         cases[f"model.quantization({kind}).double_quant"] = Case((True, False), quantized("double_quant", kind))
         cases[f"model.quantization({kind}).compute_dtype"] = Case(
