@@ -24,10 +24,10 @@ from typing import Any, Literal
 
 from lorafit.console.wording import counted
 from lorafit.contracts import Encoded, Sample, TaskRow
-from lorafit.data.overlong import SURE_FACTOR
 from lorafit.data.row_counts import OVERLONG, Noted
 from lorafit.data.sample_renderer import Renderer
 from lorafit.data.store import Chunk, pack_chunk
+from lorafit.data.truncate import SURE_FACTOR
 from lorafit.errors import DataError, ResourceError
 from lorafit.kinds.tasks import Task, TaskSection
 

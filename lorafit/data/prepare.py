@@ -22,8 +22,7 @@ from lorafit.contracts import Sample
 from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
 from lorafit.data.encode_rows import Encoder, encode_all
-from lorafit.data.findings import finish_report
-from lorafit.data.report import DataReport, report_split
+from lorafit.data.report import DataReport, finish_report, report_split
 from lorafit.data.row_counts import SKIP_BAD_ROWS, Ledger
 from lorafit.data.sample_renderer import Renderer, build_renderer
 from lorafit.data.sources.source import SampleSet, read_sources

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonMapping, Sample, Silent
-from lorafit.data.sources.patterns import find_files
+from lorafit.data.sources.files import find_files
 from lorafit.data.sources.row_columns import NO_PROMPT, Columns, find_format, no_prompt, rename, written
 from lorafit.data.sources.source import SampleSet, Source
 from lorafit.data.sources.tables import are_numbers

@@ -17,7 +17,6 @@ from lorafit.data.chat.clock import StoppedClock, read_clock, write_moment
 from lorafit.data.chat.render import ChatRenderer, Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
-from lorafit.data.overlong import is_surely_longer, keep_head, keep_tail
 from lorafit.data.plain_text import (
     completion_prompt_ids,
     encode_completion,
@@ -26,7 +25,7 @@ from lorafit.data.plain_text import (
     split_text,
     truncate_completion,
 )
-from lorafit.data.truncate import truncate_chat
+from lorafit.data.truncate import is_surely_longer, keep_head, keep_tail, truncate_chat
 from lorafit.errors import DataError, LorafitError
 
 if TYPE_CHECKING:

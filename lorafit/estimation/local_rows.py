@@ -108,7 +108,7 @@ def _key(loaded: LoadedRecipe, base: Base) -> str:
 
 def _source_files(loaded: LoadedRecipe) -> list[str]:
     """The files or hub ids of all sources, as the recipe names them or its patterns find them."""
-    from lorafit.data.sources.patterns import find_files
+    from lorafit.data.sources.files import find_files
 
     paths = [source.path for part in sources_of(loaded.recipe).values() for source in part]
     return [name for path in paths for name in find_files(path, loaded.folder)]

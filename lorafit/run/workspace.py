@@ -225,7 +225,7 @@ def inputs_of(loaded: LoadedRecipe) -> list[Path]:
 
     A run's own recipe.yaml is none for that run, which writes it itself: a run goes on by it as by the first recipe.
     """
-    from lorafit.data.sources.patterns import find_files
+    from lorafit.data.sources.files import find_files
 
     own = RunDir(loaded.output)
     is_own = is_run(own.root) and Path(loaded.file).resolve() == own.recipe.resolve()

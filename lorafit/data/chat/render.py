@@ -19,8 +19,7 @@ from weakref import WeakKeyDictionary
 from lorafit.contracts import Encoded, JsonMapping, JsonObject
 from lorafit.data.chat.assistant_spans import Habits, Turn, find_turns, learn_habits
 from lorafit.data.chat.clock import StoppedClock, read_clock
-from lorafit.data.chat.dropped_fields import Dropped, find_dropped
-from lorafit.data.chat.system_prompt import DROPS, refusal_of_system
+from lorafit.data.chat.dropped_fields import DROPS, Dropped, find_dropped, refusal_of_system
 from lorafit.data.chat.template import (
     BoundChat,
     RenderError,

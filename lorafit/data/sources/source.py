@@ -18,10 +18,17 @@ from typing import TYPE_CHECKING
 from lorafit.console.nearest import nearest
 from lorafit.console.wording import counted
 from lorafit.data.row_counts import Ledger, Noted, raise_first
-from lorafit.data.sources.files import Fingerprint, check_file, has_data_suffix, is_packed, suffix_of, take_fingerprint
+from lorafit.data.sources.files import (
+    Fingerprint,
+    check_file,
+    expand_sources,
+    has_data_suffix,
+    is_packed,
+    suffix_of,
+    take_fingerprint,
+)
 from lorafit.data.sources.hub import HubRows, is_hub_id
 from lorafit.data.sources.lines import RawRow, RawRows
-from lorafit.data.sources.patterns import expand_sources
 from lorafit.data.sources.readers import read_file
 from lorafit.data.sources.row_columns import check_task, explain_unread, find_format, no_prompt, rename, unknown_columns
 from lorafit.errors import IN_MEMORY, DataError, LorafitError, RecipeError, raise_all

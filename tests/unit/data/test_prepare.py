@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from lorafit.contracts import Examples, Sample
 from lorafit.data import cache as cache_module
 from lorafit.data import encode_rows as encoding
-from lorafit.data import overlong
+from lorafit.data import truncate
 from lorafit.data.prepare import Prepared, hold_out
 from lorafit.data.sources.source import Source
 from lorafit.errors import DataError, LorafitError, ModelError, Problems, ResourceError
@@ -754,10 +754,10 @@ def test_what_is_cut_is_the_same_whether_all_of_it_was_tokenised(
     tmp_path: Path, prepare_rows: Prepare, monkeypatch: pytest.MonkeyPatch, row: dict[str, Any]
 ) -> None:
     write_jsonl(tmp_path / "d.jsonl", [row])
-    monkeypatch.setattr(overlong, "CHARACTERS_PER_TOKEN", 10**9)
+    monkeypatch.setattr(truncate, "CHARACTERS_PER_TOKEN", 10**9)
     whole = prepare_rows(train="d.jsonl", max_length=48, overlength="truncate")
     assert "max_length is 48" in whole.report.splits["train"].notes[0].reason
-    monkeypatch.setattr(overlong, "CHARACTERS_PER_TOKEN", 16)
+    monkeypatch.setattr(truncate, "CHARACTERS_PER_TOKEN", 16)
     shutil.rmtree(tmp_path / "cache")
     stretches = prepare_rows(train="d.jsonl", max_length=48, overlength="truncate")
     assert rows_of(stretches.train) == rows_of(whole.train)

@@ -20,7 +20,7 @@ import pytest
 
 from lorafit.contracts import Sample, Silent
 from lorafit.data.prepare import Prepared
-from lorafit.data.sources import json_file, patterns
+from lorafit.data.sources import files, json_file
 from lorafit.data.sources.source import read_sources
 from lorafit.errors import LorafitError
 from lorafit.recipe.schema import BadRowsSection, SourceSection
@@ -362,7 +362,7 @@ def test_a_pattern_is_a_source_for_each_file(tmp_path: Path, prepare_rows: Calla
 
 def test_a_pattern_without_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(tmp_path, "rows/*.jsonl").startswith("rows/*.jsonl: no file matches the pattern; ")
-    monkeypatch.setattr(patterns, "MOST_FILES", 2)
+    monkeypatch.setattr(files, "MOST_FILES", 2)
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     assert "more than 2 files match" in refusal(tmp_path, "*.jsonl")
