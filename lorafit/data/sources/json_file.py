@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +35,30 @@ def read_json_file(path: Path, is_row: Callable[[RawRow], bool]) -> RawRows:
         DataError: It is no UTF-8, too large, malformed, or it is not clear where its rows are.
     """
     text = _Text(_read_text(path))
-    first = text.peek()
-    if first == "[":
+    first, begin = text.peek(), text.place
+    if first == "{":
+        try:
+            values = dict(_read_object(text))
+            is_lines = bool(text.peek())
+        except DataError:
+            is_lines = text.line_from(begin).endswith("}")  # an object a line, the first of them malformed
+            if not is_lines:
+                raise
+        if is_lines:
+            yield from read_jsonl(path)
+            return
+        lists = [key for key, place in values.items() if place is not None]
+        is_only_row = not lists or is_row(dict.fromkeys(values))
+        if len(lists) > 1 and not is_only_row:
+            raise DataError(f"holds several lists of objects: {listed(lists)}", todo="write the one you want as a file")
+        text.go_to(begin if is_only_row else values[lists[0]] or 0)
+        yield from [(text.line(), as_row(text.value()))] if is_only_row else _read_array(text)
+    elif first == "[":
         yield from _read_array(text)
         if text.peek():
             raise text.error(JsonError("invalid JSON: extra data behind the array", text.place))
-        return
-    if first and first != "{":
+    elif first:
         raise DataError("invalid JSON: expected an array of objects", line=text.line())
-    begin = text.place
-    outline = _read_outline(text) if first else {}
-    if outline is None:
-        yield from read_jsonl(path)
-        return
-    lists = [key for key, place in outline.items() if place]
-    is_only_row = not lists or is_row(dict.fromkeys(outline))
-    if len(lists) > 1 and not is_only_row:
-        raise DataError(f"holds several lists of objects: {listed(lists)}", todo="write the one you want as a file")
-    text.go_to(begin if is_only_row else outline[lists[0]])
-    if not is_only_row:
-        yield from _read_array(text)
-    elif text.peek():
-        yield text.line(), as_row(text.value())
 
 
 def _read_text(path: Path) -> str:
@@ -80,59 +82,33 @@ def _read_text(path: Path) -> str:
         raise DataError(f"not valid UTF-8: byte 0x{byte:02X}", line=line, todo=utf8_hint(byte)) from None
 
 
-def _read_outline(text: _Text) -> dict[str, int] | None:
-    """The keys of the object here, each with the place of its list of objects, 0 where it holds none; None where an
-    object a line stands.
-    """
-    begin, outline = text.place, dict[str, int]()
-    try:
-        text.expect("{")
-        while not text.take("}"):
-            if outline:
-                text.expect(",")
-            key = _read_key(text)
-            if key in outline:
-                raise text.error(JsonError(f"duplicate key '{key}'", text.place))
-            place = text.place if text.peek() == "[" else 0
-            outline[key] = place if _skip(text) else 0
-    except DataError:
-        if text.line_from(begin).endswith("}"):  # an object a line, the first of them malformed
-            return None
-        raise
-    return None if text.peek() else outline
+def _read_object(text: _Text) -> Iterator[tuple[str, int | None]]:
+    """The keys of the object here, each with the place of its value where that is a list of objects."""
+    keys: set[str] = set()
+    for _ in text.items("{}"):
+        if text.peek() != '"':
+            raise text.error(JsonError("invalid JSON: expecting property name enclosed in double quotes", text.place))
+        key = _take(text)
+        text.expect(":")
+        if key in keys:
+            raise text.error(JsonError(f"duplicate key '{key}'", text.place))
+        keys.add(key)
+        place, is_list = text.place, text.peek() == "["
+        kinds = [isinstance(row, dict) for _, row in _read_array(text)] if is_list else [_take(text) is None]
+        yield key, place if is_list and kinds[:1] == [True] else None
 
 
-def _read_key(text: _Text) -> str:
-    if text.peek() != '"':
-        raise text.error(JsonError("invalid JSON: expecting property name enclosed in double quotes", text.place))
-    key = text.value()
-    text.expect(":")
-    if isinstance(key, DataError):
-        raise key
-    return str(key)
-
-
-def _skip(text: _Text) -> bool:
-    """Goes behind the value here; whether it is a list whose first entry is an object."""
-    if text.peek() != "[":
-        value = text.value()
-        if isinstance(value, DataError):
-            raise value.at(line=text.line())
-        return False
-    kinds = [isinstance(row, dict) for _, row in _read_array(text)]
-    return bool(kinds) and kinds[0]
+def _take(text: _Text) -> Any:
+    """The value here; raises the error for one that the strict parser refuses."""
+    line, value = text.line(), text.value()
+    if isinstance(value, DataError):
+        raise value.at(line=line)
+    return value
 
 
 def _read_array(text: _Text) -> RawRows:
-    text.expect("[")
-    is_over = text.take("]")
-    while not is_over:
-        text.peek()
-        line = text.line()
-        yield line, as_row(text.value())
-        is_over = text.take("]")
-        if not is_over:
-            text.expect(",")
+    for _ in text.items("[]"):
+        yield text.line(), as_row(text.value())
 
 
 class _Text:
@@ -156,16 +132,22 @@ class _Text:
         self.place = found.end() if found else self.place
         return self._text[self.place : self.place + 1]
 
-    def take(self, character: str) -> bool:
-        """Goes behind a character if it is the next."""
-        is_next = self.peek() == character
-        self.place += is_next
-        return is_next
+    def expect(self, characters: str) -> str:
+        """Goes behind one of some characters, and gives it. Raises DataError where another is next."""
+        if not self.peek() or self.peek() not in characters:
+            raise self.error(JsonError(f"invalid JSON: expected {characters[0]}", self.place))
+        self.place += 1
+        return self._text[self.place - 1]
 
-    def expect(self, character: str) -> None:
-        """Goes behind a character. Raises DataError where another is next."""
-        if not self.take(character):
-            raise self.error(JsonError(f"invalid JSON: expected {character}", self.place))
+    def items(self, brackets: str) -> Iterator[None]:
+        """Stops at each item of the array or object here, which is to be read before the next."""
+        self.expect(brackets[0])
+        is_over = self.peek() == brackets[1]
+        self.place += is_over
+        while not is_over:
+            self.peek()
+            yield
+            is_over = self.expect("," + brackets[1]) != ","
 
     def value(self) -> Any:
         """The value here, behind which the place moves; or the error for one that the strict parser alone refuses.
@@ -191,8 +173,7 @@ class _Text:
 
     def line_from(self, place: int) -> str:
         """The rest of the line from a place on, without blanks at its end."""
-        end = self._text.find("\n", place)
-        return self._text[place : end if end >= 0 else len(self._text)].rstrip()
+        return self._text[place:].partition("\n")[0].rstrip()
 
     def line(self) -> int:
         """The line that the place is on."""
