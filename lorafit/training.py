@@ -42,7 +42,7 @@ from lorafit.run.results import Trained, describe_resolved
 from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot, check_continuity
 from lorafit.trainer.executor import Executor, OneByOne
-from lorafit.trainer.journal import Journal, MetricsLog
+from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
 from lorafit.trainer.profile import StepProfile
 from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
@@ -53,7 +53,6 @@ from lorafit.trainer.startup_proofs import prove_gradients
 from lorafit.trainer.state import Event, FitResult, TrainState
 from lorafit.trainer.step import Update
 from lorafit.trainer.threaded_micro_batches import run_at_once
-from lorafit.trainer.tracking import Trackers, build_accelerator
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,66 +48,42 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text, or a whole number where `or_number`."""
+class Other:
+    """Anything but a number: in words, and whether a value is one."""
 
     expected: str
-    or_number: bool = False
-
-    def holds(self, value: Any) -> bool:
-        """Whether the value is one."""
-        return isinstance(value, str) or (self.or_number and isinstance(value, int) and not isinstance(value, bool))
+    holds: Callable[[Any], bool]
 
 
-@dataclass(frozen=True)
-class Switch:
-    """True or False."""
-
-    expected: str = "True or False"
-
-    def holds(self, value: Any) -> bool:
-        """Whether the value is one."""
-        return isinstance(value, bool)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-@dataclass(frozen=True)
-class Place:
-    """A path; or, where `what` says so, a recipe's values or a finished run."""
-
-    expected: str
-    or_values: bool = False
-    or_run: bool = False
-
-    def holds(self, value: Any) -> bool:
-        """Whether the value is one."""
-        if self.or_values and isinstance(value, Mapping):
-            return True
-        if self.or_run and isinstance(getattr(value, "path", None), Path):
-            return True
-        return isinstance(value, str | os.PathLike) and "\0" not in str(os.fspath(value))
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
-@dataclass(frozen=True)
-class Several:
-    """A list or another series; a text, or a dict, where that is a form of it."""
-
-    expected: str
-    or_text: bool = False
-    or_dict: bool = False
-
-    def holds(self, value: Any) -> bool:
-        """Whether the value is one; what is in it, is for its reader."""
-        if isinstance(value, str):
-            return self.or_text
-        if isinstance(value, Mapping):
-            return self.or_dict
-        return isinstance(value, Iterable) and not isinstance(value, bytes)
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike) and "\0" not in str(os.fspath(value))
 
 
-Kind = Number | Text | Switch | Place | Several
+def _is_recipe(value: Any) -> bool:
+    return isinstance(value, Mapping) or _is_path(value)
 
-_ROWS = Several("a list of dicts, one a row")
-_CARD = Text('a text such as "24GiB", "rtx-4090" or "cpu"')
+
+def _is_run(value: Any) -> bool:
+    return isinstance(getattr(value, "path", None), Path) or _is_path(value)
+
+
+def _is_series(value: Any) -> bool:
+    """What is in it, is for its reader."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
+_PATH = Other("a path", _is_path)
+_ROWS = Other("a list of dicts, one a row", _is_series)
+_CARD = Other('a text such as "24GiB", "rtx-4090" or "cpu"', _is_text)
+_STEP = Number(whole=True)
 NUMBERS = {
     "temperature": Number(0.0, 10.0),
     "top_p": Number(0.001, 1.0),
@@ -121,30 +97,31 @@ NUMBERS = {
 }
 """Every argument that is a number."""
 
-_KINDS: dict[str, Kind] = {
+_SWITCHES = ("quiet", "exact", "resume", "dry_run", "allow_inexact", "verify", "compare_base")
+_KINDS: dict[str, Number | Other] = {
     **NUMBERS,
-    "recipe": Place("a recipe's file, or its values as a dict", or_values=True),
-    "run": Place("a run: what train gave back, or a path", or_run=True),
-    "output": Place("a path"),
-    "plan_file": Place("a path"),
-    "base_model": Place("a path or a hub id"),
+    "recipe": Other("a recipe's file, or its values as a dict", _is_recipe),
+    "run": Other("a run: what train gave back, or a path", _is_run),
+    "output": _PATH,
+    "plan_file": _PATH,
+    "base_model": Other("a path or a hub id", _is_path),
     "rows": _ROWS,
     "validation_rows": _ROWS,
     "test_rows": _ROWS,
-    "prompts": Several("a text, or a list of texts and dicts", or_text=True),
-    "overrides": Several('a dict such as {"training.epochs": 1}, or a list of KEY=VALUE', or_dict=True),
-    "checkpoint": Text('"best", "last" or a step', or_number=True),
-    "split": Text('"test", "validation" or "train"'),
-    "base": Text('"dequantized" or "original"'),
+    "prompts": Other("a text, or a list of texts and dicts", lambda value: _is_text(value) or _is_series(value)),
+    "overrides": Other(
+        'a dict such as {"training.epochs": 1}, or a list of KEY=VALUE',
+        lambda value: isinstance(value, Mapping) or _is_series(value),
+    ),
+    "checkpoint": Other('"best", "last" or a step', lambda value: _is_text(value) or _STEP.holds(value)),
+    "split": Other('"test", "validation" or "train"', _is_text),
+    "base": Other('"dequantized" or "original"', _is_text),
     "gpu": _CARD,
     "fit": _CARD,
-    **dict.fromkeys(
-        ("quiet", "exact", "resume", "dry_run", "allow_inexact", "verify", "compare_base"),
-        Switch(),
-    ),
+    **dict.fromkeys(_SWITCHES, Other("True or False", _is_switch)),
 }
 _NEVER_LEFT_OUT = {"recipe", "run", "prompts", "overrides", "temperature", "top_p", "max_new_tokens", "seed"}
-_NEVER_LEFT_OUT |= {name for name, kind in _KINDS.items() if isinstance(kind, Switch)}
+_NEVER_LEFT_OUT.update(_SWITCHES)
 
 
 def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> None:
@@ -162,12 +139,8 @@ def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> N
         if value is None and name not in _NEVER_LEFT_OUT and name not in required:
             continue
         if not kind.holds(value):
-            raise UsageError(f"found {_shown(value)}", key=as_flag(name), todo=f"give {kind.expected}")
-
-
-def as_flag(parameter: str) -> str:
-    """`--max-new-tokens` of `max_new_tokens`."""
-    return f"--{parameter.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"found {_shown(value)}", key=flag, todo=f"give {kind.expected}")
 
 
 def _shown(value: Any) -> str:

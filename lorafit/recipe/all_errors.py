@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lorafit.errors import LorafitError, ModelError, RecipeError, SafetyError
 from lorafit.recipe.cross_field_rules import Disagreement, disagreements
@@ -27,7 +28,9 @@ _MOST_ERRORS = 400
 _TEMPLATE: KeyPath = ("data", "chat_template")
 
 
-def diagnose(layers: Layers, main: str, look_at_template: Callable[[str], None] | None = None) -> list[LorafitError]:
+def diagnose(
+    layers: Layers, main: str, folder: Path, look_at_template: Callable[[str | None, Path], None] | None
+) -> list[LorafitError]:
     """Finds every error of a recipe, in the order in which they are printed.
 
     One error hides others: a section with an unknown key is not compared with its neighbours. So what was found is
@@ -36,7 +39,8 @@ def diagnose(layers: Layers, main: str, look_at_template: Callable[[str], None] 
     Args:
         layers: The recipe as it was written.
         main: What messages call the recipe's own file.
-        look_at_template: Raises ModelError where a name is no chat template.
+        folder: Where that lies.
+        look_at_template: Raises where what a recipe in a folder names is no chat template.
     """
     tree, findings = layers.tree, list[Finding]()
     touched = [path for path, entry in walk(tree) if entry.value is Unreadable.VALUE]
@@ -57,7 +61,13 @@ def diagnose(layers: Layers, main: str, look_at_template: Callable[[str], None] 
             tree = _mended(tree, one)
         if len(judged) > _MOST_ERRORS:
             break
-    findings += _of_template(layers.tree, [one.path for one in findings], look_at_template)
+    named = find(layers.tree, _TEMPLATE)
+    if look_at_template is not None and named is not None and isinstance(named.value, str):
+        try:
+            look_at_template(named.value, folder)
+        except (ModelError, RecipeError) as error:
+            if not any(one.path == _TEMPLATE for one in findings):
+                findings.append(finding(layers.tree, _TEMPLATE, error.what, error.todo))
     if not layers.is_whole:  # what is missing may stand in what could not be read
         findings = [one for one in findings if not one.is_missing]
     return [*_of_another_tool(layers.tree, main), *_in_order(layers.errors, findings, main)]
@@ -70,18 +80,6 @@ def _of_another_tool(tree: Entry, main: str) -> list[LorafitError]:
         return []
     todo = "write a new one (lorafit's docs/recipe.md has all keys); below, each key of this one is answered"
     return [RecipeError(f"looks like a recipe of {tool}, in which lorafit has other keys", file=main, todo=todo)]
-
-
-def _of_template(tree: Entry, known: Sequence[KeyPath], look: Callable[[str], None] | None) -> list[Finding]:
-    """What is wrong with the chat template that a recipe names, where the key itself is right."""
-    entry = find(tree, _TEMPLATE)
-    if look is None or _TEMPLATE in known or entry is None or not isinstance(entry.value, str):
-        return []
-    try:
-        look(entry.value)
-    except (ModelError, RecipeError) as error:
-        return [finding(tree, _TEMPLATE, error.what, error.todo)]
-    return []
 
 
 def _contradiction(rule: Disagreement, tree: Entry, main: str) -> Finding:

@@ -68,13 +68,9 @@ def expectation(node: Node) -> str:
     kinds = kinds_of(node)
     short = [part for form in forms(node) if sections_in(form) for part in forms(form["items"])]  # of a list of one
     names = [name for form in forms(node) if form not in short for name in _form_names(form)]
-    said = f"one of {', '.join(kinds)}, or a mapping with a kind" if kinds else _either(names)
+    said = f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
+    said = f"one of {', '.join(kinds)}, or a mapping with a kind" if kinds else said
     return f"{said} or null" if is_nullable(node) else said
-
-
-def _either(names: Sequence[str]) -> str:
-    """`a`, `a or b`, `one of a, b, c`."""
-    return f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
 
 
 def _form_names(form: Node) -> list[str]:

@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import UsageError, raise_all
@@ -55,12 +54,6 @@ class LoadedRecipe:
         return self.folder / text
 
 
-class LookAtTemplate(Protocol):
-    """Raises RecipeError or ModelError where what a recipe in a folder names is no chat template."""
-
-    def __call__(self, named: str | None, folder: Path) -> None: ...
-
-
 RECIPE_VALUES = "recipe"
 """What messages call a recipe that is no file but plain values. Its paths are relative to the working folder."""
 
@@ -70,7 +63,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     *,
     output: str | Path | None = None,
-    look_at_template: LookAtTemplate | None = None,
+    look_at_template: Callable[[str | None, Path], None] | None = None,
 ) -> LoadedRecipe:
     """Reads a recipe with what it extends and the flags over it, and checks all of it.
 
@@ -78,8 +71,8 @@ def load_recipe(
         recipe: Its file, or its values: what the YAML would hold.
         overrides: `KEY=VALUE` flags, e.g. `training.epochs=1` or `data.train[0].path=a.jsonl`.
         output: A run folder instead of the recipe's; relative to the working folder.
-        look_at_template: Asked of a recipe with errors, so that what is wrong with its chat template is told beside
-            them.
+        look_at_template: Raises RecipeError or ModelError where what a recipe in a folder names is no chat template.
+            Asked of a recipe with errors, so that what is wrong with its template is told beside them.
 
     Raises:
         UsageError: The file cannot be read, or a flag is no KEY=VALUE.
@@ -94,8 +87,7 @@ def load_recipe(
     if isinstance(valid, list) or layers.errors or disagreements(valid):
         from lorafit.recipe.all_errors import diagnose
 
-        look = partial(look_at_template, folder=absolute(path).parent) if look_at_template is not None else None
-        raise_all(diagnose(layers, main=str(path), look_at_template=look), file=str(path))
+        raise_all(diagnose(layers, str(path), absolute(path).parent, look_at_template), file=str(path))
         raise AssertionError("a recipe that is not valid has an error")
     folder = absolute(path).parent
     return LoadedRecipe(

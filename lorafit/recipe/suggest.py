@@ -52,7 +52,8 @@ def word_of_ours(key: KeyPath, value: Value) -> str:
         key: Our key.
         value: What stands at theirs.
     """
-    node = _node_called(key)
+    nodes = dict(reversed(list(every_key(recipe_tree()))))
+    node = nodes.get(key[:-1] if key[-1] == "kind" else key)
     if not isinstance(value, str) or node is None:
         return ""
     known, lists = words(node), [form for form in forms(node) if form.get("type") == "array"]
@@ -68,12 +69,6 @@ def word_of_ours(key: KeyPath, value: Value) -> str:
         return written if len(written) <= _LONGEST_LIST_CHARACTERS else ""
     family = str(key[-2] if key[-1] == "kind" else key[-1])
     return f"{shown(value)} does not exist yet" if kinds_of(node) and is_not_yet(family, value) else ""
-
-
-def _node_called(key: KeyPath) -> Node | None:
-    """What may stand at a key of ours; at a kind, what may stand at its section."""
-    nodes = dict(reversed(list(every_key(recipe_tree()))))
-    return nodes.get(key[:-1] if key[-1] == "kind" else key)
 
 
 def _quantization_of(name: str, values: Mapping[str, Value]) -> str:

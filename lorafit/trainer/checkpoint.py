@@ -111,7 +111,7 @@ class CheckpointStore:
         steps = self.run.steps()
         for found in steps:  # one of another lorafit is not damaged, and nothing goes on without it
             manifest = self.run.checkpoint(found) / MANIFEST
-            check_format(_read_or_none(manifest), manifest)
+            check_format(_read_or_none(manifest), manifest)  # a damaged one is said where its files are compared
         if step is not None:
             return _read(self.run.find_checkpoint(str(step)))
         if not steps:
@@ -122,9 +122,7 @@ class CheckpointStore:
             folder = self.run.checkpoint(newest)
             reason = check_manifest(folder)
             if reason is None:
-                return _read(
-                    folder
-                )  # whole, so that what is wrong in it was written so: nothing falls back behind that
+                return _read(folder)  # whole: what is wrong in it was written so, and nothing falls back behind that
             self._damaged.add(newest)
             reasons.append(f"{folder.name}: {reason}")
             if position:
@@ -161,14 +159,8 @@ class CheckpointStore:
         """Writes best.json where it does not say so yet; without a best one there is none."""
         if best is None:
             self.run.best.unlink(missing_ok=True)
-        elif not self._says(best):
+        elif _read_or_none(self.run.best) != asdict(best):
             write_json(self.run.best, asdict(best))
-
-    def _says(self, best: Best) -> bool:
-        try:
-            return bool(read_object(self.run.best) == asdict(best))
-        except CheckpointError:
-            return False
 
     def set_later_aside(self, step: int) -> None:
         """Renames whole checkpoints behind `step`: the run goes on from there, and their steps come again."""
@@ -258,7 +250,7 @@ def _read_or_none(file: Path) -> Any:
     try:
         return read_json_file(file)
     except (OSError, JsonError):
-        return None  # damaged: said where its files are compared
+        return None
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -30,7 +30,7 @@ class OverRanks(OneByOne):
 
     Args:
         objective: The same model in every process; the trained parameters become those of rank 0.
-        accelerator: From `lorafit.trainer.tracking`.
+        accelerator: From `lorafit.trainer.journal`.
     """
 
     def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
@@ -66,7 +66,7 @@ def check_same_rows(accelerator: Accelerator, digest: str) -> None:
     writes the date and it turned while they started.
 
     Args:
-        accelerator: From `lorafit.trainer.tracking`.
+        accelerator: From `lorafit.trainer.journal`.
         digest: Of this process's rows, in hex.
 
     Raises:

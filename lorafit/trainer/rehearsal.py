@@ -32,9 +32,8 @@ import torch
 
 from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.peak_memory import peak_memory_bytes
-from lorafit.trainer.attention_choice import fastest_attention
+from lorafit.trainer.candidates import fastest_attention, fastest_budget, fastest_number
 from lorafit.trainer.executor import time_micro_batches
-from lorafit.trainer.micro_batch_choice import fastest_budget, fastest_number
 from lorafit.trainer.out_of_memory import out_of_memory
 from lorafit.trainer.stage import Choice, Stage
 from lorafit.trainer.threaded_micro_batches import run_at_once

@@ -69,6 +69,7 @@ class Metric(ABC):
     """One metric; with the attributes as they stand here it reads answers, and needs a reference beside them.
 
     Attributes:
+        name: What its value is called, where it has one.
         needs: `scores` for those over what the task scores, `answers` for those over generated text, which is a row's
             last answer; `calls` for those over the last turn that calls tools, where a row has one.
         reads: Names of the task's scores that it reads.
@@ -80,6 +81,7 @@ class Metric(ABC):
         settings: How it is computed, so that others can compare.
     """
 
+    name: str = ""
     needs: Literal["scores", "answers", "calls"] = "answers"
     reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "higher"
@@ -97,9 +99,9 @@ class Metric(ABC):
     def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
         """What each usable row adds to the sums, `[rows][k]`."""
 
-    @abstractmethod
     def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """Values by name from sums over any rows, `[k]`; the first is the headline."""
+        """Values by name from sums over any rows, `[k]`; the first is the headline. Of two sums: their quotient."""
+        return {self.name: sums[0] / sums[1]}
 
     def signature(self) -> str:
         """Which program and settings computed it, so that others can compare."""
@@ -128,13 +130,8 @@ class ScoreMean(Metric):
 
 
 class ShareOfRows(Metric):
-    """The share of rows of which something is true.
+    """The share of rows of which something is true."""
 
-    Attributes:
-        name: What the share is called.
-    """
-
-    name: str
     percent = True
 
     @abstractmethod
@@ -144,10 +141,6 @@ class ShareOfRows(Metric):
     def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
         """1 or 0, and 1."""
         return [[float(self.holds(row)), 1.0] for row in rows]
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The share."""
-        return {self.name: sums[0] / sums[1]}
 
 
 class CorpusScore(Metric):

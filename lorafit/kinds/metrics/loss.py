@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lorafit.kinds.metrics import ScoreMean, metrics
 
 
@@ -11,9 +9,6 @@ from lorafit.kinds.metrics import ScoreMean, metrics
 class Loss(ScoreMean):
     """What is trained: mean negative log-likelihood of a trained token, weighted by tokens, not by rows."""
 
+    name = "loss"
     reads = ("loss", "weight")
     settings = "nats per label: a trained token, a class or a pair"
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The mean."""
-        return {"loss": sums[0] / sums[1]}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lorafit.kinds.metrics import ScoreMean, metrics
 
 
@@ -11,11 +9,8 @@ from lorafit.kinds.metrics import ScoreMean, metrics
 class TokenAccuracy(ScoreMean):
     """Top-1 accuracy over trained tokens, teacher-forced."""
 
+    name = "token_accuracy"
     reads = ("correct", "tokens")
     better = "higher"
     percent = True
     settings = "top-1 over trained tokens, right prefix given"
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The share."""
-        return {"token_accuracy": sums[0] / sums[1]}

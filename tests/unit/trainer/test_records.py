@@ -13,10 +13,9 @@ from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError, RecipeError
 from lorafit.kinds.optimizers import optimizers
 from lorafit.trainer import tracking
-from lorafit.trainer.journal import Journal, MetricsLog
+from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
 from lorafit.trainer.state import Best, TrainState
-from lorafit.trainer.tracking import Trackers, build_accelerator
 
 CPU = torch.device("cpu")
 
