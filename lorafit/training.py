@@ -41,7 +41,7 @@ from lorafit.plan import ResolvedPlan, count_flops, require_fit, show_plan
 from lorafit.run.results import Trained, describe_resolved
 from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot, check_continuity
-from lorafit.trainer.executor import Executor, OneByOne
+from lorafit.trainer.executor import Executor
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
 from lorafit.trainer.profile import StepProfile
@@ -119,7 +119,7 @@ class Training:
         probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS)
         prove_gradients(objective, objective.batch_of(job.rows.train[probe], job.pad_id))
         one = accelerator.num_processes == 1
-        executor: Executor = OneByOne(objective, accelerator.device) if one else OverRanks(objective, accelerator)
+        executor = Executor(objective, accelerator.device) if one else OverRanks(objective, accelerator)
         resolved = self._resolve(executor, checkpoint, given)
         before_bytes = peak_memory_bytes(executor.device)
         told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take

@@ -74,13 +74,10 @@ class LiveLine(Progress):
         cells += [Text(count, style="progress.download"), Text(fields), left]
         line = Table.grid(padding=(0, 1, 0, 0))
         for cell in cells:
-            line.add_column(no_wrap=True, min_width=None if cell is cells[0] else _width(cell))
+            columns = len(cell) if isinstance(cell, Text) and cell is not cells[0] else None
+            line.add_column(no_wrap=True, min_width=columns)
         line.add_row(*cells)
         return line
-
-
-def _width(cell: RenderableType) -> int | None:
-    return len(cell) if isinstance(cell, Text) else None
 
 
 def _count(task: Task) -> str:

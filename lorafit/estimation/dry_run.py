@@ -36,7 +36,7 @@ from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.chunk_sizes import chunk_labels
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
-from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.executor import Executor
 from lorafit.trainer.step import Update, accumulate_gradients
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class DryRun:
         exact = not step.model.plain_head
         objective = step.task.build_objective(self._model, autocast_dtype=autocast, exact=exact)
         objective.train()
-        self._executor = OneByOne(objective, torch.device("cpu"))
+        self._executor = Executor(objective, torch.device("cpu"))
         # fp16 runs without its loss scale, which takes no memory and reads the gradients' values.
         self._executor.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self._trained, named = self._executor.parameters, list(objective.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import eq
 from pathlib import Path
 
 from lorafit.errors import LorafitError, ModelError, RecipeError, SafetyError
@@ -54,7 +55,9 @@ def diagnose(
         if len(judged) > _MOST_ERRORS:
             findings.append(finding(tree, (), f"more than {_MOST_ERRORS} errors", "mend the first ones"))
         found = explain(judged[:_MOST_ERRORS], tree)
-        findings += [one for one in found if not _follows(one, touched)]
+        for one in found:  # known before, or only missing because what was wrong there is taken away
+            hides = overlap if one.is_missing else eq
+            findings += [] if any(hides(path, one.path) for path in touched) else [one]
         touched += [one.meant for one in found if one.meant is not None and find(tree, one.meant) is None]
         touched += [one.path for one in found]
         for one in found:
@@ -92,11 +95,6 @@ def _contradiction(rule: Disagreement, tree: Entry, main: str) -> Finding:
     kept, other, (section, _, name) = rule.paths[1 - lower], rule.keys[lower], rule.keys[lower].rpartition(".")
     unset = f"add --set {other}=null" if 2 in layers else f"add {name}: null in {section}"
     return finding(tree, kept, f"{other} is set too, in {files[lower]}", f"{unset}, to keep this one")
-
-
-def _follows(one: Finding, touched: Sequence[KeyPath]) -> bool:
-    """Whether a finding was known, or only says that something is missing which was wrong and is taken away."""
-    return any(overlap(path, one.path) for path in touched) if one.is_missing else one.path in touched
 
 
 def _mended(tree: Entry, one: Finding) -> Entry:

@@ -97,11 +97,8 @@ def allowed_range(node: Node | None, found: float = 0) -> str:
         node: The schema of the number's key.
         found: The number. A limit that only keeps counters from overflowing is left out where it does not matter.
     """
-    return next((said for form in forms(node) if (said := _range_words(form, found))), "")
-
-
-def _range_words(form: Node, found: float) -> str:
-    limits = {name: form[name] for name in _LIMITS if name in form}
+    limited = [{name: form[name] for name in _LIMITS if name in form} for form in forms(node)]
+    limits = next(filter(None, limited), {})
     if limits.get("maximum") == LARGEST_COUNT and found <= LARGEST_COUNT:
         del limits["maximum"]
     said = {name: f"{limit:.0f}" if float(limit).is_integer() else f"{limit:g}" for name, limit in limits.items()}

@@ -51,8 +51,9 @@ def moved(tree: Entry, old: Path, new: Path, *, absolute: bool = False, node: No
     node = node or recipe_tree()
     if isinstance(tree.value, str):
         marks = {one.get("format") for one in (node, *forms(node))}
-        if "path" in marks or ("path-or-name" in marks and is_local(tree.value, old)):
-            return replace(tree, value=_moved_path(tree.value, old, new, absolute))
+        is_path = "path" in marks or ("path-or-name" in marks and is_local(tree.value, old))
+        if is_path and tree.value and (absolute or not PurePath(tree.value).is_absolute()):
+            return replace(tree, value=Path(os.path.relpath(old / tree.value, new)).as_posix())
         return tree
 
     def inside(part: str | int, entry: Entry) -> Entry:
@@ -64,9 +65,3 @@ def moved(tree: Entry, old: Path, new: Path, *, absolute: bool = False, node: No
     if isinstance(tree.value, dict):
         return replace(tree, value={key: inside(key, entry) for key, entry in tree.value.items()})
     return tree
-
-
-def _moved_path(text: str, old: Path, new: Path, absolute: bool) -> str:
-    if not text or (PurePath(text).is_absolute() and not absolute):
-        return text
-    return Path(os.path.relpath(old / text, new)).as_posix()

@@ -1,6 +1,6 @@
 """Executors: the ways in which the micro-batches of an optimizer step are run. Loop, rehearsal and dry run take one.
 
-    OneByOne      one after the other, in this process; the dry run's too, whose tensors are fake
+    Executor      one after the other, in this process; the dry run's too, whose tensors are fake
     InThreads     on a CPU several at once, a core each (`lorafit.trainer.threaded_micro_batches`)
     OverRanks     each process runs its share of them (`lorafit.trainer.ranks`)
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 
@@ -35,12 +35,16 @@ def no_check() -> None:
     """What is called after a micro-batch where nothing can end a step early."""
 
 
-class Executor(Protocol):
-    """Runs micro-batches. Used as a context: at its end nothing of it is left running.
+class Executor:
+    """Runs micro-batches one after the other in this process, which trains alone; other ways are derived from it.
+
+    Used as a context: at its end nothing of it is left running.
+
+    Args:
+        objective: Model and loss, on its device, in training mode when it runs.
+        device: That device.
 
     Attributes:
-        objective: Model and loss.
-        device: Where they are.
         parameters: The trained ones.
         scaler: fp16's loss scale; switched off, it does nothing, in other precisions.
         profile: Told when forward and backward begin and end; set once the run's own steps begin.
@@ -48,13 +52,13 @@ class Executor(Protocol):
         ranks: Their number.
     """
 
-    objective: Objective
-    device: torch.device
-    parameters: list[torch.nn.Parameter]
-    scaler: torch.amp.GradScaler
-    profile: NoProfile
-    rank: int
-    ranks: int
+    rank, ranks = 0, 1
+
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        self.objective, self.device = objective, device
+        self.profile: NoProfile = NO_PROFILE
+        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
 
     def __enter__(self) -> Self:
         return self
@@ -75,35 +79,6 @@ class Executor(Protocol):
         Returns:
             The summed loss of each micro-batch.
         """
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value, added over all ranks in fp64; the same on every rank."""
-
-    def sum_gradients(self) -> None:
-        """Adds `.grad` over all ranks."""
-
-    def gather(self, value: T) -> list[T]:
-        """Each rank's value, by rank; waits until every rank has given its own."""
-
-
-class OneByOne(Executor):
-    """One micro-batch after the other in this process, which trains alone.
-
-    Args:
-        objective: On its device, in training mode when it runs.
-        device: That device.
-    """
-
-    rank, ranks = 0, 1
-
-    def __init__(self, objective: Objective, device: torch.device) -> None:
-        self.objective, self.device, self.profile = objective, device, NO_PROFILE
-        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
-
-    def accumulate(
-        self, batches: Sequence[Batch], weight: float, after_each: Callable[[], None] = no_check
-    ) -> list[torch.Tensor]:
         losses = []
         for batch in batches:
             with self.profile.phase("forward"):
@@ -116,12 +91,14 @@ class OneByOne(Executor):
         return losses
 
     def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value, added over all ranks in fp64; the same on every rank."""
         return list(values)
 
     def sum_gradients(self) -> None:
-        """They are the sum already."""
+        """Adds `.grad` over all ranks; of one they are the sum already."""
 
     def gather(self, value: T) -> list[T]:
+        """Each rank's value, by rank; waits until every rank has given its own."""
         return [value]
 
 

@@ -29,12 +29,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file into memory; nothing stays mapped, so that a file cut short later does no harm."""
-    tensors: dict[str, torch.Tensor] = load(path.read_bytes())
-    return tensors
-
-
 def save_optimizer(
     folder: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> None:
@@ -68,7 +62,8 @@ def load_optimizer(
         CheckpointError: Parameters or shapes are not those that were saved.
     """
     skeleton = read_object(folder / SKELETON_FILE)
-    tensors = read_tensors(folder / TENSORS_FILE)
+    # into memory: nothing stays mapped, so that a file cut short later does no harm
+    tensors: dict[str, torch.Tensor] = load((folder / TENSORS_FILE).read_bytes())
     if skeleton["optimizer"] != type(optimizer).__name__:
         raise CheckpointError(
             f"holds the state of {skeleton['optimizer']}, the recipe's optimizer is {type(optimizer).__name__}",

@@ -80,7 +80,11 @@ class StepProfile(NoProfile):
         self._seconds = dict.fromkeys(PHASES, 0.0)
         number = len(self._steps) + 1
         if number == _TRACED_STEPS[0]:
-            self._recorder = self._start_recording()
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self._device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._recorder = torch.profiler.profile(activities=activities)
+            self._recorder.start()
         began = self._now()
         yield
         seconds = self._now() - began
@@ -111,14 +115,6 @@ class StepProfile(NoProfile):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-    def _start_recording(self) -> profile:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        recorder = torch.profiler.profile(activities=activities)
-        recorder.start()
-        return recorder
 
     def _stop_recording(self) -> None:
         if self._recorder is None:

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast, gather_object
 
 from lorafit.errors import DataError
-from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.executor import Executor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,7 +25,7 @@ T = TypeVar("T")
 _PARTING_SECONDS = 0.5
 
 
-class OverRanks(OneByOne):
+class OverRanks(Executor):
     """This process's share of the micro-batches, one after the other.
 
     Args:

@@ -22,12 +22,6 @@ class StopRequested(Exception):  # noqa: N818 - a wish, not an error
         self.number = number
 
 
-def _what_follows(number: int) -> str:
-    """What the loop does now, for whoever waits."""
-    again = "; press Ctrl-C again to stop at once, without it" if number == signal.SIGINT else ""
-    return f"stopping: saving a checkpoint of the last whole step{again}"
-
-
 class StopSignals:
     """While entered, signals set `received` instead of ending the process; afterwards the handlers are as before.
 
@@ -64,8 +58,10 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise StoppedBySignal("stopped by a second SIGINT: the last steps are not saved", signal_number=number)
         if self.received is None:
+            again = "; press Ctrl-C again to stop at once, without it" if number == signal.SIGINT else ""
+            sentence = f"stopping: saving a checkpoint of the last whole step{again}"
             # From a thread: a handler that writes may have come in the midst of a write.
-            self._saying = threading.Thread(target=self._says, args=(_what_follows(number),), daemon=True)
+            self._saying = threading.Thread(target=self._says, args=(sentence,), daemon=True)
             self._saying.start()
         self.received = number
         if self._may_interrupt:

@@ -20,7 +20,7 @@ from torch import nn
 from lorafit.ops.dropout import draw_seed, drawing_from, drop
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.rng import capture_rng
-from lorafit.trainer.executor import Executor, OneByOne, no_check
+from lorafit.trainer.executor import Executor, no_check
 
 if TYPE_CHECKING:
     from lorafit.contracts import Batch
@@ -30,7 +30,7 @@ Gradients = tuple[torch.Tensor | None, ...]
 _MUTABLE_ROTARY = ("dynamic", "longrope")  # their frequencies change with the longest row so far
 
 
-class InThreads(OneByOne):
+class InThreads(Executor):
     """Threads that each take one micro-batch at a time.
 
     Within its context the model's dropout layers draw from the generator of the micro-batch that their thread runs.

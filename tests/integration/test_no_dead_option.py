@@ -137,8 +137,8 @@ def test_an_outcome_that_changes_by_itself_proves_nothing() -> None:
 def test_a_tracker_that_is_not_installed_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tracker: str
 ) -> None:
-    from lorafit.trainer import tracking
+    from lorafit.trainer import journal
 
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(journal, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=rf'pip install "lorafit\[{tracker}\]"'):
-        tracking.build_accelerator(use_cpu=True, tracking=[tracker], folder=tmp_path)
+        journal.build_accelerator(use_cpu=True, tracking=[tracker], folder=tmp_path)

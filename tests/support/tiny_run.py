@@ -25,7 +25,7 @@ from lorafit.kinds.tasks import tasks
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
-from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.executor import Executor
 from lorafit.trainer.journal import Journal, MetricsLog
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
@@ -156,7 +156,7 @@ class Job:
         schedule = schedules.make_section("cosine", warmup_steps=2)
         total = self.plan.total_steps
         seed_rng(self.seed + 1)
-        accelerator, executor = Accelerator(cpu=True), OneByOne(self.objective, torch.device("cpu"))
+        accelerator, executor = Accelerator(cpu=True), Executor(self.objective, torch.device("cpu"))
         if accelerator.num_processes > 1:
             executor = OverRanks(self.objective, accelerator)
         executor.profile = self.profile

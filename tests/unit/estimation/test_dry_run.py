@@ -26,7 +26,7 @@ from lorafit.model_shapes import known_config
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.recipe.load import load_recipe
-from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.executor import Executor
 from lorafit.trainer.step import Update, accumulate_gradients
 from tests.unit.memory.test_estimate import ATTENTION, GPT2, MODELS, SIZES, build, one_thread  # noqa: F401
 
@@ -81,7 +81,7 @@ def measure_both(asked: StepMemory, config: dict[str, Any]) -> dict[bool, LivePe
     tensors = {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}
     tensors |= {"position_ids": halves} if halves is not None else {}
     batch = Batch(tensors, len(index), tuple(range(ROWS)), ids.numel())
-    executor = OneByOne(objective, torch.device("cpu"))
+    executor = Executor(objective, torch.device("cpu"))
     update = Update(optimizer, list(objective.named_parameters()), lambda step: 1e-3, executor.scaler)
 
     def step() -> None:

@@ -12,7 +12,7 @@ import torch
 from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError, RecipeError
 from lorafit.kinds.optimizers import optimizers
-from lorafit.trainer import tracking
+from lorafit.trainer import journal
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
 from lorafit.trainer.state import Best, TrainState
@@ -142,7 +142,7 @@ def test_best_goes_either_way(values: list[float], lower: bool, best: float) -> 
 
 
 def test_a_tracker_that_is_missing_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(journal, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r'tracking: wandb is not installed; .*pip install "lorafit\[wandb\]"'):
         build_accelerator(use_cpu=True, tracking=["wandb"], folder=tmp_path)
 

@@ -22,7 +22,7 @@ from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.candidates import CLOSE_ENOUGH
-from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.executor import Executor
 from lorafit.trainer.rehearsal import fill_rows, heaviest_shapes, rehearse, run_heaviest
 from lorafit.trainer.resolve import cached_plan_file, resolve_plan
 from lorafit.trainer.stage import Stage
@@ -34,7 +34,7 @@ from tests.support.tiny_run import CAUSAL_LM, PAD, Job, Rows
 def stage(job: Job, **values: Any) -> Stage:
     trainer = job.trainer()
     return Stage(
-        OneByOne(job.objective, torch.device("cpu")),
+        Executor(job.objective, torch.device("cpu")),
         examples=job.rows,
         validation=Rows(6, seed=5),
         step_rows=trainer.step_rows,
@@ -85,7 +85,7 @@ def test_it_leaves_no_trace(job: Callable[..., Job]) -> None:
     one = job("one", dropout=0.3)
     rehearsal = stage(one)
     trainer = one.trainer()
-    rehearsal.executor, rng = OneByOne(one.objective, torch.device("cpu")), capture_rng()
+    rehearsal.executor, rng = Executor(one.objective, torch.device("cpu")), capture_rng()
     before = [p.detach().clone() for p in one.model.parameters()]
     one.objective.eval()
     resolved = resolve(rehearsal, open_plan(attention="eager"))

@@ -15,7 +15,7 @@ from lorafit.model.fuse import fuse_layers
 from lorafit.objective import Objective
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.executor import OneByOne
+from lorafit.trainer.executor import Executor
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.step import accumulate_gradients
 from lorafit.trainer.threaded_micro_batches import InThreads, may_run_in_threads, run_at_once
@@ -171,7 +171,7 @@ def test_a_resumed_run_in_threads_repeats_every_bit(job: Callable[..., Job]) -> 
 
 def may_run(objective: Objective, *, checkpointing: bool = False) -> bool:
     batch = batches_of(Rows(1), 1)[0]
-    return may_run_in_threads(OneByOne(objective, CPU), batch, checkpointing=checkpointing)
+    return may_run_in_threads(Executor(objective, CPU), batch, checkpointing=checkpointing)
 
 
 def test_one_at_a_time_where_threads_would_disturb_each_other(job: Callable[..., Job]) -> None:
@@ -180,7 +180,7 @@ def test_one_at_a_time_where_threads_would_disturb_each_other(job: Callable[...,
     assert may_run(plain, checkpointing=True)
     executor.ranks = 2  # they share the cores already
     assert not may_run_in_threads(executor, batch, checkpointing=False)
-    assert not may_run_in_threads(OneByOne(plain, torch.device("cuda")), batch, checkpointing=False)
+    assert not may_run_in_threads(Executor(plain, torch.device("cuda")), batch, checkpointing=False)
     plain.exact = True  # its head is hooked for the time of a forward
     assert not may_run(plain)
     plain.exact = False
