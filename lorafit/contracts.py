@@ -285,7 +285,7 @@ class Printed(ABC):
 
 
 class Silent:
-    """A Reporter that keeps quiet; warnings are kept for whoever asks."""
+    """A Reporter that keeps quiet, and its own bar, which nobody sees; warnings are kept for whoever asks."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -300,15 +300,11 @@ class Silent:
     def show(self, renderable: Any) -> None:
         """Drops it."""
 
-    def track(self, total: int | None, what: str, done: int = 0) -> SilentProgress:
+    def track(self, total: int | None, what: str, done: int = 0) -> Silent:
         """A bar that nobody sees."""
-        return SilentProgress()
+        return self
 
-
-class SilentProgress:
-    """A bar that nobody sees."""
-
-    def __enter__(self) -> SilentProgress:
+    def __enter__(self) -> Silent:
         return self
 
     def __exit__(self, *exc: object) -> None:

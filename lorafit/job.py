@@ -165,7 +165,6 @@ def open_job(
         ModelError: Base or tokenizer cannot be used.
     """
     recipe = loaded.recipe
-    check_template(loaded)
     look_for_rows(loaded)
     from lorafit.data.prepare import build_renderer
     from lorafit.machine.devices import read_device
@@ -265,19 +264,6 @@ def look_at_template(named: str | None, folder: Path) -> None:
         error.what = error.what.replace("the chat template", f"template file '{named}'", 1)
         error.todo = error.todo or "mend it there"
         raise
-
-
-def check_template(loaded: LoadedRecipe) -> None:
-    """The same for a recipe without other errors, said at its line.
-
-    Raises:
-        RecipeError: Its chat template is neither a shipped name nor a file of text.
-        ModelError: The file is no valid Jinja.
-    """
-    try:
-        look_at_template(loaded.recipe.data.chat_template, loaded.folder)
-    except (ModelError, RecipeError) as error:
-        raise error.named_at(error.key or "", **loaded.place(error.key or "")) from None
 
 
 def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, todo: str = "") -> None:

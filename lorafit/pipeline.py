@@ -19,9 +19,13 @@ from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import UsageError
 from lorafit.files.atomic import read_json
 from lorafit.files.rundir import RunDir
-from lorafit.job import build_objective, check_template, look_at_template, open_job, placed, prove
+from lorafit.job import build_objective, look_at_template, open_job, placed, prove
 from lorafit.kinds.metrics import metrics
+from lorafit.kinds.tasks import tasks
+from lorafit.machine.devices import parse_gpu
+from lorafit.recipe.load import load_recipe
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
+from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
 from lorafit.run.workspace import (
     base_commit,
     began,
@@ -40,16 +44,11 @@ if TYPE_CHECKING:
     from lorafit.answering.generate import Answer
     from lorafit.data.preview import Preview
     from lorafit.estimation import CardComparison, RecipeEstimate
-    from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
 
 
 def validate(recipe: Path | JsonMapping, *, overrides: Sequence[str] = ()) -> Validated:
     """Checks a recipe and looks whether its chat template is there: no torch, no data, no model."""
-    from lorafit.recipe.load import load_recipe
-    from lorafit.run.results import Validated
-
     loaded = load_recipe(recipe, overrides, look_at_template=look_at_template)
-    check_template(loaded)
     return Validated(loaded)
 
 
@@ -66,7 +65,6 @@ def preview(
     `counts_all`: prepare and count all rows; else, of many, only the first of each source.
     """
     from lorafit.data import preview as room
-    from lorafit.recipe.load import load_recipe
 
     glance = None if counts_all else show
     loaded = load_recipe(recipe, overrides, look_at_template=look_at_template)
@@ -89,12 +87,9 @@ def estimate(
     from lorafit.estimation import Options, check_headroom, estimate_recipe
     from lorafit.estimation.local_rows import read_lengths
     from lorafit.estimation.measured import MeasuredSteps
-    from lorafit.kinds.tasks import tasks
-    from lorafit.machine.devices import parse_gpu
     from lorafit.model.base import read_config
     from lorafit.model.class_shape import find_shape
     from lorafit.plan import check_price
-    from lorafit.recipe.load import load_recipe
 
     device = parse_gpu(gpu) if gpu is not None else None
     fit_device = parse_gpu(fit, "--fit") if fit is not None else None
@@ -121,7 +116,6 @@ def compare_cards(
 ) -> CardComparison:
     """The recipe on several cards, a row each; `options` are those of `estimate`, all but what is of one card alone."""
     from lorafit.estimation import CardComparison
-    from lorafit.machine.devices import parse_gpu
 
     for name, value in (("--fit", fit), ("--price-per-hour", options.get("price_per_hour"))):
         if value is not None:
@@ -152,8 +146,6 @@ def train(
     from lorafit.estimation.measured import MeasuredSteps
     from lorafit.model.shippable import check_shippable_unloaded
     from lorafit.plan import ResolvedPlan, plan, require_fit, show_plan
-    from lorafit.recipe.load import load_recipe
-    from lorafit.run.results import Trained
 
     reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
     loaded = load_recipe(recipe, overrides, output=output, look_at_template=look_at_template)
@@ -218,7 +210,6 @@ def evaluate(
     from lorafit.evaluation.runner import evaluate_pair
     from lorafit.model.adapter import adapter_tensors
     from lorafit.model.inspect import coverage
-    from lorafit.run.results import Evaluated
 
     opened = settle_evaluation(opened, overrides, reporter)
     split = split or usual_split(opened.loaded.recipe)
@@ -314,7 +305,6 @@ def generate(
     prompts = read_prompts(run, prompt, input_file, rows, reporter)
     from lorafit.answering.engine import Request, Sampling
     from lorafit.answering.opening import open_answerer
-    from lorafit.run.results import Generated
 
     if compare_base and is_model(run):
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")

@@ -44,10 +44,9 @@ from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot, c
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
-from lorafit.trainer.profile import StepProfile
+from lorafit.trainer.profile import StepProfile, measure_speed
 from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
 from lorafit.trainer.resolve import cached_plan_file, resolve_plan
-from lorafit.trainer.speed import measure_speed
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.startup_proofs import prove_gradients
 from lorafit.trainer.state import Event, FitResult, TrainState
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
     from lorafit.job import Job
     from lorafit.memory import StepMemory
@@ -68,7 +66,7 @@ if TYPE_CHECKING:
     from lorafit.plan import Plan
     from lorafit.run.card import RunCard
     from lorafit.trainer.checkpoint import Checkpoint
-    from lorafit.trainer.speed import Speed
+    from lorafit.trainer.profile import Speed
 
 _GRADIENT_TOKENS = 64
 _SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed
@@ -168,19 +166,23 @@ class Training:
         return trained
 
     def _load(self, accelerator: Accelerator) -> Any:
-        """The base with its adapter, in the precision of the plan."""
-        plan = self.plan
+        """The base with its adapter, in the precision of the plan; both can be merged and loaded again."""
+        plan, job, recipe = self.plan, self.job, self.job.recipe
         base = load_model(
-            self.job.base,
-            quantization=self.job.recipe.model.quantization,
+            job.base,
+            quantization=recipe.model.quantization,
             dtype=dtype_named(plan.dtype),
             compute_dtype=dtype_named(plan.compute_dtype),
             attention=plan.attention,
             device=accelerator.device,
-            model_class=self.job.task.model_class.padded_with(self.job.pad_id),
+            model_class=job.task.model_class.padded_with(job.pad_id),
             reporter=self.reporter,
         )
-        model = self._attach(base)
+        model = attach_adapter(
+            base, recipe.adapter, recipe.seed, folder=job.loaded.folder, model_class=job.task.model_class
+        )
+        check_plan(model, adapters.bind(recipe.adapter).sites(job.shape), plan.trainable_parameters)
+        check_shippable(model, job.base, job.task.model_class)
         fuse_layers(model)
         if plan.keeps_unpacked:
             keep_unpacked(model)
@@ -222,16 +224,6 @@ class Training:
         if job.task.reference_columns and not begins_as_base(job.recipe.adapter):
             with atomic_dir(self.where.first_adapter) as folder:
                 save_adapter(model, folder, base=job.base)
-
-    def _attach(self, base: PreTrainedModel) -> Any:
-        """The base with its adapter, which is the planned one, and can be merged and loaded again."""
-        job, recipe = self.job, self.job.recipe
-        model = attach_adapter(
-            base, recipe.adapter, recipe.seed, folder=job.loaded.folder, model_class=job.task.model_class
-        )
-        check_plan(model, adapters.bind(recipe.adapter).sites(job.shape), self.plan.trainable_parameters)
-        check_shippable(model, job.base, job.task.model_class)
-        return model
 
     def _measure_speed(self, fit: FitResult, executor: Executor) -> Speed | None:
         """The run's figures against what the machine can do."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import JsonObject
+from lorafit.contracts import JsonObject, Silent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,7 @@ _QUIET_SETTINGS = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
 }
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def quieten_libraries() -> None:
@@ -77,9 +79,7 @@ class ConsoleReporter:
     def track(self, total: int | None, what: str, done: int = 0) -> Progress:
         """A bar of `total` units (None: nobody knows), drawn or written; an earlier process did `done` of them."""
         if self._quiet:
-            from lorafit.contracts import SilentProgress
-
-            return SilentProgress()
+            return Silent()
         if sys.stderr.isatty() and self._bar is None:
             return _DrawnBar(self, total, what, done)
         return _WrittenBar(total, what, done, every_seconds=0.0 if self._verbose else _LINE_EVERY_SECONDS)
@@ -180,3 +180,23 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Prints the text as it is: nothing in it is taken for markup, coloured or wrapped."""
+    console.print(printable(console, text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def can_show(console: Console, text: str) -> bool:
+    """Whether the console's encoding has these characters."""
+    try:
+        text.encode(console.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(console: Console, text: str) -> str:
+    """The text without control characters, which could steer a terminal, and in what the terminal can show."""
+    plain = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+    return plain.encode(console.encoding, "backslashreplace").decode(console.encoding)

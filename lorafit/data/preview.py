@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafit.console.printing import can_show, printable, say
+from lorafit.console.reporting import can_show, printable, say
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject, Printed
 from lorafit.errors import row_place

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafit.console.printing import can_show, say
+from lorafit.console.reporting import can_show, say
 from lorafit.console.wording import counted
 from lorafit.contracts import Printed
 from lorafit.estimation.answer import Answer

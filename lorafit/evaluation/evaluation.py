@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorafit.answering.generate import Answer
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorafit.objective import TrainedTask
 
 WORST_ROWS = 10
+_NOT_SCORED = RowScore()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,9 @@ class Row:
 
     file: str
     line: int
-    prompt: str
-    base: RowScore
-    tuned: RowScore
+    prompt: str = ""
+    base: RowScore = _NOT_SCORED
+    tuned: RowScore = _NOT_SCORED
     call: Row | None = None
 
     def asked_for(self, needs: str) -> Row:
@@ -207,7 +208,6 @@ class Evaluation:
     retention_rows: int = 0
     base_speed: Speed | None = None
     tuned_speed: Speed | None = None
-    resamples: int = field(default=RESAMPLES)
 
     @property
     def trained_tokens(self) -> int:
@@ -232,7 +232,7 @@ class Evaluation:
             },
             "worst_rows": [row.to_json() for row in self.worst],
             "signatures": self.signatures,
-            "bootstrap": {"resamples": self.resamples, "confidence": CONFIDENCE, "seed": self.seed},
+            "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": self.seed},
             "max_new_tokens": self.max_new_tokens,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -270,13 +270,12 @@ def join_rows(
 ) -> tuple[Row, ...]:
     """One Row a source row. Examples that were split from one row are added up: rows are what a bootstrap may draw."""
     joined: dict[tuple[str, int], Row] = {}
-    nothing = RowScore()
     for index, (base, tuned) in enumerate(zip(base_losses, tuned_losses, strict=True)):
         file, line = place_of(examples[index])
-        known = joined.get((file, line), Row(file, line, "", nothing, nothing))
+        known = joined.get((file, line), Row(file, line))
         joined[file, line] = replace(known, base=known.base.plus(base), tuned=known.tuned.plus(tuned))
     for question, base_answer, tuned_answer in zip(asked, base_answers, tuned_answers, strict=True):
-        known = joined.get((question.file, question.line), Row(question.file, question.line, "", nothing, nothing))
+        known = joined.get((question.file, question.line), Row(question.file, question.line))
         base, tuned = (
             replace(
                 side,
@@ -311,7 +310,7 @@ def compare_rows(
     return tuple(comparisons), tuple(unscored)
 
 
-def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison], count: int = WORST_ROWS) -> list[WorstRow]:
+def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[WorstRow]:
     """The rows that the tuned model does worst on, by the first metric over answers, else by the loss of a token.
 
     Among equals the row with the higher loss comes first.
@@ -328,7 +327,7 @@ def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison], count: in
         loss = row.tuned.mean_loss
         second = -math.inf if loss is None else -loss
         found.append((sign * tuned[1], second, WorstRow(row, tuned[0], base[1], tuned[1])))
-    return [worst for *_, worst in sorted(found, key=lambda entry: entry[:2])[:count]]
+    return [worst for *_, worst in sorted(found, key=lambda entry: entry[:2])[:WORST_ROWS]]
 
 
 def fill_text(

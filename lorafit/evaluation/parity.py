@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from lorafit.console.wording import counted
 from lorafit.errors import NumericsError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from lorafit.contracts import Example, Reporter
@@ -122,8 +123,6 @@ def fp32_compute(model: PreTrainedModel) -> Iterator[None]:
     Plain weights become fp32 and afterwards what they were, which loses nothing. 4-bit linears dequantise to the same
     values and multiply in fp32. int8 linears on a CPU take dequantised weights, as in training, not 8-bit products.
     """
-    import torch
-
     modes = [(module, module.training) for module in model.modules()]
     computes = [
         (module, module.compute_dtype) for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")
@@ -163,8 +162,6 @@ def _sums(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, counted: torch
     """Of one row, with `p`, `q` `[labels, classes]`, the right classes, and which of them count: labels, KL, equal
     first choices, labels that count and both models' loss on them; the largest difference and the largest KL last.
     """
-    import torch
-
     if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
         raise NumericsError("logits are not finite", todo="the adapter or the merged model is broken")
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)

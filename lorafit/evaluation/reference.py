@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from lorafit.contracts import JsonMapping
 from lorafit.data.batch import cut_step
@@ -54,8 +56,6 @@ def add_reference(
     Raises:
         ResourceError: The cache cannot be written.
     """
-    from safetensors.numpy import save_file
-
     cache, device = cache_folder() / "reference", objective.device.type
     own_folder(cache)
     found = {}
@@ -74,9 +74,6 @@ def add_reference(
 
 def _read(file: Path, task: Task[TaskSection], rows: int) -> dict[str, NDArray[np.float64]] | None:
     """Columns that were kept; None where they are not there, or not whole."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
         found: dict[str, NDArray[np.float64]] = load_file(file)
     except (OSError, SafetensorError):

@@ -14,19 +14,18 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonMapping
 from lorafit.errors import row_place
 from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
-from lorafit.evaluation.statistics import LEAST_ROWS, ROUGH_ROWS, Comparison, Verdict
+from lorafit.evaluation.statistics import LEAST_ROWS, RESAMPLES, ROUGH_ROWS, Comparison, Verdict
 from lorafit.files.atomic import atomic_file, write_json
 from lorafit.files.rundir import RunDir
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
 
 HEADINGS = ("metric", "base", "tuned", "tuned 95 %", "difference", "95 % interval", "verdict", "rows better / worse")
 _MEBIBYTE = 1 << 20
@@ -140,7 +139,7 @@ def render_markdown(evaluation: Evaluation) -> str:
     lines += ["", "## What was evaluated", "", *(f"- {line}" for line in describe(evaluation))]
     lines += [f"- {name}: {signature}" for name, signature in evaluation.signatures.items()]
     lines.append(
-        f"- intervals, of the tuned score and of the difference: paired bootstrap over rows, {evaluation.resamples:,} "
+        f"- intervals, of the tuned score and of the difference: paired bootstrap over rows, {RESAMPLES:,} "
         f"resamples, seed {evaluation.seed}, 95 %"
     )
     if evaluation.worst:
@@ -215,9 +214,6 @@ def render_evaluation(
         columns: Width of the terminal; from 140 on nothing is shortened.
         place: Makes a path that the reader can open of a row's file.
     """
-    from rich.console import Group
-    from rich.text import Text
-
     wide = columns >= WIDE_COLUMNS
     parts: list[RenderableType] = [_draw(evaluation.comparisons, "base and tuned model on the same rows", wide=wide)]
     spans = [f"{line.name} {line.tuned_span}" for line in evaluation.comparisons if line.rows >= LEAST_ROWS]
@@ -238,8 +234,6 @@ def render_evaluation(
 
 
 def _draw(comparisons: Sequence[Comparison], title: str, *, wide: bool) -> Table:
-    from rich.table import Table
-
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in HEADINGS if wide else _NARROW_HEADINGS:
         is_word = heading in ("metric", "verdict")
@@ -251,17 +245,9 @@ def _draw(comparisons: Sequence[Comparison], title: str, *, wide: bool) -> Table
 
 def _narrow_cells(line: Comparison) -> tuple[str, ...]:
     """As in the report, points and the number of rows left out: the line below the table says it."""
-    changes = (line.difference, line.low, line.high)
-    change, low, high = (line.show_change(value).removesuffix(" points") for value in changes)
-    return (
-        line.name,
-        line.show(line.base),
-        line.show(line.tuned),
-        change,
-        f"{low} to {high}",
-        _NARROW_VERDICTS.get(line.verdict, line.verdict),
-        f"{line.rows_better} / {line.rows_worse}",
-    )
+    name, base, tuned, _, change, interval, verdict, rows = cells_of(line)
+    change, interval, rows = change.removesuffix(" points"), interval.replace(" points", ""), rows.partition(" of ")[0]
+    return name, base, tuned, change, interval, _NARROW_VERDICTS.get(line.verdict, verdict), rows
 
 
 def _conclude(

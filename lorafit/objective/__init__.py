@@ -95,7 +95,11 @@ class Objective(nn.Module):
         self.exact = exact
         self.masks_documents = False
         if autocast_dtype is not None:
-            _let_autocast_cast(model)
+            # Adapters leave their input's dtype alone: autocast casts their fp32 weights instead, which are far
+            # smaller. PEFT would cast every input up to fp32 before autocast casts it down again.
+            for module in model.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    module.cast_input_dtype_enabled = False  # type: ignore[assignment]
             _keep_results_narrow(model)
 
     def forward(self, batch: Batch) -> LossSum:
@@ -146,16 +150,6 @@ class Objective(nn.Module):
         """The precision in which the objective computes."""
         dtype = self.autocast_dtype
         return torch.autocast(batch["input_ids"].device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def _let_autocast_cast(model: nn.Module) -> None:
-    """Adapters leave their input's dtype alone: autocast casts their fp32 weights instead, which are far smaller.
-
-    PEFT would cast every input up to fp32 before autocast casts it down again.
-    """
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def _keep_results_narrow(model: nn.Module) -> None:

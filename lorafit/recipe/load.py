@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonMapping
-from lorafit.errors import UsageError, raise_all
+from lorafit.errors import ModelError, RecipeError, UsageError, raise_all
 from lorafit.recipe.cross_field_rules import disagreements
 from lorafit.recipe.extends import read_layers
 from lorafit.recipe.paths import absolute, moved
@@ -72,7 +72,7 @@ def load_recipe(
         overrides: `KEY=VALUE` flags, e.g. `training.epochs=1` or `data.train[0].path=a.jsonl`.
         output: A run folder instead of the recipe's; relative to the working folder.
         look_at_template: Raises RecipeError or ModelError where what a recipe in a folder names is no chat template.
-            Asked of a recipe with errors, so that what is wrong with its template is told beside them.
+            What is wrong with it is told beside the recipe's other errors.
 
     Raises:
         UsageError: The file cannot be read, or a flag is no KEY=VALUE.
@@ -90,7 +90,7 @@ def load_recipe(
         raise_all(diagnose(layers, str(path), absolute(path).parent, look_at_template), file=str(path))
         raise AssertionError("a recipe that is not valid has an error")
     folder = absolute(path).parent
-    return LoadedRecipe(
+    loaded = LoadedRecipe(
         recipe=valid,
         folder=folder,
         file=str(path),
@@ -98,6 +98,12 @@ def load_recipe(
         output=absolute(Path(output)) if output is not None else _run_folder(valid, folder),
         _tree=layers.tree,
     )
+    if look_at_template is not None:
+        try:
+            look_at_template(valid.data.chat_template, folder)
+        except (ModelError, RecipeError) as error:
+            raise error.named_at(error.key or "", **loaded.place(error.key or "")) from None
+    return loaded
 
 
 def _plain_values(values: JsonMapping) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorafit.model.merge import MergeReport
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
-    from lorafit.trainer.speed import Speed
+    from lorafit.trainer.profile import Speed
     from lorafit.trainer.state import FitResult
 
 _GIB, _MIB = 1 << 30, 1 << 20

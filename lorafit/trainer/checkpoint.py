@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from pydantic import Field
 
 from lorafit.console.wording import counted
@@ -64,8 +65,6 @@ class Environment:
     @classmethod
     def here(cls, device_kind: str, ranks: int) -> Environment:
         """This process's."""
-        import torch
-
         return cls(device_kind, ranks, installed_versions(), torch.get_num_threads())
 
 
@@ -236,8 +235,6 @@ def check_continuity(
 
 def _take_threads(was: Environment, now: Environment, reporter: Reporter) -> list[Event]:
     """Goes on with as many of torch's threads as the run had: on a CPU another number rounds sums another way."""
-    import torch
-
     if now.device_kind != "cpu" or was.threads in (0, now.threads):
         return []
     torch.set_num_threads(was.threads)

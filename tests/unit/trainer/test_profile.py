@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorafit.ops import matmul_peak
-from lorafit.trainer import speed
+from lorafit.trainer import profile
 from lorafit.trainer.profile import PHASES, StepProfile
 from lorafit.trainer.state import FitResult, TrainState
 from tests.support.tiny_run import Job, TinyPlan
@@ -94,9 +94,9 @@ def result(**values: Any) -> FitResult:
 
 
 def test_speed_is_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "find_peak", lambda *_: 4e9)
+    monkeypatch.setattr(profile, "find_peak", lambda *_: 4e9)
     cpu = torch.device("cpu")
-    got = speed.measure_speed(
+    got = profile.measure_speed(
         result(), model_flops=20 * 10**9, device=cpu, devices=2, dtype=torch.bfloat16, cache=tmp_path
     )
     assert got is not None
@@ -118,14 +118,14 @@ def test_the_loop_counts_padding(tmp_path: Path) -> None:
 def test_the_peak_is_measured_once_for_threads_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_peak, "_SIDES", {"cpu": (64, 128)})
     cpu = torch.device("cpu")
-    first = speed.find_peak(cpu, torch.float32, tmp_path)
+    first = profile.find_peak(cpu, torch.float32, tmp_path)
     assert first > 0
-    assert speed.find_peak(cpu, torch.float32, tmp_path) == first  # to the last bit: it was not measured again
-    speed.find_peak(cpu, torch.bfloat16, tmp_path)
+    assert profile.find_peak(cpu, torch.float32, tmp_path) == first  # to the last bit: it was not measured again
+    profile.find_peak(cpu, torch.bfloat16, tmp_path)
     assert len(list((tmp_path / "peaks").iterdir())) == 2
     for file in (tmp_path / "peaks").iterdir():
         file.write_text("{broken")
-    assert speed.find_peak(cpu, torch.float32, tmp_path) > 0
+    assert profile.find_peak(cpu, torch.float32, tmp_path) > 0
 
 
 def test_the_fastest_product_wins(monkeypatch: pytest.MonkeyPatch) -> None:
