@@ -11,16 +11,14 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     by_folded = {k.lower().replace("-", "_"): k for k in known}
     folded = name.lower().replace("-", "_")
     found = difflib.get_close_matches(folded, list(by_folded), n=len(by_folded) or 1, cutoff=0.6)
-    return [by_folded[f] for f in found if _is_close(folded, f)][:count]
-
-
-def _is_close(name: str, known: str) -> bool:
-    """Whether a name may well be a slip for a known one: one holds the other, or few letters differ for their length.
-
-    Shared letters alone say little of short words: `bias` and `base` have three of four.
-    """
-    shorter = min(len(name), len(known))
-    return (shorter > 2 and (name in known or known in name)) or _edits(name, known) <= max(1, shorter // 3)
+    close = []
+    for one in found:
+        # One holds the other, or few letters differ for their length. Shared letters alone say little of short words:
+        # `bias` and `base` have three of four.
+        shorter, is_part = min(len(folded), len(one)), folded in one or one in folded
+        if (shorter > 2 and is_part) or _edits(folded, one) <= max(1, shorter // 3):
+            close.append(by_folded[one])
+    return close[:count]
 
 
 def _edits(one: str, other: str) -> int:

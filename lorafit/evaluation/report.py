@@ -61,17 +61,13 @@ def name_report(
     """
     parts = ["report"]
     parts += [split] if split is not None else []
-    parts += [_name_changes(changed)] if changed else []
+    if changed:  # the last words of a few keys, for people, and a hash of all, which tells any two apart
+        words = list(dict.fromkeys(key.rpartition(".")[2] for key in sorted(changed)))
+        text = json.dumps(changed, sort_keys=True, ensure_ascii=True)
+        parts.append("-".join(["set", *words[:_SHOWN_CHANGES], hashlib.sha256(text.encode()).hexdigest()[:8]]))
     parts += [f"first-{limit}"] if limit is not None else []
     parts += [f"step-{checkpoint_step}"] if checkpoint_step is not None else []
     return ".".join(parts)
-
-
-def _name_changes(changed: JsonMapping) -> str:
-    """The last words of a few keys, for people, and a hash of all keys and values, which tells any two apart."""
-    words = dict.fromkeys(key.rpartition(".")[2] for key in sorted(changed))
-    text = json.dumps(changed, sort_keys=True, ensure_ascii=True)
-    return "-".join(["set", *list(words)[:_SHOWN_CHANGES], hashlib.sha256(text.encode()).hexdigest()[:8]])
 
 
 def write_report(run: RunDir, evaluation: Evaluation, name: str = "report") -> None:

@@ -100,8 +100,5 @@ def _of_hub_options(recipe: Recipe) -> Iterator[Disagreement]:
     for key, source in numbered:
         for option in ("split", "subset", "revision") if PurePath(source.path).suffix.lower() in DATA_SUFFIXES else ():
             if getattr(source, option) != type(source).model_fields[option].default:
-                keys, what = (
-                    (f"{key}.{option}", f"{key}.path"),
-                    f"only hub data sets have a {option}, and path is a file",
-                )
-                yield Disagreement(keys, what, "remove it")
+                what = f"only hub data sets have a {option}, and path is a file"
+                yield Disagreement((f"{key}.{option}", f"{key}.path"), what, "remove it")

@@ -94,15 +94,13 @@ class OneNameOf:
         return {"enum": self.names()}
 
 
-def _metrics_while_training() -> list[str]:
-    return [name for name, metric in metrics.items() if metric.during_training]
-
-
 _USUAL = tasks.make("causal-lm")
 
 FormatName = Annotated[str, OneNameOf("format", lambda: ["auto", *formats.names()])]
 MetricName = Annotated[str, OneNameOf("metric", metrics.names)]
-CheapMetricName = Annotated[str, OneNameOf("metric while training", _metrics_while_training)]
+CheapMetricName = Annotated[
+    str, OneNameOf("metric while training", lambda: [n for n, metric in metrics.items() if metric.during_training])
+]
 
 
 class ModelSection(Section):

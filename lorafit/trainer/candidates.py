@@ -10,7 +10,6 @@ Of sizes of micro-batches, and on a CPU of their number at once, what gives the 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,13 +43,11 @@ def fastest_attention(stage: Stage, budget: int, checkpointing: bool) -> str:
     if not base._can_set_attn_implementation():  # it computes its attention by itself: there is nothing to choose
         return str(base.config._attn_implementation)
     rates: dict[str, float] = {}
-    probe = AttentionProbe(stage)
-    expected = probe.logits("eager")
+    expected = _logits(stage, "eager")
     for name in _open_candidates(stage, budget, checkpointing):
         try:
             stage.set_attention(name)
-            far = probe.disagreement(name, expected)
-            if far:
+            if far := _disagreement(stage, name, expected):
                 stage.reporter.warn(f"{name} attention is left out: {far}")
                 continue
             rates[name] = stage.rate(budget)
@@ -79,52 +76,51 @@ def _open_candidates(stage: Stage, budget: int, checkpointing: bool) -> list[str
     return ["sdpa", *([FUSED_ATTENTION] if takes_fused else []), *(["eager"] if takes_eager else [])]
 
 
-@dataclass
-class AttentionProbe:
-    """One row, run under an implementation and its reference. Leaves the implementation and the mode it ran last."""
+def _disagreement(stage: Stage, name: str, eager_logits: torch.Tensor) -> str:
+    """How far an implementation is from its references, in words; empty where it is within rounding.
 
-    stage: Stage
+    Leaves the implementation and the mode that ran last.
 
-    def disagreement(self, name: str, eager_logits: torch.Tensor) -> str:
-        """How far an implementation is from its references, in words; empty where it is within rounding.
+    Args:
+        stage: The run's.
+        name: The implementation.
+        eager_logits: `_logits(stage, "eager")`.
+    """
+    rounding = ROUNDING[stage.objective.autocast_dtype]
+    distance = logits_distance(eager_logits, _logits(stage, name))
+    if not distance <= rounding:
+        return f"its logits are {distance:.2g} from eager's"
+    if name != FUSED_ATTENTION:
+        return ""
+    expected, found = _gradients(stage, "sdpa"), _gradients(stage, name)  # `fused` differs in training mode only
+    distance = float((found - expected).norm() / expected.norm())
+    return "" if distance <= rounding else f"its gradients are {distance:.2g} from sdpa's"
 
-        Args:
-            name: The implementation.
-            eager_logits: `logits("eager")`.
-        """
-        rounding = ROUNDING[self.stage.objective.autocast_dtype]
-        distance = logits_distance(eager_logits, self.logits(name))
-        if not distance <= rounding:
-            return f"its logits are {distance:.2g} from eager's"
-        if name != FUSED_ATTENTION:
-            return ""
-        expected, found = self._gradients("sdpa"), self._gradients(name)  # `fused` differs in training mode only
-        distance = float((found - expected).norm() / expected.norm())
-        return "" if distance <= rounding else f"its gradients are {distance:.2g} from sdpa's"
 
-    @torch.no_grad()
-    def logits(self, name: str) -> torch.Tensor:
-        """[labels, vocabulary], in eval mode."""
-        set_attention(self.stage.objective.base, name)
-        self.stage.objective.eval()
-        return self.stage.objective.logits(self._batch())
+@torch.no_grad()
+def _logits(stage: Stage, name: str) -> torch.Tensor:
+    """Of one row under an implementation, [labels, vocabulary], in eval mode."""
+    set_attention(stage.objective.base, name)
+    stage.objective.eval()
+    return stage.objective.logits(_probe(stage))
 
-    def _gradients(self, name: str) -> torch.Tensor:
-        """Of the row's loss in training mode, all behind each other, fp64; dropout is drawn alike each time."""
-        set_attention(self.stage.objective.base, name)
-        self.stage.objective.train()
-        with preserved_rng():
-            loss_sum, _, _ = self.stage.objective(self._batch())
-            loss_sum.backward()
-        trained = [parameter for parameter in self.stage.objective.parameters() if parameter.grad is not None]
-        gradients = torch.cat([parameter.grad.flatten().double() for parameter in trained])  # type: ignore[union-attr]
-        for parameter in trained:
-            parameter.grad = None
-        return gradients
 
-    def _batch(self) -> Batch:
-        row = choose_probe(self.stage.examples.lengths, most_tokens=_PROBE_TOKENS)
-        return self.stage.objective.batch_of(self.stage.examples[row], self.stage.pad_id)
+def _gradients(stage: Stage, name: str) -> torch.Tensor:
+    """Of the row's loss in training mode, all behind each other, fp64; dropout is drawn alike each time."""
+    set_attention(stage.objective.base, name)
+    stage.objective.train()
+    with preserved_rng():
+        stage.objective(_probe(stage)).loss_sum.backward()
+    trained = [parameter for parameter in stage.objective.parameters() if parameter.grad is not None]
+    gradients = torch.cat([parameter.grad.flatten().double() for parameter in trained])  # type: ignore[union-attr]
+    for parameter in trained:
+        parameter.grad = None
+    return gradients
+
+
+def _probe(stage: Stage) -> Batch:
+    row = choose_probe(stage.examples.lengths, most_tokens=_PROBE_TOKENS)
+    return stage.objective.batch_of(stage.examples[row], stage.pad_id)
 
 
 def fastest_number(stage: Stage, least: int, most: int, checkpointing: bool) -> tuple[int, dict[int, float]]:

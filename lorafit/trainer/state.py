@@ -46,10 +46,6 @@ class Best:
     metric: str
     value: Real
 
-    def improved_by(self, value: float, *, lower_is_better: bool) -> float:
-        """How much better `value` is, in the metric's unit; negative where it is worse."""
-        return self.value - value if lower_is_better else value - self.value
-
 
 @dataclass(slots=True)
 class TrainState:
@@ -149,12 +145,12 @@ class TrainState:
         Returns:
             Whether this is the best so far.
         """
-        reference = None if self.patience_value is None else Best(0, metric, self.patience_value)
-        if reference is None or reference.improved_by(value, lower_is_better=lower_is_better) > min_delta:
+        sign = -1.0 if lower_is_better else 1.0
+        if self.patience_value is None or sign * (value - self.patience_value) > min_delta:
             self.patience_value, self.evaluations_without_improvement = value, 0
         else:
             self.evaluations_without_improvement += 1
-        if self.best is None or self.best.improved_by(value, lower_is_better=lower_is_better) > 0:
+        if self.best is None or sign * (value - self.best.value) > 0:
             self.best = Best(self.step, metric, value)
             return True
         return False
