@@ -78,7 +78,7 @@ def read_layers(path: Path, overrides: Sequence[str], values: Plain = None) -> L
     """
     flags, file = [_read_flag(flag) for flag in overrides], str(path)
     if values is None:
-        tree, errors = _read_one(read_bytes(path, file), file)
+        tree, errors = _read_file(path, file)
     else:
         tree, errors = _checked(entry_of(values, Place(path.name)), [])
     for key, entry, _ in flags:
@@ -94,29 +94,21 @@ def read_layers(path: Path, overrides: Sequence[str], values: Plain = None) -> L
     return Layers(merged, errors, is_whole=not more)
 
 
-def read_bytes(path: Path, named: str) -> bytes:
-    """Reads a recipe file, which messages call `named`, and at most one byte more than a recipe may have.
+def _read_file(path: Path, named: str) -> tuple[Entry, list[LorafitError]]:
+    """The tree of a recipe file, which messages call `named`, without its secrets.
 
     Raises:
         UsageError: There is no such file, or it cannot be read.
+        LorafitError: It is no mapping.
     """
     try:
-        return read_regular_file(path, MOST_BYTES + 1)
+        raw = read_regular_file(path, MOST_BYTES + 1)
     except (OSError, JsonError) as error:
         told = error.what if isinstance(error, JsonError) else error.strerror or type(error).__name__
         reason = "is a directory" if isinstance(error, JsonError) and path.is_dir() else told.lower()
         named = named if len(named) <= _SHOWN_PATH_CHARACTERS else f"{named[: _SHOWN_PATH_CHARACTERS - 1]}…"
         raise UsageError(reason, file=named, todo="name a recipe, a YAML file") from None
-
-
-def _read_one(raw: bytes, file: str) -> tuple[Entry, list[LorafitError]]:
-    """One file's tree without its secrets.
-
-    Raises:
-        LorafitError: It is no mapping.
-    """
-    tree, problems = read_tree(decode(raw, file), Place(file, 1, 1))
-    return _checked(tree, problems)
+    return _checked(*read_tree(decode(raw, named), Place(named, 1, 1)))
 
 
 def _checked(tree: Entry, problems: Sequence[LorafitError]) -> tuple[Entry, list[LorafitError]]:
@@ -139,7 +131,7 @@ def _with_extended(tree: Entry, chain: list[_Source]) -> tuple[Entry, list[Loraf
         return tree, []
     try:
         source = _extended_source(extends, chain)
-        below, errors = _read_one(read_bytes(source.path, source.shown), source.shown)
+        below, errors = _read_file(source.path, source.shown)
     except UsageError as error:  # of the file that it names
         todo = "paths are relative to this file"
         return tree, [extends.place.error(f"{error.file}: {error.what}", ("extends",), todo)]

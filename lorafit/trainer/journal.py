@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, on_main_process
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import RecipeError
@@ -176,24 +177,20 @@ def build_accelerator(*, use_cpu: bool, tracking: Sequence[str] = (), folder: Pa
                 f"{name} is not installed", key="tracking", todo=f'install it with: pip install "lorafit[{name}]"'
             )
     place = str(folder or ".")
-    trackers = [_build_board(place) if name == "tensorboard" else name for name in tracking]
+    trackers = [_Board(name, place) if name == "tensorboard" else name for name in tracking]
     return Accelerator(cpu=use_cpu, mixed_precision="no", log_with=trackers or None, project_dir=place)
 
 
-def _build_board(folder: str) -> Any:
-    """accelerate's tracker for TensorBoard, in the folder's `tensorboard`, with the recipe as a text.
+class _Board(TensorBoardTracker):  # type: ignore[misc]
+    """accelerate's tracker for TensorBoard, with the recipe as a text.
 
     accelerate would write the recipe as a run of its own, below, one for each resume.
     """
-    from accelerate.tracking import TensorBoardTracker, on_main_process
 
-    class Board(TensorBoardTracker):  # type: ignore[misc]
-        @on_main_process  # type: ignore[untyped-decorator]
-        def store_init_configuration(self, values: JsonMapping) -> None:
-            lines = [f"    {name}: {value}" for name, value in values.items()]
-            self.writer.add_text("recipe", "\n".join(lines), global_step=self.init_kwargs["purge_step"] - 1)
-
-    return Board("tensorboard", folder)
+    @on_main_process  # type: ignore[untyped-decorator]
+    def store_init_configuration(self, values: JsonMapping) -> None:
+        lines = [f"    {name}: {value}" for name, value in values.items()]
+        self.writer.add_text("recipe", "\n".join(lines), global_step=self.init_kwargs["purge_step"] - 1)
 
 
 class Trackers:
@@ -216,14 +213,11 @@ class Trackers:
             config: Only plain values are handed over, by dotted key: not every tracker takes more.
             step: What a resumed run goes on behind. TensorBoard drops what it holds of later steps.
         """
-
-        def open_all() -> None:
+        with self._guarded():
             for tracker in self._accelerator.log_with:
                 if getattr(tracker, "name", "") == "tensorboard":
                     tracker.init_kwargs["purge_step"] = step + 1
             self._accelerator.init_trackers(project, config=_flat(config))
-
-        self._guarded(open_all)
 
     def log(self, line: JsonMapping) -> None:
         """One line."""
@@ -235,15 +229,18 @@ class Trackers:
             if line.get("seconds"):
                 shown["train/tokens_per_second"] = line["tokens"] / line["seconds"]
             shown["train/peak_memory_bytes"] = peak_memory_bytes(self._accelerator.device)
-        self._guarded(lambda: self._accelerator.log(shown, step=line["step"]))
+        with self._guarded():
+            self._accelerator.log(shown, step=line["step"])
 
     def finish(self) -> None:
         """Closes them."""
-        self._guarded(self._accelerator.end_training)
+        with self._guarded():
+            self._accelerator.end_training()
 
-    def _guarded(self, call: Any) -> None:
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            call()
+            yield
         except Exception as error:  # whatever a tracker raises, the run is worth more
             if not self._said:
                 self._reporter.warn(f"a tracker failed ({type(error).__name__}: {error}); training goes on without it")

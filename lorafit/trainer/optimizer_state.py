@@ -116,21 +116,16 @@ def as_checkpoint_errors(folder: Path) -> Iterator[None]:
 
 
 def _fill(state: JsonObject, values: JsonMapping, where: str) -> None:
+    todo = "the recipe's optimizer must be the one that was used"
     if set(state) != set(values):
-        raise CheckpointError(
-            f"optimizer state has {sorted(values)}, this optimizer wants {sorted(state)}",
-            file=where,
-            todo="the recipe's optimizer must be the one that was used",
-        )
+        what = f"optimizer state has {sorted(values)}, this optimizer wants {sorted(state)}"
+        raise CheckpointError(what, file=where, todo=todo)
     for key, value in values.items():
         if not isinstance(value, torch.Tensor):
             state[key] = value
         elif state[key].shape != value.shape or state[key].dtype != value.dtype:
-            raise CheckpointError(
-                f"optimizer state {key} is {value.dtype} {list(value.shape)}, "
-                f"this optimizer wants {state[key].dtype} {list(state[key].shape)}",
-                file=where,
-                todo="the recipe's optimizer must be the one that was used",
-            )
+            wanted = f"this optimizer wants {state[key].dtype} {list(state[key].shape)}"
+            what = f"optimizer state {key} is {value.dtype} {list(value.shape)}, {wanted}"
+            raise CheckpointError(what, file=where, todo=todo)
         else:
             state[key].copy_(value)

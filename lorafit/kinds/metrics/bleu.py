@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 from lorafit.kinds.metrics import UNSPACED, CorpusScore, RowScore, metrics
@@ -20,29 +20,25 @@ from lorafit.kinds.metrics import UNSPACED, CorpusScore, RowScore, metrics
 _SET_APART = re.compile(f"[{UNSPACED}\u3001-\u303f\uff01-\uff9f]")  # and their punctuation
 
 
-@cache
-def _scorer() -> Any:
-    from sacrebleu.metrics import BLEU
-
-    # force: answers that end in " ." are no sign of tokenised text here
-    return BLEU(force=True)
-
-
 @metrics.register("bleu")
 class Bleu(CorpusScore):
     """Corpus BLEU. A row adds the lengths of answer and reference, then matches and totals of 1- to 4-grams."""
 
-    scorer = staticmethod(_scorer)
+    name = "bleu"
+
+    @cached_property
+    def scorer(self) -> Any:
+        """With its defaults."""
+        from sacrebleu.metrics import BLEU
+
+        # force: answers that end in " ." are no sign of tokenised text here
+        return BLEU(force=True)
 
     def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
         """sacrebleu's counts, of texts in which unspaced letters stand apart."""
         return super().row_sums(
             [replace(row, answer=_set_apart(row.answer or ""), reference=_set_apart(row.reference)) for row in rows]
         )
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """BLEU from summed counts."""
-        return {"bleu": float(_scorer()._compute_score_from_stats([int(x) for x in sums]).score)}
 
     def signature(self) -> str:
         """sacrebleu's own, and what was done before."""

@@ -5,26 +5,21 @@ Source: Popović (2015), "chrF: character n-gram F-score for automatic MT evalua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 from lorafit.kinds.metrics import CorpusScore, metrics
-
-
-@cache
-def _scorer() -> Any:
-    from sacrebleu.metrics import CHRF
-
-    return CHRF()
 
 
 @metrics.register("chrf")
 class Chrf(CorpusScore):
     """Corpus chrF2. A row adds, for 1- to 6-grams, the counts in answer and reference, and matches."""
 
-    scorer = staticmethod(_scorer)
+    name = "chrf"
 
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """chrF from summed counts."""
-        return {"chrf": float(_scorer()._compute_score_from_stats(list(sums)).score)}
+    @cached_property
+    def scorer(self) -> Any:
+        """With its defaults."""
+        from sacrebleu.metrics import CHRF
+
+        return CHRF()
