@@ -46,7 +46,7 @@ from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_acceler
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
 from lorafit.trainer.profile import StepProfile, measure_speed
 from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
-from lorafit.trainer.resolve import cached_plan_file, resolve_plan
+from lorafit.trainer.rehearsal import cached_plan_file, resolve_plan
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.startup_proofs import prove_gradients
 from lorafit.trainer.state import Event, FitResult, TrainState

@@ -36,8 +36,7 @@ from lorafit.files.atomic import (
 from lorafit.files.rundir import RunDir
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.machine.version import installed_versions
-from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
-from lorafit.trainer.state import Best, Count, Event, TrainState, read_dataclass
+from lorafit.trainer.state import Best, Count, Event, TrainState, load_optimizer, read_dataclass, save_optimizer
 
 if TYPE_CHECKING:
     from lorafit.contracts import Reporter

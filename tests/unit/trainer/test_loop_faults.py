@@ -306,7 +306,7 @@ def test_a_real_file_size_limit_is_a_resource_error(tmp_path: Path) -> None:
 
     code = (
         "import resource, torch; from pathlib import Path; from lorafit.files.atomic import atomic_dir;"
-        "from lorafit.trainer.optimizer_state import write_tensors;"
+        "from lorafit.trainer.state import write_tensors;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));\n"
         f"with atomic_dir(Path({str(tmp_path)!r}) / 'x') as folder:\n"
         "    write_tensors(folder / 'a.safetensors', {'a': torch.zeros(100_000)})"

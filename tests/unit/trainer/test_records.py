@@ -14,8 +14,7 @@ from lorafit.errors import CheckpointError, RecipeError
 from lorafit.kinds.optimizers import optimizers
 from lorafit.trainer import journal
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
-from lorafit.trainer.optimizer_state import load_optimizer, save_optimizer
-from lorafit.trainer.state import Best, TrainState
+from lorafit.trainer.state import Best, TrainState, load_optimizer, save_optimizer
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,7 @@ from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.candidates import CLOSE_ENOUGH
 from lorafit.trainer.executor import Executor
-from lorafit.trainer.rehearsal import fill_rows, heaviest_shapes, rehearse, run_heaviest
-from lorafit.trainer.resolve import cached_plan_file, resolve_plan
+from lorafit.trainer.rehearsal import cached_plan_file, fill_rows, heaviest_shapes, rehearse, resolve_plan, run_heaviest
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import InThreads
