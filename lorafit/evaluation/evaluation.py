@@ -75,7 +75,11 @@ class Row:
         return self.call if needs == "calls" and self.call is not None else self
 
     def to_json(self) -> JsonObject:
-        """The row for `report.jsonl`."""
+        """The row for `report.jsonl`; of an earlier turn what was asked: the losses stand here already."""
+        call: JsonObject = {}
+        if (row := self.call) is not None:
+            answers = {"base_answer": row.base.answer, "tuned_answer": row.tuned.answer}
+            call = {"call": {"prompt": row.prompt, "reference": row.tuned.reference, **answers}}
         return {
             "file": self.file,
             "line": self.line,
@@ -84,7 +88,7 @@ class Row:
             "must_contain": list(self.tuned.must_contain),
             "base": _side(self.base),
             "tuned": _side(self.tuned),
-            **({"call": _call(self.call)} if self.call is not None else {}),
+            **call,
         }
 
 
@@ -237,16 +241,6 @@ class Evaluation:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-
-
-def _call(row: Row) -> JsonObject:
-    """What was asked at a turn before the last answer; the row's losses stand beside it already."""
-    return {
-        "prompt": row.prompt,
-        "reference": row.tuned.reference,
-        "base_answer": row.base.answer,
-        "tuned_answer": row.tuned.answer,
-    }
 
 
 def _shown(value: float) -> float:

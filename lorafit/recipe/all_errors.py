@@ -73,16 +73,12 @@ def diagnose(
                 findings.append(finding(layers.tree, _TEMPLATE, error.what, error.todo))
     if not layers.is_whole:  # what is missing may stand in what could not be read
         findings = [one for one in findings if not one.is_missing]
-    return [*_of_another_tool(layers.tree, main), *_in_order(layers.errors, findings, main)]
-
-
-def _of_another_tool(tree: Entry, main: str) -> list[LorafitError]:
-    """What a recipe is as a whole, where it has not our sections but keys of one other tool."""
-    tool = None if {"model", "data"} <= set(tree.entries) else tool_of(tree.entries)
-    if tool is None:
-        return []
-    todo = "write a new one (lorafit's docs/recipe.md has all keys); below, each key of this one is answered"
-    return [RecipeError(f"looks like a recipe of {tool}, in which lorafit has other keys", file=main, todo=todo)]
+    errors, keys = _in_order(layers.errors, findings, main), layers.tree.entries
+    if not {"model", "data"} <= set(keys) and (tool := tool_of(keys)) is not None:
+        todo = "write a new one (lorafit's docs/recipe.md has all keys); below, each key of this one is answered"
+        what = f"looks like a recipe of {tool}, in which lorafit has other keys"
+        errors.insert(0, RecipeError(what, file=main, todo=todo))
+    return errors
 
 
 def _contradiction(rule: Disagreement, tree: Entry, main: str) -> Finding:
