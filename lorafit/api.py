@@ -15,8 +15,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +23,7 @@ from lorafit import pipeline
 from lorafit.console.arguments import check_arguments
 from lorafit.console.exits import explain_os_error
 from lorafit.console.reporting import ConsoleReporter
-from lorafit.contracts import JsonMapping, Reporter, Silent
+from lorafit.contracts import JsonMapping, Silent
 from lorafit.data.sources.memory_rows import keep_rows
 from lorafit.errors import LorafitError, UsageError
 from lorafit.files.cache import settle_home
@@ -52,9 +51,17 @@ _OTHERWISE = {"set": "overrides", "plan": "plan_file", "no_verify": "verify", "p
 """Parameters that are not called as their flag."""
 
 
-@contextmanager
-def _session(arguments: JsonMapping, required: Sequence[str]) -> Iterator[Reporter]:
-    """One call: its arguments checked, the libraries kept quiet, our warnings Python's where nothing else is shown."""
+def _call(
+    command: Callable[..., T], arguments: JsonMapping, *, rows: str = "data.train", required: Sequence[str] = ()
+) -> T:
+    """Runs a command of `lorafit.pipeline`, the libraries kept quiet, our warnings Python's where nothing else is shown.
+
+    Args:
+        command: The command.
+        arguments: All of the function that was called, by name; those that the command calls so as well.
+        rows: The recipe's key that `rows` stand for.
+        required: Those that may not be None, beside those that never may.
+    """
     silent = Silent()
     try:
         check_arguments(arguments, required)
@@ -63,7 +70,16 @@ def _session(arguments: JsonMapping, required: Sequence[str]) -> Iterator[Report
             silent.warn(said)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield silent if arguments.get("quiet", True) else ConsoleReporter()
+            given = {name: _READ[name](value) if name in _READ else value for name, value in arguments.items()}
+            if (is_quiet := given.pop("quiet", None)) is not None:
+                given["reporter"] = silent if is_quiet else ConsoleReporter()
+            for name, key in {"rows": rows, "validation_rows": "data.validation", "test_rows": "data.test"}.items():
+                if (several := given.pop(name, None)) is not None:
+                    given["overrides"] = [*given["overrides"], keep_rows(several, name, key)]
+            if "prompts" in given:
+                prompts = given.pop("prompts")
+                given["prompt" if isinstance(prompts, str) else "rows"] = prompts
+            return command(**given)
     except LorafitError as error:
         _name_as_parameters(error)
         raise
@@ -71,31 +87,7 @@ def _session(arguments: JsonMapping, required: Sequence[str]) -> Iterator[Report
         raise (explain_os_error(error) or error) from error
     finally:
         for message in dict.fromkeys(silent.warnings):
-            warnings.warn(message, stacklevel=5)  # at the line that called the function
-
-
-def _call(
-    command: Callable[..., T], arguments: JsonMapping, *, rows: str = "data.train", required: Sequence[str] = ()
-) -> T:
-    """Runs a command of `lorafit.pipeline`.
-
-    Args:
-        command: The command.
-        arguments: All of the function that was called, by name; those that the command calls so as well.
-        rows: The recipe's key that `rows` stand for.
-        required: Those that may not be None, beside those that never may.
-    """
-    with _session(arguments, required) as reporter:
-        given = {name: _READ[name](value) if name in _READ else value for name, value in arguments.items()}
-        if given.pop("quiet", None) is not None:
-            given["reporter"] = reporter
-        for name, key in {"rows": rows, "validation_rows": "data.validation", "test_rows": "data.test"}.items():
-            if (several := given.pop(name, None)) is not None:
-                given["overrides"] = [*given["overrides"], keep_rows(several, name, key)]
-        if "prompts" in given:
-            prompts = given.pop("prompts")
-            given["prompt" if isinstance(prompts, str) else "rows"] = prompts
-        return command(**given)
+            warnings.warn(message, stacklevel=3)  # at the line that called the function
 
 
 def validate(recipe: Recipe, *, overrides: Overrides = ()) -> Validated:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import UsageError
@@ -47,43 +47,33 @@ class Number:
         return name if self.least is None else f"{name}, {self.least:g} or more"
 
 
+@runtime_checkable
+class _Run(Protocol):
+    """What training gives back, as far as an argument may be one."""
+
+    @property
+    def path(self) -> Path: ...
+
+
 @dataclass(frozen=True)
 class Other:
-    """Anything but a number: in words, and whether a value is one."""
+    """Anything but a number: in words, and of which types. A text with a NUL character is no path."""
 
     expected: str
-    holds: Callable[[Any], bool]
+    types: tuple[type, ...]
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value is one; what is in a series, is for its reader."""
+        if os.PathLike in self.types and isinstance(value, str | os.PathLike) and "\0" in str(os.fspath(value)):
+            return False
+        if isinstance(value, bool | str | bytes | Mapping):  # to Python a number or a series as well
+            return isinstance(value, tuple(one for one in self.types if one not in (int, Iterable)))
+        return isinstance(value, self.types)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike) and "\0" not in str(os.fspath(value))
-
-
-def _is_recipe(value: Any) -> bool:
-    return isinstance(value, Mapping) or _is_path(value)
-
-
-def _is_run(value: Any) -> bool:
-    return isinstance(getattr(value, "path", None), Path) or _is_path(value)
-
-
-def _is_series(value: Any) -> bool:
-    """What is in it, is for its reader."""
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-
-
-_PATH = Other("a path", _is_path)
-_ROWS = Other("a list of dicts, one a row", _is_series)
-_CARD = Other('a text such as "24GiB", "rtx-4090" or "cpu"', _is_text)
-_STEP = Number(whole=True)
+_PATH = Other("a path", (str, os.PathLike))
+_ROWS = Other("a list of dicts, one a row", (Iterable,))
+_CARD = Other('a text such as "24GiB", "rtx-4090" or "cpu"', (str,))
 NUMBERS = {
     "temperature": Number(0.0, 10.0),
     "top_p": Number(0.001, 1.0),
@@ -100,25 +90,22 @@ NUMBERS = {
 _SWITCHES = ("quiet", "exact", "resume", "dry_run", "allow_inexact", "verify", "compare_base")
 _KINDS: dict[str, Number | Other] = {
     **NUMBERS,
-    "recipe": Other("a recipe's file, or its values as a dict", _is_recipe),
-    "run": Other("a run: what train gave back, or a path", _is_run),
+    "recipe": Other("a recipe's file, or its values as a dict", (str, os.PathLike, Mapping)),
+    "run": Other("a run: what train gave back, or a path", (str, os.PathLike, _Run)),
     "output": _PATH,
     "plan_file": _PATH,
-    "base_model": Other("a path or a hub id", _is_path),
+    "base_model": Other("a path or a hub id", _PATH.types),
     "rows": _ROWS,
     "validation_rows": _ROWS,
     "test_rows": _ROWS,
-    "prompts": Other("a text, or a list of texts and dicts", lambda value: _is_text(value) or _is_series(value)),
-    "overrides": Other(
-        'a dict such as {"training.epochs": 1}, or a list of KEY=VALUE',
-        lambda value: isinstance(value, Mapping) or _is_series(value),
-    ),
-    "checkpoint": Other('"best", "last" or a step', lambda value: _is_text(value) or _STEP.holds(value)),
-    "split": Other('"test", "validation" or "train"', _is_text),
-    "base": Other('"dequantized" or "original"', _is_text),
+    "prompts": Other("a text, or a list of texts and dicts", (str, Iterable)),
+    "overrides": Other('a dict such as {"training.epochs": 1}, or a list of KEY=VALUE', (Mapping, Iterable)),
+    "checkpoint": Other('"best", "last" or a step', (str, int)),
+    "split": Other('"test", "validation" or "train"', (str,)),
+    "base": Other('"dequantized" or "original"', (str,)),
     "gpu": _CARD,
     "fit": _CARD,
-    **dict.fromkeys(_SWITCHES, Other("True or False", _is_switch)),
+    **dict.fromkeys(_SWITCHES, Other("True or False", (bool,))),
 }
 _NEVER_LEFT_OUT = {"recipe", "run", "prompts", "overrides", "temperature", "top_p", "max_new_tokens", "seed"}
 _NEVER_LEFT_OUT.update(_SWITCHES)
