@@ -54,7 +54,7 @@ _OTHERWISE = {"set": "overrides", "plan": "plan_file", "no_verify": "verify", "p
 def _call(
     command: Callable[..., T], arguments: JsonMapping, *, rows: str = "data.train", required: Sequence[str] = ()
 ) -> T:
-    """Runs a command of `lorafit.pipeline`, the libraries kept quiet, our warnings Python's where nothing else is shown.
+    """Runs a command of `lorafit.pipeline`: the libraries are quiet, our warnings Python's where nothing else is shown.
 
     Args:
         command: The command.

@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ from lorafit.plan import ResolvedPlan
 from lorafit.trainer.candidates import fastest_attention, fastest_budget, fastest_number
 from lorafit.trainer.executor import time_micro_batches
 from lorafit.trainer.out_of_memory import out_of_memory
-from lorafit.trainer.stage import Choice, Stage
+from lorafit.trainer.stage import Stage
 from lorafit.trainer.threaded_micro_batches import run_at_once
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _fill(task: TrainedTask, examples: Examples, rows: Iterator[int], width: int
         yield task.cut(examples[row], tokens)
 
 
-def rehearse(stage: Stage, plan: Plan) -> Choice:
+def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
     """Settles what the plan leaves open, then tries the heaviest micro-batches.
 
     Raises:
@@ -127,9 +127,13 @@ def rehearse(stage: Stage, plan: Plan) -> Choice:
             until = began + _MOST_SECONDS
             at_once, rates = fastest_number(stage, least_tokens, most_tokens, checkpointing)
             budget = fastest_budget(stage, least_tokens, most_tokens, checkpointing, until, at_once, rates)
+        dtypes, where = (plan.dtype, plan.compute_dtype), (stage.device.type, stage.executor.ranks)
+        choice = ResolvedPlan(
+            budget, 0, attention, checkpointing, *dtypes, *where, "rehearsal", stage.measured, at_once
+        )
         choice = _heaviest_that_fits(
             stage,
-            _with_evaluation_budget(stage, Choice(budget, 0, attention, checkpointing, at_once)),
+            _with_evaluation_budget(stage, choice),
             may_checkpoint=gradient_checkpointing is None,
             may_shrink_to=least_tokens if micro_batch_tokens is None else budget,
         )
@@ -137,7 +141,9 @@ def rehearse(stage: Stage, plan: Plan) -> Choice:
     return choice
 
 
-def _heaviest_that_fits(stage: Stage, choice: Choice, *, may_checkpoint: bool, may_shrink_to: int) -> Choice:
+def _heaviest_that_fits(
+    stage: Stage, choice: ResolvedPlan, *, may_checkpoint: bool, may_shrink_to: int
+) -> ResolvedPlan:
     """Halves the budget, then turns checkpointing on, until the heaviest micro-batches run."""
     while True:
         stage.clear()  # what the candidates left would stand beside the heaviest
@@ -162,13 +168,13 @@ def _heaviest_that_fits(stage: Stage, choice: Choice, *, may_checkpoint: bool, m
             raise problem
 
 
-def _with_evaluation_budget(stage: Stage, choice: Choice) -> Choice:
+def _with_evaluation_budget(stage: Stage, choice: ResolvedPlan) -> ResolvedPlan:
     """An evaluation takes as large micro-batches as training, and its longest row at least."""
     longest = max(stage.validation.lengths, default=1) if stage.validation is not None else 1
     return replace(choice, evaluation_micro_batch_tokens=max(choice.micro_batch_tokens, int(longest)))
 
 
-def run_heaviest(stage: Stage, choice: Choice) -> None:
+def run_heaviest(stage: Stage, choice: ResolvedPlan) -> None:
     """The heaviest micro-batches of training and of evaluation, with the optimizer's state in memory."""
     task = stage.objective.task
     ballast = torch.empty(
@@ -233,22 +239,19 @@ def resolve_plan(
         if source == "plan":
             with stage.rolled_back():
                 run_heaviest(stage, choice)
-        measured = values.measured
     else:
         source = "rehearsal" if is_open else "recipe"
         if is_open:
             kept = "kept for this recipe with this seed; --plan takes another run's"
             stage.reporter.info(f"rehearsal: measuring attention and micro-batches on this run's rows, {kept}")
         choice = rehearse(stage, plan)
-        measured = stage.measured
-    resolved = ResolvedPlan(
-        **asdict(choice),
+    resolved = replace(
+        choice,
         dtype=plan.dtype,
         compute_dtype=plan.compute_dtype,
         device_kind=stage.device.type,
         ranks=stage.executor.ranks,
         source=source if is_open else "recipe",
-        measured=measured,
     )
     if stage.executor.ranks > 1:  # each measured for itself, and clocks differ: rank 0's values
         resolved = ResolvedPlan.from_json(stage.executor.gather(resolved.to_json())[0])
@@ -259,15 +262,15 @@ def resolve_plan(
     return resolved
 
 
-def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> Choice:
+def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> ResolvedPlan:
     """What the recipe fixes, and for the rest `values`."""
     tokens, checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
-    choice = Choice(
-        values.micro_batch_tokens if tokens is None else tokens,
-        values.evaluation_micro_batch_tokens,
-        values.attention if plan.attention == "auto" else plan.attention,
-        values.gradient_checkpointing if checkpointing is None else checkpointing,
-        values.micro_batches_at_once if tokens is None else 1,
+    choice = replace(
+        values,
+        micro_batch_tokens=values.micro_batch_tokens if tokens is None else tokens,
+        attention=values.attention if plan.attention == "auto" else plan.attention,
+        gradient_checkpointing=values.gradient_checkpointing if checkpointing is None else checkpointing,
+        micro_batches_at_once=values.micro_batches_at_once if tokens is None else 1,
     )
     if choice.micro_batches_at_once > 1 and not stage.may_run_at_once(choice.gradient_checkpointing):
         return replace(choice, micro_batches_at_once=1)

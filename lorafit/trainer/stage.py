@@ -24,21 +24,11 @@ if TYPE_CHECKING:
     from lorafit.contracts import Batch, Examples, Reporter
     from lorafit.data.batch import StepRows
     from lorafit.objective import Objective
+    from lorafit.plan import ResolvedPlan
     from lorafit.trainer.executor import Executor
 
 _SAMPLED_STEPS = 4  # what a candidate would need for the first ones is compared
 _TIMED_STEPS = 3  # a candidate; the first sets threads and caches up, the best of the others counts
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a rehearsal settles, or is given."""
-
-    micro_batch_tokens: int
-    evaluation_micro_batch_tokens: int
-    attention: str
-    gradient_checkpointing: bool
-    micro_batches_at_once: int = 1
 
 
 @dataclass
@@ -115,7 +105,7 @@ class Stage:
             rows = [self.examples[row] for row in (0, min(1, len(self.examples) - 1))]
             prove_separation(self.objective, rows, self.pad_id, one_row=self.cutter.one_row)
 
-    def apply(self, choice: Choice) -> None:
+    def apply(self, choice: ResolvedPlan) -> None:
         """Makes the model run as chosen."""
         self.set_attention(choice.attention)
         self.set_checkpointing(choice.gradient_checkpointing)
