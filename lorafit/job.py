@@ -106,7 +106,7 @@ class Job:
             generation=end_with(beside.generation(), self.base.config, ends),
             max_length=recipe.data.max_length,
             embedding_rows=self.shape.vocabulary,
-            tokenizer=self.renderer.key()["tokenizer"],
+            tokenizer=self.renderer.key["tokenizer"],
             chat_template=digest_templates(templates),
             versions=installed_versions(),
             seed=recipe.seed,
@@ -135,7 +135,7 @@ class Job:
             "recipe": self.loaded.digest,
             "data": self.rows.digest,
             "base": {"name": self.base.name, "digest": self.base.digest},
-            **{name.replace(" ", "_"): digest for name, digest in self.renderer.key().items()},
+            **{name.replace(" ", "_"): digest for name, digest in self.renderer.key.items()},
         }
 
     def origin(self) -> JsonObject:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lorafit.console.wording import counted
 from lorafit.contracts import Encoded, Sample, TaskRow
@@ -194,27 +194,13 @@ def cut_chunks(samples: Iterable[PlacedSample]) -> Iterator[tuple[PlacedSample, 
     cut = characters = 0
     for placed in samples:
         chunk.append(placed)
-        characters += count_characters(placed[2])
+        characters += len(str(placed[2]))
         part = SMALL_PART if cut < SMALL_CHUNKS else 1
         if len(chunk) >= CHUNK_ROWS * part or characters >= CHUNK_CHARACTERS * part:
             yield tuple(chunk)
             chunk, characters, cut = [], 0, cut + 1
     if chunk:
         yield tuple(chunk)
-
-
-def count_characters(sample: Sample) -> int:
-    """About how much text a sample holds."""
-    own = sum(map(_characters, (sample.prompt, sample.completion, sample.text, sample.messages, sample.tools)))
-    return own + (count_characters(sample.rejected) if sample.rejected is not None else 0)
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 1
 
 
 _worker_encoder: Encoder | None = None

@@ -290,7 +290,7 @@ class _Preparation:
             kind = Path(section.path).suffix.lower()
             reading = [kind, source.format, section.columns, section.limit]
             parts[f"source {number + 1}"] = json.dumps(reading, sort_keys=True)
-        parts |= self.encoder.renderer.key()
+        parts |= self.encoder.renderer.key
         options = data.model_dump(
             include={"system_prompt", "dropped_fields", "train_on", "max_length", "overlength"}, mode="json"
         )

@@ -109,12 +109,9 @@ class Renderer:
             return template_sources(self.tokenizer, self._named_template)
         return {}
 
+    @cached_property
     def key(self) -> dict[str, str]:
         """Hashes of all that decides how a sample becomes tokens, but for the code, by what it is."""
-        return self._key
-
-    @cached_property
-    def _key(self) -> dict[str, str]:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:  # what a last call may have left there is no part of the tokenizer
             backend.no_truncation()

@@ -9,10 +9,12 @@ are found is told in `assistant_spans`, how typed control strings stay text in `
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -260,14 +262,9 @@ class ChatRenderer:
         try:
             return bound, bound.trace(prompt=prompt)
         except RenderError:
-            as_text = with_text_arguments(chat)
-            if as_text == chat:
-                raise
-            bound = BoundChat(template, as_text, tools, self._variables)
-            try:
+            bound = BoundChat(template, with_text_arguments(chat), tools, self._variables)
+            with contextlib.suppress(RenderError):
                 return bound, bound.trace(prompt=prompt)
-            except RenderError:
-                pass
             raise
 
     def _check_official(self, text: str, chat: Messages, tools: Sequence[JsonMapping] | None, source: str) -> None:
@@ -275,10 +272,7 @@ class ChatRenderer:
             chat, tools=tools, chat_template=self._clock.stop_in(source), tokenize=False
         )
         if official != text:
-            place = next(
-                (k for k, (a, b) in enumerate(zip(official, text, strict=False)) if a != b),
-                min(len(official), len(text)),
-            )
+            place = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(official, text, strict=False)))
             raise RenderError(
                 f"lorafit and transformers render this chat differently from character {place} on: "
                 f"{text[place : place + 20]!r}, {official[place : place + 20]!r}",

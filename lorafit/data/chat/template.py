@@ -145,25 +145,19 @@ def check_variables(template: ChatTemplate, variables: JsonMapping) -> None:
         ) from undefined
 
 
-def with_text_arguments(chat: list[JsonObject]) -> list[JsonObject]:
+def with_text_arguments(chat: Sequence[JsonObject]) -> list[JsonObject]:
     """The chat with arguments of tool calls as JSON text."""
-
-    def call_as_text(call: Any) -> Any:
-        if not isinstance(call, Mapping):
-            return call
-        inner = call.get("function")
-        if isinstance(inner, Mapping):
-            return {**call, "function": call_as_text(inner)}
-        arguments = call.get("arguments")
-        return (
-            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-            if isinstance(arguments, (dict, list))
-            else call
-        )
-
     return [
-        {**message, "tool_calls": [call_as_text(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else message
+        {**message, "tool_calls": list(map(_call_as_text, calls))} if (calls := message.get("tool_calls")) else message
         for message in chat
     ]
+
+
+def _call_as_text(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call_as_text(call["function"])}
+    if not isinstance(call.get("arguments"), (dict, list)):
+        return call
+    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}

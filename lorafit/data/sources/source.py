@@ -251,27 +251,18 @@ class Source:
             seen = " and ".join(f"{name} (line {line})" for name, line in found.items())
             todo = "name one with format:, or split the file into two sources"
             raise DataError(f"rows look like different formats: {seen}", file=self.name, todo=todo)
-        if first is not None:
-            name = next(iter(found))
-            self._check_task(*first, name)
-            return name
-        if strange is not None:
-            raise self._unknown_format(*strange)
+        try:
+            if first is not None:
+                if not self._prompts:
+                    check_task(first[1], next(iter(found)))
+                return next(iter(found))
+            if strange is not None:
+                is_table = self._path is not None and suffix_of(self._path) in (".csv", ".tsv", ".xlsx")
+                raise no_prompt(strange[1]) if self._prompts else unknown_columns(strange[1], is_table=is_table)
+        except DataError as error:
+            raise error.at(file=self.name, line=(first or strange or (None,))[0]) from None
         raise_first(errors, len(errors), file=self.name)
         raise DataError("no prompts" if self._prompts else "no rows", file=self.name)
-
-    def _check_task(self, line: int, row: RawRow, name: str) -> None:
-        if self._prompts:
-            return
-        try:
-            check_task(row, name)
-        except DataError as error:
-            raise error.at(file=self.name, line=line) from None
-
-    def _unknown_format(self, line: int, row: RawRow) -> LorafitError:
-        is_table = self._path is not None and suffix_of(self._path) in (".csv", ".tsv", ".xlsx")
-        error = no_prompt(row) if self._prompts else unknown_columns(row, is_table=is_table)
-        return error.at(file=self.name, line=line)
 
 
 def _locate(

@@ -501,9 +501,8 @@ def test_long_rows_are_cut_into_small_chunks_and_the_first_ones_are_smaller() ->
     assert lengths(10, 600) == [32, 32, 256, 256, 24]
     assert lengths(50_000, 20) == [1, 1, 8, 8, 2]
     tools = ({"type": "function", "function": {"name": "f", "description": "y" * 60_000}},)
-    assert (
-        encoding.count_characters(Sample("f", 1, messages=({"role": "user", "content": "ab"},), tools=tools)) > 60_000
-    )
+    chats = ((0, n, Sample("f", n, messages=({"role": "user", "content": "ab"},), tools=tools)) for n in range(9))
+    assert [len(chunk) for chunk in encoding.cut_chunks(chats)] == [1, 1, 7]
     assert lengths(0, 0) == []
 
 
