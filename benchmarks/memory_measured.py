@@ -102,7 +102,7 @@ def measure(recipe_file: Path) -> dict[str, Any]:
 
     from lorafit.estimation.dry_run import DryRun
     from lorafit.model.base import read_config
-    from lorafit.ops.peak_memory import peak_memory_bytes
+    from lorafit.ops.process_memory import peak_memory_bytes
     from lorafit.pipeline import train
     from lorafit.recipe.load import load_recipe
 

@@ -117,14 +117,12 @@ class ModelShape:
 
     model_type: str
     hidden_size: int
-    intermediate_size: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     max_positions: int
-    tied_embeddings: bool
     linears: tuple[LinearShape, ...]
     embedding_parameters: int
     head_parameters: int

@@ -35,7 +35,7 @@ from lorafit.model.load import enable_checkpointing, load_model
 from lorafit.model.shippable import check_shippable
 from lorafit.objective import choose_probe
 from lorafit.ops.dtypes import dtype_named
-from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
+from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import ResolvedPlan, count_flops, require_fit, show_plan
 from lorafit.run.results import Trained, describe_resolved

@@ -21,6 +21,12 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     return close[:count]
 
 
+def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str:
+    """`did you mean lora? `, to begin an advice with; empty where nothing looks alike."""
+    close = nearest(name, known, count)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
 def _edits(one: str, other: str) -> int:
     """Letters to add, take away, change or swap with their neighbour until one word is the other."""
     before: list[int] = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.contracts import Printed
 from lorafit.errors import DoesNotFitError
-from lorafit.estimation.table import RecipeEstimate, format_seconds
+from lorafit.estimation.table import RecipeEstimate, figures, format_seconds
 from lorafit.machine.devices import format_bytes
 
 if TYPE_CHECKING:
@@ -28,17 +28,13 @@ class CardComparison(Printed):
 
     def render(self, console: Console) -> None:
         """A table for people, a row a card."""
-        from rich.table import Table
-
         first = self.estimates[0]
         console.print(f"{first.recipe.model.base}, {first.quantization}", style="bold", markup=False, highlight=False)
         if first.rows.facts is None:
             missing = first.rows.missing or "none were given"
             console.print(f"rows not read: {missing}; data.max_length stands for them", markup=False, highlight=False)
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
         what = "the run" if first.cost.is_whole_run else "1M tokens"
-        for name in ("card", "usable", "needed", "checkpointing", "fits", what):
-            table.add_column(name, justify="left" if name == "card" else "right", no_wrap=True)
+        table = figures("card", "usable", "needed", "checkpointing", "fits", what)
         for one in self.estimates:
             assert one.device is not None
             seconds = one.cost.seconds()

@@ -162,11 +162,10 @@ class DryRun:
                     self._optimizer.zero_grad(set_to_none=True)
         peak = live.peak()
         fixed, missing = peak.parts[""], self._layers.missing(chosen, kept)
-        phases = tuple(
-            Phase(name, peak.places.get(name, ""), _beside(fixed, peak.parts.get(name, fixed))) for name in PHASES
-        )
-        if missing:
-            phases = tuple(phase.with_kept(missing) if phase.name != "update" else phase for phase in phases)
+        alive = {name: _beside(fixed, peak.parts.get(name, fixed)) for name in PHASES}
+        for name in set(PHASES) - {"update"} if missing else ():
+            alive[name]["kept_activations"] = alive[name].get("kept_activations", 0) + missing
+        phases = tuple(Phase(name, peak.places.get(name, ""), parts) for name, parts in alive.items())
         state_bytes = fixed.get("optimizer_state", 0) if step.pages_state else 0
         experts = step.unquantized_expert_bytes
         return MemoryEstimate(fixed, phases, step.device_kind, tokens, checkpointing, state_bytes, experts)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from lorafit.estimation.switches import LEAST_ROW_TOKENS
+from lorafit.estimation.ways_to_save import LEAST_ROW_TOKENS
 from lorafit.memory import find_largest
 from lorafit.recipe.schema import LARGEST_COUNT
 

@@ -45,37 +45,32 @@ class RecipeEstimate(Answer, Printed):
     """The answer of `lorafit estimate-memory`: its figures, and how they are shown."""
 
     def render(self, console: Console) -> None:
-        """The tables for people."""
-        print_estimate(self, console)
-
-
-def print_estimate(estimate: Answer, console: Console) -> None:
-    """Head, itemised memory, row lengths, methods, cost, and what the flags asked for."""
-    block = "█" if can_show(console, "█") else "#"
-    for line in _head(estimate):
-        say(console, line)
-    console.print()
-    console.print(_memory(estimate.memory, block))
-    if estimate.exact is not None:
-        console.print()
-        console.print(_exact(estimate.exact, estimate.memory, "closed form" if _is_closed(estimate) else "few layers"))
-        say(console, f"peak in {_moment(estimate.exact)}")
-    for line in _lengths(estimate, block):
-        say(console, line)
-    console.print()
-    if estimate.methods:
-        console.print(_methods(estimate))
-    if estimate.device is not None and any(method.fits is False for method in estimate.methods):
-        say(console, f"* more than {estimate.device.name} has")
-    console.print()
-    for line in _cost(estimate):
-        say(console, line)
-    if estimate.device is not None:
-        for line, style in _verdict(estimate):
-            say(console, line, style)
-    if estimate.fit is not None:
-        for line in _fit(estimate.fit):
+        """Head, itemised memory, row lengths, methods, cost, and what the flags asked for."""
+        block = "█" if can_show(console, "█") else "#"
+        for line in _head(self):
             say(console, line)
+        console.print()
+        console.print(_memory(self.memory, block))
+        if self.exact is not None:
+            console.print()
+            console.print(_exact(self.exact, self.memory, "closed form" if _is_closed(self) else "few layers"))
+            say(console, f"peak in {_moment(self.exact)}")
+        for line in _lengths(self, block):
+            say(console, line)
+        console.print()
+        if self.methods:
+            console.print(_methods(self))
+        if self.device is not None and any(method.fits is False for method in self.methods):
+            say(console, f"* more than {self.device.name} has")
+        console.print()
+        for line in _cost(self):
+            say(console, line)
+        if self.device is not None:
+            for line, style in _verdict(self):
+                say(console, line, style)
+        if self.fit is not None:
+            for line in _fit(self.fit):
+                say(console, line)
 
 
 def _head(estimate: Answer) -> Iterator[str]:
@@ -139,11 +134,7 @@ def _is_closed(estimate: Answer) -> bool:
 
 def _exact(exact: MemoryEstimate, memory: MemoryEstimate, engine: str) -> Table:
     """A dry run of the whole step beside the other engine, by component."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    for name in ("dry run of the step", "exact", engine):
-        table.add_column(name, justify="left" if name.startswith("dry") else "right", no_wrap=True)
+    table = figures("dry run of the step", "exact", engine)
     closed = memory.components
     for name, size in exact.components.items():
         if size or closed.get(name):
@@ -160,6 +151,16 @@ def _moment(exact: MemoryEstimate) -> str:
     phase = exact.peak_phase
     where = phase.where.removeprefix("aten.").replace(".default", "")
     return f"{phase.name}: {where}" if where else phase.name
+
+
+def figures(*names: str) -> Table:
+    """A table whose rows begin with words, and go on with numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for name in names:
+        table.add_column(name, justify="left" if name is names[0] else "right", no_wrap=True)
+    return table
 
 
 def _filled(rows: Iterable[tuple[str, ...]]) -> Table:
@@ -216,11 +217,7 @@ def _merged(bars: tuple[tuple[int, int, int], ...]) -> list[tuple[int, int, int]
 
 def _methods(estimate: Answer) -> Table:
     """The same model trained otherwise; the recipe's own way stands out."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    for name in ("this model as", "weights", "gradients", "optimizer", "temporary", "needed"):
-        table.add_column(name, justify="left" if name == "this model as" else "right", no_wrap=True)
+    table = figures("this model as", "weights", "gradients", "optimizer", "temporary", "needed")
     own = estimate.quantization if estimate.quantization != "none" else estimate.asked.step.dtype
     for method in estimate.methods:
         parts = (method.weights_bytes, method.gradients_bytes, method.optimizer_bytes, method.temporary_bytes)

@@ -24,7 +24,7 @@ from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed, compare_rows, fill_text, find_worst, join_rows
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
 from lorafit.ops.isolation import evaluating
-from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
+from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import field_validator
 
-from lorafit.console.nearest import nearest
+from lorafit.console.nearest import did_you_mean
 from lorafit.errors import RecipeError
 from lorafit.kinds.adapters import AdapterSection
 
@@ -73,8 +73,7 @@ def choose_names(
         return known
     for name in asked:
         if name not in known:
-            close = [] if name in left_out else nearest(name, known, count=1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = "" if name in left_out else did_you_mean(name, known)
             why = f"gets no adapter in this model: {left_out[name]}" if name in left_out else None
             raise RecipeError(
                 f"'{name}' {why or 'matches no linear of this model'}",

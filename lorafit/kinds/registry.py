@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler
 
-from lorafit.console.nearest import nearest
+from lorafit.console.nearest import did_you_mean
 from lorafit.contracts import JsonObject, JsonValue
 from lorafit.errors import RecipeError
 from lorafit.kinds.section import KindSection
@@ -79,8 +79,7 @@ class _Members(Generic[T]):
         """
         self._load()
         if name not in self._members:
-            close = nearest(name, self._members)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            hint = did_you_mean(name, self._members, count=3)
             raise RecipeError(f"unknown {self.what} '{name}'", todo=f"{hint}available: {', '.join(self.names())}")
         return self._members[name]
 

@@ -43,11 +43,6 @@ class Phase:
         """All of it."""
         return sum(self.parts.values())
 
-    def with_kept(self, more_bytes: int) -> Phase:
-        """The same beside more kept activations."""
-        kept = self.parts.get("kept_activations", 0) + more_bytes
-        return Phase(self.name, self.where, {**self.parts, "kept_activations": kept})
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:

@@ -24,11 +24,10 @@ from torch import nn
 from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.ops.dropout import drop
 from lorafit.ops.fusible import fuses_branch
-from lorafit.ops.layer_functions import rms_norm, silu_product
+from lorafit.ops.layer_functions import rms_norm, rotate, silu_product
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear, unpack
 from lorafit.ops.rng import preserved_rng
-from lorafit.ops.rotary import rotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

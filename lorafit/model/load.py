@@ -22,7 +22,7 @@ from lorafit.model.classes import find_auto_class, with_task
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import leave_narrow, leave_towers_out, unquantised_names
-from lorafit.ops.heap import trim_heap
+from lorafit.ops.process_memory import trim_heap
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from lorafit.console.nearest import nearest
+from lorafit.console.nearest import did_you_mean
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.facts import LeftOut, LinearShape, ModelShape
@@ -127,8 +127,7 @@ def read_shape(config: JsonMapping) -> ModelShape:
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        close = nearest(str(kind), FAMILIES)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        hint = did_you_mean(str(kind), FAMILIES, count=3)
         raise ModelError(
             f"model_type {kind!r} is not known" if kind else "names no model_type",
             file="config.json",
@@ -170,14 +169,12 @@ def _decoder(facts: _Config, family: Family) -> ModelShape:
     return ModelShape(
         model_type=facts.type,
         hidden_size=hidden,
-        intermediate_size=inner,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocabulary=vocabulary,
         max_positions=facts.size("max_position_embeddings", 2048),
-        tied_embeddings=tied,
         linears=linears,
         embedding_parameters=vocabulary * embedded,
         head_parameters=0 if tied else vocabulary * embedded,

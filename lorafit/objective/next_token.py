@@ -25,8 +25,8 @@ from lorafit.contracts import JsonObject, LossSum
 from lorafit.errors import ModelError
 from lorafit.ops.cross_entropy import linear_cross_entropy, linear_label_losses, score_linear, score_logits
 from lorafit.ops.masks import block_diagonal_mask
-from lorafit.ops.memory_errors import is_out_of_memory
 from lorafit.ops.output_head import output_head
+from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:

@@ -1,7 +1,9 @@
-"""Root-mean-square norm and gated product as single differentiable operations: the same arithmetic, fewer passes.
+"""Root-mean-square norm, gated product and rotary position embedding as single differentiable operations: the same
+arithmetic, fewer passes.
 
 Each is what transformers' layers write as five to ten operations, whose results autograd keeps. Here the norm keeps its
-input and one number a token, the gated product its two inputs; the rest is computed again in the backward pass.
+input and one number a token, the gated product its two inputs, the rotation its angles; the rest is computed again in
+the backward pass.
 """
 
 from __future__ import annotations
@@ -35,6 +37,24 @@ def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Source: Shazeer 2020, GLU Variants Improve Transformer (https://arxiv.org/abs/2002.05202), equation 6.
     """
     result: torch.Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
+    return result
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x * cos + (-x_2, x_1) * sin, with x = (x_1, x_2) the halves of the last dimension: three passes in place of five.
+
+    Args:
+        x: [batch, heads, seq, size]; size is even.
+        cos: [batch or 1, 1, seq, size], in the dtype of x, without a gradient of its own.
+        sin: Likewise.
+
+    Returns:
+        [batch, heads, seq, size].
+
+    Source: Su et al. 2021, RoFormer (https://arxiv.org/abs/2104.09864), equation 34, in the layout of transformers'
+    models.
+    """
+    result: torch.Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -78,6 +98,31 @@ class _SiluProduct(torch.autograd.Function):
         shape = grad_output.shape
         rows = (tensor.reshape(-1, shape[-1]) for tensor in (*ctx.saved_tensors, grad_output))
         return tuple(gradient.view(shape) for gradient in differentiate_silu_product(*rows))
+
+
+class _Rotation(torch.autograd.Function):
+    """d x_1 = dy_1 cos_1 + dy_2 sin_2;  d x_2 = dy_2 cos_2 - dy_1 sin_1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        (x_1, x_2), (sin_1, sin_2) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        output = x * cos
+        first, second = output.chunk(2, dim=-1)
+        first.addcmul_(x_2, sin_1, value=-1)
+        second.addcmul_(x_1, sin_2)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        (dy_1, dy_2), (sin_1, sin_2) = grad_output.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        grad = grad_output * cos
+        first, second = grad.chunk(2, dim=-1)
+        first.addcmul_(dy_2, sin_2)
+        second.addcmul_(dy_1, sin_1, value=-1)
+        return grad, None, None
 
 
 def multiply_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

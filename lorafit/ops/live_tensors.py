@@ -60,7 +60,7 @@ class LivePeak:
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that counts. `peak_bytes` is the most that was alive at once since it was made.
+    """A mode that counts what is alive from when it was made.
 
     Args:
         rounding_bytes: Each storage is rounded up to so many: 512 is what CUDA's caching allocator gives out at least.
@@ -69,16 +69,12 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, rounding_bytes: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
-        self.peak_bytes = 0
         self.phase = ""
-        self.phases: dict[str, int] = {}
         self.modules: list[str] = []
         self._rounding_bytes = rounding_bytes
         self._alive: dict[int, _Record] = {}
         self._records: list[_Record] = []
-        self._peak_phase = ""
-        self._worst_at: dict[str, int] = {}
-        self._places: dict[str, str] = {}
+        self._worst: dict[str, tuple[int, int, str]] = {}  # by phase: bytes, the last record, its operation
 
     def note(self, tensors: Iterable[Any], component: str = "") -> None:
         """Counts tensors that were there before, or names the component of tensors that are counted already."""
@@ -86,12 +82,18 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor, component, None)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was alive at once."""
+        return max((size for size, *_ in self._worst.values()), default=0)
+
     def peak(self) -> LivePeak:
         """The worst moment so far."""
-        parts = {phase: self._components(at) for phase, at in self._worst_at.items()}
-        phase = self._peak_phase
-        where, components = self._places.get(phase, ""), parts.get(phase, {})
-        return LivePeak(self.peak_bytes, phase, where, components, dict(self.phases), parts, dict(self._places))
+        sizes = {phase: size for phase, (size, *_) in self._worst.items()}
+        parts = {phase: self._components(at) for phase, (_, at, _) in self._worst.items()}
+        places = {phase: place for phase, (*_, place) in self._worst.items()}
+        phase = max(sizes, key=lambda name: sizes[name], default="")
+        return LivePeak(self.peak_bytes, phase, places.get(phase, ""), parts.get(phase, {}), sizes, parts, places)
 
     def _components(self, at: int) -> dict[str, int]:
         """What was alive when a record was made."""
@@ -118,11 +120,8 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._records.append(record)
         weakref.finalize(storage, self._forget, key)
         self.live_bytes += size
-        if self.live_bytes > self.phases.get(self.phase, 0):
-            self.phases[self.phase], self._worst_at[self.phase] = self.live_bytes, len(self._records) - 1
-            self._places[self.phase] = self._describe(operation)
-        if self.live_bytes > self.peak_bytes:
-            self.peak_bytes, self._peak_phase = self.live_bytes, self.phase
+        if self.live_bytes > self._worst.get(self.phase, (0,))[0]:
+            self._worst[self.phase] = self.live_bytes, len(self._records) - 1, self._describe(operation)
 
     def _forget(self, key: int) -> None:
         record = self._alive.pop(key, None)

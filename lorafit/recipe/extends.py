@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorafit.console.nearest import nearest
+from lorafit.console.nearest import did_you_mean
 from lorafit.errors import LorafitError, RecipeError, UsageError, raise_all
 from lorafit.files.strict_json import JsonError, read_regular_file
 from lorafit.machine.shipped import shipped
@@ -153,8 +153,7 @@ def _extended_source(extends: Entry, chain: list[_Source]) -> _Source:
         source = _Source(f"presets/{name}.yaml", shipped("presets", f"{name}.yaml"))
         presets = preset_names()
         if name not in presets:
-            close = nearest(name, presets, count=1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = did_you_mean(name, presets)
             todo = f"{hint}available: {', '.join(presets)}; or name a .yaml file"
             raise place.error(f"no such preset {shown(name)}", key, todo)
     known = [os.path.realpath(link.path) for link in chain]

@@ -18,7 +18,7 @@ from lorafit.errors import NumericsError
 from lorafit.model.attention import FUSED_ATTENTION, set_attention, takes_fused_attention
 from lorafit.objective import choose_probe
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
-from lorafit.ops.memory_errors import is_out_of_memory
+from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.ops.rng import preserved_rng
 
 if TYPE_CHECKING:

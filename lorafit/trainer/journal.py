@@ -23,7 +23,7 @@ from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import RecipeError
 from lorafit.files.atomic import atomic_file
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
-from lorafit.ops.peak_memory import peak_memory_bytes
+from lorafit.ops.process_memory import peak_memory_bytes
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ import torch
 
 from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
-from lorafit.ops.memory_errors import is_out_of_memory
-from lorafit.ops.peak_memory import peak_memory_bytes, peak_reserved_bytes
+from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes, peak_reserved_bytes
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Snapshot
 from lorafit.trainer.journal import Journal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorafit.errors import ResourceError
-from lorafit.ops.heap import trim_heap
+from lorafit.ops.process_memory import trim_heap
 
 _TRIMMED_AFTER_SECONDS = 1.0  # shorter steps leave little behind, and would feel it
 

@@ -38,8 +38,7 @@ from lorafit.errors import LorafitError, SafetyError
 from lorafit.files.atomic import write_json
 from lorafit.files.cache import own_folder, refuse_foreign
 from lorafit.files.strict_json import JsonError, read_json_file
-from lorafit.ops.memory_errors import is_out_of_memory
-from lorafit.ops.peak_memory import peak_memory_bytes
+from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.candidates import fastest_attention, fastest_budget, fastest_number
 from lorafit.trainer.executor import time_micro_batches

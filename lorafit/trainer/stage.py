@@ -14,7 +14,7 @@ from lorafit.contracts import JsonObject
 from lorafit.data.packing import Cutter
 from lorafit.model.attention import register_fused_attention, set_attention
 from lorafit.ops.isolation import in_mode
-from lorafit.ops.memory_errors import is_out_of_memory
+from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.trainer.executor import time_micro_batches
 from lorafit.trainer.out_of_memory import release_memory, trim_after
 from lorafit.trainer.startup_proofs import prove_separation

@@ -25,7 +25,7 @@ from lorafit.errors import ModelError, NumericsError, RecipeError
 from lorafit.model.check_weights import list_names
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
-from lorafit.ops.memory_errors import is_out_of_memory
+from lorafit.ops.process_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from lorafit.objective import Objective

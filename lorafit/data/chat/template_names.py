@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from lorafit.console.nearest import nearest
+from lorafit.console.nearest import did_you_mean
 from lorafit.errors import ModelError
 from lorafit.files.strict_json import JsonError, read_regular_file
 
@@ -44,8 +44,7 @@ def read_template(named: str | None, folder: Path) -> str | None:
         what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.what
         raise ModelError(f"template file '{named}' {what}", key=KEY, todo="name a file of Jinja text") from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home of an unknown user
-        close = nearest(named, SHIPPED_TEMPLATES, count=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = did_you_mean(named, SHIPPED_TEMPLATES)
         shipped = f"shipped are {', '.join(SHIPPED_TEMPLATES)}; else name a file"
         todo = f"{hint}{shipped}. An instruct model has its own: leave this out"
         reason = (getattr(error, "strerror", None) or type(error).__name__).lower()

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.console.nearest import nearest
+from lorafit.console.nearest import did_you_mean, nearest
 from lorafit.console.wording import counted
 from lorafit.data.row_counts import Ledger, Noted, raise_first
 from lorafit.data.sources.files import (
@@ -217,8 +217,7 @@ class Source:
         known = {field for name in chosen for field in formats.get(name).fields}
         for ours in self.section.columns:
             if ours not in known:
-                close = nearest(ours, known, count=1)
-                hint = f"did you mean {close[0]}? " if close else ""
+                hint = did_you_mean(ours, known)
                 todo = f"{hint}fields are {', '.join(sorted(known))}"
                 raise RecipeError(f"columns of {self.name}: unknown field '{ours}'", key="columns", todo=todo)
         if not any(self.section.columns.keys() <= formats.get(name).fields.keys() for name in chosen):

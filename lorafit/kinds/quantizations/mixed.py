@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from lorafit.console.nearest import nearest
+from lorafit.console.nearest import did_you_mean
 from lorafit.contracts import JsonValue
 from lorafit.errors import RecipeError
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
@@ -46,8 +46,7 @@ class MixedSection(QuantizationSection):
         known = [name for name in quantizations.names() if name != _KIND]
         for name in [value] if isinstance(value, str) else value.values():
             if name not in known:
-                close = nearest(name, known, count=1)
-                hint = f"did you mean {close[0]}? " if close else ""
+                hint = did_you_mean(name, known)
                 raise ValueError(f"'{name}' is no kind of a linear; {hint}known: {', '.join(known)}")
         return value
 
@@ -82,13 +81,9 @@ class Mixed(Quantization[MixedSection]):
         known = sorted({linear.name for linear in shape.linears})
         for name in self.section.linears:
             if name not in known:
-                close = nearest(name, known, count=1)
-                hint = f"did you mean {close[0]}? " if close else ""
-                raise RecipeError(
-                    f"'{name}' matches no linear of this model",
-                    key="model.quantization.linears",
-                    todo=f"{hint}available: {', '.join(known)}",
-                )
+                todo = f"{did_you_mean(name, known)}available: {', '.join(known)}"
+                what = f"'{name}' matches no linear of this model"
+                raise RecipeError(what, key="model.quantization.linears", todo=todo)
 
     def weight_bytes(self, linear: LinearShape, dtype_bytes: int) -> int:
         """Of the linear's own kind."""

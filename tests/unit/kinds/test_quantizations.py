@@ -57,8 +57,8 @@ def test_plain_weights_have_their_dtype_and_no_constants() -> None:
 
 
 SHAPE = ModelShape(
-    model_type="llama", hidden_size=128, intermediate_size=192, layers=2, heads=4, kv_heads=2, head_dim=32,
-    vocabulary=96, max_positions=64, tied_embeddings=False, embedding_parameters=96 * 128, head_parameters=96 * 128,
+    model_type="llama", hidden_size=128, layers=2, heads=4, kv_heads=2, head_dim=32,
+    vocabulary=96, max_positions=64, embedding_parameters=96 * 128, head_parameters=96 * 128,
     other_parameters=5 * 128,
     linears=(
         linear("q_proj", 128, 128), linear("k_proj", 128, 64), linear("v_proj", 128, 64), linear("o_proj", 128, 128),

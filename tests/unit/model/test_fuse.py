@@ -33,10 +33,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.targets import choose_targets
 from lorafit.ops.dropout import drop
-from lorafit.ops.layer_functions import rms_norm, silu_product
+from lorafit.ops.layer_functions import rms_norm, rotate, silu_product
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear
-from lorafit.ops.rotary import rotate
 from tests.support.tiny_model import tiny_llama
 from tests.support.zoo_models import tiny_config
 

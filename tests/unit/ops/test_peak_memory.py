@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lorafit.ops.peak_memory import forget_peak_memory, peak_memory_bytes
+from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 
 CPU = torch.device("cpu")
 _MIB = 2**20

@@ -1,7 +1,9 @@
-"""The most memory that a process held: of a GPU as torch allocated it, of a CPU as the system counts resident pages."""
+"""Memory of this process: the most it held, of a GPU as torch allocated it, of a CPU as the system counts resident
+pages; what was freed, given back; and telling that there was none left."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 _OF_SELF = Path("/proc/self")
+_RAN_OUT = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_cpu")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -67,3 +70,22 @@ def _high_water_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def trim_heap() -> None:
+    """Returns free pages of the C library's heap, whose arenas keep what was freed between blocks still in use.
+
+    Source: malloc_trim(3) of the GNU C library; other allocators are left to themselves.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host ran out of memory; torch's CPU allocator raises a plain RuntimeError."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _RAN_OUT)
