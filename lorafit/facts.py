@@ -177,6 +177,15 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Bar:
+    """Rows of `low` to `high` tokens, both included."""
+
+    low: int
+    high: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetFacts:
     """What plan and memory must know of the prepared training rows.
 

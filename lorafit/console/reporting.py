@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import JsonObject, Silent
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from lorafit.contracts import Progress
+    from lorafit.facts import Bar
 
 _LINE_EVERY_SECONDS = 10.0
+_BAR_CHARACTERS = 40
 _QUIET_SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -200,3 +204,19 @@ def printable(console: Console, text: str) -> str:
     """The text without control characters, which could steer a terminal, and in what the terminal can show."""
     plain = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
     return plain.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+
+def full_block(console: Console) -> str:
+    """What bars are drawn with."""
+    return "█" if can_show(console, "█") else "#"
+
+
+def draw_histogram(bars: Sequence[Bar], block: str) -> list[str]:
+    """Lines of text, one a bar that has rows: lengths from-to, rows, a bar as long as their share of the largest."""
+    most = max((bar.rows for bar in bars), default=1)
+    width = len(str(bars[-1].high)) if bars else 1
+    lines = []
+    for bar in (bar for bar in bars if bar.rows):
+        length = max(round(bar.rows / most * _BAR_CHARACTERS), 1)
+        lines.append(f"  {bar.low:>{width}}-{bar.high:<{width}} {bar.rows:>7} {block * length}".rstrip())
+    return lines

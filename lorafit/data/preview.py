@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafit.console.reporting import can_show, printable, say
+from lorafit.console.reporting import can_show, draw_histogram, full_block, printable, say
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject, Printed
 from lorafit.errors import row_place
@@ -29,14 +29,13 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import Example, ShownSequence
     from lorafit.data.prepare import Prepared
-    from lorafit.data.report import Bar, SplitReport
+    from lorafit.data.report import SplitReport
     from lorafit.data.sample_renderer import Renderer
     from lorafit.data.store import ExampleSet
 
 SPLITS = ("train", "validation", "test", "retention")
 ROWS_SHOWN = 3
 NOTES_SHOWN = 20
-BAR_CHARACTERS = 40
 IGNORED_LABEL = -100
 
 
@@ -213,7 +212,7 @@ def _print_split(console: Console, split: str, part: SplitReport) -> None:
     name = split if part.of_rows is None else f"{split}, the first rows of about {part.of_rows:,}"
     head = f"{name}: {size}, {share:.1%} carry loss, longest {part.longest_tokens}"
     say(console, head, style="bold")
-    for line in draw_histogram(part.histogram, "█" if can_show(console, "█") else "#"):
+    for line in draw_histogram(part.histogram, full_block(console)):
         say(console, line)
     for what, count in sorted(part.seen.items()):
         say(console, f"  {what}: {counted(count, 'row')}")
@@ -226,14 +225,3 @@ def _print_split(console: Console, split: str, part: SplitReport) -> None:
     happened = sum(counts.bad + counts.dropped + counts.cut + counts.split for counts in part.sources)
     if happened > NOTES_SHOWN:
         say(console, f"  ... and {happened - NOTES_SHOWN} more")
-
-
-def draw_histogram(bars: tuple[Bar, ...], block: str) -> list[str]:
-    """Lines of text, one a bar that has rows: lengths from-to, rows, a bar as long as their share of the largest."""
-    most = max((bar.rows for bar in bars), default=1)
-    width = len(str(bars[-1].high)) if bars else 1
-    lines = []
-    for bar in (bar for bar in bars if bar.rows):
-        length = max(round(bar.rows / most * BAR_CHARACTERS), 1)
-        lines.append(f"  {bar.low:>{width}}-{bar.high:<{width}} {bar.rows:>7} {block * length}".rstrip())
-    return lines

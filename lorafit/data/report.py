@@ -16,6 +16,7 @@ from lorafit.contracts import JsonObject
 from lorafit.data.row_counts import Ledger, SourceCounts
 from lorafit.data.store import NO_PROMPT
 from lorafit.errors import row_place
+from lorafit.facts import Bar
 from lorafit.recipe.schema import ValidationFraction
 
 if TYPE_CHECKING:
@@ -39,15 +40,6 @@ class RowNote:
     file: str
     line: int
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """Rows of `low` to `high` tokens, both included."""
-
-    low: int
-    high: int
-    rows: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lorafit.estimation.compare_methods import Method
     from lorafit.estimation.fit import Fit
     from lorafit.estimation.ways_to_save import Enough, Saving
-    from lorafit.facts import DatasetFacts, DeviceFacts
+    from lorafit.facts import Bar, DatasetFacts, DeviceFacts
     from lorafit.plan.run_cost import RunCost
     from lorafit.recipe.schema import Recipe
 
@@ -27,12 +27,12 @@ class RowLengths:
 
     Attributes:
         facts: Of the rows; None: a row of data.max_length is assumed.
-        bars: Rows by length: (from, to, rows), both ends included.
+        bars: Rows by length.
         missing: Why there are none.
     """
 
     facts: DatasetFacts | None = None
-    bars: tuple[tuple[int, int, int], ...] = ()
+    bars: tuple[Bar, ...] = ()
     missing: str = ""
 
 
@@ -177,7 +177,7 @@ class Answer:
                 "tokens": facts.tokens,
                 "trained_tokens": facts.trained_tokens,
                 "longest_tokens": facts.longest_tokens,
-                "histogram": [{"low": low, "high": high, "rows": rows} for low, high, rows in self.rows.bars],
+                "histogram": [asdict(bar) for bar in self.rows.bars],
             },
             "rows_missing": self.rows.missing or None,
             "total_parameters": self.asked.step.model.total_parameters,

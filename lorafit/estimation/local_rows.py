@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lorafit.contracts import JsonObject, Progress, Reporter, Silent
 from lorafit.errors import LorafitError
 from lorafit.estimation import RowLengths
-from lorafit.facts import DatasetFacts
+from lorafit.facts import Bar, DatasetFacts
 from lorafit.files.cache import own_folder
 from lorafit.files.strict_json import read_json_file
 from lorafit.kinds.tasks import tasks
@@ -75,8 +75,7 @@ def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter) -> RowLengths
         reporter=_BarsAlone(reporter),
         retention=recipe.evaluation.retention,
     )
-    bars = prepared.report.splits["train"].histogram
-    return RowLengths(prepared.facts(), tuple((bar.low, bar.high, bar.rows) for bar in bars))
+    return RowLengths(prepared.facts(), prepared.report.splits["train"].histogram)
 
 
 class _BarsAlone(Silent):
@@ -135,8 +134,7 @@ def _stamp(file: Path) -> tuple[str, int, int]:
 def _read_memo(memo: Path) -> RowLengths | None:
     try:
         stored = read_json_file(memo)
-        bars = tuple((low, high, rows) for low, high, rows in stored["bars"])
-        return RowLengths(DatasetFacts(**stored["facts"]), bars)
+        return RowLengths(DatasetFacts(**stored["facts"]), tuple(Bar(**bar) for bar in stored["bars"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -147,4 +145,4 @@ def _write_memo(memo: Path, found: RowLengths) -> None:
     assert found.facts is not None
     with contextlib.suppress(OSError, LorafitError):  # a full disk costs the next estimate some time, no more
         own_folder(memo.parent)
-        write_json(memo, {"facts": asdict(found.facts), "bars": found.bars})
+        write_json(memo, {"facts": asdict(found.facts), "bars": [asdict(bar) for bar in found.bars]})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafit.console.reporting import can_show, say
+from lorafit.console.reporting import draw_histogram, full_block, say
 from lorafit.console.wording import counted
 from lorafit.contracts import Printed
 from lorafit.estimation.answer import Answer
@@ -34,8 +34,7 @@ _LABELS = {
     "loss": "loss (logits chunk)",
     "workspace": "dequantised weight",
 }
-_PHASE_BAR_CHARACTERS, _LENGTH_BAR_CHARACTERS = 8, 40
-_MOST_LENGTH_BARS = 8
+_PHASE_BAR_CHARACTERS = 8
 _VERDICTS = {True: "fits", False: "does not fit", None: "cannot be told, more than this is needed"}
 _SHARES = (UTILISATION, HIGH_UTILISATION, LOW_UTILISATION)
 
@@ -46,7 +45,7 @@ class RecipeEstimate(Answer, Printed):
 
     def render(self, console: Console) -> None:
         """Head, itemised memory, row lengths, methods, cost, and what the flags asked for."""
-        block = "█" if can_show(console, "█") else "#"
+        block = full_block(console)
         for line in _head(self):
             say(console, line)
         console.print()
@@ -190,7 +189,7 @@ def _phases(memory: MemoryEstimate, block: str) -> Iterator[tuple[str, str, str]
 
 def _lengths(estimate: Answer, block: str) -> Iterator[str]:
     """Rows by length; nothing where no rows were read."""
-    facts, bars = estimate.rows.facts, _merged(estimate.rows.bars)
+    facts = estimate.rows.facts
     if facts is None:
         return
     yield ""
@@ -198,21 +197,7 @@ def _lengths(estimate: Answer, block: str) -> Iterator[str]:
         f"{counted(facts.rows, 'row')} of {facts.tokens / max(facts.rows, 1):,.0f} tokens on average, the longest "
         f"{facts.longest_tokens:,} (data.max_length {estimate.recipe.data.max_length:,})"
     )
-    most, width = max((rows for *_, rows in bars), default=1), len(f"{bars[-1][1]:,}") if bars else 1
-    for low, high, rows in bars:
-        bar = block * max(round(_LENGTH_BAR_CHARACTERS * rows / most), 1 if rows else 0)
-        yield f"{low:>{width},} to {high:>{width},} tokens {rows:>9,}  {bar}".rstrip()
-
-
-def _merged(bars: tuple[tuple[int, int, int], ...]) -> list[tuple[int, int, int]]:
-    """At most eight bars, two neighbours become one; none before the shortest row."""
-    found = list(bars)
-    while found and not found[0][2]:
-        del found[0]
-    while len(found) > _MOST_LENGTH_BARS:
-        pairs = [found[number : number + 2] for number in range(0, len(found), 2)]
-        found = [(pair[0][0], pair[-1][1], sum(rows for *_, rows in pair)) for pair in pairs]
-    return found
+    yield from draw_histogram(estimate.rows.bars, block)
 
 
 def _methods(estimate: Answer) -> Table:

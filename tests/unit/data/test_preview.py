@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from lorafit.console.reporting import draw_histogram
 from lorafit.data.prepare import Prepared, build_renderer
-from lorafit.data.preview import Preview, draw_histogram, preview
+from lorafit.data.preview import Preview, preview
 from lorafit.data.report import count_lengths
 from lorafit.recipe.schema import DataSection
 from tests.support.tiny_data import chat, make_tokenizer, write_jsonl
