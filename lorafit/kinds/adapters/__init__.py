@@ -120,24 +120,17 @@ class Fold(ABC):
         """
 
 
-class LayerUpdate(ABC):
-    """What an adapter does to one layer's weight, known by the headers of its file; values are read by `fold`."""
+@dataclass(frozen=True, slots=True)
+class AdaptedLayer:
+    """A layer that an adapter changes, known by the headers of its file.
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of one matrix, as it lies in the base's files."""
+    Attributes:
+        tensors: The adapter's, by part (`Folding.parts`).
+        home: How the layer's weight lies in the base's files.
+    """
 
-    @abstractmethod
-    def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> Fold:
-        """The change of some rows of one of its matrices.
-
-        Args:
-            matrix: Its number.
-            first_row: First row of that matrix.
-            stop_row: One behind the last.
-            read: Gives rows of the base's weight, counted from `first_row`, for methods that must see them all first.
-        """
+    tensors: Mapping[str, TensorEntry]
+    home: Home
 
 
 class Folding(ABC):
@@ -150,15 +143,25 @@ class Folding(ABC):
     parts: ClassVar[Mapping[str, str]]
 
     @abstractmethod
-    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LayerUpdate:
-        """What the adapter does to one layer.
-
-        Args:
-            tensors: The layer's, by part.
-            home: How its weight lies in the base's files.
+    def shape(self, layer: AdaptedLayer) -> tuple[int, int]:
+        """Rows and columns of one matrix of a layer's weight, as it lies in the base's files.
 
         Raises:
-            ModelError: They do not go together; without a place, which the caller knows.
+            ModelError: Its tensors do not go together; without a place, which the caller knows.
+        """
+
+    @abstractmethod
+    def fold(
+        self, layer: AdaptedLayer, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]
+    ) -> Fold:
+        """The change of some rows of one matrix of a layer's weight.
+
+        Args:
+            layer: Of which `shape` was asked before.
+            matrix: Its number.
+            first_row: First row of that matrix.
+            stop_row: One behind the last.
+            read: Gives rows of the base's weight, counted from `first_row`, for methods that must see them all first.
         """
 
 

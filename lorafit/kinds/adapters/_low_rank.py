@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -18,7 +17,7 @@ from pydantic import Field
 from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_rows
-from lorafit.kinds.adapters import Adapter, Folding, Home, LayerUpdate, SavedField, Site, is_number, is_rank
+from lorafit.kinds.adapters import AdaptedLayer, Adapter, Folding, SavedField, Site, is_number, is_rank
 from lorafit.kinds.adapters._low_rank_fold import LowRankFold
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 
@@ -54,49 +53,8 @@ class LowRankSection(LinearsSection):
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
 
 
-@dataclass(frozen=True, slots=True)
-class LowRankUpdate(LayerUpdate):
-    """What one layer's weight gets: a change by `scaling * B @ A` for each of its matrices.
-
-    Attributes:
-        tensors: By part. A: `[matrices * r, in]`, or `[r, rows]` of an embedding; B: `[out, r * matrices]`, PEFT lays
-            the matrices' columns side by side for each rank.
-        read: Reads a tensor in fp32; it remembers the last few, since experts share theirs.
-    """
-
-    tensors: Mapping[str, TensorEntry]
-    scaling: float
-    matrices: int
-    transposed: bool
-    read: Callable[[TensorEntry], torch.Tensor]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of one matrix, as it lies in the files."""
-        outputs, inputs = self.tensors["B"].shape[0], self.tensors["A"].shape[1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
-
-    def factors(self, matrix: int, first_row: int, stop_row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left [rows, r] and right [r, columns] of one matrix, in fp32 and in the files' orientation.
-
-        Source: peft.tuners.lora.layer.ParamWrapper.get_delta_weight, for several matrices.
-        """
-        rank = self.tensors["A"].shape[0] // self.matrices
-        a = self.read(self.tensors["A"])[matrix * rank : (matrix + 1) * rank]
-        b = self.read(self.tensors["B"])[:, matrix :: self.matrices]
-        left, right = (a.t(), b.t()) if self.transposed else (b, a)
-        return left.contiguous()[first_row:stop_row], right.contiguous()
-
-    def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> LowRankFold:
-        """The sum W + s * B A."""
-        return LowRankFold(*self.factors(matrix, first_row, stop_row), self.scaling)
-
-
 class LowRankFolding(Folding):
     """Changes by s * B A, as an adapter_config.json describes them.
-
-    Attributes:
-        updates: What each layer gets.
 
     Args:
         config: adapter_config.json.
@@ -106,7 +64,6 @@ class LowRankFolding(Folding):
         ModelError: It uses what is no such product.
     """
 
-    updates: ClassVar[type[LowRankUpdate]] = LowRankUpdate
     parts: ClassVar[Mapping[str, str]] = {
         "lora_A": "A",
         "lora_B": "B",
@@ -125,25 +82,48 @@ class LowRankFolding(Folding):
                 todo="merge it with the tool that made it",
             )
         self._config = config
-        self._read = lru_cache(maxsize=_FACTORS_KEPT)(_read_fp32)
+        self.read = lru_cache(maxsize=_FACTORS_KEPT)(_read_fp32)
 
-    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LowRankUpdate:
-        """s * B A of one layer: the scaling by the config's patterns, the rank by the tensors.
+    def shape(self, layer: AdaptedLayer) -> tuple[int, int]:
+        """By the factors: A `[matrices * r, in]`, or `[r, rows]` of an embedding, and B `[out, r * matrices]`.
 
         Raises:
-            ModelError: They do not go together.
+            ModelError: They do not go together, or not with the config.
         """
-        a, b = tensors["A"], tensors["B"]
-        rank = a.shape[0] // home.matrices
-        if len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0] or rank * home.matrices != a.shape[0]:
+        (a, b), home = (layer.tensors[part].shape for part in "AB"), layer.home
+        rank = a[0] // home.matrices
+        if len(a) != 2 or len(b) != 2 or b[1] != a[0] or rank * home.matrices != a[0]:
             raise ModelError(
-                f"its factors are {list(a.shape)} and {list(b.shape)}, which no weight of a linear is made of",
+                f"its factors are {list(a)} and {list(b)}, which no weight of a linear is made of",
                 todo="get the adapter again",
             )
-        return self.updates(tensors, self._scaling(home.key, rank), home.matrices, home.transposed, self._read)
+        self.scaling(layer)
+        return (a[1], b[0]) if home.transposed else (b[0], a[1])
 
-    def _scaling(self, key: str, rank: int) -> float:
-        config = self._config
+    def fold(
+        self, layer: AdaptedLayer, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]
+    ) -> LowRankFold:
+        """The sum W + s * B A."""
+        return LowRankFold(*self.factors(layer, matrix, first_row, stop_row), self.scaling(layer))
+
+    def factors(
+        self, layer: AdaptedLayer, matrix: int, first_row: int, stop_row: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left [rows, r] and right [r, columns] of one matrix, in fp32 and in the files' orientation.
+
+        PEFT lays the matrices' columns of B side by side for each rank.
+
+        Source: peft.tuners.lora.layer.ParamWrapper.get_delta_weight, for several matrices.
+        """
+        matrices, (a, b) = layer.home.matrices, (self.read(layer.tensors[part]) for part in "AB")
+        rank = a.shape[0] // matrices
+        a, b = a[matrix * rank : (matrix + 1) * rank], b[:, matrix::matrices]
+        left, right = (a.t(), b.t()) if layer.home.transposed else (b, a)
+        return left.contiguous()[first_row:stop_row], right.contiguous()
+
+    def scaling(self, layer: AdaptedLayer) -> float:
+        """s of a layer by the config's patterns. Raises ModelError where its rank is not the config's."""
+        config, key, rank = self._config, layer.home.key, layer.tensors["A"].shape[0] // layer.home.matrices
         written = _matching(config.get("rank_pattern") or {}, key, config["r"])
         if written != rank:
             raise ModelError(f"has rank {rank} in the weights, {written} in its config")

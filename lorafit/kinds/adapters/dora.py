@@ -10,21 +10,19 @@ Source: Liu et al. 2024, DoRA (https://arxiv.org/abs/2402.09353), equation 5.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorafit.contracts import JsonValue
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import row_blocks
-from lorafit.kinds.adapters import Home, adapters
-from lorafit.kinds.adapters._low_rank import LowRank, LowRankFolding, LowRankSection, LowRankUpdate
+from lorafit.kinds.adapters import AdaptedLayer, adapters
+from lorafit.kinds.adapters._low_rank import LowRank, LowRankFolding, LowRankSection
 from lorafit.kinds.adapters._low_rank_fold import FP32_ROUNDOFF, LowRankFold
 
 if TYPE_CHECKING:
     import torch
 
     from lorafit.facts import LinearShape
-    from lorafit.files.safetensors import TensorEntry
 
 
 class DoraSection(LowRankSection):
@@ -34,54 +32,52 @@ class DoraSection(LowRankSection):
     """DoRA."""
 
 
-@dataclass(frozen=True, slots=True)
-class DoraUpdate(LowRankUpdate):
-    """What one layer's weight gets; `magnitude` of its tensors, `[out]`, are the norms."""
+class DoraFolding(LowRankFolding):
+    """Weights of a new direction, each output feature as long as the adapter says."""
 
-    def fold(self, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]) -> DoraFold:
+    parts: ClassVar[Mapping[str, str]] = {**LowRankFolding.parts, "lora_magnitude_vector": "magnitude"}
+
+    def shape(self, layer: AdaptedLayer) -> tuple[int, int]:
+        """LoRA's; the norms, `[out]`, are one for each output feature.
+
+        Raises:
+            ModelError: As LoRA's, or they are not.
+        """
+        found = super().shape(layer)
+        norms, features = layer.tensors["magnitude"].elements, layer.tensors["B"].shape[0]
+        if norms != features or layer.home.matrices != 1:
+            raise ModelError(f"has {norms} norms for {features} output features", todo="get the adapter again")
+        return found
+
+    def fold(
+        self, layer: AdaptedLayer, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]
+    ) -> DoraFold:
         """m V / ||V||. A weight that lies `[in, out]` is read once before, for the norms of its columns.
 
         Raises:
             ModelError: It lies so, in several tensors.
         """
-        left, right = self.factors(matrix, first_row, stop_row)
-        lengths = self.read(self.tensors["magnitude"]).reshape(-1)
-        if not self.transposed:
-            return DoraFold(left, right, self.scaling, lengths[first_row:stop_row])
-        if stop_row - first_row != self.shape[0]:
+        left, right = self.factors(layer, matrix, first_row, stop_row)
+        lengths, scaling = self.read(layer.tensors["magnitude"]).reshape(-1), self.scaling(layer)
+        if not layer.home.transposed:
+            return DoraFold(left, right, scaling, lengths[first_row:stop_row])
+        if stop_row - first_row != self.shape(layer)[0]:
             raise ModelError("a DoRA weight that lies [in, out] cannot be merged where it is several tensors")
-        scales = lengths.double() / self._column_norms(left, right, read)
-        return DoraFold(left, right, self.scaling, scales, of_columns=True)
-
-    def _column_norms(
-        self, left: torch.Tensor, right: torch.Tensor, read: Callable[[int, int], torch.Tensor]
-    ) -> torch.Tensor:
-        """||V|| of each column, fp64."""
-        import torch
-
-        squares = torch.zeros(self.shape[1], dtype=torch.float64)
-        for start, stop in row_blocks(*self.shape):
-            changed = read(start, stop).double().addmm_(left[start:stop].double(), right.double(), alpha=self.scaling)
-            squares += changed.square_().sum(dim=0)
-        return squares.sqrt_()
+        scales = lengths.double() / _column_norms(left, right, scaling, read)
+        return DoraFold(left, right, scaling, scales, of_columns=True)
 
 
-class DoraFolding(LowRankFolding):
-    """Weights of a new direction, each output feature as long as the adapter says."""
+def _column_norms(
+    left: torch.Tensor, right: torch.Tensor, scaling: float, read: Callable[[int, int], torch.Tensor]
+) -> torch.Tensor:
+    """||V|| of each column, fp64."""
+    import torch
 
-    updates: ClassVar[type[LowRankUpdate]] = DoraUpdate
-    parts: ClassVar[Mapping[str, str]] = {**LowRankFolding.parts, "lora_magnitude_vector": "magnitude"}
-
-    def update(self, tensors: Mapping[str, TensorEntry], home: Home) -> LowRankUpdate:
-        """LoRA's, and the norms.
-
-        Raises:
-            ModelError: As LoRA's, or the norms are not one for each output feature.
-        """
-        made, norms, features = super().update(tensors, home), tensors["magnitude"].elements, tensors["B"].shape[0]
-        if norms != features or home.matrices != 1:
-            raise ModelError(f"has {norms} norms for {features} output features", todo="get the adapter again")
-        return made
+    squares = torch.zeros(right.shape[1], dtype=torch.float64)
+    for start, stop in row_blocks(len(left), right.shape[1]):
+        changed = read(start, stop).double().addmm_(left[start:stop].double(), right.double(), alpha=scaling)
+        squares += changed.square_().sum(dim=0)
+    return squares.sqrt_()
 
 
 class DoraFold(LowRankFold):

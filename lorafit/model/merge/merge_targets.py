@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
+from lorafit.kinds.adapters import AdaptedLayer
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.check_weights import list_names
 from lorafit.model.homes import Home, read_homes
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorafit.files.safetensors import TensorEntry
-    from lorafit.kinds.adapters import Fold, LayerUpdate
+    from lorafit.kinds.adapters import Fold, Folding
 
 _BESIDE_A_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.(?P<tensor>(?!weight$)\w+)(?:\.weight)?$")
 _COPY = re.compile(r"^base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight$")
@@ -32,19 +33,20 @@ class Patch:
     Attributes:
         start: First row of the tensor.
         stop: One behind the last.
-        matrix: Number of the update's matrix.
+        matrix: Number of the layer's matrix.
         first: The matrix's row that belongs to `start`.
     """
 
     start: int
     stop: int
-    update: LayerUpdate
+    folding: Folding
+    layer: AdaptedLayer
     matrix: int
     first: int
 
     def fold(self, read: Callable[[int, int], torch.Tensor]) -> Fold:
         """The change of these rows; `read` gives the base's, counted from `start`."""
-        return self.update.fold(self.matrix, self.first, self.first + self.stop - self.start, read)
+        return self.folding.fold(self.layer, self.matrix, self.first, self.first + self.stop - self.start, read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def plan_updates(
     made = Updates()
     for path, home in homes.items():
         try:
-            _place(made, home, folding.update(layers[path], home), entries)
+            _place(made, folding, AdaptedLayer(layers[path], home), home, entries)
         except ModelError as error:
             raise error.at(file=str(adapter.path), key=path) from error
     for patches in made.patches.values():
@@ -153,9 +155,11 @@ def _promised_layers(adapter: AdapterFolder, entries: Mapping[str, TensorEntry])
     return {layer for layer in layers if any(layer == t or layer.endswith(f".{t}") for t in targets)}
 
 
-def _place(made: Updates, home: Home, update: LayerUpdate, entries: Mapping[str, TensorEntry]) -> None:
-    """Adds the patches of one update: its rows where they lie, cut where a matrix ends."""
-    height, width = update.shape
+def _place(
+    made: Updates, folding: Folding, layer: AdaptedLayer, home: Home, entries: Mapping[str, TensorEntry]
+) -> None:
+    """Adds the patches of one layer: its rows where they lie, cut where a matrix ends."""
+    height, width = folding.shape(layer)
     widths = {entries[part.name].as_matrix().row_elements for part in home.parts}
     if home.rows != height * home.matrices or widths != {width}:
         raise ModelError(
@@ -171,7 +175,7 @@ def _place(made: Updates, home: Home, update: LayerUpdate, entries: Mapping[str,
             others = made.patches.setdefault(part.name, [])
             if any(other.start < start + length and start < other.stop for other in others):
                 raise ModelError(f"two adapter layers lead to the weight '{part.name}'")
-            others.append(Patch(start, start + length, update, matrix, first))
+            others.append(Patch(start, start + length, folding, layer, matrix, first))
             start, row = start + length, row + length
 
 

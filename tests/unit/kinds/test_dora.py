@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, NumericsError
-from lorafit.kinds.adapters import _low_rank_fold, adapter_kind, adapters
+from lorafit.kinds.adapters import AdaptedLayer, _low_rank_fold, adapter_kind, adapters
 from lorafit.kinds.adapters.dora import DoraFold
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.adapter import read_adapter, save_adapter
@@ -148,4 +148,4 @@ def test_the_registry_tells_it_from_lora_by_its_config(tmp_path: Path) -> None:
     parts = {key: saved.tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{key}.weight"] for key in "AB"}
     home: Any = type("Home", (), {"key": "q_proj", "matrices": 1, "transposed": False})
     with pytest.raises(ModelError, match="has 64 norms for 128 output features"):
-        saved.kind.folding(saved.config).update({**parts, "magnitude": entry}, home)
+        saved.kind.folding(saved.config).shape(AdaptedLayer({**parts, "magnitude": entry}, home))
