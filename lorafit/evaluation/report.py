@@ -117,10 +117,7 @@ def describe(evaluation: Evaluation) -> list[str]:
 
 def describe_retention(evaluation: Evaluation) -> list[str]:
     """What the tuned model lost, kept or gained on rows of general ability, line by line."""
-    words = {"better": "gained", "worse": "lost"}
-    return [
-        f"{words.get(line.verdict, 'kept as far as can be seen')}: {line.sentence}" for line in evaluation.retention
-    ]
+    return [f"{_RETENTION_WORDS[line.verdict]}: {line.sentence}" for line in evaluation.retention]
 
 
 def render_markdown(evaluation: Evaluation) -> str:

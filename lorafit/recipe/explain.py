@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from lorafit.errors import RecipeError
-from lorafit.recipe.foreign import is_not_yet, means_nothing, suggest_word
+from lorafit.recipe.foreign import is_not_yet, means_nothing, parts_of, suggest_word
 from lorafit.recipe.reader import UnclearScalarError, read_scalar
 from lorafit.recipe.schema import LARGEST_COUNT
 from lorafit.recipe.schema_tree import (
@@ -162,14 +162,9 @@ def _guesses(path: KeyPath, node: Node, value: str | float) -> Iterator[tuple[st
         read = read_scalar(text.lower() if text.lower() in ("true", "false") else text)
         if not isinstance(read, str):
             yield "remove the quotes", read
-    names = _parts(value)
+    names = parts_of(value)
     if lists and names and not means_nothing(value) and not _near_word(node, value):
         yield f"write [{', '.join(names)[:_SHOWN_WORD_CHARACTERS]}]", list[Plain](names)
-
-
-def _parts(text: str) -> list[str]:
-    """The items of a list that was written as `a, b` or `a b`."""
-    return [name for name in re.split(r"[\s,;]+", text.strip(" []")) if name]
 
 
 def _near_word(node: Node, text: str) -> str:
@@ -180,7 +175,7 @@ def _near_word(node: Node, text: str) -> str:
 def _near_list(node: Node, text: str) -> str:
     """The list of words that the parts of a text are near; empty where one of them is near none."""
     known = [word for form in forms(node) if "items" in form for word in words(form)]
-    near = [suggest_word(name, known).removeprefix("did you mean ").partition("?")[0] for name in _parts(text)]
+    near = [suggest_word(name, known).removeprefix("did you mean ").partition("?")[0] for name in parts_of(text)]
     return f"did you mean [{', '.join(word.split(' or ')[0] for word in near)}]?" if near and all(near) else ""
 
 

@@ -53,6 +53,11 @@ def same_word(word: str, known: Iterable[str]) -> str:
     return next((name for name in known if fold(name) == fold(word)), ours if ours in known else "")
 
 
+def parts_of(text: str) -> list[str]:
+    """The items of a list that was written as `a, b` or `a b`."""
+    return [name for name in re.split(r"[\s,;]+", text.strip(" []")) if name]
+
+
 def suggest_word(word: str, known: Iterable[str]) -> str:
     """`did you mean lora? ` for a word that is not among `known`, or nothing."""
     known = list(known)

@@ -5,14 +5,13 @@ What another tool's key is called here is told with the value to write: by its o
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorafit.console.nearest import nearest
 from lorafit.console.wording import alternatives
-from lorafit.recipe.foreign import fold, foreign, is_not_yet, means_nothing, same_word
+from lorafit.recipe.foreign import fold, foreign, is_not_yet, means_nothing, parts_of, same_word
 from lorafit.recipe.schema_tree import Node, every_key, fields_of, forms, kind_of, kinds_of, recipe_tree, words
 from lorafit.recipe.yaml_tree import Entry, KeyPath, Value, key_text, parse_key, shown
 
@@ -60,7 +59,7 @@ def word_of_ours(key: KeyPath, value: Value) -> str:
     is_list = len(lists) == len(forms(node))
     if is_list and means_nothing(value):
         return "leave it out, or write []"
-    theirs = [word for word in re.split(r"[\s,]+", value.strip(" []")) if word]
+    theirs = parts_of(value)
     ours = [same_word(word, known) for word in theirs]
     if len(ours) == 1 and ours[0]:
         return f"[{ours[0]}]" if is_list else ours[0]

@@ -200,7 +200,7 @@ class CheckpointStore:
 def check_continuity(
     was: Environment, now: Environment, *, allow_inexact: bool, reporter: Reporter, where: str
 ) -> list[Event]:
-    """Whether a run that was saved there goes on here as the same run.
+    """Whether a run that was saved there goes on here as the same run; on a CPU with as many of torch's threads.
 
     Returns:
         Events to record in the training state: each difference that was warned about.
@@ -229,17 +229,12 @@ def check_continuity(
     for difference in differences:
         reporter.warn(f"{difference}: the rest of the run is not guaranteed bitwise the same")
     events: list[Event] = [{"kind": "inexact_resume", "what": difference} for difference in differences]
-    return events + _take_threads(was, now, reporter)
-
-
-def _take_threads(was: Environment, now: Environment, reporter: Reporter) -> list[Event]:
-    """Goes on with as many of torch's threads as the run had: on a CPU another number rounds sums another way."""
-    if now.device_kind != "cpu" or was.threads in (0, now.threads):
-        return []
-    torch.set_num_threads(was.threads)
-    what = f"the run was begun with {counted(was.threads, 'thread')} and goes on so, where {now.threads} were set"
-    reporter.warn(f"{what}: the same bits, at that number's speed; to use another one, train anew")
-    return [{"kind": "threads", "what": what}]
+    if now.device_kind == "cpu" and was.threads not in (0, now.threads):  # another number rounds sums another way
+        torch.set_num_threads(was.threads)
+        what = f"the run was begun with {counted(was.threads, 'thread')} and goes on so, where {now.threads} were set"
+        reporter.warn(f"{what}: the same bits, at that number's speed; to use another one, train anew")
+        events.append({"kind": "threads", "what": what})
+    return events
 
 
 def _read_or_none(file: Path) -> Any:
