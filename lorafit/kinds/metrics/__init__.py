@@ -13,9 +13,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from operator import add
-from typing import Any, Literal
+from typing import Literal
 
 from lorafit.kinds.registry import Registry
 
@@ -142,29 +141,6 @@ class ShareOfRows(Metric):
     def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
         """1 or 0, and 1."""
         return [[float(self.holds(row)), 1.0] for row in rows]
-
-
-class CorpusScore(Metric):
-    """A corpus metric of sacrebleu: its statistics of each answer are what is summed over rows."""
-
-    @cached_property
-    @abstractmethod
-    def scorer(self) -> Any:
-        """sacrebleu's metric, made once."""
-
-    def row_sums(self, rows: Sequence[RowScore]) -> list[list[float]]:
-        """sacrebleu's counts of n-grams and lengths."""
-        answers, references = [row.answer or "" for row in rows], [row.reference for row in rows]
-        return [list(map(float, sums)) for sums in self.scorer._extract_corpus_statistics(answers, [references])]
-
-    def values(self, sums: Sequence[float]) -> dict[str, float]:
-        """The score from summed counts."""
-        return {self.name: float(self.scorer._compute_score_from_stats([int(x) for x in sums]).score)}
-
-    def signature(self) -> str:
-        """sacrebleu's own signature."""
-        self.scorer.num_refs = 1
-        return str(self.scorer.get_signature())
 
 
 metrics: Registry[Metric] = Registry("metric", "lorafit.kinds.metrics")

@@ -1,4 +1,4 @@
-"""A power of the share of steps that is left."""
+"""A power of the share of steps that is left; of power 1, a straight line from the peak down."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from typing import Literal
 from pydantic import Field
 
 from lorafit.kinds.schedules import Ratio, Schedule, ScheduleSection, schedules
+
+
+class LinearSection(ScheduleSection):
+    """A straight line from the peak to min_ratio of it."""
+
+    kind: Literal["linear"] = "linear"
+    min_ratio: Ratio = 0.0
+    """Share of the peak learning rate at the end (0 to 1)."""
+
+
+@schedules.register(LinearSection)
+class Linear(Schedule[LinearSection]):
+    """Linear decay."""
+
+    def factor(self, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
+        """min + (1 - min) * (1 - progress)."""
+        return self.section.min_ratio + (1.0 - self.section.min_ratio) * (1.0 - progress_steps / max(1, decay_steps))
 
 
 class PolynomialSection(ScheduleSection):

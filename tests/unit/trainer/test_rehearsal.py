@@ -21,10 +21,9 @@ from lorafit.errors import NumericsError, ResourceError
 from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.candidates import CLOSE_ENOUGH
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.rehearsal import cached_plan_file, fill_rows, heaviest_shapes, rehearse, resolve_plan, run_heaviest
-from lorafit.trainer.stage import Stage
+from lorafit.trainer.stage import CLOSE_ENOUGH, Stage
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import InThreads
 from tests.support.tiny_run import CAUSAL_LM, PAD, Job, Rows
@@ -48,7 +47,7 @@ def stage(job: Job, **values: Any) -> Stage:
 @pytest.fixture(autouse=True)
 def from_one_row_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """These rows are tiny, so that measuring begins at one longest row."""
-    monkeypatch.setattr("lorafit.trainer.candidates._FIRST_BUDGET_TOKENS", 1)
+    monkeypatch.setattr("lorafit.trainer.stage._FIRST_BUDGET_TOKENS", 1)
 
 
 def open_plan(**fixed: Any) -> Any:
@@ -121,7 +120,7 @@ def test_the_smallest_budget_close_to_the_fastest_is_taken(
 def test_a_cpu_gets_no_more_tokens_than_its_cores_are_served_with(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.trainer.candidates._MOST_CORE_TOKENS", 40)
+    monkeypatch.setattr("lorafit.trainer.stage._MOST_CORE_TOKENS", 40)
     monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(budget))
     torch.set_num_threads(2)
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
@@ -205,7 +204,7 @@ def test_measuring_begins_at_a_size_that_is_never_far_from_the_best(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine so slow that one measurement takes all the time keeps that size, if it fits."""
-    monkeypatch.setattr("lorafit.trainer.candidates._FIRST_BUDGET_TOKENS", 200)
+    monkeypatch.setattr("lorafit.trainer.stage._FIRST_BUDGET_TOKENS", 200)
     monkeypatch.setattr("lorafit.trainer.rehearsal._MOST_SECONDS", -1.0)
     monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(budget))
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 200
@@ -259,7 +258,7 @@ def louder(rehearsal: Stage) -> Stage:
 def test_attention_that_mixes_documents_or_changes_the_loss_is_left_out(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, other_attentions: None
 ) -> None:
-    monkeypatch.setattr("lorafit.trainer.candidates._open_candidates", lambda *_: ["blind", "cold", "sdpa"])
+    monkeypatch.setattr("lorafit.trainer.stage._open_candidates", lambda *_: ["blind", "cold", "sdpa"])
     for packing, left in ((True, {"sdpa"}), (False, {"blind", "sdpa"})):
         rehearsal = louder(stage(job(), packing=packing))
         resolved = resolve(rehearsal, open_plan(micro_batch_tokens=64))
@@ -270,7 +269,7 @@ def test_attention_that_mixes_documents_or_changes_the_loss_is_left_out(
 def test_eager_attention_is_taken_where_no_candidate_is_left(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, other_attentions: None
 ) -> None:
-    monkeypatch.setattr("lorafit.trainer.candidates._open_candidates", lambda *_: ["cold"])
+    monkeypatch.setattr("lorafit.trainer.stage._open_candidates", lambda *_: ["cold"])
     assert resolve(louder(stage(job())), open_plan(micro_batch_tokens=64)).attention == "eager"
 
 
