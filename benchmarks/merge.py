@@ -195,15 +195,12 @@ def write(folder: Path, _: str) -> dict[str, Any]:
 def merge_dequantized(folder: Path, _: str) -> dict[str, Any]:
     """What `lorafit merge RUN` does before it compares answers, which this run has no rows and no tokenizer for."""
     from lorafit.contracts import Silent
-    from lorafit.model.base import Base
-    from lorafit.model.base_config import fingerprint, load_config
+    from lorafit.model.base import read_base
     from lorafit.model.merge import merge_adapter
 
-    base, run = folder / "base", folder / "run"
-    config = load_config(base)
+    run = folder / "run"
     used = json.loads((run / "quantization.json").read_text())
-    opened = Base(base, str(base), config, fingerprint(base, config))
-    output, reporter = folder / "output", Silent()
+    output, reporter, opened = folder / "output", Silent(), read_base(folder / "base")
     report = merge_adapter(opened, run / "adapter", output, kind="dequantized", quantization=used, reporter=reporter)
     return report.to_json()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
@@ -134,14 +134,14 @@ class Job:
             "seed": self.recipe.seed,
             "recipe": self.loaded.digest,
             "data": self.rows.digest,
-            "base": {"name": self.base.name, "digest": self.base.digest},
+            "base": {"name": self.base.origin.name, "digest": self.base.origin.digest},
             **{name.replace(" ", "_"): digest for name, digest in self.renderer.key.items()},
         }
 
     def origin(self) -> JsonObject:
         """The facts, and what a resume takes from the run instead of finding it again."""
-        base = {"name": self.base.name, "digest": self.base.digest, "content": self.base.content or None}
-        return {**self.facts(), "base": base, "template_date": self.renderer.template_date}
+        facts, date = self.facts(), self.renderer.template_date
+        return {**facts, "base": {**facts["base"], "content": self.base.origin.content}, "template_date": date}
 
 
 def open_job(
@@ -174,7 +174,7 @@ def open_job(
 
     model = recipe.model if commit is None else recipe.model.model_copy(update={"revision": commit})
     with placed(loaded):
-        base = replace(resolve_base(model, loaded.folder, reporter), revision=recipe.model.revision)
+        base = resolve_base(model, loaded.folder, reporter).known_as(revision=recipe.model.revision)
     find_shape(base.config, tasks.bind(recipe.task).model_class)  # a config of no model is told before all else
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
@@ -318,7 +318,7 @@ def refer(job: Job, objective: Objective, splits: Collection[str], reporter: Rep
     from lorafit.model.adapter import hash_adapter
 
     made_of = {
-        "base": job.base.digest,
+        "base": job.base.origin.digest,
         "adapter": None if begins_as_base(job.recipe.adapter) else hash_adapter(objective.model),
         "quantization": job.recipe.model.quantization.model_dump(mode="json"),
         "dtype": str(objective.autocast_dtype),

@@ -8,24 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
+from lorafit.answering.opening import open_plain_model
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
-from lorafit.contracts import Example, JsonMapping
+from lorafit.contracts import Example, JsonMapping, Reporter
+from lorafit.data.chat.template import compile_or_explain
 from lorafit.errors import CheckpointError, ModelError
+from lorafit.evaluation.parity import Parity, compare_merge, require_parity
 from lorafit.files.atomic import read_object
 from lorafit.files.safetensors import read_index
 from lorafit.job import open_job
 from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.machine.devices import cpu_memory_bytes
 from lorafit.model.merge import merge_adapter
+from lorafit.model.tokenizer_files import Companions
 from lorafit.run.output_folder import check_output
 from lorafit.run.results import Merged
 from lorafit.run.workspace import OpenedRun
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
-    from lorafit.evaluation.parity import Parity
-    from lorafit.model.tokenizer_files import Companions
 
 BaseKind = Literal["dequantized", "original"]
 _COLUMNS_BEFORE = {"tokens": "input_ids", "trained": "trained"}  # of the rows that an earlier lorafit put aside
@@ -48,20 +48,15 @@ class _Comparison:
         Raises:
             NumericsError: The merge is further from the adapter than rounding explains.
         """
-        from lorafit.machine.devices import cpu_memory_bytes
-
         weights = sum(entry.size_bytes for entry in read_index(self._tuned.base.path).values())
         needed, free = int(_WEIGHTS_HELD * weights) + _LOADED_LIBRARIES_BYTES, int(_SPARE_SHARE * cpu_memory_bytes())
         if needed > free:
             self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
             return
-        from lorafit.answering.opening import open_plain_model
-        from lorafit.evaluation.parity import compare_merge, require_parity
-
         card, reporter = self._tuned.card, self._reporter
         task = tasks.bind(card.task)
         adapted = task.build_objective(self._tuned.load(self._tuned.tokenizer(), reporter).model)
-        merged = task.build_objective(open_plain_model(merged_folder, reporter)[1]().model)
+        merged = task.build_objective(open_plain_model(merged_folder, reporter).load().model)
         self.parity = compare_merge(adapted, merged, self._rows, card.pad_id, reporter)
         if self._must_agree:
             require_parity(self.parity)
@@ -162,8 +157,6 @@ def _read_columns(row: JsonMapping, names: Mapping[str, str]) -> dict[str, list[
 
 def _check_templates(adapter: Path, companions: Companions) -> None:
     """Raises ModelError where a template that is taken is not valid; it is compiled, and not run."""
-    from lorafit.data.chat.template import compile_or_explain
-
     for text in companions.templates.values():
         try:
             compile_or_explain(text)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.console.arguments import check_arguments
 from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import UsageError
-from lorafit.files.atomic import read_json
+from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
 from lorafit.job import build_objective, look_at_template, open_job, placed, prove
 from lorafit.kinds.metrics import metrics
@@ -27,8 +27,6 @@ from lorafit.recipe.load import load_recipe
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
 from lorafit.run.workspace import (
-    base_commit,
-    began,
     check_answerable,
     check_same_recipe,
     inputs_of,
@@ -36,6 +34,7 @@ from lorafit.run.workspace import (
     is_model,
     open_run,
     own_rank,
+    recorded_start,
     resume_command,
     usual_split,
 )
@@ -158,8 +157,8 @@ def train(
             check_same_recipe(run, loaded, reporter)
         elif not dry_run:
             check_unused(run, loaded, command=command)
-        given = ResolvedPlan.from_json(read_json(plan_file), str(plan_file)) if plan_file is not None else None
-        job = open_job(loaded, reporter, began(run), base_commit(run)) if resume else open_job(loaded, reporter)
+        given = ResolvedPlan.from_json(read_object(plan_file), str(plan_file)) if plan_file is not None else None
+        job = open_job(loaded, reporter, *(recorded_start(run) if resume else ()))
         engine = MeasuredSteps(job.base.config, reporter)
         the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device, engine)
         if dry_run:
@@ -303,7 +302,7 @@ def generate(
     check_prompts(prompt, input_file, rows)
     check_answerable(run, checkpoint)
     prompts = read_prompts(run, prompt, input_file, rows, reporter)
-    from lorafit.answering.engine import Request, Sampling
+    from lorafit.answering.generate import Request, Sampling
     from lorafit.answering.opening import open_answerer
 
     if compare_base and is_model(run):

@@ -26,8 +26,7 @@ from lorafit.kinds.schedules import learning_rate_at
 from lorafit.machine.version import installed_versions
 from lorafit.memory import fits
 from lorafit.model.adapter import save_adapter
-from lorafit.model.agreement import check_plan
-from lorafit.model.attach import attach_adapter, load_adapter_weights
+from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
 from lorafit.model.content import reading_content, require_recorded, require_same
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.inspect import coverage, coverage_table, describe_quantization, require_same_quantization
@@ -108,7 +107,7 @@ class Training:
             content = reading.result() if reading is not None else None
         used = describe_quantization(model, recipe.model.quantization, dtype=dtype_named(self.plan.dtype))
         if content is not None:
-            job = replace(job, base=replace(job.base, content=content.digest))
+            job = replace(job, base=job.base.known_as(content=content.digest))
             if checkpoint is not None:
                 self._check_base(content, used)
         objective = build_objective(job, model, self.plan.dtype)
@@ -255,7 +254,7 @@ class Training:
         self, store: CheckpointStore, step: int | None, allow_inexact: bool
     ) -> tuple[Checkpoint | None, list[Event]]:
         job, device = self.job, self.job.device
-        if read_base_digest(self.where) not in (None, job.base.digest):
+        if read_base_digest(self.where) not in (None, job.base.origin.digest):
             require_recorded(job.base.path, self.where.base)  # names the tensors, where more than the config changed
         check_same_facts(self.where, job.origin())
         checkpoint = store.open(step)

@@ -11,63 +11,24 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lorafit.answering.generate import BATCH_ROWS, BATCH_TOKENS, Answer, Watch, generate_answers
+from lorafit.answering.generate import Answer, Request, Sampling, Watch, generate_answers
 from lorafit.contracts import Reporter, Silent
 from lorafit.data.id_range import check_ids
 from lorafit.errors import ModelError, UsageError
 from lorafit.model.adapter import read_adapter
 from lorafit.model.attach import open_adapter
+from lorafit.model.base import Base
 from lorafit.ops.isolation import adapter_off, evaluating
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from lorafit.model.base import Base
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How an answer's tokens are chosen.
-
-    Attributes:
-        max_new_tokens: Longest answer.
-        temperature: 0 is greedy; else logits are divided by it before a token is drawn.
-        top_p: Sampling only among the likeliest tokens that together reach this probability, 0 to 1.
-        seed: Decides what is drawn.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt for an Engine.
-
-    Attributes:
-        prompt_ids: Token ids, generation prompt included.
-        adapter: Name of the adapter that answers; None: the base model alone.
-        sampling: How tokens are chosen.
-        stop_ids: Tokens that end the answer, beside the model's own.
-        row: Number that, with the seed, decides the noise of sampled tokens: a request draws the same alone and in any
-            batch.
-    """
-
-    prompt_ids: Sequence[int]
-    adapter: str | None = None
-    sampling: Sampling = Sampling()
-    stop_ids: tuple[int, ...] = ()
-    row: int = 0
 
 
 class Engine:
@@ -125,9 +86,7 @@ class Engine:
         if self._quantization is not None and trained_on not in (None, self._quantization):
             what = f"trained on a base in {trained_on}, and this one is loaded in {self._quantization}"
             raise ModelError(what, file=str(folder), todo="answer with it in an engine of its own")
-        self.model = open_adapter(
-            self.model, folder, name=name, trainable=False, base=self._base, reporter=reporter or Silent()
-        )
+        self.model = open_adapter(self.model, folder, name=name, base=self._base, reporter=reporter or Silent())
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
@@ -157,8 +116,6 @@ class Engine:
         self,
         requests: Sequence[Request],
         *,
-        batch_tokens: int = BATCH_TOKENS,
-        batch_rows: int = BATCH_ROWS,
         reporter: Reporter | None = None,
         what: str = "answers",
     ) -> list[Answer]:
@@ -166,8 +123,6 @@ class Engine:
 
         Args:
             requests: May name different adapters and sampling.
-            batch_tokens: Bound of rows x (longest prompt + new tokens) in a batch; a single row may exceed it.
-            batch_rows: Bound of rows in a batch.
             reporter: Gets bars and warnings; silent where None.
             what: Name of the bars.
 
@@ -175,10 +130,12 @@ class Engine:
             UsageError: A request names an adapter that is not loaded.
             ResourceError: Not even one row fits into memory.
         """
+        groups: dict[tuple[str | None, Sampling, tuple[int, ...]], list[int]] = {}  # places of what may share a batch
+        for place, request in enumerate(requests):
+            groups.setdefault((request.adapter, request.sampling, request.stop_ids), []).append(place)
         answers: dict[int, Answer] = {}
-        for places in _group(requests):
-            chosen = [requests[place] for place in places]
-            written = self._write(chosen, batch_tokens, batch_rows, reporter, what)
+        for places in groups.values():
+            written = self._write([requests[place] for place in places], reporter, what)
             answers |= dict(zip(places, written, strict=True))
         return [answers[place] for place in range(len(requests))]
 
@@ -225,43 +182,19 @@ class Engine:
     def _write(
         self,
         requests: Sequence[Request],
-        batch_tokens: int = BATCH_TOKENS,
-        batch_rows: int = BATCH_ROWS,
         reporter: Reporter | None = None,
         what: str = "answer",
         watch: Watch | None = None,
     ) -> list[Answer]:
         """Answers of requests for the same adapter, with the same sampling and stop tokens."""
-        first = requests[0]
-        with evaluating(self.model), self.using(first.adapter), self.autocast():
+        with evaluating(self.model), self.using(requests[0].adapter), self.autocast():
             return generate_answers(
-                self.model,
-                self.tokenizer,
-                [list(request.prompt_ids) for request in requests],
-                max_new_tokens=first.sampling.max_new_tokens,
-                stop_ids=first.stop_ids,
-                temperature=first.sampling.temperature,
-                top_p=first.sampling.top_p,
-                seed=first.sampling.seed,
-                rows=[request.row for request in requests],
-                batch_tokens=batch_tokens,
-                batch_rows=batch_rows,
-                reporter=reporter or Silent(),
-                what=what,
-                watch=watch,
+                self.model, self.tokenizer, requests, reporter=reporter or Silent(), what=what, watch=watch
             )
 
     def autocast(self) -> torch.autocast:
         """The precision that the model was trained in."""
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
-
-
-def _group(requests: Sequence[Request]) -> Iterable[list[int]]:
-    """Places of the requests that may share a batch, in the order of their first ones."""
-    groups: dict[tuple[str | None, Sampling, tuple[int, ...]], list[int]] = {}
-    for place, request in enumerate(requests):
-        groups.setdefault((request.adapter, request.sampling, request.stop_ids), []).append(place)
-    return groups.values()
 
 
 @contextlib.contextmanager

@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.answering.tuned import Tuned
-from lorafit.contracts import JsonObject, Silent
+from lorafit.contracts import JsonObject, Reporter, Silent
+from lorafit.data.sources.source import read_sources
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.job import Job, look_for_rows, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.machine.devices import read_device
+from lorafit.recipe.load import load_recipe
+from lorafit.recipe.schema import BadRowsSection, SourceSection, ValidationFraction
 from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes, sources_of
 
 if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
     from lorafit.objective import Objective
-    from lorafit.recipe.schema import SourceSection
 
 _FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")
 """What a trained run is: it is taken from the run's card, whatever a recipe says now."""
 
 
-def check_fixed(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter) -> None:
-    """Refuses a flag over what a trained run is; warns where the recipe was changed there since.
+def settle_evaluation(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter) -> OpenedRun:
+    """The run as it is evaluated with flags over its recipe; warns where the recipe was changed in what was trained.
 
     Raises:
         UsageError: A flag would change what was trained.
@@ -39,25 +40,14 @@ def check_fixed(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter)
     for what in changed:
         if what.startswith(_FIXED):
             reporter.warn(f"{what} in the recipe; the run is taken as it was trained")
+    return _keep_columns(opened)
 
 
-def settle_evaluation(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter) -> OpenedRun:
-    """The run as it is evaluated with flags over its recipe.
-
-    Raises:
-        UsageError: A flag would change what was trained.
-    """
-    check_fixed(opened, overrides, reporter)
-    return keep_columns(opened)
-
-
-def keep_columns(opened: OpenedRun) -> OpenedRun:
+def _keep_columns(opened: OpenedRun) -> OpenedRun:
     """The run with its own names of columns for other rows than its own, where these rows have such columns.
 
     A source that says itself how its rows are read is left as it is.
     """
-    from lorafit.recipe.load import load_recipe
-
     before, now = both_recipes(opened.run, opened.loaded)
     recipe, own = opened.loaded.recipe, load_recipe(opened.run.recipe).recipe
     changed: dict[str, JsonObject] = {"data": {}, "evaluation": {}}
@@ -77,9 +67,6 @@ def keep_columns(opened: OpenedRun) -> OpenedRun:
 
 def _with_columns(source: SourceSection, known: Sequence[Mapping[str, str]], folder: Path) -> SourceSection:
     """The source read by the first of the mappings that its rows have the columns of; as it is where there is none."""
-    from lorafit.data.sources.source import read_sources
-    from lorafit.recipe.schema import BadRowsSection
-
     for columns in known if not source.columns and source.format == "auto" else ():
         mapped = source.model_copy(update={"columns": dict(columns)})
         with contextlib.suppress(LorafitError):  # told where rows are opened
@@ -98,8 +85,6 @@ def changed_evaluation(opened: OpenedRun, split: str) -> JsonObject:
         opened: The run, with its recipe as flags or later edits have it.
         split: Whose rows are scored.
     """
-    from lorafit.recipe.schema import ValidationFraction
-
     recipe = opened.loaded.recipe
     is_held_out = split == "validation" and isinstance(recipe.data.validation, ValidationFraction)
     read = {f"data.{split}", *(["data.train"] if is_held_out else [])}
@@ -119,8 +104,6 @@ def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Repor
     Raises:
         DataError: The recipe has no such rows, or a file of them cannot be read.
     """
-    from lorafit.recipe.schema import ValidationFraction
-
     recipe, card = opened.loaded.recipe, tuned.card
     data = recipe.data.model_copy(update={"system_prompt": card.system_prompt})
     if {"test": data.test, "validation": data.validation, "train": data.train}[split] is None:

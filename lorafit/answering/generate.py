@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from lorafit.contracts import JsonObject
+from lorafit.contracts import JsonObject, Reporter
 from lorafit.errors import ResourceError
 from lorafit.ops.isolation import as_whole
 from lorafit.ops.output_head import output_head
@@ -33,15 +33,50 @@ from lorafit.ops.virtual_tokens import count_virtual_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorafit.contracts import Reporter
-
-BATCH_TOKENS = 16_384
-"""Default bound of rows x (prompt + new tokens) in one batch: 2 GiB of keys and values for Llama-3.1-8B in bf16."""
-BATCH_ROWS = 64
+_BATCH_TOKENS = 16_384
+"""Bound of rows x (prompt + new tokens) in one batch: 2 GiB of keys and values for Llama-3.1-8B in bf16."""
+_BATCH_ROWS = 64
 Watch = Callable[[int, int], bool]
 """Told a prompt's number and the next token of its answer; False ends the whole batch behind this token."""
 LEAST_ROUND_ROWS = 4
 """Below this many rows it is not worth ending a round to drop those that have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer's tokens are chosen.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy; else logits are divided by it before a token is drawn.
+        top_p: Sampling only among the likeliest tokens that together reach this probability, 0 to 1.
+        seed: Decides what is drawn.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for an Engine.
+
+    Attributes:
+        prompt_ids: Token ids, generation prompt included.
+        adapter: Name of the adapter that answers; None: the base model alone.
+        sampling: How tokens are chosen.
+        stop_ids: Tokens that end the answer, beside the model's own.
+        row: Number that, with the seed, decides the noise of sampled tokens: a request draws the same alone and in any
+            batch.
+    """
+
+    prompt_ids: Sequence[int]
+    adapter: str | None = None
+    sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +100,21 @@ class Answer:
 
 
 def generate_answers(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
+    requests: Sequence[Request],
     *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    rows: Sequence[int] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int = _BATCH_ROWS,
     reporter: Reporter,
-    what: str = "generating answers",
+    what: str = "answers",
     watch: Watch | None = None,
 ) -> list[Answer]:
-    """Answers in the prompts' order. Leaves the model's mode, configuration and the random numbers to the caller.
+    """Answers in the requests' order. Leaves the model's mode, configuration and the random numbers to the caller.
 
     Args:
         model: A transformers causal model, or a PeftModel around one, in eval mode.
         tokenizer: Decodes; knows the pad and end tokens.
-        prompts: Token ids, generation prompt included.
-        max_new_tokens: Longest answer; less where the model's positions end earlier.
-        stop_ids: Tokens that end an answer beside the model's own, e.g. the end-of-turn token of the chat template.
-        temperature: 0 is greedy; else logits are divided by it before a token is drawn.
-        top_p: Sampling only among the likeliest tokens that together reach this probability.
-        seed: Decides, with a prompt's number, what is drawn.
-        rows: The prompts' numbers; their places where None.
-        batch_tokens: Bound of rows x (longest prompt + new tokens) in a batch; a single row may exceed it.
+        requests: All with the same sampling and stop tokens; what their adapter is called is not looked at.
         batch_rows: Bound of rows in a batch.
         reporter: Gets a bar and warnings.
         what: Name of the bar.
@@ -102,28 +123,26 @@ def generate_answers(
     Raises:
         ResourceError: Not even one row fits into memory.
     """
-    stops = find_stop_ids(model, tokenizer, stop_ids)
-    limit, begins_with = find_max_positions(model), count_virtual_tokens(model)
-    prompts = [list(prompt) or [_first_id(tokenizer, stops)] for prompt in prompts]
-    rooms = [
-        max_new_tokens if limit is None else min(max_new_tokens, limit - begins_with - len(prompt))
-        for prompt in prompts
-    ]
+    sampling, stops = requests[0].sampling, find_stop_ids(model, tokenizer, requests[0].stop_ids)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: nothing bounds them
+    begins_with, longest = count_virtual_tokens(model), sampling.max_new_tokens
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else stops[0] if stops else 0
+    prompts = [
+        list(request.prompt_ids) or [int(first)] for request in requests
+    ]  # a model needs one token to go on from
+    rooms = [longest if limit is None else min(longest, limit - begins_with - len(prompt)) for prompt in prompts]
     answers: list[Answer | None] = [None if room > 0 else Answer("", 0, 0.0, "no_room") for room in rooms]
     if full := sum(room <= 0 for room in rooms):
         reporter.warn(f"{full} of {len(prompts)} prompts fill the model's {limit} positions and got no answer")
-    numbers = range(len(prompts)) if rows is None else rows
-    writer = _Writer(model, tokenizer, stops, temperature, top_p, seed, watch)
-    lengths = [len(prompt) for prompt in prompts]
-    waiting = cut_prompts(lengths, rooms, batch_tokens=batch_tokens, batch_rows=batch_rows, pads=begins_with == 0)
+    writer, lengths = _Writer(model, tokenizer, stops, sampling, watch), [len(prompt) for prompt in prompts]
+    waiting = cut_prompts(lengths, rooms, batch_tokens=_BATCH_TOKENS, batch_rows=batch_rows, pads=begins_with == 0)
     whole = reporter.track(sum(map(len, waiting)), what)
     with torch.no_grad(), _plain_generation(model, stops), _head_sees_last(model), whole as bar:
         while waiting:
             places = waiting.pop(0)
             try:
-                written = writer.write(
-                    [numbers[place] for place in places], [prompts[place] for place in places], rooms[places[0]]
-                )
+                rows = [requests[place].row for place in places]
+                written = writer.write(rows, [prompts[place] for place in places], rooms[places[0]])
             except torch.OutOfMemoryError as error:
                 if len(places) == 1:
                     todo = "lower evaluation.max_new_tokens or free the device"
@@ -171,18 +190,6 @@ def find_stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, st
     return sorted({int(token) for token in [*stop_ids, *listed, tokenizer.eos_token_id] if token is not None})
 
 
-def find_max_positions(model: PreTrainedModel) -> int | None:
-    """Positions that the model knows; None where nothing bounds them."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
-
-
-def _first_id(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
-    """What an empty prompt begins with: a model needs one token to go on from."""
-    first = tokenizer.bos_token_id
-    return int(first) if first is not None else stops[0] if stops else 0
-
-
 @contextlib.contextmanager
 def _plain_generation(model: PreTrainedModel, stops: list[int]) -> Iterator[None]:
     """A neutral generation config in place of the model's own, whose penalties and sampling `generate` would mix in.
@@ -194,7 +201,8 @@ def _plain_generation(model: PreTrainedModel, stops: list[int]) -> Iterator[None
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = inner.generation_config
-    casts = [(module, module.cast_input_dtype_enabled) for module in _casting_modules(model)]
+    modules = [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    casts = [(module, module.cast_input_dtype_enabled) for module in modules]
     autocast = torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
     for module, _ in casts:
         module.cast_input_dtype_enabled = not autocast
@@ -229,10 +237,6 @@ def _head_sees_last(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if handle is not None:
             handle.remove()
-
-
-def _casting_modules(model: PreTrainedModel) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
 
 
 class _GumbelNoise:
@@ -308,10 +312,8 @@ class _Writer:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stops: list[int]
-    temperature: float
-    top_p: float
-    seed: int
-    watch: Watch | None = None
+    sampling: Sampling
+    watch: Watch | None
 
     def write(self, rows: Sequence[int], prompts: Sequence[list[int]], room: int) -> list[Answer]:
         """The answers of one batch, in rounds: rows that have ended are dropped at the end of each.
@@ -364,11 +366,11 @@ class _Writer:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
         processors = LogitsProcessorList()
-        if self.temperature > 0:
-            processors.append(TemperatureLogitsWarper(self.temperature))
-            if self.top_p < 1:
-                processors.append(TopPLogitsWarper(self.top_p))
-            processors.append(_GumbelNoise(self.seed, rows, start))
+        if self.sampling.temperature > 0:
+            processors.append(TemperatureLogitsWarper(self.sampling.temperature))
+            if self.sampling.top_p < 1:
+                processors.append(TopPLogitsWarper(self.sampling.top_p))
+            processors.append(_GumbelNoise(self.sampling.seed, rows, start))
         return processors
 
     def _criteria(self, rows: int, device: torch.device, watching: Sequence[_Watching]) -> Any:

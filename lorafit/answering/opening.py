@@ -1,4 +1,4 @@
-"""What answers at a path: a run by its card, an adapter folder alone, or a model folder."""
+"""What answers at a path: a run by its card, an adapter folder alone, or a model folder; and how it is asked."""
 
 from __future__ import annotations
 
@@ -13,26 +13,71 @@ import torch
 
 from lorafit.answering.engine import Engine
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
-from lorafit.answering.voice import Voice
-from lorafit.errors import LorafitError, ModelError, UsageError
+from lorafit.contracts import Reporter, Sample
+from lorafit.data.chat.render import ChatRenderer
+from lorafit.data.plain_text import completion_prompt_ids
+from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
-from lorafit.kinds.quantizations import quantizations
+from lorafit.kinds.quantizations import QuantizationSection, quantizations
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.devices import read_device
-from lorafit.model.adapter import ADAPTER_NAME, NOTES, read_notes
-from lorafit.model.base import Base, open_folder
+from lorafit.model.adapter import ADAPTER_NAME, NOTES, AdapterFolder, read_notes
+from lorafit.model.base import Base, check_made, read_base
+from lorafit.model.class_shape import find_shape
 from lorafit.model.companions import choose_companions
 from lorafit.model.inspect import NOTED_DTYPES
 from lorafit.model.load import load_model, load_tokenizer
+from lorafit.recipe.schema import DataSection
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from datetime import datetime
 
-    from lorafit.contracts import Reporter
-    from lorafit.kinds.quantizations import QuantizationSection
-    from lorafit.model.adapter import AdapterFolder
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Voice:
+    """The tokenizer and template with which a model was trained, and so must be asked.
+
+    Attributes:
+        tokenizer: Encodes prompts and decodes answers.
+        chats: Renders prompts as chats; None: prompts are used verbatim.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chats: ChatRenderer | None
+
+    @classmethod
+    def of_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None, now: datetime | None = None
+    ) -> Voice:
+        """Chats by the tokenizer's own template; verbatim where it has none."""
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        chats = ChatRenderer(tokenizer, system_prompt=system_prompt, now=now) if has_template else None
+        return cls(tokenizer, chats)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a turn in the chat template, beside those that end every answer of the model."""
+        end = self.chats.end_of_turn_id() if self.chats is not None else None
+        return () if end is None else (end,)
+
+    def prompt_ids(self, prompt: Sample) -> list[int]:
+        """Token ids of a prompt, the header of the answer included, as training rendered what stood before an answer.
+
+        Raises:
+            DataError: The template refuses the prompt or drops part of it, or it is a chat of more than one text and
+                this model was trained on verbatim text; with the prompt's file and line.
+        """
+        try:
+            if self.chats is not None:
+                return self.chats.prompt_ids(prompt.turns, prompt.tools)
+            return completion_prompt_ids(_only_text(prompt), self.tokenizer)
+        except DataError as error:
+            error.at(file=prompt.file, line=prompt.line or None)
+            raise
 
 
 @dataclass(frozen=True)
@@ -64,28 +109,29 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
     if is_model(path):
         if base_model is not None:
             raise UsageError("a whole model has no base", key="--base-model", todo="name a run or an adapter folder")
-        noted = noted_task(path)
-        if noted is not None:
+        if (noted := noted_task(path)) is not None:
             _require_answers(noted)
-        voice, load = open_plain_model(path, reporter)
-        return Answerer(voice, load, adapter=None)
-    if not lone:
+        return open_plain_model(path, reporter)
+    data: DataSection | None = None
+    if lone:
+        saved, base = open_lone_adapter(path, base_model, reporter)
+        if (card := saved.card()) is None:
+            return _open_foreign(saved, base, reporter)
+        tuned = Tuned(card, base, path)
+    else:
         opened = open_run(path)
-        tuned = open_tuned(opened, checkpoint, base_model, reporter)
-        _require_answers(tasks.bind(tuned.card.task))
-        tokenizer = tuned.tokenizer()
-        data = opened.loaded.recipe.data.model_copy(update={"system_prompt": tuned.card.system_prompt})
-        chats = tuned.renderer(data, tokenizer).chats if tuned.card.chat else None
-        return Answerer(Voice(tokenizer, chats), partial(tuned.load, tokenizer, reporter))
-    saved, base = open_lone_adapter(path, base_model, reporter)
-    card = saved.card()
-    if card is None:
-        return _open_foreign(saved, base, reporter)
+        tuned, data = open_tuned(opened, checkpoint, base_model, reporter), opened.loaded.recipe.data
+    card = tuned.card
     _require_answers(tasks.bind(card.task))
-    tuned = Tuned(card, base, path)
     tokenizer = tuned.tokenizer()
-    voice = Voice.of_tokenizer(tokenizer, system_prompt=card.system_prompt, now=tuned.now())
-    return Answerer(voice if card.chat else Voice(tokenizer, None), partial(tuned.load, tokenizer, reporter))
+    if not card.chat:
+        voice = Voice(tokenizer, None)
+    elif data is None:
+        voice = Voice.of_tokenizer(tokenizer, system_prompt=card.system_prompt, now=tuned.now())
+    else:  # the recipe says what becomes of fields that the template drops
+        data = data.model_copy(update={"system_prompt": card.system_prompt})
+        voice = Voice(tokenizer, tuned.renderer(data, tokenizer).chats)
+    return Answerer(voice, partial(tuned.load, tokenizer, reporter))
 
 
 def _require_answers(task: Task[TaskSection]) -> None:
@@ -111,8 +157,8 @@ def noted_task(folder: Path) -> Task[TaskSection] | None:
         raise ModelError("notes no task", file=str(folder / NOTES), key="task", todo=todo) from error
 
 
-def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Voice, Callable[[], Engine]]:
-    """A model folder (a merge, say): how it is asked, and what loads it as a base is, in the precision of its file.
+def open_plain_model(folder: Path, reporter: Reporter) -> Answerer:
+    """A model folder (a merge, say), loaded as a base is, in the precision of its file.
 
     Raises:
         CheckpointError: The folder has a MANIFEST and is not what that says.
@@ -121,7 +167,9 @@ def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Voice, Callable[
     """
     task = noted_task(folder)
     model_class = CAUSAL_MODEL if task is None else task.model_class.whole()
-    base = open_folder(folder, model_class)
+    check_made(folder)
+    base = read_base(folder, is_compared=False)
+    find_shape(base.config, model_class)  # refuses what no model can be built from
     tokenizer = load_tokenizer(base)
     verbatim = read_notes(folder).get("chat") is False  # a merge of a run on verbatim rows says so
     dtype = torch_dtype(main_dtype(read_index(folder)))
@@ -130,7 +178,7 @@ def open_plain_model(folder: Path, reporter: Reporter) -> tuple[Voice, Callable[
         plain = quantizations.make("none").section
         return Engine(_load_base(base, plain, dtype, reporter, model_class), tokenizer, base=base)
 
-    return Voice(tokenizer, None) if verbatim else Voice.of_tokenizer(tokenizer), load
+    return Answerer(Voice(tokenizer, None) if verbatim else Voice.of_tokenizer(tokenizer), load, adapter=None)
 
 
 def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answerer:
@@ -174,3 +222,11 @@ def _load_base(
         model_class=model_class,
         reporter=reporter,
     )
+
+
+def _only_text(prompt: Sample) -> str:
+    turns = prompt.turns
+    if len(turns) != 1 or turns[0]["role"] != "user" or prompt.tools:
+        what = "this model answers text without a chat template, and the prompt is a chat"
+        raise DataError(what, todo="give one text a row: prompt, or a single turn of the user")
+    return str(turns[0]["content"])

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.contracts import JsonMapping, Reporter
+from lorafit.contracts import JsonMapping, Reporter, Sample
 from lorafit.errors import UsageError
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run, sources_of
 
 if TYPE_CHECKING:
-    from lorafit.contracts import Sample
     from lorafit.recipe.schema import SourceSection
 
 

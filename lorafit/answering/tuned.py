@@ -11,10 +11,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafit.contracts import Reporter
 from lorafit.errors import CheckpointError, DataError
 from lorafit.job import open_job
 from lorafit.machine.devices import read_device
+from lorafit.model.adapter import ADAPTER_NAME, AdapterFolder, read_adapter
+from lorafit.model.base import Base, resolve_base
+from lorafit.model.find_base import find_base, find_foreign_base
+from lorafit.model.tokenizer_files import DEFAULT, TokenizerFolder
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
+from lorafit.recipe.schema import DataSection, ModelSection
 from lorafit.run.card import RunCard, read_card
 from lorafit.run.workspace import OpenedRun
 
@@ -22,11 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorafit.answering.engine import Engine
-    from lorafit.contracts import Reporter
     from lorafit.data.sample_renderer import Renderer
-    from lorafit.model.adapter import AdapterFolder
-    from lorafit.model.base import Base
-    from lorafit.recipe.schema import DataSection
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Tuned:
     def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Engine:
         """Base and adapter in the precision of the run."""
         from lorafit.answering.engine import Engine
-        from lorafit.model.adapter import ADAPTER_NAME
         from lorafit.model.load import load_model
 
         model = load_model(
@@ -61,7 +62,6 @@ class Tuned:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was trained with; its templates are those of the card."""
         from lorafit.model.load import load_tokenizer
-        from lorafit.model.tokenizer_files import DEFAULT, TokenizerFolder
 
         beside = TokenizerFolder(self.adapter).has_tokenizer()
         tokenizer = load_tokenizer(self.base, self.adapter if beside else None)
@@ -117,9 +117,6 @@ def open_tuned(opened: OpenedRun, checkpoint: str | None, base_model: str | None
         CheckpointError: There is no such adapter, or no card.
         ModelError: The base is not on this disk, or is another one.
     """
-    from lorafit.model.base import resolve_base
-    from lorafit.model.find_base import find_base
-
     adapter, _ = opened.adapter(checkpoint)
     card, model = find_card(opened, reporter), opened.loaded.recipe.model
     if card.base.commit is not None:
@@ -141,11 +138,6 @@ def open_lone_adapter(adapter: Path, base_model: str | None, reporter: Reporter)
     Raises:
         ModelError: It is no adapter, or its base is not here, or another one.
     """
-    from lorafit.model.adapter import read_adapter
-    from lorafit.model.base import resolve_base
-    from lorafit.model.find_base import find_base, find_foreign_base
-    from lorafit.recipe.schema import ModelSection
-
     saved = read_adapter(adapter)
     card = saved.card()
     written = str(saved.config.get("base_model_name_or_path") or "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+SHOWN_NAMES = 4
 
 
 def counted(number: float, noun: str) -> str:
@@ -25,3 +27,15 @@ def alternatives(names: Sequence[str]) -> str:
 def agreed(number: float, one: str, many: str) -> str:
     """The form of a verb that goes with a number: `is` of 1 row, `are` of 2."""
     return one if number == 1 else many
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
+def list_names(names: Iterable[str]) -> str:
+    """`a, b, c, d and 12 more`: the first few names, in order."""
+    ordered = sorted(names)
+    more = len(ordered) - SHOWN_NAMES
+    return ", ".join(ordered[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

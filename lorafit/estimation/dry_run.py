@@ -30,8 +30,7 @@ from lorafit.memory.peak import PHASES
 from lorafit.model import fuse
 from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers, keep_unpacked
-from lorafit.model.load import enable_checkpointing
-from lorafit.model.weightless import build_weightless, fill_with_fakes, unpacking_fakes
+from lorafit.model.load import build_weightless, enable_checkpointing, fill_with_fakes, unpacking_fakes
 from lorafit.ops import cross_entropy, dropout
 from lorafit.ops.chunk_sizes import chunk_labels
 from lorafit.ops.dtypes import autocast_dtype, dtype_named

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lorafit.contracts import JsonObject
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError, LorafitError, ResourceError, UsageError
-from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.files.strict_json import JsonError, read_object_file
 
 FORMAT = 1
 """Of the files of a run and of every MANIFEST; a file that names another one was written by another lorafit."""
@@ -62,14 +62,32 @@ def make_folder(folder: Path) -> None:
             raise UsageError(what, file=str(folder), todo="choose another folder") from error
 
 
-def _disappeared(path: Path, made: Path, error: BaseException) -> ResourceError | None:
-    """The error where somebody removed a folder that was `made` to write in; None where another thing failed."""
-    missing = str(error.filename) if isinstance(error, FileNotFoundError) else ""
-    is_gone = not made.is_dir() or missing.startswith(str(_temporary(path)))
-    if isinstance(error, LorafitError) or not isinstance(error, Exception) or not is_gone:
-        return None
-    todo = "was its folder removed? leave it alone and start again"
-    return ResourceError("disappeared while it was written", file=str(path), todo=todo)
+@contextlib.contextmanager
+def _sibling(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """A temporary place beside `path` to write at: a new folder, or the name of a file. What is left there goes.
+
+    Raises:
+        ResourceError: The disk is full, read-only or broken, or somebody removed the folder; `path` is as it was.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
+    made = temporary if is_folder else path.parent
+    with disk_errors(path):
+        make_folder(path.parent)
+        _remove(temporary)
+        if is_folder:
+            temporary.mkdir(mode=0o755)  # not the umask's: what others may write into, the cache would not trust
+        try:
+            yield temporary
+        except LorafitError:
+            raise
+        except Exception as error:
+            missing = str(error.filename) if isinstance(error, FileNotFoundError) else ""
+            if made.is_dir() and not missing.startswith(str(temporary)):
+                raise
+            todo = "was its folder removed? leave it alone and start again"
+            raise ResourceError("disappeared while it was written", file=str(path), todo=todo) from error
+        finally:
+            _remove(temporary)
 
 
 def hash_file(path: Path) -> str:
@@ -89,10 +107,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
-    return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -107,21 +121,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: The disk is full, read-only or broken; `path` is as it was.
     """
-    temporary = _temporary(path)
-    with disk_errors(path):
-        make_folder(path.parent)
-        try:
-            yield temporary
-            temporary.chmod(0o644)
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        except BaseException as error:
-            disappeared = _disappeared(path, path.parent, error)
-            _remove(temporary)
-            if disappeared is not None:
-                raise disappeared from error
-            raise
+    with _sibling(path, is_folder=False) as temporary:
+        yield temporary
+        temporary.chmod(0o644)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -130,47 +135,30 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file of a run folder.
+def read_object(path: Path) -> JsonObject:
+    """The object in a JSON file of a run folder.
 
     Raises:
-        CheckpointError: It is missing, no JSON that can be relied on, or of another format.
+        CheckpointError: It is missing, no JSON object that can be relied on, or of another format.
     """
     try:
-        value = read_json_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError("is missing", file=str(path), todo="is this folder a whole run?") from error
+        value = read_object_file(path)
     except JsonError as error:
-        raise CheckpointError(error.what, file=str(path), todo="restore it") from error
+        todo = "restore it" if path.exists() else "is this folder a whole run?"
+        raise CheckpointError(error.what, file=str(path), todo=todo) from error
     check_format(value, path)
     return value
 
 
-def read_object(path: Path) -> JsonObject:
-    """The same for a file that holds an object.
-
-    Raises:
-        CheckpointError: As there, or it holds something else.
-    """
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError("holds no JSON object", file=str(path), todo="restore it")
-    return value
-
-
-def check_format(value: Any, path: Path) -> None:
+def check_format(value: JsonMapping, path: Path) -> None:
     """Raises CheckpointError where a file says that it was written in another format than this lorafit's."""
-    for key in ("format", "version") if isinstance(value, dict) else ():
+    for key in ("format", "version"):
         if value.get(key, FORMAT) != FORMAT:
             raise CheckpointError(
                 f"is of {key} {value[key]!r}, this lorafit reads {key} {FORMAT}",
                 file=str(path),
                 todo="use the lorafit that wrote it",
             )
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
 @contextlib.contextmanager
@@ -186,40 +174,27 @@ def atomic_dir(path: Path, *, replace: bool = False, digests: Mapping[str, str] 
         ResourceError: The disk is full, read-only or broken; `path` is as it was.
         UsageError: `path` exists and `replace` is false.
     """
-    temporary = _temporary(path)
-    with disk_errors(path):
-        make_folder(path.parent)
-        _remove(temporary)
-        temporary.mkdir(mode=0o755)  # not the umask's: what others may write into, the cache would not trust
-        try:
-            yield temporary
-            entries = {}
-            for file in _files_below(temporary):
-                file.chmod(0o644)
-                _sync(file)
-                name = file.relative_to(temporary).as_posix()
-                known = (digests or {}).get(name)
-                entries[name] = {"bytes": file.stat().st_size, "sha256": known or hash_file(file)}
-            manifest = temporary / MANIFEST
-            manifest.write_text(
-                json.dumps({"format": FORMAT, "files": entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-            )
-            for folder in [manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-                _sync(folder)
-            if path.exists() and not replace:
-                raise UsageError("exists already", file=str(path), todo="choose another output")
-            aside = path.parent / f"{TEMPORARY_PREFIX}old-{path.name}-{os.getpid()}"
-            if path.exists():
-                path.rename(aside)
-            temporary.rename(path)
-            _sync(path.parent)
-            _remove(aside)
-        except BaseException as error:
-            disappeared = _disappeared(path, temporary, error)
-            _remove(temporary)
-            if disappeared is not None:
-                raise disappeared from error
-            raise
+    with _sibling(path, is_folder=True) as temporary:
+        yield temporary
+        entries = {}
+        for file in sorted(file for file in temporary.rglob("*") if file.is_file() and file.name != MANIFEST):
+            file.chmod(0o644)
+            _sync(file)
+            name = file.relative_to(temporary).as_posix()
+            known = (digests or {}).get(name)
+            entries[name] = {"bytes": file.stat().st_size, "sha256": known or hash_file(file)}
+        manifest, listed = temporary / MANIFEST, {"format": FORMAT, "files": entries}
+        manifest.write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        for folder in [manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+            _sync(folder)
+        if path.exists() and not replace:
+            raise UsageError("exists already", file=str(path), todo="choose another output")
+        aside = path.parent / f"{TEMPORARY_PREFIX}old-{path.name}-{os.getpid()}"
+        if path.exists():
+            path.rename(aside)
+        temporary.rename(path)
+        _sync(path.parent)
+        _remove(aside)
 
 
 def check_manifest(folder: Path, *, hashes: bool = True, hash_of: Callable[[Path], str] = hash_file) -> str | None:

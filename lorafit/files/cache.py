@@ -82,8 +82,7 @@ def own_folder(folder: Path) -> Path:
         except OSError as error:
             if part.is_symlink():
                 break  # said below
-            what = f"the cache folder cannot be written: {(error.strerror or type(error).__name__).lower()}"
-            raise ResourceError(what, file=str(part), todo="set LORAFIT_CACHE to a folder that can") from None
+            raise _not_written("the cache folder", part, error) from None
     refuse_foreign(folder)
     return folder
 
@@ -142,18 +141,6 @@ def locked(path: Path, waits: Callable[[], None] = lambda: None) -> Iterator[Non
         SafetyError: It is a link or no regular file, or lies where others may write.
     """
     own_folder(path.parent)
-    with _lock_file(path) as descriptor:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waits()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _lock_file(path: Path) -> Iterator[int]:
     foreign = SafetyError("is no plain file, where a lock of the cache belongs", file=str(path), todo="remove it")
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -161,14 +148,25 @@ def _lock_file(path: Path) -> Iterator[int]:
     except OSError as error:
         if path.is_symlink() or path.is_dir():
             raise foreign from None
-        what = f"the cache cannot be written: {(error.strerror or type(error).__name__).lower()}"
-        raise ResourceError(what, file=str(path), todo="set LORAFIT_CACHE to a folder that can") from None
+        raise _not_written("the cache", path, error) from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise foreign
-        yield descriptor
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
+
+
+def _not_written(what: str, path: Path, error: OSError) -> ResourceError:
+    why = (error.strerror or type(error).__name__).lower()
+    todo = "set LORAFIT_CACHE to a folder that can"
+    return ResourceError(f"{what} cannot be written: {why}", file=str(path), todo=todo)
 
 
 def known_hash(file: Path) -> str:

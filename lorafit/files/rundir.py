@@ -20,90 +20,53 @@ _STEP_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
+class _Inside:
+    """A path in a run folder, as an attribute of the run."""
+
+    name: str
+
+    def __get__(self, run: RunDir, _: type[RunDir]) -> Path:
+        return run.root / self.name
+
+
+@dataclass(frozen=True)
 class RunDir:
     """The paths of one run. Makes nothing by itself."""
 
     root: Path
 
-    @property
-    def manifest(self) -> Path:
-        """Versions, seed, and hashes of data, base and template; written at the start."""
-        return self.root / "manifest.json"
-
-    @property
-    def recipe(self) -> Path:
-        """The recipe as it was used, with paths relative to the run folder."""
-        return self.root / "recipe.yaml"
-
-    @property
-    def card(self) -> Path:
-        """What whoever answers, merges or evaluates must know of the run (`lorafit.run.card`)."""
-        return self.root / "card.json"
-
-    @property
-    def comparison(self) -> Path:
-        """Tokens of a few rows, on which a merge is compared with the adapter it came from."""
-        return self.root / "comparison.json"
-
-    @property
-    def data(self) -> Path:
-        """What became of the rows: counts by source, rows skipped and cut, overlaps, contradictions, warnings."""
-        return self.root / "data.json"
-
-    @property
-    def plan(self) -> Path:
-        """The resolved plan."""
-        return self.root / "plan.json"
-
-    @property
-    def result(self) -> Path:
-        """How training ended: steps, best evaluation, time, memory as estimated and as measured."""
-        return self.root / "result.json"
-
-    @property
-    def profile(self) -> Path:
-        """Where the steps' time went, as a table."""
-        return self.root / "profile.txt"
-
-    @property
-    def trace(self) -> Path:
-        """Every operation of a few steps, for a trace viewer."""
-        return self.root / "trace.json.gz"
-
-    @property
-    def quantization(self) -> Path:
-        """Hashes of every packed base tensor, so that a merge can prove that it rebuilt the same base."""
-        return self.root / "quantization.json"
-
-    @property
-    def base(self) -> Path:
-        """Hashes of all bytes of the base's tensors, so that a resume can prove that it goes on with the same base."""
-        return self.root / "base.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a step and one an evaluation."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def best(self) -> Path:
-        """Which checkpoint is best, by which metric."""
-        return self.root / "best.json"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter in PEFT's layout."""
-        return self.root / "adapter"
-
-    @property
-    def first_adapter(self) -> Path:
-        """The adapter as it was before the first step, of a run whose task refers to one that is not the base."""
-        return self.root / "first-adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.root / "checkpoints"
+    manifest = _Inside("manifest.json")
+    """Versions, seed, and hashes of data, base and template; written at the start."""
+    recipe = _Inside("recipe.yaml")
+    """The recipe as it was used, with paths relative to the run folder."""
+    card = _Inside("card.json")
+    """What whoever answers, merges or evaluates must know of the run (`lorafit.run.card`)."""
+    comparison = _Inside("comparison.json")
+    """Tokens of a few rows, on which a merge is compared with the adapter it came from."""
+    data = _Inside("data.json")
+    """What became of the rows: counts by source, rows skipped and cut, overlaps, contradictions, warnings."""
+    plan = _Inside("plan.json")
+    """The resolved plan."""
+    result = _Inside("result.json")
+    """How training ended: steps, best evaluation, time, memory as estimated and as measured."""
+    profile = _Inside("profile.txt")
+    """Where the steps' time went, as a table."""
+    trace = _Inside("trace.json.gz")
+    """Every operation of a few steps, for a trace viewer."""
+    quantization = _Inside("quantization.json")
+    """Hashes of every packed base tensor, so that a merge can prove that it rebuilt the same base."""
+    base = _Inside("base.json")
+    """Hashes of all bytes of the base's tensors, so that a resume can prove that it goes on with the same base."""
+    metrics = _Inside("metrics.jsonl")
+    """One JSON object a step and one an evaluation."""
+    best = _Inside("best.json")
+    """Which checkpoint is best, by which metric."""
+    adapter = _Inside("adapter")
+    """The trained adapter in PEFT's layout."""
+    first_adapter = _Inside("first-adapter")
+    """The adapter as it was before the first step, of a run whose task refers to one that is not the base."""
+    checkpoints = _Inside("checkpoints")
+    """The folder of checkpoints."""
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint at the edge behind optimizer step `step`."""

@@ -3,10 +3,11 @@
     8 bytes length n | n bytes JSON header | data
                        {"name": {"dtype": "BF16", "shape": [out, in], "data_offsets": [begin, end]}, ...}
 
-Nothing is mapped into memory: a mapping counts as resident memory as soon as it is read, and a merge must stay small.
+Headers are checked by the safetensors library. Data is not read through a mapping: what is read of one counts as
+resident memory, and a merge must stay small.
 
 Source: safetensors' format description (https://huggingface.co/docs/safetensors), which asks readers to refuse holes,
-overlaps, duplicate keys and headers over 100 MB.
+overlaps, duplicate keys (the library takes them) and headers over 100 MB.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class StackedEntry:
 AnyEntry = TensorEntry | StackedEntry
 
 
-def _look(file: Path, head: bytes, size: int) -> str | None:
+def _look(head: bytes, size: int) -> str | None:
     """What a file that is no safetensors file looks like; None where nothing is odd."""
     if size == 0:
         return "is empty (0 bytes)"
@@ -155,40 +156,25 @@ def _look(file: Path, head: bytes, size: int) -> str | None:
     return None
 
 
+def _broken(file: Path, what: str) -> ModelError:
+    return ModelError(what, file=str(file), todo="get the file again")
+
+
 def _parse(file: Path, raw: bytes) -> JsonObject:
+    """The header as JSON, in which the library would take a name twice."""
     try:
         header = parse_json(raw.decode("utf-8"))
     except JsonError as error:
         name = error.what.removeprefix("duplicate key ")
         what = (
-            f"duplicate tensor {name} in the header" if name != error.what else f"the header is not valid JSON ({name})"
+            f"the header is not valid JSON ({name})" if name == error.what else f"duplicate tensor {name} in the header"
         )
-        raise ModelError(what, file=str(file), todo="get the file again") from error
+        raise _broken(file, what) from error
     except UnicodeDecodeError as error:
-        raise ModelError("the header is not valid JSON", file=str(file), todo="get the file again") from error
+        raise _broken(file, "the header is not valid JSON") from error
     if not isinstance(header, dict):
-        raise ModelError("the header is not an object", file=str(file), todo="get the file again")
+        raise _broken(file, "the header is not an object")
     return header
-
-
-def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
-    """One tensor of a header, its dtype, shape and offsets checked against each other."""
-
-    def refuse(why: str) -> ModelError:
-        return ModelError(f"the header's entry for '{name}' is wrong: {why}", file=str(file), todo="get the file again")
-
-    try:
-        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise refuse("dtype, shape or data_offsets is missing") from error
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
-        raise refuse("shape and data_offsets must be whole numbers from 0")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise refuse(f"unknown dtype {dtype!r}")
-    if begin > end or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise refuse(f"{dtype} {list(shape)} does not take bytes {begin} to {end}")
-    return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, end - begin)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -197,38 +183,50 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises:
         ModelError: Missing, empty, incomplete, a pointer or a page instead of weights, or a header that lies.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             head = stream.read(512)
-            if looks := _look(file, head, size):
-                raise ModelError(looks, file=str(file), todo="get the file again")
+            if looks := _look(head, size):
+                raise _broken(file, looks)
             length = int.from_bytes(head[:8], "little")
             if length > HEADER_LIMIT_BYTES:
-                raise ModelError(f"the header claims {length} bytes; no safetensors file", file=str(file))
+                raise _broken(file, f"the header claims {length} bytes; no safetensors file")
             if 8 + length > size:
-                raise ModelError(f"is incomplete: it ends inside the header ({size} bytes)", file=str(file))
+                raise _broken(file, f"is incomplete: it ends inside the header ({size} bytes)")
             stream.seek(8)
             header = _parse(file, stream.read(length))
+        header.pop("__metadata__", None)
+        with safe_open(file, "np"):  # types, sizes, holes and overlaps; maps the file, and reads no more of it
+            pass
     except FileNotFoundError as error:
-        raise ModelError("does not exist", file=str(file)) from error
+        raise _broken(file, "does not exist") from error
     except OSError as error:
-        raise ModelError(f"cannot be read ({error.strerror})", file=str(file)) from error
-    header.pop("__metadata__", None)
-    entries = sorted(
-        (_entry(file, n, v, 8 + length) for n, v in header.items()), key=lambda e: (e.offset, e.size_bytes)
-    )
-    expected = 8 + length
-    for entry in entries:
-        if entry.offset != expected:
-            kind = "overlaps" if entry.offset < expected else "leaves a hole before"
-            raise ModelError(f"the header {kind} tensor '{entry.name}'", file=str(file), todo="get the file again")
-        expected += entry.size_bytes
-    if expected != size:
-        missing = f"is incomplete: {expected - size} bytes are missing"
-        gap = missing if size < expected else "more bytes follow than its header tells of"
-        raise ModelError(gap, file=str(file), todo="get the file again")
-    return {entry.name: entry for entry in entries}
+        raise _broken(file, f"cannot be read ({error.strerror})") from error
+    except SafetensorError as error:
+        what = f"the header is wrong: {str(error).rpartition('header: ')[2]}"
+        if "not fully covered" in what:
+            missing = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0) - size
+            more = "more bytes follow than its header tells of"
+            what = f"is incomplete: {missing} bytes are missing" if missing > 0 else more
+        raise _broken(file, what) from error
+    entries = {}
+    for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = value["data_offsets"]
+        if value["dtype"] not in DTYPE_BYTES:
+            raise _broken(file, f"'{name}' is of an unknown dtype {value['dtype']!r}")
+        entries[name] = TensorEntry(name, file, value["dtype"], tuple(value["shape"]), 8 + length + begin, end - begin)
+    return entries
+
+
+def refuse_pickles(folder: Path, names: Sequence[str]) -> None:
+    """Raises SafetyError where a folder holds a file of one of these names, in the place of safetensors."""
+    for name in names:
+        if (folder / name).exists():
+            what = f"{name} is a pickle file, which can run code and is never opened"
+            raise SafetyError(what, file=str(folder), todo="use weights in safetensors format")
 
 
 def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
@@ -237,13 +235,7 @@ def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
         return [folder / SINGLE], {}
     index = folder / INDEX
     if not index.is_file():
-        for name in _PICKLES:
-            if (folder / name).exists():
-                raise SafetyError(
-                    f"{name} is a pickle file, which can run code and is never opened",
-                    file=str(folder),
-                    todo="use weights in safetensors format",
-                )
+        refuse_pickles(folder, _PICKLES)
         raise ModelError(f"holds no weights ({SINGLE} or {INDEX})", file=str(folder), todo="get the whole model folder")
     try:
         weight_map = read_json_file(index)["weight_map"]
@@ -251,7 +243,7 @@ def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
         paths = [PurePosixPath(name) for name in names]
     except (JsonError, KeyError, TypeError, AttributeError) as error:
         why = f": {error.what}" if isinstance(error, JsonError) else " (weight_map)"
-        raise ModelError(f"is no valid index{why}", file=str(index), todo="get the file again") from error
+        raise _broken(index, f"is no valid index{why}") from error
     for name, path in zip(names, paths, strict=True):
         if path.is_absolute() or ".." in path.parts or "\\" in str(path):
             raise SafetyError(
@@ -279,7 +271,7 @@ def read_index(folder: Path) -> dict[str, TensorEntry]:
     for file in files:
         for name, entry in read_header(file).items():
             if name in entries:
-                raise ModelError(f"duplicate tensor '{name}', also in {entries[name].file.name}", file=str(file))
+                raise _broken(file, f"duplicate tensor '{name}', also in {entries[name].file.name}")
             entries[name] = entry
     absent = [name for name in weight_map if name not in entries]
     if absent:
@@ -328,9 +320,7 @@ def read_rows(
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], entry.offset + start * row_bytes + done)
             if count == 0:
-                raise ModelError(
-                    f"ended while '{entry.name}' was read", file=str(entry.file), todo="get the file again"
-                )
+                raise _broken(entry.file, f"ended while '{entry.name}' was read")
             done += count
     finally:
         os.close(descriptor)

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,19 +57,12 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_c
 _FOREIGN_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
-def depth_of(text: str) -> int:
-    """How deep arrays and objects are nested; brackets inside strings do not count."""
-    depth = deepest = 0
-    for bracket in _BRACKET.findall(_STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
 def check_depth(text: str) -> None:
     """Raises JsonError where arrays and objects are nested deeper than `DEPTH_LIMIT`."""
-    if text.count("[") + text.count("{") > DEPTH_LIMIT and depth_of(text) > DEPTH_LIMIT:
-        raise JsonError(f"nested deeper than {DEPTH_LIMIT} levels")
+    if text.count("[") + text.count("{") > DEPTH_LIMIT:
+        brackets = _BRACKET.findall(_STRING.sub("", text))  # those inside strings do not count
+        if max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0) > DEPTH_LIMIT:
+            raise JsonError(f"nested deeper than {DEPTH_LIMIT} levels")
 
 
 def check_text(value: Any) -> None:
@@ -136,13 +130,6 @@ def read_regular_file(path: Path, most_bytes: int) -> bytes:
         os.close(descriptor)
 
 
-def _read_whole(path: Path, limit_bytes: int) -> bytes:
-    raw = read_regular_file(path, limit_bytes + 1)
-    if len(raw) > limit_bytes:
-        raise JsonError(f"is larger than {limit_bytes >> 20} MiB")
-    return raw
-
-
 def read_json_file(path: Path, *, limit_bytes: int = FILE_LIMIT_BYTES, constants: bool = False) -> Any:
     """The JSON value in a file.
 
@@ -157,7 +144,10 @@ def read_json_file(path: Path, *, limit_bytes: int = FILE_LIMIT_BYTES, constants
             `what` is said of the file, e.g. `is not a regular file`.
     """
     try:
-        text = _read_whole(path, limit_bytes).decode("utf-8-sig")
+        raw = read_regular_file(path, limit_bytes + 1)
+        if len(raw) > limit_bytes:
+            raise JsonError(f"is larger than {limit_bytes >> 20} MiB")
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise
     except UnicodeDecodeError:
@@ -168,3 +158,18 @@ def read_json_file(path: Path, *, limit_bytes: int = FILE_LIMIT_BYTES, constants
         return parse_json(text, constants=constants)
     except JsonError as error:
         raise JsonError(f"is no valid JSON ({error.what.removeprefix('invalid JSON: ')})", error.position) from None
+
+
+def read_object_file(path: Path, *, limit_bytes: int = FILE_LIMIT_BYTES, constants: bool = False) -> JsonObject:
+    """The JSON object in a file; a file that is missing is a JsonError here like everything else.
+
+    Raises:
+        JsonError: As `read_json_file`, or `is missing`, or `is no JSON object`.
+    """
+    try:
+        value = read_json_file(path, limit_bytes=limit_bytes, constants=constants)
+    except FileNotFoundError:
+        raise JsonError("is missing") from None
+    if not isinstance(value, dict):
+        raise JsonError("is no JSON object")
+    return value

@@ -18,17 +18,15 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, TypeVar
 
-from lorafit.contracts import Silent
+from lorafit.contracts import Reporter, Silent
 from lorafit.errors import LorafitError
 from lorafit.hub.refusal import HubRefusedError, Repo, explain, not_reached, refused_by_status, turned_off
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
 
 T = TypeVar("T")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -108,10 +106,10 @@ class Asked:
         if self.refusal is None:
             self._say(request)
             seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or _ANSWER_SECONDS)
-            waits = request.extensions.get("timeout", {})
-            request.extensions["timeout"] = {key: seconds if wait is None else wait for key, wait in waits.items()}
+            limits = request.extensions.get("timeout", {})
+            request.extensions["timeout"] = {key: seconds if own is None else own for key, own in limits.items()}
             try:
-                response = _Apart(partial(self._send, request, **options)).result(seconds)
+                response = _result_of(_start(partial(self._send, request, **options)), seconds)
             except Exception as error:
                 self.refusal = not_reached(self.repo, error, str(request.url.host), seconds)
             else:
@@ -162,9 +160,9 @@ def ask(repo: Repo, reporter: Reporter, work: Callable[[Asked], T]) -> T:
     session = get_session()
     asked = Asked(repo, reporter, session.send)
     vars(session)["send"] = asked.send  # over the class's own, on this one client: a program's settings stay
-    apart = _Apart(partial(work, asked))
+    working = _start(partial(work, asked))
     try:
-        result = apart.result()
+        result = _result_of(working)
     except (LorafitError, HubRefusedError):
         raise
     except Exception as error:  # the hub's errors share no base class over versions: network, HTTP, cache, validation
@@ -174,18 +172,18 @@ def ask(repo: Repo, reporter: Reporter, work: Callable[[Asked], T]) -> T:
             raise
         raise asked.explain(error) from error
     finally:
-        if not apart.ended.is_set():  # a signal
+        if not working.done():  # a signal
             asked.stop()
             session.close()
             _stop_xet()
-            apart.ended.wait(_STOP_SECONDS)
+            wait([working], _STOP_SECONDS)
             close_session()
         vars(session).pop("send", None)
     _heard[repo] = asked.commit, asked.refusal
     return result
 
 
-def fetch_files(repo: Repo, patterns: list[str], needed: list[str], reporter: Reporter) -> Path:
+def fetch_files(repo: Repo, patterns: Sequence[str], needed: Sequence[str], reporter: Reporter) -> Path:
     """The folder of the cache with the files of `repo` that match, downloaded if need be.
 
     Args:
@@ -205,7 +203,7 @@ def fetch_files(repo: Repo, patterns: list[str], needed: list[str], reporter: Re
         if commit is None:
             asked.require_answer()
         _remove_abandoned(repo)
-        folder = Path(snapshot_download(repo.id, repo_type=repo.kind, revision=commit, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo.id, repo_type=repo.kind, revision=commit, allow_patterns=list(patterns)))
         if not all(any(folder.glob(pattern)) for pattern in needed):
             asked.require_answer()  # others that fill this cache fetch single files
         asked.say_refused(folder.name)
@@ -259,32 +257,29 @@ def _stop_xet() -> None:
         abort_xet_session()  # type: ignore[no-untyped-call]
 
 
-class _Apart(Generic[T]):
-    """Something done in a thread, which nobody has to wait for."""
+def _start(call: Callable[[], T]) -> Future[T]:
+    """What comes of a call that is made in a thread, which nobody has to wait for."""
+    future: Future[T] = Future()
 
-    def __init__(self, call: Callable[[], T]) -> None:
-        self.ended = threading.Event()  # a `join` that a signal interrupts takes the thread for ended in Python 3.11
-        self._call, self._result, self._error = call, cast("T", None), cast("BaseException | None", None)
-        threading.Thread(target=contextvars.copy_context().run, args=(self._work,), daemon=True).start()
-
-    def _work(self) -> None:
+    def work() -> None:
         try:
-            self._result = self._call()
+            future.set_result(call())
         except BaseException as error:
-            self._error = error
-        self.ended.set()
+            future.set_exception(error)
 
-    def result(self, seconds: float | None = None) -> T:
-        """What comes of it, waited for.
+    threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True).start()
+    return future
 
-        Raises:
-            TimeoutError: Nothing came in time: no timeout of a socket covers names that do not resolve, or a server
-                that sends a byte now and then.
-        """
-        deadline = math.inf if seconds is None else time.monotonic() + seconds
-        while not self.ended.wait(min(_SIGNAL_SECONDS, max(0.0, deadline - time.monotonic()))):
-            if time.monotonic() >= deadline:
-                raise TimeoutError
-        if self._error is not None:
-            raise self._error
-        return self._result
+
+def _result_of(future: Future[T], seconds: float = math.inf) -> T:
+    """What comes of it, waited for.
+
+    Raises:
+        TimeoutError: Nothing came in time: no timeout of a socket covers names that do not resolve, or a server that
+            sends a byte now and then.
+    """
+    deadline = time.monotonic() + seconds
+    while not wait([future], min(_SIGNAL_SECONDS, max(0.0, deadline - time.monotonic()))).done:
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+    return future.result()

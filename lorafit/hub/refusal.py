@@ -102,7 +102,9 @@ def explain(repo: Repo, error: BaseException, denied: HubRefusedError | None = N
 
 def refused_by_status(repo: Repo, code: int, headers: Mapping[str, str]) -> HubRefusedError:
     """What the hub's answer to a request says, by its HTTP status and the hub's own headers."""
-    has_token = _has_token()
+    from huggingface_hub import get_token
+
+    has_token = bool(get_token())
     kind = headers.get("x-error-code")
     if kind == "GatedRepo":
         whose = "the account of your HF_TOKEN" if has_token else "your account, and set HF_TOKEN"
@@ -195,10 +197,3 @@ def _endpoint() -> str:
 
 def _bad_token() -> HubRefusedError:
     return HubRefusedError("HF_TOKEN holds what no token holds", "set it again, without quotes or blanks")
-
-
-def _has_token() -> bool:
-    """Whether requests carry a token."""
-    from huggingface_hub import get_token
-
-    return bool(get_token())

@@ -5,7 +5,6 @@ torch is imported only where a GPU may have to be asked; sizes and names of card
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -50,8 +49,12 @@ def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         todo = f"{hint}--gpu list names all; a size lies in the range {_RANGE} and has a unit, e.g. 24GiB"
         raise UsageError(f"'{text}' is no known card", key=flag, todo=todo)
-    size = _size_bytes(text, match, flag)
-    unit = match[2].lower()
+    number, unit = float(match[1]), match[2].lower()
+    if unit not in _UNITS:
+        raise UsageError(f"'{text}' has no unit of memory", key=flag, todo="write for example 24GiB or 24GB")
+    if not _SMALLEST_BYTES <= number * _UNITS[unit] <= _LARGEST_BYTES:
+        raise UsageError(f"'{text}' is out of range", key=flag, todo=f"a size lies in the range {_RANGE}")
+    size = round(number * _UNITS[unit])
     shown = format_bytes(size)
     if unit in ("gb", "mb", "tb"):  # 10^9: the label of a card, which the tables give in GiB
         shown = f"{match[1]} {match[2].upper()} = {shown}"
@@ -63,21 +66,6 @@ def _is_no_size(number: str, unit: str) -> bool:
     if unit:
         return unit not in _UNITS and number.isdecimal() and len(number) >= 3
     return float(number) > _LARGEST_BARE_GIB
-
-
-def _size_bytes(text: str, match: re.Match[str], flag: str) -> int:
-    """Bytes of a size such as `24GiB`, `24GB` (10^9), `80gib` or `24` (GiB).
-
-    Raises:
-        UsageError: The size is out of range, or its unit is unknown.
-    """
-    number, unit = float(match[1]), match[2].lower()
-    if unit not in _UNITS:
-        raise UsageError(f"'{text}' has no unit of memory", key=flag, todo="write for example 24GiB or 24GB")
-    size = number * _UNITS[unit]
-    if not math.isfinite(size) or not _SMALLEST_BYTES <= size <= _LARGEST_BYTES:
-        raise UsageError(f"'{text}' is out of range", key=flag, todo=f"a size lies in the range {_RANGE}")
-    return round(size)
 
 
 def peak_flops(device: DeviceFacts) -> float | None:
@@ -95,14 +83,9 @@ def format_bytes(size: int | float) -> str:
     return f"{size:.0f} B"
 
 
-def read_device(kind: str = "auto", *, count: int | None = None) -> DeviceFacts:
-    """The device that this process trains on.
-
-    Args:
-        kind: `cpu`, `cuda` or `mps`; `auto` takes the first GPU there is.
-        count: Processes that train together; from torchrun's WORLD_SIZE where None.
-    """
-    processes = count if count is not None else max(1, int(os.environ.get("WORLD_SIZE", "1") or 1))
+def read_device(kind: str = "auto") -> DeviceFacts:
+    """The device that this process trains on: `cpu`, `cuda` or `mps`; `auto` takes the first GPU there is."""
+    processes = max(1, int(os.environ.get("WORLD_SIZE", "1") or 1))
     if kind != "cpu":
         import torch
 
@@ -122,16 +105,14 @@ def cpu_memory_bytes() -> int:
 
     What the process holds already counts as available, since an estimate counts the interpreter and libraries too.
     """
+    import resource
+
     import psutil
 
     process = psutil.Process()
     own = process.memory_info()
     limits = [psutil.virtual_memory().available + own.rss]
     limits += [limit - used + own.rss for limit, used in _cgroup_limits()]
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return int(max(0, min(limits)))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         limits.append(soft - own.vms + own.rss)

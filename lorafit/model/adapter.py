@@ -19,17 +19,18 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.contracts import JsonMapping, JsonObject
+from lorafit.console.wording import list_names
+from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.atomic import MANIFEST, require_manifest
 from lorafit.files.cache import known_hash
 from lorafit.files.portable import is_local_path
-from lorafit.files.safetensors import TensorEntry, read_header
-from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry, read_header, read_rows, refuse_pickles
+from lorafit.files.strict_json import JsonError, read_object_file
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters
 from lorafit.machine.version import __version__
 from lorafit.model.adapter_checks import check_fields, check_notes
-from lorafit.model.homes import adapted_layers, find_home, note_homes
+from lorafit.model.homes import find_homes, note_homes
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.loading_note import note_head, note_loading
 from lorafit.model.names import names_of
@@ -48,7 +49,6 @@ NOTES = "lorafit.json"
 QUANTIZATION = "quantization.json"
 ADAPTER_NAME = "default"
 _BASE_NAME = "base_model_name_or_path"
-_PICKLE = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,17 @@ class AdapterFolder:
     """An adapter on disk, its files checked, its tensors not read yet.
 
     Attributes:
+        kind: Its method.
         config: adapter_config.json.
         tensors: Entries of adapter_model.safetensors by name.
         notes: lorafit.json; empty for adapters that other tools made.
     """
 
     path: Path
+    kind: type[Adapter[AdapterSection]]
     config: JsonObject
     tensors: dict[str, TensorEntry]
     notes: JsonObject
-
-    @property
-    def kind(self) -> type[Adapter[AdapterSection]]:
-        """Its method."""
-        return saved_kind(self.config, self.path / CONFIG)
 
     def card(self) -> RunCard | None:
         """The card of the run that made it; None for adapters of other tools, and of earlier versions.
@@ -85,6 +82,37 @@ class AdapterFolder:
         except (ValueError, TypeError) as error:
             todo = "restore the file, or take another copy of the adapter"
             raise ModelError(f"is no card of a run: {error}", file=str(self.path / NOTES), todo=todo) from error
+
+    def check_values(self, reporter: Reporter) -> None:
+        """Reads every tensor once; warns where the adapter changes nothing.
+
+        Raises:
+            ModelError: Integers where floats belong, or NaN or Inf.
+        """
+        import torch
+
+        file = self.path / WEIGHTS
+        integers = [name for name, entry in self.tensors.items() if entry.dtype not in FLOAT_DTYPES]
+        if integers:
+            found = f"{self.tensors[min(integers)].dtype} where floats belong ({list_names(integers)})"
+            what = f"{len(integers)} adapter tensors hold {found}"
+            raise ModelError(what, file=str(file), todo="get the adapter again")
+        broken, nonzero = [], set()
+        for name, entry in self.tensors.items():
+            if entry.elements == 0:
+                continue
+            low, high = torch.aminmax(read_rows(entry))
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                broken.append(name)
+            if low != 0 or high != 0:
+                nonzero.add(name)
+        if broken:
+            what = f"{len(broken)} adapter tensors hold non-finite values, NaN or Inf ({list_names(broken)})"
+            raise ModelError(what, file=str(file), todo="use another checkpoint of its run, or get the adapter again")
+        why = self.kind.why_no_effect(self.config, nonzero)
+        if why is not None:
+            what = f"the adapter has no effect: {why}, so the model answers as its base; train it"
+            reporter.warn(f"{self.path}: {what}")
 
     def quantization(self) -> JsonObject | None:
         """How the base was quantised, with the hashes of every weight where they lie beside the adapter."""
@@ -108,16 +136,11 @@ def read_adapter(folder: Path) -> AdapterFolder:
     kind = saved_kind(config, folder / CONFIG)
     _refuse_imports(config, folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
-        if (folder / _PICKLE).exists():
-            raise SafetyError(
-                f"{_PICKLE} is a pickle file, which can run code and is never opened",
-                file=str(folder),
-                todo=f"use an adapter with {WEIGHTS}",
-            )
+        refuse_pickles(folder, ("adapter_model.bin",))
         raise ModelError(f"{WEIGHTS} is missing", file=str(folder), todo="get the whole adapter folder")
     tensors = read_header(folder / WEIGHTS)
     check_fields(kind, config, tensors, folder / CONFIG)
-    return AdapterFolder(folder, config, tensors, read_notes(folder))
+    return AdapterFolder(folder, kind, config, tensors, read_notes(folder))
 
 
 def saved_kind(config: JsonMapping, file: Path) -> type[Adapter[AdapterSection]]:
@@ -154,7 +177,6 @@ def save_adapter(
     quantization: JsonMapping | None = None,
     card: RunCard | None = None,
     companions: Companions | None = None,
-    name: str = ADAPTER_NAME,
 ) -> None:
     """Writes an adapter of a model into a folder (made whole by the caller's `atomic_dir`).
 
@@ -165,15 +187,15 @@ def save_adapter(
         quantization: `inspect.describe_quantization`.
         card: The run's.
         companions: Tokenizer, templates and generation settings.
-        name: What the adapter is called in the model.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = adapter_config(model, *base.reference, name)
-    tensors = {path: value.detach().to("cpu").contiguous() for path, value in adapter_tensors(model, name).items()}
+    config = adapter_config(model, *base.reference)
+    tensors = {path: value.detach().to("cpu").contiguous() for path, value in adapter_tensors(model).items()}
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-    layers = _note_layers(model, name)
+    names = names_of(model)  # None for a model that `load_model` did not load
+    layers = None if names is None else note_homes(find_homes(model, names), names)
     notes = {
         "format": 1,
         "lorafit": __version__,
@@ -193,9 +215,9 @@ def save_adapter(
         companions.write(folder)
 
 
-def adapter_config(model: PeftModel, base_name: str, revision: str | None, name: str = ADAPTER_NAME) -> JsonObject:
+def adapter_config(model: PeftModel, base_name: str, revision: str | None) -> JsonObject:
     """What adapter_config.json says of a model's adapter, on a base of that name and revision."""
-    config = model.peft_config[name].to_dict()
+    config = model.peft_config[ADAPTER_NAME].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     config = {key: value.value if isinstance(value, Enum) else value for key, value in config.items()}
     return config | {_BASE_NAME: base_name, "revision": revision, "inference_mode": True, "auto_mapping": None}
@@ -207,25 +229,16 @@ def adapter_tensors(model: PeftModel, name: str = ADAPTER_NAME) -> dict[str, tor
     return kind.live_tensors(model, name)
 
 
-def hash_adapter(model: PeftModel, name: str = ADAPTER_NAME) -> str:
+def hash_adapter(model: PeftModel) -> str:
     """SHA-256 of all that an adapter computes with: its values, and what PEFT's config says of its form."""
     import torch
 
-    config = adapter_config(model, "", None, name)
+    config = adapter_config(model, "", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for path, value in sorted(adapter_tensors(model, name).items()):
+    for path, value in sorted(adapter_tensors(model).items()):
         digest.update(f"{path} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _note_layers(model: PeftModel, name: str) -> JsonObject | None:
-    """Where each adapted layer's weight lies in the base's files; None for a model that `load_model` did not load."""
-    names = names_of(model)
-    if names is None:
-        return None
-    layers = adapted_layers(model, name)
-    return note_homes({path: find_home(path, layer, names) for path, layer in layers.items()}, names)
 
 
 def check_named_base(folder: Path) -> None:
@@ -254,10 +267,11 @@ def check_named_base(folder: Path) -> None:
 def check_base(saved: AdapterFolder, base: Base) -> None:
     """Raises ModelError where the adapter was trained on another base, by digest."""
     trained = saved.notes.get("base") or {}
-    if base.digest and trained.get("digest") and base.digest != trained["digest"]:
+    digest = base.origin.digest
+    if digest and trained.get("digest") and digest != trained["digest"]:
         raise ModelError(
             f"trained on '{trained['name']}' ({trained['digest'][:12]}), "
-            f"but this base is '{base.shown}' ({base.digest[:12]})",
+            f"but this base is '{base.shown}' ({digest[:12]})",
             file=str(saved.path),
             todo="use the base it was trained on",
         )
@@ -279,11 +293,7 @@ def _refuse_imports(config: JsonMapping, file: Path) -> None:
 
 def _read_object(file: Path, folder: Path) -> JsonObject:
     try:
-        value = read_json_file(file, constants=True)
-    except FileNotFoundError as error:
-        raise ModelError(f"{file.name} is missing", file=str(folder), todo="name an adapter folder or a run") from error
+        return read_object_file(file, constants=True)
     except JsonError as error:
-        raise ModelError(f"{file.name} {error.what}", file=str(folder), todo="get the file again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file.name} is no JSON object", file=str(folder), todo="get the file again")
-    return value
+        todo = "get the file again" if file.exists() else "name an adapter folder or a run"
+        raise ModelError(f"{file.name} {error.what}", file=str(folder), todo=todo) from error

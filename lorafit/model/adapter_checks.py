@@ -12,17 +12,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorafit.contracts import JsonMapping, JsonValue
 from lorafit.errors import ModelError, SafetyError
-from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry, read_rows
-from lorafit.kinds.adapters import SavedField, is_number, is_rank
-from lorafit.model.check_weights import list_names
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
-    from lorafit.kinds.adapters import Adapter, AdapterSection
+from lorafit.files.safetensors import TensorEntry
+from lorafit.kinds.adapters import Adapter, AdapterSection, SavedField, is_number, is_rank
 
 _PATTERN_SECONDS = 1.0
 _LONGEST_TEXT_CHARACTERS = 4096
@@ -179,49 +174,3 @@ def _within(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def check_values(
-    kind: type[Adapter[AdapterSection]],
-    config: JsonMapping,
-    tensors: Mapping[str, TensorEntry],
-    file: Path,
-    reporter: Reporter,
-) -> None:
-    """Reads every tensor of an adapter once; warns where the adapter changes nothing.
-
-    Args:
-        kind: Its method.
-        config: adapter_config.json.
-        tensors: Those of `file`.
-        file: Its weights.
-        reporter: Warned.
-
-    Raises:
-        ModelError: Integers where floats belong, or NaN or Inf.
-    """
-    import torch
-
-    integers = [name for name, entry in tensors.items() if entry.dtype not in FLOAT_DTYPES]
-    if integers:
-        first = tensors[min(integers)]
-        raise ModelError(
-            f"{len(integers)} adapter tensors hold {first.dtype} where floats belong ({list_names(integers)})",
-            file=str(file),
-            todo="get the adapter again",
-        )
-    broken, nonzero = [], set()
-    for name, entry in tensors.items():
-        if entry.elements == 0:
-            continue
-        low, high = torch.aminmax(read_rows(entry))
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            broken.append(name)
-        if low != 0 or high != 0:
-            nonzero.add(name)
-    if broken:
-        what = f"{len(broken)} adapter tensors hold non-finite values, NaN or Inf ({list_names(broken)})"
-        raise ModelError(what, file=str(file), todo="use another checkpoint of its run, or get the adapter again")
-    why = kind.why_no_effect(config, nonzero)
-    if why is not None:
-        reporter.warn(f"{file.parent}: the adapter has no effect: {why}, so the model answers as its base; train it")

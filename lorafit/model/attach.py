@@ -6,15 +6,19 @@ several.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.contracts import JsonMapping, Silent
+import torch
+
+from lorafit.console.wording import first_line, list_names
+from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_rows
-from lorafit.kinds.adapters import adapters
+from lorafit.kinds.adapters import AdapterSection, Site, adapters
 from lorafit.model.adapter import (
     ADAPTER_NAME,
     CONFIG,
@@ -25,21 +29,17 @@ from lorafit.model.adapter import (
     read_adapter,
     saved_kind,
 )
-from lorafit.model.adapter_checks import check_values
-from lorafit.model.check_weights import list_names
+from lorafit.model.base import Base
 from lorafit.model.load import keep_weights_unpacked
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import choose_targets
 from lorafit.ops.output_head import outer_modules
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from lorafit.contracts import Reporter
-    from lorafit.kinds.adapters import AdapterSection
-    from lorafit.model.base import Base
+_SHOWN_DIFFERENCES = 3
 
 
 def attach_adapter(
@@ -49,7 +49,6 @@ def attach_adapter(
     *,
     folder: Path | None = None,
     model_class: ModelClass = CAUSAL_MODEL,
-    name: str = ADAPTER_NAME,
 ) -> PeftModel:
     """The model with the recipe's adapter: fresh, or going on from `init_from`.
 
@@ -59,14 +58,11 @@ def attach_adapter(
         seed: Of the fresh values.
         folder: What `init_from` is relative to.
         model_class: The task's: a head of its own is trained and saved whole beside the adapter.
-        name: What the adapter is called in the model.
 
     Raises:
         RecipeError: A target matches nothing, or `init_from` disagrees with the recipe.
         ModelError: The adapter of `init_from` does not fit this model, or PEFT cannot wrap it.
     """
-    import torch
-
     method = adapters.bind(section)
     asked = method.linear_names()
     targets = choose_targets(model, asked) if asked else []
@@ -78,14 +74,13 @@ def attach_adapter(
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(seed)
-                adapted = _wrap(model, config, name)
+                adapted = _wrap(model, config, ADAPTER_NAME)
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
-            kind, lines = type(model).__name__, str(error).strip().splitlines() or [""]
-            todo = "use another base model"
-            raise ModelError(f"PEFT cannot put an adapter on {kind}: {lines[0]}", todo=todo) from error
+            what = f"PEFT cannot put an adapter on {type(model).__name__}: {first_line(error)}"
+            raise ModelError(what, todo="use another base model") from error
     keep_weights_unpacked(adapted)
     if section.init_from is not None:
-        _go_on_from(adapted, section, (folder or Path()) / section.init_from, name)
+        _go_on_from(adapted, section, (folder or Path()) / section.init_from)
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise RecipeError("the adapter has no trainable parameters", key="adapter")
     return adapted
@@ -95,17 +90,15 @@ def open_adapter(
     base_model: PreTrainedModel | PeftModel,
     folder: Path,
     *,
-    trainable: bool,
     base: Base | None = None,
     reporter: Reporter | None = None,
     name: str = ADAPTER_NAME,
 ) -> PeftModel:
-    """The loaded base with a saved adapter on it.
+    """The loaded base with a saved adapter on it, frozen like the base.
 
     Args:
         base_model: From `load_model`, or from here, with adapters of other names.
         folder: The adapter's.
-        trainable: Whether its weights require gradients.
         base: Checked against the adapter's notes where given.
         reporter: Warned where the adapter has no effect; silent where None.
         name: What the adapter is called in the model.
@@ -117,12 +110,12 @@ def open_adapter(
     saved = read_adapter(folder)
     if base is not None:
         check_base(saved, base)
-    check_values(saved.kind, saved.config, saved.tensors, folder / WEIGHTS, reporter or Silent())
-    model = wrap_model(base_model, saved.config, folder, trainable=trainable, name=name)
+    saved.check_values(reporter or Silent())
+    model = wrap_model(base_model, saved.config, folder, name=name)
     _load_weights(model, saved, name)
     keep_weights_unpacked(model)
     for parameter in adapter_tensors(model, name).values():
-        parameter.requires_grad_(trainable)
+        parameter.requires_grad_(False)
     return model
 
 
@@ -131,7 +124,6 @@ def wrap_model(
     config: JsonMapping,
     folder: Path,
     *,
-    trainable: bool,
     empty: bool = False,
     name: str = ADAPTER_NAME,
 ) -> PeftModel:
@@ -141,7 +133,6 @@ def wrap_model(
         base_model: As in `open_adapter`.
         config: The adapter's adapter_config.json.
         folder: Where that lies, for messages.
-        trainable: Whether PEFT lets the layers train.
         empty: Whether the layers get no values, as those of a base on the meta device.
         name: What the adapter is called in the model.
 
@@ -159,21 +150,20 @@ def wrap_model(
     opened = kind.opened_config({key: value for key, value in config.items() if key in known and key != "auto_mapping"})
     with quiet_libraries():
         try:
-            return _wrap(base_model, get_peft_config({**opened, "inference_mode": not trainable}), name, empty=empty)
+            return _wrap(base_model, get_peft_config({**opened, "inference_mode": True}), name, empty=empty)
         except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"does not fit this model: {first}", file=str(folder / CONFIG)) from error
+            raise ModelError(f"does not fit this model: {first_line(error)}", file=str(folder / CONFIG)) from error
 
 
-def load_adapter_weights(model: PeftModel, folder: Path, name: str = ADAPTER_NAME) -> None:
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     """Puts a saved adapter's values into the model's adapter, in place (shapes and dtype of the model stay).
 
     Raises:
         ModelError: Missing or superfluous tensors, wrong shapes, all counted; or values that are no finite floats.
     """
     saved = read_adapter(folder)
-    check_values(saved.kind, saved.config, saved.tensors, folder / WEIGHTS, Silent())
-    _load_weights(model, saved, name)
+    saved.check_values(Silent())
+    _load_weights(model, saved, ADAPTER_NAME)
 
 
 def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -192,6 +182,44 @@ def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> No
         problems.append(f"{len(misshapen)} of another shape ({name} is {has}, the model needs {needs})")
     if problems:
         raise ModelError("; ".join(problems), file=str(saved.path / WEIGHTS), todo="use the base it was trained on")
+
+
+def check_plan(model: torch.nn.Module, planned: Sequence[Site], trainable_parameters: int) -> None:
+    """Compares adapted layers and trainable parameters of a PEFT model with the plan's.
+
+    Args:
+        model: With its adapter.
+        planned: Where the method was to train what.
+        trainable_parameters: The plan's count.
+
+    Raises:
+        ModelError: They differ; the message names each kind of layer that does.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wanted: Counter[str] = Counter()
+    for site in planned:
+        if site.linear is not None:
+            wanted[site.name] += site.count
+    found: Counter[str] = Counter()
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            found[path.removesuffix(".base_layer").rsplit(".", 1)[-1]] += 1
+    differences = [
+        f"{name}: {wanted[name]} layers planned, {found[name]} adapted"
+        for name in sorted(wanted | found)
+        if wanted[name] != found[name]
+    ]
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if trainable != trainable_parameters:
+        differences.append(f"{trainable_parameters:,} trainable parameters planned, {trainable:,} found")
+    if differences:
+        more = f" and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
+        raise ModelError(
+            f"plan and model disagree: {'; '.join(differences[:_SHOWN_DIFFERENCES])}{more}",
+            key="adapter.target_modules",
+            todo="name the linears to adapt, and please report it with the model's config.json",
+        )
 
 
 def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, *, empty: bool = False) -> PeftModel:
@@ -215,8 +243,6 @@ def _are_transposed(model: torch.nn.Module, target_modules: Sequence[str]) -> bo
 
 
 def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:
-    import torch
-
     live = adapter_tensors(model, name)
     check_fit(saved, {path: tuple(value.shape) for path, value in live.items()})
     with torch.no_grad():
@@ -224,14 +250,14 @@ def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:
             parameter.copy_(read_rows(saved.tensors[path]))
 
 
-def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path, name: str) -> None:
+def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path) -> None:
     """Gives a fresh adapter the weights of a saved one of the same method, options and layers.
 
     Raises:
         RecipeError: Recipe and adapter differ in one of those.
         ModelError: See `read_adapter`.
     """
-    saved, fresh, kind = read_adapter(folder), model.peft_config[name], adapters.get(section.kind)
+    saved, fresh, kind = read_adapter(folder), model.peft_config[ADAPTER_NAME], adapters.get(section.kind)
     for key, ours in kind.recipe_fields.items():
         theirs, asked = saved.config.get(key), getattr(fresh, key)
         if theirs != asked:
@@ -242,11 +268,11 @@ def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path, name: s
     if unlike or saved.kind is not kind:
         form = ", ".join(unlike) or saved.config["peft_type"]
         raise RecipeError(f"{folder} is no plain {section.kind} adapter ({form})", key="adapter.init_from")
-    live = adapter_tensors(model, name)
+    live = adapter_tensors(model)
     if live.keys() != saved.tensors.keys():
         raise RecipeError(
             f"{folder} adapts other layers: {list_names(saved.tensors.keys() ^ live.keys())}",
             key="adapter.target_modules",
             todo="name the targets it was trained with",
         )
-    load_adapter_weights(model, folder, name)
+    load_adapter_weights(model, folder)

@@ -50,34 +50,25 @@ def offer_attention(name: str, model: PreTrainedModel) -> None:
         )
 
 
-def set_attention(model: PreTrainedModel, name: str) -> None:
+def set_attention(model: PreTrainedModel, name: str) -> str | dict[str, str]:
     """Switches the attention of a transformers model; of one with towers that do not know it, the language model's.
+
+    Returns:
+        What was switched to, as `from_pretrained` takes it.
 
     Raises:
         ValueError: The language model does not know it either.
+        ImportError: Its package is missing.
     """
     try:
         model.set_attn_implementation(name)
+        return name
     except ValueError:
         if "text_config" not in model.config.sub_configs:
             raise
-        model.set_attn_implementation({"text_config": name})
-
-
-def loading_option(skeleton: Any, name: str) -> str | dict[str, str]:
-    """An attention as `from_pretrained` takes it: its name, or the language model's alone where towers do not know it.
-
-    Args:
-        skeleton: The model on the meta device, which is left with this attention.
-        name: As in `set_attention`.
-    """
-    try:
-        skeleton.set_attn_implementation(name)
-    except ValueError:
-        return {"text_config": name} if "text_config" in skeleton.config.sub_configs else name
-    except ImportError:  # loading says so
-        return name
-    return name
+    option = {"text_config": name}
+    model.set_attn_implementation(option)
+    return option
 
 
 def _attention_forward(

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import read_index
-from lorafit.files.strict_json import JsonError, read_json_file
-from lorafit.model.limits import check_sizes
+from lorafit.files.strict_json import JsonError, read_object_file
 
 CONFIG = "config.json"
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "use_cache")
 _SAMPLE_BYTES = 4096
 _CONFIG_LIMIT_BYTES = 16 << 20
+MOST_LAYERS = 4096
+MOST_EXPERTS = 65_536
+WIDEST = 2**26
+"""Limits far above every known model (126 layers, 512 experts, a vocabulary of 262,144), which keep a config that names
+a billion of something from being built, on the meta device or as an estimate."""
+
+_COUNTS = (
+    (re.compile(r"^(num|n)_(\w+_)?(layers?|blocks)$|^depth$|^(encoder|decoder)_layers$"), MOST_LAYERS),
+    (re.compile(r"^(num|n)_(\w+_)?(experts|heads|groups)$|^moe_num_experts$|^n_head$"), MOST_EXPERTS),
+    (re.compile(r"^\w+_(size|dim)$|^n_embd$|^n_inner$|^d_(model|ff|kv)$|^ffn_dim$"), WIDEST),
+)
 
 
 def load_config(folder: Path) -> JsonObject:
@@ -29,22 +41,36 @@ def load_config(folder: Path) -> JsonObject:
         SafetyError: It switches remote code on, or names an attention kernel of the hub.
     """
     file = folder / CONFIG
-    if not folder.is_dir():
-        raise ModelError(f"no such model folder, so no {CONFIG}", file=str(folder), todo="check model.base")
+    if not file.exists():
+        what = f"{CONFIG} is missing" if folder.is_dir() else f"no such model folder, so no {CONFIG}"
+        raise ModelError(what, file=str(folder), todo="check model.base, or get the whole model")
     try:
-        config = read_json_file(file, limit_bytes=_CONFIG_LIMIT_BYTES, constants=True)
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{CONFIG} is missing", file=str(folder), todo="check model.base, or get the whole model"
-        ) from error
+        config = read_object_file(file, limit_bytes=_CONFIG_LIMIT_BYTES, constants=True)
     except JsonError as error:
         raise ModelError(error.what, file=str(file), todo="get the file again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not isinstance(config.get("model_type"), str):
         raise ModelError("names no model_type", file=str(file), todo="get the whole model")
     refuse_foreign_code(config, file)
     check_sizes(config, str(file))
     refuse_quantised(config, str(file))
     return config
+
+
+def check_sizes(config: JsonMapping, file: str, prefix: str = "") -> None:
+    """Raises ModelError where a config, or a part of it, has more layers, experts or width than any model."""
+    for key, value in config.items():
+        place = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            check_sizes(value, file, f"{place}.")
+        elif isinstance(value, int | float):
+            limit = next((limit for pattern, limit in _COUNTS if pattern.match(str(key))), None)
+            if limit is not None and value > limit:
+                raise ModelError(
+                    f"{value:g} is more than any model has (limit {limit:,})",
+                    file=file,
+                    key=place,
+                    todo="repair the file",
+                )
 
 
 def refuse_quantised(config: JsonMapping, file: str) -> None:
@@ -67,18 +93,15 @@ def refuse_foreign_code(value: Any, file: Path, key: str = "") -> None:
     if isinstance(value, dict):
         for name, inner in value.items():
             place = f"{key}.{name}" if key else str(name)
+            what = ""
             if name == "trust_remote_code" and inner:
-                raise SafetyError(
-                    "switches foreign code on", file=str(file), key=place, todo="remove the key, if you trust the rest"
-                )
-            if name in _ATTENTION_KEYS and (kernel := _hub_kernel(inner)) is not None:
-                raise SafetyError(
-                    f"names a kernel of the hub ({kernel})", file=str(file), key=place, todo="remove the key"
-                )
-            if name == "transformers_weights" and inner:
-                raise SafetyError(
-                    "redirects the weights to another file", file=str(file), key=place, todo="remove the key"
-                )
+                what = "switches foreign code on"
+            elif name in _ATTENTION_KEYS and (kernel := _hub_kernel(inner)) is not None:
+                what = f"names a kernel of the hub ({kernel})"
+            elif name == "transformers_weights" and inner:
+                what = "redirects the weights to another file"
+            if what:
+                raise SafetyError(what, file=str(file), key=place, todo="remove the key, if you trust the rest")
             refuse_foreign_code(inner, file, place)
     elif isinstance(value, list):
         for inner in value:

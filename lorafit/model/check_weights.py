@@ -5,10 +5,11 @@ transformers fills what is missing with random numbers and only logs it; here it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.console.wording import list_names
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry
@@ -17,15 +18,6 @@ from lorafit.ops.output_head import outer_modules
 
 if TYPE_CHECKING:
     import torch
-
-SHOWN_NAMES = 4
-
-
-def list_names(names: Iterable[str]) -> str:
-    """`a, b, c, d and 12 more`: the first few names, in order."""
-    ordered = sorted(names)
-    more = len(ordered) - SHOWN_NAMES
-    return ", ".join(ordered[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_weights(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,15 @@ from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, LeftOut, LinearShape, ModelClass, ModelShape
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
-from lorafit.model.targets import OUTSIDE, ROUTER, ROUTER_NAMES, head_names, left_out_names
+from lorafit.model.targets import (
+    EXPERT_COUNTS,
+    OUTSIDE,
+    ROUTER,
+    ROUTER_NAMES,
+    config_number,
+    find_linears,
+    left_out_names,
+)
 from lorafit.model_shapes import EXPERTS, EXPERTS_ARE_FUSED, known_families, read_shape
 from lorafit.ops.output_head import outer_modules, output_head, text_part
 
@@ -37,7 +44,6 @@ _ROLES = {
     "down": ("down_proj", "output_linear", "fc2", "fc_out", "dense_4h_to_h", "w2", "c_proj"),
 }
 
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "top_k_experts")
 _QUERY_NORMS = ("q_norm", "query_layernorm")
 _EXPERT_SIZES = ("moe_intermediate_size", "intermediate_size")
@@ -53,17 +59,13 @@ def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> M
     Raises:
         ModelError: transformers does not know the model as a causal language model either.
     """
-    if not model_class.has_new_head and config.get("model_type") in known_families() and not _has_dense_layers(config):
+    has_dense_layers = bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
+    if not model_class.has_new_head and config.get("model_type") in known_families() and not has_dense_layers:
         return read_shape(config)
     key = json.dumps([config, asdict(model_class)], sort_keys=True, default=str)
     if key not in _READ:
         _READ[key] = read_class_shape(config, model_class)
     return _READ[key]
-
-
-def _has_dense_layers(config: JsonMapping) -> bool:
-    """Whether some layers of a mixture have no experts."""
-    return bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
 
 
 def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
@@ -85,27 +87,27 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     outside = embeddings.weight.numel() + (0 if tied else head.weight.numel())
     total = sum(parameter.numel() for parameter in model.parameters())
     inside = sum(linear.weight_parameters for linear in linears) + experts
-    hidden = _number(text, "hidden_size", embeddings.weight.shape[1])
-    heads = _number(text, "num_attention_heads", 1)
+    hidden = config_number(text, "hidden_size", embeddings.weight.shape[1])
+    heads = config_number(text, "num_attention_heads", 1)
     inner = max((x.in_features for x in linears if x.role == "down"), default=4 * hidden)
     roles, language = {linear.role for linear in linears}, text_part(model) or model
     kv_heads, head_dim = _head_sizes(text, linears, heads, hidden)
     return ModelShape(
         model_type=str(settings.model_type),
         hidden_size=hidden,
-        layers=_number(text, "num_hidden_layers", 1),
+        layers=config_number(text, "num_hidden_layers", 1),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocabulary=embeddings.weight.shape[0],
-        max_positions=_number(text, "max_position_embeddings", 2048),
+        max_positions=config_number(text, "max_position_embeddings", 2048),
         linears=linears,
         embedding_parameters=embeddings.weight.numel(),
         head_parameters=0 if tied else head.weight.numel(),
         other_parameters=total - inside - outside,
         gated_mlp=bool(roles & {"gate", "gate_up"}),
         expert_parameters=experts,
-        experts=_first_number(text, _EXPERT_COUNTS, 0) if experts else 0,
+        experts=_first_number(text, EXPERT_COUNTS, 0) if experts else 0,
         experts_per_token=_first_number(text, _CHOSEN_COUNTS, 2) if experts else 0,
         expert_size=_first_number(text, _EXPERT_SIZES, inner) if experts else 0,
         norms_per_layer=_norms_per_layer(language, hidden),
@@ -131,7 +133,7 @@ def _head_sizes(text: PretrainedConfig, linears: tuple[LinearShape, ...], heads:
         query, key = (sum(w * n for w, n in found) / sum(n for _, n in found) for found in widths.values())
         head_dim = max(round(query / heads), 1)
         return min(max(round(key / head_dim), 1), heads), head_dim
-    return _number(text, "num_key_value_heads", heads), _number(text, "head_dim", max(hidden // heads, 1))
+    return config_number(text, "num_key_value_heads", heads), config_number(text, "head_dim", max(hidden // heads, 1))
 
 
 def _layer_list(model: PreTrainedModel) -> Any:
@@ -195,15 +197,12 @@ def _linear_shapes(model: PreTrainedModel) -> tuple[LinearShape, ...]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    heads, left_out = set(head_names(model)), left_out_names(model)
+    left_out = left_out_names(model)
     found: Counter[LinearShape] = Counter()
     seen: set[int] = set()
-    linears: list[tuple[str, Any]] = [x for x in model.named_modules() if isinstance(x[1], torch.nn.Linear | Conv1D)]
-    for name, module in linears:
-        if name in heads or id(module.weight) in seen:
-            continue
+    for name, module in find_linears(model):
         why = left_out.get(name, "")
-        if why in (ROUTER, OUTSIDE):
+        if id(module.weight) in seen or why in (ROUTER, OUTSIDE):
             continue
         seen.add(id(module.weight))
         last = name.rsplit(".", 1)[-1]
@@ -217,30 +216,26 @@ def _linear_shapes(model: PreTrainedModel) -> tuple[LinearShape, ...]:
 
 def _beside(model: PreTrainedModel) -> tuple[LeftOut, ...]:
     """What holds weights of the layers and is no linear that could be adapted."""
-    parameters: Counter[tuple[str, str]] = Counter()
-    for name, module, why in _others(model):
-        parameters[name, why] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    return tuple(LeftOut(name, count, why) for (name, why), count in parameters.items() if count)
-
-
-def _others(model: PreTrainedModel) -> Iterator[tuple[str, Any, str]]:
     import torch
 
     left_out, text = left_out_names(model), text_part(model)
     inside = {id(module) for module in (text or model).modules()} | {id(model)}
+    parameters: Counter[tuple[str, str]] = Counter()
     for path, module in model.named_modules():
-        last = path.rsplit(".", 1)[-1]
+        is_linear = isinstance(module, torch.nn.Linear)
+        is_outside = left_out.get(path) == OUTSIDE if is_linear else id(module) not in inside
         if left_out.get(path) == ROUTER or _routes(path, module):
-            yield "routers", module, ROUTER
-        elif isinstance(module, torch.nn.Linear):
-            if left_out.get(path) == OUTSIDE:
-                yield _tower(path), module, OUTSIDE
-        elif id(module) not in inside:
-            yield _tower(path), module, OUTSIDE
-        elif holds_experts(path, module):
-            yield EXPERTS, module, EXPERTS_ARE_FUSED
+            part = "routers", ROUTER
+        elif is_outside:
+            part = _tower(path), OUTSIDE
+        elif not is_linear and _holds_experts(path, module):
+            part = EXPERTS, EXPERTS_ARE_FUSED
         elif isinstance(module, torch.nn.Conv1d):
-            yield last, module, "a convolution"
+            part = path.rsplit(".", 1)[-1], "a convolution"
+        else:
+            continue
+        parameters[part] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return tuple(LeftOut(name, count, why) for (name, why), count in parameters.items() if count)
 
 
 def _routes(path: str, module: nn.Module) -> bool:
@@ -255,19 +250,10 @@ def _tower(path: str) -> str:
     return parts[1] if parts[0] == "model" and len(parts) > 1 else parts[0]
 
 
-def holds_experts(path: str, module: nn.Module) -> bool:
+def _holds_experts(path: str, module: nn.Module) -> bool:
     """Whether a module keeps the weights of all its experts in parameters of its own."""
     is_named = "expert" in path.rsplit(".", 1)[-1].lower() or "expert" in type(module).__name__.lower()
     return is_named and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-
-
-def _number(config: PretrainedConfig, key: str, default: int) -> int:
-    """A whole number of a config; the default where it is missing, or differs from layer to layer."""
-    try:
-        value = getattr(config, key, None)
-    except (AttributeError, ValueError, RuntimeError):
-        return default
-    return value if isinstance(value, int) and value > 0 else default
 
 
 def _share(config: PretrainedConfig, key: str) -> float:
@@ -278,4 +264,4 @@ def _share(config: PretrainedConfig, key: str) -> float:
 
 def _first_number(config: PretrainedConfig, keys: tuple[str, ...], default: int) -> int:
     """The first of the keys that holds one."""
-    return next((found for key in keys if (found := _number(config, key, 0))), default)
+    return next((found for key in keys if (found := config_number(config, key, 0))), default)

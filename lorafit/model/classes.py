@@ -45,21 +45,17 @@ def find_auto_class(config: JsonMapping, task_class: str) -> str:
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     pairs = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     half = kind in causal and kind in pairs and "text_config" not in config  # that would be a model with a tower
+    what, todo = "", "use a decoder-only model"
     if config.get("is_encoder_decoder") or half:
-        raise ModelError(
-            f"'{kind}' is an encoder-decoder: its decoder answers what an encoder has read, and rows hold no such text",
-            file="config.json",
-            todo="use a decoder-only model",
-        )
-    if kind.endswith("_assistant"):
-        raise ModelError(
-            f"'{kind}' drafts tokens for another model from that one's hidden states, and rows hold no such states",
-            file="config.json",
-            todo="use the model that it drafts for",
-        )
+        what = "is an encoder-decoder: its decoder answers what an encoder has read, and rows hold no such text"
+    elif kind.endswith("_assistant"):
+        what = "drafts tokens for another model from that one's hidden states, and rows hold no such states"
+        todo = "use the model that it drafts for"
+    if what:
+        raise ModelError(f"'{kind}' {what}", file="config.json", todo=todo)
     if task_class == "AutoModelForCausalLM" and (kind not in causal or kind in _WHOLE_ALONE):
         for auto_class, table in _WHOLE:
-            if kind in getattr(modeling_auto, table, {}) and hasattr(modeling_auto, auto_class):
+            if kind in getattr(modeling_auto, table):
                 return auto_class
     return task_class
 
@@ -73,6 +69,8 @@ def read_settings(config: JsonMapping) -> PretrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = str(config.get("model_type", ""))
+    if kind == "mistral" and "layer_types" in config:  # as transformers' AutoConfig takes it
+        kind = "ministral"
     if kind not in CONFIG_MAPPING:
         raise ModelError(
             f"transformers here knows no model_type '{kind}'",
@@ -93,7 +91,7 @@ def with_task(settings: PretrainedConfig, model_class: ModelClass) -> Pretrained
 
 
 def build_empty(settings: PretrainedConfig, auto_class: str, **options: Any) -> PreTrainedModel:
-    """The model on the meta device: names and shapes, no memory.
+    """The model of a class, or of what an auto class finds, on the meta device: names and shapes, no memory.
 
     Raises:
         ModelError: transformers cannot build it from this config.
@@ -102,8 +100,10 @@ def build_empty(settings: PretrainedConfig, auto_class: str, **options: Any) -> 
     import transformers
 
     try:
+        named = getattr(transformers, auto_class)
+        make = named.from_config if hasattr(named, "from_config") else named._from_config  # auto class, or its own
         with torch.device("meta"):
-            return getattr(transformers, auto_class).from_config(settings, **options)
+            return make(settings, **options)
     except Exception as error:  # as above
         raise _cannot_build(str(settings.model_type), error) from error
 
@@ -113,7 +113,7 @@ def build_whole(settings: PretrainedConfig) -> PreTrainedModel | None:
     from transformers.models.auto import modeling_auto
 
     for auto_class, table in _WHOLE:
-        if settings.model_type in getattr(modeling_auto, table, {}):
+        if settings.model_type in getattr(modeling_auto, table):
             try:
                 return build_empty(settings, auto_class)
             except ModelError:

@@ -9,18 +9,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lorafit.contracts import JsonMapping, JsonObject
+from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.errors import ModelError
 from lorafit.files.portable import portable
 from lorafit.files.safetensors import FLOAT_DTYPES, torch_dtype
 from lorafit.model.adapter import AdapterFolder
+from lorafit.model.base import Base
 from lorafit.model.tokenizer_files import Companions, TokenizerFolder, digest_templates, end_with, write_object
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
-    from lorafit.model.base import Base
 
 _OF_THE_BASE = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*processor_config.json")
 

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+from lorafit.console.wording import list_names
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError
 from lorafit.files.atomic import read_object
 from lorafit.files.cache import remember
 from lorafit.files.safetensors import TensorEntry, read_header, read_index
-from lorafit.model.check_weights import list_names
 
 _HASHING = "tensors 1"
 _READ_BYTES = 4 << 20

@@ -11,19 +11,16 @@ Whatever is found counts only if its digest is the one that was trained on. Noth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lorafit.contracts import Reporter
 from lorafit.errors import LorafitError, ModelError
 from lorafit.files.cache import cache_folder
-from lorafit.model.base import Base, check_made, resolve_base
-from lorafit.model.base_config import CONFIG, fingerprint, load_config
+from lorafit.model.base import Base, cached_snapshot, check_made, read_base, resolve_base
+from lorafit.model.base_config import CONFIG
 from lorafit.model.content import describe_difference, read_content
+from lorafit.recipe.schema import ModelSection
 from lorafit.run.card import BaseOrigin
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
 
 FLAG = "--base-model"
 RECORD = "base.json"
@@ -54,35 +51,41 @@ def find_base(
         ModelError: It is not on this disk, or what was found is another base.
     """
     if named is not None:
-        revision = origin.commit if named == origin.name else None
-        found = _resolve_named(named, revision, reporter)
-        if found.digest != origin.digest:
-            raise _another(origin, found, where)
-        return _as_trained(found, origin, where)
+        found = _resolve_named(named, origin.commit if named == origin.name else None, reporter)
+    else:
+        found = _search(origin, places, make, where)
+    if found.origin.digest != origin.digest:
+        raise _another(origin, found, where)
+    return _as_trained(found, origin, where)
+
+
+def _search(origin: BaseOrigin, places: Sequence[Path], make: Callable[[], Base] | None, where: Path) -> Base:
+    """The first base with the origin's digest; else another one that was found instead."""
     seen: Base | None = None
     refused: LorafitError | None = None
     for folder in _candidates(origin, places):
         try:
-            found = _open(folder)
+            found = read_base(folder)
         except LorafitError as error:
             refused = refused or error
             continue
-        if found.digest == origin.digest:
-            return _as_trained(found, origin, where)
+        if found.origin.digest == origin.digest:
+            return found
         seen = seen or found
     if seen is None and make is not None:
         try:
-            found = make()
+            seen = make()
         except LorafitError as error:
             if origin.kind == "hub" and isinstance(error, ModelError):  # it says why the hub did not give it
                 raise ModelError(error.what, file=str(where), todo=_HERE) from error
             raise _absent(origin, where) from error
-        if found.digest == origin.digest:
-            return _as_trained(found, origin, where)
-        seen = found
+        if seen.origin.digest == origin.digest:
+            return seen
     if refused is not None:
         raise refused
-    raise _another(origin, seen, where) if seen is not None else _absent(origin, where)
+    if seen is None:
+        raise _absent(origin, where)
+    return seen
 
 
 def find_foreign_base(name: str, revision: str | None, *, named: str | None, where: Path, reporter: Reporter) -> Base:
@@ -97,20 +100,18 @@ def find_foreign_base(name: str, revision: str | None, *, named: str | None, whe
     for folder in (bases / name, Path(name).expanduser(), where / name) if name else ():
         if _is_model(folder):
             check_made(folder)
-            return replace(_open(folder), name=name)
+            return read_base(folder, name=Path(name).name)
     cached = _in_hub_cache(name, revision)
     if cached is None:
         what = f"its base '{name}' is not on this disk" if name else "names no base"
         raise ModelError(what, file=str(where), todo=_HERE)
-    return replace(_open(cached), name=name, kind="hub", revision=revision, commit=cached.name)
+    return read_base(cached, "hub", name, revision)
 
 
 def _resolve_named(named: str, revision: str | None, reporter: Reporter) -> Base:
-    from lorafit.recipe.schema import ModelSection
-
     is_here = Path(named).expanduser().exists()
     if not is_here and (cached := _in_hub_cache(named, revision)) is not None:
-        return replace(_open(cached), name=named, kind="hub", commit=cached.name)
+        return read_base(cached, "hub", named, revision)
     try:
         return resolve_base(ModelSection(base=named, revision=revision), Path.cwd(), reporter)
     except ModelError as error:
@@ -131,20 +132,8 @@ def _candidates(origin: BaseOrigin, places: Sequence[Path]) -> Iterator[Path]:
 
 def _in_hub_cache(name: str, revision: str | None) -> Path | None:
     """The snapshot of a hub model with its weights, as far as it lies on this disk."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(name, CONFIG, revision=revision)
-    except HFValidationError:
-        return None
-    folder = Path(cached).parent if isinstance(cached, str) else None
+    folder = cached_snapshot(name, revision, CONFIG)
     return folder if folder is not None and any(folder.glob("model*.safetensors")) else None
-
-
-def _open(folder: Path) -> Base:
-    config = load_config(folder)
-    return Base(folder, folder.name, config, fingerprint(folder, config))
 
 
 def _is_model(folder: Path) -> bool:
@@ -157,27 +146,14 @@ def _is_model(folder: Path) -> bool:
 def _as_trained(found: Base, origin: BaseOrigin, where: Path) -> Base:
     """A copy of the base, every byte of it compared with what was recorded, under the names that it was trained by."""
     check_made(found.path)
-    content = read_content(found.path).digest if origin.content is not None else ""
-    if origin.content is not None and content != origin.content:
+    if origin.content is not None and read_content(found.path).digest != origin.content:
+        changed = describe_difference(found.path, where / RECORD)
         raise ModelError(
-            _difference(found, where) or "the base changed since the run was started: its weights are others",
+            changed or "the base changed since the run was started: its weights are others",
             file=str(found.path),
             todo=f"restore its files, or use a copy of it: {_HERE}",
         )
-    is_gguf = origin.kind in ("package", "gguf")
-    return replace(
-        found,
-        name=origin.folder if is_gguf else origin.name,
-        written=origin.name if is_gguf else "",
-        kind=origin.kind,
-        revision=origin.revision,
-        commit=origin.commit,
-        content=content,
-    )
-
-
-def _difference(found: Base, where: Path) -> str:
-    return describe_difference(found.path, where / RECORD)
+    return Base(found.path, found.config, origin)
 
 
 def _absent(origin: BaseOrigin, where: Path) -> ModelError:
@@ -186,10 +162,10 @@ def _absent(origin: BaseOrigin, where: Path) -> ModelError:
 
 
 def _another(origin: BaseOrigin, found: Base, where: Path) -> ModelError:
-    changed = _difference(found, where).rpartition(": ")[2]
+    changed = describe_difference(found.path, where / RECORD).rpartition(": ")[2]
     return ModelError(
         f"trained on '{origin.shown}' ({origin.digest[:12]}), but the base at {found.path} is another "
-        f"({found.digest[:12]}){f': {changed}' if changed else ''}",
+        f"({found.origin.digest[:12]}){f': {changed}' if changed else ''}",
         file=str(where),
         todo=f"use the base it was trained on: {_HERE}",
     )

@@ -1,5 +1,7 @@
 """GGUF files as bases: converted once, bit-repeatably, into a folder of safetensors with tokenizer and chat template.
 
+They may lie inside installed packages, which are not imported for that.
+
 The dtype follows the file: fp32 where most of its values are F32, fp16 where they are F16, else bf16 (quantised types
 hold fewer significant bits than bf16's eight, and most models were trained in it).
 """
@@ -8,25 +10,69 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
+import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import JsonObject
-from lorafit.errors import ModelError, UsageError
+from lorafit.console.wording import first_line
+from lorafit.contracts import JsonObject, Reporter
+from lorafit.errors import ModelError
 from lorafit.files.atomic import atomic_dir, check_manifest
 from lorafit.files.cache import known_hash, locked, own_folder, refuse_foreign
 from lorafit.model.base_config import load_config
+from lorafit.model.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
 
-    from lorafit.contracts import Reporter
-
+PACKAGE_SCHEME = "package://"
 CONVERSION = 1
 """Number of this conversion; it goes into the content name, so that a changed conversion makes another folder."""
+
+
+def file_in_package(text: str) -> Path:
+    """The file that `package://NAME/FILE.gguf` names.
+
+    Raises:
+        ModelError: It is no such name, or no installed package has the file; the message lists those that there are.
+    """
+    name, _, inside = text.removeprefix(PACKAGE_SCHEME).partition("/")
+    if not name or not inside or ".." in PurePosixPath(inside).parts or not inside.lower().endswith(".gguf"):
+        raise ModelError(
+            f"'{text}' is not package://NAME/FILE.gguf", key="model.base", todo="name a .gguf file inside a package"
+        )
+    folders = _package_folders(name)
+    if not folders:
+        raise ModelError(
+            f"no installed package is called '{name}'", key="model.base", todo=f"pip install {name}, or check the name"
+        )
+    for place in folders:
+        if (place / inside).is_file():
+            return place / inside
+    found = sorted(p.relative_to(place).as_posix() for place in folders for p in place.rglob("*.gguf"))
+    listed = f"it holds {', '.join(found[:5])}" if found else "it holds no .gguf file"
+    raise ModelError(f"package '{name}' has no file {inside}", key="model.base", todo=listed)
+
+
+def _package_folders(name: str) -> list[Path]:
+    """Folders of an installed package, by import name or distribution name, without importing it."""
+    import_names = [name] if name.isidentifier() else []
+    try:
+        distribution = importlib.metadata.distribution(name)
+        listed = (distribution.read_text("top_level.txt") or "").split()
+        listed += [Path(str(f)).parts[0] for f in distribution.files or [] if str(f).endswith("__init__.py")]
+        import_names += [n for n in dict.fromkeys(listed) if n.isidentifier() and n not in import_names]
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        pass
+    folders = []
+    for import_name in import_names:
+        spec = importlib.util.find_spec(import_name)  # of a top-level name: finds, does not import
+        folders += [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    return folders
 
 
 def content_name(file: Path) -> str:
@@ -59,12 +105,8 @@ def convert_gguf(file: Path, bases: Path, reporter: Reporter) -> Path:
         if _is_whole(folder):
             return folder
         reporter.info(f"converting {file.name} to safetensors, once, into {folder}")
-        try:
-            with atomic_dir(folder, replace=True) as temporary:
-                _convert(file, temporary, reporter)
-        except UsageError:
-            if not _is_whole(folder):  # else another process was first, without our lock
-                raise
+        with atomic_dir(folder, replace=True) as temporary:
+            _convert(file, temporary, reporter)
     return folder
 
 
@@ -95,10 +137,8 @@ def _errors(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # struct.error, KeyError, ...: readers of foreign bytes share no base class
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot be read as GGUF: {first}", file=str(file), todo="get it again, or use safetensors"
-        ) from error
+        what, todo = f"cannot be read as GGUF: {first_line(error)}", "get it again, or use safetensors"
+        raise ModelError(what, file=str(file), todo=todo) from error
 
 
 def _dtype(file: Path) -> torch.dtype:
@@ -132,8 +172,6 @@ def _tensors_shown(reporter: Reporter) -> Iterator[None]:
 
 def _convert(file: Path, target: Path, reporter: Reporter) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from lorafit.model.quiet import quiet_libraries
 
     logging.getLogger("gguf").setLevel(logging.ERROR)
     with quiet_libraries(), _errors(file), _tensors_shown(reporter):

@@ -17,14 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import JsonMapping, JsonObject
+from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
-from lorafit.model.names import Part, TensorNames, read_parts, write_parts
+from lorafit.files.safetensors import TensorEntry
+from lorafit.model.names import Part, TensorNames, note_parts, read_parts, require_parts, rows_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from lorafit.files.safetensors import TensorEntry
 
 _INNER = re.compile(r"(\.base_layer)+$")
 
@@ -53,8 +52,8 @@ class Home:
     def to_json(self, path: str, rows: Mapping[str, int]) -> JsonObject | None:
         """What differs from the simple case, the whole tensor of the layer's own name; None where nothing does."""
         written: JsonObject = {}
-        if self.parts != (_whole(path, rows),):
-            written["parts"] = write_parts(self.parts, rows)
+        if (noted := note_parts(path, self.parts, rows)) is not None:
+            written["parts"] = noted
         if self.key != path:
             written["key"] = self.key
         if self.matrices != 1:
@@ -64,78 +63,68 @@ class Home:
         return written or None
 
 
-@dataclass(frozen=True, slots=True)
-class AdaptedLayer:
-    """What one layer of a live adapter updates.
+def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
+    """Where the weight of each layer of a PEFT model's adapter lies, by the path its tensors have on disk.
 
-    Attributes:
-        parameter: Its name in the class, without an adapter.
-        key, matrices, transposed: See `Home`.
-        holders: How many modules hold that very tensor; more than one where it is tied.
-        is_plain: Whether both factors are matrices: no convolution.
+    The model may be without values.
+
+    Raises:
+        ModelError: A weight lies in no place that an update can be added to; says why, and of how many more.
     """
-
-    parameter: str
-    key: str
-    matrices: int
-    transposed: bool
-    holders: int
-    is_plain: bool
-
-
-def adapted_layers(model: PeftModel, adapter: str = "default") -> dict[str, AdaptedLayer]:
-    """Every layer of a PEFT model's adapter, by the path its tensors have on disk. The model may be without values."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.nn import Embedding
     from transformers.pytorch_utils import Conv1D
 
     base = model.get_base_model()
     holders = Counter(id(value) for module in base.modules() for value in module._parameters.values())
-    found = {}
+    homes: dict[str, Home] = {}
+    failures: list[ModelError] = []
     for path, module in base.named_modules():
         groups = [getattr(module, name, {}) for name in getattr(module, "adapter_layer_names", ())]
-        held = next((group[adapter] for group in groups if adapter in group), None)
+        held = next((group["default"] for group in groups if "default" in group), None)
         if held is None or not isinstance(module, BaseTunerLayer):  # a head saved whole changes no weight
             continue
         own, inner = getattr(module, "parameter_name", None), module.get_base_layer()
         parameter = f"{_INNER.sub('', path)}.{own or 'weight'}"
         value = getattr(inner, own or "weight")
-        lies_flat = isinstance(inner, Conv1D) or getattr(inner, "source_cls", None) is Conv1D
-        if own is not None:
-            lies_flat = value.dim() == 3 and not module._did_swap_in_out_features
-        found[path] = AdaptedLayer(
-            parameter=parameter,
-            key=parameter if own is not None else path,
-            matrices=getattr(module, "num_experts", 1) if own is not None else 1,
-            transposed=lies_flat or isinstance(inner, Embedding),
-            holders=holders[id(value)],
-            is_plain=getattr(held, "weight", held).dim() == 2,
-        )
-    return found
+        is_plain = getattr(held, "weight", held).dim() == 2
+        if why := _why_homeless(path, parameter, holders[id(value)], names, is_plain=is_plain):
+            failures.append(why)
+        elif own is not None:
+            flips = value.dim() == 3 and not module._did_swap_in_out_features
+            homes[path] = Home(parameter, names.parts[parameter], getattr(module, "num_experts", 1), flips)
+        else:
+            lies_flat = isinstance(inner, Conv1D | Embedding) or getattr(inner, "source_cls", None) is Conv1D
+            homes[path] = Home(path, names.parts[parameter], 1, lies_flat)
+    if failures:
+        failures[0].what += f" (and {len(failures) - 1} layers more)" if len(failures) > 1 else ""
+        raise failures[0]
+    return homes
 
 
-def find_home(path: str, layer: AdaptedLayer, names: TensorNames) -> Home:
-    """Where a layer's weight lies.
+def _why_homeless(path: str, parameter: str, holders: int, names: TensorNames, *, is_plain: bool) -> ModelError | None:
+    """Why a layer's weight has no place that an update can be added to.
 
-    Raises:
-        ModelError: In no place that an update can be added to; the message says why.
+    Args:
+        path: The layer's.
+        parameter: Its weight's name in the class, without an adapter.
+        holders: How many modules hold that very tensor; more than one where it is tied.
+        names: Of the class and its files.
+        is_plain: Whether both factors are matrices: no convolution.
     """
-    if layer.holders > 1:
-        raise ModelError(
-            f"'{path}' has tied weights: {layer.holders} modules share its tensor, an update of one would change all",
+    if holders > 1:
+        return ModelError(
+            f"'{path}' has tied weights: {holders} modules share its tensor, an update of one would change all",
             todo="name other target_modules, or untie the base",
         )
-    if not layer.is_plain:
-        raise ModelError(f"'{path}' is no linear: its update is no product of two matrices")
-    if conversion := names.converted.get(layer.parameter):
-        raise ModelError(
-            f"transformers makes '{layer.parameter}' from {len(conversion.files)} tensors by {conversion.how}, "
+    if not is_plain:
+        return ModelError(f"'{path}' is no linear: its update is no product of two matrices")
+    if conversion := names.converted.get(parameter):
+        return ModelError(
+            f"transformers makes '{parameter}' from {len(conversion.files)} tensors by {conversion.how}, "
             "so that no row of the files is its own"
         )
-    parts = names.parts.get(layer.parameter, ())
-    if not parts:
-        raise ModelError(f"'{layer.parameter}' is in none of the base's files")
-    return Home(layer.key, parts, layer.matrices, layer.transposed)
+    return None if names.parts.get(parameter) else ModelError(f"'{parameter}' is in none of the base's files")
 
 
 def note_homes(homes: Mapping[str, Home], names: TensorNames) -> JsonObject:
@@ -154,28 +143,13 @@ def read_homes(noted: Any, entries: Mapping[str, TensorEntry], file: str) -> dic
     Raises:
         ModelError: A tensor that it names is not in the files, or it is not as lorafit writes it.
     """
-    rows = {name: entry.as_matrix().rows for name, entry in entries.items()}
+    rows, homes = rows_of(entries), {}
     try:
-        homes = {path: _read_home(path, written or {}, rows) for path, written in noted.items()}
+        for path, written in noted.items():
+            home = written or {}
+            parts, matrices = read_parts(path, home.get("parts"), rows), int(home.get("matrices", 1))
+            homes[path] = Home(str(home.get("key", path)), parts, matrices, bool(home.get("transposed")))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ModelError("is not as lorafit writes it", file=file, key="layers", todo="restore the file") from error
-    for path, home in homes.items():
-        lost = [part.name for part in home.parts if part.stop > rows.get(part.name, -1) or part.start < 0]
-        if lost:
-            raise ModelError(
-                f"finds no home in the base: it has no '{lost[0]}' of that size",
-                file=file,
-                key=path,
-                todo="use the base it was trained on",
-            )
+    require_parts({path: home.parts for path, home in homes.items()}, rows, file)
     return homes
-
-
-def _read_home(path: str, written: JsonMapping, rows: Mapping[str, int]) -> Home:
-    parts = read_parts(written.get("parts", ()), rows) or (_whole(path, rows),)
-    return Home(str(written.get("key", path)), parts, int(written.get("matrices", 1)), bool(written.get("transposed")))
-
-
-def _whole(path: str, rows: Mapping[str, int]) -> Part:
-    name = f"{path}.weight"
-    return Part(name, 0, rows.get(name, 0))

@@ -6,15 +6,16 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from lorafit.console.wording import list_names
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError
 from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes
-from lorafit.model.check_weights import list_names
-from lorafit.model.names import Part, names_of, write_parts
+from lorafit.model.names import names_of, note_parts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,59 +77,42 @@ class Coverage:
         """Trainable parameters per hundred of the base's."""
         return 100.0 * self.trainable_parameters / self.total_parameters if self.total_parameters else 0.0
 
-    def to_json(self) -> JsonObject:
-        """Plain values for `--json` and the report."""
-        return {
-            **asdict(self),
-            "quantised_share": self.quantised_share,
-            "trainable_percent": self.trainable_percent,
-        }
-
 
 def coverage(model: PreTrainedModel) -> Coverage:
     """Counts a model with or without an adapter; shared tensors (a tied head) count once."""
-    inside = {id(module) for module in (model.get_base_model() if hasattr(model, "peft_config") else model).modules()}
-    prefix = getattr(model.base_model, "prefix", "") if hasattr(model, "peft_config") else ""
-    rows: dict[str, list[int]] = {}
+    is_adapted = hasattr(model, "peft_config")
+    inside = {id(module) for module in (model.get_base_model() if is_adapted else model).modules()}
+    prefix = getattr(model.base_model, "prefix", "") if is_adapted else ""
+    rows: dict[str, Counter[str]] = {}
     seen: set[int] = set()
-    trainable_of: dict[str, int] = {}
     for path, module in model.named_modules():
-        own = [p for _, p in module.named_parameters(recurse=False)]
-        if not own:
-            continue
-        owner = _owner_of_trained(path, prefix) if id(module) in inside else "prompt"
+        own = list(module.parameters(recurse=False))
+        owner = (_owner_of_trained(path, prefix) if id(module) in inside else "prompt") if own else None
         if owner is not None:
-            trainable_of[owner] = trainable_of.get(owner, 0) + sum(p.numel() for p in own if p.requires_grad)
-            continue
-        inside_adapter = path.endswith(_WRAPPED)
-        name = _WRAPPED_END.sub("", path).rsplit(".", 1)[-1]
-        fresh = [p for p in own if id(p) not in seen]
-        seen |= {id(p) for p in fresh}
-        codes = quantised_weight(module)
-        packed = sum(module.in_features * module.out_features for p in fresh if p is codes)
-        counts = [packed, *(p.numel() for p in fresh if p is not codes)]
-        row = rows.setdefault(name, [0, 0, 0, 0, 0])
-        changes = (1, int(inside_adapter), int(packed > 0), sum(counts), packed)
-        rows[name] = [old + new for old, new in zip(row, changes, strict=True)]
-    for owner in trainable_of.keys() - rows.keys():
-        rows[owner] = [1, 1, 0, 0, 0]
-    kinds = tuple(
-        LayerKind(name, count, adapted, packed, parameters, trainable_of.get(name, 0))
-        for name, (count, adapted, packed, parameters, _) in rows.items()
-    )
+            rows.setdefault(owner, Counter()).update(trainable=sum(p.numel() for p in own if p.requires_grad))
+        elif own:
+            name = _WRAPPED_END.sub("", path).rsplit(".", 1)[-1]
+            fresh = [p for p in own if id(p) not in seen]
+            seen |= {id(p) for p in fresh}
+            codes = module.weight if kind_of_codes(module) is not None else None
+            packed = sum(module.in_features * module.out_features for p in fresh if p is codes)
+            rows.setdefault(name, Counter()).update(
+                count=1,
+                adapted=int(path.endswith(_WRAPPED)),
+                quantised=int(packed > 0),
+                parameters=packed + sum(p.numel() for p in fresh if p is not codes),
+                packed=packed,
+            )
+    for row in rows.values():
+        if not row["count"]:  # what an adapter trains beside the layers of the base
+            row.update(count=1, adapted=1)
+    fields = ("count", "adapted", "quantised", "parameters", "trainable")
     return Coverage(
-        kinds,
-        total_parameters=sum(kind.parameters for kind in kinds),
-        quantised_parameters=sum(row[4] for row in rows.values()),
-        trainable_parameters=sum(trainable_of.values()),
+        kinds=tuple(LayerKind(name, *(row[field] for field in fields)) for name, row in rows.items()),
+        total_parameters=sum(row["parameters"] for row in rows.values()),
+        quantised_parameters=sum(row["packed"] for row in rows.values()),
+        trainable_parameters=sum(row["trainable"] for row in rows.values()),
     )
-
-
-def quantised_weight(layer: torch.nn.Module) -> torch.Tensor | None:
-    """The weight of a layer that holds it as codes; None for others."""
-    weight: Any = layer.weight if kind_of_codes(layer) is not None else None
-    quantised: torch.Tensor | None = weight
-    return quantised
 
 
 def _owner_of_trained(path: str, prefix: str) -> str | None:
@@ -173,9 +157,9 @@ def quantized_hashes(model: PreTrainedModel) -> dict[str, JsonObject]:
         name = path.removesuffix(".base_layer")
         proofs[name] = {**kind.prove(module), "kind": kind.name()}
         proofs[name]["transposed"] = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
-        parts = names.parts.get(f"{name}.weight", ()) if names is not None else ()
-        if names is not None and parts != (Part(f"{name}.weight", 0, names.rows.get(f"{name}.weight", 0)),):
-            proofs[name]["parts"] = write_parts(parts, names.rows)
+        noted = None if names is None else note_parts(name, names.parts.get(f"{name}.weight", ()), names.rows)
+        if noted is not None:
+            proofs[name]["parts"] = noted
     return proofs
 
 

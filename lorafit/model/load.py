@@ -2,35 +2,44 @@
 
 No `prepare_model_for_kbit_training`: it would make embeddings, norms and head fp32, twice as slow and large, and is not
 needed for correct gradients. Checkpointing is the non-reentrant kind, which needs no gradient at the model's input.
+
+The same without weights, where nothing is computed and nothing takes memory:
+
+    config --class on the meta device--> skeleton --transformers' replacement--> Linear4bit, Linear8bitLt
+           --attach_adapter, still on the meta device--> what is trained
+           --each parameter and buffer once (tied stay tied)--> fake tensors of the size that loading would give
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import JsonObject
+import torch
+
+from lorafit.console.wording import first_line
+from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_index
-from lorafit.kinds.quantizations import quantizations
-from lorafit.model.attention import loading_option, offer_attention
+from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes, quantizations
+from lorafit.model.attention import offer_attention, register_fused_attention, set_attention
+from lorafit.model.base import Base
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
-from lorafit.model.classes import find_auto_class, with_task
+from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
-from lorafit.model.targets import leave_narrow, leave_towers_out, unquantised_names
+from lorafit.model.targets import leave_towers_out, unquantised_names
 from lorafit.ops.process_memory import trim_heap
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorafit.contracts import Reporter
-    from lorafit.kinds.quantizations import QuantizationSection
-    from lorafit.model.base import Base
+_LOCAL: JsonObject = {"trust_remote_code": False, "local_files_only": True}
 
 
 def load_tokenizer(base: Base, folder: Path | None = None) -> PreTrainedTokenizerBase:
@@ -44,14 +53,12 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> PreTrainedTokenize
     place = base.path if folder is None else folder
     with quiet_libraries():
         try:  # the config decides the class where the tokenizer's own does not, and an adapter's folder has none
-            config = None if folder is None else _config(base)
-            return AutoTokenizer.from_pretrained(
-                str(place), config=config, trust_remote_code=False, local_files_only=True
-            )
+            options = _LOCAL if folder is None else {**_LOCAL, "config": read_settings(base.config)}
+            return AutoTokenizer.from_pretrained(str(place), **options)
         except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            what = f"the tokenizer cannot be read: {first_line(error)}"
             todo = "get tokenizer.json and tokenizer_config.json of this model"
-            raise ModelError(f"the tokenizer cannot be read: {first}", file=str(place), todo=todo) from error
+            raise ModelError(what, file=str(place), todo=todo) from error
 
 
 def load_model(
@@ -82,7 +89,6 @@ def load_model(
             or it cannot run with this attention.
         SafetyError: Pickle weights, an index that leaves the folder, foreign code.
     """
-    import torch
     import transformers
 
     entries = read_index(base.path)
@@ -91,37 +97,36 @@ def load_model(
         if torch.device(device).type in ("cpu", "cuda"):
             _import_bitsandbytes()
         auto = getattr(transformers, find_auto_class(base.config, model_class.auto_class))
-        config = with_task(_config(base), model_class)
-        skeleton = _build_skeleton(auto, config, base)
+        skeleton = build_class(base, model_class=model_class)
         names = check_weights(skeleton, entries, base.path, has_new_head=model_class.has_new_head)
         offer_attention(attention, skeleton)
         kind = quantizations.bind(quantization)
-        plain = unquantised_names(skeleton)
-        if torch.device(device).type == "cpu":
-            plain += leave_narrow(skeleton, kind, reporter)
+        plain = unquantised_names(skeleton, kind if torch.device(device).type == "cpu" else None, reporter)
         settings = kind.transformers_config(compute_dtype, plain)
         options: JsonObject = {} if settings is None else {"quantization_config": settings}
-        if attention != "auto":
-            options["attn_implementation"] = loading_option(skeleton, attention)
-        del skeleton
         try:
+            if attention != "auto":
+                options["attn_implementation"] = set_attention(skeleton, attention)
+            del skeleton
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # what a new head is drawn from, in every process of a run
                 model, info = auto.from_pretrained(
                     str(base.path),
-                    config=config,
+                    config=with_task(read_settings(base.config), model_class),
                     dtype=dtype,
                     device_map={"": torch.device(device)},
                     use_safetensors=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
                     output_loading_info=True,
+                    **_LOCAL,
                     **options,
                 )
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
-            raise _model_error(base, error) from error
+            name = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__} "
+            what = f"transformers cannot load this model: {name}{first_line(error)}"
+            todo = "get config.json and weights of one model"
+            raise ModelError(what, file=str(base.path), todo=todo) from error
     check_loading(info, base.path, names)
     check_finite(model, base.path)
     kind.quantise_rest(model, compute_dtype, plain)
@@ -189,49 +194,103 @@ def enable_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
     base.config.use_cache = False
 
 
-def _config(base: Base) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(base.path), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # as in load_model
-        raise _model_error(base, error) from error
-
-
 def build_class(base: Base, class_name: str | None = None, model_class: ModelClass = CAUSAL_MODEL) -> PreTrainedModel:
     """The model of a class, or of a task's, on the meta device: names and shapes, no memory.
 
     Raises:
         ModelError: transformers cannot build it.
     """
-    import transformers
-
     with quiet_libraries():
-        name = class_name or find_auto_class(base.config, model_class.auto_class)
-        return _build_skeleton(getattr(transformers, name), with_task(_config(base), model_class), base)
-
-
-def _build_skeleton(auto: Any, config: PretrainedConfig, base: Base) -> PreTrainedModel:
-    """The model on the meta device: names and shapes, no memory."""
-    import torch
-
-    try:
-        with torch.device("meta"):
-            if hasattr(auto, "from_config"):
-                skeleton = auto.from_config(config, trust_remote_code=False)
-            else:
-                skeleton = auto._from_config(config)
-    except Exception as error:  # as in load_model
-        raise _model_error(base, error) from error
-    leave_towers_out(skeleton, config)
+        settings = with_task(read_settings(base.config), model_class)
+        skeleton = build_empty(settings, class_name or find_auto_class(base.config, model_class.auto_class))
+        leave_towers_out(skeleton, settings)
     return skeleton
 
 
-def _model_error(base: Base, error: Exception) -> ModelError:
-    lines = str(error).strip().splitlines() or [""]
-    told = lines[0] if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__} {lines[0]}"
-    return ModelError(
-        f"transformers cannot load this model: {told.strip()}",
-        file=str(base.path),
-        todo="get config.json and weights of one model",
-    )
+def build_weightless(
+    config: JsonMapping,
+    *,
+    quantization: QuantizationSection,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    attention: str,
+    device_kind: str,
+    model_class: ModelClass = CAUSAL_MODEL,
+) -> PreTrainedModel:
+    """The base model, frozen, as `load_model` would give it, on the meta device.
+
+    Args:
+        config: What config.json holds.
+        quantization: The recipe's section, of any kind.
+        dtype: Of weights that are not quantised.
+        compute_dtype: Of products with dequantised weights.
+        attention: `eager`, `sdpa`, ...
+        device_kind: What the run would be on; on a CPU 4-bit layers of odd widths stay unquantised.
+        model_class: The task's.
+
+    Raises:
+        ModelError: transformers cannot build the model from this config.
+    """
+    kind = quantizations.bind(quantization)
+    with quiet_libraries():
+        register_fused_attention()
+        settings = with_task(read_settings(config), model_class)
+        model = build_empty(settings, find_auto_class(config, model_class.auto_class), dtype=dtype)
+        if model._can_set_attn_implementation():
+            set_attention(model, attention)
+        plain = unquantised_names(model, kind if device_kind == "cpu" else None, Silent())
+        kind.replace_linears(model, compute_dtype, plain)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def fill_with_fakes(model: torch.nn.Module) -> None:
+    """Puts fake tensors of a CPU in the place of meta ones; call it under a FakeTensorMode, when the adapter is on.
+
+    A tensor that two modules share stays one.
+    """
+    made: dict[int, Any] = {}
+
+    def real(tensor: Any) -> Any:
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="cpu")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            made[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            kind = kind_of_codes(module) if name == "weight" else None
+            module._parameters[name] = real(parameter) if kind is None else kind.fake(module)
+        held = [values for name, values in vars(module).items() if isinstance(values, dict) and name[0] != "_"]
+        for values in (module._buffers, *held):  # PEFT keeps the numbers of its prompts in a plain dict
+            for name, tensor in list(values.items()):
+                if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                    values[name] = real(tensor)
+
+
+@contextlib.contextmanager
+def unpacking_fakes() -> Iterator[None]:
+    """Lets PEFT's layers that compute with dequantised weights run on a model without values."""
+    from peft.utils import integrations
+
+    own, name = integrations.dequantize_module_weight, "dequantize_module_weight"
+    holders = [module for path, module in sys.modules.items() if path.startswith("peft") and hasattr(module, name)]
+    for module in holders:
+        setattr(module, name, _unpacked)
+    try:
+        yield
+    finally:
+        for module in holders:
+            setattr(module, name, own)
+
+
+def _unpacked(linear: torch.nn.Module) -> torch.Tensor:
+    """[out, in] of a layer's weight, which may have codes or not even those."""
+    kind = kind_of_codes(linear)
+    weight: Any = linear.weight
+    unpacked: torch.Tensor = weight if kind is None else kind.unpack(linear)
+    return unpacked

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lorafit.errors import ModelError
 from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry
 
 if TYPE_CHECKING:
@@ -67,7 +68,6 @@ class TensorNames:
 
     Attributes:
         rows: Of every tensor in the files, by name.
-        shapes: Of every parameter and saved buffer of the class, by name.
         parts: Where each lies: rows that make it up, in order. A tied one has the rows of the one that is in the files.
         converted: Those whose values are made otherwise.
         missing: Names of the class that nothing in the files fills.
@@ -81,7 +81,6 @@ class TensorNames:
     """
 
     rows: dict[str, int] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     converted: dict[str, Conversion] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -112,34 +111,60 @@ class TensorNames:
         return tuple(dict.fromkeys(part.name for part in self.parts.get(parameter, ())))
 
 
-def write_parts(parts: Iterable[Part], rows: Mapping[str, int]) -> list[Any]:
-    """Parts as JSON: a name for a whole tensor, `[name, start, stop]` for some of its rows.
+def rows_of(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
+    """Rows of every tensor in the files, by name."""
+    return {name: entry.as_matrix().rows for name, entry in entries.items()}
+
+
+def whole_weight(path: str, rows: Mapping[str, int]) -> Part:
+    """All of the tensor that is called as a layer's weight; of no rows where the files have none."""
+    return Part(f"{path}.weight", 0, rows.get(f"{path}.weight", 0))
+
+
+def note_parts(path: str, parts: Sequence[Part], rows: Mapping[str, int]) -> list[str | list[str | int]] | None:
+    """Parts of a layer's weight as JSON: a name for a whole tensor, `[name, start, stop]` for some of its rows.
 
     Args:
+        path: The layer's.
+        parts: Where its weight lies.
         rows: Of every tensor in the files.
+
+    Returns:
+        None for the simple case, `whole_weight`.
     """
+    if tuple(parts) == (whole_weight(path, rows),):
+        return None
     return [
         part.name if (part.start, part.stop) == (0, rows.get(part.name)) else [part.name, part.start, part.stop]
         for part in parts
     ]
 
 
-def are_parts(written: Any) -> bool:
-    """Whether a value is what `write_parts` writes."""
-    if not isinstance(written, list) or not written:
+def are_parts(noted: Any) -> bool:
+    """Whether a value is what `note_parts` writes."""
+    if not isinstance(noted, list) or not noted:
         return False
     return all(
         isinstance(part, str) or (isinstance(part, list) and [type(value) for value in part] == [str, int, int])
-        for part in written
+        for part in noted
     )
 
 
-def read_parts(written: Iterable[Any], rows: Mapping[str, int]) -> tuple[Part, ...]:
-    """What `write_parts` wrote; a tensor that is not in the files has no rows."""
+def read_parts(path: str, noted: Iterable[Any] | None, rows: Mapping[str, int]) -> tuple[Part, ...]:
+    """What `note_parts` noted; a tensor that is not in the files has no rows."""
     return tuple(
         Part(part, 0, rows.get(part, 0)) if isinstance(part, str) else Part(str(part[0]), int(part[1]), int(part[2]))
-        for part in written
-    )
+        for part in noted or ()
+    ) or (whole_weight(path, rows),)
+
+
+def require_parts(found: Mapping[str, Sequence[Part]], rows: Mapping[str, int], file: str) -> None:
+    """Raises ModelError where the weight of a layer, by path, lies in rows that the files do not have."""
+    for path, parts in found.items():
+        lost = [part.name for part in parts if not 0 <= part.start < part.stop <= rows.get(part.name, 0)]
+        if lost:
+            what = f"finds no home in the base: it has no '{lost[0]}' of that size"
+            raise ModelError(what, file=file, key=path, todo="use the base it was trained on")
 
 
 def keep_names(model: PreTrainedModel, names: TensorNames) -> None:
@@ -161,17 +186,16 @@ def read_names(skeleton: PreTrainedModel, entries: Mapping[str, TensorEntry]) ->
         entries: The folder's tensors.
     """
     wanted: dict[str, torch.Tensor] = skeleton.state_dict()
-    names = TensorNames(
-        rows={name: entry.as_matrix().rows for name, entry in entries.items()},
-        shapes={name: tuple(value.shape) for name, value in wanted.items()},
-    )
+    names = TensorNames(rows=rows_of(entries))
     plain, gathered, foreign = _place(skeleton, entries, wanted)
     for name, entry in plain.items():
         names.parts[name] = (Part(entry.name, 0, entry.as_matrix().rows),)
-        if why := _misfit(name, entry, wanted[name]):
-            names.misfits.append(why)
-    for first, (converter, sources) in gathered.items():
-        _convert(names, skeleton, first, converter, sources, wanted)
+        shape, why = list(wanted[name].shape), _wrong_kind(name, entry, wanted[name])
+        if list(entry.shape) != shape:
+            why = f"{name} is {list(entry.shape)} in {entry.file.name}, config.json makes it {shape}"
+        names.misfits += [why] if why else []
+    for each in gathered:
+        _convert(names, each, wanted)
     names.tied = _tied_groups(skeleton)
     found = names.parts.keys() | names.converted.keys()
     for name in wanted:
@@ -187,13 +211,75 @@ def read_names(skeleton: PreTrainedModel, entries: Mapping[str, TensorEntry]) ->
     return names
 
 
-_Gathered = dict[str, tuple[Any, list[tuple[str, TensorEntry]]]]
-"""The first parameter that a conversion makes -> (the conversion, its sources as (pattern, tensor), in order)."""
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """What one conversion of transformers takes.
+
+    Attributes:
+        skeleton: The model.
+        first: The first parameter that it makes.
+        converter: The conversion.
+        sources: Its tensors in order, each with the pattern that took it.
+    """
+
+    skeleton: PreTrainedModel
+    first: str
+    converter: Any
+    sources: list[tuple[str, TensorEntry]]
+
+    def targets(self) -> list[str]:
+        """Names of the parameters that it makes."""
+        patterns = self.converter.target_patterns
+        return [self.first.replace(patterns[0], target) for target in patterns]
+
+    def make(self, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What transformers makes of these tensors, one for each source, by parameter; nothing where it fails."""
+        fresh = copy.deepcopy(self.converter)
+        try:
+            for (pattern, _), tensor in zip(self.sources, tensors, strict=True):
+                fresh.add_tensor(self.first, self.first, pattern, tensor)
+            made = fresh.convert(self.first, model=self.skeleton, config=self.skeleton.config)
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return {}
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def follow_rows(self) -> dict[str, tuple[Part, ...]]:
+        """For each parameter that is made: the rows it is made of; it is left out where there are none to tell.
+
+        Each tensor goes in as the numbers of its rows, counted through all sources, its last axis cut to one.
+        """
+        import torch
+
+        entries = [entry for _, entry in self.sources]
+        widths = {entry.as_matrix().row_elements for entry in entries}
+        is_moved = all(type(operation).__name__ in _ROW_OPERATIONS for operation in self.converter.operations)
+        if len(widths) != 1 or not is_moved:
+            return {}
+        starts, total, numbered = [], 0, []
+        for entry in entries:
+            shape = (*entry.shape[:-1], 1) if len(entry.shape) > 1 else entry.shape
+            numbered.append(torch.arange(total, total + entry.as_matrix().rows).view(shape))
+            starts.append(total)
+            total += entry.as_matrix().rows
+        width, found = widths.pop(), {}
+        for target, numbers in self.make(numbered).items():
+            shape = tuple(self.skeleton.get_parameter_or_buffer(target).shape)
+            lead = (*shape[:-1], 1) if len(shape) > 1 else shape
+            if tuple(numbers.shape) == lead and (len(shape) < 2 or shape[-1] == width):
+                found[target] = _as_parts(numbers.reshape(-1), starts, entries)
+        return found
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what is made, from tensors without values."""
+        import torch
+
+        made = self.make(torch.empty(entry.shape, device="meta") for _, entry in self.sources)
+        return {target: tuple(value.shape) for target, value in made.items()}
 
 
 def _place(
     skeleton: PreTrainedModel, entries: Mapping[str, TensorEntry], wanted: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, TensorEntry], _Gathered, dict[str, str]]:
+) -> tuple[dict[str, TensorEntry], list[_Gathered], dict[str, str]]:
     """Tensors that only get another name, those that conversions gather, and those that lead nowhere (with where)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -204,7 +290,7 @@ def _place(
     by_pattern = {source: converter for converter in converters for source in converter.source_patterns}
     prefix = skeleton.base_model_prefix
     plain: dict[str, TensorEntry] = {}
-    gathered: _Gathered = {}
+    gathered: dict[str, _Gathered] = {}
     foreign: dict[str, str] = {}
     for name in sorted(entries, key=dot_natural_key):  # transformers' order, which decides which expert is which
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
@@ -215,26 +301,17 @@ def _place(
         elif pattern is None:
             plain[renamed] = entries[name]
         else:
-            sources = gathered.setdefault(renamed, (by_pattern[pattern], []))[1]
-            sources.append((pattern, entries[name]))
-    return plain, gathered, foreign
+            made = gathered.setdefault(renamed, _Gathered(skeleton, renamed, by_pattern[pattern], []))
+            made.sources.append((pattern, entries[name]))
+    return plain, list(gathered.values()), foreign
 
 
-def _convert(
-    names: TensorNames,
-    skeleton: PreTrainedModel,
-    first: str,
-    converter: Any,
-    sources: Sequence[tuple[str, TensorEntry]],
-    wanted: Mapping[str, torch.Tensor],
-) -> None:
+def _convert(names: TensorNames, gathered: _Gathered, wanted: Mapping[str, torch.Tensor]) -> None:
     """Adds what one conversion makes: the parameters' rows, or their names where rows cannot be followed."""
-    targets = [first.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
-    how = ", ".join(type(operation).__name__ for operation in converter.operations)
-    files = tuple(entry.name for _, entry in sources)
-    rows = _follow_rows(skeleton, first, converter, sources)
-    shapes = _converted_shapes(skeleton, first, converter, sources)
-    for target in targets:
+    how = ", ".join(type(operation).__name__ for operation in gathered.converter.operations)
+    files = tuple(entry.name for _, entry in gathered.sources)
+    rows, shapes = gathered.follow_rows(), gathered.shapes()
+    for target in gathered.targets():
         if target not in wanted:
             continue
         if target in rows:
@@ -242,70 +319,11 @@ def _convert(
         else:
             names.converted[target] = Conversion(how, files)
         shape = tuple(wanted[target].shape)
-        if shapes.get(target, shape) != shape or target not in shapes:
+        if shapes.get(target) != shape:
             made = list(shapes[target]) if target in shapes else "nothing"
             names.misfits.append(f"{target} is made {made} of {len(files)} tensors, config.json makes it {list(shape)}")
-        wrong = [_wrong_kind(target, entry, wanted[target]) for _, entry in sources]
+        wrong = [_wrong_kind(target, entry, wanted[target]) for _, entry in gathered.sources]
         names.misfits += [why for why in wrong if why]
-
-
-def _follow_rows(
-    skeleton: PreTrainedModel, first: str, converter: Any, sources: Sequence[tuple[str, TensorEntry]]
-) -> dict[str, tuple[Part, ...]]:
-    """For each parameter that a conversion makes: the rows it is made of; it is left out where there are none to tell.
-
-    Each tensor goes in as the numbers of its rows, counted through all sources, its last axis cut to one.
-    """
-    import torch
-
-    if any(type(operation).__name__ not in _ROW_OPERATIONS for operation in converter.operations):
-        return {}
-    widths = {entry.as_matrix().row_elements for _, entry in sources}
-    if len(widths) != 1:
-        return {}
-    starts, total, numbered = [], 0, []
-    for pattern, entry in sources:
-        shape = (*entry.shape[:-1], 1) if len(entry.shape) > 1 else entry.shape
-        numbered.append((pattern, torch.arange(total, total + entry.as_matrix().rows).view(shape)))
-        starts.append(total)
-        total += entry.as_matrix().rows
-    try:
-        made = _run(skeleton, first, converter, numbered)
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return {}
-    width = widths.pop()
-    found = {}
-    for target, numbers in made.items():
-        shape = tuple(skeleton.get_parameter_or_buffer(target).shape)
-        lead = (*shape[:-1], 1) if len(shape) > 1 else shape
-        if tuple(numbers.shape) == lead and (len(shape) < 2 or shape[-1] == width):
-            found[target] = _as_parts(numbers.reshape(-1), starts, [entry for _, entry in sources])
-    return found
-
-
-def _converted_shapes(
-    skeleton: PreTrainedModel, first: str, converter: Any, sources: Sequence[tuple[str, TensorEntry]]
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of what a conversion makes, from a run on tensors without values; none where it does not run."""
-    import torch
-
-    empty = [(pattern, torch.empty(entry.shape, device="meta")) for pattern, entry in sources]
-    try:
-        made = _run(skeleton, first, converter, empty)
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return {}
-    return {target: tuple(value.shape) for target, value in made.items()}
-
-
-def _run(
-    skeleton: PreTrainedModel, first: str, converter: Any, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """What transformers' conversion makes of these tensors, by the parameters' full names."""
-    fresh = copy.deepcopy(converter)
-    for pattern, tensor in tensors:
-        fresh.add_tensor(first, first, pattern, tensor)
-    made = fresh.convert(first, model=skeleton, config=skeleton.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
 def _as_parts(numbers: torch.Tensor, starts: Sequence[int], entries: Sequence[TensorEntry]) -> tuple[Part, ...]:
@@ -347,12 +365,6 @@ def _moved_buffers(skeleton: PreTrainedModel) -> list[str]:
 def _without(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     joined = "|".join(f"({pattern})" for pattern in patterns)
     return [name for name in names if not (joined and re.search(joined, name))]
-
-
-def _misfit(name: str, entry: TensorEntry, wanted: torch.Tensor) -> str | None:
-    if entry.shape != tuple(wanted.shape):
-        return f"{name} is {list(entry.shape)} in {entry.file.name}, config.json makes it {list(wanted.shape)}"
-    return _wrong_kind(name, entry, wanted)
 
 
 def _wrong_kind(name: str, entry: TensorEntry, wanted: torch.Tensor) -> str | None:

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from lorafit.console.wording import first_line, list_names
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
+from lorafit.files.safetensors import read_index
+from lorafit.kinds.adapters import AdapterSection
 from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.model.adapter import adapter_config, adapter_tensors
-from lorafit.model.attach import wrap_model
-from lorafit.model.check_weights import list_names
-from lorafit.model.homes import adapted_layers, find_home
-from lorafit.model.names import TensorNames, names_of
+from lorafit.model.attach import attach_adapter, wrap_model
+from lorafit.model.base import Base
+from lorafit.model.check_weights import check_weights
+from lorafit.model.homes import Home, find_homes
+from lorafit.model.load import build_class
+from lorafit.model.names import TensorNames, keep_names, names_of
+from lorafit.model.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from lorafit.kinds.adapters import AdapterSection
-    from lorafit.model.base import Base
 
 
 def check_shippable(model: PreTrainedModel, base: Base, model_class: ModelClass = CAUSAL_MODEL) -> None:
@@ -35,11 +40,13 @@ def check_shippable(model: PreTrainedModel, base: Base, model_class: ModelClass 
         ModelError: An adapted or quantised layer has no rows in the files that it could be merged into, or PEFT would
             not find the adapter's tensors again.
     """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     names = names_of(model)
     if names is None:
         raise ValueError("the model was not loaded by load_model")
-    _check_merge(model, base, names)
-    if adapted_layers(model) and _peft_renames(model):
+    homes, kind = _check_merge(model, base, names), model.get_base_model().config.model_type
+    if homes and get_checkpoint_conversion_mapping(kind) is not None:  # else PEFT takes adapters by their names
         _check_peft(model, base, model_class)
 
 
@@ -56,14 +63,6 @@ def check_shippable_unloaded(base: Base, section: AdapterSection, seed: int, mod
         ModelError: As in `check_shippable`, or the files do not belong to the class.
         RecipeError: A target matches nothing.
     """
-    import torch
-
-    from lorafit.files.safetensors import read_index
-    from lorafit.model.attach import attach_adapter
-    from lorafit.model.check_weights import check_weights
-    from lorafit.model.load import build_class
-    from lorafit.model.names import keep_names
-
     skeleton = build_class(base, model_class=model_class)
     keep_names(
         skeleton, check_weights(skeleton, read_index(base.path), base.path, has_new_head=model_class.has_new_head)
@@ -73,21 +72,17 @@ def check_shippable_unloaded(base: Base, section: AdapterSection, seed: int, mod
     check_shippable(model, base, model_class)
 
 
-def _check_merge(model: PreTrainedModel, base: Base, names: TensorNames) -> None:
-    failures = []
-    for path, layer in adapted_layers(model).items():
-        try:
-            find_home(path, layer, names)
-        except ModelError as error:
-            failures.append(error)
-    if failures:
-        more = f" (and {len(failures) - 1} layers more)" if len(failures) > 1 else ""
+def _check_merge(model: PreTrainedModel, base: Base, names: TensorNames) -> dict[str, Home]:
+    """Homes of the adapted layers."""
+    try:
+        homes = find_homes(model, names)
+    except ModelError as error:
         raise ModelError(
-            f"this run could not be merged: {failures[0].what}{more}",
+            f"this run could not be merged: {error.what}",
             file=base.shown,
             key="adapter.target_modules",
-            todo=failures[0].todo or "name other target_modules",
-        )
+            todo=error.todo or "name other target_modules",
+        ) from error
     layers = [path.replace(".base_layer", "") for path, layer in model.get_base_model().named_modules()
               if kind_of_codes(layer) is not None]  # fmt: skip
     lost = [path for path in layers if not names.parts.get(f"{path}.weight")]
@@ -99,30 +94,18 @@ def _check_merge(model: PreTrainedModel, base: Base, names: TensorNames) -> None
             key="model.quantization",
             todo="use quantization: none",
         )
-
-
-def _peft_renames(model: PreTrainedModel) -> bool:
-    """Whether PEFT converts adapters of this class while it loads them; else it takes them by their names."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    base = model.get_base_model()
-    return get_checkpoint_conversion_mapping(base.config.model_type) is not None
+    return homes
 
 
 def _check_peft(model: PreTrainedModel, base: Base, model_class: ModelClass) -> None:
     """Loads the adapter's names and shapes with PEFT's own code onto a fresh model of the class."""
-    import torch
     from peft import set_peft_model_state_dict
-
-    from lorafit.model.load import build_class
-    from lorafit.model.quiet import quiet_libraries
 
     ours = {name: torch.empty(value.shape, device="meta") for name, value in adapter_tensors(model).items()}
     fresh = wrap_model(
         build_class(base, model_class=model_class),
         adapter_config(model, *base.reference),
         base.path,
-        trainable=False,
         empty=True,
     )
     theirs = {name: tuple(value.shape) for name, value in adapter_tensors(fresh).items()}
@@ -132,7 +115,7 @@ def _check_peft(model: PreTrainedModel, base: Base, model_class: ModelClass) -> 
             prefix = str(getattr(fresh.base_model, "prefix", ""))
             lost = [name for name in told.missing_keys if prefix and prefix in name] + list(told.unexpected_keys)
         except (RuntimeError, ValueError, KeyError) as error:
-            lost = [(str(error).splitlines() or [type(error).__name__])[0]]
+            lost = [first_line(error)]
     unlike = [name for name, value in ours.items() if theirs.get(name) != tuple(value.shape)]
     if lost or unlike:
         raise ModelError(

@@ -13,10 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
+from lorafit.console.wording import list_names
+from lorafit.contracts import Reporter
 from lorafit.kinds.linear_targets import choose_names
-from lorafit.model.check_weights import list_names
 from lorafit.model.classes import build_whole
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model_shapes import ROUTERS_CHOOSE
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from lorafit.contracts import Reporter
     from lorafit.kinds.quantizations import Quantization, QuantizationSection
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
+"""Children in `self.NAME.weight`: its type, place and slices apart, as values."""
 _WEIGHT_CHANGED = re.compile(r"\b(\w+\.\w+)\.weight\.(?:mul|div|add|sub)_\(")
+"""Last two parts of the paths of weights that are multiplied or added to in place."""
 _LEADING = re.compile(r"^\^?\(?(\w+(?:_encoder|_adapter|_tower|_model))\b")
 _CHOOSERS = frozenset({"indexer", "patcher"})  # of sparse attention (DeepSeek-V3.2 and its kin), of bytes (BLT)
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT looks for in old configs
@@ -53,22 +55,17 @@ def choose_targets(model: PreTrainedModel, asked: Literal["all-linear"] | Sequen
     Raises:
         RecipeError: See `choose_names`.
     """
-    linears, left_out = linear_names(model), left_out_names(model)
+    left_out = left_out_names(model)
+    linears = [name for name, _ in find_linears(model) if name not in left_out]
     names = choose_names(asked, map(_last, linears), {_last(path): why for path, why in left_out.items()})
     wanted = {name for name in linears if _last(name) in names}
     matched = {name for name, _ in model.named_modules() if _last(name) in names}
     return sorted(names) if matched == wanted else sorted(wanted)
 
 
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Paths of the linears that may carry an adapter, Conv1D included."""
-    left_out = left_out_names(model)
-    return [name for name, _ in _linears(model) if name not in left_out]
-
-
 def left_out_names(model: PreTrainedModel) -> dict[str, str]:
     """Paths of the other linears, the output head apart, each with the reason."""
-    linears = _linears(model)
+    linears = find_linears(model)
     routers, towers = set(router_names(model)), set(tower_names(model))
     shared = _shared_names(model)
     moved, refused, read = _moved_by_peft(model, linears), _refused_by_peft(model, linears), _read_names(model)
@@ -112,7 +109,7 @@ def router_names(model: PreTrainedModel) -> list[str]:
 
     text = model.config.get_text_config()
     configs = [text, *(getattr(text, name) for name in text.sub_configs)]
-    counts = {value for config in configs for key in _EXPERT_COUNTS if (value := _number(config, key))}
+    counts = {value for config in configs for key in EXPERT_COUNTS if (value := config_number(config, key))}
     linears = [x for x in model.named_modules() if isinstance(x[1], torch.nn.Linear)] if counts else []
     return [
         name
@@ -131,7 +128,7 @@ def tower_names(model: PreTrainedModel) -> list[str]:
         kinds = [getattr(module, "input_modalities", None) for module in part.modules()]
         if any(kinds) and not any("text" in kind for kind in kinds if kind):
             inside -= {id(module) for module in part.modules()}
-    return [name for name, module in _linears(model) if id(module) not in inside]
+    return [name for name, module in find_linears(model) if id(module) not in inside]
 
 
 def leave_towers_out(skeleton: PreTrainedModel, config: PretrainedConfig) -> None:
@@ -167,33 +164,35 @@ def _tower_parts(whole: PreTrainedModel) -> set[str]:
     return {_last(name) for name in beside if name.rpartition(".")[0] in (*holders, "")}
 
 
-def unquantised_names(model: PreTrainedModel) -> list[str]:
+def unquantised_names(
+    model: PreTrainedModel, kind: Quantization[QuantizationSection] | None, reporter: Reporter
+) -> list[str]:
     """Paths that stay in the compute dtype: bitsandbytes leaves none out by itself once a list is given.
 
     Towers beside the language model are never run on text: quantising them would only cost what their users see. What
     the model itself multiplies in place would be quantised anew each time.
+
+    Args:
+        model: Loaded or on the meta device.
+        kind: The quantisation, on a CPU: linears whose rows it cannot hold there stay, too. None elsewhere.
+        reporter: Warned of those.
     """
-    return [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model)]
-
-
-def leave_narrow(model: PreTrainedModel, kind: Quantization[QuantizationSection], reporter: Reporter) -> list[str]:
-    """Paths of linears that a CPU cannot hold in their kind, to be left unquantised, with a warning."""
-    plain = set(unquantised_names(model))
-    narrow = []
-    for name, module in _linears(model):
+    plain = [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model)]
+    narrow: dict[str, int] = {}
+    for name, module in find_linears(model):
         inputs = getattr(module, "in_features", None) or next(module.parameters()).shape[0]  # Conv1D lies [in, out]
-        if inputs % kind.of(name.rsplit(".", 1)[-1]).cpu_row_multiple and name not in plain:
-            narrow.append(name)
+        multiple = 1 if kind is None else kind.of(_last(name)).cpu_row_multiple
+        if inputs % multiple and name not in plain:
+            narrow[name] = multiple
     if narrow:
         reporter.warn(
-            f"{len(narrow)} linears stay unquantised: their input width is no multiple of "
-            f"{kind.of(narrow[0].rsplit('.', 1)[-1]).cpu_row_multiple}, which 4-bit weights on a CPU need "
-            f"({list_names(narrow)})"
+            f"{len(narrow)} linears stay unquantised: their input width is no multiple of {max(narrow.values())}, "
+            f"which 4-bit weights on a CPU need ({list_names(narrow)})"
         )
-    return narrow
+    return [*plain, *narrow]
 
 
-def _linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+def find_linears(model: PreTrainedModel) -> list[tuple[str, Any]]:
     """Every linear but the output head, each module once."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -205,11 +204,11 @@ def _linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 def _shared_names(model: PreTrainedModel) -> set[str]:
     """Linears whose weight is another linear's too (Zamba's blocks): one weight cannot take two updates."""
-    owners = Counter(id(module.weight) for _, module in _linears(model))
-    shared = {name for name, module in _linears(model) if owners[id(module.weight)] > 1}
+    owners = Counter(id(module.weight) for _, module in find_linears(model))
+    shared = {name for name, module in find_linears(model) if owners[id(module.weight)] > 1}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     names = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
-    return shared | {name for name, _ in _linears(model) if name in names}
+    return shared | {name for name, _ in find_linears(model) if name in names}
 
 
 def _multiplies(module: Any) -> bool:
@@ -234,11 +233,8 @@ def _moved_by_peft(model: PreTrainedModel, linears: Sequence[tuple[str, nn.Modul
     dense layers) would then get no adapter, and the experts one that nobody asked for.
     """
     from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:
-        return set()
     config = LoraConfig(target_modules=[*_EXPERT_NAMES, *{_last(name) for name, _ in linears}])
     asked = set(config.target_modules or ())
     with quiet_libraries():
@@ -267,11 +263,8 @@ def _renamed_by_peft(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     """
     import torch
     from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-    except ImportError:
-        return []
     keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
     nothing = {key: torch.empty(0, device="meta") for key in keys}
     with quiet_libraries():
@@ -285,47 +278,39 @@ def _renamed_by_peft(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
 
 def _changed_names(model: PreTrainedModel) -> set[str]:
     """Linears whose weight the model multiplies in place when it goes from training to evaluation (RWKV does)."""
-    changed = {f".{path}" for module in model.modules() for path in _weights_changed_by(cast(Any, type(module)))}
-    return {name for name, _ in _linears(model) if any(name.endswith(path) for path in changed)}
+    kinds: set[Any] = set(map(type, model.modules()))
+    changed = tuple(f".{path}" for kind in kinds for path in _named_in_code(kind, _WEIGHT_CHANGED))
+    return {name for name, _ in find_linears(model) if name.endswith(changed)}
 
 
 def _read_names(model: PreTrainedModel) -> set[str]:
     """Linears whose weight the code of the module around them reads itself, on some path (Mamba's kernels do)."""
-    return {
-        f"{path}.{child}" if path else child
-        for path, module in model.named_modules()
-        for child in _weights_read_by(cast(Any, type(module)))
-        if child in module._modules
-    }
+    found = set()
+    for path, module in model.named_modules():
+        kind: Any = type(module)
+        children = _named_in_code(kind, _WEIGHT_READ) & module._modules.keys()
+        found |= {f"{path}.{child}" if path else child for child in children}
+    return found
 
 
 @cache
-def _weights_read_by(kind: Any) -> frozenset[str]:
-    """Names of children in `self.NAME.weight` of a class's code: its type, place and slices apart, as values."""
-    return frozenset(_WEIGHT_READ.findall(_code_of(kind)))
-
-
-@cache
-def _weights_changed_by(kind: Any) -> frozenset[str]:
-    """Last two parts of the paths of weights that a class's code multiplies or adds to in place."""
-    return frozenset(_WEIGHT_CHANGED.findall(_code_of(kind)))
-
-
-def _code_of(kind: Any) -> str:
+def _named_in_code(kind: type[nn.Module], pattern: re.Pattern[str]) -> frozenset[str]:
+    """What a pattern finds in the code of a class of transformers."""
     if not kind.__module__.startswith("transformers."):
-        return ""
+        return frozenset()
     try:
-        return inspect.getsource(kind)
+        return frozenset(pattern.findall(inspect.getsource(kind)))
     except (OSError, TypeError):  # no source at hand
-        return ""
+        return frozenset()
 
 
-def _number(config: PretrainedConfig, key: str) -> int | None:
+def config_number(config: PretrainedConfig, key: str, default: int = 0) -> int:
+    """A whole number above 0 of a config; the default where it is missing, or differs from layer to layer."""
     try:
         value = getattr(config, key, None)
-    except (AttributeError, ValueError, RuntimeError):  # differs from layer to layer
-        return None
-    return value if isinstance(value, int) else None
+    except (AttributeError, ValueError, RuntimeError):
+        return default
+    return value if isinstance(value, int) and value > 0 else default
 
 
 def _last(path: str) -> str:

@@ -17,10 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.console.wording import first_line
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.portable import portable
-from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.files.strict_json import JsonError, read_object_file
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_JSON = "tokenizer.json"
@@ -138,8 +139,9 @@ class TokenizerFolder:
         except BaseException as error:  # Rust's panics are no Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                 raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"the tokenizer cannot be read: {first}", file=str(file), todo=_TODO) from error
+            raise ModelError(
+                f"the tokenizer cannot be read: {first_line(error)}", file=str(file), todo=_TODO
+            ) from error
 
     def copy_to(self, target: Path, tokenizer_class: str | None = None) -> None:
         """Copies the tokenizer: its config without templates, which have files of their own, and without local paths.
@@ -247,14 +249,9 @@ def read_object(file: Path) -> JsonObject:
         ModelError: It is missing, too large, not UTF-8, no JSON, nested too deep, or no object.
     """
     try:
-        value = read_json_file(file, constants=True)
+        return read_object_file(file, constants=True)
     except JsonError as error:
         raise ModelError(f"cannot be read: {error.what}", file=str(file), todo=_TODO) from error
-    except FileNotFoundError as error:
-        raise ModelError("is missing", file=str(file), todo=_TODO) from error
-    if not isinstance(value, dict):
-        raise ModelError("is no JSON object", file=str(file), todo=_TODO)
-    return value
 
 
 def write_object(file: Path, value: JsonMapping) -> None:

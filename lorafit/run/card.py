@@ -16,7 +16,7 @@ from pydantic import WrapSerializer, field_validator, model_validator
 
 from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError
-from lorafit.files.atomic import read_json
+from lorafit.files.atomic import read_object
 from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
 from lorafit.kinds.registry import as_bare_word
@@ -35,6 +35,7 @@ else:
     QuantizationChoice = quantizations.one_of()
     TaskChoice = Annotated[tasks.one_of("causal-lm"), WrapSerializer(as_bare_word)]
 
+Source = Literal["hub", "package", "gguf", "folder"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 Attention = Literal["auto", "eager", "sdpa", "fused", "flash_attention_2"]
 
@@ -42,7 +43,7 @@ Attention = Literal["auto", "eager", "sdpa", "fused", "flash_attention_2"]
 class BaseOrigin(Section):
     """Where a base model came from, and what proves that another copy of it is the same. Holds no place on a disk."""
 
-    kind: Literal["hub", "package", "gguf", "folder"]
+    kind: Source
     """A hub id, a GGUF file inside an installed package, a GGUF file, or a folder."""
     name: str
     """Hub id, `package://NAME/FILE.gguf`, or the own name of the file or folder."""
@@ -177,7 +178,7 @@ def read_card(file: Path) -> RunCard:
         CheckpointError: It is missing, no JSON, or no card.
     """
     try:
-        return RunCard.from_json(read_json(file))
+        return RunCard.from_json(read_object(file))
     except ValueError as error:
         key, _, what = str(error).partition(": ")
         todo = "restore the file, or take another copy of the run"

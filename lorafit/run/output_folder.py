@@ -11,25 +11,22 @@ import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lorafit.console.wording import list_names
 from lorafit.contracts import JsonObject
 from lorafit.errors import LorafitError, UsageError
 from lorafit.files.atomic import TEMPORARY_PREFIX, check_format, make_folder, read_object
 from lorafit.files.rundir import RunDir
-from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.files.strict_json import JsonError, read_object_file
 from lorafit.recipe.differences import tell_differences
+from lorafit.recipe.load import LoadedRecipe
 from lorafit.run.workspace import compare_recipes
-
-if TYPE_CHECKING:
-    from lorafit.recipe.load import LoadedRecipe
 
 LONGEST_NAME_BYTES = 255
 _SYSTEMS_OWN = (".DS_Store", ".localized", ".directory", "Thumbs.db", "desktop.ini", "lost+found")
 _SYSTEMS_PREFIXES = (".nfs", ".Trash", ".Spotlight-", ".fseventsd", TEMPORARY_PREFIX)
 _RUN_KEYS = ("versions", "seed", "recipe", "data", "base")
 _REPORT_KEYS = ("metrics", "signatures")
-_SHOWN_NAMES = 3
 
 
 def check_output(output: Path, inputs: Iterable[Path]) -> None:
@@ -38,39 +35,35 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
     Raises:
         UsageError: As said; nothing was created.
     """
+    what, todo = _why_unusable(output, inputs) or ("", "")
+    if what:
+        raise UsageError(what, key="output", todo=todo)
+
+
+def _why_unusable(output: Path, inputs: Iterable[Path]) -> tuple[str, str] | None:
+    """What is wrong with an output folder, and what to do about it."""
     for part in output.parts:
         if len(os.fsencode(part)) > LONGEST_NAME_BYTES:
-            raise UsageError(f"name too long: '{part[:40]}…'", key="output", todo=f"{LONGEST_NAME_BYTES} bytes at most")
+            return f"name too long: '{part[:40]}…'", f"{LONGEST_NAME_BYTES} bytes at most"
     try:
         made = output.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: what Python 3.11 and 3.12 call a loop
-        raise UsageError(
-            f"the output {output.name} goes through a loop of links", key="output", todo="choose another folder"
-        ) from error
+    except (OSError, RuntimeError):  # RuntimeError: what Python 3.11 and 3.12 call a loop
+        return f"the output {output.name} goes through a loop of links", "choose another folder"
     if output.is_symlink() and not output.exists():
-        raise UsageError(
-            f"the output {output.name} is a broken link", key="output", todo="choose another folder, or mend the link"
-        )
+        return f"the output {output.name} is a broken link", "choose another folder, or mend the link"
     for entry in inputs:
         source = entry.resolve()
         if made == source or made in source.parents:
             what = f"the output {output.name} is, or holds, {entry.name}, which is also an input"
-            raise UsageError(what, key="output", todo="choose a folder of its own")
+            return what, "choose a folder of its own"
     if output.exists() and not output.is_dir():
-        raise UsageError(f"the output {output.name} is a file", key="output", todo="choose a folder")
-    parent = made
-    while not parent.exists():
-        parent = parent.parent
+        return f"the output {output.name} is a file", "choose a folder"
+    parent = next(folder for folder in (made, *made.parents) if folder.exists())
     if not parent.is_dir():
-        raise UsageError(
-            f"the output {output.name} would lie in {parent.name}, which is a file",
-            key="output",
-            todo="choose a folder",
-        )
+        return f"the output {output.name} would lie in {parent.name}, which is a file", "choose a folder"
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"the output {output.name} is not writable", file=str(parent), key="output", todo="choose another folder"
-        )
+        return f"the output {output.name} is not writable: {parent}", "choose another folder"
+    return None
 
 
 def check_unused(run: RunDir, loaded: LoadedRecipe, *, command: str) -> None:
@@ -118,13 +111,8 @@ def check_own(run: RunDir) -> None:
     if _holds_run(run):
         names = [name for name in ("checkpoints", "adapter") if name in names and not (run.root / name).is_dir()]
     if names:
-        listed = ", ".join(names[:_SHOWN_NAMES]) + (f" and {len(names) - _SHOWN_NAMES} more" if names[3:] else "")
-        raise UsageError(
-            f"the output is not empty, and {listed} is no run of lorafit's",
-            file=str(run.root),
-            key="output",
-            todo="choose a new or empty folder",
-        )
+        what = f"the output is not empty, and {list_names(names)} is no run of lorafit's"
+        raise UsageError(what, file=str(run.root), key="output", todo="choose a new or empty folder")
 
 
 def check_reports(run: RunDir, name: str) -> None:
@@ -160,10 +148,9 @@ def _holds_run(run: RunDir) -> bool:
 def _read(file: Path) -> JsonObject:
     """The object in a JSON file; an empty one where the file is anything else."""
     try:
-        value = read_json_file(file)
+        return read_object_file(file)
     except (OSError, JsonError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _begins(file: Path, start: bytes) -> bool:

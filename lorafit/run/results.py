@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafit.console.reporting import say
 from lorafit.console.wording import counted
-from lorafit.contracts import JsonObject, Printed
+from lorafit.contracts import JsonObject, Printed, Sample
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lorafit.answering.generate import Answer
-    from lorafit.contracts import Sample
     from lorafit.evaluation.evaluation import Evaluation
     from lorafit.evaluation.parity import Parity
     from lorafit.files.rundir import RunDir
@@ -96,20 +96,16 @@ class Trained(Printed):
     def render(self, console: Console) -> None:
         """How it ended, where the time went, memory beside its estimate, and what to do next."""
         if self.fit is None:
-            console.print("dry run: nothing was loaded or written", markup=False, soft_wrap=True)
+            say(console, "dry run: nothing was loaded or written")
             return
         fit = self.fit
         if not fit.was_complete:
             if self.profile is not None:
-                console.print(self.profile, markup=False, highlight=False, soft_wrap=True)
-                console.print(
-                    f"profile: {near(self.run.profile)}, {near(self.run.trace)}\n", markup=False, soft_wrap=True
-                )
+                say(console, self.profile)
+                say(console, f"profile: {near(self.run.profile)}, {near(self.run.trace)}\n")
             rate = f": {self.speed.describe()}" if self.speed else ""
-            console.print(
-                f"trained {counted(fit.steps, 'step')} in {_clock(fit.seconds)}{rate}", markup=False, soft_wrap=True
-            )
-            console.print(self._memory_line(fit), markup=False, soft_wrap=True)
+            say(console, f"trained {counted(fit.steps, 'step')} in {_clock(fit.seconds)}{rate}")
+            say(console, self._memory_line(fit))
         which = f"the adapter of step {fit.adapter_step}"
         if fit.best is not None and fit.best.step == fit.adapter_step:
             which += f" (best {fit.best.metric}: {fit.best.value:.4g})"
@@ -117,7 +113,7 @@ class Trained(Printed):
         after = f"lorafit eval {shown}"
         if not self.has_held_out_rows:
             after = f"lorafit generate {shown} --prompt TEXT, or {after} --set data.test=$PWD/FILE"
-        console.print(f"{which} is in {shown}/adapter; next: {after}", markup=False, soft_wrap=True)
+        say(console, f"{which} is in {shown}/adapter; next: {after}")
 
     def _memory_line(self, fit: FitResult) -> str:
         """Peak memory as measured, beside the estimate of the same quantity."""
@@ -164,7 +160,7 @@ class Evaluated(Printed):
         from lorafit.evaluation.report import render_evaluation
 
         console.print(render_evaluation(self.evaluation, columns=console.width, place=self._place))
-        console.print(f"\nreport: {near(self.run.report('md', self.report))}", markup=False, soft_wrap=True)
+        say(console, f"\nreport: {near(self.run.report('md', self.report))}")
 
     def _place(self, file: str) -> str:
         """A row's file as seen from the current folder; what is no file here (a data set of the hub) stays."""
@@ -191,12 +187,12 @@ class Merged(Printed):
     def render(self, console: Console) -> None:
         """What was written and proven."""
         for line in self.report.describe():
-            console.print(line, markup=False, soft_wrap=True)
+            say(console, line)
         if self.parity is not None:
             for line in self.parity.describe():
-                console.print(line, markup=False, soft_wrap=True)
+                say(console, line)
         elif self.parity_skipped:
-            console.print(f"logits were not compared: {self.parity_skipped}", markup=False, soft_wrap=True)
+            say(console, f"logits were not compared: {self.parity_skipped}")
 
 
 @dataclass(frozen=True)
@@ -232,15 +228,15 @@ class Generated(Printed):
         is_plain = len(self.prompts) == 1 and not self.prompts[0].line and self.base_answers is None
         for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
             if is_plain:
-                console.print(answer.text, markup=False, soft_wrap=True)
+                say(console, answer.text)
                 continue
             asked = prompt.turns[-1]["content"]
-            console.print(f"{'' if number == 0 else chr(10)}> {asked}", style="bold", markup=False, soft_wrap=True)
+            say(console, f"{'' if number == 0 else chr(10)}> {asked}", "bold")
             if self.base_answers is not None:
-                console.print(f"base:  {self.base_answers[number].text}", markup=False, soft_wrap=True)
-                console.print(f"tuned: {answer.text}", style="green", markup=False, soft_wrap=True)
+                say(console, f"base:  {self.base_answers[number].text}")
+                say(console, f"tuned: {answer.text}", "green")
             else:
-                console.print(answer.text, markup=False, soft_wrap=True)
+                say(console, answer.text)
 
 
 def describe_resolved(resolved: ResolvedPlan) -> str:

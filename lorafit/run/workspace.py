@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.console.nearest import nearest
-from lorafit.contracts import JsonMapping, JsonObject
+from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.errors import CheckpointError, DataError, UsageError
-from lorafit.files.atomic import atomic_file, read_json, read_object, require_manifest, write_json
+from lorafit.files.atomic import atomic_file, read_object, require_manifest, write_json
 from lorafit.files.rundir import RunDir
 from lorafit.machine.version import installed_versions
 from lorafit.recipe.differences import ABSENT, differences, tell_differences
+from lorafit.recipe.load import LoadedRecipe, dump_recipe, load_recipe
+from lorafit.recipe.schema import Recipe, SourceSection
+from lorafit.run.card import read_card
 
 if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
     from lorafit.plan import ResolvedPlan
-    from lorafit.recipe.load import LoadedRecipe
-    from lorafit.recipe.schema import Recipe, SourceSection
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,13 @@ class OpenedRun:
 
     def usual_split(self) -> str:
         """Which rows the run's own evaluation scores, whatever flags or edits say now."""
-        from lorafit.recipe.load import load_recipe
-
         return usual_split(load_recipe(self.run.recipe).recipe)
 
     def resolved(self) -> ResolvedPlan:
         """The values that the run was trained with."""
         from lorafit.plan import ResolvedPlan
 
-        return ResolvedPlan.from_json(read_json(self.run.plan), str(self.run.plan))
+        return ResolvedPlan.from_json(read_object(self.run.plan), str(self.run.plan))
 
     def adapter(self, checkpoint: str | None) -> tuple[Path, int | None]:
         """The adapter's folder, and its step: the saved one, or that of a checkpoint (`best`, `last`, a step).
@@ -84,26 +83,22 @@ class OpenedRun:
         return CheckpointError(what, file=str(self.run.root), todo=todo)
 
 
-def began(run: RunDir) -> datetime | None:
-    """The same for a run that is to be resumed; None where nothing was started yet.
+def recorded_start(run: RunDir) -> tuple[datetime | None, str | None]:
+    """What a run that is to be resumed began with; None and None where nothing was started yet.
+
+    Returns:
+        The moment that its chat template took for the present one, where it asks for it; and the commit of a hub's
+        model, whose branch may have moved on since.
 
     Raises:
-        CheckpointError: manifest.json cannot be read.
+        CheckpointError: manifest.json or card.json cannot be read.
     """
     from lorafit.data.chat.clock import find_moment
 
-    return find_moment(read_object(run.manifest), run.manifest) if _is_started(run) else None
-
-
-def base_commit(run: RunDir) -> str | None:
-    """The commit of a hub's model that a run began with: its branch may have moved on since.
-
-    Raises:
-        CheckpointError: card.json cannot be read.
-    """
-    from lorafit.run.card import read_card
-
-    return read_card(run.card).base.commit if _is_started(run) and run.card.is_file() else None
+    if not is_run(run.root):
+        return None, None
+    commit = read_card(run.card).base.commit if run.card.is_file() else None
+    return find_moment(read_object(run.manifest), run.manifest), commit
 
 
 def is_run(path: Path) -> bool:
@@ -146,8 +141,6 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
         UsageError: There is nothing at `path`.
         CheckpointError: The folder holds no run.
     """
-    from lorafit.recipe.load import load_recipe
-
     checkpoint = None
     if path.is_dir():
         folder, checkpoint = (path, None) if is_run(path) else _find_run_around(path)
@@ -184,13 +177,10 @@ def _nothing_at(path: Path) -> UsageError:
     """The error for a path where nothing is, with the run or model beside it that has the nearest name."""
     beside = path.absolute().parent
     names = [entry.name for entry in beside.iterdir()] if beside.is_dir() else []
-    close = nearest(path.name, [name for name in names if _is_answerable(beside / name)], count=1)
+    here = [name for name in names if any(is_it(beside / name) for is_it in (is_run, is_model, is_lone_adapter))]
+    close = nearest(path.name, here, count=1)
     todo = f"did you mean {path.with_name(close[0])}?" if close else "name a run folder or its recipe; or train first"
     return UsageError("no such file or folder", file=str(path), todo=todo)
-
-
-def _is_answerable(path: Path) -> bool:
-    return is_run(path) or is_model(path) or is_lone_adapter(path)
 
 
 def _find_run_around(path: Path) -> tuple[Path, str | None]:
@@ -256,17 +246,9 @@ def own_rank() -> int:
 
 
 _HARMLESS = (
-    *(
-        "name",
-        "output",
-        "tracking",
-        "checkpoints",
-        "evaluation.every_steps",
-        "evaluation.final",
-        "evaluation.retention",
-    ),
-    *("evaluation.max_new_tokens", "data.test", "training.micro_batch_tokens", "training.gradient_checkpointing"),
-    "model.quantization.keep_unpacked",
+    *("name", "output", "tracking", "checkpoints", "data.test", "model.quantization.keep_unpacked"),
+    *("evaluation.every_steps", "evaluation.final", "evaluation.retention", "evaluation.max_new_tokens"),
+    *("training.micro_batch_tokens", "training.gradient_checkpointing"),
 )
 """What a resume may change: it decides what is saved, shown and measured, not what is learnt."""
 
@@ -277,7 +259,7 @@ def check_same_recipe(run: RunDir, loaded: LoadedRecipe, reporter: Reporter) -> 
     Raises:
         CheckpointError: It would not be the same run, or nothing tells whether it would.
     """
-    if run.steps() and not _is_started(run):
+    if run.steps() and not is_run(run.root):
         what = "has checkpoints, and manifest.json or recipe.yaml, which say what they are of, is missing"
         raise CheckpointError(what, file=str(run.root), todo="restore them, or train into another --output")
     decisive, harmless = compare_recipes(run, loaded)
@@ -293,7 +275,7 @@ def check_same_recipe(run: RunDir, loaded: LoadedRecipe, reporter: Reporter) -> 
 
 def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[str]]:
     """How the recipe differs from that of the run in the folder: what makes it another run, and what does not."""
-    if not _is_started(run):
+    if not is_run(run.root):
         return [], []
     before, now = both_recipes(run, loaded)
     stops_early = loaded.recipe.evaluation.early_stopping is not None
@@ -308,19 +290,16 @@ def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[
 
 def both_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[JsonObject, JsonObject]:
     """Values by dotted key: of the recipe that a run's folder holds, and of another as it reads from there."""
-    from lorafit.recipe.load import load_recipe
-
-    before, now = load_recipe(run.recipe).recipe, load_recipe_from(loaded, run)
+    with tempfile.TemporaryDirectory(dir=run.root, prefix=".tmp-recipe-") as folder:
+        copy = Path(folder) / "recipe.yaml"
+        copy.write_text(dump_recipe(loaded, run.root), encoding="utf-8")
+        before, now = load_recipe(run.recipe).recipe, load_recipe(copy).recipe
     return _leaves(before.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
-
-
-def _is_started(run: RunDir) -> bool:
-    return run.recipe.is_file() and run.manifest.is_file()
 
 
 def read_base_digest(run: RunDir) -> str | None:
     """Fingerprint of the base that a run was started on; None where none was started."""
-    if not _is_started(run):
+    if not is_run(run.root):
         return None
     base = read_object(run.manifest).get("base")
     return str(base.get("digest")) if isinstance(base, dict) else ""
@@ -332,7 +311,7 @@ def check_same_facts(run: RunDir, facts: JsonMapping) -> None:
     Raises:
         CheckpointError: It would not be the same run.
     """
-    if not _is_started(run):
+    if not is_run(run.root):
         return  # nothing was started here: the run begins at step 0
     recorded = read_object(run.manifest)
     recorded["base"], now_base = read_base_digest(run), facts["base"]["digest"]
@@ -346,18 +325,6 @@ def check_same_facts(run: RunDir, facts: JsonMapping) -> None:
                 file=str(run.root),
                 todo="restore it, or train into another --output",
             )
-
-
-def load_recipe_from(loaded: LoadedRecipe, run: RunDir) -> Recipe:
-    """The recipe with its paths as the run folder's copy has them, so that the two can be compared."""
-    import tempfile
-
-    from lorafit.recipe.load import dump_recipe, load_recipe
-
-    with tempfile.TemporaryDirectory(dir=run.root, prefix=".tmp-recipe-") as folder:
-        copy = Path(folder) / "recipe.yaml"
-        copy.write_text(dump_recipe(loaded, run.root), encoding="utf-8")
-        return load_recipe(copy).recipe
 
 
 def _only_longer(key: str, before: JsonMapping, now: JsonMapping) -> bool:
@@ -380,8 +347,6 @@ def _leaves(value: Any, prefix: str = "") -> JsonObject:
 
 def describe_run(run: RunDir, loaded: LoadedRecipe, facts: JsonMapping) -> None:
     """manifest.json, which makes the folder a run (versions, seed, hashes of what it is made of), and recipe.yaml."""
-    from lorafit.recipe.load import dump_recipe
-
     write_json(run.manifest, {"format": 1, "versions": installed_versions(), **facts})
     with atomic_file(run.recipe) as temporary:
         temporary.write_text(dump_recipe(loaded, run.root), encoding="utf-8")

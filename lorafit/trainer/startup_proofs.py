@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lorafit.console.wording import list_names
 from lorafit.contracts import Batch, Example
 from lorafit.errors import ModelError, NumericsError, RecipeError
-from lorafit.model.check_weights import list_names
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.process_memory import is_out_of_memory

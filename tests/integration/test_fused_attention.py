@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorafit import pipeline
-from lorafit.files.atomic import read_json
+from lorafit.files.atomic import read_object
 from tests.support.option_world import OptionWorld, adapter_tensors
 
 CHANGES = {
@@ -28,7 +28,7 @@ def test_a_run_goes_on_bit_for_bit_and_serves_every_command(world: OptionWorld) 
     recipe = world.recipe(CHANGES)
     pipeline.train(recipe)
     again = pipeline.train(recipe, resume_from=1).run
-    assert read_json(again.plan)["attention"] == "fused"
+    assert read_object(again.plan)["attention"] == "fused"
     assert adapter_tensors(again) == adapter_tensors(whole)
     assert (whole.root / "adapter").is_dir()
     assert pipeline.evaluate(whole.root).evaluation.comparisons
@@ -45,6 +45,6 @@ def test_the_stored_estimate_is_of_the_attention_that_was_chosen(
     stored = {}
     for asked in ("auto", attention):
         run = pipeline.train(world.recipe({"model.attention": asked})).run
-        stored[asked] = read_json(run.plan)
+        stored[asked] = read_object(run.plan)
     assert stored["auto"]["attention"] == attention
     assert stored["auto"]["memory"] == stored[attention]["memory"]

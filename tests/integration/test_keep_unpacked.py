@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorafit import pipeline
-from lorafit.files.atomic import read_json
+from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
 from tests.support.option_world import OptionWorld, adapter_tensors, scores_of, step_lines
 
@@ -28,10 +28,10 @@ def steps_of(run: RunDir) -> list[tuple[float, float]]:
 
 def test_a_run_leaves_the_same(world: OptionWorld) -> None:
     kept, unpacked = world.train(nf4(True)), world.train(nf4(False))
-    assert [read_json(run.plan)["plan"]["keeps_unpacked"] for run in (kept, unpacked)] == [True, False]
+    assert [read_object(run.plan)["plan"]["keeps_unpacked"] for run in (kept, unpacked)] == [True, False]
     assert steps_of(kept) == steps_of(unpacked)
     assert adapter_tensors(kept) == adapter_tensors(unpacked)
-    assert read_json(kept.quantization) == read_json(unpacked.quantization)  # hashes of all of the base
+    assert read_object(kept.quantization) == read_object(unpacked.quantization)  # hashes of all of the base
     assert scores_of(world.evaluate({}, nf4(True))) == scores_of(world.evaluate({}, nf4(False)))
 
 

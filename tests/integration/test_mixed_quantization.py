@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorafit import pipeline
-from lorafit.files.atomic import read_json
+from lorafit.files.atomic import read_object
 from tests.support.option_world import OptionWorld, adapter_tensors, scores_of, step_lines
 
 MIXED: dict[str, Any] = {
@@ -29,7 +29,7 @@ def test_a_resume_is_the_same_run(world: OptionWorld) -> None:
     assert before[0][-1] < before[0][0]
     again = pipeline.train(run.root.parent / "recipe.yaml", resume_from=2).run
     assert ([line["loss"] for line in step_lines(again)], adapter_tensors(again)) == before
-    kinds = {path.rsplit(".", 1)[-1]: proof["kind"] for path, proof in read_json(run.quantization)["tensors"].items()}
+    kinds = {path.rsplit(".", 1)[-1]: proof["kind"] for path, proof in read_object(run.quantization)["tensors"].items()}
     assert kinds == {
         "q_proj": "fp4", "k_proj": "nf4", "v_proj": "nf4", "gate_proj": "nf4", "up_proj": "nf4", "down_proj": "int8",
     }  # fmt: skip
@@ -39,7 +39,7 @@ def test_a_merge_rebuilds_each_kind_and_agrees_with_the_adapter(world: OptionWor
     merged = pipeline.merge(world.train(MIXED).root, output=tmp_path / "merged")
     assert merged.parity is not None  # compared with the adapter's own answers: else exit 9
     assert merged.report.proven and merged.report.rebuilt_tensors == len(
-        read_json(world.train(MIXED).quantization)["tensors"]
+        read_object(world.train(MIXED).quantization)["tensors"]
     )
 
 

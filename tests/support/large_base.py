@@ -76,14 +76,12 @@ MERGE = """
 import json, sys, time
 from pathlib import Path
 from lorafit.contracts import Silent
-from lorafit.model.base import Base
-from lorafit.model.base_config import fingerprint, load_config
+from lorafit.model.base import read_base
 from lorafit.model.merge import merge_adapter
 base, adapter, output, kind, record = sys.argv[1:6]
-config = load_config(Path(base))
 used = json.loads(Path(record).read_text()) if kind == "dequantized" else None
-report = merge_adapter(Base(Path(base), "base", config, fingerprint(Path(base), config)), Path(adapter), Path(output),
-                       kind=kind, quantization=used, reporter=Silent())
+report = merge_adapter(read_base(Path(base)), Path(adapter), Path(output), kind=kind, quantization=used,
+                       reporter=Silent())
 peak = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(json.dumps({"peak_bytes": int(peak) * 1024, "seconds": report.seconds, "proven": report.proven,
                   "verified": report.verified, "tensors": report.tensors, "worst": report.largest_error,

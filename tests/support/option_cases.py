@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lorafit import pipeline
-from lorafit.files.atomic import read_json
+from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
 from tests.support.option_kinds import kind_cases
 from tests.support.option_leaves import Case, Probe
@@ -252,7 +252,7 @@ def best_by(world: OptionWorld, metric: str) -> float:
     """The value of the best evaluation by one metric."""
     during = {"evaluation.during": ["loss", "token_accuracy"]}
     run = world.train({**STOPPING, **during, "evaluation.early_stopping": {"metric": metric, "patience": 9}})
-    return float(read_json(run.best)["value"])
+    return float(read_object(run.best)["value"])
 
 
 def loss_of_revision(world: OptionWorld, revision: str | None) -> float:

@@ -2,7 +2,7 @@
 
 merge_adapter ── stream ──> merge_targets     which rows get which fold of the adapter (asked of its kind)
                         ──> requantize        rows as training saw them, made again by their kind and proven
-                        ──> shards ─ stretches, background_writer     rows read, folded, written, read back
+                        ──> shards ─ background_writer     rows read, folded, written, read back
 """
 
 from lorafit.model.merge.stream import BaseKind, MergeReport, merge_adapter

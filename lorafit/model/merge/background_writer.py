@@ -16,10 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _MOST_PENDING = 16
 """Blocks that may wait in memory; a merge's are about a MiB each."""
@@ -68,8 +67,6 @@ class BackgroundWriter:
 
     def take_block(self, size_bytes: int) -> torch.Tensor:
         """Memory for the next `put`: uint8, `[size_bytes]`, its values undefined. Waits where too many are pending."""
-        import torch
-
         while len(self._pending) >= _MOST_PENDING:
             self._settle_oldest()
         fitting = (number for number, block in enumerate(self._free) if block.numel() >= size_bytes)

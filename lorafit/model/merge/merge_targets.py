@@ -1,25 +1,29 @@
-"""Which rows of a base's files get which change of an adapter."""
+"""Which rows of a base's files get which change of an adapter.
+
+Where an adapter brings no note of its layers (another tool's, or an older lorafit's), and plain names do not settle
+where they lie, the class and PEFT's layers are built on the meta device, which imports both libraries.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
+
+from lorafit.console.wording import list_names
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.kinds.adapters import AdaptedLayer
+from lorafit.files.safetensors import TensorEntry
+from lorafit.kinds.adapters import AdaptedLayer, Fold, Folding
 from lorafit.model.adapter import AdapterFolder
-from lorafit.model.check_weights import list_names
-from lorafit.model.homes import Home, read_homes
-from lorafit.model.names import Part
-
-if TYPE_CHECKING:
-    import torch
-
-    from lorafit.files.safetensors import TensorEntry
-    from lorafit.kinds.adapters import Fold, Folding
+from lorafit.model.attach import wrap_model
+from lorafit.model.base import Base
+from lorafit.model.homes import Home, find_homes, read_homes
+from lorafit.model.load import build_class
+from lorafit.model.names import Part, read_names
 
 _BESIDE_A_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.(?P<tensor>(?!weight$)\w+)(?:\.weight)?$")
 _COPY = re.compile(r"^base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight$")
@@ -65,18 +69,16 @@ class Updates:
 
 def plan_updates(
     adapter: AdapterFolder,
+    base: Base,
     entries: Mapping[str, TensorEntry],
-    config: JsonMapping,
-    read_class: Callable[[Set[str]], dict[str, Home]],
 ) -> Updates:
     """Which rows of the base's files get which update.
 
     Args:
-        adapter: Whose layers' homes are those that it notes; else those of their own names.
-        entries: The base's tensors.
-        config: The base's config.json.
-        read_class: Gives every layer that PEFT would adapt with this config, from the model class, for the layers that
-            the adapter has; called only where names alone do not settle it.
+        adapter: Whose layers' homes are those that it notes; else those of their own names, or by the model class
+            where names alone do not settle it.
+        base: The base.
+        entries: Its tensors.
 
     Raises:
         ModelError: A feature that is no plain update, a tensor that fits nowhere, half of a pair, tied weights.
@@ -95,7 +97,7 @@ def plan_updates(
             copies[match["path"]] = entry
         else:
             foreign.append(name)
-    homes = _find_homes(adapter, layers, entries, config, read_class)
+    homes = _find_homes(adapter, layers, base, entries)
     foreign += [path for path in layers if path not in homes]
     names = {part: tensor for tensor, part in reversed(list(folding.parts.items()))}
     missing = [f"{path}.{names[part]}" for path in homes for part in names if part not in layers.get(path, {})]
@@ -115,28 +117,32 @@ def plan_updates(
     for patches in made.patches.values():
         patches.sort(key=lambda patch: patch.start)
     for path, entry in copies.items():
-        _place_copy(made, adapter, path, homes.get(path), entry, entries)
+        try:
+            _place_copy(made, path, homes.get(path), entry, entries)
+        except ModelError as error:
+            raise error.at(file=str(adapter.path)) from error
     return made
 
 
 def _find_homes(
     adapter: AdapterFolder,
     layers: Mapping[str, Mapping[str, TensorEntry]],
+    base: Base,
     entries: Mapping[str, TensorEntry],
-    config: JsonMapping,
-    read_class: Callable[[Set[str]], dict[str, Home]],
 ) -> dict[str, Home]:
     """Homes of all layers the adapter should have: noted, or by their own names, or by the class."""
     if "layers" in adapter.notes:
         return read_homes(adapter.notes["layers"], entries, str(adapter.path))
-    flipped = _transposed_layers(adapter, config)
+    flipped = _transposed_layers(adapter, base.config)
     homes = {}
     for path in layers:
         name = f"{path}.weight"
         if name in entries and len(entries[name].shape) == 2:
             homes[path] = Home(path, (Part(name, 0, entries[name].rows),), 1, path in flipped)
     is_settled = homes.keys() == layers.keys() and homes.keys() == _promised_layers(adapter, entries)
-    return homes if is_settled and not _may_be_tied(homes, config) else read_class(layers.keys())
+    if is_settled and not _may_be_tied(homes, base.config):
+        return homes
+    return _read_class_homes(base, adapter, layers.keys(), entries)
 
 
 def _may_be_tied(paths: JsonMapping, config: JsonMapping) -> bool:
@@ -180,25 +186,16 @@ def _place(
 
 
 def _place_copy(
-    made: Updates,
-    adapter: AdapterFolder,
-    path: str,
-    home: Home | None,
-    entry: TensorEntry,
-    entries: Mapping[str, TensorEntry],
+    made: Updates, path: str, home: Home | None, entry: TensorEntry, entries: Mapping[str, TensorEntry]
 ) -> None:
     """Puts a whole weight that the adapter holds in the place of the base's."""
     name = f"{path}.weight" if home is None else home.parts[0].name
     if name not in entries or (home is not None and len(home.parts) > 1):
-        raise ModelError(
-            f"holds a copy of '{path}', which is no single tensor of the base",
-            file=str(adapter.path),
-            todo="merge it with the tool that made it",
-        )
+        todo = "merge it with the tool that made it"
+        raise ModelError(f"holds a copy of '{path}', which is no single tensor of the base", todo=todo)
     if entries[name].shape != entry.shape:
         raise ModelError(
             f"holds '{path}' as {list(entry.shape)}, the base {list(entries[name].shape)}: its vocabulary was changed",
-            file=str(adapter.path),
             todo="give the base the same vocabulary first, or merge it with the tool that made it",
         )
     made.copies[name] = entry
@@ -219,3 +216,64 @@ def _transposed_layers(adapter: AdapterFolder, config: JsonMapping) -> set[str]:
     if config.get("model_type") in _TRANSPOSED_MODELS or adapter.config.get("fan_in_fan_out"):
         return paths
     return embeddings
+
+
+def _read_class_homes(
+    base: Base, adapter: AdapterFolder, paths: Set[str], entries: Mapping[str, TensorEntry]
+) -> dict[str, Home]:
+    """Where every layer lies that PEFT adapts with this adapter's config.
+
+    The class is the one that causal language models of this type load as; the one that the config names, where only
+    that has the adapter's layers.
+
+    Args:
+        paths: The layers that the adapter has.
+
+    Raises:
+        ModelError: No class has these layers, or a layer's weight has no place that an update can be added to.
+    """
+    found: dict[str, Home] = {}
+    failure: ModelError | None = None
+    for model in _classes(base):
+        names = read_names(model, entries)
+        try:
+            found = find_homes(wrap_model(model, adapter.config, adapter.path, empty=True), names)
+        except ModelError as error:
+            error.at(file=str(adapter.path))
+            failure = failure or error
+            continue
+        if found.keys() == paths:
+            return found
+    if failure is not None:
+        raise failure
+    return found
+
+
+def read_class_parts(
+    base: Base, paths: Iterable[str], entries: Mapping[str, TensorEntry]
+) -> dict[str, tuple[Part, ...]]:
+    """Where the weights of these layers lie, by the class that causal language models of this type load as.
+
+    Raises:
+        ModelError: Some are in none of the base's files.
+    """
+    names = read_names(next(_classes(base)), entries)
+    parts = {path: names.parts.get(f"{path}.weight", ()) for path in paths}
+    lost = [path for path, found in parts.items() if not found]
+    if lost:
+        raise ModelError(
+            f"{len(lost)} layers that training quantised are not in the base ({lost[0]} ...)",
+            file=str(base.path),
+            todo="use the base it was trained on",
+        )
+    return parts
+
+
+def _classes(base: Base) -> Iterator[Any]:
+    """Skeletons of the classes that may have been trained."""
+    import transformers
+
+    yield build_class(base)
+    for name in base.config.get("architectures") or ():
+        if hasattr(transformers, str(name)):
+            yield build_class(base, str(name))

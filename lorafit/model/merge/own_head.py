@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from lorafit.console.wording import list_names
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import DTYPE_BYTES, TensorEntry, main_dtype
 from lorafit.model.adapter import NOTES, AdapterFolder
-from lorafit.model.check_weights import list_names
 from lorafit.model.loading_note import HEAD_PREFIX
 
 

@@ -6,20 +6,16 @@ file rows --cast--> weights_dtype --quantise--> codes, absmax --> hashes == the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from lorafit.contracts import JsonMapping
-from lorafit.errors import ModelError, NumericsError
+import torch
+
+from lorafit.contracts import JsonMapping, Reporter
+from lorafit.errors import NumericsError
 from lorafit.files.safetensors import AnyEntry, StackedEntry, TensorEntry, read_rows
 from lorafit.kinds.code_proofs import count_differences
 from lorafit.kinds.quantizations import Packed, QuantizationSection, RebuiltRows, packed_kind
 from lorafit.model.inspect import digest_of
 from lorafit.model.names import Part
-
-if TYPE_CHECKING:
-    import torch
-
-    from lorafit.contracts import Reporter
 
 
 class PlainRows:
@@ -68,17 +64,9 @@ def compare_proof(name: str, ours: JsonMapping, theirs: JsonMapping, *, same_dev
     return max(1, sum(count_differences(ours[key], theirs[key]) for key in sums))
 
 
-def rebuilder(used: JsonMapping, proof: JsonMapping) -> type[Packed[QuantizationSection]]:
-    """The kind of one weight: as noted with it, or with all, by runs of earlier versions.
-
-    Raises:
-        ModelError: It is none.
-    """
-    name = str(proof.get("kind", used["kind"]))
-    kind = packed_kind(name)
-    if kind is None:
-        raise ModelError(f"'{name}' is no kind of quantisation that can be made again", file="quantization.json")
-    return kind
+def noted_kind(used: JsonMapping, proof: JsonMapping) -> type[Packed[QuantizationSection]] | None:
+    """The kind of one weight: as noted with it, or with all, by runs of earlier versions; None where it is none."""
+    return packed_kind(str(proof.get("kind", used["kind"])))
 
 
 class Rebuilder:
@@ -106,7 +94,9 @@ class Rebuilder:
         """
         if path not in self._recent:
             proof, parts = self._used["tensors"][path], self._homes[path]
-            made = rebuilder(self._used, proof).rebuild(_stack(self._entries, parts), self._used, proof)
+            kind = noted_kind(self._used, proof)
+            assert kind is not None, "quantization.json was checked"
+            made = kind.rebuild(_stack(self._entries, parts), self._used, proof)
             off = compare_proof(parts[0].name, made.proof, proof, same_device=self._used.get("device") == "cpu")
             self._codes_off += 0 if path in self._proofs else off
             self._proofs[path] = made.proof
@@ -123,13 +113,9 @@ class Rebuilder:
         Raises:
             NumericsError: More are, or all together are not those of the run.
         """
-        for path in (
-            self._homes.keys() - self._proofs.keys()
-        ):  # its rows are another's too, and were written as that one's
+        for path in self._homes.keys() - self._proofs.keys():  # its rows are another's too, and were written as those
             self.rows(path)
-        rows = (part.stop - part.start for parts in self._homes.values() for part in parts)
-        widths = (self._entries[part.name].as_matrix().row_elements for parts in self._homes.values() for part in parts)
-        total = sum(count * width for count, width in zip(rows, widths, strict=True))
+        total = sum(_stack(self._entries, parts).elements for parts in self._homes.values())
         todo = "use the run's own base files"
         if self._codes_off > allowed_share * total:
             raise NumericsError(

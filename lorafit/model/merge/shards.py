@@ -3,6 +3,12 @@
 this thread        rows of W (from the file, or rebuilt), folded   ──blocks──┐
 checking thread                 the fold in fp64 == what can be read ?    <──┤
 writing threads                                hash │ write │ fsync       <──┘
+
+A tensor is cut into stretches of rows that come from one place and get one update, or none:
+
+rows of one tensor   |──────────── q ────────────|──── k ────|──── v ────|    three layers of the class
+rebuilt as quantised |───────────────────────────|───────────|───────────|
+updated              |───────────────────────────|           |───────────|
 """
 
 from __future__ import annotations
@@ -10,13 +16,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorafit.contracts import JsonMapping
+import torch
+
+from lorafit.contracts import JsonMapping, Progress, Reporter
 from lorafit.errors import NumericsError
 from lorafit.files.safetensors import (
     FLOAT_DTYPES,
@@ -27,18 +36,12 @@ from lorafit.files.safetensors import (
     row_blocks,
     torch_dtype,
 )
+from lorafit.kinds.adapters import Fold
+from lorafit.kinds.quantizations import Rows
 from lorafit.model.merge.background_writer import BackgroundWriter
-from lorafit.model.merge.merge_targets import Updates
+from lorafit.model.merge.merge_targets import Patch, Updates
 from lorafit.model.merge.requantize import PlainRows, Rebuilder
-from lorafit.model.merge.stretches import Stretch, cut_tensors
-from lorafit.model.names import Part
-
-if TYPE_CHECKING:
-    import torch
-
-    from lorafit.contracts import Progress, Reporter
-    from lorafit.kinds.adapters import Fold
-    from lorafit.kinds.quantizations import Rows
+from lorafit.model.names import Part, rows_of
 
 ALLOWED_DIFFERENCE = 1e-5
 """Share of codes that may be one level off where the run was trained on another kind of device."""
@@ -64,15 +67,38 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Rows of one tensor.
+
+    Attributes:
+        start: First row.
+        stop: One behind the last.
+        layer: Path of the quantised layer whose values the rows are; None for the file's own.
+        first: The row of that layer's weight that lies at `start`; of the tensor itself where there is none.
+        patch: What is added, cut to these rows.
+    """
+
+    start: int
+    stop: int
+    layer: str | None
+    first: int
+    patch: Patch | None
+
+
+_Piece = tuple[int, int, str, int]
+"""Rows `start` to `stop` of a tensor, the quantised layer they belong to, and its row at `start`."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Source:
     """A stretch with what its values are made of."""
 
-    stretch: Stretch
+    stretch: _Stretch
     rows: Rows
     fold: Fold | None
 
     @classmethod
-    def of(cls, stretch: Stretch, rows: Rows) -> _Source:
+    def of(cls, stretch: _Stretch, rows: Rows) -> _Source:
         """With the change of its rows."""
 
         def read(start: int, stop: int) -> torch.Tensor:
@@ -103,9 +129,7 @@ class ShardMerger:
         self._entries, self._copies, self._verify = entries, updates.copies, verify
         self._rebuilder = Rebuilder(entries, values.used, values.quantised) if values.used is not None else None
         self.rebuilt = list(values.quantised) if values.used is not None else []
-        matrices = {name: entry.as_matrix() for name, entry in entries.items()}
-        rows = {name: matrix.rows for name, matrix in matrices.items()}
-        self._stretches = cut_tensors(rows, {path: values.quantised[path] for path in self.rebuilt}, updates.patches)
+        self._stretches = _cut_tensors(rows_of(entries), values.quantised, updates.patches)
         self.largest_error = 0.0
         self.digests: dict[str, str] = {}
         self.dtypes = {
@@ -155,7 +179,7 @@ class ShardMerger:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _source(self, entry: TensorEntry, stretch: Stretch) -> _Source:
+    def _source(self, entry: TensorEntry, stretch: _Stretch) -> _Source:
         rows: Rows = PlainRows(entry)
         if stretch.layer is not None and self._rebuilder is not None:
             rows = self._rebuilder.rows(stretch.layer)
@@ -188,8 +212,6 @@ class ShardMerger:
 
         One without a change must be equal to the cast one, bit for bit.
         """
-        import torch
-
         base_dtype, dtype = torch_dtype(self._entries[written.name].dtype), torch_dtype(written.dtype)
         stretch = source.stretch
         into: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -219,14 +241,58 @@ class ShardMerger:
         return self._rebuilder.conclude(ALLOWED_DIFFERENCE, reporter), True
 
 
+def _cut_tensors(
+    rows: Mapping[str, int], quantised: Mapping[str, Sequence[Part]], patches: Mapping[str, Sequence[Patch]]
+) -> dict[str, list[_Stretch]]:
+    """The stretches of every tensor, in the order of its rows.
+
+    Args:
+        rows: Of every tensor in the files.
+        quantised: Where the weights of the quantised layers lie, by path.
+        patches: What is added to which tensor.
+    """
+    pieces: dict[str, list[_Piece]] = {}
+    for path, parts in quantised.items():
+        first = 0
+        for part in parts:
+            pieces.setdefault(part.name, []).append((part.start, part.stop, path, first))
+            first += part.stop - part.start
+    return {name: _cut(count, pieces.get(name, ()), patches.get(name, ())) for name, count in rows.items()}
+
+
+def _cut(rows: int, pieces: Iterable[_Piece], patches: Iterable[Patch]) -> list[_Stretch]:
+    edges = {0, rows}
+    starts: dict[int, _Piece] = {}
+    updates: dict[int, Patch] = {}
+    for piece in pieces:
+        starts[piece[0]] = piece
+        edges |= {piece[0], piece[1]}
+    for update in patches:
+        updates[update.start] = update
+        edges |= {update.start, update.stop}
+    ordered = sorted(edges)
+    found: list[_Stretch] = []
+    piece_now: _Piece | None = None
+    patch_now: Patch | None = None
+    for start, stop in pairwise(ordered):
+        piece_now, patch_now = starts.get(start, piece_now), updates.get(start, patch_now)
+        layer: str | None = None
+        patch: Patch | None = None
+        first = start
+        if piece_now is not None and start < piece_now[1]:
+            layer, first = piece_now[2], piece_now[3] + start - piece_now[0]
+        if patch_now is not None and start < patch_now.stop:
+            patch = replace(patch_now, start=start, stop=stop, first=patch_now.first + start - patch_now.start)
+        found.append(_Stretch(start, stop, layer, first, patch))
+    return found
+
+
 @contextlib.contextmanager
 def _one_thread(wanted: bool) -> Iterator[None]:
     """Keeps torch to one thread a caller where the arithmetic is less work than hashing, which has a thread beside it.
 
     More threads would only take the cores from those that hash, write and check.
     """
-    import torch
-
     before = torch.get_num_threads()
     if wanted:
         torch.set_num_threads(1)
@@ -238,8 +304,6 @@ def _one_thread(wanted: bool) -> Iterator[None]:
 
 def _as_bytes(values: torch.Tensor) -> torch.Tensor:
     """The same memory as uint8, in which NaN equals NaN and 0 is not -0."""
-    import torch
-
     return values.reshape(-1).view(torch.uint8)
 
 

@@ -13,31 +13,26 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from lorafit.contracts import JsonMapping, JsonObject
+import torch
+
+from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.errors import ModelError, ResourceError, UsageError
 from lorafit.files.atomic import atomic_dir, make_folder
 from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
-from lorafit.kinds.quantizations import packed_kind, quantizations
-from lorafit.model.adapter import NOTES, WEIGHTS, AdapterFolder, check_base, read_adapter
-from lorafit.model.adapter_checks import check_values
+from lorafit.kinds.quantizations import quantizations
+from lorafit.model.adapter import NOTES, AdapterFolder, check_base, read_adapter
+from lorafit.model.base import Base
 from lorafit.model.companions import choose_companions, write_rest
 from lorafit.model.inspect import NOTED_DTYPES, summarise_quantization
-from lorafit.model.merge.class_table import read_class_homes, read_class_parts
-from lorafit.model.merge.merge_targets import plan_updates
+from lorafit.model.merge.merge_targets import plan_updates, read_class_parts
 from lorafit.model.merge.own_head import OwnHead
+from lorafit.model.merge.requantize import noted_kind
 from lorafit.model.merge.shards import ShardMerger, Values
-from lorafit.model.names import Part, are_parts, read_parts
+from lorafit.model.names import Part, are_parts, read_parts, require_parts, rows_of
 from lorafit.model.tokenizer_files import Companions, write_object
-
-if TYPE_CHECKING:
-    import torch
-
-    from lorafit.contracts import Reporter
-    from lorafit.model.base import Base
 
 BaseKind = Literal["dequantized", "original"]
 
@@ -94,7 +89,6 @@ def merge_adapter(
     *,
     kind: BaseKind,
     quantization: JsonMapping | None = None,
-    dtype: torch.dtype | None = None,
     verify: bool = True,
     judge: Callable[[Companions], None] | None = None,
     check: Callable[[Path], None] | None = None,
@@ -107,9 +101,8 @@ def merge_adapter(
         adapter_folder: In PEFT's layout. Its tokenizer and chat template are taken before the base's, with a word
             where they differ.
         output: The folder to make; it may exist, empty.
-        kind: `dequantized`: the quantised values that training saw. `original`: the base's own weights.
+        kind: `dequantized`: the quantised values that training saw, in its dtype. `original`: the base's own weights.
         quantization: The run's quantization.json (`inspect.describe_quantization`); needed for `dequantized`.
-        dtype: Of all written floats; by default training's own for `dequantized`, the file's for `original`.
         verify: Whether each written tensor is read back and compared with what it must be.
         judge: Called before anything is written with the tokenizer and templates that are taken; may raise.
         check: Called with the finished folder before it gets its name; what it raises leaves no output.
@@ -125,16 +118,16 @@ def merge_adapter(
     _check_output(output, base.path, adapter_folder)
     adapter = read_adapter(adapter_folder)
     check_base(adapter, base)
-    check_values(adapter.kind, adapter.config, adapter.tensors, adapter_folder / WEIGHTS, reporter)
+    adapter.check_values(reporter)
     head = OwnHead.of(adapter)
-    plain, entries = head.take_off(adapter), head.put_on(read_index(base.path))
-    updates = plan_updates(plain, entries, base.config, partial(read_class_homes, base, plain, entries=entries))
+    entries = head.put_on(read_index(base.path))
+    updates = plan_updates(head.take_off(adapter), base, entries)
     updates.copies.update(head.tensors)
     companions = choose_companions(base, adapter, reporter)
     if judge is not None:
         judge(companions)
     used = _check_quantization(kind, quantization, base)
-    merger = ShardMerger(entries, updates, _choose_values(base, used, dtype, entries), verify=verify)
+    merger = ShardMerger(entries, updates, _choose_values(base, used, entries), verify=verify)
     make_folder(output.parent)
     free = shutil.disk_usage(output.parent).free
     if free < merger.total_bytes:
@@ -178,7 +171,9 @@ def _check_output(output: Path, base: Path, adapter: Path) -> None:
 def _check_quantization(kind: BaseKind, quantization: JsonMapping | None, base: Base) -> JsonMapping | None:
     if kind == "original":
         return None
-    if not quantization or "tensors" not in quantization or not _is_quantized(quantization):
+    name = str((quantization or {}).get("kind"))
+    is_known = name in quantizations.names() and quantizations.get(name).is_quantized
+    if not quantization or "tensors" not in quantization or not is_known:
         raise ModelError(
             "nothing is known of how training quantised this base, so it cannot be rebuilt",
             file=str(base.path),
@@ -189,11 +184,6 @@ def _check_quantization(kind: BaseKind, quantization: JsonMapping | None, base: 
         what, todo = "says something else than lorafit writes", "restore the file, or merge with --base original"
         raise ModelError(what, file="quantization.json", key=wrong, todo=todo)
     return quantization
-
-
-def _is_quantized(used: JsonMapping) -> bool:
-    name = used.get("kind")
-    return name in quantizations.names() and quantizations.get(str(name)).is_quantized
 
 
 def _malformed(used: JsonMapping) -> str | None:
@@ -211,7 +201,7 @@ def _malformed(used: JsonMapping) -> str | None:
             return f"tensors.{name}"
         if not isinstance(proof.get("offset"), numbers):
             return f"tensors.{name}.offset"
-        if "kind" in proof and packed_kind(str(proof["kind"])) is None:
+        if noted_kind(used, proof) is None:
             return f"tensors.{name}.kind"
         if not are_parts(proof.get("parts", [""])):
             return f"tensors.{name}.parts"
@@ -219,38 +209,22 @@ def _malformed(used: JsonMapping) -> str | None:
     return None if isinstance(kept, list) and all(isinstance(name, str) for name in kept) else "kept"
 
 
-def _choose_values(
-    base: Base, used: JsonMapping | None, dtype: torch.dtype | None, entries: Mapping[str, TensorEntry]
-) -> Values:
+def _choose_values(base: Base, used: JsonMapping | None, entries: Mapping[str, TensorEntry]) -> Values:
     """What is written: the files' own values, or those that training saw, in the dtype it rounded the others to."""
     if used is None:
-        return Values(dtype=None if dtype is None else dtype_name(dtype))
-    import torch
-
-    dtype = dtype or getattr(torch, used["weights_dtype"])
-    return Values(
-        used, _find_quantised(base, used["tensors"], entries), dtype_name(dtype), frozenset(used.get("kept", ()))
-    )
+        return Values()
+    dtype = dtype_name(getattr(torch, used["weights_dtype"]))
+    return Values(used, _find_quantised(base, used["tensors"], entries), dtype, frozenset(used.get("kept", ())))
 
 
 def _find_quantised(
     base: Base, proofs: Mapping[str, JsonMapping], entries: Mapping[str, TensorEntry]
 ) -> dict[str, Sequence[Part]]:
     """Where the weights of quantised layers lie: as the run noted it, else by their own names, else by the class."""
-    found: dict[str, Sequence[Part]] = {}
-    rows = {name: entry.as_matrix().rows for name, entry in entries.items()}
-    for path, proof in proofs.items():
-        name = f"{path}.weight"
-        if "parts" in proof:
-            found[path] = read_parts(proof["parts"], rows)
-        elif name in entries:
-            found[path] = [Part(name, 0, rows[name])]
-    for path, parts in found.items():
-        lost = [part.name for part in parts if not 0 <= part.start < part.stop <= rows.get(part.name, 0)]
-        if lost:
-            what = f"finds no home in the base: it has no '{lost[0]}' of that size"
-            raise ModelError(what, file=str(base.path), key=path, todo="use the base it was trained on")
-    nameless = [path for path in proofs if path not in found]
+    rows = rows_of(entries)
+    nameless = {path for path, proof in proofs.items() if "parts" not in proof and f"{path}.weight" not in entries}
+    found = {path: read_parts(path, proof.get("parts"), rows) for path, proof in proofs.items() if path not in nameless}
+    require_parts(found, rows, str(base.path))
     return {**found, **(read_class_parts(base, nameless, entries) if nameless else {})}
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from lorafit.answering.generate import cut_prompts, find_stop_ids, generate_answers
+from lorafit.answering.generate import Request, Sampling, cut_prompts, find_stop_ids, generate_answers
 from lorafit.contracts import Silent
 from lorafit.errors import ResourceError
 
@@ -20,6 +20,13 @@ PROMPTS = ["a", "the sky is blue", "why?", "one two three four five six", "z" * 
 
 def ids_of(tokenizer, texts=PROMPTS):
     return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def answers_of(model, tokenizer, prompts, *, stop_ids=(), batch_rows=64, reporter=None, **sampling):
+    """Answers to prompts, each numbered by its place."""
+    how, stops = Sampling(**sampling), tuple(stop_ids)
+    requests = [Request(ids, None, how, stops, row) for row, ids in enumerate(prompts)]
+    return generate_answers(model, tokenizer, requests, batch_rows=batch_rows, reporter=reporter or Silent())
 
 
 def greedy_alone(model, prompt, count, stops):
@@ -36,7 +43,7 @@ def greedy_alone(model, prompt, count, stops):
 def test_batched_greedy_answers_equal_the_definition(tuned, tokenizer):
     tuned.eval()
     prompts = [ids for ids in ids_of(tokenizer) if ids]
-    answers = generate_answers(tuned, tokenizer, prompts, max_new_tokens=24, batch_rows=4, reporter=Silent())
+    answers = answers_of(tuned, tokenizer, prompts, max_new_tokens=24, batch_rows=4)
     for prompt, answer in zip(prompts, answers, strict=True):
         expected = greedy_alone(tuned, prompt, 24, {257})
         assert answer.tokens == len(expected)
@@ -56,9 +63,7 @@ def test_rows_that_ended_are_dropped_and_the_others_go_on_unchanged(tuned, token
         return generate(**inputs)
 
     tuned.get_base_model().generate = watched
-    answers = generate_answers(
-        tuned, tokenizer, prompts, max_new_tokens=40, stop_ids=sorted(stops), batch_rows=24, reporter=Silent()
-    )
+    answers = answers_of(tuned, tokenizer, prompts, max_new_tokens=40, stop_ids=sorted(stops), batch_rows=24)
     assert [answer.tokens for answer in answers] == [len(greedy_alone(tuned, p, 40, stops)) for p in prompts]
     assert len(sizes) >= 3
     assert sizes[0] == (24, False)
@@ -69,7 +74,7 @@ def test_stop_ids_end_an_answer_and_leave_no_trace(llama, tokenizer):
     prompts = ids_of(tokenizer, ["a", "the sky is blue", "why?"])
     free = [greedy_alone(llama, prompt, 12, set()) for prompt in prompts]
     stop = free[0][5]
-    answers = generate_answers(llama, tokenizer, prompts, max_new_tokens=12, stop_ids=[stop], reporter=Silent())
+    answers = answers_of(llama, tokenizer, prompts, max_new_tokens=12, stop_ids=[stop])
     for tokens, answer in zip(free, answers, strict=True):
         ends = [place for place, token in enumerate(tokens) if token in (stop, 257)]
         assert answer.ended == ("stop" if ends else "length")
@@ -87,10 +92,10 @@ def test_every_known_end_token_stops(llama, tokenizer):
 def test_sampling_does_not_depend_on_the_batch(tuned, tokenizer, top_p):
     tuned.eval()
     prompts = ids_of(tokenizer)
-    options = {"max_new_tokens": 12, "temperature": 0.9, "top_p": top_p, "reporter": Silent()}
-    alone = generate_answers(tuned, tokenizer, prompts, seed=3, batch_rows=1, **options)
-    together = generate_answers(tuned, tokenizer, prompts, seed=3, batch_rows=64, **options)
-    other = generate_answers(tuned, tokenizer, prompts, seed=4, **options)
+    options = {"max_new_tokens": 12, "temperature": 0.9, "top_p": top_p}
+    alone = answers_of(tuned, tokenizer, prompts, seed=3, batch_rows=1, **options)
+    together = answers_of(tuned, tokenizer, prompts, seed=3, batch_rows=64, **options)
+    other = answers_of(tuned, tokenizer, prompts, seed=4, **options)
     assert [a.text for a in alone] == [a.text for a in together]
     assert [a.text for a in alone] != [a.text for a in other]
 
@@ -102,7 +107,7 @@ def test_samples_follow_the_softmax_within_the_nucleus(llama, tokenizer):
     order = likely.argsort(descending=True)
     nucleus = order[: int((likely[order].cumsum(0) < top_p).sum()) + 1]
     expected = (likely[nucleus] / likely[nucleus].sum()).tolist()
-    answers = generate_answers(
+    answers = answers_of(
         llama,
         tokenizer,
         [prompt] * draws,
@@ -110,7 +115,6 @@ def test_samples_follow_the_softmax_within_the_nucleus(llama, tokenizer):
         temperature=temperature,
         top_p=top_p,
         batch_rows=500,
-        reporter=Silent(),
     )
     assert len(nucleus) >= 3
     seen = Counter(answer.text for answer in answers)
@@ -126,11 +130,11 @@ def test_samples_follow_the_softmax_within_the_nucleus(llama, tokenizer):
 def test_the_models_own_generation_settings_do_not_reach_the_answer_and_stay(tuned, tokenizer):
     tuned.eval()
     prompts = ids_of(tokenizer)
-    plain = generate_answers(tuned, tokenizer, prompts, max_new_tokens=16, reporter=Silent())
+    plain = answers_of(tuned, tokenizer, prompts, max_new_tokens=16)
     config = tuned.get_base_model().generation_config
     config.repetition_penalty, config.do_sample, config.min_new_tokens, config.temperature = 50.0, True, 10, 9.0
     tuned.get_base_model().config.use_cache = False
-    again = generate_answers(tuned, tokenizer, prompts, max_new_tokens=16, reporter=Silent())
+    again = answers_of(tuned, tokenizer, prompts, max_new_tokens=16)
     assert [a.text for a in again] == [a.text for a in plain]
     assert tuned.get_base_model().generation_config is config
     assert config.repetition_penalty == 50.0
@@ -169,9 +173,7 @@ def test_the_head_gets_whole_matrices_of_last_positions(tuned, tokenizer, knows_
         inner.forward = forward_of_old
     prompts = ids_of(tokenizer)
     with LinearInputs() as seen:
-        answers = generate_answers(
-            tuned, tokenizer, prompts, max_new_tokens=6, batch_rows=batch_rows, reporter=Silent()
-        )
+        answers = answers_of(tuned, tokenizer, prompts, max_new_tokens=6, batch_rows=batch_rows)
     assert not seen.strided
     heads = seen.shapes[len(inner.lm_head.weight)]
     assert {shape[1:] for shape in heads} == {(1, 64)}
@@ -186,20 +188,20 @@ def test_an_answer_keeps_the_control_tokens_that_it_wrote_apart_from_its_text(ll
     """Many families mark tool calls with control tokens, which the text leaves out."""
     with torch.no_grad():
         llama.lm_head.weight.zero_()  # every token equally likely: the first, token 0, is taken
-    free = generate_answers(llama, tokenizer, [[65]], max_new_tokens=2, reporter=Silent())[0]
+    free = answers_of(llama, tokenizer, [[65]], max_new_tokens=2)[0]
     assert free.text == free.written == tokenizer.decode([0, 0])
     with torch.no_grad():
         llama.lm_head.weight[258] = 100 * llama.model(torch.tensor([[65]])).last_hidden_state[0, -1]
-    answer = generate_answers(llama, tokenizer, [[65]], max_new_tokens=1, reporter=Silent())[0]
+    answer = answers_of(llama, tokenizer, [[65]], max_new_tokens=1)[0]
     assert (answer.text, answer.written) == ("", "<|eot_id|>")
-    ended = generate_answers(llama, tokenizer, [[65]], max_new_tokens=1, stop_ids=[258], reporter=Silent())[0]
+    ended = answers_of(llama, tokenizer, [[65]], max_new_tokens=1, stop_ids=[258])[0]
     assert (ended.text, ended.written, ended.ended) == ("", "", "stop")
 
 
 def test_positions_bound_the_answer(gpt2, tokenizer):
     reporter = Silent()
     prompts = [[65] * length for length in (3, 28, 31, 32, 40)]
-    answers = generate_answers(gpt2, tokenizer, prompts, max_new_tokens=10, reporter=reporter)
+    answers = answers_of(gpt2, tokenizer, prompts, max_new_tokens=10, reporter=reporter)
     for prompt, answer, room in zip(prompts, answers, (10, 4, 1, 0, 0), strict=True):
         if room == 0:
             assert (answer.ended, answer.text) == ("no_room", "")
@@ -210,7 +212,7 @@ def test_positions_bound_the_answer(gpt2, tokenizer):
 
 def test_a_batch_that_does_not_fit_is_halved_and_one_row_that_does_not_is_an_error(llama, tokenizer):
     prompts = ids_of(tokenizer, PROMPTS[:5])
-    whole = generate_answers(llama, tokenizer, prompts, max_new_tokens=6, reporter=Silent())
+    whole = answers_of(llama, tokenizer, prompts, max_new_tokens=6)
     generate, sizes = llama.generate, []
 
     def fails_above(limit):
@@ -223,12 +225,12 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_row_that_does_not_is_an_err
         return small_generate
 
     llama.generate = fails_above(2)
-    halved = generate_answers(llama, tokenizer, prompts, max_new_tokens=6, reporter=Silent())
+    halved = answers_of(llama, tokenizer, prompts, max_new_tokens=6)
     assert [a.text for a in halved] == [a.text for a in whole]
     assert sizes[:4] == [5, 2, 3, 1]
     llama.generate = fails_above(0)
     with pytest.raises(ResourceError, match="one answer"):
-        generate_answers(llama, tokenizer, prompts, max_new_tokens=6, reporter=Silent())
+        answers_of(llama, tokenizer, prompts, max_new_tokens=6)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -238,7 +240,7 @@ def test_adapters_over_a_half_precision_base_answer_with_and_without_autocast(at
     for layer in layers:
         layer.cast_input_dtype_enabled = False  # as the objective leaves them
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        answers = generate_answers(tuned, tokenizer, ids_of(tokenizer), max_new_tokens=4, reporter=Silent())
+        answers = answers_of(tuned, tokenizer, ids_of(tokenizer), max_new_tokens=4)
     assert all(answer.tokens for answer in answers)
     assert not any(layer.cast_input_dtype_enabled for layer in layers)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafit.answering.voice import Voice
+from lorafit.answering.opening import Voice
 from lorafit.contracts import Sample, Silent
 from lorafit.data.prepare import Prepared
 from lorafit.data.prompts import column_names, read_prompt_file, read_prompt_rows

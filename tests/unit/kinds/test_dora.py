@@ -16,8 +16,7 @@ from lorafit.kinds.adapters import AdaptedLayer, _low_rank_fold, adapter_kind, a
 from lorafit.kinds.adapters.dora import DoraFold
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.adapter import read_adapter, save_adapter
-from lorafit.model.agreement import check_plan
-from lorafit.model.attach import attach_adapter, open_adapter
+from lorafit.model.attach import attach_adapter, check_plan, open_adapter
 from lorafit.model.base import Base
 from lorafit.model.class_shape import find_shape
 from lorafit.model.inspect import describe_quantization
@@ -95,7 +94,7 @@ def test_a_merge_into_nf4_weights_is_pefts_forward_over_them(tmp_path: Path, fam
     assert report.proven and report.verified and report.largest_error <= 1.0
     merged = AutoModelForCausalLM.from_pretrained(report.output, attn_implementation="eager")
     assert float((logits(merged) - logits(model)).abs().max()) <= 1e-4
-    opened = open_adapter(load(base, "nf4"), adapter, trainable=False, base=base)
+    opened = open_adapter(load(base, "nf4"), adapter, base=base)
     assert torch.equal(logits(opened), logits(model))
 
 

@@ -11,15 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lorafit.answering.engine import Engine, Request, Sampling
-from lorafit.answering.generate import cut_prompts
+from lorafit.answering.engine import Engine
+from lorafit.answering.generate import Request, Sampling, cut_prompts
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.tasks import tasks
 from lorafit.model.adapter import read_adapter, save_adapter
-from lorafit.model.agreement import check_plan
-from lorafit.model.attach import attach_adapter, load_adapter_weights, open_adapter
+from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights, open_adapter
 from lorafit.model.base import Base
 from lorafit.model.class_shape import find_shape
 from lorafit.model.inspect import coverage
@@ -109,7 +108,7 @@ def test_peft_loads_what_is_saved_and_a_resume_takes_it_back(base: Base) -> None
     folder = saved(base, model)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder)
     assert float((logits(theirs) - logits(model)).abs().max()) <= 1e-5
-    assert torch.equal(logits(open_adapter(load(base), folder, trainable=False, base=base)), logits(model))
+    assert torch.equal(logits(open_adapter(load(base), folder, base=base)), logits(model))
     fresh = attach_adapter(load(base), section(), 7)
     parameter = fresh.prompt_encoder["default"].embedding.weight
     load_adapter_weights(fresh, folder)
@@ -126,7 +125,7 @@ def test_an_engine_answers_as_peft_does(base: Base) -> None:
     with torch.no_grad():
         tuned.prompt_encoder["default"].embedding.weight.mul_(40)  # else the tokens alone decide
     tokenizer, folder = make_tokenizer(), saved(base, tuned)
-    engine = Engine(open_adapter(load(base), folder, trainable=False), tokenizer)
+    engine = Engine(open_adapter(load(base), folder), tokenizer)
     asked = [Request(ids, "default", GREEDY, row=row) for row, ids in enumerate(PROMPTS)]
     answers = engine.answer([*asked, *[Request(ids, None, GREEDY) for ids in PROMPTS]])
     theirs: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder).eval()
@@ -154,7 +153,7 @@ def test_a_strangers_config_opens_no_tokenizer(base: Base) -> None:
     changed = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x", "tokenizer_name_or_path": "/no/such/place"}
     config = json.loads(file.read_text()) | changed | {"tokenizer_kwargs": {"trust_remote_code": True}}
     file.write_text(json.dumps(config))
-    open_adapter(load(base), folder, trainable=False)
+    open_adapter(load(base), folder)
     file.write_text(json.dumps(config | {"num_virtual_tokens": 0}))
     with pytest.raises(ModelError, match="'0' is not a whole number from 1"):
         read_adapter(folder)

@@ -21,6 +21,7 @@ from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import read_header
 from lorafit.model.base import Base, read_config, resolve_base
 from lorafit.model.base_config import fingerprint, load_config
+from lorafit.run.card import BaseOrigin
 from tests.support.adapted import make_llama
 
 
@@ -38,14 +39,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_local_folder_is_named_as_written_but_never_by_an_absolute_path(tmp_path: Path) -> None:
+def test_a_local_folder_has_its_own_name_and_no_path(tmp_path: Path) -> None:
     make_llama(tmp_path / "models" / "tiny")
     (tmp_path / "recipes").mkdir()
     relative = resolve("../models/tiny", tmp_path / "recipes")
     absolute = resolve(str(tmp_path / "models" / "tiny"), tmp_path)
-    assert relative.name == "../models/tiny" and absolute.name == "tiny"
-    assert relative.digest == absolute.digest != "" and relative.config["model_type"] == "llama"
-    assert resolve("models/tiny", tmp_path, weights=False).digest == ""
+    assert relative.shown == absolute.shown == "tiny"
+    assert (
+        relative.origin == absolute.origin and relative.origin.digest != "" and relative.config["model_type"] == "llama"
+    )
     assert read_config(section("models/tiny"), tmp_path) == relative.config
 
 
@@ -165,7 +167,7 @@ def test_gguf_is_converted_once_repeatably_and_named_by_content(tmp_path: Path, 
     ahead = read_config(section("tiny.gguf"), tmp_path)
     assert not cache.exists() and ahead["hidden_size"] == 64 and ahead["num_hidden_layers"] == 1
     base = resolve("tiny.gguf", tmp_path)
-    assert base.path == cache / "bases" / base.name and len(base.name) == 64
+    assert base.path == cache / "bases" / base.origin.folder and len(base.origin.folder) == 64
     assert {e.dtype for e in read_header(base.path / "model.safetensors").values()} == {"F16"}
     assert (base.path / "tokenizer.json").is_file() and (base.path / "chat_template.jinja").is_file()
     assert read_config(section("tiny.gguf"), tmp_path)["hidden_size"] == 64
@@ -189,7 +191,7 @@ def test_converting_shows_how_far_it_is(
 
 
 def _resolve_in_child(folder: str, results: Any) -> None:
-    results.put(resolve("tiny.gguf", Path(folder)).digest)
+    results.put(resolve("tiny.gguf", Path(folder)).origin.digest)
 
 
 def test_two_processes_that_convert_at_once(tmp_path: Path, cache: Path) -> None:
@@ -210,9 +212,9 @@ def test_a_converted_base_is_shown_as_the_recipe_writes_it(tmp_path: Path, cache
     file = write_gguf(tmp_path / "tiny.gguf")
     for written in ("tiny.gguf", str(file)):
         base = resolve(written, tmp_path)
-        assert base.shown == f"tiny.gguf ({base.name[:12]})" and len(base.name) == 64
+        assert base.shown == f"tiny.gguf ({base.origin.folder[:12]})" and len(base.origin.folder) == 64
     folder = resolve(str(base.path), tmp_path)
-    assert folder.shown == folder.name == base.name
+    assert folder.shown == folder.origin.name == base.origin.folder
 
 
 def test_gguf_problems(tmp_path: Path, cache: Path) -> None:
@@ -265,6 +267,6 @@ def test_the_quickstart_base_is_found_and_described(tmp_path: Path, cache: Path)
 
 def test_a_merge_that_is_read_before_it_is_whole_is_called_what_it_will_be() -> None:
     """Its folder is a temporary sibling until its proof is done."""
-    merged = Base(Path("/runs/.tmp-my-merge.2-3424"), ".tmp-my-merge.2-3424", {}, "")
-    assert merged.shown == "my-merge.2"
-    assert Base(Path("/runs/tmp-3424"), "tmp-3424", {}, "").shown == "tmp-3424"
+    for folder, shown in ((".tmp-my-merge.2-3424", "my-merge.2"), ("tmp-3424", "tmp-3424")):
+        origin = BaseOrigin(kind="folder", name=folder, folder=folder, digest="")
+        assert Base(Path("/runs") / folder, {}, origin).shown == shown

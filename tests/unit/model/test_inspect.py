@@ -45,7 +45,7 @@ def test_partial_coverage_shows(llama: Base) -> None:
     stream = io.StringIO()
     Console(file=stream, width=120).print(coverage_table(found))
     assert f"{found.trainable_parameters:,} of {found.total_parameters:,}" in stream.getvalue()
-    assert "down_proj" in stream.getvalue() and found.to_json()["quantised_share"] == found.quantised_share
+    assert "down_proj" in stream.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])

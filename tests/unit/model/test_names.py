@@ -14,7 +14,7 @@ from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry, read_index, read_rows
 from lorafit.model.check_weights import check_weights
 from lorafit.model.load import build_class
-from lorafit.model.names import Part, TensorNames, names_of, read_names, read_parts, write_parts
+from lorafit.model.names import Part, TensorNames, names_of, note_parts, read_names, read_parts
 from tests.support.adapted import load, make_gpt2, make_llama, open_base
 from tests.support.named_bases import BASES, change_file, transposed_llama
 
@@ -120,10 +120,12 @@ def test_two_tensors_for_one_parameter_are_refused(tmp_path: Path) -> None:
 
 
 def test_parts_as_json_come_back(tmp_path: Path) -> None:
-    rows = {"a": 4, "b": 6}
+    rows = {"a": 4, "b": 6, "layer.weight": 3}
     parts = (Part("a", 0, 4), Part("b", 2, 6))
-    written: Any = write_parts(parts, rows)
-    assert written == ["a", ["b", 2, 6]] and read_parts(written, rows) == parts
+    noted: Any = note_parts("layer", parts, rows)
+    assert noted == ["a", ["b", 2, 6]] and read_parts("layer", noted, rows) == parts
+    whole = (Part("layer.weight", 0, 3),)
+    assert note_parts("layer", whole, rows) is None and read_parts("layer", None, rows) == whole
 
 
 def test_a_model_of_other_origin_has_no_table(tmp_path: Path) -> None:

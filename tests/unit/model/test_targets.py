@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
-from lorafit.model.agreement import check_plan
-from lorafit.model.attach import attach_adapter
-from lorafit.model.attention import loading_option
+from lorafit.model.attach import attach_adapter, check_plan
+from lorafit.model.attention import set_attention
 from lorafit.model.class_shape import find_shape, read_class_shape
 from lorafit.model.classes import _cannot_build, build_empty, find_auto_class, read_settings
 from lorafit.model.targets import (
@@ -81,7 +81,7 @@ def test_towers_beside_the_language_model_get_no_adapter_and_stay_unquantised() 
         "model.language_model.layers.1.self_attn.q_proj",
     ]
     assert left_out_names(model)["model.vision_tower.encoder.layers.0.self_attn.q_proj"] == OUTSIDE
-    assert "model.vision_tower.encoder.layers.0.mlp.fc1" in unquantised_names(model)
+    assert "model.vision_tower.encoder.layers.0.mlp.fc1" in unquantised_names(model, None, Silent())
     assert {part.name for part in find_shape(config).left_out} == {"vision_tower", "multi_modal_projector"}
 
 
@@ -196,5 +196,5 @@ def test_a_head_inside_of_the_language_model_is_found() -> None:
 
 def test_towers_that_do_not_know_an_attention_are_loaded_without_it() -> None:
     """As training switches it: the run's attention is what `eval` loads the model with."""
-    assert loading_option(empty("vibevoice_asr")[0], "sdpa") == {"text_config": "sdpa"}
-    assert loading_option(empty("qwen2")[0], "sdpa") == "sdpa"
+    assert set_attention(empty("vibevoice_asr")[0], "sdpa") == {"text_config": "sdpa"}
+    assert set_attention(empty("qwen2")[0], "sdpa") == "sdpa"

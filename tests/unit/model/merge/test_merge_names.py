@@ -237,13 +237,10 @@ def test_a_noted_merge_imports_no_model_library(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from lorafit.contracts import Silent
-from lorafit.model.base import Base
-from lorafit.model.base_config import fingerprint, load_config
+from lorafit.model.base import read_base
 from lorafit.model.merge import merge_adapter
 base, adapter, output = map(Path, sys.argv[1:])
-config = load_config(base)
-base = Base(base, "base", config, fingerprint(base, config))
-merge_adapter(base, adapter, output, kind="original", reporter=Silent())
+merge_adapter(read_base(base), adapter, output, kind="original", reporter=Silent())
 print([name for name in ("transformers", "peft") if name in sys.modules])
 """
     arguments = [str(made.base.path), str(made.adapter), str(tmp_path / "merged")]
