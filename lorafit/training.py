@@ -221,7 +221,7 @@ class Training:
         """Saves what the task refers to, where that is not the base: an evaluation and a resume need it again."""
         job = self.job
         if job.task.reference_columns and not begins_as_base(job.recipe.adapter):
-            with atomic_dir(self.where.first_adapter) as folder:
+            with atomic_dir(self.where.first_adapter, replace=True) as folder:
                 save_adapter(model, folder, base=job.base)
 
     def _measure_speed(self, fit: FitResult, executor: Executor) -> Speed | None:

@@ -60,7 +60,7 @@ def add_reference(
     own_folder(cache)
     found = {}
     for split, examples in splits.items():
-        parts = {**made_of, "task": task.section.model_dump(), "rows": examples.digest(), "device": device}
+        parts = {**made_of, "task": task.section.kind, "rows": examples.digest(), "device": device}
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
         file = cache / f"{key}.safetensors"
         values = _read(file, task, len(examples))

@@ -144,7 +144,10 @@ class Task(Kind[S_co]):
         """Sums over each row of a micro-batch by name, [rows] or [rows, values]; `loss` and `weight` among them."""
 
     def refer(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
-        """The reference columns of a micro-batch, [rows] or [rows, width] each, of the model as it is at step 0."""
+        """The reference columns of a micro-batch, [rows] or [rows, width] each, of the model as it is at step 0.
+
+        They are kept by model, rows and precision, so that no option of the section may change them.
+        """
         return {}
 
     def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
