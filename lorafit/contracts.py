@@ -58,15 +58,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A rendered text as tokens, and which of them carry loss. `trained[i]` means: token i is to be predicted."""
+    """A rendered text as tokens, and which of them carry loss. `trained[i]` means: token i is to be predicted.
+
+    Attributes:
+        is_cut: Whether it is what was left of a longer text.
+    """
 
     input_ids: list[int]
     trained: list[bool]
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether it is what was left of a longer text."""
-        return False
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 from lorafit.answering.opening import open_plain_model
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
-from lorafit.contracts import Example, JsonMapping, Reporter
+from lorafit.contracts import Column, Example, JsonMapping, Reporter
 from lorafit.data.chat.template import compile_or_explain
 from lorafit.errors import CheckpointError, ModelError
 from lorafit.evaluation.parity import Parity, compare_merge, require_parity
@@ -135,16 +135,24 @@ def _rows_to_compare(opened: OpenedRun, task: Task[TaskSection], reporter: Repor
         stored = read_object(file)
     else:
         stored = open_job(opened.loaded, reporter, opened.began()).rows_to_compare()
-    names = {column.name: column.name for column in (*task.columns, *task.reference_columns)}
+    names = {column.name: column.name for column in task.columns}
     try:
         rows = [_read_columns(row, _COLUMNS_BEFORE if "input_ids" in row else names) for row in stored["rows"]]
         for row in rows:
-            if len({len(row[column.name]) for column in task.columns if column.width is None}) > 1:
-                raise ValueError
+            _check_lengths(row, task.columns)
     except (KeyError, TypeError, ValueError) as error:
         todo = "restore the file, or merge with --no-verify"
         raise CheckpointError("holds no rows of tokens", file=str(file), todo=todo) from error
     return [Example(number, row, file.name, number + 1) for number, row in enumerate(rows)]
+
+
+def _check_lengths(row: Mapping[str, Sequence[float]], columns: Sequence[Column]) -> None:
+    """Raises ValueError where a sequence has not as many values in each of its columns as it has tokens."""
+    tokens = 0
+    for column in (column for column in columns if column.width is None):
+        tokens = len(row[column.name]) if column.holds_tokens else tokens
+        if len(row[column.name]) != tokens:
+            raise ValueError
 
 
 def _read_columns(row: JsonMapping, names: Mapping[str, str]) -> dict[str, list[float]]:

@@ -69,11 +69,18 @@ def truncate_chat(
         max_length,
         bos=renderer.encoder.bos,
         header_tokens=sum(header <= start and end <= first for start, end in offsets),
+        is_cut=low > 0,
     )
 
 
 def cut_tokens(
-    encoded: Encoded, prompt_tokens: int, max_length: int, *, bos: int | None, header_tokens: int = 0
+    encoded: Encoded,
+    prompt_tokens: int,
+    max_length: int,
+    *,
+    bos: int | None,
+    header_tokens: int = 0,
+    is_cut: bool = False,
 ) -> Encoded | None:
     """Cuts the tokens of one row to `max_length`: its prompt from the left, then, if it must be, its answer from the
     right.
@@ -84,6 +91,7 @@ def cut_tokens(
         max_length: In tokens.
         bos: The id that stays in front of a cut prompt, if the row starts with it.
         header_tokens: Tokens right before the first answer that are never cut: its header.
+        is_cut: Whether something went already.
 
     Returns:
         None if no token that carries loss is left.
@@ -104,7 +112,8 @@ def cut_tokens(
         kept.pop()
     if not any(trained[place] for place in kept[1:]):  # the first token of a row is never predicted
         return None
-    return Encoded([ids[place] for place in kept], [trained[place] for place in kept])
+    is_cut = is_cut or len(kept) < useful
+    return Encoded([ids[place] for place in kept], [trained[place] for place in kept], is_cut)
 
 
 def _useful_tokens(trained: Sequence[bool]) -> int:

@@ -70,7 +70,7 @@ class Task(Kind[S_co]):
     @property
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
-        """What its prepared rows hold."""
+        """What its prepared rows hold: of each sequence its tokens, then what has a value for each of them."""
 
     @abstractmethod
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
