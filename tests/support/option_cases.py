@@ -37,6 +37,7 @@ def all_cases(world: OptionWorld) -> dict[str, Case]:
         **kind_cases(world),
         **model_cases(world),
         **data_cases(world),
+        **task_cases(world),
         **training_cases(world),
         **evaluation_cases(world),
         **folder_cases(world),
@@ -153,6 +154,17 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
     }
 
 
+def task_cases(world: OptionWorld) -> dict[str, Case]:
+    """What is learnt of a row."""
+    preferences = partial(last_of_pairs, world, "dpo")
+    return {
+        "task": Case(("causal-lm", "dpo"), lambda kind: last_of_pairs(world, kind)),
+        "task(dpo).beta": Case((0.1, 5.0), partial(preferences, "beta")),
+        "task(dpo).loss": Case(("sigmoid", "hinge", "ipo"), partial(preferences, "loss")),
+        "task(dpo).label_smoothing": Case((0.0, 0.3), partial(preferences, "label_smoothing"), refused=(0.5,)),
+    }
+
+
 def training_cases(world: OptionWorld) -> dict[str, Case]:
     """The optimisation."""
     schedules = "constant", "cosine", "linear", "inverse_sqrt", {"kind": "polynomial", "power": 3.0}
@@ -236,6 +248,14 @@ def last_loss(run: RunDir) -> float:
 def trained_tokens(run: RunDir) -> list[int]:
     """Tokens with a label, step by step."""
     return [line["trained_tokens"] for line in step_lines(run)]
+
+
+def last_of_pairs(world: OptionWorld, kind: str, option: str | None = None, value: Any = None) -> float:
+    """The last loss of a task over pairs of answers; one that takes a single answer gets the chosen one."""
+    columns = {"completion": "chosen"} if kind == "causal-lm" else {}
+    task = {"kind": kind} if option is None else {"kind": kind, option: value}
+    source = {"path": "../rows/pairs.jsonl", "columns": columns}
+    return last_loss(world.train({"task": task, "data.train": [source], "evaluation.final": ["loss"]}))
 
 
 def adapter_shapes(run: RunDir) -> dict[str, str]:

@@ -19,6 +19,14 @@ def make_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def make_pairs(count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    """Prompts with two answers each; those that are wanted begin alike, and so do the others."""
+    return [
+        {"prompt": row["question"], "chosen": f" opens {row['answer']}", "rejected": f" costs {row['answer']} ten"}
+        for row in make_rows(count, first=first)
+    ]
+
+
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file

@@ -36,6 +36,7 @@ def test_every_format_knows_its_own_rows() -> None:
         "sharegpt": {"conversations": []},
         "alpaca": {"instruction": "", "output": "", "text": ""},
         "question_answer": {"question": "", "answer": ""},
+        "preference": {"prompt": "", "chosen": "", "rejected": ""},
         "prompt_completion": {"prompt": "", "completion": ""},
         "text": {"text": ""},
     }
@@ -52,6 +53,7 @@ def test_every_format_knows_its_own_rows() -> None:
         ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
         ("alpaca", {"instruction": "a", "output": "b"}),
         ("question_answer", {"question": "a", "answer": "b"}),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}),
         ("prompt_completion", {"prompt": "a", "completion": "b"}),
         ("text", {"text": "ab"}),
     ],

@@ -44,7 +44,6 @@ def refusal(folder: Path, row: dict[str, Any], **section: Any) -> str:
         ({"dialog": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "likely chats"),
         ({"conversation": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "likely chats"),
         ({"chat": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, "likely chats"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences (chosen, rejected) are no task yet"),
     ],
 )
 def test_the_mapping_that_is_proposed_makes_the_chat(tmp_path: Path, row: dict[str, Any], likely: str) -> None:

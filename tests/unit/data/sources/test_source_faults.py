@@ -77,7 +77,7 @@ FAULTS = {
     "gzip": (b"\x1f\x8b\x08\0abcdef", ["d.jsonl", "packed"]),
     "a web page": (b"<!DOCTYPE html>\n<html></html>\n", ["d.jsonl", "web page"]),
     "a JSON array": (b'[\n{"text": "a"}\n]\n', ["d.jsonl:1", "JSON array", ".json"]),
-    "no known columns": (b'{"chosen": "a", "rejected": "b"}\n', ["d.jsonl:1", "chosen, rejected", "columns"]),
+    "no known columns": (b'{"left": "a", "right": "b"}\n', ["d.jsonl:1", "left, right", "columns"]),
     "two formats": (
         GOOD.encode() + b'{"question": "a", "answer": "b"}\n',
         ["text (line 1)", "question_answer (line 2)"],

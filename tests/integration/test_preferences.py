@@ -1,0 +1,96 @@
+"""A task over pairs of answers, all the way: preview, estimate, train, resume, eval, generate, merge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny_recipe import make_pairs, write_rows
+from tests.support.world import World, say_all
+
+DPO = (
+    ("  dropout: 0.0", "  dropout: 0.0\ntask: {kind: dpo, beta: 0.5}"),
+    ("max_steps: 2", "max_steps: 4"),
+    ("  train: d.jsonl", "  train: d.jsonl\n  test: t.jsonl\n  validation: v.jsonl"),
+    ("  final: [perplexity]", "  every_steps: 2\n  final: [reward_accuracy, reward_margin, loss, rouge]"),
+)
+
+
+@pytest.fixture
+def pairs(world: World) -> World:
+    for name, count, first in (("d", 12, 0), ("v", 3, 40), ("t", 8, 60)):
+        write_rows(world.root / f"{name}.jsonl", make_pairs(count, first=first))
+    world.recipe(*DPO)
+    return world
+
+
+def stop_after(world: World, run: str, step: int) -> None:
+    """Takes away what came behind a checkpoint, as if the process had been killed there."""
+    for folder in (world.root / run / "checkpoints").iterdir():
+        if folder.name > f"step-{step:06d}":
+            shutil.rmtree(folder)
+    shutil.rmtree(world.root / run / "adapter")
+    (world.root / run / "result.json").unlink()
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_of(world: World, run: str) -> Any:
+    found = world.run("eval", run, "--json")
+    say_all(found, 0)
+    return found.json["metrics"]
+
+
+def test_from_preview_to_merge(pairs: World) -> None:
+    shown = pairs.run("preview", "r.yaml", "--rows", "1", "--json").json["rows"]
+    assert [row["name"] for row in shown] == ["chosen", "rejected"]
+    pair = make_pairs(1)[0]
+    for row in shown:
+        trained = [label for label in row["labels"] if label != -100]
+        assert row["rendering"].startswith(pair["prompt"] + pair[row["name"]])
+        assert trained == row["input_ids"][-len(trained) :] and len(trained) < len(row["input_ids"])
+    say_all(pairs.run("estimate-memory", "r.yaml"), 0, "12 rows")
+    trained = pairs.run("train", "r.yaml")
+    say_all(trained, 0, "adapter of step 4")
+    assert sum("reward_accuracy" in json.dumps(line) for line in steps_of(pairs.root / "run")) == 2
+    scored = metrics_of(pairs, "run")
+    assert scored["reward_accuracy"]["base"] == pytest.approx(0.5) and scored["reward_margin"]["base"] == 0.0
+    assert scored["reward_margin"]["tuned"] > 0.1 and {"low", "high", "verdict"} <= scored["reward_accuracy"].keys()
+    assert scored["loss"]["tuned"] < scored["loss"]["base"] == pytest.approx(0.693147, abs=1e-5)
+    assert "rougeL" in scored
+    say_all(pairs.run("generate", "run", "--input", "t.jsonl", "--max-new-tokens", "3"), 0)
+    say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
+
+
+def test_the_reference_is_the_adapter_that_training_began_with(pairs: World) -> None:
+    """At step 0, after a resume whose cache and init_from are gone, and in eval."""
+    short = ["--set", "training.max_steps=1", "--set", "evaluation.every_steps=null"]
+    say_all(pairs.run("train", "r.yaml", "--output", "start", *short), 0)
+    change = ("  dropout: 0.0", "  dropout: 0.0\n  init_from: start/adapter\ntask: {kind: dpo, beta: 0.5}")
+    pairs.recipe(change, *DPO[1:])
+    say_all(pairs.run("train", "r.yaml"), 0, "step 4")
+    assert steps_of(pairs.root / "run")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    whole, scored = pairs.weights(), metrics_of(pairs, "run")
+    shutil.rmtree(Path(pairs.environment["LORAFIT_CACHE"]) / "reference")
+    shutil.copytree(pairs.root / "run" / "adapter", pairs.root / "start" / "adapter", dirs_exist_ok=True)
+    stop_after(pairs, "run", 3)
+    say_all(pairs.run("train", "r.yaml", "--resume"), 0, "step 4")
+    assert pairs.weights() == whole
+    assert metrics_of(pairs, "run") == scored and scored["loss"]["tuned"] < 0.6
+    shutil.rmtree(pairs.root / "run" / "first-adapter")
+    say_all(pairs.run("eval", "run"), 5, "first-adapter")
+
+
+def test_rows_of_one_answer_and_of_two_are_told_apart(pairs: World) -> None:
+    pairs.rows()
+    say_all(pairs.run("preview", "r.yaml"), 4, "one answer", "dpo", "chosen and rejected")
+    write_rows(pairs.root / "d.jsonl", make_pairs(12))
+    pairs.recipe()
+    say_all(pairs.run("preview", "r.yaml"), 4, "compares two answers", "causal-lm", "columns: {completion: chosen}")
+    say_all(pairs.run("preview", "r.yaml", "--set", "data.train=[{path: d.jsonl, columns: {completion: chosen}}]"), 0)
