@@ -177,6 +177,16 @@ def _parse(file: Path, raw: bytes) -> JsonObject:
     return header
 
 
+def _is_entry(value: Any) -> bool:
+    """Whether what a header says of a tensor has the types that it must have, and a size that goes with them."""
+    try:
+        size_bytes = math.prod(value["shape"]) * DTYPE_BYTES[value["dtype"]]
+        begin, end = value["data_offsets"]
+        return bool(isinstance(value["shape"], list) and begin >= 0 and end - begin == size_bytes)
+    except (TypeError, KeyError, ValueError):
+        return False
+
+
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Every tensor of one safetensors file, in the order of its data, checked without reading any data.
 
@@ -199,7 +209,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             stream.seek(8)
             header = _parse(file, stream.read(length))
         header.pop("__metadata__", None)
-        with safe_open(file, "np"):  # types, sizes, holes and overlaps; maps the file, and reads no more of it
+        if wrong := [name for name, value in header.items() if not _is_entry(value)]:
+            raise _broken(file, f"the header's entry for '{wrong[0]}' is wrong: dtype, shape and bytes do not agree")
+        with safe_open(file, "np"):  # holes and overlaps; maps the file, and reads no more of it
             pass
     except FileNotFoundError as error:
         raise _broken(file, "does not exist") from error
@@ -215,8 +227,6 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = value["data_offsets"]
-        if value["dtype"] not in DTYPE_BYTES:
-            raise _broken(file, f"'{name}' is of an unknown dtype {value['dtype']!r}")
         entries[name] = TensorEntry(name, file, value["dtype"], tuple(value["shape"]), 8 + length + begin, end - begin)
     return entries
 

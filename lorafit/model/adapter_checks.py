@@ -35,10 +35,6 @@ def _is_texts(value: JsonValue) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _is_text_or_texts(value: JsonValue) -> bool:
-    return _is_text(value) or _is_texts(value)
-
-
 def _is_layers(value: JsonValue) -> bool:
     return all(isinstance(number, int) for number in (value if isinstance(value, list) else [value]))
 
@@ -56,7 +52,7 @@ _SAVED_FIELDS: dict[str, SavedField] = {
     "alpha_pattern": SavedField(_maybe(_by_name(is_number)), "finite numbers by pattern"),
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "layers_pattern"),
-        SavedField(_maybe(_is_text_or_texts), "a text or a list of texts"),
+        SavedField(_maybe(lambda value: _is_text(value) or _is_texts(value)), "a text or a list of texts"),
     ),
     **dict.fromkeys(("modules_to_save", "target_parameters"), SavedField(_maybe(_is_texts), "a list of texts")),
     "layers_to_transform": SavedField(_maybe(_is_layers), "whole numbers"),
