@@ -89,8 +89,6 @@ def epoch_order(examples: RepeatedRows, seed: int, epoch: int) -> Integers:
     source's rows, and each epoch goes on in it where the last one stopped, so that rows are seen equally often.
 
     Args:
-        examples: Rows and their sources.
-        seed: The recipe's.
         epoch: From 0.
     """
     chosen = []
@@ -115,8 +113,6 @@ class StepRows:
     """The rows of every optimizer step: a function of (seed, step) alone, whatever was asked before.
 
     Args:
-        examples: The training rows.
-        seed: The recipe's.
         batch_size: Rows of a step; the last of an epoch may have fewer.
     """
 

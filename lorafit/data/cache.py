@@ -69,9 +69,6 @@ def code_version() -> str:
 class PreparedCache:
     """The folder of prepared rows.
 
-    Args:
-        folder: Where they live; made if it is not there.
-
     Raises:
         ResourceError: It cannot be written to.
         SafetyError: Others may write into it.

@@ -153,8 +153,6 @@ def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int)
     """Encodes samples in order, a chunk at a time; never holds more than some chunks of them.
 
     Args:
-        encoder: The rules.
-        samples: Any number of them, read as needed.
         expected: About how many there are.
 
     Raises:

@@ -93,8 +93,6 @@ def encode_labelled(text: str, tokenizer: PreTrainedTokenizerBase, max_length: i
     """A text that is classified, none of its tokens trained: between what the tokenizer itself puts around a text.
 
     Args:
-        text: The text.
-        tokenizer: The tokenizer.
         max_length: In tokens; the end of a longer text is cut off.
     """
     encoder = _encoder(tokenizer)

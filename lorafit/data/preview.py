@@ -114,8 +114,6 @@ def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOW
     """The first rows of each training source in turn, then of the other splits, as they will be trained on.
 
     Args:
-        prepared: All splits.
-        renderer: What they were rendered with.
         rows: How many; all of them where None.
     """
     found: list[PreviewRow] = []

@@ -60,7 +60,6 @@ def read_prompt_file(file: Path, known: Sequence[Columns], reporter: Reporter) -
     Args:
         file: The file, relative to the working folder; or a pattern of files.
         known: From `column_names`; the first that the file's columns go by is used.
-        reporter: Gets warnings about columns.
 
     Raises:
         DataError: The file is missing or no data, or a row has no prompt; several as `Problems`.
@@ -89,10 +88,6 @@ def _open(file: str, known: Sequence[Columns]) -> Source:
 
 def read_prompt_rows(rows: Sequence[str | JsonMapping], known: Sequence[Columns]) -> list[Sample]:
     """The prompts of a program: texts, or rows as training has them, each in its own format.
-
-    Args:
-        rows: The prompts.
-        known: From `column_names`.
 
     Raises:
         DataError: There are none, or one has no prompt; several as `Problems`.

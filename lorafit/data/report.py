@@ -223,11 +223,6 @@ def finish_report(
     """The report of all splits, with a sentence for each thing that somebody should know of before training.
 
     Args:
-        reports: By split.
-        sets: The rows of these.
-        sources: What they were read from.
-        data: The recipe's section.
-        renderer: What rendered them.
         is_decided: How rows are written was settled when a run was trained: it is not said again.
     """
     overlaps = find_overlaps(sets)

@@ -91,7 +91,6 @@ class Ledger:
 
     Args:
         sources: Name and format of each source.
-        bad_rows: The rule for bad rows.
 
     Attributes:
         sources: Counts, one for each source.

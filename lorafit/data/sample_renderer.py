@@ -41,8 +41,6 @@ class Renderer:
     names a chat template, which makes it a chat of one turn each. Plain text stays plain text.
 
     Args:
-        tokenizer: The base model's.
-        data: The recipe's section.
         chat_template: Text of the template that the recipe names; None for the tokenizer's own.
         now: The moment that templates take for the present one; this minute where None.
 
@@ -281,8 +279,6 @@ def build_renderer(
     """The renderer of a recipe.
 
     Args:
-        tokenizer: The base model's.
-        data: The recipe's section.
         folder: The recipe's folder, which a template's path is relative to.
         now: The moment that templates take for the present one; this minute where None.
 

@@ -45,13 +45,7 @@ _READ_BYTES = 1 << 20
 
 
 def pack_chunk(rows: Sequence[tuple[int, int, TaskRow]], columns: Sequence[Column], sequences: int = 1) -> Chunk:
-    """Rows as (source, line, row) to arrays.
-
-    Args:
-        rows: Any number.
-        columns: The task's.
-        sequences: Of each row.
-    """
+    """Rows as (source, line, row) to arrays."""
     made = [row for *_, row in rows]
     numbers: dict[str, list[int]] = {
         "lengths": [row.tokens * sequences for row in made],

@@ -81,7 +81,6 @@ class TextEncoder:
         """Ids of a text and where each token stands in it.
 
         Args:
-            text: The text.
             typed: Stretches that somebody typed, in order and apart.
             unsure: Those of them that may be the template's all the same.
 

@@ -86,7 +86,6 @@ def cut_tokens(
     right.
 
     Args:
-        encoded: The row.
         prompt_tokens: Tokens before the first that an answer holds, whether that carries loss or not.
         max_length: In tokens.
         bos: The id that stays in front of a cut prompt, if the row starts with it.
@@ -146,8 +145,6 @@ def is_surely_longer(texts: Sequence[str], limit_tokens: int, tokenizer: PreTrai
 
     Args:
         texts: Parts of a row that its rendering holds whole.
-        limit_tokens: Longest row.
-        tokenizer: A fast one.
     """
     if sum(map(len, texts)) <= CHARACTERS_PER_TOKEN * limit_tokens:
         return False

@@ -68,14 +68,7 @@ class Habits:
 
 
 def learn_habits(template: ChatTemplate, variables: JsonMapping, end_token: str, control: re.Pattern[str]) -> Habits:
-    """Renders a small chat to see how the template opens an answer. A template that refuses it has no habits.
-
-    Args:
-        template: The template.
-        variables: What it may read besides a chat.
-        end_token: The tokenizer's end token, "" if it has none.
-        control: Matches control strings.
-    """
+    """Renders a small chat to see how the template opens an answer. A template that refuses it has no habits."""
     ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     chat = BoundChat(template, [ask, answer, ask], None, variables)
     prompt = dangling = unprompted = ""
@@ -95,11 +88,6 @@ def learn_habits(template: ChatTemplate, variables: JsonMapping, end_token: str,
 
 def find_turns(chat: BoundChat, whole: Traced, habits: Habits) -> list[Turn]:
     """All assistant turns that the rendering holds.
-
-    Args:
-        chat: The chat; renders what it begins with.
-        whole: Its rendering.
-        habits: What is known of the template.
 
     Raises:
         RenderError: If a turn cannot be found, or two ways to find it disagree.

@@ -44,11 +44,7 @@ def find_moment(facts: JsonMapping, file: Path) -> datetime | None:
 
 
 class StoppedClock:
-    """Always says the same moment.
-
-    Args:
-        moment: What it says.
-    """
+    """Always says the same moment."""
 
     def __init__(self, moment: datetime) -> None:
         self.moment = moment

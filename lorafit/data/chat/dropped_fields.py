@@ -36,7 +36,6 @@ def find_dropped(chat: BoundChat, whole: Traced, control: re.Pattern[str]) -> Dr
 
     Args:
         chat: The chat; renders it cut after a message. What is cut and reads as in the whole shows nothing more.
-        whole: Its rendering.
         control: Matches control strings. Templates may eat them when they parse reasoning out of a content.
     """
     missing = _missing(whole, control)
@@ -107,14 +106,7 @@ _REASON_CHARACTERS = 120
 def refusal_of_system(
     template: ChatTemplate, prompt: str, variables: JsonMapping, control: re.Pattern[str]
 ) -> str | None:
-    """Why a chat with a system message cannot be rendered, though it can without one; None where it can.
-
-    Args:
-        template: The template.
-        prompt: The system message.
-        variables: What the template may read besides a chat.
-        control: Matches control strings.
-    """
+    """Why a chat with a system message cannot be rendered, though it can without one; None where it can."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     if BoundChat(template, chat, None, variables).attempt(len(chat)) is None:
         return None  # what it refuses is something else

@@ -156,7 +156,6 @@ class ChatRenderer:
 
         Args:
             messages: The chat, in OpenAI's form. An assistant message with `weight: 0` carries no loss.
-            tools: JSON schemas of the tools.
 
         Raises:
             RenderError: If the template refuses the chat, drops a field, or two ways to find a turn disagree.

@@ -27,14 +27,7 @@ class RenderError(DataError):
 
 
 class BoundChat:
-    """A template with one chat and the tokenizer's special tokens; renders the chat and what it begins with.
-
-    Args:
-        template: The template.
-        messages: The chat.
-        tools: JSON schemas of its tools.
-        variables: What else the template may read.
-    """
+    """A template with one chat and the tokenizer's special tokens; renders the chat and what it begins with."""
 
     def __init__(
         self,
@@ -60,10 +53,6 @@ class BoundChat:
 
     def trace(self, count: int | None = None, *, prompt: bool = False) -> Traced:
         """The first `count` messages, all where None, rendered and traced.
-
-        Args:
-            count: Messages.
-            prompt: Whether the generation prompt follows.
 
         Raises:
             RenderError: The template refuses them.
@@ -123,10 +112,6 @@ def compile_or_explain(source: str) -> ChatTemplate:
 
 def check_variables(template: ChatTemplate, variables: JsonMapping) -> None:
     """Finds a template that fails for any chat because a name in it is unknown.
-
-    Args:
-        template: The template.
-        variables: What it may read besides the chat.
 
     Raises:
         ModelError: With the line of the template.

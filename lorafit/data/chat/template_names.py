@@ -26,11 +26,7 @@ def shipped_template(name: str) -> str:
 
 
 def read_template(named: str | None, folder: Path) -> str | None:
-    """What a recipe names: None, a shipped name as it is, or the text of a file.
-
-    Args:
-        named: The recipe's word.
-        folder: The recipe's folder, which a path is relative to.
+    """What a recipe names: None, a shipped name as it is, or the text of a file that starts in the recipe's folder.
 
     Raises:
         ModelError: It is neither a shipped name nor a file that can be read.

@@ -104,9 +104,6 @@ def join_stretches(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]
 class ChatTemplate:
     """A compiled chat template.
 
-    Args:
-        source: The Jinja text.
-
     Raises:
         jinja2.TemplateSyntaxError: If it is not valid Jinja.
     """

@@ -90,10 +90,6 @@ def _build_tool_set(text: str) -> ToolSet:
 class TypedChat:
     """A chat with its tools, every string as a leaf.
 
-    Args:
-        messages: The chat, in OpenAI's form.
-        tools: JSON schemas of the tools.
-
     Attributes:
         records: The messages as transformers hands them to a template, typed.
         leaves: Every string; `leaves[n - 1]` is leaf n.

@@ -137,7 +137,6 @@ def check_file(path: Path, name: str, *, start: str = "the recipe's folder") -> 
     """Looks at a file's kind, size and first bytes.
 
     Args:
-        path: The file.
         name: The same as the user named it.
         start: What messages call the folder that relative paths start from.
 

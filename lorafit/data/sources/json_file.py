@@ -28,7 +28,6 @@ def read_json_file(path: Path, is_row: Callable[[RawRow], bool]) -> RawRows:
     """The rows of a .json file, with the lines that they begin on.
 
     Args:
-        path: The file.
         is_row: Whether an object looks like a row of a known format.
 
     Raises:

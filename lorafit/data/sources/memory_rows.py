@@ -21,7 +21,6 @@ def keep_rows(rows: Iterable[JsonMapping], name: str, key: str) -> str:
     """Writes rows into the cache.
 
     Args:
-        rows: The rows.
         name: The parameter that they were given as, one of `errors.IN_MEMORY`.
         key: What they stand in for, e.g. `data.train`.
 

@@ -62,7 +62,6 @@ def check_task(row: Row, name: str) -> None:
 
     Args:
         row: A row, named as the formats name them.
-        name: The format that was found for it.
 
     Raises:
         DataError: It is a text with its label, or an answer with a verdict on it.
@@ -118,7 +117,6 @@ def unknown_columns(row: Row, *, is_table: bool) -> DataError:
     """The error for a training row of no known format: names the likely one first, and how columns are mapped to it.
 
     Args:
-        row: Its columns, mapped ones renamed.
         is_table: Whether it may come from a table without a header.
     """
     if not row:
@@ -190,9 +188,7 @@ def explain_unread(column: str, row: Row, kind: Format) -> str | None:
     """What to do about a column that a format does not read, where it seems to belong to what is asked.
 
     Args:
-        column: The column.
         row: The columns that the rows have, named as the format names them.
-        kind: The format.
 
     Returns:
         None where nothing speaks for it.

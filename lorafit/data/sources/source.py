@@ -342,10 +342,7 @@ def read_sources(
     A source whose path is a pattern is opened as one for each of its files.
 
     Args:
-        sources: Sources of one split.
         folder: The recipe's folder, which paths are relative to.
-        bad_rows: What happens to rows that are none.
-        reporter: Gets warnings.
 
     Raises:
         DataError: One source cannot be opened; several of them as `Problems`.

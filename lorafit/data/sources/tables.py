@@ -28,7 +28,6 @@ def read_csv(path: Path, columns: Sequence[str], is_row: Callable[[RawRow], bool
     """Rows of a csv file.
 
     Args:
-        path: The file.
         columns: Source columns that the recipe maps.
         is_row: Whether an object has the columns of a known format.
 
@@ -103,11 +102,6 @@ class _Reading:
 
 def find_separator(path: Path, columns: Sequence[str], is_row: Callable[[RawRow], bool]) -> str:
     """What separates the fields of a csv file.
-
-    Args:
-        path: The file.
-        columns: Source columns that the recipe maps.
-        is_row: Whether an object has the columns of a known format.
 
     Raises:
         DataError: Several separators make sense.

@@ -28,7 +28,6 @@ def read_workbook(path: Path, columns: Sequence[str]) -> RawRows:
     """Rows of an xlsx file, known by their number in the sheet. Empty ones are passed over.
 
     Args:
-        path: The file.
         columns: Source columns that the recipe maps; numbers mean that there is no header.
 
     Raises:
