@@ -98,9 +98,7 @@ def read_call(value: Any, place: str) -> JsonObject:
     """
     if not isinstance(value, dict):
         raise wrong_type(place, "object", value)
-    function = value.get("function", value if "name" in value else None)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise DataError(f"tool call has no function name; found {listed(value)}", key=place)
+    function = _named_function(value, "tool call has no function name", place)
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         arguments = read_json(arguments, f"{place}.arguments") if arguments.strip() else {}
@@ -164,6 +162,14 @@ def _read_calls(turn: Message, place: str) -> list[JsonObject]:
     return [read_call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(calls)]
 
 
+def _named_function(value: JsonObject, refusal: str, place: str) -> JsonObject:
+    """What a call or a tool says under `function`, or itself where it is flat."""
+    function = value.get("function", value if "name" in value else None)
+    if isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]:
+        return function
+    raise DataError(f"{refusal}; found {listed(value)}", key=place)
+
+
 def read_tools(row: Row, name: str = "tools") -> tuple[JsonObject, ...] | None:
     """The tools a chat may call, as `{type: function, function: {...}}`; None for none. A string holds them as JSON.
 
@@ -182,9 +188,7 @@ def read_tools(row: Row, name: str = "tools") -> tuple[JsonObject, ...] | None:
         key = f"{name}[{number}]"
         if not isinstance(tool, dict):
             raise wrong_type(key, "object", tool)
-        function = tool.get("function", tool if "name" in tool else None)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise DataError(f"tool has no name; found {listed(tool)}", key=key)
+        function = _named_function(tool, "tool has no name", key)
         tools.append({"type": "function", "function": function} if function is tool else tool)
     return tuple(tools)
 

@@ -91,6 +91,9 @@ class ChatRenderer:
             template (`lorafit.run.prelude`).
         now: The moment that the template takes for the present one; this minute where None.
 
+    Attributes:
+        templates: Text of each template by name, without a system prompt; `default` is always one of them.
+
     Raises:
         ModelError: Without any template, or for one that is not valid, not allowed or uses unknown variables.
     """
@@ -106,14 +109,14 @@ class ChatRenderer:
         now: datetime | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        shipped_prompt, self._sources = split_prompts(template_sources(tokenizer, chat_template))
+        shipped_prompt, self.templates = split_prompts(template_sources(tokenizer, chat_template))
         self.template = chat_template or tokenizer.chat_template
         self._train_on = train_on
         self._dropped_fields = dropped_fields
-        self._system_prompt = shipped_prompt if system_prompt is None else system_prompt
+        self.system_prompt = shipped_prompt if system_prompt is None else system_prompt
         self._clock = StoppedClock(now or read_clock())
         self._variables = {CLOCK: self._clock.strftime_now, **tokenizer.special_tokens_map}
-        templates = {source: compile_or_explain(source) for source in self._sources.values()}
+        templates = {source: compile_or_explain(source) for source in self.templates.values()}
         self.encoder = TextEncoder(tokenizer, "\0".join(template.literal_text() for template in templates.values()))
         longest_first = sorted(self.encoder.control.values(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -124,19 +127,9 @@ class ChatRenderer:
             self._habits[source] = learn_habits(template, self._variables, end_token, self._control)
 
     @property
-    def templates(self) -> dict[str, str]:
-        """Text of each template by name, without a system prompt; `default` is always one of them."""
-        return dict(self._sources)
-
-    @property
-    def system_prompt(self) -> str | None:
-        """The system message of chats that have none."""
-        return self._system_prompt
-
-    @property
     def dates(self) -> dict[str, str]:
         """What the templates are told of the present moment, by the format they ask in."""
-        formats = [compile_or_explain(source).clock_formats() for source in self._sources.values()]
+        formats = [compile_or_explain(source).clock_formats() for source in self.templates.values()]
         return self._clock.dates([format for known in formats for format in known or ()])
 
     def check_system_prompt(self) -> None:
@@ -145,8 +138,8 @@ class ChatRenderer:
         Raises:
             RecipeError: It refuses system messages; or drops them, where that is an error.
         """
-        for template in map(compile_or_explain, self._sources.values() if self._system_prompt is not None else ()):
-            reason = refusal_of_system(template, str(self._system_prompt), self._variables, self._control)
+        for template in map(compile_or_explain, self.templates.values() if self.system_prompt is not None else ()):
+            reason = refusal_of_system(template, str(self.system_prompt), self._variables, self._control)
             if reason is not None and not (reason == DROPS and self._dropped_fields == "warn"):
                 todo = "leave it out, e.g. put the text before each question, or name another data.chat_template"
                 raise RecipeError(reason, key="data.system_prompt", todo=todo)
@@ -237,15 +230,15 @@ class ChatRenderer:
 
     def _source(self, tools: Sequence[JsonMapping] | None) -> str:
         """The template for a chat; some tokenizers have one for chats with tools."""
-        return self._sources["tool_use" if tools and "tool_use" in self._sources else "default"]
+        return self.templates["tool_use" if tools and "tool_use" in self.templates else "default"]
 
     def _prepare(self, messages: Messages) -> list[JsonObject]:
         """The chat as the template gets it: no weights, and the system prompt where there is none."""
         if not messages:
             raise RenderError("the chat holds no messages")
         chat = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-        if self._system_prompt is not None and chat[0].get("role") not in ("system", "developer"):
-            chat.insert(0, {"role": "system", "content": self._system_prompt})
+        if self.system_prompt is not None and chat[0].get("role") not in ("system", "developer"):
+            chat.insert(0, {"role": "system", "content": self.system_prompt})
         return chat
 
     def _trace(

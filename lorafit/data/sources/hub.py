@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import JsonObject
 from lorafit.data.sources.lines import RawRows
 from lorafit.data.sources.parquet import without_nulls
 from lorafit.errors import DataError, LorafitError, SafetyError
@@ -120,11 +118,7 @@ class HubRows:
 
     def rows(self) -> RawRows:
         """The rows with their numbers, from 1."""
-        return self._number(self.load())
-
-    @staticmethod
-    def _number(dataset: Any) -> Iterator[tuple[int, JsonObject]]:
-        for number, row in enumerate(dataset, start=1):
+        for number, row in enumerate(self.load(), start=1):
             yield number, {key: without_nulls(value) for key, value in row.items()}
 
     def fingerprint(self) -> str:
