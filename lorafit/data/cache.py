@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -113,16 +114,13 @@ class PreparedCache:
         if _read_json(self._index(place)) != dict(parts):
             write_json(self._index(place), dict(parts))
 
-    @contextlib.contextmanager
-    def locked(self, folder: Path, waits: Callable[[], None]) -> Iterator[None]:
-        """Waits until no other process builds `folder`, and keeps others from it.
+    def locked(self, folder: Path, waits: Callable[[], None]) -> AbstractContextManager[None]:
+        """Waits until no other process builds `folder`, built or not, and keeps others from it.
 
         Args:
-            folder: An entry, built or not.
             waits: Called before the wait where another process has it.
         """
-        with locked(self._folder / "locks" / folder.name, waits):
-            yield
+        return locked(self._folder / "locks" / folder.name, waits)
 
     @contextlib.contextmanager
     def build(self, folder: Path) -> Iterator[Path]:

@@ -94,11 +94,16 @@ def join_stretches(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]
     """The same without empty ones, neighbours joined."""
     joined: list[tuple[int, int]] = []
     for start, end in stretches:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        elif end > start:
-            joined.append((start, end))
+        _extend(joined, start, end)
     return joined
+
+
+def _extend(stretches: list[tuple[int, int]], start: int, end: int) -> None:
+    """Adds a stretch behind the others, joined with the last one where they touch; an empty one is left out."""
+    if stretches and stretches[-1][1] == start:
+        stretches[-1] = (stretches[-1][0], end)
+    elif end > start:
+        stretches.append((start, end))
 
 
 class ChatTemplate:
@@ -169,11 +174,7 @@ def read_trace(result: str, chat: TypedChat) -> Traced:
         if length:
             traced.runs.append((length, origin, start))
             if stack:
-                stretches = traced.regions.setdefault(stack[-1][1], [])
-                if stretches and stretches[-1][1] == place:
-                    stretches[-1] = (stretches[-1][0], place + length)
-                else:
-                    stretches.append((place, place + length))
+                _extend(traced.regions.setdefault(stack[-1][1], []), place, place + length)
             place += length
         elif origin <= FIRST_MESSAGE or origin == LOOP_END:
             open_loops = [loop for loop, _ in stack]

@@ -115,38 +115,23 @@ class Typed(str):
     def removesuffix(self, suffix: str, /) -> Typed:
         return self._cut(0, len(self) - len(suffix)) if suffix and self.endswith(suffix) else self
 
-    def _pieces(self, parts: Iterable[str]) -> list[Any]:
-        """The parts of a split, found again one behind the other."""
+    def _pieces(self, parts: Iterable[str], gap: int = 0) -> list[Any]:
+        """The parts of a split, found again one behind the other, `gap` characters between them at least."""
         pieces, place = [], 0
         for part in parts:
             place = str.find(self, part, place)
             pieces.append(self._cut(place, place + len(part)))
-            place += len(part)
+            place += len(part) + gap
         return pieces
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._spread(str.split(self, sep, maxsplit), sep)
+        return self._pieces(str.split(self, sep, maxsplit), len(sep or ""))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._spread(str.rsplit(self, sep, maxsplit), sep)
-
-    def _spread(self, parts: list[str], sep: str | None) -> list[str]:
-        if sep is None:
-            return self._pieces(parts)
-        pieces: list[str] = []
-        place = 0
-        for part in parts:
-            pieces.append(self._cut(place, place + len(part)))
-            place += len(part) + len(sep)
-        return pieces
+        return self._pieces(str.rsplit(self, sep, maxsplit), len(sep or ""))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        lines: list[str] = []
-        place = 0
-        for line, whole in zip(str.splitlines(self), str.splitlines(self, True), strict=True):
-            lines.append(self._cut(place, place + len(whole if keepends else line)))
-            place += len(whole)
-        return lines
+        return self._pieces(str.splitlines(self, keepends))
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
         return tuple(self._pieces(str.partition(self, sep)))
@@ -157,11 +142,7 @@ class Typed(str):
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         if not old:
             return blur(str.replace(self, old, new, count), self, new)
-        parts = str.split(self, old, count)
-        pieces: list[str] = []
-        for piece in self._spread(parts, old):
-            pieces += [new, piece] if pieces else [piece]
-        return glue_typed(pieces)
+        return Typed(new, runs_of(new)).join(self._pieces(str.split(self, old, count), len(old)))
 
     def join(self, pieces: Iterable[str], /) -> Typed:
         parts: list[str] = []
@@ -169,46 +150,26 @@ class Typed(str):
             parts += [self, piece] if parts else [piece]
         return glue_typed(parts)
 
-    def _same_places(self, text: str) -> str:
-        return Typed(text, self._runs) if len(text) == len(self) else blur(text, self)
 
-    def upper(self) -> str:
-        return self._same_places(str.upper(self))
-
-    def lower(self) -> str:
-        return self._same_places(str.lower(self))
-
-    def title(self) -> str:
-        return self._same_places(str.title(self))
-
-    def capitalize(self) -> str:
-        return self._same_places(str.capitalize(self))
-
-
-def _blurring(name: str) -> Callable[..., str]:
-    """A method of `str` whose result is not followed."""
+def _method(name: str, keeps_places: bool) -> Callable[..., str]:
+    """A method of `str` whose result is not followed; one that `keeps_places` is where it is as long as before."""
     plain = getattr(str, name)
 
     def method(self: Typed, *args: Any, **kwargs: Any) -> str:
-        return blur(plain(self, *args, **kwargs), self, args, kwargs)
+        text = plain(self, *args, **kwargs)
+        if keeps_places and len(text) == len(self):
+            return Typed(text, self._runs)
+        return blur(text, self, args, kwargs)
 
     method.__name__ = name
     return method
 
 
-for _name in (
-    "casefold",
-    "center",
-    "expandtabs",
-    "ljust",
-    "rjust",
-    "swapcase",
-    "translate",
-    "zfill",
-    "__mod__",
-    "__rmod__",
-):
-    setattr(Typed, _name, _blurring(_name))
+_NOT_FOLLOWED = ("casefold", "center", "expandtabs", "ljust", "rjust", "swapcase", "translate", "zfill")
+for _name in ("upper", "lower", "title", "capitalize"):
+    setattr(Typed, _name, _method(_name, keeps_places=True))
+for _name in (*_NOT_FOLLOWED, "__mod__", "__rmod__"):
+    setattr(Typed, _name, _method(_name, keeps_places=False))
 
 
 def typed_leaf(text: str, leaf: int) -> Typed:

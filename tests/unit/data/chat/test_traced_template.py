@@ -33,6 +33,23 @@ def assert_origins(text: str, *, leaf: str = TYPED) -> None:
     assert place == len(text)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.text("ab ,\n\r", max_size=12), st.sampled_from([None, "a", "ab", " ", ", "]), st.integers(-1, 2))
+def test_parts_of_a_text_know_their_places(text: str, separator: str | None, most: int) -> None:
+    typed = typed_leaf(text, 1)
+    pairs = [
+        (typed.split(separator, most), text.split(separator, most)),
+        (typed.rsplit(separator, most), text.rsplit(separator, most)),
+        (typed.splitlines(), text.splitlines()),
+        (typed.splitlines(True), text.splitlines(True)),
+    ]
+    pairs += [(list(typed.rpartition(separator)), list(text.rpartition(separator)))] if separator else []
+    for parts, plain in pairs:
+        assert list(map(str, parts)) == plain
+        places = [(start, start + length) for part in parts for length, _, start in runs_of(part) if length]
+        assert "".join(text[start:end] for start, end in places) == "".join(plain) and places == sorted(places)
+
+
 def render(source: str, content: Any = TYPED, **more: Any) -> tuple[str, list[tuple[int, int, int]], list[Leaf]]:
     chat = TypedChat([{"role": "user", "content": content, **more}], None)
     traced = read_trace(ChatTemplate(source).render(chat, 1, {"eos": "</s>"}), chat)
