@@ -22,7 +22,6 @@ _ANSWER_MISSING = "a training row holds its answer; prompts are for generate --i
 NO_PROMPT = "no prompt among the columns"
 _LABELS = ("label", "labels")
 _VERDICTS = ("true", "false")
-_PREFERENCE = ("chosen", "rejected")
 _TURNS = {"messages": "role", "conversations": "from"}
 """Fields that hold lists of turns, and the key that tells whose turns they are."""
 
@@ -121,8 +120,6 @@ def unknown_columns(row: Row, *, is_table: bool) -> DataError:
     """
     if not row:
         return missing_field("messages", row)
-    if set(_PREFERENCE) <= row.keys() and not _is_read(_PREFERENCE[0]):
-        return _preference(row)
     chats = [written({field: column}) for column in row if (field := _turns_field(row[column])) is not None]
     chat, text = _guess_format(row, verbatim=False), _guess_format(row, verbatim=True)
     if not chats and chat is None and (typo := _find_typo(row)):
@@ -159,14 +156,6 @@ def _find_typo(row: Row) -> str | None:
         if missing and all(nearest(field, row, count=1) for field in missing):
             return missing[0]
     return None
-
-
-def _preference(row: Row) -> DataError:
-    what = f"rows of preferences ({', '.join(_PREFERENCE)}) are no task yet; {_existing_tasks()}"
-    field = _turns_field(row["chosen"])
-    asks = next((column for column in ("prompt", "question", "instruction", "input") if column in row), "THEIRS")
-    columns = {field: "chosen"} if field is not None else {"question": asks, "answer": "chosen"}
-    return DataError(what, todo=f"to learn the chosen answers alone, map {written(columns)}")
 
 
 def _turns_field(value: Any) -> str | None:
