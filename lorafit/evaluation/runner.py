@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,15 +44,6 @@ class Ranks(Protocol):
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value, added over all of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """What one model scored and wrote."""
-
-    losses: list[RowScore]
-    answers: list[Answer]
-    retained: list[RowScore]
 
 
 def score_examples(
@@ -177,21 +167,21 @@ def evaluate_pair(
     pad_id = find_pad_id(engine.tokenizer, engine.embedding_rows)
     score = partial(score_examples, objective, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=reporter)
 
-    def run(side: str, adapter: str | None) -> _Side:
+    def run(side: str, adapter: str | None) -> tuple[list[RowScore], list[Answer], list[RowScore]]:
         sampling = Sampling(max_new_tokens)
         requests = [Request(row.prompt_ids, adapter, sampling, tuple(stop_ids)) for row in asked]
         with engine.using(adapter):
             kept = score(retention, what=f"retention, {side} model") if retention is not None else []
             losses = score(examples, what=f"scoring, {side} model")
-        return _Side(losses, engine.answer(requests, reporter=reporter, what=f"answers, {side} model"), kept)
+        return losses, engine.answer(requests, reporter=reporter, what=f"answers, {side} model"), kept
 
     (adapter,) = engine.adapters
     with evaluating(objective):
-        base, tuned = run("base", None), run("tuned", adapter)
-    rows = join_rows(examples, base.losses, tuned.losses, asked, base.answers, tuned.answers)
+        (base, base_answers, base_kept), (tuned, answers, kept) = run("base", None), run("tuned", adapter)
+    rows = join_rows(examples, base, tuned, asked, base_answers, answers)
     comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
     cheap = [name for name, metric in metrics.items() if metric.during_training and objective.task.can_score(name)]
-    retained = join_rows(retention, base.retained, tuned.retained) if retention is not None else ()
+    retained = join_rows(retention, base_kept, kept) if retention is not None else ()
     return Evaluation(
         about=about or About(),
         comparisons=comparisons,
@@ -205,8 +195,8 @@ def evaluate_pair(
         max_new_tokens=max_new_tokens,
         retention=compare_rows(retained, cheap, seed=seed)[0] if retained else (),
         retention_rows=len(retained),
-        base_speed=Speed.of(base.answers) if asked else None,
-        tuned_speed=Speed.of(tuned.answers) if asked else None,
+        base_speed=Speed.of(base_answers) if asked else None,
+        tuned_speed=Speed.of(answers) if asked else None,
     )
 
 

@@ -12,6 +12,8 @@
 
 Whatever an executor does, `.grad` holds d(sum of all losses / weight) afterwards, the weight being that of the whole
 step: nothing is averaged over micro-batches or ranks, so that there is nothing to undo.
+
+What says that memory ran out, and what gives it back, stands here too.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 
+from lorafit.errors import ResourceError
+from lorafit.ops.process_memory import trim_heap
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 T = TypeVar("T")
+_TRIMMED_AFTER_SECONDS = 1.0  # shorter steps leave little behind, and would feel it
 
 
 def no_check() -> None:
@@ -118,3 +123,31 @@ def time_micro_batches(executor: Executor, batches: Sequence[Batch]) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def out_of_memory(where: str, longest_tokens: int, micro_batch_tokens: int) -> ResourceError:
+    """The error a user sees.
+
+    Args:
+        where: E.g. `at step 12`.
+        longest_tokens: Sequence length of the longest row of that step.
+        micro_batch_tokens: The token budget in force.
+    """
+    return ResourceError(
+        f"out of memory {where}: seq length {longest_tokens}, micro_batch_tokens {micro_batch_tokens}",
+        todo="lower training.micro_batch_tokens or data.max_length, or set training.gradient_checkpointing: true",
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives cached blocks back, so that the next try starts from an unbroken pool."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        trim_heap()
+
+
+def trim_after(seconds: float, device: torch.device) -> None:
+    """Gives a CPU's free heap back after a long step: else it grows, as each step takes blocks of other sizes."""
+    if device.type == "cpu" and seconds > _TRIMMED_AFTER_SECONDS:
+        trim_heap()

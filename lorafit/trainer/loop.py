@@ -22,8 +22,8 @@ from lorafit.kinds.metrics import metrics
 from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes, peak_reserved_bytes
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Snapshot
+from lorafit.trainer.executor import out_of_memory, release_memory, trim_after
 from lorafit.trainer.journal import Journal
-from lorafit.trainer.out_of_memory import out_of_memory, release_memory, trim_after
 from lorafit.trainer.prefetch import StepFeed
 from lorafit.trainer.signals import StopRequested, StopSignals
 from lorafit.trainer.state import FitResult, TrainState, as_checkpoint_errors

@@ -40,8 +40,7 @@ from lorafit.files.cache import own_folder, refuse_foreign
 from lorafit.files.strict_json import JsonError, read_json_file
 from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.executor import time_micro_batches
-from lorafit.trainer.out_of_memory import out_of_memory
+from lorafit.trainer.executor import out_of_memory, time_micro_batches
 from lorafit.trainer.stage import Stage, fastest_attention, fastest_budget, fastest_number
 from lorafit.trainer.threaded_micro_batches import run_at_once
 

@@ -28,8 +28,7 @@ from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.ops.rng import preserved_rng
-from lorafit.trainer.executor import time_micro_batches
-from lorafit.trainer.out_of_memory import release_memory, trim_after
+from lorafit.trainer.executor import release_memory, time_micro_batches, trim_after
 from lorafit.trainer.startup_proofs import prove_separation
 from lorafit.trainer.threaded_micro_batches import may_run_in_threads, run_at_once
 

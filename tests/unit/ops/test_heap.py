@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorafit.machine.library_settings import LIBRARY_SETTINGS
-from lorafit.trainer.out_of_memory import release_memory, trim_after
+from lorafit.trainer.executor import release_memory, trim_after
 
 MIB = 2**20
 
@@ -50,7 +50,7 @@ def test_free_blocks_between_used_ones_go_back(give_back) -> None:  # type: igno
 
 def test_a_short_step_and_a_card_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[None] = []
-    monkeypatch.setattr("lorafit.trainer.out_of_memory.trim_heap", lambda: trimmed.append(None))
+    monkeypatch.setattr("lorafit.trainer.executor.trim_heap", lambda: trimmed.append(None))
     trim_after(0.01, torch.device("cpu"))
     trim_after(9.0, torch.device("cuda"))
     assert not trimmed
