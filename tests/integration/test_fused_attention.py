@@ -41,7 +41,7 @@ def test_the_stored_estimate_is_of_the_attention_that_was_chosen(
     world: OptionWorld, attention: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("lorafit.trainer.stage._attention_candidates", lambda device: [attention])
+    monkeypatch.setattr("lorafit.trainer.stage._open_candidates", lambda *_: [attention])
     stored = {}
     for asked in ("auto", attention):
         run = pipeline.train(world.recipe({"model.attention": asked})).run
