@@ -233,9 +233,10 @@ def prepare(work: Path) -> None:
 
     from lorafit.contracts import Silent
     from lorafit.data.batch import StepRows
-    from lorafit.job import load_base, open_job
+    from lorafit.job import open_job
     from lorafit.model.adapter import save_adapter
     from lorafit.model.attach import attach_adapter
+    from lorafit.model.load import load_model
     from lorafit.ops.matmul_peak import measure_matmul_peak
     from lorafit.plan.flops import count_flops
     from lorafit.recipe.load import load_recipe
@@ -246,7 +247,16 @@ def prepare(work: Path) -> None:
     rows = [as_row(examples[row]) for step in range(1, STEPS + 1) for row in order.rows(step)[1]]
     held = open_job(load_recipe(work / "held.yaml"), Silent()).rows.train
     held_rows = [as_row(held[row]) for row in range(min(HELD_OUT_ROWS, len(held.lengths)))]
-    base = load_base(job, dtype="bf16", compute_dtype="bf16", attention="eager", device="cpu", reporter=Silent())
+    base = load_model(
+        job.base,
+        quantization=job.recipe.model.quantization,
+        dtype=torch.bfloat16,
+        compute_dtype=torch.bfloat16,
+        attention="eager",
+        device=torch.device("cpu"),
+        model_class=job.task.model_class,
+        reporter=Silent(),
+    )
     model = attach_adapter(base, job.recipe.adapter, job.recipe.seed)
     save_adapter(model, work / "initial", base=job.base)
     tokens = sum(len(row["input_ids"]) for row in rows)
