@@ -143,7 +143,6 @@ def train(
     `measure_memory` counts live tensors in every step; `profile` writes where the steps' time goes into the run folder.
     """
     from lorafit.estimation.measured import MeasuredSteps
-    from lorafit.model.shippable import check_shippable_unloaded
     from lorafit.plan import ResolvedPlan, plan, require_fit, show_plan
 
     reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
@@ -162,6 +161,8 @@ def train(
         engine = MeasuredSteps(job.base.config, reporter)
         the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device, engine)
         if dry_run:
+            from lorafit.model.shippable import check_shippable_unloaded
+
             show_plan(the_plan, reporter)
             require_fit(the_plan)
             check_shippable_unloaded(job.base, job.recipe.adapter, job.recipe.seed, job.task.model_class)
