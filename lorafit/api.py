@@ -32,9 +32,9 @@ from lorafit.machine.library_settings import set_library_defaults
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
     from lorafit.estimation import RecipeEstimate
-    from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
+    from lorafit.run.results import Classified, Evaluated, Generated, Merged, Trained, Validated
 
-__all__ = ["LorafitError", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]
+__all__ = ["LorafitError", "classify", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]
 
 T = TypeVar("T")
 StrPath = str | os.PathLike[str]
@@ -263,6 +263,26 @@ def generate(
         quiet: No progress.
     """
     return _call(pipeline.generate, locals())
+
+
+def classify(
+    run: StrPath | Trained,
+    prompts: str | Sequence[str | JsonMapping],
+    *,
+    checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
+    quiet: bool = False,
+) -> Classified:
+    """Gives labels to texts. `classified.labels` are those of each text, in order.
+
+    Args:
+        run: What `train` gave back, a run folder, its recipe, an adapter folder, or a merged model's.
+        prompts: One text, or several: texts, or rows as training has them.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        quiet: No progress.
+    """
+    return _call(pipeline.classify, locals())
 
 
 def _path(path: Recipe | Trained | None) -> Path | JsonMapping | None:

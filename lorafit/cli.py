@@ -237,6 +237,26 @@ def generate(
     """Answer a prompt, or a file of prompts."""
 
 
+@app.command()
+@_command
+def classify(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, its recipe, an adapter or a merged model folder.")
+    ],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One text.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="A file of texts: txt, one a line, or training's rows."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the labels there too, a JSON object a line.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    base_model: BaseModel = None,
+) -> None:
+    """Give labels to a text, or a file of texts."""
+
+
 def _list_cards(context: typer.Context, gpus: list[str] | None) -> list[str]:
     named = [name.strip() for each in gpus or [] for name in each.split(",")]
     if "list" not in named:

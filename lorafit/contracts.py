@@ -145,6 +145,30 @@ class ShownSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportTable:
+    """A table that a task adds to an evaluation's report.
+
+    Attributes:
+        name: Its key in `report.json`.
+        title: What it shows, for people.
+        headings: Of its columns; the first is of what a line is about.
+        lines: Its cells; a share of 1 is a float.
+    """
+
+    name: str
+    title: str
+    headings: tuple[str, ...]
+    lines: tuple[tuple[str | int | float, ...], ...]
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The lines for people: shares in per cent."""
+        return [
+            tuple(f"{100 * cell:.1f} %" if isinstance(cell, float) else str(cell) for cell in line)
+            for line in self.lines
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRow:
     """One held-out row that an answer is generated for.
 

@@ -24,6 +24,11 @@ class ModelClass:
     has_new_head: bool = False
     peft_task: str = "CAUSAL_LM"
 
+    @property
+    def generates(self) -> bool:
+        """Whether its models write text token by token."""
+        return self.auto_class == "AutoModelForCausalLM"
+
     def padded_with(self, pad_id: int) -> ModelClass:
         """The same, told what fills up rows, where it has a head of its own: some find the end of a row by that."""
         return replace(self, config={**self.config, "pad_token_id": pad_id}) if self.has_new_head else self

@@ -25,7 +25,7 @@ from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu
 from lorafit.recipe.load import load_recipe
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
-from lorafit.run.results import Evaluated, Generated, Merged, Trained, Validated
+from lorafit.run.results import Classified, Evaluated, Generated, Merged, Trained, Validated
 from lorafit.run.workspace import (
     check_answerable,
     check_same_recipe,
@@ -200,6 +200,7 @@ def evaluate(
     _, step = opened.adapter(checkpoint)  # said before the libraries are loaded
     from lorafit.answering.evaluation_rows import (
         changed_evaluation,
+        fit_base_side,
         open_evaluation,
         refer_as_begun,
         settle_evaluation,
@@ -230,6 +231,7 @@ def evaluate(
     prove(job, objective, job.rows.splits[split], reporter)
     refer_as_begun(job, objective, opened, tuned, split, reporter)
     examples = job.rows.splits[split] if limit is None else job.rows.splits[split].first(limit)
+    base_scorer, base_note = fit_base_side(job, objective, opened, tuned, reporter)
     found, evaluation = coverage(engine.model), job.recipe.evaluation
     chose = split == "validation" and evaluation.every_steps is not None
     result = evaluate_pair(
@@ -244,6 +246,8 @@ def evaluate(
         seed=job.recipe.seed,
         reporter=reporter,
         retention=job.rows.retention,
+        base_scorer=base_scorer,
+        base_note=base_note,
         about=About(
             run=opened.run.root.name,
             checkpoint_step=step,
@@ -322,3 +326,32 @@ def generate(
     tuned = answer(answerer.adapter, "answers")
     base = answer(None, "answers, base model") if compare_base else None
     return Generated(prompts, tuned, base, are_chats=voice.chats is not None)
+
+
+def classify(
+    run: Path,
+    *,
+    prompt: str | None = None,
+    input_file: Path | None = None,
+    rows: Sequence[str | JsonMapping] | None = None,
+    output: Path | None = None,
+    checkpoint: str | None = None,
+    base_model: str | None = None,
+    reporter: Reporter | None = None,
+) -> Classified:
+    """Labels of a text or a file of texts, with probabilities; written as JSON lines where an output is named."""
+    reporter = reporter or Silent()
+    from lorafit.answering.prompts import check_prompts
+
+    check_prompts(prompt, input_file, rows)
+    check_answerable(run, checkpoint)
+    from lorafit.answering.classify import open_classifier, read_texts
+
+    classifier = open_classifier(run, checkpoint, base_model, reporter)
+    texts = read_texts(run, str(classifier.task.classified_format), prompt, input_file, rows, reporter)
+    if output is not None and output.exists():
+        raise UsageError("the output exists", file=str(output), todo="choose another, or remove it")
+    result = Classified(texts, classifier.label(texts, reporter))
+    if output is not None:
+        result.write(output)
+    return result

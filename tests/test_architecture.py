@@ -23,7 +23,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"api"},
     {"studies"},
     {"pipeline"},
-    {"training", "merging"},
+    {"training", "merging", "answering.classify"},
     {"answering.opening", "answering.evaluation_rows"},
     {"answering.tuned"},
     {"job"},

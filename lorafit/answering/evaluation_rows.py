@@ -20,6 +20,7 @@ from lorafit.recipe.schema import BadRowsSection, SourceSection, ValidationFract
 from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes, sources_of
 
 if TYPE_CHECKING:
+    from lorafit.evaluation.base_side import FittedBase
     from lorafit.objective import Objective
 
 _FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")
@@ -146,3 +147,37 @@ def refer_as_begun(
     load_adapter_weights(objective.model, opened.run.first_adapter)
     refer(job, objective, splits, reporter)
     load_adapter_weights(objective.model, tuned.adapter)
+
+
+def fit_base_side(
+    job: Job, objective: Objective, opened: OpenedRun, tuned: Tuned, reporter: Reporter
+) -> tuple[FittedBase | None, str]:
+    """What scores the base, where its task fits something to it, and what the report says of that.
+
+    It is fitted to the run's own training rows once, and kept in the run folder. Where those rows are gone, the base is
+    scored with its head as it was drawn, and the report says so.
+
+    Raises:
+        ResourceError: The run folder cannot be written to.
+    """
+    task = job.task
+    if not task.fitted_base:
+        return None, ""
+    from lorafit.evaluation.base_side import FittedBase, fit_base, read_fitted
+    from lorafit.recipe.load import load_recipe
+
+    fitted = read_fitted(opened.run.base_head)
+    if fitted is None:
+        own, card = load_recipe(opened.run.recipe), tuned.card
+        recipe = own.recipe.model_copy(update={"task": card.task})
+        try:
+            look_for_rows(replace(own, recipe=recipe), only=["data.train"])
+            rows, _ = prepare_rows(
+                replace(own, recipe=recipe), job.renderer, job.base.config, reporter, only=["train", "validation"]
+            )
+        except LorafitError as error:
+            note = "its head is as it was drawn: the run's training rows, which it would be fitted to, are not here"
+            reporter.warn(f"base: {note} ({error.errors[0].what})")
+            return None, note
+        fitted = fit_base(objective, task, rows.train, rows.validation, opened.run.base_head, job.pad_id, reporter)
+    return FittedBase(objective, task, fitted), task.fitted_base

@@ -72,6 +72,8 @@ class Voice:
                 this model was trained on verbatim text; with the prompt's file and line.
         """
         try:
+            if prompt.labels is not None:
+                raise DataError("is a text with a label, which no prompt is", todo="name the column that asks: prompt")
             if self.chats is not None:
                 return self.chats.prompt_ids(prompt.turns, prompt.tools)
             return completion_prompt_ids(_only_text(prompt), self.tokenizer)
@@ -137,7 +139,8 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
 def _require_answers(task: Task[TaskSection]) -> None:
     """Raises ModelError where the models of a task write no text."""
     if not task.writes_answers:
-        raise ModelError(f"a model of task {task.section.kind} writes no text", key="task", todo="use lorafit eval")
+        todo = "use lorafit classify" if task.classified_format is not None else "use lorafit eval"
+        raise ModelError(f"a model of task {task.section.kind} writes no text", key="task", todo=todo)
 
 
 def noted_task(folder: Path) -> Task[TaskSection] | None:

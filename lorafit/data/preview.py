@@ -101,11 +101,13 @@ class Preview(Printed):
         report = self.prepared.report
         console.print(_source_table(console, self.prepared))
         for split, part in report.splits.items():
-            _print_split(console, split, part)
+            _print_split(console, split, part, has_labels=self.prepared.task.classified_format is not None)
         for overlap in report.overlaps:
             places = ", ".join(f"{other} = {one}" for one, other in overlap.places[:3])
             occurs = f"{counted(overlap.rows, 'row')} of {overlap.second} {'occurs' if overlap.rows == 1 else 'occur'}"
             say(console, f"{occurs} in {overlap.first} as well: {places}")
+        if self.prepared.task.classified_format is not None:
+            return
         of_what = "the training tokens" if self.is_whole else "the tokens that were counted"
         say(console, f"tokens that carry loss: {report.trained_share:.1%} of {of_what}")
 
@@ -204,11 +206,11 @@ def _source_table(console: Console, prepared: Prepared) -> Table:
     return table
 
 
-def _print_split(console: Console, split: str, part: SplitReport) -> None:
-    share = part.trained_tokens / part.tokens
+def _print_split(console: Console, split: str, part: SplitReport, *, has_labels: bool) -> None:
+    share = "" if has_labels else f", {part.trained_tokens / part.tokens:.1%} carry loss"
     size = f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}"
     name = split if part.of_rows is None else f"{split}, the first rows of about {part.of_rows:,}"
-    head = f"{name}: {size}, {share:.1%} carry loss, longest {part.longest_tokens}"
+    head = f"{name}: {size}{share}, longest {part.longest_tokens}"
     say(console, head, style="bold")
     for line in draw_histogram(part.histogram, full_block(console)):
         say(console, line)

@@ -82,7 +82,7 @@ def _open(file: str, known: Sequence[Columns]) -> Source:
             refused = error if refused is None or not columns else refused
     assert refused is not None, "column_names gives at least the formats' own"
     if known[0] and refused.todo is not None and refused.what.startswith(NO_PROMPT):
-        refused.todo += f"; or as the run's recipe does: {written(known[0])}"
+        refused.todo = f"write them as the run's recipe does: {written(known[0])}; or {refused.todo}"
     raise refused
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.answering.generate import Answer
 from lorafit.console.wording import counted
-from lorafit.contracts import JsonObject
+from lorafit.contracts import JsonObject, ReportTable
 from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison, compare
 from lorafit.kinds.metrics import RowScore, metrics
 
@@ -196,6 +196,9 @@ class Evaluation:
         peak_memory_bytes: Of the device; of the process on a CPU.
         seed: Seed of the bootstrap.
         max_new_tokens: Longest answer.
+        base_note: What the base was scored with, where that is not the base alone.
+        tables: What the task shows beside metrics, of the tuned model.
+        base_tables: The same of the base.
     """
 
     about: About
@@ -212,6 +215,9 @@ class Evaluation:
     retention_rows: int = 0
     base_speed: Speed | None = None
     tuned_speed: Speed | None = None
+    base_note: str = ""
+    tables: tuple[ReportTable, ...] = ()
+    base_tables: tuple[ReportTable, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -234,6 +240,8 @@ class Evaluation:
                 for side, speed in (("base", self.base_speed), ("tuned", self.tuned_speed))
                 if speed is not None
             },
+            "base_note": self.base_note,
+            "tables": {"base": _by_name(self.base_tables), "tuned": _by_name(self.tables)},
             "worst_rows": [row.to_json() for row in self.worst],
             "signatures": self.signatures,
             "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": self.seed},
@@ -241,6 +249,10 @@ class Evaluation:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
+
+
+def _by_name(tables: Sequence[ReportTable]) -> JsonObject:
+    return {table.name: {"headings": table.headings, "lines": table.lines} for table in tables}
 
 
 def _shown(value: float) -> float:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.console.wording import counted
-from lorafit.contracts import JsonMapping
+from lorafit.contracts import JsonMapping, ReportTable
 from lorafit.errors import row_place
 from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
 from lorafit.evaluation.statistics import LEAST_ROWS, RESAMPLES, ROUGH_ROWS, Comparison, Verdict
@@ -32,6 +32,7 @@ _MEBIBYTE = 1 << 20
 _SHOWN_CHANGES = 3
 WIDE_COLUMNS = 140
 WORST_ROWS_SHOWN = 3
+LINES_SHOWN = 12
 _NARROW_HEADINGS = ("metric", "base", "tuned", "change", "95 % interval", "verdict", "+ / -")
 _NARROW_VERDICTS: dict[Verdict, str] = {"not distinguishable": "unclear", "too few rows": "too few"}
 _STYLES: dict[Verdict, str] = {
@@ -101,6 +102,8 @@ def describe(evaluation: Evaluation) -> list[str]:
             f"the {about.split} rows were used twice: they also chose the checkpoint, so that these figures are "
             "optimistic; set data.test for honest ones"
         )
+    if evaluation.base_note:
+        lines.append(f"base: {evaluation.base_note}")
     if about.trainable_share is not None:
         lines.append(
             f"trained: {about.trainable_parameters:,} of {about.total_parameters:,} parameters "
@@ -129,6 +132,9 @@ def render_markdown(evaluation: Evaluation) -> str:
         lines += ["", f"## Retention: {counted(evaluation.retention_rows, 'row')} of general ability", ""]
         lines += [f"- {line}" for line in describe_retention(evaluation)]
         lines += ["", *_markdown_table(evaluation.retention)]
+    for table in evaluation.tables:
+        lines += ["", f"## Tuned model, {table.title}", ""]
+        lines += _as_markdown([table.headings, ("---", *["---:"] * (len(table.headings) - 1)), *table.cells()])
     lines += ["", "## What was evaluated", "", *(f"- {line}" for line in describe(evaluation))]
     lines += [f"- {name}: {signature}" for name, signature in evaluation.signatures.items()]
     lines.append(
@@ -159,8 +165,11 @@ def cells_of(line: Comparison) -> tuple[str, ...]:
 
 
 def _markdown_table(comparisons: Sequence[Comparison]) -> list[str]:
-    lines = [HEADINGS, ("---", *["---:"] * 5, "---", "---:"), *(cells_of(line) for line in comparisons)]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return _as_markdown([HEADINGS, ("---", *["---:"] * 5, "---", "---:"), *(cells_of(line) for line in comparisons)])
+
+
+def _as_markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines]
 
 
 def _describe_speed(side: str, speed: Speed) -> str:
@@ -219,6 +228,7 @@ def render_evaluation(
         parts += [
             Text(line, style=_STYLES[verdict]) for verdict, line in _conclude(evaluation.retention, _RETENTION_WORDS)
         ]
+    parts += [_draw_table(table) for table in evaluation.tables]
     parts += [Text(line, style="dim") for line in describe(evaluation)]
     for worst in evaluation.worst[:WORST_ROWS_SHOWN]:
         parts.append(Text(f"\n{headline(worst, place(worst.row.file))}", style="bold"))
@@ -233,6 +243,21 @@ def _draw(comparisons: Sequence[Comparison], title: str, *, wide: bool) -> Table
         table.add_column(heading, justify="left" if is_word else "right", no_wrap=heading != "metric", overflow="fold")
     for line in comparisons:
         table.add_row(*(cells_of(line) if wide else _narrow_cells(line)), style=_STYLES[line.verdict])
+    return table
+
+
+def _draw_table(shown: ReportTable) -> Table:
+    """A task's own table, its first lines."""
+    from rich.table import Table
+    from rich.text import Text
+
+    more = len(shown.lines) - LINES_SHOWN
+    title = f"\ntuned model, {shown.title}" + (f": the first {LINES_SHOWN} of {len(shown.lines)}" if more > 0 else "")
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for number, heading in enumerate(shown.headings):
+        table.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
+    for cells in shown.cells()[:LINES_SHOWN]:
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -140,6 +140,8 @@ def evaluate_pair(
     reporter: Reporter,
     retention: Examples | None = None,
     about: About | None = None,
+    base_scorer: Any = None,
+    base_note: str = "",
 ) -> Evaluation:
     """Base (adapter off) and tuned model on the same rows, with intervals and verdicts.
 
@@ -156,6 +158,8 @@ def evaluate_pair(
         reporter: Gets bars and warnings.
         retention: Prepared rows of general ability; scored by loss, perplexity and token accuracy.
         about: What goes into the report's head.
+        base_scorer: Scores the base's rows in the place of the objective (`FittedBase`), its adapter off.
+        base_note: What the base is scored with, where that is not the base alone.
 
     Raises:
         DataError: There are no rows.
@@ -165,19 +169,20 @@ def evaluate_pair(
     forget_peak_memory(engine.device, of_process=False)
     asked = find_asked(examples, generation_rows, metric_names)
     pad_id = find_pad_id(engine.tokenizer, engine.embedding_rows)
-    score = partial(score_examples, objective, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=reporter)
+    score = partial(score_examples, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=reporter)
 
-    def run(side: str, adapter: str | None) -> tuple[list[RowScore], list[Answer], list[RowScore]]:
+    def run(side: str, adapter: str | None, scorer: Any) -> tuple[list[RowScore], list[Answer], list[RowScore]]:
         sampling = Sampling(max_new_tokens)
         requests = [Request(row.prompt_ids, adapter, sampling, tuple(stop_ids)) for row in asked]
         with engine.using(adapter):
-            kept = score(retention, what=f"retention, {side} model") if retention is not None else []
-            losses = score(examples, what=f"scoring, {side} model")
+            kept = score(scorer, retention, what=f"retention, {side} model") if retention is not None else []
+            losses = score(scorer, examples, what=f"scoring, {side} model")
         return losses, engine.answer(requests, reporter=reporter, what=f"answers, {side} model"), kept
 
     (adapter,) = engine.adapters
     with evaluating(objective):
-        (base, base_answers, base_kept), (tuned, answers, kept) = run("base", None), run("tuned", adapter)
+        base, base_answers, base_kept = run("base", None, base_scorer or objective)
+        tuned, answers, kept = run("tuned", adapter, objective)
     rows = join_rows(examples, base, tuned, asked, base_answers, answers)
     comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
     cheap = [name for name, metric in metrics.items() if metric.during_training and objective.task.can_score(name)]
@@ -197,6 +202,9 @@ def evaluate_pair(
         retention_rows=len(retained),
         base_speed=Speed.of(base_answers) if asked else None,
         tuned_speed=Speed.of(answers) if asked else None,
+        base_note=base_note,
+        tables=objective.task.tables([row.tuned.sums for row in rows]),
+        base_tables=objective.task.tables([row.base.sums for row in rows]),
     )
 
 

@@ -43,6 +43,8 @@ class RunDir:
     """What whoever answers, merges or evaluates must know of the run (`lorafit.run.card`)."""
     comparison = _Inside("comparison.json")
     """Tokens of a few rows, on which a merge is compared with the adapter it came from."""
+    base_head = _Inside("base_head.safetensors")
+    """What an evaluation fitted to a base whose head was only drawn."""
     data = _Inside("data.json")
     """What became of the rows: counts by source, rows skipped and cut, overlaps, contradictions, warnings."""
     plan = _Inside("plan.json")

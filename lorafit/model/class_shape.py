@@ -60,7 +60,7 @@ def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> M
         ModelError: transformers does not know the model as a causal language model either.
     """
     has_dense_layers = bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
-    if not model_class.has_new_head and config.get("model_type") in known_families() and not has_dense_layers:
+    if model_class.generates and config.get("model_type") in known_families() and not has_dense_layers:
         return read_shape(config)
     key = json.dumps([config, asdict(model_class)], sort_keys=True, default=str)
     if key not in _READ:
@@ -78,7 +78,7 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     settings = with_task(read_settings(config), model_class)
     model = build_empty(settings, auto_class)
     text = model.config.get_text_config()
-    embeddings, head = _token_embedding(model, generates=not model_class.has_new_head), output_head(model)
+    embeddings, head = _token_embedding(model, generates=model_class.generates), output_head(model)
     outer = outer_modules(model).values() if model_class.has_new_head else ()
     linears = _linear_shapes(model)
     beside = _beside(model)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Batch, Example, LossSum, Reporter, ShownSequence
+    from lorafit.contracts import Batch, Example, LossSum, Reporter, ReportTable, ShownSequence
 
 _PROBED_ROWS = 64
 _TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative; logits are rounded to the dtype
@@ -42,6 +42,9 @@ class TrainedTask(Protocol):
 
     def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
         """What the model answers to a row, told from its scores; None where it writes its answers."""
+
+    def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
+        """What a report shows beside metrics, from the scores of each row."""
 
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
         """One micro-batch on the CPU."""

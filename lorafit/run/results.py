@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -237,6 +238,42 @@ class Generated(Printed):
                 say(console, f"tuned: {answer.text}", "green")
             else:
                 say(console, answer.text)
+
+
+@dataclass(frozen=True)
+class Classified(Printed):
+    """Texts with their labels and the probabilities of all."""
+
+    texts: Sequence[Sample]
+    found: Sequence[JsonObject]
+
+    @property
+    def labels(self) -> list[list[str]]:
+        """Labels of each text, in order; several or none where a text may have so."""
+        return [list(row["labels"]) for row in self.found]
+
+    def to_json(self) -> JsonObject:
+        """An entry a text, in order."""
+        places = [{"file": text.file, "line": text.line} if text.line else {} for text in self.texts]
+        rows = zip(places, self.texts, self.found, strict=True)
+        return {"labels": [{**place, "text": text.text, **found} for place, text, found in rows]}
+
+    def write(self, file: Path) -> None:
+        """The same as JSON lines. Raises ResourceError where the disk is full, read-only or broken."""
+        from lorafit.files.atomic import atomic_file
+
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.to_json()["labels"]]
+        with atomic_file(file) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def render(self, console: Console) -> None:
+        """A line a text: labels with their probabilities, and the text where there are several."""
+        for text, found in zip(self.texts, self.found, strict=True):
+            given = found["labels"] or [max(found["probabilities"], key=found["probabilities"].get)]
+            shown = ", ".join(f"{label} {100 * found['probabilities'][label]:.1f} %" for label in given)
+            line = shown if found["labels"] else f"none of them (nearest: {shown})"
+            flat = " ".join((text.text or "").split())
+            console.print(line + (f"  {flat}" if text.line else ""), markup=False, highlight=False, soft_wrap=True)
 
 
 def describe_resolved(resolved: ResolvedPlan) -> str:

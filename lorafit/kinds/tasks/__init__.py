@@ -23,7 +23,18 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Batch, Column, Encoded, Example, LossSum, Sample, ShownSequence, TaskRow
+    from lorafit.contracts import (
+        Batch,
+        Column,
+        Encoded,
+        Example,
+        JsonObject,
+        LossSum,
+        ReportTable,
+        Sample,
+        ShownSequence,
+        TaskRow,
+    )
     from lorafit.objective import Objective
 
 
@@ -62,6 +73,10 @@ class Task(Kind[S_co]):
     """Whether its models answer with text, which metrics read."""
     reference_columns: ClassVar[tuple[Column, ...]] = ()
     """Columns that `refer` computes of every row before the first step; `collate` finds them in the examples."""
+    fitted_base: ClassVar[str] = ""
+    """What `fit_base` fits to the base, for people; empty where an evaluation scores the base as it is."""
+    classified_format: ClassVar[str | None] = None
+    """The format of what its models give labels to, for `classify`; None where they give none."""
     sequences: ClassVar[int] = 1
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
     packs: ClassVar[bool] = False
@@ -149,6 +164,36 @@ class Task(Kind[S_co]):
         They are kept by model, rows and precision, so that no option of the section may change them.
         """
         return {}
+
+    def fit_base(
+        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None
+    ) -> Mapping[str, NDArray[np.float64]]:
+        """What the base, whose head is only drawn, is scored with: fitted to its frozen states of the training rows.
+
+        Args:
+            objective: Around the base, its adapter off; the caller's precision is that of `Objective.autocast`.
+            train: Micro-batches of the training rows, on the model's device, to be read once.
+            held_out: The same of rows that choose between fits; some of the training rows do where None.
+        """
+        return {}
+
+    def score_base(
+        self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]
+    ) -> Mapping[str, NDArray[np.float64]]:
+        """What `score` gives, of the base with what was fitted to it."""
+        return self.score(objective, batch)
+
+    def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
+        """What a report shows beside metrics, from the scores of each row."""
+        return ()
+
+    def ask(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
+        """A row whose label is not known, as `encode` makes one whose label is; None where there is nothing to ask."""
+        return None
+
+    def label(self, objective: Objective, batch: Batch) -> list[JsonObject]:
+        """Each row's labels with probabilities, for `classify`: `labels`, and `probabilities` by label."""
+        return []
 
     def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
         """What the model answers to a row, told from its scores; None where it writes its answers, or gives none."""

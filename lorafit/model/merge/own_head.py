@@ -62,12 +62,18 @@ class OwnHead:
         }
         return replace(adapter, config={**adapter.config, "modules_to_save": None}, tensors=kept)
 
-    def put_on(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-        """The tensors of the merged model: the base's, and those of the head behind them in its last file."""
+    def put_on(self, entries: Mapping[str, TensorEntry], *, is_cast: bool) -> dict[str, TensorEntry]:
+        """The tensors of the merged model: the base's, and those of the head behind them in its last file.
+
+        Args:
+            entries: The base's.
+            is_cast: Whether all floats are written in another dtype than the base's, to which the head is cast too.
+        """
         kept = {n: entry for n, entry in entries.items() if n not in self.left_out and n not in self.tensors}
-        last, dtype = max(kept.values(), key=lambda entry: (entry.file.name, entry.offset)), main_dtype(kept)
+        last, main = max(kept.values(), key=lambda entry: (entry.file.name, entry.offset)), main_dtype(kept)
         offset = last.offset + last.size_bytes
         for name, entry in self.tensors.items():
+            dtype = entry.dtype if is_cast else main
             size = entry.elements * DTYPE_BYTES[dtype]
             kept[name] = replace(entry, name=name, file=last.file, dtype=dtype, offset=offset, size_bytes=size)
             offset += size

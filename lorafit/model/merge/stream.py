@@ -33,6 +33,7 @@ from lorafit.model.merge.requantize import noted_kind
 from lorafit.model.merge.shards import ShardMerger, Values
 from lorafit.model.names import Part, are_parts, read_parts, require_parts, rows_of
 from lorafit.model.tokenizer_files import Companions, write_object
+from lorafit.run.card import RunCard
 
 BaseKind = Literal["dequantized", "original"]
 
@@ -120,7 +121,7 @@ def merge_adapter(
     check_base(adapter, base)
     adapter.check_values(reporter)
     head = OwnHead.of(adapter)
-    entries = head.put_on(read_index(base.path))
+    entries = head.put_on(read_index(base.path), is_cast=kind == "dequantized")
     updates = plan_updates(head.take_off(adapter), base, entries)
     updates.copies.update(head.tensors)
     companions = choose_companions(base, adapter, reporter)
@@ -240,6 +241,11 @@ def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKin
             **{ours: adapter.config.get(key) for key, ours in adapter.kind.recipe_fields.items()},
         },
         "chat": card.chat if card else None,
-        **({"task": card.to_json()["task"]} if card and "head" in adapter.notes else {}),
+        **(_note_task(card) if card and "head" in adapter.notes else {}),
     }
     write_object(target / NOTES, notes)
+
+
+def _note_task(card: RunCard) -> JsonObject:
+    """What whoever asks a merged head must know beside config.json."""
+    return {"task": card.to_json()["task"], "max_length": card.max_length, "pad_id": card.pad_id}

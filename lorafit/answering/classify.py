@@ -1,0 +1,188 @@
+"""Labels of texts: what a run, an adapter or a merged model of a task with labels says of them.
+
+texts ──tokenizer, cut to the run's longest row──> rows ──by length──> micro-batches ──task.label──> labels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafit.answering.opening import noted_task, open_plain_model
+from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
+from lorafit.console.wording import counted
+from lorafit.contracts import Encoded, Example, JsonMapping, JsonObject, Sample, Silent
+from lorafit.data.batch import cut_step
+from lorafit.data.id_range import check_ids
+from lorafit.data.plain_text import encode_labelled
+from lorafit.data.prompts import COMMAND_LINE, read_prompt
+from lorafit.data.sources.files import find_files
+from lorafit.data.sources.row_columns import rename
+from lorafit.data.sources.source import SampleSet, Source
+from lorafit.errors import DataError, ModelError, UsageError
+from lorafit.kinds.formats import formats
+from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.model.adapter import NOTES, read_notes
+from lorafit.ops.dtypes import autocast_dtype
+from lorafit.ops.isolation import evaluating
+from lorafit.run.workspace import is_lone_adapter, is_model, open_run, sources_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.answering.engine import Engine
+    from lorafit.contracts import Reporter
+    from lorafit.run.card import RunCard
+
+_MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What labels texts, its weights not loaded yet.
+
+    Attributes:
+        task: Its task.
+        max_length: Longest row in tokens; what lies behind is cut off, as in training.
+        pad_id: Fills up short rows.
+        load: Gives the model in memory, with its tokenizer.
+        dtype: What the forward computes in; None: as the weights are.
+    """
+
+    task: Task[TaskSection]
+    max_length: int
+    pad_id: int
+    load: Callable[[], Engine]
+    dtype: torch.dtype | None = None
+
+    def label(self, samples: Sequence[Sample], reporter: Reporter) -> list[JsonObject]:
+        """Labels with probabilities of each text, in order.
+
+        Raises:
+            DataError: A text has no tokens, with its file and line.
+        """
+        engine = self.load()
+
+        def render(sample: Sample) -> Encoded:
+            return encode_labelled(sample.text or "", engine.tokenizer, self.max_length)
+
+        rows, cut = [], 0
+        for number, sample in enumerate(samples):
+            row = self.task.ask(
+                sample, lambda asked: encode_labelled(asked.text or "", engine.tokenizer, self.max_length)
+            )
+            if row is None:
+                raise DataError("has no text to classify", file=sample.file, line=sample.line or None)
+            check_ids(row.asked, engine.tokenizer, engine.embedding_rows)
+            cut += row.tokens == self.max_length
+            rows.append(Example(number, row.columns, sample.file, sample.line))
+        if cut:
+            reporter.warn(f"{counted(cut, 'text')} may be cut: data.max_length of the run is {self.max_length} tokens")
+        objective = self.task.build_objective(engine.model, autocast_dtype=self.dtype)
+        lengths = [len(row["tokens"]) for row in rows]
+        tokens, found = max(_MICRO_BATCH_TOKENS, *lengths), dict[int, JsonObject]()
+        with evaluating(objective), reporter.track(len(rows), "labels") as bar:
+            for members in cut_step(range(len(rows)), lengths, tokens):
+                batch = self.task.collate([[rows[row]] for row in members], self.pad_id).to(objective.device)
+                with objective.autocast(batch):
+                    found |= dict(zip(members, self.task.label(objective, batch), strict=True))
+                bar.advance(len(members))
+        return [found[row] for row in range(len(rows))]
+
+
+def open_classifier(path: Path, checkpoint: str | None, base_model: str | None, reporter: Reporter) -> Classifier:
+    """A run's adapter on its base, an adapter alone, or a merged model folder, nothing loaded yet.
+
+    Raises:
+        UsageError: There is nothing at the path, or a base is named for a model that needs none.
+        CheckpointError: It is neither a run nor an adapter nor a model.
+        ModelError: Its task gives no labels, or the base is not on this disk, or is another one.
+    """
+    if is_model(path):
+        if base_model is not None or checkpoint is not None:
+            key = "--base-model" if base_model is not None else "--checkpoint"
+            raise UsageError("a whole model has none", key=key, todo="name a run or an adapter folder")
+        task, notes = noted_task(path), read_notes(path)
+        if task is None:
+            raise _gives_no_labels("causal-lm")
+        _require_labels(task)
+        limit, pad_id = notes.get("max_length"), notes.get("pad_id")
+        if not isinstance(limit, int) or not isinstance(pad_id, int):
+            todo = "restore the file, or merge again"
+            raise ModelError("notes no length of rows", file=str(path / NOTES), key="max_length", todo=todo)
+        return Classifier(task, limit, pad_id, open_plain_model(path, reporter).load)
+    if is_lone_adapter(path):
+        if checkpoint is not None:
+            raise UsageError(
+                "only a run has checkpoints", key="--checkpoint", todo="name a run folder, or leave it out"
+            )
+        saved, base = open_lone_adapter(path, base_model, reporter)
+        card = saved.card()
+        if card is None:
+            raise ModelError(
+                "another tool made it, and says of no labels", file=str(path), todo="name a run of lorafit"
+            )
+        return _of_tuned(Tuned(card, base, path), card, reporter)
+    tuned = open_tuned(open_run(path), checkpoint, base_model, reporter)
+    return _of_tuned(tuned, tuned.card, reporter)
+
+
+def _of_tuned(tuned: Tuned, card: RunCard, reporter: Reporter) -> Classifier:
+    task = tasks.bind(card.task)
+    _require_labels(task)
+    load = partial(tuned.load, tuned.tokenizer(), reporter)
+    return Classifier(task, card.max_length, card.pad_id, load, autocast_dtype(card.dtype))
+
+
+def _require_labels(task: Task[TaskSection]) -> None:
+    if task.classified_format is None:
+        raise _gives_no_labels(task.section.kind)
+
+
+def _gives_no_labels(kind: str) -> ModelError:
+    return ModelError(f"a model of task {kind} gives no labels", key="task", todo="use lorafit generate")
+
+
+def read_texts(
+    path: Path,
+    format_name: str,
+    prompt: str | None,
+    input_file: Path | None,
+    rows: Sequence[str | JsonMapping] | None,
+    reporter: Reporter,
+) -> list[Sample]:
+    """The texts that are to be labelled; a run knows by its recipe what its rows call the column of the text.
+
+    Args:
+        path: The run, adapter or model.
+        format_name: `Task.classified_format`.
+        prompt: One text.
+        input_file: txt, one a line, or rows as training reads them, with labels or without.
+        rows: A program's: texts, or rows.
+        reporter: Gets warnings about columns.
+
+    Raises:
+        DataError: The file is missing or no data, or a row has no text; several as `Problems`.
+        UsageError: The text is blank.
+    """
+    from lorafit.recipe.schema import BadRowsSection, SourceSection
+
+    reader = formats.get(format_name)
+    if prompt is not None:
+        return [reader.read_prompt({"text": read_prompt(prompt)[0].prompt}, COMMAND_LINE, 0)]
+    mapped: dict[str, str] = {}
+    if not is_model(path) and not is_lone_adapter(path):
+        sources = [source for part in sources_of(open_run(path).loaded.recipe).values() for source in part]
+        mapped = next(({"text": source.columns["text"]} for source in sources if "text" in source.columns), {})
+    if rows is not None:
+        dicts = [{"text": row} if isinstance(row, str) else rename(row, mapped) for row in rows]
+        return [reader.read_prompt(row, f"prompts[{number}]", 0) for number, row in enumerate(dicts)]
+    opened = []
+    for file in find_files(str(input_file), Path(), start="the working folder"):
+        columns = {} if file.endswith(".txt") else mapped
+        section = SourceSection.model_construct(path=file, format=format_name, columns=columns)
+        opened.append(Source(section, Path(), Silent(), prompts=True))
+    return list(SampleSet(opened, BadRowsSection(), reporter))
