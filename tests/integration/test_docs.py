@@ -29,6 +29,7 @@ LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 SCHEMA_LINE = "# yaml-language-server: $schema=../configs/recipe.schema.json"
 MADE_BY = {
     "runs/quickstart": "lorafit train recipes/quickstart.yaml",
+    "runs/faq_classifier": "lorafit train recipes/faq_classifier.yaml",
     "runs/quickstart-merged": "lorafit merge runs/quickstart --output runs/quickstart-merged",
 }
 
@@ -83,6 +84,10 @@ def small_recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert changes.keys() <= values[section].keys(), "the quickstart has other keys now"
         values[section] = {**values[section], **changes}
     (folder / "quickstart.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    values = yaml.safe_load((folder / "faq_classifier.yaml").read_text(encoding="utf-8"))
+    values["model"]["base"], values["training"]["epochs"] = "tiny-base", 1
+    values["data"]["test"] = values["data"]["train"]  # the few rows of the other file have other labels
+    (folder / "faq_classifier.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder
 
 

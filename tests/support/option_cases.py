@@ -121,6 +121,13 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
     tools = {"data.train": "../rows/tools.jsonl", "data.max_length": 2048, "data.dropped_fields": "warn"}
     one, two = "../rows/more.jsonl", ["../rows/more.jsonl", "../rows/validation.jsonl"]
     return {
+        "task": Case(("causal-lm", {"kind": "sequence-classification"}), partial(last_of_classes, world)),
+        "task(sequence-classification).labels": Case(
+            (["no", "yes"], ["no", "perhaps", "yes"]), lambda names: last_of_classes(world, classifier(labels=names))
+        ),
+        "task(sequence-classification).multi_label": Case(
+            (False, True), lambda several: last_of_classes(world, classifier(multi_label=several))
+        ),
         "seed": Case((0, 1), of_run(world, "seed", adapter_tensors)),
         "data.train": Case((one, two), of_rows(world, "data.train")),
         "data.validation": Case(
@@ -383,3 +390,17 @@ def places_of_runs(world: OptionWorld, changes: Changes) -> list[str]:
     recipe = world.recipe(changes)
     pipeline.train(recipe)
     return [path.relative_to(recipe.parent).as_posix() for path in recipe.parent.rglob("metrics.jsonl")]
+
+
+def classifier(**options: Any) -> dict[str, Any]:
+    """Of a recipe: classification with these options."""
+    return {"kind": "sequence-classification", **options}
+
+
+def last_of_classes(world: OptionWorld, task: Any) -> list[float]:
+    """Losses of a run on texts with labels, which next-token prediction reads without them."""
+    rows = world.root / "rows" / "classes.jsonl"
+    rows.write_text("".join(f'{{"text": "red mug {n}", "label": "{"yes" if n % 3 else "no"}"}}\n' for n in range(8)))
+    source = {"path": "../rows/classes.jsonl", "format": "text" if task == "causal-lm" else "text_label"}
+    evaluation = {"evaluation.final": ["loss"], "evaluation.during": ["loss"]}
+    return [last_loss(world.train({"task": task, "data.train": [source], **evaluation}))]

@@ -144,10 +144,12 @@ def test_every_format_says_what_asks() -> None:
     assert asking == {
         "alpaca": ["instruction"],
         "messages": ["messages"],
+        "preference": ["rejected"],
         "prompt_completion": ["prompt"],
         "question_answer": ["question"],
         "sharegpt": ["conversations"],
         "text": [],
+        "text_label": ["label", "text"],
     }
 
 

@@ -39,6 +39,7 @@ def test_every_format_knows_its_own_rows() -> None:
         "preference": {"prompt": "", "chosen": "", "rejected": ""},
         "prompt_completion": {"prompt": "", "completion": ""},
         "text": {"text": ""},
+        "text_label": {"text": "", "label": ""},
     }
     assert formats.names() == sorted(rows)
     for name, row in rows.items():

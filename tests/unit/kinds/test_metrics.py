@@ -20,7 +20,9 @@ from lorafit.kinds.metrics.rouge import split_words
 
 
 def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, ...]]:
-    return {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}
+    classes = {"classes": (1.0, 0.0), "predicted": (1.0, 0.0) if correct else (0.0, 1.0)}
+    pairs = {"preferred": (correct * tokens,), "margin": (correct,)}
+    return {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,), **classes, **pairs}
 
 
 TEXTS = [  # answer, reference

@@ -128,7 +128,7 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     (
         "metric too slow for training",
         MINIMAL + "evaluation: {during: [loss, rouge]}\n",
-        ["evaluation.during[1]", "while training", "available: loss"],
+        ["evaluation.during[1]", "while training", "available: ", "loss"],
     ),
     (
         "unknown format",

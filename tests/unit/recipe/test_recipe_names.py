@@ -241,7 +241,7 @@ VALUES = [
     ("model.dtype=float16", "fp16"),
     ("model.attention=flash_attn", "flash_attention_2"),
     ("task=sft", "causal-lm"),
-    ("evaluation.final=[accuracy]", "token_accuracy"),
+    ("evaluation.final=[mean_token_accuracy]", "token_accuracy"),
 ]
 
 
@@ -281,7 +281,6 @@ def test_a_word_for_none_is_answered_with_what_the_key_takes(fails: Fails, flag:
         ("tracking='wandb, mlflow'", "; write [wandb, mlflow]"),
         ("tracking=tensorbord", "; did you mean [tensorboard]?"),
         ("tracking=everything", "found 'everything'"),
-        ("evaluation.final=accuracy", "; did you mean [token_accuracy]?"),
         ("adapter.target_modules='q_proj,v_proj'", "; write [q_proj, v_proj]"),
         ("adapter.target_modules=layers.0.q_proj", "found 'layers.0.q_proj'"),
         ("adapter.target_modules=none", "found 'none'"),

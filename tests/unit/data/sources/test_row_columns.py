@@ -66,16 +66,8 @@ def test_verbatim_text_is_proposed_beside_the_chat(tmp_path: Path, row: dict[str
 @pytest.mark.parametrize(
     ("row", "parts"),
     [
-        ({"text": "a", "label": "spam"}, ["classification", "no task yet", "causal-lm", "format: text"]),
-        ({"text": "a", "label": 1}, ["classification", "no task yet", "format: text learns the text alone"]),
-        (
-            {"sentence": "a", "label": "x"},
-            ["classification", "no task yet", "{text: sentence}", "{prompt: sentence, comp"],
-        ),
-        (
-            {"premise": "a", "hypothesis": "b", "label": 0},
-            ["classification", "no task yet", "columns: {text: premise}"],
-        ),
+        ({"sentence": "a", "label": "x"}, ["likely text_label", "columns: {text: sentence}"]),
+        ({"review": "a", "sentiment": "x"}, ["likely text_label", "columns: {text: review, label: sentiment}"]),
         (
             {"prompt": "q", "completion": "a", "label": True},
             ["kto", "no task yet", "keep the rows whose label is true"],
@@ -92,11 +84,13 @@ def test_what_else_is_said(tmp_path: Path, row: dict[str, Any], parts: list[str]
     assert [part for part in parts if part not in said] == [], said
 
 
-def test_a_text_with_a_label_is_learnt_where_the_recipe_says_how(tmp_path: Path) -> None:
+def test_a_text_with_a_label_is_one_to_classify_and_a_text_where_the_recipe_says_so(tmp_path: Path) -> None:
     row = {"text": "a", "label": "spam"}
-    assert read(tmp_path, row, format="text").text == "a"
-    mapped = read(tmp_path, row, columns=yaml.safe_load(MAPPING.findall(refusal(tmp_path, row))[0]))
-    assert (mapped.prompt, mapped.completion) == ("a", "spam")
+    assert (read(tmp_path, row).text, read(tmp_path, row).labels) == ("a", ("spam",))
+    alone = read(tmp_path, row, format="text")
+    assert (alone.text, alone.labels) == ("a", None)
+    written = read(tmp_path, row, columns={"prompt": "text", "completion": "label"})
+    assert (written.prompt, written.completion) == ("a", "spam")
 
 
 def test_mapped_fields_decide_the_format(tmp_path: Path) -> None:
@@ -127,7 +121,5 @@ def test_a_label_that_is_no_verdict_leaves_prompts_and_completions_alone(tmp_pat
     assert read(tmp_path, {"prompt": "q", "completion": "a", "label": "spam"}).completion == "a"
     judged = {"prompt": "q", "completion": "a", "label": True}
     assert read(tmp_path, judged, format="prompt_completion").completion == "a"
-    said = refusal(tmp_path, {"sentence": "a", "label": "x"})
-    alone, written = (yaml.safe_load(mapping) for mapping in MAPPING.findall(said))
-    assert read(tmp_path, {"sentence": "a", "label": "x"}, columns=alone, format="text").text == "a"
-    assert read(tmp_path, {"sentence": "a", "label": "x"}, columns=written).completion == "x"
+    mapped = yaml.safe_load(MAPPING.findall(refusal(tmp_path, {"sentence": "a", "label": "x"}))[0])
+    assert read(tmp_path, {"sentence": "a", "label": "x"}, columns=mapped).labels == ("x",)

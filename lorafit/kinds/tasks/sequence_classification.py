@@ -1,0 +1,366 @@
+"""Sequence classification: texts into classes, by a new head on an encoder or on a causal model.
+
+    one label a row      softmax over the classes, cross-entropy
+    labels: several      a sigmoid a class, binary cross-entropy summed over the classes
+
+The head is drawn anew, trained whole, and saved with the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from lorafit.contracts import Batch, Column, LossSum, ReportTable, ShownSequence, TaskRow
+from lorafit.errors import DataError
+from lorafit.facts import ModelClass
+from lorafit.kinds.tasks import Task, TaskSection, tasks
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from lorafit.contracts import Encoded, Example, JsonObject, Sample
+    from lorafit.objective import Objective
+
+_STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # of the L2 term beside the mean loss, over standardised states
+_ITERATIONS = 200
+_HELD_OUT_EVERY = 10
+_MATRIX_CLASSES = 12
+
+
+class SequenceClassificationSection(TaskSection):
+    """Texts into classes."""
+
+    kind: Literal["sequence-classification"] = "sequence-classification"
+    """Sequence classification."""
+    labels: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Names of the classes, in the order of the model's outputs; empty: those of the training rows, sorted."""
+    multi_label: bool = False
+    """Whether a row may belong to several classes, or to none; else to exactly one."""
+
+    @field_validator("labels")
+    @classmethod
+    def _are_different(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("a class is named twice")
+        if len(value) == 1:
+            raise ValueError("one class alone is nothing to tell apart; name two at least")
+        return value
+
+
+@tasks.register(SequenceClassificationSection)
+class SequenceClassification(Task[SequenceClassificationSection]):
+    """The loss is the cross-entropy of a row's class, or of each class where a row may have several."""
+
+    fitted_base = (
+        "the frozen model with a head trained on the same rows: a logistic regression over the mean of its last "
+        "states, its strength chosen on held-out rows"
+    )
+    classified_format = "text_label"
+    during_metrics = ("loss", "accuracy")
+    final_metrics = ("accuracy", "macro_f1", "loss")
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes; two without names where neither recipe nor rows have said."""
+        return self.section.labels or ["0", "1"]
+
+    def settle(self, samples: Iterable[Sample]) -> SequenceClassification:
+        """The task with the labels of its training rows, numbers in their order, where the recipe names none.
+
+        Raises:
+            DataError: There are fewer than two.
+        """
+        if self.section.labels:
+            return self
+        found = {name for sample in samples for name in sample.labels or ()}
+        if len(found) < 2:
+            what = f"the training rows have {len(found)} labels; two classes at least can be told apart"
+            raise DataError(what, key="label", todo="add rows of other classes, or set task.labels")
+        names = sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
+        return SequenceClassification(self.section.model_copy(update={"labels": names}))
+
+    @property
+    def model_class(self) -> ModelClass:
+        """A model with a head of one output a class, which is new."""
+        config = {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {name: number for number, name in enumerate(self.labels)},
+            "problem_type": "multi_label_classification" if self.section.multi_label else "single_label_classification",
+        }
+        return ModelClass("AutoModelForSequenceClassification", config, has_new_head=True, peft_task="SEQ_CLS")
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Token ids, and 0/1 for each class."""
+        return (Column("tokens", "<i4", holds_tokens=True), Column("classes", "|u1", width=len(self.labels)))
+
+    @property
+    def scores(self) -> Mapping[str, int]:
+        """The loss, its weight (1 a row), the row's classes, and those that the model gives it."""
+        count = len(self.labels)
+        return {"loss": 1, "weight": 1, "classes": count, "predicted": count}
+
+    def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
+        """The text and its classes.
+
+        Raises:
+            DataError: The row has no label, one that is not known, or another number of them than it may.
+        """
+        if sample.labels is None or sample.text is None:
+            raise DataError(
+                "has no text with a label", key="label", todo="map them with columns: {text: .., label: ..}"
+            )
+        known = {name: number for number, name in enumerate(self.labels)}
+        for name in sample.labels:
+            if name not in known:
+                raise DataError(f"label '{name}' is none of {', '.join(self.labels)}", key="label")
+        if not self.section.multi_label and len(sample.labels) != 1:
+            what = f"has {len(sample.labels)} labels, and belongs to one class"
+            raise DataError(what, key="label", todo="give it one, or set task.multi_label: true")
+        return self._row(sample, render, [known[name] for name in sample.labels])
+
+    def ask(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
+        """The text, of no class yet."""
+        return self._row(sample, render, [])
+
+    def _row(
+        self, sample: Sample, render: Callable[[Sample], Encoded | None], classes: Sequence[int]
+    ) -> TaskRow | None:
+        encoded = render(sample)
+        if encoded is None:
+            return None
+        ids, flags = encoded.input_ids, [int(number in classes) for number in range(len(self.labels))]
+        return TaskRow({"tokens": ids, "classes": flags}, len(ids), 1, ids, classes)
+
+    def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+        """Padded texts with a mask, and what is right: each row's class, or a 0 or 1 for each class of each row."""
+        import numpy as np
+        import torch
+
+        examples = [example for (example,) in rows]
+        lengths = [len(example["tokens"]) for example in examples]
+        ids = np.full((len(examples), max(lengths)), pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, example in enumerate(examples):
+            ids[row, : lengths[row]] = example["tokens"]
+            mask[row, : lengths[row]] = 1
+        flags = np.array([example["classes"] for example in examples], dtype=np.int64)
+        right = flags.reshape(-1) if self.section.multi_label else flags.argmax(axis=-1)
+        tensors = {"input_ids": ids, "attention_mask": mask, "label_ids": right}
+        numbers = tuple(example.index for example in examples)
+        return Batch({name: torch.from_numpy(v) for name, v in tensors.items()}, len(rows), numbers, sum(lengths))
+
+    def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
+        """A micro-batch of such a shape, its values left open."""
+        import torch
+
+        ids = torch.empty((rows, tokens), dtype=torch.int64)
+        right = torch.empty(rows * (len(self.labels) if self.section.multi_label else 1), dtype=torch.int64)
+        tensors = {"input_ids": ids, "attention_mask": torch.empty_like(ids), "label_ids": right}
+        return Batch(tensors, rows, tuple(range(rows)), ids.numel())
+
+    def show(self, example: Example) -> tuple[ShownSequence, ...]:
+        """The text, and its label."""
+        ids = [int(token) for token in example["tokens"]]
+        return (ShownSequence(ids, [0] * len(ids), label=self._name(example["classes"])),)
+
+    def cut_probe(self, example: Example, most_tokens: int) -> Example:
+        """The end of the row: its label is that of any part."""
+        return self.cut(example, most_tokens)
+
+    def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
+        """Nats summed over the rows."""
+        from torch.nn import functional
+
+        logits = self.logits(objective, batch)
+        return LossSum(functional.cross_entropy(logits, batch["label_ids"], reduction="sum"), batch.weight, {})
+
+    def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+        """Of each row: its loss, 1, its classes, and those that the model gives it."""
+        return self._score(self.logits(objective, batch), batch)
+
+    def fit_base(
+        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None
+    ) -> Mapping[str, NDArray[np.float64]]:
+        """A logistic regression over the mean of the frozen model's last states, standardised: [classes, states].
+
+        Of the strengths that are tried, the one with the least loss on held-out rows, every tenth one where None; then
+        fitted to all training rows with it.
+        """
+        import torch
+
+        states, right = self._read_states(objective, train)
+        mean, scale = states.mean(0), states.std(0, correction=0).clamp(min=1e-8)
+        states = (states - mean) / scale
+        if held_out is not None:
+            tried, choosing = (states, right), self._read_states(objective, held_out)
+            choosing = ((choosing[0] - mean) / scale, choosing[1])
+        else:
+            chosen = torch.arange(len(states)) % _HELD_OUT_EVERY == 0
+            tried, choosing = (states[~chosen], right[~chosen]), (states[chosen], right[chosen])
+        found = []
+        for strength in _STRENGTHS:
+            weight, bias = self._regress(*tried, strength)
+            found.append(float(self._losses(choosing[0] @ weight.T + bias, choosing[1]).mean()))
+        best = _STRENGTHS[min(range(len(found)), key=found.__getitem__)]
+        weight, bias = self._regress(states, right, best)
+        values = {"weight": weight / scale, "bias": bias - (weight / scale) @ mean, "strength": torch.tensor([best])}
+        return {name: value.double().cpu().numpy() for name, value in values.items()}
+
+    def score_base(
+        self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]
+    ) -> Mapping[str, NDArray[np.float64]]:
+        """What `score` gives, of that regression."""
+        import torch
+
+        states = _mean_states(objective, batch)
+        weight, bias = (torch.from_numpy(fitted[name]).to(states.device) for name in ("weight", "bias"))
+        return self._score(self._as_labels(states @ weight.T + bias), batch)
+
+    def _read_states(self, objective: Objective, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean states [rows, width] in fp64, and 0/1 for each class [rows, classes]."""
+        import torch
+
+        states, right = [], []
+        for batch in batches:
+            with objective.autocast(batch):
+                states.append(_mean_states(objective, batch))
+            right.append(self._flags(batch["label_ids"], len(batch.rows)))
+        return torch.cat(states), torch.cat(right).double()
+
+    def _regress(self, states: torch.Tensor, right: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias that make mean loss + strength / 2 * |weight|^2 least, by L-BFGS."""
+        import torch
+
+        weight = states.new_zeros((right.shape[1], states.shape[1]), requires_grad=True)
+        bias = states.new_zeros(right.shape[1], requires_grad=True)
+        solver = torch.optim.LBFGS([weight, bias], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+
+        def measure() -> torch.Tensor:
+            loss = self._losses(states @ weight.T + bias, right).mean() + strength / 2 * weight.square().sum()
+            weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
+            return loss
+
+        with torch.enable_grad():
+            solver.step(measure)  # type: ignore[no-untyped-call]
+        return weight.detach(), bias.detach()
+
+    def _losses(self, logits: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Of each row, [rows], from logits and 0/1 for each class."""
+        from torch.nn import functional
+
+        if self.section.multi_label:
+            return functional.binary_cross_entropy_with_logits(logits, right, reduction="none").sum(-1)
+        return functional.cross_entropy(logits, right, reduction="none")
+
+    def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
+        """Each class, and which classes are taken for which: all of them, or of many classes the pairs that are."""
+        import numpy as np
+
+        wanted, given = (np.array([row[name] for row in rows], dtype=int) for name in ("classes", "predicted"))
+        counts = wanted.T @ given
+        rows_of, given_of, right_of = wanted.sum(0), given.sum(0), (wanted * given).sum(0)
+        lines: list[tuple[str | int | float, ...]] = []
+        for name, there, said, right in zip(self.labels, rows_of, given_of, right_of, strict=True):
+            shares = _share(right, said), _share(right, there), _share(2 * right, said + there)
+            lines.append((name, int(there), *shares))
+        by_class = ReportTable("classes", "each class", ("class", "rows", "precision", "recall", "F1"), tuple(lines))
+        if self.section.multi_label:
+            return (by_class,)
+        if len(self.labels) <= _MATRIX_CLASSES:
+            title, headings = "confusion: rows of each class by the class given", ("row's class", *self.labels)
+            cells: list[tuple[str | int | float, ...]] = [
+                (name, *map(int, line)) for name, line in zip(self.labels, counts, strict=True)
+            ]
+            return (by_class, ReportTable("confusion", title, headings, tuple(cells)))
+        pairs = sorted((-int(counts[i, j]), i, j) for i, j in np.argwhere(counts) if i != j)
+        named = tuple((self.labels[i], self.labels[j], -count) for count, i, j in pairs)
+        title = "confusion: classes given for others"
+        return (by_class, ReportTable("confusion", title, ("row's class", "class given", "rows"), named))
+
+    def label(self, objective: Objective, batch: Batch) -> list[JsonObject]:
+        """The classes of each row, and the probability of every class."""
+        import numpy as np
+
+        shares = self.logits(objective, batch).double().softmax(-1).cpu().numpy()
+        if self.section.multi_label:
+            shares = shares[:, 1].reshape(len(batch.rows), -1)
+            flags = shares > 1 / 2
+        else:
+            flags = shares.argmax(-1, keepdims=True) == np.arange(len(self.labels))
+        return [
+            {
+                "labels": [name for name, flag in zip(self.labels, row_flags, strict=True) if flag],
+                "probabilities": dict(zip(self.labels, row.tolist(), strict=True)),
+            }
+            for row, row_flags in zip(shares, flags, strict=True)
+        ]
+
+    def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
+        """The names of the classes that the model gives the row."""
+        return self._name(sums["predicted"])
+
+    def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """The model's own loss, which is a mean over rows, or over rows and classes."""
+        right = batch["label_ids"]
+        labels = right.view(len(batch.rows), -1).float() if self.section.multi_label else right
+        loss: torch.Tensor = objective.model(**_inputs(batch), labels=labels).loss.double()
+        return loss * labels.numel()
+
+    def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """[rows, classes]; of several labels no and yes for each class of each row, [rows * classes, 2]; fp32."""
+        logits: torch.Tensor = objective.model(**_inputs(batch)).logits.float()
+        return self._as_labels(logits)
+
+    def _as_labels(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of each class [rows, classes] as the logits of the labels."""
+        import torch
+
+        if not self.section.multi_label:
+            return logits
+        yes = logits.reshape(-1)
+        return torch.stack([torch.zeros_like(yes), yes], dim=-1)
+
+    def _flags(self, labels: torch.Tensor, rows: int) -> torch.Tensor:
+        """0/1 for each class [rows, classes], from `label_ids` or what was chosen in their place."""
+        from torch.nn import functional
+
+        return labels.view(rows, -1) if self.section.multi_label else functional.one_hot(labels, len(self.labels))
+
+    def _score(self, logits: torch.Tensor, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+        """What `score` gives, of logits."""
+        import numpy as np
+        from torch.nn import functional
+
+        rows, right = len(batch.rows), batch["label_ids"]
+        losses = functional.cross_entropy(logits, right, reduction="none").view(rows, -1).sum(-1)
+        found = {"loss": losses, "classes": self._flags(right, rows), "predicted": self._flags(logits.argmax(-1), rows)}
+        arrays = {name: values.double().cpu().numpy() for name, values in found.items()}
+        return {**arrays, "weight": np.ones(rows)}
+
+    def _name(self, flags: Sequence[float]) -> str:
+        names = [name for name, flag in zip(self.labels, flags, strict=True) if flag]
+        return ", ".join(names) or "none of them"
+
+
+def _inputs(batch: Batch) -> dict[str, torch.Tensor | bool]:
+    """Arguments of a forward. Causal models read the last token of a row, which they find by the config's pad token."""
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "return_dict": True}
+
+
+def _mean_states(objective: Objective, batch: Batch) -> torch.Tensor:
+    """Mean over a row's tokens of the last states of the model behind the head, [rows, width], fp64."""
+    states = objective.base.base_model(**_inputs(batch)).last_hidden_state.double()
+    mask = batch["attention_mask"].unsqueeze(-1).double()
+    mean: torch.Tensor = (states * mask).sum(1) / mask.sum(1)
+    return mean
+
+
+def _share(part: int, of: int) -> float:
+    return float(part / of) if of else 0.0
