@@ -121,13 +121,6 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
     tools = {"data.train": "../rows/tools.jsonl", "data.max_length": 2048, "data.dropped_fields": "warn"}
     one, two = "../rows/more.jsonl", ["../rows/more.jsonl", "../rows/validation.jsonl"]
     return {
-        "task": Case(("causal-lm", {"kind": "sequence-classification"}), partial(last_of_classes, world)),
-        "task(sequence-classification).labels": Case(
-            (["no", "yes"], ["no", "perhaps", "yes"]), lambda names: last_of_classes(world, classifier(labels=names))
-        ),
-        "task(sequence-classification).multi_label": Case(
-            (False, True), lambda several: last_of_classes(world, classifier(multi_label=several))
-        ),
         "seed": Case((0, 1), of_run(world, "seed", adapter_tensors)),
         "data.train": Case((one, two), of_rows(world, "data.train")),
         "data.validation": Case(
@@ -165,7 +158,16 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
     """What is learnt of a row."""
     preferences = partial(last_of_pairs, world, "dpo")
     return {
-        "task": Case(("causal-lm", "dpo"), lambda kind: last_of_pairs(world, kind)),
+        "task": Case(
+            ("causal-lm", "dpo", classifier()),
+            lambda task: last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)],
+        ),
+        "task(sequence-classification).labels": Case(
+            (["no", "yes"], ["no", "perhaps", "yes"]), lambda names: last_of_classes(world, classifier(labels=names))
+        ),
+        "task(sequence-classification).multi_label": Case(
+            (False, True), lambda several: last_of_classes(world, classifier(multi_label=several))
+        ),
         "task(dpo).beta": Case((0.1, 5.0), partial(preferences, "beta")),
         "task(dpo).loss": Case(("sigmoid", "hinge", "ipo"), partial(preferences, "loss")),
         "task(dpo).label_smoothing": Case((0.0, 0.3), partial(preferences, "label_smoothing"), refused=(0.5,)),
