@@ -39,7 +39,7 @@ def test_a_few_layers_tell_what_the_whole_step_holds(
     found = lorafit.estimate(recipe, exact=True)
     assert found.exact is not None and found.memory.counts_all
     assert found.memory.tensor_bytes == pytest.approx(found.exact.tensor_bytes, rel=0.02)
-    low = closed_form(found.asked.memory.step, found.memory.micro_batch_tokens, False)
+    low = closed_form(found.asked.step, found.memory.micro_batch_tokens, False)
     assert low.tensor_bytes < 0.95 * found.exact.tensor_bytes
     assert found.methods == found.savings == ()  # each would be a dry run; a card asks for them
     monkeypatch.setattr(dry_run, "DryRun", None)  # the answer is in the cache
@@ -49,7 +49,7 @@ def test_a_few_layers_tell_what_the_whole_step_holds(
 def test_a_card_is_judged_by_what_was_measured(recipe: dict[str, Any]) -> None:
     roomy = lorafit.estimate(recipe, gpu="24GiB")
     assert roomy.fits and not roomy.memory.gradient_checkpointing and roomy.methods and not roomy.savings
-    low = closed_form(roomy.asked.memory.step, roomy.memory.micro_batch_tokens, False).needed_bytes
+    low = closed_form(roomy.asked.step, roomy.memory.micro_batch_tokens, False).needed_bytes
     # a card between the two: the closed form alone would say that it fits
     card_mib = (low + roomy.memory.needed_bytes) / 2 / 0.95 / 2**20
     tight = lorafit.estimate(recipe, gpu=f"{card_mib:.1f}MiB")
