@@ -198,7 +198,7 @@ def explain_unread(column: str, row: Row, kind: Format) -> str | None:
 
 def no_prompt(row: Row) -> DataError:
     """The error for a row that no format takes for a prompt."""
-    asking = sorted({field for _, kind in by_priority() for field in required_fields(kind, prompts=True)})
+    asking = sorted({kind.asks for _, kind in by_priority() if kind.asks})
     close = next((near[0] for field in asking if (near := nearest(field, row, count=1))), None)
     todo = f"did you mean '{close}'? " if close else ""
     todo += f"call the one that asks {alternatives(asking)}"

@@ -20,6 +20,7 @@ class Format(Protocol):
         fields: The field names it reads, `{name: required}`.
         answer: The required field that a prompt may lack, since the model is to write it; None where the answer is part
             of a field that asks (the last turn of a chat).
+        asks: The field that a person is told to write a prompt in; None where another format has it.
         known_as: What other tools and data sets call a field, lower case, for a message that says how to map columns.
         verbatim: Whether its rows go through no chat template (unless the recipe names one).
     """
@@ -27,6 +28,7 @@ class Format(Protocol):
     priority: int
     fields: Mapping[str, bool]
     answer: str | None = None
+    asks: str | None = None
     known_as: Mapping[str, tuple[str, ...]] = {}
     verbatim: bool = False
 

@@ -22,6 +22,7 @@ class Alpaca(Format):
     """The user's turn is instruction and input, an empty line between them; the assistant's is the output."""
 
     priority = 30
+    asks = "instruction"
     fields: Mapping[str, bool] = {
         "instruction": True,
         "output": True,

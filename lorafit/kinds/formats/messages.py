@@ -15,6 +15,7 @@ class Messages(Format):
     """Roles system, developer, user, assistant and tool; tool calls, reasoning and names; `weight: 0` on a turn."""
 
     priority = 10
+    asks = "messages"
     fields: Mapping[str, bool] = {"messages": True, "tools": False, "must_contain": False}
 
     def read(self, row: Row, file: str, line: int) -> Sample:

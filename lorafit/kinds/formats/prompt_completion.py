@@ -14,6 +14,7 @@ class PromptCompletion(Format):
     """Used verbatim, prompt + completion + end of text, unless the recipe names a chat template."""
 
     priority = 50
+    asks = "prompt"
     fields: Mapping[str, bool] = {"prompt": True, "completion": True, "must_contain": False}
     answer = "completion"
     known_as: Mapping[str, tuple[str, ...]] = {

@@ -15,6 +15,7 @@ class QuestionAnswer(Format):
     """A chat of one turn each: the user asks, the assistant answers."""
 
     priority = 40
+    asks = "question"
     fields: Mapping[str, bool] = {"question": True, "answer": True, "system": False, "must_contain": False}
     answer = "answer"
     known_as: Mapping[str, tuple[str, ...]] = {

@@ -33,6 +33,7 @@ class ShareGpt(Format):
     """human, gpt, system, function_call (a JSON call, or a list of them) and observation turns."""
 
     priority = 20
+    asks = "conversations"
     fields: Mapping[str, bool] = {"conversations": True, "system": False, "tools": False, "must_contain": False}
 
     def read(self, row: Row, file: str, line: int) -> Sample:

@@ -7,25 +7,20 @@ from collections.abc import Mapping
 from lorafit.contracts import Sample
 from lorafit.errors import DataError
 from lorafit.kinds.fields import Row, missing_field, read_filled_string, read_json_list, wrong_type
-from lorafit.kinds.formats import formats
+from lorafit.kinds.formats import Format, formats
 
 
 @formats.register("text_label")
-class TextLabel:
+class TextLabel(Format):
     """A text and its label; numbers and truth values are names of labels too."""
 
     priority = 55
     fields: Mapping[str, bool] = {"text": True, "label": True}
-    answer: str | None = None
     known_as: Mapping[str, tuple[str, ...]] = {
         "text": ("sentence", "content", "review", "comment", "message", "question", "body"),
         "label": ("labels", "class", "category", "target", "sentiment", "intent"),
     }
     verbatim = True
-
-    def matches(self, row: Row) -> bool:
-        """Whether the row has a text and a label."""
-        return "text" in row and "label" in row
 
     def read(self, row: Row, file: str, line: int) -> Sample:
         """The text with its labels by name, in the row's order; a list may be empty: none of them applies."""
