@@ -11,7 +11,7 @@ Prints the median wall time, CPU time and peak resident memory of
 
     PEFT                    from_pretrained, PeftModel, merge_and_unload, save_pretrained: `--base original`'s work
     lorafit original        --base original, with --no-verify and with the streaming check
-    lorafit dequantized     the same from a run folder with an NF4 record, so that the base is quantised and proven
+    lorafit dequantized     the same onto the base as NF4 left it, whose record lies beside the adapter, with its proof
     cp + fsync              the bytes alone
 
 and each of lorafit's as a ratio to its unavoidable parts, measured in the same run: reading the base once, quantising
@@ -47,13 +47,6 @@ SIZES = {
     "tiny": {"layers": 2, "hidden": 128, "inner": 256, "vocabulary": 256},
 }
 HEAD_WIDTH = 32
-RECIPE = """\
-name: merge-benchmark
-model: {base: %s, dtype: bf16, quantization: {kind: nf4}}
-adapter: {r: %d, alpha: %d}
-data: {train: [{path: unused.jsonl}], max_length: 128}
-training: {epochs: 1, batch_size: 1, learning_rate: 1.0e-4}
-"""
 
 
 # --- what is merged: made in processes of their own, so that the measuring one stays small ---------------------------
@@ -126,17 +119,14 @@ def make_adapter(folder: Path, size: str, base: Path) -> None:
 
 
 def make(folder: Path, size: str) -> dict[str, Any]:
-    """Base, adapter, and a run folder around the adapter that lacks only the record of its quantisation."""
+    """Base and adapter."""
     make_base(folder / "base", size)
-    run = folder / "run"
-    make_adapter(run / "adapter", size, folder / "base")
-    (run / "recipe.yaml").write_text(RECIPE % (folder / "base", RANK, 2 * RANK))
-    (run / "manifest.json").write_text("{}")
+    make_adapter(folder / "adapter", size, folder / "base")
     return {"bytes": sum(file.stat().st_size for file in (folder / "base").iterdir())}
 
 
 def quantise(folder: Path, _: str) -> dict[str, Any]:
-    """Quantises every linear as training would, one whole weight at a time, and leaves the run's record of it.
+    """Quantises every linear as training would, one whole weight at a time, and leaves the record of it.
 
     Returns:
         `seconds` inside bitsandbytes, and how many `parameters` those were.
@@ -161,7 +151,7 @@ def quantise(folder: Path, _: str) -> dict[str, Any]:
             tensors[name.removesuffix(".weight")] = hash_four_bit(codes, state)
     used = {"kind": "nf4", "double_quant": True, "weights_dtype": "bfloat16", "device": "cpu"}
     record = {**used, "digest": digest_of(tensors), "tensors": tensors}
-    (folder / "run" / "quantization.json").write_text(json.dumps(record))
+    (folder / "adapter" / "quantization.json").write_text(json.dumps(record))
     return {"seconds": seconds, "parameters": parameters}
 
 
@@ -192,26 +182,13 @@ def write(folder: Path, _: str) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def merge_dequantized(folder: Path, _: str) -> dict[str, Any]:
-    """What `lorafit merge RUN` does before it compares answers, which this run has no rows and no tokenizer for."""
-    from lorafit.contracts import Silent
-    from lorafit.model.base import read_base
-    from lorafit.model.merge import merge_adapter
-
-    run = folder / "run"
-    used = json.loads((run / "quantization.json").read_text())
-    output, reporter, opened = folder / "output", Silent(), read_base(folder / "base")
-    report = merge_adapter(opened, run / "adapter", output, kind="dequantized", quantization=used, reporter=reporter)
-    return report.to_json()
-
-
 def merge_with_peft(folder: Path, _: str) -> dict[str, Any]:
     """What a user of PEFT writes."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
-    model = PeftModel.from_pretrained(model, str(folder / "run" / "adapter")).merge_and_unload()
+    model = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
     model.save_pretrained(folder / "output")
     return {}
 
@@ -240,10 +217,7 @@ def compare(folder: Path, _: str) -> dict[str, Any]:
     return {"equal": equal / values, "furthest": furthest}
 
 
-PARTS = {
-    function.__name__: function
-    for function in (make, quantise, read, write, merge_dequantized, merge_with_peft, compare)
-}
+PARTS = {function.__name__: function for function in (make, quantise, read, write, merge_with_peft, compare)}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -290,7 +264,7 @@ def run_part(name: str, folder: Path, size: str) -> dict[str, Any]:
 
 def commands(folder: Path, size: str) -> dict[str, list[str]]:
     """What is compared, by the name it is printed under. All write to the folder `output`."""
-    base, run, output = folder / "base", folder / "run", folder / "output"
+    base, output = folder / "base", folder / "output"
     lorafit = [
         sys.executable,
         "-c",
@@ -299,16 +273,17 @@ def commands(folder: Path, size: str) -> dict[str, list[str]]:
         "--quiet",
         "--output",
         str(output),
+        str(folder / "adapter"),
+        "--base",
     ]
-    original = [*lorafit, str(run / "adapter"), "--base", "original"]
     copy = 'mkdir "$1" && cp "$0"/* "$1" && sync "$1"/* "$1"'
     return {
         PEFT: part_command("merge_with_peft", folder, size),
-        ORIGINAL: [*original, "--no-verify"],
+        ORIGINAL: [*lorafit, "original", "--no-verify"],
         COPY: ["sh", "-c", copy, str(base), str(output)],
-        ORIGINAL_CHECKED: original,
-        DEQUANTIZED: [*lorafit, str(run), "--base", "dequantized", "--no-verify"],
-        DEQUANTIZED_CHECKED: part_command("merge_dequantized", folder, size),
+        ORIGINAL_CHECKED: [*lorafit, "original"],
+        DEQUANTIZED: [*lorafit, "dequantized", "--no-verify"],
+        DEQUANTIZED_CHECKED: [*lorafit, "dequantized"],
     }
 
 
