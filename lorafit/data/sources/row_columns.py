@@ -63,31 +63,13 @@ def check_task(row: Row, name: str) -> None:
         row: A row, named as the formats name them.
 
     Raises:
-        DataError: It is a text with its label, or an answer with a verdict on it.
+        DataError: It is an answer with a verdict on it.
     """
     label = next((column for column in _LABELS if column in row), None)
-    if label is not None and name == "text" and not _is_read("label"):
-        raise _classification(label, "text", "format: text learns the text alone", row)
     if label is not None and name == "prompt_completion" and str(row[label]).lower() in _VERDICTS:
         what = f"rows of prompt, completion and {label} (true, false) are for kto, which is no task yet"
         todo = f"keep the rows whose {label} is true; format: prompt_completion learns all of them"
-        raise DataError(f"{what}; {_existing_tasks()}", key=label, todo=todo)
-
-
-def _classification(label: str, text: str, todo: str, row: Row) -> DataError:
-    if isinstance(row[label], str):
-        todo += f", columns: {{prompt: {text}, completion: {label}}} to write the label"
-    what = f"rows of {text} and {label} are for classification, which is no task yet; {_existing_tasks()}"
-    return DataError(what, key=label, todo=todo)
-
-
-def _is_read(field: str) -> bool:
-    """Whether some format reads a field."""
-    return any(field in kind.fields for _, kind in by_priority())
-
-
-def _existing_tasks() -> str:
-    return f"there is {', '.join(tasks.names())}"
+        raise DataError(f"{what}; there is {', '.join(tasks.names())}", key=label, todo=todo)
 
 
 def guess_columns(row: Row, kind: Format) -> dict[str, str] | None:
@@ -124,12 +106,6 @@ def unknown_columns(row: Row, *, is_table: bool) -> DataError:
     chat, text = _guess_format(row, verbatim=False), _guess_format(row, verbatim=True)
     if not chats and chat is None and (typo := _find_typo(row)):
         return missing_field(typo, row)
-    label = next((column for column in _LABELS if column in row), None)
-    texts = [column for column, value in row.items() if isinstance(value, str) and column != label]
-    if label is not None and texts and not chats and chat is None and not _is_read("label"):
-        return _classification(
-            label, texts[0], f"columns: {{text: {texts[0]}}}, format: text learns the text alone", row
-        )
     asked = find_format(row, prompts=True)
     if chats:
         todo = f"likely chats: {chats[0]}"
