@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
@@ -109,7 +109,7 @@ class CheckpointStore:
         steps = self.run.steps()
         for found in steps:  # one of another lorafit is not damaged, and nothing goes on without it
             manifest = self.run.checkpoint(found) / MANIFEST
-            check_format(_read_or_none(manifest), manifest)  # a damaged one is said where its files are compared
+            check_format(_read_or_none(manifest) or {}, manifest)  # a damaged one is said where its files are compared
         if step is not None:
             return _read(self.run.find_checkpoint(str(step)))
         if not steps:
@@ -237,11 +237,12 @@ def check_continuity(
     return events
 
 
-def _read_or_none(file: Path) -> Any:
+def _read_or_none(file: Path) -> JsonObject | None:
     try:
-        return read_json_file(file)
+        value = read_json_file(file)
     except (OSError, JsonError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def _read(folder: Path) -> Checkpoint:
