@@ -108,7 +108,7 @@ def test_rows_cannot_steer_the_terminal(tmp_path: Path, look: Callable[..., Prev
 
 def test_the_report_is_printed(tmp_path: Path, look: Callable[..., Preview]) -> None:
     write_jsonl(
-        tmp_path / "d.jsonl", [{"text": "row", "label": 1}, {"text": 5}, {"text": "words " * 90}, {"text": "b"}]
+        tmp_path / "d.jsonl", [{"text": "row", "mood": 1}, {"text": 5}, {"text": "words " * 90}, {"text": "b"}]
     )
     write_jsonl(tmp_path / "t.jsonl", [{"text": "b"}])
     rules = {"bad_rows": {"policy": "skip", "max_fraction": 0.5}, "overlength": "drop", "max_length": 40}
@@ -117,7 +117,7 @@ def test_the_report_is_printed(tmp_path: Path, look: Callable[..., Preview]) -> 
     assert table == ["train", "d.jsonl", "text", "4", "2", "1", "1", "1.5"]
     assert "d.jsonl:2: bad: text: expected string" in text
     assert "d.jsonl:3: dropped:" in text
-    assert "columns that are not read: label (1)" in text
+    assert "columns that are not read: mood (1)" in text
     assert "1 row of test occurs in train as well: t.jsonl:1 = d.jsonl:4" in text
     assert "tokens that carry loss:" in text
 
