@@ -58,6 +58,7 @@ def test_a_card_is_judged_by_what_was_measured(recipe: dict[str, Any]) -> None:
     assert tight.without_checkpointing.needed_bytes == roomy.memory.needed_bytes
 
 
+@pytest.mark.slow
 def test_where_it_does_not_fit_what_is_promised_was_measured(recipe: dict[str, Any]) -> None:
     recipe["training"]["gradient_checkpointing"] = False
     found = lorafit.estimate(recipe, gpu="640MiB")

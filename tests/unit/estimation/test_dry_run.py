@@ -186,6 +186,7 @@ def test_a_tower_that_knows_no_sdpa_keeps_its_own_attention(tmp_path: Path) -> N
     assert exact(question, {**config, "text_config": {**text, **sizes}}, True).tensor_bytes > 2**30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "device_kind"), [("meta-llama/Llama-3.1-8B", "cuda"), ("Qwen/Qwen2.5-7B", "cpu")])
 def test_kept_copies_are_counted_by_both_engines(model: str, device_kind: str, tmp_path: Path) -> None:
     config = {**(known_config(model) or {}), "num_hidden_layers": 4}  # the first keeps less than the closed form says
