@@ -97,6 +97,7 @@ class DryRun:
             if step.keeps_unpacked:
                 keep_unpacked(self._model)
         self._layers = LayerList(base, step.model.layers)
+        self._can_leave_out = True
         autocast = autocast_dtype(step.dtype)
         exact = not step.model.plain_head
         objective = step.task.build_objective(self._model, autocast_dtype=autocast, exact=exact)
@@ -138,10 +139,20 @@ class DryRun:
         Raises:
             ModelError: Its forward needs the values of its tensors.
         """
-        step, tokens = self.step, max(tokens, self.step.row_tokens)
+        reporter, tokens = reporter or Silent(), max(tokens, self.step.row_tokens)
+        if few_layers and self._can_leave_out:
+            try:
+                return self._run_layers(self._layers.representatives(), tokens, checkpointing, accumulates, reporter)
+            except LookupError:  # the model finds its layers by numbers that are not all left: Zamba 2
+                self._can_leave_out = False
+        return self._run_layers(range(len(self._layers.layers)), tokens, checkpointing, accumulates, reporter)
+
+    def _run_layers(
+        self, chosen: Sequence[int], tokens: int, checkpointing: bool, accumulates: bool, reporter: Reporter
+    ) -> MemoryEstimate:
+        step = self.step
         enable_checkpointing(self._model, checkpointing)
         live = _LiveFakes(_CUDA_BLOCK_BYTES if self._on_cuda else 1, holds_documents=step.packs_rows)
-        chosen = self._layers.representatives() if few_layers else range(len(self._layers.layers))
         with self._fake, _as_it_would_run(self._on_cuda), unpacking_fakes():
             if accumulates:
                 self._make_gradients()
@@ -149,7 +160,7 @@ class DryRun:
                 watching(live, self._executor.objective, self._optimizer),
                 self._layers.only(chosen),
                 self._layers.weighed(live) as kept,
-                self._progress(chosen, checkpointing, reporter or Silent()),
+                self._progress(chosen, checkpointing, reporter),
             ):
                 try:
                     accumulate_gradients(self._executor, [self._batch(tokens)])

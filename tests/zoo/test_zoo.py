@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 FAST = (
     "llama llama4_text mistral mistral3 mixtral qwen2 qwen3 qwen3_moe qwen3_next qwen3_5 gemma2 gemma3 "
-    "phi3 gpt2 gpt_neox opt falcon deepseek_v3 cohere2 glm4 smollm3 gpt_oss"
+    "phi3 gpt2 gpt_neox opt falcon deepseek_v3 cohere2 glm4 smollm3 gpt_oss zamba2"
 )
 
 
