@@ -107,9 +107,7 @@ def test_rows_cannot_steer_the_terminal(tmp_path: Path, look: Callable[..., Prev
 
 
 def test_the_report_is_printed(tmp_path: Path, look: Callable[..., Preview]) -> None:
-    write_jsonl(
-        tmp_path / "d.jsonl", [{"text": "row", "mood": 1}, {"text": 5}, {"text": "words " * 90}, {"text": "b"}]
-    )
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "row", "mood": 1}, {"text": 5}, {"text": "words " * 90}, {"text": "b"}])
     write_jsonl(tmp_path / "t.jsonl", [{"text": "b"}])
     rules = {"bad_rows": {"policy": "skip", "max_fraction": 0.5}, "overlength": "drop", "max_length": 40}
     text = printed(look(1, train={"path": "d.jsonl", "repeats": 1.5}, test="t.jsonl", **rules))
