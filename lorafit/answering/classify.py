@@ -71,9 +71,7 @@ class Classifier:
 
         rows, cut = [], 0
         for number, sample in enumerate(samples):
-            row = self.task.ask(
-                sample, lambda asked: encode_labelled(asked.text or "", engine.tokenizer, self.max_length)
-            )
+            row = self.task.ask(sample, render)
             if row is None:
                 raise DataError("has no text to classify", file=sample.file, line=sample.line or None)
             check_ids(row.asked, engine.tokenizer, engine.embedding_rows)
