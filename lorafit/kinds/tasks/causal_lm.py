@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
 from lorafit.errors import DataError
-from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks import TaskSection, tasks
+from lorafit.kinds.tasks._next_token import NextTokenTask
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
 
     from lorafit.contracts import Encoded, Example, LossSum, Sample
@@ -26,12 +26,11 @@ class CausalLmSection(TaskSection):
 
 
 @tasks.register(CausalLmSection)
-class CausalLm(Task[CausalLmSection]):
+class CausalLm(NextTokenTask[CausalLmSection]):
     """The loss is the cross-entropy of the trained tokens; an answer is generated text."""
 
     closed_form = True
     final_metrics = ("perplexity", "rouge", "exact_match")
-    writes_answers = True
     packs = True
 
     @property
@@ -98,16 +97,6 @@ class CausalLm(Task[CausalLmSection]):
         """The row's tokens, and which of them carry loss."""
         return (ShownSequence([int(token) for token in example["tokens"]], [int(flag) for flag in example["trained"]]),)
 
-    def build_objective(
-        self, model: torch.nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False
-    ) -> Objective:
-        """The module of model and loss; on the exact path where the fast one would compute something else."""
-        from lorafit.objective.next_token import has_fast_path
-
-        objective = super().build_objective(model, autocast_dtype=autocast_dtype, exact=exact)
-        objective.exact = exact or not has_fast_path(model)
-        return objective
-
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """Nats summed over the trained tokens."""
         from lorafit.objective.next_token import sum_cross_entropy
@@ -129,22 +118,6 @@ class CausalLm(Task[CausalLmSection]):
             np.bincount(owners, weights, minlength=len(batch.rows)).astype(np.float64) for weights in values
         )
         return {"loss": loss, "weight": tokens, "tokens": tokens, "correct": right}
-
-    def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """Logits of the trained tokens, [labels, vocabulary]."""
-        from lorafit.objective.next_token import labelled_logits
-
-        return labelled_logits(objective, batch)
-
-    def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """The model's own loss from full logits.
-
-        Raises:
-            ModelError: The model runs on no text alone, or a token's logits depend on the tokens behind it.
-        """
-        from lorafit.objective.next_token import own_loss
-
-        return own_loss(objective, batch)
 
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """The row up to its last trained token, and of that the last `most_tokens`, at least 2."""

@@ -19,7 +19,8 @@ from pydantic import Field, model_validator
 
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
 from lorafit.errors import DataError
-from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks import TaskSection, tasks
+from lorafit.kinds.tasks._next_token import NextTokenTask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,12 +57,11 @@ class DpoSection(TaskSection):
 
 
 @tasks.register(DpoSection)
-class Dpo(Task[DpoSection]):
+class Dpo(NextTokenTask[DpoSection]):
     """A row is a pair of sequences with one prompt; it weighs 1, however long its answers are."""
 
     during_metrics = ("loss", "reward_accuracy")
     final_metrics = ("reward_accuracy", "reward_margin", "loss")
-    writes_answers = True
     sequences = 2
     reference_columns = (Column("reference", "<f8", 2),)
 
@@ -144,15 +144,6 @@ class Dpo(Task[DpoSection]):
             for side in _SIDES
         )
 
-    def build_objective(
-        self, model: torch.nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False
-    ) -> Objective:
-        """The module of model and loss; on the exact path where the fast one would compute something else."""
-        from lorafit.objective.next_token import has_fast_path
-
-        exact = exact or not has_fast_path(model)
-        return super().build_objective(model, autocast_dtype=autocast_dtype, exact=exact)
-
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """The loss summed over pairs."""
         from lorafit.contracts import LossSum
@@ -178,22 +169,6 @@ class Dpo(Task[DpoSection]):
 
         found: NDArray[np.float64] = _per_pair(score_labels(objective, batch)[0], batch).cpu().numpy()
         return {"reference": found}
-
-    def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """Logits of the answers' tokens, [labels, vocabulary]."""
-        from lorafit.objective.next_token import labelled_logits
-
-        return labelled_logits(objective, batch)
-
-    def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """The model's own cross-entropy of both answers, from full logits.
-
-        Raises:
-            ModelError: The model runs on no text alone, or a token's logits depend on the tokens behind it.
-        """
-        from lorafit.objective.next_token import own_loss
-
-        return own_loss(objective, batch)
 
     def probed_loss(self, objective: Objective, batch: Batch) -> float:
         """Minus the log-probabilities of both answers, which need no reference."""
