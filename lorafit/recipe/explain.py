@@ -272,9 +272,10 @@ def _keys_inside(path: KeyPath, entry: Entry, ours: KeyPath, tree: Entry) -> Ite
     else:
         inner, sections = node if form_of(node, None) else None, [(path, ours, entry)]
     for where, here, section in sections:
-        fields = fields_of(inner)
-        for key, held in section.entries.items() if inner else ():
-            if key in fields or (key == "kind" and kinds_of(inner)):
+        fields, kinds = fields_of(inner), kinds_of(inner)
+        # a mapping from names to names (a source's columns) has keys of its own, which no name of ours answers
+        for key, held in section.entries.items() if fields or kinds else ():
+            if key in fields or (key == "kind" and kinds):
                 todo = f"did you mean {key_text((*here, key))}?"
                 yield finding(tree, (*where, key), "unknown key here", todo, at=held.key_place)
             else:

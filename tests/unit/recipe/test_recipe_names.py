@@ -439,6 +439,10 @@ def test_the_answer_to_a_key_says_the_value_that_its_value_means(
         ),
         ("test_datasets: [{path: a}]", {"test_datasets[0].path": "did you mean data.test[0].path?"}),
         (
+            "datasets: [{message_property_mappings: {role: from, content: value}}]",
+            {"datasets[0].message_property_mappings": "data.train.columns ({ours: theirs})"},
+        ),
+        (
             "lora: {r: 8, lora_alpha: 16, bias: none}",
             {"lora.r": "adapter.r?", "lora.lora_alpha": "adapter.alpha", "lora.bias": "biases stay frozen"},
         ),
