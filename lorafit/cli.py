@@ -11,17 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from lorafit.console.arguments import NUMBERS
 from lorafit.console.exits import exit_code, termination_as_error
-from lorafit.contracts import JsonObject
+from lorafit.contracts import JsonObject, Reporter
 from lorafit.machine.library_settings import set_library_defaults
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
 
 _COMMON_FLAGS = {
     "json": "One JSON object on stdout, also for an error.",

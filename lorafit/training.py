@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from peft import PeftModel
 
 from lorafit.contracts import JsonMapping, Reporter
 from lorafit.data.batch import StepRows
@@ -19,31 +22,32 @@ from lorafit.evaluation.runner import evaluate_during
 from lorafit.files.atomic import atomic_dir, check_manifest, read_object, write_json
 from lorafit.files.cache import cache_folder
 from lorafit.files.rundir import RunDir
-from lorafit.job import build_objective, prove, refer
+from lorafit.job import Job, build_objective, prove, refer
 from lorafit.kinds.adapters import adapters, begins_as_base
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
 from lorafit.machine.version import installed_versions
-from lorafit.memory import fits
+from lorafit.memory import StepMemory, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
-from lorafit.model.content import reading_content, require_recorded, require_same
+from lorafit.model.content import Content, reading_content, require_recorded, require_same
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.inspect import coverage, coverage_table, describe_quantization, require_same_quantization
 from lorafit.model.load import enable_checkpointing, load_model
 from lorafit.model.shippable import check_shippable
-from lorafit.objective import choose_probe
+from lorafit.objective import Objective, choose_probe
 from lorafit.ops.dtypes import dtype_named
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
-from lorafit.plan import ResolvedPlan, count_flops, require_fit, show_plan
+from lorafit.plan import Plan, ResolvedPlan, count_flops, require_fit, show_plan
+from lorafit.run.card import RunCard
 from lorafit.run.results import Trained, describe_resolved
 from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
-from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot, check_continuity
+from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Environment, Snapshot, check_continuity
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
-from lorafit.trainer.profile import StepProfile, measure_speed
+from lorafit.trainer.profile import Speed, StepProfile, measure_speed
 from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
 from lorafit.trainer.rehearsal import cached_plan_file, resolve_plan
 from lorafit.trainer.stage import Stage
@@ -51,21 +55,6 @@ from lorafit.trainer.startup_proofs import prove_gradients
 from lorafit.trainer.state import Event, FitResult, TrainState
 from lorafit.trainer.step import Update
 from lorafit.trainer.threaded_micro_batches import run_at_once
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from accelerate import Accelerator
-    from peft import PeftModel
-
-    from lorafit.job import Job
-    from lorafit.memory import StepMemory
-    from lorafit.model.content import Content
-    from lorafit.objective import Objective
-    from lorafit.plan import Plan
-    from lorafit.run.card import RunCard
-    from lorafit.trainer.checkpoint import Checkpoint
-    from lorafit.trainer.profile import Speed
 
 _GRADIENT_TOKENS = 64
 _SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed

@@ -25,13 +25,10 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from lorafit.contracts import Batch, Examples
 from lorafit.data.batch import cut_step, span_tokens
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Batch, Examples
-    from lorafit.objective import TrainedTask
+from lorafit.objective import TrainedTask
 
 PackedRow = list[int]
 """Numbers of the documents that stand in one row of a micro-batch."""

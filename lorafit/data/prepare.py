@@ -14,11 +14,10 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafit.contracts import Sample
+from lorafit.contracts import GenerationRow, Reporter, Sample
 from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
 from lorafit.data.encode_rows import Encoder, encode_all
@@ -31,11 +30,7 @@ from lorafit.errors import DataError, Problems
 from lorafit.facts import DatasetFacts
 from lorafit.files.strict_json import read_json_file
 from lorafit.kinds.tasks import Task, TaskSection
-from lorafit.recipe.schema import ValidationFraction
-
-if TYPE_CHECKING:
-    from lorafit.contracts import GenerationRow, Reporter
-    from lorafit.recipe.schema import DataSection, SourceSection
+from lorafit.recipe.schema import DataSection, SourceSection, ValidationFraction
 
 __all__ = ["ExampleSet", "Prepared", "Renderer", "build_renderer", "prepare"]
 

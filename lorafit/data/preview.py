@@ -13,25 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.box import ASCII2, SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from lorafit.console.reporting import can_show, draw_histogram, full_block, printable, say
 from lorafit.console.wording import counted
-from lorafit.contracts import JsonObject, Printed
+from lorafit.contracts import Example, JsonObject, Printed, ShownSequence
+from lorafit.data.prepare import Prepared
+from lorafit.data.report import SplitReport
+from lorafit.data.sample_renderer import Renderer
+from lorafit.data.store import ExampleSet
 from lorafit.errors import row_place
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from lorafit.contracts import Example, ShownSequence
-    from lorafit.data.prepare import Prepared
-    from lorafit.data.report import SplitReport
-    from lorafit.data.sample_renderer import Renderer
-    from lorafit.data.store import ExampleSet
 
 SPLITS = ("train", "validation", "test", "retention")
 ROWS_SHOWN = 3
@@ -158,8 +154,6 @@ def _segments(renderer: Renderer, ids: list[int], trained: list[bool]) -> Iterat
 
 
 def _print_row(console: Console, row: PreviewRow) -> None:
-    from rich.text import Text
-
     place = row_place(row.file, row.line)
     what = f"label {row.label}" if row.label else f"{row.trained_tokens} trained"
     name = f", {row.name}" if row.name else ""
@@ -180,10 +174,6 @@ def _print_row(console: Console, row: PreviewRow) -> None:
 
 def _source_table(console: Console, prepared: Prepared) -> Table:
     """Counts by source; columns in which nothing happened are left out."""
-    from rich.box import ASCII2, SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
     rows: list[list[str | Text]] = []
     for split, part in prepared.report.splits.items():
         repeats = getattr(prepared, split).repeats if split == "train" else [1.0] * len(part.sources)

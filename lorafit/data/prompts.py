@@ -12,19 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lorafit.contracts import JsonMapping, Sample, Silent
+from lorafit.contracts import JsonMapping, Reporter, Sample, Silent
 from lorafit.data.sources.files import find_files
 from lorafit.data.sources.row_columns import NO_PROMPT, Columns, find_format, no_prompt, rename, written
 from lorafit.data.sources.source import SampleSet, Source
 from lorafit.data.sources.tables import are_numbers
 from lorafit.errors import DataError, LorafitError, UsageError, raise_all
 from lorafit.kinds.formats import formats
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
-    from lorafit.recipe.schema import SourceSection
+from lorafit.recipe.schema import BadRowsSection, SourceSection
 
 COMMAND_LINE = "--prompt"
 
@@ -64,15 +60,11 @@ def read_prompt_file(file: Path, known: Sequence[Columns], reporter: Reporter) -
     Raises:
         DataError: The file is missing or no data, or a row has no prompt; several as `Problems`.
     """
-    from lorafit.recipe.schema import BadRowsSection
-
     files = find_files(str(file), Path(), start="the working folder")
     return list(SampleSet([_open(name, known) for name in files], BadRowsSection(), reporter))
 
 
 def _open(file: str, known: Sequence[Columns]) -> Source:
-    from lorafit.recipe.schema import SourceSection
-
     refused: LorafitError | None = None
     for columns in known:
         section = SourceSection.model_construct(path=file, columns=dict(columns))

@@ -7,25 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorafit.console.wording import agreed, counted
 from lorafit.contracts import JsonObject
 from lorafit.data.row_counts import Ledger, SourceCounts
-from lorafit.data.store import NO_PROMPT
+from lorafit.data.sample_renderer import Renderer
+from lorafit.data.sources.source import SampleSet
+from lorafit.data.store import NO_PROMPT, ExampleSet
 from lorafit.errors import row_place
 from lorafit.facts import Bar
-from lorafit.recipe.schema import ValidationFraction
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from lorafit.data.sample_renderer import Renderer
-    from lorafit.data.sources.source import SampleSet
-    from lorafit.data.store import ExampleSet
-    from lorafit.recipe.schema import DataSection
+from lorafit.recipe.schema import DataSection, ValidationFraction
 
 HISTOGRAM_BARS = 12
 PLACES_SHOWN = 20

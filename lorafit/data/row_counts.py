@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
 from lorafit.console.wording import agreed, counted
 from lorafit.contracts import JsonObject
 from lorafit.data.chat.template_names import KEY as TEMPLATE_KEY
 from lorafit.errors import DataError, LorafitError, Problems
-
-if TYPE_CHECKING:
-    from lorafit.recipe.schema import BadRowsSection
+from lorafit.recipe.schema import BadRowsSection
 
 NOTES_KEPT = 1000
 OVERLONG = "overlong"

@@ -17,16 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorafit.contracts import Column, Example, TaskRow
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Chunk = Mapping[str, "NDArray[Any]"]
+Chunk = Mapping[str, NDArray[Any]]
 """Encoded rows by file of the store, in a form that is cheap to hand between processes; ends count from the chunk's
 first row."""
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING
 
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
+from lorafit.recipe.schema import Recipe, SourceSection
 from lorafit.recipe.yaml_tree import KeyPath, parse_key
-
-if TYPE_CHECKING:
-    from lorafit.recipe.schema import Recipe, SourceSection
 
 DATA_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt", ".gz"})
 

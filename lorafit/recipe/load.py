@@ -9,18 +9,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError, RecipeError, UsageError, raise_all
 from lorafit.recipe.cross_field_rules import disagreements
 from lorafit.recipe.extends import read_layers
 from lorafit.recipe.paths import absolute, moved
+from lorafit.recipe.schema import Recipe
 from lorafit.recipe.schema_tree import validate
 from lorafit.recipe.yaml_tree import Entry, ErrorPlace, Place, entry_of, nearest_entry, parse_key, plain
-
-if TYPE_CHECKING:
-    from lorafit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

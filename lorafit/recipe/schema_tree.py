@@ -14,18 +14,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from lorafit.contracts import JsonObject
 from lorafit.machine.shipped import shipped
+from lorafit.recipe.schema import Recipe
 from lorafit.recipe.yaml_tree import Entry, KeyPath, find, plain
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
-    from lorafit.recipe.schema import Recipe
 
 Node = JsonObject
 """A JSON Schema, or a part of one: what may stand at a key."""
@@ -33,8 +29,6 @@ Node = JsonObject
 
 def validate(tree: Entry) -> Recipe | list[ErrorDetails]:
     """The recipe that a tree's values are, or what pydantic finds wrong with them."""
-    from lorafit.recipe.schema import Recipe
-
     try:
         return Recipe.model_validate(plain(tree), strict=True)
     except ValidationError as error:

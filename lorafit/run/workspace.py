@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.console.nearest import nearest
 from lorafit.contracts import JsonMapping, JsonObject, Reporter
+from lorafit.data.chat.clock import find_moment
+from lorafit.data.sources.files import find_files
 from lorafit.errors import CheckpointError, DataError, UsageError
 from lorafit.files.atomic import atomic_file, read_object, require_manifest, write_json
 from lorafit.files.rundir import RunDir
@@ -39,8 +41,6 @@ class OpenedRun:
 
     def began(self) -> datetime | None:
         """The moment that its chat template took for the present one; None where it does not ask for it."""
-        from lorafit.data.chat.clock import find_moment
-
         return find_moment(self.manifest, self.run.manifest)
 
     def usual_split(self) -> str:
@@ -93,8 +93,6 @@ def recorded_start(run: RunDir) -> tuple[datetime | None, str | None]:
     Raises:
         CheckpointError: manifest.json or card.json cannot be read.
     """
-    from lorafit.data.chat.clock import find_moment
-
     if not is_run(run.root):
         return None, None
     commit = read_card(run.card).base.commit if run.card.is_file() else None
@@ -215,8 +213,6 @@ def inputs_of(loaded: LoadedRecipe) -> list[Path]:
 
     A run's own recipe.yaml is none for that run, which writes it itself: a run goes on by it as by the first recipe.
     """
-    from lorafit.data.sources.files import find_files
-
     own = RunDir(loaded.output)
     is_own = is_run(own.root) and Path(loaded.file).resolve() == own.recipe.resolve()
     recipe, found = loaded.recipe, [] if is_own else [Path(loaded.file)]

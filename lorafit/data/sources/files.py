@@ -18,15 +18,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from lorafit.console.nearest import nearest
 from lorafit.errors import DataError, SafetyError
 from lorafit.kinds.fields import shorten
 from lorafit.recipe.paths import is_pattern
-
-if TYPE_CHECKING:
-    from lorafit.recipe.schema import SourceSection
+from lorafit.recipe.schema import SourceSection
 
 LINE_LIMIT_BYTES = 16 << 20
 BOMB_FLOOR_BYTES = 64 << 20
@@ -262,7 +260,7 @@ def utf8_hint(byte: int) -> str:
 
 
 MOST_FILES = 10_000
-AnySource = TypeVar("AnySource", bound="SourceSection")
+AnySource = TypeVar("AnySource", bound=SourceSection)
 
 
 def find_files(path: str, folder: Path, *, start: str = "the recipe's folder") -> list[str]:

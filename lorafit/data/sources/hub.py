@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lorafit.contracts import Reporter
 from lorafit.data.sources.lines import RawRows
 from lorafit.data.sources.parquet import without_nulls
 from lorafit.errors import DataError, LorafitError, SafetyError
 from lorafit.hub.asking import Asked, ask
 from lorafit.hub.refusal import HubRefusedError, Repo, chain_of
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

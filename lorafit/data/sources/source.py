@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorafit.console.nearest import did_you_mean, nearest
 from lorafit.console.wording import counted
+from lorafit.contracts import Reporter, Sample
 from lorafit.data.row_counts import Ledger, Noted, raise_first
 from lorafit.data.sources.files import (
     Fingerprint,
@@ -35,10 +35,7 @@ from lorafit.errors import IN_MEMORY, DataError, LorafitError, RecipeError, rais
 from lorafit.files.cache import memory_rows
 from lorafit.kinds.fields import listed
 from lorafit.kinds.formats import formats, required_fields
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter, Sample
-    from lorafit.recipe.schema import BadRowsSection, SourceSection
+from lorafit.recipe.schema import BadRowsSection, SourceSection
 
 ROWS_LOOKED_AT = 100
 
