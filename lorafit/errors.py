@@ -108,7 +108,7 @@ class LorafitError(Exception):
         self.key = self.key or key
         return self
 
-    def named_at(self, key: str, *, file: str, line: int | None = None, column: int | None = None) -> LorafitError:
+    def named_at(self, key: str, file: str, line: int | None = None, column: int | None = None) -> LorafitError:
         """Moves the error of a whole file to the place that names the file. Returns self."""
         if self.line is None and self.file != file:
             self.what = f"{self.file}: {self.what}" if self.file else self.what

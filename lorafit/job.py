@@ -12,7 +12,7 @@ from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.version import installed_versions
-from lorafit.run.workspace import sources_of
+from lorafit.recipe.schema import sources_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -237,7 +237,7 @@ def placed(loaded: LoadedRecipe) -> Iterator[None]:
         key = error.key or ""
         is_recipes = error.file is None and key and (isinstance(error, RecipeError) or key.startswith("data."))
         if is_recipes or (isinstance(error, ModelError) and key.startswith("model.")):  # whatever folder it names
-            error.named_at(key, **loaded.place(key))
+            error.named_at(key, *loaded.place(key))
         raise
 
 
@@ -288,7 +288,7 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, 
                 named = f"{key}[{number}].{error.key or 'path'}"
                 if todo and error.what.endswith("no such file"):
                     error.todo = f"{error.todo}; {todo}"
-                errors.append(error.named_at(named, **loaded.place(named)))
+                errors.append(error.named_at(named, *loaded.place(named)))
     raise_all(errors, file=loaded.file)
 
 

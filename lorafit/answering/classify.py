@@ -28,7 +28,8 @@ from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.model.adapter import NOTES, read_notes
 from lorafit.ops.dtypes import autocast_dtype
 from lorafit.ops.isolation import evaluating
-from lorafit.run.workspace import is_lone_adapter, is_model, open_run, sources_of
+from lorafit.recipe.schema import sources_of
+from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from lorafit.job import Job, look_for_rows, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.machine.devices import read_device
 from lorafit.recipe.load import load_recipe
-from lorafit.recipe.schema import BadRowsSection, SourceSection, ValidationFraction
-from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes, sources_of
+from lorafit.recipe.schema import BadRowsSection, SourceSection, ValidationFraction, sources_of
+from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes
 
 if TYPE_CHECKING:
     from lorafit.evaluation.base_side import FittedBase

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonMapping, Reporter, Sample
 from lorafit.errors import UsageError
-from lorafit.run.workspace import is_lone_adapter, is_model, open_run, sources_of
-
-if TYPE_CHECKING:
-    from lorafit.recipe.schema import SourceSection
+from lorafit.recipe.schema import SourceSection, sources_of
+from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
 
 def check_prompts(*given: object) -> None:

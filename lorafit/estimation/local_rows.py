@@ -21,7 +21,7 @@ from lorafit.facts import Bar, DatasetFacts
 from lorafit.files.cache import own_folder
 from lorafit.files.strict_json import read_json_file
 from lorafit.kinds.tasks import tasks
-from lorafit.run.workspace import sources_of
+from lorafit.recipe.schema import sources_of
 
 if TYPE_CHECKING:
     from lorafit.model.base import Base

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
-from lorafit.recipe.schema import Recipe, SourceSection
+from lorafit.recipe.schema import Recipe, sources_of
 from lorafit.recipe.yaml_tree import KeyPath, parse_key
 
 DATA_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt", ".gz"})
@@ -83,17 +83,12 @@ def _of_task(recipe: Recipe) -> Iterator[Disagreement]:
 
 def _of_hub_options(recipe: Recipe) -> Iterator[Disagreement]:
     """Options that only mean something on the hub, set beside a file."""
-    base, data = recipe.model.base, recipe.data
+    base = recipe.model.base
     if recipe.model.revision is not None and (base.startswith("package://") or base.endswith(".gguf")):
         what = "only hub ids have revisions, and model.base is a file"
         yield Disagreement(("model.revision", "model.base"), what, "remove it")
-    lists: dict[str, Sequence[SourceSection]] = {
-        "data.train": data.train,
-        "data.validation": data.validation if isinstance(data.validation, list) else [],
-        "data.test": data.test or [],
-        "evaluation.retention": recipe.evaluation.retention or [],
-    }
-    numbered = ((f"{key}[{n}]", source) for key, sources in lists.items() for n, source in enumerate(sources))
+    lists = sources_of(recipe).items()
+    numbered = ((f"{key}[{n}]", source) for key, sources in lists for n, source in enumerate(sources))
     for key, source in numbered:
         for option in ("split", "subset", "revision") if PurePath(source.path).suffix.lower() in DATA_SUFFIXES else ():
             if getattr(source, option) != type(source).model_fields[option].default:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from lorafit.errors import RecipeError
 from lorafit.recipe.foreign import is_not_yet, means_nothing, parts_of, suggest_word
-from lorafit.recipe.reader import UnclearScalarError, read_scalar
+from lorafit.recipe.reader import read_scalar
 from lorafit.recipe.schema import LARGEST_COUNT
 from lorafit.recipe.schema_tree import (
     Node,
@@ -158,7 +158,7 @@ def _guesses(path: KeyPath, node: Node, value: str | float) -> Iterator[tuple[st
     text, lists = value.strip(), [form for form in forms(node) if form.get("type") == "array"]
     if _COMMA_NUMBER.fullmatch(text):
         yield f"write {text.replace(',', '.')}", float(text.replace(",", "."))
-    with suppress(UnclearScalarError):
+    with suppress(RecipeError):
         read = read_scalar(text.lower() if text.lower() in ("true", "false") else text)
         if not isinstance(read, str):
             yield "remove the quotes", read

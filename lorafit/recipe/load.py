@@ -18,7 +18,7 @@ from lorafit.recipe.extends import read_layers
 from lorafit.recipe.paths import absolute, moved
 from lorafit.recipe.schema import Recipe
 from lorafit.recipe.schema_tree import validate
-from lorafit.recipe.yaml_tree import Entry, ErrorPlace, Place, entry_of, nearest_entry, parse_key, plain
+from lorafit.recipe.yaml_tree import Entry, Place, entry_of, nearest_entry, parse_key, plain
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class LoadedRecipe:
     output: Path
     _tree: Entry = field(repr=False)
 
-    def place(self, key: str) -> ErrorPlace:
-        """Where a key stands, as arguments of an error: `RecipeError(what, key=key, **loaded.place(key))`.
+    def place(self, key: str) -> Place:
+        """Where a key stands: `error.named_at(key, *loaded.place(key))`.
 
         A key that was not written stands where the section around it does.
         """
-        return nearest_entry(self._tree, parse_key(key)).at.known
+        return nearest_entry(self._tree, parse_key(key)).at
 
     def path(self, text: str) -> Path:
         """A path of the recipe, absolute."""
@@ -100,7 +100,7 @@ def load_recipe(
         try:
             look_at_template(valid.data.chat_template, folder)
         except (ModelError, RecipeError) as error:
-            raise error.named_at(error.key or "", **loaded.place(error.key or "")) from None
+            raise error.named_at(error.key or "", *loaded.place(error.key or "")) from None
     return loaded
 
 

@@ -67,24 +67,11 @@ _UNCLOSED_BRACKET = ("'<stream end>'", "or ']', but got ':'", "or '}', but got '
 _CLOSING = {"[": "]", "{": "}"}
 
 
-class UnclearScalarError(Exception):
-    """An unquoted word that could mean two things, or no number at all.
-
-    Attributes:
-        what: What is wrong with it.
-        todo: What to write instead.
-    """
-
-    def __init__(self, what: str, todo: str) -> None:
-        super().__init__(what)
-        self.what, self.todo = what, todo
-
-
 def read_scalar(text: str) -> Scalar:
     """The value of an unquoted word: null, a boolean, a finite number, or text. `2e-4` is a number; dates are text.
 
     Raises:
-        UnclearScalarError: YAML 1.1 and 1.2 disagree about it, or it is a number that no computer holds.
+        RecipeError: YAML 1.1 and 1.2 disagree about it, or it is a number that no computer holds.
     """
     if text in _NULL:
         return None
@@ -92,7 +79,7 @@ def read_scalar(text: str) -> Scalar:
         return text in _TRUE
     _refuse_unclear(text)
     if len(text) > _MOST_DIGITS and _FLOAT.fullmatch(text):
-        raise UnclearScalarError(f"a number of {len(text)} digits", "write a shorter number, or quote it")
+        raise RecipeError(f"a number of {len(text)} digits", todo="write a shorter number, or quote it")
     if _INTEGER.fullmatch(text):
         return int(text)
     if _HEX.fullmatch(text):
@@ -104,15 +91,15 @@ def _refuse_unclear(text: str) -> None:
     reading = _YAML11_BOOL.get(text.lower())
     if reading is not None:
         what = f"'{text}' is ambiguous (YAML 1.1 reads {reading})"
-        raise UnclearScalarError(what, f'quote it ("{text}") or write {reading}')
+        raise RecipeError(what, todo=f'quote it ("{text}") or write {reading}')
     short = text[:_MOST_DIGITS]
     for form, why, instead in _UNCLEAR:
         if form.fullmatch(text):
             digits = _FIRST_ZEROS.sub(r"\1", text.replace("_", ""))[:_MOST_DIGITS]
             todo = f'quote it ("{short}") or write {instead.format(digits)}'
-            raise UnclearScalarError(f"'{short}' is ambiguous ({why})", todo)
+            raise RecipeError(f"'{short}' is ambiguous ({why})", todo=todo)
     if _NOT_FINITE.fullmatch(text):
-        raise UnclearScalarError(f"'{text}' is not a finite number", "write a number, or quote it if it is text")
+        raise RecipeError(f"'{text}' is not a finite number", todo="write a number, or quote it if it is text")
 
 
 def _read_float(text: str) -> float:
@@ -120,7 +107,7 @@ def _read_float(text: str) -> float:
     mantissa = re.split("[eE]", text)[0]
     if number in (float("inf"), float("-inf")) or (number == 0 and re.search("[1-9]", mantissa)):
         what = f"'{text}' is outside the numbers a computer holds"
-        raise UnclearScalarError(what, "write a number, or quote it if it is text")
+        raise RecipeError(what, todo="write a number, or quote it if it is text")
     return number
 
 
@@ -175,7 +162,7 @@ def read_value(text: str, place: Place, path: KeyPath) -> tuple[Entry, list[Reci
         return read_tree(text, place, path)
     try:
         return Entry(_read_text(text, is_quoted=False), place, place), []
-    except UnclearScalarError as unclear:
+    except RecipeError as unclear:
         return Entry(Unreadable.VALUE, place, place), [place.error(unclear.what, path, unclear.todo)]
 
 
@@ -183,12 +170,12 @@ def _read_text(text: str, *, is_quoted: bool) -> Scalar:
     """What a scalar's text means.
 
     Raises:
-        UnclearScalarError: An unquoted word that is ambiguous, or escapes that make what is no text.
+        RecipeError: An unquoted word that is ambiguous, or escapes that make what is no text.
     """
     control = _CONTROL.search(text) or _SURROGATE.search(text)
     if control is not None:
         what = "control character" if ord(control[0]) < 0xD800 else "half a character (a lone surrogate)"
-        raise UnclearScalarError(f"{what} U+{ord(control[0]):04X}", "remove it")
+        raise RecipeError(f"{what} U+{ord(control[0]):04X}", todo="remove it")
     return text if is_quoted else read_scalar(text)
 
 
@@ -231,7 +218,7 @@ class _Reading:
         """Where a mark is."""
         return self.file if self.file.line is None else Place(self.file.file, mark.line + 1, mark.column + 1)
 
-    def say(self, place: Place, path: KeyPath, what: str, todo: str) -> None:
+    def say(self, place: Place, path: KeyPath, what: str, todo: str | None) -> None:
         """Notes an error; reading goes on."""
         self.errors.append(place.error(what, path, todo))
         if len(self.errors) >= MOST_ERRORS:
@@ -266,7 +253,7 @@ class _Reading:
         if isinstance(event, yaml.ScalarEvent):
             try:
                 return _read_text(event.value, is_quoted=event.style is not None)
-            except UnclearScalarError as unclear:
+            except RecipeError as unclear:
                 self.say(place, path, unclear.what, unclear.todo)
                 return Unreadable.VALUE
         if event.flow_style:
@@ -311,8 +298,8 @@ class _Reading:
                 if name and isinstance(_read_text(name, is_quoted=is_quoted), str):
                     return name
                 refusal = f"{shown(name)} is a key that is not text", "write a name, or quote it"
-            except UnclearScalarError as unclear:
-                refusal = f"key: {unclear.what}", unclear.todo.partition(" or write")[0]
+            except RecipeError as unclear:
+                refusal = f"key: {unclear.what}", str(unclear.todo).partition(" or write")[0]
         self.say(at, path, *refusal)
         return None
 
@@ -349,7 +336,7 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
     try:
         clear = isinstance(read_scalar(text), str) and "\n" not in text
-    except UnclearScalarError:
+    except RecipeError:
         clear = False
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if clear else '"')
 

@@ -6,6 +6,7 @@ in `lorafit.recipe.cross_field_rules`, so that every disagreement of a recipe is
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
@@ -33,8 +34,6 @@ from lorafit.recipe.foreign import is_not_yet, suggest_word
 from lorafit.recipe.yaml_tree import Plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic.json_schema import JsonSchemaValue
 
@@ -317,3 +316,14 @@ class Recipe(Section):
         usual = tasks.get(kind)
         named = {"during": list(usual.during_metrics), "final": list(usual.final_metrics), **evaluation}
         return {**values, "evaluation": named}
+
+
+def sources_of(recipe: Recipe) -> dict[str, Sequence[SourceSection]]:
+    """The sources of every split that has its own, by the recipe's key."""
+    splits = {
+        "data.train": recipe.data.train,
+        "data.validation": recipe.data.validation,
+        "data.test": recipe.data.test,
+        "evaluation.retention": recipe.evaluation.retention,
+    }
+    return {key: sources for key, sources in splits.items() if isinstance(sources, Sequence)}

@@ -62,7 +62,7 @@ def without_secrets(tree: Entry) -> tuple[Entry, list[SafetyError]]:
         what = "a secret in a recipe" if is_key else "the value looks like a secret"
         shown = key_text(tuple(HIDDEN if is_secret_value(part) else part for part in path))
         todo = "use the environment (HF_TOKEN, WANDB_API_KEY) instead; recipes are copied into run folders"
-        errors.append(SafetyError(what, **entry.key_place.known, key=shown, todo=todo))
+        errors.append(SafetyError(what, **entry.key_place._asdict(), key=shown, todo=todo))
         tree = with_entry(tree, path, None if is_key else replace(entry, value=Unreadable.VALUE))
     return tree, errors
 

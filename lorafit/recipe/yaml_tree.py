@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TypedDict, Union
+from typing import NamedTuple, Union
 
 from lorafit.errors import RecipeError
 
@@ -33,16 +33,7 @@ class Unreadable(Enum):
     VALUE = "unreadable"
 
 
-class ErrorPlace(TypedDict):
-    """A place as arguments of an error."""
-
-    file: str
-    line: int | None
-    column: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A position in a file as the user would name it, or a flag such as `--set seed=1`, which has no lines.
 
     Attributes:
@@ -54,16 +45,11 @@ class Place:
     line: int | None = None
     column: int | None = None
 
-    @property
-    def known(self) -> ErrorPlace:
-        """The place as arguments of an error."""
-        return {"file": self.file, "line": self.line, "column": self.column}
-
     def error(self, what: str, path: KeyPath = (), todo: str | None = None) -> RecipeError:
         """Makes an error at this place, about the key at `path`."""
         key = key_text(path)
         key = key if len(key) <= _KEY_CHARACTERS else f"{key[: _KEY_CHARACTERS - 1]}…"
-        return RecipeError(what, **self.known, key=key or None, todo=todo)
+        return RecipeError(what, **self._asdict(), key=key or None, todo=todo)
 
 
 @dataclass(frozen=True, slots=True)

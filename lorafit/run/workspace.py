@@ -23,7 +23,7 @@ from lorafit.files.rundir import RunDir
 from lorafit.machine.version import installed_versions
 from lorafit.recipe.differences import ABSENT, differences, tell_differences
 from lorafit.recipe.load import LoadedRecipe, dump_recipe, load_recipe
-from lorafit.recipe.schema import Recipe, SourceSection
+from lorafit.recipe.schema import Recipe, sources_of
 from lorafit.run.card import read_card
 
 if TYPE_CHECKING:
@@ -195,17 +195,6 @@ def _find_run_around(path: Path) -> tuple[Path, str | None]:
 def usual_split(recipe: Recipe) -> str:
     """Which rows an evaluation scores where none are named."""
     return "test" if recipe.data.test is not None else "validation"
-
-
-def sources_of(recipe: Recipe) -> dict[str, Sequence[SourceSection]]:
-    """The sources of every split that has its own, by the recipe's key."""
-    splits = {
-        "data.train": recipe.data.train,
-        "data.validation": recipe.data.validation,
-        "data.test": recipe.data.test,
-        "evaluation.retention": recipe.evaluation.retention,
-    }
-    return {key: sources for key, sources in splits.items() if isinstance(sources, Sequence)}
 
 
 def inputs_of(loaded: LoadedRecipe) -> list[Path]:

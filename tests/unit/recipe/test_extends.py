@@ -76,9 +76,9 @@ class TestExtends:
 
     def test_places_point_into_the_file_that_a_value_came_from(self, loads: Loads) -> None:
         loaded = loads("extends: family.yaml\nname: x\nadapter: {alpha: 9}\n")
-        assert loaded.place("adapter.r") == {"file": "family.yaml", "line": 3, "column": 14}
-        assert loaded.place("adapter.alpha") == {"file": "r.yaml", "line": 3, "column": 18}
-        assert loaded.place("data.train[1].path") == {"file": "family.yaml", "line": 2, "column": 42}
+        assert loaded.place("adapter.r") == ("family.yaml", 3, 14)
+        assert loaded.place("adapter.alpha") == ("r.yaml", 3, 18)
+        assert loaded.place("data.train[1].path") == ("family.yaml", 2, 42)
 
     def test_errors_point_into_the_file_that_a_value_came_from(self, fails: Fails) -> None:
         write("family.yaml", FAMILY.replace("dropout: 0.2", "dropout: 2"))

@@ -125,23 +125,23 @@ class TestRunFolder:
 class TestPlaces:
     def test_of_what_was_written(self, loads: Loads) -> None:
         loaded = loads(RICH)
-        assert loaded.place("adapter.r") == {"file": "r.yaml", "line": 4, "column": 14}
-        assert loaded.place("data.train[0].path") == {"file": "r.yaml", "line": 6, "column": 18}
-        assert loaded.place("data.train[1].path") == {"file": "r.yaml", "line": 6, "column": 93}
-        assert loaded.place("data") == {"file": "r.yaml", "line": 5, "column": 1}
+        assert loaded.place("adapter.r") == ("r.yaml", 4, 14)
+        assert loaded.place("data.train[0].path") == ("r.yaml", 6, 18)
+        assert loaded.place("data.train[1].path") == ("r.yaml", 6, 93)
+        assert loaded.place("data") == ("r.yaml", 5, 1)
 
     def test_of_what_was_not_written_is_the_section_around_it(self, loads: Loads) -> None:
         loaded = loads(RICH)
-        assert loaded.place("adapter.dropout") == loaded.place("adapter") == {"file": "r.yaml", "line": 4, "column": 1}
-        assert loaded.place("checkpoints.keep_last")["line"] == 1
+        assert loaded.place("adapter.dropout") == loaded.place("adapter") == ("r.yaml", 4, 1)
+        assert loaded.place("checkpoints.keep_last").line == 1
 
     def test_of_a_flag(self, loads: Loads) -> None:
         loaded = loads(RICH, ["adapter.r=8"])
-        assert loaded.place("adapter.r") == {"file": "--set adapter.r=8", "line": None, "column": None}
+        assert loaded.place("adapter.r") == ("--set adapter.r=8", None, None)
 
     def test_they_are_arguments_of_an_error(self, loads: Loads) -> None:
         error = RecipeError(
-            "matches nothing", key="adapter.target_modules", **loads(RICH).place("adapter.target_modules")
+            "matches nothing", key="adapter.target_modules", **loads(RICH).place("adapter.target_modules")._asdict()
         )
         assert str(error) == "r.yaml:4:17: adapter.target_modules: matches nothing"
 

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafit.recipe.reader import UnclearScalarError, dump_yaml, read_scalar, read_tree
+from lorafit.errors import RecipeError
+from lorafit.recipe.reader import dump_yaml, read_scalar, read_tree
 from lorafit.recipe.yaml_tree import Place, plain
 
 MEANINGS: list[tuple[str, Any]] = [
@@ -63,7 +64,7 @@ UNCLEAR = [
 
 @pytest.mark.parametrize("text", UNCLEAR, ids=lambda text: text[:12])
 def test_an_unclear_word_is_refused(text: str) -> None:
-    with pytest.raises(UnclearScalarError) as caught:
+    with pytest.raises(RecipeError) as caught:
         read_scalar(text)
     assert "quote it" in caught.value.todo
     assert len(caught.value.what) < 120
