@@ -116,7 +116,7 @@ class Job:
         """A few rows by column, held-out ones where there are any, for the merge's comparison of logits."""
         import numpy as np
 
-        examples = self.rows.test or self.rows.validation or self.rows.train
+        examples = self.rows.splits.get("test") or self.rows.validation or self.rows.train
         rows = [examples[row].columns for row in range(min(_ROWS_TO_COMPARE, len(examples)))]
         as_lists = [{name: np.asarray(values).tolist() for name, values in columns.items()} for columns in rows]
         return {"format": 1, "rows": as_lists}

@@ -245,7 +245,7 @@ def evaluate(
         micro_batch_tokens=opened.resolved().evaluation_micro_batch_tokens,
         seed=job.recipe.seed,
         reporter=reporter,
-        retention=job.rows.retention,
+        retention=job.rows.splits.get("retention"),
         base_scorer=base_scorer,
         base_note=base_note,
         about=About(

@@ -114,13 +114,13 @@ class PreparedCache:
         if _read_json(self._index(place)) != dict(parts):
             write_json(self._index(place), dict(parts))
 
-    def locked(self, folder: Path, waits: Callable[[], None]) -> AbstractContextManager[None]:
-        """Waits until no other process builds `folder`, built or not, and keeps others from it.
+    def locked(self, parts: Parts, waits: Callable[[], None]) -> AbstractContextManager[None]:
+        """Waits until no other process builds the rows made of `parts`, and keeps others from it.
 
         Args:
             waits: Called before the wait where another process has it.
         """
-        return locked(self._folder / "locks" / folder.name, waits)
+        return locked(self._folder / "locks" / _hash(parts), waits)
 
     @contextlib.contextmanager
     def build(self, folder: Path) -> Iterator[Path]:

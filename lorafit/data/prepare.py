@@ -68,16 +68,6 @@ class Prepared:
         """Scored while training."""
         return self.splits.get("validation")
 
-    @property
-    def test(self) -> ExampleSet | None:
-        """Scored at the end only."""
-        return self.splits.get("test")
-
-    @property
-    def retention(self) -> ExampleSet | None:
-        """Rows of general ability."""
-        return self.splits.get("retention")
-
     def facts(self) -> DatasetFacts:
         """What plan and memory must know of the rows."""
         source_of = np.asarray(self.train.source_of)
@@ -246,12 +236,9 @@ class _Preparation:
         parts = self._parts()
         names = [source.name for source in self.samples.sources]
         spoken = {_data_part(number): f"data of {name}" for number, name in enumerate(names)}
-        lookup = self.cache.find(parts, place, spoken)
         wait = f"{self.split} rows: another process prepares them; waiting for it"
-        with self.cache.locked(lookup.folder, lambda: self.reporter.info(wait)):
-            if not lookup.hit:
-                again = self.cache.find(parts, place, spoken)  # another process may have built it while we waited
-                lookup = again if again.hit else lookup
+        with self.cache.locked(parts, lambda: self.reporter.info(wait)):
+            lookup = self.cache.find(parts, place, spoken)
             ledger = self._read_ledger(lookup.folder, names) if lookup.hit else None
             if lookup.hit and ledger is None:
                 lookup = replace(lookup, hit=False, reason="cache miss: the cached copy is damaged (its content)")

@@ -116,7 +116,7 @@ def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOW
     """
     found: list[PreviewRow] = []
     for split in SPLITS:
-        examples: ExampleSet | None = getattr(prepared, split)
+        examples = prepared.splits.get(split)
         if examples is None:
             continue
         room = len(examples) if rows is None else rows - len(found)
@@ -176,7 +176,7 @@ def _source_table(console: Console, prepared: Prepared) -> Table:
     """Counts by source; columns in which nothing happened are left out."""
     rows: list[list[str | Text]] = []
     for split, part in prepared.report.splits.items():
-        repeats = getattr(prepared, split).repeats if split == "train" else [1.0] * len(part.sources)
+        repeats = prepared.train.repeats if split == "train" else [1.0] * len(part.sources)
         for counts, repeat in zip(part.sources, repeats, strict=True):
             fates = (counts.bad, counts.dropped, counts.cut, counts.split)
             cells = [str(number) if number else "" for number in fates]

@@ -262,15 +262,12 @@ class Renderer:
         return None
 
     def _render_counted(self, messages: tuple[Message, ...], sample: Sample) -> Rendering:
-        rendering = self._render_chat(messages, sample)
+        if self._data.train_on != "all" and not any(turn["role"] == "assistant" for turn in messages):
+            raise DataError("no assistant turn: nothing to train on", key="messages")
+        rendering = self.chats.render(messages, sample.tools)
         self.seen.update(f"history: {name}" for name in set(rendering.history_dropped))
         self.seen.update({_without_place(warning) for warning in rendering.warnings})
         return rendering
-
-    def _render_chat(self, messages: tuple[Message, ...], sample: Sample) -> Rendering:
-        if self._data.train_on != "all" and not any(turn["role"] == "assistant" for turn in messages):
-            raise DataError("no assistant turn: nothing to train on", key="messages")
-        return self.chats.render(messages, sample.tools)
 
 
 def build_renderer(

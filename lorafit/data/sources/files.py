@@ -14,17 +14,15 @@ import re
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 from lorafit.console.nearest import nearest
 from lorafit.errors import DataError, SafetyError
 from lorafit.kinds.fields import shorten
 from lorafit.recipe.paths import is_pattern
-from lorafit.recipe.schema import SourceSection
 
 LINE_LIMIT_BYTES = 16 << 20
 BOMB_FLOOR_BYTES = 64 << 20
@@ -40,6 +38,8 @@ _ENTRIES_LIMIT = 10_000
 READ_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 _TABLES = (".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
+FILE_SUFFIXES = (*SUFFIXES, *_TABLES, PACKED_SUFFIX, ".py")
+"""What only the name of a file ends with: of a kind that is read, or that a message knows."""
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
@@ -76,11 +76,6 @@ def suffix_of(path: PurePath | str) -> str:
     if suffixes and suffixes[-1] == PACKED_SUFFIX:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
-
-
-def has_data_suffix(path: str) -> bool:
-    """Whether a name can only be that of a file, by its suffix: of a kind that is read, or that a message knows."""
-    return PurePath(path).suffix.lower() in (*SUFFIXES, *_TABLES, PACKED_SUFFIX, ".py")
 
 
 def is_packed(path: PurePath) -> bool:
@@ -260,7 +255,6 @@ def utf8_hint(byte: int) -> str:
 
 
 MOST_FILES = 10_000
-AnySource = TypeVar("AnySource", bound=SourceSection)
 
 
 def find_files(path: str, folder: Path, *, start: str = "the recipe's folder") -> list[str]:
@@ -286,16 +280,3 @@ def find_files(path: str, folder: Path, *, start: str = "the recipe's folder") -
     if len(found) > MOST_FILES:
         raise DataError(f"more than {MOST_FILES:,} files match", file=path, todo="put their rows into fewer files")
     return found
-
-
-def expand_sources(sources: Iterable[AnySource], folder: Path) -> list[AnySource]:
-    """Sources of one file each: one whose path is a pattern becomes a source for each of its files, alike but for that.
-
-    Raises:
-        DataError: As `find_files`.
-    """
-    return [
-        source if name == source.path else source.model_copy(update={"path": name})
-        for source in sources
-        for name in find_files(source.path, folder)
-    ]

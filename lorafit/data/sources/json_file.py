@@ -33,14 +33,17 @@ def read_json_file(path: Path, is_row: Callable[[RawRow], bool]) -> RawRows:
     Raises:
         DataError: It is no UTF-8, too large, malformed, or it is not clear where its rows are.
     """
-    text = _Text(_read_text(path))
+    whole = _read_text(path)
+    text = _Text(whole)
     first, begin = text.peek(), text.place
     if first == "{":
         try:
             values = dict(_read_object(text))
             is_lines = bool(text.peek())
         except DataError:
-            is_lines = text.line_from(begin).endswith("}")  # an object a line, the first of them malformed
+            is_lines = (
+                whole[begin:].partition("\n")[0].rstrip().endswith("}")
+            )  # an object a line, the first of them malformed
             if not is_lines:
                 raise
         if is_lines:
@@ -50,7 +53,7 @@ def read_json_file(path: Path, is_row: Callable[[RawRow], bool]) -> RawRows:
         is_only_row = not lists or is_row(dict.fromkeys(values))
         if len(lists) > 1 and not is_only_row:
             raise DataError(f"holds several lists of objects: {listed(lists)}", todo="write the one you want as a file")
-        text.go_to(begin if is_only_row else values[lists[0]] or 0)
+        text = _Text(whole, begin if is_only_row else values[lists[0]] or 0)
         yield from [(text.line(), as_row(text.value()))] if is_only_row else _read_array(text)
     elif first == "[":
         yield from _read_array(text)
@@ -117,13 +120,9 @@ class _Text:
         place: Where the next value, or what stands between two of them, begins.
     """
 
-    def __init__(self, text: str) -> None:
-        self._text, self.place = text, 0
+    def __init__(self, text: str, place: int = 0) -> None:
+        self._text, self.place = text, place
         self._line, self._counted = 1, 0  # the line that character `_counted` is on
-
-    def go_to(self, place: int) -> None:
-        """To a place that was seen before."""
-        self.place, self._line, self._counted = place, 1, 0
 
     def peek(self) -> str:
         """The next character that is no blank, which becomes the place; empty at the end."""
@@ -169,10 +168,6 @@ class _Text:
             value = too_long() if len(self._text[start:end].encode()) > LINE_LIMIT_BYTES else value
         self.place = end
         return value
-
-    def line_from(self, place: int) -> str:
-        """The rest of the line from a place on, without blanks at its end."""
-        return self._text[place:].partition("\n")[0].rstrip()
 
     def line(self) -> int:
         """The line that the place is on."""

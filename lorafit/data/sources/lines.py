@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lorafit.contracts import JsonObject
 from lorafit.data.sources.files import BOM, LINE_LIMIT_BYTES, READ_BYTES, open_file, utf8_hint
@@ -35,29 +35,25 @@ def read_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
     """
     with open_file(path) as file:
         number = 0
-        while raw := _read_line(file, number + 1):
-            number += 1
-            if number == 1:
-                raw = raw.removeprefix(BOM)
-            if len(raw.rstrip(b"\r\n")) > LINE_LIMIT_BYTES:
-                while raw and not raw.endswith(b"\n"):
-                    raw = file.readline(READ_BYTES)
-                yield number, too_long()
-            else:
-                yield number, _decode(raw)
+        try:
+            while raw := file.readline(LINE_LIMIT_BYTES + 2):
+                number += 1
+                if number == 1:
+                    raw = raw.removeprefix(BOM)
+                if len(raw.rstrip(b"\r\n")) > LINE_LIMIT_BYTES:
+                    while raw and not raw.endswith(b"\n"):
+                        raw = file.readline(READ_BYTES)
+                    yield number, too_long()
+                else:
+                    yield number, _decode(raw)
+        except DataError as error:
+            raise error.at(line=number + 1) from None
 
 
 def too_long() -> DataError:
     """The error for a row of more than `LINE_LIMIT_BYTES`."""
     limit = f"{LINE_LIMIT_BYTES >> 20} MiB"
     return DataError(f"longer than {limit}, the limit of a row", todo="cut it into several rows")
-
-
-def _read_line(file: BinaryIO, number: int) -> bytes:
-    try:
-        return file.readline(LINE_LIMIT_BYTES + 2)
-    except DataError as error:
-        raise error.at(line=number) from None
 
 
 def _decode(raw: bytes) -> str | DataError:

@@ -16,7 +16,9 @@ from pathlib import Path
 from lorafit.data.sources.files import suffix_of
 from lorafit.data.sources.json_file import read_json_file
 from lorafit.data.sources.lines import RawRow, RawRows, first_object, read_jsonl, read_prompt_lines, read_txt
+from lorafit.data.sources.parquet import read_parquet
 from lorafit.data.sources.tables import read_csv, read_tsv
+from lorafit.data.sources.workbook import read_workbook
 
 
 def read_file(
@@ -38,12 +40,8 @@ def read_file(
     if suffix == ".tsv":
         return read_tsv(path, columns)
     if suffix == ".parquet":
-        from lorafit.data.sources.parquet import read_parquet
-
         return read_parquet(path)
     if suffix == ".xlsx":
-        from lorafit.data.sources.workbook import read_workbook
-
         return read_workbook(path, columns)
     if suffix == ".txt":
         row = first_object(path)

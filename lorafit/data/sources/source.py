@@ -19,10 +19,10 @@ from lorafit.console.wording import counted
 from lorafit.contracts import Reporter, Sample
 from lorafit.data.row_counts import Ledger, Noted, raise_first
 from lorafit.data.sources.files import (
+    FILE_SUFFIXES,
     Fingerprint,
     check_file,
-    expand_sources,
-    has_data_suffix,
+    find_files,
     is_packed,
     suffix_of,
     take_fingerprint,
@@ -31,6 +31,7 @@ from lorafit.data.sources.hub import HubRows, is_hub_id
 from lorafit.data.sources.lines import RawRow, RawRows
 from lorafit.data.sources.readers import read_file
 from lorafit.data.sources.row_columns import check_task, explain_unread, find_format, no_prompt, rename, unknown_columns
+from lorafit.data.sources.workbook import unread_sheets
 from lorafit.errors import IN_MEMORY, DataError, LorafitError, RecipeError, raise_all
 from lorafit.files.cache import memory_rows
 from lorafit.kinds.fields import listed
@@ -152,8 +153,6 @@ class Source:
         for column in sorted(self._absent if not self._prompts else ()):  # what a prompt must have is an error
             said.append(f"{self.shown}: columns names '{column}', which none of the first rows has; correct the recipe")
         if self._path is not None and suffix_of(self._path) == ".xlsx":
-            from lorafit.data.sources.workbook import unread_sheets
-
             others = unread_sheets(self._path)
             said += [f"{self.shown}: {others}"] if others else []
         return said
@@ -266,7 +265,7 @@ def _locate(
 ) -> tuple[Path | None, HubRows | None]:
     """The local file of a source, checked, or (unless it must be `local`) the hub data set that its name stands for."""
     path = folder / Path(section.path).expanduser()
-    looks_local = has_data_suffix(section.path) or not is_hub_id(section.path)
+    looks_local = section.path.lower().endswith(FILE_SUFFIXES) or not is_hub_id(section.path)
     is_in_folder = "/" in section.path and (folder / section.path.split("/")[0]).is_dir()
     if local or looks_local or is_in_folder or os.path.lexists(path):
         check_file(path, section.path, start="the working folder" if local else "the recipe's folder")
@@ -348,8 +347,8 @@ def read_sources(
     opened, errors = [], []
     for section in sources:
         try:
-            for one in expand_sources([section], folder):
-                opened.append(Source(one, folder, reporter))
+            for name in find_files(section.path, folder):
+                opened.append(Source(section.model_copy(update={"path": name}), folder, reporter))
         except LorafitError as error:
             errors.append(error)
     raise_all(errors, file="data")
