@@ -4,6 +4,7 @@
     ├── UsageError                2   wrong command line, or an output that is in the way
     ├── RecipeError               3   the recipe
     ├── DataError                 4   rows, files, masks
+    │   └── MissingFieldError     4   a row without a field that its format needs
     ├── ModelError                5   base model, tokenizer, chat template or adapter
     ├── CheckpointError           6   a checkpoint or run folder
     ├── ResourceError             7   out of memory or disk
@@ -132,6 +133,10 @@ class DataError(LorafitError):
     """A data file or a row of it cannot be trained on as it is."""
 
     exit_code = 4
+
+
+class MissingFieldError(DataError):
+    """A row lacks a field that its format needs, which the key names; who knows other rows may know better advice."""
 
 
 class ModelError(LorafitError):

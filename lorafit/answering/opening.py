@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from lorafit.answering.engine import Engine
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
+from lorafit.console.wording import agreed, counted
 from lorafit.contracts import Reporter, Sample
 from lorafit.data.chat.render import ChatRenderer
 from lorafit.data.plain_text import completion_prompt_ids
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorafit.answering.generate import Answer
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,20 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
         data = data.model_copy(update={"system_prompt": card.system_prompt})
         voice = Voice(tokenizer, tuned.renderer(data, tokenizer).chats)
     return Answerer(voice, partial(tuned.load, tokenizer, reporter))
+
+
+def warn_of_empty(answers: Sequence[Answer], voice: Voice, reporter: Reporter) -> None:
+    """Says why answers are empty: the model ended them at once, as one does that knows chats and is asked without."""
+    empty = sum(not answer.text.strip() and answer.ended == "stop" for answer in answers)
+    if not empty:
+        return
+    said = f"{empty} of {counted(len(answers), 'answer')} {agreed(empty, 'is', 'are')} empty: the model ended at once"
+    if voice.chats is None and getattr(voice.tokenizer, "chat_template", None):
+        said += (
+            "; it was trained on verbatim text, so the prompt goes to it without its chat template: ask as its rows "
+            "do, or train on chats (data.chat_template)"
+        )
+    reporter.warn(said)
 
 
 def _require_answers(task: Task[TaskSection]) -> None:

@@ -11,20 +11,30 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     by_folded = {k.lower().replace("-", "_"): k for k in known}
     folded = name.lower().replace("-", "_")
     found = difflib.get_close_matches(folded, list(by_folded), n=len(by_folded) or 1, cutoff=0.6)
-    close = []
-    for one in found:
-        # One holds the other, or few letters differ for their length. Shared letters alone say little of short words:
-        # `bias` and `base` have three of four.
-        shorter, is_part = min(len(folded), len(one)), folded in one or one in folded
-        if (shorter > 2 and is_part) or _edits(folded, one) <= max(1, shorter // 3):
-            close.append(by_folded[one])
-    return close[:count]
+    return [by_folded[one] for one in found if _looks_like(folded, one)][:count]
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str:
     """`did you mean lora? `, to begin an advice with; empty where nothing looks alike."""
     close = nearest(name, known, count)
     return f"did you mean {' or '.join(close)}? " if close else ""
+
+
+def _looks_like(one: str, other: str) -> bool:
+    """One holds the other, or few letters differ for their length.
+
+    Shared letters alone say little of short words: `bias` and `base` have three of four. Whole words that both have at
+    one end say nothing of the rest: `nope_proj` is as far from `gate_proj` as `nope` from `gate`.
+    """
+    shorter = min(len(one), len(other))
+    if shorter > 2 and (one in other or other in one):
+        return True
+    words, others = one.split("_"), other.split("_")
+    for end in (0, -1):
+        while len(words) > 1 and len(others) > 1 and words[end] == others[end]:
+            del words[end], others[end]
+    left, right = "_".join(words), "_".join(others)
+    return _edits(left, right) <= max(1, min(len(left), len(right)) // 3)
 
 
 def _edits(one: str, other: str) -> int:

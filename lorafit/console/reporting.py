@@ -62,6 +62,7 @@ class ConsoleReporter:
         self._verbose = verbose
         self._bar: _DrawnBar | None = None
         self._warned: set[str] = set()
+        self._done: set[str] = set()
 
     def info(self, message: str) -> None:
         """One line."""
@@ -86,7 +87,7 @@ class ConsoleReporter:
             return Silent()
         if sys.stderr.isatty() and self._bar is None:
             return _DrawnBar(self, total, what, done)
-        return _WrittenBar(total, what, done, every_seconds=0.0 if self._verbose else _LINE_EVERY_SECONDS)
+        return _WrittenBar(total, what, done, 0.0 if self._verbose else _LINE_EVERY_SECONDS, self._done)
 
     def _write(self, message: str, style: str = "") -> None:
         if self._quiet:
@@ -129,12 +130,24 @@ class _DrawnBar:
 
 
 class _WrittenBar:
-    """Lines instead of a bar: the first, one every few seconds, and the last."""
+    """Lines instead of a bar: the first, one every few seconds, and the last.
 
-    def __init__(self, total: int | None, what: str, done: int, *, every_seconds: float) -> None:
-        self._total, self._what, self._every_seconds = total, what, every_seconds
-        self._done = self._before = self._said = done
+    The time left goes by the units behind the first, which often waits for what all of them need: a file that is
+    opened, kernels that are chosen. Until there are some, none is said.
+
+    Args:
+        total: Units; None where nobody knows.
+        what: The job.
+        done: Units that an earlier process did.
+        every_seconds: Between two lines.
+        said: What jobs without figures said at their end; the same line is not said again.
+    """
+
+    def __init__(self, total: int | None, what: str, done: int, every_seconds: float, said: set[str]) -> None:
+        self._total, self._what, self._every_seconds, self._all_said = total, what, every_seconds, said
+        self._done = self._said = done
         self._began = time.monotonic()
+        self._first: tuple[float, int] | None = None
         self._written: float | None = None
         self._shown: dict[str, str] = {}
 
@@ -150,6 +163,7 @@ class _WrittenBar:
         if self._total is not None and self._done > self._total:
             self._total = None  # more than was thought, and nobody knows how much
         now = time.monotonic()
+        began, before = self._first = self._first or (now, self._done)
         is_last = self._done == self._total
         self._shown = _worded(shown) or self._shown
         if self._written is not None and now - self._written < self._every_seconds and not is_last:
@@ -158,8 +172,8 @@ class _WrittenBar:
             return  # quick jobs say only that they are done
         self._written = now
         left = ""
-        if self._total is not None and not is_last:
-            seconds = (now - self._began) / (self._done - self._before) * (self._total - self._done)
+        if self._total is not None and not is_last and self._done > before:
+            seconds = (now - began) / (self._done - before) * (self._total - self._done)
             left = f"  {_clock(seconds)} left"
         self._write(left)
 
@@ -167,7 +181,12 @@ class _WrittenBar:
         self._said = self._done
         count = str(self._done) if self._total is None else f"{self._done}/{self._total}"
         words = "  ".join(f"{name.replace('_', ' ')} {value}" for name, value in self._shown.items())
-        _write_line(f"{self._what} {count}  {words}{left}".rstrip())
+        line = f"{self._what} {count}  {words}{left}".rstrip()
+        if not words and not left:
+            if line in self._all_said:
+                return
+            self._all_said.add(line)
+        _write_line(line)
 
 
 def _write_line(text: str) -> None:

@@ -19,6 +19,11 @@ def counted(number: float, noun: str) -> str:
     return f"{written} {noun}{'' if written == '1' else 's'}"
 
 
+def in_sequences(tokens: int, sequences: int) -> str:
+    """` (2 sequences of 156)`, behind the tokens of a row: `data.max_length` bounds each sequence. Empty for one."""
+    return f" ({sequences} sequences of {tokens // sequences:,})" if sequences > 1 else ""
+
+
 def alternatives(names: Sequence[str]) -> str:
     """`a`, `a or b`, `a, b or c`."""
     return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -21,13 +21,14 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.console.reporting import can_show, draw_histogram, full_block, printable, say
-from lorafit.console.wording import counted
+from lorafit.console.wording import counted, in_sequences
 from lorafit.contracts import Example, JsonObject, Printed, ShownSequence
 from lorafit.data.prepare import Prepared
 from lorafit.data.report import SplitReport
 from lorafit.data.sample_renderer import Renderer
 from lorafit.data.store import ExampleSet
 from lorafit.errors import row_place
+from lorafit.kinds.tasks import Task, TaskSection
 
 SPLITS = ("train", "validation", "test", "retention")
 ROWS_SHOWN = 3
@@ -97,7 +98,7 @@ class Preview(Printed):
         report = self.prepared.report
         console.print(_source_table(console, self.prepared))
         for split, part in report.splits.items():
-            _print_split(console, split, part, has_labels=self.prepared.task.classified_format is not None)
+            _print_split(console, split, part, self.prepared.task)
         for overlap in report.overlaps:
             places = ", ".join(f"{other} = {one}" for one, other in overlap.places[:3])
             occurs = f"{counted(overlap.rows, 'row')} of {overlap.second} {'occurs' if overlap.rows == 1 else 'occur'}"
@@ -196,11 +197,12 @@ def _source_table(console: Console, prepared: Prepared) -> Table:
     return table
 
 
-def _print_split(console: Console, split: str, part: SplitReport, *, has_labels: bool) -> None:
+def _print_split(console: Console, split: str, part: SplitReport, task: Task[TaskSection]) -> None:
+    has_labels = task.classified_format is not None
     share = "" if has_labels else f", {part.trained_tokens / part.tokens:.1%} carry loss"
     size = f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}"
     name = split if part.of_rows is None else f"{split}, the first rows of about {part.of_rows:,}"
-    head = f"{name}: {size}{share}, longest {part.longest_tokens}"
+    head = f"{name}: {size}{share}, longest {part.longest_tokens}{in_sequences(part.longest_tokens, task.sequences)}"
     say(console, head, style="bold")
     for line in draw_histogram(part.histogram, full_block(console)):
         say(console, line)

@@ -24,6 +24,11 @@ from lorafit.recipe.schema import DataSection, ValidationFraction
 HISTOGRAM_BARS = 12
 PLACES_SHOWN = 20
 ROWS_NAMED = 3
+_TO_CHATS = {
+    "prompt_completion": "map them, columns: {question: prompt, answer: completion}",
+    "preference": "name a template, such as data.chat_template: chatml, or write turns",
+}
+"""Formats of prompts with their answers as verbatim text, and how they become chats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,21 +259,22 @@ def _warn_of_glance(split: str, report: SplitReport, data: DataSection) -> str:
 
 
 def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer: Renderer) -> list[str]:
-    """What a recipe may expect of rows that go through no template."""
-    plain = {"text"} if data.chat_template is not None else {"text", "prompt_completion"}
+    """What a recipe may expect of rows that go through no template, told by the first row of each source."""
     found: dict[str, dict[str, None]] = {}
-    for source in (source for samples in sources.values() for source in samples.sources):
-        found.setdefault(source.format, {})[source.shown] = None
+    for samples in sources.values():
+        for source, first in samples.first_of_each():
+            if not renderer.is_chat(first):
+                found.setdefault(source.format, {})[source.shown] = None
     warnings = []
-    for kind in sorted(plain & found.keys()):
-        files = list(found[kind])
+    for kind, names in sorted(found.items()):
+        files = list(names)
         more = f" and {len(files) - _FILES_NAMED} more" if len(files) > _FILES_NAMED else ""
         named = f"{', '.join(files[:_FILES_NAMED])}{more}"
         if data.system_prompt is not None:
             warnings.append(f"{named}: rows of {kind} are verbatim: data.system_prompt is not used")
-        if kind == "prompt_completion" and renderer.template and data.train_on != "completion":
-            todo = "for chats map them, columns: {question: prompt, answer: completion}; else set train_on: completion"
-            warnings.append(f"{named}: prompts and completions go through no chat template; {todo}")
+        if kind in _TO_CHATS and renderer.template and data.train_on != "completion":
+            todo = f"for chats {_TO_CHATS[kind]}; else set train_on: completion"
+            warnings.append(f"{named}: prompts and their answers go through no chat template; {todo}")
     return warnings
 
 

@@ -40,7 +40,7 @@ class MeasuredSteps:
 
     Args:
         config: The base's config.json.
-        reporter: Gets the progress of dry runs.
+        reporter: Told once that dry runs are made, which takes seconds.
         uses_formulas: Whether formulas answer where they can.
     """
 
@@ -89,15 +89,14 @@ class MeasuredSteps:
     def _run(self, kinds: str, step: StepShape, checkpointing: bool) -> tuple[MemoryEstimate, MemoryEstimate]:
         from lorafit.estimation.dry_run import DryRun
 
+        if self._dry is None:
+            self._reporter.info("no formula covers the memory of this step: measuring it by dry runs of a few layers")
         if self._dry is None or self._dry[0] != kinds:
             self._dry = kinds, DryRun(step, self._config)
         dry = self._dry[1]
         dry.step = step
         rows = max(2, MANY_TOKENS // step.row_tokens)
-        one, many = (
-            dry.run(number * step.row_tokens, checkpointing, few_layers=True, reporter=self._reporter)
-            for number in (1, rows)
-        )
+        one, many = (dry.run(number * step.row_tokens, checkpointing, few_layers=True) for number in (1, rows))
         return one, many
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.console.reporting import draw_histogram, full_block, say
-from lorafit.console.wording import counted
+from lorafit.console.wording import counted, in_sequences
 from lorafit.contracts import Printed
 from lorafit.estimation.answer import Answer
 from lorafit.machine.devices import format_bytes
@@ -192,10 +192,11 @@ def _lengths(estimate: Answer, block: str) -> Iterator[str]:
     facts = estimate.rows.facts
     if facts is None:
         return
+    sequences = in_sequences(facts.longest_tokens, estimate.asked.step.task.sequences)
     yield ""
     yield (
         f"{counted(facts.rows, 'row')} of {facts.tokens / max(facts.rows, 1):,.0f} tokens on average, the longest "
-        f"{facts.longest_tokens:,} (data.max_length {estimate.recipe.data.max_length:,})"
+        f"{facts.longest_tokens:,}{sequences} (data.max_length {estimate.recipe.data.max_length:,})"
     )
     yield from draw_histogram(estimate.rows.bars, block)
 

@@ -19,7 +19,7 @@ from lorafit.kinds.metrics import RowScore, metrics
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorafit.contracts import Example, Examples, GenerationRow
+    from lorafit.contracts import Example, Examples, GenerationRow, ShownSequence
     from lorafit.objective import TrainedTask
 
 WORST_ROWS = 10
@@ -101,16 +101,19 @@ class WorstRow:
         name: The value it is ranked by.
         base: That value of the base model on this row.
         tuned: That value of the tuned model on this row.
+        answers: Of a row of several sequences (a pair) what is scored in each, by its name; else empty.
     """
 
     row: Row
     name: str
     base: float
     tuned: float
+    answers: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> JsonObject:
         """The row and what it is ranked by."""
-        return {**self.row.to_json(), "ranked_by": self.name, "base_score": self.base, "tuned_score": self.tuned}
+        ranked = {"ranked_by": self.name, "base_score": self.base, "tuned_score": self.tuned}
+        return {**self.row.to_json(), **dict(self.answers), **ranked}
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,17 +343,23 @@ def fill_text(
     worst: Sequence[WorstRow], examples: Examples, task: TrainedTask, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[WorstRow, ...]:
     """The same rows with prompt and reference as text, decoded from tokens where nothing was generated for a row."""
-    wanted = {(w.row.file, w.row.line) for w in worst if not (w.row.prompt or w.row.tuned.reference)}
-    texts: dict[tuple[str, int], tuple[str, str]] = {}
-    for index in range(len(examples) if wanted else 0):
+    wanted = {(w.row.file, w.row.line) for w in worst}
+    first: dict[tuple[str, int], tuple[ShownSequence, ...]] = {}
+    for index in range(len(examples)):
+        if len(first) == len(wanted):
+            break
         example = examples[index]
-        if place_of(example) in wanted - texts.keys():
-            texts[place_of(example)] = _decode(example, task, tokenizer)
+        if place_of(example) in wanted - first.keys():
+            first[place_of(example)] = task.show(example)
     filled = []
     for entry in worst:
-        prompt, reference = texts.get((entry.row.file, entry.row.line), (entry.row.prompt, entry.row.tuned.reference))
-        base, tuned = (replace(side, reference=reference) for side in (entry.row.base, entry.row.tuned))
-        filled.append(replace(entry, row=replace(entry.row, prompt=prompt, base=base, tuned=tuned)))
+        row, shown = entry.row, first.get((entry.row.file, entry.row.line), ())
+        if shown and not (row.prompt or row.tuned.reference):
+            prompt, reference = _decode(shown[0], tokenizer)
+            base, tuned = (replace(side, reference=reference) for side in (row.base, row.tuned))
+            row = replace(row, prompt=prompt, base=base, tuned=tuned)
+        answers = tuple((each.name, _decode(each, tokenizer)[1]) for each in shown) if len(shown) > 1 else ()
+        filled.append(replace(entry, row=row, answers=answers))
     return tuple(filled)
 
 
@@ -359,9 +368,8 @@ def place_of(example: Example) -> tuple[str, int]:
     return example.file, example.line
 
 
-def _decode(example: Example, task: TrainedTask, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _decode(sequence: ShownSequence, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Text before the first trained token, and text of the trained tokens, or the row's label."""
-    sequence = task.show(example)[0]
     pairs = list(zip(sequence.input_ids, sequence.trained, strict=True))
     first = next((place for place, (_, flag) in enumerate(pairs) if flag), len(pairs))
     prompt = tokenizer.decode([token for token, _ in pairs[:first]])

@@ -183,16 +183,18 @@ def _describe_speed(side: str, speed: Speed) -> str:
 
 def headline(worst: WorstRow, file: str) -> str:
     """A worst row in one line: its place, what it is ranked by, its loss."""
-    row = worst.row
-    mean = row.tuned.mean_loss
-    loss = f", loss {mean:.4g}{' a token' if row.tuned.value('tokens') else ''}" if mean is not None else ""
-    return f"{row_place(file, row.line)}: {worst.name} {worst.tuned:.4g} (base {worst.base:.4g}){loss}"
+    row, mean = worst.row, worst.row.tuned.mean_loss
+    unit = " a token" if row.tuned.value("tokens") else ""
+    ranked = f"{row_place(file, row.line)}: {worst.name} {worst.tuned:.4g}"
+    if worst.name == "loss":
+        return f"{ranked}{unit} (base {worst.base:.4g})"
+    return f"{ranked} (base {worst.base:.4g})" + (f", loss {mean:.4g}{unit}" if mean is not None else "")
 
 
 def texts_of(worst: WorstRow) -> list[tuple[str, str]]:
-    """Prompt, reference and answers of a worst row, each with its name."""
+    """Prompt, reference (of a pair both of its answers) and the models' answers of a worst row, each with its name."""
     row = worst.row
-    texts = [("prompt", row.prompt), ("reference", row.tuned.reference)]
+    texts = [("prompt", row.prompt), *(worst.answers or [("reference", row.tuned.reference)])]
     if row.tuned.must_contain:
         texts.append(("must contain", ", ".join(row.tuned.must_contain)))
     answers = [("base answer", row.base.answer), ("tuned answer", row.tuned.answer)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorafit.console.nearest import nearest
 from lorafit.contracts import JsonMapping
-from lorafit.errors import DataError
+from lorafit.errors import DataError, MissingFieldError
 from lorafit.files.strict_json import JsonError, parse_json
 
 Row = JsonMapping
@@ -37,14 +37,14 @@ def listed(names: Iterable[Any], count: int = 8) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def missing_field(name: str, row: Row) -> DataError:
+def missing_field(name: str, row: Row) -> MissingFieldError:
     """The error for a row without a field it needs; names the column that was probably meant."""
     if not row:
-        return DataError(f"empty row: missing field '{name}'", key=name)
+        return MissingFieldError(f"empty row: missing field '{name}'", key=name)
     close = nearest(name, [key for key in row if isinstance(key, str)], count=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     todo = f"{hint}rename it, or map it with columns: {{{name}: {close[0] if close else 'THEIRS'}}}"
-    return DataError(f"missing field '{name}'; found {listed(row)}", key=name, todo=todo)
+    return MissingFieldError(f"missing field '{name}'; found {listed(row)}", key=name, todo=todo)
 
 
 def wrong_type(name: str, expected: str, value: Any) -> DataError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lorafit.console.wording import counted
+from lorafit.console.wording import counted, in_sequences
 from lorafit.machine.devices import format_bytes
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     if plan.keeps_unpacked:
         size = format_bytes(plan.memory.fixed["unpacked_weights"])
         yield "unpacked", f"{size} of dequantised weights kept for the whole run"
-    longest = f"{plan.rows:,} an epoch, longest {counted(plan.longest_tokens, 'token')}"
-    yield "rows", f"{longest}; {counted(plan.validation_rows, 'validation row')}"
+    longest = counted(plan.longest_tokens, "token") + in_sequences(plan.longest_tokens, plan.step.step.task.sequences)
+    yield "rows", f"{plan.rows:,} an epoch, longest {longest}; {counted(plan.validation_rows, 'validation row')}"
     yield "tokens", f"{plan.tokens:,} an epoch, {plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
     epochs = f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}"
     yield "steps", f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {epochs}"

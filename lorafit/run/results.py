@@ -105,7 +105,10 @@ class Trained(Printed):
                 say(console, self.profile)
                 say(console, f"profile: {near(self.run.profile)}, {near(self.run.trace)}\n")
             rate = f": {self.speed.describe()}" if self.speed else ""
-            say(console, f"trained {counted(fit.steps, 'step')} in {_clock(fit.seconds)}{rate}")
+            before, after = "", ""
+            if fit.resumed_step:
+                before, after = f", {fit.resumed_step:,} of them before this resume,", " altogether"
+            say(console, f"trained {counted(fit.steps, 'step')}{before} in {_clock(fit.seconds)}{after}{rate}")
             say(console, self._memory_line(fit))
         which = f"the adapter of step {fit.adapter_step}"
         if fit.best is not None and fit.best.step == fit.adapter_step:

@@ -142,7 +142,7 @@ class Trainer:
         was_complete = self._is_complete(state)
         if was_complete:
             self.journal.reporter.info(f"already complete: the run ended at step {state.step}")
-        steps, device = self.cadence.total_steps, self.executor.device
+        steps, device, resumed_step = self.cadence.total_steps, self.executor.device, state.step
         self.executor.objective.train()
         if not was_complete:
             with self.signals, self.journal.tracking(steps, state.step, device), self.feed, self.executor:
@@ -159,6 +159,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(device),
             peak_reserved_bytes=peak_reserved_bytes(device),
             live_tensors=self.journal.live_peak,
+            resumed_step=resumed_step,
         )
         if self.executor.rank == 0:
             self.store.publish_adapter(result.adapter_step)

@@ -179,11 +179,13 @@ class FitResult:
         steps: Optimizer steps of the whole run.
         adapter_step: The step whose adapter is the run's.
         was_complete: Nothing was left to do.
+        seconds: Time spent in steps, over all processes of the run; tokens likewise.
         peak_memory_bytes: Of the steps: allocated on a GPU, resident on a CPU.
         peak_before_steps_bytes: The same until the first step: loading, proofs, the rehearsal's tries. None where the
             system cannot tell the two apart; `peak_memory_bytes` is then of both.
         peak_reserved_bytes: What a GPU's allocator took; None on a CPU.
         live_tensors: The worst moment of live tensors over the steps, where they were counted.
+        resumed_step: The step that this process went on from; 0 where it made all of them.
     """
 
     steps: int
@@ -199,6 +201,7 @@ class FitResult:
     peak_before_steps_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     live_tensors: LivePeak | None = None
+    resumed_step: int = 0
 
     @classmethod
     def of_complete(cls, state: TrainState) -> FitResult:

@@ -217,6 +217,7 @@ def test_foreign_files_beside_a_run_stay(world: World) -> None:
     resumed = world.run("train", "r.yaml", "--resume", "--set", "checkpoints.keep_last=1", *longer)
     say_all(resumed, 0, "step 3")
     assert "resumed at step 2\n" in resumed.stderr and "training 3/3 " in resumed.stderr
+    assert "trained 3 steps, 2 of them before this resume, in " in resumed.stdout and " altogether" in resumed.stdout
     assert (world.root / "run" / "notes.txt").read_text() == "mine"
     assert (world.root / "run" / "checkpoints" / "mine").is_dir()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,29 @@ def test_from_preview_to_merge(pairs: World) -> None:
         trained = [label for label in row["labels"] if label != -100]
         assert row["rendering"].startswith(pair["prompt"] + pair[row["name"]])
         assert trained == row["input_ids"][-len(trained) :] and len(trained) < len(row["input_ids"])
-    say_all(pairs.run("estimate-memory", "r.yaml"), 0, "12 rows")
+    seen = pairs.run("preview", "r.yaml")
+    lengths = re.findall(r"longest (\d+) \(2 sequences of (\d+)\)", seen.stdout)
+    assert len(lengths) == 3 and all(int(both) == 2 * int(one) for both, one in lengths)  # max_length bounds the one
+    say_all(seen, 0, "d.jsonl", "prompts and their answers go through no chat template; for chats name a template")
+    estimated = pairs.run("estimate-memory", "r.yaml")
+    say_all(estimated, 0, "12 rows", f"{lengths[0][0]} (2 sequences of {lengths[0][1]})")
     trained = pairs.run("train", "r.yaml")
-    say_all(trained, 0, "adapter of step 4")
+    say_all(trained, 0, "adapter of step 4", f"longest {lengths[0][0]} tokens (2 sequences of {lengths[0][1]})")
+    assert [each.stderr.count("dry run") for each in (seen, estimated, trained)] == [0, 1, 1]
     assert sum("reward_accuracy" in json.dumps(line) for line in steps_of(pairs.root / "run")) == 2
     scored = metrics_of(pairs, "run")
     assert scored["reward_accuracy"]["base"] == pytest.approx(0.5) and scored["reward_margin"]["base"] == 0.0
     assert scored["reward_margin"]["tuned"] > 0.1 and {"low", "high", "verdict"} <= scored["reward_accuracy"].keys()
     assert scored["loss"]["tuned"] < scored["loss"]["base"] == pytest.approx(0.693147, abs=1e-5)
     assert "rougeL" in scored
+    shown = pairs.run("eval", "run", "--set", "evaluation.final=[loss]").stdout
+    [report] = (pairs.root / "run").glob("report.set-final-*.json")
+    worst = json.loads(report.read_text())["worst_rows"][0]
+    assert shown.count(f"loss {worst['tuned_score']:.4g} (base {worst['base_score']:.4g})") == 1
+    pair = make_pairs(8, first=60)[worst["line"] - 1]
+    for name in ("chosen", "rejected"):
+        assert pair[name].strip() in worst[name] and f"  {name}: {pair[name].strip()}" in shown
+    assert ", loss" not in shown and "  reference: " not in shown
     say_all(pairs.run("generate", "run", "--input", "t.jsonl", "--max-new-tokens", "3"), 0)
     say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
 

@@ -232,7 +232,7 @@ def test_warnings_of_the_plan_are_warnings_too(values: dict[str, Any]) -> None:
 
 def test_prompts_of_a_verbatim_run_are_no_chats(values: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"{row['question']}: ", "completion": row["answer"]} for row in make_rows(8)]
-    with pytest.warns(UserWarning, match="rows: prompts and completions go through no chat template"):
+    with pytest.warns(UserWarning, match="rows: prompts and their answers go through no chat template"):
         run = lorafit.train(values, rows=rows, test_rows=rows[:2], quiet=True)
     [answer] = lorafit.generate(run, ["what opens"], max_new_tokens=2, quiet=True).to_json()["answers"]
     assert answer["prompt"] == "what opens" and "messages" not in answer

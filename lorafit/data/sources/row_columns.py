@@ -8,7 +8,7 @@ from typing import Any
 from lorafit.console.nearest import nearest
 from lorafit.console.wording import alternatives
 from lorafit.contracts import JsonMapping, JsonObject
-from lorafit.errors import DataError
+from lorafit.errors import DataError, MissingFieldError
 from lorafit.kinds.fields import listed, missing_field
 from lorafit.kinds.formats import Format, formats, required_fields
 from lorafit.kinds.tasks import tasks
@@ -123,6 +123,26 @@ def unknown_columns(row: Row, *, is_table: bool) -> DataError:
         todo = f"map a chat's columns: {{question: THEIRS, answer: THEIRS}}; verbatim text's: {verbatim}"
         todo += "; numbers where there is no header: {text: '1'}" if is_table else ""
     return DataError(f"no known format has the columns {listed(row)}", todo=todo)
+
+
+def several_formats(found: Mapping[str, tuple[int, Row]]) -> DataError:
+    """The error for rows of several formats; where one only lacks a column of another, it is that row's.
+
+    Args:
+        found: Of each format the first row, with its line, named as the formats name them.
+    """
+    for name, (line, row) in found.items():
+        for whole, (_, other) in found.items():
+            missing = sorted(required_fields(formats.get(whole)) - row.keys())
+            if missing and row.keys() < other.keys():
+                what = f"missing field '{missing[0]}' of {whole}, which other rows have; alone it looks like {name}"
+                todo = f"correct the row, or set format: {whole}, and bad_rows: {{policy: skip}} to leave it out"
+                return MissingFieldError(what, line=line, key=missing[0], todo=todo)
+    seen = " and ".join(f"{name} (line {line})" for name, (line, _) in found.items())
+    return DataError(
+        f"rows look like different formats: {seen}",
+        todo="name one with format:, or split the file into two sources",
+    )
 
 
 def _find_typo(row: Row) -> str | None:

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -30,9 +31,17 @@ from lorafit.data.sources.files import (
 from lorafit.data.sources.hub import HubRows, is_hub_id
 from lorafit.data.sources.lines import RawRow, RawRows
 from lorafit.data.sources.readers import read_file
-from lorafit.data.sources.row_columns import check_task, explain_unread, find_format, no_prompt, rename, unknown_columns
+from lorafit.data.sources.row_columns import (
+    check_task,
+    explain_unread,
+    find_format,
+    no_prompt,
+    rename,
+    several_formats,
+    unknown_columns,
+)
 from lorafit.data.sources.workbook import unread_sheets
-from lorafit.errors import IN_MEMORY, DataError, LorafitError, RecipeError, raise_all
+from lorafit.errors import IN_MEMORY, DataError, LorafitError, MissingFieldError, RecipeError, raise_all
 from lorafit.files.cache import memory_rows
 from lorafit.kinds.fields import listed
 from lorafit.kinds.formats import formats, required_fields
@@ -198,15 +207,31 @@ class Source:
             read = self._reader.read_prompt if self._prompts else self._reader.read
             return read(mapped, self.name, line)
         except DataError as error:
+            if isinstance(error, MissingFieldError):
+                self._blame_row(error, row)
             error.at(file=self.name, line=line)
             return error
+
+    def _blame_row(self, error: MissingFieldError, row: RawRow) -> None:
+        """What other rows have is no question of columns: the advice is about this row then."""
+        column = self.section.columns.get(error.key or "", error.key or "")
+        others = frozenset[str]().union(*(columns for columns in self._columns if column in columns))
+        if others:
+            close = nearest(column, row.keys() - others, count=1)
+            error.todo = f"other rows have it; did you mean '{close[0]}'? rename it" if close else None
+
+    @cached_property
+    def _columns(self) -> list[frozenset[str]]:
+        """Columns of each of the first rows, as the file calls them."""
+        rows = islice(self._raw_rows(), ROWS_LOOKED_AT)
+        return [frozenset(row) for _, row in rows if not isinstance(row, DataError)]
 
     def _check_mapped(self, row: RawRow) -> None:
         for ours, theirs in self.section.columns.items():
             if theirs not in row and theirs in self._required:
                 close = nearest(theirs, row, count=1)
                 hint = f"did you mean '{close[0]}'?" if close else "correct columns in the recipe"
-                raise DataError(f"missing column '{theirs}'; found {listed(row)}", key=ours, todo=hint)
+                raise MissingFieldError(f"missing column '{theirs}'; found {listed(row)}", key=ours, todo=hint)
 
     def _check_columns(self) -> None:
         chosen = [self.section.format] if self.section.format != "auto" else formats.names()
@@ -222,7 +247,7 @@ class Source:
 
     def _find_format(self) -> str:
         """The format of the first rows, which must all have the same."""
-        found: dict[str, int] = {}
+        found: dict[str, tuple[int, RawRow]] = {}
         errors: list[DataError] = []
         first: tuple[int, RawRow] | None = None
         strange: tuple[int, RawRow] | None = None
@@ -239,13 +264,11 @@ class Source:
                     first = line, dict(mapped)
                 for column in first[1].keys() - mapped.keys():
                     del first[1][column]  # what only some rows have says nothing about all of them
-                found.setdefault(name, line)
+                found.setdefault(name, (line, mapped))
             elif strange is None:
                 strange = line, mapped
         if len(found) > 1:
-            seen = " and ".join(f"{name} (line {line})" for name, line in found.items())
-            todo = "name one with format:, or split the file into two sources"
-            raise DataError(f"rows look like different formats: {seen}", file=self.name, todo=todo)
+            raise several_formats(found).at(file=self.name)
         try:
             if first is not None:
                 if not self._prompts:
@@ -307,10 +330,14 @@ class SampleSet:
             for line, row in source.read():
                 yield number, line, row
 
-    def first_samples(self) -> Iterator[Sample]:
-        """The first usable row of each source; all rows of a source have one form."""
+    def first_of_each(self) -> Iterator[tuple[Source, Sample]]:
+        """Each source with its first usable row; all rows of a source have one form."""
         for source in self.sources:
-            yield from islice((row for _, row in source.read() if not isinstance(row, DataError)), 1)
+            yield from ((source, row) for row in islice(_usable(source), 1))
+
+    def first_samples(self) -> Iterator[Sample]:
+        """The first usable row of each source."""
+        return (sample for _, sample in self.first_of_each())
 
     def usable(self, ledger: Ledger) -> Iterator[tuple[int, int, Sample]]:
         """Every sample as (number of its source, line, sample); what is none goes to the ledger."""
@@ -328,6 +355,10 @@ class SampleSet:
         ledger.judge()
         for warning in (warning for source in self.sources for warning in source.warnings()):
             self._reporter.warn(warning)
+
+
+def _usable(source: Source) -> Iterator[Sample]:
+    return (row for _, row in source.read() if not isinstance(row, DataError))
 
 
 def read_sources(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -36,20 +37,35 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) ->
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == "" and len(lines) == 3  # the first, the last, the warning
-    assert lines[0].startswith("training 1/100  loss 1.235  tokens seen 7") and lines[0].endswith("left")
+    assert lines[0] == "training 1/100  loss 1.235  tokens seen 7"  # nobody knows yet how long the others take
     assert lines[1].startswith("training 100/100") and lines[2] == "warning: look [out]"
 
 
-def test_a_bar_goes_on_where_an_earlier_process_stopped(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is left is reckoned from this process's units alone: 80 of them in the time of the first."""
-    reporter = ConsoleReporter(verbose=True)
+def test_a_bar_goes_on_where_an_earlier_process_stopped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is reckoned from this process's units alone, and not from the first of them."""
+    reporter, seconds = ConsoleReporter(verbose=True), itertools.chain([0.0, 100.0], itertools.count(100.5, 0.5))
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))  # the first waits for weights that are read, say
     with reporter.track(100, "training", 19) as bar:
-        time.sleep(0.1)
         for _ in range(81):
             bar.advance(1, loss=1.0)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("training 20/100") and lines[-1].startswith("training 100/100")
-    assert re.search(r"0:0[89] left|0:1\d left", lines[0])
+    assert lines[0] == "training 20/100  loss 1" and lines[-1].startswith("training 100/100")
+    assert lines[1].endswith("  0:40 left")  # 79 of half a second, rounded
+
+
+def test_quick_jobs_of_one_name_say_once_that_they_are_done(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter()
+    for units in (2, 2, 3, 2):
+        with reporter.track(units, "dry run") as bar:
+            for _ in range(units):
+                bar.advance(1)
+    for _ in range(2):
+        with reporter.track(2, "evaluation") as bar:
+            bar.advance(2, loss=1.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["dry run 2/2", "dry run 3/3", *2 * ["evaluation 2/2  loss 1"]]
 
 
 def test_verbose_writes_each_step_and_quiet_none(capsys: pytest.CaptureFixture[str]) -> None:

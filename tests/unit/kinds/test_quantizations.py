@@ -80,6 +80,9 @@ def test_targets_that_match_nothing_say_what_exists() -> None:
     with pytest.raises(RecipeError, match="'q_pro' matches no linear") as caught:
         adapters.bind(lora(target_modules=["q_pro"])).sites(SHAPE)
     assert "did you mean q_proj?" in str(caught.value) and "down_proj" in str(caught.value)
+    with pytest.raises(RecipeError, match="'nope_proj' matches no linear") as caught:  # only `_proj` is known of it
+        adapters.bind(lora(target_modules=["nope_proj"])).sites(SHAPE)
+    assert "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,53 @@ def test_long_line_in_bounded_memory(tmp_path: Path) -> None:
     assert grown < 48 << 10  # KiB
 
 
+LABELLED = {"text": "a", "label": "x", "id": "1"}
+
+
+@pytest.mark.parametrize(
+    ("others", "odd", "missing"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a"}, "rejected"),
+        ({"question": "q", "answer": "a"}, {"question": "q"}, "answer"),
+        (LABELLED, {"label": "x", "id": "1"}, "text"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 150])
+def test_a_row_without_what_others_have_is_that_rows_fault(
+    tmp_path: Path, others: dict[str, str], odd: dict[str, str], missing: str, place: int
+) -> None:
+    """Nobody is sent to correct columns that fit all other rows: what is advised then is to leave the row out."""
+    write_rows(tmp_path, others, odd, place)
+    for columns in ({}, {missing: missing}):
+        error = failure(tmp_path, columns=columns)
+        assert (error.line, error.key, error.todo) == (place + 1, missing, None) and "missing" in error.what
+    odd = {**odd, f"{missing}x": "typo"}
+    write_rows(tmp_path, others, odd, place)
+    assert failure(tmp_path).todo == f"other rows have it; did you mean '{missing}x'? rename it"
+
+
+def write_rows(folder: Path, others: dict[str, str], odd: dict[str, str], place: int) -> None:
+    rows = [odd if number == place else others for number in range(151)]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_a_row_that_alone_would_be_of_another_format_lacks_a_column(
+    tmp_path: Path, prepare_rows: Callable[..., Prepared]
+) -> None:
+    """Of texts with labels one without a label is no reason to split the file."""
+    write_rows(tmp_path, LABELLED, {"text": "b"}, 7)
+    with pytest.raises(LorafitError) as caught:
+        prepare_rows(train="d.jsonl")
+    assert str(caught.value) == (
+        "d.jsonl:8: label: missing field 'label' of text_label, which other rows have; alone it looks like text; "
+        "correct the row, or set format: text_label, and bad_rows: {policy: skip} to leave it out"
+    )
+    write_rows(tmp_path, {"question": "q", "answer": "a"}, {"question": "b"}, 7)
+    with pytest.raises(LorafitError) as caught:
+        prepare_rows(train="d.jsonl")
+    assert str(caught.value).endswith("correct such rows, or leave them out with data.bad_rows: {policy: skip}")
+
+
 def test_skipped_rows_have_a_limit(tmp_path: Path, prepare_rows: Callable[..., Prepared]) -> None:
     rows = [GOOD.replace("good", f"good {n}") if n % 10 else "{oops}\n" for n in range(100)]
     (tmp_path / "d.jsonl").write_text("".join(rows), encoding="utf-8")
