@@ -63,6 +63,8 @@ def _call(
         required: Those that may not be None, beside those that never may.
     """
     silent = Silent()
+    if "run" in arguments:  # what training gave back, or where it is
+        arguments = {**arguments, "run": getattr(arguments["run"], "path", arguments["run"])}
     try:
         check_arguments(arguments, required)
         set_library_defaults()
@@ -285,11 +287,9 @@ def classify(
     return _call(pipeline.classify, locals())
 
 
-def _path(path: Recipe | Trained | None) -> Path | JsonMapping | None:
-    """Files and folders as paths, a run as its folder; a recipe's values stay what they are."""
-    if path is None or isinstance(path, Mapping):
-        return path
-    return Path(path) if isinstance(path, str | os.PathLike) else path.path
+def _path(path: Recipe | None) -> Path | JsonMapping | None:
+    """Files and folders as paths; a recipe's values stay what they are."""
+    return Path(path) if isinstance(path, str | os.PathLike) else path
 
 
 def _text(value: object | None) -> str | None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from lorafit.console.arguments import NUMBERS
+from lorafit.console.arguments import ARGUMENTS
 from lorafit.console.exits import exit_code, termination_as_error
 from lorafit.contracts import JsonObject, Reporter
 from lorafit.machine.library_settings import set_library_defaults
@@ -125,7 +125,7 @@ def lorafit(
 
 def _number(parameter: str, metavar: str, said: str) -> Any:
     """An option for a number, in the range of Python's parameter."""
-    number = NUMBERS[parameter]
+    number = ARGUMENTS[parameter]
     return typer.Option(metavar=metavar, min=number.least, max=number.most, help=said)
 
 
