@@ -17,7 +17,7 @@ from lorafit.console.wording import counted
 from lorafit.contracts import Encoded, Example, JsonMapping, JsonObject, Sample, Silent
 from lorafit.data.batch import cut_step
 from lorafit.data.id_range import check_ids
-from lorafit.data.plain_text import encode_labelled
+from lorafit.data.plain_text import PlainText
 from lorafit.data.prompts import COMMAND_LINE, read_prompt
 from lorafit.data.sources.files import find_files
 from lorafit.data.sources.row_columns import rename
@@ -66,9 +66,10 @@ class Classifier:
             DataError: A text has no tokens, with its file and line.
         """
         engine = self.load()
+        plain = PlainText(engine.tokenizer)
 
         def render(sample: Sample) -> Encoded:
-            return encode_labelled(sample.text or "", engine.tokenizer, self.max_length)
+            return plain.labelled(sample.text or "", self.max_length)
 
         rows, cut = [], 0
         for number, sample in enumerate(samples):

@@ -16,7 +16,7 @@ from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.console.wording import agreed, counted
 from lorafit.contracts import Reporter, Sample
 from lorafit.data.chat.render import ChatRenderer
-from lorafit.data.plain_text import completion_prompt_ids
+from lorafit.data.plain_text import PlainText
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
@@ -79,7 +79,7 @@ class Voice:
                 raise DataError("is a text with a label, which no prompt is", todo="name the column that asks: prompt")
             if self.chats is not None:
                 return self.chats.prompt_ids(prompt.turns, prompt.tools)
-            return completion_prompt_ids(_only_text(prompt), self.tokenizer)
+            return PlainText(self.tokenizer).prompt_ids(_only_text(prompt))
         except DataError as error:
             error.at(file=prompt.file, line=prompt.line or None)
             raise

@@ -10,7 +10,6 @@ strings inside are text, as in chats.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
-from weakref import WeakKeyDictionary
 
 from lorafit.contracts import Encoded
 from lorafit.data.text_encoder import TextEncoder
@@ -22,62 +21,76 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 
-_encoders: WeakKeyDictionary[PreTrainedTokenizerBase, TextEncoder] = WeakKeyDictionary()
 
-
-def encode_completion(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, *, train_on: TrainOn = "assistant"
-) -> Encoded:
-    """Prompt, completion and end token. The loss lies on completion and end token, or on everything (`all`).
-
-    The prompt's tokens are always those that a model is given when it is asked: where one token would straddle the
-    border, both sides are encoded apart.
+class PlainText:
+    """Encodes such rows with one tokenizer.
 
     Raises:
-        ModelError: If the tokenizer has no end token.
+        ModelError: The tokenizer cannot say where its tokens stand; or, of what needs one, it has no end token.
     """
-    encoder = _encoder(tokenizer)
-    asked, whole = _typed_ids(encoder, prompt), _typed_ids(encoder, prompt + completion)
-    answer = whole[len(asked) :] if whole[: len(asked)] == asked else _continuation(encoder, completion)
-    asked = [*encoder.prefix, *asked]
-    answer = [*answer, _end_token(tokenizer)]
-    return Encoded([*asked, *answer], [train_on == "all"] * len(asked) + [True] * len(answer))
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._encoder = tokenizer, TextEncoder(tokenizer)
 
-def completion_prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a model is given to complete: the prompt as `encode_completion` encodes it."""
-    encoder = _encoder(tokenizer)
-    return [*encoder.prefix, *_typed_ids(encoder, prompt)]
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What a model is given to complete: the prompt as `completion` encodes it."""
+        return [*self._encoder.prefix, *self._typed_ids(prompt)]
 
+    def completion(self, prompt: str, completion: str, train_on: TrainOn = "assistant") -> Encoded:
+        """Prompt, completion and end token. The loss lies on completion and end token, or on everything (`all`).
 
-def truncate_completion(
-    prompt: str,
-    completion: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    train_on: TrainOn = "assistant",
-) -> Encoded | None:
-    """`encode_completion` cut to `max_length` tokens: the prompt from its left, then the completion from its right,
-    which then carries no end token.
+        The prompt's tokens are always those that a model is given when it is asked: where one token would straddle the
+        border, both sides are encoded apart.
+        """
+        asked, whole = self._typed_ids(prompt), self._typed_ids(prompt + completion)
+        answer = whole[len(asked) :] if whole[: len(asked)] == asked else self._continuation(completion)
+        asked = [*self._encoder.prefix, *asked]
+        answer = [*answer, self._end_token()]
+        return Encoded([*asked, *answer], [train_on == "all"] * len(asked) + [True] * len(answer))
 
-    Returns:
-        None where nothing of the completion fits.
-    """
-    encoded = encode_completion(prompt, completion, tokenizer, train_on=train_on)
-    asked = len(completion_prompt_ids(prompt, tokenizer))
-    return cut_tokens(encoded, asked, max_length, bos=_encoder(tokenizer).bos)
+    def cut_completion(
+        self, prompt: str, completion: str, max_length: int, train_on: TrainOn = "assistant"
+    ) -> Encoded | None:
+        """`completion` cut to `max_length` tokens: the prompt from its left, then the completion from its right, which
+        then carries no end token.
 
+        Returns:
+            None where nothing of the completion fits.
+        """
+        whole, asked = self.completion(prompt, completion, train_on), len(self.prompt_ids(prompt))
+        return cut_tokens(whole, asked, max_length, bos=self._encoder.bos)
 
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Plain text with its end token, every token of it trained.
+    def text(self, text: str) -> Encoded:
+        """Plain text with its end token, every token of it trained."""
+        ids = [*self._encoder.prefix, *self._typed_ids(text), self._end_token()]
+        return Encoded(ids, [True] * len(ids))
 
-    Raises:
-        ModelError: If the tokenizer has no end token.
-    """
-    encoder = _encoder(tokenizer)
-    ids = [*encoder.prefix, *_typed_ids(encoder, text), _end_token(tokenizer)]
-    return Encoded(ids, [True] * len(ids))
+    def labelled(self, text: str, max_length: int) -> Encoded:
+        """A text that is classified, none of its tokens trained: between what the tokenizer itself puts around a text.
+
+        Args:
+            max_length: In tokens; the end of a longer text is cut off.
+        """
+        prefix, suffix = self._encoder.prefix, self._encoder.suffix
+        ids = [*prefix, *self._typed_ids(text)[: max(1, max_length - len(prefix) - len(suffix))], *suffix]
+        return Encoded(ids, [False] * len(ids))
+
+    def _typed_ids(self, text: str) -> list[int]:
+        return self._encoder.encode(text, [(0, len(text))] if text else [])[0]
+
+    def _continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on behind another one: without the blank that some tokenizers put in front of it."""
+        for anchor in ("\n", ".", "a", "0"):
+            ids, before = self._typed_ids(anchor + text), self._typed_ids(anchor)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        return self._typed_ids(text)
+
+    def _end_token(self) -> int:
+        if self._tokenizer.eos_token_id is None:
+            todo = "use a model whose tokenizer has one"
+            raise ModelError("the tokenizer has no end token", key="eos_token", todo=todo)
+        return int(self._tokenizer.eos_token_id)
 
 
 def split_text(encoded: Encoded, max_length: int) -> list[Encoded]:
@@ -87,41 +100,3 @@ def split_text(encoded: Encoded, max_length: int) -> list[Encoded]:
     if len(ends) > 1 and ends[-1] - ends[-2] == 1 and max_length > 2:
         ends[-2] -= 1  # one token alone predicts nothing
     return [Encoded(ids[start:end], [True] * (end - start)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def encode_labelled(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """A text that is classified, none of its tokens trained: between what the tokenizer itself puts around a text.
-
-    Args:
-        max_length: In tokens; the end of a longer text is cut off.
-    """
-    encoder = _encoder(tokenizer)
-    ids = _typed_ids(encoder, text)[: max(1, max_length - len(encoder.prefix) - len(encoder.suffix))]
-    ids = [*encoder.prefix, *ids, *encoder.suffix]
-    return Encoded(ids, [False] * len(ids))
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
-    encoder = _encoders.get(tokenizer)
-    if encoder is None:
-        encoder = _encoders[tokenizer] = TextEncoder(tokenizer)
-    return encoder
-
-
-def _typed_ids(encoder: TextEncoder, text: str) -> list[int]:
-    return encoder.encode(text, [(0, len(text))] if text else [])[0]
-
-
-def _continuation(encoder: TextEncoder, text: str) -> list[int]:
-    """Ids of a text that goes on behind another one: without the blank that some tokenizers put in front of a text."""
-    for anchor in ("\n", ".", "a", "0"):
-        ids, before = _typed_ids(encoder, anchor + text), _typed_ids(encoder, anchor)
-        if ids[: len(before)] == before:
-            return ids[len(before) :]
-    return _typed_ids(encoder, text)
-
-
-def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no end token", key="eos_token", todo="use a model whose tokenizer has one")
-    return int(tokenizer.eos_token_id)

@@ -17,14 +17,7 @@ from lorafit.data.chat.clock import StoppedClock, read_clock, write_moment
 from lorafit.data.chat.render import ChatRenderer, Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
-from lorafit.data.plain_text import (
-    completion_prompt_ids,
-    encode_completion,
-    encode_labelled,
-    encode_text,
-    split_text,
-    truncate_completion,
-)
+from lorafit.data.plain_text import PlainText, split_text
 from lorafit.data.truncate import is_surely_longer, keep_head, keep_tail, truncate_chat
 from lorafit.errors import DataError, LorafitError
 
@@ -74,6 +67,10 @@ class Renderer:
             system_prompt=self._data.system_prompt,
             now=self._now,
         )
+
+    @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.tokenizer)
 
     @property
     def template(self) -> str:
@@ -130,11 +127,10 @@ class Renderer:
         if messages is not None:
             return self.chats.encode(self._render_counted(messages, sample))
         if sample.completion is not None:
-            train_on = self._data.train_on
-            return encode_completion(sample.prompt, sample.completion, self.tokenizer, train_on=train_on)
+            return self._plain.completion(sample.prompt, sample.completion, self._data.train_on)
         if sample.labels is not None:
-            return encode_labelled(sample.text or "", self.tokenizer, sys.maxsize)
-        return encode_text(sample.text or "", self.tokenizer)
+            return self._plain.labelled(sample.text or "", sys.maxsize)
+        return self._plain.text(sample.text or "")
 
     def is_surely_longer(self, sample: Sample) -> bool:
         """Whether a sample has more than `max_length` tokens, told without making all of them; False where that takes
@@ -195,16 +191,15 @@ class Renderer:
         if messages is not None:
             return truncate_chat(self.chats, messages, sample.tools, limit)
         if sample.completion is not None:
-            train_on = self._data.train_on
-            return truncate_completion(sample.prompt, sample.completion, self.tokenizer, limit, train_on=train_on)
+            return self._plain.cut_completion(sample.prompt, sample.completion, limit, self._data.train_on)
         if sample.labels is not None:
-            return encode_labelled(sample.text or "", self.tokenizer, limit)
-        whole = encode_text(sample.text or "", self.tokenizer)
+            return self._plain.labelled(sample.text or "", limit)
+        whole = self._plain.text(sample.text or "")
         return Encoded(whole.input_ids[:limit], whole.trained[:limit])
 
     def split(self, sample: Sample) -> list[Encoded]:
         """Plain text cut into rows of `max_length`."""
-        return split_text(encode_text(sample.text or "", self.tokenizer), self._data.max_length)
+        return split_text(self._plain.text(sample.text or ""), self._data.max_length)
 
     def is_chat(self, sample: Sample) -> bool:
         """Whether the sample goes through the chat template."""
@@ -220,8 +215,7 @@ class Renderer:
         if messages is None:
             if sample.completion is None:
                 return []
-            prompt_ids = completion_prompt_ids(sample.prompt, self.tokenizer)
-            return [self._generation_row(sample, prompt_ids, sample.completion)]
+            return [self._generation_row(sample, self._plain.prompt_ids(sample.prompt), sample.completion)]
         trained = [number for number, turn in enumerate(messages) if _is_trained(turn)]
         calling = [number for number in trained[:-1] if messages[number].get("tool_calls")]
         is_last_plain = bool(trained) and not messages[trained[-1]].get("tool_calls")

@@ -11,11 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.plain_text import (
-    completion_prompt_ids,
-    encode_completion,
-    encode_text,
+    PlainText,
     split_text,
-    truncate_completion,
 )
 from lorafit.data.text_encoder import FIRST_PRIVATE_CHARACTER, TextEncoder, mark_trained
 from lorafit.errors import DataError, ModelError
@@ -177,8 +174,8 @@ def test_end_token_that_swallows_blanks_is_trained() -> None:
 @pytest.mark.parametrize("completion", [" so it is", "so", "\n\nso", "</s>", ""])
 def test_completions_go_on_from_the_tokens_of_their_prompt(kind: str, prompt: str, completion: str) -> None:
     tokenizer = build(kind)
-    encoded = encode_completion(prompt, completion, tokenizer)
-    asked = completion_prompt_ids(prompt, tokenizer)
+    plain = PlainText(tokenizer)
+    encoded, asked = plain.completion(prompt, completion), plain.prompt_ids(prompt)
     assert encoded.input_ids[: len(asked)] == asked
     assert encoded.trained == [False] * len(asked) + [True] * (len(encoded.input_ids) - len(asked))
     assert encoded.input_ids[-1] == tokenizer.eos_token_id
@@ -187,26 +184,26 @@ def test_completions_go_on_from_the_tokens_of_their_prompt(kind: str, prompt: st
     assert encoded.input_ids.count(tokenizer.bos_token_id) == bos
     body = tokenizer.decode(encoded.input_ids[bos:-1], clean_up_tokenization_spaces=False)
     assert body in (prompt + completion, (prompt + completion).removeprefix(" "))
-    assert encode_completion(prompt, completion, tokenizer, train_on="all").trained == [True] * len(encoded.input_ids)
+    assert plain.completion(prompt, completion, train_on="all").trained == [True] * len(encoded.input_ids)
 
 
 def test_completion_is_cut_from_the_left_of_its_prompt() -> None:
     tokenizer = build("bytes")
-    whole = encode_completion("the quick brown fox asks", " why", tokenizer)
-    cut = truncate_completion("the quick brown fox asks", " why", tokenizer, len(whole.input_ids) - 3)
+    whole = PlainText(tokenizer).completion("the quick brown fox asks", " why")
+    cut = PlainText(tokenizer).cut_completion("the quick brown fox asks", " why", len(whole.input_ids) - 3)
     assert cut is not None
     assert cut.input_ids[0] == tokenizer.bos_token_id and cut.input_ids[-1] == tokenizer.eos_token_id
     assert cut.input_ids[1:] == whole.input_ids[4:]
-    short = truncate_completion("the quick brown fox asks", " why not so " * 9, tokenizer, 12)
+    short = PlainText(tokenizer).cut_completion("the quick brown fox asks", " why not so " * 9, 12)
     assert short is not None and len(short.input_ids) == 12 and tokenizer.eos_token_id not in short.input_ids
     assert sum(short.trained) == 9
-    assert truncate_completion("a", "b", tokenizer, 1) is None
+    assert PlainText(tokenizer).cut_completion("a", "b", 1) is None
 
 
 def test_plain_text_is_trained_whole_and_split() -> None:
     tokenizer = build("bytes")
     text = "the quick brown fox </s> answers"
-    row = encode_text(text, tokenizer)
+    row = PlainText(tokenizer).text(text)
     assert (
         all(row.trained) and row.input_ids[-1] == tokenizer.eos_token_id and row.input_ids[0] == tokenizer.bos_token_id
     )
@@ -222,4 +219,4 @@ def test_an_end_token_is_needed() -> None:
     tokenizer = build.__wrapped__("bytes")
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end token"):
-        encode_completion("a", "b", tokenizer)
+        PlainText(tokenizer).completion("a", "b")
