@@ -115,7 +115,7 @@ def test_rows_are_told_apart_and_one_whose_form_is_not_known_is_left_out() -> No
 
 def test_repetition_takes_no_time() -> None:
     """A model that repeats itself to the longest length."""
-    began = time.perf_counter()
+    began = time.process_time()
     for part in (
         "<arg_key></arg_value>",
         "<tool_call>f<arg_key>a",
@@ -126,4 +126,4 @@ def test_repetition_takes_no_time() -> None:
     ):
         read_calls(f"<tool_call>f {part * 500}")
         read_calls(part * 500)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
