@@ -27,11 +27,18 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 KL_LIMIT = 0.02
-"""Mean KL in nats a token above which a merge into the base that was trained on is called wrong.
+"""Mean KL in nats a label above which a merge into the base that was trained on is called wrong.
 
-Rounding the merged weights to bf16 gave 0.0008 on SmolLM2-135M after an epoch on chats, and 0.007 after two steps, when
-the update is about as fine as a step of bf16; merging into other weights than training's gave 0.18.
+Rounding the merged weights to bf16 gave 2e-6 on SmolLM2-135M in NF4, whose values lie anywhere between the steps of
+bf16. Where the base itself is bf16, updates of less than half a step are rounded away: 0.004 after four steps, and less
+the longer a run is. Merging into other weights than training's gave 0.18.
 """
+FEW_LABELS = 256
+"""Below this many, as of rows with one class each, the mean KL is that of a few distributions: see `require_parity`."""
+UPDATE_SHARE = 0.05
+"""Of KL(adapter || adapter without its update), what rounding may lose where labels are few: 0.013 after four steps."""
+CLEAR_MARGIN = 0.2
+"""A first choice that the adapter gives at least this much more probability than another is no near tie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,9 @@ class Parity:
         top1_agreement: Share of positions whose most likely token is the same, 0 to 1.
         adapter_loss: Mean cross-entropy of the adapter on its base over the labels that are trained, in nats.
         merged_loss: The same of the merged model.
+        clear_flips: Labels whose first choice is another one and was no near tie.
+        update_kl: Mean KL(adapter || adapter without its update of weights, its head kept), in nats: all that a merge
+            could lose. Measured where labels are few and `mean_kl` is above the limit.
     """
 
     rows: int
@@ -57,6 +67,8 @@ class Parity:
     top1_agreement: float
     adapter_loss: float
     merged_loss: float
+    clear_flips: int = 0
+    update_kl: float | None = None
 
     def to_json(self) -> dict[str, float | int]:
         """Plain values for `--json` and the report."""
@@ -92,6 +104,7 @@ def compare_merge(
     import torch
 
     found = []
+    update_kl = None
     bar = reporter.track(len(rows), "comparing logits")
     with fp32_compute(adapted.model), fp32_compute(merged.model), torch.no_grad(), bar:
         for row in rows:
@@ -100,10 +113,12 @@ def compare_merge(
                 p, q = (each.logits(batch.to(each.device)).float().cpu() for each in (adapted, merged))
                 found.append(_sums(p, q, batch["label_ids"], batch.tensors.get("counted")))
             bar.advance()
-    if not found:
-        raise NumericsError("no row to compare the merge on", todo="give rows of two tokens or more")
-    *columns, differences, kls = zip(*found, strict=True)
-    tokens, kl, same, labels, adapter_loss, merged_loss = map(sum, columns)
+        if not found:
+            raise NumericsError("no row to compare the merge on", todo="give rows of two tokens or more")
+        *columns, differences, kls = zip(*found, strict=True)
+        tokens, kl, same, flips, labels, adapter_loss, merged_loss = map(sum, columns)
+        if tokens < FEW_LABELS and kl / tokens > KL_LIMIT:
+            update_kl = _measure_update(adapted, rows, pad_id)
     return Parity(
         rows=len(found),
         tokens=tokens,
@@ -113,6 +128,8 @@ def compare_merge(
         top1_agreement=same / tokens,
         adapter_loss=adapter_loss / max(1, labels),
         merged_loss=merged_loss / max(1, labels),
+        clear_flips=flips,
+        update_kl=update_kl,
     )
 
 
@@ -148,25 +165,62 @@ def fp32_compute(model: PreTrainedModel) -> Iterator[None]:
 
 
 def require_parity(parity: Parity, *, limit: float = KL_LIMIT) -> None:
-    """Raises NumericsError where the merged model is further from its adapter than rounding explains."""
-    if not parity.mean_kl <= limit:
+    """Raises NumericsError where the merged model is further from its adapter than rounding explains.
+
+    Of many labels that is a mean KL above the limit. A few distributions, one a row, move more by rounding: there it is
+    a larger share of the adapter's whole effect, or another first choice where the adapter was sure of its own.
+    """
+    allowed = limit if parity.update_kl is None else max(limit, UPDATE_SHARE * parity.update_kl)
+    why = "" if parity.mean_kl <= allowed else f"mean KL {parity.mean_kl:.4g} is above {allowed:.3g}"
+    if not why and parity.tokens < FEW_LABELS and parity.clear_flips:
+        why = f"{counted(parity.clear_flips, 'clear first choice')} of {parity.tokens} changed"
+    if why:
         raise NumericsError(
-            f"the merged model is not the adapter it was made from: mean KL {parity.mean_kl:.4g} is above {limit:g} "
+            f"the merged model is not the adapter it was made from: {why} "
             f"(max logit difference {parity.max_logit_difference:.3g}, loss {parity.merged_loss:.4f} "
             f"against {parity.adapter_loss:.4f})",
-            todo="do not use this merge; merge into the dequantized base of the run",
+            todo="train on (rounding loses updates finer than the dtype's steps), or ship the adapter beside its base",
         )
+
+
+def _measure_update(adapted: Objective, rows: Sequence[Example], pad_id: int) -> float:
+    """Mean KL(adapter || adapter without its update of weights) over the labels; a trained head stays in both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    batches = [adapted.task.collate_whole(row, pad_id).to(adapted.device) for row in rows]
+    layers = [module for module in adapted.model.modules() if isinstance(module, BaseTunerLayer)]
+    flags = [(parameter, parameter.requires_grad) for parameter in adapted.model.parameters()]
+    tuned = torch.cat([adapted.logits(batch).float().cpu() for batch in batches])
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        plain = torch.cat([adapted.logits(batch).float().cpu() for batch in batches])
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return float(_divergence(tuned, plain).mean())
+
+
+def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL of each label, [labels], from logits [labels, classes]."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
 
 
 def _sums(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None) -> tuple[float, ...]:
     """Of one row, with `p`, `q` `[labels, classes]`, the right classes, and which of them count: labels, KL, equal
-    first choices, labels that count and both models' loss on them; the largest difference and the largest KL last.
+    first choices, clear ones that changed, labels that count and both models' loss on them; the largest difference and
+    the largest KL last.
     """
     if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
         raise NumericsError("logits are not finite", todo="the adapter or the merged model is broken")
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
+    log_p, log_q, kl = p.log_softmax(-1), q.log_softmax(-1), _divergence(p, q)
     counts = torch.ones(len(labels)) if counted is None else counted.float()
     losses = [-float((log.gather(1, labels[:, None])[:, 0] * counts).sum()) for log in (log_p, log_q)]
-    same = (p.argmax(-1) == q.argmax(-1)).sum()
-    return len(p), float(kl.sum()), int(same), int(counts.sum()), *losses, float((p - q).abs().max()), float(kl.max())
+    shares, chosen = log_p.exp(), q.argmax(-1)
+    margins = shares.amax(-1) - shares.gather(1, chosen[:, None])[:, 0]
+    same, flips = int((p.argmax(-1) == chosen).sum()), int((margins > CLEAR_MARGIN).sum())
+    largest = float((p - q).abs().max()), float(kl.max())
+    return len(p), float(kl.sum()), same, flips, int(counts.sum()), *losses, *largest

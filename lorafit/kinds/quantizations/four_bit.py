@@ -230,9 +230,11 @@ class FourBitRows:
             del self._codes, self._absmax
 
     def read(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows in the file's orientation, dequantised to the dtype the weights had when training quantised them.
+        """Rows in the file's orientation, dequantised to fp32 and not rounded, also where training rounds them.
 
-        `into` is not used: bitsandbytes allocates.
+        Whoever writes them rounds once, with an adapter's change in them. Rounded before, they would lie on the steps
+        of bf16, a change of less than half a step would be rounded away again wherever it stands, and with it most of
+        what a short run has learnt. `into` is not used: bitsandbytes allocates.
         """
         return self._dequantise(start, stop) if self._whole is None else self._whole[start:stop]
 
@@ -279,7 +281,7 @@ class FourBitRows:
         state = QuantState(
             absmax=self._absmax[low // BLOCK_WEIGHTS : -(-high // BLOCK_WEIGHTS)],
             shape=torch.Size((1, high - low)),
-            dtype=self._dtype,
+            dtype=torch.float32,
             blocksize=BLOCK_WEIGHTS,
             code=get_4bit_type(self._kind, device="cpu"),
             quant_type=self._kind,

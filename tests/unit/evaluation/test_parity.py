@@ -80,13 +80,46 @@ def test_losses_are_the_models_own_over_the_trained_tokens(made: Trained) -> Non
 
 
 def test_a_far_merge_ends_with_exit_9(made: Trained) -> None:
-    parity = Parity(1, 9, 1.0, 0.021, 0.1, 0.9, 2.0, 2.1)
+    parity = Parity(1, 900, 1.0, 0.021, 0.1, 0.9, 2.0, 2.1, clear_flips=4)
     with pytest.raises(NumericsError, match=r"mean KL 0.021 is above 0.02") as caught:
         require_parity(parity)
     assert caught.value.exit_code == 9
     with pytest.raises(NumericsError):
         require_parity(Parity(1, 9, 1.0, float("nan"), 0.1, 0.9, 2.0, 2.1))
+    require_parity(Parity(1, 900, 1.0, 0.019, 0.1, 0.9, 2.0, 2.1, clear_flips=4))
     require_parity(parity, limit=0.05)
+
+
+def test_a_few_distributions_are_held_to_what_the_adapter_does_to_them() -> None:
+    """0.0206 over 8 rows of a classifier of four steps is a merge's rounding where the update makes 0.6."""
+
+    def of_rows(mean_kl: float, update_kl: float | None, clear_flips: int = 0) -> Parity:
+        return Parity(8, 8, 0.2, mean_kl, 0.1, 0.9, 0.6, 0.6, clear_flips, update_kl)
+
+    require_parity(of_rows(0.0206, 0.6))
+    require_parity(of_rows(0.001, None))
+    for lost in (of_rows(0.0206, 0.1), of_rows(0.031, 0.6), of_rows(0.6, 0.6), of_rows(0.0206, None)):
+        with pytest.raises(NumericsError, match="is above"):
+            require_parity(lost)
+    with pytest.raises(NumericsError, match="1 clear first choice of 8 changed"):
+        require_parity(of_rows(0.0206, 0.6, clear_flips=1))
+
+
+def test_what_the_update_does_is_measured_beside_a_merge_that_lost_it(made: Trained) -> None:
+    """A merge that is the bare base: its KL is that of the whole update, and the adapter is left as it was."""
+    flags = {name: parameter.requires_grad for name, parameter in made.model.named_parameters()}
+    bare = merge(made, "dequantized")
+    layers = dict(made.model.base_model.model.named_modules())
+    with torch.no_grad():
+        for name, module in bare.named_modules():
+            if hasattr(layers.get(name), "lora_A"):
+                module.weight -= layers[name].get_delta_weight("default")
+        for parameter in (p for name, p in made.model.named_parameters() if "lora_B" in name):
+            parameter *= 3
+    parity = compare(made, bare, ROWS)
+    assert parity.update_kl == pytest.approx(parity.mean_kl, rel=1e-3) and parity.mean_kl > 0.02
+    assert {name: parameter.requires_grad for name, parameter in made.model.named_parameters()} == flags
+    assert compare(made, bare, ROWS) == parity, "the adapter is still off"
 
 
 def test_nothing_to_compare_and_broken_logits(made: Trained) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 import re
@@ -138,8 +139,28 @@ def dequantised(layer: torch.nn.Module) -> torch.Tensor:
 
     weight = layer.weight
     if getattr(weight, "quant_state", None) is not None:
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        state = copy.copy(weight.quant_state)
+        state.dtype = torch.float32  # not rounded: the merge rounds once, with the update
+        return bnb.functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
     return bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_an_update_finer_than_the_steps_of_bf16_is_not_rounded_away(trained: Callable[..., Trained], kind: str) -> None:
+    """Its sum over many weights is kept, since quantised values lie anywhere between the steps."""
+    made = trained(kind, dtype=torch.bfloat16)
+    file = made.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t * 0.002 if "lora_B" in name else t for name, t in tensors.items()}, file)
+    merged = AutoModelForCausalLM.from_pretrained(run(made, "dequantized").output)
+    for name, module in made.model.base_model.model.named_modules():
+        if getattr(module, "lora_A", None) is not None and len(module.lora_A):
+            update = 0.002 * module.get_delta_weight("default").detach().double()
+            base = dequantised(module.get_base_layer())
+            step = torch.exp2(torch.floor(torch.log2(base.abs())) - 7)
+            assert float((update.abs() / step).median()) < 0.5, "the update is as coarse as a step"
+            written = merged.get_submodule(name).weight.detach().double() - base.double()
+            assert float((written * update).sum() / update.square().sum()) == pytest.approx(1.0, abs=0.25)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
