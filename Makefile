@@ -63,6 +63,7 @@ type: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/write_reference.py
 	$(BIN)/python docs/write_help.py
+	$(BIN)/python docs/write_shapes.py
 
 check: test lint type
 

@@ -31,7 +31,7 @@ from lorafit.memory.layer import Layer
 from lorafit.memory.operations import Moment, Operation
 from lorafit.memory.peak import ALLOCATOR_FACTOR, CONTEXT_BYTES
 from lorafit.model.class_shape import find_shape
-from lorafit.model_shapes import known_config
+from lorafit.model.known_models import known_config
 
 GIB = 2**30
 HEADROOM = 0.05

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
-from lorafit.contracts import JsonMapping
+from lorafit.contracts import JsonMapping, JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,19 @@ class ModelShape:
     scanning_layers: int = 0
     has_sinks: bool = False
     new_head_parameters: int = 0
+
+    def to_json(self) -> JsonObject:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: JsonMapping) -> ModelShape:
+        """What `to_json` gave."""
+        linears, beside = (
+            tuple(kind(**part) for part in values[name])
+            for name, kind in (("linears", LinearShape), ("beside", LeftOut))
+        )
+        return cls(**{**values, "linears": linears, "beside": beside})
 
     @property
     def quantizable(self) -> bool:

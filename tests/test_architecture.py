@@ -42,7 +42,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"kinds"},
     {"objective"},
     {"console.exits", "files.cache"},
-    {"ops", "files", "machine.devices", "model_shapes", "console.reporting", "hub"},
+    {"ops", "files", "machine.devices", "console.reporting", "hub"},
     {"machine.hardware"},
     {"machine.shipped", "console", "console.live_line", "run"},
     {

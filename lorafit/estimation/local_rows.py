@@ -18,8 +18,7 @@ from lorafit.contracts import JsonObject, Progress, Reporter, Silent
 from lorafit.errors import LorafitError
 from lorafit.estimation import RowLengths
 from lorafit.facts import Bar, DatasetFacts
-from lorafit.files.cache import own_folder
-from lorafit.files.strict_json import read_json_file
+from lorafit.files.cache import keep, kept
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import sources_of
 
@@ -32,7 +31,6 @@ _REASON_CHARACTERS = 160
 
 def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
     """The lengths of the training rows; or, in words, why there are none."""
-    from lorafit.files.cache import cache_folder
     from lorafit.model.base import find_local_base, is_gguf
 
     try:
@@ -47,15 +45,15 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
         name = loaded.recipe.model.base
         converted = f"{name} is converted by the first preview or train"
         return RowLengths(missing=converted if is_gguf(name) else f"the tokenizer of {name} is not on this disk")
-    memo = cache_folder() / "data" / "lengths" / f"{_key(loaded, base)}.json"
-    known = _read_memo(memo)
-    if known is not None:
-        return known
+    memo = f"data/lengths/{_key(loaded, base)}.json"
+    with contextlib.suppress(KeyError, TypeError):
+        stored = kept(memo)
+        return RowLengths(DatasetFacts(**stored["facts"]), tuple(Bar(**bar) for bar in stored["bars"]))
     try:
         found = _prepare(loaded, base, reporter)
     except LorafitError as error:  # rows that cannot be trained on are for `train` and `preview` to refuse
         return RowLengths(missing=error.one_line[:_REASON_CHARACTERS])
-    _write_memo(memo, found)
+    keep(memo, {"facts": asdict(found.facts), "bars": [asdict(bar) for bar in found.bars]} if found.facts else None)
     return found
 
 
@@ -129,20 +127,3 @@ def _local(loaded: LoadedRecipe, path: str) -> Path:
 def _stamp(file: Path) -> tuple[str, int, int]:
     now = file.stat()
     return str(file.resolve()), now.st_size, now.st_mtime_ns
-
-
-def _read_memo(memo: Path) -> RowLengths | None:
-    try:
-        stored = read_json_file(memo)
-        return RowLengths(DatasetFacts(**stored["facts"]), tuple(Bar(**bar) for bar in stored["bars"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write_memo(memo: Path, found: RowLengths) -> None:
-    from lorafit.files.atomic import write_json
-
-    assert found.facts is not None
-    with contextlib.suppress(OSError, LorafitError):  # a full disk costs the next estimate some time, no more
-        own_folder(memo.parent)
-        write_json(memo, {"facts": asdict(found.facts), "bars": [asdict(bar) for bar in found.bars]})

@@ -9,20 +9,13 @@ others. What was measured is kept in the cache by config, kinds, rows and versio
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 from dataclasses import asdict, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonMapping
-from lorafit.errors import LorafitError, ModelError
-from lorafit.files.atomic import write_json
-from lorafit.files.cache import cache_folder, own_folder
-from lorafit.files.strict_json import read_json_file
-from lorafit.machine.version import installed_versions
+from lorafit.errors import ModelError
+from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.memory import MemoryEstimate, Phase, StepShape, closed_form, covers
 
 if TYPE_CHECKING:
@@ -75,14 +68,12 @@ class MeasuredSteps:
     def _two_sizes(self, step: StepShape, checkpointing: bool) -> tuple[MemoryEstimate, MemoryEstimate]:
         """One row, and as many as `MANY_TOKENS` hold."""
         kinds = _kinds_of(step)
-        parts = [self._config, kinds, [step.row_tokens, step.row_labels, checkpointing], _versions()]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+        key = key_of_code([self._config, kinds, [step.row_tokens, step.row_labels, checkpointing]])
         if key not in self._known:
-            file = cache_folder() / "steps" / f"{key}.json"
-            found = _read(file)
+            found = _read(kept(f"steps/{key}.json"))
             if found is None:
                 found = self._run(json.dumps(kinds), step, checkpointing)
-                _write(file, found)
+                keep(f"steps/{key}.json", [asdict(one) for one in found])
             self._known[key] = found
         return self._known[key]
 
@@ -121,15 +112,6 @@ def _kinds_of(step: StepShape) -> JsonObject:
     }
 
 
-@lru_cache(maxsize=1)
-def _versions() -> tuple[str, ...]:
-    """The libraries and a hash of lorafit's own code, which are what ran; read only where a dry run is asked for."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
-    return (*installed_versions(), digest.hexdigest())
-
-
 def _on_line(one: MemoryEstimate, many: MemoryEstimate, tokens: int) -> MemoryEstimate:
     """The estimate for so many tokens, on the line through two sizes."""
     share = (tokens - one.micro_batch_tokens) / (many.micro_batch_tokens - one.micro_batch_tokens)
@@ -146,19 +128,13 @@ def _between(one: MemoryEstimate, other: MemoryEstimate, share: float, tokens: i
     return replace(one, phases=tuple(phases), micro_batch_tokens=tokens)
 
 
-def _read(file: Path) -> tuple[MemoryEstimate, MemoryEstimate] | None:
-    """What `_write` wrote; None where there is nothing of it."""
+def _read(stored: Any) -> tuple[MemoryEstimate, MemoryEstimate] | None:
+    """Both sizes of a step as they were kept; None where it is nothing of the kind."""
     try:
         one, many = (
             MemoryEstimate(**{**values, "phases": tuple(Phase(**phase) for phase in values["phases"])})
-            for values in read_json_file(file)
+            for values in stored
         )
         return one, many
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
-
-
-def _write(file: Path, found: tuple[MemoryEstimate, MemoryEstimate]) -> None:
-    with contextlib.suppress(OSError, LorafitError):  # a full disk costs the next estimate some time, no more
-        own_folder(file.parent)
-        write_json(file, [asdict(one) for one in found])

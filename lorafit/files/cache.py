@@ -3,6 +3,7 @@
     $LORAFIT_CACHE (default ~/.cache/lorafit)
       bases/SHA256/     converted GGUF files           data/KEY/     prepared rows
       plans/KEY.json    what a rehearsal measured      hashes/KEY.json   hashes of large files, see `remember`
+      shapes, steps     what a class or a dry run told of a model, see `keep`
 
 A MANIFEST proves nothing against the one who wrote it. So each folder on the way to an entry must belong to the user
 (or to root), be closed to others' writing, and be no link; a lock is opened without following one.
@@ -13,17 +14,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lorafit.errors import IN_MEMORY, LorafitError, ResourceError, SafetyError
 from lorafit.files.atomic import hash_file, write_json
 from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.machine.version import installed_versions
 
 T = TypeVar("T", str, dict[str, str])
 
@@ -167,6 +171,37 @@ def _not_written(what: str, path: Path, error: OSError) -> ResourceError:
     why = (error.strerror or type(error).__name__).lower()
     todo = "set LORAFIT_CACHE to a folder that can"
     return ResourceError(f"{what} cannot be written: {why}", file=str(path), todo=todo)
+
+
+@cache
+def _code() -> tuple[str, ...]:
+    """The libraries and a hash of lorafit's own code: all of what computes."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return (*installed_versions().values(), digest.hexdigest())
+
+
+def key_of_code(parts: object) -> str:
+    """A name for what this very code with these libraries says of some values, which are read as JSON."""
+    text = json.dumps([parts, _code()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def kept(name: str) -> Any:
+    """The JSON value that `keep` kept under a name; None where there is none, or nothing that can be read."""
+    try:
+        return read_json_file(cache_folder() / name)
+    except (OSError, JsonError):
+        return None
+
+
+def keep(name: str, value: object) -> None:
+    """Keeps a JSON value for later commands; where it cannot be written, that costs them some time, no more."""
+    file = cache_folder() / name
+    with contextlib.suppress(OSError, LorafitError):
+        own_folder(file.parent)
+        write_json(file, value)
 
 
 def known_hash(file: Path) -> str:

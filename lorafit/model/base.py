@@ -23,8 +23,8 @@ from lorafit.hub.asking import fetch_file, fetch_files
 from lorafit.hub.refusal import HubRefusedError, Repo
 from lorafit.model.base_config import CONFIG, fingerprint, load_config, refuse_quantised
 from lorafit.model.gguf import PACKAGE_SCHEME, content_name, convert_gguf, file_in_package, read_gguf_config
+from lorafit.model.known_models import known_config, like_known
 from lorafit.model.tokenizer_files import MORE_TEMPLATES, TOKENIZER_PATTERNS
-from lorafit.model_shapes import known_config, like_known
 from lorafit.recipe.schema import ModelSection
 from lorafit.run.card import BaseOrigin, Source
 

@@ -1,5 +1,8 @@
-"""The shape of a model whose family `lorafit.model_shapes` does not know, read from transformers' own class on the
-meta device. Seconds instead of microseconds, and it imports torch; no weights, no memory.
+"""The shape of a model, read from transformers' own class on the meta device: no weights, no memory.
+
+    config of `configs/models`   its shape is shipped                               at once, no torch
+    any other, the first time    the class is built and looked at                   three seconds: it imports torch
+                   from then on  the cache has it, by config, libraries and code    at once, no torch
 
 What may carry an adapter is asked of `lorafit.model.targets`, as training does: plan and model count the same.
 """
@@ -7,7 +10,7 @@ What may carry an adapter is asked of `lorafit.model.targets`, as training does:
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from collections import Counter
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, LeftOut, LinearShape, ModelClass, ModelShape
+from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
+from lorafit.model.known_models import known_shape
 from lorafit.model.targets import (
     EXPERT_COUNTS,
     OUTSIDE,
@@ -25,7 +30,6 @@ from lorafit.model.targets import (
     find_linears,
     left_out_names,
 )
-from lorafit.model_shapes import EXPERTS, EXPERTS_ARE_FUSED, known_families, read_shape
 from lorafit.ops.output_head import outer_modules, output_head, text_part
 
 if TYPE_CHECKING:
@@ -45,26 +49,37 @@ _ROLES = {
 }
 
 _CHOSEN_COUNTS = ("num_experts_per_tok", "top_k_experts")
-_QUERY_NORMS = ("q_norm", "query_layernorm")
+_QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
 _EXPERT_SIZES = ("moe_intermediate_size", "intermediate_size")
-
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+_HIDDEN_DROPOUTS = ("hidden_dropout", "resid_pdrop", "residual_dropout", "resid_dropout", "dropout")
+_ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop")
+_POSITIONS = re.compile(r"wpe$|pos")  # tables of learned positions
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_EXPERTS = "experts"
+_EXPERTS_ARE_FUSED = "no linears, but one tensor for all experts of a layer"
 
 _READ: dict[str, ModelShape] = {}
-"""Shapes that this process has read from a class, which takes a second, by config and task."""
+"""What this process has found, by config and task."""
 
 
 def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
-    """The shape by arithmetic where the family is known, else from the class.
+    """The shape of a model: shipped, kept by an earlier command, or read from the class.
 
     Raises:
-        ModelError: transformers does not know the model as a causal language model either.
+        ModelError: A size is missing or none, or transformers does not know the model as a causal language model.
     """
-    has_dense_layers = bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) != 1
-    if model_class.generates and config.get("model_type") in known_families() and not has_dense_layers:
-        return read_shape(config)
-    key = json.dumps([config, asdict(model_class)], sort_keys=True, default=str)
+    shipped = known_shape(config) if model_class == CAUSAL_MODEL else None
+    if shipped is not None:
+        return shipped
+    key = key_of_code([config, asdict(model_class)])
     if key not in _READ:
-        _READ[key] = read_class_shape(config, model_class)
+        found = kept(f"shapes/{key}.json")
+        if found is None:
+            found = read_class_shape(config, model_class).to_json()
+            keep(f"shapes/{key}.json", found)
+        _READ[key] = ModelShape.from_json(found)
     return _READ[key]
 
 
@@ -74,15 +89,18 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     Raises:
         ModelError: transformers knows no language model of this type, or cannot build it from this config.
     """
+    from torch import nn
+
     auto_class = find_auto_class(config, model_class.auto_class)
     settings = with_task(read_settings(config), model_class)
+    _check_sizes(config, settings)
     model = build_empty(settings, auto_class)
     text = model.config.get_text_config()
     embeddings, head = _token_embedding(model, generates=model_class.generates), output_head(model)
     outer = outer_modules(model).values() if model_class.has_new_head else ()
     linears = _linear_shapes(model)
     beside = _beside(model)
-    experts = sum(part.parameters for part in beside if part.name == EXPERTS)
+    experts = sum(part.parameters for part in beside if part.name == _EXPERTS)
     tied = head is None or head.weight is embeddings.weight
     outside = embeddings.weight.numel() + (0 if tied else head.weight.numel())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -92,6 +110,10 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     inner = max((x.in_features for x in linears if x.role == "down"), default=4 * hidden)
     roles, language = {linear.role for linear in linears}, text_part(model) or model
     kv_heads, head_dim = _head_sizes(text, linears, heads, hidden)
+    (norm, norms_per_layer), scanning_layers = _norms(language, hidden), _scanning_layers(language)
+    side_by_side = any(getattr(text, key, False) for key in ("use_parallel_residual", "parallel_attn"))
+    positions = [part for name, part in language.named_modules()
+                 if isinstance(part, nn.Embedding) and part is not embeddings and _POSITIONS.search(name)]  # fmt: skip
     return ModelShape(
         model_type=str(settings.model_type),
         hidden_size=hidden,
@@ -106,22 +128,26 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
         head_parameters=0 if tied else head.weight.numel(),
         other_parameters=total - inside - outside,
         gated_mlp=bool(roles & {"gate", "gate_up"}),
+        position_parameters=sum(part.weight.numel() for part in positions) if model_class.generates else 0,
         expert_parameters=experts,
         experts=_first_number(text, EXPERT_COUNTS, 0) if experts else 0,
         experts_per_token=_first_number(text, _CHOSEN_COUNTS, 2) if experts else 0,
         expert_size=_first_number(text, _EXPERT_SIZES, inner) if experts else 0,
-        norms_per_layer=_norms_per_layer(language, hidden),
+        norm=norm,
+        norms_per_layer=norms_per_layer,
         qk_norm=any(name.endswith(_QUERY_NORMS) for name, _ in language.named_modules()),
-        activation=_activation(text),
+        activation=_first_text(text, _ACTIVATIONS, "silu"),
+        parallel=side_by_side or (norms_per_layer == 1 and {"o", "down"} <= roles and not scanning_layers),
         plain_norm=not str(settings.model_type).startswith("gemma"),
         plain_head=_has_plain_head(text),
-        hidden_dropout=_share(text, "residual_dropout"),
-        attention_dropout=_share(text, "attention_dropout"),
+        hidden_dropout=_first_share(text, _HIDDEN_DROPOUTS),
+        attention_dropout=_first_share(text, _ATTENTION_DROPOUTS),
+        math_attention=text.model_type == "falcon" and kv_heads == 1 < heads,  # its one key is broadcast
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         no_sdpa=not model._supports_sdpa,
         beside=beside,
         new_head_parameters=sum(part.numel() for module in outer for part in module.parameters()),
-        scanning_layers=_scanning_layers(language),
+        scanning_layers=scanning_layers,
         has_sinks=any(name.endswith(".sinks") for name, _ in language.named_parameters()),
     )
 
@@ -133,26 +159,30 @@ def _head_sizes(text: PretrainedConfig, linears: tuple[LinearShape, ...], heads:
         query, key = (sum(w * n for w, n in found) / sum(n for _, n in found) for found in widths.values())
         head_dim = max(round(query / heads), 1)
         return min(max(round(key / head_dim), 1), heads), head_dim
-    return config_number(text, "num_key_value_heads", heads), config_number(text, "head_dim", max(hidden // heads, 1))
+    shares_one = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
+    kv_heads = 1 if shares_one else _first_number(text, _KEY_HEADS, heads)
+    return kv_heads, config_number(text, "head_dim", max(hidden // heads, 1))
 
 
 def _layer_list(model: PreTrainedModel) -> Any:
-    """The decoder layers of a language model: the longest list of modules that it has."""
+    """The decoder layers of a language model: the list of modules that has as many, else the longest."""
     import torch
 
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len, default=())
+    layers = config_number(model.config.get_text_config(), "num_hidden_layers")
+    return max(lists, key=lambda found: (len(found) == layers, len(found)), default=())
 
 
-def _norms_per_layer(model: PreTrainedModel, hidden: int) -> int:
-    """Norms over the stream in the layer that has most: 1, 2 or 4."""
-    counts = [
-        sum("norm" in name.lower() and part.weight.shape == (hidden,)
-            for name, part in layer.named_children() if getattr(part, "weight", None) is not None)
+def _norms(model: PreTrainedModel, hidden: int) -> tuple[str, int]:
+    """Kind of the norms over the stream, and how many the layer has that has most: 1, 2 or 4."""
+    found = [
+        [type(part).__name__ for part in layer.children()
+         if getattr(getattr(part, "weight", None), "shape", None) == (hidden,)]
         for layer in _layer_list(model)
     ]  # fmt: skip
-    most = max(counts, default=2)
-    return 4 if most >= 4 else min(most, 2) or 2
+    names = max(found, key=len, default=[])
+    kind = "layer" if any("LayerNorm" in name and "RMS" not in name for name in names) else "rms"
+    return kind, 4 if len(names) >= 4 else min(len(names), 2) or 2
 
 
 def _scanning_layers(model: PreTrainedModel) -> int:
@@ -160,11 +190,6 @@ def _scanning_layers(model: PreTrainedModel) -> int:
     import torch
 
     return sum(any(isinstance(part, torch.nn.Conv1d) for part in layer.modules()) for layer in _layer_list(model))
-
-
-def _activation(text: PretrainedConfig) -> str:
-    named = (getattr(text, key, None) for key in ("hidden_act", "hidden_activation", "activation_function"))
-    return next((name for name in named if isinstance(name, str)), "silu")
 
 
 def _has_plain_head(text: PretrainedConfig) -> bool:
@@ -209,6 +234,8 @@ def _linear_shapes(model: PreTrainedModel) -> tuple[LinearShape, ...]:
         is_conv = isinstance(module, Conv1D)
         reads, writes = (module.nx, module.nf) if is_conv else (module.in_features, module.out_features)
         role = next((role for role, names in _ROLES.items() if last in names), "")
+        if role == "down" and "attn" in name.split(".")[-2]:  # GPT-2 calls both alike
+            role = "o"
         quantizable = is_conv or type(module) is torch.nn.Linear  # transformers replaces no class derived from it
         found[LinearShape(last, reads, writes, 1, module.bias is not None, is_conv, role, why, quantizable)] += 1
     return tuple(replace(shape, count=count) for shape, count in found.items())
@@ -229,7 +256,7 @@ def _beside(model: PreTrainedModel) -> tuple[LeftOut, ...]:
         elif is_outside:
             part = _tower(path), OUTSIDE
         elif not is_linear and _holds_experts(path, module):
-            part = EXPERTS, EXPERTS_ARE_FUSED
+            part = _EXPERTS, _EXPERTS_ARE_FUSED
         elif isinstance(module, torch.nn.Conv1d):
             part = path.rsplit(".", 1)[-1], "a convolution"
         else:
@@ -256,10 +283,34 @@ def _holds_experts(path: str, module: nn.Module) -> bool:
     return is_named and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
-def _share(config: PretrainedConfig, key: str) -> float:
-    """A dropout of a config; 0 where it has none."""
-    value = getattr(config, key, None)
+def _check_sizes(config: JsonMapping, settings: PretrainedConfig) -> None:
+    """Raises ModelError where a size of a language model's config is none, or is not there: the class would take its
+    own, and count another model."""
+    defaults = type(settings)()
+    for key in _SIZES if not settings.sub_configs and hasattr(settings, "hidden_size") else ():
+        names = {key, settings.attribute_map.get(key, key)}
+        names |= {name for name, other in settings.attribute_map.items() if other == key}
+        written = [config[name] for name in names if name in config]
+        fault = ""
+        if not written and hasattr(settings, key) and getattr(settings, key) == getattr(defaults, key):
+            fault = f"is missing; a {settings.model_type} model's config.json needs it"
+        elif any(not isinstance(value, int) or isinstance(value, bool) or value <= 0 for value in written):
+            fault = f"{written[0]!r} is not a positive whole number; repair the file"
+        if fault:
+            what, _, todo = fault.partition("; ")
+            raise ModelError(what, file="config.json", key=key, todo=todo)
+
+
+def _first_share(config: PretrainedConfig, keys: tuple[str, ...]) -> float:
+    """The first of some dropouts that a config has; 0 where it has none."""
+    value = next((found for key in keys if (found := getattr(config, key, None)) is not None), None)
     return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else 0.0
+
+
+def _first_text(config: PretrainedConfig, keys: tuple[str, ...], default: str) -> str:
+    """The first of the keys that holds one."""
+    named = (getattr(config, key, None) for key in keys)
+    return next((name for name in named if isinstance(name, str)), default)
 
 
 def _first_number(config: PretrainedConfig, keys: tuple[str, ...], default: int) -> int:

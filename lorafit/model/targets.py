@@ -20,7 +20,6 @@ from lorafit.contracts import Reporter
 from lorafit.kinds.linear_targets import choose_names
 from lorafit.model.classes import build_whole
 from lorafit.model.quiet import quiet_libraries
-from lorafit.model_shapes import ROUTERS_CHOOSE
 from lorafit.ops.output_head import outer_modules, output_head, text_part
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ _LEADING = re.compile(r"^\^?\(?(\w+(?:_encoder|_adapter|_tower|_model))\b")
 _CHOOSERS = frozenset({"indexer", "patcher"})  # of sparse attention (DeepSeek-V3.2 and its kin), of bytes (BLT)
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT looks for in old configs
 
-ROUTER = ROUTERS_CHOOSE
+ROUTER = "chooses experts"
 OUTSIDE = "outside of the language model"
 MOVED = "PEFT moves adapters of this name to the fused experts"
 SHARED = "one weight for several layers"
@@ -65,11 +64,17 @@ def choose_targets(model: PreTrainedModel, asked: Literal["all-linear"] | Sequen
 
 def left_out_names(model: PreTrainedModel) -> dict[str, str]:
     """Paths of the other linears, the output head apart, each with the reason."""
+    import torch
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     linears = find_linears(model)
     routers, towers = set(router_names(model)), set(tower_names(model))
-    shared = _shared_names(model)
-    moved, refused, read = _moved_by_peft(model, linears), _refused_by_peft(model, linears), _read_names(model)
-    changed = _changed_names(model)
+    shared, read, changed = _shared_names(model), _read_names(model), _changed_names(model)
+    # PEFT is asked only where it does not take names as they are: it costs a second to import.
+    converts = get_checkpoint_conversion_mapping(model.config.model_type) is not None
+    scans = any(isinstance(part, torch.nn.Conv1d) for part in model.modules())
+    moved = _moved_by_peft(model, linears) if converts else set()
+    refused = _refused_by_peft(model, linears) if scans else set()
     found = {}
     for name, module in linears:
         if name in routers:
@@ -87,7 +92,7 @@ def left_out_names(model: PreTrainedModel) -> dict[str, str]:
         elif name in read or name in changed or _last(name) in refused:
             found[name] = READ
     usable = [name for name, _ in linears if name not in found]
-    return found | dict.fromkeys(_renamed_by_peft(model, usable), RENAMED)
+    return found | dict.fromkeys(_renamed_by_peft(model, usable) if converts else (), RENAMED)
 
 
 def head_names(model: PreTrainedModel) -> list[str]:

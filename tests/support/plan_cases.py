@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
-from lorafit.model_shapes import known_config, read_shape
+from lorafit.model.class_shape import find_shape
+from lorafit.model.known_models import known_config
 from lorafit.recipe.schema import Recipe
 
 GIB = 2**30
@@ -22,7 +23,7 @@ def card(gib: float, *, bf16: bool = True, kind: str = "cuda", count: int = 1) -
 def shape_of(hub_id: str = "meta-llama/Llama-3.1-8B") -> ModelShape:
     config = known_config(hub_id)
     assert config is not None
-    return read_shape(config)
+    return find_shape(config)
 
 
 def recipe(**sections: Any) -> Recipe:

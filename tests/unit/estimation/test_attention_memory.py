@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorafit.model.attention import register_fused_attention
-from lorafit.model_shapes import known_config
+from lorafit.model.known_models import known_config
 from tests.unit.estimation.test_dry_run import ask, exact_both, measure_both
 from tests.unit.memory.test_estimate import MODELS, one_thread  # noqa: F401
 

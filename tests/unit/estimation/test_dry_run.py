@@ -21,8 +21,8 @@ from lorafit.memory import MemoryEstimate, StepMemory
 from lorafit.model.attach import attach_adapter
 from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.known_models import known_config
 from lorafit.model.load import enable_checkpointing
-from lorafit.model_shapes import known_config
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.recipe.load import load_recipe
@@ -261,7 +261,7 @@ import resource, sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from pathlib import Path
 from tests.unit.estimation.test_dry_run import ask, exact
-from lorafit.model_shapes import known_config
+from lorafit.model.known_models import known_config
 config = {{**known_config("meta-llama/Llama-3.1-70B"), "num_hidden_layers": 8}}
 question = ask(config, Path({str(tmp_path)!r}), device_kind="cuda", tokens=2048, model__quantization="nf4")
 print(exact(question, config, True, rows=1).tensor_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

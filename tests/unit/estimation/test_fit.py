@@ -20,14 +20,14 @@ from lorafit.machine.hardware import cards
 from lorafit.machine.shipped import shipped
 from lorafit.memory import find_largest
 from lorafit.model.class_shape import find_shape
-from lorafit.model_shapes import known_families
 from lorafit.recipe.schema import LARGEST_COUNT
 from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
 
-FROM_CLASSES = ("google--gemma-4-E2B", "unsloth--gpt-oss-20b-BF16")  # of those that no arithmetic knows: seconds each
 FILES = sorted(shipped("models").glob("*.json"))
 CONFIGS = {path.stem: json.loads(path.read_text(encoding="utf-8"))["config"] for path in FILES}
-NAMES = [name for name, config in CONFIGS.items() if config["model_type"] in known_families() or name in FROM_CLASSES]
+NAMES = [
+    name for name, config in CONFIGS.items() if not find_shape(config).scanning_layers
+]  # formulas count the others
 
 
 @cache

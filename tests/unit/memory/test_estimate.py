@@ -17,8 +17,9 @@ from lorafit.kinds.tasks import tasks
 from lorafit.memory import MemoryEstimate, StepShape, closed_form, fits
 from lorafit.memory.closed_form import layer_of
 from lorafit.model.attach import attach_adapter
+from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers
-from lorafit.model_shapes import known_config, read_shape
+from lorafit.model.known_models import known_config
 from lorafit.ops.live_tensors import LiveTensors, quantization_tensors
 
 build_objective = tasks.make("causal-lm").build_objective
@@ -105,7 +106,7 @@ def measure_and_estimate(
 ) -> tuple[int, MemoryEstimate]:
     """Peak of live tensors over one optimizer step, state and gradients already there, and its estimate."""
     torch.manual_seed(0)
-    shape = read_shape(config)
+    shape = find_shape(config)
     optimizer = optimizers.make("adamw")
     adapter = adapters.make("lora", r=r, dropout=dropout, target_modules=targets)
     model = attach_adapter(build(config, quantization, dtype, attention), adapter.section, 0)
@@ -210,7 +211,7 @@ def ask(hub_id: str = "meta-llama/Llama-3.1-8B", **changes: Any) -> MemoryEstima
     tokens, labels = changes.pop("tokens", 1024), changes.pop("labels", 2**31)
     checkpointing = changes.pop("checkpointing", True)
     step = StepShape(
-        read_shape(config),
+        find_shape(config),
         quantization,
         adapter,
         optimizer,
@@ -279,7 +280,7 @@ def test_labels_are_those_of_whole_rows() -> None:
     assert config is not None
 
     def labels(tokens: int, longest: int, trained: int, packing: bool = False) -> int:
-        return StepShape(read_shape(config), *kinds, longest, trained, packing=packing).labels_at(tokens)
+        return StepShape(find_shape(config), *kinds, longest, trained, packing=packing).labels_at(tokens)
 
     assert labels(4096, 1000, 300) == 4 * 300
     assert labels(100, 1000, 300) == 300

@@ -12,7 +12,7 @@ from lorafit.errors import UsageError
 from lorafit.estimation import Options, RowLengths, estimate_recipe
 from lorafit.estimation.table import format_seconds
 from lorafit.machine.devices import parse_gpu, peak_flops
-from lorafit.model_shapes import read_shape
+from lorafit.model.class_shape import find_shape
 from lorafit.plan import check_price, count_flops
 from lorafit.plan.flops import active_parameters, head_parameters
 from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
@@ -37,7 +37,7 @@ def test_flops_are_what_torch_counts(checkpointing: bool, tied: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values: dict[str, Any] = {**TINY, "tie_word_embeddings": tied}
-    shape, rows, length, rank = read_shape(values), 3, 48, 8
+    shape, rows, length, rank = find_shape(values), 3, 48, 8
     kind = values.pop("model_type")
     config = AutoConfig.for_model(kind, **values, attn_implementation="eager")
     model = get_peft_model(
