@@ -230,7 +230,6 @@ class Training:
             device=executor.device,
             devices=executor.ranks,
             dtype=dtype_named(self.plan.compute_dtype),
-            cache=cache_folder(),
         )
 
     def _is_published(self, state: TrainState) -> bool:

@@ -163,10 +163,10 @@ def fit_base_side(
     task = job.task
     if not task.fitted_base:
         return None, ""
-    from lorafit.evaluation.base_side import FittedBase, fit_base, read_fitted
+    from lorafit.evaluation.base_side import FittedBase, fit_base, read_arrays
     from lorafit.recipe.load import load_recipe
 
-    fitted = read_fitted(opened.run.base_head)
+    fitted = read_arrays(opened.run.base_head)
     if fitted is None:
         own, card = load_recipe(opened.run.recipe), tuned.card
         recipe = own.recipe.model_copy(update={"task": card.task})

@@ -48,8 +48,8 @@ class FittedBase:
             return self.task.score_base(self.objective, batch, self.fitted)
 
 
-def read_fitted(file: Path) -> dict[str, NDArray[np.float64]] | None:
-    """What an earlier evaluation fitted; None where there is none, or it is damaged."""
+def read_arrays(file: Path) -> dict[str, NDArray[np.float64]] | None:
+    """What an earlier command kept; None where there is nothing, or it is damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from lorafit.contracts import JsonMapping
 from lorafit.data.batch import cut_step
+from lorafit.evaluation.base_side import read_arrays
 from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import cache_folder, own_folder
 from lorafit.ops.isolation import evaluating
@@ -63,23 +62,14 @@ def add_reference(
         parts = {**made_of, "task": task.section.kind, "rows": examples.digest(), "device": device}
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
         file = cache / f"{key}.safetensors"
-        values = _read(file, task, len(examples))
-        if values is None:
+        values, rows = read_arrays(file), len(examples)
+        wanted = {column.name: (rows, column.width or 1) for column in task.reference_columns}
+        if values is None or {name: array.shape for name, array in values.items()} != wanted:  # not there, or not whole
             values = _refer(objective, task, examples, pad_id, reporter)
             with atomic_file(file) as temporary:
                 save_file(values, temporary)
         found[split] = examples.with_columns(values)
     return found
-
-
-def _read(file: Path, task: Task[TaskSection], rows: int) -> dict[str, NDArray[np.float64]] | None:
-    """Columns that were kept; None where they are not there, or not whole."""
-    try:
-        found: dict[str, NDArray[np.float64]] = load_file(file)
-    except (OSError, SafetensorError):
-        return None
-    wanted = {column.name: (rows, column.width or 1) for column in task.reference_columns}
-    return found if {name: values.shape for name, values in found.items()} == wanted else None
 
 
 def _refer(

@@ -13,7 +13,7 @@ import contextlib
 import re
 from collections import Counter
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+T = TypeVar("T")
 _ROLES = {
     "q": ("q_proj", "query", "q_lin", "q_b_proj"),
     "k": ("k_proj", "key", "k_lin"),
@@ -136,12 +137,12 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
         norm=norm,
         norms_per_layer=norms_per_layer,
         qk_norm=any(name.endswith(_QUERY_NORMS) for name, _ in language.named_modules()),
-        activation=_first_text(text, _ACTIVATIONS, "silu"),
+        activation=_first(text, _ACTIVATIONS, "silu"),
         parallel=side_by_side or (norms_per_layer == 1 and {"o", "down"} <= roles and not scanning_layers),
         plain_norm=not str(settings.model_type).startswith("gemma"),
         plain_head=_has_plain_head(text),
-        hidden_dropout=_first_share(text, _HIDDEN_DROPOUTS),
-        attention_dropout=_first_share(text, _ATTENTION_DROPOUTS),
+        hidden_dropout=_first(text, _HIDDEN_DROPOUTS, 0.0),
+        attention_dropout=_first(text, _ATTENTION_DROPOUTS, 0.0),
         math_attention=text.model_type == "falcon" and kv_heads == 1 < heads,  # its one key is broadcast
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         no_sdpa=not model._supports_sdpa,
@@ -301,16 +302,10 @@ def _check_sizes(config: JsonMapping, settings: PretrainedConfig) -> None:
             raise ModelError(what, file="config.json", key=key, todo=todo)
 
 
-def _first_share(config: PretrainedConfig, keys: tuple[str, ...]) -> float:
-    """The first of some dropouts that a config has; 0 where it has none."""
-    value = next((found for key in keys if (found := getattr(config, key, None)) is not None), None)
-    return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else 0.0
-
-
-def _first_text(config: PretrainedConfig, keys: tuple[str, ...], default: str) -> str:
-    """The first of the keys that holds one."""
-    named = (getattr(config, key, None) for key in keys)
-    return next((name for name in named if isinstance(name, str)), default)
+def _first(config: PretrainedConfig, keys: tuple[str, ...], default: T) -> T:
+    """The first of the keys that holds a value of the default's type."""
+    values = (getattr(config, key, None) for key in keys)
+    return next((value for value in values if isinstance(value, type(default))), default)
 
 
 def _first_number(config: PretrainedConfig, keys: tuple[str, ...], default: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -232,19 +232,28 @@ def _joinable(layer: Any, x: torch.Tensor) -> AdaptedWeight | None:
 
 def _prove(forward: _Forward, module: nn.Module) -> _Forward | None:
     """The forward, if a miniature computes the same with it on random input, and passes the same gradient on to it."""
-    results = []
-    with preserved_rng(), torch.enable_grad():
+    with preserved_rng():
         torch.manual_seed(0)
         miniature = _miniature(module)
         probe = 2 * torch.randn(1, _PROBE_ROWS, _PROBE_WIDTH).to(next(miniature.parameters()).dtype)
-        for function in (type(module).forward, forward):
-            x = probe.clone().requires_grad_()
-            try:
-                output = function(miniature, x)
-                results.append((output.detach(), torch.autograd.grad(output.float().cos().sum(), x)[0]))
-            except (RuntimeError, TypeError, ValueError, AttributeError):
-                return None
-    return forward if all(_are_close(a, b) for a, b in zip(*results, strict=True)) else None
+        agree = _agree([partial(function, miniature) for function in (type(module).forward, forward)], probe)
+    return forward if agree else None
+
+
+def _agree(functions: Sequence[_Forward], *probes: torch.Tensor) -> bool:
+    """Whether functions give the same results for some tensors, and the same gradients of these."""
+    results = []
+    for function in functions:
+        leaves = [probe.clone().requires_grad_() for probe in probes]
+        try:
+            with torch.enable_grad():
+                made = function(*leaves)
+                outputs = [made] if isinstance(made, torch.Tensor) else list(made)
+                gradients = torch.autograd.grad([output.float().cos().sum() for output in outputs], leaves)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return False
+        results.append([*(output.detach() for output in outputs), *gradients])
+    return len(results[0]) == len(results[1]) and all(_are_close(a, b) for a, b in zip(*results, strict=True))
 
 
 def _miniature(module: Any) -> nn.Module:
@@ -313,17 +322,8 @@ def _rotates_plainly(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: t
 
 def _rotates_the_same(own: _Forward, fused: _Forward) -> bool:
     """Whether both agree on random queries, keys and angles, whose halves differ, and on the gradients."""
-    results = []
-    with preserved_rng(), torch.enable_grad():
+    with preserved_rng():
         torch.manual_seed(0)
         q, k = (torch.randn(2, heads, _PROBE_ROWS, _PROBE_WIDTH) for heads in (3, 1))
         cos, sin = torch.randn(2, 2, _PROBE_ROWS, _PROBE_WIDTH)
-        for function in (own, fused):
-            leaves = q.clone().requires_grad_(), k.clone().requires_grad_()
-            try:
-                rotated = function(*leaves, cos, sin)
-                total = sum(part.cos().sum() for part in rotated)
-                results.append([*(part.detach() for part in rotated), *torch.autograd.grad(total, leaves)])
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-                return False
-    return len(results[0]) == len(results[1]) and all(_are_close(a, b) for a, b in zip(*results, strict=True))
+        return _agree([lambda q, k, rotate=rotate: rotate(q, k, cos, sin) for rotate in (own, fused)], q, k)

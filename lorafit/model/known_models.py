@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from lorafit.contracts import JsonMapping, JsonObject
@@ -56,7 +55,6 @@ def _files(hub_id: str = "") -> Iterator[Path]:
     yield from sorted(folder.glob("*.json"))
 
 
-@cache
 def _read(file: Path) -> JsonObject:
     values: JsonObject = json.loads(file.read_text(encoding="utf-8"))
     return values

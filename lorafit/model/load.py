@@ -187,10 +187,8 @@ def enable_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
     with quiet_libraries():
         if not enabled:
             base.gradient_checkpointing_disable()
-        elif hasattr(base, "activation_checkpointing_enable"):  # its name since transformers 5.20
-            base.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.activation_checkpointing_enable({"use_reentrant": False})
     base.config.use_cache = False
 
 

@@ -23,12 +23,8 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux" and (high := _high_water_bytes()) is not None:
         return high
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
+    import resource
 
-        return int(psutil.Process().memory_info().peak_wset)
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 

@@ -32,7 +32,12 @@ def show_plan(plan: Plan, reporter: Reporter) -> None:
 
 def plan_table(plan: Plan) -> Table:
     """Every derived number of a run."""
-    table = _two_columns(f"plan: {plan.name}")
+    from rich.table import Table
+
+    title = _plain(f"plan: {plan.name}")
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
     for label, value in _plan_rows(plan):
         table.add_row(label, value)
     return table
@@ -90,15 +95,6 @@ def _memory(plan: Plan) -> str:
         parts += f"; up to {format_bytes(most.needed_bytes)} with the largest micro-batch"
     least_needed = format_bytes(plan.memory_least.needed_bytes)
     return parts if plan.fits else f"[red]does not fit:[/] {least_needed} needed at least"
-
-
-def _two_columns(title: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), title=_plain(title), title_justify="left", show_header=False)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    return table
 
 
 def _plain(text: str) -> str:

@@ -32,9 +32,8 @@ import torch
 
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
-from lorafit.files.atomic import atomic_file, write_json
-from lorafit.files.cache import own_folder
-from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.files.atomic import atomic_file
+from lorafit.files.cache import keep, kept
 from lorafit.ops.matmul_peak import measure_matmul_peak
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class Speed:
 
 
 def measure_speed(
-    fit: FitResult, *, model_flops: int, device: torch.device, devices: int, dtype: torch.dtype, cache: Path
+    fit: FitResult, *, model_flops: int, device: torch.device, devices: int, dtype: torch.dtype
 ) -> Speed | None:
     """Figures of a run; None where it took no time.
 
@@ -95,11 +94,10 @@ def measure_speed(
         device: This process's.
         devices: Processes that trained together.
         dtype: What products are computed in.
-        cache: Folder that keeps the machine's peak.
     """
     if fit.seconds <= 0:
         return None
-    peak = find_peak(device, dtype, cache) * devices if fit.seconds >= _LEAST_SECONDS else None
+    peak = find_peak(device, dtype) * devices if fit.seconds >= _LEAST_SECONDS else None
     return Speed(
         tokens_per_second=fit.tokens / fit.seconds,
         trained_tokens_per_second=fit.trained_tokens / fit.seconds,
@@ -109,20 +107,16 @@ def measure_speed(
     )
 
 
-def find_peak(device: torch.device, dtype: torch.dtype, cache: Path) -> float:
+def find_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The device's flops a second in square products, measured once for a machine, torch and number of threads."""
     key = {"device": _name(device), "dtype": str(dtype), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache / "peaks" / f"{name}.json"
-    try:
-        kept = read_json_file(file)
-        if kept["machine"] == key and 0 < kept["flops_per_second"] < math.inf:
-            return float(kept["flops_per_second"])
-    except (OSError, JsonError, KeyError, TypeError):
-        pass  # not measured yet, or not readable: measured now
+    name = f"peaks/{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(KeyError, TypeError):  # not measured yet, or not readable: measured now
+        known = kept(name)
+        if known["machine"] == key and 0 < known["flops_per_second"] < math.inf:
+            return float(known["flops_per_second"])
     peak = measure_matmul_peak(device, dtype)
-    own_folder(file.parent)
-    write_json(file, {"machine": key, "flops_per_second": peak})
+    keep(name, {"machine": key, "flops_per_second": peak})
     return peak
 
 

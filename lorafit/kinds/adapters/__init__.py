@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -83,22 +83,6 @@ def is_rank(value: JsonValue) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _WIDEST
 
 
-class Home(Protocol):
-    """How the weight that a layer changes lies in the base's files."""
-
-    @property
-    def key(self) -> str:
-        """What PEFT matches patterns of ranks and alphas with: the layer's path, or the parameter's own name."""
-
-    @property
-    def matrices(self) -> int:
-        """Matrices stacked in it, one for each expert; 1 for a linear."""
-
-    @property
-    def transposed(self) -> bool:
-        """Whether its matrices lie `[in, out]`, as GPT-2's, and as embeddings."""
-
-
 class Fold(ABC):
     """The change of some rows of one matrix, in the orientation of the base's files, computed a few rows at a time."""
 
@@ -126,11 +110,15 @@ class AdaptedLayer:
 
     Attributes:
         tensors: The adapter's, by part (`Folding.parts`).
-        home: How the layer's weight lies in the base's files.
+        key: What PEFT matches patterns of ranks and alphas with: the layer's path, or the parameter's own name.
+        matrices: Matrices stacked in its weight in the base's files, one for each expert; 1 for a linear.
+        transposed: Whether they lie `[in, out]` there, as GPT-2's, and as embeddings.
     """
 
     tensors: Mapping[str, TensorEntry]
-    home: Home
+    key: str
+    matrices: int = 1
+    transposed: bool = False
 
 
 class Folding(ABC):

@@ -90,15 +90,15 @@ class LowRankFolding(Folding):
         Raises:
             ModelError: They do not go together, or not with the config.
         """
-        (a, b), home = (layer.tensors[part].shape for part in "AB"), layer.home
-        rank = a[0] // home.matrices
-        if len(a) != 2 or len(b) != 2 or b[1] != a[0] or rank * home.matrices != a[0]:
+        a, b = (layer.tensors[part].shape for part in "AB")
+        rank = a[0] // layer.matrices
+        if len(a) != 2 or len(b) != 2 or b[1] != a[0] or rank * layer.matrices != a[0]:
             raise ModelError(
                 f"its factors are {list(a)} and {list(b)}, which no weight of a linear is made of",
                 todo="get the adapter again",
             )
         self.scaling(layer)
-        return (a[1], b[0]) if home.transposed else (b[0], a[1])
+        return (a[1], b[0]) if layer.transposed else (b[0], a[1])
 
     def fold(
         self, layer: AdaptedLayer, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]
@@ -115,15 +115,15 @@ class LowRankFolding(Folding):
 
         Source: peft.tuners.lora.layer.ParamWrapper.get_delta_weight, for several matrices.
         """
-        matrices, (a, b) = layer.home.matrices, (self.read(layer.tensors[part]) for part in "AB")
+        matrices, (a, b) = layer.matrices, (self.read(layer.tensors[part]) for part in "AB")
         rank = a.shape[0] // matrices
         a, b = a[matrix * rank : (matrix + 1) * rank], b[:, matrix::matrices]
-        left, right = (a.t(), b.t()) if layer.home.transposed else (b, a)
+        left, right = (a.t(), b.t()) if layer.transposed else (b, a)
         return left.contiguous()[first_row:stop_row], right.contiguous()
 
     def scaling(self, layer: AdaptedLayer) -> float:
         """s of a layer by the config's patterns. Raises ModelError where its rank is not the config's."""
-        config, key, rank = self._config, layer.home.key, layer.tensors["A"].shape[0] // layer.home.matrices
+        config, key, rank = self._config, layer.key, layer.tensors["A"].shape[0] // layer.matrices
         written = _matching(config.get("rank_pattern") or {}, key, config["r"])
         if written != rank:
             raise ModelError(f"has rank {rank} in the weights, {written} in its config")

@@ -45,7 +45,7 @@ class DoraFolding(LowRankFolding):
         """
         found = super().shape(layer)
         norms, features = layer.tensors["magnitude"].elements, layer.tensors["B"].shape[0]
-        if norms != features or layer.home.matrices != 1:
+        if norms != features or layer.matrices != 1:
             raise ModelError(f"has {norms} norms for {features} output features", todo="get the adapter again")
         return found
 
@@ -59,7 +59,7 @@ class DoraFolding(LowRankFolding):
         """
         left, right = self.factors(layer, matrix, first_row, stop_row)
         lengths, scaling = self.read(layer.tensors["magnitude"]).reshape(-1), self.scaling(layer)
-        if not layer.home.transposed:
+        if not layer.transposed:
             return DoraFold(left, right, scaling, lengths[first_row:stop_row])
         if stop_row - first_row != self.shape(layer)[0]:
             raise ModelError("a DoRA weight that lies [in, out] cannot be merged where it is several tensors")

@@ -111,7 +111,7 @@ def plan_updates(
     made = Updates()
     for path, home in homes.items():
         try:
-            _place(made, folding, AdaptedLayer(layers[path], home), home, entries)
+            _place(made, folding, AdaptedLayer(layers[path], home.key, home.matrices, home.transposed), home, entries)
         except ModelError as error:
             raise error.at(file=str(adapter.path), key=path) from error
     for patches in made.patches.values():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -85,7 +85,7 @@ class _Stretch:
     patch: Patch | None
 
 
-_Piece = tuple[int, int, str, int]
+_Piece = tuple[int, int, str | None, int]
 """Rows `start` to `stop` of a tensor, the quantised layer they belong to, and its row at `start`."""
 
 
@@ -260,30 +260,16 @@ def _cut_tensors(
     return {name: _cut(count, pieces.get(name, ()), patches.get(name, ())) for name, count in rows.items()}
 
 
-def _cut(rows: int, pieces: Iterable[_Piece], patches: Iterable[Patch]) -> list[_Stretch]:
-    edges = {0, rows}
-    starts: dict[int, _Piece] = {}
-    updates: dict[int, Patch] = {}
-    for piece in pieces:
-        starts[piece[0]] = piece
-        edges |= {piece[0], piece[1]}
-    for update in patches:
-        updates[update.start] = update
-        edges |= {update.start, update.stop}
-    ordered = sorted(edges)
-    found: list[_Stretch] = []
-    piece_now: _Piece | None = None
-    patch_now: Patch | None = None
-    for start, stop in pairwise(ordered):
-        piece_now, patch_now = starts.get(start, piece_now), updates.get(start, patch_now)
-        layer: str | None = None
-        patch: Patch | None = None
-        first = start
-        if piece_now is not None and start < piece_now[1]:
-            layer, first = piece_now[2], piece_now[3] + start - piece_now[0]
-        if patch_now is not None and start < patch_now.stop:
-            patch = replace(patch_now, start=start, stop=stop, first=patch_now.first + start - patch_now.start)
-        found.append(_Stretch(start, stop, layer, first, patch))
+def _cut(rows: int, pieces: Sequence[_Piece], patches: Sequence[Patch]) -> list[_Stretch]:
+    edges = {0, rows, *(edge for piece in pieces for edge in piece[:2])}
+    edges |= {edge for patch in patches for edge in (patch.start, patch.stop)}
+    found = []
+    for start, stop in pairwise(sorted(edges)):
+        patch = next((patch for patch in patches if patch.start <= start < patch.stop), None)
+        if patch is not None:
+            patch = replace(patch, start=start, stop=stop, first=patch.first + start - patch.start)
+        begin, _, layer, first = next((p for p in pieces if p[0] <= start < p[1]), (0, rows, None, 0))
+        found.append(_Stretch(start, stop, layer, first + start - begin, patch))
     return found
 
 

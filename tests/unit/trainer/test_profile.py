@@ -93,12 +93,10 @@ def result(**values: Any) -> FitResult:
     return FitResult.of_complete(state)
 
 
-def test_speed_is_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "find_peak", lambda *_: 4e9)
     cpu = torch.device("cpu")
-    got = profile.measure_speed(
-        result(), model_flops=20 * 10**9, device=cpu, devices=2, dtype=torch.bfloat16, cache=tmp_path
-    )
+    got = profile.measure_speed(result(), model_flops=20 * 10**9, device=cpu, devices=2, dtype=torch.bfloat16)
     assert got is not None
     assert (got.tokens_per_second, got.trained_tokens_per_second) == (90, 30)
     assert got.padding_share == pytest.approx(0.1)
@@ -117,15 +115,16 @@ def test_the_loop_counts_padding(tmp_path: Path) -> None:
 
 def test_the_peak_is_measured_once_for_threads_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_peak, "_SIDES", {"cpu": (64, 128)})
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
     cpu = torch.device("cpu")
-    first = profile.find_peak(cpu, torch.float32, tmp_path)
+    first = profile.find_peak(cpu, torch.float32)
     assert first > 0
-    assert profile.find_peak(cpu, torch.float32, tmp_path) == first  # to the last bit: it was not measured again
-    profile.find_peak(cpu, torch.bfloat16, tmp_path)
+    assert profile.find_peak(cpu, torch.float32) == first  # to the last bit: it was not measured again
+    profile.find_peak(cpu, torch.bfloat16)
     assert len(list((tmp_path / "peaks").iterdir())) == 2
     for file in (tmp_path / "peaks").iterdir():
         file.write_text("{broken")
-    assert profile.find_peak(cpu, torch.float32, tmp_path) > 0
+    assert profile.find_peak(cpu, torch.float32) > 0
 
 
 def test_the_fastest_product_wins(monkeypatch: pytest.MonkeyPatch) -> None:
