@@ -30,7 +30,7 @@ from lorafit.files.strict_json import JsonError, read_object_file
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters
 from lorafit.machine.version import __version__
 from lorafit.model.adapter_checks import check_fields, check_notes
-from lorafit.model.homes import find_homes, note_homes
+from lorafit.model.homes import find_homes
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.loading_note import note_head, note_loading
 from lorafit.model.names import names_of
@@ -195,13 +195,13 @@ def save_adapter(
     tensors = {path: value.detach().to("cpu").contiguous() for path, value in adapter_tensors(model).items()}
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     names = names_of(model)  # None for a model that `load_model` did not load
-    layers = None if names is None else note_homes(find_homes(model, names), names)
+    layers = {} if names is None else {path: home.to_json() for path, home in find_homes(model, names).items()}
     notes = {
         "format": 1,
         "lorafit": __version__,
         "base": base.origin.model_dump(mode="json"),
         "quantization": summarise_quantization(quantization) if quantization else None,
-        **({} if layers is None else {"layers": layers}),
+        **({} if names is None else {"layers": layers}),
         **({} if quantization is None else note_loading(model, str(quantization["weights_dtype"]))),
         **({} if card is None else note_head(model, card.model_class, tensors)),
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,

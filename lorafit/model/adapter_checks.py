@@ -67,7 +67,6 @@ _NOTES: dict[str, SavedField] = {
     "quantization": SavedField(
         _maybe(lambda value: isinstance(value, dict) and _is_text(value.get("kind", ""))), "a kind and its options"
     ),
-    "transposed": SavedField(_maybe(_is_texts), "a list of texts"),
 }
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 

@@ -4,9 +4,8 @@
 
 A run notes it with the adapter (`layers` in lorafit.json), so that a merge needs no model class:
 
-    {"model.layers.0.mlp.up_proj": null}                         the tensor `model.layers.0.mlp.up_proj.weight`, whole
-    {"model.layers.0.mlp.up_proj": {"parts": [NAME]}}            another one
-    {"model.layers.0.mlp.up_proj": {"parts": [[NAME, 0, 192]]}}  rows of another one
+    {"model.layers.0.mlp.up_proj": {"key": "model.layers.0.mlp.up_proj", "parts": [[TENSOR, 0, 192]], "matrices": 1,
+                                    "transposed": false}}
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonObject
@@ -49,18 +48,9 @@ class Home:
         """Rows of all parts."""
         return sum(part.stop - part.start for part in self.parts)
 
-    def to_json(self, path: str, rows: Mapping[str, int]) -> JsonObject | None:
-        """What differs from the simple case, the whole tensor of the layer's own name; None where nothing does."""
-        written: JsonObject = {}
-        if (noted := note_parts(path, self.parts, rows)) is not None:
-            written["parts"] = noted
-        if self.key != path:
-            written["key"] = self.key
-        if self.matrices != 1:
-            written["matrices"] = self.matrices
-        if self.transposed:
-            written["transposed"] = True
-        return written or None
+    def to_json(self) -> JsonObject:
+        """Plain values."""
+        return {**asdict(self), "parts": note_parts(self.parts)}
 
 
 def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
@@ -127,13 +117,8 @@ def _why_homeless(path: str, parameter: str, holders: int, names: TensorNames, *
     return None if names.parts.get(parameter) else ModelError(f"'{parameter}' is in none of the base's files")
 
 
-def note_homes(homes: Mapping[str, Home], names: TensorNames) -> JsonObject:
-    """What an adapter notes of its layers, by path."""
-    return {path: home.to_json(path, names.rows) for path, home in homes.items()}
-
-
 def read_homes(noted: Any, entries: Mapping[str, TensorEntry], file: str) -> dict[str, Home]:
-    """What `note_homes` noted.
+    """What an adapter notes of its layers, by path: `Home.to_json` of each.
 
     Args:
         noted: `layers` of lorafit.json.
@@ -143,13 +128,12 @@ def read_homes(noted: Any, entries: Mapping[str, TensorEntry], file: str) -> dic
     Raises:
         ModelError: A tensor that it names is not in the files, or it is not as lorafit writes it.
     """
-    rows, homes = rows_of(entries), {}
+    homes = {}
     try:
-        for path, written in noted.items():
-            home = written or {}
-            parts, matrices = read_parts(path, home.get("parts"), rows), int(home.get("matrices", 1))
-            homes[path] = Home(str(home.get("key", path)), parts, matrices, bool(home.get("transposed")))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        for path, home in noted.items():
+            parts, matrices = read_parts(home["parts"]), int(home["matrices"])
+            homes[path] = Home(str(home["key"]), parts, matrices, bool(home["transposed"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError("is not as lorafit writes it", file=file, key="layers", todo="restore the file") from error
-    require_parts({path: home.parts for path, home in homes.items()}, rows, file)
+    require_parts({path: home.parts for path, home in homes.items()}, rows_of(entries), file)
     return homes

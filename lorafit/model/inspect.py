@@ -145,7 +145,7 @@ def quantized_hashes(model: PreTrainedModel) -> dict[str, JsonObject]:
     """The proof of every quantised weight, by the path of its layer in the plain base model.
 
     Paths carry neither PEFT's prefix nor its `base_layer`, so that they are the same before and after an adapter.
-    `parts` says which rows of the files the weight is, where that is not the whole tensor of the layer's own name.
+    `parts` says which rows of the files the weight is.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = names_of(model)
@@ -157,9 +157,8 @@ def quantized_hashes(model: PreTrainedModel) -> dict[str, JsonObject]:
         name = path.removesuffix(".base_layer")
         proofs[name] = {**kind.prove(module), "kind": kind.name()}
         proofs[name]["transposed"] = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
-        noted = None if names is None else note_parts(name, names.parts.get(f"{name}.weight", ()), names.rows)
-        if noted is not None:
-            proofs[name]["parts"] = noted
+        if names is not None:
+            proofs[name]["parts"] = note_parts(names.parts.get(f"{name}.weight", ()))
     return proofs
 
 

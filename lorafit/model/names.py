@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -116,46 +116,17 @@ def rows_of(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
     return {name: entry.as_matrix().rows for name, entry in entries.items()}
 
 
-def whole_weight(path: str, rows: Mapping[str, int]) -> Part:
-    """All of the tensor that is called as a layer's weight; of no rows where the files have none."""
-    return Part(f"{path}.weight", 0, rows.get(f"{path}.weight", 0))
+def note_parts(parts: Iterable[Part]) -> list[list[str | int]]:
+    """Where a layer's weight lies, as JSON: `[name, start, stop]` of each part."""
+    return [[part.name, part.start, part.stop] for part in parts]
 
 
-def note_parts(path: str, parts: Sequence[Part], rows: Mapping[str, int]) -> list[str | list[str | int]] | None:
-    """Parts of a layer's weight as JSON: a name for a whole tensor, `[name, start, stop]` for some of its rows.
-
-    Args:
-        path: The layer's.
-        parts: Where its weight lies.
-        rows: Of every tensor in the files.
-
-    Returns:
-        None for the simple case, `whole_weight`.
-    """
-    if tuple(parts) == (whole_weight(path, rows),):
-        return None
-    return [
-        part.name if (part.start, part.stop) == (0, rows.get(part.name)) else [part.name, part.start, part.stop]
-        for part in parts
-    ]
-
-
-def are_parts(noted: Any) -> bool:
-    """Whether a value is what `note_parts` writes."""
-    if not isinstance(noted, list) or not noted:
-        return False
-    return all(
-        isinstance(part, str) or (isinstance(part, list) and [type(value) for value in part] == [str, int, int])
-        for part in noted
-    )
-
-
-def read_parts(path: str, noted: Iterable[Any] | None, rows: Mapping[str, int]) -> tuple[Part, ...]:
-    """What `note_parts` noted; a tensor that is not in the files has no rows."""
-    return tuple(
-        Part(part, 0, rows.get(part, 0)) if isinstance(part, str) else Part(str(part[0]), int(part[1]), int(part[2]))
-        for part in noted or ()
-    ) or (whole_weight(path, rows),)
+def read_parts(noted: Any) -> tuple[Part, ...]:
+    """What `note_parts` noted. Raises ValueError or TypeError where it is anything else."""
+    parts = tuple(Part(*part) for part in noted)
+    if not parts or any([type(value) for value in astuple(part)] != [str, int, int] for part in parts):
+        raise ValueError("no parts of a tensor")
+    return parts
 
 
 def require_parts(found: Mapping[str, Sequence[Part]], rows: Mapping[str, int], file: str) -> None:

@@ -31,7 +31,7 @@ from lorafit.model.merge.merge_targets import plan_updates, read_class_parts
 from lorafit.model.merge.own_head import OwnHead
 from lorafit.model.merge.requantize import noted_kind
 from lorafit.model.merge.shards import ShardMerger, Values
-from lorafit.model.names import Part, are_parts, read_parts, require_parts, rows_of
+from lorafit.model.names import Part, read_parts, require_parts, rows_of
 from lorafit.model.tokenizer_files import Companions, write_object
 from lorafit.run.card import RunCard
 
@@ -204,7 +204,9 @@ def _malformed(used: JsonMapping) -> str | None:
             return f"tensors.{name}.offset"
         if noted_kind(used, proof) is None:
             return f"tensors.{name}.kind"
-        if not are_parts(proof.get("parts", [""])):
+        try:
+            read_parts(proof.get("parts", [["", 0, 0]]))
+        except (TypeError, ValueError):
             return f"tensors.{name}.parts"
     kept = used.get("kept", [])
     return None if isinstance(kept, list) and all(isinstance(name, str) for name in kept) else "kept"
@@ -221,12 +223,11 @@ def _choose_values(base: Base, used: JsonMapping | None, entries: Mapping[str, T
 def _find_quantised(
     base: Base, proofs: Mapping[str, JsonMapping], entries: Mapping[str, TensorEntry]
 ) -> dict[str, Sequence[Part]]:
-    """Where the weights of quantised layers lie: as the run noted it, else by their own names, else by the class."""
-    rows = rows_of(entries)
-    nameless = {path for path, proof in proofs.items() if "parts" not in proof and f"{path}.weight" not in entries}
-    found = {path: read_parts(path, proof.get("parts"), rows) for path, proof in proofs.items() if path not in nameless}
-    require_parts(found, rows, str(base.path))
-    return {**found, **(read_class_parts(base, nameless, entries) if nameless else {})}
+    """Where the weights of quantised layers lie: as the run noted it, else by the class."""
+    found = {path: read_parts(proof["parts"]) for path, proof in proofs.items() if "parts" in proof}
+    require_parts(found, rows_of(entries), str(base.path))
+    others = proofs.keys() - found.keys()
+    return {**found, **(read_class_parts(base, others, entries) if others else {})}
 
 
 def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKind, used: JsonMapping | None) -> None:

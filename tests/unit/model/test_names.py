@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,13 @@ def test_two_tensors_for_one_parameter_are_refused(tmp_path: Path) -> None:
         load(base)
 
 
-def test_parts_as_json_come_back(tmp_path: Path) -> None:
-    rows = {"a": 4, "b": 6, "layer.weight": 3}
+def test_parts_as_json_come_back() -> None:
     parts = (Part("a", 0, 4), Part("b", 2, 6))
-    noted: Any = note_parts("layer", parts, rows)
-    assert noted == ["a", ["b", 2, 6]] and read_parts("layer", noted, rows) == parts
-    whole = (Part("layer.weight", 0, 3),)
-    assert note_parts("layer", whole, rows) is None and read_parts("layer", None, rows) == whole
+    noted: Any = note_parts(parts)
+    assert noted == [["a", 0, 4], ["b", 2, 6]] and read_parts(json.loads(json.dumps(noted))) == parts
+    for other in ([], [["a", 0]], [["a", 0, "4"]], None, "abc"):
+        with pytest.raises((TypeError, ValueError)):
+            read_parts(other)
 
 
 def test_a_model_of_other_origin_has_no_table(tmp_path: Path) -> None:

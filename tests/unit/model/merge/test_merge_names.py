@@ -211,7 +211,8 @@ def test_notes_that_were_changed_are_refused(tmp_path: Path) -> None:
     file = made.adapter / NOTES
     notes = json.loads(file.read_text())
     path = next(iter(notes["layers"]))
-    for written, why in (({"parts": [["gone", 0, 4]]}, "has no 'gone'"), (3, "not as lorafit writes it")):
+    gone = notes["layers"][path] | {"parts": [["gone", 0, 4]]}
+    for written, why in ((gone, "has no 'gone'"), (3, "not as lorafit writes it")):
         file.write_text(json.dumps(notes | {"layers": notes["layers"] | {path: written}}))
         with pytest.raises(ModelError, match=why):
             merge(made)
