@@ -22,6 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from lorafit.console.wording import first_line
 from lorafit.contracts import Batch, JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.estimation.layer_list import LayerList
@@ -167,7 +168,9 @@ class DryRun:
                     self._executor.sum_gradients()
                     self._update.apply(1, self._update.gradient_norm())
                 except (RuntimeError, NotImplementedError) as error:
-                    raise self._cannot_run(error) from error
+                    what = f"{step.model.model_type} does not run on tensors without values: {first_line(error)}"
+                    todo = "leave --exact out: the closed form needs none"
+                    raise ModelError(what, key="--exact", todo=todo) from error
                 finally:
                     self._optimizer.zero_grad(set_to_none=True)
         peak = live.peak()
@@ -183,14 +186,6 @@ class DryRun:
     def _make_gradients(self) -> None:
         for parameter in self._trained:
             parameter.grad = torch.zeros_like(parameter)
-
-    def _cannot_run(self, error: Exception) -> ModelError:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return ModelError(
-            f"{self.step.model.model_type} does not run on tensors without values: {lines[0]}",
-            key="--exact",
-            todo="leave --exact out: the closed form needs none",
-        )
 
     @contextlib.contextmanager
     def _progress(self, chosen: Sequence[int], checkpointing: bool, reporter: Reporter) -> Iterator[None]:

@@ -10,63 +10,47 @@ import contextlib
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from lorafit.contracts import JsonMapping, JsonValue
+from pydantic import Field
+
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import TensorEntry
-from lorafit.kinds.adapters import Adapter, AdapterSection, SavedField, is_number, is_rank
+from lorafit.kinds.adapters import Adapter, AdapterSection, Number, Rank, SavedField
 
 _PATTERN_SECONDS = 1.0
 _LONGEST_TEXT_CHARACTERS = 4096
 _UNBOUNDED_TIMES = 64
 _LAYER_PATH = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+?)(?:\.weight|\.bias)?$")
 
-Check = Callable[[JsonValue], bool]
+Text = Annotated[str, Field(max_length=_LONGEST_TEXT_CHARACTERS)]
 
 
-def _is_text(value: JsonValue) -> bool:
-    return isinstance(value, str) and len(value) <= _LONGEST_TEXT_CHARACTERS
+class _Quantization(TypedDict):
+    """How a base was quantised: a kind and its options."""
 
-
-def _is_texts(value: JsonValue) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _is_layers(value: JsonValue) -> bool:
-    return all(isinstance(number, int) for number in (value if isinstance(value, list) else [value]))
-
-
-def _maybe(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _by_name(check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(_is_text(k) and check(v) for k, v in value.items())
+    kind: NotRequired[Text]
 
 
 _SAVED_FIELDS: dict[str, SavedField] = {
-    "rank_pattern": SavedField(_maybe(_by_name(is_rank)), "ranks by pattern"),
-    "alpha_pattern": SavedField(_maybe(_by_name(is_number)), "finite numbers by pattern"),
+    "rank_pattern": SavedField(dict[Text, Rank] | None, "ranks by pattern"),
+    "alpha_pattern": SavedField(dict[Text, Number] | None, "finite numbers by pattern"),
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "layers_pattern"),
-        SavedField(_maybe(lambda value: _is_text(value) or _is_texts(value)), "a text or a list of texts"),
+        SavedField(Text | list[Text] | None, "a text or a list of texts"),
     ),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), SavedField(_maybe(_is_texts), "a list of texts")),
-    "layers_to_transform": SavedField(_maybe(_is_layers), "whole numbers"),
-    "base_model_name_or_path": SavedField(_maybe(_is_text), "a text"),
-    "bias": SavedField(_is_text, "a text"),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), SavedField(list[Text] | None, "a list of texts")),
+    "layers_to_transform": SavedField(int | list[int] | None, "whole numbers"),
+    "base_model_name_or_path": SavedField(Text | None, "a text"),
+    "bias": SavedField(Text, "a text"),
 }
 """Of PEFT's config, whatever the method."""
 _NOTES: dict[str, SavedField] = {
-    "base": SavedField(
-        _maybe(_by_name(_maybe(lambda value: _is_text(value) or isinstance(value, bool)))), "name and digest of a base"
-    ),
-    "quantization": SavedField(
-        _maybe(lambda value: isinstance(value, dict) and _is_text(value.get("kind", ""))), "a kind and its options"
-    ),
+    "base": SavedField(dict[Text, Text | bool | None] | None, "name and digest of a base"),
+    "quantization": SavedField(_Quantization | None, "a kind and its options"),
 }
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 

@@ -30,48 +30,35 @@ _TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative
 class TrainedTask(Protocol):
     """What an objective, and whoever trains or scores one, asks of its task (`lorafit.kinds.tasks.Task`).
 
-    Losses, scores and logits are asked for inside of the objective's precision.
+    Losses, scores and logits are asked for inside of the objective's precision. What each is, stands there.
     """
 
     @property
-    def scores(self) -> Mapping[str, int]:
-        """What `score` gives by name, and of how many numbers a row."""
+    def scores(self) -> Mapping[str, int]: ...
 
-    def can_score(self, metric: str) -> bool:
-        """Whether a registered metric can be asked of it."""
+    def can_score(self, metric: str) -> bool: ...
 
-    def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
-        """What the model answers to a row, told from its scores; None where it writes its answers."""
+    def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None: ...
 
-    def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
-        """What a report shows beside metrics, from the scores of each row."""
+    def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]: ...
 
-    def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-        """One micro-batch on the CPU."""
+    def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch: ...
 
-    def collate_whole(self, example: Example, pad_id: int) -> Batch:
-        """A row with every label that its model gives logits for."""
+    def collate_whole(self, example: Example, pad_id: int) -> Batch: ...
 
-    def cut(self, example: Example, tokens: int) -> Example:
-        """The end of a row."""
+    def cut(self, example: Example, tokens: int) -> Example: ...
 
-    def show(self, example: Example) -> tuple[ShownSequence, ...]:
-        """A row for people."""
+    def show(self, example: Example) -> tuple[ShownSequence, ...]: ...
 
-    def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
-        """The loss summed over a micro-batch, with a gradient."""
+    def sum_loss(self, objective: Objective, batch: Batch) -> LossSum: ...
 
-    def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
-        """Sums over each row of a micro-batch by name, [rows] or [rows, values]; `loss` and `weight` among them."""
+    def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]: ...
 
-    def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """What the loss is computed of, [labels, classes]."""
+    def logits(self, objective: Objective, batch: Batch) -> torch.Tensor: ...
 
-    def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """The model's own loss, summed over the labels in fp64, a scalar: what `probed_loss` must agree with."""
+    def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor: ...
 
-    def probed_loss(self, objective: Objective, batch: Batch) -> float:
-        """The losses of the labels as they are trained, summed."""
+    def probed_loss(self, objective: Objective, batch: Batch) -> float: ...
 
 
 class Objective(nn.Module):

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lorafit.console.wording import first_line
 from lorafit.contracts import JsonObject, LossSum
 from lorafit.errors import ModelError
 from lorafit.ops.cross_entropy import linear_cross_entropy, linear_label_losses, score_linear, score_logits
@@ -212,6 +213,5 @@ def _on_text_alone(objective: Objective, run: Callable[[], _Result]) -> _Result:
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        name, lines = type(objective.base).__name__, str(error).strip().splitlines()
-        why = lines[0] if lines else type(error).__name__
-        raise ModelError(f"{name} does not run on text alone: {why}", todo="use a model that does") from error
+        what = f"{type(objective.base).__name__} does not run on text alone: {first_line(error)}"
+        raise ModelError(what, todo="use a model that does") from error

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lorafit.console.wording import list_names
+from lorafit.console.wording import first_line, list_names
 from lorafit.contracts import Batch, Example
 from lorafit.errors import ModelError, NumericsError, RecipeError
 from lorafit.ops.isolation import in_mode
@@ -48,9 +48,8 @@ def prove_gradients(objective: Objective, batch: Batch) -> None:
     except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{type(objective.base).__name__} cannot take a training step: {why}",
+            f"{type(objective.base).__name__} cannot take a training step: {first_line(error)}",
             todo="use another base model, or another model.attention or model.quantization",
         ) from error
     finally:

@@ -7,12 +7,11 @@ by its adapter_config.json.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
@@ -29,7 +28,10 @@ if TYPE_CHECKING:
     from lorafit.files.safetensors import TensorEntry
 
 
-_WIDEST = 1 << 20
+Number = Annotated[float, Field(allow_inf_nan=False)]
+"""A finite number of a JSON file."""
+Rank = Annotated[int, Field(gt=0, le=1 << 20)]
+"""A whole number that a width may be."""
 
 
 class AdapterSection(KindSection):
@@ -63,24 +65,22 @@ class SavedField:
     """A check of one key of adapter_config.json, which is a stranger's file.
 
     Attributes:
-        is_valid: Whether a value is one that PEFT writes.
+        type: Of the values that PEFT writes.
         wanted: What such a value is, for the message.
         needed: Whether the key must be there.
     """
 
-    is_valid: Callable[[JsonValue], bool]
+    type: Any
     wanted: str
     needed: bool = False
 
-
-def is_number(value: JsonValue) -> bool:
-    """Whether a value of a JSON file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_rank(value: JsonValue) -> bool:
-    """Whether a value of a JSON file is a whole number that a width may be."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _WIDEST
+    def is_valid(self, value: JsonValue) -> bool:
+        """Whether a value is of the type."""
+        try:
+            TypeAdapter(self.type).validate_python(value, strict=True)
+        except ValidationError:
+            return False
+        return True
 
 
 class Fold(ABC):

@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
-from lorafit.contracts import JsonMapping, JsonObject, JsonValue
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_rows
-from lorafit.kinds.adapters import AdaptedLayer, Adapter, Folding, SavedField, Site, is_number, is_rank
+from lorafit.kinds.adapters import AdaptedLayer, Adapter, Folding, Number, Rank, SavedField, Site
 from lorafit.kinds.adapters._low_rank_fold import LowRankFold
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 
@@ -143,14 +143,6 @@ def _read_fp32(entry: TensorEntry) -> torch.Tensor:
     return read_rows(entry).float()
 
 
-def _is_flag(value: JsonValue) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_share(value: JsonValue) -> bool:
-    return is_number(value) and 0 <= value <= 1  # type: ignore[operator]
-
-
 L_co = TypeVar("L_co", bound=LowRankSection, covariant=True)
 
 
@@ -163,10 +155,10 @@ class LowRank(Adapter[L_co]):
 
     peft_type: ClassVar[str] = "LORA"
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
-        "r": SavedField(is_rank, "a whole number from 1", needed=True),
-        "lora_alpha": SavedField(is_number, "a finite number", needed=True),
-        "lora_dropout": SavedField(_is_share, "a number from 0 to 1"),
-        **{key: SavedField(_is_flag, "true or false") for key in ("use_rslora", "use_dora", "fan_in_fan_out")},
+        "r": SavedField(Rank, "a whole number from 1", needed=True),
+        "lora_alpha": SavedField(Number, "a finite number", needed=True),
+        "lora_dropout": SavedField(Annotated[float, Field(ge=0, le=1)], "a number from 0 to 1"),
+        **{key: SavedField(bool, "true or false") for key in ("use_rslora", "use_dora", "fan_in_fan_out")},
     }
     recipe_fields: ClassVar[Mapping[str, str]] = {"r": "r", "lora_alpha": "alpha"}
     form_fields: ClassVar[Sequence[str]] = (

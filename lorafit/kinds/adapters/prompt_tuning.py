@@ -14,7 +14,7 @@ from pydantic import Field
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
-from lorafit.kinds.adapters import Adapter, AdapterSection, Folding, SavedField, Site, adapters, is_rank
+from lorafit.kinds.adapters import Adapter, AdapterSection, Folding, Rank, SavedField, Site, adapters
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class PromptTuning(Adapter[PromptTuningSection]):
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
-        "num_virtual_tokens": SavedField(is_rank, "a whole number from 1", needed=True)
+        "num_virtual_tokens": SavedField(Rank, "a whole number from 1", needed=True)
     }
     recipe_fields: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "tokens"}
 
