@@ -12,9 +12,9 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError, SafetyError
@@ -29,10 +29,10 @@ _LAYER_PATH = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+?)(?:\.weight|\.b
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT_CHARACTERS)]
 
 
-class _Quantization(TypedDict):
-    """How a base was quantised: a kind and its options."""
+class _Quantization(BaseModel):
+    """How a base was quantised: a kind, and options that are its own."""
 
-    kind: NotRequired[Text]
+    kind: Text = ""
 
 
 _SAVED_FIELDS: dict[str, SavedField] = {
@@ -51,6 +51,7 @@ _SAVED_FIELDS: dict[str, SavedField] = {
 _NOTES: dict[str, SavedField] = {
     "base": SavedField(dict[Text, Text | bool | None] | None, "name and digest of a base"),
     "quantization": SavedField(_Quantization | None, "a kind and its options"),
+    "transposed": SavedField(list[Text] | None, "a list of texts"),
 }
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 

@@ -7,6 +7,7 @@ by its adapter_config.json.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -77,7 +78,7 @@ class SavedField:
     def is_valid(self, value: JsonValue) -> bool:
         """Whether a value is of the type."""
         try:
-            TypeAdapter(self.type).validate_python(value, strict=True)
+            TypeAdapter(self.type).validate_json(json.dumps(value), strict=True)
         except ValidationError:
             return False
         return True

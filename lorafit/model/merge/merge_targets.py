@@ -1,7 +1,7 @@
 """Which rows of a base's files get which change of an adapter.
 
-Where an adapter brings no note of its layers (another tool's), class and PEFT's layers are built on the meta device,
-which imports both libraries.
+Where an adapter brings no note of its layers (another tool's, or an older lorafit's), and plain names do not settle
+where they lie, the class and PEFT's layers are built on the meta device, which imports both libraries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorafit.console.wording import list_names
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry
 from lorafit.kinds.adapters import AdaptedLayer, Fold, Folding
@@ -26,6 +27,7 @@ from lorafit.model.names import Part, read_names
 
 _BESIDE_A_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.(?P<tensor>(?!weight$)\w+)(?:\.weight)?$")
 _COPY = re.compile(r"^base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight$")
+_TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ def plan_updates(
     """Which rows of the base's files get which update.
 
     Args:
-        adapter: Whose layers' homes are those that it notes, or where the model class has them.
+        adapter: Whose layers' homes are those that it notes; else those of their own names, or by the model class
+            where names alone do not settle it.
         base: The base.
         entries: Its tensors.
 
@@ -127,10 +130,35 @@ def _find_homes(
     base: Base,
     entries: Mapping[str, TensorEntry],
 ) -> dict[str, Home]:
-    """Homes of all layers the adapter should have: as it notes, or by the class."""
+    """Homes of all layers the adapter should have: noted, or by their own names, or by the class."""
     if "layers" in adapter.notes:
         return read_homes(adapter.notes["layers"], entries, str(adapter.path))
+    flipped = _transposed_layers(adapter, base.config)
+    homes = {}
+    for path in layers:
+        name = f"{path}.weight"
+        if name in entries and len(entries[name].shape) == 2:
+            homes[path] = Home(path, (Part(name, 0, entries[name].rows),), 1, path in flipped)
+    is_settled = homes.keys() == layers.keys() and homes.keys() == _promised_layers(adapter, entries)
+    if is_settled and not _may_be_tied(homes, base.config):
+        return homes
     return _read_class_homes(base, adapter, layers.keys(), entries)
+
+
+def _may_be_tied(paths: JsonMapping, config: JsonMapping) -> bool:
+    """Whether a layer lies outside of the numbered ones (a head, an embedding), and the config does not untie these."""
+    outside = [path for path in paths if not any(part.isdigit() for part in path.split("."))]
+    return bool(outside) and config.get("tie_word_embeddings") is not False
+
+
+def _promised_layers(adapter: AdapterFolder, entries: Mapping[str, TensorEntry]) -> set[str]:
+    """Layers in the files that the adapter's config names; none where it names them in another way than by a list."""
+    targets = adapter.config.get("target_modules")
+    others = ("layers_to_transform", "exclude_modules", "target_parameters")
+    if not isinstance(targets, list) or any(adapter.config.get(key) for key in others):
+        return set()
+    layers = {name.removesuffix(".weight") for name in entries if name.endswith(".weight")}
+    return {layer for layer in layers if any(layer == t or layer.endswith(f".{t}") for t in targets)}
 
 
 def _place(
@@ -171,6 +199,23 @@ def _place_copy(
             todo="give the base the same vocabulary first, or merge it with the tool that made it",
         )
     made.copies[name] = entry
+
+
+def _transposed_layers(adapter: AdapterFolder, config: JsonMapping) -> set[str]:
+    """Adapted layers whose weight lies `[in, out]`: as an older lorafit noted, else GPT-2's own, whatever PEFT wrote.
+
+    Embeddings lie so everywhere: a row for each token.
+    """
+    paths, embeddings = set(), set()
+    for name in adapter.tensors:
+        if match := _BESIDE_A_LAYER.match(name):
+            paths.add(match["path"])
+            embeddings |= {match["path"]} if "embedding" in match["tensor"] else set()
+    if "transposed" in adapter.notes:
+        return embeddings | {path for path in paths if path.rsplit(".", 1)[-1] in adapter.notes["transposed"]}
+    if config.get("model_type") in _TRANSPOSED_MODELS or adapter.config.get("fan_in_fan_out"):
+        return paths
+    return embeddings
 
 
 def _read_class_homes(
