@@ -5,7 +5,7 @@ Nothing of transformers or PEFT is imported before the weights are written, so t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -28,7 +28,6 @@ from lorafit.run.results import Merged
 from lorafit.run.workspace import OpenedRun
 
 BaseKind = Literal["dequantized", "original"]
-_COLUMNS_BEFORE = {"tokens": "input_ids", "trained": "trained"}  # of the rows that an earlier lorafit put aside
 _WEIGHTS_HELD = 3.5  # the base quantised, and both models' products in fp32; measured on bf16 files
 _LOADED_LIBRARIES_BYTES = 3 << 29
 _SPARE_SHARE = 0.8  # of the free memory that a comparison may take
@@ -135,32 +134,29 @@ def _rows_to_compare(opened: OpenedRun, task: Task[TaskSection], reporter: Repor
         stored = read_object(file)
     else:
         stored = open_job(opened.loaded, reporter, opened.began()).rows_to_compare()
-    names = {column.name: column.name for column in task.columns}
     try:
-        rows = [_read_columns(row, _COLUMNS_BEFORE if "input_ids" in row else names) for row in stored["rows"]]
-        for row in rows:
-            _check_lengths(row, task.columns)
+        rows = [_read_columns(row, task.columns) for row in stored["rows"]]
     except (KeyError, TypeError, ValueError) as error:
         todo = "restore the file, or merge with --no-verify"
         raise CheckpointError("holds no rows of tokens", file=str(file), todo=todo) from error
     return [Example(number, row, file.name, number + 1) for number, row in enumerate(rows)]
 
 
-def _check_lengths(row: Mapping[str, Sequence[float]], columns: Sequence[Column]) -> None:
-    """Raises ValueError where a sequence has not as many values in each of its columns as it has tokens."""
-    tokens = 0
-    for column in (column for column in columns if column.width is None):
-        tokens = len(row[column.name]) if column.holds_tokens else tokens
-        if len(row[column.name]) != tokens:
-            raise ValueError
+def _read_columns(row: JsonMapping, columns: Sequence[Column]) -> dict[str, list[float]]:
+    """A row's numbers by column.
 
-
-def _read_columns(row: JsonMapping, names: Mapping[str, str]) -> dict[str, list[float]]:
-    """A row's numbers by column, from what each is called in the file."""
-    columns = {ours: list(row[theirs]) for ours, theirs in names.items()}
-    if not all(isinstance(value, int | float) for values in columns.values() for value in values):
-        raise TypeError
-    return columns
+    Raises:
+        ValueError: A value is no number, or a sequence has not as many in each of its columns as it has tokens.
+    """
+    found, tokens = {column.name: list(row[column.name]) for column in columns}, 0
+    for column in columns:
+        values = found[column.name]
+        tokens = len(values) if column.holds_tokens else tokens
+        if not all(isinstance(value, int | float) for value in values):
+            raise ValueError("no number")
+        if column.width is None and len(values) != tokens:
+            raise ValueError("not a value a token")
+    return found
 
 
 def _check_templates(adapter: Path, companions: Companions) -> None:

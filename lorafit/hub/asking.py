@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorafit.contracts import Reporter, Silent
+from lorafit.contracts import Reporter
 from lorafit.errors import LorafitError
 from lorafit.hub.refusal import HubRefusedError, Repo, explain, not_reached, refused_by_status, turned_off
 
@@ -210,24 +210,6 @@ def fetch_files(repo: Repo, patterns: Sequence[str], needed: Sequence[str], repo
         return folder
 
     return ask(repo, reporter, fetch)
-
-
-def fetch_file(repo: Repo, name: str) -> Path:
-    """One file of `repo`.
-
-    Raises:
-        HubRefusedError: It is not on this disk, and the hub did not give it.
-    """
-
-    def fetch(asked: Asked) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        commit = asked.find_commit()
-        if commit is None:
-            asked.require_answer()
-        return Path(hf_hub_download(repo.id, name, repo_type=repo.kind, revision=commit))
-
-    return ask(repo, Silent(), fetch)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -15,11 +15,11 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorafit.contracts import JsonObject, Reporter
+from lorafit.contracts import JsonObject, Reporter, Silent
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.atomic import MANIFEST, TEMPORARY_PREFIX, require_manifest
 from lorafit.files.cache import cache_folder, known_hash, refuse_foreign
-from lorafit.hub.asking import fetch_file, fetch_files
+from lorafit.hub.asking import fetch_files
 from lorafit.hub.refusal import HubRefusedError, Repo
 from lorafit.model.base_config import CONFIG, fingerprint, load_config, refuse_quantised
 from lorafit.model.gguf import PACKAGE_SCHEME, content_name, convert_gguf, file_in_package, read_gguf_config
@@ -227,13 +227,13 @@ def _hub_config(model: ModelSection) -> JsonObject:
         refuse_quantised(config, f"{model.base}/{CONFIG}")
         return config
     try:
-        file = fetch_file(Repo(model.base, "model", model.revision), CONFIG)
+        folder = fetch_files(Repo(model.base, "model", model.revision), [CONFIG], [CONFIG], Silent())
     except HubRefusedError as refused:
         error = _refused(model, refused)
         if (known := like_known(model.base)) is not None and known.lower() != model.base.lower():
             error.todo = f"did you mean {known}, whose shape is known? an estimate needs no more"
         raise error from refused
-    return load_config(file.parent)
+    return load_config(folder)
 
 
 def _refused(model: ModelSection, refused: HubRefusedError) -> ModelError:
