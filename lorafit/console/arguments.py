@@ -60,6 +60,7 @@ _PATH = Argument("a path", (str, os.PathLike))
 _ROWS = Argument("a list of dicts, one a row", (Iterable,))
 _CARD = Argument('a text such as "24GiB", "rtx-4090" or "cpu"', (str,))
 _SWITCHES = ("quiet", "exact", "resume", "dry_run", "allow_inexact", "verify", "compare_base")
+_FLAGS_ALONE = ("measure_memory", "profile", "json", "verbose", "debug")
 ARGUMENTS = {
     "temperature": _number(0.0, 10.0),
     "top_p": _number(0.001, 1.0),
@@ -85,8 +86,18 @@ ARGUMENTS = {
     "base": Argument('"dequantized" or "original"', (str,)),
     "gpu": _CARD,
     "fit": _CARD,
-    **dict.fromkeys(_SWITCHES, Argument("True or False", (bool,))),
+    "prompt": Argument("a text", (str,)),
+    "input_file": _PATH,
+    **dict.fromkeys((*_SWITCHES, *_FLAGS_ALONE), Argument("True or False", (bool,))),
 }
+FLAGS = {
+    "overrides": "--set",
+    "plan_file": "--plan",
+    "verify": "--no-verify",
+    "input_file": "--input",
+    "show": "--rows",
+}
+"""Flags that are not called as their parameter."""
 _NEVER_LEFT_OUT = {"recipe", "run", "prompts", "overrides", "temperature", "top_p", "max_new_tokens", "seed"}
 _NEVER_LEFT_OUT.update(_SWITCHES)
 
