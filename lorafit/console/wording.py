@@ -20,8 +20,8 @@ def counted(number: float, noun: str) -> str:
 
 
 def in_sequences(tokens: int, sequences: int) -> str:
-    """` (2 sequences of 156)`, behind the tokens of a row: `data.max_length` bounds each sequence. Empty for one."""
-    return f" ({sequences} sequences of {tokens // sequences:,})" if sequences > 1 else ""
+    """` (2 sequences padded to 160)`, behind the tokens of a row: `data.max_length` bounds each. Empty for one."""
+    return f" ({sequences} sequences padded to {tokens // sequences:,})" if sequences > 1 else ""
 
 
 def alternatives(names: Sequence[str]) -> str:

@@ -100,7 +100,7 @@ class Encoder:
             if encoded:
                 result.examples.append((source, len(encoded)))
                 rows += [(source, line, row) for row in encoded]
-        result.chunk = pack_chunk(rows, self.task.columns, self.task.sequences)
+        result.chunk = pack_chunk(rows, self.task.columns, self.task.row_tokens)
         result.seen = Counter(self.renderer.seen)
         return result
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -42,11 +42,13 @@ _NUMBERS = {
 _READ_BYTES = 1 << 20
 
 
-def pack_chunk(rows: Sequence[tuple[int, int, TaskRow]], columns: Sequence[Column], sequences: int = 1) -> Chunk:
-    """Rows as (source, line, row) to arrays."""
+def pack_chunk(
+    rows: Sequence[tuple[int, int, TaskRow]], columns: Sequence[Column], row_tokens: Callable[[int], int] = int
+) -> Chunk:
+    """Rows as (source, line, row) to arrays; `row_tokens` is the task's."""
     made = [row for *_, row in rows]
     numbers: dict[str, list[int]] = {
-        "lengths": [row.tokens * sequences for row in made],
+        "lengths": [row_tokens(row.tokens) for row in made],
         "weights": [row.weight for row in made],
         "trained_tokens": [row.weight if row.trained_tokens is None else row.trained_tokens for row in made],
         "lines": [line for _, line, _ in rows],

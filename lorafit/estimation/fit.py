@@ -100,7 +100,7 @@ def find_fit(asked: StepMemory, device: DeviceFacts, headroom: float) -> Fit:
         return Largest(value, least, best, found.get(not best), bound if value == most else "")
 
     def of_row(sequence_tokens: int, checkpointing: bool) -> MemoryEstimate:
-        row_tokens = sequence_tokens * step.task.sequences
+        row_tokens = step.task.row_tokens(sequence_tokens)
         return asked.changed(row_tokens=row_tokens, row_labels=row_tokens).at(row_tokens, checkpointing)
 
     def of_rank(rank: int, checkpointing: bool) -> MemoryEstimate:

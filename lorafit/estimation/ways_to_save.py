@@ -87,7 +87,7 @@ def shorter_rows(tokens: int) -> Switch:
     """Sequences of so many tokens at most."""
 
     def on(asked: StepMemory) -> StepMemory:
-        row = tokens * asked.step.task.sequences
+        row = asked.step.task.row_tokens(tokens)
         return asked.changed(row_tokens=row, row_labels=min(asked.step.row_labels, row))
 
     return Switch("data.max_length", str(tokens), 12, on)

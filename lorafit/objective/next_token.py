@@ -13,6 +13,7 @@ label_ids      [labels]              ... this token. Position t predicts token t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,7 +43,7 @@ _AHEAD_TOLERANCE = {None: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of
 
 
 def label_tokens(
-    rows: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]], pad_id: int
+    rows: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]], pad_id: int, pads_to: int = 1
 ) -> dict[str, torch.Tensor]:
     """Tensors of a micro-batch of padded sequences; `position_ids` among them where a sequence holds several documents.
 
@@ -52,8 +53,10 @@ def label_tokens(
     Args:
         rows: Documents of each sequence, at least one, as (token ids, 0/1 for each: whether it is to be predicted).
         pad_id: Any valid id; no label ever points at a padded position.
+        pads_to: The padded length is a multiple of it.
     """
-    width = max(sum(len(ids) for ids, _ in documents) for documents in rows)
+    longest = max(sum(len(ids) for ids, _ in documents) for documents in rows)
+    width = math.ceil(longest / pads_to) * pads_to
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     positions = np.empty_like(input_ids)
     indices = []

@@ -233,12 +233,13 @@ def _check_packing(recipe: Recipe, step: StepShape) -> None:
 
 
 def _check_length(dataset: DatasetFacts, step: StepShape) -> None:
-    shape, longest = step.model, max(dataset.longest_tokens, dataset.validation_longest_tokens) // step.task.sequences
+    shape, task = step.model, step.task
+    longest = max(dataset.longest_tokens, dataset.validation_longest_tokens) // task.sequences
     if shape.position_parameters and longest > shape.max_positions:
         raise RecipeError(
             f"the longest row has {longest} tokens; {shape.model_type} has {shape.max_positions} learned positions",
             key="data.max_length",
-            todo=f"set it to {shape.max_positions} or less",
+            todo=f"set it to {shape.max_positions // task.pads_to * task.pads_to} or less",
         )
 
 

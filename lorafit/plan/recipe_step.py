@@ -62,7 +62,7 @@ def recipe_step(
         RecipeError: A name of adapter or quantisation matches nothing, or sdpa was asked of a model with a soft-cap.
     """
     task = tasks.bind(recipe.task)
-    longest = rows.longest_tokens if rows else task.sequences * min(recipe.data.max_length, shape.max_positions)
+    longest = rows.longest_tokens if rows else task.row_tokens(min(recipe.data.max_length, shape.max_positions))
     dtype = resolve_dtype(recipe.model.dtype, device)
     quantization = quantizations.bind(recipe.model.quantization)
     quantization.check(shape)

@@ -57,13 +57,13 @@ def test_from_preview_to_merge(pairs: World) -> None:
         assert row["rendering"].startswith(pair["prompt"] + pair[row["name"]])
         assert trained == row["input_ids"][-len(trained) :] and len(trained) < len(row["input_ids"])
     seen = pairs.run("preview", "r.yaml")
-    lengths = re.findall(r"longest (\d+) \(2 sequences of (\d+)\)", seen.stdout)
+    lengths = re.findall(r"longest (\d+) \(2 sequences padded to (\d+)\)", seen.stdout)
     assert len(lengths) == 3 and all(int(both) == 2 * int(one) for both, one in lengths)  # max_length bounds the one
     say_all(seen, 0, "d.jsonl", "prompts and their answers go through no chat template; for chats name a template")
     estimated = pairs.run("estimate-memory", "r.yaml")
-    say_all(estimated, 0, "12 rows", f"{lengths[0][0]} (2 sequences of {lengths[0][1]})")
+    say_all(estimated, 0, "12 rows", f"{lengths[0][0]} (2 sequences padded to {lengths[0][1]})")
     trained = pairs.run("train", "r.yaml")
-    say_all(trained, 0, "adapter of step 4", f"longest {lengths[0][0]} tokens (2 sequences of {lengths[0][1]})")
+    say_all(trained, 0, "adapter of step 4", f"longest {lengths[0][0]} tokens (2 sequences padded to {lengths[0][1]})")
     assert [each.stderr.count("dry run") for each in (seen, estimated, trained)] == [0, 1, 1]
     assert sum("reward_accuracy" in json.dumps(line) for line in steps_of(pairs.root / "run")) == 2
     scored = metrics_of(pairs, "run")

@@ -7,6 +7,7 @@ sample ──encode──> row ──collate──> Batch ──Objective──>
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
@@ -79,8 +80,14 @@ class Task(Kind[S_co]):
     """The format of what its models give labels to, for `classify`; None where they give none."""
     sequences: ClassVar[int] = 1
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
+    pads_to: ClassVar[int] = 1
+    """The padded length of sequences is a multiple of it."""
     packs: ClassVar[bool] = False
     """Whether several rows may share a sequence, each a document of its own (`data.packing`)."""
+
+    def row_tokens(self, longest: int) -> int:
+        """Tokens that a row takes in a micro-batch, whose longest sequence has so many."""
+        return math.ceil(longest / self.pads_to) * self.pads_to * self.sequences
 
     @property
     @abstractmethod

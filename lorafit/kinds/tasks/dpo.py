@@ -63,6 +63,9 @@ class Dpo(NextTokenTask[DpoSection]):
     during_metrics = ("loss", "reward_accuracy")
     final_metrics = ("reward_accuracy", "reward_margin", "loss")
     sequences = 2
+    # A CPU's bf16 products over attention's keys round the last few, which fill no block of 16, otherwise. With none
+    # such, a pair has the same log-probabilities in every micro-batch, and those of the reference to the last bit.
+    pads_to = 16
     reference_columns = (Column("reference", "<f8", 2),)
 
     @property
@@ -113,7 +116,7 @@ class Dpo(NextTokenTask[DpoSection]):
         )
 
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-        """Chosen sides, then rejected ones, padded to one length."""
+        """Chosen sides, then rejected ones, padded to one length, a multiple of `pads_to`."""
         import numpy as np
         import torch
 
@@ -121,7 +124,7 @@ class Dpo(NextTokenTask[DpoSection]):
 
         pairs = [row[0] for row in rows]
         sides = [(pair[f"{side}_tokens"], pair[f"{side}_trained"]) for side in _SIDES for pair in pairs]
-        tensors = label_tokens([[side] for side in sides], pad_id)
+        tensors = label_tokens([[side] for side in sides], pad_id, self.pads_to)
         if "reference" in pairs[0].columns:
             tensors["reference"] = torch.from_numpy(np.stack([np.asarray(pair["reference"]) for pair in pairs]))
         tokens, rows_of = sum(len(ids) for ids, _ in sides), tuple(pair.index for pair in pairs)

@@ -115,7 +115,7 @@ def test_step_0_costs_ln_2_however_it_is_cut(start: str) -> None:
     model = add_adapter(build_llama(), scale=0.05 if start == "trained" else 0.0)
     objective = task.build_objective(model)
     examples = refer_to(objective, make_examples(9))
-    lengths = [2 * max(len(one[f"{side}_tokens"]) for side in SIDES) for one in examples]
+    lengths = [task.row_tokens(max(len(one[f"{side}_tokens"]) for side in SIDES)) for one in examples]
     for budget in (1, 60, 90, 1000):
         cut = cut_step(range(len(examples)), lengths, budget)
         losses = [objective(task.collate([[examples[row]] for row in part], PAD)).loss_sum.item() for part in cut]
@@ -126,9 +126,10 @@ def test_step_0_costs_ln_2_however_it_is_cut(start: str) -> None:
 def test_a_pair_is_two_sequences_wherever_memory_is_asked() -> None:
     task, (one, other) = tasks.make("dpo"), make_examples(2)
     longest = max(len(pair[f"{side}_tokens"]) for pair in (one, other) for side in SIDES)
-    batch = task.collate([[one], [other]], PAD)
-    shaped = task.shape_batch(2, 2 * longest, len(batch["label_ids"]), packed=False)
-    assert shaped["input_ids"].shape == batch["input_ids"].shape == (4, longest)
+    batch, row_tokens = task.collate([[one], [other]], PAD), task.row_tokens(longest)
+    shaped = task.shape_batch(2, row_tokens, len(batch["label_ids"]), packed=False)
+    assert shaped["input_ids"].shape == batch["input_ids"].shape == (4, row_tokens // 2)
+    assert longest <= row_tokens // 2 < longest + 16 and row_tokens % 32 == 0  # no product of a block that is not full
     assert (shaped.weight, shaped.trained_tokens) == (batch.weight, batch.trained_tokens)
     assert shaped.tensors.keys() - {"reference"} == batch.tensors.keys()
     cut = task.cut(one, 8)
