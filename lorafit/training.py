@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,13 +19,12 @@ from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.runner import evaluate_during
 from lorafit.files.atomic import atomic_dir, check_manifest, read_object, write_json
-from lorafit.files.cache import cache_folder
+from lorafit.files.cache import key_of_code
 from lorafit.files.rundir import RunDir
 from lorafit.job import Job, build_objective, prove, refer
 from lorafit.kinds.adapters import adapters, begins_as_base
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
-from lorafit.machine.version import installed_versions
 from lorafit.memory import StepMemory, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
@@ -49,7 +47,7 @@ from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_acceler
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
 from lorafit.trainer.profile import Speed, StepProfile, measure_speed
 from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
-from lorafit.trainer.rehearsal import cached_plan_file, resolve_plan
+from lorafit.trainer.rehearsal import resolve_plan
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.startup_proofs import prove_gradients
 from lorafit.trainer.state import Event, FitResult, TrainState
@@ -279,13 +277,13 @@ class Training:
             packing=recipe.data.packing,
             one_by_one=self.profiles or self.counts_memory,  # both look at one thread
         )
-        key = [job.facts(), job.device.name, job.device.count, installed_versions()]
+        key = key_of_code([job.facts(), job.device.name, job.device.count])
         return resolve_plan(
             self.plan,
             stage,
             resumed=ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder)) if checkpoint else None,
             given=given,
-            cache_file=cached_plan_file(cache_folder(), [json.dumps(part, sort_keys=True) for part in key]),
+            cache_name=f"plans/{key}.json",
         )
 
     def _build_trainer(

@@ -164,7 +164,6 @@ def fit_base_side(
     if not task.fitted_base:
         return None, ""
     from lorafit.evaluation.base_side import FittedBase, fit_base, read_arrays
-    from lorafit.recipe.load import load_recipe
 
     fitted = read_arrays(opened.run.base_head)
     if fitted is None:

@@ -231,12 +231,8 @@ def _head_sees_last(model: PreTrainedModel) -> Iterator[None]:
             return None
         return (as_whole(arguments[0][:, -1:]), *arguments[1:])
 
-    handle = head.register_forward_pre_hook(take_last) if head is not None else None
-    try:
+    with head.register_forward_pre_hook(take_last) if head is not None else contextlib.nullcontext():
         yield
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 class _GumbelNoise:

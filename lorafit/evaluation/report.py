@@ -250,9 +250,6 @@ def _draw(comparisons: Sequence[Comparison], title: str, *, wide: bool) -> Table
 
 def _draw_table(shown: ReportTable) -> Table:
     """A task's own table, its first lines."""
-    from rich.table import Table
-    from rich.text import Text
-
     more = len(shown.lines) - LINES_SHOWN
     title = f"\ntuned model, {shown.title}" + (f": the first {LINES_SHOWN} of {len(shown.lines)}" if more > 0 else "")
     table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)

@@ -175,11 +175,8 @@ def _head_sees_only(head: nn.Module, label_index: torch.Tensor, columns: int) ->
         states = arguments[0][:, -columns:].flatten(0, 1).index_select(0, label_index)
         return (states.unsqueeze(0), *arguments[1:])
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with head.register_forward_pre_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 def _refuse_what_is_not_causal(objective: Objective, batch: Batch) -> None:

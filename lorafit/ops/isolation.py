@@ -59,12 +59,10 @@ def whole_inputs(model: torch.nn.Module) -> Iterator[None]:
         return tuple(as_whole(argument) if torch.is_tensor(argument) else argument for argument in arguments)
 
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    hooks = [linear.register_forward_pre_hook(make_whole) for linear in linears if linear.weight.device.type == "cpu"]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for linear in (linear for linear in linears if linear.weight.device.type == "cpu"):
+            hooks.enter_context(linear.register_forward_pre_hook(make_whole))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def as_whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -216,13 +216,12 @@ def watching(live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer
         torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
         optimizer.register_step_pre_hook(update),
     ]
-    try:
-        with live:
-            yield live
-    finally:
-        live.modules.clear()
+    with contextlib.ExitStack() as stack:
+        stack.callback(live.modules.clear)
         for hook in hooks:
-            hook.remove()
+            stack.enter_context(hook)
+        stack.enter_context(live)
+        yield live
 
 
 def unpacked_weights(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -29,13 +29,14 @@ def measure_matmul_peak(device: torch.device | str, dtype: torch.dtype, *, secon
 
 def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:
     """Seconds of one product, the device's queue drained on both sides."""
-    _wait(a.device)
+    wait_for(a.device)
     began = time.perf_counter()
     torch.mm(a, b)
-    _wait(a.device)
+    wait_for(a.device)
     return time.perf_counter() - began
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -34,7 +34,7 @@ from lorafit.files.atomic import (
     write_json,
 )
 from lorafit.files.rundir import RunDir
-from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.files.strict_json import JsonError, read_object_file
 from lorafit.machine.version import installed_versions
 from lorafit.trainer.state import Best, Count, Event, TrainState, load_optimizer, read_dataclass, save_optimizer
 
@@ -239,10 +239,9 @@ def check_continuity(
 
 def _read_or_none(file: Path) -> JsonObject | None:
     try:
-        value = read_json_file(file)
-    except (OSError, JsonError):
+        return read_object_file(file)
+    except JsonError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import torch
 
 from lorafit.errors import ResourceError
+from lorafit.ops.matmul_peak import wait_for
 from lorafit.ops.process_memory import trim_heap
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 
@@ -110,19 +111,14 @@ class Executor:
 def time_micro_batches(executor: Executor, batches: Sequence[Batch]) -> float:
     """Seconds of one forward and backward of each in training mode; the gradients are dropped."""
     executor.objective.train()
-    _wait(executor.device)
+    wait_for(executor.device)
     began = time.perf_counter()
     executor.accumulate(batches, max(1, sum(batch.weight for batch in batches)))
-    _wait(executor.device)
+    wait_for(executor.device)
     seconds = time.perf_counter() - began
     for parameter in executor.parameters:
         parameter.grad = None
     return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def out_of_memory(where: str, longest_tokens: int, micro_batch_tokens: int) -> ResourceError:

@@ -34,7 +34,7 @@ from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
 from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import keep, kept
-from lorafit.ops.matmul_peak import measure_matmul_peak
+from lorafit.ops.matmul_peak import measure_matmul_peak, wait_for
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -111,12 +111,11 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The device's flops a second in square products, measured once for a machine, torch and number of threads."""
     key = {"device": _name(device), "dtype": str(dtype), "torch": torch.__version__, "threads": torch.get_num_threads()}
     name = f"peaks/{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    with contextlib.suppress(KeyError, TypeError):  # not measured yet, or not readable: measured now
-        known = kept(name)
-        if known["machine"] == key and 0 < known["flops_per_second"] < math.inf:
-            return float(known["flops_per_second"])
+    known = kept(name)
+    if isinstance(known, float) and 0 < known < math.inf:
+        return known
     peak = measure_matmul_peak(device, dtype)
-    keep(name, {"machine": key, "flops_per_second": peak})
+    keep(name, peak)
     return peak
 
 
@@ -205,8 +204,7 @@ class StepProfile(NoProfile):
         return table
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         return time.perf_counter()
 
     def _stop_recording(self) -> None:

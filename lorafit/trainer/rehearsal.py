@@ -24,20 +24,16 @@ So `auto` becomes values, once: from the recipe, the resumed run, a given plan, 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from lorafit.errors import LorafitError, SafetyError
-from lorafit.files.atomic import write_json
-from lorafit.files.cache import own_folder, refuse_foreign
-from lorafit.files.strict_json import JsonError, read_json_file
+from lorafit.errors import CheckpointError
+from lorafit.files.cache import cache_folder, keep, kept, refuse_foreign
 from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.executor import out_of_memory, time_micro_batches
@@ -197,19 +193,13 @@ def run_heaviest(stage: Stage, choice: ResolvedPlan) -> None:
     stage.measured["peak_memory_bytes"] = peak_memory_bytes(stage.device)
 
 
-def cached_plan_file(cache_folder: Path, parts: Sequence[str]) -> Path:
-    """Where the values for (recipe, data, device, versions) are kept."""
-    key = hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
-    return cache_folder / "plans" / f"{key}.json"
-
-
 def resolve_plan(
     plan: Plan,
     stage: Stage,
     *,
     resumed: ResolvedPlan | None = None,
     given: ResolvedPlan | None = None,
-    cache_file: Path | None = None,
+    cache_name: str | None = None,
 ) -> ResolvedPlan:
     """Settles every open value of the plan and makes the model run so.
 
@@ -221,12 +211,13 @@ def resolve_plan(
         stage: What candidates are tried on.
         resumed: The values that the resumed run was trained with.
         given: Those of another run (`--plan`).
-        cache_file: From `cached_plan_file`; read, and written after a rehearsal.
+        cache_name: What the cache keeps the values for (recipe, data, device, code) under; read, and written after a
+            rehearsal.
 
     Raises:
         ResourceError: The heaviest micro-batch does not fit into memory.
     """
-    cached = _read_cached(cache_file, stage.reporter)
+    cached = _read_cached(cache_name, stage.reporter)
     is_open = plan.attention == "auto" or None in (plan.gradient_checkpointing, plan.micro_batch_tokens)
     known = next(((s, v) for s, v in (("run", resumed), ("plan", given), ("cache", cached)) if v is not None), None)
     if known is not None:
@@ -239,8 +230,8 @@ def resolve_plan(
     else:
         source = "rehearsal" if is_open else "recipe"
         if is_open:
-            kept = "kept for this recipe with this seed; --plan takes another run's"
-            stage.reporter.info(f"rehearsal: measuring attention and micro-batches on this run's rows, {kept}")
+            what = "rehearsal: measuring attention and micro-batches on this run's rows"
+            stage.reporter.info(f"{what}, kept for this recipe with this seed; --plan takes another run's")
         choice = rehearse(stage, plan)
     resolved = replace(
         choice,
@@ -253,9 +244,8 @@ def resolve_plan(
     if stage.executor.ranks > 1:  # each measured for itself, and clocks differ: rank 0's values
         resolved = ResolvedPlan.from_json(stage.executor.gather(resolved.to_json())[0])
         stage.apply(_taken(plan, resolved, stage))
-    if cache_file is not None and cached is None and source == "rehearsal" and stage.executor.rank == 0:
-        own_folder(cache_file.parent)
-        write_json(cache_file, resolved.to_json())
+    if cache_name is not None and cached is None and source == "rehearsal" and stage.executor.rank == 0:
+        keep(cache_name, resolved.to_json())
     return resolved
 
 
@@ -274,15 +264,18 @@ def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> ResolvedPlan:
     return choice
 
 
-def _read_cached(cache_file: Path | None, reporter: Reporter) -> ResolvedPlan | None:
-    """What the cache holds; anything unreadable is measured anew."""
-    if cache_file is None or not cache_file.is_file():
+def _read_cached(name: str | None, reporter: Reporter) -> ResolvedPlan | None:
+    """What the cache holds; anything unreadable is measured anew.
+
+    Raises:
+        SafetyError: Others may have put it there.
+    """
+    if name is None:
         return None
+    refuse_foreign((cache_folder() / name).parent)
+    stored = kept(name)
     try:
-        refuse_foreign(cache_file.parent)
-        return ResolvedPlan.from_json(read_json_file(cache_file), str(cache_file))
-    except SafetyError:
-        raise
-    except (OSError, JsonError, LorafitError) as error:
+        return None if stored is None else ResolvedPlan.from_json(stored, name)
+    except CheckpointError as error:
         reporter.info(f"ignored a cached plan that cannot be read ({error})")
         return None

@@ -137,12 +137,8 @@ def _gradient_at(objective: Objective, batch: Batch) -> torch.Tensor:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1].clone()  # a leaf may not be changed in place, and some models do
 
-    handle = objective.base.get_input_embeddings().register_forward_hook(cut)
-    try:
-        with torch.enable_grad():
-            loss_sum, _, _ = objective(batch)
-    finally:
-        handle.remove()
+    with objective.base.get_input_embeddings().register_forward_hook(cut), torch.enable_grad():
+        loss_sum, _, _ = objective(batch)
     return torch.autograd.grad(loss_sum, leaves[0])[0][0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +17,12 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from lorafit.contracts import Batch, Silent
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, cut_step
 from lorafit.errors import NumericsError, ResourceError
+from lorafit.files.cache import keep
 from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.executor import Executor
-from lorafit.trainer.rehearsal import cached_plan_file, fill_rows, heaviest_shapes, rehearse, resolve_plan, run_heaviest
+from lorafit.trainer.rehearsal import fill_rows, heaviest_shapes, rehearse, resolve_plan, run_heaviest
 from lorafit.trainer.stage import CLOSE_ENOUGH, Stage
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import InThreads
@@ -362,37 +362,41 @@ def test_out_of_memory_lowers_the_budget_then_turns_checkpointing_on_then_ends(
         resolve(stage(job()), open_plan(attention="sdpa"))
 
 
-def test_sources_come_in_order_and_the_recipe_wins(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_sources_come_in_order_and_the_recipe_wins(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
+
     def known(tokens: int) -> ResolvedPlan:
         return ResolvedPlan(
             tokens, tokens, "eager", False, "fp32", "fp32", "cpu", 1, "rehearsal", measured={"seconds": 1}
         )
 
-    cache = cached_plan_file(tmp_path, ["recipe", "data"])
-    cache.parent.mkdir()
-    cache.write_text(json.dumps(known(33).to_json()))
+    keep("plans/recipe.json", known(33).to_json())
     rehearsal = stage(job())
     seen = forwards(rehearsal)
-    everything = {"resumed": known(31), "given": known(32), "cache_file": cache}
+    everything = {"resumed": known(31), "given": known(32), "cache_name": "plans/recipe.json"}
     for wanted, tokens in (("run", 31), ("plan", 32), ("cache", 33)):
         resolved = resolve(rehearsal, open_plan(), **everything)
         assert (resolved.source, resolved.micro_batch_tokens, resolved.attention) == (wanted, tokens, "eager")
         assert bool(seen) == (wanted == "plan")  # another run's plan is tried; the others have been
         seen.clear()
-        everything.pop({"run": "resumed", "plan": "given", "cache": "cache_file"}[wanted])
+        everything.pop({"run": "resumed", "plan": "given", "cache": "cache_name"}[wanted])
     fixed = resolve(rehearsal, open_plan(micro_batch_tokens=64), resumed=known(31))
     assert (fixed.micro_batch_tokens, fixed.attention) == (64, "eager")
 
 
-def test_a_rehearsal_is_cached_and_a_broken_cache_is_measured_anew(job: Callable[..., Job], tmp_path: Path) -> None:
-    cache = cached_plan_file(tmp_path, ["a", "b"])
-    assert cache != cached_plan_file(tmp_path, ["ab", ""])
-    first = resolve(stage(job()), open_plan(), cache_file=cache)
-    again = resolve(stage(job()), open_plan(), cache_file=cache)
+def test_a_rehearsal_is_cached_and_a_broken_cache_is_measured_anew(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
+    first = resolve(stage(job()), open_plan(), cache_name="plans/a.json")
+    again = resolve(stage(job()), open_plan(), cache_name="plans/a.json")
     assert (first.source, again.source) == ("rehearsal", "cache")
     assert again.micro_batch_tokens == first.micro_batch_tokens
-    cache.write_text("{")
-    assert resolve(stage(job()), open_plan(), cache_file=cache).source == "rehearsal"
+    for broken in ("{", '{"attention": "sdpa"}'):
+        (tmp_path / "plans" / "a.json").write_text(broken)
+        assert resolve(stage(job()), open_plan(), cache_name="plans/a.json").source == "rehearsal"
 
 
 @pytest.mark.parametrize(
