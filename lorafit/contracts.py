@@ -234,7 +234,7 @@ class LossSum(NamedTuple):
 
     loss_sum: torch.Tensor
     weight: int
-    counts: Mapping[str, torch.Tensor]
+    counts: Mapping[str, torch.Tensor] = {}
 
 
 class Examples(Protocol):
@@ -247,10 +247,6 @@ class Examples(Protocol):
     @property
     def lengths(self) -> Sequence[int]:
         """Tokens that each row takes in a micro-batch, its sequences padded to one length."""
-
-    @property
-    def weights(self) -> Sequence[int]:
-        """Each row's share of what a step's loss is divided by, e.g. its trained tokens."""
 
 
 class StepHook(Protocol):

@@ -67,7 +67,6 @@ class TensorNames:
     """The table of one class and one folder.
 
     Attributes:
-        rows: Of every tensor in the files, by name.
         parts: Where each lies: rows that make it up, in order. A tied one has the rows of the one that is in the files.
         converted: Those whose values are made otherwise.
         missing: Names of the class that nothing in the files fills.
@@ -80,7 +79,6 @@ class TensorNames:
         left_head: Names in the files of a head that gave way to a new one; among `ignored` too.
     """
 
-    rows: dict[str, int] = field(default_factory=dict)
     parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     converted: dict[str, Conversion] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -157,7 +155,7 @@ def read_names(skeleton: PreTrainedModel, entries: Mapping[str, TensorEntry]) ->
         entries: The folder's tensors.
     """
     wanted: dict[str, torch.Tensor] = skeleton.state_dict()
-    names = TensorNames(rows=rows_of(entries))
+    names = TensorNames()
     plain, gathered, foreign = _place(skeleton, entries, wanted)
     for name, entry in plain.items():
         names.parts[name] = (Part(entry.name, 0, entry.as_matrix().rows),)

@@ -86,25 +86,17 @@ def has_fast_path(model: PreTrainedModel) -> bool:
 
 
 def sum_cross_entropy(objective: Objective, batch: Batch) -> LossSum:
-    """Nats summed over the labels, the number of labels, and `correct` predictions."""
+    """Nats summed over the labels, and the number of labels."""
     if objective.exact:
-        logits = labelled_logits(objective, batch)
-        full = logits if logits.dtype == torch.float64 else logits.float()
-        loss_sum = functional.cross_entropy(full, batch["label_ids"], reduction="sum")
-        correct = (logits.detach().argmax(-1) == batch["label_ids"]).sum()
-    else:
-        head = output_head(objective.base)
-        states = _labelled_states(objective, batch)
-        loss_sum, correct = linear_cross_entropy(states, head.weight, head.bias, batch["label_ids"])
-    return LossSum(loss_sum, batch.weight, {"correct": correct})
+        return LossSum(_exact_losses(objective, batch, "sum"), batch.weight)
+    head, states = output_head(objective.base), _labelled_states(objective, batch)
+    return LossSum(linear_cross_entropy(states, head.weight, head.bias, batch["label_ids"]), batch.weight)
 
 
 def label_losses(objective: Objective, batch: Batch) -> torch.Tensor:
     """Each label's loss in nats, fp32 [labels], with a gradient; for losses that are no plain sum of them."""
     if objective.exact:
-        logits = labelled_logits(objective, batch)
-        full = logits if logits.dtype == torch.float64 else logits.float()
-        return functional.cross_entropy(full, batch["label_ids"], reduction="none")
+        return _exact_losses(objective, batch, "none")
     head = output_head(objective.base)
     return linear_label_losses(_labelled_states(objective, batch), head.weight, head.bias, batch["label_ids"])
 
@@ -138,6 +130,12 @@ def labelled_logits(objective: Objective, batch: Batch) -> torch.Tensor:
         outputs = objective.model(**_inputs(objective, batch))
     logits: torch.Tensor = outputs.logits.squeeze(0)
     return logits
+
+
+def _exact_losses(objective: Objective, batch: Batch, reduction: str) -> torch.Tensor:
+    logits = labelled_logits(objective, batch)
+    full = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(full, batch["label_ids"], reduction=reduction)
 
 
 def _labelled_states(objective: Objective, batch: Batch) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Cross-entropy of labelled hidden states against a linear head, in chunks: no logits where no label is.
 
-    hidden [labels, hidden] --chunk--> logits [chunk, vocabulary] --> loss, correct, and at once the chunk's gradient
+    hidden [labels, hidden] --chunk--> logits [chunk, vocabulary] --> loss, and at once the chunk's gradient
                                        (fp32, of `chunk_labels` labels, gone before the next chunk)
 
 The gradient of the hidden states is computed in the forward pass, while the chunk's probabilities exist; the backward
@@ -23,8 +23,8 @@ from lorafit.ops.chunk_sizes import chunk_labels
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy and how many labels were the most likely token.
+) -> torch.Tensor:
+    """Summed cross-entropy.
 
     Args:
         hidden: Labelled hidden states, [labels, hidden].
@@ -33,11 +33,10 @@ def linear_cross_entropy(
         labels: Token ids, [labels].
 
     Returns:
-        loss_sum (fp32 scalar, in nats; differentiable once) and correct (int64 scalar; where several tokens are the
-        most likely, any of them counts).
+        An fp32 scalar, in nats; differentiable once.
     """
-    loss_sum, correct = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
-    return loss_sum, correct
+    loss_sum: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    return loss_sum
 
 
 def linear_label_losses(
@@ -92,12 +91,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
         states, head, head_bias = _as_computed(hidden, weight, bias)
         full = _in_full(hidden[:0]).dtype
         loss_sum = hidden.new_zeros((), dtype=full)
-        correct = labels.new_zeros(())
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=full) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=full) if bias is not None and wants_bias else None
@@ -106,7 +104,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = raw_logits.to(full)  # then in place: each further pass over [chunk, vocabulary] costs a step 1 %
             logits.sub_(logits.amax(dim=-1, keepdim=True))
             target = logits.gather(-1, ids.unsqueeze(-1))
-            correct += (target >= 0).sum()
             exponentials = logits.exp_()
             total = exponentials.sum(dim=-1, keepdim=True)
             loss_sum += (total.log() - target).sum()
@@ -127,12 +124,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
-        ctx.mark_non_differentiable(correct)
-        return loss_sum, correct
+        return loss_sum
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In full precision: an fp16 loss scale alone may be more than fp16 holds.
         gradients = [None if g is None else (_in_full(g) * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
         return (*gradients, None)

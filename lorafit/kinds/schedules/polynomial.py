@@ -17,15 +17,6 @@ class LinearSection(ScheduleSection):
     """Share of the peak learning rate at the end (0 to 1)."""
 
 
-@schedules.register(LinearSection)
-class Linear(Schedule[LinearSection]):
-    """Linear decay."""
-
-    def factor(self, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
-        """min + (1 - min) * (1 - progress)."""
-        return self.section.min_ratio + (1.0 - self.section.min_ratio) * (1.0 - progress_steps / max(1, decay_steps))
-
-
 class PolynomialSection(ScheduleSection):
     """(1 - progress) ** power, from the peak to min_ratio of it."""
 
@@ -36,11 +27,12 @@ class PolynomialSection(ScheduleSection):
     """Share of the peak learning rate at the end (0 to 1)."""
 
 
-@schedules.register(PolynomialSection)
-class Polynomial(Schedule[PolynomialSection]):
-    """Source: transformers, get_polynomial_decay_schedule_with_warmup."""
+@schedules.register(LinearSection, PolynomialSection)
+class Polynomial(Schedule[LinearSection | PolynomialSection]):
+    """Source: transformers, get_polynomial_decay_schedule_with_warmup; of power 1, get_linear_schedule_with_warmup."""
 
     def factor(self, progress_steps: int, decay_steps: int, warmup_steps: int) -> float:
         """min + (1 - min) * (1 - progress) ** power."""
         remaining = 1.0 - progress_steps / max(1, decay_steps)
-        return float(self.section.min_ratio + (1.0 - self.section.min_ratio) * remaining**self.section.power)
+        power = self.section.power if isinstance(self.section, PolynomialSection) else 1.0
+        return float(self.section.min_ratio + (1.0 - self.section.min_ratio) * remaining**power)
