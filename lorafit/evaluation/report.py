@@ -139,7 +139,7 @@ def render_markdown(evaluation: Evaluation) -> str:
     lines += [f"- {name}: {signature}" for name, signature in evaluation.signatures.items()]
     lines.append(
         f"- intervals, of the tuned score and of the difference: paired bootstrap over rows, {RESAMPLES:,} "
-        f"resamples, seed {evaluation.seed}, 95 %"
+        f"resamples, seed {evaluation.seed}, 95 %; of shares of rows: Wilson's, and Newcombe's of the paired difference"
     )
     if evaluation.worst:
         lines += ["", f"## The {counted(len(evaluation.worst), 'row')} that the tuned model does worst on"]
@@ -220,7 +220,7 @@ def render_evaluation(
     """
     wide = columns >= WIDE_COLUMNS
     parts: list[RenderableType] = [_draw(evaluation.comparisons, "base and tuned model on the same rows", wide=wide)]
-    spans = [f"{line.name} {line.tuned_span}" for line in evaluation.comparisons if line.rows >= LEAST_ROWS]
+    spans = [f"{line.name} {line.tuned_span}" for line in evaluation.comparisons if line.tuned_span != "-"]
     if spans and not wide:
         parts.append(Text(f"95 % interval of the tuned score itself: {', '.join(spans)}"))
     parts += [Text(line, style=_STYLES[verdict]) for verdict, line in _conclude(evaluation.comparisons)]

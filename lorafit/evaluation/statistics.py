@@ -7,6 +7,9 @@
 
 The same drawn rows for both models is what makes it paired: rows that are hard for both cancel out.
 
+A share of rows (accuracy, must_contain) has Wilson's and Newcombe's intervals instead: where all rows are right, every
+draw is the same, and a bootstrap would be sure of what six rows say.
+
 Source: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 13 (percentile interval); Koehn (2004),
 "Statistical Significance Tests for Machine Translation Evaluation", section 4 (paired bootstrap over corpus scores).
 """
@@ -22,6 +25,7 @@ import numpy.typing as npt
 
 from lorafit.console.wording import agreed, counted
 from lorafit.contracts import JsonObject
+from lorafit.evaluation.share_intervals import is_share, share_difference_interval, share_interval
 from lorafit.kinds.metrics import Metric, RowScore
 
 Floats = npt.NDArray[np.float64]
@@ -98,8 +102,11 @@ class Comparison:
 
     @property
     def tuned_span(self) -> str:
-        """The interval of the tuned model's value itself, as people read it; - where rows are too few for one."""
-        return f"{self.show(self.tuned_low)} to {self.show(self.tuned_high)}" if self.rows >= LEAST_ROWS else "-"
+        """The interval of the tuned model's value itself, as people read it; - where rows are too few for one, or a
+        bootstrap of rows that are all alike has no width.
+        """
+        has_none = self.rows < LEAST_ROWS or (self.percent and self.tuned_low == self.tuned_high)
+        return "-" if has_none else f"{self.show(self.tuned_low)} to {self.show(self.tuned_high)}"
 
     def to_json(self) -> JsonObject:
         """All fields and the sentence."""
@@ -143,6 +150,9 @@ def compare(
     tail = (1 - CONFIDENCE) / 2
     lows, highs = np.quantile(drawn_tuned - drawn_base, [tail, 1 - tail], axis=0)
     tuned_lows, tuned_highs = np.quantile(drawn_tuned, [tail, 1 - tail], axis=0)
+    if metric.percent and is_share(base) and is_share(tuned):
+        lows[0], highs[0] = share_difference_interval(base[:, 0], tuned[:, 0])
+        tuned_lows[0], tuned_highs[0] = share_interval(float(tuned[:, 0].sum()), len(tuned))
     by_row = _values(metric, tuned) - _values(metric, base)
     sign = 1.0 if metric.better == "higher" else -1.0
     found = []

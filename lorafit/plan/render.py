@@ -56,7 +56,10 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "unpacked", f"{size} of dequantised weights kept for the whole run"
     longest = counted(plan.longest_tokens, "token") + in_sequences(plan.longest_tokens, plan.step.step.task.sequences)
     yield "rows", f"{plan.rows:,} an epoch, longest {longest}; {counted(plan.validation_rows, 'validation row')}"
-    yield "tokens", f"{plan.tokens:,} an epoch, {plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
+    labels = f"{plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
+    if plan.step.step.task.classified_format is not None:
+        labels = f"{plan.trained_tokens:,} labels, one a row"
+    yield "tokens", f"{plan.tokens:,} an epoch, {labels}"
     epochs = f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}"
     yield "steps", f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {epochs}"
     schedule = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"

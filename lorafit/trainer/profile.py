@@ -55,7 +55,7 @@ class Speed:
 
     Attributes:
         tokens_per_second: Real tokens.
-        trained_tokens_per_second: Those that carry loss.
+        trained_tokens_per_second: Labels: tokens that carry loss, or a classifier's rows.
         padding_share: Of all tokens that went through the model (0 to 1).
         peak_flops_per_second: The fastest square product seen, over all devices; None: the run was too short to ask.
         model_flops_utilisation: Share of that peak that the model's own operations took (0 to 1).
@@ -74,7 +74,7 @@ class Speed:
     def describe(self) -> str:
         """One line for people."""
         parts = [
-            f"{self.tokens_per_second:,.0f} tokens/s ({self.trained_tokens_per_second:,.0f} trained)",
+            f"{self.tokens_per_second:,.0f} tokens/s ({self.trained_tokens_per_second:,.0f} labels/s)",
             f"{self.padding_share:.1%} padding",
         ]
         if self.model_flops_utilisation is not None and self.peak_flops_per_second:

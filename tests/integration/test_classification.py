@@ -36,6 +36,9 @@ def test_a_classifier_is_trained_scored_merged_and_asked(tmp_path: Path) -> None
     confusion = evaluated["tables"]["tuned"]["confusion"]["lines"]
     assert sum(count for line in confusion for count in line[1:]) == len(ROWS)
 
+    worst = evaluated["worst_rows"][0]
+    assert worst["base"]["answer"] == worst["reference"] and worst["tuned"]["answer"] in ("blue", "green", "red")
+
     merged = lorafit.merge(run, tmp_path / "merged", quiet=True)
     assert merged.parity is not None and merged.parity.max_logit_difference < 1e-4
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()

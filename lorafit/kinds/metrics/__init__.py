@@ -58,11 +58,12 @@ class RowScore:
         return self.value("loss") / weight if weight else None
 
     def plus(self, other: RowScore) -> RowScore:
-        """This row's score with the sums of another part of the same row."""
+        """This row's score with the sums of another part of the same row, and with what was predicted for it."""
+        answer = self.answer if self.answer is not None else other.answer
         if not self.sums:
-            return replace(self, sums=other.sums)
+            return replace(self, sums=other.sums, answer=answer)
         both = {name: tuple(map(add, values, other.sums[name])) for name, values in self.sums.items()}
-        return replace(self, sums=both)
+        return replace(self, sums=both, answer=answer)
 
 
 class Metric(ABC):

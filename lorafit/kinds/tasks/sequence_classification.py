@@ -362,5 +362,6 @@ def _mean_states(objective: Objective, batch: Batch) -> torch.Tensor:
     return mean
 
 
-def _share(part: int, of: int) -> float:
-    return float(part / of) if of else 0.0
+def _share(part: int, of: int) -> float | str:
+    """A share; - where there is nothing that it could be of, as with a class that no row has."""
+    return float(part / of) if of else "-"

@@ -8,12 +8,17 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorafit.evaluation.share_intervals import share_difference_interval, share_interval
 from lorafit.evaluation.statistics import LEAST_ROWS, bootstrap_values, compare, draw_counts, judge
 from lorafit.kinds.metrics import RowScore, metrics
 
 
 def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, ...]]:
     return {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}
+
+
+def classes(right: int) -> dict[str, tuple[float, ...]]:
+    return {"loss": (0.1,), "weight": (1.0,), "classes": (1.0, 0.0), "predicted": (float(right), 1.0 - right)}
 
 
 def losses(values, tokens=10):
@@ -49,7 +54,38 @@ def test_the_tuned_score_has_an_interval_of_its_own():
         assert found.tuned_high == pytest.approx(0.75 + half, abs=0.1 * half)
         assert found.to_json()["tuned_high"] == found.tuned_high
         assert found.tuned_span == f"{100 * found.tuned_low:.1f} % to {100 * found.tuned_high:.1f} %"
-    assert (found.low, found.high) == (0, 0)
+    assert -0.01 < found.low < 0 < found.high < 0.01, "no row of 400 differs"
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 6), (6, 6), (3, 7), (550, 584)])
+def test_the_interval_of_a_share_is_where_the_score_test_turns(right: int, rows: int) -> None:
+    """Wilson's ends are the shares p whose own standard error puts the observed share 1.96 of them away."""
+    share = right / rows
+    for end in share_interval(right, rows):
+        if 0 < end < 1:
+            assert abs(share - end) == pytest.approx(1.959964 * (end * (1 - end) / rows) ** 0.5, rel=1e-6)
+    low, high = share_interval(right, rows)
+    assert low <= share <= high and high - low > 0.01
+
+
+def test_the_interval_of_a_paired_difference_is_the_published_one() -> None:
+    """Airway hyper-responsiveness of 21 children, 1, 1, 7, 12: -0.507 to -0.026. Source: Fagerland, Lydersen and Laake
+    (2014), Recommended tests and confidence intervals for paired binomial proportions, Statistics in Medicine 33.
+    """
+    tuned = np.array([1.0] * 2 + [0.0] * 19)
+    base = np.array([1.0, 0.0] + [1.0] * 7 + [0.0] * 12)
+    assert share_difference_interval(base, tuned) == pytest.approx((-0.507, -0.026), abs=5e-4)
+
+
+def test_a_share_keeps_a_width_where_every_row_is_right() -> None:
+    metric = metrics.get("exact_match")
+    (found,) = compare("exact_match", metric, hits([1] * 6), hits([1] * 6), seed=0)
+    assert found.tuned_low == pytest.approx(0.6097, abs=1e-4) and found.tuned_high == 1.0
+    assert found.verdict == "not distinguishable" and found.low < -0.3 and found.high > 0.3
+    (found,) = compare("exact_match", metric, hits([0] * 6), hits([1] * 6), seed=0)
+    assert found.verdict == "better" and 0.4 < found.low < 0.5 and found.high == 1.0
+    (f1,) = compare("macro_f1", metrics.get("macro_f1"), *[[RowScore(classes(1), "a")] * 8] * 2, seed=0)
+    assert f1.tuned_low == f1.tuned_high == 1.0 and f1.tuned_span == "-"
 
 
 def test_interval_holds_the_true_difference_about_95_times_in_100():

@@ -101,7 +101,7 @@ def test_speed_is_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (got.tokens_per_second, got.trained_tokens_per_second) == (90, 30)
     assert got.padding_share == pytest.approx(0.1)
     assert got.model_flops_utilisation == pytest.approx(20e9 / 10 / 8e9)  # two devices
-    assert got.describe() == "90 tokens/s (30 trained), 10.0% padding, 25% of the measured peak of 8 GFLOP/s"
+    assert got.describe() == "90 tokens/s (30 labels/s), 10.0% padding, 25% of the measured peak of 8 GFLOP/s"
 
 
 def test_the_loop_counts_padding(tmp_path: Path) -> None:
