@@ -161,7 +161,8 @@ def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int)
     """
     chunks = cut_chunks(samples)
     done = 0
-    with _old_objects_left_alone():
+    gc.freeze()  # else Python's collector walks over every library object again and again while rows are made, and so
+    try:  # makes each worker copy the pages that it shares with its parent
         for number, chunk in enumerate(chunks):
             began = time.monotonic()
             encoded = encoder.encode_chunk(chunk)
@@ -170,16 +171,6 @@ def encode_all(encoder: Encoder, samples: Iterable[PlacedSample], expected: int)
             workers = count_workers(seconds / len(chunk) * (expected - done)) if number else 0  # the first one compiles
             if workers:
                 yield from _encode_in_workers(encoder, chunks, workers)
-
-
-@contextlib.contextmanager
-def _old_objects_left_alone() -> Iterator[None]:
-    """Python's collector walks over every library object again and again while rows are made, and so makes each worker
-    copy the pages that it shares with its parent.
-    """
-    gc.freeze()
-    try:
-        yield
     finally:
         gc.unfreeze()
 
@@ -241,8 +232,10 @@ def _encode_in_workers(
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
-            except BaseException:
-                _kill(pool)
+            except BaseException:  # nobody wants the chunks any more that workers are in the midst of
+                for process in list((pool._processes or {}).values()):  # as Python 3.14's `kill_workers`
+                    process.kill()
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
     except BrokenProcessPool:
         raise ResourceError("a process that tokenises rows was killed: memory ran out?", todo="free memory") from None
@@ -269,10 +262,3 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if came and callable(before):
         before(signal.SIGINT, None)
-
-
-def _kill(pool: ProcessPoolExecutor) -> None:
-    """Ends the workers in the midst of their chunks, which nobody wants any more (as Python 3.14's `kill_workers`)."""
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)

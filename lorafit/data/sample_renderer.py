@@ -18,7 +18,7 @@ from lorafit.data.chat.render import ChatRenderer, Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
 from lorafit.data.plain_text import PlainText, split_text
-from lorafit.data.truncate import is_surely_longer, keep_head, keep_tail, truncate_chat
+from lorafit.data.truncate import is_surely_longer, is_trained, keep_head, keep_tail, truncate_chat
 from lorafit.errors import DataError, LorafitError
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Renderer:
             if sample.completion is None:
                 return []
             return [self._generation_row(sample, self._plain.prompt_ids(sample.prompt), sample.completion)]
-        trained = [number for number, turn in enumerate(messages) if _is_trained(turn)]
+        trained = [number for number, turn in enumerate(messages) if is_trained(turn)]
         calling = [number for number in trained[:-1] if messages[number].get("tool_calls")]
         is_last_plain = bool(trained) and not messages[trained[-1]].get("tool_calls")
         inner = [self._ask_turn(sample, messages, calling[-1])] if with_calls and calling and is_last_plain else []
@@ -277,10 +277,6 @@ def build_renderer(
         ModelError: `chat_template` is neither a shipped name nor a readable file.
     """
     return Renderer(tokenizer, data, read_template(data.chat_template, folder), now)
-
-
-def _is_trained(turn: Message) -> bool:
-    return bool(turn["role"] == "assistant" and turn.get("weight", 1) != 0)
 
 
 def _without_place(warning: str) -> str:

@@ -35,6 +35,7 @@ PROMPT_SHARE = (
 CHARACTERS_PER_TOKEN = 16
 """Texts of at most this many times the limit are not looked at: they are cheap as tokens, and most of them fit."""
 SURE_FACTOR = 2
+_SYSTEM = ("system", "developer")
 _SURE_TOKENS = 64
 _LEAST_STRETCH_CHARACTERS = 1024
 
@@ -124,20 +125,19 @@ def _shorter_chats(messages: Messages) -> list[Messages]:
     """The chat, and the same without its oldest turn, its two oldest, ... as long as an answer that carries loss is
     left.
     """
-    first = next((place for place, message in enumerate(messages) if not _is_system(message)), len(messages))
+    first = next((place for place, message in enumerate(messages) if message.get("role") not in _SYSTEM), len(messages))
     starts = [place for place in range(first, len(messages)) if messages[place].get("role") == "user"]
     chats: list[Messages] = [messages]
     for start in starts:
         rest = messages[start:]
-        if start > first and any(
-            message.get("role") == "assistant" and message.get("weight", 1) != 0 for message in rest
-        ):
+        if start > first and any(is_trained(message) for message in rest):
             chats.append([*messages[:first], *rest])
     return chats
 
 
-def _is_system(message: JsonMapping) -> bool:
-    return message.get("role") in ("system", "developer")
+def is_trained(message: JsonMapping) -> bool:
+    """Whether a message is an answer that carries loss."""
+    return message.get("role") == "assistant" and message.get("weight", 1) != 0
 
 
 def is_surely_longer(texts: Sequence[str], limit_tokens: int, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -25,7 +25,6 @@ FORMAT = 1
 """Of the files of a run and of every MANIFEST; a file that names another one was written by another lorafit."""
 MANIFEST = "MANIFEST"
 TEMPORARY_PREFIX = ".tmp-"
-_READ_BYTES = 1 << 20
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries (safetensors, tokenizers) tell an errno
 DISK_ERRORS = {
     errno.ENOSPC: "no space left on the disk",
@@ -91,12 +90,9 @@ def _sibling(path: Path, *, is_folder: bool) -> Iterator[Path]:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex; reads a MiB at a time."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

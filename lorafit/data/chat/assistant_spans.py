@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lorafit.contracts import JsonMapping
@@ -86,6 +87,10 @@ def learn_habits(template: ChatTemplate, variables: JsonMapping, end_token: str,
     return Habits(end_token, control, prompt, unprompted, dangling)
 
 
+def _refusal(what: str, todo: str = "use another template") -> RenderError:
+    return RenderError(what, key=KEY, todo=todo)
+
+
 def find_turns(chat: BoundChat, whole: Traced, habits: Habits) -> list[Turn]:
     """All assistant turns that the rendering holds.
 
@@ -130,11 +135,8 @@ def _region(index: int, whole: Traced) -> tuple[int, int] | None:
     if len(regions) > 1:
         regions = [region for region in regions if _typed_extent(whole, index, region)[1] > region[0]]
     if len(regions) > 1:
-        raise RenderError(
-            f"the chat template writes message {index + 1} in {len(regions)} places: its answer cannot be told apart",
-            key=KEY,
-            todo="use another template",
-        )
+        places = f"writes message {index + 1} in {len(regions)} places"
+        raise _refusal(f"the chat template {places}: its answer cannot be told apart")
     return regions[0] if regions else None
 
 
@@ -157,17 +159,11 @@ def _opening(chat: BoundChat, count: int) -> str:
     return max(added, behind_loop, key=len)
 
 
-def _attempt_opening(chat: BoundChat, count: int) -> str | None:
-    try:
-        return _opening(chat, count)
-    except LorafitError:
-        return None
-
-
 def _behind_header(index: int, chat: BoundChat, whole: Traced, habits: Habits, start: int, first_typed: int) -> int:
     """Where the turn starts when the prompt before it does not render as it does in the whole."""
-    opening = _attempt_opening(chat, index) if index else None
-    opening = habits.prompt if opening is None else opening
+    opening = habits.prompt
+    with suppress(LorafitError):
+        opening = _opening(chat, index) if index else opening
     text = whole.text
     if not opening.strip():
         return (
@@ -187,11 +183,9 @@ def _behind_header(index: int, chat: BoundChat, whole: Traced, habits: Habits, s
         return start + same
     lead = text[start:first_typed]
     if lead.strip():
-        raise RenderError(
+        raise _refusal(
             f"message {index + 1} starts with {lead[:40]!r}, but the chat template's generation prompt is "
-            f"{opening[:40]!r}: cannot tell where the answer starts",
-            key=KEY,
-            todo="use another template",
+            f"{opening[:40]!r}: cannot tell where the answer starts"
         )
     return start
 
@@ -224,11 +218,8 @@ def _turn_by_prefixes(index: int, chat: BoundChat, whole: Traced, habits: Habits
             return Turn(index, start, start, end, answer_end)
     if last == 0 and not chat.messages[index].get("content"):
         return None
-    raise RenderError(
-        f"cannot find where the chat template writes message {index + 1}",
-        key=KEY,
-        todo="use a template that loops over the messages",
-    )
+    todo = "use a template that loops over the messages"
+    raise _refusal(f"cannot find where the chat template writes message {index + 1}", todo)
 
 
 def _check_prefix(turn: Turn, chat: BoundChat, whole: Traced, habits: Habits) -> None:
@@ -243,11 +234,9 @@ def _check_prefix(turn: Turn, chat: BoundChat, whole: Traced, habits: Habits) ->
         return
     low, high = sorted((turn.end, len(cut.rstrip())))
     if whole.text[low:high].strip():
-        raise RenderError(
+        raise _refusal(
             f"two ways to find the answer in message {turn.message + 1} disagree: it ends at character {turn.end} of "
-            f"the rendering, or at {len(cut.rstrip())}",
-            key=KEY,
-            todo="use another template",
+            f"the rendering, or at {len(cut.rstrip())}"
         )
 
 
@@ -260,12 +249,9 @@ def _check_apart(turns: Sequence[Turn], messages: Messages, whole: Traced) -> No
             if start >= turn.end:
                 break
             if end > turn.start and (author < 0 or messages[author].get("role") != "assistant"):
-                raise RenderError(
-                    f"the chat template writes text of {f'message {author + 1}' if author >= 0 else 'the tools'} "
-                    f"inside the answer of message {turn.message + 1}",
-                    key=KEY,
-                    todo="use another template",
-                )
+                whose = f"message {author + 1}" if author >= 0 else "the tools"
+                inside = f"inside the answer of message {turn.message + 1}"
+                raise _refusal(f"the chat template writes text of {whose} {inside}")
 
 
 def _check_generation_marks(turns: Sequence[Turn], whole: Traced) -> None:
@@ -281,9 +267,8 @@ def _check_generation_marks(turns: Sequence[Turn], whole: Traced) -> None:
         marked = any(start <= a and b <= end for start, end in whole.generation)
         found = any(turn.start <= a and b <= turn.end for turn in turns)
         if marked != found:
-            raise RenderError(
+            raise _refusal(
                 f"the chat template's generation marks {'hold' if marked else 'leave out'} {whole.text[a:b][:40]!r}, "
                 f"which is {'not part' if marked else 'part'} of an assistant turn",
-                key=KEY,
-                todo="use another template, or correct its marks",
+                "use another template, or correct its marks",
             )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +15,7 @@ import jinja2
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.data.chat.jinja_filters import TemplateLimitError
 from lorafit.data.chat.template_names import KEY, SHIPPED_TEMPLATES, shipped_template
-from lorafit.data.chat.traced_template import ChatTemplate, Traced, compile_template, read_trace
+from lorafit.data.chat.traced_template import ChatTemplate, Traced, read_trace
 from lorafit.data.chat.typed_chat import Messages, TypedChat
 from lorafit.errors import DataError, LorafitError, ModelError
 
@@ -101,9 +102,11 @@ def template_sources(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
     )
 
 
+@lru_cache(maxsize=32)
 def compile_or_explain(source: str) -> ChatTemplate:
+    """A compiled template, made once a process. Raises ModelError where it is not valid."""
     try:
-        return compile_template(source)
+        return ChatTemplate(source)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"the chat template is not valid, line {error.lineno}: {error.message}", key=KEY) from error
     except jinja2.TemplateError as error:

@@ -15,13 +15,7 @@ _LARGEST_BYTES = 1 << 20
 
 
 def shipped_template(name: str) -> str:
-    """The text of a chat template that comes with lorafit.
-
-    Raises:
-        KeyError: For a name that is not in `SHIPPED_TEMPLATES`.
-    """
-    if name not in SHIPPED_TEMPLATES:
-        raise KeyError(name)
+    """The text of a chat template that comes with lorafit, one of `SHIPPED_TEMPLATES`."""
     return resources.files("lorafit.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 
 import jinja2.nodes as nodes
@@ -155,12 +155,6 @@ class ChatTemplate:
     def line_of(self, compiled_line: int) -> int:
         """The template's line that a line of its compiled form stands for."""
         return self._template.get_corresponding_lineno(compiled_line)
-
-
-@lru_cache(maxsize=32)
-def compile_template(source: str) -> ChatTemplate:
-    """`ChatTemplate(source)`, compiled once a process."""
-    return ChatTemplate(source)
 
 
 def read_trace(result: str, chat: TypedChat) -> Traced:

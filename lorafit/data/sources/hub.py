@@ -73,7 +73,8 @@ class HubRows:
             if (explained := self._explain(error)) is not None:
                 raise explained from None
             raise
-        given = _commit_of(found) or commit
+        places = (Path(file["filename"]).parent.name for file in found.cache_files)  # the last part is the commit
+        given = next(places, None) or commit
         if commit is not None and given != commit:  # `datasets` takes the newest copy it has, where others fail
             asked.require_answer()
             raise DataError(f"cannot be loaded as of commit {commit[:12]}", file=self.name, key="revision")
@@ -100,11 +101,9 @@ class HubRows:
         text = " ".join(str(error).split())
         lower = text.lower()
         if "script" in lower or "trust_remote_code" in lower:
-            return SafetyError(
-                f"needs a loading script of its own, which is not executed: {_script_name(text)}",
-                file=self.name,
-                todo="use a data set of data files, or convert it once",
-            )
+            script = re.search(r"[\w.-]+\.py|$", text)[0] or "its own code"  # type: ignore[index]
+            what = f"needs a loading script of its own, which is not executed: {script}"
+            return SafetyError(what, file=self.name, todo="use a data set of data files, or convert it once")
         if "split" in lower and ("unknown" in lower or "bad" in lower):
             return DataError(text, file=self.name, key="split")
         if "config" in lower and any(part in lower for part in ("missing", "not found", "for config")):
@@ -126,13 +125,3 @@ class HubRows:
     def count(self) -> int:
         """Rows of the split."""
         return int(self.load().num_rows)
-
-
-def _commit_of(dataset: Any) -> str | None:
-    """The commit in the place of its rows; None where it has none on this disk."""
-    return next((Path(file["filename"]).parent.name for file in dataset.cache_files), None)
-
-
-def _script_name(text: str) -> str:
-    found = re.search(r"[\w.-]+\.py", text)
-    return found.group() if found else "its own code"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lorafit.data.chat import clock
 from lorafit.data.chat.clock import StoppedClock, find_moment, write_moment
 from lorafit.data.chat.render import ChatRenderer, mask_chat
-from lorafit.data.chat.traced_template import compile_template
+from lorafit.data.chat.template import compile_or_explain
 from lorafit.data.prepare import Prepared, build_renderer
 from lorafit.errors import CheckpointError, DataError
 from lorafit.recipe.schema import DataSection
@@ -79,7 +79,7 @@ def test_a_format_that_somebody_typed_stays_typed() -> None:
     ],
 )
 def test_formats_that_stand_in_a_template(source: str, formats: tuple[str, ...] | None) -> None:
-    assert compile_template(source).clock_formats() == formats
+    assert compile_or_explain(source).clock_formats() == formats
 
 
 def test_what_a_clock_says() -> None:
