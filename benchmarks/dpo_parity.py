@@ -1,12 +1,14 @@
 """lorafit's DPO against TRL's DPOTrainer on the same pairs, and what the reference costs and is worth.
 
     python benchmarks/dpo_parity.py MODEL PAIRS.jsonl HELD_OUT.jsonl [--batch 8] [--steps 10] [--tune-steps 20]
+        [--loss sigmoid|hinge|ipo] [--label-smoothing 0.1] [--parts parity,step-0,held-out]
 
 MODEL is what `model.base` takes; both files hold prompt, chosen and rejected. TRL (`pip install trl`) starts from
 lorafit's own adapter of step 0 and gets lorafit's tokens in lorafit's order; forward, loss, reference and optimizer are
 its own. Without TRL that part is left out. Prints, per step, both losses in fp32; the distance of the loss at step 0
 from ln 2, by how a step is cut, from a fresh and from a trained adapter, and in NF4 with bf16; how many pairs were
-passed through the model for the reference; and reward accuracy on held-out pairs with its interval.
+passed through the model for the reference; and reward accuracy on held-out pairs, lorafit's with its interval. TRL
+calls a sigmoid loss with label smoothing `robust`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,14 @@ import numpy as np
 import yaml
 
 from lorafit import pipeline
-from lorafit.contracts import Silent
+from lorafit.contracts import Example, Silent
 from lorafit.data.batch import StepRows
 from lorafit.job import Job, open_job
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.load import load_recipe
 
 LEARNING_RATE, BETA = 2e-4, 0.1
+HAS_TRL = find_spec("trl") is not None
 
 
 def write_recipe(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -39,7 +43,12 @@ def write_recipe(folder: Path, arguments: argparse.Namespace) -> Path:
     base = arguments.model if "://" in arguments.model else str(Path(arguments.model).resolve())
     values = {
         "name": "dpo-parity",
-        "task": {"kind": "dpo", "beta": BETA},
+        "task": {
+            "kind": "dpo",
+            "beta": BETA,
+            "loss": arguments.loss,
+            "label_smoothing": arguments.label_smoothing,
+        },
         "model": {"base": base, "dtype": "fp32", "quantization": "none", "attention": "sdpa"},
         "adapter": {"kind": "lora", "r": 8, "alpha": 16, "dropout": 0.0},
         "data": {
@@ -89,8 +98,10 @@ class Runs:
         return [line["loss"] for line in lines]
 
 
-def run_trl(job: Job, start: Path, arguments: argparse.Namespace, folder: Path) -> list[float]:
-    """TRL's trainer over the same tokens, from the same adapter."""
+def run_trl(
+    job: Job, start: Path, arguments: argparse.Namespace, folder: Path, steps: int
+) -> tuple[list[float], Callable[[], dict[str, float]]]:
+    """TRL's trainer over the same tokens, from the same adapter: each step's loss, and its scores of the test rows."""
     import torch
     from datasets import Dataset
     from peft import PeftModel
@@ -113,23 +124,28 @@ def run_trl(job: Job, start: Path, arguments: argparse.Namespace, folder: Path) 
             found.append(float((loss[0] if isinstance(loss, tuple) else loss).detach()))
             return loss
 
-    def pair(row: int) -> dict[str, list[int]]:
-        example, ids = job.rows.train[row], {}
+    def pair(example: Example) -> dict[str, list[int]]:
+        ids = {}
         for side in ("chosen", "rejected"):
             tokens, trained = (np.asarray(example[f"{side}_{part}"]) for part in ("tokens", "trained"))
             first, last = np.flatnonzero(trained)[[0, -1]]
             ids |= {"prompt_ids": tokens[:first].tolist(), f"{side}_ids": tokens[first : last + 1].tolist()}
         return ids
 
-    rows = [pair(row) for step in range(1, arguments.steps + 1) for row in order.rows(step)[1]]
+    rows = [pair(job.rows.train[row]) for step in range(1, steps + 1) for row in order.rows(step)[1]]
+    test = job.rows.splits["test"]
+    held_out = [pair(test[row]) for row in range(len(test))]
     base = AutoModelForCausalLM.from_pretrained(job.base.path, dtype=torch.float32, attn_implementation="sdpa")
     model = PeftModel.from_pretrained(base, str(start), is_trainable=True)
     options = DPOConfig(
         output_dir=str(folder),
         beta=BETA,
+        loss_type="robust" if arguments.label_smoothing else arguments.loss,
+        label_smoothing=arguments.label_smoothing,
         max_length=None,
         per_device_train_batch_size=arguments.batch,
-        max_steps=arguments.steps,
+        per_device_eval_batch_size=1,
+        max_steps=steps,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         adam_beta2=0.95,
@@ -143,8 +159,61 @@ def run_trl(job: Job, start: Path, arguments: argparse.Namespace, folder: Path) 
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    Trainer(model, args=options, train_dataset=Dataset.from_list(rows), processing_class=job.tokenizer).train()
-    return found[: arguments.steps]
+    trainer = Trainer(
+        model,
+        args=options,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(held_out),
+        processing_class=job.tokenizer,
+    )
+    trainer.train()
+    return found[:steps], trainer.evaluate
+
+
+def compare_with_trl(runs: Runs, arguments: argparse.Namespace) -> None:
+    """Each step's loss, beside TRL's where that is installed; and the pairs that were asked as a reference."""
+    folder = runs.recipe.parent
+    ours = runs.losses("first")
+    pairs = arguments.batch * arguments.steps
+    print(f"reference: {runs.referred} pairs passed once for {pairs} pairs of training", flush=True)
+    if not HAS_TRL:
+        return
+    job = open_job(load_recipe(runs.recipe), Silent())
+    start = folder / "first/checkpoints/step-000000/adapter"
+    theirs, _ = run_trl(job, start, arguments, folder / "trl", arguments.steps)
+    for step, (one, other) in enumerate(zip(ours, theirs, strict=True), 1):
+        print(f"fp32 step {step}: lorafit {one:.7f}  TRL {other:.7f}  difference {abs(one - other):.1e}")
+
+
+def show_step_0(runs: Runs, arguments: argparse.Namespace, longest: int) -> None:
+    """How far the first loss is from ln 2, by start, cut and precision."""
+    runs.losses("begun", training__max_steps=2)
+    trained = str(runs.recipe.parent / "begun" / "adapter")
+    quantised = {"model__quantization": "nf4", "model__dtype": "bf16"}
+    for precision, options in (("fp32", {}), ("NF4 with bf16", quantised)):
+        for start, adapter in (("fresh", None), ("trained", trained)):
+            for cut, budget in {"each pair alone": 1, "4 at once": 4 * longest, "all at once": 99 * longest}.items():
+                changes = {**options, "adapter__init_from": adapter, "training__micro_batch_tokens": budget}
+                off = runs.losses(training__max_steps=1, **changes)[0] - math.log(2)
+                shown = f"step 0 in {precision}, {start} adapter, {cut}: ln 2 {off:+.1e}"
+                print(f"{shown}; {runs.referred} pairs passed for it", flush=True)
+
+
+def score_held_out(runs: Runs, arguments: argparse.Namespace, longest: int) -> None:
+    """Held-out pairs after some training, by lorafit and by TRL."""
+    steps, folder = arguments.tune_steps, runs.recipe.parent
+    more = [{"path": str(Path(arguments.pairs).resolve()), "limit": arguments.batch * steps}]
+    runs.losses("tuned", data__train=more, training__max_steps=steps, training__micro_batch_tokens=4 * longest)
+    for line in pipeline.evaluate(folder / "tuned").evaluation.comparisons:
+        print(f"{steps} steps, held out: {line.sentence}; tuned 95 %: {line.tuned_span}", flush=True)
+    if HAS_TRL:
+        job = open_job(load_recipe(folder / "tuned/recipe.yaml"), Silent())
+        start = folder / "tuned/checkpoints/step-000000/adapter"
+        _, evaluate = run_trl(job, start, arguments, folder / "trl", steps)
+        names = ("rewards/accuracies", "rewards/margins", "loss")
+        scores = evaluate()
+        shown = ", ".join(f"{name} {scores[f'eval_{name}']:.4f}" for name in names)
+        print(f"{steps} steps, held out, TRL: {shown}")
 
 
 def main() -> None:
@@ -156,41 +225,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tune-steps", type=int, default=20, help="0: no held-out pairs are scored")
     parser.add_argument("--held-out-pairs", type=int, default=100)
+    parser.add_argument("--loss", choices=["sigmoid", "hinge", "ipo"], default="sigmoid")
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--parts", default="parity,step-0,held-out")
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if not HAS_TRL:
+        print("TRL is not installed: its half is left out (pip install trl)")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["LORAFIT_CACHE"] = str(folder / "cache")  # nobody's reference is known yet
         recipe = write_recipe(folder, arguments)
-        runs, pairs = Runs(recipe), arguments.batch * arguments.steps
-        ours = runs.losses("first")
-        print(f"reference: {runs.referred} pairs passed once for {pairs} pairs of training", flush=True)
-        if find_spec("trl") is None:
-            print("TRL is not installed: its half is left out (pip install trl)")
-        else:
-            job = open_job(load_recipe(recipe), Silent())
-            theirs = run_trl(job, folder / "first/checkpoints/step-000000/adapter", arguments, folder / "trl")
-            for step, (one, other) in enumerate(zip(ours, theirs, strict=True), 1):
-                print(f"fp32 step {step}: lorafit {one:.7f}  TRL {other:.7f}  difference {abs(one - other):.1e}")
+        runs = Runs(recipe)
         longest = open_job(load_recipe(recipe), Silent()).rows.facts().longest_tokens
-        trained = str(folder / "first" / "adapter")
-        for start, adapter in (("fresh", None), ("trained", trained)):
-            for cut, budget in {"each pair alone": 1, "4 at once": 4 * longest, "all at once": 99 * longest}.items():
-                changes = {"adapter__init_from": adapter, "training__micro_batch_tokens": budget}
-                first = runs.losses(training__max_steps=1, **changes)[0]
-                off, asked = first - math.log(2), runs.referred
-                print(f"step 0, {start} adapter, {cut}: ln 2 {off:+.1e}; {asked} pairs passed for it", flush=True)
-        few = [{"path": str(Path(arguments.pairs).resolve()), "limit": 2 * arguments.batch}]
-        changes = {"model__quantization": "nf4", "model__dtype": "bf16", "data__train": few}
-        changes["training__micro_batch_tokens"] = 4 * longest
-        first = runs.losses(training__max_steps=1, **changes)[0]
-        print(f"step 0, NF4 with bf16: ln 2 {first - math.log(2):+.1e}", flush=True)
-        if not arguments.tune_steps:
-            return
-        more = [{"path": str(Path(arguments.pairs).resolve()), "limit": arguments.batch * arguments.tune_steps}]
-        changes = {"data__train": more, "training__max_steps": arguments.tune_steps}
-        runs.losses("tuned", training__micro_batch_tokens=4 * longest, **changes)
-        for line in pipeline.evaluate(folder / "tuned").evaluation.comparisons:
-            print(f"{arguments.tune_steps} steps, held out: {line.sentence}; tuned 95 %: {line.tuned_span}")
+        if "parity" in parts:
+            compare_with_trl(runs, arguments)
+        if "step-0" in parts:
+            show_step_0(runs, arguments, longest)
+        if "held-out" in parts and arguments.tune_steps:
+            score_held_out(runs, arguments, longest)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,9 @@ def _of_task(recipe: Recipe) -> Iterator[Disagreement]:
     if recipe.data.packing and not tasks.get(recipe.task.kind).packs:
         what = f"task {recipe.task.kind} takes one row a sequence"
         yield Disagreement(("data.packing", "task"), what, "set it to false")
+    if recipe.data.train_on == "all" and not task.trains_prompts:
+        what = f"task {recipe.task.kind} learns from answers alone, and all would train prompts"
+        yield Disagreement(("data.train_on", "task"), what, "leave it out")
 
 
 def _of_hub_options(recipe: Recipe) -> Iterator[Disagreement]:

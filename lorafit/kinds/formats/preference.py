@@ -59,7 +59,7 @@ class Preference(Format):
             if name not in row:
                 raise missing_field(name, row)
         if row["chosen"] == row["rejected"]:
-            raise DataError("is the same as chosen: there is nothing to prefer", key="rejected", todo="remove the row")
+            raise DataError("is the same as chosen: there is nothing to prefer", key="rejected")
         whole = Sample(file, line, tools=read_tools(row), must_contain=read_must_contain(row))
         if not any(map(_is_chat, (row.get("prompt"), row["chosen"], row["rejected"]))):
             if "prompt" not in row:

@@ -82,6 +82,8 @@ class Task(Kind[S_co]):
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
     pads_to: ClassVar[int] = 1
     """The padded length of sequences is a multiple of it."""
+    trains_prompts: ClassVar[bool] = True
+    """Whether what is asked may carry loss (`data.train_on: all`)."""
     packs: ClassVar[bool] = False
     """Whether several rows may share a sequence, each a document of its own (`data.packing`)."""
 

@@ -63,6 +63,7 @@ class Dpo(NextTokenTask[DpoSection]):
     during_metrics = ("loss", "reward_accuracy")
     final_metrics = ("reward_accuracy", "reward_margin", "loss")
     sequences = 2
+    trains_prompts = False
     # A CPU's bf16 products over attention's keys round the last few, which fill no block of 16, otherwise. With none
     # such, a pair has the same log-probabilities in every micro-batch, and those of the reference to the last bit.
     pads_to = 16
@@ -101,7 +102,7 @@ class Dpo(NextTokenTask[DpoSection]):
         if chosen == rejected:
             if is_cut:
                 return None
-            raise DataError("chosen and rejected have the same tokens", key="rejected", todo="remove the row")
+            raise DataError("chosen and rejected have the same tokens", key="rejected")
         columns: dict[str, Sequence[float]] = {}
         for name, side in zip(_SIDES, (chosen, rejected), strict=True):
             columns |= {f"{name}_tokens": side.input_ids, f"{name}_trained": side.trained}
@@ -232,17 +233,10 @@ class _Answer:
 
     @classmethod
     def of(cls, encoded: Encoded | None) -> _Answer | None:
-        """A rendered side; None where nothing of it is trained.
-
-        Raises:
-            DataError: Its prompt is trained.
-        """
+        """A rendered side; None where nothing of it is trained."""
         if encoded is None or not any(encoded.trained):
             return None
         begin = encoded.trained.index(True)
-        if begin == 0:
-            todo = "leave it out: two answers are compared by their own tokens"
-            raise DataError("the prompt would carry loss", key="data.train_on", todo=todo)
         return cls(encoded.input_ids[:begin], encoded.input_ids[begin:], encoded.trained[begin:])
 
     @property

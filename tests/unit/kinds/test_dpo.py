@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lorafit.contracts import Example, Silent
 from lorafit.data.batch import cut_step
-from lorafit.errors import DataError
+from lorafit.errors import RecipeError
 from lorafit.job import build_objective, open_job, refer
 from lorafit.kinds.metrics import RowScore, metrics
 from lorafit.kinds.tasks import tasks
@@ -173,7 +173,7 @@ def test_only_the_answers_tokens_carry_loss(pair_rows: Callable[..., Any]) -> No
             begin = trained.index(1)
             assert tokenizer.decode(ids[:begin]) == before
             assert tokenizer.decode([i for i, flag in zip(ids, trained, strict=True) if flag]) == verbatim[side] + ends
-    with pytest.raises(DataError, match="the prompt would carry loss"):
+    with pytest.raises(RecipeError, match=r"data\.train_on: task dpo learns from answers alone"):
         pair_rows([verbatim], train_on="all")
 
 
