@@ -248,6 +248,14 @@ class Examples(Protocol):
     def lengths(self) -> Sequence[int]:
         """Tokens that each row takes in a micro-batch, its sequences padded to one length."""
 
+    @property
+    def source_of(self) -> Sequence[int]:
+        """Number of each row's source."""
+
+    @property
+    def repeats(self) -> Sequence[float]:
+        """How often an epoch sees each source."""
+
 
 class StepHook(Protocol):
     """What a method does between steps (AdaLoRA's budget, DyLoRA's rank, unfreezing). Named by its adapter kind."""

@@ -13,10 +13,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lorafit.contracts import Examples
 
 Integers = NDArray[np.int64]
 
@@ -25,20 +26,6 @@ MICRO_BATCH_COST_TOKENS = 96
 """About what starting a forward and its backward costs (mostly unpacking NF4 weights, which takes as long on large
 models as on small ones beside their products), so that cuts are not too fine: 87 tokens, measured on a CPU."""
 _LEAST_SHARE, _TRIED_BUDGETS = 0.5, 11  # of the budget, where micro-batches run at once: down to half in 5 % steps
-
-
-class RepeatedRows(Protocol):
-    """Rows of several sources, each seen so many times an epoch."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def source_of(self) -> Sequence[int]:
-        """Number of each row's source."""
-
-    @property
-    def repeats(self) -> Sequence[float]:
-        """How often an epoch sees each source."""
 
 
 def shuffle(count: int, *key: int) -> Integers:
@@ -71,7 +58,7 @@ def _partial_rows(count: int, repeats: float) -> int:
     return min(count, max(1, round(share * count))) if share > 1e-9 and count else 0
 
 
-def rows_per_epoch(examples: RepeatedRows) -> int:
+def rows_per_epoch(examples: Examples) -> int:
     """Rows of one epoch, repeats counted; the same for every epoch."""
     counts = np.bincount(np.asarray(examples.source_of, dtype=np.int64), minlength=len(examples.repeats))
     return sum(
@@ -80,7 +67,7 @@ def rows_per_epoch(examples: RepeatedRows) -> int:
     )
 
 
-def epoch_order(examples: RepeatedRows, seed: int, epoch: int) -> Integers:
+def epoch_order(examples: Examples, seed: int, epoch: int) -> Integers:
     """Row numbers of one epoch in the order in which they are trained on, `[rows_per_epoch]`.
 
     `repeats: 2` holds each row twice. `repeats: 0.5` holds another half each epoch: the seed fixes an order of the
@@ -114,7 +101,7 @@ class StepRows:
         batch_size: Rows of a step; the last of an epoch may have fewer.
     """
 
-    def __init__(self, examples: RepeatedRows, seed: int, batch_size: int) -> None:
+    def __init__(self, examples: Examples, seed: int, batch_size: int) -> None:
         self._rows, self.batch_size = rows_per_epoch(examples), batch_size
         self.steps_per_epoch = steps_per_epoch(self._rows, batch_size)
         self._order = lru_cache(maxsize=_EPOCHS_KEPT)(lambda epoch: epoch_order(examples, seed, epoch))

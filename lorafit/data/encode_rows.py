@@ -20,7 +20,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Literal
 
 from lorafit.console.wording import counted
 from lorafit.contracts import Encoded, Sample, TaskRow
@@ -69,14 +68,10 @@ class Encoder:
     Attributes:
         renderer: Renders a sample.
         task: Makes rows of what is rendered.
-        max_length: Longest row, in tokens.
-        overlength: What happens to longer ones.
     """
 
     renderer: Renderer
     task: Task[TaskSection]
-    max_length: int
-    overlength: Literal["error", "drop", "truncate", "split"]
 
     def encode_chunk(self, samples: Sequence[PlacedSample]) -> EncodedChunk:
         """Encodes samples one by one; what is wrong with one is noted and the others go on."""
@@ -89,7 +84,7 @@ class Encoder:
         for (source, line, sample), is_endless in zip(samples, endless, strict=True):
             try:
                 whole = None if is_endless else self._take(sample, next(rendered))
-                if whole is not None and whole.tokens <= self.max_length:
+                if whole is not None and whole.tokens <= self.renderer.data.max_length:
                     encoded = [whole]
                 else:
                     encoded, fate, why = self._shorten(sample, whole)
@@ -116,20 +111,21 @@ class Encoder:
 
     def _shorten(self, sample: Sample, whole: TaskRow | None) -> tuple[list[TaskRow], str, DataError]:
         """What is left of a sample that is too long, its fate and why; `whole` is None where nobody counted."""
-        count = f"over {SURE_FACTOR * self.max_length}" if whole is None else str(whole.tokens)
-        reason = f"{count} tokens, max_length is {self.max_length}"
-        if self.overlength == "truncate":
+        limit, rule = self.renderer.data.max_length, self.renderer.data.overlength
+        count = f"over {SURE_FACTOR * limit}" if whole is None else str(whole.tokens)
+        reason = f"{count} tokens, max_length is {limit}"
+        if rule == "truncate":
             cut = self.task.encode(sample, self.renderer.truncate)
             if cut is not None:
                 return [cut], "cut", DataError(reason)
             return [], "dropped", DataError(f"{reason}, and no trained token fits")
-        if self.overlength == "drop":
+        if rule == "drop":
             return [], "dropped", DataError(reason)
-        if self.overlength == "split" and sample.text is not None and sample.labels is None:
+        if rule == "split" and sample.text is not None and sample.labels is None:
             pieces = [self.task.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
             rows = [piece for piece in pieces if piece is not None]
             return rows, "split", DataError(f"{reason}: {counted(len(pieces), 'row')}")
-        if self.overlength == "split":
+        if rule == "split":
             reason, todo = f"{reason}; only plain text can be split", "set data.overlength: truncate or drop"
         else:
             rules = "split, truncate or drop" if sample.text is not None else "truncate or drop"

@@ -165,13 +165,13 @@ def prepare(
     if "train" in sources:
         task = task.settle(sample for *_, sample in sources["train"].rows() if isinstance(sample, Sample))
     cache = PreparedCache(cache_dir)
-    encoder = Encoder(renderer, task, data.max_length, data.overlength)
+    encoder = Encoder(renderer, task)
     sets: dict[str, ExampleSet] = {}
     ledgers: dict[str, Ledger] = {}
     said: dict[str, str] = {}
     partial: dict[str, int] = {}
     for split, samples in list(sources.items()):
-        preparation = _Preparation(split, samples, data, encoder, cache, reporter)
+        preparation = _Preparation(split, samples, encoder, cache, reporter)
         if glance is not None and (few := preparation.first(glance)) is not None:
             with contextlib.suppress(DataError, Problems):  # said of all rows, not of a few
                 sets[split], ledgers[split], said[split] = few.run()
@@ -216,7 +216,6 @@ class _Preparation:
 
     split: str
     samples: SampleSet
-    data: DataSection
     encoder: Encoder
     cache: PreparedCache
     reporter: Reporter
@@ -260,12 +259,11 @@ class _Preparation:
         try:
             stored = read_json_file(folder / _REPORT)
             whole = is_sound(folder, self.encoder.task.columns)
-            return Ledger.from_json(stored, names, self.data.bad_rows) if whole else None
+            return Ledger.from_json(stored, names, self.encoder.renderer.data.bad_rows) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def _parts(self) -> dict[str, str]:
-        data = self.data
         parts = {_data_part(number): source.key() for number, source in enumerate(self.samples.sources)}
         for number, source in enumerate(self.samples.sources):
             section = source.section
@@ -273,7 +271,7 @@ class _Preparation:
             reading = [kind, source.format, section.columns, section.limit]
             parts[f"source {number + 1}"] = json.dumps(reading, sort_keys=True)
         parts |= self.encoder.renderer.key
-        options = data.model_dump(
+        options = self.encoder.renderer.data.model_dump(
             include={"system_prompt", "dropped_fields", "train_on", "max_length", "overlength"}, mode="json"
         )
         parts |= {option: json.dumps(value) for option, value in options.items()}
@@ -316,7 +314,9 @@ class _Preparation:
         if not read:
             raise DataError("no rows", file=files)
         if dropped:
-            what = f"no rows left: {dropped} of {read} are longer than max_length {self.data.max_length}"
+            what = (
+                f"no rows left: {dropped} of {read} are longer than max_length {self.encoder.renderer.data.max_length}"
+            )
             raise DataError(what, file=files, todo="raise data.max_length, or set data.overlength: truncate")
         raise DataError(f"no rows left: {read} of {read} are bad", file=files, todo="correct them")
 

@@ -38,6 +38,7 @@ class Renderer:
         now: The moment that templates take for the present one; this minute where None.
 
     Attributes:
+        data: The section.
         seen: What the template did with fields of the rows rendered so far, e.g. `history: reasoning_content`.
     """
 
@@ -48,7 +49,7 @@ class Renderer:
         chat_template: str | None,
         now: datetime | None = None,
     ) -> None:
-        self.tokenizer, self._data, self._named_template = tokenizer, data, chat_template
+        self.tokenizer, self.data, self._named_template = tokenizer, data, chat_template
         self._now = now or read_clock()
         self.seen: Counter[str] = Counter()
 
@@ -62,9 +63,9 @@ class Renderer:
         return ChatRenderer(
             self.tokenizer,
             chat_template=self._named_template,
-            train_on=self._data.train_on,
-            dropped_fields=self._data.dropped_fields,
-            system_prompt=self._data.system_prompt,
+            train_on=self.data.train_on,
+            dropped_fields=self.data.dropped_fields,
+            system_prompt=self.data.system_prompt,
             now=self._now,
         )
 
@@ -127,7 +128,7 @@ class Renderer:
         if messages is not None:
             return self.chats.encode(self._render_counted(messages, sample))
         if sample.completion is not None:
-            return self._plain.completion(sample.prompt, sample.completion, self._data.train_on)
+            return self._plain.completion(sample.prompt, sample.completion, self.data.train_on)
         if sample.labels is not None:
             return self._plain.labelled(sample.text or "", sys.maxsize)
         return self._plain.text(sample.text or "")
@@ -140,9 +141,9 @@ class Renderer:
         if messages is None:
             texts = [sample.prompt, sample.completion or "", sample.text or ""]
         else:  # system messages may be what a template drops, and reasoning what it drops of earlier turns
-            shown = [turn for turn in messages if turn["role"] != "system" or self._data.dropped_fields == "error"]
+            shown = [turn for turn in messages if turn["role"] != "system" or self.data.dropped_fields == "error"]
             texts = [str(turn.get("content", "")).rpartition("</think>")[2].strip() for turn in shown]
-        if is_surely_longer(texts, self._data.max_length, self.tokenizer):
+        if is_surely_longer(texts, self.data.max_length, self.tokenizer):
             return True
         return sample.rejected is not None and self.is_surely_longer(sample.rejected)
 
@@ -150,7 +151,7 @@ class Renderer:
         """The sample without what cutting it to `max_length` would surely take away: the beginnings of what is asked,
         the ends of what is answered.
         """
-        limit, messages = self._data.max_length, sample.messages
+        limit, messages = self.data.max_length, sample.messages
         return replace(
             sample,
             messages=messages and tuple(self._shorten_turn(turn) for turn in messages),
@@ -164,7 +165,7 @@ class Renderer:
         if not isinstance(content, str) or "</think>" in content:
             return turn
         keep = keep_head if turn["role"] == "assistant" else keep_tail
-        return {**turn, "content": keep(content, self._data.max_length, self.tokenizer)}
+        return {**turn, "content": keep(content, self.data.max_length, self.tokenizer)}
 
     def render_all(self, samples: Sequence[Sample]) -> list[Encoded | DataError]:
         """`render` of each, or what it raises. Together they take less time than one by one.
@@ -185,13 +186,13 @@ class Renderer:
 
     def truncate(self, sample: Sample) -> Encoded | None:
         """The sample cut to `max_length`; None where nothing to train on is left."""
-        limit = self._data.max_length
+        limit = self.data.max_length
         sample = self._shorten(sample)
         messages = self._messages(sample)
         if messages is not None:
             return truncate_chat(self.chats, messages, sample.tools, limit)
         if sample.completion is not None:
-            return self._plain.cut_completion(sample.prompt, sample.completion, limit, self._data.train_on)
+            return self._plain.cut_completion(sample.prompt, sample.completion, limit, self.data.train_on)
         if sample.labels is not None:
             return self._plain.labelled(sample.text or "", limit)
         whole = self._plain.text(sample.text or "")
@@ -199,7 +200,7 @@ class Renderer:
 
     def split(self, sample: Sample) -> list[Encoded]:
         """Plain text cut into rows of `max_length`."""
-        return split_text(self._plain.text(sample.text or ""), self._data.max_length)
+        return split_text(self._plain.text(sample.text or ""), self.data.max_length)
 
     def is_chat(self, sample: Sample) -> bool:
         """Whether the sample goes through the chat template."""
@@ -256,7 +257,7 @@ class Renderer:
         return None
 
     def _render_counted(self, messages: tuple[Message, ...], sample: Sample) -> Rendering:
-        if self._data.train_on != "all" and not any(turn["role"] == "assistant" for turn in messages):
+        if self.data.train_on != "all" and not any(turn["role"] == "assistant" for turn in messages):
             raise DataError("no assistant turn: nothing to train on", key="messages")
         rendering = self.chats.render(messages, sample.tools)
         self.seen.update(f"history: {name}" for name in set(rendering.history_dropped))
