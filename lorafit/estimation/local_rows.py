@@ -7,18 +7,16 @@ memo (recipe, files as they lie there, code) ──hit──> RowLengths, withou
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.contracts import JsonObject, Progress, Reporter, Silent
+from lorafit.contracts import Progress, Reporter, Silent
 from lorafit.errors import LorafitError
 from lorafit.estimation import RowLengths
 from lorafit.facts import Bar, DatasetFacts
-from lorafit.files.cache import keep, kept
+from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import sources_of
 
@@ -89,18 +87,10 @@ class _BarsAlone(Silent):
 
 
 def _key(loaded: LoadedRecipe, base: Base) -> str:
-    """A hash of all that decides the lengths: options, files by place, size and time of change, and the code."""
-    from lorafit.data.cache import code_version
-
+    """A name for all that decides the lengths: options, files by place, size and time of change, and the code."""
     recipe = loaded.recipe
-    parts: JsonObject = {
-        "data": recipe.data.model_dump(mode="json"),
-        "task": recipe.task.model_dump(),
-        "seed": recipe.seed,
-        "files": [_stamp(file) for file in _files(loaded, base)],
-        "code": code_version(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+    options = [recipe.data.model_dump(mode="json"), recipe.task.model_dump(), recipe.seed]
+    return key_of_code([options, [_stamp(file) for file in _files(loaded, base)]])
 
 
 def _source_files(loaded: LoadedRecipe) -> list[str]:

@@ -36,13 +36,12 @@ def takes_fused_attention(model: PreTrainedModel) -> bool:
     return bool(model._can_set_attn_implementation() and model._supports_sdpa) and not tower_names(model)
 
 
-def offer_attention(name: str, model: PreTrainedModel) -> None:
-    """Registers `fused`, and refuses it for a model that computes its attention by itself.
+def check_attention(name: str, model: PreTrainedModel) -> None:
+    """Refuses `fused` for a model that computes its attention by itself.
 
     Raises:
         ModelError: It is asked for, and the model would run another one without a word.
     """
-    register_fused_attention()
     if name == FUSED_ATTENTION and not takes_fused_attention(model):
         raise ModelError(
             f"{type(model).__name__} cannot run with fused attention: it does not look its attention up by name",
@@ -60,6 +59,7 @@ def set_attention(model: PreTrainedModel, name: str) -> str | dict[str, str]:
         ValueError: The language model does not know it either.
         ImportError: Its package is missing.
     """
+    register_fused_attention()
     try:
         model.set_attn_implementation(name)
         return name

@@ -61,9 +61,6 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 _EXPERTS = "experts"
 _EXPERTS_ARE_FUSED = "no linears, but one tensor for all experts of a layer"
 
-_READ: dict[str, ModelShape] = {}
-"""What this process has found, by config and task."""
-
 
 def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:
     """The shape of a model: shipped, kept by an earlier command, or read from the class.
@@ -74,14 +71,12 @@ def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> M
     shipped = known_shape(config) if model_class == CAUSAL_MODEL else None
     if shipped is not None:
         return shipped
-    key = key_of_code([config, asdict(model_class)])
-    if key not in _READ:
-        found = kept(f"shapes/{key}.json")
-        if found is None:
-            found = read_class_shape(config, model_class).to_json()
-            keep(f"shapes/{key}.json", found)
-        _READ[key] = ModelShape.from_json(found)
-    return _READ[key]
+    name = f"shapes/{key_of_code([config, asdict(model_class)])}.json"
+    if (found := kept(name)) is not None:
+        return ModelShape.from_json(found)
+    shape = read_class_shape(config, model_class)
+    keep(name, shape.to_json())
+    return shape
 
 
 def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> ModelShape:

@@ -27,7 +27,7 @@ from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_index
 from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes, quantizations
-from lorafit.model.attention import offer_attention, register_fused_attention, set_attention
+from lorafit.model.attention import check_attention, set_attention
 from lorafit.model.base import Base
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
@@ -99,7 +99,7 @@ def load_model(
         auto = getattr(transformers, find_auto_class(base.config, model_class.auto_class))
         skeleton = build_class(base, model_class=model_class)
         names = check_weights(skeleton, entries, base.path, has_new_head=model_class.has_new_head)
-        offer_attention(attention, skeleton)
+        check_attention(attention, skeleton)
         kind = quantizations.bind(quantization)
         plain = unquantised_names(skeleton, kind if torch.device(device).type == "cpu" else None, reporter)
         settings = kind.transformers_config(compute_dtype, plain)
@@ -231,7 +231,6 @@ def build_weightless(
     """
     kind = quantizations.bind(quantization)
     with quiet_libraries():
-        register_fused_attention()
         settings = with_task(read_settings(config), model_class)
         model = build_empty(settings, find_auto_class(config, model_class.auto_class), dtype=dtype)
         if model._can_set_attn_implementation():

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
-import json
 import math
 import shutil
 import tempfile
@@ -33,7 +31,7 @@ import torch
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
 from lorafit.files.atomic import atomic_file
-from lorafit.files.cache import keep, kept
+from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.ops.matmul_peak import measure_matmul_peak, wait_for
 
 if TYPE_CHECKING:
@@ -109,8 +107,7 @@ def measure_speed(
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The device's flops a second in square products, measured once for a machine, torch and number of threads."""
-    key = {"device": _name(device), "dtype": str(dtype), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    name = f"peaks/{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    name = f"peaks/{key_of_code([_name(device), str(dtype), torch.get_num_threads()])}.json"
     known = kept(name)
     if isinstance(known, float) and 0 < known < math.inf:
         return known

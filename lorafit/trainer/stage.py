@@ -22,7 +22,7 @@ import torch
 from lorafit.contracts import JsonObject
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
-from lorafit.model.attention import FUSED_ATTENTION, register_fused_attention, set_attention, takes_fused_attention
+from lorafit.model.attention import FUSED_ATTENTION, set_attention, takes_fused_attention
 from lorafit.objective import choose_probe
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
@@ -115,7 +115,6 @@ class Stage:
         Raises:
             NumericsError: Packing is asked for, and documents in a row see each other under this implementation.
         """
-        register_fused_attention()
         set_attention(self.objective.base, name)
         self.attention = name
         if self.packing:

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lorafit.errors import ModelError
 from lorafit.model import attention
-from lorafit.model.attention import offer_attention, register_fused_attention, takes_fused_attention
+from lorafit.model.attention import check_attention, register_fused_attention, takes_fused_attention
 from lorafit.ops import causal_attention as operation
 from tests.support.tiny_model import tiny_llama
 
@@ -180,5 +180,5 @@ def test_a_model_that_looks_nothing_up_is_refused() -> None:
     falcon = FalconForCausalLM(FalconConfig(**{**SIZES, "num_hidden_layers": 1}))
     assert not takes_fused_attention(falcon) and takes_fused_attention(llama())
     with pytest.raises(ModelError, match=r"FalconForCausalLM cannot run with fused attention.*auto"):
-        offer_attention("fused", falcon)
-    offer_attention("sdpa", falcon)
+        check_attention("fused", falcon)
+    check_attention("sdpa", falcon)
