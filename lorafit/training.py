@@ -28,7 +28,7 @@ from lorafit.kinds.schedules import learning_rate_at
 from lorafit.memory import StepMemory, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
-from lorafit.model.content import Content, reading_content, require_recorded, require_same
+from lorafit.model.content import Content, reading_content, require_recorded
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.inspect import coverage, coverage_table, describe_quantization, require_same_quantization
 from lorafit.model.load import enable_checkpointing, load_model
@@ -178,8 +178,7 @@ class Training:
     def _check_base(self, content: Content, used: JsonMapping) -> None:
         """Whether the base is the one that the run was begun on, where there is one: every byte, and every code."""
         where = self.where
-        if where.base.exists():
-            require_same(content, read_object(where.base), folder=self.job.base.path, file=where.base)
+        require_recorded(self.job.base.path, where.base, content)
         if where.quantization.exists():
             require_same_quantization(used, read_object(where.quantization), file=where.quantization)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,8 +95,8 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     text = model.config.get_text_config()
     embeddings, head = _token_embedding(model, generates=model_class.generates), output_head(model)
     outer = outer_modules(model).values() if model_class.has_new_head else ()
-    linears = _linear_shapes(model)
-    beside = _beside(model)
+    left_out = left_out_names(model)
+    linears, beside = _linear_shapes(model, left_out), _beside(model, left_out)
     experts = sum(part.parameters for part in beside if part.name == _EXPERTS)
     tied = head is None or head.weight is embeddings.weight
     outside = embeddings.weight.numel() + (0 if tied else head.weight.numel())
@@ -213,12 +214,11 @@ def _token_embedding(model: PreTrainedModel, *, generates: bool) -> Any:
     raise ModelError(f"{name} {why}; it is no language model", file="config.json", todo="use a decoder-only model")
 
 
-def _linear_shapes(model: PreTrainedModel) -> tuple[LinearShape, ...]:
+def _linear_shapes(model: PreTrainedModel, left_out: Mapping[str, str]) -> tuple[LinearShape, ...]:
     """Linears of the language model by name and size, output head and routers apart; a shared weight counts once."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    left_out = left_out_names(model)
     found: Counter[LinearShape] = Counter()
     seen: set[int] = set()
     for name, module in find_linears(model):
@@ -237,11 +237,11 @@ def _linear_shapes(model: PreTrainedModel) -> tuple[LinearShape, ...]:
     return tuple(replace(shape, count=count) for shape, count in found.items())
 
 
-def _beside(model: PreTrainedModel) -> tuple[LeftOut, ...]:
+def _beside(model: PreTrainedModel, left_out: Mapping[str, str]) -> tuple[LeftOut, ...]:
     """What holds weights of the layers and is no linear that could be adapted."""
     import torch
 
-    left_out, text = left_out_names(model), text_part(model)
+    text = text_part(model)
     inside = {id(module) for module in (text or model).modules()} | {id(model)}
     parameters: Counter[tuple[str, str]] = Counter()
     for path, module in model.named_modules():

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Event
 
 from lorafit.console.wording import list_names
-from lorafit.contracts import JsonMapping, JsonObject
+from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError
 from lorafit.files.atomic import read_object
 from lorafit.files.cache import remember
@@ -81,33 +81,20 @@ def reading_content(folder: Path) -> Iterator[Future[Content]]:
             stop.set()
 
 
-def require_recorded(folder: Path, file: Path) -> None:
-    """Raises CheckpointError where a base is not what a run recorded in `file`; older runs have no such file."""
-    if file.exists():
-        require_same(read_content(folder), read_object(file), folder=folder, file=file)
-
-
-def describe_difference(folder: Path, file: Path) -> str:
-    """`2 tensors differ (a, b)`: what tells a base from the one that a run recorded; empty where it recorded none."""
-    try:
-        require_recorded(folder, file)
-    except CheckpointError as error:
-        return error.what
-    return ""
-
-
-def require_same(content: Content, recorded: JsonMapping, *, folder: Path, file: Path) -> None:
-    """Compares a base with what a run recorded.
+def require_recorded(folder: Path, file: Path, content: Content | None = None) -> None:
+    """Compares a base with what a run recorded when it began; older runs have no such file.
 
     Args:
-        content: Of the base as it is now.
-        recorded: What `to_json` gave when the run began.
-        folder: The base's, for the message.
-        file: Where that is recorded.
+        folder: The base's.
+        file: Where it is recorded: what `to_json` gave.
+        content: Of the base as it is now; read where None.
 
     Raises:
         CheckpointError: They differ; names the tensors, or the record is none.
     """
+    if not file.exists():
+        return
+    content, recorded = content or read_content(folder), read_object(file)
     if recorded.get("content") == content.digest:
         return
     before = recorded.get("tensors")
@@ -120,6 +107,15 @@ def require_same(content: Content, recorded: JsonMapping, *, folder: Path, file:
         file=str(folder),
         todo="restore the base's files, or train anew on this one",
     )
+
+
+def describe_difference(folder: Path, file: Path) -> str:
+    """`2 tensors differ (a, b)`: what tells a base from the one that a run recorded; empty where it recorded none."""
+    try:
+        require_recorded(folder, file)
+    except CheckpointError as error:
+        return error.what
+    return ""
 
 
 def _hash_tensors(file: Path, stop: Event) -> dict[str, str]:
