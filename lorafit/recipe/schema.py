@@ -6,7 +6,7 @@ in `lorafit.recipe.cross_field_rules`, so that every disagreement of a recipe is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
@@ -16,10 +16,10 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    WithJsonSchema,
     WrapSerializer,
     model_validator,
 )
-from pydantic_core import core_schema
 
 from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.formats import formats
@@ -34,9 +34,6 @@ from lorafit.recipe.foreign import is_not_yet, suggest_word
 from lorafit.recipe.yaml_tree import Plain
 
 if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-    from pydantic.json_schema import JsonSchemaValue
-
     AdapterChoice = AdapterSection
     OptimizerChoice = OptimizerSection
     QuantizationChoice = QuantizationSection
@@ -65,41 +62,25 @@ Word = Annotated[str, StringConstraints(min_length=1), AfterValidator(_one_line)
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 
 
-class OneNameOf:
-    """Annotation of text that must be one of `names()`; its error lists the nearest and all of them."""
+def one_name_of(what: str, names: Sequence[str]) -> tuple[AfterValidator, WithJsonSchema]:
+    """What makes a text one of some names; its error lists the nearest and all of them."""
 
-    def __init__(self, what: str, names: Callable[[], list[str]]) -> None:
-        self.what, self.names = what, names
-
-    def __call__(self, value: str) -> str:
-        """The name itself.
-
-        Raises:
-            ValueError: It is none of them.
-        """
-        known = self.names()
-        if value in known:
+    def check(value: str) -> str:
+        if value in names:
             return value
-        if is_not_yet(self.what, value):
-            raise ValueError(f"{self.what} '{value}' does not exist yet; available: {', '.join(known)}")
-        raise ValueError(f"unknown {self.what} '{value}'; {suggest_word(value, known)}available: {', '.join(known)}")
+        if is_not_yet(what, value):
+            raise ValueError(f"{what} '{value}' does not exist yet; available: {', '.join(names)}")
+        raise ValueError(f"unknown {what} '{value}'; {suggest_word(value, names)}available: {', '.join(names)}")
 
-    def __get_pydantic_core_schema__(self, source: type[str], handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_after_validator_function(self, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {"enum": self.names()}
+    return AfterValidator(check), WithJsonSchema({"enum": names})
 
 
 _USUAL = tasks.make("causal-lm")
+_CHEAP = [name for name, metric in metrics.items() if metric.during_training]
 
-FormatName = Annotated[str, OneNameOf("format", lambda: ["auto", *formats.names()])]
-MetricName = Annotated[str, OneNameOf("metric", metrics.names)]
-CheapMetricName = Annotated[
-    str, OneNameOf("metric while training", lambda: [n for n, metric in metrics.items() if metric.during_training])
-]
+FormatName = Annotated[str, *one_name_of("format", ["auto", *formats.names()])]
+MetricName = Annotated[str, *one_name_of("metric", metrics.names())]
+CheapMetricName = Annotated[str, *one_name_of("metric while training", _CHEAP)]
 
 
 class ModelSection(Section):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import pytest
+from pydantic import TypeAdapter
 
 from lorafit.console.nearest import nearest
 from lorafit.recipe.foreign import foreign, is_not_yet
-from lorafit.recipe.schema import OneNameOf, Recipe, TrainSourceSection
+from lorafit.recipe.schema import Recipe, TrainSourceSection, one_name_of
 from lorafit.recipe.schema_tree import every_key, kinds_of, recipe_tree
 from lorafit.recipe.schema_tree import words as words_of
 from tests.support.recipe_texts import MINIMAL, Fails, Loads, parts
@@ -304,7 +307,7 @@ def test_few_shared_letters_are_no_likeness() -> None:
 
 
 def test_one_name_of_says_what_there_is() -> None:
-    check = OneNameOf("colour", lambda: ["red", "green"])
+    check = TypeAdapter(Annotated[str, *one_name_of("colour", ["red", "green"])]).validate_python
     assert check("red") == "red"
     with pytest.raises(ValueError, match=r"unknown colour 'gren'; did you mean green\? available: red, green"):
         check("gren")
