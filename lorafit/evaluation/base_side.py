@@ -95,7 +95,8 @@ def fit_base(
                 bar.advance(len(members))
 
     with evaluating(objective), adapter_off(objective.model):
-        fitted = dict(task.fit_base(objective, read(train), read(held_out) if held_out is not None else None))
+        choosing = read(held_out) if held_out is not None else None
+        fitted = dict(task.fit_base(objective, read(train), choosing, reporter))
     with atomic_file(file) as temporary:
         save_file({name: np.ascontiguousarray(values) for name, values in fitted.items()}, temporary)
     return fitted

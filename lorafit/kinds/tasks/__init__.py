@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Example,
         JsonObject,
         LossSum,
+        Reporter,
         ReportTable,
         Sample,
         ShownSequence,
@@ -175,7 +176,7 @@ class Task(Kind[S_co]):
         return {}
 
     def fit_base(
-        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None
+        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
     ) -> Mapping[str, NDArray[np.float64]]:
         """What the base, whose head is only drawn, is scored with: fitted to its frozen states of the training rows.
 
@@ -183,6 +184,7 @@ class Task(Kind[S_co]):
             objective: Around the base, its adapter off; the caller's precision is that of `Objective.autocast`.
             train: Micro-batches of the training rows, on the model's device, to be read once.
             held_out: The same of rows that choose between fits; some of the training rows do where None.
+            reporter: Gets a bar.
         """
         return {}
 

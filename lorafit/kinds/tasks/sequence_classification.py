@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Encoded, Example, JsonObject, Sample
+    from lorafit.contracts import Encoded, Example, JsonObject, Reporter, Sample
     from lorafit.objective import Objective
 
-_STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # of the L2 term beside the mean loss, over standardised states
-_ITERATIONS = 200
 _HELD_OUT_EVERY = 10
 _MATRIX_CLASSES = 12
 
@@ -186,7 +184,7 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         return self._score(self.logits(objective, batch), batch)
 
     def fit_base(
-        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None
+        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
     ) -> Mapping[str, NDArray[np.float64]]:
         """A logistic regression over the mean of the frozen model's last states, standardised: [classes, states].
 
@@ -195,21 +193,22 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         """
         import torch
 
+        from lorafit.ops.logistic_regression import STRENGTHS, Rows, choose_strength, regress
+
         states, right = self._read_states(objective, train)
         mean, scale = states.mean(0), states.std(0, correction=0).clamp(min=1e-8)
-        states = (states - mean) / scale
+        rows = Rows((states - mean) / scale, right)
         if held_out is not None:
-            tried, choosing = (states, right), self._read_states(objective, held_out)
-            choosing = ((choosing[0] - mean) / scale, choosing[1])
+            states, right = self._read_states(objective, held_out)
+            tried, choosing = rows, Rows((states - mean) / scale, right)
         else:
-            chosen = torch.arange(len(states)) % _HELD_OUT_EVERY == 0
-            tried, choosing = (states[~chosen], right[~chosen]), (states[chosen], right[chosen])
-        found = []
-        for strength in _STRENGTHS:
-            weight, bias = self._regress(*tried, strength)
-            found.append(float(self._losses(choosing[0] @ weight.T + bias, choosing[1]).mean()))
-        best = _STRENGTHS[min(range(len(found)), key=found.__getitem__)]
-        weight, bias = self._regress(states, right, best)
+            chosen = torch.arange(len(right)) % _HELD_OUT_EVERY == 0
+            tried, choosing = (Rows(rows.states[flags], rows.classes[flags]) for flags in (~chosen, chosen))
+        several = self.section.multi_label
+        with reporter.track(len(STRENGTHS) + 1, "base model, its head") as bar:
+            best, start = choose_strength(tried, choosing, several=several, advance=bar.advance)
+            weight, bias = regress(rows, best, start, several=several)
+            bar.advance()
         values = {"weight": weight / scale, "bias": bias - (weight / scale) @ mean, "strength": torch.tensor([best])}
         return {name: value.double().cpu().numpy() for name, value in values.items()}
 
@@ -233,31 +232,6 @@ class SequenceClassification(Task[SequenceClassificationSection]):
                 states.append(_mean_states(objective, batch))
             right.append(self._flags(batch["label_ids"], len(batch.rows)))
         return torch.cat(states), torch.cat(right).double()
-
-    def _regress(self, states: torch.Tensor, right: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias that make mean loss + strength / 2 * |weight|^2 least, by L-BFGS."""
-        import torch
-
-        weight = states.new_zeros((right.shape[1], states.shape[1]), requires_grad=True)
-        bias = states.new_zeros(right.shape[1], requires_grad=True)
-        solver = torch.optim.LBFGS([weight, bias], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
-
-        def measure() -> torch.Tensor:
-            loss = self._losses(states @ weight.T + bias, right).mean() + strength / 2 * weight.square().sum()
-            weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
-            return loss
-
-        with torch.enable_grad():
-            solver.step(measure)  # type: ignore[no-untyped-call]
-        return weight.detach(), bias.detach()
-
-    def _losses(self, logits: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Of each row, [rows], from logits and 0/1 for each class."""
-        from torch.nn import functional
-
-        if self.section.multi_label:
-            return functional.binary_cross_entropy_with_logits(logits, right, reduction="none").sum(-1)
-        return functional.cross_entropy(logits, right, reduction="none")
 
     def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
         """Each class, and which classes are taken for which: all of them, or of many classes the pairs that are."""
