@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafit.answering.generate import Answer, Request, Sampling, Watch, generate_answers
+from lorafit.answering.generate import Answer, Request, Sampling, find_stop_ids, generate_answers
 from lorafit.contracts import Reporter, Silent
 from lorafit.data.id_range import check_ids
 from lorafit.errors import ModelError, UsageError
@@ -29,6 +29,7 @@ from lorafit.ops.isolation import adapter_off, evaluating
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 
 class Engine:
@@ -149,17 +150,24 @@ class Engine:
             ResourceError: It does not fit into memory.
         """
         from tokenizers.decoders import DecodeStream
+        from transformers.generation.streamers import BaseStreamer
 
         tokens: queue.SimpleQueue[int | Answer | BaseException] = queue.SimpleQueue()
-        closed = threading.Event()
+        stops, closed = find_stop_ids(self.model, self.tokenizer, request.stop_ids), threading.Event()
 
-        def watch(_: int, token: int) -> bool:
-            tokens.put(token)
-            return not closed.is_set()
+        class Written(BaseStreamer):  # type: ignore[misc]
+            def put(self, value: torch.Tensor) -> None:
+                if closed.is_set():
+                    raise InterruptedError
+                for token in value.tolist() if value.ndim == 1 else ():  # the prompt comes first, as a batch
+                    if token not in stops:
+                        tokens.put(token)
+
+            def end(self) -> None: ...
 
         def write() -> None:
             try:
-                tokens.put(self._write([request], watch=watch)[0])
+                tokens.put(self._write([request], streamer=Written())[0])
             except BaseException as error:  # raised again where the pieces are read
                 tokens.put(error)
 
@@ -184,12 +192,12 @@ class Engine:
         requests: Sequence[Request],
         reporter: Reporter | None = None,
         what: str = "answer",
-        watch: Watch | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> list[Answer]:
         """Answers of requests for the same adapter, with the same sampling and stop tokens."""
         with evaluating(self.model), self.using(requests[0].adapter), self.autocast():
             return generate_answers(
-                self.model, self.tokenizer, requests, reporter=reporter or Silent(), what=what, watch=watch
+                self.model, self.tokenizer, requests, reporter=reporter or Silent(), what=what, streamer=streamer
             )
 
     def autocast(self) -> torch.autocast:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,12 +32,11 @@ from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 _BATCH_TOKENS = 16_384
 """Bound of rows x (prompt + new tokens) in one batch: 2 GiB of keys and values for Llama-3.1-8B in bf16."""
 _BATCH_ROWS = 64
-Watch = Callable[[int, int], bool]
-"""Told a prompt's number and the next token of its answer; False ends the whole batch behind this token."""
 LEAST_ROUND_ROWS = 4
 """Below this many rows it is not worth ending a round to drop those that have ended."""
 
@@ -107,7 +106,7 @@ def generate_answers(
     batch_rows: int = _BATCH_ROWS,
     reporter: Reporter,
     what: str = "answers",
-    watch: Watch | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[Answer]:
     """Answers in the requests' order. Leaves the model's mode, configuration and the random numbers to the caller.
 
@@ -118,7 +117,7 @@ def generate_answers(
         batch_rows: Bound of rows in a batch.
         reporter: Gets a bar and warnings.
         what: Name of the bar.
-        watch: Told each token of an answer as it is written.
+        streamer: transformers' own, of one request: gets the prompt, and each token as it is written.
 
     Raises:
         ResourceError: Not even one row fits into memory.
@@ -134,7 +133,7 @@ def generate_answers(
     answers: list[Answer | None] = [None if room > 0 else Answer("", 0, 0.0, "no_room") for room in rooms]
     if full := sum(room <= 0 for room in rooms):
         reporter.warn(f"{full} of {len(prompts)} prompts fill the model's {limit} positions and got no answer")
-    writer, lengths = _Writer(model, tokenizer, stops, sampling, watch), [len(prompt) for prompt in prompts]
+    writer, lengths = _Writer(model, tokenizer, stops, sampling, streamer), [len(prompt) for prompt in prompts]
     waiting = cut_prompts(lengths, rooms, batch_tokens=_BATCH_TOKENS, batch_rows=batch_rows, pads=begins_with == 0)
     whole = reporter.track(sum(map(len, waiting)), what)
     with torch.no_grad(), _plain_generation(model, stops), _head_sees_last(model), whole as bar:
@@ -272,27 +271,6 @@ class _HalfEnded:
         return (ended.float().mean() >= 0.5).expand(len(input_ids))
 
 
-class _Watching:
-    """Stopping criterion that tells a `Watch` each token of the answers that go on.
-
-    Args:
-        watch: Who is told.
-        rows: Numbers of the rows in this round.
-        stops: Tokens that end an answer, and fill it up behind its end.
-    """
-
-    def __init__(self, watch: Watch, rows: Sequence[int], stops: Sequence[int]) -> None:
-        self._watch, self._rows, self._stops = watch, rows, frozenset(stops)
-        self.has_ended = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        """One value a row, `[batch]`: whether it ends here."""
-        tokens = zip(self._rows, input_ids[:, -1].tolist(), strict=True)
-        told = [self._watch(row, token) for row, token in tokens if token not in self._stops]
-        self.has_ended = not all(told)
-        return torch.full((len(input_ids),), self.has_ended, device=input_ids.device)
-
-
 def _keep_rows(cache: Any, index: torch.Tensor, columns: int) -> Any:
     """The cache with some of its rows; None where it cannot be cut, and the next round reads its prompts again."""
     if not hasattr(cache, "batch_select_indices") or cache.get_seq_length() != columns - 1:
@@ -309,7 +287,7 @@ class _Writer:
     tokenizer: PreTrainedTokenizerBase
     stops: list[int]
     sampling: Sampling
-    watch: Watch | None
+    streamer: BaseStreamer | None
 
     def write(self, rows: Sequence[int], prompts: Sequence[list[int]], room: int) -> list[Answer]:
         """The answers of one batch, in rounds: rows that have ended are dropped at the end of each.
@@ -325,7 +303,6 @@ class _Writer:
         written: list[list[int]] = [[] for _ in prompts]
         while going:
             kept: JsonObject = {} if cache is None else {"past_key_values": cache}
-            watching = [] if self.watch is None else [_Watching(self.watch, [rows[i] for i in going], self.stops)]
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -334,14 +311,15 @@ class _Writer:
                 use_cache=True,
                 return_dict_in_generate=True,
                 logits_processor=self._processors([rows[place] for place in going], start),
-                stopping_criteria=self._criteria(len(going), input_ids.device, watching),
+                stopping_criteria=self._criteria(len(going), input_ids.device),
+                streamer=self.streamer,
                 **kept,
             )
             for place, tokens in zip(going, output.sequences[:, start:].tolist(), strict=True):
                 written[place] = tokens
             columns = output.sequences.shape[1]
             left = [i for i, place in enumerate(going) if not set(self.stops) & set(written[place])]
-            if columns - start >= room or not left or any(each.has_ended for each in watching):
+            if columns - start >= room or not left:
                 break
             index = torch.tensor(left, device=input_ids.device)
             cache = _keep_rows(output.past_key_values, index, columns)
@@ -369,12 +347,12 @@ class _Writer:
             processors.append(_GumbelNoise(self.sampling.seed, rows, start))
         return processors
 
-    def _criteria(self, rows: int, device: torch.device, watching: Sequence[_Watching]) -> Any:
+    def _criteria(self, rows: int, device: torch.device) -> Any:
         from transformers import StoppingCriteriaList
 
         worth_it = self.stops and rows >= LEAST_ROUND_ROWS
         rounds = [_HalfEnded(torch.tensor(self.stops, device=device))] if worth_it else []
-        return StoppingCriteriaList([*rounds, *watching])
+        return StoppingCriteriaList(rounds)
 
     def _read(self, tokens: list[int], seconds: float) -> Answer:
         """Cuts behind the first stop token, which the rest of a batch goes on past with padding."""
