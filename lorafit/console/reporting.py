@@ -49,6 +49,12 @@ def result_console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
 class ConsoleReporter:
     """contracts.Reporter for people. On a terminal bars are drawn; elsewhere a line is written now and then.
 
@@ -77,9 +83,7 @@ class ConsoleReporter:
     def show(self, renderable: Any) -> None:
         """A table or text for rich."""
         if not self._quiet:
-            from rich.console import Console
-
-            Console(stderr=True, highlight=False).print(renderable)
+            _stderr().print(renderable)
 
     def track(self, total: int | None, what: str, done: int = 0) -> Progress:
         """A bar of `total` units (None: nobody knows), drawn or written; an earlier process did `done` of them."""
@@ -95,9 +99,7 @@ class ConsoleReporter:
         if self._bar is not None:  # above the bar, which is drawn anew
             self._bar.print(message, style)
         elif style and sys.stderr.isatty():
-            from rich.console import Console
-
-            Console(stderr=True, highlight=False).print(message, style=style, markup=False, soft_wrap=True)
+            _stderr().print(message, style=style, markup=False, soft_wrap=True)
         else:
             _write_line(message)
 
@@ -106,12 +108,10 @@ class _DrawnBar:
     """A live bar. While one is drawn, other bars are written."""
 
     def __init__(self, reporter: ConsoleReporter, total: int | None, what: str, done: int) -> None:
-        from rich.console import Console
-
         from lorafit.console.live_line import LiveLine
 
         self._reporter = reporter
-        self._line = LiveLine(Console(stderr=True, highlight=False), what, total, done)
+        self._line = LiveLine(_stderr(), what, total, done)
 
     def __enter__(self) -> _DrawnBar:
         self._line.start()

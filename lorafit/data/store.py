@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,7 @@ def _file(folder: Path, name: str, dtype: str) -> Path:
     return folder / f"{name}.{np.dtype(dtype).name}"
 
 
-class StoreWriter:
+class StoreWriter(ExitStack):
     """Appends chunks to the files of a store; holds one chunk at a time.
 
     Args:
@@ -92,9 +92,10 @@ class StoreWriter:
     """
 
     def __init__(self, folder: Path, columns: Sequence[Column]) -> None:
+        super().__init__()
         self._dtypes = _dtypes(columns)
-        self._files: dict[str, BinaryIO] = {
-            name: _file(folder, name, dtype).open("wb") for name, dtype in self._dtypes.items()
+        self._files = {
+            name: self.enter_context(_file(folder, name, dtype).open("wb")) for name, dtype in self._dtypes.items()
         }
         self._ends = {_ends_of(column): 0 for column in columns if column.width is None}
 
@@ -105,15 +106,6 @@ class StoreWriter:
             self._files[name].write(values.astype(dtype).tobytes())
             if name in self._ends and len(values):
                 self._ends[name] = int(values[-1])
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 def is_sound(folder: Path, columns: Sequence[Column]) -> bool:
