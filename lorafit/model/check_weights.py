@@ -47,7 +47,7 @@ def check_weights(
         count, shown = len(names.unexpected), list_names(names.unexpected)
         problems.append(f"{count} tensors that the model has no place for ({shown})")
     if names.misfits:
-        problems.append(f"{len(names.misfits)} tensors do not fit: {names.misfits[0]}")
+        problems.append(f"{len(names.misfits)} tensors do not fit: {next(iter(names.misfits.values()))}")
     if problems:
         raise ModelError(
             "; ".join(problems),
@@ -69,7 +69,8 @@ def check_loading(info: JsonMapping, folder: Path, names: TensorNames) -> None:
         ModelError: It filled something in, left something out, or met an error.
     """
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-        told = {str(name) for name in info.get(what) or ()} - set(names.ignored.values()) - set(names.fresh)
+        listed = (name if isinstance(name, str) else name[0] for name in info.get(what) or ())  # or with two shapes
+        told = set(listed) - set(names.ignored.values()) - set(names.fresh)
         if told:
             label = what.replace("_keys", " tensors").replace("error_msgs", "errors")
             raise ModelError(f"{len(told)} {label} while loading: {list_names(told)}", file=str(folder))

@@ -99,11 +99,14 @@ def load_model(
         auto = getattr(transformers, find_auto_class(base.config, model_class.auto_class))
         skeleton = build_class(base, model_class=model_class)
         names = check_weights(skeleton, entries, base.path, has_new_head=model_class.has_new_head)
+        if names.redrawn:
+            reporter.warn(f"the base's head is one for other classes, and a new one is drawn: {names.redrawn[0]}")
         check_attention(attention, skeleton)
         kind = quantizations.bind(quantization)
         plain = unquantised_names(skeleton, kind if torch.device(device).type == "cpu" else None, reporter)
         settings = kind.transformers_config(compute_dtype, plain)
         options: JsonObject = {} if settings is None else {"quantization_config": settings}
+        options |= {"ignore_mismatched_sizes": True} if names.redrawn else {}
         try:
             if attention != "auto":
                 options["attn_implementation"] = set_attention(skeleton, attention)

@@ -73,9 +73,10 @@ class TensorNames:
         unexpected: Names in the files that the class has no place for.
         ignored: Names in the files that the class leaves out on purpose (extra heads, other towers, moved buffers),
             each with what transformers' renaming makes of it.
-        misfits: A sentence for each tensor of another shape or kind than the class wants.
+        misfits: A sentence for each tensor of another shape or kind than the class wants, by the class's name of it.
         tied: For each name that shares its tensor with others, all of these names.
-        fresh: Names of a new head, which the files lack.
+        fresh: Names of a new head, which the files lack, or have for another number of classes.
+        redrawn: Of those that they have so, a sentence each.
         left_head: Names in the files of a head that gave way to a new one; among `ignored` too.
     """
 
@@ -84,13 +85,14 @@ class TensorNames:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
-    misfits: list[str] = field(default_factory=list)
+    misfits: dict[str, str] = field(default_factory=dict)
     tied: dict[str, frozenset[str]] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
+    redrawn: list[str] = field(default_factory=list)
     left_head: list[str] = field(default_factory=list)
 
     def leave_head_out(self, head: Sequence[str], backbone: str) -> None:
-        """Takes a head that the files lack for one that is drawn anew, and leaves out theirs.
+        """Takes a head that the files lack, or have for other classes, for one that is drawn anew; leaves out theirs.
 
         Args:
             head: Names of the class's modules outside of its backbone.
@@ -100,6 +102,10 @@ class TensorNames:
         self.missing = [name for name in self.missing if name not in self.fresh]
         self.left_head = [name for name in self.unexpected if not name.startswith(f"{backbone}.")]
         self.unexpected = [name for name in self.unexpected if name not in self.left_head]
+        for name in [name for name in self.misfits if name.split(".")[0] in head and name in self.parts]:
+            self.redrawn.append(self.misfits.pop(name).partition(", config.json")[0])
+            self.fresh.append(name)
+            self.left_head += [part.name for part in self.parts.pop(name)]
         self.ignored |= {name: name for name in self.left_head}
 
     def files_of(self, parameter: str) -> tuple[str, ...]:
@@ -162,7 +168,8 @@ def read_names(skeleton: PreTrainedModel, entries: Mapping[str, TensorEntry]) ->
         shape, why = list(wanted[name].shape), _wrong_kind(name, entry, wanted[name])
         if list(entry.shape) != shape:
             why = f"{name} is {list(entry.shape)} in {entry.file.name}, config.json makes it {shape}"
-        names.misfits += [why] if why else []
+        if why:
+            names.misfits[name] = why
     for each in gathered:
         _convert(names, each, wanted)
     names.tied = _tied_groups(skeleton)
@@ -290,9 +297,11 @@ def _convert(names: TensorNames, gathered: _Gathered, wanted: Mapping[str, torch
         shape = tuple(wanted[target].shape)
         if shapes.get(target) != shape:
             made = list(shapes[target]) if target in shapes else "nothing"
-            names.misfits.append(f"{target} is made {made} of {len(files)} tensors, config.json makes it {list(shape)}")
-        wrong = [_wrong_kind(target, entry, wanted[target]) for _, entry in gathered.sources]
-        names.misfits += [why for why in wrong if why]
+            why = f"{target} is made {made} of {len(files)} tensors, config.json makes it {list(shape)}"
+            names.misfits[target] = why
+        for _, entry in gathered.sources:
+            if wrong := _wrong_kind(target, entry, wanted[target]):
+                names.misfits[target] = wrong
 
 
 def _as_parts(numbers: torch.Tensor, starts: Sequence[int], entries: Sequence[TensorEntry]) -> tuple[Part, ...]:

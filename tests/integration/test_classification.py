@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+import yaml
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 import lorafit
 from lorafit.errors import ModelError
+from tests.support.processes import ENVIRONMENT, PROGRAM, start
 from tests.support.tiny_model import make_base
 
 ROWS = [{"text": f"{word} number {n}", "label": word} for n in range(6) for word in ("red", "green", "blue")]
 
 
-def test_a_classifier_is_trained_scored_merged_and_asked(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    recipe = {
+def colours(base: Path, output: Path) -> dict[str, Any]:
+    return {
         "name": "colours",
         "task": "sequence-classification",
         "model": {"base": str(base), "quantization": "none", "dtype": "fp32"},
         "adapter": {"r": 4, "alpha": 8, "dropout": 0.0},
         "data": {"train": "unused.jsonl", "max_length": 32},
         "training": {"max_steps": 3, "batch_size": 6, "learning_rate": 1.0e-2, "optimizer": "adamw"},
-        "output": str(tmp_path / "run"),
+        "output": str(output),
     }
-    run = lorafit.train(recipe, rows=ROWS, quiet=True)
+
+
+def test_a_classifier_is_trained_scored_merged_and_asked(tmp_path: Path) -> None:
+    run = lorafit.train(colours(make_base(tmp_path / "base"), tmp_path / "run"), rows=ROWS, quiet=True)
 
     evaluated = lorafit.evaluate(run, rows=ROWS, quiet=True).to_json()
     assert set(evaluated["metrics"]) == {"accuracy", "macro_f1", "loss"}
@@ -56,3 +70,69 @@ def test_a_classifier_is_trained_scored_merged_and_asked(tmp_path: Path) -> None
             lorafit.generate(by, "hello", quiet=True)
     notes = json.loads((tmp_path / "run" / "adapter" / "lorafit.json").read_text())
     assert notes["head"]["tensors"] == ["score.weight"]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_head_for_other_classes_gives_way_and_one_for_as_many_is_gone_on_from(
+    tmp_path: Path, classes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_base(tmp_path / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=len(tokenizer), num_labels=classes))
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+
+    run = lorafit.train(colours(tmp_path / "bert", tmp_path / "run"), rows=ROWS)
+    said = "warning: the base's head is one for other classes, and a new one is drawn: classifier"
+    assert (said in capsys.readouterr().err) is (classes == 2)
+    first = load_file(run.path / "checkpoints" / "step-000000" / "adapter" / "adapter_model.safetensors")
+    head, own = first["base_model.model.classifier.weight"], model.classifier.weight
+    assert head.shape == (3, 32) and (classes == 2 or torch.equal(head, own))
+    merged = lorafit.merge(run, tmp_path / "merged", quiet=True)
+    assert merged.parity is not None and merged.parity.max_logit_difference < 1e-4
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert plain.classifier.weight.shape == (3, 32)
+    asked = [lorafit.classify(by, ["a red one"], quiet=True).to_json() for by in (run, tmp_path / "merged")]
+    shares = [list(each["labels"][0]["probabilities"].values()) for each in asked]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-5)
+
+
+def test_a_killed_classifier_goes_on_as_the_same_run_and_says_the_same(tmp_path: Path) -> None:
+    """Trained, killed, resumed and asked, each in a process of its own: the head's bits and every probability."""
+    make_base(tmp_path / "base", layers=4)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = colours(tmp_path / "base", tmp_path / "run")
+    recipe["model"] |= {"quantization": "nf4", "dtype": "bf16"}
+    recipe["adapter"]["dropout"] = 0.3
+    recipe["data"]["train"] = "rows.jsonl"
+    recipe["training"]["max_steps"] = 16
+    recipe["checkpoints"] = {"every_steps": 3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def call(*words: str) -> subprocess.Popen[str]:
+        environment = {**ENVIRONMENT, "LORAFIT_CACHE": str(tmp_path / "cache")}
+        return start(PROGRAM, *words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+
+    def finish(*words: str) -> str:
+        process = call(*words)
+        told, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return told
+
+    finish("train", "recipe.yaml", "--output", "unbroken", "--quiet")
+    process, log = call("train", "recipe.yaml", "--output", "killed", "--quiet"), tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= 5):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the kill came too late"
+    finish("train", "recipe.yaml", "--output", "killed", "--resume", "--quiet")
+
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("unbroken", "killed")]
+    assert "base_model.model.score.weight" in load_file(files[0])
+    assert files[0].read_bytes() == files[1].read_bytes()
+    answers = [finish("classify", name, "--input", "rows.jsonl", "--json") for name in ("unbroken", "killed")]
+    told = [json.loads(answer)["labels"] for answer in answers]
+    assert len(told[0]) == len(ROWS) and told[0] == told[1]
