@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonObject
 from lorafit.errors import DoesNotFitError
+from lorafit.estimation.compare_methods import Method
+from lorafit.estimation.fit import Fit
+from lorafit.estimation.ways_to_save import Enough, Saving
+from lorafit.facts import Bar, DatasetFacts, DeviceFacts
 from lorafit.machine.devices import format_bytes
 from lorafit.machine.hardware import smallest_card
 from lorafit.memory import MemoryEstimate, StepMemory, fits
 from lorafit.plan.recipe_step import HEADROOM
-
-if TYPE_CHECKING:
-    from lorafit.estimation.compare_methods import Method
-    from lorafit.estimation.fit import Fit
-    from lorafit.estimation.ways_to_save import Enough, Saving
-    from lorafit.facts import Bar, DatasetFacts, DeviceFacts
-    from lorafit.plan.run_cost import RunCost
-    from lorafit.recipe.schema import Recipe
+from lorafit.plan.run_cost import RunCost
+from lorafit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

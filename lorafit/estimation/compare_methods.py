@@ -8,17 +8,14 @@ pass goes, and the same chunked loss. `benchmarks/memory_published.py` holds tha
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from lorafit.facts import DeviceFacts
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import MemoryEstimate, Phase, StepMemory, StepShape
 from lorafit.memory.closed_form import loss_bytes, step_phases
 from lorafit.memory.layer import Layer
 from lorafit.memory.peak import FIXED
 from lorafit.memory.step_shape import DTYPE_BYTES
-
-if TYPE_CHECKING:
-    from lorafit.facts import DeviceFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +25,7 @@ from torch.nn import functional
 from lorafit.console.wording import first_line
 from lorafit.contracts import Batch, JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError
+from lorafit.estimation import RecipeEstimate
 from lorafit.estimation.layer_list import LayerList
 from lorafit.memory import MemoryEstimate, Phase, StepShape
 from lorafit.memory.peak import PHASES
@@ -38,9 +39,6 @@ from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.step import Update, accumulate_gradients
-
-if TYPE_CHECKING:
-    from lorafit.estimation import RecipeEstimate
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
 _attention = functional.scaled_dot_product_attention

@@ -11,17 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
+from lorafit.contracts import JsonObject
 from lorafit.estimation.ways_to_save import LEAST_ROW_TOKENS
-from lorafit.memory import find_largest
+from lorafit.facts import DeviceFacts
+from lorafit.kinds.adapters import AdapterSection
+from lorafit.memory import MemoryEstimate, StepMemory, find_largest
 from lorafit.recipe.schema import LARGEST_COUNT
-
-if TYPE_CHECKING:
-    from lorafit.contracts import JsonObject
-    from lorafit.facts import DeviceFacts
-    from lorafit.kinds.adapters import AdapterSection
-    from lorafit.memory import MemoryEstimate, StepMemory
 
 
 @dataclass(frozen=True, slots=True)

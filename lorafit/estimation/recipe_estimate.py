@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lorafit.errors import UsageError
 from lorafit.estimation.answer import Options, RowLengths
 from lorafit.estimation.compare_methods import compare_methods
 from lorafit.estimation.fit import find_fit
 from lorafit.estimation.table import RecipeEstimate
 from lorafit.estimation.ways_to_save import find_enough, find_savings
+from lorafit.facts import DeviceFacts, ModelShape
 from lorafit.memory import Engine, closed_form, covers, fits
 from lorafit.plan.derive import run_epochs
 from lorafit.plan.recipe_step import HEADROOM, recipe_step
 from lorafit.plan.run_cost import cost_of_run
-
-if TYPE_CHECKING:
-    from lorafit.facts import DeviceFacts, ModelShape
-    from lorafit.recipe.schema import Recipe
+from lorafit.recipe.schema import Recipe
 
 MOST_HEADROOM = 0.9
 _NO_ROWS, _NO_OPTIONS = RowLengths(), Options()

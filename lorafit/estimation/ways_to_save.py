@@ -18,16 +18,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonValue
+from lorafit.facts import DeviceFacts
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import StepMemory, StepShape, covers, find_largest, fits
 from lorafit.memory.peak import ALLOCATOR_FACTOR
-
-if TYPE_CHECKING:
-    from lorafit.facts import DeviceFacts
 
 LEAST_ROW_TOKENS = 8
 MOST_SWITCHES = 3

@@ -10,21 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
+from lorafit.contracts import Batch, Examples, Reporter
 from lorafit.data.batch import cut_step
 from lorafit.files.atomic import atomic_file
+from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.objective import Objective
 from lorafit.ops.isolation import adapter_off, evaluating
-
-if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
-
-    from lorafit.contracts import Batch, Examples, Reporter
-    from lorafit.kinds.tasks import Task, TaskSection
-    from lorafit.objective import Objective
 
 _MICRO_BATCH_TOKENS = 2048
 

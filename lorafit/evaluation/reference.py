@@ -11,25 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from lorafit.contracts import JsonMapping
+from lorafit.contracts import JsonMapping, Reporter
 from lorafit.data.batch import cut_step
+from lorafit.data.store import ExampleSet
 from lorafit.evaluation.base_side import read_arrays
 from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import cache_folder, own_folder
+from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.objective import Objective
 from lorafit.ops.isolation import evaluating
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from lorafit.contracts import Reporter
-    from lorafit.data.store import ExampleSet
-    from lorafit.kinds.tasks import Task, TaskSection
-    from lorafit.objective import Objective
 
 _MICRO_BATCH_TOKENS = 2048
 

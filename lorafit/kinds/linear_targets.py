@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from pydantic import field_validator
 
 from lorafit.console.nearest import did_you_mean
 from lorafit.errors import RecipeError
+from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.adapters import AdapterSection
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from lorafit.facts import LinearShape, ModelShape
 
 _ALL_LINEAR = frozenset({"all", "auto", "all-linear", "all-linears", "linear", "all-linear-layers", "*"})
 

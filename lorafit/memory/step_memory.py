@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lorafit.facts import DeviceFacts
 from lorafit.memory.closed_form import closed_form
 from lorafit.memory.peak import MemoryEstimate, fits
 from lorafit.memory.step_shape import StepShape
-
-if TYPE_CHECKING:
-    from lorafit.facts import DeviceFacts
 
 Engine = Callable[[StepShape, int, bool], MemoryEstimate]
 """Peak memory of a step by micro-batch tokens and checkpointing: the closed form, or what dry runs measured."""

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonValue
-from lorafit.kinds.adapters import adapters
-from lorafit.kinds.quantizations import quantizations
-
-if TYPE_CHECKING:
-    from lorafit.facts import LinearShape, ModelShape
-    from lorafit.kinds.adapters import Adapter, AdapterSection
-    from lorafit.kinds.optimizers import Optimizer, OptimizerSection
-    from lorafit.kinds.quantizations import Quantization, QuantizationSection
-    from lorafit.kinds.section import KindSection
-    from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.facts import LinearShape, ModelShape
+from lorafit.kinds.adapters import Adapter, AdapterSection, adapters
+from lorafit.kinds.optimizers import Optimizer, OptimizerSection
+from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
+from lorafit.kinds.section import KindSection
+from lorafit.kinds.tasks import Task, TaskSection
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 

@@ -9,19 +9,16 @@ Before step 1 `prove_objective` compares that loss with the model's own, on one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from lorafit.contracts import Batch, Example, LossSum, Reporter, ReportTable, ShownSequence
 from lorafit.errors import NumericsError
 from lorafit.ops.isolation import in_mode
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from lorafit.contracts import Batch, Example, LossSum, Reporter, ReportTable, ShownSequence
 
 _PROBED_ROWS = 64
 _TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative; logits are rounded to the dtype

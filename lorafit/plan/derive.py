@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
 
 from lorafit.console.wording import counted
+from lorafit.contracts import JsonObject
 from lorafit.errors import DataError, DoesNotFitError, RecipeError
+from lorafit.facts import DatasetFacts, DeviceFacts, LeftOut, ModelShape
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
 from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, recipe_step
-
-if TYPE_CHECKING:
-    from lorafit.contracts import JsonObject
-    from lorafit.facts import DatasetFacts, DeviceFacts, LeftOut, ModelShape
-    from lorafit.recipe.schema import Recipe
+from lorafit.recipe.schema import Recipe
 
 DEFAULT_EPOCHS = 3.0
 MOST_MICRO_BATCH_TOKENS = 16_384

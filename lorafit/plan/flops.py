@@ -17,10 +17,8 @@ backward; Chowdhery et al. 2022, PaLM (https://arxiv.org/abs/2204.02311), append
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lorafit.facts import ModelShape
+from lorafit.facts import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,19 +13,17 @@ Kept or not, a step computes the same to the last bit: only speed and memory dif
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from lorafit.errors import RecipeError
+from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import Engine, StepMemory, StepShape, closed_form, fits
 from lorafit.memory.closed_form import unpacked_weights_bytes
-
-if TYPE_CHECKING:
-    from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
-    from lorafit.recipe.schema import Recipe
+from lorafit.recipe.schema import Recipe
 
 T = TypeVar("T")
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonObject
 from lorafit.errors import UsageError
+from lorafit.facts import DatasetFacts, DeviceFacts
 from lorafit.machine.devices import peak_flops
+from lorafit.memory import StepShape
 from lorafit.plan.flops import Flops, count_flops
-
-if TYPE_CHECKING:
-    from lorafit.facts import DatasetFacts, DeviceFacts
-    from lorafit.memory import StepShape
 
 UTILISATION, LOW_UTILISATION, HIGH_UTILISATION = 0.35, 0.2, 0.5
 """Share of a card's peak that training sustains, recomputation counted as work. An assumption. Published runs, by

@@ -15,13 +15,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from pydantic import Field
 
 from lorafit.console.wording import counted
-from lorafit.contracts import JsonObject
+from lorafit.contracts import JsonObject, Reporter
 from lorafit.errors import CheckpointError, ResourceError
 from lorafit.files.atomic import (
     FORMAT,
@@ -36,13 +36,9 @@ from lorafit.files.atomic import (
 from lorafit.files.rundir import RunDir
 from lorafit.files.strict_json import JsonError, read_object_file
 from lorafit.machine.version import installed_versions
+from lorafit.plan import ResolvedPlan
 from lorafit.trainer.state import Best, Count, Event, TrainState, load_optimizer, read_dataclass, save_optimizer
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Reporter
-    from lorafit.plan import ResolvedPlan
-    from lorafit.trainer.state import TrainState
-    from lorafit.trainer.step import Update
+from lorafit.trainer.step import Update
 
 ADAPTER_FOLDER = "adapter"
 STATE_FILE = "state.json"

@@ -20,18 +20,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 
+from lorafit.contracts import Batch
 from lorafit.errors import ResourceError
+from lorafit.objective import Objective
 from lorafit.ops.matmul_peak import wait_for
 from lorafit.ops.process_memory import trim_heap
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Batch
-    from lorafit.objective import Objective
 
 T = TypeVar("T")
 _TRIMMED_AFTER_SECONDS = 1.0  # shorter steps leave little behind, and would feel it

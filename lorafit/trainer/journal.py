@@ -13,21 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, on_main_process
 
-from lorafit.contracts import JsonMapping, JsonObject
+from lorafit.contracts import JsonMapping, JsonObject, Progress, Reporter
 from lorafit.errors import RecipeError
 from lorafit.files.atomic import atomic_file
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.ops.process_memory import peak_memory_bytes
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Progress, Reporter
 
 _GIB = 2**30
 _SMOOTHING = 0.9  # share of the old tokens/s in the shown one

@@ -13,16 +13,18 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from lorafit.contracts import Batch
+from lorafit.data.batch import StepRows
+from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
 from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes, peak_reserved_bytes
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Snapshot
-from lorafit.trainer.executor import out_of_memory, release_memory, trim_after
+from lorafit.trainer.executor import Executor, out_of_memory, release_memory, trim_after
 from lorafit.trainer.journal import Journal
 from lorafit.trainer.prefetch import StepFeed
 from lorafit.trainer.signals import StopRequested, StopSignals
@@ -35,12 +37,6 @@ from lorafit.trainer.step import (
     check_loss,
     check_metrics,
 )
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Batch
-    from lorafit.data.batch import StepRows
-    from lorafit.data.packing import Cutter
-    from lorafit.trainer.executor import Executor
 
 
 @dataclass(frozen=True)

@@ -22,24 +22,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import profile
 
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
 from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.ops.matmul_peak import measure_matmul_peak, wait_for
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from torch.profiler import profile
-
-    from lorafit.trainer.state import FitResult
+from lorafit.trainer.state import FitResult
 
 _LEAST_SECONDS = 2.0  # of training, below which its utilisation says nothing and the peak is not measured
 PHASES = ("data", "forward", "backward", "optimizer", "waiting")

@@ -27,23 +27,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lorafit.contracts import Example, Examples, Reporter
 from lorafit.errors import CheckpointError
 from lorafit.files.cache import cache_folder, keep, kept, refuse_foreign
+from lorafit.objective import TrainedTask
 from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes
-from lorafit.plan import ResolvedPlan
+from lorafit.plan import Plan, ResolvedPlan
 from lorafit.trainer.executor import out_of_memory, time_micro_batches
 from lorafit.trainer.stage import Stage, fastest_attention, fastest_budget, fastest_number
 from lorafit.trainer.threaded_micro_batches import run_at_once
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Example, Examples, Reporter
-    from lorafit.objective import TrainedTask
-    from lorafit.plan import Plan
 
 _MOST_SECONDS = 15.0  # no further candidate is begun after this
 

@@ -15,29 +15,23 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 
-from lorafit.contracts import JsonObject
+from lorafit.contracts import Batch, Examples, JsonObject, Reporter
+from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
 from lorafit.model.attention import FUSED_ATTENTION, set_attention, takes_fused_attention
-from lorafit.objective import choose_probe
+from lorafit.objective import Objective, choose_probe
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.ops.rng import preserved_rng
-from lorafit.trainer.executor import release_memory, time_micro_batches, trim_after
+from lorafit.plan import ResolvedPlan
+from lorafit.trainer.executor import Executor, release_memory, time_micro_batches, trim_after
 from lorafit.trainer.startup_proofs import prove_separation
 from lorafit.trainer.threaded_micro_batches import may_run_in_threads, run_at_once
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Batch, Examples, Reporter
-    from lorafit.data.batch import StepRows
-    from lorafit.objective import Objective
-    from lorafit.plan import ResolvedPlan
-    from lorafit.trainer.executor import Executor
 
 _SAMPLED_STEPS = 4  # what a candidate would need for the first ones is compared
 _TIMED_STEPS = 3  # a candidate; the first sets threads and caches up, the best of the others counts

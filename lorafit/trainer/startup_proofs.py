@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,12 +22,10 @@ import torch
 from lorafit.console.wording import first_line, list_names
 from lorafit.contracts import Batch, Example
 from lorafit.errors import ModelError, NumericsError, RecipeError
+from lorafit.objective import Objective
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.process_memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from lorafit.objective import Objective
 
 _DOCUMENT_TOKENS = 32
 

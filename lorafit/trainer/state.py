@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -24,10 +24,8 @@ from safetensors.torch import load, save
 from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.errors import CheckpointError, LorafitError, NumericsError
 from lorafit.files.atomic import read_object
+from lorafit.ops.live_tensors import LivePeak
 from lorafit.ops.rng import RngState
-
-if TYPE_CHECKING:
-    from lorafit.ops.live_tensors import LivePeak
 
 MOST_OVERFLOWS_IN_ROW = 20
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]

@@ -10,16 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from lorafit.contracts import Batch, Examples, StepHook
 from lorafit.errors import NumericsError, row_place
-from lorafit.trainer.executor import no_check
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Batch, Examples, StepHook
-    from lorafit.trainer.executor import Executor
+from lorafit.trainer.executor import Executor, no_check
 
 _NAMED_ROWS = 3
 

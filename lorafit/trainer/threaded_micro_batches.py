@@ -12,19 +12,17 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import nn
 
+from lorafit.contracts import Batch
+from lorafit.objective import Objective
 from lorafit.ops.dropout import draw_seed, drawing_from, drop
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.rng import capture_rng
 from lorafit.trainer.executor import Executor, no_check
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Batch
-    from lorafit.objective import Objective
 
 Gradients = tuple[torch.Tensor | None, ...]
 _MUTABLE_ROTARY = ("dynamic", "longrope")  # their frequencies change with the longest row so far

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from lorafit.contracts import JsonMapping
+from lorafit.contracts import JsonMapping, Sample
 from lorafit.kinds.registry import Registry
-
-if TYPE_CHECKING:
-    from lorafit.contracts import Sample
 
 
 class Format(Protocol):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from lorafit.facts import LinearShape
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
-
-if TYPE_CHECKING:
-    from lorafit.facts import LinearShape
 
 
 class NoneSection(QuantizationSection):
