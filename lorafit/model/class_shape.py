@@ -284,11 +284,11 @@ def _check_sizes(config: JsonMapping, settings: PretrainedConfig) -> None:
     own, and count another model."""
     defaults = type(settings)()
     for key in _SIZES if not settings.sub_configs and hasattr(settings, "hidden_size") else ():
-        names = {key, settings.attribute_map.get(key, key)}
-        names |= {name for name, other in settings.attribute_map.items() if other == key}
+        own = settings.attribute_map.get(key, key)
+        names = {key, own} | {name for name, other in settings.attribute_map.items() if other == key}
         written = [config[name] for name in names if name in config]
         fault = ""
-        if not written and hasattr(settings, key) and getattr(settings, key) == getattr(defaults, key):
+        if not written and own in vars(settings) and getattr(settings, key) == getattr(defaults, key):
             fault = f"is missing; a {settings.model_type} model's config.json needs it"
         elif any(not isinstance(value, int) or isinstance(value, bool) or value <= 0 for value in written):
             fault = f"{written[0]!r} is not a positive whole number; repair the file"

@@ -16,6 +16,7 @@ from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape, read_class_shape
 from lorafit.model.classes import build_empty, build_whole, read_settings
 from lorafit.model.known_models import known_config, known_shape
+from tests.support.zoo_models import tiny_config
 
 FACTS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(shipped("models").glob("*.json"))}
 SIZES = {
@@ -192,6 +193,12 @@ def test_a_bad_config_names_what_is_wrong(config: dict[str, Any], said: str) -> 
 def test_what_a_class_tells_of_its_layers(name: str, facts: dict[str, Any]) -> None:
     shape = find_shape(FACTS[name]["config"])
     assert {key: getattr(shape, key) for key in facts} == facts
+
+
+def test_a_size_that_the_class_derives_may_be_left_out() -> None:
+    config = json.loads(tiny_config("nemotron_h").to_json_string())
+    assert "num_hidden_layers" not in config
+    assert read_class_shape(config).layers == len(config["layers_block_type"])
 
 
 def test_roles_tell_equal_names_apart() -> None:
