@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from lorafit.answering.engine import Engine
 from lorafit.answering.opening import noted_task, open_plain_model
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.console.wording import counted
-from lorafit.contracts import Encoded, Example, JsonMapping, JsonObject, Sample, Silent
+from lorafit.contracts import Encoded, Example, JsonMapping, JsonObject, Reporter, Sample, Silent
 from lorafit.data.batch import cut_step
 from lorafit.data.id_range import check_ids
 from lorafit.data.plain_text import PlainText
@@ -29,14 +31,8 @@ from lorafit.model.adapter import NOTES, read_notes
 from lorafit.ops.dtypes import autocast_dtype
 from lorafit.ops.isolation import evaluating
 from lorafit.recipe.schema import sources_of
+from lorafit.run.card import RunCard
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
-
-if TYPE_CHECKING:
-    import torch
-
-    from lorafit.answering.engine import Engine
-    from lorafit.contracts import Reporter
-    from lorafit.run.card import RunCard
 
 _MICRO_BATCH_TOKENS = 2048
 

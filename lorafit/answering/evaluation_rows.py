@@ -6,22 +6,19 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorafit.answering.tuned import Tuned
 from lorafit.contracts import JsonObject, Reporter, Silent
 from lorafit.data.sources.source import read_sources
 from lorafit.errors import DataError, LorafitError, UsageError
+from lorafit.evaluation.base_side import FittedBase
 from lorafit.job import Job, look_for_rows, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.machine.devices import read_device
+from lorafit.objective import Objective
 from lorafit.recipe.load import load_recipe
 from lorafit.recipe.schema import BadRowsSection, SourceSection, ValidationFraction, sources_of
 from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes
-
-if TYPE_CHECKING:
-    from lorafit.evaluation.base_side import FittedBase
-    from lorafit.objective import Objective
 
 _FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")
 """What a trained run is: it is taken from the run's card, whatever a recipe says now."""
