@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 _SIDES = ("chosen", "rejected")
+_TIE_NATS = 1e-4
+"""Answers whose gains differ by less gained the same: rounding alone moves a long answer so much in fp32."""
 _BETWEEN = -1
 """Stands between prompt and answers where a row is hashed; no token has that id."""
 
@@ -153,8 +155,8 @@ class Dpo(NextTokenTask[DpoSection]):
         from lorafit.contracts import LossSum
         from lorafit.objective.next_token import label_losses
 
-        losses, rewards = self._compare(_per_pair(label_losses(objective, batch), batch), batch)
-        counts = {"preferred": _preferred(rewards.detach()).sum()}
+        losses, margins = self._compare(_per_pair(label_losses(objective, batch), batch), batch)
+        counts = {"preferred": self._preferred(margins.detach()).sum()}
         return LossSum(losses.sum().float(), batch.weight, counts)
 
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
@@ -164,7 +166,8 @@ class Dpo(NextTokenTask[DpoSection]):
         from lorafit.objective.next_token import score_labels
 
         losses, margins = self._compare(_per_pair(score_labels(objective, batch)[0], batch), batch)
-        found = {"loss": losses, "weight": torch.ones_like(losses), "preferred": _preferred(margins), "margin": margins}
+        found = {"loss": losses, "weight": torch.ones_like(losses), "margin": margins}
+        found["preferred"] = self._preferred(margins)
         return {name: values.cpu().numpy() for name, values in found.items()}
 
     def refer(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
@@ -190,6 +193,11 @@ class Dpo(NextTokenTask[DpoSection]):
             for name in (f"{side}_tokens", f"{side}_trained"):
                 columns[name] = columns[name][kept]
         return replace(example, columns=columns)
+
+    def _preferred(self, margins: torch.Tensor) -> torch.Tensor:
+        """1 where the chosen answer gained more than the rejected one, 0.5 where both gained the same."""
+        tied = margins.abs() < _TIE_NATS * self.section.beta
+        return 0.5 * (1.0 + margins.sign().masked_fill(tied, 0.0))
 
     def _compare(self, log_probs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Each pair's loss and beta times its margin, fp64 [pairs].
@@ -258,8 +266,3 @@ def _per_pair(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
     owners = batch["label_index"] // width
     sums = torch.zeros(sequences, dtype=torch.float64, device=losses.device).index_add(0, owners, losses.double())
     return -sums.view(2, -1).T
-
-
-def _preferred(margins: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen answer gained more than the rejected one, 0.5 where both gained the same."""
-    return 0.5 * (1.0 + margins.sign())

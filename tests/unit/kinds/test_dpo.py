@@ -123,6 +123,15 @@ def test_step_0_costs_ln_2_however_it_is_cut(start: str) -> None:
         assert sum(losses) / 9 == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_gains_that_only_rounding_tells_apart_are_a_tie() -> None:
+    task = tasks.make("dpo", beta=0.5)
+    objective = task.build_objective(build_llama())
+    batch = task.collate([[one] for one in refer_to(objective, make_examples(3))], PAD)
+    batch["reference"][:, 0] += torch.tensor([1e-5, 1e-3, -1e-3])  # what the chosen answers gained less
+    assert objective.score(batch)["preferred"].tolist() == [0.5, 0.0, 1.0]
+    assert objective(batch).counts["preferred"] == 1.5
+
+
 def test_a_pair_is_two_sequences_wherever_memory_is_asked() -> None:
     task, (one, other) = tasks.make("dpo"), make_examples(2)
     longest = max(len(pair[f"{side}_tokens"]) for pair in (one, other) for side in SIDES)
