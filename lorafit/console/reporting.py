@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorafit.facts import Bar
 
 _LINE_EVERY_SECONDS = 10.0
+_TELLING_SHARE, _TELLING_SECONDS = 0.05, 60.0
 _BAR_CHARACTERS = 40
 _QUIET_SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -133,7 +134,8 @@ class _WrittenBar:
     """Lines instead of a bar: the first, one every few seconds, and the last.
 
     The time left goes by the units behind the first, which often waits for what all of them need: a file that is
-    opened, kernels that are chosen. Until there are some, none is said.
+    opened, kernels that are chosen. None is said until they are a share of all, or took a while: the first tensors of a
+    merge are its largest.
 
     Args:
         total: Units; None where nobody knows.
@@ -173,8 +175,9 @@ class _WrittenBar:
         self._written = now
         left = ""
         if self._total is not None and not is_last and self._done > before:
-            seconds = (now - began) / (self._done - before) * (self._total - self._done)
-            left = f"  {_clock(seconds)} left"
+            share = (self._done - before) / (self._total - before)
+            if share >= _TELLING_SHARE or now - began >= _TELLING_SECONDS:
+                left = f"  {_clock((now - began) * (1 - share) / share)} left"
         self._write(left)
 
     def _write(self, left: str) -> None:

@@ -52,7 +52,7 @@ def test_a_bar_goes_on_where_an_earlier_process_stopped(
             bar.advance(1, loss=1.0)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "training 20/100  loss 1" and lines[-1].startswith("training 100/100")
-    assert lines[1].endswith("  0:40 left")  # 79 of half a second, rounded
+    assert lines[3] == "training 23/100  loss 1" and lines[4].endswith("  0:38 left")  # 5 %; 76 of half a second
 
 
 def test_quick_jobs_of_one_name_say_once_that_they_are_done(capsys: pytest.CaptureFixture[str]) -> None:
