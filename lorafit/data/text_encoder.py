@@ -49,6 +49,8 @@ class TextEncoder:
                 f"{type(tokenizer).__name__} cannot say where its tokens stand in a text",
                 todo="use a model with a tokenizer.json",
             )
+        backend.no_padding()  # a tokenizer.json may ask for both, as sentence encoders' do: rows would be filled up and
+        backend.no_truncation()  # cut, and what stands around a text not be found. Calls of the tokenizer set their own
         self._backend: Tokenizer = backend
         self._added: dict[int, Any] = backend.get_added_tokens_decoder()
         self.control = {

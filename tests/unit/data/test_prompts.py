@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from lorafit.answering.opening import Voice
 from lorafit.contracts import Sample, Silent
+from lorafit.data.plain_text import PlainText
 from lorafit.data.prepare import Prepared
 from lorafit.data.prompts import column_names, read_prompt_file, read_prompt_rows
 from lorafit.errors import DataError, LorafitError
@@ -273,3 +275,18 @@ def test_rows_of_a_program_may_differ(tmp_path: Path) -> None:
     for bad, part in refused:
         with pytest.raises(DataError, match=part):
             read_prompt_rows(bad, known)
+
+
+def test_a_tokenizer_that_fills_up_and_cuts_by_itself_does_neither_to_rows() -> None:
+    """As those of sentence encoders, whose tokenizer.json asks for 128 tokens: what stands around a text is kept."""
+    tokenizer = make_tokenizer(chat_template=None)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        special_tokens=[(word, backend.token_to_id(word)) for word in ("<|im_start|>", "<|im_end|>")],
+    )
+    text = "A text of some words, and of more words."
+    wanted = tokenizer(text)["input_ids"]
+    backend.enable_padding(length=64)
+    backend.enable_truncation(max_length=8)
+    assert len(wanted) > 8 and PlainText(tokenizer).labelled(text, 256).input_ids == wanted
