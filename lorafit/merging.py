@@ -28,6 +28,7 @@ from lorafit.run.results import Merged
 from lorafit.run.workspace import OpenedRun
 
 BaseKind = Literal["dequantized", "original"]
+_NAMES_BEFORE = {"tokens": "input_ids"}  # of columns, in the rows that an earlier lorafit put aside
 _WEIGHTS_HELD = 3.5  # the base quantised, and both models' products in fp32; measured on bf16 files
 _LOADED_LIBRARIES_BYTES = 3 << 29
 _SPARE_SHARE = 0.8  # of the free memory that a comparison may take
@@ -148,9 +149,11 @@ def _read_columns(row: JsonMapping, columns: Sequence[Column]) -> dict[str, list
     Raises:
         ValueError: A value is no number, or a sequence has not as many in each of its columns as it has tokens.
     """
-    found, tokens = {column.name: list(row[column.name]) for column in columns}, 0
+    found: dict[str, list[float]] = {}
+    tokens = 0
     for column in columns:
-        values = found[column.name]
+        name = column.name if column.name in row else _NAMES_BEFORE[column.name]
+        values = found[column.name] = list(row[name])
         tokens = len(values) if column.holds_tokens else tokens
         if not all(isinstance(value, int | float) for value in values):
             raise ValueError("no number")

@@ -29,7 +29,7 @@ from lorafit.files.safetensors import FLOAT_DTYPES, TensorEntry, read_header, re
 from lorafit.files.strict_json import JsonError, read_object_file
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters
 from lorafit.machine.version import __version__
-from lorafit.model.adapter_checks import check_fields, check_notes
+from lorafit.model.adapter_checks import NOTES_FORMAT, check_fields, check_notes
 from lorafit.model.homes import find_homes
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.loading_note import note_head, note_loading
@@ -197,7 +197,7 @@ def save_adapter(
     names = names_of(model)  # None for a model that `load_model` did not load
     layers = {} if names is None else {path: home.to_json() for path, home in find_homes(model, names).items()}
     notes = {
-        "format": 1,
+        "format": NOTES_FORMAT,
         "lorafit": __version__,
         "base": base.origin.model_dump(mode="json"),
         "quantization": summarise_quantization(quantization) if quantization else None,

@@ -48,6 +48,9 @@ _SAVED_FIELDS: dict[str, SavedField] = {
     "bias": SavedField(Text, "a text"),
 }
 """Of PEFT's config, whatever the method."""
+NOTES_FORMAT = 2
+"""Of lorafit.json. Format 1 noted less of where layers lie, so that those are found as another tool's are."""
+
 _NOTES: dict[str, SavedField] = {
     "base": SavedField(dict[Text, Text | bool | None] | None, "name and digest of a base"),
     "quantization": SavedField(_Quantization | None, "a kind and its options"),
@@ -78,9 +81,9 @@ def check_fields(
 
 def check_notes(notes: JsonMapping, file: Path) -> None:
     """Raises ModelError where lorafit.json holds another type than lorafit writes."""
-    if notes.get("format", 1) != 1:
+    if notes.get("format", 1) not in (1, NOTES_FORMAT):
         raise ModelError(
-            f"is of format {notes['format']!r}, this lorafit reads format 1",
+            f"is of format {notes['format']!r}, this lorafit reads formats 1 and {NOTES_FORMAT}",
             file=str(file),
             todo="use the lorafit that wrote it",
         )

@@ -257,6 +257,30 @@ def test_a_run_without_a_card_has_it_made_from_its_rows(world: World) -> None:
     say_all(says, 6, "run", "no card.json", "earlier lorafit", "d.jsonl", "put its rows back")
 
 
+def test_notes_of_an_earlier_form_are_read(world: World) -> None:
+    """Layers that were noted only where they lie elsewhere, parts as names, rows by other columns."""
+    train(world, ("quantization: none", "quantization: nf4"), ("dtype: fp32", "dtype: bf16"))
+    whole = merge(world, "run", "merged")
+    notes = json.loads((world.root / "run" / "adapter" / "lorafit.json").read_text())
+    earlier = {"format": 1, "layers": dict.fromkeys(notes["layers"])}
+    (world.root / "run" / "adapter" / "lorafit.json").write_text(json.dumps(notes | earlier))
+    write_manifest(world.root / "run" / "adapter")
+    file = world.root / "run" / "quantization.json"
+    used = json.loads(file.read_text())
+    for number, (path, proof) in enumerate(used["tensors"].items()):
+        assert proof.pop("parts")
+        if number % 2:
+            proof["parts"] = [f"{path}.weight"]
+    file.write_text(json.dumps(used))
+    file = world.root / "run" / "comparison.json"
+    put_aside = json.loads(file.read_text())
+    for row in put_aside["rows"]:
+        row["input_ids"] = row.pop("tokens")
+    file.write_text(json.dumps(put_aside))
+    again = merge(world, "run", "merged-2")
+    assert again["sha256"] == whole["sha256"] and again["parity"] == whole["parity"] and again["proven"]
+
+
 def whole_digest(world: World) -> str:
     return str(json.loads((world.root / "run" / "manifest.json").read_text())["base"]["digest"])
 

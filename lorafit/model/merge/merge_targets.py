@@ -19,6 +19,7 @@ from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry
 from lorafit.kinds.adapters import AdaptedLayer, Fold, Folding
 from lorafit.model.adapter import AdapterFolder
+from lorafit.model.adapter_checks import NOTES_FORMAT
 from lorafit.model.attach import wrap_model
 from lorafit.model.base import Base
 from lorafit.model.homes import Home, find_homes, read_homes
@@ -131,7 +132,7 @@ def _find_homes(
     entries: Mapping[str, TensorEntry],
 ) -> dict[str, Home]:
     """Homes of all layers the adapter should have: noted, or by their own names, or by the class."""
-    if "layers" in adapter.notes:
+    if "layers" in adapter.notes and adapter.notes.get("format") == NOTES_FORMAT:
         return read_homes(adapter.notes["layers"], entries, str(adapter.path))
     flipped = _transposed_layers(adapter, base.config)
     homes = {}

@@ -205,7 +205,7 @@ def _malformed(used: JsonMapping) -> str | None:
         if noted_kind(used, proof) is None:
             return f"tensors.{name}.kind"
         try:
-            read_parts(proof.get("parts", [["", 0, 0]]))
+            _noted_parts(proof)
         except (TypeError, ValueError):
             return f"tensors.{name}.parts"
     kept = used.get("kept", [])
@@ -224,10 +224,16 @@ def _find_quantised(
     base: Base, proofs: Mapping[str, JsonMapping], entries: Mapping[str, TensorEntry]
 ) -> dict[str, Sequence[Part]]:
     """Where the weights of quantised layers lie: as the run noted it, else by the class."""
-    found = {path: read_parts(proof["parts"]) for path, proof in proofs.items() if "parts" in proof}
+    found = {path: parts for path, proof in proofs.items() if (parts := _noted_parts(proof))}
     require_parts(found, rows_of(entries), str(base.path))
     others = proofs.keys() - found.keys()
     return {**found, **(read_class_parts(base, others, entries) if others else {})}
+
+
+def _noted_parts(proof: JsonMapping) -> tuple[Part, ...]:
+    """Where a quantised weight lies; none by a run of an earlier lorafit, which noted nothing or names of tensors."""
+    parts = proof.get("parts", [])
+    return () if all(isinstance(part, str) for part in parts) else read_parts(parts)
 
 
 def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKind, used: JsonMapping | None) -> None:
