@@ -232,8 +232,8 @@ def _find_quantised(
 
 def _noted_parts(proof: JsonMapping) -> tuple[Part, ...]:
     """Where a quantised weight lies; none by a run of an earlier lorafit, which noted nothing or names of tensors."""
-    parts = proof.get("parts", [])
-    return () if all(isinstance(part, str) for part in parts) else read_parts(parts)
+    parts = proof.get("parts", ["the layer's own"])
+    return () if parts and all(isinstance(part, str) for part in parts) else read_parts(parts)
 
 
 def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKind, used: JsonMapping | None) -> None:
