@@ -67,7 +67,7 @@ class Dpo(NextTokenTask[DpoSection]):
     sequences = 2
     trains_prompts = False
     # A CPU's bf16 products over attention's keys round the last few, which fill no block of 16, otherwise. With none
-    # such, a pair has the same log-probabilities in every micro-batch, and those of the reference to the last bit.
+    # such, a pair has the same log-probabilities in every micro-batch, to the last bit.
     pads_to = 16
     reference_columns = (Column("reference", "<f8", 2),)
 
