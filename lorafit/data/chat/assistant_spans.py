@@ -135,8 +135,8 @@ def _region(index: int, whole: Traced) -> tuple[int, int] | None:
     if len(regions) > 1:
         regions = [region for region in regions if _typed_extent(whole, index, region)[1] > region[0]]
     if len(regions) > 1:
-        places = f"writes message {index + 1} in {len(regions)} places"
-        raise _refusal(f"the chat template {places}: its answer cannot be told apart")
+        places = f"the chat template writes message {index + 1} in {len(regions)} places"
+        raise _refusal(f"{places}: its answer cannot be told apart")
     return regions[0] if regions else None
 
 
