@@ -229,12 +229,10 @@ class LossSum(NamedTuple):
     Attributes:
         loss_sum: Summed over the micro-batch, a scalar in fp32.
         weight: `Batch.weight`, by which the sum over a whole step is divided.
-        counts: Other sums over the micro-batch, by name.
     """
 
     loss_sum: torch.Tensor
     weight: int
-    counts: Mapping[str, torch.Tensor] = {}
 
 
 class Examples(Protocol):

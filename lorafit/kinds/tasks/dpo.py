@@ -155,9 +155,8 @@ class Dpo(NextTokenTask[DpoSection]):
         from lorafit.contracts import LossSum
         from lorafit.objective.next_token import label_losses
 
-        losses, margins = self._compare(_per_pair(label_losses(objective, batch), batch), batch)
-        counts = {"preferred": self._preferred(margins.detach()).sum()}
-        return LossSum(losses.sum().float(), batch.weight, counts)
+        losses, _ = self._compare(_per_pair(label_losses(objective, batch), batch), batch)
+        return LossSum(losses.sum().float(), batch.weight)
 
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Of each pair: loss, 1, whether the chosen answer gained more, and beta times the margin, [pairs]."""

@@ -177,7 +177,7 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         from torch.nn import functional
 
         logits = self.logits(objective, batch)
-        return LossSum(functional.cross_entropy(logits, batch["label_ids"], reduction="sum"), batch.weight, {})
+        return LossSum(functional.cross_entropy(logits, batch["label_ids"], reduction="sum"), batch.weight)
 
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Of each row: its loss, 1, its classes, and those that the model gives it."""
