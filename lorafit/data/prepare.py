@@ -314,9 +314,8 @@ class _Preparation:
         if not read:
             raise DataError("no rows", file=files)
         if dropped:
-            what = (
-                f"no rows left: {dropped} of {read} are longer than max_length {self.encoder.renderer.data.max_length}"
-            )
+            limit = self.encoder.renderer.data.max_length
+            what = f"no rows left: {dropped} of {read} are longer than max_length {limit}"
             raise DataError(what, file=files, todo="raise data.max_length, or set data.overlength: truncate")
         raise DataError(f"no rows left: {read} of {read} are bad", file=files, todo="correct them")
 

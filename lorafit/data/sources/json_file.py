@@ -41,9 +41,8 @@ def read_json_file(path: Path, is_row: Callable[[RawRow], bool]) -> RawRows:
             values = dict(_read_object(text))
             is_lines = bool(text.peek())
         except DataError:
-            is_lines = (
-                whole[begin:].partition("\n")[0].rstrip().endswith("}")
-            )  # an object a line, the first of them malformed
+            first_line = whole[begin:].partition("\n")[0]
+            is_lines = first_line.rstrip().endswith("}")  # an object a line, the first of them malformed
             if not is_lines:
                 raise
         if is_lines:
