@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,8 +73,8 @@ def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> M
     if shipped is not None:
         return shipped
     name = f"shapes/{key_of_code([config, asdict(model_class)])}.json"
-    if (found := kept(name)) is not None:
-        return ModelShape.from_json(found)
+    with contextlib.suppress(KeyError, TypeError):  # not there, or something else
+        return ModelShape.from_json(kept(name))
     shape = read_class_shape(config, model_class)
     keep(name, shape.to_json())
     return shape
@@ -88,6 +88,7 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     """
     from torch import nn
 
+    _check_counts(config, (key for key in _SIZES if config.get(key) == 0))  # transformers divides by some
     auto_class = find_auto_class(config, model_class.auto_class)
     settings = with_task(read_settings(config), model_class)
     _check_sizes(config, settings)
@@ -279,22 +280,32 @@ def _holds_experts(path: str, module: nn.Module) -> bool:
     return is_named and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
+def _check_counts(config: JsonMapping, keys: Iterable[str]) -> None:
+    """Raises ModelError where one of the values, if it is there, counts nothing."""
+    for key in keys:
+        value = config.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise _fault(key, f"{value!r} is not a positive whole number")
+
+
 def _check_sizes(config: JsonMapping, settings: PretrainedConfig) -> None:
     """Raises ModelError where a size of a language model's config is none, or is not there: the class would take its
-    own, and count another model."""
+    own, and count another model; or where heads cannot be grouped."""
     defaults = type(settings)()
     for key in _SIZES if not settings.sub_configs and hasattr(settings, "hidden_size") else ():
         own = settings.attribute_map.get(key, key)
         names = {key, own} | {name for name, other in settings.attribute_map.items() if other == key}
-        written = [config[name] for name in names if name in config]
-        fault = ""
-        if not written and own in vars(settings) and getattr(settings, key) == getattr(defaults, key):
-            fault = f"is missing; a {settings.model_type} model's config.json needs it"
-        elif any(not isinstance(value, int) or isinstance(value, bool) or value <= 0 for value in written):
-            fault = f"{written[0]!r} is not a positive whole number; repair the file"
-        if fault:
-            what, _, todo = fault.partition("; ")
-            raise ModelError(what, file="config.json", key=key, todo=todo)
+        _check_counts(config, names)
+        is_there = any(name in config for name in names)
+        if not is_there and own in vars(settings) and getattr(settings, key) == getattr(defaults, key):
+            raise _fault(key, "is missing", f"a {settings.model_type} model's config.json needs it")
+    heads, groups = (getattr(settings, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups:
+        raise _fault("num_key_value_heads", f"{heads} heads cannot share {groups} key and value heads")
+
+
+def _fault(key: str, what: str, todo: str = "repair the file") -> ModelError:
+    return ModelError(what, file="config.json", key=key, todo=todo)
 
 
 def _first(config: PretrainedConfig, keys: tuple[str, ...], default: T) -> T:

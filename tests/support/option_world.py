@@ -98,7 +98,7 @@ class OptionWorld:
 
     def rows(self, changes: Changes, split: str = "train") -> list[tuple[list[int], list[int]]]:
         """Ids of each prepared row of a split, and the labels: -100 where nothing is learnt."""
-        examples = getattr(self.job(changes).rows, split)
+        examples = self.job(changes).rows.splits.get(split)
         if examples is None:
             return []
         found = []

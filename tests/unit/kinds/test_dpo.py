@@ -129,7 +129,6 @@ def test_gains_that_only_rounding_tells_apart_are_a_tie() -> None:
     batch = task.collate([[one] for one in refer_to(objective, make_examples(3))], PAD)
     batch["reference"][:, 0] += torch.tensor([1e-5, 1e-3, -1e-3])  # what the chosen answers gained less
     assert objective.score(batch)["preferred"].tolist() == [0.5, 0.0, 1.0]
-    assert objective(batch).counts["preferred"] == 1.5
 
 
 def test_a_pair_is_two_sequences_wherever_memory_is_asked() -> None:
