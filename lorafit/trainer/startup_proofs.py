@@ -135,7 +135,7 @@ def _gradient_at(objective: Objective, batch: Batch) -> torch.Tensor:
         return leaves[-1].clone()  # a leaf may not be changed in place, and some models do
 
     with objective.base.get_input_embeddings().register_forward_hook(cut), torch.enable_grad():
-        loss_sum, _, _ = objective(batch)
+        loss_sum, _ = objective(batch)
     return torch.autograd.grad(loss_sum, leaves[0])[0][0]
 
 

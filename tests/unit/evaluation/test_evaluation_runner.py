@@ -223,7 +223,7 @@ def test_a_better_model_is_called_better(make_tuned, tokenizer, make_rows):
     objective = build_objective(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for _ in range(60):
-        loss, weight, _ = objective(objective.task.collate([[row] for row in rows], 257))
+        loss, weight = objective(objective.task.collate([[row] for row in rows], 257))
         (loss / weight).backward()
         optimizer.step()
         optimizer.zero_grad()

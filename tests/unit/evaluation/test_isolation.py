@@ -147,7 +147,7 @@ def train(model, rows, evaluate_every):
     seen = []
     for step in range(4):
         model.train()
-        loss, weight, _ = objective(objective.task.collate([[rows[step % len(rows)]]], 257))
+        loss, weight = objective(objective.task.collate([[rows[step % len(rows)]]], 257))
         (loss / weight).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -129,7 +129,7 @@ def measure_and_estimate(
     steps = optimizer.build(trained, 1e-3, torch.device("cpu"))
 
     def step() -> None:
-        loss, weight, _ = objective(batch)
+        loss, weight = objective(batch)
         (loss / weight).backward()
         steps.step()
         steps.zero_grad(set_to_none=False)

@@ -72,7 +72,7 @@ def gradients(objective: Objective, parts: list[MicroBatch], rows: Rows) -> tupl
     total = 0.0
     for part in parts:
         batch = objective.task.collate([[rows[row] for row in documents] for documents in part], PAD)
-        loss_sum, _, _ = objective(batch)
+        loss_sum, _ = objective(batch)
         loss_sum.backward()
         total += float(loss_sum.detach())
     return total, {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
