@@ -190,8 +190,10 @@ def enable_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
     with quiet_libraries():
         if not enabled:
             base.gradient_checkpointing_disable()
-        else:
+        elif hasattr(base, "activation_checkpointing_enable"):  # its name in newer ones
             base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
     base.config.use_cache = False
 
 
