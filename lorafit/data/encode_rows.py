@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorafit.console.wording import counted
 from lorafit.contracts import Encoded, Sample, TaskRow
@@ -40,6 +41,7 @@ SECONDS_A_WORKER = 0.7  # of work, that are worth a process: starting one takes 
 WORKERS_LIMIT = 16
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 _CHUNKS_AHEAD = 4  # for each worker; bounds what waits in memory
+_MANAGER_SECONDS = 2.0  # it sees at once that its processes are gone
 
 
 @dataclass(slots=True)
@@ -229,9 +231,12 @@ def _encode_in_workers(
                 while waiting:
                     yield waiting.popleft().result()
             except BaseException:  # nobody wants the chunks any more that workers are in the midst of
+                manager: Any = pool._executor_manager_thread  # a thread, whatever typeshed says
                 for process in list((pool._processes or {}).values()):  # as Python 3.14's `kill_workers`
                     process.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
+                if manager is not None:  # Python's exit would wake it while it closes its pipe, and print a traceback
+                    manager.join(_MANAGER_SECONDS)
                 raise
     except BrokenProcessPool:
         raise ResourceError("a process that tokenises rows was killed: memory ran out?", todo="free memory") from None
