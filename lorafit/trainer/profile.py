@@ -101,7 +101,7 @@ def measure_speed(
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The device's flops a second in square products, measured once for a machine, dtype, number of threads and this code."""
+    """The device's flops a second in square products, measured once for a machine, number of threads and this code."""
     name = f"peaks/{key_of_code([_name(device), str(dtype), torch.get_num_threads()])}.json"
     known = kept(name)
     if isinstance(known, float) and 0 < known < math.inf:
