@@ -83,7 +83,7 @@ class DryRun:
             quantization=step.quantization.section,
             dtype=dtype_named(step.dtype),
             compute_dtype=dtype_named(step.compute_dtype),
-            attention=step.attention,
+            attention="sdpa" if step.attention == "flash_attention_2" else step.attention,  # both save the same
             device_kind=step.device_kind,
             model_class=step.task.model_class.padded_with(0),
         )

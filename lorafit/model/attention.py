@@ -37,11 +37,16 @@ def takes_fused_attention(model: PreTrainedModel) -> bool:
 
 
 def check_attention(name: str, model: PreTrainedModel) -> None:
-    """Refuses `fused` for a model that computes its attention by itself.
+    """Refuses `fused` for a model that computes its attention by itself, and `flash_attention_2` without its package.
 
     Raises:
-        ModelError: It is asked for, and the model would run another one without a word.
+        ModelError: It is asked for, and the model would run another one without a word, or one fetched from the hub.
     """
+    from transformers.utils import is_flash_attn_2_available
+
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        todo = "install flash-attn, or write model.attention: auto"
+        raise ModelError("flash_attention_2 needs the package flash-attn and a card that it runs on", todo=todo)
     if name == FUSED_ATTENTION and not takes_fused_attention(model):
         raise ModelError(
             f"{type(model).__name__} cannot run with fused attention: it does not look its attention up by name",
@@ -57,7 +62,6 @@ def set_attention(model: PreTrainedModel, name: str) -> str | dict[str, str]:
 
     Raises:
         ValueError: The language model does not know it either.
-        ImportError: Its package is missing.
     """
     register_fused_attention()
     try:

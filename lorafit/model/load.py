@@ -13,7 +13,6 @@ The same without weights, where nothing is computed and nothing takes memory:
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from lorafit.model.classes import build_empty, find_auto_class, read_settings, w
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import leave_towers_out, unquantised_names
+from lorafit.ops.import_bitsandbytes import import_bitsandbytes
 from lorafit.ops.process_memory import trim_heap
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def load_model(
     reporter.info(f"loading {base.shown} ({quantization.kind})")
     with quiet_libraries():
         if torch.device(device).type in ("cpu", "cuda"):
-            _import_bitsandbytes()
+            import_bitsandbytes()
         auto = getattr(transformers, find_auto_class(base.config, model_class.auto_class))
         skeleton = build_class(base, model_class=model_class)
         names = check_weights(skeleton, entries, base.path, has_new_head=model_class.has_new_head)
@@ -141,25 +141,6 @@ def load_model(
     model.requires_grad_(False)
     model.config.use_cache = False  # else packed rows see each other, and checkpointing warns
     return model
-
-
-def _import_bitsandbytes() -> None:
-    """Imports bitsandbytes without torch's compiler: about a second less at the start of a run.
-
-    While it is imported, it wraps four fallback kernels in `torch.compile`, which imports all of the compiler; CPUs
-    and CUDA devices have kernels of their own for what those do.
-    """
-    switch = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
-        with contextlib.suppress(ImportError):  # said where it is needed
-            import bitsandbytes  # noqa: F401
-    finally:
-        if before is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before
 
 
 def let_go_of_files(model: torch.nn.Module) -> None:
@@ -236,6 +217,7 @@ def build_weightless(
     """
     kind = quantizations.bind(quantization)
     with quiet_libraries():
+        import_bitsandbytes()
         settings = with_task(read_settings(config), model_class)
         model = build_empty(settings, find_auto_class(config, model_class.auto_class), dtype=dtype)
         if model._can_set_attn_implementation():

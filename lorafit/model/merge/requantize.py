@@ -16,6 +16,7 @@ from lorafit.kinds.code_proofs import count_differences
 from lorafit.kinds.quantizations import Packed, QuantizationSection, RebuiltRows, packed_kind
 from lorafit.model.inspect import digest_of
 from lorafit.model.names import Part
+from lorafit.ops.import_bitsandbytes import import_bitsandbytes
 
 
 class PlainRows:
@@ -81,6 +82,7 @@ class Rebuilder:
     def __init__(
         self, entries: Mapping[str, TensorEntry], used: JsonMapping, homes: Mapping[str, Sequence[Part]]
     ) -> None:
+        import_bitsandbytes()
         self._entries, self._used, self._homes = entries, used, homes
         self._recent: dict[str, RebuiltRows] = {}
         self._proofs: dict[str, JsonMapping] = {}

@@ -175,6 +175,16 @@ def test_closed_form_of_models_read_from_their_classes(model: str, tmp_path: Pat
         assert question.at(2 * 1024, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.05)
 
 
+def test_flash_attention_is_tried_without_its_package(tmp_path: Path) -> None:
+    """Its memory is that of sdpa's own flash kernel; transformers would import the package, or fetch a kernel."""
+    config = {**(known_config("HuggingFaceTB/SmolLM2-135M") or {}), "num_hidden_layers": 2}
+    sdpa, flash = (
+        exact(ask(config, tmp_path, device_kind="cuda", model__attention=name), config, False)
+        for name in ("sdpa", "flash_attention_2")
+    )
+    assert flash.tensor_bytes == sdpa.tensor_bytes
+
+
 @pytest.mark.slow
 def test_a_tower_that_knows_no_sdpa_keeps_its_own_attention(tmp_path: Path) -> None:
     """Gemma 4's for sounds."""
