@@ -152,7 +152,7 @@ class CheckpointError(LorafitError):
 
 
 class ResourceError(LorafitError):
-    """Memory or disk ran out."""
+    """Memory or disk ran out, or a card cannot be used."""
 
     exit_code = 7
 

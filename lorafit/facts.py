@@ -233,12 +233,14 @@ class DeviceFacts:
     """Where the run happens.
 
     Attributes:
-        kind: `cpu`, `cuda` or `mps`.
+        kind: `cpu` or `cuda`.
         name: Name to print, e.g. `NVIDIA L4` or `cpu`.
-        memory_bytes: Usable memory: what torch reports for a card; on a CPU the smaller of available RAM and the
-            cgroup's limit.
+        memory_bytes: Usable memory: of this machine's card what no other process holds, of a named one what torch
+            reports; on a CPU the smaller of available RAM and the cgroup's limit.
         bf16: Whether bf16 matrix products run at speed.
         count: Processes that train together.
+        capability: Compute capability of this machine's card, e.g. (8, 9); None of a named card and of a CPU.
+        note: What a user should know of the choice, in a sentence; mostly empty.
     """
 
     kind: str
@@ -246,3 +248,10 @@ class DeviceFacts:
     memory_bytes: int
     bf16: bool
     count: int = 1
+    capability: tuple[int, int] | None = None
+    note: str = ""
+
+    @property
+    def card(self) -> str:
+        """What rounds a run's sums: this machine's card with its capability; empty of others and of a CPU."""
+        return "" if self.capability is None else f"{self.name}, capability {self.capability[0]}.{self.capability[1]}"

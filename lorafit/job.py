@@ -150,6 +150,7 @@ def open_job(
     now: datetime | None = None,
     commit: str | None = None,
     glance: int | None = None,
+    device: DeviceFacts | None = None,
 ) -> Job:
     """Opens a recipe. Files of rows are looked for before anything heavy starts.
 
@@ -159,10 +160,12 @@ def open_job(
         now: The moment that a run took for the present one when it began; this minute where None.
         commit: Of the base on the hub, which a run began with; what the recipe's revision means by now where None.
         glance: Enough to prepare so many rows of each split, for who only looks at them; all where None.
+        device: What the model would be on; this machine's where None.
 
     Raises:
         DataError: Files or rows are bad.
         ModelError: Base or tokenizer cannot be used.
+        ResourceError: There is a card, and torch cannot use it.
     """
     recipe = loaded.recipe
     look_for_rows(loaded)
@@ -172,6 +175,7 @@ def open_job(
     from lorafit.model.class_shape import find_shape
     from lorafit.model.load import load_tokenizer
 
+    device = device or read_device()
     model = recipe.model if commit is None else recipe.model.model_copy(update={"revision": commit})
     with placed(loaded):
         base = resolve_base(model, loaded.folder, reporter).known_as(revision=recipe.model.revision)
@@ -179,7 +183,7 @@ def open_job(
     tokenizer = load_tokenizer(base)
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
     rows, shape = prepare_rows(loaded, renderer, base.config, reporter, glance=glance)
-    return Job(loaded, base, shape, tokenizer, renderer, rows, read_device())
+    return Job(loaded, base, shape, tokenizer, renderer, rows, device)
 
 
 def prepare_rows(

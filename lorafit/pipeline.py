@@ -22,7 +22,7 @@ from lorafit.files.rundir import RunDir
 from lorafit.job import build_objective, look_at_template, open_job, placed, prove
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
-from lorafit.machine.devices import parse_gpu
+from lorafit.machine.devices import parse_gpu, read_device
 from lorafit.recipe.load import load_recipe
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.run.results import Classified, Evaluated, Generated, Merged, Trained, Validated
@@ -67,7 +67,7 @@ def preview(
 
     glance = None if counts_all else show
     loaded = load_recipe(recipe, overrides, look_at_template=look_at_template)
-    job = open_job(loaded, reporter or Silent(), glance=glance)
+    job = open_job(loaded, reporter or Silent(), glance=glance, device=read_device("cpu"))  # nothing will run
     return room.preview(job.rows, job.renderer, show)
 
 

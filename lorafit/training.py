@@ -238,7 +238,7 @@ class Training:
     def _find_checkpoint(
         self, store: CheckpointStore, step: int | None, allow_inexact: bool
     ) -> tuple[Checkpoint | None, list[Event]]:
-        job, device = self.job, self.job.device
+        job = self.job
         if read_base_digest(self.where) not in (None, job.base.origin.digest):
             require_recorded(job.base.path, self.where.base)  # names the tensors, where more than the config changed
         check_same_facts(self.where, job.origin())
@@ -247,7 +247,7 @@ class Training:
             return None, []
         events = check_continuity(
             checkpoint.environment,
-            Environment.here(device.kind, device.count),
+            Environment.here(job.device.kind, job.device.count, job.device.card),
             allow_inexact=allow_inexact,
             reporter=self.reporter,
             where=str(checkpoint.folder),
@@ -307,7 +307,7 @@ class Training:
         at_once, task = resolved.micro_batches_at_once, executor.objective.task
         cutter = Cutter(rows.train, task, job.pad_id, recipe.data.packing, resolved.attention, at_once)
         load = partial(load_adapter_weights, model)
-        environment = Environment.here(executor.device.type, executor.ranks)
+        environment = Environment.here(executor.device.type, executor.ranks, job.device.card)
         return Trainer(
             executor,
             update,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
-from lorafit.errors import UsageError
+from lorafit.console.wording import first_line
+from lorafit.errors import ResourceError, UsageError
 from lorafit.facts import DeviceFacts
 from lorafit.machine.hardware import choose_card, find_card, nearest_cards, usable_bytes
 
@@ -30,6 +32,12 @@ _SIZE = re.compile(r"^\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)\
 _SMALLEST_BYTES, _LARGEST_BYTES = 2**28, 2**44
 _RANGE = "0.25GiB to 16384GiB"
 _LARGEST_BARE_GIB = 512  # more than a card has: a number without a unit above it is a card's
+CUDA_CONTEXT_BYTES = 512 * 2**20
+"""CUDA context and kernels of a process: 0.4-0.6 GiB by card and driver."""
+_BUILD = re.compile(r"(?P<code>sm|compute)_(?P<major>[0-9]+)(?P<minor>[0-9])(?P<only>[a-z]?)")
+_SIGNS_OF_A_CARD = ((Path("/dev"), "nvidia[0-9]*"), (Path("/usr/lib/wsl/lib"), "libcuda.so.1"))
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_MEAN_THE_CPU = "put CUDA_VISIBLE_DEVICES= before the command to mean the CPU"
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86; the last is what Linux calls it on Arm
 
 
@@ -83,21 +91,104 @@ def format_bytes(size: int | float) -> str:
     return f"{size:.0f} B"
 
 
-def read_device(kind: str = "auto") -> DeviceFacts:
-    """The device that this process trains on: `cpu`, `cuda` or `mps`; `auto` takes the first GPU there is."""
+def read_device(kind: Literal["auto", "cpu"] = "auto") -> DeviceFacts:
+    """The device that this process trains on: a card that torch can use where there is one, else the CPU.
+
+    `cpu`, as an empty CUDA_VISIBLE_DEVICES, means the CPU and looks for no card.
+
+    Raises:
+        ResourceError: There is a card, and the installed torch or the driver cannot use it.
+    """
     processes = max(1, int(os.environ.get("WORLD_SIZE", "1") or 1))
-    if kind != "cpu":
+    note = ""
+    if kind == "auto":
         import torch
 
-        if kind in ("auto", "cuda") and torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            # compute capability 8.0 (Ampere) is the first with bf16 tensor cores; ROCm reports 9.x for its own
-            bf16 = properties.major >= 8
-            return DeviceFacts("cuda", properties.name, properties.total_memory, bf16, processes)
-        if kind in ("auto", "mps") and torch.backends.mps.is_available():
-            limit = torch.mps.recommended_max_memory()
-            return DeviceFacts("mps", "Apple GPU", min(limit, cpu_memory_bytes()), False, processes)
-    return DeviceFacts("cpu", "cpu", cpu_memory_bytes() // processes, _cpu_has_bf16(), processes)
+        if torch.cuda.is_available():
+            return _read_card(processes)
+        _require_no_card()
+        if torch.backends.mps.is_available():
+            note = "the run takes the CPU: Apple's GPU is not supported, since no resume or merge is proven on it"
+    return DeviceFacts("cpu", "cpu", cpu_memory_bytes() // processes, _cpu_has_bf16(), processes, note=note)
+
+
+def _read_card(processes: int) -> DeviceFacts:
+    """The card of this process, which is that of its local rank.
+
+    Memory is what this process may have in all: what is free, and what it holds, its CUDA context too. A card that
+    shares the host's memory counts the host's file cache as taken, which makes room when asked.
+    """
+    import torch
+
+    local_rank = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    index = local_rank % torch.cuda.device_count()
+    properties = torch.cuda.get_device_properties(index)
+    capability, built_for = (properties.major, properties.minor), torch.cuda.get_arch_list()
+    if not torch.version.hip and not _runs_on(capability, built_for):
+        what = (
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, and torch "
+            f"{torch.__version__} was built for {', '.join(built_for)} alone"
+        )
+        raise ResourceError(what, todo=f"install a torch that was built for this card, or {_MEAN_THE_CPU}")
+    if properties.is_integrated:
+        free = cpu_memory_bytes()
+    else:
+        free = torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index) + CUDA_CONTEXT_BYTES
+    # compute capability 8.0 (Ampere) is the first with bf16 tensor cores; ROCm reports 9.x for its own
+    bf16 = properties.major >= 8
+    return DeviceFacts("cuda", properties.name, min(properties.total_memory, free), bf16, processes, capability)
+
+
+def _runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether a card of this capability runs one of torch's builds, e.g. `sm_80` or `compute_120`.
+
+    Source: CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility": machine code (sm) runs on the
+    same major capability from its minor one on, PTX (compute) on any later one; what ends in a letter, on its own.
+    """
+    for build in built_for:
+        if (match := _BUILD.fullmatch(build)) is None:
+            continue
+        made_for = (int(match["major"]), int(match["minor"]))
+        is_later = capability >= made_for and (match["code"] == "compute" or capability[0] == made_for[0])
+        if capability == made_for or (is_later and not match["only"]):
+            return True
+    return False
+
+
+def _require_no_card() -> None:
+    """Raises a ResourceError where this machine has a card of NVIDIA's that nobody hid and torch cannot use."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    is_hidden = visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
+    if is_hidden or not any(any(place.glob(name)) for place, name in _SIGNS_OF_A_CARD):
+        return
+    if torch.version.cuda is None:
+        what = f"this machine has a card, and torch {torch.__version__} was built without CUDA"
+        raise ResourceError(what, todo=f"install torch's build for CUDA, or {_MEAN_THE_CPU}")
+    why = "it finds none"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:  # "The NVIDIA driver on your system is too old (found version 12020). Please ..."
+        why = first_line(error).split(". ")[0]
+    what = f"torch {torch.__version__} for CUDA {torch.version.cuda} cannot use this machine's card"
+    if (driver := _driver_version()) is not None:
+        what += f" with driver {driver}"
+    todo = "look whether nvidia-smi lists it"
+    if visible is not None:
+        what, todo = f"{what} and CUDA_VISIBLE_DEVICES={visible}", "name one that nvidia-smi lists"
+    if "driver" in why:
+        todo = "update the driver, or install a torch for an older CUDA"
+    raise ResourceError(f"{what}: {why}", todo=f"{todo}, or {_MEAN_THE_CPU}")
+
+
+def _driver_version() -> str | None:
+    """Of NVIDIA's kernel module, e.g. `535.183.01`."""
+    try:
+        text = _DRIVER_FILE.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    return match[0] if (match := re.search(r"[0-9]+\.[0-9.]+[0-9]", text)) else None
 
 
 def cpu_memory_bytes() -> int:

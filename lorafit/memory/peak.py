@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorafit.contracts import JsonObject
+from lorafit.machine.devices import CUDA_CONTEXT_BYTES
 
 ALLOCATOR_FACTOR = {"cuda": 1.10, "cpu": 1.40}
 """Reserved beside allocated: torch's caching allocator rounds and fragments. Source: the published fms-hf-tuning
@@ -13,8 +14,8 @@ benchmark, fused-loss rows, (nvidia-smi - context) / max_memory_allocated = 1.10
 with full logits. On a CPU: resident memory less context over live tensors, 0.9 to 1.5 in the 24 runs of
 benchmarks/memory_measured.py (the C library keeps what was freed, oneDNN its buffers, loading its copies)."""
 
-CONTEXT_BYTES = {"cuda": 512 * 2**20, "cpu": 600 * 2**20}
-"""CUDA context and kernels: 0.4-0.6 GiB by card and driver. On a CPU: interpreter and libraries, as resident
+CONTEXT_BYTES = {"cuda": CUDA_CONTEXT_BYTES, "cpu": 600 * 2**20}
+"""What a process takes before any tensor. On a CPU: interpreter and libraries, as resident
 memory: 410 MiB measured with torch, transformers, peft, bitsandbytes and accelerate; datasets, arrow and the tokenizer
 are the rest."""
 

@@ -269,8 +269,8 @@ def _bounds(memory: StepMemory, step_rows: int, device: DeviceFacts) -> _Bounds:
 def _warnings(
     recipe: Recipe, memory: StepMemory, dataset: DatasetFacts, device: DeviceFacts, total_steps: int
 ) -> tuple[str, ...]:
-    found = []
     training, shape, dtype = recipe.training, memory.step.model, memory.step.dtype
+    found = [device.note] if device.note else []
     if dtype == "fp16" and device.kind == "cpu":
         found.append("fp16 on a CPU is slow and overflows easily; bf16 or fp32 is meant for it")
     if dtype == "bf16" and not device.bf16:

@@ -56,11 +56,13 @@ class Environment:
     versions: Mapping[str, str]
     threads: Annotated[int, Field(ge=0, le=_MOST_THREADS)] = 0
     """torch's on a CPU, where sums depend on how they are split; 0 where an older run recorded none."""
+    card: str = ""
+    """Its name and capability, by which kernels are chosen; empty on a CPU, and where an older run recorded none."""
 
     @classmethod
-    def here(cls, device_kind: str, ranks: int) -> Environment:
+    def here(cls, device_kind: str, ranks: int, card: str = "") -> Environment:
         """This process's."""
-        return cls(device_kind, ranks, installed_versions(), torch.get_num_threads())
+        return cls(device_kind, ranks, installed_versions(), torch.get_num_threads(), card)
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ def check_continuity(
         for name in sorted(set(was.versions) & set(now.versions))
         if was.versions[name] != now.versions[name]
     ]
+    if was.card and now.card not in ("", was.card):
+        differences.append(f"the card was {was.card} and is {now.card}")
     if changed:
         differences.append(f"versions changed ({', '.join(changed)})")
     for difference in differences:

@@ -17,7 +17,7 @@ import pytest
 
 import lorafit
 from lorafit import api
-from lorafit.errors import DataError, Problems, RecipeError, UsageError
+from lorafit.errors import DataError, Problems, RecipeError, ResourceError, UsageError
 from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import make_recipe, make_rows
 
@@ -198,6 +198,20 @@ def test_quiet_keeps_warnings_and_nothing_else(
         lorafit.preview(values, rows=rows, quiet=True)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_a_card_that_torch_cannot_use_ends_a_training_and_no_preview(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").touch()
+    monkeypatch.setattr("lorafit.machine.devices._SIGNS_OF_A_CARD", ((tmp_path / "dev", "nvidia[0-9]*"),))
+    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "question_answer" in str(lorafit.preview(values, rows=make_rows(12), show=1, quiet=True))
+    with pytest.raises(ResourceError, match="built without CUDA"):
+        lorafit.train(values, rows=make_rows(12), quiet=True)
 
 
 def test_rows_in_memory_are_called_by_parameter_and_index(

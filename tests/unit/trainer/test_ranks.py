@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError
+from lorafit.facts import DeviceFacts
 from lorafit.trainer.checkpoint import Environment, check_continuity
-from lorafit.trainer.state import TrainState
+from lorafit.trainer.state import TrainState, read_dataclass
 from tests.support.processes import ENVIRONMENT, start
 from tests.support.tiny_run import Job
 
@@ -22,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 from tests.support.tiny_run import Job, set_rate
 from lorafit.errors import StoppedBySignal
-from lorafit.trainer.state import TrainState
+from lorafit.trainer.state import TrainState, read_dataclass
 
 whole = Job(Path({root!r}) / "two")
 trainer = whole.trainer()
@@ -104,3 +106,19 @@ def test_other_versions_are_warned_about_and_recorded() -> None:
     ]
     assert events == [{"kind": "inexact_resume", "what": "versions changed (torch was 2.1 and is 2.2)"}]
     assert check_continuity(now, now, allow_inexact=False, reporter=reporter, where="x") == []
+
+
+def test_another_card_is_warned_about_and_recorded() -> None:
+    """Kernels are chosen by the card. A checkpoint of an earlier lorafit does not say which it was, and goes on."""
+    reporter = Silent()
+    was, now = (
+        Environment.here("cuda", 1, DeviceFacts("cuda", name, 2**34, True, capability=capability).card)
+        for name, capability in (("NVIDIA L4", (8, 9)), ("NVIDIA H200", (9, 0)))
+    )
+    events = check_continuity(was, now, allow_inexact=False, reporter=reporter, where="x")
+    said = "the card was NVIDIA L4, capability 8.9 and is NVIDIA H200, capability 9.0"
+    assert reporter.warnings == [f"{said}: the rest of the run is not guaranteed bitwise the same"]
+    assert events == [{"kind": "inexact_resume", "what": said}]
+    older = {name: value for name, value in asdict(was).items() if name != "card"}
+    for before in (read_dataclass(Environment, older, "environment"), now):
+        assert check_continuity(before, now, allow_inexact=False, reporter=reporter, where="x") == []
