@@ -239,7 +239,7 @@ class DeviceFacts:
             reports; on a CPU the smaller of available RAM and the cgroup's limit.
         bf16: Whether bf16 matrix products run at speed.
         count: Processes that train together.
-        capability: Compute capability of this machine's card, e.g. (8, 9); None of a named card and of a CPU.
+        capability: A card's compute capability, e.g. (8, 9); None where only a size is known, and of a CPU.
         note: What a user should know of the choice, in a sentence; mostly empty.
     """
 
@@ -253,5 +253,5 @@ class DeviceFacts:
 
     @property
     def card(self) -> str:
-        """What rounds a run's sums: this machine's card with its capability; empty of others and of a CPU."""
+        """What rounds a run's sums: the card with its capability; empty of a CPU, and where only a size is known."""
         return "" if self.capability is None else f"{self.name}, capability {self.capability[0]}.{self.capability[1]}"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorafit.console.wording import first_line
 from lorafit.contracts import Batch, JsonMapping, Reporter, Silent
@@ -29,7 +30,7 @@ from lorafit.estimation import RecipeEstimate
 from lorafit.estimation.layer_list import LayerList
 from lorafit.memory import MemoryEstimate, Phase, StepShape
 from lorafit.memory.peak import PHASES
-from lorafit.model import fuse
+from lorafit.model import attention, fuse
 from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import build_weightless, enable_checkpointing, fill_with_fakes, unpacking_fakes
@@ -112,7 +113,7 @@ class DryRun:
         for group in self._optimizer.param_groups:
             if self._on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there
-        with self._fake, _as_it_would_run(self._on_cuda), _LiveFakes():
+        with self._fake, _as_it_would_run(step), _LiveFakes():
             self._make_gradients()
             self._optimizer.step()  # its state exists from now on
             self._optimizer.zero_grad(set_to_none=True)
@@ -152,7 +153,7 @@ class DryRun:
         step = self.step
         enable_checkpointing(self._model, checkpointing)
         live = _LiveFakes(_CUDA_BLOCK_BYTES if self._on_cuda else 1, holds_documents=step.packs_rows)
-        with self._fake, _as_it_would_run(self._on_cuda), unpacking_fakes():
+        with self._fake, _as_it_would_run(step), unpacking_fakes():
             if accumulates:
                 self._make_gradients()
             with (
@@ -236,12 +237,13 @@ def _grouped_product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _as_it_would_run(on_cuda: bool) -> Iterator[None]:
+def _as_it_would_run(step: StepShape) -> Iterator[None]:
     """Puts in place what a real run does otherwise than fake tensors of a CPU, as far as it decides what is kept.
 
     transformers takes fake tensors for a trace, and then builds masks that a run does without. A CPU's dropout mask is
-    made, not drawn. On CUDA a fused dropout keeps a mask of a byte a value, attention with dropout keeps no scores,
-    autocast computes pow and LayerNorm in fp32, and the loss takes more labels at once.
+    made, not drawn. On CUDA a fused dropout keeps a mask of a byte a value, attention with dropout keeps no scores
+    unless the card has no kernel but plain products, autocast computes pow and LayerNorm in fp32, and the loss takes
+    more labels at once.
 
     Source: ATen/native/Dropout.cpp; ATen/autocast_mode.h, AT_FORALL_FP32 (the rest of that list meets fp32 already, or
     stands in no model).
@@ -253,13 +255,15 @@ def _as_it_would_run(on_cuda: bool) -> Iterator[None]:
             (import_utils, "is_fake_tensor", lambda tensor: False),
             (dropout, "draw_kept", lambda x, probability: torch.empty_like(x)),
         ]
-        if on_cuda:
+        if step.device_kind != "cpu":
+            is_math = step.attention_kernel == "math"
             patches += [
+                (attention, "_capability_of", lambda tensor: step.capability),
                 (functional, "dropout", _fused_dropout),
                 (fuse, "drop", _fused_dropout),
                 (functional, "layer_norm", _computed_in_fp32(functional.layer_norm)),
                 (torch, "pow", _computed_in_fp32(torch.pow)),
-                (functional, "scaled_dot_product_attention", _attention_without_masks),
+                (functional, "scaled_dot_product_attention", _with_products if is_math else _attention_without_masks),
                 (cross_entropy, "chunk_labels", lambda vocabulary, device_kind: chunk_labels(vocabulary, "cuda")),
             ]
         for owner, name, replacement in patches:
@@ -275,6 +279,12 @@ def _fused_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, i
 def _attention_without_masks(*arguments: Any, **options: Any) -> torch.Tensor:
     """CUDA's flash kernel draws its dropout again in the backward pass; a CPU's has none and falls back to scores."""
     return _attention(*arguments, **{**options, "dropout_p": 0.0})
+
+
+def _with_products(*arguments: Any, **options: Any) -> torch.Tensor:
+    """What torch falls back to, on every device."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return _attention(*arguments, **options)
 
 
 def _computed_in_fp32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

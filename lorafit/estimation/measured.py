@@ -60,7 +60,7 @@ class MeasuredSteps:
         if not step.model.scanning_layers or step.row_tokens <= LONGEST_ROW_TOKENS:
             return _on_line(*self._two_sizes(step, checkpointing), tokens)
         longest = self._measured(_of_length(step, LONGEST_ROW_TOKENS), tokens, checkpointing)
-        if step.attention != "eager":
+        if not step.keeps_scores:
             return longest
         half = self._measured(_of_length(step, LONGEST_ROW_TOKENS // 2), tokens, checkpointing)
         return _between(half, longest, 2 * step.row_tokens / LONGEST_ROW_TOKENS - 1, tokens)
@@ -104,7 +104,7 @@ def _kinds_of(step: StepShape) -> JsonObject:
         "optimizer": step.optimizer.section.model_dump(mode="json"),
         "task": step.task.section.model_dump(mode="json"),
         "dtype": [step.dtype, step.compute_dtype],
-        "attention": step.attention,
+        "attention": [step.attention, step.attention_kernel],
         "device": step.device_kind,
         "packing": step.packing,
         "keeps_unpacked": step.keeps_unpacked,

@@ -14,7 +14,7 @@ from typing import Literal
 from lorafit.console.wording import first_line
 from lorafit.errors import ResourceError, UsageError
 from lorafit.facts import DeviceFacts
-from lorafit.machine.hardware import choose_card, find_card, nearest_cards, usable_bytes
+from lorafit.machine.hardware import FIRST_WITH_BF16, capability_of, choose_card, find_card, nearest_cards, usable_bytes
 
 _UNITS = {
     "": 2**30,
@@ -50,7 +50,9 @@ def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
     if text.strip().lower() == "cpu":
         return read_device("cpu")
     if (card := choose_card(text, flag)) is not None:
-        return DeviceFacts("cuda", str(card["names"][0]), usable_bytes(card), bool(card["bf16"]))
+        capability = capability_of(card)
+        bf16 = capability >= FIRST_WITH_BF16
+        return DeviceFacts("cuda", str(card["names"][0]), usable_bytes(card), bf16, capability=capability)
     match = _SIZE.match(text)
     if match is None or _is_no_size(match[1], match[2].lower()):
         close = nearest_cards(text)
@@ -134,8 +136,7 @@ def _read_card(processes: int) -> DeviceFacts:
         free = cpu_memory_bytes()
     else:
         free = torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index) + CUDA_CONTEXT_BYTES
-    # compute capability 8.0 (Ampere) is the first with bf16 tensor cores; ROCm reports 9.x for its own
-    bf16 = properties.major >= 8
+    bf16 = capability >= FIRST_WITH_BF16
     return DeviceFacts("cuda", properties.name, min(properties.total_memory, free), bf16, processes, capability)
 
 

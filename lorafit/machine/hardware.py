@@ -17,6 +17,8 @@ from lorafit.errors import UsageError
 from lorafit.machine.shipped import shipped
 
 _MAKERS = re.compile(r"^(nvidia|amd|geforce|quadro|tesla|instinct|rtx|gtx)+")
+FIRST_WITH_BF16 = (8, 0)
+"""Compute capability of Ampere, the first with bf16 tensor cores; ROCm reports 9.x for its own."""
 _MEMORY = re.compile(r"[\s_-]+([0-9]+)\s*(?:gib|gb|g)\s*$", re.IGNORECASE)
 
 
@@ -75,6 +77,12 @@ def nearest_cards(text: str, count: int = 3) -> list[str]:
 def usable_bytes(card: JsonObject) -> int:
     """What torch reports for a card where that is known, else what its label says."""
     return round(float(card.get("torch_gib") or card["label_gib"]) * 2**30)
+
+
+def capability_of(card: JsonObject) -> tuple[int, int]:
+    """Its CUDA compute capability, as torch reports it (of AMD's too)."""
+    major, minor = map(int, card["capability"].split("."))
+    return major, minor
 
 
 def card_lines() -> list[str]:

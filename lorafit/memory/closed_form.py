@@ -76,6 +76,7 @@ def layer_of(step: StepShape) -> Layer:
         autocast=step.dtype_bytes < 4,
         device_kind=step.device_kind,
         masked=step.packs_rows and step.attention != "eager",
+        kernel=step.attention_kernel,
         keeps_unpacked=step.keeps_unpacked,
         keeps_input=lambda linear: step.stored_as(linear).keeps_inputs,
         leaks_inputs=True,

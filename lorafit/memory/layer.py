@@ -23,6 +23,7 @@ from functools import cached_property
 
 from lorafit.facts import LinearShape, ModelShape
 from lorafit.memory.operations import Moment, Operation, run_beside
+from lorafit.ops.attention_kernels import Kernel
 from lorafit.ops.chunk_sizes import chunk_rows, largest_block
 from lorafit.ops.fusible import fuses_branch
 
@@ -44,6 +45,7 @@ class Layer:
         autocast: Whether torch's autocast is on, over fp32 adapters.
         device_kind: `cpu` or `cuda`: a CPU keeps a dropout mask in the input's dtype, a GPU one byte a value.
         masked: Whether attention that keeps no scores gets a mask: packed documents.
+        kernel: What computes attention that is neither `eager` nor `fused`.
         keeps_unpacked: Whether adapted linears that run fused keep that copy, instead of making it for each product.
         keeps_input: Whether a linear keeps its input: all do in full fine-tuning, and those of LLM.int8().
         leaks_inputs: Whether that is out of checkpointing's reach: LLM.int8().
@@ -62,6 +64,7 @@ class Layer:
     autocast: bool = True
     device_kind: str = "cuda"
     masked: bool = False
+    kernel: Kernel = "flash"
     keeps_unpacked: bool = False
     keeps_input: Callable[[LinearShape], bool] = lambda linear: False
     leaks_inputs: bool = False
@@ -288,7 +291,8 @@ class Layer:
         is_view = shape.position_parameters == 0 and any(linear.role == "qkv" for linear in shape.linears)
         copies = c * (q_width + kv_width) if is_view else 0
         math_dropout = self.device_kind == "cpu" and shape.attention_dropout > 0  # no CPU flash kernel takes dropout
-        if self.attention != "eager" and not shape.softcap and (shape.math_attention or math_dropout):
+        is_math = shape.math_attention or math_dropout or self.kernel == "math"
+        if self.attention != "eager" and not shape.softcap and is_math:
             # fp32 throughout: softmax keeps its result, dropout its mask and the product that multiplies v
             results = 3 if shape.attention_dropout > 0 else 1
             kept = 4 * (results * scores + 3 * q_width)
@@ -315,8 +319,10 @@ class Layer:
             )
         else:
             kept = c * (2 * q_width + 2 * kv_width) + 4 * shape.heads + copies
-            if self.masked:  # added to the scores in the compute dtype; every query head has its own keys and values
-                kept += c * self.row_tokens + 2 * c * (q_width - kv_width)
+            if self.masked:  # added to the scores in the compute dtype
+                kept += c * self.row_tokens
+            if self.masked or self.kernel == "efficient":  # every query head has its own keys and values
+                kept += 2 * c * (q_width - kv_width)
             # CUDA's flash backward sums dq in fp32 and makes dk, dv for every query head
             gpu = 4 * q_width + 2 * c * q_width if self.device_kind != "cpu" else 0
             moments = (Moment("forward", 3 * c * q_width), Moment("backward", c * (2 * q_width + 2 * kv_width) + gpu))

@@ -11,6 +11,7 @@ from lorafit.kinds.optimizers import Optimizer, OptimizerSection
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
 from lorafit.kinds.section import KindSection
 from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.ops.attention_kernels import Capability, Kernel, kernel_of
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -24,6 +25,7 @@ class StepShape:
         compute_dtype: Of products with dequantised weights.
         attention: `eager`, `sdpa`, `fused` or `flash_attention_2`.
         device_kind: `cpu`, or `cuda` for every other: what kernels and allocator are like.
+        capability: A CUDA card's compute capability.
         row_tokens: Tokens of the longest row, all of its sequences together.
         row_labels: Most trained tokens in one row.
         packing: Whether rows hold several documents, every token of which may be trained.
@@ -42,6 +44,7 @@ class StepShape:
     compute_dtype: str = "bf16"
     attention: str = "sdpa"
     device_kind: str = "cuda"
+    capability: Capability = (8, 0)
     packing: bool = False
     keeps_unpacked: bool = False
     max_grad_norm: float | None = 1.0
@@ -69,6 +72,18 @@ class StepShape:
     def packs_rows(self) -> bool:
         """Whether a mask keeps several documents of a row apart; a variable-length kernel needs none."""
         return self.packing and not self.attention.startswith("flash_attention")
+
+    @property
+    def attention_kernel(self) -> Kernel:
+        """What computes attention that is not eager; a CPU's kernels keep what CUDA's flash keeps."""
+        if self.device_kind == "cpu" or self.attention.startswith("flash_attention"):
+            return "flash"
+        return kernel_of(self.capability, self.dtype, grouped=False, masked=self.packs_rows)  # keys are repeated
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention keeps a number for each pair of tokens of a row."""
+        return self.attention == "eager" or self.attention_kernel == "math"
 
     @property
     def pages_state(self) -> bool:

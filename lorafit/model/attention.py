@@ -1,7 +1,12 @@
-"""lorafit's own attention, `fused`, as one more implementation among transformers' own.
+"""lorafit's own attention among transformers' implementations: `fused` besides, and `sdpa` with a step before it.
 
-It is for training on a CPU. Whatever else it is asked for goes to transformers' sdpa: evaluation, generation with a
-cache, packed or padded rows with a mask, windows shorter than the row, dropout, another device.
+`fused` is for training on a CPU. Whatever else it is asked for goes to transformers' sdpa: evaluation, generation with
+a cache, packed or padded rows with a mask, windows shorter than the row, dropout, another device.
+
+`sdpa` is transformers' own, but for one case. Of a model whose query heads share keys and values it asks torch to
+share them too, where no mask is given; on a CUDA device without a flash kernel (fp32, and all before Ampere) torch then
+takes plain products in fp32 and keeps every score. There keys and values are repeated first, for the kernel that needs
+as little memory as flash.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
 from lorafit.model.targets import tower_names
+from lorafit.ops.attention_kernels import Capability, kernel_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +25,19 @@ FUSED_ATTENTION = "fused"
 _UNUSUAL = ("position_bias", "softcap", "s_aux", "cache")  # what some models hand over besides
 
 
-def register_fused_attention() -> None:
-    """Makes `fused` a name that transformers knows. Its masks are sdpa's: none where causal attention suffices."""
+def register_attention() -> None:
+    """Makes transformers know lorafit's `fused` and `sdpa`, and torch leave cuDNN's kernel alone.
+
+    The masks of `fused` are sdpa's: none where causal attention suffices. cuDNN, which torch prefers on capability 9.0
+    and 10.0, makes a plan for every new shape, and the shapes of micro-batches hardly repeat. Both hold for the process
+    and for good: torch and transformers have one such switch for all models, and those handed out go on running.
+    """
+    import torch
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    AttentionInterface.register("sdpa", _sdpa_forward)
     AttentionInterface.register(FUSED_ATTENTION, _attention_forward)
     AttentionMaskInterface.register(FUSED_ATTENTION, sdpa_mask)
 
@@ -63,7 +77,7 @@ def set_attention(model: PreTrainedModel, name: str) -> str | dict[str, str]:
     Raises:
         ValueError: The language model does not know it either.
     """
-    register_fused_attention()
+    register_attention()
     try:
         model.set_attn_implementation(name)
         return name
@@ -106,16 +120,66 @@ def _attention_forward(
     return result
 
 
+def _sdpa_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa, given keys and values for every query head where torch would keep scores otherwise."""
+    from torch import nn
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    if _sharing_costs_scores(module, query) and attention_mask is None and options.get("cache") is None:
+        groups: Any = module.num_key_value_groups
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        module = nn.Module()  # one without groups: nothing else is read from it
+    result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, is_causal=is_causal, **options
+    )
+    return result
+
+
+def _sharing_costs_scores(module: torch.nn.Module, query: torch.Tensor) -> bool:
+    """Whether query heads share keys and values, and torch has a kernel that keeps no scores only if they do not."""
+    from lorafit.ops.dtypes import word_of
+
+    capability = _capability_of(query)
+    if capability is None or getattr(module, "num_key_value_groups", 1) == 1:
+        return False
+    dtype = word_of(_computed_dtype(query))
+    shared, repeated = (kernel_of(capability, dtype, grouped=grouped, masked=False) for grouped in (True, False))
+    return shared == "math" != repeated
+
+
+def _capability_of(tensor: torch.Tensor) -> Capability | None:
+    """Of the CUDA device that holds a tensor; None for others."""
+    import torch
+
+    return torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else None
+
+
+def _computed_dtype(query: torch.Tensor) -> torch.dtype:
+    """What attention is computed in: autocast's dtype, else the query's own."""
+    import torch
+
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
 def _trains_here(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether whole rows train on a CPU, all operands in the dtype that products are computed in."""
     import torch
 
     if not (module.training and torch.is_grad_enabled()) or query.device.type != "cpu":
         return False
-    wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     heads, key_heads = query.shape[1], key.shape[1]
     return (
-        query.dtype == key.dtype == value.dtype == wanted
+        query.dtype == key.dtype == value.dtype == _computed_dtype(query)
         and query.shape[0] == key.shape[0] == value.shape[0]
         and query.shape[2] == key.shape[2] == value.shape[2]
         and key_heads == value.shape[1]

@@ -26,7 +26,7 @@ from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_index
 from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes, quantizations
-from lorafit.model.attention import check_attention, set_attention
+from lorafit.model.attention import check_attention, register_attention, set_attention
 from lorafit.model.base import Base
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
@@ -102,6 +102,7 @@ def load_model(
         if names.redrawn:
             reporter.warn(f"the base's head is one for other classes, and a new one is drawn: {names.redrawn[0]}")
         check_attention(attention, skeleton)
+        register_attention()
         kind = quantizations.bind(quantization)
         plain = unquantised_names(skeleton, kind if torch.device(device).type == "cpu" else None, reporter)
         settings = kind.transformers_config(compute_dtype, plain)
@@ -128,8 +129,7 @@ def load_model(
         except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
             name = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__} "
             what = f"transformers cannot load this model: {name}{first_line(error)}"
-            todo = "get config.json and weights of one model"
-            raise ModelError(what, file=str(base.path), todo=todo) from error
+            raise ModelError(what, file=str(base.path), todo="get config.json and weights of one model") from error
     check_loading(info, base.path, names)
     check_finite(model, base.path)
     kind.quantise_rest(model, compute_dtype, plain)

@@ -28,6 +28,8 @@ from lorafit.recipe.schema import Recipe
 T = TypeVar("T")
 
 HEADROOM = 0.05
+LIKELY_CAPABILITY = (8, 0)
+"""Of a GPU of which only the size is known; cards that compute bf16 differ little behind it."""
 MOST_OF_MEMORY = 0.25
 """Share of usable memory that `auto` gives to unpacked copies: the rest makes micro-batches larger, which is faster."""
 
@@ -76,6 +78,7 @@ def recipe_step(
         compute_dtype=resolve_compute_dtype(recipe, dtype),
         attention=estimated_attention(recipe, shape),
         device_kind="cpu" if device is not None and device.kind == "cpu" else "cuda",
+        capability=(device and device.capability) or LIKELY_CAPABILITY,
         packing=recipe.data.packing,
         max_grad_norm=recipe.training.max_grad_norm,
     )

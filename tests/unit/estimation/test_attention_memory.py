@@ -1,13 +1,17 @@
-"""What `fused` attention holds: the closed form against the dry run, and the dry run against a real step."""
+"""What attention holds: `fused`, the closed form against the dry run and that against a real step; sdpa on cards, the
+closed form against the dry run, and that against what torch chose on a pretended card.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorafit.model.attention import register_fused_attention
+from lorafit.memory import StepMemory
+from lorafit.model.attention import register_attention
 from lorafit.model.known_models import known_config
 from tests.unit.estimation.test_dry_run import ask, exact_both, measure_both
 from tests.unit.memory.test_estimate import MODELS, one_thread  # noqa: F401
@@ -25,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_dry_run_holds_what_a_real_step_holds(case: str, tmp_path: Path) -> None:
     config = MODELS[case.split()[0]]
-    register_fused_attention()
+    register_attention()
     question = ask(config, tmp_path, **CASES[case], **FUSED)
     real, dry = measure_both(question, config), exact_both(question, config)
     for checkpointing in (False, True):
@@ -71,3 +75,27 @@ def test_it_keeps_less_than_the_others_and_nothing_else_where_sdpa_runs(tmp_path
     assert kept("fused") < kept("sdpa") < kept("eager")
     assert kept("fused", device_kind="cuda") == kept("sdpa", device_kind="cuda")
     assert kept("fused", data__packing="true") == kept("sdpa", data__packing="true")
+
+
+ON_CARDS: dict[str, tuple[tuple[int, int], str, dict[bool, float]]] = {
+    # MiB at the peak without checkpointing and with it; torch 2.13's own CUDA build on fake tensors, capability
+    # pretended: the peak of plain products, which it took for shared keys on 7.5 whatever the dtype
+    "bf16 on 7.5: plain products": ((7, 5), "bf16", {False: 4727.4, True: 3956.5}),
+    "fp16 on 7.5: keys repeated": ((7, 5), "fp16", {}),
+    "fp32 on 9.0: keys repeated": ((9, 0), "fp32", {}),
+    "bf16 on 8.0: flash": ((8, 0), "bf16", {}),
+}
+
+
+@pytest.mark.parametrize("case", ON_CARDS)
+def test_scores_are_kept_only_where_a_card_has_no_other_kernel(case: str, tmp_path: Path) -> None:
+    config = {**(known_config("meta-llama/Llama-3.1-8B") or {}), "num_hidden_layers": 2}
+    capability, dtype, pretended = ON_CARDS[case]
+    options = {"model__dtype": dtype, "model__quantization": "nf4", "adapter__dropout": 0.0}
+    asked = ask(config, tmp_path, device_kind="cuda", tokens=2048, **options)
+    asked = StepMemory(replace(asked.step, capability=capability))
+    assert asked.step.keeps_scores is bool(pretended)
+    for checkpointing, dry in exact_both(asked, config, 1).items():
+        assert asked.at(2048, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.005)
+        if pretended:
+            assert dry.tensor_bytes / 2**20 == pytest.approx(pretended[checkpointing], abs=0.1)

@@ -10,7 +10,7 @@ import pytest
 from lorafit.errors import UsageError
 from lorafit.machine import devices
 from lorafit.machine.devices import format_bytes, parse_gpu, peak_flops, read_device
-from lorafit.machine.hardware import cards, find_card, find_cards, usable_bytes
+from lorafit.machine.hardware import capability_of, cards, find_card, find_cards, usable_bytes
 
 GIB = 2**30
 
@@ -65,11 +65,11 @@ def test_cards_are_whole() -> None:
         assert card["source"].startswith("https://")
         assert 10 < card["peak_tflops"] < 3000
         assert card["bandwidth_gb_per_second"] is None or 100 < card["bandwidth_gb_per_second"] < 10_000
-        assert card["peak_dtype"] == ("bf16" if card["bf16"] else "fp16")
+        assert card["peak_dtype"] == ("bf16" if capability_of(card) >= (8, 0) else "fp16")
     t4 = find_card("T4")
     assert t4 is not None
-    assert not t4["bf16"]
-    assert not parse_gpu("T4").bf16
+    assert capability_of(t4) == parse_gpu("T4").capability == (7, 5)
+    assert not parse_gpu("T4").bf16 and parse_gpu("A10").bf16 and parse_gpu("24GiB").capability is None
 
 
 def test_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +249,7 @@ def test_peaks_are_those_of_cores_and_clocks() -> None:
     }  # fmt: skip
     for name, (cores, megahertz) in turing.items():
         card = find_card(name)
-        assert card is not None and not card["bf16"]
+        assert card is not None and capability_of(card) < (8, 0)
         assert card["peak_tflops"] == pytest.approx(8e-6 * cores * megahertz, abs=0.06), name
     sparse_in_4_bits = {"RTX-5090-Laptop": 1824, "RTX-5080-Laptop": 1334, "RTX-5070-Ti-Laptop": 992,
                         "RTX-5070-Laptop": 798}  # fmt: skip

@@ -1,8 +1,11 @@
-"""`fused` among transformers' attention implementations: the same losses and gradients, and sdpa for all the rest."""
+"""`fused` among transformers' attention implementations: the same losses and gradients, and sdpa for all the rest; and
+`sdpa` itself on cards where shared keys and values would cost every score.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +19,14 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lorafit.contracts import Silent
 from lorafit.errors import ModelError
+from lorafit.kinds.quantizations import quantizations
 from lorafit.model import attention
-from lorafit.model.attention import check_attention, register_fused_attention, takes_fused_attention
+from lorafit.model.attention import check_attention, register_attention, takes_fused_attention
+from lorafit.model.load import load_model
 from lorafit.ops import causal_attention as operation
+from tests.support.adapted import make_llama, open_base
 from tests.support.tiny_model import tiny_llama
 
 SIZES = {
@@ -31,7 +38,7 @@ SIZES = {
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts calls of the operation."""
-    register_fused_attention()
+    register_attention()
     seen: list[int] = []
     real = operation.causal_attention
 
@@ -182,3 +189,99 @@ def test_a_model_that_looks_nothing_up_is_refused() -> None:
     with pytest.raises(ModelError, match=r"FalconForCausalLM cannot run with fused attention.*auto"):
         check_attention("fused", falcon)
     check_attention("sdpa", falcon)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """Of each call of torch's attention: whether keys are shared, and for how many heads there are keys."""
+    register_attention()
+    seen: list[tuple[bool, int]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def note(query: torch.Tensor, key: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append((options.get("enable_gqa", False), key.shape[1]))
+        return real(query, key, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    return seen
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 9), (9, 0)])
+def test_on_a_card_without_a_kernel_for_shared_keys_they_are_repeated(
+    capability: tuple[int, int], asked: list[tuple[bool, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32, and on capability 7.5 all: torch would keep every score. The same loss and gradients come out."""
+    model, ids = llama(), torch.randint(3, 97, (2, 24))
+    loss, gradients = learn(model, "sdpa", ids)
+    assert asked == [(True, 2)] * 2  # a CPU's kernel shares
+    monkeypatch.setattr(attention, "_capability_of", lambda tensor: capability)
+    again, found = learn(model, "sdpa", ids)
+    assert asked[2:] == [(False, 4)] * 2
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert float((found - gradients).norm() / gradients.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "shares"),
+    [
+        ((8, 0), torch.bfloat16, True),
+        ((12, 0), torch.float16, True),
+        ((7, 5), torch.float16, False),
+        ((7, 5), torch.bfloat16, True),  # no kernel without scores either way: copies would come on top
+    ],
+)
+def test_autocast_decides_what_the_kernel_gets(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    shares: bool,
+    asked: list[tuple[bool, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_capability_of", lambda tensor: capability)
+    with torch.autocast("cpu", dtype=dtype):
+        learn(llama(), "sdpa", torch.randint(3, 97, (2, 24)))
+    assert asked == [(shares, 2 if shares else 4)] * 2
+
+
+@pytest.mark.parametrize("ask", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_what_is_asked_beside_training_is_the_same_on_such_a_card(
+    ask: Callable[[Any, torch.Tensor], Any], asked: list[tuple[bool, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, results = torch.randint(3, 97, (2, 24)), []
+    for capability in (None, (7, 5)):
+        monkeypatch.setattr(attention, "_capability_of", lambda tensor, found=capability: found)
+        model = llama()
+        model.set_attn_implementation("sdpa")
+        results.append(ask(model, ids).logits)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert asked and not any(shares for shares, _ in asked[len(asked) // 2 :])
+
+
+def test_heads_with_keys_of_their_own_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_attention()
+    ids, found = torch.randint(3, 97, (2, 24)), []
+    for capability in (None, (7, 5)):
+        monkeypatch.setattr(attention, "_capability_of", lambda tensor, found=capability: found)
+        found.append(learn(llama(4), "sdpa", ids))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_a_loaded_model_runs_so_and_never_by_cudnn(name: str, tmp_path: Path, asked: list[tuple[bool, int]]) -> None:
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register("sdpa", sdpa_attention_forward)  # as in a new process
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    model = load_model(
+        open_base(make_llama(tmp_path / "base")),
+        quantization=quantizations.make_section("none"),
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+        attention=name,
+        device="cpu",
+        reporter=Silent(),
+    )
+    assert model.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention._sdpa_forward
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

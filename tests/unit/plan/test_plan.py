@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from lorafit.errors import CheckpointError, DataError, DoesNotFitError, RecipeError
 from lorafit.facts import DatasetFacts, DeviceFacts
+from lorafit.machine.devices import parse_gpu
+from lorafit.machine.hardware import cards
 from lorafit.memory import fits
 from lorafit.plan import Plan, ResolvedPlan, plan, plan_table, require_fit
 from lorafit.plan.recipe_step import recipe_step
@@ -62,6 +64,20 @@ def test_warm_up() -> None:
 def test_dtype_follows_the_device(device: DeviceFacts, dtype: str) -> None:
     found = make(device)
     assert (found.dtype, found.compute_dtype) == (dtype, dtype)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_on_no_card_attention_keeps_scores_unless_a_dtype_is_forced(packing: bool) -> None:
+    steps = {
+        str(one["file"]): make(device, data={"train": "a.jsonl", "packing": packing}).step
+        for one in cards()
+        if (device := parse_gpu(str(one["names"][0]))).memory_bytes > 8 * GIB
+    }
+    assert len(steps) > 50 and not any(step.step.keeps_scores for step in steps.values())
+    assert steps["t4"].step.attention_kernel == "efficient"
+    assert steps["l4"].step.attention_kernel == ("efficient" if packing else "flash")
+    assert make(parse_gpu("T4"), model={"dtype": "bf16"}).step.step.keeps_scores
+    assert make(parse_gpu("L4"), model={"dtype": "fp32", "attention": "eager"}).step.step.keeps_scores
 
 
 def test_named_dtypes_stay_and_are_warned_about() -> None:
