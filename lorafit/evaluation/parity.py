@@ -13,12 +13,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorafit.console.wording import counted
 from lorafit.errors import NumericsError
+from lorafit.kinds.quantizations import Packed, QuantizationSection, kind_of_codes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,31 +139,33 @@ def compare_merge(
 def fp32_compute(model: PreTrainedModel) -> Iterator[None]:
     """Within it the model is in eval mode and computes in fp32 with the weights it has.
 
-    Plain weights become fp32 and afterwards what they were, which loses nothing. 4-bit linears dequantise to the same
-    values and multiply in fp32. int8 linears on a CPU take dequantised weights, as in training, not 8-bit products.
+    Plain weights become fp32 and afterwards what they were, which loses nothing. Quantised linears multiply with their
+    dequantised values on every device, where bitsandbytes' own int8 products would round activations to 8 bits too.
     """
     modes = [(module, module.training) for module in model.modules()]
-    computes = [
-        (module, module.compute_dtype) for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")
-    ]
+    quantised = [(module, kind) for module in model.modules() if (kind := kind_of_codes(module)) is not None]
     casts = [(p, p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype is not torch.float32]
     model.eval()
     try:
         for parameter, _ in casts:
             parameter.data = parameter.data.float()
-        for module, _ in computes:
-            module.compute_dtype = torch.float32
-        for module, _ in modes:
-            if type(module).__name__ == "Linear8bitLt" and hasattr(module, "state"):
-                module.training = True
+        for module, kind in quantised:
+            module.forward = partial(_multiply_unpacked, module, kind)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for module, dtype in computes:
-            module.compute_dtype = dtype
+        for module, _ in quantised:
+            vars(module).pop("forward", None)
         for parameter, dtype in casts:
             parameter.data = parameter.data.to(dtype)
+
+
+def _multiply_unpacked(
+    layer: torch.nn.Module, kind: type[Packed[QuantizationSection]], x: torch.Tensor
+) -> torch.Tensor:
+    bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
+    return torch.nn.functional.linear(x, kind.unpack(layer).to(x.dtype), bias)
 
 
 def require_parity(parity: Parity, *, limit: float = KL_LIMIT) -> None:

@@ -15,7 +15,7 @@ from lorafit.errors import NumericsError
 from lorafit.evaluation.parity import Parity, compare_merge, require_parity
 from lorafit.kinds.tasks import tasks
 from lorafit.model.merge import merge_adapter
-from tests.support.adapted import Trained, make_llama, open_base, train_like
+from tests.support.adapted import Trained, logits, make_llama, open_base, train_like
 
 ROWS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12]]
 
@@ -61,6 +61,24 @@ def test_bf16_models_are_compared_in_fp32_and_left_as_they_were(tmp_path: Path, 
     assert all(after[n].dtype is p.dtype and torch.equal(after[n], p) for n, p in before.items())
     layers = [m for m in made.model.modules() if hasattr(m, "compute_dtype")]
     assert all(layer.compute_dtype is torch.bfloat16 for layer in layers)
+
+
+def test_an_int8_run_is_compared_without_8_bit_activations_on_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes multiplies with dequantised weights on a CPU alone, and only in training mode."""
+    import bitsandbytes.autograd._functions as products
+
+    def as_on_cuda(x: torch.Tensor, weight: object, bias: torch.Tensor | None, state: Any) -> torch.Tensor:
+        return products.MatMul8bitLt.apply(x, weight, None, bias, state)  # type: ignore[no-any-return]
+
+    made = train_like(open_base(make_llama(tmp_path / "base")), "int8")
+    merged = merge(made, "dequantized")
+    before = logits(made.model)
+    monkeypatch.setattr("bitsandbytes.matmul", as_on_cuda)
+    parity = compare(made, merged, ROWS)
+    assert parity.mean_kl < 1e-6 and parity.max_logit_difference < 1e-5
+    assert torch.equal(logits(made.model), before), "its own products are back"
 
 
 def test_merged_into_other_weights_is_further_away(made: Trained) -> None:
