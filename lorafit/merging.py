@@ -6,6 +6,7 @@ Nothing of transformers or PEFT is imported before the weights are written, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -20,9 +21,10 @@ from lorafit.files.atomic import read_object
 from lorafit.files.safetensors import read_index
 from lorafit.job import open_job
 from lorafit.kinds.tasks import Task, TaskSection, tasks
-from lorafit.machine.devices import cpu_memory_bytes
+from lorafit.machine.devices import free_memory_bytes
 from lorafit.model.merge import merge_adapter
 from lorafit.model.tokenizer_files import Companions
+from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.run.output_folder import check_output
 from lorafit.run.results import Merged
 from lorafit.run.workspace import OpenedRun
@@ -43,23 +45,39 @@ class _Comparison:
         self.skipped = ""
 
     def __call__(self, merged_folder: Path) -> None:
-        """Compares, where both models fit into memory.
+        """Compares where both models fit into memory: on the GPU, else on the CPU.
 
         Raises:
             NumericsError: The merge is further from the adapter than rounding explains.
         """
+        import torch
+
         weights = sum(entry.size_bytes for entry in read_index(self._tuned.base.path).values())
-        needed, free = int(_WEIGHTS_HELD * weights) + _LOADED_LIBRARIES_BYTES, int(_SPARE_SHARE * cpu_memory_bytes())
-        if needed > free:
-            self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-            return
-        card, reporter = self._tuned.card, self._reporter
-        task = tasks.bind(card.task)
-        adapted = task.build_objective(self._tuned.load(self._tuned.tokenizer(), reporter).model)
-        merged = task.build_objective(open_plain_model(merged_folder, reporter).load().model)
-        self.parity = compare_merge(adapted, merged, self._rows, card.pad_id, reporter)
-        if self._must_agree:
+        needed, found = int(_WEIGHTS_HELD * weights) + _LOADED_LIBRARIES_BYTES, []
+        for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+            try:
+                free = int(_SPARE_SHARE * free_memory_bytes(device))
+                if needed <= free:
+                    self.parity = self._compare(merged_folder, device)
+                    break
+                found.append(f"{free / 2**30:.1f} GiB are free ({device})")
+            except (RuntimeError, MemoryError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                found.append(f"there was less ({device})")
+        if self.parity is None:
+            self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {', '.join(found)}"
+        elif self._must_agree:
             require_parity(self.parity)
+
+    def _compare(self, merged_folder: Path, device: str) -> Parity:
+        card, reporter = self._tuned.card, self._reporter
+        if card.attention == "flash_attention_2":  # knows no fp32, and no CPU
+            card = card.model_copy(update={"attention": "sdpa"})
+        task, tuned = tasks.bind(card.task), replace(self._tuned, card=card)
+        adapted = task.build_objective(tuned.load(tuned.tokenizer(), reporter, device).model)
+        merged = task.build_objective(open_plain_model(merged_folder, reporter, device).load().model)
+        return compare_merge(adapted, merged, self._rows, card.pad_id, reporter)
 
 
 def merge_run(

@@ -177,8 +177,10 @@ def noted_task(folder: Path) -> Task[TaskSection] | None:
         raise ModelError("notes no task", file=str(folder / NOTES), key="task", todo=todo) from error
 
 
-def open_plain_model(folder: Path, reporter: Reporter) -> Answerer:
+def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None) -> Answerer:
     """A model folder (a merge, say), loaded as a base is, in the precision of its file.
+
+    `device`: where to; this process's own where None.
 
     Raises:
         CheckpointError: The folder has a MANIFEST and is not what that says.
@@ -196,7 +198,7 @@ def open_plain_model(folder: Path, reporter: Reporter) -> Answerer:
 
     def load() -> Engine:
         plain = quantizations.make("none").section
-        return Engine(_load_base(base, plain, dtype, reporter, model_class), tokenizer, base=base)
+        return Engine(_load_base(base, plain, dtype, reporter, model_class, device), tokenizer, base=base)
 
     return Answerer(Voice(tokenizer, None) if verbatim else Voice.of_tokenizer(tokenizer), load, adapter=None)
 
@@ -230,6 +232,7 @@ def _load_base(
     dtype: torch.dtype,
     reporter: Reporter,
     model_class: ModelClass = CAUSAL_MODEL,
+    device: str | None = None,
 ) -> PreTrainedModel:
     """A base of which no run says how it was computed: in one dtype throughout, by the model's usual attention."""
     return load_model(
@@ -238,7 +241,7 @@ def _load_base(
         dtype=dtype,
         compute_dtype=dtype,
         attention="auto",
-        device=read_device().kind,
+        device=device or read_device().kind,
         model_class=model_class,
         reporter=reporter,
     )

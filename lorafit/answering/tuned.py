@@ -39,8 +39,8 @@ class Tuned:
     base: Base
     adapter: Path
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> Engine:
-        """Base and adapter in the precision of the run."""
+    def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, device: str | None = None) -> Engine:
+        """Base and adapter in the precision of the run; on the device of this process where none is named."""
         from lorafit.answering.engine import Engine
         from lorafit.model.load import load_model
 
@@ -50,7 +50,7 @@ class Tuned:
             dtype=dtype_named(self.card.dtype),
             compute_dtype=dtype_named(self.card.compute_dtype),
             attention=self.card.attention,
-            device=read_device().kind,
+            device=device or read_device().kind,
             model_class=self.card.model_class,
             reporter=reporter,
         )
