@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafit import pipeline
 from lorafit.console.arguments import check_arguments
-from lorafit.console.exits import explain_os_error
+from lorafit.console.exits import explain
 from lorafit.console.reporting import ConsoleReporter
 from lorafit.contracts import JsonMapping, Silent
 from lorafit.data.sources.memory_rows import keep_rows
@@ -85,8 +85,10 @@ def _call(
     except LorafitError as error:
         _name_as_parameters(error)
         raise
-    except OSError as error:
-        raise (explain_os_error(error) or error) from error
+    except Exception as error:
+        if (told := explain(error, command.__name__)) is None:
+            raise
+        raise told from error
     finally:
         for message in dict.fromkeys(silent.warnings):
             warnings.warn(message, stacklevel=3)  # at the line that called the function

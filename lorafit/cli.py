@@ -281,6 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     with termination_as_error():
         code = exit_code(
             lambda: app(args=words, standalone_mode=False, obj=words),
+            words[0],
             debug=lambda: bool(_ran_with and _ran_with[-1].debug),
             json_head=lambda: _json_head_of_failure(words),
         )

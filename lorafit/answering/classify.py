@@ -30,6 +30,7 @@ from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.model.adapter import NOTES, read_notes
 from lorafit.ops.dtypes import autocast_dtype
 from lorafit.ops.isolation import evaluating
+from lorafit.ops.process_memory import run_or_halve
 from lorafit.recipe.schema import sources_of
 from lorafit.run.card import RunCard
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
@@ -80,11 +81,16 @@ class Classifier:
         objective = self.task.build_objective(engine.model, autocast_dtype=self.dtype)
         lengths = [len(row["tokens"]) for row in rows]
         tokens, found = max(_MICRO_BATCH_TOKENS, *lengths), dict[int, JsonObject]()
+
+        def label(members: Sequence[int]) -> list[JsonObject]:
+            batch = self.task.collate([[rows[row]] for row in members], self.pad_id).to(objective.device)
+            with objective.autocast(batch):
+                return self.task.label(objective, batch)
+
         with evaluating(objective), reporter.track(len(rows), "labels") as bar:
-            for members in cut_step(range(len(rows)), lengths, tokens):
-                batch = self.task.collate([[rows[row]] for row in members], self.pad_id).to(objective.device)
-                with objective.autocast(batch):
-                    found |= dict(zip(members, self.task.label(objective, batch), strict=True))
+            micro_batches = cut_step(range(len(rows)), lengths, tokens)
+            for members, labels in run_or_halve(label, micro_batches, objective.device):
+                found |= dict(zip(members, labels, strict=True))
                 bar.advance(len(members))
         return [found[row] for row in range(len(rows))]
 

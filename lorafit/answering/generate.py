@@ -28,6 +28,7 @@ from lorafit.contracts import JsonObject, Reporter
 from lorafit.errors import ResourceError
 from lorafit.ops.isolation import as_whole
 from lorafit.ops.output_head import output_head
+from lorafit.ops.process_memory import is_out_of_memory, run_or_halve
 from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
@@ -136,22 +137,22 @@ def generate_answers(
     writer, lengths = _Writer(model, tokenizer, stops, sampling, streamer), [len(prompt) for prompt in prompts]
     waiting = cut_prompts(lengths, rooms, batch_tokens=_BATCH_TOKENS, batch_rows=batch_rows, pads=begins_with == 0)
     whole = reporter.track(sum(map(len, waiting)), what)
+
+    def write(places: Sequence[int]) -> list[Answer]:
+        rows = [requests[place].row for place in places]
+        return writer.write(rows, [prompts[place] for place in places], rooms[places[0]])
+
     with torch.no_grad(), _plain_generation(model, stops), _head_sees_last(model), whole as bar:
-        while waiting:
-            places = waiting.pop(0)
-            try:
-                rows = [requests[place].row for place in places]
-                written = writer.write(rows, [prompts[place] for place in places], rooms[places[0]])
-            except torch.OutOfMemoryError as error:
-                if len(places) == 1:
-                    todo = "lower evaluation.max_new_tokens or free the device"
-                    raise ResourceError("out of memory while generating one answer", todo=todo) from error
-                torch.cuda.empty_cache()
-                waiting[:0] = [places[: len(places) // 2], places[len(places) // 2 :]]
-                continue
-            for place, answer in zip(places, written, strict=True):
-                answers[place] = answer
-            bar.advance(len(places))
+        try:
+            for places, written in run_or_halve(write, waiting, model.device):
+                for place, answer in zip(places, written, strict=True):
+                    answers[place] = answer
+                bar.advance(len(places))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            todo = "lower evaluation.max_new_tokens or free the device"
+            raise ResourceError("out of memory while generating one answer", todo=todo) from error
     return [answer for answer in answers if answer is not None]
 
 

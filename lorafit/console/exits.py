@@ -1,6 +1,7 @@
 """How a command ends: the one place where errors become exit codes and lines on stderr.
 
 LorafitError      its own code, `error: <file>[:line[:column]][: key]: <what>; <what to do>`
+no memory         7, wherever it ran out, with what the command can do with less of
 Ctrl-C, SIGTERM   128 + signal, nothing left half-written; a second Ctrl-C ends without cleaning up
 closed pipe       141
 our own bug       1, with the traceback in a file that is named
@@ -29,6 +30,13 @@ from lorafit.errors import LorafitError, Problems, ResourceError, StoppedBySigna
 EXIT_BROKEN_PIPE = 141
 _SHORTEST_SECRET_CHARACTERS = 6
 _SHOW_CURSOR = b"\x1b[?25h"
+_LESS_MEMORY = {
+    "train": "lower data.max_length or training.micro_batch_tokens, or set model.quantization: nf4, "
+    "see lorafit estimate-memory",
+    **dict.fromkeys(("eval", "evaluate"), "lower evaluation.max_new_tokens, or free what other processes hold"),
+    "generate": "ask for fewer new tokens, or free what other processes hold",
+}
+"""What takes less memory, by command, of the command line or of Python."""
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
 _PYDANTICS_WORDS = (
     (r"Input should be a valid number\b.*", "expected a number"),
@@ -123,8 +131,24 @@ def _bug(error: BaseException) -> LorafitError:
     return LorafitError(f"a bug in lorafit ({what})", todo=f"please report it with the traceback saved in {name}")
 
 
-def explain_os_error(error: OSError) -> LorafitError | None:
-    """Errors of the file system that are the user's to mend, whatever room they come from."""
+def explain(error: Exception, command: str) -> LorafitError | None:
+    """Errors that are the user's to mend, whatever room they come from: no memory left, and those of the file system.
+
+    Args:
+        error: No `LorafitError`.
+        command: What was run, by its name on the command line or in Python.
+    """
+    from lorafit.ops.process_memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return _explain_os_error(error) if isinstance(error, OSError) else None
+    text = str(error)
+    size = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    what = f"out of memory{' of the GPU' if 'CU' in text else ''}{f', {size[1]} more were needed' if size else ''}"
+    return ResourceError(what, todo=_LESS_MEMORY.get(command, "free what other processes hold"))
+
+
+def _explain_os_error(error: OSError) -> LorafitError | None:
     import errno
 
     from lorafit.files.atomic import DISK_ERRORS
@@ -143,11 +167,14 @@ def explain_os_error(error: OSError) -> LorafitError | None:
     return None
 
 
-def exit_code(run: Callable[[], Any], *, debug: Callable[[], bool], json_head: Callable[[], JsonObject | None]) -> int:
+def exit_code(
+    run: Callable[[], Any], command: str, *, debug: Callable[[], bool], json_head: Callable[[], JsonObject | None]
+) -> int:
     """Runs the app; every way it can end becomes an exit code and at most one last line `error: ...`.
 
     Args:
         run: The app.
+        command: The word that names what it runs.
         debug: Whether tracebacks are shown; asked at the end.
         json_head: What the object of a failure begins with; None where no object is wanted. Asked at the end.
     """
@@ -170,13 +197,9 @@ def exit_code(run: Callable[[], Any], *, debug: Callable[[], bool], json_head: C
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains again at exit
         return EXIT_BROKEN_PIPE
-    except MemoryError:
-        failure = ResourceError(
-            "out of memory", todo="lower training.micro_batch_tokens or data.max_length, see lorafit estimate-memory"
-        )
     except Exception as error:
         _show_traceback(debug)
-        failure = (explain_os_error(error) if isinstance(error, OSError) else None) or _bug(error)
+        failure = explain(error, command) or _bug(error)
     return _report(failure, json_head()) if failure is not None else UsageError.exit_code
 
 

@@ -23,7 +23,7 @@ from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed, compare_rows, fill_text, find_worst, join_rows
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
 from lorafit.ops.isolation import evaluating
-from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
+from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes, run_or_halve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def score_examples(
     Args:
         objective: On its device.
         examples: Prepared rows.
-        micro_batch_tokens: Padded tokens of one forward.
+        micro_batch_tokens: Padded tokens of one forward; fewer where memory runs out.
         pad_id: Fills up shorter rows.
         reporter: Gets a bar.
         ranks: Set where several processes share the work.
@@ -77,10 +77,13 @@ def score_examples(
     widths = objective.task.scores
     sums = np.zeros((rows, sum(widths.values())))
     micro_batches = cut_step(range(rows), examples.lengths, micro_batch_tokens)[first::every]
+
+    def score(members: Sequence[int]) -> Any:
+        batch = objective.task.collate([[examples[row]] for row in members], pad_id)
+        return objective.score(batch.to(objective.device))
+
     with reporter.track(sum(map(len, micro_batches)), what) as bar:
-        for members in micro_batches:
-            batch = objective.task.collate([[examples[row]] for row in members], pad_id)
-            scores = objective.score(batch.to(objective.device))
+        for members, scores in run_or_halve(score, micro_batches, objective.device):
             sums[np.asarray(members)] = np.column_stack([scores[name] for name in widths])
             bar.advance(len(members))
     if ranks is not None and every > 1:

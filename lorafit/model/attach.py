@@ -34,6 +34,7 @@ from lorafit.model.load import keep_weights_unpacked
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import choose_targets
 from lorafit.ops.output_head import outer_modules
+from lorafit.ops.process_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -152,6 +153,8 @@ def wrap_model(
         try:
             return _wrap(base_model, get_peft_config({**opened, "inference_mode": True}), name, empty=empty)
         except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
+            if is_out_of_memory(error):
+                raise
             raise ModelError(f"does not fit this model: {first_line(error)}", file=str(folder / CONFIG)) from error
 
 

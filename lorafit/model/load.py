@@ -34,7 +34,7 @@ from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import leave_towers_out, unquantised_names
 from lorafit.ops.import_bitsandbytes import import_bitsandbytes
-from lorafit.ops.process_memory import trim_heap
+from lorafit.ops.process_memory import is_out_of_memory, trim_heap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,7 +112,7 @@ def load_model(
             if attention != "auto":
                 options["attn_implementation"] = set_attention(skeleton, attention)
             del skeleton
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _raising_at_once():
                 torch.manual_seed(0)  # what a new head is drawn from, in every process of a run
                 model, info = auto.from_pretrained(
                     str(base.path),
@@ -124,9 +124,9 @@ def load_model(
                     **_LOCAL,
                     **options,
                 )
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:  # the classes raise whatever their arithmetic meets in a foreign config
+            if is_out_of_memory(error):
+                raise
             name = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__} "
             what = f"transformers cannot load this model: {name}{first_line(error)}"
             raise ModelError(what, file=str(base.path), todo="get config.json and weights of one model") from error
@@ -134,13 +134,35 @@ def load_model(
     check_finite(model, base.path)
     kind.quantise_rest(model, compute_dtype, plain)
     if kind.is_quantized:
-        trim_heap()  # what quantising took, before what is left in mapped files is copied
-        let_go_of_files(model)
+        _finish_quantising(model)
     keep_names(model, names)
     keep_weights_unpacked(model)
     model.requires_grad_(False)
     model.config.use_cache = False  # else packed rows see each other, and checkpointing warns
     return model
+
+
+@contextlib.contextmanager
+def _raising_at_once() -> Iterator[None]:
+    """Within it an error that transformers meets while it converts or quantises a weight is raised as it is.
+
+    Else it goes on with the other weights and raises that there were issues, in a report that nobody is shown: memory
+    that ran out would be told as a model that cannot be loaded.
+    """
+    from transformers import core_model_loading
+
+    loading: Any = core_model_loading
+    collecting = loading.log_conversion_errors
+    loading.log_conversion_errors = lambda *_, **__: contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        loading.log_conversion_errors = collecting
+
+
+def _finish_quantising(model: torch.nn.Module) -> None:
+    trim_heap()  # what quantising took, before what is left in mapped files is copied
+    let_go_of_files(model)
 
 
 def let_go_of_files(model: torch.nn.Module) -> None:

@@ -1,18 +1,31 @@
 """Memory of this process: the most it held, of a GPU as torch allocated it, of a CPU as the system counts resident
-pages; what was freed, given back; and telling that there was none left."""
+pages; what was freed, given back; telling that there was none left, and going on with half as much at once."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 _OF_SELF = Path("/proc/self")
-_RAN_OUT = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_cpu")
+_RAN_OUT = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "alloc_cpu",
+    "bad_alloc",
+    "_status_alloc_failed",  # of cuBLAS, cuDNN, cuSOLVER, cuSPARSE: their workspaces on a nearly full card
+)
+
+Member = TypeVar("Member")
+Made = TypeVar("Made")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -48,6 +61,7 @@ def forget_peak_memory(device: torch.device, *, of_process: bool = True) -> bool
     if device.type == "cuda":
         import torch
 
+        release_memory(device)  # else what the allocator keeps for later counts as taken
         torch.cuda.reset_peak_memory_stats(device)
         return True
     if not of_process:
@@ -78,10 +92,46 @@ def trim_heap() -> None:
         trim(0)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host ran out of memory; torch's CPU allocator raises a plain RuntimeError."""
-    import torch
+def release_memory(device: torch.device) -> None:
+    """Gives cached blocks back, so that the next try starts from an unbroken pool."""
+    if device.type == "cuda":
+        import torch
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    else:
+        trim_heap()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host ran out of memory; torch's CPU allocator and CUDA's libraries raise a plain
+    RuntimeError, the system an OSError.
+    """
+    torch = sys.modules.get("torch")  # where nobody imported it, no error is torch's
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _RAN_OUT)
+
+
+def run_or_halve(
+    run: Callable[[Sequence[Member]], Made], groups: Iterable[Sequence[Member]], device: torch.device
+) -> Iterator[tuple[Sequence[Member], Made]]:
+    """Each group with what `run` makes of it; one that memory does not hold is cut in two, and both halves are run.
+
+    Raises:
+        Exception: What `run` raised for a group of one, or for another reason than memory.
+    """
+    waiting = list(groups)[::-1]
+    while waiting:
+        group = waiting.pop()
+        try:
+            made = run(group)
+        except (RuntimeError, MemoryError) as error:
+            if len(group) == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            yield group, made
+            continue
+        release_memory(device)  # outside of the except block, whose traceback holds the activations
+        waiting += [group[len(group) // 2 :], group[: len(group) // 2]]

@@ -13,7 +13,7 @@
 Whatever an executor does, `.grad` holds d(sum of all losses / weight) afterwards, the weight being that of the whole
 step: nothing is averaged over micro-batches or ranks, so that there is nothing to undo.
 
-What says that memory ran out, and what gives it back, stands here too.
+What says that memory ran out, and what gives it back behind a step, stands here too.
 """
 
 from __future__ import annotations
@@ -131,14 +131,6 @@ def out_of_memory(where: str, longest_tokens: int, micro_batch_tokens: int) -> R
         f"out of memory {where}: seq length {longest_tokens}, micro_batch_tokens {micro_batch_tokens}",
         todo="lower training.micro_batch_tokens or data.max_length, or set training.gradient_checkpointing: true",
     )
-
-
-def release_memory(device: torch.device) -> None:
-    """Gives cached blocks back, so that the next try starts from an unbroken pool."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
-        trim_heap()
 
 
 def trim_after(seconds: float, device: torch.device) -> None:

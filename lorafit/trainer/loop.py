@@ -21,10 +21,10 @@ from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
-from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes, peak_reserved_bytes
+from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes, peak_reserved_bytes, release_memory
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Snapshot
-from lorafit.trainer.executor import Executor, out_of_memory, release_memory, trim_after
+from lorafit.trainer.executor import Executor, out_of_memory, trim_after
 from lorafit.trainer.journal import Journal
 from lorafit.trainer.prefetch import StepFeed
 from lorafit.trainer.signals import StopRequested, StopSignals

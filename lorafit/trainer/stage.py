@@ -26,10 +26,10 @@ from lorafit.model.attention import FUSED_ATTENTION, set_attention, takes_fused_
 from lorafit.objective import Objective, choose_probe
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
-from lorafit.ops.process_memory import is_out_of_memory
+from lorafit.ops.process_memory import is_out_of_memory, release_memory
 from lorafit.ops.rng import preserved_rng
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.executor import Executor, release_memory, time_micro_batches, trim_after
+from lorafit.trainer.executor import Executor, time_micro_batches, trim_after
 from lorafit.trainer.startup_proofs import prove_separation
 from lorafit.trainer.threaded_micro_batches import may_run_in_threads, run_at_once
 

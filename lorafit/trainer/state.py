@@ -25,6 +25,7 @@ from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.errors import CheckpointError, LorafitError, NumericsError
 from lorafit.files.atomic import read_object
 from lorafit.ops.live_tensors import LivePeak
+from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.ops.rng import RngState
 
 MOST_OVERFLOWS_IN_ROW = 20
@@ -298,9 +299,11 @@ def as_checkpoint_errors(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (LorafitError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (LorafitError, OSError):
         raise
     except Exception as error:  # safetensors, torch and numpy share no base class
+        if is_out_of_memory(error):
+            raise
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"cannot be taken back ({type(error).__name__}: {first})",

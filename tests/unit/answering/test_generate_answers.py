@@ -210,7 +210,10 @@ def test_positions_bound_the_answer(gpt2, tokenizer):
     assert "2 of 5 prompts" in reporter.warnings[0]
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_one_row_that_does_not_is_an_error(llama, tokenizer):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_a_batch_that_does_not_fit_is_halved_and_one_row_that_does_not_is_an_error(llama, tokenizer, error):
     prompts = ids_of(tokenizer, PROMPTS[:5])
     whole = answers_of(llama, tokenizer, prompts, max_new_tokens=6)
     generate, sizes = llama.generate, []
@@ -219,7 +222,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_row_that_does_not_is_an_err
         def small_generate(**inputs):
             sizes.append(len(inputs["input_ids"]))
             if sizes[-1] > limit:
-                raise torch.OutOfMemoryError("no memory")
+                raise error
             return generate(**inputs)
 
         return small_generate

@@ -61,6 +61,25 @@ def test_scores_equal_full_logits_of_single_rows(tuned, make_rows, budget):
         assert (found.value("tokens"), found.value("correct")) == (tokens, right)
 
 
+def test_micro_batches_that_do_not_fit_are_halved(tuned, make_rows, monkeypatch):
+    rows, _ = make_rows(PAIRS)
+    whole = score(tuned, rows, 10_000)
+    objective, sizes = build_objective(tuned), []
+    own = objective.score
+
+    def small_score(batch):
+        sizes.append(len(batch.tensors["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(batch)
+
+    monkeypatch.setattr(objective, "score", small_score)
+    halved = score_examples(objective, rows, micro_batch_tokens=10_000, pad_id=257, reporter=Silent())
+    assert sizes == [1, 7, 3, 4, 2, 2]
+    for one, other in zip(whole, halved, strict=True):
+        assert other.value("loss") == pytest.approx(one.value("loss"), rel=1e-5)
+
+
 def test_processes_share_the_rows_and_add_up(tuned, make_rows):
     rows, _ = make_rows(PAIRS)
     shares = []

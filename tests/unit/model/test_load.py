@@ -90,6 +90,32 @@ def test_quantised_linears_only_and_the_rest_in_the_compute_dtype(tmp_path: Path
     assert torch.isfinite(logits(model)).all()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_memory_that_runs_out_while_loading_is_not_told_as_a_broken_model(
+    llama: Base, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers collects what fails while a weight is quantised, and says that there were issues."""
+    import bitsandbytes as bnb
+    from transformers import core_model_loading
+
+    ran_out = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ran_out
+
+    collecting = core_model_loading.log_conversion_errors
+    place, name = {
+        "nf4": (bnb.functional, "quantize_4bit"),
+        "int8": (bnb.functional, "int8_vectorwise_quant"),
+        "none": (core_model_loading, "_materialize_copy"),
+    }[kind]
+    monkeypatch.setattr(place, name, fail)
+    with pytest.raises(RuntimeError) as caught:
+        load(llama, kind)
+    assert caught.value is ran_out
+    assert core_model_loading.log_conversion_errors is collecting
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_double_quant_is_the_sections(llama: Base, double_quant: bool) -> None:
     model = load(llama, "nf4", double_quant=double_quant)

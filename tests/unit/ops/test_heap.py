@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lorafit.machine.library_settings import LIBRARY_SETTINGS
-from lorafit.trainer.executor import release_memory, trim_after
+from lorafit.ops.process_memory import release_memory
+from lorafit.trainer.executor import trim_after
 
 MIB = 2**20
 

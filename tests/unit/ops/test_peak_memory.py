@@ -25,3 +25,11 @@ def test_the_peak_begins_anew_at_what_is_held() -> None:
     assert 2**26 < peak_memory_bytes(CPU) < high - 300 * _MIB
     _touch(200)
     assert peak_memory_bytes(CPU) < high - 100 * _MIB
+
+
+def test_a_cards_peak_begins_anew_without_what_its_allocator_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append("reset"))
+    assert forget_peak_memory(torch.device("cuda"))
+    assert done == ["empty_cache", "reset"]
