@@ -161,6 +161,9 @@ def _raising_at_once() -> Iterator[None]:
 
 
 def _finish_quantising(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if (kind := kind_of_codes(module)) is not None:
+            kind.settle(module)
     trim_heap()  # what quantising took, before what is left in mapped files is copied
     let_go_of_files(model)
 

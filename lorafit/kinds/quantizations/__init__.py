@@ -113,6 +113,10 @@ class Packed(Quantization[S_co]):
         """Shape, and hashes of codes and constants, of a loaded layer's weight; never of dequantised values."""
 
     @classmethod
+    def settle(cls, layer: nn.Module) -> None:
+        """Makes codes of a loaded layer's weight those that a CPU gives, where devices differ for a known reason."""
+
+    @classmethod
     @abstractmethod
     def rebuild(cls, entry: AnyEntry, used: JsonMapping, proof: JsonMapping) -> RebuiltRows:
         """A weight made again from the base's file.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BLOCK_WEIGHTS = 64  # bitsandbytes' Params4bit default on every device
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
+_CODES_OF_ZERO = 0x77  # two of NF4's in a byte
 _CODE_VALUES, _NESTED_CODE_VALUES, _OFFSET_BYTES = 16, 256, 4
 
 
@@ -170,10 +171,37 @@ class FourBit(BitsandbytesKind[F_co]):
 class Nf4(FourBit[Nf4Section]):
     """Linear4bit with the NF4 code."""
 
+    @classmethod
+    def settle(cls, layer: nn.Module) -> None:
+        """See `settle_zero_blocks`."""
+        weight: Any = layer.weight
+        settle_zero_blocks(weight.data, weight.quant_state)
+
 
 @quantizations.register(Fp4Section)
 class Fp4(FourBit[Fp4Section]):
     """Linear4bit with the FP4 code."""
+
+
+def settle_zero_blocks(codes: torch.Tensor, state: QuantState) -> None:
+    """Gives blocks of 64 zero weights the code of 0, in place, as a CPU does.
+
+    CUDA divides 0 by 0 there and writes the lowest code, minus the block's constant: nothing where that is 0, but not
+    once the constant is quantised too. So a block is one of zeros where all its codes are the lowest and its constant
+    may be a rounded 0.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_blockwise
+
+    constants, rounding = state.absmax, torch.zeros((), device=codes.device)
+    if state.nested:
+        constants = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        widest_step = state.state2.code.diff().max()
+        rounding = (state.state2.absmax * widest_step).repeat_interleave(NESTED_BLOCK)[: len(constants)]
+    bytes_a_block, flat = BLOCK_WEIGHTS // 2, codes.view(-1)
+    places = (constants.abs() <= rounding).nonzero() * bytes_a_block + torch.arange(bytes_a_block, device=codes.device)
+    places = places.clamp_(max=len(flat) - 1)
+    flat[places[(flat[places] == 0).all(1)]] = _CODES_OF_ZERO
 
 
 def hash_four_bit(codes: torch.Tensor, state: QuantState) -> JsonObject:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from lorafit.errors import RecipeError
 from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.adapters import adapters
-from lorafit.kinds.quantizations import quantizations
+from lorafit.kinds.quantizations import kind_of_codes, quantizations
 from lorafit.model.attach import attach_adapter
 from tests.support.adapted import load, lora, make_llama, open_base
 
@@ -108,3 +108,32 @@ def test_alpha_and_dropout_reach_the_model(tmp_path: Any) -> None:
     model = attach_adapter(load(base), lora(r=4, alpha=6.5, dropout=0.25), 0)
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     assert layer.scaling["default"] == 6.5 / 4 and layer.lora_dropout["default"].p == 0.25
+
+
+def plant(codes: torch.Tensor, weight: torch.Tensor) -> list[int]:
+    """Gives blocks of zeros the code that CUDA writes there; their numbers."""
+    blocks = [number for number, block in enumerate(weight.reshape(-1).split(64)) if not block.any()]
+    for block in blocks:
+        codes.view(-1)[32 * block : 32 * (block + 1)] = 0
+    return blocks
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_blocks_of_zeros_get_the_code_of_zero_and_no_other_block_does(double: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(300, 96) * 0.02
+    weight[3] = 0
+    weight[-2:] = 0
+    weight.view(-1)[64:128] = -0.02  # all its codes are the lowest too
+    layer = bnb.nn.Linear4bit(96, 300, bias=False, quant_type="nf4", compress_statistics=double)
+    layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=double, requires_grad=False).to(
+        "cpu"
+    )
+    right = layer.weight.data.clone()
+    kind = kind_of_codes(layer)
+    assert kind is not None
+    kind.settle(layer)
+    assert torch.equal(layer.weight.data, right)
+    assert len(plant(layer.weight.data, weight)) == 4 and not torch.equal(layer.weight.data, right)
+    kind.settle(layer)
+    assert torch.equal(layer.weight.data, right)

@@ -224,6 +224,28 @@ def test_a_few_codes_one_level_off_are_a_warning_only_for_another_device(trained
     assert report.codes_off == 2 and "2 of 245760 codes are one level off" in reporter.warnings[0]
 
 
+def test_a_run_of_a_card_with_blocks_of_zeros_is_rebuilt_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA gives such a block the lowest code instead of that of 0, 448 levels away."""
+    import bitsandbytes.functional as functional
+
+    folder, own = make_llama(tmp_path / "base"), functional.quantize_4bit
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][5:9] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def as_on_cuda(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        codes, state = own(weight, *args, **kwargs)
+        codes.view(-1, 32)[~weight.reshape(-1, 64).any(1)] = 0
+        return codes, state
+
+    with monkeypatch.context() as patched:
+        patched.setattr(functional, "quantize_4bit", as_on_cuda)
+        made = train_like(open_base(folder), "nf4")
+    assert run(made, "dequantized").verified
+
+
 @pytest.mark.parametrize("perturbed", ["embed", "up_proj"])
 def test_a_wrong_written_tensor_is_found_and_nothing_is_kept(
     trained: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, perturbed: str
