@@ -15,13 +15,13 @@ from lorafit.answering.opening import open_plain_model
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.contracts import Column, Example, JsonMapping, Reporter
 from lorafit.data.chat.template import compile_or_explain
-from lorafit.errors import CheckpointError, ModelError
+from lorafit.errors import CheckpointError, ModelError, ResourceError
 from lorafit.evaluation.parity import Parity, compare_merge, require_parity
 from lorafit.files.atomic import read_object
 from lorafit.files.safetensors import read_index
 from lorafit.job import open_job
 from lorafit.kinds.tasks import Task, TaskSection, tasks
-from lorafit.machine.devices import free_memory_bytes
+from lorafit.machine.devices import read_device
 from lorafit.model.merge import merge_adapter
 from lorafit.model.tokenizer_files import Companions
 from lorafit.ops.process_memory import is_out_of_memory
@@ -56,15 +56,15 @@ class _Comparison:
         needed, found = int(_WEIGHTS_HELD * weights) + _LOADED_LIBRARIES_BYTES, []
         for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
             try:
-                free = int(_SPARE_SHARE * free_memory_bytes(device))
+                free = int(_SPARE_SHARE * read_device("cpu" if device == "cpu" else "auto").memory_bytes)
                 if needed <= free:
                     self.parity = self._compare(merged_folder, device)
                     break
                 found.append(f"{free / 2**30:.1f} GiB are free ({device})")
-            except (RuntimeError, MemoryError, OSError) as error:
-                if not is_out_of_memory(error):
+            except (RuntimeError, MemoryError, OSError, ResourceError) as error:
+                if not (is_out_of_memory(error) or isinstance(error, ResourceError)):
                     raise
-                found.append(f"there was less ({device})")
+                found.append(f"not as much could be had ({device})")
         if self.parity is None:
             self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {', '.join(found)}"
         elif self._must_agree:

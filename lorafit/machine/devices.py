@@ -192,15 +192,6 @@ def _driver_version() -> str | None:
     return match[0] if (match := re.search(r"[0-9]+\.[0-9.]+[0-9]", text)) else None
 
 
-def free_memory_bytes(kind: str) -> int:
-    """Memory that this process may still take of a device, what it holds of it included as in `cpu_memory_bytes`."""
-    if kind != "cuda":
-        return cpu_memory_bytes()
-    import torch
-
-    return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved()
-
-
 def cpu_memory_bytes() -> int:
     """Memory this process may have in all: the smaller of available RAM, the control group's limit and `ulimit -v`.
 

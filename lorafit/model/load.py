@@ -152,7 +152,7 @@ def _raising_at_once() -> Iterator[None]:
     from transformers import core_model_loading
 
     loading: Any = core_model_loading
-    collecting = loading.log_conversion_errors
+    collecting = getattr(loading, "log_conversion_errors", None)  # a newer one may have none
     loading.log_conversion_errors = lambda *_, **__: contextlib.nullcontext()
     try:
         yield

@@ -12,7 +12,7 @@ import torch
 from lorafit import merging
 from lorafit.answering.tuned import Tuned
 from lorafit.contracts import Example, Silent
-from lorafit.errors import NumericsError
+from lorafit.errors import NumericsError, ResourceError
 from lorafit.evaluation.parity import Parity
 from lorafit.kinds.tasks import tasks
 from lorafit.run.card import RunCard
@@ -32,9 +32,8 @@ class Machine:
         self.parity = NEAR
         self._lies = lies
         patch.setattr(torch.cuda, "is_available", lambda: card is not None)
-        patch.setattr(torch.cuda, "mem_get_info", lambda: (card, 2 * (card or 0)))
-        patch.setattr(torch.cuda, "memory_reserved", lambda: 0)
-        patch.setattr("lorafit.machine.devices.cpu_memory_bytes", lambda: host)
+        self.memory = {"auto": card, "cpu": host}
+        patch.setattr(merging, "read_device", lambda kind: SimpleNamespace(memory_bytes=self.memory[kind]))
         patch.setattr(merging, "open_plain_model", lambda folder, reporter, device: SimpleNamespace(
             load=lambda: SimpleNamespace(model=torch.nn.Linear(1, 1))
         ))  # fmt: skip
@@ -70,9 +69,15 @@ NO_ROOM = RuntimeError("DefaultCPUAllocator: can't allocate memory")
         (24 * GIB, GIB, {}, ["cuda"], ""),
         (GIB, 96 * GIB, {}, ["cpu"], ""),
         (24 * GIB, 96 * GIB, {"cuda": RAN_OUT}, ["cuda", "cpu"], ""),
-        (24 * GIB, 96 * GIB, {"cuda": RAN_OUT, "cpu": NO_ROOM}, ["cuda", "cpu"], "less (cuda), there was less (cpu)"),
+        (
+            24 * GIB,
+            96 * GIB,
+            {"cuda": RAN_OUT, "cpu": NO_ROOM},
+            ["cuda", "cpu"],
+            "had (cuda), not as much could be had (cpu)",
+        ),
         (GIB, GIB, {}, [], "take 1.5 GiB of memory, 0.8 GiB are free (cuda), 0.8 GiB are free (cpu)"),
-        (None, 96 * GIB, {"cpu": NO_ROOM}, ["cpu"], "take 1.5 GiB of memory, there was less (cpu)"),
+        (None, 96 * GIB, {"cpu": NO_ROOM}, ["cpu"], "take 1.5 GiB of memory, not as much could be had (cpu)"),
         (None, 96 * GIB, {}, ["cpu"], ""),
     ],
 )
@@ -91,12 +96,17 @@ def test_both_models_go_where_they_fit(
     assert (made.parity is NEAR, made.skipped.endswith(says), bool(made.skipped)) == (not says, True, bool(says))
 
 
-def test_a_card_so_full_that_it_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise RuntimeError("CUDA error: out of memory")
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), ResourceError("no kernels for it")])
+def test_a_card_that_is_too_full_or_too_old_to_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def ask(kind: str) -> Any:
+        if kind == "auto":
+            raise error
+        return SimpleNamespace(memory_bytes=96 * GIB)
 
     machine = Machine(monkeypatch, tmp_path, GIB, 96 * GIB, {})
-    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    monkeypatch.setattr(merging, "read_device", ask)
     assert machine.compare().parity is NEAR and machine.loaded == ["cpu"]
 
 
