@@ -5,8 +5,8 @@ pages of a map that was touched count as the process's memory, and an epoch touc
 
 tokens.int32            ┌── row 0 ──┬─── row 1 ───┬─ row 2 ─┐     a column of the task, one row behind the other
 tokens_ends.int64       6           13            18              where its rows end
-lengths.int32, weights.int32, trained_tokens.int32, lines.int64, sources.int32, hashes.uint64,
-prompt_hashes.uint64                              one number a row
+lengths.int32, trained_tokens.int32, lines.int64, sources.int32, hashes.uint64, prompt_hashes.uint64
+                                                  one number a row
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ NO_PROMPT = 0
 """In place of the hash of a prompt: nothing stands before what is trained."""
 _NUMBERS = {
     "lengths": "<i4",
-    "weights": "<i4",
     "trained_tokens": "<i4",
     "lines": "<i8",
     "sources": "<i4",
@@ -49,7 +48,6 @@ def pack_chunk(
     made = [row for *_, row in rows]
     numbers: dict[str, list[int]] = {
         "lengths": [row_tokens(row.tokens) for row in made],
-        "weights": [row.weight for row in made],
         "trained_tokens": [row.weight if row.trained_tokens is None else row.trained_tokens for row in made],
         "lines": [line for _, line, _ in rows],
         "sources": [source for source, _, _ in rows],
@@ -215,11 +213,6 @@ class ExampleSet:
     def lengths(self) -> Sequence[int]:
         """Tokens that each row takes in a micro-batch, an int64 array `[rows]`."""
         return cast(Sequence[int], self._numbers("lengths").astype(np.int64))
-
-    @cached_property
-    def weights(self) -> Sequence[int]:
-        """Each row's share of what a step's loss is divided by, an int32 array `[rows]`."""
-        return cast(Sequence[int], self._numbers("weights"))
 
     @cached_property
     def trained_tokens(self) -> Sequence[int]:

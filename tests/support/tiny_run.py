@@ -48,7 +48,7 @@ class Rows:
         self.ids = [random.integers(1, VOCABULARY, int(random.integers(5, 41))).tolist() for _ in range(count)]
         self.trained = [[int(i >= len(ids) // 2) for i in range(len(ids))] for ids in self.ids]
         self.lengths = [len(ids) for ids in self.ids]
-        self.weights = [sum(t[1:]) for t in self.trained]
+        self.trained_tokens = [sum(t[1:]) for t in self.trained]
         self.source_of = [0] * count
         self.repeats = [1.0]
 

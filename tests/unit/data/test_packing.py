@@ -24,7 +24,6 @@ class Rows:
 
     def __init__(self, *lengths: int) -> None:
         self.lengths = list(lengths)
-        self.weights = [length - max(1, length // 2) for length in lengths]
 
     def __len__(self) -> int:
         return len(self.lengths)

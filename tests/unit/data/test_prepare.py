@@ -60,10 +60,10 @@ def test_rows_are_what_the_template_and_the_tokenizer_make(
         assert file == "d.jsonl" and rows[line - 1] is row
     examples: Examples = prepared.train
     assert list(examples.lengths) == [len(ids) for ids, *_ in found]
-    assert list(examples.weights) == [sum(trained) for _, trained, *_ in found]
+    assert list(examples.trained_tokens) == [sum(trained) for _, trained, *_ in found]
     facts = prepared.facts()
     assert facts.rows == 3 and facts.longest_tokens == max(examples.lengths)
-    assert facts.tokens == sum(examples.lengths) and facts.trained_tokens == sum(examples.weights)
+    assert facts.tokens == sum(examples.lengths) and facts.trained_tokens == sum(examples.trained_tokens)
 
 
 def test_tokens_stay_on_disk(tmp_path: Path) -> None:

@@ -112,4 +112,4 @@ def test_log_lines_hold_what_was_promised(job: Callable[..., Job]) -> None:
     ] * 3
     assert lines[-1]["epoch"] == 1.0
     assert sum(line["tokens"] for line in lines) == sum(one.rows.lengths) == result.tokens
-    assert sum(line["trained_tokens"] for line in lines) == sum(one.rows.weights) == result.trained_tokens
+    assert sum(line["trained_tokens"] for line in lines) == sum(one.rows.trained_tokens) == result.trained_tokens
