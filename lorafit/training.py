@@ -305,7 +305,7 @@ class Training:
             adapters.bind(recipe.adapter).step_hook(model),
         )
         at_once, task = resolved.micro_batches_at_once, executor.objective.task
-        cutter = Cutter(rows.train, task, job.pad_id, recipe.data.packing, resolved.attention, at_once)
+        cutter = Cutter(rows.train, task, job.pad_id, recipe.data.packing, resolved.attention, at_once, executor.ranks)
         load = partial(load_adapter_weights, model)
         environment = Environment.here(executor.device.type, executor.ranks, job.device.card)
         return Trainer(

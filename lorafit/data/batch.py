@@ -25,7 +25,8 @@ _EPOCHS_KEPT = 4
 MICRO_BATCH_COST_TOKENS = 96
 """About what starting a forward and its backward costs (mostly unpacking NF4 weights, which takes as long on large
 models as on small ones beside their products), so that cuts are not too fine: 87 tokens, measured on a CPU."""
-_LEAST_SHARE, _TRIED_BUDGETS = 0.5, 11  # of the budget, where micro-batches run at once: down to half in 5 % steps
+_LEAST_SHARE, _TRIED_BUDGETS = 0.5, 11  # of the budget, where threads run at once: down to half in 5 % steps
+_MOST_PARTS_A_RANK = 8  # of a budget-filling step, where ranks share it
 
 
 def shuffle(count: int, *key: int) -> Integers:
@@ -118,7 +119,9 @@ class StepRows:
         return epoch + (start + len(rows)) / self._rows, [int(row) for row in rows]
 
 
-def cut_step(rows: Sequence[int], lengths: Sequence[int], token_budget: int, at_once: int = 1) -> list[list[int]]:
+def cut_step(
+    rows: Sequence[int], lengths: Sequence[int], token_budget: int, at_once: int = 1, ranks: int = 1
+) -> list[list[int]]:
     """Cuts the rows of a step into micro-batches, the longest rows first.
 
     Among all cuts of the rows sorted by length that keep `rows x longest` of a micro-batch within the budget, it takes
@@ -131,16 +134,32 @@ def cut_step(rows: Sequence[int], lengths: Sequence[int], token_budget: int, at_
         rows: Row numbers; may repeat.
         lengths: Tokens of each row of the whole set, by row number.
         token_budget: Padded tokens of a micro-batch.
-        at_once: Micro-batches that run at the same time.
+        at_once: Micro-batches that run at the same time in a process.
+        ranks: Processes that share them.
     """
     if not rows:
         return []
     ordered = sorted(rows, key=lambda row: (-int(lengths[row]), row))
     tokens = np.array([int(lengths[row]) for row in ordered], dtype=np.int64)
     shares = np.linspace(1.0, _LEAST_SHARE, _TRIED_BUDGETS) if at_once > 1 else (1.0,)
-    cuts = (_cut_within(tokens, int(token_budget * share)) for share in shares)
-    best = min(cuts, key=lambda parts: span_tokens([len(part) * int(tokens[part.start]) for part in parts], at_once))
+    budgets = (int(budget * share) for budget in rank_budgets(token_budget, ranks) for share in shares)
+    workers = at_once * ranks
+    best = min(
+        (_cut_within(tokens, budget) for budget in budgets),
+        key=lambda parts: span_tokens([len(part) * int(tokens[part.start]) for part in parts], workers),
+    )
     return [ordered[part.start : part.stop] for part in best]
+
+
+def rank_budgets(token_budget: int, ranks: int) -> list[int]:
+    """The budget, and where ranks share a step smaller ones to look at: few rows must reach all of them.
+
+    Whole numbers throughout: a machine that rounds otherwise would cut otherwise, and rows be lost between the ranks.
+    """
+    budgets = [token_budget]
+    while ranks > 1 and budgets[-1] * _MOST_PARTS_A_RANK * ranks > token_budget:
+        budgets.append(budgets[-1] * 5 // 6)
+    return budgets
 
 
 def _cut_within(tokens: Integers, token_budget: int) -> list[range]:
@@ -161,14 +180,25 @@ def _cut_within(tokens: Integers, token_budget: int) -> list[range]:
     return parts
 
 
-def span_tokens(padded_tokens: Sequence[int], at_once: int) -> int:
-    """How long micro-batches take that begin with the largest whenever a core is free; in tokens of one core.
+def deal(padded_tokens: Sequence[int], workers: int) -> list[list[int]]:
+    """Numbers of the micro-batches that each worker runs, ascending: the largest first, to whoever is free first.
 
     Args:
         padded_tokens: Of each micro-batch.
-        at_once: Cores, or 1 where all work on one micro-batch.
+        workers: Cores or ranks; 1 where all work on one micro-batch.
     """
-    busy_until = [0] * at_once
-    for tokens in sorted(padded_tokens, reverse=True):
-        heapq.heapreplace(busy_until, busy_until[0] + MICRO_BATCH_COST_TOKENS + tokens)
-    return max(busy_until)
+    free = [(0, worker) for worker in range(workers)]  # when, and who
+    dealt: list[list[int]] = [[] for _ in range(workers)]
+    for number in sorted(range(len(padded_tokens)), key=lambda number: -padded_tokens[number]):
+        busy_until, worker = free[0]
+        dealt[worker].append(number)
+        heapq.heapreplace(free, (busy_until + MICRO_BATCH_COST_TOKENS + padded_tokens[number], worker))
+    return [sorted(numbers) for numbers in dealt]
+
+
+def span_tokens(padded_tokens: Sequence[int], workers: int) -> int:
+    """How long micro-batches take that are dealt so; in tokens of one worker."""
+    return max(
+        sum(MICRO_BATCH_COST_TOKENS + padded_tokens[number] for number in numbers)
+        for numbers in deal(padded_tokens, workers)
+    )

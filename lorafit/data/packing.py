@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorafit.contracts import Batch, Examples
-from lorafit.data.batch import cut_step, span_tokens
+from lorafit.data.batch import cut_step, deal, rank_budgets, span_tokens
 from lorafit.objective import TrainedTask
 
 PackedRow = list[int]
@@ -71,7 +71,13 @@ def pack_rows(rows: Sequence[int], lengths: Sequence[int], row_tokens: int) -> l
 
 
 def cut_packed(
-    rows: Sequence[int], lengths: Sequence[int], token_budget: int, *, one_row: bool, at_once: int = 1
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    token_budget: int,
+    *,
+    one_row: bool,
+    at_once: int = 1,
+    ranks: int = 1,
 ) -> list[MicroBatch]:
     """Cuts the rows of a step into micro-batches of packed rows; the plain cut where packing saves nothing.
 
@@ -84,17 +90,20 @@ def cut_packed(
         lengths: Tokens of each row of the whole set, by row number.
         token_budget: Padded tokens of a micro-batch; a longer document is a micro-batch of its own.
         one_row: Whether a micro-batch is one row.
-        at_once: Micro-batches that run at the same time.
+        at_once: Micro-batches that run at the same time in a process.
+        ranks: Processes that share them.
     """
     if not rows:
         return []
     longest = max(int(lengths[row]) for row in rows)
-    row_tokens = token_budget if one_row else min(token_budget, max(longest, PACKED_ROW_TOKENS))
-    packed = pack_rows(rows, lengths, row_tokens)
-    totals = [sum(int(lengths[row]) for row in documents) for documents in packed]
-    cut = [[packed[number] for number in part] for part in cut_step(range(len(packed)), totals, token_budget, at_once)]
-    plain = [[[row] for row in part] for part in cut_step(rows, lengths, token_budget, at_once)]
-    return min(plain, cut, key=lambda parts: span_tokens([padded_tokens(part, lengths) for part in parts], at_once))
+    cuts = [[[[row] for row in part] for part in cut_step(rows, lengths, token_budget, at_once, ranks)]]
+    for budget in rank_budgets(token_budget, ranks):
+        packed = pack_rows(rows, lengths, budget if one_row else min(budget, max(longest, PACKED_ROW_TOKENS)))
+        totals = [sum(int(lengths[row]) for row in documents) for documents in packed]
+        parts = cut_step(range(len(packed)), totals, budget, at_once)
+        cuts.append([[packed[number] for number in part] for part in parts])
+    workers = at_once * ranks
+    return min(cuts, key=lambda cut: span_tokens([padded_tokens(part, lengths) for part in cut], workers))
 
 
 def padded_tokens(part: MicroBatch, lengths: Sequence[int]) -> int:
@@ -112,7 +121,8 @@ class Cutter:
         pad_id: Fills up short rows.
         packing: Whether several documents may share a row.
         attention: Attention implementation of the model.
-        at_once: Micro-batches that run at the same time.
+        at_once: Micro-batches that run at the same time in a process.
+        ranks: Processes that share a step's micro-batches.
     """
 
     examples: Examples
@@ -121,6 +131,7 @@ class Cutter:
     packing: bool = False
     attention: str = "sdpa"
     at_once: int = 1
+    ranks: int = 1
 
     @property
     def one_row(self) -> bool:
@@ -131,12 +142,19 @@ class Cutter:
         """Micro-batches of a step, the same on every rank; without packing each row holds one document."""
         lengths = self.examples.lengths
         if self.packing:
-            return cut_packed(rows, lengths, token_budget, one_row=self.one_row, at_once=self.at_once)
-        return [[[row] for row in part] for part in cut_step(rows, lengths, token_budget, self.at_once)]
+            return cut_packed(rows, lengths, token_budget, one_row=self.one_row, at_once=self.at_once, ranks=self.ranks)
+        return [[[row] for row in part] for part in cut_step(rows, lengths, token_budget, self.at_once, self.ranks)]
+
+    def of_rank(self, cut: Sequence[MicroBatch], rank: int) -> list[MicroBatch]:
+        """Those of a step's micro-batches that a rank runs."""
+        return [cut[number] for number in deal(self._padded(cut), self.ranks)[rank]]
 
     def span_tokens(self, cut: Sequence[MicroBatch]) -> int:
         """See `lorafit.data.batch.span_tokens`."""
-        return span_tokens([padded_tokens(part, self.examples.lengths) for part in cut], self.at_once)
+        return span_tokens(self._padded(cut), self.at_once * self.ranks)
+
+    def _padded(self, cut: Sequence[MicroBatch]) -> list[int]:
+        return [padded_tokens(part, self.examples.lengths) for part in cut]
 
     def collate(self, part: MicroBatch) -> Batch:
         """The batch of one micro-batch, on the CPU."""

@@ -18,7 +18,7 @@ import numpy as np
 from lorafit.answering.engine import Engine
 from lorafit.answering.generate import Answer, Request, Sampling
 from lorafit.contracts import Silent
-from lorafit.data.batch import cut_step
+from lorafit.data.batch import cut_step, deal
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed, compare_rows, fill_text, find_worst, join_rows
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
@@ -76,7 +76,9 @@ def score_examples(
     rows = len(examples)
     widths = objective.task.scores
     sums = np.zeros((rows, sum(widths.values())))
-    micro_batches = cut_step(range(rows), examples.lengths, micro_batch_tokens)[first::every]
+    cut = cut_step(range(rows), examples.lengths, micro_batch_tokens)
+    padded = [len(members) * int(examples.lengths[members[0]]) for members in cut]  # the longest comes first
+    micro_batches = [cut[number] for number in deal(padded, every)[first]]
 
     def score(members: Sequence[int]) -> Any:
         batch = objective.task.collate([[examples[row]] for row in members], pad_id)

@@ -21,7 +21,7 @@ from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
-from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes, peak_reserved_bytes, release_memory
+from lorafit.ops.process_memory import peak_memory_bytes, peak_reserved_bytes, release_memory
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Snapshot
 from lorafit.trainer.executor import Executor, out_of_memory, trim_after
@@ -203,14 +203,12 @@ class Trainer:
                 batches = self.feed.take(step, budget)
             try:
                 figures, sums = accumulate_gradients(self.executor, batches, self._check_signals_of_this_rank)
-                check_loss(step, figures, sums, batches, self.cutter.examples)
-                self.executor.sum_gradients()
-                return figures, batches
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside of the except block: the traceback holds the activations.
-            self._halve(state, budget, max(int(self.cutter.examples.lengths[row]) for row in rows))
+            except MemoryError:
+                self._halve(state, budget, max(int(self.cutter.examples.lengths[row]) for row in rows))
+                continue
+            check_loss(step, figures, sums, batches, self.cutter.examples)
+            self.executor.sum_gradients()
+            return figures, batches
 
     def _checked_norm(self, state: TrainState, step: int, batches: Sequence[Batch]) -> torch.Tensor:
         """The gradient norm, a scalar; not finite only where fp16 overflowed: the update will be skipped."""
@@ -224,10 +222,10 @@ class Trainer:
     def build_micro_batches(self, step: int, token_budget: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the CPU; a pure function."""
         cut = self.cutter.cut(self.step_rows.rows(step)[1], token_budget)
-        return [self.cutter.collate(part) for part in cut[self.executor.rank :: self.executor.ranks]]
+        return [self.cutter.collate(part) for part in self.cutter.of_rank(cut, self.executor.rank)]
 
     def _halve(self, state: TrainState, budget: int, longest: int) -> None:
-        """Halves the token budget and goes back to the edge.
+        """Halves the token budget and goes back to the edge; every rank does, whichever ran out of memory.
 
         Raises:
             ResourceError: Nothing is left to halve.
@@ -235,8 +233,7 @@ class Trainer:
         problem = out_of_memory(f"at step {state.step + 1}", longest, budget)
         self.update.optimizer.zero_grad(set_to_none=True)
         release_memory(self.executor.device)
-        # Several ranks cannot tell each other: the others wait in a reduction already.
-        if self.executor.ranks > 1 or budget <= longest:
+        if budget <= longest:
             raise problem
         restore_rng(self._edge_rng)
         state.lower_token_budget(budget // 2)

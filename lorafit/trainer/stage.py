@@ -90,7 +90,8 @@ class Stage:
     @property
     def cutter(self) -> Cutter:
         """Makes micro-batches as the run would under the attention that is set."""
-        return Cutter(self.examples, self.objective.task, self.pad_id, self.packing, self.attention)
+        ranks = self.executor.ranks
+        return Cutter(self.examples, self.objective.task, self.pad_id, self.packing, self.attention, ranks=ranks)
 
     def shortest_batch(self) -> Batch:
         """The shortest row of the first step, alone."""

@@ -15,6 +15,7 @@ import torch
 
 from lorafit.contracts import Batch, Examples, StepHook
 from lorafit.errors import NumericsError, row_place
+from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.trainer.executor import Executor, no_check
 
 _NAMED_ROWS = 3
@@ -42,6 +43,8 @@ def accumulate_gradients(
 ) -> tuple[StepFigures, list[float]]:
     """Leaves this rank's share of the step's gradient in `.grad`; the host waits for the device once, at the end.
 
+    Ranks meet twice, and the second time they tell each other too whether memory ran out, so that none waits in vain.
+
     Args:
         executor: Runs the micro-batches.
         batches: This rank's micro-batches, on the CPU; may be none.
@@ -49,12 +52,25 @@ def accumulate_gradients(
 
     Returns:
         The step's figures, and the loss sum of each of this rank's micro-batches.
+
+    Raises:
+        MemoryError: On every rank, where memory of a device or host ran out on one; nothing in `.grad` is of use.
     """
     sizes = [_sizes(batch) for batch in batches] or [(0, 0, 0, 0)]
     weight, tokens, padded, trained = executor.sum([float(sum(column)) for column in zip(*sizes, strict=True)])
-    losses = executor.accumulate(batches, weight, after_each)
-    sums: list[float] = torch.stack(losses).double().tolist() if losses else []
-    (loss_total,) = executor.sum([sum(sums)])
+    sums: list[float] = []
+    ran_out = False
+    try:
+        losses = executor.accumulate(batches, weight, after_each)
+        sums = torch.stack(losses).double().tolist() if losses else []
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ran_out = True
+    # Outside of the except block: the traceback holds the activations.
+    loss_total, ranks_out = executor.sum([sum(sums), float(ran_out)])
+    if ranks_out:
+        raise MemoryError(f"on {ranks_out:.0f} of {executor.ranks} ranks")
     return StepFigures(loss_total / weight, int(tokens), int(padded), int(trained)), sums
 
 

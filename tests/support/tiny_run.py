@@ -174,7 +174,7 @@ class Job:
             run_at_once(executor, self.at_once),
             update,
             StepRows(self.rows, self.seed, self.batch_size),
-            Cutter(self.rows, CAUSAL_LM, PAD, self.packing),
+            Cutter(self.rows, CAUSAL_LM, PAD, self.packing, ranks=executor.ranks),
             self.budget,
             self.plan,
             self.store,

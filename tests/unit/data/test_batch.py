@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import combinations
 
 import numpy as np
@@ -16,6 +17,7 @@ from lorafit.data.batch import (
     MICRO_BATCH_COST_TOKENS,
     StepRows,
     cut_step,
+    deal,
     epoch_order,
     rows_per_epoch,
     shuffle,
@@ -130,10 +132,10 @@ def cost(cut: list[list[int]], tokens: list[int]) -> int:
     return sum(MICRO_BATCH_COST_TOKENS + len(part) * max(tokens[row] for row in part) for part in cut)
 
 
-@given(lengths, st.integers(1, 300), st.integers(1, 4))
-def test_a_cut_is_a_partition_within_the_budget(tokens: list[int], budget: int, at_once: int) -> None:
+@given(lengths, st.integers(1, 300), st.integers(1, 4), st.sampled_from([1, 2, 8]))
+def test_a_cut_is_a_partition_within_the_budget(tokens: list[int], budget: int, at_once: int, ranks: int) -> None:
     rows = list(range(len(tokens)))
-    cut = cut_step(rows, tokens, budget, at_once)
+    cut = cut_step(rows, tokens, budget, at_once, ranks)
     assert sorted(row for part in cut for row in part) == rows
     assert all(part for part in cut)
     for part in cut:
@@ -173,7 +175,56 @@ def test_micro_batches_at_once_are_done_no_later_than_with_the_plain_cut(
         return span_tokens([len(part) * max(tokens[row] for row in part) for part in cut], at_once)
 
     rows = range(len(tokens))
-    assert span(cut_step(rows, tokens, budget, at_once)) <= span(cut_step(rows, tokens, budget))
+    plain = span(cut_step(rows, tokens, budget))
+    assert span(cut_step(rows, tokens, budget, at_once)) <= plain
+    assert span(cut_step(rows, tokens, budget, ranks=at_once)) <= plain
+
+
+@given(st.lists(st.integers(1, 300), max_size=20), st.integers(1, 9))
+def test_micro_batches_are_dealt_to_whoever_is_free_first(padded: list[int], workers: int) -> None:
+    dealt = deal(padded, workers)
+    assert len(dealt) == workers and sorted(number for share in dealt for number in share) == [*range(len(padded))]
+    assert all(share == sorted(share) for share in dealt)
+    costs = [[MICRO_BATCH_COST_TOKENS + padded[number] for number in share] for share in dealt]
+    spans = [sum(share) for share in costs]
+    assert max(spans) == span_tokens(padded, workers)
+    assert all(span - min(share) <= min(spans) for span, share in zip(spans, costs, strict=True) if share)
+
+
+@pytest.mark.parametrize(("mean", "longest"), [(120, 1024), (350, 2048)])
+@pytest.mark.parametrize(("ranks", "least", "before"), [(2, 0.95, 0.90), (4, 0.90, 0.74), (8, 0.70, 0.52)])
+def test_the_share_of_ranks_in_use(mean: int, longest: int, ranks: int, least: float, before: float) -> None:
+    """Steps of 16 rows as instructions and chats have them, under the largest budget that a plan of them allows."""
+    random = np.random.default_rng(0)
+    tokens = np.clip(random.lognormal(np.log(mean), 0.7, 4000), 20, longest).astype(int)
+    tokens[0] = longest
+    shares: dict[str, list[float]] = {"dealt": [], "in turn": []}
+    for _ in range(50):
+        rows = random.integers(0, 4000, 16).tolist()
+        for how, told in (("dealt", ranks), ("in turn", 1)):
+            cut = cut_step(rows, tokens, -(-16 // ranks) * longest, ranks=told)
+            padded = [len(part) * int(tokens[part[0]]) for part in cut]
+            numbers = deal(padded, ranks) if how == "dealt" else [range(len(cut))[n::ranks] for n in range(ranks)]
+            busy = [sum(padded[number] for number in share) for share in numbers]
+            shares[how].append(sum(busy) / ranks / max(busy))
+    assert np.mean(shares["dealt"]) >= least
+    assert np.mean(shares["in turn"]) <= before  # what cuts that know of no ranks give
+
+
+def test_cuts_are_those_of_older_runs() -> None:
+    """A resumed run trains to the same bits only on the cuts that it was begun with."""
+    tokens = [20 + int(number) ** 2 // 9000 for number in shuffle(3000, 5)]
+    steps = [range(start, start + 16) for start in range(0, 2992, 16)]
+    golden = {
+        (1, 1): "d15df00471da7912",
+        (2, 1): "b6aa78efd7a94ae1",
+        (6, 1): "323c76161f7479d2",
+        (1, 2): "f84b902ce1e819b1",
+        (1, 8): "61af096629629fd0",
+    }
+    for (at_once, ranks), expected in golden.items():
+        cuts = [cut_step(rows, tokens, budget, at_once, ranks) for rows in steps for budget in (640, 4096)]
+        assert sha256(repr(cuts).encode()).hexdigest()[:16] == expected
 
 
 def test_two_cores_get_two_micro_batches() -> None:

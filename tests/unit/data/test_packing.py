@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.contracts import Example
-from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, cut_step
+from lorafit.data.batch import cut_step, span_tokens
 from lorafit.data.packing import PACKED_ROW_TOKENS, Cutter, cut_packed, pack_rows, padded_tokens
 from lorafit.kinds.tasks import tasks
 
@@ -53,17 +53,29 @@ def test_a_document_goes_where_the_least_room_is_left_behind_it() -> None:
     assert pack_rows([0, 1], [12, 3], 10) == [[0], [1]]
 
 
-@given(documents, st.integers(1, 400), st.booleans())
-def test_cuts_keep_the_rows_and_the_budget_and_never_cost_more(lengths: list[int], budget: int, one_row: bool) -> None:
+@given(documents, st.integers(1, 400), st.booleans(), st.sampled_from([1, 2, 8]))
+def test_cuts_keep_the_rows_and_the_budget_and_never_cost_more(
+    lengths: list[int], budget: int, one_row: bool, ranks: int
+) -> None:
     rows = list(range(len(lengths)))
-    cut = cut_packed(rows, lengths, budget, one_row=one_row)
+    cut = cut_packed(rows, lengths, budget, one_row=one_row, ranks=ranks)
     assert sorted(row for part in cut for documents in part for row in documents) == rows
     for part in cut:
         assert padded_tokens(part, lengths) <= budget or len(part) == len(part[0]) == 1
         if one_row and any(len(documents) > 1 for documents in part):
             assert len(part) == 1  # what variable-length attention needs
-    plain = sum(MICRO_BATCH_COST_TOKENS + len(p) * lengths[p[0]] for p in cut_step(rows, lengths, budget))
-    assert sum(MICRO_BATCH_COST_TOKENS + padded_tokens(part, lengths) for part in cut) <= plain
+    plain = [len(part) * lengths[part[0]] for part in cut_step(rows, lengths, budget)]
+    assert span_tokens([padded_tokens(part, lengths) for part in cut], ranks) <= span_tokens(plain, ranks)
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+def test_packed_rows_that_ranks_share_are_short_enough_for_all(one_row: bool) -> None:
+    lengths = [120, 80, 100, 60, 140, 90, 110, 70] * 2
+    cutter = Cutter(Rows(*lengths), CAUSAL_LM, 9, True, "flash_attention_2" if one_row else "sdpa", ranks=4)
+    cut = cutter.cut(range(16), 2048)
+    shares = [sum(padded_tokens(part, lengths) for part in cutter.of_rank(cut, rank)) for rank in range(4)]
+    assert sorted(row for part in cut for documents in part for row in documents) == [*range(16)]
+    assert sum(shares) / 4 / max(shares) > 0.9
 
 
 def test_one_row_has_no_padding_and_others_are_no_longer_than_the_longest_document() -> None:

@@ -17,10 +17,10 @@ import torch
 
 from lorafit.errors import NumericsError, ResourceError, StoppedBySignal
 from lorafit.files import atomic
+from lorafit.trainer.executor import Executor
 from lorafit.trainer.loop import HeldOut
 from lorafit.trainer.signals import StopSignals
 from lorafit.trainer.state import TrainState
-from lorafit.trainer.step import accumulate_gradients
 from tests.support.tiny_run import Job, Rows, TinyPlan, set_rate
 
 
@@ -116,13 +116,15 @@ def test_fp16_learns_like_fp32(job: Callable[..., Job]) -> None:
 def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, *, above_tokens: int, error: Exception) -> None:
     """Micro-batches of more padded tokens than that do not fit, once some of the step is done."""
 
-    def limited(executor: Any, batches: Any, *rest: Any) -> Any:
-        if any(batch.padded_tokens > above_tokens for batch in batches):
-            accumulate_gradients(executor, batches[:1], *rest)
-            raise error
-        return accumulate_gradients(executor, batches, *rest)
+    accumulate = Executor.accumulate
 
-    monkeypatch.setattr("lorafit.trainer.loop.accumulate_gradients", limited)
+    def limited(self: Executor, batches: Any, *rest: Any) -> Any:
+        if any(batch.padded_tokens > above_tokens for batch in batches):
+            accumulate(self, batches[:1], *rest)
+            raise error
+        return accumulate(self, batches, *rest)
+
+    monkeypatch.setattr(Executor, "accumulate", limited)
 
 
 @pytest.mark.parametrize(

@@ -1,88 +1,128 @@
-"""Two gloo ranks with unequal numbers of micro-batches train the run of one process; a signal to one stops both."""
+"""Two, four and eight gloo ranks train the run of one process, and what befalls one of them all meet together."""
 
 from __future__ import annotations
 
 import json
 import socket
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError
 from lorafit.facts import DeviceFacts
+from lorafit.trainer import ranks as over_ranks
 from lorafit.trainer.checkpoint import Environment, check_continuity
 from lorafit.trainer.state import TrainState, read_dataclass
 from tests.support.processes import ENVIRONMENT, start
+from tests.support.rank_program import OF_ONE, SHORT
 from tests.support.tiny_run import Job
 
-PROGRAM = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {here!r})
-from tests.support.tiny_run import Job, set_rate
-from lorafit.errors import StoppedBySignal
-from lorafit.trainer.state import TrainState, read_dataclass
-
-whole = Job(Path({root!r}) / "two")
-trainer = whole.trainer()
-counts = [len(trainer.build_micro_batches(step, whole.budget)) for step in range(1, 9)]
-say = Path({root!r}, "rank" + os.environ["RANK"])
-say.write_text(str(counts))
-trainer.fit(TrainState())
-
-stopped = Job(Path({root!r}) / "stopped")
-trainer = stopped.trainer()
-inner = trainer.update.learning_rate_at
-def lr_at(step):
-    if step == 3 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return inner(step)
-set_rate(trainer, lr_at)
-try:
-    trainer.fit(TrainState())
-except StoppedBySignal as reason:
-    say.with_suffix(".stopped").write_text(str(reason.exit_code) + " " + str(reason))
-"""
+PROGRAM = Path(__file__).parents[2] / "support" / "rank_program.py"
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ranks")
-    program = root / "program.py"
-    program.write_text(PROGRAM.format(here=str(Path(__file__).parents[3]), root=str(root)), encoding="utf-8")
+@dataclass(frozen=True)
+class Trained:
+    """What so many ranks left behind."""
+
+    root: Path
+    ranks: int
+    codes: list[int | None]
+    errors: list[str]
+
+    def notes(self, name: str) -> list[dict[str, Any]]:
+        """How a run went, by rank."""
+        return [json.loads((self.root / f"{name}.{rank}").read_text()) for rank in range(self.ranks)]
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow), 8])
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Trained:
+    root, count = tmp_path_factory.mktemp("ranks"), request.param
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    ranks = [start(program, cwd=root, env={**ENVIRONMENT, **shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    ended = [(*rank.communicate(timeout=300), rank.returncode) for rank in ranks]
-    assert [code for _, _, code in ended] == [0, 0], ended
-    return root
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    shared |= {"ACCELERATE_USE_CPU": "true"}
+    processes = [
+        start(PROGRAM, root, cwd=root, env={**ENVIRONMENT, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return Trained(root, count, [process.returncode for process in processes], errors)
 
 
-def test_two_ranks_equal_one_process(two_ranks: Path, job: Callable[..., Job]) -> None:
-    first, second = (json.loads((two_ranks / f"rank{rank}").read_text()) for rank in (0, 1))
-    assert any(a != b for a, b in zip(first, second, strict=True))  # unequal, as real steps are
-    alone = job("one")
+@pytest.mark.parametrize("name", OF_ONE)
+def test_ranks_equal_one_process(trained: Trained, job: Callable[..., Job], name: str) -> None:
+    notes = trained.notes(name)
+    assert [note["said"] for note in notes] == ["done"] * trained.ranks
+    alone = job("one", plan=SHORT, **OF_ONE[name])
     alone.trainer().fit(TrainState())
-    together = Job(two_ranks / "two").lines()
-    assert [line["step"] for line in together] == list(range(1, 9))
+    together = Job(trained.root / name).lines()
+    assert [line["step"] for line in together] == [1, 2, 3, 4]
     for ours, theirs in zip(together, alone.lines(), strict=True):
         for field in ("loss", "grad_norm"):
             assert ours[field] == pytest.approx(theirs[field], rel=1e-5)
         assert (ours["tokens"], ours["trained_tokens"]) == (theirs["tokens"], theirs["trained_tokens"])
 
 
-def test_a_signal_to_one_rank_stops_both_at_the_same_edge(two_ranks: Path) -> None:
-    root = two_ranks
-    for rank in (0, 1):
-        assert "143 stopped by SIGTERM: saved step 3" in (root / f"rank{rank}.stopped").read_text()
-    assert (root / "stopped" / "checkpoints" / "step-000003" / "MANIFEST").is_file()
-    state = json.loads((root / "stopped" / "checkpoints" / "step-000003" / "state.json").read_text())
-    assert len(state["train"]["rng"]) == 2 and state["environment"]["ranks"] == 2
+def test_shares_are_unequal_and_may_be_nothing(trained: Trained) -> None:
+    assert [note["shares"] for note in trained.notes("one-row")] == [[1] * 4] + [[0] * 4] * (trained.ranks - 1)
+    assert len({tuple(note["shares"]) for note in trained.notes("uneven")}) > 1
+
+
+def test_memory_that_runs_out_on_one_rank_halves_the_budget_of_all(trained: Trained) -> None:
+    small, ran_out = Job(trained.root / "small"), Job(trained.root / "ran-out")
+    for note in trained.notes("ran-out"):
+        assert note["said"] == "done"
+        assert note["events"] == [{"kind": "out_of_memory", "step": 1, "micro_batch_tokens": 80}]
+        assert len(note["warnings"]) == 1 and "going on with 80, the step is repeated" in note["warnings"][0]
+    assert ran_out.files(4) == small.files(4)  # as if it had been planned so, each rank's random numbers too
+
+
+def test_memory_that_runs_out_for_good_ends_all_with_the_same_words(trained: Trained) -> None:
+    said = [note["said"] for note in trained.notes("exhausted")]
+    assert said[0].startswith("7 out of memory at step 1: seq length ") and set(said) == {said[0]}
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_the_same_edge(trained: Trained) -> None:
+    said = [note["said"] for note in trained.notes("not-finite")]
+    assert all(text.startswith("9 step 2: non-finite loss (nan) ") for text in said)
+    assert [rank for rank, text in enumerate(said) if "on another rank" not in text] == [1]  # which names its rows
+    assert (trained.root / "not-finite" / "checkpoints" / "step-000001" / "MANIFEST").is_file()
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_edge(trained: Trained) -> None:
+    for note in trained.notes("stopped"):
+        assert note["said"] == "143 stopped by SIGTERM: saved step 3"
+    folder = trained.root / "stopped" / "checkpoints" / "step-000003"
+    state = json.loads((folder / "state.json").read_text())
+    assert (folder / "MANIFEST").is_file()
+    assert len(state["train"]["rng"]) == state["environment"]["ranks"] == trained.ranks
+
+
+def test_a_rank_that_fails_by_itself_takes_the_others_with_it(trained: Trained) -> None:
+    assert [rank for rank, code in enumerate(trained.codes) if code] == [1]
+    assert "ValueError: an error of its own" in trained.errors[1]
+    for rank in {*range(trained.ranks)} - {1}:
+        note = json.loads((trained.root / f"gone.{rank}").read_text())
+        assert note["said"].startswith("7 lost another process of the run; its own message says why")
+
+
+def test_gradients_are_summed_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(over_ranks, "_BUCKET_BYTES", 64)
+    sizes = [(4, torch.float32), (12, torch.float32), (1, torch.float32), (40, torch.float32), (2, torch.float32)]
+    sizes += [(2, torch.bfloat16), (2, torch.bfloat16)]
+    parameters = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in sizes]
+    buckets = over_ranks._in_buckets(parameters)
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 12], [1], [40], [2], [2, 2]]
 
 
 def test_another_number_of_ranks_or_device_is_refused_unless_allowed() -> None:

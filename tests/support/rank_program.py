@@ -1,0 +1,101 @@
+"""What each of several gloo ranks does in `tests/unit/trainer/test_ranks.py`: run after run, in the same order.
+
+    python rank_program.py ROOT
+
+Each run leaves ROOT/NAME.RANK behind: how it ended for that rank, what it was told, and how many micro-batches it had.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from lorafit.errors import LorafitError
+from lorafit.trainer.loop import Trainer
+from lorafit.trainer.state import TrainState
+from tests.support.tiny_run import Job, Rows, TinyPlan, set_rate
+
+SHORT = TinyPlan(total_steps=4, save_every_steps=4)
+OF_ONE: dict[str, dict[str, Any]] = {  # trained over ranks, they are the runs of one process
+    "uneven": {},
+    "one-row": {"batch_size": 1},
+    "five-rows": {"batch_size": 3, "rows": Rows(5)},
+    "packed": {"packing": True, "batch_size": 5, "budget": 80},
+}
+
+
+def run_out(gradient: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def be_wrong(gradient: torch.Tensor) -> torch.Tensor:
+    raise ValueError("an error of its own")
+
+
+def befall(trainer: Trainer, what: Callable[[torch.Tensor], torch.Tensor], *, times: int) -> None:
+    """Rank 1's first backward passes meet that, each with some gradients done."""
+    if trainer.executor.rank == 1:
+        left = iter(range(times))
+        parameter = trainer.executor.parameters[0]
+        parameter.register_hook(lambda gradient: gradient if next(left, None) is None else what(gradient))
+
+
+def spoil_loss(trainer: Trainer) -> None:
+    """Rank 1's loss is not a number from the second step on."""
+    executor, state = trainer.executor, trainer.update.optimizer.state
+
+    def spoil(module: Any, inputs: Any, output: Any) -> Any:
+        spoilt = executor.rank == 1 and len(state)
+        return output._replace(loss_sum=output.loss_sum * float("nan")) if spoilt else output
+
+    executor.objective.register_forward_hook(spoil)
+
+
+def stop_at(trainer: Trainer, stopped: int) -> None:
+    """Rank 1 gets a signal in that step."""
+    inner, executor = trainer.update.learning_rate_at, trainer.executor
+
+    def rate(step: int) -> float:
+        if step == stopped and executor.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(step)
+
+    set_rate(trainer, rate)
+
+
+def main(root: Path) -> None:
+    runs: dict[str, tuple[dict[str, Any], Callable[[Trainer], None]]] = {
+        **{name: (values, lambda trainer: None) for name, values in OF_ONE.items()},
+        "small": ({"dropout": 0.2, "budget": 80}, lambda trainer: None),
+        "ran-out": ({"dropout": 0.2, "budget": 160}, lambda trainer: befall(trainer, run_out, times=1)),
+        "exhausted": ({}, lambda trainer: befall(trainer, run_out, times=sys.maxsize)),
+        "not-finite": ({}, spoil_loss),
+        "stopped": ({}, lambda trainer: stop_at(trainer, 3)),
+        "gone": ({}, lambda trainer: befall(trainer, be_wrong, times=1)),
+    }
+    for name, (values, prepare) in runs.items():
+        one = Job(root / name, **{"plan": SHORT, **values})
+        trainer, state = one.trainer(), TrainState()
+        rank = trainer.executor.rank
+        shares = [len(trainer.build_micro_batches(step, one.budget)) for step in range(1, 5)]
+        prepare(trainer)
+        try:
+            trainer.fit(state)
+            said = "done"
+        except LorafitError as error:
+            said = f"{error.exit_code} {error}"
+        note = {"said": said, "events": state.events, "warnings": one.reporter.warnings, "shares": shares}
+        (root / f"{name}.{rank}").write_text(json.dumps(note), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
