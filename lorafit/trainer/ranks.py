@@ -75,7 +75,7 @@ class OverRanks(Executor):
             torch.cat([gradient.flatten() for gradient in gradients], out=flat)
             with _together():
                 distributed.all_reduce(flat)
-            for gradient, part in zip(gradients, flat.split(sizes), strict=True):
+            for gradient, part in zip(gradients, torch.split(flat, sizes), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def gather(self, value: T) -> list[T]:
