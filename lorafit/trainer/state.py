@@ -283,9 +283,10 @@ def load_optimizer(
             optimizer.init_state(optimizer.param_groups[group_index], parameter, group_index, index)
             _fill(optimizer.state[parameter], values, f"{folder}: {names[parameter]}")
         elif values:
-            # torch keeps its step counter on the CPU; every other tensor lies with its parameter.
+            # torch keeps its step counter on the CPU unless it is fused; every other tensor lies with its parameter.
+            stays = () if optimizer.param_groups[group_index].get("fused") else ("step",)
             optimizer.state[parameter] = {
-                key: value.to(parameter.device) if isinstance(value, torch.Tensor) and key != "step" else value
+                key: value.to(parameter.device) if isinstance(value, torch.Tensor) and key not in stays else value
                 for key, value in values.items()
             }
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from lorafit.contracts import JsonObject
 from lorafit.kinds.optimizers import AdamWOptions, Betas, Optimizer, OptimizerSection, WeightDecay, optimizers
+
+if TYPE_CHECKING:
+    import torch
 
 
 class AdamWSection(AdamWOptions):
@@ -28,6 +32,10 @@ class Adam(Optimizer[OptimizerSection]):
     """Source: Kingma & Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1."""
 
     builds = "torch.optim:Adam"
+
+    def options(self, device: torch.device) -> JsonObject:
+        """The section's; on a GPU in one kernel for all tensors, instead of seven passes over them."""
+        return {**super().options(device), **({"fused": True} if device.type == "cuda" else {})}
 
     def state_bytes(self, parameters: int) -> int:
         """Two fp32 moments."""

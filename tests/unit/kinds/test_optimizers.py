@@ -82,6 +82,14 @@ def test_the_default_decays_nothing_and_uses_the_betas_of_language_models() -> N
             assert options["betas"] == (0.9, 0.95)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_torchs_adam_is_one_kernel_on_a_gpu_and_as_ever_on_a_cpu(name: str) -> None:
+    kind, weight = optimizers.make(name), torch.nn.Parameter(torch.ones(4, 4))
+    assert kind.options(torch.device("cuda"))["fused"] is True
+    assert kind.build([weight], 1e-3, torch.device("cuda")).defaults["fused"] is True  # its class knows the word
+    assert kind.build([weight], 1e-3, CPU).defaults["fused"] is None
+
+
 @pytest.mark.parametrize("name", optimizers.names())
 def test_paged_runs_unpaged_on_a_cpu(name: str, recwarn: pytest.WarningsRecorder) -> None:
     weight = torch.nn.Parameter(torch.ones(128, 64))

@@ -97,6 +97,19 @@ def test_fp32_moments_of_a_bf16_parameter_stay_fp32(tmp_path: Path) -> None:
     assert resumed.state[again["c"]]["exp_avg"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("fused", [True, None])
+def test_the_step_counter_of_a_fused_optimizer_lies_on_the_device(fused: bool | None, tmp_path: Path) -> None:
+    """As torch's kernel wants it; the device here is one without values."""
+    some = {"a": torch.nn.Parameter(torch.randn(8, 4))}
+    save_optimizer(tmp_path, stepped("adamw", some, 2), some)
+    again = {"a": torch.nn.Parameter(torch.empty(8, 4, device="meta"))}
+    resumed = torch.optim.AdamW(again.values())
+    resumed.param_groups[0]["fused"] = fused
+    load_optimizer(tmp_path, resumed, again)
+    state = resumed.state[again["a"]]
+    assert state["exp_avg"].is_meta and state["step"].is_meta is bool(fused)
+
+
 def test_shared_maps_are_stored_once(tmp_path: Path) -> None:
     from safetensors import safe_open
 
