@@ -8,7 +8,8 @@ Before step 1 `prove_objective` compares that loss with the model's own, on one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import nn
 from lorafit.contracts import Batch, Example, LossSum, Reporter, ReportTable, ShownSequence
 from lorafit.errors import NumericsError
 from lorafit.ops.isolation import in_mode
+from lorafit.ops.masks import known_documents
 
 _PROBED_ROWS = 64
 _TOLERANCE = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative; logits are rounded to the dtype
@@ -133,10 +135,13 @@ class Objective(nn.Module):
         """A micro-batch of one row, on the model's device."""
         return self.task.collate([[row]], pad_id).to(self.device)
 
-    def autocast(self, batch: Batch) -> torch.autocast:
-        """The precision in which the objective computes."""
-        dtype = self.autocast_dtype
-        return torch.autocast(batch["input_ids"].device.type, dtype=dtype, enabled=dtype is not None)
+    @contextlib.contextmanager
+    def autocast(self, batch: Batch) -> Iterator[None]:
+        """The precision in which the objective computes; only rows of several documents have positions of their own."""
+        kind, dtype = batch["input_ids"].device.type, self.autocast_dtype
+        precision = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
+        with precision, known_documents(one_a_row="position_ids" not in batch.tensors):
+            yield
 
 
 def _keep_results_narrow(model: nn.Module) -> None:

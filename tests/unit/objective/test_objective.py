@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -213,3 +215,21 @@ def test_a_long_probe_is_cut_to_its_last_trained_tokens(trained: list[int], most
     assert len(cut["trained"]) == len(kept)
     assert (cut.index, cut.line) == (3, 7)
     assert CAUSAL_LM.collate([[cut]], 0).weight >= 1
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("exact", [False, True])
+def test_no_value_is_asked_of_the_device_in_a_micro_batch(
+    build: object, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each the host would wait until a GPU has done all before. The device here has no values, and says so."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no such device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    rows, model = batch(), with_lora(build())  # type: ignore[operator]
+    objective = build_objective(model.to("meta"), autocast_dtype=None, exact=exact)
+    objective.train()
+    objective(rows.to(torch.device("meta"))).loss_sum.backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters() if p.requires_grad)
+    positions = {"position_ids": torch.arange(9).expand(2, 9)}
+    with pytest.raises(RuntimeError, match="item"):  # of rows that may hold several documents it has to be asked
+        objective(replace(rows, tensors={**rows.tensors, **positions}).to(torch.device("meta")))
