@@ -167,6 +167,7 @@ def train(
             require_fit(the_plan)
             check_shippable_unloaded(job.base, job.recipe.adapter, job.recipe.seed, job.task.model_class)
             return Trained(run, the_plan, None, None)
+        from lorafit.ops.determinism import deterministic_algorithms
         from lorafit.training import Training
 
         training = Training(
@@ -178,7 +179,8 @@ def train(
             counts_memory=measure_memory,
             profiles=profile,
         )
-        return training.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)
+        with deterministic_algorithms(job.recipe.training.deterministic):
+            return training.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)
 
 
 def evaluate(

@@ -9,6 +9,7 @@ LIBRARY_SETTINGS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # every shape of a product is cached: 0.4 GiB less than with 1024
     "LRU_CACHE_CAPACITY": "1",  # ideep keeps them once more, for each thread: a run grows for ever, with no gain
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # steps of ever new shapes break a card's fixed segments up
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # else a card's products may differ from one run to the next
     "USE_HUB_KERNELS": "NO",  # transformers' switch: else it fetches and runs code that nobody named
     "TOKENIZERS_PARALLELISM": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",

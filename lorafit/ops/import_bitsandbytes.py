@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
-from typing import TypeVar
+from collections.abc import MutableMapping
 
-V = TypeVar("V")
+from lorafit.ops.holding import holding
 
 
 def import_bitsandbytes() -> None:
@@ -19,20 +18,6 @@ def import_bitsandbytes() -> None:
     it fetches one more from the hub and runs it: code that nobody named.
     """
     modules: MutableMapping[str, object] = sys.modules  # type: ignore[assignment]
-    without_kernels = _holding(modules, "kernels", None)  # None: its import fails, as where it is not installed
-    with _holding(os.environ, "TORCHDYNAMO_DISABLE", "1"), without_kernels, contextlib.suppress(ImportError):
+    without_kernels = holding(modules, "kernels", None)  # None: its import fails, as where it is not installed
+    with holding(os.environ, "TORCHDYNAMO_DISABLE", "1"), without_kernels, contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401 - where it is not installed, that is said by what needs it
-
-
-@contextlib.contextmanager
-def _holding(mapping: MutableMapping[str, V], key: str, value: V) -> Iterator[None]:
-    """Within it the mapping holds a value; then what it held before, or nothing."""
-    is_held = key in mapping
-    before = mapping.get(key, value)
-    mapping[key] = value
-    try:
-        yield
-    finally:
-        del mapping[key]
-        if is_held:
-            mapping[key] = before

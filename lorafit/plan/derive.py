@@ -277,6 +277,11 @@ def _warnings(
         found.append(
             f"{device.name} has no bf16 arithmetic; it is emulated, and slow: fp16 on a GPU, fp32 on a CPU is faster"
         )
+    if training.deterministic and device.kind != "cpu":
+        found.append(
+            "deterministic: the backward pass of attention is slower and holds more memory than estimated, and "
+            "cuDNN's attention is not taken"
+        )
     if training.batch_size > dataset.rows:
         found.append(
             f"batch_size {training.batch_size} is more than the {counted(dataset.rows, 'row')}: "

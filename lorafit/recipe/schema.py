@@ -219,6 +219,9 @@ class TrainingSection(Section):
     """Gradients are scaled down to this norm; null: no clipping."""
     gradient_checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass: slower, far less memory. `auto`: only where it is needed to fit."""
+    deterministic: bool = False
+    """On a card: take no algorithm whose sums depend on which thread comes first, so that the same run gives the same
+    bits on the same card. Attention is slower then and takes more memory. On a CPU runs are repeatable without."""
 
 
 class EarlyStoppingSection(Section):

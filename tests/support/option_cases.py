@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from lorafit import pipeline
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
+from lorafit.trainer.step import Update
 from tests.support.option_kinds import kind_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
@@ -192,7 +195,22 @@ def training_cases(world: OptionWorld) -> dict[str, Case]:
         "training.gradient_checkpointing": Case(
             (False, True), partial(saved_bytes, world, "training.gradient_checkpointing")
         ),
+        "training.deterministic": Case((False, True), partial(algorithms_taken, world)),
     }
+
+
+def algorithms_taken(world: OptionWorld, deterministic: bool) -> set[bool]:
+    """Whether only deterministic algorithms were taken in the updates of a run."""
+    taken = set()
+    apply = Update.apply
+
+    def look(self: Update, *arguments: Any, **options: Any) -> Any:
+        taken.add(torch.are_deterministic_algorithms_enabled())
+        return apply(self, *arguments, **options)
+
+    with patch.object(Update, "apply", look):
+        pipeline.train(world.recipe({"training.deterministic": deterministic}))
+    return taken
 
 
 def evaluation_cases(world: OptionWorld) -> dict[str, Case]:

@@ -324,8 +324,11 @@ def test_names_are_listed_short() -> None:
 
 def test_flash_attention_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the package `kernels` transformers would fetch one from the hub and run it."""
+    asked: list[str] = []
     monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda name, **_: asked.append(name))
     base, plain = open_base(make_llama(tmp_path / "base")), quantizations.make_section("none")
     same = {"dtype": torch.bfloat16, "compute_dtype": torch.bfloat16, "attention": "flash_attention_2", "device": "cpu"}
     with pytest.raises(ModelError, match="flash_attention_2 needs the package flash-attn"):
         load_model(base, quantization=plain, **same, reporter=Silent())
+    assert asked == []
