@@ -25,6 +25,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>hub|gpu) -->\s*)?^```(?:bash|sh|shell|console)\n(?P<text>.*?)^```", re.M | re.S
 )
+ACTIVATE = "source .venv/bin/activate"
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 SCHEMA_LINE = "# yaml-language-server: $schema=../configs/recipe.schema.json"
 MADE_BY = {
@@ -138,6 +139,8 @@ def test_commands_run_as_written(page: Path, world: World, small_recipes: Path, 
         tool = command.words[0]
         if tool == "make":
             check_with_make(command)
+        elif command.line == ACTIVATE:
+            assert "VENV := .venv\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
         elif tool in ("pip", "git", "cd", "python"):
             assert len(command.words) > 1
         elif command.needs is not None:
@@ -149,6 +152,13 @@ def test_commands_run_as_written(page: Path, world: World, small_recipes: Path, 
             assert outcome.stdout.strip() != ""
             if "--json" in command.words:
                 assert isinstance(outcome.json, dict)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md"], ids=shown)
+def test_a_newcomer_is_told_where_lorafit_is(page: Path) -> None:
+    lines = [command.line for command in commands_of(page)]
+    before = lines[: next(number for number, line in enumerate(lines) if line.startswith("lorafit "))]
+    assert before[-2:] == ["make setup", ACTIVATE]
 
 
 def test_the_documentation_shows_every_command() -> None:
