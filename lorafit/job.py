@@ -12,6 +12,7 @@ from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.version import installed_versions
+from lorafit.recipe.extends import FLAG
 from lorafit.recipe.schema import sources_of
 
 if TYPE_CHECKING:
@@ -290,9 +291,10 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, 
                 read_sources([source], loaded.folder, loaded.recipe.data.bad_rows, Silent())
             except LorafitError as error:
                 named = f"{key}[{number}].{error.key or 'path'}"
-                if todo and error.what.endswith("no such file"):
+                place = loaded.place(named)
+                if todo and error.what.endswith("no such file") and not place[0].startswith(FLAG):
                     error.todo = f"{error.todo}; {todo}"
-                errors.append(error.named_at(named, *loaded.place(named)))
+                errors.append(error.named_at(named, *place))
     raise_all(errors, file=loaded.file)
 
 

@@ -105,7 +105,7 @@ def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Repor
     recipe, card = opened.loaded.recipe, tuned.card
     data = recipe.data.model_copy(update={"system_prompt": card.system_prompt})
     if {"test": data.test, "validation": data.validation, "train": data.train}[split] is None:
-        todo = "add --set data.test=$PWD/FILE, or data.validation=$PWD/FILE for --split validation"
+        todo = "add --set data.test=FILE, or data.validation=FILE for --split validation"
         raise DataError(f"the recipe has no {split} rows", key=f"data.{split}", todo=todo)
     is_held_out = split == "validation" and isinstance(data.validation, ValidationFraction)
     model = recipe.model.model_copy(update={"quantization": card.quantization})

@@ -19,7 +19,7 @@ from lorafit.files.strict_json import JsonError, read_regular_file
 from lorafit.machine.shipped import shipped
 from lorafit.recipe.paths import absolute, moved
 from lorafit.recipe.reader import MOST_BYTES, decode, read_tree, read_value
-from lorafit.recipe.schema_tree import Node, expand, form_of, kind_of, kinds_of, node_below, recipe_tree
+from lorafit.recipe.schema_tree import Node, expand, form_of, kind_of, kinds_of, node_at, node_below, recipe_tree
 from lorafit.recipe.secrecy import shown_flag, without_secrets
 from lorafit.recipe.yaml_tree import (
     Entry,
@@ -64,13 +64,14 @@ class _Source:
     path: Path
 
 
-def read_layers(path: Path, overrides: Sequence[str], values: Plain = None) -> Layers:
+def read_layers(path: Path, overrides: Sequence[str], values: Plain = None, flags_from: Path | None = None) -> Layers:
     """Reads a recipe, everything it extends, and the flags over it.
 
     Args:
         path: The recipe's file; where `values` are given, what messages and relative paths go by.
         overrides: `KEY=VALUE` flags.
         values: The recipe as plain values, instead of the file's.
+        flags_from: Folder that relative paths of the flags start from, where that is not the recipe's.
 
     Raises:
         UsageError: The recipe cannot be read, or a flag is no KEY=VALUE.
@@ -81,6 +82,8 @@ def read_layers(path: Path, overrides: Sequence[str], values: Plain = None) -> L
         tree, errors = _read_file(path, file)
     else:
         tree, errors = _checked(entry_of(values, Place(path.name)), [])
+    if flags_from is not None:
+        flags = [(key, _moved_flag(entry, key, tree, flags_from, path.parent), wrong) for key, entry, wrong in flags]
     for key, entry, _ in flags:
         if key == ("extends",):
             tree = with_entry(tree, key, entry)
@@ -207,6 +210,13 @@ def _read_flag(flag: str) -> tuple[KeyPath, Entry, list[LorafitError]]:
         raise UsageError("no '=' in it", file=place.file, todo=todo)
     entry, errors = read_value(text, place, path)
     return path, entry, list(errors)
+
+
+def _moved_flag(entry: Entry, key: KeyPath, tree: Entry, old: Path, new: Path) -> Entry:
+    """A flag's value, typed in folder `old`, as it reads in the recipe of folder `new`."""
+    numbered = tuple(int(part) if isinstance(part, str) and part.isdecimal() else part for part in key)
+    node = node_at(numbered, tree)
+    return moved(entry, old, new, node=node) if node is not None else entry
 
 
 def _with_flag(tree: Entry, path: KeyPath, entry: Entry) -> tuple[Entry, list[LorafitError]]:

@@ -61,6 +61,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     *,
     output: str | Path | None = None,
+    flags_from: Path | None = None,
     look_at_template: Callable[[str | None, Path], None] | None = None,
 ) -> LoadedRecipe:
     """Reads a recipe with what it extends and the flags over it, and checks all of it.
@@ -69,6 +70,7 @@ def load_recipe(
         recipe: Its file, or its values: what the YAML would hold.
         overrides: `KEY=VALUE` flags, e.g. `training.epochs=1` or `data.train[0].path=a.jsonl`.
         output: A run folder instead of the recipe's; relative to the working folder.
+        flags_from: Folder that relative paths in `overrides` start from; the recipe's where None.
         look_at_template: Raises RecipeError or ModelError where what a recipe in a folder names is no chat template.
             What is wrong with it is told beside the recipe's other errors.
 
@@ -80,7 +82,7 @@ def load_recipe(
     """
     values = _plain_values(recipe) if isinstance(recipe, Mapping) else None
     path = Path(RECIPE_VALUES) if isinstance(recipe, Mapping) else recipe
-    layers = read_layers(path, overrides, values)
+    layers = read_layers(path, overrides, values, flags_from)
     valid = validate(layers.tree)
     if isinstance(valid, list) or layers.errors or disagreements(valid):
         from lorafit.recipe.all_errors import diagnose

@@ -52,8 +52,9 @@ def moved(tree: Entry, old: Path, new: Path, *, absolute: bool = False, node: No
     if isinstance(tree.value, str):
         marks = {one.get("format") for one in (node, *forms(node))}
         is_path = "path" in marks or ("path-or-name" in marks and is_local(tree.value, old))
-        if is_path and tree.value and (absolute or not PurePath(tree.value).is_absolute()):
-            return replace(tree, value=Path(os.path.relpath(old / tree.value, new)).as_posix())
+        path = Path(tree.value).expanduser()
+        if is_path and tree.value and (absolute or not path.is_absolute()):
+            return replace(tree, value=Path(os.path.relpath(old / path, new)).as_posix())
         return tree
 
     def inside(part: str | int, entry: Entry) -> Entry:

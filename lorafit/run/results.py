@@ -116,7 +116,7 @@ class Trained(Printed):
         shown = near(self.run.root)
         after = f"lorafit eval {shown}"
         if not self.has_held_out_rows:
-            after = f"lorafit generate {shown} --prompt TEXT, or {after} --set data.test=$PWD/FILE"
+            after = f"lorafit generate {shown} --prompt TEXT, or {after} --set data.test=FILE"
         say(console, f"{which} is in {shown}/adapter; next: {after}")
 
     def _memory_line(self, fit: FitResult) -> str:

@@ -147,7 +147,7 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> OpenedRun:
             raise CheckpointError(
                 "is no run folder (no manifest.json)", file=str(path), todo="name a run folder or a recipe"
             )
-        loaded = load_recipe(run.recipe, overrides)
+        loaded = load_recipe(run.recipe, overrides, flags_from=Path())  # nobody wrote them beside that recipe
     elif not path.exists() and path.suffix not in (".yaml", ".yml"):
         raise _nothing_at(path)
     else:

@@ -134,7 +134,7 @@ def test_the_main_job(trained: World) -> None:
 def test_an_evaluation_by_other_values_leaves_the_runs_report(trained: World) -> None:
     """Whatever decides which rows are scored or how they are answered makes another report, the same one each time."""
     world = trained
-    say_all(world.run("eval", "run", "--set", "name=other", "--set", "data.validation=../t.jsonl"), 0, "run/report.md")
+    say_all(world.run("eval", "run", "--set", "name=other", "--set", "data.validation=t.jsonl"), 0, "run/report.md")
     kept = {name: digest for name, digest in world.digests("run").items() if name.startswith("report.")}
     assert len(kept) == 3
     world.rows(3, "other.jsonl", first=300)
@@ -155,21 +155,21 @@ def test_what_makes_another_evaluation_of_a_run(trained: World) -> None:
         return changed_evaluation(open_run(run, [flag]), split)
 
     for flag, key in {
-        "data.test=../other.jsonl": "data.test",
+        "data.test=other.jsonl": "data.test",
         "data.test[0].limit=2": "data.test",
         "data.max_length=120": "data.max_length",
         "data={overlength: drop}": "data.overlength",
         "data.bad_rows={policy: skip}": "data.bad_rows.policy",
         "evaluation.final=[exact_match]": "evaluation.final",
         "evaluation.max_new_tokens=3": "evaluation.max_new_tokens",
-        "evaluation.retention=../v.jsonl": "evaluation.retention",
+        "evaluation.retention=v.jsonl": "evaluation.retention",
         "seed=5": "seed",
     }.items():
         assert list(changed(flag)) == [key], flag
-    for flag in ("data.test=../t.jsonl", "name=x", "training.max_steps=9", "data.train=../v.jsonl"):
+    for flag in ("data.test=t.jsonl", "name=x", "training.max_steps=9", "data.train=v.jsonl"):
         assert changed(flag) == {}, flag
-    assert changed("data.validation=../t.jsonl") == changed("data.test=../v.jsonl", "validation") == {}
-    assert list(changed("data.validation=../t.jsonl", "validation")) == ["data.validation"]
+    assert changed("data.validation=t.jsonl") == changed("data.test=v.jsonl", "validation") == {}
+    assert list(changed("data.validation=t.jsonl", "validation")) == ["data.validation"]
     assert set(changed("data.validation={fraction: 0.5}", "validation")) >= {"data.validation.fraction"}
 
 

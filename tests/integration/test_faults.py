@@ -730,9 +730,9 @@ def test_a_run_without_held_out_rows_is_sent_on_by_a_command_that_works(world: W
     """`lorafit eval` alone would end with exit 4 after it; what is named instead is tried."""
     world.rows(4, name="test.jsonl", first=100)
     trained = world.run("train", "r.yaml")
-    say_all(trained, 0, "next: lorafit generate run --prompt TEXT, or lorafit eval run --set data.test=$PWD/FILE")
-    say_all(world.run("eval", "run"), 4, "no validation rows", "add --set data.test=$PWD/FILE")
-    say_all(world.run("eval", "run", "--set", f"data.test={Path.cwd()}/test.jsonl", "--limit", "2"), 0)
+    say_all(trained, 0, "next: lorafit generate run --prompt TEXT, or lorafit eval run --set data.test=FILE")
+    say_all(world.run("eval", "run"), 4, "no validation rows", "add --set data.test=FILE")
+    say_all(world.run("eval", "run", "--set", "data.test=test.jsonl", "--limit", "2"), 0)
     say_all(world.run("generate", "run", "--prompt", "hi", "--max-new-tokens", "2"), 0)
 
 

@@ -55,8 +55,8 @@ def test_a_run_is_asked_with_the_rows_of_any_file(world: World) -> None:
 
 
 def test_other_rows_are_scored_by_the_names_of_the_runs_columns(world: World) -> None:
-    """As they are asked by them; rows with names of their own are read as they are. A path that was meant from here is
-    told as it is written there, and a moved run says that other rows can be named.
+    """As they are asked by them; rows with names of their own are read as they are. Their path starts here, wherever
+    the run is, as that of `--input` does; and a moved run says that other rows can be named.
     """
     rows = make_rows(12)
     write_german_csv(world, rows, "d.csv")
@@ -66,12 +66,20 @@ def test_other_rows_are_scored_by_the_names_of_the_runs_columns(world: World) ->
     write_rows(world.root / "english.jsonl", rows[:3])
     scored = []
     for name in ("german.csv", "english.jsonl"):
-        said = world.run("eval", "run", "--set", f"data.test={name}")
-        say_all(said, 4, f"data.test[0].path: {name}: no such file", f"write ../{name}")
-        outcome = world.run("eval", "run", "--set", f"data.test=../{name}", "--json")
+        outcome = world.run("eval", "run", "--set", f"data.test={name}", "--json")
         assert outcome.code == 0, outcome.stderr
         scored.append(outcome.json["metrics"]["perplexity"])
     assert scored[0]["tuned"] == scored[1]["tuned"] and scored[0]["rows"] == 3
+    for flag in (
+        "data.test=gone.json",
+        "data.test=[gone.json]",
+        "data.test[0].path=gone.json",
+        "data.test.0.path=gone.json",
+    ):
+        command = ["eval", "run", "--set", "data.test=english.jsonl"] if "0" in flag else ["eval", "run"]
+        said = world.run(*command, "--set", flag)
+        say_all(said, 4, "data.test[0].path: ../gone.json: no such file", f"looked in {world.root}")
+        assert "or score others" not in said.last, "the advice is what was typed"
     (world.root / "deep" / "er").mkdir(parents=True)
     (world.root / "run").rename(world.root / "deep" / "er" / "run")
     moved = world.run("eval", "deep/er/run", "--split", "train", "--base-model", str(world.base))

@@ -136,4 +136,4 @@ def test_what_is_to_be_copied_stands_on_one_line(world: World) -> None:
         assert terminal.process.wait(30) == 0
     (line,) = [line for line in terminal.text.split("\r\n") if line.startswith("the adapter of step 2 is in ")]
     assert f" {output}/adapter; next: lorafit generate {output} --prompt TEXT" in line
-    assert line.endswith(f"lorafit eval {output} --set data.test=$PWD/FILE")
+    assert line.endswith(f"lorafit eval {output} --set data.test=FILE")

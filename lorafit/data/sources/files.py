@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 from lorafit.console.nearest import nearest
 from lorafit.errors import DataError, SafetyError
 from lorafit.kinds.fields import shorten
-from lorafit.recipe.paths import is_pattern
+from lorafit.recipe.paths import absolute, is_pattern
 
 LINE_LIMIT_BYTES = 16 << 20
 BOMB_FLOOR_BYTES = 64 << 20
@@ -165,7 +165,7 @@ def _missing_error(path: Path, name: str, start: str) -> DataError:
     close = nearest(path.name, beside, count=1)
     if not path.parent.is_dir() and spelled_from(path, name) is None:
         return DataError("no such file", file=name, todo=f"there is no folder {path.parent}")
-    todo = f"did you mean {close[0]}?" if close else f"paths are relative to {start}"
+    todo = f"did you mean {close[0]}?" if close else f"paths are relative to {start}; looked in {absolute(path.parent)}"
     if (here := spelled_from(path, name)) is not None:  # seen from the working folder, as flags are typed
         todo = f"paths are relative to {start}: write {here}"
     return DataError("no such file", file=name, todo=todo)

@@ -191,6 +191,14 @@ class TestCopyInARunFolder:
         assert str(tmp_path) not in dumped
         assert "base: ../../tiny" in dumped
 
+    def test_a_path_of_the_home_folder_stays_that_file(
+        self, loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        loaded = loads("name: x\nmodel: {base: ~/tiny}\ndata: {train: ~/a.jsonl}\n")
+        dumped = dump_recipe(loaded, loaded.output)
+        assert "base: ../../home/tiny" in dumped and "path: ../../home/a.jsonl" in dumped
+
     def test_presets_and_flags_are_written_out(self, loads: Loads) -> None:
         loaded = loads(MINIMAL + "extends: code\n", ["seed=9"])
         dumped = dump_recipe(loaded, loaded.folder)
