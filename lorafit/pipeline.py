@@ -22,7 +22,7 @@ from lorafit.files.rundir import RunDir
 from lorafit.job import build_objective, look_at_template, open_job, placed, prove
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
-from lorafit.machine.devices import parse_gpu, read_device
+from lorafit.machine.devices import parse_gpu, read_device, seems_to_have_card
 from lorafit.recipe.load import load_recipe
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.run.results import Classified, Evaluated, Generated, Merged, Trained, Validated
@@ -98,7 +98,8 @@ def estimate(
     with placed(loaded):
         config = read_config(loaded.recipe.model, loaded.folder)
     rows = read_lengths(loaded, reporter or Silent())
-    options = Options(device, headroom, fit_device, price_per_hour)
+    here = None if device or fit_device or seems_to_have_card() else read_device("cpu")
+    options = Options(device, headroom, fit_device, price_per_hour, here)
     with placed(loaded):
         engine = MeasuredSteps(config, reporter or Silent())
         shape = find_shape(config, tasks.bind(loaded.recipe.task).model_class)

@@ -13,6 +13,7 @@ from lorafit.facts import Bar, DatasetFacts, DeviceFacts
 from lorafit.machine.devices import format_bytes
 from lorafit.machine.hardware import smallest_card
 from lorafit.memory import MemoryEstimate, StepMemory, fits
+from lorafit.plan.derive import Bounds
 from lorafit.plan.recipe_step import HEADROOM
 from lorafit.plan.run_cost import RunCost
 from lorafit.recipe.schema import Recipe
@@ -42,12 +43,14 @@ class Options:
         headroom: Share of a card's memory that stays free.
         fit: The card of `--fit`.
         price_per_hour: Of the card, in any currency.
+        here: This machine, where no card was named and it seems to have none: what `train` would plan for.
     """
 
     gpu: DeviceFacts | None = None
     headroom: float = HEADROOM
     fit: DeviceFacts | None = None
     price_per_hour: float | None = None
+    here: DeviceFacts | None = None
 
     @property
     def card(self) -> DeviceFacts | None:
@@ -68,6 +71,7 @@ class Answer:
         methods: The same model trained otherwise.
         savings: Switches that would save memory, the largest first.
         enough: The cheapest switches with which it would fit, where it does not.
+        here: What `train` plans on this machine, where the options ask for it and no dry run is needed.
         exact: The same by a dry run of the whole step, where that was asked; the verdict is its then.
     """
 
@@ -83,6 +87,7 @@ class Answer:
     savings: tuple[Saving, ...]
     enough: Enough | None
     fit: Fit | None
+    here: Bounds | None = None
     exact: MemoryEstimate | None = None
 
     @property
@@ -159,7 +164,7 @@ class Answer:
 
     def to_json(self) -> JsonObject:
         """Plain values, sizes in bytes."""
-        facts, device, without = self.rows.facts, self.device, self.without_checkpointing
+        facts, device, without, here = self.rows.facts, self.device, self.without_checkpointing, self.here
         return {
             "name": self.recipe.name,
             "model": self.recipe.model.base,
@@ -181,6 +186,13 @@ class Answer:
             "trainable_parameters": self.asked.step.trainable_parameters,
             "memory": self.memory.to_json(),
             "needed_with_checkpointing_bytes": self.with_checkpointing_bytes,
+            "here": None
+            if here is None
+            else {
+                "memory": here.memory.to_json(),
+                "fits": here.fits,
+                "most_needed_bytes": here.memory_at_most.needed_bytes,
+            },
             "exact": None if self.exact is None else self.exact.to_json(),
             "gpu": None if device is None else {"name": device.name, "memory_bytes": device.memory_bytes},
             "headroom": self.options.headroom,

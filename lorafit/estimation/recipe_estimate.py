@@ -10,7 +10,7 @@ from lorafit.estimation.table import RecipeEstimate
 from lorafit.estimation.ways_to_save import find_enough, find_savings
 from lorafit.facts import DeviceFacts, ModelShape
 from lorafit.memory import Engine, closed_form, covers, fits
-from lorafit.plan.derive import run_epochs
+from lorafit.plan.derive import memory_bounds, run_epochs
 from lorafit.plan.recipe_step import HEADROOM, recipe_step
 from lorafit.plan.run_cost import cost_of_run
 from lorafit.recipe.schema import Recipe
@@ -71,6 +71,11 @@ def estimate_recipe(
     if options.fit is not None and memory.counts_all:
         on_it = recipe_step(recipe, shape, facts, options.fit, headroom=headroom, engine=engine)
         fit = find_fit(on_it, options.fit, headroom)
+    here = None
+    if options.here is not None and is_quick and recipe.model.attention != "flash_attention_2":
+        planned = recipe_step(recipe, shape, facts, options.here, headroom=headroom, engine=engine)
+        batch = recipe.training.batch_size
+        here = memory_bounds(planned, min(batch, facts.rows if facts else batch), options.here)
     has_others = memory.counts_all and (is_quick or device is not None)
     return RecipeEstimate(
         recipe=recipe,
@@ -92,4 +97,5 @@ def estimate_recipe(
         savings=find_savings(asked, checkpointing, counted_on, headroom) if is_quick or misses else (),
         enough=find_enough(asked, checkpointing, counted_on, headroom) if counted_on is not None and misses else None,
         fit=fit,
+        here=here,
     )

@@ -13,7 +13,7 @@ from lorafit.estimation.answer import Answer
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import MemoryEstimate, covers
 from lorafit.memory.peak import ALLOCATOR_FACTOR
-from lorafit.plan.render import format_count
+from lorafit.plan.render import describe_memory, format_count
 from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class RecipeEstimate(Answer, Printed):
             console.print()
             console.print(_exact(self.exact, self.memory, "closed form" if _is_closed(self) else "few layers"))
             say(console, f"peak in {_moment(self.exact)}")
+        if self.here is not None:
+            say(console, "\nthis machine has no GPU; train plans for its CPU:")
+            say(console, f"  {describe_memory(self.here)}")
         for line in _lengths(self, block):
             say(console, line)
         console.print()
@@ -85,6 +88,8 @@ def _head(estimate: Answer) -> Iterator[str]:
         what = f"{what} has {step.row_tokens:,}"
     on = "on" if memory.gradient_checkpointing else "off"
     yield f"micro-batch of {memory.micro_batch_tokens:,} tokens ({what}), checkpointing {on}"
+    if estimate.device is None:
+        yield "for a card that computes bf16: --gpu names another, or cpu for this machine"
     if estimate.without_checkpointing is not None and estimate.device is not None:
         needed = format_bytes(estimate.without_checkpointing.needed_bytes)
         yield f"checkpointing was turned on for {estimate.device.name}: without it {needed} would be needed"

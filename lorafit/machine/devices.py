@@ -156,14 +156,20 @@ def _runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
     return False
 
 
+def seems_to_have_card() -> bool:
+    """Whether this machine has a card of NVIDIA's that nobody hid: a look at files, without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    is_hidden = visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
+    return not is_hidden and any(any(place.glob(name)) for place, name in _SIGNS_OF_A_CARD)
+
+
 def _require_no_card() -> None:
     """Raises a ResourceError where this machine has a card of NVIDIA's that nobody hid and torch cannot use."""
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    is_hidden = visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
-    if is_hidden or not any(any(place.glob(name)) for place, name in _SIGNS_OF_A_CARD):
+    if not seems_to_have_card():
         return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if torch.version.cuda is None:
         what = f"this machine has a card, and torch {torch.__version__} was built without CUDA"
         raise ResourceError(what, todo=f"install torch's build for CUDA, or {_MEAN_THE_CPU}")

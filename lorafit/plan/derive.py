@@ -124,7 +124,7 @@ def plan(
     _check_attention(recipe, device)
     _check_length(dataset, step)
     _check_packing(recipe, step)
-    bounds = _bounds(memory, min(training.batch_size, dataset.rows), device)
+    bounds = memory_bounds(memory, min(training.batch_size, dataset.rows), device)
     stopping = evaluation.early_stopping
     return Plan(
         name=recipe.name,
@@ -160,9 +160,9 @@ def plan(
         without_adapter=shape.left_out,
         device=device,
         memory=bounds.memory,
-        memory_at_most=memory.at(bounds.most_tokens, bounds.checkpointing is not False),
+        memory_at_most=bounds.memory_at_most,
         memory_least=bounds.memory_least,
-        fits=_can_fit(bounds.memory_least, device),
+        fits=bounds.fits,
         warnings=_warnings(recipe, memory, dataset, device, total_steps),
         step=memory,
     )
@@ -241,21 +241,36 @@ def _check_length(dataset: DatasetFacts, step: StepShape) -> None:
 
 
 @dataclass(frozen=True)
-class _Bounds:
+class Bounds:
+    """How far memory leaves micro-batch and checkpointing open, and what the ends need.
+
+    Attributes:
+        checkpointing: None: both can fit.
+        memory: Of the smallest micro-batch.
+        memory_least: Of one longest row with checkpointing.
+        memory_at_most: Of the largest micro-batch.
+        fits: Whether one longest row does, with checkpointing.
+    """
+
     checkpointing: bool | None
     least_tokens: int
     most_tokens: int
     memory: MemoryEstimate
     memory_least: MemoryEstimate
+    memory_at_most: MemoryEstimate
+    fits: bool
 
 
-def _bounds(memory: StepMemory, step_rows: int, device: DeviceFacts) -> _Bounds:
+def memory_bounds(memory: StepMemory, step_rows: int, device: DeviceFacts) -> Bounds:
     """Token budget and checkpointing, as far as memory alone decides them."""
-    longest, have = memory.step.row_tokens, device.memory_bytes
-    checkpointing, least = memory.checkpointing, memory.at(longest, True)
+    longest, have, checkpointing = memory.step.row_tokens, device.memory_bytes, memory.checkpointing
+    least = memory.at(longest, True)
+    can_fit = _can_fit(least, device)
     if memory.tokens is not None:
         found, _ = memory.settle(device, HEADROOM)
-        return _Bounds(found.gradient_checkpointing, memory.least_tokens, memory.least_tokens, found, least)
+        return Bounds(
+            found.gradient_checkpointing, memory.least_tokens, memory.least_tokens, found, least, found, can_fit
+        )
     most = max(longest, min(MOST_MICRO_BATCH_TOKENS, math.ceil(step_rows / device.count) * longest))
     without = memory.largest_tokens(False, most, have, HEADROOM) if checkpointing is not True else None
     with_it = memory.largest_tokens(True, most, have, HEADROOM) if checkpointing is not False else None
@@ -263,7 +278,8 @@ def _bounds(memory: StepMemory, step_rows: int, device: DeviceFacts) -> _Bounds:
         checkpointing = without is None
     largest = max(without or longest, (with_it or longest) if checkpointing is not False else longest)
     smallest = memory.at(longest, without is None and checkpointing is not False)
-    return _Bounds(checkpointing, longest, largest, smallest, least)
+    at_most = memory.at(largest, checkpointing is not False)
+    return Bounds(checkpointing, longest, largest, smallest, least, at_most, can_fit)
 
 
 def _warnings(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lorafit.contracts import Reporter
-    from lorafit.plan.derive import Plan
+    from lorafit.plan.derive import Bounds, Plan
 
 
 def format_count(number: int) -> str:
@@ -72,7 +72,7 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "checkpoints", f"{_every(plan.save_every_steps)}, the last {plan.keep_last} kept"
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")
-    yield "memory", _memory(plan)
+    yield "memory", describe_memory(plan) if plan.fits else f"[red]{describe_memory(plan)}[/]"
 
 
 def _left_out(plan: Plan) -> str:
@@ -91,13 +91,15 @@ def _micro_batch(plan: Plan) -> str:
     return f"auto: {plan.min_micro_batch_tokens:,} to {plan.max_micro_batch_tokens:,} tokens"
 
 
-def _memory(plan: Plan) -> str:
+def describe_memory(plan: Plan | Bounds) -> str:
+    """What a run needs with its smallest micro-batch, and with its largest; or that it does not fit."""
     least, most = plan.memory, plan.memory_at_most
+    if not plan.fits:
+        return f"does not fit: {format_bytes(plan.memory_least.needed_bytes)} needed at least"
     parts = f"{format_bytes(least.tensor_bytes)} tensors, {format_bytes(least.needed_bytes)} needed"
     if most.needed_bytes > least.needed_bytes:
         parts += f"; up to {format_bytes(most.needed_bytes)} with the largest micro-batch"
-    least_needed = format_bytes(plan.memory_least.needed_bytes)
-    return parts if plan.fits else f"[red]does not fit:[/] {least_needed} needed at least"
+    return parts
 
 
 def _plain(text: str) -> str:

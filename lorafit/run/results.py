@@ -131,13 +131,11 @@ class Trained(Printed):
             parts += [beside(fit.peak_reserved_bytes, "reserved", 0), f"{needed / _MIB:,.0f} MiB of the card estimated"]
         else:
             parts = [beside(fit.peak_memory_bytes, "resident", needed)]
-        if (before := fit.peak_before_steps_bytes) is None:
-            parts[0] += " in all of the run"
-        elif before > fit.peak_memory_bytes:
-            parts.append(f"{before / _MIB:,.0f} MiB before the first step")
+        if (before := fit.peak_before_steps_bytes) is not None and before > fit.peak_memory_bytes:
+            parts.append(f"{before / _MIB:,.0f} MiB before it, while loading and rehearsing")
         if fit.live_tensors is not None:
             parts.append(beside(fit.live_tensors.tensor_bytes, "of live tensors counted", tensors))
-        return "peak memory: " + ", ".join(parts)
+        return f"peak memory {'in training' if before is not None else 'of the whole run'}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)

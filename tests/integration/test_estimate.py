@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -206,6 +207,31 @@ def test_this_machine_as_the_card(world: World) -> None:
     say_all(outcome, 0, "memory needed", "largest for cpu")
     assert "card" not in outcome.stdout.split("TFLOP")[0].replace("a card's name", "")
     assert "CUDA" not in outcome.stdout
+
+
+@pytest.mark.parametrize("budget", ["auto", "512"])
+def test_where_there_is_no_card_the_figures_of_trains_plan_stand_beside(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, budget: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("lorafit.machine.devices._SIGNS_OF_A_CARD", ())
+    changed = ("r.yaml", "--set", f"training.micro_batch_tokens={budget}")
+    here = world.run("estimate-memory", *changed, "--json").json["here"]
+    planned = world.run("train", *changed, "--dry-run", "--json").json["plan"]
+    assert here["memory"] == planned["memory"] and here["memory"]["device_kind"] == "cpu"
+    assert here["most_needed_bytes"] == planned["memory_at_most"]["needed_bytes"] and here["fits"] is True
+    plan = " ".join(world.run("train", *changed, "--dry-run").stderr.split())
+    shown = world.run("estimate-memory", *changed)
+    say_all(shown, 0, "for a card that computes bf16: --gpu", "card needed", "this machine has no GPU")
+    (line,) = re.findall("  (.* tensors, .* needed.*)", shown.stdout)
+    assert f"memory {line}" in plan
+    assert ("with the largest micro-batch" in line) == (budget == "auto")
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr("lorafit.machine.devices._SIGNS_OF_A_CARD", ((tmp_path, "nvidia[0-9]*"),))
+    assert world.run("estimate-memory", *changed, "--json").json["here"] is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert world.run("estimate-memory", *changed, "--json").json["here"] == here
+    assert world.run("estimate-memory", *changed, "--gpu", "24GiB", "--json").json["here"] is None
 
 
 def test_the_exact_engine_beside_the_closed_form(world: World) -> None:
