@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -12,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 VERSION_TESTS := tests/unit/model/test_load.py tests/unit/model/merge/test_merge.py tests/unit/trainer/test_loop_resume.py \
   tests/unit/answering/test_generate_answers.py tests/integration/test_python_api.py tests/integration/test_hub.py
 
-.PHONY: setup quickstart test test-all test-installed test-oldest test-newest test-gpu lint type docs check clean
+.PHONY: setup quickstart test test-all test-installed test-oldest test-newest test-gpu prove-gpu lint type docs check clean
 
 setup: $(STAMP)
 
@@ -53,6 +54,14 @@ test-newest:
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu -rs -s tests/gpu
 
+# lorafit on the card at hand, in about ten minutes; PROVE_DEVICE=cpu: the small mode; STAGE=values: one stage (docs/gpu.md)
+prove-gpu: $(STAMP) $(if $(filter cpu,$(PROVE_DEVICE)),,$(PEERS))
+	$(BIN)/python -m benchmarks.prove_gpu
+
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[prove]" && touch $(PEERS) \
+	  || echo "TRL or Liger could not be installed: the speed stage will say what it lacks"
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,6 +73,7 @@ docs: $(STAMP)
 	$(BIN)/python docs/write_reference.py
 	$(BIN)/python docs/write_help.py
 	$(BIN)/python docs/write_shapes.py
+	$(BIN)/python docs/write_gpu.py
 
 check: test lint type
 

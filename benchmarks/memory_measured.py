@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,34 +120,41 @@ def measure(recipe_file: Path) -> dict[str, Any]:
         "exact_bytes": exact.tensor_bytes,
         "exact_phase": exact.peak_phase.name,
         "closed_bytes": trained.estimate.tensor_bytes,
+        "allocated_bytes": trained.fit.peak_memory_bytes,
+        "reserved_bytes": trained.fit.peak_reserved_bytes,
         "needed_bytes": trained.estimate.needed_bytes,
         "resident_bytes": resident,
     }
 
 
-def write_tiny(folder: Path) -> dict[str, str]:
-    """Bases with random weights and a tokenizer of whole words."""
+def write_random(folder: Path, config: dict[str, Any], words: Sequence[str], device: str = "cpu") -> None:
+    """A base with random bf16 weights, made on `device`, and a tokenizer of whole words."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *sorted(set(WORDS))])}
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     transformers.utils.logging.disable_progress_bar()
-    found = {}
-    for name, config in TINY_MODELS.items():
-        values = {**config, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-        settings = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-        torch.manual_seed(0)
+    values = {**config, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    settings = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    torch.manual_seed(0)
+    with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-        found[name] = str(folder / name.replace(" ", "-"))
-        model.save_pretrained(found[name])
-        fast.save_pretrained(found[name])
-    return found
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def write_tiny(folder: Path) -> dict[str, str]:
+    """Bases with random weights."""
+    found = {name: folder / name.replace(" ", "-") for name in TINY_MODELS}
+    for name, place in found.items():
+        write_random(place, TINY_MODELS[name], sorted(set(WORDS)))
+    return {name: str(place) for name, place in found.items()}
 
 
 def main() -> None:

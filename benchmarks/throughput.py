@@ -232,7 +232,6 @@ def prepare(work: Path) -> None:
     import torch
 
     from lorafit.contracts import Silent
-    from lorafit.data.batch import StepRows
     from lorafit.job import open_job
     from lorafit.model.adapter import save_adapter
     from lorafit.model.attach import attach_adapter
@@ -242,9 +241,7 @@ def prepare(work: Path) -> None:
     from lorafit.recipe.load import load_recipe
 
     job = open_job(load_recipe(work / "recipe.yaml"), Silent())
-    examples = job.rows.train
-    order = StepRows(examples, job.recipe.seed, BATCH)
-    rows = [as_row(examples[row]) for step in range(1, STEPS + 1) for row in order.rows(step)[1]]
+    rows = rows_in_order(job, STEPS, BATCH)
     held = open_job(load_recipe(work / "held.yaml"), Silent()).rows.train
     held_rows = [as_row(held[row]) for row in range(min(HELD_OUT_ROWS, len(held.lengths)))]
     base = load_model(
@@ -278,6 +275,15 @@ def prepare(work: Path) -> None:
     (work / "facts.json").write_text(json.dumps(facts))
 
 
+def rows_in_order(job: Any, steps: int, batch: int) -> list[dict[str, list[int]]]:
+    """Tokens and labels of an opened recipe's rows, as its steps see them."""
+    from lorafit.data.batch import StepRows
+
+    examples = job.rows.train
+    order = StepRows(examples, job.recipe.seed, batch)
+    return [as_row(examples[row]) for step in range(1, steps + 1) for row in order.rows(step)[1]]
+
+
 def as_row(example: Any) -> dict[str, list[int]]:
     ids = [int(token) for token in example["tokens"]]
     return {
@@ -292,23 +298,30 @@ def count_labels(labels: list[int]) -> int:
 
 
 def load_quantised(work: Path, attention: str) -> Any:
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     facts = json.loads((work / "facts.json").read_text())
+    base = load_base(facts["base"], attention)
+    for module in base.modules():  # else evaluation repacks the weights in place, on some CPUs
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return PeftModel.from_pretrained(base, str(work / "initial"), is_trainable=True)
+
+
+def load_base(folder: str, attention: str) -> Any:
+    """In NF4, on the card where there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(
-        facts["base"], dtype=torch.bfloat16, quantization_config=settings, attn_implementation=attention
+        folder, dtype=torch.bfloat16, quantization_config=settings, attn_implementation=attention
     )
-    for module in base.modules():  # else evaluation repacks the weights in place, on some CPUs
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     base.config.use_cache = False
-    return PeftModel.from_pretrained(base, str(work / "initial"), is_trainable=True)
+    return base
 
 
 def run_peer(work: Path, name: str, output: Path) -> None:
