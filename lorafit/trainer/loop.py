@@ -9,6 +9,7 @@ An *edge* is the state right after an optimizer step. Only edges are saved; an i
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -170,7 +171,8 @@ class Trainer:
             epoch, rows = self.step_rows.rows(step)
             figures, batches = self._compute_gradients(state, step, rows)
             with self.journal.profile.phase("optimizer"):
-                norm = self._checked_norm(state, step, batches)
+                norm = self.update.gradient_norm()
+                grad_norm = self._checked_norm(state, step, norm, batches)
                 learning_rate = self.update.apply(step, norm)
             self.update.optimizer.zero_grad(set_to_none=True)
             trim_after(time.perf_counter() - began, self.executor.device)
@@ -186,7 +188,7 @@ class Trainer:
                 "epoch": epoch,
                 "loss": figures.loss,
                 "learning_rate": learning_rate,
-                "grad_norm": float(norm) if torch.isfinite(norm) else None,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                 "tokens": figures.tokens,
                 "trained_tokens": figures.trained_tokens,
                 "seconds": seconds,
@@ -210,14 +212,14 @@ class Trainer:
             self.executor.sum_gradients()
             return figures, batches
 
-    def _checked_norm(self, state: TrainState, step: int, batches: Sequence[Batch]) -> torch.Tensor:
-        """The gradient norm, a scalar; not finite only where fp16 overflowed: the update will be skipped."""
-        norm, scaler = self.update.gradient_norm(), self.executor.scaler
-        is_overflow = scaler.is_enabled() and not torch.isfinite(norm)
+    def _checked_norm(self, state: TrainState, step: int, norm: torch.Tensor, batches: Sequence[Batch]) -> float:
+        """The gradient norm's value, read once; not finite only where fp16 overflowed: the update will be skipped."""
+        value, scaler = float(norm), self.executor.scaler
+        is_overflow = scaler.is_enabled() and not math.isfinite(value)
         if not is_overflow:
-            check_gradients(step, float(norm), self.update.named, batches, self.cutter.examples)
+            check_gradients(step, value, self.update.named, batches, self.cutter.examples)
         state.count_overflow(is_overflow, step, scaler.get_scale())
-        return norm
+        return value
 
     def build_micro_batches(self, step: int, token_budget: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the CPU; a pure function."""
