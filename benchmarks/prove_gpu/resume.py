@@ -20,7 +20,7 @@ STEPS = 24
 MOST_NOISES = 4  # so many times as far apart as two unbroken runs are
 MOST_KL = 0.005
 RANK = 72  # with widths of 1536: 100,000 values a tensor and more, which bitsandbytes pages
-GIVE_UP_SECONDS = 240
+GIVE_UP_SECONDS = 600
 SPARE_BYTES = 1 << 30
 
 
@@ -83,7 +83,7 @@ def kill_at(world: World, words: list[Any], run: Path, step: int) -> int | None:
     """Trains until the log has `step` steps and kills; returns the last step of the log, None where it ended before."""
     process, began = world.command("train", *words), time.monotonic()
     while process.poll() is None and time.monotonic() - began < GIVE_UP_SECONDS:
-        if (run / "metrics.jsonl").is_file() and _logged(run) >= step:
+        if _logged(run) >= step:
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -93,6 +93,8 @@ def kill_at(world: World, words: list[Any], run: Path, step: int) -> int | None:
 
 def _logged(run: Path) -> int:
     """The last whole line's step; a line that is being written counts for nothing."""
+    if not (run / "metrics.jsonl").is_file():
+        return 0
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     return max((json.loads(line)["step"] for line in lines), default=0)
 

@@ -108,7 +108,7 @@ def cosine_of(one: dict[str, Any], other: dict[str, Any]) -> float:
 def memory_runs_out(device: str) -> Iterator[list[int]]:
     """In the first attempt at a step; gives the number of times it did.
 
-    On a card something else takes all of its memory while that attempt runs; on a CPU the allocator's error is raised.
+    On a card something else takes all of its memory while that attempt runs; on a CPU the error is raised.
     """
     from lorafit.trainer import loop
 
@@ -119,7 +119,7 @@ def memory_runs_out(device: str) -> Iterator[list[int]]:
             return attempt(*arguments)
         times[0] = 1
         if device == "cpu":
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: pretended by a proof")
+            raise MemoryError("pretended by a proof")
         ballast = take_all_memory()
         try:
             return attempt(*arguments)
