@@ -19,7 +19,7 @@ from benchmarks.throughput import load_base, rows_in_order
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RATE, RANK = 1e-3, 16
 DEVICE_ROWS = 8  # TRL's default
-PACKED_TOKENS = 2048
+PACKED_TOKENS, PACKED_ROWS = 2048, 4
 
 Figures = dict[str, list[float]]
 
@@ -58,9 +58,7 @@ def run_trl(work: Path, task: dict[str, Any], name: str) -> dict[str, Figures]:
     found = {}
     for set_name, one in task["sets"].items():
         rows = json.loads((work / f"{set_name}.json").read_text())
-        found[set_name], trained = time_trl(model, rows, one, task, packs=packs, wraps=name != "unsloth")
-        if name != "unsloth":
-            model = trained.unload()  # each set begins with a fresh adapter
+        model, found[set_name] = time_what_fits(model, rows, one, task, packs=packs, wraps=name != "unsloth")
         gc.collect()
     return found
 
@@ -77,8 +75,36 @@ def load_unsloth(base: str) -> Any:
     )
 
 
-def time_trl(
+def time_what_fits(
     model: Any, rows: list[dict[str, Any]], one: dict[str, Any], task: dict[str, Any], *, packs: bool, wraps: bool
+) -> tuple[Any, Figures]:
+    """The model, ready for the next set, and figures with as many rows a device batch as fit: at most TRL's default."""
+    import torch
+
+    device_rows = min(DEVICE_ROWS, one["batch"])
+    while True:
+        try:
+            figures, trained = time_trl(model, rows, one, task, device_rows, packs=packs, wraps=wraps)
+        except torch.OutOfMemoryError:
+            if device_rows == 1 or packs or not wraps:
+                raise
+            device_rows //= 2
+        else:
+            return (trained.unload() if wraps else trained), figures
+        model = load_base(task["base"], "sdpa")  # the other one is torn
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def time_trl(
+    model: Any,
+    rows: list[dict[str, Any]],
+    one: dict[str, Any],
+    task: dict[str, Any],
+    device_rows: int,
+    *,
+    packs: bool,
+    wraps: bool,
 ) -> tuple[Figures, Any]:
     """Seconds, real tokens and loss of each step, and the trained model."""
     import torch
@@ -89,11 +115,11 @@ def time_trl(
 
     on_card = torch.cuda.is_available()
     tokens = sum(len(row["input_ids"]) for row in rows)
+    accumulated = one["batch"] // device_rows
     if packs:  # rows of a fixed length, as many a step as hold the tokens that the others see
-        device_rows, accumulated = max(1, round(tokens / task["steps"] / PACKED_TOKENS)), 1
-    else:
-        device_rows = min(DEVICE_ROWS, one["batch"])
-        accumulated = one["batch"] // device_rows
+        packed = max(1, round(tokens / task["steps"] / PACKED_TOKENS))
+        device_rows = min(packed, PACKED_ROWS)
+        accumulated = packed // device_rows
     config = SFTConfig(
         output_dir=str(Path(one["recipe"]).parent / "trl"), per_device_train_batch_size=device_rows,
         gradient_accumulation_steps=accumulated, learning_rate=RATE, lr_scheduler_type="constant",

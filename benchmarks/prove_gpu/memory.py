@@ -14,17 +14,26 @@ from benchmarks.prove_gpu.world import World
 
 TENSOR_ERROR = 0.03
 RESERVED_ERROR = 0.12
+FILLED = 0.9  # of the card at most
 
 
 def prove_memory(world: World) -> Iterator[Check | Lack]:
     """Three budgets, quantised or not, checkpointed or not; two budgets in the small mode."""
     shapes = ((1, 256), (4, 128)) if world.is_small else ((1, 1024), (2, 1024), (4, 2048))
-    errors = []
+    from lorafit import pipeline
+    from lorafit.machine.devices import read_device
+
+    errors: list[float] = []
+    card_bytes = read_device().memory_bytes
     for quantization, checkpointing, (rows, tokens) in itertools.product(("nf4", "none"), (False, True), shapes):
         case = Case("", str(world.large()), quantization, "bf16", 16, checkpointing, rows, tokens)
-        folder = world.folder / f"memory-{len(errors)}"
+        folder = world.folder / case.name.strip().replace(" ", "-")
         folder.mkdir()
-        found = measure(write_recipe(case, folder))
+        recipe = write_recipe(case, folder)
+        if not world.is_small and (needed := pipeline.estimate(recipe).memory.needed_bytes) > FILLED * card_bytes:
+            yield Lack(f"{case.name.strip()} needs {needed / MIB:,.0f} MiB: more than this card has")
+            continue
+        found = measure(recipe)
         world.forget()
         taken = found["measured_bytes"] if world.is_small else found["allocated_bytes"]
         off = {engine: found[f"{engine}_bytes"] / taken - 1 for engine in ("closed", "exact")}

@@ -27,13 +27,15 @@ def prove_waits(world: World) -> Iterator[Check | Lack]:
 
 
 def _record(world: World, optimizer: str) -> Trace:
-    lengths, budget = ((60, 120), 512) if world.is_small else ((200, 1000), 4096)
+    lengths, budget = ((60, 120), 512) if world.is_small else ((200, 1000), 2048)
     run = world.train(
         world.recipe(
             world.large(),
             make_rows(24, lengths),
-            training={"max_steps": 3, "micro_batch_tokens": budget, "optimizer": optimizer},
+            training={
+                "max_steps": 3, "micro_batch_tokens": budget, "optimizer": optimizer, "gradient_checkpointing": True,
+            },
         ),
         profile=True,
-    )
+    )  # fmt: skip
     return Trace(run)
