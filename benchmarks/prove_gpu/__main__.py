@@ -57,7 +57,7 @@ def main(results: Path = RESULTS) -> int:
     console.print(f"versions: {', '.join(f'{name} {found}' for name, found in proof.versions.items())}", style="dim")
     file = results / f"{name_of(proof, wanted)}.json"
     write(file, proof.to_json())
-    console.print(f"written: {file.parent.name}/{file.name}; models are kept in {kept}", style="dim")
+    console.print(f"written: {file}; models are kept in {kept}", style="dim")
     print(proof.line())
     return proof.exit_status
 
