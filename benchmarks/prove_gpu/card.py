@@ -62,7 +62,7 @@ def _attention(world: World, dtype: str, packed: bool) -> list[str]:
     run = world.train(
         world.recipe(
             world.tiny(),
-            make_rows(24, (20, 60)),
+            make_rows(24, (4, 90)),
             model={"dtype": dtype, "quantization": "none"},
             data={"max_length": 256, "packing": packed},
             training={"max_steps": 3, "micro_batch_tokens": 256},

@@ -60,7 +60,11 @@ def prove_values(world: World) -> Iterator[Check | Lack]:
         "small micro-batches": {"training": {"micro_batch_tokens": budget // 4}},
     }
     for name, sections in ways.items():
-        yield from compare(f"{name} against none", world.train(_recipe(world, base, NF4, **sections)), usual, True)
+        run = world.train(_recipe(world, base, NF4, **sections))
+        if name == "packing":
+            packed, padded = (json.loads((one / "result.json").read_text())["padded_tokens"] for one in (run, usual))
+            yield is_so("packing: padded tokens of the run", packed < padded, f"{packed}, else {padded}", "fewer")
+        yield from compare(f"{name} against none", run, usual, True)
     with memory_runs_out(world.device) as times:
         run = world.train(_recipe(world, base, NF4))
     state = json.loads((run / "checkpoints" / f"step-{_steps(world):06d}" / "state.json").read_text())["train"]
@@ -156,12 +160,12 @@ def _budget(world: World) -> int:
 
 
 def _recipe(world: World, base: str, model: dict[str, str], **sections: dict[str, Any]) -> Path:
-    """Eight rows, which every step sees."""
+    """Eight rows, which every step sees, of lengths that packing gains by."""
     training = {"max_steps": _steps(world), "micro_batch_tokens": _budget(world), **sections.pop("training", {})}
     data = {"max_length": 512, **sections.pop("data", {})}
     kept = {"every_steps": 1, "keep_last": 20}
     return world.recipe(
-        base, make_rows(8, (30, 90)), model=model, data=data, training=training, checkpoints=kept, **sections
+        base, make_rows(8, (8, 90)), model=model, data=data, training=training, checkpoints=kept, **sections
     )
 
 
