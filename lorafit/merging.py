@@ -25,7 +25,6 @@ from lorafit.machine.devices import read_device
 from lorafit.model.merge import merge_adapter
 from lorafit.model.tokenizer_files import Companions
 from lorafit.ops.process_memory import is_out_of_memory
-from lorafit.run.output_folder import check_output
 from lorafit.run.results import Merged
 from lorafit.run.workspace import OpenedRun
 
@@ -91,7 +90,6 @@ def merge_run(
     reporter: Reporter,
 ) -> Merged:
     """Merges a run's adapter into what it was trained on, or into the original weights. No training row is opened."""
-    check_output(output, [opened.run.root])
     tuned = open_tuned(opened, checkpoint, base_model, reporter)
     is_quantized = tuned.card.quantization.kind != "none"
     kind = cast(BaseKind, base_kind or ("dequantized" if is_quantized else "original"))
@@ -120,7 +118,6 @@ def merge_adapter_folder(
     adapter: Path, output: Path, base_kind: str | None, base_model: str | None, *, verify: bool, reporter: Reporter
 ) -> Merged:
     """Merges an adapter that came without its run. Its base must be on this disk: no file starts a download."""
-    check_output(output, [adapter])
     saved, base = open_lone_adapter(adapter, base_model, reporter)
     used = saved.quantization() or {}
     is_quantized = used.get("kind", "none") != "none"

@@ -155,6 +155,8 @@ def train(
         if resume:
             check_own(run)
             check_same_recipe(run, loaded, reporter)
+            if resume_from is not None:
+                run.find_checkpoint(str(resume_from))
         elif not dry_run:
             check_unused(run, loaded, command=command)
         given = ResolvedPlan.from_json(read_object(plan_file), str(plan_file)) if plan_file is not None else None
@@ -167,7 +169,7 @@ def train(
             show_plan(the_plan, reporter)
             require_fit(the_plan)
             check_shippable_unloaded(job.base, job.recipe.adapter, job.recipe.seed, job.task.model_class)
-            return Trained(run, the_plan, None, None)
+            return Trained(run, the_plan, None, None, resumes=resume)
         from lorafit.ops.determinism import deterministic_algorithms
         from lorafit.training import Training
 
@@ -279,11 +281,12 @@ def merge(
     if base not in (None, "dequantized", "original"):
         raise UsageError(f"'{base}' is no base", key="--base", todo="use dequantized or original")
     check_answerable(run, checkpoint)  # said before the libraries are loaded
+    opened = None if is_lone_adapter(run) else open_run(run)
+    check_output(output, [opened.run.root if opened is not None else run])
     from lorafit.merging import merge_adapter_folder, merge_run
 
-    if is_lone_adapter(run):
+    if opened is None:
         return merge_adapter_folder(run, output, base, base_model, verify=verify, reporter=reporter)
-    opened = open_run(run)
     return merge_run(opened, output, base, checkpoint, base_model, verify=verify, reporter=reporter)
 
 
@@ -348,13 +351,13 @@ def classify(
     from lorafit.answering.prompts import check_prompts
 
     check_prompts(prompt, input_file, rows)
+    if output is not None and output.exists():
+        raise UsageError("the output exists", file=str(output), todo="choose another, or remove it")
     check_answerable(run, checkpoint)
     from lorafit.answering.classify import open_classifier, read_texts
 
     classifier = open_classifier(run, checkpoint, base_model, reporter)
     texts = read_texts(run, str(classifier.task.classified_format), prompt, input_file, rows, reporter)
-    if output is not None and output.exists():
-        raise UsageError("the output exists", file=str(output), todo="choose another, or remove it")
     result = Classified(texts, classifier.label(texts, reporter))
     if output is not None:
         result.write(output)

@@ -10,15 +10,25 @@ from lorafit.errors import UsageError
 from lorafit.recipe.schema import SourceSection, sources_of
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
+_HERE = "the working folder"
 
-def check_prompts(*given: object) -> None:
-    """Refuses prompts that are given in none of the ways that there are, or in several, which None stands for.
+
+def check_prompts(prompt: str | None, input_file: Path | None, rows: Sequence[str | JsonMapping] | None) -> None:
+    """Refuses what can be told of prompts in milliseconds: none or several are given, a blank one, a file that is none.
 
     Raises:
-        UsageError: As said.
+        UsageError: As said of the command line.
+        DataError: The file is missing, or no data.
     """
-    if len(given) - given.count(None) != 1:
+    if (prompt, input_file, rows).count(None) != 2:
         raise UsageError("needs a prompt", key="--prompt", todo="give either --prompt TEXT or --input FILE")
+    from lorafit.data.prompts import read_prompt
+    from lorafit.data.sources.files import check_file, find_files
+
+    if prompt is not None:
+        read_prompt(prompt)
+    for file in find_files(str(input_file), Path(), start=_HERE) if input_file is not None else ():
+        check_file(Path(file).expanduser(), file, start=_HERE)
 
 
 def read_prompts(

@@ -53,8 +53,10 @@ def _why_unusable(output: Path, inputs: Iterable[Path]) -> tuple[str, str] | Non
         return f"the output {output.name} is a broken link", "choose another folder, or mend the link"
     for entry in inputs:
         source = entry.resolve()
-        if made == source or made in source.parents:
-            what = f"the output {output.name} is, or holds, {entry.name}, which is also an input"
+        if made == source:
+            return f"the output {output.name or output} is also an input", "choose a folder of its own"
+        if made in source.parents:
+            what = f"the output {output.name or output} holds {entry.name}, which is also an input"
             return what, "choose a folder of its own"
     if output.exists() and not output.is_dir():
         return f"the output {output.name} is a file", "choose a folder"
@@ -79,7 +81,7 @@ def check_unused(run: RunDir, loaded: LoadedRecipe, *, command: str) -> None:
     with contextlib.suppress(LorafitError):  # where its recipe cannot be read, that is not what is asked
         decisive, _ = compare_recipes(run, loaded)
     is_python = command.startswith("lorafit.train(")
-    elsewhere, again = ("give output=", "resume=True") if is_python else ("give --output", "--resume")
+    elsewhere, again = ("give another output=", "resume=True") if is_python else ("give another --output", "--resume")
     what, todo = "holds a run already", f"go on with {command}, or {elsewhere}"
     if decisive:
         what = f"holds another run ({tell_differences(decisive)})"
@@ -174,7 +176,7 @@ def claimed(run: RunDir) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            what, todo = "another process is training into it", "wait for its end, or give --output"
+            what, todo = "another process is training into it", "wait for its end, or give another --output"
             raise UsageError(what, file=str(run.root), key="output", todo=todo) from error
         except OSError:
             pass  # some network disks have no locks

@@ -56,6 +56,7 @@ class Trained(Printed):
 
     Attributes:
         has_held_out_rows: Whether its recipe names rows to score it on.
+        resumes: Whether a dry run was asked where it would go on.
     """
 
     run: RunDir
@@ -66,6 +67,7 @@ class Trained(Printed):
     speed: Speed | None = None
     profile: str | None = None
     has_held_out_rows: bool = True
+    resumes: bool = False
 
     @property
     def path(self) -> Path:
@@ -97,7 +99,7 @@ class Trained(Printed):
     def render(self, console: Console) -> None:
         """How it ended, where the time went, memory beside its estimate, and what to do next."""
         if self.fit is None:
-            say(console, "dry run: nothing was loaded or written")
+            say(console, f"dry run: nothing was loaded or written{self._where_it_would_go_on()}")
             return
         fit = self.fit
         if not fit.was_complete:
@@ -119,6 +121,14 @@ class Trained(Printed):
             after = f"lorafit generate {shown} --prompt TEXT, or {after} --set data.test=FILE"
         say(console, f"{which} is in {shown}/adapter; next: {after}")
 
+    def _where_it_would_go_on(self) -> str:
+        """Of a dry run with `--resume`: from which checkpoint, or that there is none."""
+        if not self.resumes:
+            return ""
+        found = max(self.run.steps(), default=None)
+        none = f"; nothing to resume in {near(self.run.root)}: the run would start at step 0"
+        return none if found is None else f"; the last checkpoint is of step {found:,}"
+
     def _memory_line(self, fit: FitResult) -> str:
         """Peak memory as measured, beside the estimate of the same quantity."""
         tensors, needed = (self.estimate.tensor_bytes, self.estimate.needed_bytes) if self.estimate else (0, 0)
@@ -132,7 +142,7 @@ class Trained(Printed):
         else:
             parts = [beside(fit.peak_memory_bytes, "resident", needed)]
         if (before := fit.peak_before_steps_bytes) is not None and before > fit.peak_memory_bytes:
-            parts.append(f"{before / _MIB:,.0f} MiB before it, while loading and rehearsing")
+            parts.append(f"{before / _MIB:,.0f} MiB before its first step")
         if fit.live_tensors is not None:
             parts.append(beside(fit.live_tensors.tensor_bytes, "of live tensors counted", tensors))
         return f"peak memory {'in training' if before is not None else 'of the whole run'}: {', '.join(parts)}"

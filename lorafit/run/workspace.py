@@ -74,13 +74,12 @@ class OpenedRun:
 
     def _unfinished(self) -> CheckpointError:
         """Why there is no saved adapter, and what there is instead."""
-        what, ways = "the run has no finished adapter", []
+        what, ways = "the run has no finished adapter", [f"go on with it: lorafit train {self.run.recipe} --resume"]
         if is_trained_into(self.run):
             what, ways = f"{what}: a process is training into it now", ["wait for its end"]
-        if steps := self.run.steps():
+        if steps := [step for step in self.run.steps() if step]:  # that of step 0 was not trained
             ways.append(f"name one of its checkpoints with --checkpoint: {', '.join(map(str, steps))}")
-        todo = ", or ".join(ways) or "train first, or go on with the run: lorafit train ... --resume"
-        return CheckpointError(what, file=str(self.run.root), todo=todo)
+        return CheckpointError(what, file=str(self.run.root), todo=", or ".join(ways))
 
 
 def recorded_start(run: RunDir) -> tuple[datetime | None, str | None]:

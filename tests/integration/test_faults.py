@@ -237,7 +237,7 @@ def test_a_second_run_into_the_same_folder(world: World) -> None:
         ["--set", "training.max_grad_norm=null", "--set", "seed=3"],
     )
     path = "data.train[0].path: ../d.jsonl was changed to ../other.jsonl"
-    advice = "give --output, or change it back and add --resume"
+    advice = "give another --output, or change it back and add --resume"
     say_all(world.run("train", "r.yaml", *one), 2, f"holds another run ({path}); {advice}")
     say_all(world.run("train", "r.yaml", *one, *three), 2, f"holds another run ({path}, and 2 more keys); {advice}")
     say_all(world.run("train", "r.yaml", *one, *three, "--resume"), 6, f"{path}, and 2 more keys, so it would not be")
@@ -616,24 +616,56 @@ def test_a_run_that_is_not_there_is_said_before_libraries_load(world: World) -> 
     """A slip in its name, and a run without an adapter, cost no import of torch; the nearest name is offered."""
     say_all(world.run("train", "r.yaml", "--output", "runs/support-de"), 0)
     shutil.rmtree(world.root / "runs" / "support-de" / "adapter")
-    loads = world.root / "early" / "torch" / "__init__.py"
-    loads.parent.mkdir(parents=True)
-    loads.write_text("raise SystemExit('torch was imported')\n")
-    hidden = {"PYTHONPATH": f"{world.root / 'early'}{os.pathsep}{world.environment.get('PYTHONPATH', '')}"}
+    say_all(world.run("train", "runs/support-de/recipe.yaml", "--resume", "--dry-run"), 0, "checkpoint is of step 2")
     said = {
         "runs/suport-de": (2, "runs/suport-de: no such file or folder; did you mean runs/support-de?"),
         "runs/support-de": (
             6,
-            "runs/support-de: the run has no finished adapter; name one of its checkpoints with --checkpoint",
+            "runs/support-de: the run has no finished adapter",
+            "; go on with it: lorafit train runs/support-de/recipe.yaml --resume, or name one of its checkpoints with "
+            + "--checkpoint: 1, 2",
         ),
         "other": (2, "other: no such file or folder; name a run folder"),
     }
     commands = (["eval"], ["generate", "--prompt", "what"], ["merge", "--output", "m"])
     lines = [[command[0], run, *command[1:]] for command in commands for run in said]
+    for line, outcome in zip(lines, without_torch(world, lines), strict=True):
+        say_all(outcome, *said[line[1]])
+
+
+def without_torch(world: World, lines: list[list[str]]) -> list[Outcome]:
+    """How commands end where an import of torch would end them."""
+    loads = world.root / "early" / "torch" / "__init__.py"
+    loads.parent.mkdir(parents=True)
+    loads.write_text("raise SystemExit('torch was imported')\n")
+    hidden = {"PYTHONPATH": f"{world.root / 'early'}{os.pathsep}{world.environment.get('PYTHONPATH', '')}"}
     done = finish("-c", ONE_AFTER_ANOTHER, json.dumps(lines), cwd=world.root, env=world.environment | hidden)
-    for line, ended in zip(lines, done.stdout.splitlines(), strict=True):
-        code, text = json.loads(ended)
-        say_all(Outcome(code, "", text), *said[line[1]])
+    return [Outcome(code, "", text) for code, text in map(json.loads, done.stdout.splitlines())]
+
+
+def test_a_slip_in_a_flag_is_said_before_libraries_load(world: World) -> None:
+    say_all(world.run("train", "r.yaml"), 0)
+    said = {
+        ("classify", "run", "--prompt", " "): (2, "--prompt: the prompt is empty"),
+        ("classify", "run", "--input", "gone.txt"): (4, "gone.txt: no such file", f"looked in {world.root}"),
+        ("classify", "run", "--prompt", "a", "--output", "r.yaml"): (2, "r.yaml: the output exists"),
+        ("merge", "run", "--output", "run"): (2, "the output run is also an input"),
+        ("merge", "run", "--output", "."): (2, "the output . holds run, which is also an input"),
+        ("merge", "run/adapter", "--output", "run"): (2, "the output run is also an input"),
+        ("train", "r.yaml", "--resume-from", "77"): (6, "step 77: no such checkpoint", "there are steps 1, 2"),
+    }
+    for line, outcome in zip(said, without_torch(world, [list(line) for line in said]), strict=True):
+        say_all(outcome, *said[line])
+
+
+def test_a_dry_run_says_where_a_resume_would_begin(world: World) -> None:
+    """As its result, which --quiet leaves."""
+    dry = ("train", "r.yaml", "--resume", "--dry-run", "--quiet")
+    say_all(world.run(*dry), 0, "nothing to resume in run: the run would start at step 0")
+    say_all(world.run(*dry, "--resume-from", "3"), 6, "no such checkpoint; there are none")
+    say_all(world.run("train", "r.yaml"), 0)
+    say_all(world.run(*dry), 0, "the last checkpoint is of step 2")
+    assert "checkpoint" not in world.run("train", "r.yaml", "--output", "other", "--dry-run", "--quiet").stdout
 
 
 @pytest.mark.parametrize("output", ["d.jsonl/x", "d.jsonl/x/y"])

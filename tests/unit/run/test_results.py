@@ -24,7 +24,7 @@ FIT = FitResult(
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        (1271 * MIB, "peak memory in training: 1,161 MiB resident, 1,271 MiB before it, while loading and rehearsing"),
+        (1271 * MIB, "peak memory in training: 1,161 MiB resident, 1,271 MiB before its first step"),
         (900 * MIB, "peak memory in training: 1,161 MiB resident"),
         (None, "peak memory of the whole run: 1,161 MiB resident"),
     ],
