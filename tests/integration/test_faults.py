@@ -622,8 +622,8 @@ def test_a_run_that_is_not_there_is_said_before_libraries_load(world: World) -> 
         "runs/support-de": (
             6,
             "runs/support-de: the run has no finished adapter",
-            "; go on with it: lorafit train runs/support-de/recipe.yaml --resume, or name one of its checkpoints with "
-            + "--checkpoint: 1, 2",
+            "; go on with it: lorafit train runs/support-de/recipe.yaml --resume, or name one",
+            "with --checkpoint: 1, 2",
         ),
         "other": (2, "other: no such file or folder; name a run folder"),
     }
