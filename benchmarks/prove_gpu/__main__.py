@@ -37,9 +37,7 @@ def main(results: Path = RESULTS) -> int:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        print(
-            "error: torch finds no CUDA card; run PROVE_DEVICE=cpu make prove-gpu for the small mode", file=sys.stderr
-        )
+        print(f"error: {why_no_card()}; PROVE_DEVICE=cpu make prove-gpu runs the small mode", file=sys.stderr)
         return 2
     from rich.console import Console
 
@@ -69,6 +67,18 @@ def find_fault(device: str, wanted: list[str]) -> str | None:
     if unknown := [name for name in wanted if name not in STAGES]:
         return f"STAGE names {unknown[0]}; the stages are {', '.join(STAGES)}"
     return None
+
+
+def why_no_card() -> str:
+    """What keeps torch from a card: its build, the driver, or that there is none."""
+    from lorafit.errors import ResourceError
+    from lorafit.machine.devices import read_device
+
+    try:
+        read_device()
+    except ResourceError as error:
+        return str(error)
+    return "torch finds no CUDA card"
 
 
 def the_stages(device: str, folder: Path, kept: Path) -> Mapping[str, Stage]:

@@ -126,6 +126,28 @@ def test_what_is_asked_for_wrongly_is_said(monkeypatch: pytest.MonkeyPatch, caps
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("reason", [None, "this machine has a card that torch 2.13 cannot use"])
+def test_a_machine_without_a_card_is_told_why(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from lorafit.errors import ResourceError
+    from lorafit.machine import devices
+
+    def read_device() -> None:
+        if reason:
+            raise ResourceError(reason, todo="update the driver")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "read_device", read_device)
+    monkeypatch.delenv("PROVE_DEVICE", raising=False)
+    monkeypatch.delenv("STAGE", raising=False)
+    assert command.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {reason or 'torch finds no CUDA card'}") and "PROVE_DEVICE=cpu" in said
+
+
 def test_a_part_does_not_overwrite_the_whole() -> None:
     whole, part = command.name_of(run(), []), command.name_of(run(), ["values", "waits"])
     assert (whole, part) == ("nvidia-l4", "nvidia-l4.values.waits")
