@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from lorafit.contracts import JsonMapping, JsonObject
@@ -216,6 +217,7 @@ class DatasetFacts:
         squared_tokens: Sum of the squares of the rows' lengths of one epoch: what attention's work grows with.
         validation_rows: Rows that are scored while training.
         validation_longest_tokens: Tokens of the longest of those.
+        classes: Rows of each class, repeats not counted; empty where the task has none.
     """
 
     rows: int
@@ -226,6 +228,7 @@ class DatasetFacts:
     squared_tokens: int = 0
     validation_rows: int = 0
     validation_longest_tokens: int = 0
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 SHOWN_NAMES = 4
+_SHOWN_CLASSES = 12
 
 
 def counted(number: float, noun: str) -> str:
@@ -44,3 +45,12 @@ def list_names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - SHOWN_NAMES
     return ", ".join(ordered[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def list_classes(rows: Mapping[str, int]) -> str:
+    """`ham 30, spam 12`: the rows of each class; of many classes their number and the rarest."""
+    if len(rows) <= _SHOWN_CLASSES:
+        return ", ".join(f"{name} {count:,}" for name, count in rows.items())
+    rarest = sorted(rows.items(), key=lambda item: item[1])
+    named = ", ".join(f"{name} {count:,}" for name, count in rarest[:SHOWN_NAMES])
+    return f"{len(rows)} classes, {rarest[0][1]:,} to {rarest[-1][1]:,} rows each; the fewest: {named}"

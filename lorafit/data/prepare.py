@@ -82,6 +82,7 @@ class Prepared:
             longest_trained_tokens=int(trained.max()),
             squared_tokens=round(float((squares * repeats).sum())),
             validation_rows=len(self.validation) if self.validation is not None else 0,
+            classes=self.report.splits["train"].classes,
             validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
         )
 
@@ -145,7 +146,7 @@ def prepare(
             source are; none are held out then, and the digest is not that of a training.
 
     Raises:
-        DataError: Rows or files are bad, too long, or none are left.
+        DataError: Rows or files are bad, too long, none are left, or all that are trained on are of one class.
         RecipeError: The chat template can do nothing with the recipe's system prompt.
         ModelError: There is no usable chat template or tokenizer.
         ResourceError: The cache cannot be written, or memory ran out.
@@ -181,8 +182,8 @@ def prepare(
     if held_out and "train" in sets and "train" not in partial:
         sets["train"], sets["validation"] = hold_out(sets["train"], held_out.fraction, seed)
         said["validation"] = said["train"]
-    reports = {split: report_split(sets[split], ledgers.get(split), said[split], partial.get(split)) for split in sets}
-    report = finish_report(reports, sets, sources, data, renderer, is_decided=only is not None)
+    reports = {part: report_split(sets[part], ledgers.get(part), said[part], task, partial.get(part)) for part in sets}
+    report = finish_report(reports, sets, sources, data, renderer, task, is_decided=only is not None)
     for warning in report.warnings:
         reporter.warn(warning)
     digests = {split: examples.digest() for split, examples in sorted(sets.items())}

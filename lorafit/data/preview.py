@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.console.reporting import can_show, draw_histogram, full_block, printable, say
-from lorafit.console.wording import counted, in_sequences
+from lorafit.console.wording import counted, in_sequences, list_classes
 from lorafit.contracts import Example, JsonObject, Printed, ShownSequence
 from lorafit.data.prepare import Prepared
 from lorafit.data.report import SplitReport
@@ -206,6 +206,8 @@ def _print_split(console: Console, split: str, part: SplitReport, task: Task[Tas
     say(console, head, style="bold")
     for line in draw_histogram(part.histogram, full_block(console)):
         say(console, line)
+    if part.classes:
+        say(console, f"  rows of each class: {list_classes(part.classes)}")
     for what, count in sorted(part.seen.items()):
         say(console, f"  {what}: {counted(count, 'row')}")
     for counts in part.sources:

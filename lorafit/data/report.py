@@ -5,7 +5,7 @@ said of it before training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from lorafit.data.sources.source import SampleSet
 from lorafit.data.store import NO_PROMPT, ExampleSet
 from lorafit.errors import row_place
 from lorafit.facts import Bar
+from lorafit.kinds.tasks import Task, TaskSection
 from lorafit.recipe.schema import DataSection, ValidationFraction
 
 HISTOGRAM_BARS = 12
@@ -85,6 +86,7 @@ class SplitReport:
         seen: What the template did with fields, with the number of rows.
         cache: Hit or miss, and why.
         of_rows: About how many rows the sources hold, where only their first ones were prepared; else None.
+        classes: Rows of each class; empty where the task has none.
     """
 
     rows: int
@@ -97,6 +99,7 @@ class SplitReport:
     seen: dict[str, int]
     cache: str
     of_rows: int | None = None
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,13 @@ class DataReport:
         return {**asdict(self), "trained_share": self.trained_share}
 
 
-def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str, of_rows: int | None = None) -> SplitReport:
+def report_split(
+    examples: ExampleSet,
+    ledger: Ledger | None,
+    cache: str,
+    task: Task[TaskSection],
+    of_rows: int | None = None,
+) -> SplitReport:
     """The report of a split; without a ledger for rows that were held out of another one."""
     lengths = np.asarray(examples.lengths)
     notes = ledger.notes if ledger else []
@@ -134,6 +143,7 @@ def report_split(examples: ExampleSet, ledger: Ledger | None, cache: str, of_row
         seen=dict(ledger.seen) if ledger else {},
         cache=cache,
         of_rows=of_rows,
+        classes=task.count_classes(examples.read_column),
     )
 
 
@@ -216,6 +226,7 @@ def finish_report(
     sources: dict[str, SampleSet],
     data: DataSection,
     renderer: Renderer,
+    task: Task[TaskSection],
     *,
     is_decided: bool,
 ) -> DataReport:
@@ -223,6 +234,9 @@ def finish_report(
 
     Args:
         is_decided: How rows are written was settled when a run was trained: it is not said again.
+
+    Raises:
+        DataError: The training rows are all of one class.
     """
     overlaps = find_overlaps(sets)
     warnings = [_warn_of_glance(split, report, data) for split, report in reports.items() if report.of_rows is not None]
@@ -232,6 +246,9 @@ def finish_report(
             f"{counted(overlap.rows, 'row')} of {overlap.second} {agreed(overlap.rows, 'occurs', 'occur')} in "
             f"{overlap.first} as well, the first at {other} and {one}"
         )
+    train = reports.get("train")
+    if train is not None and train.of_rows is None and not is_decided:
+        warnings += task.check_classes(train.classes, train.rows)
     contradictions = find_contradictions(sets["train"]) if "train" in sets else None
     if contradictions is not None:
         one, other = contradictions.places[0]

@@ -239,6 +239,11 @@ class ExampleSet:
         """64 bits of a hash of what each row asks; `NO_PROMPT` where it asks nothing."""
         return self._numbers("prompt_hashes")
 
+    def read_column(self, name: str) -> NDArray[Any]:
+        """All values of a column of one width, `[rows, width]`."""
+        column = next(column for column in self.columns if column.name == name)
+        return np.asarray(self._map(name, column.dtype).reshape(-1, column.width)[self._rows])
+
     def select(self, rows: NDArray[np.int64]) -> ExampleSet:
         """The same store with some of the rows of this set, in their old order."""
         kept = np.sort(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from lorafit.console.wording import counted
@@ -52,6 +53,7 @@ class Plan:
     tokens: int
     trained_tokens: int
     longest_tokens: int
+    classes: Mapping[str, int]
     validation_rows: int
     batch_size: int
     steps_per_epoch: int
@@ -133,6 +135,7 @@ def plan(
         tokens=dataset.tokens,
         trained_tokens=dataset.trained_tokens,
         longest_tokens=dataset.longest_tokens,
+        classes=dataset.classes,
         validation_rows=dataset.validation_rows,
         batch_size=training.batch_size,
         steps_per_epoch=steps_per_epoch,

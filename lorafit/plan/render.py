@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lorafit.console.wording import counted, in_sequences
+from lorafit.console.wording import counted, in_sequences, list_classes
 from lorafit.machine.devices import format_bytes
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     labels = f"{plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
     if plan.step.step.task.classified_format is not None:
         labels = f"{plan.trained_tokens:,} labels, one a row"
+    if plan.classes:
+        yield "classes", _plain(list_classes(plan.classes))
     yield "tokens", f"{plan.tokens:,} an epoch, {labels}"
     epochs = f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}"
     yield "steps", f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {epochs}"

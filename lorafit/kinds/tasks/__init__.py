@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.kinds.metrics import applies
@@ -145,6 +145,22 @@ class Task(Kind[S_co]):
     @abstractmethod
     def show(self, example: Example) -> tuple[ShownSequence, ...]:
         """A row for people: its sequences, and which of their tokens carry loss, or which label."""
+
+    def count_classes(self, read: Callable[[str], NDArray[Any]]) -> Mapping[str, int]:
+        """Rows of each class by its name; empty where tokens are learnt.
+
+        Args:
+            read: Gives a column of one width of all rows, [rows, width].
+        """
+        return {}
+
+    def check_classes(self, rows_of: Mapping[str, int], rows: int) -> list[str]:
+        """What to warn of before training, told from what `count_classes` says of so many training rows.
+
+        Raises:
+            DataError: All of them are of the same class.
+        """
+        return []
 
     def build_objective(
         self, model: torch.nn.Module, *, autocast_dtype: torch.dtype | None = None, exact: bool = False

@@ -9,10 +9,11 @@ The head is drawn anew, trained whole, and saved with the adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from lorafit.console.wording import agreed, counted, list_names
 from lorafit.contracts import Batch, Column, LossSum, ReportTable, ShownSequence, TaskRow
 from lorafit.errors import DataError
 from lorafit.facts import ModelClass
@@ -167,6 +168,26 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         """The text, and its label."""
         ids = [int(token) for token in example["tokens"]]
         return (ShownSequence(ids, [0] * len(ids), label=self._name(example["classes"])),)
+
+    def count_classes(self, read: Callable[[str], NDArray[Any]]) -> Mapping[str, int]:
+        """Rows of each class, in the order of the model's outputs."""
+        return dict(zip(self.labels, map(int, read("classes").sum(axis=0, dtype=int)), strict=True))
+
+    def check_classes(self, rows_of: Mapping[str, int], rows: int) -> list[str]:
+        """Classes that no training row has.
+
+        Raises:
+            DataError: All rows have the same classes.
+        """
+        absent = [name for name, count in rows_of.items() if not count]
+        if len(absent) + sum(count == rows for count in rows_of.values()) == len(rows_of):
+            shared = ", ".join(name for name in rows_of if name not in absent) or "none of them"
+            what = f"all {counted(rows, 'training row')} have one label, {shared}: there is nothing to tell apart"
+            raise DataError(what, key="data.train", todo="add rows of other classes")
+        if not absent:
+            return []
+        named = f"{agreed(len(absent), 'class', 'classes')} {list_names(absent)}"
+        return [f"no training row has {named}; add such rows, or leave {agreed(len(absent), 'it', 'them')} out"]
 
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """The end of the row: its label is that of any part."""

@@ -13,11 +13,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.console.reporting import draw_histogram
-from lorafit.data.prepare import Prepared, build_renderer
+from lorafit.data.prepare import Prepared, build_renderer, prepare
 from lorafit.data.preview import Preview, preview
 from lorafit.data.report import count_lengths
+from lorafit.errors import DataError
+from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import DataSection
-from tests.support.tiny_data import chat, make_tokenizer, write_jsonl
+from tests.support.tiny_data import Listener, chat, make_tokenizer, write_jsonl
 
 Prepare = Callable[..., Prepared]
 
@@ -69,6 +71,28 @@ def test_a_cut_row_shows_what_is_left(tmp_path: Path, look: Callable[..., Previe
     assert found.rows[0].rendering.endswith("the end<|im_end|>")
     assert len(found.rows[0].rendering) < 250
     assert "d.jsonl:1: cut:" in printed(found)
+
+
+def test_rows_of_each_class_are_shown_and_judged_where_all_are_counted(
+    tmp_path: Path, listener: Listener, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"text": f"row {n}", "label": "ham" if n < 600 else "spam"} for n in range(640)]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    write_jsonl(tmp_path / "one.jsonl", rows[:2])
+    task = tasks.make("sequence-classification", labels=["egg", "ham", "spam"])
+
+    def look(train: str, glance: int | None = None) -> str:
+        section = DataSection(train=train)
+        renderer, cache = build_renderer(tokenizer, section, tmp_path), tmp_path / "cache"
+        place = {"folder": tmp_path, "renderer": renderer, "task": task, "cache_dir": cache, "reporter": listener}
+        return printed(preview(prepare(section, seed=0, glance=glance, **place), renderer))
+
+    assert "rows of each class: egg 0, ham 256, spam 0" in look("d.jsonl", 1)
+    assert not any("class" in warning for warning in listener.warnings), "a part says nothing of the whole"
+    assert "rows of each class: egg 0, ham 600, spam 40" in look("d.jsonl")
+    assert "no training row has class egg; add such rows, or leave it out" in listener.warnings
+    with pytest.raises(DataError, match="nothing to tell apart"):
+        look("one.jsonl")
 
 
 def test_rows_come_from_every_source_and_split(tmp_path: Path, look: Callable[..., Preview]) -> None:

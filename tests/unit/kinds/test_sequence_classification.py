@@ -86,6 +86,21 @@ def test_rows_decide_the_labels_where_the_recipe_does_not() -> None:
         fresh.settle(iter([sample("spam")]))
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_classes_without_a_training_row_are_told_and_one_class_alone_is_refused(multi_label: bool) -> None:
+    settings = task(multi_label=multi_label)
+
+    def count(*rows: tuple[str, ...]) -> dict[str, int]:
+        return dict(settings.count_classes(lambda _: np.array([[n in row for n in NAMES] for row in rows], "u1")))
+
+    whole = count(("good",), ("bad",), ("so-so",))
+    assert whole == {"bad": 1, "good": 1, "so-so": 1} and settings.check_classes(whole, 3) == []
+    said = settings.check_classes(count(("good",), ("bad",), ("good",)), 3)
+    assert said == ["no training row has class so-so; add such rows, or leave it out"]
+    with pytest.raises(DataError, match="all 2 training rows have one label, good: there is nothing to tell apart"):
+        settings.check_classes(count(("good",), ("good",)), 2)
+
+
 @pytest.mark.parametrize(
     ("labels", "multi_label", "part"),
     [(("odd",), False, "is none of bad, good, so-so"), (("bad", "good"), False, "has 2 labels"), ((), False, "has 0")],
