@@ -76,12 +76,13 @@ def _of_task(recipe: Recipe) -> Iterator[Disagreement]:
                 apt = [other for other in metrics.names() if task.can_score(other)]
                 what = f"metric '{name}' reads what task {recipe.task.kind} does not give"
                 yield Disagreement((f"evaluation.{key}[{number}]", "task"), what, f"available: {', '.join(apt)}")
-    if recipe.data.packing and not tasks.get(recipe.task.kind).packs:
-        what = f"task {recipe.task.kind} takes one row a sequence"
-        yield Disagreement(("data.packing", "task"), what, "set it to false")
-    if recipe.data.train_on == "all" and not task.trains_prompts:
-        what = f"task {recipe.task.kind} learns from answers alone, and all would train prompts"
-        yield Disagreement(("data.train_on", "task"), what, "leave it out")
+    for option, why in task.unread.items():
+        key, _, refused = option.partition("=")
+        name, field = key.split(".")
+        section = getattr(recipe, name)
+        value = getattr(section, field)
+        if value != type(section).model_fields[field].default and refused in ("", str(value)):
+            yield Disagreement((key, "task"), f"task {recipe.task.kind} {why}", "leave it out")
 
 
 def _of_hub_options(recipe: Recipe) -> Iterator[Disagreement]:

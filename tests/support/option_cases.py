@@ -422,5 +422,5 @@ def last_of_classes(world: OptionWorld, task: Any) -> list[float]:
     rows = world.root / "rows" / "classes.jsonl"
     rows.write_text("".join(f'{{"text": "red mug {n}", "label": "{"yes" if n % 3 else "no"}"}}\n' for n in range(8)))
     source = {"path": "../rows/classes.jsonl", "format": "text" if task == "causal-lm" else "text_label"}
-    evaluation = {"evaluation.final": ["loss"], "evaluation.during": ["loss"]}
+    evaluation = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
     return [last_loss(world.train({"task": task, "data.train": [source], **evaluation}))]

@@ -83,10 +83,9 @@ class Task(Kind[S_co]):
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
     pads_to: ClassVar[int] = 1
     """The padded length of sequences is a multiple of it."""
-    trains_prompts: ClassVar[bool] = True
-    """Whether what is asked may carry loss (`data.train_on: all`)."""
-    packs: ClassVar[bool] = False
-    """Whether several rows may share a sequence, each a document of its own (`data.packing`)."""
+    unread: ClassVar[Mapping[str, str]] = {"data.packing": "takes one row a sequence"}
+    """Options that it does not read, `section.option`, or values that it can do nothing with, `section.option=value`;
+    each with the reason. A recipe that sets one is refused."""
 
     def row_tokens(self, longest: int) -> int:
         """Tokens that a row takes in a micro-batch, whose longest sequence has so many."""

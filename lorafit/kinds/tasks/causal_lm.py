@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
 from lorafit.errors import DataError
@@ -31,7 +31,7 @@ class CausalLm(NextTokenTask[CausalLmSection]):
 
     closed_form = True
     final_metrics = ("perplexity", "rouge", "exact_match")
-    packs = True
+    unread: ClassVar[Mapping[str, str]] = {}
 
     @property
     def scores(self) -> Mapping[str, int]:

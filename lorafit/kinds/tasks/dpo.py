@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
 from lorafit.errors import DataError
-from lorafit.kinds.tasks import TaskSection, tasks
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.kinds.tasks._next_token import NextTokenTask
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ class Dpo(NextTokenTask[DpoSection]):
     during_metrics = ("loss", "reward_accuracy")
     final_metrics = ("reward_accuracy", "reward_margin", "loss")
     sequences = 2
-    trains_prompts = False
+    unread: ClassVar[Mapping[str, str]] = {
+        **Task.unread,
+        "data.train_on=all": "learns from answers alone, and all would train prompts",
+    }
     # A CPU's bf16 products over attention's keys round the last few, which fill no block of 16, otherwise. With none
     # such, a pair has the same log-probabilities in every micro-batch, to the last bit.
     pads_to = 16

@@ -9,7 +9,7 @@ The head is drawn anew, trained whole, and saved with the adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT_EVERY = 10
 _MATRIX_CLASSES = 12
+_NO_CHATS = "reads texts with labels, which go through no chat template"
 
 
 class SequenceClassificationSection(TaskSection):
@@ -60,6 +61,14 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         "states, its strength chosen on held-out rows"
     )
     classified_format = "text_label"
+    unread: ClassVar[Mapping[str, str]] = {
+        **Task.unread,
+        "data.chat_template": _NO_CHATS,
+        "data.system_prompt": _NO_CHATS,
+        "data.dropped_fields": _NO_CHATS,
+        "data.train_on": "learns a row's label, and no token carries loss",
+        "evaluation.max_new_tokens": "writes no answers",
+    }
     during_metrics = ("loss", "accuracy")
     final_metrics = ("accuracy", "macro_f1", "loss")
 

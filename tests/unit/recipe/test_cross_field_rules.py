@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lorafit.kinds.tasks import tasks
 from tests.support.recipe_texts import MINIMAL, Fails, Loads, parts
 
 AGREE = [
@@ -53,6 +54,24 @@ def test_options_of_the_hub_on_a_file(fails: Fails, key: str, source: str, optio
 def test_a_revision_of_a_file(fails: Fails, base: str) -> None:
     error = fails(MINIMAL.replace("base: b", f"base: {base}, revision: main"))
     assert "model.revision: only hub ids have revisions, and model.base is a file" in str(error)
+
+
+UNREAD = [(name, option) for name in tasks.names() for option in tasks.get(name).unread]
+OTHER = {"packing": "true", "train_on": "all", "dropped_fields": "warn", "max_new_tokens": "9"}
+
+
+@pytest.mark.parametrize(("task", "option"), UNREAD)
+def test_an_option_that_a_task_does_not_read_is_refused(fails: Fails, loads: Loads, task: str, option: str) -> None:
+    key, _, value = option.partition("=")
+    sets = f"{key}={value or OTHER.get(key.split('.')[1], 'chatml')}"
+    said = str(fails(MINIMAL, [f"task={task}", sets]))
+    assert f"{key}: task {task} {tasks.get(task).unread[option]}; leave it out" in said
+    loads(MINIMAL, [sets])
+
+
+def test_classification_reads_nothing_of_chats() -> None:
+    unread = {"chat_template", "system_prompt", "dropped_fields", "train_on", "packing"}
+    assert {f"data.{name}" for name in unread} < tasks.get("sequence-classification").unread.keys()
 
 
 def test_early_stopping_needs_evaluations(fails: Fails) -> None:
