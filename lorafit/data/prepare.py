@@ -22,7 +22,7 @@ from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
 from lorafit.data.encode_rows import Encoder, encode_all
 from lorafit.data.report import DataReport, finish_report, report_split
-from lorafit.data.row_counts import SKIP_BAD_ROWS, Ledger
+from lorafit.data.row_counts import Ledger
 from lorafit.data.sample_renderer import Renderer, build_renderer
 from lorafit.data.sources.source import SampleSet, read_sources
 from lorafit.data.store import ExampleSet, StoreWriter, is_sound
@@ -248,7 +248,7 @@ class _Preparation:
                 ledger = self._read_ledger(lookup.folder, names)
         assert ledger is not None
         self.cache.remember(parts, place)
-        ledger.judge(todo=SKIP_BAD_ROWS)  # behind the cache: what is wrong is said again without preparing again
+        ledger.judge(may_skip=True)  # behind the cache: what is wrong is said again without preparing again
         self._check_left(ledger)
         for source, counts in zip(self.samples.sources, ledger.sources, strict=True):
             source.unread.update({} if source.unread else counts.unread)

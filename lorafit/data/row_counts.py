@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ NOTES_KEPT = 1000
 OVERLONG = "overlong"
 _REASON_CHARACTERS = 300
 LINES_SHOWN = 3
-SKIP_BAD_ROWS = "correct such rows, or leave them out with data.bad_rows: {policy: skip}"
+_MOST_SKIPPED = 0.5  # where more are bad, columns or labels are meant otherwise, and nobody wants the few that are left
 DROPS_ROWS = "the chat template drops"
 """How an error of a row begins that holds what the template renders nowhere."""
 ERRORS_SHOWN = 5
@@ -118,11 +119,11 @@ class Ledger:
     def _why(self, fate: str) -> list[LorafitError]:
         return [note.why for note in self.notes if note.fate == fate]
 
-    def judge(self, *, todo: str | None = None) -> None:
+    def judge(self, *, may_skip: bool = False) -> None:
         """Applies the recipe's rules once all rows are read.
 
         Args:
-            todo: What may be done about bad rows but to correct them, where the rule is one of a recipe.
+            may_skip: Whether the rule is one of a recipe, which may leave bad rows out.
 
         Raises:
             DataError: Rows are bad and the policy is `error`, or more of a source are than may be, or rows are too
@@ -142,7 +143,15 @@ class Ledger:
         errors += self._why(OVERLONG)
         count += self._fates[OVERLONG]
         file = errors[0].file or "data" if errors else "data"
-        raise_first(errors, count, file=file, todo=todo if are_bad else None)
+        raise_first(errors, count, file=file, todo=self._advise() if are_bad and may_skip else None)
+
+    def _advise(self) -> str:
+        """What may be done about bad rows: to leave them out too, where enough of each source is left."""
+        share = max(source.bad / source.read for source in self.sources if source.read)
+        if share > _MOST_SKIPPED:
+            return "correct such rows"
+        raised = f", max_fraction: {math.ceil(100 * share) / 100:g}" if share > self._bad_rows.max_fraction else ""
+        return f"correct such rows, or leave them out with data.bad_rows: {{policy: skip{raised}}}"
 
     def _too_many(self, number: int) -> DataError:
         source = self.sources[number]

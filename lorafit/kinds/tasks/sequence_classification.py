@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from lorafit.console.nearest import did_you_mean
 from lorafit.console.wording import agreed, counted, list_names
 from lorafit.contracts import Batch, Column, LossSum, ReportTable, ShownSequence, TaskRow
 from lorafit.errors import DataError
 from lorafit.facts import ModelClass
+from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 
 if TYPE_CHECKING:
@@ -127,7 +129,8 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         known = {name: number for number, name in enumerate(self.labels)}
         for name in sample.labels:
             if name not in known:
-                raise DataError(f"label '{name}' is none of {', '.join(self.labels)}", key="label")
+                todo = f"{did_you_mean(name, known)}correct it, or name all classes in task.labels as the rows do"
+                raise DataError(f"label '{name}' is none of {listed(self.labels)}", key="label", todo=todo)
         if not self.section.multi_label and len(sample.labels) != 1:
             what = f"has {len(sample.labels)} labels, and belongs to one class"
             raise DataError(what, key="label", todo="give it one, or set task.multi_label: true")

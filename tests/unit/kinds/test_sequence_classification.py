@@ -110,6 +110,13 @@ def test_a_row_that_is_of_no_class_is_refused(labels: tuple[str, ...], multi_lab
         task(multi_label=multi_label).encode(sample(*labels), lambda _: Encoded([1], [False]))
 
 
+@pytest.mark.parametrize(("label", "hint"), [("Good", "did you mean good? "), ("0", "")])
+def test_an_unknown_label_says_how_labels_are_named(label: str, hint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        task().encode(sample(label), lambda _: Encoded([1], [False]))
+    assert caught.value.todo == f"{hint}correct it, or name all classes in task.labels as the rows do"
+
+
 def test_texts_and_labels_are_read() -> None:
     read = formats.get("text_label").read
     assert read({"text": "a", "label": "x"}, "f", 1).labels == ("x",)

@@ -250,6 +250,24 @@ def test_a_row_that_alone_would_be_of_another_format_lacks_a_column(
     assert str(caught.value).endswith("correct such rows, or leave them out with data.bad_rows: {policy: skip}")
 
 
+@pytest.mark.parametrize(
+    ("bad", "advice"),
+    [
+        (5, "correct such rows, or leave them out with data.bad_rows: {policy: skip}"),
+        (12, "correct such rows, or leave them out with data.bad_rows: {policy: skip, max_fraction: 0.12}"),
+        (100, "correct such rows"),
+    ],
+)
+def test_bad_rows_are_to_be_left_out_only_where_that_leaves_enough(
+    tmp_path: Path, prepare_rows: Callable[..., Prepared], bad: int, advice: str
+) -> None:
+    rows = [{"question": "q", "answer": "" if number < bad else f"{number}"} for number in range(100)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(LorafitError) as caught:
+        prepare_rows(train="d.jsonl")
+    assert caught.value.one_line.endswith(f"; {advice}")
+
+
 def test_skipped_rows_have_a_limit(tmp_path: Path, prepare_rows: Callable[..., Prepared]) -> None:
     rows = [GOOD.replace("good", f"good {n}") if n % 10 else "{oops}\n" for n in range(100)]
     (tmp_path / "d.jsonl").write_text("".join(rows), encoding="utf-8")
