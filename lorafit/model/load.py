@@ -151,8 +151,11 @@ def _raising_at_once() -> Iterator[None]:
     """
     from transformers import core_model_loading
 
+    collecting = getattr(core_model_loading, "log_conversion_errors", None)
+    if collecting is None:  # a release that collects none
+        yield
+        return
     loading: Any = core_model_loading
-    collecting = getattr(loading, "log_conversion_errors", None)  # a newer one may have none
     loading.log_conversion_errors = lambda *_, **__: contextlib.nullcontext()
     try:
         yield
