@@ -38,6 +38,8 @@ _LESS_MEMORY = {
 }
 """What takes less memory, by command, of the command line or of Python."""
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
+_EXTRA_WORD = re.compile(r"unexpected extra argument(?:\(s\))? \(([^)]*)\)")
+_UNIT_OF_MEMORY = re.compile(r"[kmgt]i?b", re.IGNORECASE)
 _PYDANTICS_WORDS = (
     (r"Input should be a valid number\b.*", "expected a number"),
     (r"Input should be a valid integer\b.*", "expected a whole number"),
@@ -116,6 +118,9 @@ def _command_line_error(error: Exception) -> UsageError | None:
     context = getattr(error, "ctx", None)
     command = f"lorafit {context.info_name}" if context is not None and context.parent is not None else "lorafit"
     todo = None if "did you mean" in text else f"see {command} --help"
+    if (extra := _EXTRA_WORD.search(text)) is not None:
+        is_unit = _UNIT_OF_MEMORY.fullmatch(extra[1])
+        todo = f"{f'write a size as one word, e.g. 24{extra[1]}' if is_unit else 'quote what has blanks'}, or {todo}"
     return UsageError(f"{text[:1].lower()}{text[1:]}", todo=todo)
 
 

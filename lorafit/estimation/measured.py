@@ -33,7 +33,7 @@ class MeasuredSteps:
 
     Args:
         config: The base's config.json.
-        reporter: Told once that dry runs are made, which takes seconds.
+        reporter: Told once that dry runs are made, which takes seconds each, and of every one.
         uses_formulas: Whether formulas answer where they can.
     """
 
@@ -44,6 +44,7 @@ class MeasuredSteps:
         self._known: dict[str, tuple[MemoryEstimate, MemoryEstimate]] = {}
         self._dry: tuple[str, DryRun] | None = None
         self._refused = False
+        self._runs = 0
 
     def __call__(self, step: StepShape, tokens: int, checkpointing: bool) -> MemoryEstimate:
         """Peak memory of a step; where a model cannot run on fake tensors, the part of it that formulas count."""
@@ -87,8 +88,13 @@ class MeasuredSteps:
         dry = self._dry[1]
         dry.step = step
         rows = max(2, MANY_TOKENS // step.row_tokens)
-        one, many = (dry.run(number * step.row_tokens, checkpointing, few_layers=True) for number in (1, rows))
-        return one, many
+        found = []
+        with self._reporter.track(None, "dry runs", self._runs) as bar:
+            for number in (1, rows):
+                found.append(dry.run(number * step.row_tokens, checkpointing, few_layers=True))
+                bar.advance()
+        self._runs += len(found)
+        return found[0], found[1]
 
 
 def _of_length(step: StepShape, row_tokens: int) -> StepShape:

@@ -158,7 +158,7 @@ def cells_of(line: Comparison) -> tuple[str, ...]:
         line.show(line.tuned),
         line.tuned_span,
         line.show_change(line.difference),
-        f"{line.show_change(line.low)} to {line.show_change(line.high)}",
+        line.span,
         line.verdict,
         f"{line.rows_better} / {line.rows_worse} of {line.rows}",
     )

@@ -86,7 +86,7 @@ class Comparison:
         if self.rows < LEAST_ROWS:
             few = f"{rows} {agreed(self.rows, 'is', 'are')} too few to tell"
             return f"{self.name}: {few}, {change}; a verdict needs at least {LEAST_ROWS}"
-        span = f"95 % interval {self.show_change(self.low)} to {self.show_change(self.high)}"
+        span = f"95 % interval {self.span}" if self.span != "-" else "no interval: every draw of rows gives the same"
         head = f"{self.verdict} with {rows}" if self.verdict == "not distinguishable" else f"{self.verdict} on {rows}"
         rough = "; so few rows give a rough interval" if self.rows < ROUGH_ROWS else ""
         return f"{self.name}: {head}, {change} (difference {self.show_change(self.difference)}, {span}){rough}"
@@ -99,6 +99,13 @@ class Comparison:
         """A difference as people read it: with its sign, shares in points of per cent."""
         sign = "+" if value > 0 else "-" if value < 0 else ""
         return f"{sign}{100 * abs(value):.1f} points" if self.percent else f"{sign}{_digits(abs(value))}"
+
+    @property
+    def span(self) -> str:
+        """The interval of the difference, as people read it; - where a bootstrap of rows that are all alike has no
+        width.
+        """
+        return "-" if self.low == self.high else f"{self.show_change(self.low)} to {self.show_change(self.high)}"
 
     @property
     def tuned_span(self) -> str:

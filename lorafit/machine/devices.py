@@ -57,7 +57,8 @@ def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
     if match is None or _is_no_size(match[1], match[2].lower()):
         close = nearest_cards(text)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        todo = f"{hint}--gpu list names all; a size lies in the range {_RANGE} and has a unit, e.g. 24GiB"
+        sizes = f"a size lies in the range {_RANGE}, e.g. 24GiB or 24GB, without a unit in GiB"
+        todo = f"{hint}--gpu list names all; {sizes}"
         raise UsageError(f"'{text}' is no known card", key=flag, todo=todo)
     number, unit = float(match[1]), match[2].lower()
     if unit not in _UNITS:
@@ -68,6 +69,8 @@ def parse_gpu(text: str, flag: str = "--gpu") -> DeviceFacts:
     shown = format_bytes(size)
     if unit in ("gb", "mb", "tb"):  # 10^9: the label of a card, which the tables give in GiB
         shown = f"{match[1]} {match[2].upper()} = {shown}"
+    elif not unit:
+        shown = f"{shown} (no unit means GiB)"
     return DeviceFacts(kind="cuda", name=f"a GPU of {shown}", memory_bytes=size, bf16=True)
 
 

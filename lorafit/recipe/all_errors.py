@@ -11,7 +11,7 @@ from lorafit.recipe.cross_field_rules import Disagreement, disagreements
 from lorafit.recipe.explain import Finding, explain, finding
 from lorafit.recipe.extends import FLAG, Layers
 from lorafit.recipe.foreign import tool_of
-from lorafit.recipe.schema_tree import node_at, section_of, validate
+from lorafit.recipe.schema_tree import fields_of, node_at, recipe_tree, section_of, validate
 from lorafit.recipe.yaml_tree import (
     Entry,
     KeyPath,
@@ -74,7 +74,7 @@ def diagnose(
     if not layers.is_whole:  # what is missing may stand in what could not be read
         findings = [one for one in findings if not one.is_missing]
     errors, keys = _in_order(layers.errors, findings, main), layers.tree.entries
-    if not {"model", "data"} <= set(keys) and (tool := tool_of(keys)) is not None:
+    if not {"model", "data"} <= set(keys) and (tool := tool_of(keys, fields_of(recipe_tree()))) is not None:
         todo = "write a new one (lorafit's docs/recipe.md has all keys); below, each key of this one is answered"
         what = f"looks like a recipe of {tool}, in which lorafit has other keys"
         errors.insert(0, RecipeError(what, file=main, todo=todo))

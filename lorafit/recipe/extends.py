@@ -17,6 +17,7 @@ from lorafit.console.nearest import did_you_mean
 from lorafit.errors import LorafitError, RecipeError, UsageError, raise_all
 from lorafit.files.strict_json import JsonError, read_regular_file
 from lorafit.machine.shipped import shipped
+from lorafit.recipe.cross_field_rules import DATA_SUFFIXES
 from lorafit.recipe.paths import absolute, moved
 from lorafit.recipe.reader import MOST_BYTES, decode, read_tree, read_value
 from lorafit.recipe.schema_tree import Node, expand, form_of, kind_of, kinds_of, node_at, node_below, recipe_tree
@@ -111,7 +112,15 @@ def _read_file(path: Path, named: str) -> tuple[Entry, list[LorafitError]]:
         reason = "is a directory" if isinstance(error, JsonError) and path.is_dir() else told.lower()
         named = named if len(named) <= _SHOWN_PATH_CHARACTERS else f"{named[: _SHOWN_PATH_CHARACTERS - 1]}…"
         raise UsageError(reason, file=named, todo="name a recipe, a YAML file") from None
-    return _checked(*read_tree(decode(raw, named), Place(named, 1, 1)))
+    try:
+        tree, errors = read_tree(decode(raw, named), Place(named, 1, 1))
+        if path.suffix.lower() not in DATA_SUFFIXES or {"model", "data", "extends"} & set(tree.entries):
+            return _checked(tree, errors)
+    except RecipeError:
+        if path.suffix.lower() not in DATA_SUFFIXES:
+            raise
+    todo = "name a recipe, a YAML file, whose data.train names these rows"
+    raise RecipeError("looks like rows, not like a recipe", file=named, todo=todo)
 
 
 def _checked(tree: Entry, problems: Sequence[LorafitError]) -> tuple[Entry, list[LorafitError]]:

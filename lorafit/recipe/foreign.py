@@ -76,9 +76,10 @@ def is_not_yet(family: str, kind: str) -> bool:
     return fold(kind) in foreign()["not_yet"].get(family, ())
 
 
-def tool_of(keys: Iterable[str]) -> str | None:
-    """The tool whose recipe has such keys; None where they do not tell."""
+def tool_of(keys: Iterable[str], ours: Iterable[str]) -> str | None:
+    """The tool whose recipe has such keys; None where they do not tell, or as many are among `ours`."""
     held = set(keys)
     known = {tool: len(held & set(marks)) for tool, marks in foreign()["tools"].items()}
     tool = max(known, key=lambda name: known[name])
-    return tool if known[tool] >= _FEWEST_KEYS else None
+    least = max(_FEWEST_KEYS, 1 + len(held & set(ours) - set(foreign()["tools"][tool])))
+    return tool if known[tool] >= least else None

@@ -91,12 +91,12 @@ def _refuse_unclear(text: str) -> None:
     reading = _YAML11_BOOL.get(text.lower())
     if reading is not None:
         what = f"'{text}' is ambiguous (YAML 1.1 reads {reading})"
-        raise RecipeError(what, todo=f'quote it ("{text}") or write {reading}')
+        raise RecipeError(what, todo=f'quote it ("{text}") if it is text, or write {reading}')
     short = text[:_MOST_DIGITS]
     for form, why, instead in _UNCLEAR:
         if form.fullmatch(text):
             digits = _FIRST_ZEROS.sub(r"\1", text.replace("_", ""))[:_MOST_DIGITS]
-            todo = f'quote it ("{short}") or write {instead.format(digits)}'
+            todo = f'quote it ("{short}") if it is text, or write {instead.format(digits)}'
             raise RecipeError(f"'{short}' is ambiguous ({why})", todo=todo)
     if _NOT_FINITE.fullmatch(text):
         raise RecipeError(f"'{text}' is not a finite number", todo="write a number, or quote it if it is text")
@@ -299,7 +299,7 @@ class _Reading:
                     return name
                 refusal = f"{shown(name)} is a key that is not text", "write a name, or quote it"
             except RecipeError as unclear:
-                refusal = f"key: {unclear.what}", str(unclear.todo).partition(" or write")[0]
+                refusal = f"key: {unclear.what}", str(unclear.todo).partition(" if it is text")[0]
         self.say(at, path, *refusal)
         return None
 

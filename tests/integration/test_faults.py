@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.privileges import drop_dac, limit_file_size
 from tests.support.processes import PROGRAM, Process, finish
@@ -114,11 +115,37 @@ COMMAND_LINES = [
     (["merge", "run"], ["--output"]),
     (["estimate-memory", "r.yaml", "--gpu", "-1GiB"], ["--gpu", "range"]),
     (["estimate-memory", "r.yaml", "--gpu", "rtx-9999"], ["--gpu", "rtx-9999"]),
+    (["estimate-memory", "r.yaml", "--gpu", "12", "GB"], ["(GB); write a size as one word, e.g. 24GB, or see"]),
+    (["generate", "run", "--prompt", "two", "words"], ["(words); quote what has blanks, or see lorafit generate"]),
     (["estimate-memory", "r.yaml", "--headroom", "2"], ["--headroom", "must be at most 0.9"]),
     (["eval", "nope"], ["nope", "no such file"]),
     (["merge", "nope", "--output", "m"], ["nope", "no such file"]),
     (["generate", "nope", "--prompt", "a"], ["nope", "no such file"]),
 ]
+
+
+ROWS_FOR_A_RECIPE = {
+    "rows.jsonl": b'{"a": 1}\n{"a": 2}\n',
+    "row.jsonl": b'{"a": 1}\n',
+    "rows.json": b'[{"question": "a"}]',
+    "rows.csv": b"text,label\na: b,c\n",
+    "rows.parquet": b"PAR1\xff\xfe",
+    "long.jsonl": b'{"a": 1}\n' * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", ROWS_FOR_A_RECIPE)
+def test_rows_in_the_place_of_a_recipe(world: World, name: str) -> None:
+    (world.root / name).write_bytes(ROWS_FOR_A_RECIPE[name])
+    outcome = world.run("validate", name)
+    say_all(outcome, 3, f"error: {name}: looks like rows, not like a recipe; name a recipe")
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_a_recipe_may_be_json(world: World) -> None:
+    values = yaml.safe_load((world.root / "r.yaml").read_text(encoding="utf-8"))
+    (world.root / "r.json").write_text(json.dumps(values), encoding="utf-8")
+    say_all(world.run("validate", "r.json"), 0, "is valid")
 
 
 @pytest.mark.parametrize(("arguments", "said"), COMMAND_LINES, ids=[" ".join(line) for line, _ in COMMAND_LINES])

@@ -49,7 +49,7 @@ class Fingerprint:
 
     Attributes:
         sha256: Of its bytes, in hex.
-        lines: Newlines in it, a guess at its rows.
+        lines: In it, a guess at its rows.
         changed_at_ns: Time of its last change, to notice a writer between two looks.
     """
 
@@ -61,12 +61,14 @@ class Fingerprint:
 
 def take_fingerprint(path: Path) -> Fingerprint:
     """Reads the file once, a MiB at a time."""
-    digest, lines, size = hashlib.sha256(), 0, 0
+    digest, lines, size, end = hashlib.sha256(), 0, 0, b"\n"
     with path.open("rb") as file:
         while chunk := file.read(READ_BYTES):
             digest.update(chunk)
             lines += chunk.count(b"\n")
             size += len(chunk)
+            end = chunk[-1:]
+    lines += end != b"\n"  # the last line
     return Fingerprint(digest.hexdigest(), size, lines, path.stat().st_mtime_ns)
 
 

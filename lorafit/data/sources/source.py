@@ -142,7 +142,8 @@ class Source:
             assert self._path is not None
             found = self._take_fingerprint()
             is_text = suffix_of(self._path) not in (".parquet", ".xlsx") and not is_packed(self._path)
-            count = max(1, found.lines, found.size_bytes // 4000) if is_text else max(1, found.size_bytes // 500)
+            lines = found.lines - (suffix_of(self._path) in (".csv", ".tsv"))  # the header
+            count = max(1, lines, found.size_bytes // 4000) if is_text else max(1, found.size_bytes // 500)
         return min(count, self.section.limit or count)
 
     def has_a_line_a_row(self) -> bool:

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from lorafit.console.reporting import ConsoleReporter
 from lorafit.errors import DoesNotFitError, UsageError
-from lorafit.estimation import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe
+from lorafit.estimation import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe, measured
 from lorafit.facts import Bar
 from lorafit.machine.devices import format_bytes, parse_gpu
 from lorafit.machine.hardware import cards, find_cards, usable_bytes
+from lorafit.memory import MemoryEstimate, StepShape, closed_form
+from lorafit.plan.recipe_step import recipe_step
 from lorafit.recipe.load import load_recipe
 from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
 
@@ -380,3 +383,25 @@ def test_layers_that_the_closed_form_does_not_count_are_named() -> None:
     scanning = replace(shape_of(), layers=48, scanning_layers=36)
     assert said in shown(estimate_recipe(recipe(), scanning), width=200)
     assert said not in shown(estimate_recipe(recipe(), shape_of()), width=200)
+
+
+def test_dry_runs_are_told_as_they_are_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They take seconds each, minutes on a busy machine."""
+
+    class Quick:
+        def __init__(self, step: StepShape, config: object) -> None:
+            self.step = step
+
+        def run(self, tokens: int, checkpointing: bool, *, few_layers: bool) -> MemoryEstimate:
+            return closed_form(self.step, tokens, checkpointing)
+
+    monkeypatch.setattr("lorafit.estimation.dry_run.DryRun", Quick)
+    monkeypatch.setattr(measured, "kept", lambda name: None)
+    monkeypatch.setattr(measured, "keep", lambda name, value: None)
+    engine = measured.MeasuredSteps({}, ConsoleReporter())
+    step = recipe_step(recipe(adapter={"kind": "dora"}), shape_of(), None, None, engine=engine)
+    step.at(step.least_tokens, False)
+    step.at(step.least_tokens, True)
+    assert capsys.readouterr().err.splitlines()[1:] == ["dry runs 2", "dry runs 4"]

@@ -8,6 +8,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorafit.evaluation.report import cells_of
 from lorafit.evaluation.share_intervals import share_difference_interval, share_interval
 from lorafit.evaluation.statistics import LEAST_ROWS, bootstrap_values, compare, draw_counts, judge
 from lorafit.kinds.metrics import RowScore, metrics
@@ -86,6 +87,17 @@ def test_a_share_keeps_a_width_where_every_row_is_right() -> None:
     assert found.verdict == "better" and 0.4 < found.low < 0.5 and found.high == 1.0
     (f1,) = compare("macro_f1", metrics.get("macro_f1"), *[[RowScore(classes(1), "a")] * 8] * 2, seed=0)
     assert f1.tuned_low == f1.tuned_high == 1.0 and f1.tuned_span == "-"
+
+
+def test_an_interval_without_a_width_is_none() -> None:
+    """Of two models that answer alike every draw gives a difference of 0: no sign of how sure that is."""
+    rows = losses([1.0, 2.0, 3.0] * 4)
+    (found,) = compare("loss", metrics.get("loss"), rows, rows, seed=0)
+    assert found.low == found.high == 0 and found.verdict == "not distinguishable"
+    assert found.span == "-" and found.tuned_span != "-" and cells_of(found)[5] == "-"
+    assert "(difference 0, no interval: every draw of rows gives the same)" in found.sentence
+    (found,) = compare("loss", metrics.get("loss"), rows, losses([1.5, 2.5, 3.0] * 4), seed=0)
+    assert found.span == cells_of(found)[5] == f"{found.show_change(found.low)} to {found.show_change(found.high)}"
 
 
 def test_interval_holds_the_true_difference_about_95_times_in_100():

@@ -138,6 +138,7 @@ def test_bytes_for_people() -> None:
 
 def test_a_cards_number_is_no_size() -> None:
     assert parse_gpu("4090").name == "RTX-4090"
+    assert parse_gpu("12").name == "a GPU of 12 GiB (no unit means GiB)"
     assert parse_gpu("80").memory_bytes == 80 * 2**30
     assert parse_gpu("512").memory_bytes == 512 * 2**30
 

@@ -350,6 +350,15 @@ weight_decay: 0.0
     assert not any("missing" in line for line in lines if ": name: " not in line)
 
 
+@pytest.mark.parametrize(("ours", "is_axolotls"), [(5, False), (2, True)])
+def test_a_recipe_of_ours_with_strange_keys_stays_ours(fails: Fails, ours: int, is_axolotls: bool) -> None:
+    own = ["name: x", "seed: 0", "model: {base: b}", "training: {epochs: 1}", "output: out"][:ours]
+    strange = ["datasets: []", "sequence_len: 2048", "micro_batch_size: 2", "num_epochs: 4"]
+    said = str(fails("\n".join([*own, *strange])))
+    assert ("looks like a recipe of axolotl" in said) == is_axolotls
+    assert "sequence_len: unknown key; in lorafit this is data.max_length" in said, "each is answered still"
+
+
 def test_only_training_repeats_rows(fails: Fails) -> None:
     """Held-out rows are scored once each: `repeats` would do nothing there."""
     error = fails(MINIMAL.replace("a.jsonl}", "a.jsonl, test: [{path: b.jsonl, repeats: 2}]}"))

@@ -70,6 +70,14 @@ def test_an_unclear_word_is_refused(text: str) -> None:
     assert len(caught.value.what) < 120
 
 
+@pytest.mark.parametrize(("text", "instead"), [("y", "true"), ("010", "10")])
+def test_a_name_is_not_advised_to_be_a_switch_or_number(text: str, instead: str) -> None:
+    (error,) = read_tree(f"name: {text}", Place("r.yaml", 1, 1))[1]
+    assert error.todo == f'quote it ("{text}") if it is text, or write {instead}'
+    (key,) = read_tree(f"{text}: 1", Place("r.yaml", 1, 1))[1]
+    assert key.todo == f'quote it ("{text}")'
+
+
 def test_what_a_refused_word_would_have_meant() -> None:
     """The refusals are not idle: PyYAML, which most tools use, reads these words as something else."""
     assert yaml.safe_load("[no, 010, 1:30, 1_000]") == [False, 8, 90, 1000]
