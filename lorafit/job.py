@@ -284,11 +284,11 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, 
     """
     from lorafit.data.sources.source import read_sources
 
-    errors: list[LorafitError] = []
+    task, errors = tasks.bind(loaded.recipe.task), list[LorafitError]()
     for key, sources in sources_of(loaded.recipe).items():
         for number, source in enumerate(sources if only is None or key in only else ()):
             try:
-                read_sources([source], loaded.folder, loaded.recipe.data.bad_rows, Silent())
+                read_sources([source], loaded.folder, loaded.recipe.data.bad_rows, Silent(), task)
             except LorafitError as error:
                 named = f"{key}[{number}].{error.key or 'path'}"
                 place = loaded.place(named)

@@ -156,7 +156,7 @@ def prepare(
     wanted = set(sections if only is None else only)
     opened = wanted | {"train"} if held_out and "validation" in wanted else wanted
     sources = {
-        split: read_sources(section, folder, data.bad_rows, reporter)
+        split: read_sources(section, folder, data.bad_rows, reporter, task)
         for split, section in sections.items()
         if isinstance(section, Sequence) and split in opened
     }

@@ -104,7 +104,7 @@ def test_the_reference_is_the_adapter_that_training_began_with(pairs: World) -> 
 
 def test_rows_of_one_answer_and_of_two_are_told_apart(pairs: World) -> None:
     pairs.rows()
-    say_all(pairs.run("preview", "r.yaml"), 4, "one answer", "dpo", "chosen and rejected")
+    say_all(pairs.run("preview", "r.yaml"), 4, "rows of question_answer", "dpo needs prompt, chosen, rejected")
     write_rows(pairs.root / "d.jsonl", make_pairs(12))
     pairs.recipe()
     say_all(pairs.run("preview", "r.yaml"), 4, "compares two answers", "causal-lm", "columns: {completion: chosen}")

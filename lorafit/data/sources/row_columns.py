@@ -11,7 +11,7 @@ from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import DataError, MissingFieldError
 from lorafit.kinds.fields import listed, missing_field
 from lorafit.kinds.formats import Format, formats, required_fields
-from lorafit.kinds.tasks import tasks
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 
 Columns = Mapping[str, str]
 """`{ours: theirs}`: which of a source's columns holds a field of its format."""
@@ -40,15 +40,19 @@ def rename(row: Row, columns: Columns) -> JsonObject:
     return renamed
 
 
-def find_format(row: Row, mapped: Iterable[str] = (), *, prompts: bool = False) -> str | None:
+def find_format(
+    row: Row, mapped: Iterable[str] = (), *, prompts: bool = False, wanted: str | None = None
+) -> str | None:
     """The format that a row looks like; None for no known one.
 
     Args:
         row: Its columns, named as the formats name them.
         mapped: Fields that the recipe maps: the format must read all of them.
         prompts: Whether it is a prompt: one that is a whole training row besides is read as that.
+        wanted: The format that is asked first; by priority where None.
     """
-    kinds = [(name, kind) for name, kind in by_priority() if set(mapped) <= kind.fields.keys()]
+    in_order = sorted(by_priority(), key=lambda item: item[0] != wanted)
+    kinds = [(name, kind) for name, kind in in_order if set(mapped) <= kind.fields.keys()]
     if prompts:
         asked = {name: required_fields(kind, prompts=True) for name, kind in kinds}
         kinds = [(name, kind) for name, kind in kinds if asked[name] and asked[name] <= row.keys()]
@@ -56,26 +60,37 @@ def find_format(row: Row, mapped: Iterable[str] = (), *, prompts: bool = False) 
     return whole or (kinds[0][0] if prompts and kinds else None)
 
 
-def check_task(row: Row, name: str) -> None:
-    """Refuses rows that were written for a task that does not exist yet, and would lose what it learns.
+def check_task(row: Row, name: str, task: Task[TaskSection] | None) -> None:
+    """Refuses rows of another task, and of one that does not exist yet: what it learns would be lost.
 
     Args:
         row: A row, named as the formats name them.
+        name: Its format.
+        task: What is to learn it; None for any.
 
     Raises:
-        DataError: It is an answer with a verdict on it.
+        DataError: It is not of the task's format, or an answer with a verdict on it.
     """
+    needs = None if task is None or task.row_format in (None, name) else _say_needs(task, row)
     label = next((column for column in _LABELS if column in row), None)
     if label is not None and name == "prompt_completion" and str(row[label]).lower() in _VERDICTS:
         what = f"rows of prompt, completion and {label} (true, false) are for kto, which is no task yet"
         todo = f"keep the rows whose {label} is true; format: prompt_completion learns all of them"
-        raise DataError(f"{what}; there is {', '.join(tasks.names())}", key=label, todo=todo)
+        raise DataError(f"{what}; there is {', '.join(tasks.names())}", key=label, todo=needs or todo)
+    if needs is not None:
+        raise DataError(f"rows of {name}, with the columns {listed(row)}", todo=needs)
 
 
 def guess_columns(row: Row, kind: Format) -> dict[str, str] | None:
     """Which columns of a row hold the fields of a format, by names that others use; None where a field must be
     guessed in vain.
     """
+    found = _find_columns(row, kind)
+    return None if required_fields(kind) - found.keys() else found
+
+
+def _find_columns(row: Row, kind: Format) -> dict[str, str]:
+    """The columns of a row that hold fields of a format by names that others use."""
     folded = {str(key).lower(): str(key) for key in row}
     found: dict[str, str] = {}
     for field in sorted(kind.fields, key=lambda field: not kind.fields[field]):
@@ -83,9 +98,20 @@ def guess_columns(row: Row, kind: Format) -> dict[str, str] | None:
         column = next((folded[name] for name in names if name in folded and folded[name] not in found.values()), None)
         if column is not None:
             found[field] = column
-        elif kind.fields[field]:
-            return None
     return {field: found[field] for field in kind.fields if field in found}
+
+
+def _say_needs(task: Task[TaskSection], row: Row) -> str | None:
+    """The fields of a task's own format, and how a row's columns are mapped to them; None where it reads several."""
+    if task.row_format is None:
+        return None
+    kind = formats.get(task.row_format)
+    found = _find_columns(row, kind)
+    for field in [field for field in kind.known_as if field not in found]:
+        close = nearest(field, [str(column) for column in row if column not in found.values()], count=1)
+        found[field] = close[0] if close else "THEIRS"
+    needed = written({field: found[field] for field in kind.known_as})
+    return f"task {task.section.kind} needs {', '.join(kind.known_as)}: {needed}"
 
 
 def written(columns: Columns) -> str:
@@ -94,14 +120,17 @@ def written(columns: Columns) -> str:
     return f"columns: {{{pairs}}}"
 
 
-def unknown_columns(row: Row, *, is_table: bool) -> DataError:
+def unknown_columns(row: Row, *, is_table: bool, task: Task[TaskSection] | None) -> DataError:
     """The error for a training row of no known format: names the likely one first, and how columns are mapped to it.
 
     Args:
+        task: What is to learn it; None for any.
         is_table: Whether it may come from a table without a header.
     """
     if not row:
         return missing_field("messages", row)
+    if task is not None and (needs := _say_needs(task, row)):
+        return DataError(f"no known format has the columns {listed(row)}", todo=needs)
     chats = [written({field: column}) for column in row if (field := _turns_field(row[column])) is not None]
     chat, text = _guess_format(row, verbatim=False), _guess_format(row, verbatim=True)
     if not chats and chat is None and (typo := _find_typo(row)):

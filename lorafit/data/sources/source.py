@@ -45,9 +45,11 @@ from lorafit.errors import IN_MEMORY, DataError, LorafitError, MissingFieldError
 from lorafit.files.cache import memory_rows
 from lorafit.kinds.fields import listed
 from lorafit.kinds.formats import formats, required_fields
+from lorafit.kinds.tasks import Task, TaskSection
 from lorafit.recipe.schema import BadRowsSection, SourceSection
 
 ROWS_LOOKED_AT = 100
+AnyTask = Task[TaskSection] | None
 
 
 class Source:
@@ -59,6 +61,7 @@ class Source:
         prompts: Whether its rows are prompts: what the model is to write may be missing, and is left out. A prompt's
             source is a local file.
         reporter: Told that the hub is asked, and where it gave no answer.
+        task: What learns its rows; None for any.
 
     Attributes:
         name: The file or id as the recipe names it; `rows` and the like for rows that a program gave.
@@ -71,8 +74,10 @@ class Source:
         RecipeError: `columns` names a field that no format has.
     """
 
-    def __init__(self, section: SourceSection, folder: Path, reporter: Reporter, *, prompts: bool = False) -> None:
-        self.section, self._prompts = section, prompts
+    def __init__(
+        self, section: SourceSection, folder: Path, reporter: Reporter, *, prompts: bool = False, task: AnyTask = None
+    ) -> None:
+        self.section, self._prompts, self._task = section, prompts, task
         self.name = memory_rows(folder / section.path) or section.path
         self.unread: Counter[str] = Counter()
         self._path, self._hub = _locate(section, folder, reporter, local=prompts)
@@ -194,7 +199,8 @@ class Source:
         return self._format_of(rename(row, self.section.columns)) is not None
 
     def _format_of(self, renamed: RawRow) -> str | None:
-        return find_format(renamed, self.section.columns, prompts=self._prompts)
+        wanted = self._task.row_format if self._task is not None else None
+        return find_format(renamed, self.section.columns, prompts=self._prompts, wanted=wanted)
 
     def _read_row(self, line: int, row: RawRow | DataError) -> Sample | DataError:
         if isinstance(row, DataError):
@@ -273,11 +279,13 @@ class Source:
         try:
             if first is not None:
                 if not self._prompts:
-                    check_task(first[1], next(iter(found)))
+                    check_task(first[1], next(iter(found)), self._task)
                 return next(iter(found))
             if strange is not None:
                 is_table = self._path is not None and suffix_of(self._path) in (".csv", ".tsv", ".xlsx")
-                raise no_prompt(strange[1]) if self._prompts else unknown_columns(strange[1], is_table=is_table)
+                if self._prompts:
+                    raise no_prompt(strange[1])
+                raise unknown_columns(strange[1], is_table=is_table, task=self._task)
         except DataError as error:
             raise error.at(file=self.name, line=(first or strange or (None,))[0]) from None
         raise_first(errors, len(errors), file=self.name)
@@ -363,7 +371,11 @@ def _usable(source: Source) -> Iterator[Sample]:
 
 
 def read_sources(
-    sources: Sequence[SourceSection], folder: Path, bad_rows: BadRowsSection, reporter: Reporter
+    sources: Sequence[SourceSection],
+    folder: Path,
+    bad_rows: BadRowsSection,
+    reporter: Reporter,
+    task: AnyTask = None,
 ) -> SampleSet:
     """Opens every source, so that a missing or unreadable one is an error before anything heavy starts.
 
@@ -371,6 +383,7 @@ def read_sources(
 
     Args:
         folder: The recipe's folder, which paths are relative to.
+        task: What learns the rows; None for any.
 
     Raises:
         DataError: One source cannot be opened; several of them as `Problems`.
@@ -380,7 +393,7 @@ def read_sources(
     for section in sources:
         try:
             for name in find_files(section.path, folder):
-                opened.append(Source(section.model_copy(update={"path": name}), folder, reporter))
+                opened.append(Source(section.model_copy(update={"path": name}), folder, reporter, task=task))
         except LorafitError as error:
             errors.append(error)
     raise_all(errors, file="data")

@@ -44,8 +44,8 @@ class Preference(Format):
     answer = "chosen"
     known_as: Mapping[str, tuple[str, ...]] = {
         "prompt": ("question", "instruction", "query", "input"),
-        "chosen": ("preferred", "accepted", "winner"),
-        "rejected": ("dispreferred", "loser"),
+        "chosen": ("preferred", "accepted", "winner", "good", "better"),
+        "rejected": ("dispreferred", "loser", "bad", "worse"),
     }
     verbatim = True
 

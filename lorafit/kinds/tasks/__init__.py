@@ -79,6 +79,8 @@ class Task(Kind[S_co]):
     """What `fit_base` fits to the base, for people; empty where an evaluation scores the base as it is."""
     classified_format: ClassVar[str | None] = None
     """The format of what its models give labels to, for `classify`; None where they give none."""
+    row_format: ClassVar[str | None] = None
+    """The one format of its training rows; None where it reads several."""
     sequences: ClassVar[int] = 1
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
     pads_to: ClassVar[int] = 1

@@ -64,6 +64,7 @@ class Dpo(NextTokenTask[DpoSection]):
 
     during_metrics = ("loss", "reward_accuracy")
     final_metrics = ("reward_accuracy", "reward_margin", "loss")
+    row_format = "preference"
     sequences = 2
     unread: ClassVar[Mapping[str, str]] = {
         **Task.unread,

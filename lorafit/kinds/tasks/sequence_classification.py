@@ -62,7 +62,7 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         "the frozen model with a head trained on the same rows: a logistic regression over the mean of its last "
         "states, its strength chosen on held-out rows"
     )
-    classified_format = "text_label"
+    row_format = classified_format = "text_label"
     unread: ClassVar[Mapping[str, str]] = {
         **Task.unread,
         "data.chat_template": _NO_CHATS,

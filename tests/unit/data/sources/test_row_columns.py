@@ -13,15 +13,18 @@ import yaml
 from lorafit.contracts import Sample, Silent
 from lorafit.data.sources.source import read_sources
 from lorafit.errors import LorafitError, RecipeError
+from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import BadRowsSection, SourceSection
 
 MAPPING = re.compile(r"columns: (\{[^}]*\})")
 
 
-def read(folder: Path, row: dict[str, Any], reporter: Silent | None = None, **section: Any) -> Sample:
+def read(
+    folder: Path, row: dict[str, Any], reporter: Silent | None = None, task: str = "causal-lm", **section: Any
+) -> Sample:
     (folder / "d.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     sources = [SourceSection(path="d.jsonl", **section)]
-    return next(iter(read_sources(sources, folder, BadRowsSection(), reporter or Silent())))
+    return next(iter(read_sources(sources, folder, BadRowsSection(), reporter or Silent(), tasks.make(task))))
 
 
 def refusal(folder: Path, row: dict[str, Any], **section: Any) -> str:
@@ -53,6 +56,29 @@ def test_the_mapping_that_is_proposed_makes_the_chat(tmp_path: Path, row: dict[s
     sample = read(tmp_path, row, columns=columns)
     context = "\n\nc" if "c" in row.values() else ""
     assert [turn["content"] for turn in sample.messages or ()] == [f"q{context}", "a"]
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "needs"),
+    [
+        ("dpo", {"question": "q", "accepted": "a", "bad": "b"}, "{prompt: question, chosen: accepted, rejected: bad}"),
+        ("dpo", {"q": "q", "yes": "a", "no": "b"}, "{prompt: THEIRS, chosen: THEIRS, rejected: THEIRS}"),
+        ("dpo", {"question": "q", "answer": "a"}, "{prompt: question, chosen: THEIRS, rejected: THEIRS}"),
+        ("dpo", {"prompt": "q", "completion": "a", "label": True}, "{chosen: THEIRS, rejected: THEIRS}"),
+        ("sequence-classification", {"review": "a", "stars": 3}, "{text: review, label: THEIRS}"),
+        ("sequence-classification", {"text": "a", "class": "x"}, "{label: class}"),
+    ],
+)
+def test_rows_of_another_form_are_told_the_columns_of_their_task(
+    tmp_path: Path, task: str, row: dict[str, Any], needs: str
+) -> None:
+    fields = "prompt, chosen, rejected" if task == "dpo" else "text, label"
+    said = refusal(tmp_path, row, task=task)
+    assert said.endswith(f"task {task} needs {fields}: columns: {needs}") and "prompt_completion learns" not in said
+    assert read(tmp_path, {"question": "q", "answer": "a", **PAIR}, task="dpo").rejected is not None
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q", "response": "a"}, {"input": "q", "output": "a"}])
