@@ -33,13 +33,15 @@ IN_MEMORY = ("rows", "validation_rows", "test_rows")
 _LONGEST_NAME_CHARACTERS = 40
 
 
-def _cut(message: str) -> str:
-    """A message within the limit. A list of names at its end is cut between two of them, and their number is told."""
+def _cut_names(message: str) -> str | None:
+    """A message within the limit whose list of names at the end is cut between two of them, and their number is told;
+    None where it ends in no list.
+    """
     kept = message[: MESSAGE_LIMIT_CHARACTERS - len(" and 999 more")].rpartition(", ")[0]
     left_out = message[len(kept) :].split(", ")[1:]
     if kept and all(len(name) <= _LONGEST_NAME_CHARACTERS and " " not in name for name in left_out):
         return f"{kept} and {len(left_out)} more"
-    return message[: MESSAGE_LIMIT_CHARACTERS - 1] + "…"
+    return None
 
 
 def row_place(file: str, line: int) -> str:
@@ -84,13 +86,14 @@ class LorafitError(Exception):
         if place and self.line is not None:
             place = row_place(place, self.line) + (f":{self.column}" if self.column is not None else "")
         head = ": ".join(part for part in (place, self.key or "") if part)
-        tail = f"; {self.todo}" if self.todo else ""
-        room = MESSAGE_LIMIT_CHARACTERS - len(head) - len(tail)
+        head, tail = f"{head}: " if head else "", f"; {self.todo}" if self.todo else ""
         what = " ".join(self.what.split())
-        if len(what) > room > 40:
-            what = what[: room - 1] + "…"
-        message = f"{head}: {what}{tail}" if head else f"{what}{tail}"
-        return message if len(message) <= MESSAGE_LIMIT_CHARACTERS else _cut(message)
+        message, room = f"{head}{what}{tail}", MESSAGE_LIMIT_CHARACTERS - len(head) - len(tail)
+        if len(what) > room:  # what to do is told whole, but for a list of names
+            with_fewer_names = None if room > 40 else _cut_names(message)
+            cut = f"{head}{what[: room - 1]}…{tail}" if room > 0 else message[: MESSAGE_LIMIT_CHARACTERS - 1] + "…"
+            return with_fewer_names or cut
+        return message
 
     @property
     def errors(self) -> tuple[LorafitError, ...]:

@@ -28,6 +28,7 @@ from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.kinds.formats import formats
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.model.adapter import NOTES, read_notes
+from lorafit.model.base_config import load_config
 from lorafit.ops.dtypes import autocast_dtype
 from lorafit.ops.isolation import evaluating
 from lorafit.ops.process_memory import run_or_halve
@@ -109,7 +110,7 @@ def open_classifier(path: Path, checkpoint: str | None, base_model: str | None, 
             raise UsageError("a whole model has none", key=key, todo="name a run or an adapter folder")
         task, notes = noted_task(path), read_notes(path)
         if task is None:
-            raise _gives_no_labels("causal-lm")
+            raise _gives_no_labels("causal-lm") if _writes_text(path) else _has_no_head(path)
         _require_labels(task)
         limit, pad_id = notes.get("max_length"), notes.get("pad_id")
         if not isinstance(limit, int) or not isinstance(pad_id, int):
@@ -142,6 +143,15 @@ def _of_tuned(tuned: Tuned, card: RunCard, reporter: Reporter) -> Classifier:
 def _require_labels(task: Task[TaskSection]) -> None:
     if task.classified_format is None:
         raise _gives_no_labels(task.section.kind)
+
+
+def _writes_text(model: Path) -> bool:
+    return any(str(name).endswith("ForCausalLM") for name in load_config(model).get("architectures") or ())
+
+
+def _has_no_head(model: Path) -> ModelError:
+    todo = "train one first, with task: sequence-classification"
+    return ModelError("has no head that lorafit trained, and so gives no labels", file=str(model), todo=todo)
 
 
 def _gives_no_labels(kind: str) -> ModelError:

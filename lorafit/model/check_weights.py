@@ -49,11 +49,13 @@ def check_weights(
     if names.misfits:
         problems.append(f"{len(names.misfits)} tensors do not fit: {next(iter(names.misfits.values()))}")
     if problems:
-        raise ModelError(
-            "; ".join(problems),
-            file=str(folder),
-            todo="weights and config.json must belong together; get the whole model",
-        )
+        heads = tuple(f"{name}." for name in outer_modules(skeleton))
+        todo = "weights and config.json must belong together; get the whole model"
+        if names.missing and all(name.startswith(heads) for name in names.missing):
+            todo = (
+                "an encoder has no head that writes text: train task: sequence-classification, or get the whole model"
+            )
+        raise ModelError("; ".join(problems), file=str(folder), todo=todo)
     return names
 
 

@@ -99,6 +99,16 @@ def test_a_head_for_other_classes_gives_way_and_one_for_as_many_is_gone_on_from(
     assert shares[0] == pytest.approx(shares[1], abs=1e-5)
 
 
+def test_a_model_without_a_trained_head_gives_no_labels(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "llama")
+    with pytest.raises(ModelError, match="gives no labels; use lorafit generate"):
+        lorafit.classify(base, ["a red one"], quiet=True)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    with pytest.raises(ModelError, match=r"has no head that lorafit trained, .*; train one first"):
+        lorafit.classify(base, ["a red one"], quiet=True)
+
+
 def test_a_killed_classifier_goes_on_as_the_same_run_and_says_the_same(tmp_path: Path) -> None:
     """Trained, killed, resumed and asked, each in a process of its own: the head's bits and every probability."""
     make_base(tmp_path / "base", layers=4)

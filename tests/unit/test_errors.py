@@ -28,6 +28,14 @@ def test_what_is_no_list_is_cut_as_text() -> None:
     assert message.endswith("x…") and len(message) == MESSAGE_LIMIT_CHARACTERS
 
 
+@pytest.mark.parametrize("folder", ["m", "/models/" + "x" * 170])
+@pytest.mark.parametrize("what", ["w " * 150, "6 missing tensors (a.b)"])
+def test_what_to_do_is_told_whole(folder: str, what: str) -> None:
+    todo = "weights and config.json must belong together, all of them; get the whole model"
+    message = UsageError(what, file=folder, key="model.base", todo=todo).one_line
+    assert message.endswith(f"; {todo}") and message.startswith(folder) and len(message) <= MESSAGE_LIMIT_CHARACTERS
+
+
 def test_names_of_a_row_are_counted() -> None:
     assert listed(names(8)) == ", ".join(names(8))
     assert listed(names(11)) == ", ".join(names(8)) + " and 3 more"

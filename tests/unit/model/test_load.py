@@ -222,6 +222,13 @@ def test_missing_extra_and_misshapen_weights_are_counted_before_loading(llama: B
         load(open_base(llama.path))
 
 
+def test_a_model_that_lacks_its_head_alone_may_be_an_encoder(llama: Base) -> None:
+    edit(llama, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ModelError, match=r"1 missing tensors \(lm_head.weight\)") as caught:
+        load(llama)
+    assert caught.value.one_line.endswith("train task: sequence-classification, or get the whole model")
+
+
 @pytest.mark.parametrize("kind", ["none", "nf4", "fp4", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
