@@ -20,9 +20,9 @@ from lorafit.contracts import Encoded, Example, JsonMapping, JsonObject, Reporte
 from lorafit.data.batch import cut_step
 from lorafit.data.id_range import check_ids
 from lorafit.data.plain_text import PlainText
-from lorafit.data.prompts import COMMAND_LINE, read_prompt
+from lorafit.data.prompts import COMMAND_LINE, column_names, read_prompt
 from lorafit.data.sources.files import find_files
-from lorafit.data.sources.row_columns import rename
+from lorafit.data.sources.row_columns import Columns, rename
 from lorafit.data.sources.source import SampleSet, Source
 from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.kinds.formats import formats
@@ -185,16 +185,26 @@ def read_texts(
     reader = formats.get(format_name)
     if prompt is not None:
         return [reader.read_prompt({"text": read_prompt(prompt)[0].prompt}, COMMAND_LINE, 0)]
-    mapped: dict[str, str] = {}
+    known: list[Columns] = [{}]
     if not is_model(path) and not is_lone_adapter(path):
         sources = [source for part in sources_of(open_run(path).loaded.recipe).values() for source in part]
-        mapped = next(({"text": source.columns["text"]} for source in sources if "text" in source.columns), {})
+        named = [{"text": source.columns["text"]} for source in sources if "text" in source.columns]
+        known = column_names([SourceSection.model_construct(path="", columns=columns) for columns in named])
     if rows is not None:
-        dicts = [{"text": row} if isinstance(row, str) else rename(row, mapped) for row in rows]
+        dicts = [{"text": row} if isinstance(row, str) else rename(row, _choose(row, known)) for row in rows]
         return [reader.read_prompt(row, f"prompts[{number}]", 0) for number, row in enumerate(dicts)]
-    opened = []
-    for file in find_files(str(input_file), Path(), start="the working folder"):
-        columns = {} if file.endswith(".txt") else mapped
-        section = SourceSection.model_construct(path=file, format=format_name, columns=columns)
-        opened.append(Source(section, Path(), Silent(), prompts=True))
-    return list(SampleSet(opened, BadRowsSection(), reporter))
+
+    def open_file(file: str) -> Source:
+        """By the first of the names under which its first row has a text."""
+        named = [{}] if file.endswith(".txt") else known
+        sections = [SourceSection.model_construct(path=file, format=format_name, columns=dict(each)) for each in named]
+        opened = [Source(section, Path(), Silent(), prompts=True) for section in sections]
+        return next((one for one in opened if not isinstance(next(one.read(), (0, None))[1], DataError)), opened[0])
+
+    files = find_files(str(input_file), Path(), start="the working folder")
+    return list(SampleSet([open_file(file) for file in files], BadRowsSection(), reporter))
+
+
+def _choose(row: JsonMapping, known: Sequence[Columns]) -> Columns:
+    """The first of the names that a row has its text under."""
+    return next((columns for columns in known if columns.get("text", "text") in row), known[0])

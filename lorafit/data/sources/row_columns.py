@@ -120,7 +120,7 @@ def written(columns: Columns) -> str:
     return f"columns: {{{pairs}}}"
 
 
-def unknown_columns(row: Row, *, is_table: bool, task: Task[TaskSection] | None) -> DataError:
+def unknown_columns(row: Row, task: Task[TaskSection] | None, *, is_table: bool) -> DataError:
     """The error for a training row of no known format: names the likely one first, and how columns are mapped to it.
 
     Args:
@@ -225,6 +225,9 @@ def no_prompt(row: Row) -> DataError:
     """The error for a row that no format takes for a prompt."""
     asking = sorted({kind.asks for _, kind in by_priority() if kind.asks})
     close = next((near[0] for field in asking if (near := nearest(field, row, count=1))), None)
-    todo = f"did you mean '{close}'? " if close else ""
+    folded = {str(column).lower(): column for column in row}
+    aliases = [(name, kind.asks) for _, kind in by_priority() if kind.asks for name in kind.known_as.get(kind.asks, ())]
+    meant = next((f"call {folded[name]} {field}; or " for name, field in aliases if name in folded), "")
+    todo = f"did you mean '{close}'? " if close else meant
     todo += f"call the one that asks {alternatives(asking)}"
     return DataError(f"{NO_PROMPT} {listed(row)}", todo=todo)

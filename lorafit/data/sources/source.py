@@ -237,7 +237,8 @@ class Source:
         for ours, theirs in self.section.columns.items():
             if theirs not in row and theirs in self._required:
                 close = nearest(theirs, row, count=1)
-                hint = f"did you mean '{close[0]}'?" if close else "correct columns in the recipe"
+                todo = f"name it so, or '{ours}'" if self._prompts else "correct columns in the recipe"
+                hint = f"did you mean '{close[0]}'?" if close else todo
                 raise MissingFieldError(f"missing column '{theirs}'; found {listed(row)}", key=ours, todo=hint)
 
     def _check_columns(self) -> None:
@@ -257,7 +258,7 @@ class Source:
         found: dict[str, tuple[int, RawRow]] = {}
         errors: list[DataError] = []
         first: tuple[int, RawRow] | None = None
-        strange: tuple[int, RawRow] | None = None
+        odd: tuple[int, RawRow] | None = None
         for line, row in islice(self._raw_rows(), ROWS_LOOKED_AT):
             if isinstance(row, DataError):
                 row.at(file=self.name, line=line)
@@ -272,8 +273,8 @@ class Source:
                 for column in first[1].keys() - mapped.keys():
                     del first[1][column]  # what only some rows have says nothing about all of them
                 found.setdefault(name, (line, mapped))
-            elif strange is None:
-                strange = line, mapped
+            elif odd is None:
+                odd = line, mapped
         if len(found) > 1:
             raise several_formats(found).at(file=self.name)
         try:
@@ -281,13 +282,11 @@ class Source:
                 if not self._prompts:
                     check_task(first[1], next(iter(found)), self._task)
                 return next(iter(found))
-            if strange is not None:
+            if odd is not None:
                 is_table = self._path is not None and suffix_of(self._path) in (".csv", ".tsv", ".xlsx")
-                if self._prompts:
-                    raise no_prompt(strange[1])
-                raise unknown_columns(strange[1], is_table=is_table, task=self._task)
+                raise no_prompt(odd[1]) if self._prompts else unknown_columns(odd[1], self._task, is_table=is_table)
         except DataError as error:
-            raise error.at(file=self.name, line=(first or strange or (None,))[0]) from None
+            raise error.at(file=self.name, line=(first or odd or (None,))[0]) from None
         raise_first(errors, len(errors), file=self.name)
         raise DataError("no prompts" if self._prompts else "no rows", file=self.name)
 

@@ -205,6 +205,11 @@ def test_columns_are_called_as_in_the_recipe(tmp_path: Path) -> None:
     assert "as the run's recipe does: columns: {question: Frage" in refusal(tmp_path / "other.csv", *sources)
 
 
+def test_a_column_by_another_name_is_told_what_to_call_it(tmp_path: Path) -> None:
+    (tmp_path / "de.csv").write_text("Frage,Antwort\nkalt?,ja\n", encoding="utf-8")
+    assert "call Frage question; or call the one that asks" in refusal(tmp_path / "de.csv")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
