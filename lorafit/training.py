@@ -19,13 +19,13 @@ from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.runner import evaluate_during
 from lorafit.files.atomic import atomic_dir, check_manifest, read_object, write_json
-from lorafit.files.cache import key_of_code
+from lorafit.files.cache import keep, key_of_code
 from lorafit.files.rundir import RunDir
 from lorafit.job import Job, build_objective, prove, refer
 from lorafit.kinds.adapters import adapters, begins_as_base
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
-from lorafit.memory import StepMemory, fits
+from lorafit.memory import MemoryEstimate, StepMemory, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
 from lorafit.model.content import Content, reading_content, require_recorded
@@ -52,7 +52,6 @@ from lorafit.trainer.stage import Stage
 from lorafit.trainer.startup_proofs import prove_gradients
 from lorafit.trainer.state import Event, FitResult, TrainState
 from lorafit.trainer.step import Update
-from lorafit.trainer.threaded_micro_batches import run_at_once
 
 _GRADIENT_TOKENS = 64
 _SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed
@@ -104,17 +103,16 @@ class Training:
         prove_gradients(objective, objective.batch_of(job.rows.train[probe], job.pad_id))
         one = accelerator.num_processes == 1
         executor = Executor(objective, accelerator.device) if one else OverRanks(objective, accelerator)
-        resolved = self._resolve(executor, checkpoint, given)
+        stage = self._stage(executor)
+        cache_name = f"plans/{key_of_code([job.facts(), job.device.name, job.device.count])}.json"
+        resolved = resolve_plan(self.plan, stage, resumed=self._resumed(checkpoint), given=given, cache_name=cache_name)
         before_bytes = peak_memory_bytes(executor.device)
         told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take
         card = job.card(resolved)
-        expected = self._memory_under(resolved.attention).at(resolved.tokens_at_once, resolved.gradient_checkpointing)
+        expected = self._memory_of(resolved)
         self.reporter.info(describe_resolved(resolved))
         seed_rng(recipe.seed + _SEED_STRIDE * executor.rank)  # dropout; each rank drops other inputs
-        save = partial(
-            save_adapter, model, base=job.base, quantization=used, card=card, companions=job.companions(card)
-        )
-        executor = run_at_once(executor, resolved.micro_batches_at_once)
+        save = partial(save_adapter, model, base=job.base, quantization=used, companions=job.companions(card))
         if self.profiles and executor.rank == 0:
             executor.profile = StepProfile(self.where.profile, self.where.trace, executor.device)
         trackers = Trackers(accelerator, self.reporter)
@@ -126,11 +124,12 @@ class Training:
             self.counts_memory,
             expected.needed_bytes,
         )
-        trainer = self._build_trainer(executor, resolved, store, journal, save)
+        facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
+        trainer = self._build_trainer(executor, stage, resolved, store, journal, partial(save, card=card))
+        trainer.on_settled = partial(self._keep_settled, job, trainer, save, facts, cache_name)
         state = trainer.restore(checkpoint) if checkpoint is not None else TrainState()
         state.events += events
         if content is not None:  # nothing is written before all is loaded, compared and proven
-            facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
             hashes = {self.where.base: content.to_json(), self.where.quantization: used}
             self._describe(job, card, {**resolved.to_json(), **facts}, hashes, begins=checkpoint is None)
             if checkpoint is None:
@@ -146,7 +145,7 @@ class Training:
         leave_together(accelerator)
         trackers.finish()
         speed = self._measure_speed(result, executor)
-        trained = Trained(self.where, self.plan, resolved, result, expected, speed, profile, has_held_out)
+        trained = Trained(self.where, self.plan, trainer.plan, result, expected, speed, profile, has_held_out)
         if executor.rank == 0:
             write_json(self.where.result, trained.summary())
         return trained
@@ -195,6 +194,24 @@ class Training:
         write_json(where.comparison, job.rows_to_compare())
         write_json(where.data, job.rows.report.to_json())
         write_json(where.plan, plan)
+
+    def _keep_settled(
+        self,
+        job: Job,
+        trainer: Trainer,
+        save: Callable[..., None],
+        facts: JsonMapping,
+        cache_name: str,
+        plan: ResolvedPlan,
+    ) -> None:
+        """Writes down what the steps behind the first ones take, before one of them is made."""
+        card = job.card(plan)
+        trainer.snapshot = replace(trainer.snapshot, save_adapter=partial(save, card=card))
+        if trainer.executor.rank == 0:
+            write_json(self.where.card, card.to_json())
+            write_json(self.where.plan, {**plan.to_json(), **facts})
+            keep(cache_name, plan.to_json())
+        self.reporter.info(f"tried in steps 1 to {len(plan.first_steps)}: {describe_resolved(plan)}")
 
     def _refer(self, objective: Objective, *, begins: bool) -> None:
         """What the task asks of the model as it was at step 0, before the values of a checkpoint are taken."""
@@ -258,10 +275,26 @@ class Training:
         """What a step of this run holds under one implementation of attention."""
         return self.plan.step.changed(attention=attention)
 
-    def _resolve(self, executor: Executor, checkpoint: Checkpoint | None, given: ResolvedPlan | None) -> ResolvedPlan:
-        """Settles `auto` on the run's real shapes."""
+    def _memory_of(self, resolved: ResolvedPlan) -> MemoryEstimate:
+        """Of the heaviest micro-batch in any way that the run takes or may take."""
+        checkpointing = resolved.gradient_checkpointing
+        each = (self._memory_under(way.attention).at(way.tokens_at_once, checkpointing) for way in resolved.ways)
+        return max(each, key=lambda estimate: estimate.needed_bytes)
+
+    def _resumed(self, checkpoint: Checkpoint | None) -> ResolvedPlan | None:
+        """The plan of the run that is gone on with; what its first steps settled since the checkpoint is kept."""
+        if checkpoint is None:
+            return None
+        saved = ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder))
+        if saved.is_settled or not self.where.plan.exists():
+            return saved
+        since = ResolvedPlan.from_json(read_object(self.where.plan), str(self.where.plan))
+        return since if since.is_settled and since.first_steps == saved.first_steps else saved
+
+    def _stage(self, executor: Executor) -> Stage:
+        """What `auto` is settled on: the run's real shapes."""
         job, recipe = self.job, self.job.recipe
-        stage = Stage(
+        return Stage(
             executor,
             job.rows.train,
             job.rows.validation if self.plan.evaluate_every_steps is not None else None,
@@ -276,18 +309,11 @@ class Training:
             packing=recipe.data.packing,
             one_by_one=self.profiles or self.counts_memory,  # both look at one thread
         )
-        key = key_of_code([job.facts(), job.device.name, job.device.count])
-        return resolve_plan(
-            self.plan,
-            stage,
-            resumed=ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder)) if checkpoint else None,
-            given=given,
-            cache_name=f"plans/{key}.json",
-        )
 
     def _build_trainer(
         self,
         executor: Executor,
+        stage: Stage,
         resolved: ResolvedPlan,
         store: CheckpointStore,
         journal: Journal,
@@ -304,21 +330,21 @@ class Training:
             training.max_grad_norm,
             adapters.bind(recipe.adapter).step_hook(model),
         )
-        at_once, task = resolved.micro_batches_at_once, executor.objective.task
-        cutter = Cutter(rows.train, task, job.pad_id, recipe.data.packing, resolved.attention, at_once, executor.ranks)
+        task, ranks = executor.objective.task, executor.ranks
+        cutter = Cutter(rows.train, task, job.pad_id, recipe.data.packing, ranks=ranks)
         load = partial(load_adapter_weights, model)
         environment = Environment.here(executor.device.type, executor.ranks, job.device.card)
         return Trainer(
             executor,
             update,
-            StepRows(rows.train, recipe.seed, self.plan.batch_size),
+            stage.step_rows,
             cutter,
-            resolved.micro_batch_tokens,
             Cadence(self.plan.total_steps, self.plan.save_every_steps, self.plan.evaluate_every_steps),
             store,
             Snapshot(update, save, load, resolved, environment),
             journal,
             self._held_out(executor, resolved),
+            stage.set_attention,
         )
 
     def _held_out(self, executor: Executor, resolved: ResolvedPlan) -> HeldOut | None:

@@ -2,7 +2,7 @@
 
     $LORAFIT_CACHE (default ~/.cache/lorafit)
       bases/SHA256/     converted GGUF files           data/KEY/     prepared rows
-      plans/KEY.json    what a rehearsal measured      hashes/KEY.json   hashes of large files, see `remember`
+      plans/KEY.json    what a first run settled       hashes/KEY.json   hashes of large files, see `remember`
       shapes, steps     what a class or a dry run told of a model, see `keep`
 
 A MANIFEST proves nothing against the one who wrote it. So each folder on the way to an entry must belong to the user

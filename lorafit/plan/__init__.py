@@ -13,13 +13,14 @@ from __future__ import annotations
 from lorafit.plan.derive import Plan, plan, require_fit
 from lorafit.plan.flops import Flops, count_flops
 from lorafit.plan.render import plan_table, show_plan
-from lorafit.plan.resolved import ResolvedPlan
+from lorafit.plan.resolved import ResolvedPlan, Way
 from lorafit.plan.run_cost import check_price
 
 __all__ = [
     "Flops",
     "Plan",
     "ResolvedPlan",
+    "Way",
     "check_price",
     "count_flops",
     "plan",

@@ -18,23 +18,23 @@ from lorafit.recipe.schema import Recipe
 
 DEFAULT_EPOCHS = 3.0
 MOST_MICRO_BATCH_TOKENS = 16_384
-"""Beyond this a forward pass gains no speed on any card: its products are large enough. The rehearsal picks below
+"""Beyond this a forward pass gains no speed on any card: its products are large enough. The run picks below
 it."""
 FEW_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every number of a run before it starts: values, and bounds where the rehearsal will pick.
+    """Every number of a run before it starts: values, and bounds where the first steps will pick.
 
     Attributes:
         epochs: Passes over the training rows that `total_steps` make.
         warmup_steps: Steps in which the learning rate climbs.
         dtype: `bf16`, `fp16` or `fp32`.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
-        attention: As the recipe says; `auto` is left to the rehearsal.
+        attention: As the recipe says; `auto` is left open.
         gradient_checkpointing: True or False where recipe or memory decide; None where both can fit.
-        micro_batch_tokens: As the recipe says; None: the rehearsal chooses between the bounds.
+        micro_batch_tokens: As the recipe says; None: the first steps choose between the bounds.
         min_micro_batch_tokens: One longest row.
         max_micro_batch_tokens: What fits, at most a whole step of this rank.
         select_metric: The metric that chooses the best checkpoint; None: the last one is taken.

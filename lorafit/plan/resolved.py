@@ -1,10 +1,16 @@
-"""The values that a run really used: what `auto` became. Saved with every checkpoint, so that a resume measures
-nothing anew."""
+"""The values that a run really used: what `auto` became. Saved with every checkpoint, so that a resume repeats them.
+
+How a step is run is a function of its number: the first ones may be run in ways of their own, which are tried there.
+
+    step        1  2  3  4  5  6 | 7  8  9 ...
+    way         A  B  C  A  B  C | the fastest of them
+    settled     no               | yes: written down before step 7, and the same whoever repeats the run
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -20,6 +26,26 @@ _Dtype = Annotated[str, Field(pattern="^(bf16|fp16|fp32)$")]
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """How the micro-batches of a step are run; it decides speed and memory, and no result beyond rounding.
+
+    Attributes:
+        attention: `eager`, `sdpa`, `fused` or `flash_attention_2`.
+        micro_batch_tokens: Padded tokens of one training forward.
+        micro_batches_at_once: On a CPU, each on a core of its own; 1: one by one.
+    """
+
+    attention: _Attention
+    micro_batch_tokens: _Count
+    micro_batches_at_once: _Count = 1
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Padded tokens whose activations are in memory together."""
+        return self.micro_batch_tokens * self.micro_batches_at_once
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedPlan:
     """A plan without `auto`.
 
@@ -30,9 +56,11 @@ class ResolvedPlan:
         dtype: `bf16`, `fp16` or `fp32`: of weights that are not quantised.
         compute_dtype: Of products with dequantised weights.
         ranks: Processes that train together.
-        source: Where the values come from: `recipe`, `run`, `plan`, `cache` or `rehearsal`.
-        measured: What the rehearsal measured: seconds and bytes by candidate.
+        source: Where the values come from: `recipe`, `run`, `plan`, `cache`, or `rehearsal` and first steps.
+        measured: Figures to keep: bytes and seconds of the rehearsal, what the tried steps took.
         micro_batches_at_once: On a CPU, each on a core of its own; 1: one by one.
+        first_steps: Ways of steps 1, 2, ...; the steps behind them are run as the values above say.
+        is_settled: Whether those values were chosen by what the first steps took, or nothing was left to choose.
     """
 
     micro_batch_tokens: _Count
@@ -46,11 +74,26 @@ class ResolvedPlan:
     source: str
     measured: JsonObject = field(default_factory=dict)
     micro_batches_at_once: _Count = 1
+    first_steps: list[Way] = field(default_factory=list)
+    is_settled: bool = True
 
     @property
-    def tokens_at_once(self) -> int:
-        """Padded tokens whose activations are in memory together."""
-        return self.micro_batch_tokens * self.micro_batches_at_once
+    def later(self) -> Way:
+        """Of the steps behind the first ones."""
+        return Way(self.attention, self.micro_batch_tokens, self.micro_batches_at_once)
+
+    @property
+    def ways(self) -> list[Way]:
+        """All that the run takes or may take, each once."""
+        return list(dict.fromkeys([*self.first_steps, self.later]))
+
+    def way(self, step: int) -> Way:
+        """Of one step, from 1."""
+        return self.first_steps[step - 1] if 0 < step <= len(self.first_steps) else self.later
+
+    def running(self, later: Way) -> ResolvedPlan:
+        """The plan with another way for the steps behind the first ones."""
+        return replace(self, **asdict(later))
 
     def to_json(self) -> JsonObject:
         """Plain values."""

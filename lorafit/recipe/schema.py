@@ -94,8 +94,8 @@ class ModelSection(Section):
     """Of weights that are not quantised, and of compute. `auto`: bf16 where the device computes it at speed, else fp16
     on a GPU, fp32 on a CPU."""
     attention: Literal["auto", "eager", "sdpa", "fused", "flash_attention_2"] = "auto"
-    """Attention implementation: one of transformers, or `fused`, lorafit's own for training on a CPU. `auto`: the
-    rehearsal decides."""
+    """Attention implementation: one of transformers, or `fused`, lorafit's own for training on a CPU. `auto`: what
+    is proven and fastest on this model."""
     quantization: QuantizationChoice = Field(default="nf4", validate_default=True)
     """How the frozen linear weights are stored."""
 

@@ -84,7 +84,7 @@ class RunCard(Section):
     compute_dtype: Dtype
     """Of products with dequantised weights."""
     attention: Attention
-    """What the rehearsal settled on."""
+    """What the run settled on."""
     chat: bool
     """Whether prompts are chats; else they go to the model verbatim."""
     template_is_named: bool = False

@@ -24,6 +24,7 @@ from lorafit.errors import NumericsError, StoppedBySignal
 from lorafit.kinds.metrics import metrics
 from lorafit.ops.process_memory import peak_memory_bytes, peak_reserved_bytes, release_memory
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
+from lorafit.plan import ResolvedPlan, Way
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Snapshot
 from lorafit.trainer.executor import Executor, out_of_memory, trim_after
 from lorafit.trainer.journal import Journal
@@ -38,6 +39,8 @@ from lorafit.trainer.step import (
     check_loss,
     check_metrics,
 )
+from lorafit.trainer.threaded_micro_batches import run_at_once
+from lorafit.trainer.trials import is_over, note_trial, settle
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,17 @@ class Trainer:
     """Trains one objective on fixed rows a step.
 
     Attributes:
-        executor: Runs micro-batches through the objective.
+        executor: Runs micro-batches through the objective, one after the other; joins the ranks.
         update: From the gradients of a step to new weights.
         step_rows: Rows of a step; a pure function.
-        cutter: Makes micro-batches of them.
-        token_budget: Padded tokens of a micro-batch.
+        cutter: Makes micro-batches of them, under the attention and as many at once as the plan says for the step.
         cadence: When to evaluate, save and end.
         store: The run's checkpoints.
-        snapshot: What a checkpoint holds.
+        snapshot: What a checkpoint holds, the plan among it: how each step is run.
         journal: Is told each step and each evaluation.
         held_out: Evaluation while training.
+        set_attention: Switches the model's, where the plan's ways differ in it.
+        on_settled: Is told the plan once its first steps have shown what the others take, before the first of those.
         feed: Builds the next step's micro-batches while this one runs.
         signals: Those that ask to stop.
     """
@@ -95,21 +99,30 @@ class Trainer:
     update: Update
     step_rows: StepRows
     cutter: Cutter
-    token_budget: int
     cadence: Cadence
     store: CheckpointStore
     snapshot: Snapshot
     journal: Journal
     held_out: HeldOut | None = None
+    set_attention: Callable[[str], None] = lambda name: None
+    on_settled: Callable[[ResolvedPlan], None] = lambda plan: None
     feed: StepFeed[list[Batch]] = field(init=False)
     signals: StopSignals = field(init=False)
     _edge_rng: RngState = field(init=False)
     _saved_step: int | None = field(default=None, init=False)
+    _way: Way | None = field(default=None, init=False)
+    _runner: Executor = field(init=False)
+    _running: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     def __post_init__(self) -> None:
         self.feed = StepFeed(self.build_micro_batches, self.cadence.total_steps)
         self.signals = StopSignals(self.journal.reporter.info)
-        self._edge_rng = capture_rng()
+        self._edge_rng, self._runner = capture_rng(), self.executor
+
+    @property
+    def plan(self) -> ResolvedPlan:
+        """How each step is run, as far as that is settled."""
+        return self.snapshot.resolved
 
     def restore(self, checkpoint: Checkpoint) -> TrainState:
         """Takes model, optimizer and random numbers to a checkpoint's edge, and the log and later checkpoints back.
@@ -141,9 +154,11 @@ class Trainer:
             self.journal.reporter.info(f"already complete: the run ended at step {state.step}")
         steps, device, resumed_step = self.cadence.total_steps, self.executor.device, state.step
         self.executor.objective.train()
+        self._way = None
         if not was_complete:
-            with self.signals, self.journal.tracking(steps, state.step, device), self.feed, self.executor:
+            with self.signals, self.journal.tracking(steps, state.step, device), self.feed, self._running:
                 try:
+                    self._run_as_planned(max(1, state.step))  # an evaluation that is due belongs to that step
                     self._finish_edge(state)
                     while not state.is_complete(steps):
                         self._take_step(state)
@@ -165,11 +180,12 @@ class Trainer:
 
     def _take_step(self, state: TrainState) -> None:
         """One optimizer step and its line of the log. The state changes only behind the optimizer's."""
+        self._run_as_planned(state.step + 1)
         with self.journal.watching(self.executor.objective, self.update.optimizer):
             began = time.perf_counter()
             step = state.step + 1
             epoch, rows = self.step_rows.rows(step)
-            figures, batches = self._compute_gradients(state, step, rows)
+            figures, batches, plan = self._compute_gradients(state, step, rows)
             with self.journal.profile.phase("optimizer"):
                 norm = self.update.gradient_norm()
                 grad_norm = self._checked_norm(state, step, norm, batches)
@@ -183,6 +199,7 @@ class Trainer:
             state.padded_tokens += figures.padded_tokens
             state.trained_tokens += figures.trained_tokens
             state.seconds += seconds
+            self._take_plan(plan, step)
             line = {
                 "step": step,
                 "epoch": epoch,
@@ -197,20 +214,51 @@ class Trainer:
                 self.journal.write(line)
         self.journal.show(line)
 
-    def _compute_gradients(self, state: TrainState, step: int, rows: Sequence[int]) -> tuple[StepFigures, list[Batch]]:
-        """Gradients of the step's rows, over micro-batches and ranks; with smaller micro-batches if memory runs out."""
+    def _run_as_planned(self, step: int) -> None:
+        """Attention and executor of the step."""
+        way = self.plan.way(step)
+        if way != self._way:
+            self._running.close()
+            self._runner = self._running.enter_context(run_at_once(self.executor, way.micro_batches_at_once))
+            self.set_attention(way.attention)
+            self._way = way
+
+    def _take_plan(self, plan: ResolvedPlan, step: int) -> None:
+        """Keeps what a tried step took, and settles the plan behind the last of them: rank 0's clock decides."""
+        if is_over(plan, step):
+            plan = settle(plan, self.cutter, self.step_rows)
+            plan = ResolvedPlan.from_json(self.executor.gather(plan.to_json())[0])
+            self.on_settled(plan)
+            self.feed.forget()
+        self.snapshot = replace(self.snapshot, resolved=plan)
+
+    def _compute_gradients(
+        self, state: TrainState, step: int, rows: Sequence[int]
+    ) -> tuple[StepFigures, list[Batch], ResolvedPlan]:
+        """Gradients of the step's rows, over micro-batches and ranks; with smaller micro-batches if memory runs out.
+
+        Returns:
+            Figures, this rank's micro-batches, and the plan with what they took, where the step is a trial.
+        """
+        planned = self.plan.way(step).micro_batch_tokens
         while True:
-            budget = state.token_budget(self.token_budget)
+            budget = state.token_budget(planned)
             with self.journal.profile.phase("data"):
                 batches = self.feed.take(step, budget)
             try:
-                figures, sums = accumulate_gradients(self.executor, batches, self._check_signals_of_this_rank)
+                began = time.perf_counter()
+                figures, sums = accumulate_gradients(self._runner, batches, self._check_signals_of_this_rank)
+                seconds = time.perf_counter() - began
             except MemoryError:
                 self._halve(state, budget, max(int(self.cutter.examples.lengths[row]) for row in rows))
                 continue
             check_loss(step, figures, sums, batches, self.cutter.examples)
             self.executor.sum_gradients()
-            return figures, batches
+            if self.plan.is_settled:
+                return figures, batches, self.plan
+            cutter = self._cutter(step)
+            span = cutter.span_tokens(cutter.cut(rows, planned))
+            return figures, batches, note_trial(self.plan, step, seconds if budget == planned else None, span)
 
     def _checked_norm(self, state: TrainState, step: int, norm: torch.Tensor, batches: Sequence[Batch]) -> float:
         """The gradient norm's value, read once; not finite only where fp16 overflowed: the update will be skipped."""
@@ -223,8 +271,13 @@ class Trainer:
 
     def build_micro_batches(self, step: int, token_budget: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the CPU; a pure function."""
-        cut = self.cutter.cut(self.step_rows.rows(step)[1], token_budget)
-        return [self.cutter.collate(part) for part in self.cutter.of_rank(cut, self.executor.rank)]
+        cutter = self._cutter(step)
+        cut = cutter.cut(self.step_rows.rows(step)[1], token_budget)
+        return [cutter.collate(part) for part in cutter.of_rank(cut, self.executor.rank)]
+
+    def _cutter(self, step: int) -> Cutter:
+        way = self.plan.way(step)
+        return replace(self.cutter, attention=way.attention, at_once=way.micro_batches_at_once)
 
     def _halve(self, state: TrainState, budget: int, longest: int) -> None:
         """Halves the token budget and goes back to the edge; every rank does, whichever ran out of memory.

@@ -41,6 +41,10 @@ class StepFeed(Generic[Built]):
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
 
+    def forget(self) -> None:
+        """Drops what was built ahead: the function that builds gives something else from now on."""
+        self._ahead = self._future = None
+
     def take(self, step: int, token_budget: int) -> Built:
         """What the step needs: built ahead where that was this very step and budget, else here and now.
 

@@ -1,14 +1,16 @@
-"""Before step 1: the run's real shapes, tried out, and everything as it was afterwards.
+"""Before step 1: what the run may be run with is told and proven, its heaviest micro-batches are run, and everything is
+as it was afterwards.
 
-    what is open?   attention            each candidate on one typical micro-batch; the fastest is kept that gives the
-                                         logits of eager attention and, when packing, keeps documents apart; eager,
-                                         which keeps all scores, only where it is more than 10 % faster
-                    micro_batch_tokens   doubled from one longest row while it pays; smallest within 3 % of the best
-                                         (5 % on a CPU), on a CPU at most 640 tokens a core
-                    at once              on a CPU a micro-batch a core, where that is faster than one on all cores
+    what is open?   attention            what gives the logits of eager attention and, when packing, keeps documents
+                                         apart; eager, which keeps all scores, last
+                    micro_batch_tokens   from 640 on (2,560 on a GPU), doubled as far as memory holds; on a CPU at most
+                                         640 tokens a core
+                    at once              on a CPU a micro-batch a core, or one on all cores
                     checkpointing        off, unless memory says otherwise
     always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
-                    forward
+                    forward: of the way that holds the most, which protects the others
+
+Nothing is timed: the first steps show what is fastest (`lorafit.trainer.trials`).
 
 No optimizer step is taken, gradients are cleared, random numbers and modes are put back.
 
@@ -19,7 +21,8 @@ The heaviest micro-batches that a run can meet under a token budget are made of 
 
 Packed rows are filled to the last token, and hold two documents at least, so that whatever keeps them apart is there.
 
-So `auto` becomes values, once: from the recipe, the resumed run, a given plan, the cache, or the rehearsal.
+So `auto` becomes values, once: from the recipe, the resumed run, a given plan, the cache, or the rehearsal and the
+first steps.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -36,12 +40,11 @@ from lorafit.errors import CheckpointError
 from lorafit.files.cache import cache_folder, keep, kept, refuse_foreign
 from lorafit.objective import TrainedTask
 from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes
-from lorafit.plan import Plan, ResolvedPlan
+from lorafit.plan import Plan, ResolvedPlan, Way
 from lorafit.trainer.executor import out_of_memory, time_micro_batches
-from lorafit.trainer.stage import Stage, fastest_attention, fastest_budget, fastest_number
+from lorafit.trainer.stage import Stage, open_ways, right_attentions
 from lorafit.trainer.threaded_micro_batches import run_at_once
-
-_MOST_SECONDS = 15.0  # no further candidate is begun after this
+from lorafit.trainer.trials import forget_trials, most_ways, try_in_turn
 
 
 def heaviest_shapes(
@@ -88,44 +91,35 @@ def _fill(task: TrainedTask, examples: Examples, rows: Iterator[int], width: int
 
 
 def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
-    """Settles what the plan leaves open, then tries the heaviest micro-batches.
+    """Tells what the plan leaves open for the first steps to try, and tries the heaviest micro-batches of it.
 
     Raises:
         NumericsError: Packing is asked for, and documents in a row see each other.
         ResourceError: Not even the smallest candidate fits into memory.
     """
-    began, attention = time.perf_counter(), plan.attention
-    least_tokens, most_tokens = plan.min_micro_batch_tokens, plan.max_micro_batch_tokens
+    began = time.perf_counter()
     micro_batch_tokens, gradient_checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
+    least_tokens = plan.min_micro_batch_tokens if micro_batch_tokens is None else micro_batch_tokens
     with stage.rolled_back():
-        budget = least_tokens if micro_batch_tokens is None else micro_batch_tokens
+        named = stage.attention if plan.attention == "auto" else plan.attention
         checkpointing = gradient_checkpointing is True or (
-            gradient_checkpointing is None
-            and not stage.fits(budget, False, stage.attention if attention == "auto" else attention)
+            gradient_checkpointing is None and not stage.fits(least_tokens, False, named)
         )
         stage.set_checkpointing(checkpointing)
-        if attention == "auto" or micro_batch_tokens is None:
-            # The first forward and backward pays for lazy set-up, which no candidate should.
-            time_micro_batches(stage.executor, [stage.shortest_batch()])
-        if attention == "auto":
-            attention = fastest_attention(stage, budget, checkpointing)
-            stage.reporter.info(f"rehearsal: {attention} attention is taken")
-        stage.set_attention(attention)
-        at_once = 1
-        if micro_batch_tokens is None:
-            until = began + _MOST_SECONDS
-            at_once, rates = fastest_number(stage, least_tokens, most_tokens, checkpointing)
-            budget = fastest_budget(stage, least_tokens, most_tokens, checkpointing, until, at_once, rates)
-        dtypes, where = (plan.dtype, plan.compute_dtype), (stage.device.type, stage.executor.ranks)
+        is_open = plan.attention == "auto"
+        attentions = right_attentions(stage, least_tokens, checkpointing) if is_open else iter([plan.attention])
+        ways = list(islice(open_ways(stage, plan, attentions, checkpointing), most_ways(plan.total_steps)))
+        first, dtypes, where = ways[0], (plan.dtype, plan.compute_dtype), (stage.device.type, stage.executor.ranks)
         choice = ResolvedPlan(
-            budget, 0, attention, checkpointing, *dtypes, *where, "rehearsal", stage.measured, at_once
+            first.micro_batch_tokens, 0, first.attention, checkpointing, *dtypes, *where, "rehearsal", stage.measured
         )
         choice = _heaviest_that_fits(
             stage,
-            _with_evaluation_budget(stage, choice),
+            _with_evaluation_budget(stage, try_in_turn(choice, ways)),
             may_checkpoint=gradient_checkpointing is None,
-            may_shrink_to=least_tokens if micro_batch_tokens is None else budget,
+            may_shrink_to=least_tokens,
         )
+        stage.set_attention(choice.attention)
     stage.measured["seconds"] = round(time.perf_counter() - began, 3)
     return choice
 
@@ -133,7 +127,7 @@ def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
 def _heaviest_that_fits(
     stage: Stage, choice: ResolvedPlan, *, may_checkpoint: bool, may_shrink_to: int
 ) -> ResolvedPlan:
-    """Halves the budget, then turns checkpointing on, until the heaviest micro-batches run."""
+    """Leaves the largest ways out, halves the budget, then turns checkpointing on, until the heaviest runs."""
     while True:
         stage.clear()  # what the candidates left would stand beside the heaviest
         try:
@@ -145,7 +139,10 @@ def _heaviest_that_fits(
             problem = out_of_memory("before step 1", max(stage.examples.lengths), choice.micro_batch_tokens)
         # Outside of the except block, whose traceback holds the activations.
         budget = choice.micro_batch_tokens
-        if choice.micro_batches_at_once > 1:
+        if len(choice.ways) > 1:
+            heaviest = _heaviest(choice)
+            choice = try_in_turn(choice, [way for way in choice.ways if way != heaviest])
+        elif choice.micro_batches_at_once > 1:
             choice = replace(choice, micro_batches_at_once=1)
         elif budget > may_shrink_to:
             smaller = replace(choice, micro_batch_tokens=max(may_shrink_to, budget // 2))
@@ -157,6 +154,14 @@ def _heaviest_that_fits(
             raise problem
 
 
+def _heaviest(choice: ResolvedPlan) -> Way:
+    """The way that holds the most: the most tokens, all of their scores, and a gradient for each thread."""
+    scores = {"eager": 2, "sdpa": 1}
+    return max(
+        choice.ways, key=lambda way: (way.tokens_at_once, scores.get(way.attention, 0), way.micro_batches_at_once)
+    )
+
+
 def _with_evaluation_budget(stage: Stage, choice: ResolvedPlan) -> ResolvedPlan:
     """An evaluation takes as large micro-batches as training, and its longest row at least."""
     longest = max(stage.validation.lengths, default=1) if stage.validation is not None else 1
@@ -165,16 +170,17 @@ def _with_evaluation_budget(stage: Stage, choice: ResolvedPlan) -> ResolvedPlan:
 
 def run_heaviest(stage: Stage, choice: ResolvedPlan) -> None:
     """The heaviest micro-batches of training and of evaluation, with the optimizer's state in memory."""
-    task = stage.objective.task
+    task, way = stage.objective.task, _heaviest(choice)
+    stage.set_attention(way.attention)
     ballast = torch.empty(
         stage.optimizer_bytes if stage.device.type == "cuda" else 0, dtype=torch.uint8, device=stage.device
     )
     for rows, width in heaviest_shapes(
-        stage.examples.lengths, choice.micro_batch_tokens, stage.step_rows.batch_size, one_row=stage.cutter.one_row
+        stage.examples.lengths, way.micro_batch_tokens, stage.step_rows.batch_size, one_row=stage.cutter.one_row
     ):
         filled = fill_rows(task, stage.examples, rows, width, packing=stage.packing)
-        batches = [task.collate(filled, stage.pad_id)] * choice.micro_batches_at_once
-        with run_at_once(stage.executor, choice.micro_batches_at_once) as executor:
+        batches = [task.collate(filled, stage.pad_id)] * way.micro_batches_at_once
+        with run_at_once(stage.executor, way.micro_batches_at_once) as executor:
             time_micro_batches(executor, batches)
     if stage.validation is not None and len(stage.validation):
         count = len(stage.validation)
@@ -218,16 +224,14 @@ def resolve_plan(
     known = next(((s, v) for s, v in (("run", resumed), ("plan", given), ("cache", cached)) if v is not None), None)
     if known is not None:
         source, values = known
-        choice = _taken(plan, values, stage)
+        choice = _taken(plan, values if source == "run" else forget_trials(values), stage)
         stage.apply(choice)
         if source == "plan":
             with stage.rolled_back():
                 run_heaviest(stage, choice)
+                stage.apply(choice)
     else:
         source = "rehearsal" if is_open else "recipe"
-        if is_open:
-            what = "rehearsal: measuring attention and micro-batches on this run's rows"
-            stage.reporter.info(f"{what}, kept for this recipe with this seed; --plan takes another run's")
         choice = rehearse(stage, plan)
     resolved = replace(
         choice,
@@ -237,7 +241,7 @@ def resolve_plan(
         ranks=stage.executor.ranks,
         source=source if is_open else "recipe",
     )
-    if stage.executor.ranks > 1:  # each measured for itself, and clocks differ: rank 0's values
+    if stage.executor.ranks > 1:  # each looked at its own memory: rank 0's values
         resolved = ResolvedPlan.from_json(stage.executor.gather(resolved.to_json())[0])
         stage.apply(_taken(plan, resolved, stage))
     if cache_name is not None and cached is None and source == "rehearsal" and stage.executor.rank == 0:
@@ -247,17 +251,22 @@ def resolve_plan(
 
 def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> ResolvedPlan:
     """What the recipe fixes, and for the rest `values`."""
-    tokens, checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
+    checkpointing = plan.gradient_checkpointing
     choice = replace(
         values,
-        micro_batch_tokens=values.micro_batch_tokens if tokens is None else tokens,
-        attention=values.attention if plan.attention == "auto" else plan.attention,
         gradient_checkpointing=values.gradient_checkpointing if checkpointing is None else checkpointing,
-        micro_batches_at_once=values.micro_batches_at_once if tokens is None else 1,
     )
-    if choice.micro_batches_at_once > 1 and not stage.may_run_at_once(choice.gradient_checkpointing):
-        return replace(choice, micro_batches_at_once=1)
-    return choice
+    at_once = any(way.micro_batches_at_once > 1 for way in choice.ways)
+    one_by_one = at_once and not stage.may_run_at_once(choice.gradient_checkpointing)
+
+    def taken(way: Way) -> Way:
+        return Way(
+            way.attention if plan.attention == "auto" else plan.attention,
+            way.micro_batch_tokens if plan.micro_batch_tokens is None else plan.micro_batch_tokens,
+            1 if one_by_one or plan.micro_batch_tokens is not None else way.micro_batches_at_once,
+        )
+
+    return replace(choice.running(taken(choice.later)), first_steps=[taken(way) for way in choice.first_steps])
 
 
 def _read_cached(name: str | None, reporter: Reporter) -> ResolvedPlan | None:

@@ -108,7 +108,11 @@ def _drop(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
 
 def run_at_once(executor: Executor, count: int) -> Executor:
     """The executor, or one that runs so many micro-batches at once over the same objective."""
-    return executor if count == 1 else InThreads(executor.objective, count)
+    if count == 1:
+        return executor
+    threads = InThreads(executor.objective, count)
+    threads.scaler = executor.scaler
+    return threads
 
 
 def may_run_in_threads(executor: Executor, batch: Batch, *, checkpointing: bool) -> bool:

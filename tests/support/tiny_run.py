@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorafit.files.rundir import RunDir
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at, schedules
 from lorafit.kinds.tasks import tasks
+from lorafit.model.attention import set_attention
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
@@ -31,7 +33,6 @@ from lorafit.trainer.loop import Cadence, HeldOut, Trainer
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 from lorafit.trainer.ranks import OverRanks
 from lorafit.trainer.step import Update
-from lorafit.trainer.threaded_micro_batches import run_at_once
 from tests.support.tiny_model import tiny_llama
 
 CAUSAL_LM = tasks.make("causal-lm")
@@ -133,6 +134,7 @@ class Job:
     budget: int = 64
     packing: bool = False
     at_once: int = 1
+    trials: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=lambda: {"kind": "adamw"})
     learning_rate: float = 1e-2
     keep_last: int = 2
@@ -167,20 +169,24 @@ class Job:
             executor.scaler,
             hook=self.hook,
         )
-        resolved = ResolvedPlan(self.budget, 64, "eager", False, "fp32", "fp32", "cpu", executor.ranks, "recipe")
+        resolved = replace(
+            ResolvedPlan(self.budget, 64, "eager", False, "fp32", "fp32", "cpu", executor.ranks, "recipe"),
+            micro_batches_at_once=self.at_once,
+            **self.trials,
+        )
         environment = Environment.here("cpu", executor.ranks)
         log = MetricsLog(run.metrics, self.reporter)
         return Trainer(
-            run_at_once(executor, self.at_once),
+            executor,
             update,
             StepRows(self.rows, self.seed, self.batch_size),
             Cutter(self.rows, CAUSAL_LM, PAD, self.packing, ranks=executor.ranks),
-            self.budget,
             self.plan,
             self.store,
             Snapshot(update, save_adapter(self.model), load_adapter(self.model), resolved, environment),
             Journal(self.reporter, log, profile=self.profile, counts_memory=self.counts_memory),
             self.held_out,
+            set_attention=partial(set_attention, self.objective.base),
         )
 
     def resume(self, step: int | None = None) -> tuple[Trainer, Any]:

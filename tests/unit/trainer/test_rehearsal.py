@@ -1,8 +1,9 @@
-"""The rehearsal settles what is open, tries the heaviest micro-batches, and leaves no trace."""
+"""The rehearsal tells what is open and right, tries the heaviest micro-batches, and leaves no trace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +15,15 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from lorafit.contracts import Batch, Silent
-from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, cut_step
+from lorafit.contracts import Silent
 from lorafit.errors import NumericsError, ResourceError
 from lorafit.files.cache import keep
 from lorafit.ops import causal_attention
 from lorafit.ops.rng import capture_rng
-from lorafit.plan import ResolvedPlan
+from lorafit.plan import ResolvedPlan, Way
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.rehearsal import fill_rows, heaviest_shapes, rehearse, resolve_plan, run_heaviest
-from lorafit.trainer.stage import CLOSE_ENOUGH, Stage
+from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import InThreads
 from tests.support.tiny_run import CAUSAL_LM, PAD, Job, Rows
@@ -46,8 +46,8 @@ def stage(job: Job, **values: Any) -> Stage:
 
 @pytest.fixture(autouse=True)
 def from_one_row_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These rows are tiny, so that measuring begins at one longest row."""
-    monkeypatch.setattr("lorafit.trainer.stage._FIRST_BUDGET_TOKENS", 1)
+    """These rows are tiny, so that the ways begin at one longest row."""
+    monkeypatch.setattr("lorafit.trainer.stage._FIRST_BUDGET_TOKENS", {"cpu": 1, "gpu": 1})
 
 
 def open_plan(**fixed: Any) -> Any:
@@ -57,6 +57,7 @@ def open_plan(**fixed: Any) -> Any:
         "micro_batch_tokens": None,
         "min_micro_batch_tokens": 40,
         "max_micro_batch_tokens": 320,
+        "total_steps": 400,
         "dtype": "fp32",
         "compute_dtype": "fp32",
     }
@@ -65,6 +66,11 @@ def open_plan(**fixed: Any) -> Any:
 
 def resolve(rehearsal: Stage, plan: Any, **sources: Any) -> ResolvedPlan:
     return resolve_plan(plan, rehearsal, **sources)
+
+
+def tried(plan: ResolvedPlan) -> list[tuple[str, int, int]]:
+    """Attention, tokens and number at once of each way, in turn."""
+    return [(way.attention, way.micro_batch_tokens, way.micro_batches_at_once) for way in plan.ways]
 
 
 def forwards(rehearsal: Stage) -> list[tuple[int, int]]:
@@ -94,85 +100,52 @@ def test_it_leaves_no_trace(job: Callable[..., Job]) -> None:
     assert one.files(8) == plain.files(8)
 
 
-def test_it_measures_what_is_open_and_picks_within_the_bounds(job: Callable[..., Job]) -> None:
+def test_it_tells_what_is_open_and_right_within_the_bounds(job: Callable[..., Job]) -> None:
     rehearsal = stage(job())
     resolved = resolve(rehearsal, open_plan())
-    assert resolved.attention in ("eager", "fused", "sdpa")
-    assert rehearsal.objective.base.config._attn_implementation == resolved.attention
-    assert resolved.micro_batch_tokens in (40, 80, 160, 320) and resolved.gradient_checkpointing is False
-    assert set(resolved.measured["attention_tokens_per_second"]) == {"eager", "fused", "sdpa"}
-    rates = {int(k): v for k, v in resolved.measured["budget_tokens_per_second"].items()}
-    assert min(rates) == 40 and resolved.measured["peak_memory_bytes"] > 0
-    assert rates[resolved.micro_batch_tokens] >= CLOSE_ENOUGH["cpu"] * max(rates.values())
+    alone = [("fused", 80, 1), ("sdpa", 40, 1), ("eager", 40, 1), ("fused", 160, 1), ("fused", 320, 1)]
+    assert tried(resolved) == [("fused", 40, 1), *alone] and not resolved.is_settled
+    assert resolved.first_steps == [*resolved.ways, *resolved.ways]
+    assert rehearsal.objective.base.config._attn_implementation == resolved.attention == "fused"
+    assert resolved.gradient_checkpointing is False and resolved.measured["peak_memory_bytes"] > 0
 
 
-def test_the_smallest_budget_close_to_the_fastest_is_taken(
+@pytest.mark.parametrize(("total_steps", "ways"), [(1, 1), (39, 1), (40, 2), (60, 3), (1000, 6)])
+def test_a_run_tries_for_a_tenth_of_its_steps_at_most(job: Callable[..., Job], total_steps: int, ways: int) -> None:
+    resolved = resolve(stage(job()), open_plan(total_steps=total_steps))
+    assert len(resolved.ways) == ways and len(resolved.first_steps) == (2 * ways if ways > 1 else 0)
+    assert resolved.is_settled is (ways == 1)
+
+
+def test_nothing_is_timed_or_proven_that_a_short_run_does_not_take(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU within 5 %: its memory serves others too."""
-    rates = {40: 80.0, 80: 96.0, 160: 100.0, 320: 99.0}
-    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: rates[budget])
-    assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
-    bounded = stage(job(), fits=lambda tokens, checkpointing, attention: tokens <= 40)
-    assert resolve(bounded, open_plan(attention="sdpa")).micro_batch_tokens == 40
+    """Before the three steps of a short run: the proof of one attention, and the heaviest micro-batches."""
+    rehearsal = stage(job())
+    seen = forwards(rehearsal)
+    monkeypatch.setattr("lorafit.trainer.rehearsal.run_heaviest", lambda *_: None)
+    resolve(rehearsal, open_plan(total_steps=3))
+    assert len(seen) == 4 and len(set(seen)) == 1  # eager's and fused's logits, sdpa's and fused's gradients
 
 
 def test_a_cpu_gets_no_more_tokens_than_its_cores_are_served_with(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorafit.trainer.stage._MOST_CORE_TOKENS", 40)
-    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(budget))
     torch.set_num_threads(2)
-    assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 80
+    resolved = resolve(stage(job()), open_plan(attention="sdpa"))
+    assert tried(resolved) == [("sdpa", 40, 1), ("sdpa", 80, 1)]
 
 
-@pytest.mark.parametrize(("budget", "at_once"), [(40, 1), (160, 1), (120, 2)])
-def test_a_rate_counts_padding_and_idle_cores(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, budget: int, at_once: int
-) -> None:
-    """A machine of exactly 1,000 padded tokens a second and core, and what each micro-batch costs besides."""
-    rehearsal, seen = stage(job()), []
-
-    def clock(executor: Any, batches: list[Batch]) -> float:
-        seen.append(tuple(batch.rows for batch in batches))
-        return max(MICRO_BATCH_COST_TOKENS + batch.padded_tokens for batch in batches) / 1000
-
-    monkeypatch.setattr("lorafit.trainer.stage.time_micro_batches", clock)
-    rate = rehearsal.rate(budget, at_once)
-    seconds = tokens = 0.0
-    for step in range(1, 5):
-        rows = rehearsal.step_rows.rows(step)[1]
-        parts = cut_step(rows, rehearsal.examples.lengths, budget, at_once)
-        padded = [len(part) * max(rehearsal.examples.lengths[row] for row in part) for part in parts]
-        cores = [0.0] * at_once
-        for size in sorted(padded, reverse=True):
-            cores[cores.index(min(cores))] += (MICRO_BATCH_COST_TOKENS + size) / 1000
-        seconds += max(cores)
-        tokens += sum(rehearsal.examples.lengths[row] for row in rows)
-    assert rate == pytest.approx(tokens / seconds)
-    assert len(set(seen)) == len(seen) == 3 and all(len(rows) == at_once for rows in seen)  # nothing is timed twice
-
-
-@pytest.mark.parametrize(("abreast_rate", "expected"), [(150.0, 2), (99.0, 1)])
-def test_a_micro_batch_a_core_where_that_pays(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, abreast_rate: float, expected: int
+@pytest.mark.parametrize(("most", "expected"), [(160, [("sdpa", 40, 2), ("sdpa", 160, 1), ("sdpa", 40, 1)])])
+def test_a_micro_batch_a_core_or_one_on_all(
+    job: Callable[..., Job], most: int, expected: list[tuple[str, int, int]]
 ) -> None:
     torch.set_num_threads(2)
-    tokens_asked = []
-
-    def fits(tokens: int, checkpointing: bool, attention: str) -> bool:
-        tokens_asked.append(tokens)
-        return tokens <= 160
-
-    monkeypatch.setattr(
-        Stage, "rate", lambda self, budget, at_once=1: (abreast_rate if at_once > 1 else 100.0) + budget
-    )
-    rehearsal = stage(job(), one_by_one=False, fits=fits)
-    resolved = resolve(rehearsal, open_plan(attention="sdpa"))
-    assert resolved.micro_batches_at_once == expected
-    assert resolved.tokens_at_once <= 160
-    assert rehearsal.measured["at_once_tokens_per_second"] == {"1": 140.0, "2": abreast_rate + 40}
-    assert 80 in tokens_asked
+    plan = open_plan(attention="sdpa", max_micro_batch_tokens=most)
+    assert tried(resolve(stage(job(), one_by_one=False), plan)) == expected
+    tight = stage(job(), one_by_one=False, fits=lambda tokens, checkpointing, attention: tokens < 80)
+    assert tried(resolve(tight, plan)) == [("sdpa", 40, 1)]
 
 
 def test_one_by_one_where_it_is_asked_for_or_the_recipe_sets_the_size(job: Callable[..., Job]) -> None:
@@ -182,13 +155,10 @@ def test_one_by_one_where_it_is_asked_for_or_the_recipe_sets_the_size(job: Calla
     assert open_.micro_batches_at_once == fixed.micro_batches_at_once == 1
 
 
-@pytest.mark.parametrize("when", ["measured", "tried"])
 def test_out_of_memory_abreast_goes_back_to_one_by_one(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, when: str
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(2)
-    if when == "tried":  # the rates look well, the heaviest micro-batches run out
-        monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(at_once))
     accumulate = InThreads.accumulate
 
     def run_out(self: InThreads, *arguments: Any) -> Any:
@@ -196,17 +166,16 @@ def test_out_of_memory_abreast_goes_back_to_one_by_one(
         raise RuntimeError("alloc_cpu: can't allocate memory")
 
     monkeypatch.setattr(InThreads, "accumulate", run_out)
-    resolved = resolve(stage(job(), one_by_one=False), open_plan(attention="sdpa"))
-    assert resolved.micro_batches_at_once == 1
+    for total_steps in (3, 400):
+        plan = open_plan(attention="sdpa", total_steps=total_steps, max_micro_batch_tokens=80)
+        resolved = resolve(stage(job(), one_by_one=False), plan)
+        assert {way.micro_batches_at_once for way in resolved.ways} == {1}
 
 
-def test_measuring_begins_at_a_size_that_is_never_far_from_the_best(
+def test_the_ways_begin_at_a_size_that_is_never_far_from_the_best(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine so slow that one measurement takes all the time keeps that size, if it fits."""
-    monkeypatch.setattr("lorafit.trainer.stage._FIRST_BUDGET_TOKENS", 200)
-    monkeypatch.setattr("lorafit.trainer.rehearsal._MOST_SECONDS", -1.0)
-    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(budget))
+    monkeypatch.setattr("lorafit.trainer.stage._FIRST_BUDGET_TOKENS", {"cpu": 200})
     assert resolve(stage(job()), open_plan(attention="sdpa")).micro_batch_tokens == 200
     tight = stage(job(), fits=lambda tokens, checkpointing, attention: tokens <= 100)
     assert resolve(tight, open_plan(attention="sdpa")).micro_batch_tokens == 100
@@ -262,7 +231,7 @@ def test_attention_that_mixes_documents_or_changes_the_loss_is_left_out(
     for packing, left in ((True, {"sdpa"}), (False, {"blind", "sdpa"})):
         rehearsal = louder(stage(job(), packing=packing))
         resolved = resolve(rehearsal, open_plan(micro_batch_tokens=64))
-        assert set(resolved.measured["attention_tokens_per_second"]) == left and resolved.attention in left
+        assert {way.attention for way in resolved.ways} == left
         assert "cold attention is left out: its logits are" in rehearsal.reporter.warnings[0]  # type: ignore[attr-defined]
 
 
@@ -341,25 +310,40 @@ def test_checkpointing_goes_on_where_the_estimate_says_so(job: Callable[..., Job
     assert resolve(rehearsal, open_plan(attention="sdpa")).gradient_checkpointing is True and switched == [True]
 
 
-def test_out_of_memory_lowers_the_budget_then_turns_checkpointing_on_then_ends(
+def test_out_of_memory_leaves_large_ways_out_then_lowers_the_budget_then_turns_checkpointing_on_then_ends(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: float(budget))  # the largest is the fastest
+    monkeypatch.setattr("lorafit.trainer.stage._FIRST_BUDGET_TOKENS", {"cpu": 160})
     tried: list[tuple[int, bool]] = []
 
-    def limited(stage: Stage, choice: Any) -> None:
-        tried.append((choice.micro_batch_tokens, choice.gradient_checkpointing))
-        if not (choice.gradient_checkpointing and roomy):
+    def limited(stage: Stage, choice: ResolvedPlan) -> None:
+        tokens = max(way.tokens_at_once for way in choice.ways)
+        tried.append((tokens, choice.gradient_checkpointing))
+        if not ((choice.gradient_checkpointing and roomy) or tokens == fits_too):
             raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("lorafit.trainer.rehearsal.run_heaviest", limited)
-    roomy = True
+    roomy, fits_too = True, 0
     resolved = resolve(stage(job()), open_plan(attention="sdpa"))
     assert tried == [(320, False), (160, False), (80, False), (40, False), (40, True)]
-    assert (resolved.micro_batch_tokens, resolved.gradient_checkpointing) == (40, True)
-    roomy = False
+    assert (resolved.micro_batch_tokens, resolved.gradient_checkpointing) == (40, True) and resolved.is_settled
+    fits_too = 160
+    resolved = resolve(stage(job()), open_plan(attention="sdpa"))
+    assert (resolved.micro_batch_tokens, resolved.first_steps, resolved.is_settled) == (160, [], True)
+    roomy, fits_too = False, 0
     with pytest.raises(ResourceError, match=r"out of memory before step 1: seq length 40"):
         resolve(stage(job()), open_plan(attention="sdpa"))
+
+
+def test_the_heaviest_of_all_ways_is_tried(job: Callable[..., Job]) -> None:
+    """It holds the most tokens, and keeps all scores where one of those does: the others are lighter."""
+    rehearsal = stage(job())
+    ways = [Way("fused", 40, 2), Way("eager", 40, 2), Way("fused", 80), Way("sdpa", 40)]
+    choice = resolve(rehearsal, open_plan(attention="sdpa", micro_batch_tokens=64, total_steps=1))
+    seen, base = [], rehearsal.objective.base
+    base.model.register_forward_pre_hook(lambda *_: seen.append((base.training, base.config._attn_implementation)))
+    run_heaviest(rehearsal, replace(choice.running(ways[0]), first_steps=ways))
+    assert {attention for training, attention in seen if training} == {"eager"}
 
 
 def test_sources_come_in_order_and_the_recipe_wins(
@@ -399,33 +383,13 @@ def test_a_rehearsal_is_cached_and_a_broken_cache_is_measured_anew(
         assert resolve(stage(job()), open_plan(), cache_name="plans/a.json").source == "rehearsal"
 
 
-@pytest.mark.parametrize(
-    ("rates", "taken"),
-    [
-        ({"sdpa": 100.0, "fused": 90.0, "eager": 109.0}, "sdpa"),
-        ({"sdpa": 100.0, "fused": 105.0, "eager": 115.0}, "fused"),
-        ({"sdpa": 100.0, "fused": 90.0, "eager": 112.0}, "eager"),
-    ],
-)
-def test_eager_attention_has_to_pay_for_the_scores_it_keeps(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, rates: dict[str, float], taken: str
-) -> None:
-    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: rates[self.attention])
-    resolved = resolve(stage(job()), open_plan(micro_batch_tokens=64))
-    assert resolved.attention == taken and resolved.measured["attention_tokens_per_second"] == rates
-
-
-def test_the_estimate_is_asked_about_the_attention_that_is_tried(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eager attention is not tried where its scores do not fit, and budgets are bounded by what was chosen."""
-    monkeypatch.setattr(Stage, "rate", lambda self, budget, at_once=1: 2.0 if self.attention == "eager" else 1.0)
-    roomy = resolve(stage(job()), open_plan(micro_batch_tokens=64))
-    assert roomy.attention == "eager"
+def test_the_estimate_is_asked_about_the_attention_that_is_tried(job: Callable[..., Job]) -> None:
+    """Eager attention is not tried where its scores do not fit, and budgets are bounded by what is."""
+    assert "eager" in {way.attention for way in resolve(stage(job()), open_plan(micro_batch_tokens=64)).ways}
     tight = stage(job(), fits=lambda tokens, checkpointing, attention: attention != "eager" and tokens < 160)
     resolved = resolve(tight, open_plan())
-    assert resolved.attention != "eager" and resolved.micro_batch_tokens < 160
-    assert set(resolved.measured["attention_tokens_per_second"]) == {"sdpa", "fused"}
+    assert {way.attention for way in resolved.ways} == {"sdpa", "fused"}
+    assert max(way.tokens_at_once for way in resolved.ways) < 160
     named = stage(job(), fits=lambda tokens, checkpointing, attention: checkpointing or attention != "eager")
     assert resolve(named, open_plan(attention="eager")).gradient_checkpointing is True
 
@@ -436,13 +400,32 @@ def test_fused_attention_must_train_as_sdpa_does(job: Callable[..., Job], monkey
     monkeypatch.setattr(causal_attention, "causal_attention", lambda q, k, v, scale: real(q, k, v, 0.5 * scale))
     rehearsal = louder(stage(job(dropout=0.3)))
     resolved = resolve(rehearsal, open_plan(micro_batch_tokens=64))
-    assert "fused" not in resolved.measured["attention_tokens_per_second"] and resolved.attention != "fused"
+    assert "fused" not in {way.attention for way in resolved.ways}
     assert "fused attention is left out: its gradients are" in rehearsal.reporter.warnings[0]  # type: ignore[attr-defined]
     monkeypatch.setattr(causal_attention, "causal_attention", real)
     rehearsal = louder(stage(job("again", dropout=0.3)))
-    assert "fused" in resolve(rehearsal, open_plan(micro_batch_tokens=64)).measured["attention_tokens_per_second"]
+    assert "fused" in {way.attention for way in resolve(rehearsal, open_plan(micro_batch_tokens=64)).ways}
 
 
-def test_packed_rows_are_not_measured_twice(job: Callable[..., Job]) -> None:
+def test_packed_rows_do_not_try_what_would_hand_them_on(job: Callable[..., Job]) -> None:
     resolved = resolve(stage(job(), packing=True), open_plan(micro_batch_tokens=64))
-    assert set(resolved.measured["attention_tokens_per_second"]) == {"sdpa", "eager"}
+    assert [way.attention for way in resolved.ways] == ["sdpa", "eager"]
+
+
+def test_how_packed_rows_are_kept_apart_goes_with_the_attention(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is proven once for each, and the steps that try another one switch it as well."""
+    proven = []
+
+    def prove(objective: Any, *_: Any, **__: Any) -> None:
+        proven.append(objective.base.config._attn_implementation)
+        objective.masks_documents = proven[-1] == "eager"
+
+    monkeypatch.setattr("lorafit.trainer.stage.prove_separation", prove)
+    rehearsal = stage(job(), packing=True)
+    resolve(rehearsal, open_plan(micro_batch_tokens=64))
+    for name in ("sdpa", "eager", "sdpa"):
+        rehearsal.set_attention(name)
+        assert rehearsal.objective.masks_documents is (name == "eager")
+    assert sorted(proven) == ["eager", "sdpa"]
