@@ -312,6 +312,6 @@ def test_a_plan_of_before_reads_as_one_by_one() -> None:
         "source": "rehearsal",
     }
     old = ResolvedPlan.from_json(values)
-    assert (old.micro_batches_at_once, old.tokens_at_once) == (1, 64)
+    assert (old.micro_batches_at_once, old.later.tokens_at_once, old.is_settled) == (1, 64, True)
     new = ResolvedPlan.from_json({**values, "micro_batches_at_once": 3})
-    assert ResolvedPlan.from_json(new.to_json()).tokens_at_once == 192
+    assert ResolvedPlan.from_json(new.to_json()).later.tokens_at_once == 192
