@@ -20,7 +20,7 @@ from lorafit.trainer.trials import forget_trials, note_trial, settle, try_in_tur
 from tests.support.tiny_run import CAUSAL_LM, PAD, Job, Rows, set_rate
 from tests.unit.trainer.test_loop_resume import without_times
 
-A, B, C = Way("eager", 64), Way("sdpa", 40, 2), Way("fused", 160)
+A, B, C = Way("eager", 160), Way("sdpa", 64, 2), Way("fused", 64)
 TRIED = {"first_steps": [A, B, C, A, B, C], "is_settled": False}
 
 
