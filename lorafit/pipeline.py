@@ -314,7 +314,7 @@ def generate(
     check_answerable(run, checkpoint)
     prompts = read_prompts(run, prompt, input_file, rows, reporter)
     from lorafit.answering.generate import Request, Sampling
-    from lorafit.answering.opening import open_answerer, warn_of_empty
+    from lorafit.answering.opening import open_answerer, warn_of_cut, warn_of_empty
 
     if compare_base and is_model(run):
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")
@@ -332,6 +332,7 @@ def generate(
     tuned = answer(answerer.adapter, "answers")
     base = answer(None, "answers, base model") if compare_base else None
     warn_of_empty(tuned, voice, reporter)
+    warn_of_cut([*tuned, *(base or ())], max_new_tokens, reporter)
     return Generated(prompts, tuned, base, are_chats=voice.chats is not None)
 
 

@@ -153,6 +153,19 @@ def warn_of_empty(answers: Sequence[Answer], voice: Voice, reporter: Reporter) -
     reporter.warn(said)
 
 
+def warn_of_cut(answers: Sequence[Answer], max_new_tokens: int, reporter: Reporter) -> None:
+    """Says which answers do not end where the model would have ended them: what is missing is not to be seen."""
+    cut = sum(answer.ended == "length" and answer.tokens >= max_new_tokens for answer in answers)
+    full = sum(answer.ended != "stop" for answer in answers) - cut
+    for count, where, todo in (
+        (cut, counted(max_new_tokens, "token"), "raise max_new_tokens"),
+        (full, "the model's last position", "shorten the prompt"),
+    ):
+        if count:
+            of = f"{count} of {counted(len(answers), 'answer')} {agreed(count, 'is', 'are')}"
+            reporter.warn(f"{of} cut at {where}; {todo}")
+
+
 def _require_answers(task: Task[TaskSection]) -> None:
     """Raises ModelError where the models of a task write no text."""
     if not task.writes_answers:

@@ -278,8 +278,16 @@ class Classified(Printed):
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def render(self, console: Console) -> None:
-        """A line a text: labels with their probabilities, and the text where there are several."""
+        """A line a text: labels with their probabilities, and the text where there are several.
+
+        Blank lines of a file that holds a text a line are blank here too, so that both can be laid side by side.
+        """
+        before, line_before = "", 0
         for text, found in zip(self.texts, self.found, strict=True):
+            line_before = line_before if text.file == before else 0
+            if text.file.removesuffix(".gz").endswith((".txt", ".jsonl", ".ndjson")):
+                console.print("\n" * (text.line - line_before - 1), end="")
+            before, line_before = text.file, text.line
             given = found["labels"] or [max(found["probabilities"], key=found["probabilities"].get)]
             shown = ", ".join(f"{label} {100 * found['probabilities'][label]:.1f} %" for label in given)
             line = shown if found["labels"] else f"none of them (nearest: {shown})"
