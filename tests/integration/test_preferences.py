@@ -64,7 +64,7 @@ def test_from_preview_to_merge(pairs: World) -> None:
     say_all(estimated, 0, "12 rows", f"{lengths[0][0]} (2 sequences padded to {lengths[0][1]})")
     trained = pairs.run("train", "r.yaml")
     say_all(trained, 0, "adapter of step 4", f"longest {lengths[0][0]} tokens (2 sequences padded to {lengths[0][1]})")
-    assert [each.stderr.count("dry run") for each in (seen, estimated, trained)] == [0, 1, 1]
+    assert [each.stderr.count("by dry runs") for each in (seen, estimated, trained)] == [0, 1, 1]
     assert sum("reward_accuracy" in json.dumps(line) for line in steps_of(pairs.root / "run")) == 2
     scored = metrics_of(pairs, "run")
     assert scored["reward_accuracy"]["base"] == pytest.approx(0.5) and scored["reward_margin"]["base"] == 0.0
