@@ -136,8 +136,9 @@ def test_bombs_are_refused_in_bounded_memory(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     with gzip.open(tmp_path / "d.jsonl.gz", "wb") as file:
+        row = b'{"text": "' + b"a" * (MIB // 64 - 13) + b'"}\n'
         for _ in range(100):
-            file.write(b'{"text": "a"}\n' * (MIB // 14))
+            file.write(row * 64)
     with (tmp_path / "d.json").open("wb") as large:
         large.write(b'[{"text": "a"},\n{"text": "')
         for _ in range(100):
