@@ -453,6 +453,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if installed()["trl"] == "not installed":
         raise SystemExit("trl is not installed: pip install trl")
+    if missing := [data for data in arguments.data if not Path(data).is_file()]:
+        raise SystemExit(f"no such file: {', '.join(missing)}")
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="throughput-"))
     try:
         sets = [compare(arguments.model, data, work, arguments) for data, work in work_folders(arguments, root)]
