@@ -9,11 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.prove_gpu.verdicts import NOT_ON_A_CPU, STAGES, Proof, Stage, run_stages, table
+from benchmarks.throughput import describe_machine, installed
 
 PACKAGES = (
     "lorafit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "trl", "liger-kernel",
@@ -44,7 +44,7 @@ def main(results: Path = RESULTS) -> int:
     from lorafit.files.cache import cache_folder
 
     stages = [name for name in STAGES if name in wanted or (not wanted and (device == "cuda" or name != NOT_ON_A_CPU))]
-    proof = Proof(describe(device), device, installed())
+    proof = Proof(describe(device), device, installed(PACKAGES))
     kept = cache_folder() / "prove-gpu"
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="prove-gpu-") as folder:
@@ -104,23 +104,10 @@ def describe(device: str) -> str:
     import torch
 
     if device == "cpu":
-        from benchmarks.throughput import describe_machine
-
         return f"{describe_machine()}, torch {torch.__version__}"
     from benchmarks.prove_gpu.card import read_driver
 
     return f"{torch.cuda.get_device_name()}, driver {read_driver()}, torch {torch.__version__}"
-
-
-def installed() -> dict[str, str]:
-    """Versions by package; those that are absent are said to be."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def name_of(proof: Proof, wanted: list[str]) -> str:

@@ -149,6 +149,7 @@ def right_attentions(stage: Stage, budget: int, checkpointing: bool) -> Iterator
         return
     expected, found = _logits(stage, "eager"), False
     for name in _open_candidates(stage, budget, checkpointing):
+        ran_out = False
         try:
             stage.set_attention(name)
             if name != "eager" and (far := _disagreement(stage, name, expected)):
@@ -159,10 +160,12 @@ def right_attentions(stage: Stage, budget: int, checkpointing: bool) -> Iterator
         except NumericsError as error:
             stage.reporter.info(f"{name} attention is left out: {error.what}")
             continue
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            stage.clear()
+            ran_out = True
+        if ran_out:
+            stage.clear()  # outside of the except block, whose traceback holds the activations
             continue
         found = True
         yield name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,25 @@ def test_it_tells_what_is_open_and_right_within_the_bounds(job: Callable[..., Jo
     assert resolved.first_steps == [*resolved.ways, *resolved.ways]
     assert rehearsal.objective.base.config._attn_implementation == resolved.attention == "fused"
     assert resolved.gradient_checkpointing is False and resolved.measured["peak_memory_bytes"] > 0
+
+
+def test_an_attention_whose_proof_runs_out_of_memory_is_left_out(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card or in the host; its activations are let go of before what it held is given back."""
+    rehearsal, held, cleared = stage(job()), [], []
+    errors = {"fused": torch.OutOfMemoryError("CUDA out of memory"), "sdpa": MemoryError()}
+
+    def run_out(rehearsal: Stage, name: str, *_: object) -> str:
+        activations = torch.nn.Linear(1, 1)
+        held.append(weakref.ref(activations))
+        raise errors.pop(name)
+
+    clear = rehearsal.clear
+    monkeypatch.setattr("lorafit.trainer.stage._disagreement", run_out)
+    monkeypatch.setattr(rehearsal, "clear", lambda: (cleared.append([kept() is None for kept in held]), clear()))
+    assert tried(resolve(rehearsal, open_plan()))[0][0] == "eager"
+    assert not errors and cleared[:2] == [[True], [True, True]]
 
 
 @pytest.mark.parametrize(("total_steps", "ways"), [(1, 1), (39, 1), (40, 2), (60, 3), (1000, 6)])
