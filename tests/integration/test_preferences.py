@@ -102,6 +102,21 @@ def test_the_reference_is_the_adapter_that_training_began_with(pairs: World) -> 
     say_all(pairs.run("eval", "run"), 5, "first-adapter")
 
 
+def test_odds_need_no_reference(pairs: World) -> None:
+    pairs.recipe(("  dropout: 0.0", "  dropout: 0.0\ntask: {kind: orpo, odds_weight: 0.5}"), *DPO[1:])
+    trained = pairs.run("train", "r.yaml")
+    say_all(trained, 0, "adapter of step 4")
+    assert "reference" not in trained.stdout + trained.stderr
+    whole = pairs.weights()
+    stop_after(pairs, "run", 2)
+    say_all(pairs.run("train", "r.yaml", "--resume"), 0, "step 4")
+    assert pairs.weights() == whole
+    scored = metrics_of(pairs, "run")
+    assert scored["loss"]["tuned"] < scored["loss"]["base"]
+    assert scored["reward_margin"]["tuned"] > scored["reward_margin"]["base"] != 0.0
+    say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
+
+
 def test_rows_of_one_answer_and_of_two_are_told_apart(pairs: World) -> None:
     pairs.rows()
     say_all(pairs.run("preview", "r.yaml"), 4, "rows of question_answer", "dpo needs prompt, chosen, rejected")

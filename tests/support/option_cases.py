@@ -162,7 +162,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
     preferences = partial(last_of_pairs, world, "dpo")
     return {
         "task": Case(
-            ("causal-lm", "dpo", classifier()),
+            ("causal-lm", "dpo", "orpo", classifier()),
             lambda task: last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)],
         ),
         "task(sequence-classification).labels": Case(
@@ -174,6 +174,8 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
         "task(dpo).beta": Case((0.1, 5.0), partial(preferences, "beta")),
         "task(dpo).loss": Case(("sigmoid", "hinge", "ipo"), partial(preferences, "loss")),
         "task(dpo).label_smoothing": Case((0.0, 0.3), partial(preferences, "label_smoothing"), refused=(0.5,)),
+        "task(dpo).sft_weight": Case((0.0, 0.5), partial(preferences, "sft_weight")),
+        "task(orpo).odds_weight": Case((0.1, 1.0), partial(last_of_pairs, world, "orpo", "odds_weight")),
     }
 
 

@@ -1,7 +1,5 @@
-"""Share of pairs of which the chosen answer gained more log-probability over the reference than the rejected one.
-
-Source: Rafailov et al. 2023, Direct Preference Optimization (https://arxiv.org/abs/2305.18290): its implicit reward is
-beta times what an answer gained.
+"""Share of pairs whose chosen answer has more reward than the rejected one. What a reward is, the task says: DPO's is
+what an answer gained over the reference, ORPO's the odds of its tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +11,13 @@ from lorafit.kinds.metrics import ScoreMean, metrics
 
 @metrics.register("reward_accuracy")
 class RewardAccuracy(ScoreMean):
-    """A tie counts half: the reference itself prefers neither, and has 50 %."""
+    """A tie counts half: DPO's reference itself prefers neither, and has 50 %."""
 
     reads = ("preferred", "weight")
     better = "higher"
     percent = True
     condition = "a pair of answers"
-    settings = "chosen above rejected by the gain over the reference; a tie counts half"
+    settings = "chosen above rejected by the task's reward; a tie counts half"
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """The share."""

@@ -1,4 +1,4 @@
-"""Mean over pairs of beta times what the chosen answer gained over the reference beyond what the rejected one did."""
+"""Mean over pairs of how far the chosen answer's reward is above the rejected one's; the task says what a reward is."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from lorafit.kinds.metrics import ScoreMean, metrics
 
 @metrics.register("reward_margin")
 class RewardMargin(ScoreMean):
-    """How far the two answers were moved apart, in nats times beta; 0 of the reference itself."""
+    """DPO: beta times the difference of both gains over the reference in nats, 0 of the reference itself; ORPO: the
+    logarithm of the odds ratio."""
 
     reads = ("margin", "weight")
     better = "higher"
     condition = "a pair of answers"
-    settings = "mean of beta times the difference of both log-ratios"
+    settings = "mean of the difference of both rewards of the task"
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """The mean."""

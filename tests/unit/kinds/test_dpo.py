@@ -23,26 +23,10 @@ from lorafit.kinds.tasks import tasks
 from lorafit.model.attach import attach_adapter
 from lorafit.model.load import load_model
 from lorafit.recipe.load import load_recipe
+from tests.support.pairs import PAD, SIDES, make_examples, plain_log_probs
 from tests.support.tiny_model import make_base, make_tokenizer
 from tests.support.tiny_recipe import make_pairs, make_recipe, write_rows
 from tests.unit.evaluation.conftest import add_adapter, build_llama
-
-PAD = 7
-
-
-def make_examples(count: int = 6) -> list[Example]:
-    """Pairs of different lengths; a prompt of 3 tokens, and a token of a tool inside of some chosen answers."""
-    drawn, found = np.random.default_rng(3), []
-    for index in range(count):
-        columns: dict[str, Any] = {}
-        prompt = drawn.integers(0, 250, 3).tolist()
-        for side in ("chosen", "rejected"):
-            answer = drawn.integers(0, 250, int(drawn.integers(2, 12))).tolist()
-            flags = [0, 0, 0, *[1] * len(answer)]
-            flags[4] = int(side == "rejected" or index % 2)
-            columns |= {f"{side}_tokens": prompt + answer, f"{side}_trained": flags}
-        found.append(Example(index, columns, "d.jsonl", index + 1))
-    return found
 
 
 @torch.no_grad()
@@ -54,23 +38,13 @@ def refer_to(objective: Any, examples: list[Example]) -> list[Example]:
     ]
 
 
-def plain_log_probs(model: Any, example: Example) -> torch.Tensor:
-    """transformers' log-probabilities of both answers, [2]: each sequence alone, from full logits."""
-    found = []
-    for side in ("chosen", "rejected"):
-        ids = torch.tensor([list(example[f"{side}_tokens"])])
-        log_probs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-        found.append((log_probs * torch.tensor(list(example[f"{side}_trained"])[1:])).sum())
-    return torch.stack(found)
-
-
 def plain_loss(section: Any, example: Example, ratios: torch.Tensor) -> torch.Tensor:
     """The papers' formulas for one pair."""
     beta, margin = section.beta, section.beta * (ratios[0] - ratios[1])
     if section.loss == "hinge":
         return (1 - margin).clamp(min=0)
     if section.loss == "ipo":
-        chosen, rejected = (sum(example[f"{side}_trained"]) for side in ("chosen", "rejected"))
+        chosen, rejected = (sum(example[f"{side}_trained"]) for side in SIDES)
         return (ratios[0] / chosen - ratios[1] / rejected - 1 / (2 * beta)) ** 2
     clean, flipped, rate = -functional.logsigmoid(margin), -functional.logsigmoid(-margin), section.label_smoothing
     return ((1 - rate) * clean - rate * flipped) / (1 - 2 * rate)
@@ -79,7 +53,7 @@ def plain_loss(section: Any, example: Example, ratios: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"beta": 2.5}, {"label_smoothing": 0.2}, {"loss": "hinge", "beta": 1.0}, {"loss": "ipo"}],
+    [{}, {"beta": 2.5}, {"label_smoothing": 0.2}, {"loss": "hinge", "beta": 1.0}, {"loss": "ipo"}, {"sft_weight": 0.7}],
     ids=str,
 )
 def test_loss_and_gradient_are_those_of_the_formula(options: dict[str, Any], exact: bool) -> None:
@@ -92,8 +66,11 @@ def test_loss_and_gradient_are_those_of_the_formula(options: dict[str, Any], exa
     base = build_llama()
     with torch.no_grad():
         references = [plain_log_probs(base, one) for one in examples]
-    ratios = [plain_log_probs(tuned, one) - ref for one, ref in zip(examples, references, strict=True)]
+    found = [plain_log_probs(tuned, one) for one in examples]
+    ratios = [now - before for now, before in zip(found, references, strict=True)]
     wanted = torch.stack([plain_loss(task.section, one, ratio) for one, ratio in zip(examples, ratios, strict=True)])
+    means = [now[0] / sum(one["chosen_trained"]) for now, one in zip(found, examples, strict=True)]
+    wanted = wanted - task.section.sft_weight * torch.stack(means)
     assert (loss.weight, batch.trained_tokens) == (6, sum(sum(o[f"{s}_trained"]) for o in examples for s in SIDES))
     torch.testing.assert_close(loss.loss_sum, wanted.sum(), rtol=2e-5, atol=1e-5)
     gradients = torch.autograd.grad(loss.loss_sum, trained)
@@ -104,9 +81,6 @@ def test_loss_and_gradient_are_those_of_the_formula(options: dict[str, Any], exa
     assert np.allclose(scores["loss"], wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
     assert np.allclose(scores["margin"], options.get("beta", 0.1) * margins, rtol=1e-3, atol=1e-4)
     assert scores["preferred"].tolist() == (margins > 0).tolist()
-
-
-SIDES = ("chosen", "rejected")
 
 
 @pytest.mark.parametrize("start", ["fresh", "trained"])
