@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.support.tiny_recipe import make_pairs, write_rows
 from tests.support.world import World, say_all
@@ -115,6 +118,34 @@ def test_odds_need_no_reference(pairs: World) -> None:
     assert scored["loss"]["tuned"] < scored["loss"]["base"]
     assert scored["reward_margin"]["tuned"] > scored["reward_margin"]["base"] != 0.0
     say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
+
+
+def test_a_reward_model_is_resumed_scored_and_merged_into_plain_transformers(pairs: World) -> None:
+    final = ("  final: [perplexity]\n  max_new_tokens: 8\n", "  final: [reward_accuracy, reward_margin, loss]\n")
+    pairs.recipe(("  dropout: 0.0", "  dropout: 0.0\ntask: {kind: reward, centering: 0.01}"), *DPO[1:3], final)
+    seen = pairs.run("preview", "r.yaml")
+    say_all(seen, 0, "2 sequences padded to")
+    say_all(pairs.run("estimate-memory", "r.yaml"), 0, "by dry runs")
+    say_all(pairs.run("train", "r.yaml"), 0, "adapter of step 4")
+    whole = pairs.weights()
+    stop_after(pairs, "run", 2)
+    say_all(pairs.run("train", "r.yaml", "--resume"), 0, "step 4")
+    assert pairs.weights() == whole
+    scored = pairs.run("eval", "run", "--json")
+    say_all(scored, 0)
+    assert 0.0 <= scored.json["metrics"]["reward_accuracy"]["tuned"] <= 1.0
+    assert "logistic regression" in scored.json["base_note"]
+    say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
+    folder = pairs.root / "run" / "adapter"
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    tuned = PeftModel.from_pretrained(model, folder).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(pairs.root / "merged").eval()
+    assert plain.config.id2label == {0: "reward"}
+    ids = AutoTokenizer.from_pretrained(pairs.root / "merged")("red mug on monday", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    say_all(pairs.run("generate", "run", "--prompt", "red"), 5, "writes no text")
 
 
 def test_rows_of_one_answer_and_of_two_are_told_apart(pairs: World) -> None:

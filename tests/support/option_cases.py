@@ -162,7 +162,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
     preferences = partial(last_of_pairs, world, "dpo")
     return {
         "task": Case(
-            ("causal-lm", "dpo", "orpo", classifier()),
+            ("causal-lm", "dpo", "orpo", "reward", classifier()),
             lambda task: last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)],
         ),
         "task(sequence-classification).labels": Case(
@@ -176,6 +176,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
         "task(dpo).label_smoothing": Case((0.0, 0.3), partial(preferences, "label_smoothing"), refused=(0.5,)),
         "task(dpo).sft_weight": Case((0.0, 0.5), partial(preferences, "sft_weight")),
         "task(orpo).odds_weight": Case((0.1, 1.0), partial(last_of_pairs, world, "orpo", "odds_weight")),
+        "task(reward).centering": Case((0.0, 0.5), partial(last_of_pairs, world, "reward", "centering")),
     }
 
 
@@ -284,7 +285,8 @@ def last_of_pairs(world: OptionWorld, kind: str, option: str | None = None, valu
     columns = {"completion": "chosen"} if kind == "causal-lm" else {}
     task = {"kind": kind} if option is None else {"kind": kind, option: value}
     source = {"path": "../rows/pairs.jsonl", "columns": columns}
-    return last_loss(world.train({"task": task, "data.train": [source], "evaluation.final": ["loss"]}))
+    evaluation = {"evaluation.final": ["loss"], "evaluation.max_new_tokens": 256}
+    return last_loss(world.train({"task": task, "data.train": [source], **evaluation}))
 
 
 def adapter_shapes(run: RunDir) -> dict[str, str]:

@@ -31,19 +31,21 @@ class PairTask(Task[S_co]):
 
     row_format = "preference"
     sequences = 2
+    during_metrics = ("loss", "reward_accuracy")
+    final_metrics = ("reward_accuracy", "reward_margin", "loss")
     unread: ClassVar[Mapping[str, str]] = {
         **Task.unread,
         "data.train_on=all": "learns from answers alone, and all would train prompts",
     }
 
     @property
-    def columns(self) -> tuple[Column, ...]:
-        """Of each side token ids, and 0/1 for each: whether it is of the answer."""
-        return tuple(
-            column
-            for side in SIDES
-            for column in (Column(f"{side}_tokens", "<i4", holds_tokens=True), Column(f"{side}_trained", "|u1"))
-        )
+    def scores(self) -> Mapping[str, int]:
+        """The loss, its weight, whether the chosen answer has more reward (1; a tie 0.5), and by how much."""
+        return {"loss": 1, "weight": 1, "preferred": 1, "margin": 1}
+
+    @abstractmethod
+    def tie(self) -> float:
+        """A difference of rewards that rounding may make: a smaller one is a tie."""
 
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
         """Both sides; None where one of them has nothing that is trained, or a cut left no difference.
@@ -66,12 +68,12 @@ class PairTask(Task[S_co]):
             if is_cut:
                 return None
             raise DataError("chosen and rejected have the same tokens", key="rejected")
-        columns: dict[str, Sequence[float]] = {}
+        found: dict[str, Sequence[float]] = {}
         for name, side in zip(SIDES, (chosen, rejected), strict=True):
-            columns |= {f"{name}_tokens": side.input_ids, f"{name}_trained": side.trained}
+            found |= {f"{name}_tokens": side.input_ids, f"{name}_trained": side.trained}
         both = sorted([chosen.answer, rejected.answer])
         return TaskRow(
-            columns,
+            {column.name: found[column.name] for column in self.columns},
             tokens=max(len(chosen.input_ids), len(rejected.input_ids)),
             weight=1,
             asked=[*chosen.prompt, _BETWEEN, *both[0], _BETWEEN, *both[1]],  # the other way round: a contradiction
@@ -79,38 +81,35 @@ class PairTask(Task[S_co]):
             trained_tokens=sum(chosen.trained) + sum(rejected.trained),
         )
 
-    def show(self, example: Example) -> tuple[ShownSequence, ...]:
-        """Both sides, and which of their tokens carry loss."""
-        return tuple(
-            ShownSequence([*map(int, example[f"{side}_tokens"])], [*map(int, example[f"{side}_trained"])], side)
-            for side in SIDES
-        )
+    def scored(self, losses: torch.Tensor, margins: torch.Tensor) -> Mapping[str, NDArray[np.float64]]:
+        """What `score` gives.
 
-    def cut_probe(self, example: Example, most_tokens: int) -> Example:
-        """Each side up to its last trained token, and of that the last half of `most_tokens`, at least 2."""
-        columns = dict(example.columns)
-        for side in SIDES:
-            flags = [bool(flag) for flag in example[f"{side}_trained"]]
-            end = len(flags) - flags[::-1].index(True) if any(flags) else len(flags)
-            kept = slice(max(0, end - max(2, most_tokens // 2)), end)
-            for name in (f"{side}_tokens", f"{side}_trained"):
-                columns[name] = columns[name][kept]
-        return replace(example, columns=columns)
+        Args:
+            losses: Of each pair.
+            margins: By how much the chosen answer's reward is the larger one.
+        """
+        import torch
+
+        preferred = 0.5 * (1.0 + margins.sign().masked_fill(margins.abs() < self.tie(), 0.0))
+        found = {"loss": losses, "weight": torch.ones_like(losses), "margin": margins, "preferred": preferred}
+        return {name: values.double().cpu().numpy() for name, values in found.items()}
 
 
 class LikelihoodPairs(PairTask[S_co], NextTokenTask[S_co]):
     """Pairs whose loss is a function of both answers' log-probabilities."""
 
-    during_metrics = ("loss", "reward_accuracy")
-    final_metrics = ("reward_accuracy", "reward_margin", "loss")
     # A CPU's bf16 products over attention's keys round the last few, which fill no block of 16, otherwise. With none
     # such, a pair has the same log-probabilities in every micro-batch, to the last bit.
     pads_to = 16
 
     @property
-    def scores(self) -> Mapping[str, int]:
-        """The loss, its weight, whether the chosen answer has more reward (1; a tie 0.5), and by how much."""
-        return {"loss": 1, "weight": 1, "preferred": 1, "margin": 1}
+    def columns(self) -> tuple[Column, ...]:
+        """Of each side token ids, and 0/1 for each: whether it is of the answer."""
+        return tuple(
+            column
+            for side in SIDES
+            for column in (Column(f"{side}_tokens", "<i4", holds_tokens=True), Column(f"{side}_trained", "|u1"))
+        )
 
     @abstractmethod
     def compare(self, log_probs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,10 +118,6 @@ class LikelihoodPairs(PairTask[S_co], NextTokenTask[S_co]):
         Args:
             log_probs: Of both answers in nats, sums over their tokens, fp64 [pairs, 2].
         """
-
-    @abstractmethod
-    def tie(self) -> float:
-        """A difference of rewards that rounding may make: a smaller one is a tie."""
 
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
         """Chosen sides, then rejected ones, padded to one length, a multiple of `pads_to`."""
@@ -151,6 +146,24 @@ class LikelihoodPairs(PairTask[S_co], NextTokenTask[S_co]):
             tensors[column.name] = torch.empty((rows, column.width or 1), dtype=torch.float64)
         return Batch(tensors, rows, tuple(range(rows)), ids.numel(), trained_tokens=labels)
 
+    def show(self, example: Example) -> tuple[ShownSequence, ...]:
+        """Both sides, and which of their tokens carry loss."""
+        return tuple(
+            ShownSequence([*map(int, example[f"{side}_tokens"])], [*map(int, example[f"{side}_trained"])], side)
+            for side in SIDES
+        )
+
+    def cut_probe(self, example: Example, most_tokens: int) -> Example:
+        """Each side up to its last trained token, and of that the last half of `most_tokens`, at least 2."""
+        columns = dict(example.columns)
+        for side in SIDES:
+            flags = [bool(flag) for flag in example[f"{side}_trained"]]
+            end = len(flags) - flags[::-1].index(True) if any(flags) else len(flags)
+            kept = slice(max(0, end - max(2, most_tokens // 2)), end)
+            for name in (f"{side}_tokens", f"{side}_trained"):
+                columns[name] = columns[name][kept]
+        return replace(example, columns=columns)
+
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """The loss summed over pairs."""
         from lorafit.contracts import LossSum
@@ -161,12 +174,7 @@ class LikelihoodPairs(PairTask[S_co], NextTokenTask[S_co]):
 
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Of each pair: loss, 1, which answer has more reward, and by how much, [pairs]."""
-        import torch
-
-        losses, margins = self.compare(self.log_probs(objective, batch), batch)
-        preferred = 0.5 * (1.0 + margins.sign().masked_fill(margins.abs() < self.tie(), 0.0))
-        found = {"loss": losses, "weight": torch.ones_like(losses), "margin": margins, "preferred": preferred}
-        return {name: values.cpu().numpy() for name, values in found.items()}
+        return self.scored(*self.compare(self.log_probs(objective, batch), batch))
 
     def probed_loss(self, objective: Objective, batch: Batch) -> float:
         """Minus the log-probabilities of both answers, which need no reference."""

@@ -20,6 +20,7 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks._heads import head_inputs, mean_states, pad_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,17 +156,14 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         import torch
 
         examples = [example for (example,) in rows]
-        lengths = [len(example["tokens"]) for example in examples]
-        ids = np.full((len(examples), max(lengths)), pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, example in enumerate(examples):
-            ids[row, : lengths[row]] = example["tokens"]
-            mask[row, : lengths[row]] = 1
         flags = np.array([example["classes"] for example in examples], dtype=np.int64)
         right = flags.reshape(-1) if self.section.multi_label else flags.argmax(axis=-1)
-        tensors = {"input_ids": ids, "attention_mask": mask, "label_ids": right}
-        numbers = tuple(example.index for example in examples)
-        return Batch({name: torch.from_numpy(v) for name, v in tensors.items()}, len(rows), numbers, sum(lengths))
+        tensors = {
+            **pad_texts([example["tokens"] for example in examples], pad_id),
+            "label_ids": torch.from_numpy(right),
+        }
+        numbers, tokens = tuple(example.index for example in examples), sum(len(each["tokens"]) for each in examples)
+        return Batch(tensors, len(rows), numbers, tokens)
 
     def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
         """A micro-batch of such a shape, its values left open."""
@@ -251,7 +249,7 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         """What `score` gives, of that regression."""
         import torch
 
-        states = _mean_states(objective, batch)
+        states = mean_states(objective, batch)
         weight, bias = (torch.from_numpy(fitted[name]).to(states.device) for name in ("weight", "bias"))
         return self._score(self._as_labels(states @ weight.T + bias), batch)
 
@@ -262,7 +260,7 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         states, right = [], []
         for batch in batches:
             with objective.autocast(batch):
-                states.append(_mean_states(objective, batch))
+                states.append(mean_states(objective, batch))
             right.append(self._flags(batch["label_ids"], len(batch.rows)))
         return torch.cat(states), torch.cat(right).double()
 
@@ -317,12 +315,12 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         """The model's own loss, which is a mean over rows, or over rows and classes."""
         right = batch["label_ids"]
         labels = right.view(len(batch.rows), -1).float() if self.section.multi_label else right
-        loss: torch.Tensor = objective.model(**_inputs(batch), labels=labels).loss.double()
+        loss: torch.Tensor = objective.model(**head_inputs(batch), labels=labels).loss.double()
         return loss * labels.numel()
 
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """[rows, classes]; of several labels no and yes for each class of each row, [rows * classes, 2]; fp32."""
-        logits: torch.Tensor = objective.model(**_inputs(batch)).logits.float()
+        logits: torch.Tensor = objective.model(**head_inputs(batch)).logits.float()
         return self._as_labels(logits)
 
     def _as_labels(self, logits: torch.Tensor) -> torch.Tensor:
@@ -354,19 +352,6 @@ class SequenceClassification(Task[SequenceClassificationSection]):
     def _name(self, flags: Sequence[float]) -> str:
         names = [name for name, flag in zip(self.labels, flags, strict=True) if flag]
         return ", ".join(names) or "none of them"
-
-
-def _inputs(batch: Batch) -> dict[str, torch.Tensor | bool]:
-    """Arguments of a forward. Causal models read the last token of a row, which they find by the config's pad token."""
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "return_dict": True}
-
-
-def _mean_states(objective: Objective, batch: Batch) -> torch.Tensor:
-    """Mean over a row's tokens of the last states of the model behind the head, [rows, width], fp64."""
-    states = objective.base.base_model(**_inputs(batch)).last_hidden_state.double()
-    mask = batch["attention_mask"].unsqueeze(-1).double()
-    mean: torch.Tensor = (states * mask).sum(1) / mask.sum(1)
-    return mean
 
 
 def _share(part: int, of: int) -> float | str:
