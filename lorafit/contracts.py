@@ -201,6 +201,7 @@ class Batch:
         rows: Indices of the examples, for messages about a bad step.
         tokens: Real tokens, padding apart.
         trained_tokens: Those that carry loss; None where that is the weight.
+        longest_document: Tokens of the longest one of a packed row, where the batch is one row.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -208,6 +209,7 @@ class Batch:
     rows: tuple[int, ...]
     tokens: int
     trained_tokens: int | None = None
+    longest_document: int | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]

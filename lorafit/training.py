@@ -306,7 +306,7 @@ class Training:
                 self._memory_under(attention).at(tokens, on), job.device.memory_bytes
             ),
             optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
-            packing=recipe.data.packing,
+            packing=self.plan.packing,
             one_by_one=self.profiles or self.counts_memory,  # both look at one thread
         )
 
@@ -331,7 +331,7 @@ class Training:
             adapters.bind(recipe.adapter).step_hook(model),
         )
         task, ranks = executor.objective.task, executor.ranks
-        cutter = Cutter(rows.train, task, job.pad_id, recipe.data.packing, ranks=ranks)
+        cutter = Cutter(rows.train, task, job.pad_id, self.plan.packing, ranks=ranks)
         load = partial(load_adapter_weights, model)
         environment = Environment.here(executor.device.type, executor.ranks, job.device.card)
         return Trainer(

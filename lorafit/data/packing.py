@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from lorafit.contracts import Batch, Examples
 from lorafit.data.batch import cut_step, deal, rank_budgets, span_tokens
 from lorafit.objective import TrainedTask
+from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION, packs
 
 PackedRow = list[int]
 """Numbers of the documents that stand in one row of a micro-batch."""
@@ -37,8 +38,6 @@ MicroBatch = list[PackedRow]
 
 PACKED_ROW_TOKENS = 256
 """Up to this length masked attention over a whole row costs next to nothing beside the linear layers."""
-VARIABLE_LENGTH_ATTENTION = frozenset({"flash_attention_2"})
-"""Kernels that compute each document of a row by itself; transformers hands them one row of documents at a time."""
 
 
 def pack_rows(rows: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[PackedRow]:
@@ -119,7 +118,7 @@ class Cutter:
         examples: The rows.
         task: Makes batches of them.
         pad_id: Fills up short rows.
-        packing: Whether several documents may share a row.
+        packing: Whether several documents may share a row; None: under attention that is made for it.
         attention: Attention implementation of the model.
         at_once: Micro-batches that run at the same time in a process.
         ranks: Processes that share a step's micro-batches.
@@ -128,20 +127,25 @@ class Cutter:
     examples: Examples
     task: TrainedTask
     pad_id: int
-    packing: bool = False
+    packing: bool | None = False
     attention: str = "sdpa"
     at_once: int = 1
     ranks: int = 1
 
     @property
+    def packs(self) -> bool:
+        """Whether several documents may share a row under this attention."""
+        return packs(self.packing, self.attention)
+
+    @property
     def one_row(self) -> bool:
         """Whether a packed micro-batch is one row."""
-        return self.packing and self.attention in VARIABLE_LENGTH_ATTENTION
+        return self.packs and self.attention in VARIABLE_LENGTH_ATTENTION
 
     def cut(self, rows: Sequence[int], token_budget: int) -> list[MicroBatch]:
         """Micro-batches of a step, the same on every rank; without packing each row holds one document."""
         lengths = self.examples.lengths
-        if self.packing:
+        if self.packs:
             return cut_packed(rows, lengths, token_budget, one_row=self.one_row, at_once=self.at_once, ranks=self.ranks)
         return [[[row] for row in part] for part in cut_step(rows, lengths, token_budget, self.at_once, self.ranks)]
 

@@ -35,6 +35,7 @@ from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import build_weightless, enable_checkpointing, fill_with_fakes, unpacking_fakes
 from lorafit.ops import cross_entropy, dropout
+from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.chunk_sizes import chunk_labels
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
@@ -84,7 +85,7 @@ class DryRun:
             quantization=step.quantization.section,
             dtype=dtype_named(step.dtype),
             compute_dtype=dtype_named(step.compute_dtype),
-            attention="sdpa" if step.attention == "flash_attention_2" else step.attention,  # both save the same
+            attention="sdpa" if step.attention in VARIABLE_LENGTH_ATTENTION else step.attention,  # all save the same
             device_kind=step.device_kind,
             model_class=step.task.model_class.padded_with(0),
         )

@@ -112,7 +112,7 @@ def _kinds_of(step: StepShape) -> JsonObject:
         "dtype": [step.dtype, step.compute_dtype],
         "attention": [step.attention, step.attention_kernel],
         "device": step.device_kind,
-        "packing": step.packing,
+        "packing": step.packs,
         "keeps_unpacked": step.keeps_unpacked,
         "clips": step.max_grad_norm is not None,
     }

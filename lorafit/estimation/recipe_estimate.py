@@ -10,6 +10,7 @@ from lorafit.estimation.table import RecipeEstimate
 from lorafit.estimation.ways_to_save import find_enough, find_savings
 from lorafit.facts import DeviceFacts, ModelShape
 from lorafit.memory import Engine, closed_form, covers, fits
+from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.plan.derive import memory_bounds, run_epochs
 from lorafit.plan.recipe_step import HEADROOM, recipe_step
 from lorafit.plan.run_cost import cost_of_run
@@ -72,7 +73,7 @@ def estimate_recipe(
         on_it = recipe_step(recipe, shape, facts, options.fit, headroom=headroom, engine=engine)
         fit = find_fit(on_it, options.fit, headroom)
     here = None
-    if options.here is not None and is_quick and recipe.model.attention != "flash_attention_2":
+    if options.here is not None and is_quick and recipe.model.attention not in VARIABLE_LENGTH_ATTENTION:
         planned = recipe_step(recipe, shape, facts, options.here, headroom=headroom, engine=engine)
         batch = recipe.training.batch_size
         here = memory_bounds(planned, min(batch, facts.rows if facts else batch), options.here)

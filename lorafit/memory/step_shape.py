@@ -11,7 +11,7 @@ from lorafit.kinds.optimizers import Optimizer, OptimizerSection
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
 from lorafit.kinds.section import KindSection
 from lorafit.kinds.tasks import Task, TaskSection
-from lorafit.ops.attention_kernels import Capability, Kernel, kernel_of
+from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION, Capability, Kernel, kernel_of, packs
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -23,12 +23,13 @@ class StepShape:
     Attributes:
         dtype: Of weights that are not quantised and of activations: `bf16`, `fp16` or `fp32`.
         compute_dtype: Of products with dequantised weights.
-        attention: `eager`, `sdpa`, `fused` or `flash_attention_2`.
+        attention: `eager`, `sdpa`, `fused`, `varlen` or `flash_attention_2`.
         device_kind: `cpu`, or `cuda` for every other: what kernels and allocator are like.
         capability: A CUDA card's compute capability.
         row_tokens: Tokens of the longest row, all of its sequences together.
         row_labels: Most trained tokens in one row.
-        packing: Whether rows hold several documents, every token of which may be trained.
+        packing: Whether rows hold several documents, every token of which may be trained; None: under attention that
+            is made for it.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
         max_grad_norm: What gradients are clipped to; None: they are not.
     """
@@ -45,7 +46,7 @@ class StepShape:
     attention: str = "sdpa"
     device_kind: str = "cuda"
     capability: Capability = (8, 0)
-    packing: bool = False
+    packing: bool | None = False
     keeps_unpacked: bool = False
     max_grad_norm: float | None = 1.0
 
@@ -69,14 +70,19 @@ class StepShape:
         return self.quantization.of(linear.name) if linear.quantizable else quantizations.make("none")
 
     @property
+    def packs(self) -> bool:
+        """Whether rows hold several documents."""
+        return packs(self.packing, self.attention)
+
+    @property
     def packs_rows(self) -> bool:
         """Whether a mask keeps several documents of a row apart; a variable-length kernel needs none."""
-        return self.packing and not self.attention.startswith("flash_attention")
+        return self.packs and self.attention not in VARIABLE_LENGTH_ATTENTION
 
     @property
     def attention_kernel(self) -> Kernel:
         """What computes attention that is not eager; a CPU's kernels keep what CUDA's flash keeps."""
-        if self.device_kind == "cpu" or self.attention.startswith("flash_attention"):
+        if self.device_kind == "cpu" or self.attention in VARIABLE_LENGTH_ATTENTION:
             return "flash"
         return kernel_of(self.capability, self.dtype, grouped=False, masked=self.packs_rows)  # keys are repeated
 
@@ -98,7 +104,7 @@ class StepShape:
 
     def labels_at(self, tokens: int) -> int:
         """Most labels in so many padded tokens: as many rows as fit, each with the most labels that any row has."""
-        if self.packing:
+        if self.packs:
             return tokens
         rows = max(1, tokens // max(1, self.row_tokens))
         return rows * (min(self.row_labels, self.row_tokens - 1) if self.row_tokens > 1 else 1)

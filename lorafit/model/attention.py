@@ -1,4 +1,4 @@
-"""lorafit's own attention among transformers' implementations: `fused` besides, and `sdpa` with a step before it.
+"""lorafit's own attention among transformers' implementations: `fused`, `varlen`, and `sdpa` with a step before it.
 
 `fused` is for training on a CPU. Whatever else it is asked for goes to transformers' sdpa: evaluation, generation with
 a cache, packed or padded rows with a mask, windows shorter than the row, dropout, another device.
@@ -7,6 +7,9 @@ a cache, packed or padded rows with a mask, windows shorter than the row, dropou
 share them too, where no mask is given; on a CUDA device without a flash kernel (fp32, and all before Ampere) torch then
 takes plain products in fp32 and keeps every score. There keys and values are repeated first, for the kernel that needs
 as little memory as flash.
+
+`varlen` is for packed rows on a CUDA device with a flash kernel: torch computes each document of a row by itself, with
+no mask. What it cannot take goes to `sdpa`, packed rows with a mask of their documents.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import ModelError
 from lorafit.model.targets import tower_names
-from lorafit.ops.attention_kernels import Capability, kernel_of
+from lorafit.ops.attention_kernels import VARLEN, Capability, kernel_of, takes_documents
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +29,10 @@ _UNUSUAL = ("position_bias", "softcap", "s_aux", "cache")  # what some models ha
 
 
 def register_attention() -> None:
-    """Makes transformers know lorafit's `fused` and `sdpa`, and torch leave cuDNN's kernel alone.
+    """Makes transformers know lorafit's `fused`, `varlen` and `sdpa`, and torch leave cuDNN's kernel alone.
 
-    The masks of `fused` are sdpa's: none where causal attention suffices. cuDNN, which torch prefers on capability 9.0
+    The masks of `fused` are sdpa's: none where causal attention suffices. Those of `varlen` too, but for rows that are
+    known to hold several documents: their bounds are handed to each layer. cuDNN, which torch prefers on capability 9.0
     and 10.0, makes a plan for every new shape, and the shapes of micro-batches hardly repeat. Both hold for the process
     and for good: torch and transformers have one such switch for all models, and those handed out go on running.
     """
@@ -39,7 +43,9 @@ def register_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register("sdpa", _sdpa_forward)
     AttentionInterface.register(FUSED_ATTENTION, _attention_forward)
+    AttentionInterface.register(VARLEN, _varlen_forward)
     AttentionMaskInterface.register(FUSED_ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(VARLEN, _varlen_mask)
 
 
 def takes_fused_attention(model: PreTrainedModel) -> bool:
@@ -50,8 +56,13 @@ def takes_fused_attention(model: PreTrainedModel) -> bool:
     return bool(model._can_set_attn_implementation() and model._supports_sdpa) and not tower_names(model)
 
 
+def takes_varlen_attention(model: PreTrainedModel) -> bool:
+    """Whether such a model besides tells its attention of sliding windows, as all do that run with flash-attn."""
+    return takes_fused_attention(model) and bool(model._supports_flash_attn)
+
+
 def check_attention(name: str, model: PreTrainedModel) -> None:
-    """Refuses `fused` for a model that computes its attention by itself, and `flash_attention_2` without its package.
+    """Refuses `fused` and `varlen` for models that compute attention by themselves, and flash-attn where it is missing.
 
     Raises:
         ModelError: It is asked for, and the model would run another one without a word, or one fetched from the hub.
@@ -61,9 +72,10 @@ def check_attention(name: str, model: PreTrainedModel) -> None:
     if name == "flash_attention_2" and not is_flash_attn_2_available():
         todo = "install flash-attn, or write model.attention: auto"
         raise ModelError("flash_attention_2 needs the package flash-attn and a card that it runs on", todo=todo)
-    if name == FUSED_ATTENTION and not takes_fused_attention(model):
+    takes = {FUSED_ATTENTION: takes_fused_attention, VARLEN: takes_varlen_attention}.get(name)
+    if takes is not None and not takes(model):
         raise ModelError(
-            f"{type(model).__name__} cannot run with fused attention: it does not look its attention up by name",
+            f"{type(model).__name__} cannot run with {name} attention: it does not look its attention up by name",
             todo="write model.attention: auto",
         )
 
@@ -117,6 +129,76 @@ def _attention_forward(
     result: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
     )
+    return result
+
+
+def _varlen_mask(batch_size: int, *arguments: Any, **options: Any) -> torch.Tensor | None:
+    from transformers.masking_utils import sdpa_mask
+
+    from lorafit.ops.masks import holds_documents
+
+    return None if batch_size == 1 and holds_documents() else sdpa_mask(batch_size, *arguments, **options)
+
+
+def _varlen_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' interface, with the keywords it has for flash-attn: `cu_seq_lens_q` are a packed row's bounds."""
+    from lorafit.ops.masks import documents_mask
+
+    bounds = options.get("cu_seq_lens_q")
+    if bounds is not None and attention_mask is None:
+        is_usual = dropout == 0.0 and all(options.get(name) is None for name in _UNUSUAL)
+        if is_usual and _takes_documents(query, value):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return _attend_documents(query, key, value, bounds, options["max_length_q"], scale, sliding_window), None
+        attention_mask = documents_mask(bounds, query.shape[2], sliding_window)
+    return _sdpa_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+
+
+def _takes_documents(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's variable-length attention runs where they are, in the dtype that attention is computed in."""
+    from lorafit.ops.dtypes import word_of
+
+    capability, head_dim = _capability_of(query), query.shape[-1]
+    if capability is None or value.shape[-1] != head_dim:
+        return False
+    return takes_documents(capability, word_of(_computed_dtype(query)), head_dim)
+
+
+def _attend_documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention inside each document of one row, [1, heads, seq, head_dim] in, [1, seq, heads, head_dim] out."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dtype = _computed_dtype(query)  # autocast does not know the operation
+    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    behind = -1 if window is None else window - 1  # tokens that are seen before a token itself
+    attended: Any = varlen_attn(
+        query,
+        key,
+        value,
+        *(bounds, bounds, longest, longest),
+        scale=scale,
+        window_size=(behind, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    result: torch.Tensor = attended.unsqueeze(0)
     return result
 
 

@@ -79,7 +79,7 @@ def load_model(
         quantization: The recipe's section, of any kind.
         dtype: Of weights that are not quantised, and what weights are rounded to before they are quantised.
         compute_dtype: Of products with dequantised weights.
-        attention: `eager`, `sdpa`, `fused`, `flash_attention_2`, or `auto` for transformers' choice.
+        attention: `eager`, `sdpa`, `fused`, `varlen`, `flash_attention_2`, or `auto` for transformers' choice.
         device: Where the whole model goes.
         model_class: The task's; `find_auto_class` may take another transformers class.
         reporter: Told what is loaded.

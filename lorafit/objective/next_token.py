@@ -6,6 +6,7 @@ exact   the model's own forward, its head fed with those hidden states alone: so
 
 input_ids      [sequences, tokens]   right-padded; causal models need no attention mask then
 position_ids   [sequences, tokens]   where rows hold several documents: from 0 in each, and in the padding
+bounds         [documents + 1]       where the documents of one packed row begin, and its end
 label_index    [labels]              flat position (sequence * tokens + column) whose hidden state predicts ...
 label_ids      [labels]              ... this token. Position t predicts token t + 1, so column < tokens - 1.
 """
@@ -25,6 +26,7 @@ from torch.nn import functional
 from lorafit.console.wording import first_line
 from lorafit.contracts import JsonObject, LossSum
 from lorafit.errors import ModelError
+from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.cross_entropy import linear_cross_entropy, linear_label_losses, score_linear, score_logits
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.output_head import output_head
@@ -45,7 +47,8 @@ _AHEAD_TOLERANCE = {None: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of
 def label_tokens(
     rows: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]], pad_id: int, pads_to: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Tensors of a micro-batch of padded sequences; `position_ids` among them where a sequence holds several documents.
+    """Tensors of a micro-batch of padded sequences; `position_ids` among them where a sequence holds several documents,
+    and `bounds` where that is the only one.
 
     Position t of a sequence predicts its token t + 1, so the label of token t stands at index t - 1. A document's first
     token is never a label: it would be predicted from the document before it.
@@ -73,6 +76,8 @@ def label_tokens(
     arrays = {"input_ids": input_ids, "label_index": index, "label_ids": input_ids.reshape(-1)[index + 1]}
     if any(len(documents) > 1 for documents in rows):
         arrays["position_ids"] = positions
+        if len(rows) == 1 and width == longest:
+            arrays["bounds"] = np.cumsum([0, *(len(ids) for ids, _ in rows[0])], dtype=np.int32)
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
@@ -150,15 +155,20 @@ def _inputs(objective: Objective, batch: Batch) -> JsonObject:
     """Arguments of a forward. Right-padded causal rows need no attention mask.
 
     Documents of packed rows are kept apart by positions that begin anew, with neither a mask nor a cache: transformers
-    derives from them what each implementation needs (lengths of the documents, or its own mask).
+    derives from them what each implementation needs. Variable-length attention is told where documents begin besides,
+    else each layer would ask the device.
     """
-    inputs = {"input_ids": batch["input_ids"], "use_cache": False, "return_dict": True}
+    inputs: JsonObject = {"input_ids": batch["input_ids"], "use_cache": False, "return_dict": True}
     positions = batch.tensors.get("position_ids")
     if positions is not None:
         inputs["position_ids"] = positions
         if objective.masks_documents:
             dtype = objective.autocast_dtype or objective.base.dtype
             inputs["attention_mask"] = block_diagonal_mask(positions, dtype)
+    bounds, attention = batch.tensors.get("bounds"), objective.base.config.get_text_config()._attn_implementation
+    if bounds is not None and attention in VARIABLE_LENGTH_ATTENTION:
+        inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+        inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest_document)
     return inputs
 
 

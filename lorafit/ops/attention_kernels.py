@@ -11,6 +11,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+VARLEN = "varlen"
+"""lorafit's own attention for packed rows on a card: torch's flash kernel, which is told where documents begin."""
+VARIABLE_LENGTH_ATTENTION = frozenset({VARLEN, "flash_attention_2"})
+"""Implementations that compute each document of a row by itself, of one row at a time."""
+_MOST_HEAD_DIM = 256
+
 Capability = tuple[int, int]
 """A card's CUDA compute capability: (8, 9) is written 8.9."""
 Kernel = Literal["flash", "efficient", "math"]
@@ -34,3 +40,17 @@ def kernel_of(capability: Capability, dtype: str, *, grouped: bool, masked: bool
     if not grouped and (is_recent or dtype != "bf16"):
         return "efficient"
     return "math"
+
+
+def packs(packing: bool | None, attention: str) -> bool:
+    """Whether documents share rows under an attention, by what a recipe says of packing; None: `auto`."""
+    return attention == VARLEN if packing is None else packing
+
+
+def takes_documents(capability: Capability, dtype: str, head_dim: int) -> bool:
+    """Whether torch's variable-length attention runs on a card.
+
+    Source: torch 2.13, ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_varlen_fwd`.
+    """
+    is_flash = kernel_of(capability, dtype, grouped=True, masked=False) == "flash"
+    return is_flash and head_dim % 8 == 0 and head_dim <= _MOST_HEAD_DIM

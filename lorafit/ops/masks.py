@@ -14,18 +14,29 @@ _of_thread = threading.local()
 
 @contextlib.contextmanager
 def known_documents(*, one_a_row: bool) -> Iterator[None]:
-    """Spares a device transformers' look for packed documents where every row is known to hold one.
+    """Spares a device transformers' look for packed documents: whether rows hold several is known.
 
-    Each forward looks at the positions that the model made itself, for which the host waits until the device has done
-    all that it was given. A CPU, where nothing waits, is spared it too: what is tested there is what a device does.
+    Each forward looks at the positions, for which the host waits until the device has done all that it was given. A
+    CPU, where nothing waits, is spared it too: what is tested there is what a device does.
     """
     _spare_devices_the_look()
-    before = getattr(_of_thread, "one_a_row", False)
+    before = _one_a_row()
     _of_thread.one_a_row = one_a_row
     try:
         yield
     finally:
         _of_thread.one_a_row = before
+
+
+def _one_a_row() -> bool | None:
+    """Whether each row of the forward that runs holds one document; None where nobody said."""
+    known: bool | None = getattr(_of_thread, "one_a_row", None)
+    return known
+
+
+def holds_documents() -> bool:
+    """Whether rows of the forward that runs are known to hold several documents."""
+    return _one_a_row() is False
 
 
 @cache
@@ -35,8 +46,12 @@ def _spare_devices_the_look() -> None:
     look = masking_utils.find_packed_sequence_indices
 
     def look_if_unknown(position_ids: torch.Tensor) -> torch.Tensor | None:
-        is_known = getattr(_of_thread, "one_a_row", False)
-        return None if is_known else look(position_ids)  # None: no documents to keep apart
+        known = _one_a_row()
+        if known is None:
+            found: torch.Tensor | None = look(position_ids)
+            return found
+        # None: no documents to keep apart
+        return None if known else (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
     masking_utils.find_packed_sequence_indices = look_if_unknown
 
@@ -63,3 +78,20 @@ def block_diagonal_mask(position_ids: torch.Tensor, dtype: torch.dtype) -> torch
     is_seen = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril()
     mask = torch.zeros(is_seen.shape, dtype=dtype, device=position_ids.device)
     return mask.masked_fill_(~is_seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def documents_mask(bounds: torch.Tensor, tokens: int, window: int | None) -> torch.Tensor:
+    """What each token of one packed row sees: itself and those before it in its document, `window` of them at most.
+
+    Args:
+        bounds: Where documents begin, and the row's end, [documents + 1].
+        tokens: Of the row.
+        window: None: the whole document.
+
+    Returns:
+        bool [1, 1, seq, seq].
+    """
+    places = torch.arange(tokens, dtype=bounds.dtype, device=bounds.device)
+    document = torch.bucketize(places, bounds, right=True)
+    is_seen = (document[:, None] == document).tril()
+    return (is_seen if window is None else is_seen.triu(1 - window))[None, None]

@@ -13,7 +13,8 @@ from lorafit.facts import DatasetFacts, DeviceFacts, LeftOut, ModelShape
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
-from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, recipe_step
+from lorafit.ops.attention_kernels import VARLEN
+from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, begins_rows, recipe_step, takes_varlen
 from lorafit.recipe.schema import Recipe
 
 DEFAULT_EPOCHS = 3.0
@@ -33,6 +34,7 @@ class Plan:
         dtype: `bf16`, `fp16` or `fp32`.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
         attention: As the recipe says; `auto` is left open.
+        packing: Whether several documents share a row; None: under attention that is made for it.
         gradient_checkpointing: True or False where recipe or memory decide; None where both can fit.
         micro_batch_tokens: As the recipe says; None: the first steps choose between the bounds.
         min_micro_batch_tokens: One longest row.
@@ -68,6 +70,7 @@ class Plan:
     quantization: str
     keeps_unpacked: bool
     attention: str
+    packing: bool | None
     gradient_checkpointing: bool | None
     micro_batch_tokens: int | None
     min_micro_batch_tokens: int
@@ -95,7 +98,8 @@ class Plan:
     def to_json(self) -> JsonObject:
         """Plain values."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
-        open_values = {name: "auto" for name in ("gradient_checkpointing", "micro_batch_tokens") if plain[name] is None}
+        may_be_open = ("packing", "gradient_checkpointing", "micro_batch_tokens")
+        open_values = {name: "auto" for name in may_be_open if plain[name] is None}
         device = {f.name: getattr(self.device, f.name) for f in fields(self.device)}
         estimates = {k: v.to_json() for k, v in plain.items() if isinstance(v, MemoryEstimate)}
         own = {
@@ -123,7 +127,7 @@ def plan(
     total_steps, epochs = _length(recipe, steps_per_epoch)
     memory = recipe_step(recipe, shape, dataset, device, engine=engine)
     step = memory.step
-    _check_attention(recipe, device)
+    _check_attention(recipe, device, step)
     _check_length(dataset, step)
     _check_packing(recipe, step)
     bounds = memory_bounds(memory, min(training.batch_size, dataset.rows), device)
@@ -150,6 +154,7 @@ def plan(
         quantization=recipe.model.quantization.kind,
         keeps_unpacked=step.keeps_unpacked,
         attention=recipe.model.attention,
+        packing=step.packing,
         gradient_checkpointing=bounds.checkpointing,
         micro_batch_tokens=memory.tokens,
         min_micro_batch_tokens=bounds.least_tokens,
@@ -219,7 +224,12 @@ def _warmup(recipe: Recipe, total_steps: int) -> int:
     return warmup_steps(recipe.training.schedule, total_steps)
 
 
-def _check_attention(recipe: Recipe, device: DeviceFacts) -> None:
+def _check_attention(recipe: Recipe, device: DeviceFacts, step: StepShape) -> None:
+    if recipe.model.attention == VARLEN and not (step.device_kind == "cuda" and takes_varlen(step)):
+        what = "varlen attention needs a card of compute capability 8.0, bf16 or fp16, and a model that drops no scores"
+        raise RecipeError(what, key="model.attention", todo="write auto")
+    if recipe.model.attention == VARLEN and step.packing is False:
+        raise RecipeError("varlen attention is for packed rows", key="model.attention", todo="write auto")
     if recipe.model.attention == "flash_attention_2" and device.kind == "cpu":
         raise RecipeError("flash_attention_2 runs on no CPU", key="model.attention", todo="write sdpa or auto")
     if recipe.model.attention == "fused" and device.kind != "cpu":
@@ -227,7 +237,7 @@ def _check_attention(recipe: Recipe, device: DeviceFacts) -> None:
 
 
 def _check_packing(recipe: Recipe, step: StepShape) -> None:
-    if step.packing and any(site.kind == "prompt" for site in step.adapter.sites(step.model)):
+    if step.packing and begins_rows(step):
         why = f"{recipe.adapter.kind} begins a row with vectors of its own, and a packed row holds several"
         raise RecipeError(why, key="data.packing", todo="write data.packing: false")
 

@@ -13,6 +13,7 @@ Kept or not, a step computes the same to the last bit: only speed and memory dif
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 from lorafit.errors import RecipeError
@@ -23,11 +24,14 @@ from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import Engine, StepMemory, StepShape, closed_form, fits
 from lorafit.memory.closed_form import unpacked_weights_bytes
+from lorafit.ops.attention_kernels import VARLEN, takes_documents
 from lorafit.recipe.schema import Recipe
 
 T = TypeVar("T")
 
 HEADROOM = 0.05
+PACKED = "data.packing=True"
+"""Among what a task does not read: it takes one row a sequence."""
 LIKELY_CAPABILITY = (8, 0)
 """Of a GPU of which only the size is known; cards that compute bf16 differ little behind it."""
 MOST_OF_MEMORY = 0.25
@@ -79,13 +83,36 @@ def recipe_step(
         attention=estimated_attention(recipe, shape),
         device_kind="cpu" if device is not None and device.kind == "cpu" else "cuda",
         capability=(device and device.capability) or LIKELY_CAPABILITY,
-        packing=recipe.data.packing,
+        packing=given(recipe.data.packing),
         max_grad_norm=recipe.training.max_grad_norm,
     )
+    step = _packed(step, is_open=recipe.model.attention == "auto")
     tokens, checkpointing = given(recipe.training.micro_batch_tokens), given(recipe.training.gradient_checkpointing)
     asked = StepMemory(step, engine, tokens, checkpointing)
     kept = asked.changed(keeps_unpacked=True)
     return kept if _keeps_unpacked(asks_to_keep(recipe), kept, device, headroom) else asked
+
+
+def _packed(step: StepShape, *, is_open: bool) -> StepShape:
+    """The step with the attention that packed rows take where it is open, and no packing by itself where that is not
+    to be had: on a CPU, of tasks and adapters that take one row a sequence.
+    """
+    if step.packing is None and (step.device_kind == "cpu" or PACKED in step.task.unread or begins_rows(step)):
+        return replace(step, packing=False)
+    takes = step.attention == "sdpa" and step.device_kind == "cuda" and takes_varlen(step)
+    return replace(step, attention=VARLEN) if is_open and takes and step.packing is not False else step
+
+
+def begins_rows(step: StepShape) -> bool:
+    """Whether the adapter begins a row with vectors of its own."""
+    return any(site.kind == "prompt" for site in step.adapter.sites(step.model))
+
+
+def takes_varlen(step: StepShape) -> bool:
+    """Whether packed rows are computed by torch's variable-length attention, with no mask."""
+    shape = step.model
+    is_usual = not (shape.attention_dropout or shape.scanning_layers or shape.math_attention)
+    return is_usual and takes_documents(step.capability, step.dtype, shape.head_dim)
 
 
 def _keeps_unpacked(asked: bool | None, kept: StepMemory, device: DeviceFacts | None, headroom: float) -> bool:
@@ -124,11 +151,11 @@ def estimated_attention(recipe: Recipe, shape: ModelShape) -> str:
     """What an estimate assumes for `auto`: sdpa, or eager where the model leaves no choice.
 
     Raises:
-        RecipeError: The model's soft-cap on attention scores needs eager attention, and the recipe names sdpa or
-            fused.
+        RecipeError: The model's soft-cap on attention scores needs eager attention, and the recipe names one that has
+            none.
     """
     asked = recipe.model.attention
-    if shape.softcap and asked in ("sdpa", "fused"):
+    if shape.softcap and asked in ("sdpa", "fused", VARLEN):
         raise RecipeError(
             f"{asked} cannot apply the soft-cap that {shape.model_type} puts on attention scores",
             key="model.attention",

@@ -51,6 +51,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "no adapter", _plain(_left_out(plan))
     stored = f"{plan.quantization}, the rest {plan.dtype}; compute {plan.compute_dtype}"
     yield "weights", f"{stored}; attention {plan.attention}"
+    if plan.packing is not False:
+        yield "packing", "on" if plan.packing else "auto: with varlen attention, where that is right and fastest"
     if plan.keeps_unpacked:
         size = format_bytes(plan.memory.fixed["unpacked_weights"])
         yield "unpacked", f"{size} of dequantised weights kept for the whole run"

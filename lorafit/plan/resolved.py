@@ -20,7 +20,7 @@ from lorafit.errors import CheckpointError
 
 _TODO = "take a plan.json that a run of lorafit wrote"
 _Count = Annotated[int, Field(gt=0, lt=1 << 53)]
-_Attention = Annotated[str, Field(pattern="^(auto|eager|sdpa|fused|flash_attention_2)$")]
+_Attention = Annotated[str, Field(pattern="^(auto|eager|sdpa|fused|varlen|flash_attention_2)$")]
 """transformers takes any other name of an attention for a kernel to fetch and run."""
 _Dtype = Annotated[str, Field(pattern="^(bf16|fp16|fp32)$")]
 
@@ -30,7 +30,7 @@ class Way:
     """How the micro-batches of a step are run; it decides speed and memory, and no result beyond rounding.
 
     Attributes:
-        attention: `eager`, `sdpa`, `fused` or `flash_attention_2`.
+        attention: `eager`, `sdpa`, `fused`, `varlen` or `flash_attention_2`.
         micro_batch_tokens: Padded tokens of one training forward.
         micro_batches_at_once: On a CPU, each on a core of its own; 1: one by one.
     """
@@ -52,7 +52,7 @@ class ResolvedPlan:
     Attributes:
         micro_batch_tokens: Padded tokens of one training forward.
         evaluation_micro_batch_tokens: Padded tokens of one evaluation forward.
-        attention: `eager`, `sdpa`, `fused` or `flash_attention_2`.
+        attention: `eager`, `sdpa`, `fused`, `varlen` or `flash_attention_2`.
         dtype: `bf16`, `fp16` or `fp32`: of weights that are not quantised.
         compute_dtype: Of products with dequantised weights.
         ranks: Processes that train together.

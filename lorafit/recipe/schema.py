@@ -93,9 +93,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of weights that are not quantised, and of compute. `auto`: bf16 where the device computes it at speed, else fp16
     on a GPU, fp32 on a CPU."""
-    attention: Literal["auto", "eager", "sdpa", "fused", "flash_attention_2"] = "auto"
-    """Attention implementation: one of transformers, or `fused`, lorafit's own for training on a CPU. `auto`: what
-    is proven and fastest on this model."""
+    attention: Literal["auto", "eager", "sdpa", "fused", "varlen", "flash_attention_2"] = "auto"
+    """Attention implementation: one of transformers, or lorafit's own: `fused` for training on a CPU, `varlen` for
+    packed rows on a card. `auto`: what is proven and fastest on this model."""
     quantization: QuantizationChoice = Field(default="nf4", validate_default=True)
     """How the frozen linear weights are stored."""
 
@@ -191,9 +191,9 @@ class DataSection(Section):
     """Longest row, in tokens."""
     overlength: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to longer rows; `split` cuts plain text into several rows."""
-    packing: bool = False
+    packing: bool | Auto = "auto"
     """Put several short rows into one row of a micro-batch, attention kept inside each. What is learnt stays the same;
-    models that would mix them are refused."""
+    models that would mix them are refused. `auto`: on a card, where `varlen` attention is proven and fastest."""
     bad_rows: BadRowsSection = Field(default={}, validate_default=True)
     """What happens to rows that cannot be trained on."""
 

@@ -37,7 +37,7 @@ else:
 
 Source = Literal["hub", "package", "gguf", "folder"]
 Dtype = Literal["bf16", "fp16", "fp32"]
-Attention = Literal["auto", "eager", "sdpa", "fused", "flash_attention_2"]
+Attention = Literal["auto", "eager", "sdpa", "fused", "varlen", "flash_attention_2"]
 
 
 class BaseOrigin(Section):

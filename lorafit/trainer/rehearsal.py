@@ -178,7 +178,7 @@ def run_heaviest(stage: Stage, choice: ResolvedPlan) -> None:
     for rows, width in heaviest_shapes(
         stage.examples.lengths, way.micro_batch_tokens, stage.step_rows.batch_size, one_row=stage.cutter.one_row
     ):
-        filled = fill_rows(task, stage.examples, rows, width, packing=stage.packing)
+        filled = fill_rows(task, stage.examples, rows, width, packing=stage.cutter.packs)
         batches = [task.collate(filled, stage.pad_id)] * way.micro_batches_at_once
         with run_at_once(stage.executor, way.micro_batches_at_once) as executor:
             time_micro_batches(executor, batches)

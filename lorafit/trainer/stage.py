@@ -15,12 +15,13 @@ from itertools import chain
 
 import torch
 
-from lorafit.contracts import Batch, Examples, JsonObject, Reporter
+from lorafit.contracts import Batch, Example, Examples, JsonObject, Reporter
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
-from lorafit.model.attention import FUSED_ATTENTION, set_attention, takes_fused_attention
+from lorafit.model.attention import FUSED_ATTENTION, set_attention, takes_fused_attention, takes_varlen_attention
 from lorafit.objective import Objective, choose_probe
+from lorafit.ops.attention_kernels import VARLEN
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.process_memory import is_out_of_memory, release_memory
@@ -30,6 +31,7 @@ from lorafit.trainer.executor import Executor
 from lorafit.trainer.startup_proofs import prove_separation
 from lorafit.trainer.threaded_micro_batches import may_run_in_threads
 
+_Rows = list[list[Example]]
 _PROBE_TOKENS = 128  # of the row, at most where there is one so short
 _FIRST_BUDGET_TOKENS = {"cpu": 640, "gpu": 2560}  # below, what every micro-batch costs outweighs its products
 _MOST_CORE_TOKENS = 640  # on a CPU: beyond, products gain little and the other operations leave the caches
@@ -46,7 +48,8 @@ class Stage:
         fits: Whether so many tokens a micro-batch, with or without checkpointing and under an attention, fit by the
             estimate.
         optimizer_bytes: State that the optimizer will allocate at its first step; held while the heaviest batch runs.
-        packing: Whether several documents share a row; proven for every attention that is set.
+        packing: Whether several documents share a row; None: under attention that is made for it. Proven for every
+            attention that is set.
         one_by_one: One micro-batch at a time, whatever is faster.
         attention: Implementation that the model has been given last.
         measured: Figures to keep with the plan: peak bytes, seconds.
@@ -61,7 +64,7 @@ class Stage:
     set_checkpointing: Callable[[bool], None]
     fits: Callable[[int, bool, str], bool] = lambda tokens, checkpointing, attention: True
     optimizer_bytes: int = 0
-    packing: bool = False
+    packing: bool | None = False
     one_by_one: bool = False
     attention: str = field(default="sdpa", init=False)
     measured: JsonObject = field(default_factory=dict)
@@ -102,7 +105,7 @@ class Stage:
         """
         set_attention(self.objective.base, name)
         self.attention = name
-        if not self.packing:
+        if not self.cutter.packs:
             return
         if name not in self._masks_documents:
             rows = [self.examples[row] for row in (0, min(1, len(self.examples) - 1))]
@@ -147,7 +150,7 @@ def right_attentions(stage: Stage, budget: int, checkpointing: bool) -> Iterator
     if not base._can_set_attn_implementation():  # it computes its attention by itself: there is nothing to choose
         yield str(base.config._attn_implementation)
         return
-    expected, found = _logits(stage, "eager"), False
+    expected, found = _logits(stage, "eager", [[_probe(stage)]]), False
     for name in _open_candidates(stage, budget, checkpointing):
         ran_out = False
         try:
@@ -181,7 +184,8 @@ def _open_candidates(stage: Stage, budget: int, checkpointing: bool) -> list[str
         from transformers.utils import is_flash_attn_2_available
 
         flash = ["flash_attention_2"] if is_flash_attn_2_available() else []
-        return [*flash, "sdpa"] if stage.packing else ["sdpa", *flash]
+        varlen = [VARLEN] if stage.packing is not False and takes_varlen_attention(stage.objective.base) else []
+        return [*varlen, *flash, "sdpa"] if stage.packing else [*varlen, "sdpa", *flash]
     takes_fused = not stage.packing and takes_fused_attention(stage.objective.base)
     takes_eager = stage.fits(budget, checkpointing, "eager")
     return [*([FUSED_ATTENTION] if takes_fused else []), "sdpa", *(["eager"] if takes_eager else [])]
@@ -195,33 +199,37 @@ def _disagreement(stage: Stage, name: str, eager_logits: torch.Tensor) -> str:
     Args:
         stage: The run's.
         name: The implementation.
-        eager_logits: `_logits(stage, "eager")`.
+        eager_logits: `_logits(stage, "eager", ...)` of the probe alone.
     """
-    rounding = ROUNDING[stage.objective.autocast_dtype]
-    distance = logits_distance(eager_logits, _logits(stage, name))
+    rounding, row = ROUNDING[stage.objective.autocast_dtype], [_probe(stage)]
+    twice = 2 if stage.cutter.one_row else 1
+    alone, together = [row] * twice, [row * twice]
+    distance = logits_distance(eager_logits.repeat(twice, 1), _logits(stage, name, together))
     if not distance <= rounding:
         return f"its logits are {distance:.2g} from eager's"
-    if name != FUSED_ATTENTION:
+    if name not in (FUSED_ATTENTION, VARLEN):
         return ""
-    expected, found = _gradients(stage, "sdpa"), _gradients(stage, name)  # `fused` differs in training mode only
+    # `fused` differs in training mode only; dropout would be drawn otherwise for other shapes
+    training = name == FUSED_ATTENTION
+    expected, found = (_gradients(stage, *way, training=training) for way in (("sdpa", alone), (name, together)))
     distance = float((found - expected).norm() / expected.norm())
     return "" if distance <= rounding else f"its gradients are {distance:.2g} from sdpa's"
 
 
 @torch.no_grad()
-def _logits(stage: Stage, name: str) -> torch.Tensor:
-    """Of one row under an implementation, [labels, vocabulary], in eval mode."""
+def _logits(stage: Stage, name: str, rows: _Rows) -> torch.Tensor:
+    """Of a micro-batch under an implementation, [labels, vocabulary], in eval mode."""
     set_attention(stage.objective.base, name)
     stage.objective.eval()
-    return stage.objective.logits(_probe(stage))
+    return stage.objective.logits(_collate(stage, rows))
 
 
-def _gradients(stage: Stage, name: str) -> torch.Tensor:
-    """Of the row's loss in training mode, all behind each other, fp64; dropout is drawn alike each time."""
+def _gradients(stage: Stage, name: str, rows: _Rows, *, training: bool) -> torch.Tensor:
+    """Of a micro-batch's loss, all behind each other, fp64; dropout is drawn alike each time."""
     set_attention(stage.objective.base, name)
-    stage.objective.train()
+    stage.objective.train(training)
     with preserved_rng():
-        stage.objective(_probe(stage)).loss_sum.backward()
+        stage.objective(_collate(stage, rows)).loss_sum.backward()
     trained = [parameter for parameter in stage.objective.parameters() if parameter.grad is not None]
     gradients = torch.cat([parameter.grad.flatten().double() for parameter in trained])  # type: ignore[union-attr]
     for parameter in trained:
@@ -229,9 +237,12 @@ def _gradients(stage: Stage, name: str) -> torch.Tensor:
     return gradients
 
 
-def _probe(stage: Stage) -> Batch:
-    row = choose_probe(stage.examples.lengths, most_tokens=_PROBE_TOKENS)
-    return stage.objective.batch_of(stage.examples[row], stage.pad_id)
+def _probe(stage: Stage) -> Example:
+    return stage.examples[choose_probe(stage.examples.lengths, most_tokens=_PROBE_TOKENS)]
+
+
+def _collate(stage: Stage, rows: _Rows) -> Batch:
+    return stage.objective.task.collate(rows, stage.pad_id).to(stage.objective.device)
 
 
 def open_ways(stage: Stage, plan: Plan, attentions: Iterator[str], checkpointing: bool) -> Iterator[Way]:

@@ -8,7 +8,7 @@ One gradient on one short row shows the first, and that every kind of adapter le
     B alone      B B B B                the same logits as behind A: its positions begin anew
 
 Restarted positions alone are tried first. Models that build no mask from them get an additive block-diagonal mask as
-well, where each of their layers attends to the whole row.
+well, where each of their layers attends to the whole row, and the attention is not variable-length, which takes none.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int,
     first, second = (_beginning(row) for row in (rows[0], rows[-1]))
     fault = ""
     for with_mask in (False, True):
-        if with_mask and not _attends_to_whole_rows(objective):
+        if with_mask and (one_row or not _attends_to_whole_rows(objective)):
             break
         objective.masks_documents = with_mask
         with in_mode(objective, training=False):

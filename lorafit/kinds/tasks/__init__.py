@@ -85,7 +85,7 @@ class Task(Kind[S_co]):
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
     pads_to: ClassVar[int] = 1
     """The padded length of sequences is a multiple of it."""
-    unread: ClassVar[Mapping[str, str]] = {"data.packing": "takes one row a sequence"}
+    unread: ClassVar[Mapping[str, str]] = {"data.packing=True": "takes one row a sequence"}
     """Options that it does not read, `section.option`, or values that it can do nothing with, `section.option=value`;
     each with the reason. A recipe that sets one is refused."""
 

@@ -65,14 +65,15 @@ class CausalLm(NextTokenTask[CausalLmSection]):
         return TaskRow({"tokens": ids, "trained": trained}, len(ids), sum(trained), ids[:start], ids[start:])
 
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-        """One micro-batch; of packed rows `position_ids` say where each document begins."""
+        """One micro-batch; of packed rows `position_ids` say where each document begins, of one row `bounds` too."""
         from lorafit.objective.next_token import label_tokens
 
         documents = [[(document["tokens"], document["trained"]) for document in row] for row in rows]
         tensors = label_tokens(documents, pad_id)
         together = [document for row in rows for document in row]
-        tokens = sum(len(document["tokens"]) for document in together)
-        return Batch(tensors, len(tensors["label_ids"]), tuple(document.index for document in together), tokens)
+        lengths = [len(document["tokens"]) for document in together]
+        numbers, longest = tuple(document.index for document in together), max(lengths) if "bounds" in tensors else None
+        return Batch(tensors, len(tensors["label_ids"]), numbers, sum(lengths), longest_document=longest)
 
     def collate_whole(self, example: Example, pad_id: int) -> Batch:
         """One row with all of its tokens as labels, of which those that are trained count."""

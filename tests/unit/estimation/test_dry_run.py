@@ -42,6 +42,7 @@ def ask(
     file = folder / "recipe.yaml"
     file.write_text("name: x\nmodel: {base: x}\ndata: {train: [{path: x.jsonl}]}\noutput: x\n", encoding="utf-8")
     overrides = {"training__optimizer": "adamw", "model__quantization": "none", **changes}
+    overrides |= {"data__packing": changes.get("data__packing", "false")} if device_kind == "cpu" else {}
     overrides |= {} if "adapter" in changes else {"adapter__dropout": changes.get("adapter__dropout", 0.05)}
     recipe = load_recipe(file, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]).recipe
     step = recipe_step(recipe, find_shape(config), None, None).step

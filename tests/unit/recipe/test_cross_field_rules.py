@@ -57,7 +57,7 @@ def test_a_revision_of_a_file(fails: Fails, base: str) -> None:
 
 
 UNREAD = [(name, option) for name in tasks.names() for option in tasks.get(name).unread]
-OTHER = {"packing": "true", "train_on": "all", "dropped_fields": "warn", "max_new_tokens": "9"}
+OTHER = {"train_on": "all", "dropped_fields": "warn", "max_new_tokens": "9"}
 
 
 @pytest.mark.parametrize(("task", "option"), UNREAD)
@@ -70,7 +70,7 @@ def test_an_option_that_a_task_does_not_read_is_refused(fails: Fails, loads: Loa
 
 
 def test_classification_reads_nothing_of_chats() -> None:
-    unread = {"chat_template", "system_prompt", "dropped_fields", "train_on", "packing"}
+    unread = {"chat_template", "system_prompt", "dropped_fields", "train_on", "packing=True"}
     assert {f"data.{name}" for name in unread} < tasks.get("sequence-classification").unread.keys()
 
 

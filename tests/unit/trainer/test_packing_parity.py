@@ -46,6 +46,7 @@ def build(kind: str, attention: str, **changes: Any) -> Objective:
     given = {
         "llama": SIZES,
         "qwen3": {**SIZES, "head_dim": 8},
+        "mistral": SIZES,
         "gemma2": {**SIZES, "head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 5.0},
         "gpt2": {**GPT2, **STILL},
         "falcon": FALCON,
