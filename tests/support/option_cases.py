@@ -84,7 +84,9 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         "model.revision": Case((None, "v2"), partial(loss_of_revision, world)),
         "model.dtype": Case(("fp32", "bf16", "fp16"), of_run(world, "model.dtype", first_loss)),
         "model.attention": Case(
-            ("eager", "sdpa", "fused"), partial(saved_bytes, world, "model.attention"), refused=("flash_attention_2",)
+            ("eager", "sdpa", "fused"),
+            partial(saved_bytes, world, "model.attention"),
+            refused=("flash_attention_2", "varlen"),
         ),
         "model.quantization": Case(
             ("none", "nf4", "fp4", "int8", {"kind": "mixed", "linears": {"down_proj": "int8"}}),

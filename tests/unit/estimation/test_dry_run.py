@@ -41,8 +41,8 @@ def ask(
     """A recipe's step; `changes` are overrides such as `adapter__r=64`."""
     file = folder / "recipe.yaml"
     file.write_text("name: x\nmodel: {base: x}\ndata: {train: [{path: x.jsonl}]}\noutput: x\n", encoding="utf-8")
-    overrides = {"training__optimizer": "adamw", "model__quantization": "none", **changes}
-    overrides |= {"data__packing": changes.get("data__packing", "false")} if device_kind == "cpu" else {}
+    plain = {"training__optimizer": "adamw", "model__quantization": "none", "data__packing": "false"}
+    overrides = {**plain, **changes}
     overrides |= {} if "adapter" in changes else {"adapter__dropout": changes.get("adapter__dropout", 0.05)}
     recipe = load_recipe(file, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]).recipe
     step = recipe_step(recipe, find_shape(config), None, None).step
@@ -184,6 +184,17 @@ def test_flash_attention_is_tried_without_its_package(tmp_path: Path) -> None:
         for name in ("sdpa", "flash_attention_2")
     )
     assert flash.tensor_bytes == sdpa.tensor_bytes
+
+
+def test_rows_packed_for_varlen_attention_hold_no_mask_and_labels_everywhere(tmp_path: Path) -> None:
+    """What a recipe that leaves both open is estimated with on a card."""
+    config = {**(known_config("HuggingFaceTB/SmolLM2-135M") or {}), "num_hidden_layers": 2}
+    asked = ask(config, tmp_path, device_kind="cuda", tokens=1024, data__packing="auto")
+    masked = ask(config, tmp_path, device_kind="cuda", tokens=1024, data__packing="true", model__attention="sdpa")
+    assert (asked.step.attention, asked.step.labels_at(1024)) == ("varlen", 1024)
+    for checkpointing, dry in exact_both(asked, config).items():
+        assert asked.at(ROWS * 1024, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.01)
+        assert dry.tensor_bytes + ROWS * 1024**2 <= exact(masked, config, checkpointing).tensor_bytes
 
 
 @pytest.mark.slow

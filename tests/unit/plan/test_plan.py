@@ -75,9 +75,68 @@ def test_on_no_card_attention_keeps_scores_unless_a_dtype_is_forced(packing: boo
     }
     assert len(steps) > 50 and not any(step.step.keeps_scores for step in steps.values())
     assert steps["t4"].step.attention_kernel == "efficient"
-    assert steps["l4"].step.attention_kernel == ("efficient" if packing else "flash")
+    assert steps["l4"].step.attention_kernel == "flash"
+    masked = make(parse_gpu("L4"), data={"train": "a.jsonl", "packing": packing}, model={"attention": "sdpa"})
+    assert masked.step.step.attention_kernel == ("efficient" if packing else "flash")
     assert make(parse_gpu("T4"), model={"dtype": "bf16"}).step.step.keeps_scores
     assert make(parse_gpu("L4"), model={"dtype": "fp32", "attention": "eager"}).step.step.keeps_scores
+
+
+PROMPTS = {"kind": "prompt_tuning"}
+
+
+@pytest.mark.parametrize(
+    ("device", "sections", "packing", "attention"),
+    [
+        (card(24), {}, None, "varlen"),
+        (card(24), {"data": {"packing": True}}, True, "varlen"),
+        (card(24), {"data": {"packing": False}}, False, "sdpa"),
+        (card(24), {"model": {"attention": "sdpa"}}, None, "sdpa"),
+        (card(24), {"model": {"dtype": "fp32"}}, None, "sdpa"),
+        (card(24), {"adapter": PROMPTS}, False, "sdpa"),
+        (card(24), {"task": {"kind": "dpo"}}, False, "sdpa"),
+        (card(24), {"hub_id": "google/gemma-2-9b"}, None, "eager"),
+        (parse_gpu("T4"), {}, None, "sdpa"),
+        (parse_gpu("T4"), {"data": {"packing": True}}, True, "sdpa"),
+        (card(64, kind="cpu"), {}, False, "sdpa"),
+        (card(64, kind="cpu"), {"data": {"packing": True}}, True, "sdpa"),
+    ],
+)
+def test_packing_and_its_attention(
+    device: DeviceFacts, sections: dict[str, Any], packing: bool | None, attention: str
+) -> None:
+    step = make(device, **sections)
+    assert (step.packing, step.step.step.attention) == (packing, attention)
+    assert step.step.step.packs_rows is (packing is True and attention != "varlen")
+    shown = json.loads(json.dumps(step.to_json()))["packing"]
+    assert shown == ("auto" if packing is None else packing)
+
+
+def test_what_an_attention_left_open_holds_goes_with_it() -> None:
+    """Every token of a packed row may carry loss; under sdpa rows are padded then, and nothing is masked."""
+    step = make(card(24)).step
+    padded, packed = step.changed(attention="sdpa").step, step.changed(attention="varlen").step
+    assert packed.labels_at(4096) == 4096 > padded.labels_at(4096)
+    assert not padded.packs_rows and not packed.packs_rows
+
+
+@pytest.mark.parametrize(
+    ("device", "sections", "said"),
+    [
+        (card(64, kind="cpu"), {}, "needs a card of compute capability 8.0"),
+        (parse_gpu("T4"), {}, "needs a card of compute capability 8.0"),
+        (card(24), {"dtype": "fp32"}, "needs a card of compute capability 8.0"),
+        (card(24), {"hub_id": "openai-community/gpt2"}, "a model that drops no scores"),
+        (card(24), {"packing": False}, "is for packed rows"),
+    ],
+)
+def test_varlen_attention_by_name(device: DeviceFacts, sections: dict[str, Any], said: str) -> None:
+    model = {"attention": "varlen", "dtype": sections.get("dtype", "auto")}
+    data = {"train": "a.jsonl", "packing": sections.get("packing", "auto")}
+    with pytest.raises(RecipeError, match=f"model.attention: varlen attention .*{said}"):
+        make(device, hub_id=sections.get("hub_id", "meta-llama/Llama-3.1-8B"), model=model, data=data)
+    named = make(card(24), model={"attention": "varlen"})
+    assert (named.packing, named.step.step.packs) == (None, True)
 
 
 def test_named_dtypes_stay_and_are_warned_about() -> None:

@@ -195,11 +195,8 @@ def test_packing_left_open_is_taken_where_it_is_right(
     assert said in " ".join([*told, *rehearsal.reporter.warnings])  # type: ignore[attr-defined]
     assert resolved == ResolvedPlan.from_json(resolved.to_json())
     if fault:
-        with (
-            pytest.raises(NumericsError, match="llama cannot be packed with varlen attention")
-            if fault == "mixes"
-            else (contextlib.nullcontext())
-        ):
+        refused = pytest.raises(NumericsError, match="llama cannot be packed with varlen attention")
+        with refused if fault == "mixes" else contextlib.nullcontext():
             rehearsal.set_attention("varlen")
 
 
