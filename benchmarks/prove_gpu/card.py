@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from benchmarks.prove_gpu.trace import Trace
+from benchmarks.prove_gpu.trace import VARIABLE_LENGTH, Trace
 from benchmarks.prove_gpu.verdicts import Check, Lack, is_so
 from benchmarks.prove_gpu.world import World, make_rows
 
@@ -47,6 +47,10 @@ def prove_card(world: World) -> Iterator[Check | Lack]:
             yield is_so(what, "math" not in kernels and bool(kernels), shown, "no math kernel")
         else:
             yield Check(what, shown)
+    if found.capability is not None and found.capability >= (8, 0):
+        kernels = _attention(world, _short(dtype), True, "auto")
+        said = ", ".join(kernels) or "none that is known"
+        yield is_so("attention, packed rows, left open", VARIABLE_LENGTH in kernels, said, VARIABLE_LENGTH)
 
 
 def _product_error(device: str, dtype: object) -> float:
@@ -57,13 +61,13 @@ def _product_error(device: str, dtype: object) -> float:
     return float(((a @ b).double() - exact).norm() / exact.norm())
 
 
-def _attention(world: World, dtype: str, packed: bool) -> list[str]:
+def _attention(world: World, dtype: str, packed: bool, attention: str = "sdpa") -> list[str]:
     """The kernels of a short run with grouped queries."""
     run = world.train(
         world.recipe(
             world.tiny(),
             make_rows(24, (4, 90)),
-            model={"dtype": dtype, "quantization": "none"},
+            model={"dtype": dtype, "quantization": "none", "attention": attention},
             data={"max_length": 256, "packing": packed},
             training={"max_steps": 3, "micro_batch_tokens": 256},
         ),

@@ -11,6 +11,7 @@ from typing import Any
 STEPS = 2  # that a profile records: the second and the third
 _OPTIMIZER = "Optimizer.step#"
 _PHASE = "lorafit: "
+VARIABLE_LENGTH = "flash by lengths"
 _KERNELS = {  # operations by what they mean: those of a forward
     "_scaled_dot_product_flash_attention": "flash",
     "_scaled_dot_product_flash_attention_for_cpu": "flash for CPUs",
@@ -18,7 +19,7 @@ _KERNELS = {  # operations by what they mean: those of a forward
     "_scaled_dot_product_cudnn_attention": "cuDNN",
     "_flash_attention_forward": "flash",
     "_efficient_attention_forward": "efficient",
-    "_varlen_attn": "flash by lengths",
+    "_varlen_attn": VARIABLE_LENGTH,
     "_CausalAttention": "lorafit's blocks",
     "_scaled_dot_product_attention_math": "math",
 }

@@ -59,8 +59,10 @@ def prove_values(world: World) -> Iterator[Check | Lack]:
         "packing": {"data": {"packing": True}},
         "small micro-batches": {"training": {"micro_batch_tokens": budget // 4}},
     }
+    if not world.is_small:
+        ways["packing, attention open"] = {"data": {"packing": True}, "model": {"attention": "auto"}}
     for name, sections in ways.items():
-        run = world.train(_recipe(world, base, NF4, **sections))
+        run = world.train(_recipe(world, base, {**NF4, **sections.pop("model", {})}, **sections))
         if name == "packing":
             packed, padded = (json.loads((one / "result.json").read_text())["padded_tokens"] for one in (run, usual))
             yield is_so("packing: padded tokens of the run", packed < padded, f"{packed}, else {padded}", "fewer")
