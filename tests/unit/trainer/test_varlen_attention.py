@@ -213,3 +213,28 @@ def test_steps_pack_under_varlen_alone_and_learn_the_same(job: Callable[..., Job
     assert CALLS
     for field in ("loss", "grad_norm", "tokens", "trained_tokens"):
         assert [line[field] for line in logs[1]] == pytest.approx([line[field] for line in logs[0]], rel=1e-5)
+
+
+def test_the_models_own_forward_is_told_where_documents_begin_too() -> None:
+    rows, objective = Rows(4), with_varlen("llama")
+    objective.exact = True
+    packed = gradients(objective, [[[0, 1, 2, 3]]], rows)
+    assert len(CALLS) == 2
+    same(packed, gradients(build("llama", "eager"), [[[row]] for row in range(4)], rows))
+
+
+def test_a_run_that_packed_answers_and_is_scored_as_with_sdpa() -> None:
+    """Padded prompts with a cache, and held-out rows one to a row."""
+    rows, found = Rows(3), []
+    mask = torch.ones(2, 6, dtype=torch.long).index_fill_(1, torch.tensor([0]), 0)
+    for name in ("varlen", "sdpa"):
+        objective = build("llama", name).eval()
+        ids = objective.base.generate(
+            torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0)),
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=False,
+        )
+        scores = objective.score(CAUSAL_LM.collate([[rows[0]], [rows[1]]], PAD))
+        found.append((ids.tolist(), scores["loss"].tolist()))
+    assert found[0] == found[1] and not CALLS
