@@ -169,8 +169,6 @@ class Training:
         check_plan(model, adapters.bind(recipe.adapter).sites(job.shape), plan.trainable_parameters)
         check_shippable(model, job.base, job.task.model_class)
         fuse_layers(model)
-        if plan.keeps_unpacked:
-            keep_unpacked(model)
         self.reporter.show(coverage_table(coverage(model)))
         return model
 
@@ -278,7 +276,8 @@ class Training:
     def _memory_of(self, resolved: ResolvedPlan) -> MemoryEstimate:
         """Of the heaviest micro-batch in any way that the run takes or may take."""
         checkpointing = resolved.gradient_checkpointing
-        each = (self._memory_under(way.attention).at(way.tokens_at_once, checkpointing) for way in resolved.ways)
+        memory = self.plan.step.changed(keeps_unpacked=resolved.keeps_unpacked)
+        each = (memory.changed(attention=way.attention).at(way.tokens_at_once, checkpointing) for way in resolved.ways)
         return max(each, key=lambda estimate: estimate.needed_bytes)
 
     def _resumed(self, checkpoint: Checkpoint | None) -> ResolvedPlan | None:
@@ -302,6 +301,7 @@ class Training:
             job.pad_id,
             self.reporter,
             set_checkpointing=partial(enable_checkpointing, executor.objective.model),
+            keep_unpacked=partial(keep_unpacked, executor.objective.model),
             fits=lambda tokens, on, attention: fits(
                 self._memory_under(attention).at(tokens, on), job.device.memory_bytes
             ),

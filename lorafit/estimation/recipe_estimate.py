@@ -12,7 +12,7 @@ from lorafit.facts import DeviceFacts, ModelShape
 from lorafit.memory import Engine, closed_form, covers, fits
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.plan.derive import memory_bounds, run_epochs
-from lorafit.plan.recipe_step import HEADROOM, recipe_step
+from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, recipe_step
 from lorafit.plan.run_cost import cost_of_run
 from lorafit.recipe.schema import Recipe
 
@@ -71,6 +71,8 @@ def estimate_recipe(
     fit = None
     if options.fit is not None and memory.counts_all:
         on_it = recipe_step(recipe, shape, facts, options.fit, headroom=headroom, engine=engine)
+        if asks_to_keep(recipe.model.quantization) is None:  # what is searched for takes their room
+            on_it = on_it.changed(keeps_unpacked=False)
         fit = find_fit(on_it, options.fit, headroom)
     here = None
     if options.here is not None and is_quick and recipe.model.attention not in VARIABLE_LENGTH_ATTENTION:

@@ -57,7 +57,7 @@ def fuse_layers(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def keep_unpacked(model: nn.Module) -> int:
+def keep_unpacked(model: nn.Module, wanted: bool = True) -> int:
     """Lets each fused LoRA layer over a 4-bit linear keep the dequantised weight for its training forward.
 
     The copy is the one that each product would make anew, so that not a bit changes. It is a plain attribute: no
@@ -65,6 +65,7 @@ def keep_unpacked(model: nn.Module) -> int:
 
     Args:
         model: After `fuse_layers`, its weights where they stay; fake ones under their FakeTensorMode.
+        wanted: Else the copies that are there are let go of.
 
     Returns:
         How many layers keep one.
@@ -74,11 +75,15 @@ def keep_unpacked(model: nn.Module) -> int:
         if not _is_fused_lora(module):
             continue
         base: Any = module.base_layer
-        state = getattr(base.weight, "quant_state", None)
-        if state is not None and _unpacks_plainly(base, state):
-            with torch.no_grad():
-                copied = unpack(base.weight, state)
-            vars(module).update(unpacked_weight=copied, unpacked_state=state)
+        state, own = getattr(base.weight, "quant_state", None), vars(module)
+        if not wanted:
+            own.pop("unpacked_weight", None)
+            own.pop("unpacked_state", None)
+        elif state is not None and _unpacks_plainly(base, state):
+            if own.get("unpacked_state") is not state:
+                with torch.no_grad():
+                    copied = unpack(base.weight, state)
+                own.update(unpacked_weight=copied, unpacked_state=state)
             kept += 1
     return kept
 

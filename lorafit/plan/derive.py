@@ -91,6 +91,11 @@ class Plan:
     step: StepMemory
 
     @property
+    def may_let_go_of_unpacked(self) -> bool:
+        """Whether copies are given up where memory runs out: the recipe leaves them open."""
+        return self.keeps_unpacked and asks_to_keep(self.step.step.quantization.section) is None
+
+    @property
     def trained_share(self) -> float:
         """Share of tokens that carry loss (0 to 1)."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
@@ -348,7 +353,7 @@ def _warnings(
         found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
     if memory.step.optimizer.is_paged and device.kind != "cuda":
         found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
-    if asks_to_keep(recipe) and not memory.step.keeps_unpacked:
+    if asks_to_keep(recipe.model.quantization) and not memory.step.keeps_unpacked:
         found.append("keep_unpacked has nothing to keep: no adapted linear is unpacked from 4 bits to model.dtype")
     return tuple(found)
 

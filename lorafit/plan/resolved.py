@@ -61,6 +61,7 @@ class ResolvedPlan:
         micro_batches_at_once: On a CPU, each on a core of its own; 1: one by one.
         first_steps: Ways of steps 1, 2, ...; the steps behind them are run as the values above say.
         is_settled: Whether those values were chosen by what the first steps took, or nothing was left to choose.
+        keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy; older runs did as their plan said.
     """
 
     micro_batch_tokens: _Count
@@ -76,6 +77,7 @@ class ResolvedPlan:
     micro_batches_at_once: _Count = 1
     first_steps: list[Way] = field(default_factory=list)
     is_settled: bool = True
+    keeps_unpacked: bool = True
 
     @property
     def later(self) -> Way:

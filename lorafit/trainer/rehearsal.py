@@ -113,9 +113,11 @@ def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
         choice = ResolvedPlan(
             first.micro_batch_tokens, 0, first.attention, checkpointing, *dtypes, *where, "rehearsal", stage.measured
         )
+        choice = replace(choice, keeps_unpacked=plan.keeps_unpacked)
         choice = _heaviest_that_fits(
             stage,
             _with_evaluation_budget(stage, try_in_turn(choice, ways)),
+            may_let_go_of_unpacked=plan.may_let_go_of_unpacked,
             may_checkpoint=gradient_checkpointing is None,
             may_shrink_to=least_tokens,
         )
@@ -125,12 +127,15 @@ def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
 
 
 def _heaviest_that_fits(
-    stage: Stage, choice: ResolvedPlan, *, may_checkpoint: bool, may_shrink_to: int
+    stage: Stage, choice: ResolvedPlan, *, may_let_go_of_unpacked: bool, may_checkpoint: bool, may_shrink_to: int
 ) -> ResolvedPlan:
-    """Leaves the largest ways out, halves the budget, then turns checkpointing on, until the heaviest runs."""
+    """Lets go of unpacked copies, leaves the largest ways out, halves the budget, then turns checkpointing on, until
+    the heaviest runs.
+    """
     while True:
         stage.clear()  # what the candidates left would stand beside the heaviest
         try:
+            stage.keep_unpacked(choice.keeps_unpacked)
             run_heaviest(stage, choice)
             return choice
         except (RuntimeError, MemoryError) as error:
@@ -139,7 +144,11 @@ def _heaviest_that_fits(
             problem = out_of_memory("before step 1", max(stage.examples.lengths), choice.micro_batch_tokens)
         # Outside of the except block, whose traceback holds the activations.
         budget = choice.micro_batch_tokens
-        if len(choice.ways) > 1:
+        if choice.keeps_unpacked and may_let_go_of_unpacked:
+            choice = replace(choice, keeps_unpacked=False)
+            stage.keep_unpacked(False)
+            stage.reporter.info(f"{problem}; dequantised weights are not kept")
+        elif len(choice.ways) > 1:
             heaviest = _heaviest(choice)
             choice = try_in_turn(choice, [way for way in choice.ways if way != heaviest])
         elif choice.micro_batches_at_once > 1:
@@ -255,6 +264,7 @@ def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> ResolvedPlan:
     choice = replace(
         values,
         gradient_checkpointing=values.gradient_checkpointing if checkpointing is None else checkpointing,
+        keeps_unpacked=plan.keeps_unpacked and (values.keeps_unpacked or not plan.may_let_go_of_unpacked),
     )
     at_once = any(way.micro_batches_at_once > 1 for way in choice.ways)
     one_by_one = at_once and not stage.may_run_at_once(choice.gradient_checkpointing)

@@ -45,6 +45,7 @@ class Stage:
         executor: Runs micro-batches one by one.
         validation: Rows that are scored while training; None: none.
         set_checkpointing: Turns gradient checkpointing of the model on or off.
+        keep_unpacked: Makes dequantised copies of adapted 4-bit weights, or lets go of them.
         fits: Whether so many tokens a micro-batch, with or without checkpointing and under an attention, fit by the
             estimate.
         optimizer_bytes: State that the optimizer will allocate at its first step; held while the heaviest batch runs.
@@ -62,6 +63,7 @@ class Stage:
     pad_id: int
     reporter: Reporter
     set_checkpointing: Callable[[bool], None]
+    keep_unpacked: Callable[[bool], object] = lambda wanted: None
     fits: Callable[[int, bool, str], bool] = lambda tokens, checkpointing, attention: True
     optimizer_bytes: int = 0
     packing: bool | None = False
@@ -122,6 +124,7 @@ class Stage:
         for way in reversed(choice.ways):
             self.set_attention(way.attention)
         self.set_checkpointing(choice.gradient_checkpointing)
+        self.keep_unpacked(choice.keeps_unpacked)
 
     @contextlib.contextmanager
     def rolled_back(self) -> Iterator[None]:

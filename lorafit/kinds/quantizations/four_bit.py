@@ -45,7 +45,7 @@ class FourBitSection(QuantizationSection):
     keep_unpacked: KeepUnpacked = "auto"
     """Keep each adapted weight's dequantised copy for the whole run: faster, 2 bytes a weight more (4 in fp32).
 
-    `auto`: on a CPU where the plan's memory has room, never on a GPU."""
+    `auto`: where the plan's memory has room; on a GPU where a wide micro-batch without checkpointing fits beside it."""
 
 
 class Nf4Section(FourBitSection):

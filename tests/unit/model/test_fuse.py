@@ -34,6 +34,7 @@ from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.targets import choose_targets
 from lorafit.ops.dropout import drop
 from lorafit.ops.layer_functions import rms_norm, rotate, silu_product
+from lorafit.ops.live_tensors import unpacked_weights
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear
 from tests.support.tiny_model import tiny_llama
@@ -417,6 +418,10 @@ def test_kept_copies_change_no_bit(
     assert kept_loss == loss
     assert gradients.keys() == kept_gradients.keys()
     assert all(torch.equal(kept_gradients[name], gradient) for name, gradient in gradients.items())
+    assert keep_unpacked(model) == 14 and not unpacked  # they are there
+    assert keep_unpacked(model, False) == 0 and not unpacked_weights(model)
+    loss_and_gradients(model, autocast)
+    assert unpacked
 
 
 def in_nf4_with_lora(dtype: torch.dtype, **options: Any) -> Any:

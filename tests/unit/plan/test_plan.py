@@ -297,9 +297,8 @@ def test_unpacked_copies_are_kept_where_a_cpu_has_room() -> None:
     assert json.loads(json.dumps(kept.to_json()))["keeps_unpacked"] is True
 
 
-def test_auto_never_keeps_copies_on_a_gpu_and_true_always_does() -> None:
-    assert not kept_in(80, kind="cuda").keeps_unpacked
-    assert kept_in(80, kind="cuda", asked=True).keeps_unpacked
+def test_true_always_keeps_copies_where_there_are_any() -> None:
+    assert kept_in(4, kind="cuda", asked=True).keeps_unpacked and not kept_in(4, kind="cuda").keeps_unpacked
     assert kept_in(1, asked=True).keeps_unpacked
     for kind in ("none", "int8"):
         assert not make(card(64, kind="cpu"), hub_id=SMALL, model={"quantization": kind}).keeps_unpacked
@@ -333,6 +332,32 @@ def test_auto_keeps_copies_only_where_the_smallest_micro_batch_fits_beside_them(
     least = kept_in(border - 2 / GIB, training=training, adapter=targets)
     assert not least.keeps_unpacked
     assert least.memory.fixed["unpacked_weights"] == 0
+
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+
+
+@pytest.mark.parametrize(
+    ("gib", "training", "keeps"),
+    [
+        (80, {}, True),
+        (48, {}, False),  # a wide micro-batch without checkpointing takes the room
+        (48, {"gradient_checkpointing": True}, True),
+        (48, {"batch_size": 2}, True),  # of two rows of 600 tokens no wider one can be made
+        (24, {"gradient_checkpointing": True}, False),  # 13 GiB of copies
+        (80, {"micro_batch_tokens": 9000}, False),  # checkpointing stays off
+        (80, {"micro_batch_tokens": 1200}, True),
+    ],
+)
+def test_a_gpu_keeps_copies_where_nothing_else_suffers(gib: float, training: dict[str, Any], keeps: bool) -> None:
+    found = kept_in(gib, kind="cuda", hub_id=LLAMA, training=training)
+    never = kept_in(gib, kind="cuda", hub_id=LLAMA, training=training, asked=False)
+    assert found.keeps_unpacked is keeps
+    assert ("13 GiB of dequantised weights kept" in shown(plan_table(found))) is keeps
+    assert found.memory.gradient_checkpointing == never.memory.gradient_checkpointing
+    assert found.fits and fits(found.memory_at_most, found.device.memory_bytes)
+    assert found.may_let_go_of_unpacked is keeps
+    assert not kept_in(80, kind="cuda", hub_id=LLAMA, asked=True).may_let_go_of_unpacked
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ def open_plan(**fixed: Any) -> Any:
         "micro_batch_tokens": None,
         "min_micro_batch_tokens": 40,
         "max_micro_batch_tokens": 320,
+        "keeps_unpacked": False,
+        "may_let_go_of_unpacked": False,
         "total_steps": 400,
         "dtype": "fp32",
         "compute_dtype": "fp32",
@@ -353,6 +355,39 @@ def test_out_of_memory_leaves_large_ways_out_then_lowers_the_budget_then_turns_c
     roomy, fits_too = False, 0
     with pytest.raises(ResourceError, match=r"out of memory before step 1: seq length 40"):
         resolve(stage(job()), open_plan(attention="sdpa"))
+
+
+def test_out_of_memory_lets_go_of_unpacked_copies_first(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the heaviest micro-batch has no room beside them, or they have none; a resume does without them too."""
+    held: list[bool] = []
+
+    def full(wanted: bool) -> None:
+        held.append(wanted)
+        if wanted:
+            raise torch.OutOfMemoryError("out of memory")
+
+    def limited(stage: Stage, choice: ResolvedPlan) -> None:
+        if choice.keeps_unpacked:
+            raise torch.OutOfMemoryError("out of memory")
+
+    keeping = {"attention": "sdpa", "keeps_unpacked": True}
+    open_copies = open_plan(**keeping, may_let_go_of_unpacked=True)
+    whole = resolve(stage(job()), open_plan(attention="sdpa"))
+    dropped = resolve(stage(job(), keep_unpacked=full), open_copies)
+    assert held[-1] is False and dropped.keeps_unpacked is False and dropped.ways == whole.ways
+    monkeypatch.setattr("lorafit.trainer.rehearsal.run_heaviest", limited)
+    again = resolve(stage(job(), keep_unpacked=held.append), open_copies)
+    assert again.ways == whole.ways and not again.keeps_unpacked and held[-1] is False
+    with pytest.raises(ResourceError):
+        resolve(stage(job()), open_plan(**keeping))  # the recipe asks for them
+    again = resolve(stage(job(), keep_unpacked=held.append), open_copies, resumed=dropped)
+    assert held[-1] is False and not again.keeps_unpacked
+    older = ResolvedPlan.from_json({k: v for k, v in dropped.to_json().items() if k != "keeps_unpacked"})
+    assert resolve(stage(job(), keep_unpacked=held.append), open_copies, resumed=older).keeps_unpacked and held[-1]
+    asked = resolve(stage(job(), keep_unpacked=held.append), open_plan(**keeping), resumed=dropped)
+    assert asked.keeps_unpacked and held[-1]
 
 
 def test_the_heaviest_of_all_ways_is_tried(job: Callable[..., Job]) -> None:
