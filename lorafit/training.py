@@ -276,7 +276,8 @@ class Training:
     def _memory_of(self, resolved: ResolvedPlan) -> MemoryEstimate:
         """Of the heaviest micro-batch in any way that the run takes or may take."""
         checkpointing = resolved.gradient_checkpointing
-        memory = self.plan.step.changed(keeps_unpacked=resolved.keeps_unpacked)
+        held = {"keeps_unpacked": resolved.keeps_unpacked, "loss_chunk_bytes": resolved.loss_chunk_bytes}
+        memory = self.plan.step.changed(**held)
         each = (memory.changed(attention=way.attention).at(way.tokens_at_once, checkpointing) for way in resolved.ways)
         return max(each, key=lambda estimate: estimate.needed_bytes)
 

@@ -86,7 +86,7 @@ def full_fine_tuning(step: StepShape, dtype: str, tokens: int, checkpointing: bo
         keeps_input=lambda linear: True,
         fused=False,
     )
-    loss = loss_bytes(layer, replace(step, packing=False).labels_at(tokens))
+    loss = loss_bytes(layer, replace(step, packing=False).labels_at(tokens), step.chunk_labels)
     parameters = shape.total_parameters
     weights = gradients = width * parameters
     # at the start of the backward pass there are no gradients yet; at the update they stand beside foreach AdamW's

@@ -34,9 +34,8 @@ from lorafit.model import attention, fuse
 from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.load import build_weightless, enable_checkpointing, fill_with_fakes, unpacking_fakes
-from lorafit.ops import cross_entropy, dropout
+from lorafit.ops import dropout
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
-from lorafit.ops.chunk_sizes import chunk_labels
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.trainer.executor import Executor
@@ -103,6 +102,7 @@ class DryRun:
         exact = not step.model.plain_head
         objective = step.task.build_objective(self._model, autocast_dtype=autocast, exact=exact)
         objective.train()
+        objective.loss_chunk_bytes = step.chunk_bytes
         self._executor = Executor(objective, torch.device("cpu"))
         # fp16 runs without its loss scale, which takes no memory and reads the gradients' values.
         self._executor.scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -243,8 +243,7 @@ def _as_it_would_run(step: StepShape) -> Iterator[None]:
 
     transformers takes fake tensors for a trace, and then builds masks that a run does without. A CPU's dropout mask is
     made, not drawn. On CUDA a fused dropout keeps a mask of a byte a value, attention with dropout keeps no scores
-    unless the card has no kernel but plain products, autocast computes pow and LayerNorm in fp32, and the loss takes
-    more labels at once.
+    unless the card has no kernel but plain products, and autocast computes pow and LayerNorm in fp32.
 
     Source: ATen/native/Dropout.cpp; ATen/autocast_mode.h, AT_FORALL_FP32 (the rest of that list meets fp32 already, or
     stands in no model).
@@ -265,7 +264,6 @@ def _as_it_would_run(step: StepShape) -> Iterator[None]:
                 (functional, "layer_norm", _computed_in_fp32(functional.layer_norm)),
                 (torch, "pow", _computed_in_fp32(torch.pow)),
                 (functional, "scaled_dot_product_attention", _with_products if is_math else _attention_without_masks),
-                (cross_entropy, "chunk_labels", lambda vocabulary, device_kind: chunk_labels(vocabulary, "cuda")),
             ]
         for owner, name, replacement in patches:
             stack.callback(setattr, owner, name, getattr(owner, name))

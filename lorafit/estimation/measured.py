@@ -114,6 +114,7 @@ def _kinds_of(step: StepShape) -> JsonObject:
         "device": step.device_kind,
         "packing": step.packs,
         "keeps_unpacked": step.keeps_unpacked,
+        "chunk_labels": step.chunk_labels,
         "clips": step.max_grad_norm is not None,
     }
 

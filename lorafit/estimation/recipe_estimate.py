@@ -71,7 +71,8 @@ def estimate_recipe(
     fit = None
     if options.fit is not None and memory.counts_all:
         on_it = recipe_step(recipe, shape, facts, options.fit, headroom=headroom, engine=engine)
-        if asks_to_keep(recipe.model.quantization) is None:  # what is searched for takes their room
+        on_it = on_it.changed(loss_chunk_bytes=None)  # they make room for what is searched for
+        if asks_to_keep(recipe.model.quantization) is None:
             on_it = on_it.changed(keeps_unpacked=False)
         fit = find_fit(on_it, options.fit, headroom)
     here = None

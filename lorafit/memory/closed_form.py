@@ -8,7 +8,6 @@ from lorafit.memory.layer import Layer
 from lorafit.memory.operations import LayerPeak, worst_moment
 from lorafit.memory.peak import MemoryEstimate, Phase
 from lorafit.memory.step_shape import StepShape
-from lorafit.ops.chunk_sizes import chunk_labels
 
 
 def covers(step: StepShape) -> bool:
@@ -32,6 +31,7 @@ def closed_form(step: StepShape, tokens: int, checkpointing: bool) -> MemoryEsti
     outside = shape.embedding_parameters + shape.head_parameters + shape.other_parameters + shape.expert_parameters
     stored = [(step.stored_as(linear), linear) for linear in shape.linears]
     state_bytes = step.optimizer.state_bytes(trainable)
+    loss = loss_bytes(layer, step.labels_at(tokens), step.chunk_labels)
     return MemoryEstimate(
         fixed={
             "base_weights": sum(kind.weight_bytes(linear, width) for kind, linear in stored) + outside * width,
@@ -41,7 +41,7 @@ def closed_form(step: StepShape, tokens: int, checkpointing: bool) -> MemoryEsti
             "gradients": 4 * trainable,
             "optimizer_state": state_bytes,
         },
-        phases=step_phases(layer, tokens, loss_bytes(layer, step.labels_at(tokens)), checkpointing, trainable),
+        phases=step_phases(layer, tokens, loss, checkpointing, trainable),
         device_kind=step.device_kind,
         micro_batch_tokens=tokens,
         gradient_checkpointing=checkpointing,
@@ -128,7 +128,7 @@ def _moment(peak: LayerPeak) -> int:
     return max(peak.peak_bytes - peak.fixed_bytes - peak.kept_bytes, 0)
 
 
-def loss_bytes(layer: Layer, labels: int) -> int:
+def loss_bytes(layer: Layer, labels: int, most_rows: int) -> int:
     """One chunk of the linear cross-entropy, or all logits where something stands behind the head.
 
     A chunk: logits as computed, their fp32 copy that becomes probabilities in place, and the error in the compute
@@ -138,7 +138,7 @@ def loss_bytes(layer: Layer, labels: int) -> int:
     states = 2 * c * shape.hidden_size * labels  # the labelled hidden states and their gradient
     if not shape.plain_head:  # logits, scaled logits, fp32 copy, log-softmax; or that, its gradient and the copy's
         return states + shape.vocabulary * labels * max(2 * c + 8, c + 12)
-    rows = min(labels, chunk_labels(shape.vocabulary, layer.device_kind))
+    rows = min(labels, most_rows)
     following = min(labels - rows, rows)
     alone = (2 * c + 4 if c < 4 else 4) * rows
     both = (c + 4 if c < 4 else 4) * (rows + following)

@@ -12,6 +12,7 @@ from lorafit.kinds.quantizations import Quantization, QuantizationSection, quant
 from lorafit.kinds.section import KindSection
 from lorafit.kinds.tasks import Task, TaskSection
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION, Capability, Kernel, kernel_of, packs
+from lorafit.ops.chunk_sizes import chunk_labels, usual_chunk_bytes
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -31,6 +32,7 @@ class StepShape:
         packing: Whether rows hold several documents, every token of which may be trained; None: under attention that
             is made for it.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
+        loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
         max_grad_norm: What gradients are clipped to; None: they are not.
     """
 
@@ -48,7 +50,18 @@ class StepShape:
     capability: Capability = (8, 0)
     packing: bool | None = False
     keeps_unpacked: bool = False
+    loss_chunk_bytes: int | None = None
     max_grad_norm: float | None = 1.0
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of fp32 logits that the loss holds at once."""
+        return self.loss_chunk_bytes or usual_chunk_bytes(self.device_kind)
+
+    @property
+    def chunk_labels(self) -> int:
+        """Labels whose fp32 logits those are."""
+        return chunk_labels(self.model.vocabulary, self.device_kind, self.chunk_bytes)
 
     @property
     def dtype_bytes(self) -> int:

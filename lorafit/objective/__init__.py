@@ -71,6 +71,7 @@ class Objective(nn.Module):
 
     Attributes:
         exact: Whether the exact path is taken. It changes the model while it runs: one micro-batch at a time.
+        loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
         masks_documents: Whether packed rows get a mask beside their positions, for models that do not build one from
             positions alone. `lorafit.trainer.startup_proofs` finds out.
     """
@@ -83,6 +84,7 @@ class Objective(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.exact = exact
         self.masks_documents = False
+        self.loss_chunk_bytes: int | None = None
         if autocast_dtype is not None:
             # Adapters leave their input's dtype alone: autocast casts their fp32 weights instead, which are far
             # smaller. PEFT would cast every input up to fp32 before autocast casts it down again.

@@ -95,23 +95,24 @@ def sum_cross_entropy(objective: Objective, batch: Batch) -> LossSum:
     if objective.exact:
         return LossSum(_exact_losses(objective, batch, "sum"), batch.weight)
     head, states = output_head(objective.base), _labelled_states(objective, batch)
-    return LossSum(linear_cross_entropy(states, head.weight, head.bias, batch["label_ids"]), batch.weight)
+    loss_sum = linear_cross_entropy(states, head.weight, head.bias, batch["label_ids"], objective.loss_chunk_bytes)
+    return LossSum(loss_sum, batch.weight)
 
 
 def label_losses(objective: Objective, batch: Batch) -> torch.Tensor:
     """Each label's loss in nats, fp32 [labels], with a gradient; for losses that are no plain sum of them."""
     if objective.exact:
         return _exact_losses(objective, batch, "none")
-    head = output_head(objective.base)
-    return linear_label_losses(_labelled_states(objective, batch), head.weight, head.bias, batch["label_ids"])
+    head, states = output_head(objective.base), _labelled_states(objective, batch)
+    return linear_label_losses(states, head.weight, head.bias, batch["label_ids"], objective.loss_chunk_bytes)
 
 
 def score_labels(objective: Objective, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Each label's loss, fp32 [labels], and whether it was the most likely token, bool [labels]; without gradients."""
     if objective.exact:
         return score_logits(labelled_logits(objective, batch), batch["label_ids"])
-    head = output_head(objective.base)
-    return score_linear(_labelled_states(objective, batch), head.weight, head.bias, batch["label_ids"])
+    head, states = output_head(objective.base), _labelled_states(objective, batch)
+    return score_linear(states, head.weight, head.bias, batch["label_ids"], objective.loss_chunk_bytes)
 
 
 def own_loss(objective: Objective, batch: Batch) -> torch.Tensor:

@@ -22,7 +22,11 @@ from lorafit.ops.chunk_sizes import chunk_labels
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    chunk_bytes: int | None = None,
 ) -> torch.Tensor:
     """Summed cross-entropy.
 
@@ -31,16 +35,21 @@ def linear_cross_entropy(
         weight: The head, [vocabulary, hidden]; gets a gradient where it is trained.
         bias: The head's bias, [vocabulary], or None.
         labels: Token ids, [labels].
+        chunk_bytes: Of a chunk's fp32 logits; what is usual on the device where None.
 
     Returns:
         An fp32 scalar, in nats; differentiable once.
     """
-    loss_sum: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    loss_sum: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk_bytes)  # type: ignore[no-untyped-call]
     return loss_sum
 
 
 def linear_label_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    chunk_bytes: int | None = None,
 ) -> torch.Tensor:
     """The loss of each label, fp32 [labels], with a gradient: logits are computed once more in the backward pass.
 
@@ -50,7 +59,7 @@ def linear_label_losses(
         hidden: As for `linear_cross_entropy`, and so the others.
     """
     states, head, head_bias = _as_computed(hidden, weight, bias)
-    size = chunk_labels(weight.shape[0], hidden.device.type)
+    size = chunk_labels(weight.shape[0], hidden.device.type, chunk_bytes)
     parts = zip(torch.split(states, size), torch.split(labels, size), strict=True)
     again = partial(checkpoint, _label_losses, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([again(part, head, head_bias, ids) for part, ids in parts])
@@ -65,10 +74,14 @@ def _label_losses(
 
 @torch.no_grad()
 def score_linear(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    chunk_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of each label, fp32 [labels], and whether it was the most likely token, bool [labels]; no gradient."""
-    chunks = _chunks(*_as_computed(hidden, weight, bias), labels)
+    chunks = _chunks(*_as_computed(hidden, weight, bias), labels, chunk_bytes)
     scored = [score_logits(logits, ids) for _, logits, ids in chunks]
     if not scored:
         return hidden.new_zeros(0, dtype=torch.float32), labels.new_zeros(0, dtype=torch.bool)
@@ -90,9 +103,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        chunk_bytes: int | None,
     ) -> torch.Tensor:
-        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         states, head, head_bias = _as_computed(hidden, weight, bias)
         full = _in_full(hidden[:0]).dtype
         loss_sum = hidden.new_zeros((), dtype=full)
@@ -100,7 +118,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=full) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=full) if bias is not None and wants_bias else None
 
-        for rows, raw_logits, ids in _chunks(states, head, head_bias, labels):
+        for rows, raw_logits, ids in _chunks(states, head, head_bias, labels, chunk_bytes):
             logits = raw_logits.to(full)  # then in place: each further pass over [chunk, vocabulary] costs a step 1 %
             logits.sub_(logits.amax(dim=-1, keepdim=True))
             target = logits.gather(-1, ids.unsqueeze(-1))
@@ -131,7 +149,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In full precision: an fp16 loss scale alone may be more than fp16 holds.
         gradients = [None if g is None else (_in_full(g) * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return (*gradients, None)
+        return (*gradients, None, None)
 
 
 def _in_full(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,10 +167,14 @@ def _as_computed(
 
 
 def _chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    chunk_bytes: int | None,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yields (rows, logits [chunk, vocabulary], labels [chunk])."""
-    size = chunk_labels(weight.shape[0], hidden.device.type)
+    size = chunk_labels(weight.shape[0], hidden.device.type, chunk_bytes)
     for start in range(0, hidden.shape[0], size):
         rows = slice(start, start + size)
         yield rows, functional.linear(hidden[rows], weight, bias), labels[rows]

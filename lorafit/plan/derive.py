@@ -96,6 +96,11 @@ class Plan:
         return self.keeps_unpacked and asks_to_keep(self.step.step.quantization.section) is None
 
     @property
+    def loss_chunk_bytes(self) -> int | None:
+        """Of fp32 logits that the loss holds at once; None: as many as are usual on the device."""
+        return self.step.step.loss_chunk_bytes
+
+    @property
     def trained_share(self) -> float:
         """Share of tokens that carry loss (0 to 1)."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0

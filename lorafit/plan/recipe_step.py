@@ -25,9 +25,10 @@ from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
 from lorafit.kinds.tasks import tasks
-from lorafit.memory import Engine, StepMemory, StepShape, closed_form, fits
+from lorafit.memory import Engine, StepMemory, StepShape, closed_form, covers, fits
 from lorafit.memory.closed_form import unpacked_weights_bytes
 from lorafit.ops.attention_kernels import VARLEN, takes_documents
+from lorafit.ops.chunk_sizes import larger_chunk_bytes
 from lorafit.recipe.schema import Recipe
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ def recipe_step(
     )
     step = _packed(step, is_open=recipe.model.attention == "auto")
     tokens, checkpointing = given(recipe.training.micro_batch_tokens), given(recipe.training.gradient_checkpointing)
-    asked = StepMemory(step, engine, tokens, checkpointing)
+    asked = _with_chunks(StepMemory(step, engine, tokens, checkpointing), device, headroom)
     step_tokens = longest * math.ceil(recipe.training.batch_size / (device.count if device else 1))
     kept = asked.changed(keeps_unpacked=True)
     keeps = _keeps_unpacked(asks_to_keep(quantization.section), kept, step_tokens, device, headroom)
@@ -122,6 +123,19 @@ def takes_varlen(step: StepShape) -> bool:
     shape = step.model
     is_usual = not (shape.attention_dropout or shape.scanning_layers or shape.math_attention)
     return is_usual and takes_documents(step.capability, step.dtype, shape.head_dim)
+def _with_chunks(asked: StepMemory, device: DeviceFacts | None, headroom: float) -> StepMemory:
+    """The step with larger chunks of the loss, where a GPU has the memory and nothing else has to make room.
+
+    What dry runs measure at two sizes lies on a line between them; a loss that is soon one large chunk would not.
+    """
+    if device is None or device.kind == "cpu" or not covers(asked.step):
+        return asked
+    chunk_bytes = larger_chunk_bytes(device.memory_bytes)
+    if chunk_bytes is None:
+        return asked
+    larger = asked.changed(loss_chunk_bytes=chunk_bytes)
+    found, without = larger.settle(device, headroom)
+    return larger if without is None and fits(found, device.memory_bytes, headroom) else asked
 
 
 def _keeps_unpacked(

@@ -62,6 +62,7 @@ class ResolvedPlan:
         first_steps: Ways of steps 1, 2, ...; the steps behind them are run as the values above say.
         is_settled: Whether those values were chosen by what the first steps took, or nothing was left to choose.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy; older runs did as their plan said.
+        loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
     """
 
     micro_batch_tokens: _Count
@@ -78,6 +79,7 @@ class ResolvedPlan:
     first_steps: list[Way] = field(default_factory=list)
     is_settled: bool = True
     keeps_unpacked: bool = True
+    loss_chunk_bytes: _Count | None = None
 
     @property
     def later(self) -> Way:

@@ -113,7 +113,8 @@ def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
         choice = ResolvedPlan(
             first.micro_batch_tokens, 0, first.attention, checkpointing, *dtypes, *where, "rehearsal", stage.measured
         )
-        choice = replace(choice, keeps_unpacked=plan.keeps_unpacked)
+        choice = replace(choice, keeps_unpacked=plan.keeps_unpacked, loss_chunk_bytes=plan.loss_chunk_bytes)
+        stage.objective.loss_chunk_bytes = choice.loss_chunk_bytes
         choice = _heaviest_that_fits(
             stage,
             _with_evaluation_budget(stage, try_in_turn(choice, ways)),

@@ -123,6 +123,7 @@ class Stage:
         """
         for way in reversed(choice.ways):
             self.set_attention(way.attention)
+        self.objective.loss_chunk_bytes = choice.loss_chunk_bytes
         self.set_checkpointing(choice.gradient_checkpointing)
         self.keep_unpacked(choice.keeps_unpacked)
 

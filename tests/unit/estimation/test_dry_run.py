@@ -221,6 +221,17 @@ def test_kept_copies_are_counted_by_both_engines(model: str, device_kind: str, t
         assert closed.tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.01)
 
 
+def test_larger_chunks_of_the_loss_are_counted_by_both_engines(tmp_path: Path) -> None:
+    config = {**MODELS["llama"], "vocab_size": 50_000}
+    usual = ask(config, tmp_path, device_kind="cuda", tokens=512)
+    larger = usual.changed(loss_chunk_bytes=256 * 2**20)
+    for asked in (usual, larger):
+        dry, closed = exact(asked, config, True), asked.at(ROWS * 512, True)
+        assert dry.peak_phase.name == closed.peak_phase.name == "loss"
+        assert closed.components["loss"] == pytest.approx(dry.components["loss"], rel=0.01)
+    assert exact(larger, config, True).components["loss"] > 1.3 * exact(usual, config, True).components["loss"]
+
+
 def test_a_change_to_the_step_changes_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs the loop's own functions: a tensor that the gradients' code kept would be seen."""
     config = MODELS["llama"]

@@ -33,6 +33,30 @@ def test_gradcheck_in_fp64(with_bias: bool) -> None:
     assert torch.autograd.gradcheck(linear_cross_entropy, arguments)
 
 
+def test_chunks_are_as_large_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = functional.linear
+
+    def counted(states: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(states))
+        return real(states, *others)
+
+    monkeypatch.setattr(functional, "linear", counted)
+    of_five = 5 * 4 * 11
+    for chunked in (linear_cross_entropy, linear_label_losses, score_linear):
+        for bytes_of, expected in ((None, [3, 3, 1]), (of_five, [5, 2])):
+            sizes.clear()
+            chunked(*operands(torch.float32), bytes_of)
+            assert sizes == expected, chunked
+
+
+@pytest.mark.parametrize(
+    ("gib", "mib"), [(8, None), (15.8, None), (22.0, 256), (23.6, 256), (47.5, 256), (79.1, 512), (139, 512)]
+)
+def test_larger_cards_take_larger_chunks(gib: float, mib: int | None) -> None:
+    assert pieces.larger_chunk_bytes(round(gib * 2**30)) == (mib and mib * 2**20)
+
+
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "all"])
 def test_equals_naive(trained: str) -> None:
     hidden, weight, bias, labels = operands(torch.float64)

@@ -372,6 +372,25 @@ def test_nothing_is_kept_where_no_forward_would_use_it(hub_id: str, quantization
     assert not left.keeps_unpacked and not any("keep_unpacked" in warning for warning in left.warnings)
 
 
+def test_chunks_of_the_loss_follow_the_memory_of_a_card_and_no_cpus() -> None:
+    assert make(card(64, kind="cpu")).loss_chunk_bytes is None and make(card(16)).loss_chunk_bytes is None
+    large = make(card(80), training={"micro_batch_tokens": 6000})
+    assert large.loss_chunk_bytes == 512 * 2**20
+    usual = large.step.changed(loss_chunk_bytes=None).at(6000, False)
+    rows = 512 * 2**20 // (4 * 128_256)  # full chunks: one of probabilities, the next one's logits and their copy
+    held = {
+        name: phase.parts["loss"] for name, phase in (("large", large.memory.phases[1]), ("usual", usual.phases[1]))
+    }
+    assert held["large"] > 2 * held["usual"] and held["large"] >= 128_256 * rows * 6
+    training = {"micro_batch_tokens": 2400, "gradient_checkpointing": True}
+    narrow: dict[str, Any] = {"model": {"quantization": "none"}, "training": training}
+    full = make(card(60), replace(ROWS, longest_trained_tokens=600), "Qwen/Qwen2.5-14B", **narrow)
+    border = full.memory.needed_bytes / 0.95 / GIB
+    assert full.loss_chunk_bytes == 256 * 2**20 and full.memory.peak_phase.name == "loss" and border > 20
+    below = make(card(border - 2 / GIB), replace(ROWS, longest_trained_tokens=600), "Qwen/Qwen2.5-14B", **narrow)
+    assert below.loss_chunk_bytes is None and below.memory.needed_bytes < full.memory.needed_bytes  # and it fits
+
+
 def test_json_is_plain() -> None:
     plain = json.loads(json.dumps(make().to_json()))
     assert plain["total_steps"] == 21

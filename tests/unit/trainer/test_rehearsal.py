@@ -60,6 +60,7 @@ def open_plan(**fixed: Any) -> Any:
         "max_micro_batch_tokens": 320,
         "keeps_unpacked": False,
         "may_let_go_of_unpacked": False,
+        "loss_chunk_bytes": None,
         "total_steps": 400,
         "dtype": "fp32",
         "compute_dtype": "fp32",
@@ -388,6 +389,18 @@ def test_out_of_memory_lets_go_of_unpacked_copies_first(
     assert resolve(stage(job(), keep_unpacked=held.append), open_copies, resumed=older).keeps_unpacked and held[-1]
     asked = resolve(stage(job(), keep_unpacked=held.append), open_plan(**keeping), resumed=dropped)
     assert asked.keeps_unpacked and held[-1]
+
+
+def test_chunks_of_the_loss_are_the_plans_and_a_resume_repeats_them(job: Callable[..., Job]) -> None:
+    rehearsal = stage(job())
+    first = resolve(rehearsal, open_plan(attention="sdpa", loss_chunk_bytes=4096))
+    assert first.loss_chunk_bytes == rehearsal.objective.loss_chunk_bytes == 4096
+    elsewhere = stage(job())
+    again = resolve(elsewhere, open_plan(attention="sdpa"), resumed=first)  # a card with less memory
+    assert again.loss_chunk_bytes == elsewhere.objective.loss_chunk_bytes == 4096
+    older = ResolvedPlan.from_json({k: v for k, v in first.to_json().items() if k != "loss_chunk_bytes"})
+    resolve(elsewhere, open_plan(attention="sdpa", loss_chunk_bytes=4096), resumed=older)
+    assert elsewhere.objective.loss_chunk_bytes is None
 
 
 def test_the_heaviest_of_all_ways_is_tried(job: Callable[..., Job]) -> None:
