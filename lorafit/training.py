@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from lorafit.contracts import JsonMapping, Reporter
-from lorafit.data.batch import StepRows
+from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.runner import evaluate_during
@@ -332,7 +332,8 @@ class Training:
             adapters.bind(recipe.adapter).step_hook(model),
         )
         task, ranks = executor.objective.task, executor.ranks
-        cutter = Cutter(rows.train, task, job.pad_id, self.plan.packing, ranks=ranks)
+        cost_tokens = resolved.micro_batch_cost_tokens or MICRO_BATCH_COST_TOKENS
+        cutter = Cutter(rows.train, task, job.pad_id, self.plan.packing, ranks=ranks, cost_tokens=cost_tokens)
         load = partial(load_adapter_weights, model)
         environment = Environment.here(executor.device.type, executor.ranks, job.device.card)
         return Trainer(

@@ -23,8 +23,11 @@ Integers = NDArray[np.int64]
 
 _EPOCHS_KEPT = 4
 MICRO_BATCH_COST_TOKENS = 96
-"""About what starting a forward and its backward costs (mostly unpacking NF4 weights, which takes as long on large
-models as on small ones beside their products), so that cuts are not too fine: 87 tokens, measured on a CPU."""
+"""About what starting a forward and its backward costs on a CPU (mostly unpacking NF4 weights, which takes as long on
+large models as on small ones beside their products), so that cuts are not too fine: 87 tokens measured."""
+LIKELY_GPU_COST_TOKENS = 700
+"""The same on a card where it cannot be measured (`lorafit.trainer.rehearsal` does): some 10,000 kernels are started,
+whatever their size. Counted and guessed for Llama-3.1-8B on an H100; 190 on a slower card, 2,500 for a model of 1B."""
 _LEAST_SHARE, _TRIED_BUDGETS = 0.5, 11  # of the budget, where threads run at once: down to half in 5 % steps
 _MOST_PARTS_A_RANK = 8  # of a budget-filling step, where ranks share it
 
@@ -120,13 +123,18 @@ class StepRows:
 
 
 def cut_step(
-    rows: Sequence[int], lengths: Sequence[int], token_budget: int, at_once: int = 1, ranks: int = 1
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    token_budget: int,
+    at_once: int = 1,
+    ranks: int = 1,
+    cost_tokens: int = MICRO_BATCH_COST_TOKENS,
 ) -> list[list[int]]:
     """Cuts the rows of a step into micro-batches, the longest rows first.
 
     Among all cuts of the rows sorted by length that keep `rows x longest` of a micro-batch within the budget, it takes
-    the one with the fewest padded tokens, where each micro-batch counts as `MICRO_BATCH_COST_TOKENS` more. A row longer
-    than the budget is a micro-batch of its own. Where several run at once it looks at smaller budgets too, and takes
+    the one with the fewest padded tokens, where each micro-batch counts as `cost_tokens` more. A row longer than the
+    budget is a micro-batch of its own. Where several run at once it looks at smaller budgets too, and takes
     what is done first: two micro-batches for two cores rather than three. What a step computes does not depend on the
     cut, speed and memory do.
 
@@ -136,6 +144,7 @@ def cut_step(
         token_budget: Padded tokens of a micro-batch.
         at_once: Micro-batches that run at the same time in a process.
         ranks: Processes that share them.
+        cost_tokens: What starting a micro-batch costs.
     """
     if not rows:
         return []
@@ -145,8 +154,8 @@ def cut_step(
     budgets = (int(budget * share) for budget in rank_budgets(token_budget, ranks) for share in shares)
     workers = at_once * ranks
     best = min(
-        (_cut_within(tokens, budget) for budget in budgets),
-        key=lambda parts: span_tokens([len(part) * int(tokens[part.start]) for part in parts], workers),
+        (_cut_within(tokens, budget, cost_tokens) for budget in budgets),
+        key=lambda parts: span_tokens([len(part) * int(tokens[part.start]) for part in parts], workers, cost_tokens),
     )
     return [ordered[part.start : part.stop] for part in best]
 
@@ -162,7 +171,7 @@ def rank_budgets(token_budget: int, ranks: int) -> list[int]:
     return budgets
 
 
-def _cut_within(tokens: Integers, token_budget: int) -> list[range]:
+def _cut_within(tokens: Integers, token_budget: int, cost_tokens: int) -> list[range]:
     """Places of each micro-batch's rows among tokens [rows], the longest first; the least sum of their costs."""
     count = len(tokens)
     cheapest = np.zeros(count + 1, dtype=np.int64)  # of rows i.. to the end
@@ -170,7 +179,7 @@ def _cut_within(tokens: Integers, token_budget: int) -> list[range]:
     for first in range(count - 1, -1, -1):
         widest = max(1, token_budget // max(1, int(tokens[first])))
         ends = np.arange(first + 1, min(count, first + widest) + 1)
-        costs = MICRO_BATCH_COST_TOKENS + tokens[first] * (ends - first) + cheapest[ends]
+        costs = cost_tokens + tokens[first] * (ends - first) + cheapest[ends]
         best = int(np.argmin(costs))
         cheapest[first], cut_at[first] = costs[best], ends[best]
     parts, place = [], 0
@@ -180,25 +189,26 @@ def _cut_within(tokens: Integers, token_budget: int) -> list[range]:
     return parts
 
 
-def deal(padded_tokens: Sequence[int], workers: int) -> list[list[int]]:
+def deal(padded_tokens: Sequence[int], workers: int, cost_tokens: int = MICRO_BATCH_COST_TOKENS) -> list[list[int]]:
     """Numbers of the micro-batches that each worker runs, ascending: the largest first, to whoever is free first.
 
     Args:
         padded_tokens: Of each micro-batch.
         workers: Cores or ranks; 1 where all work on one micro-batch.
+        cost_tokens: What starting a micro-batch costs.
     """
     free = [(0, worker) for worker in range(workers)]  # when, and who
     dealt: list[list[int]] = [[] for _ in range(workers)]
     for number in sorted(range(len(padded_tokens)), key=lambda number: -padded_tokens[number]):
         busy_until, worker = free[0]
         dealt[worker].append(number)
-        heapq.heapreplace(free, (busy_until + MICRO_BATCH_COST_TOKENS + padded_tokens[number], worker))
+        heapq.heapreplace(free, (busy_until + cost_tokens + padded_tokens[number], worker))
     return [sorted(numbers) for numbers in dealt]
 
 
-def span_tokens(padded_tokens: Sequence[int], workers: int) -> int:
+def span_tokens(padded_tokens: Sequence[int], workers: int, cost_tokens: int = MICRO_BATCH_COST_TOKENS) -> int:
     """How long micro-batches take that are dealt so; in tokens of one worker."""
     return max(
-        sum(MICRO_BATCH_COST_TOKENS + padded_tokens[number] for number in numbers)
-        for numbers in deal(padded_tokens, workers)
+        sum(cost_tokens + padded_tokens[number] for number in numbers)
+        for numbers in deal(padded_tokens, workers, cost_tokens)
     )

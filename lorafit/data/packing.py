@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorafit.contracts import Batch, Examples
-from lorafit.data.batch import cut_step, deal, rank_budgets, span_tokens
+from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, cut_step, deal, rank_budgets, span_tokens
 from lorafit.objective import TrainedTask
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION, packs
 
@@ -77,6 +77,7 @@ def cut_packed(
     one_row: bool,
     at_once: int = 1,
     ranks: int = 1,
+    cost_tokens: int = MICRO_BATCH_COST_TOKENS,
 ) -> list[MicroBatch]:
     """Cuts the rows of a step into micro-batches of packed rows; the plain cut where packing saves nothing.
 
@@ -91,18 +92,20 @@ def cut_packed(
         one_row: Whether a micro-batch is one row.
         at_once: Micro-batches that run at the same time in a process.
         ranks: Processes that share them.
+        cost_tokens: What starting a micro-batch costs.
     """
     if not rows:
         return []
     longest = max(int(lengths[row]) for row in rows)
-    cuts = [[[[row] for row in part] for part in cut_step(rows, lengths, token_budget, at_once, ranks)]]
+    plain = cut_step(rows, lengths, token_budget, at_once, ranks, cost_tokens)
+    cuts = [[[[row] for row in part] for part in plain]]
     for budget in rank_budgets(token_budget, ranks):
         packed = pack_rows(rows, lengths, budget if one_row else min(budget, max(longest, PACKED_ROW_TOKENS)))
         totals = [sum(int(lengths[row]) for row in documents) for documents in packed]
-        parts = cut_step(range(len(packed)), totals, budget, at_once)
+        parts = cut_step(range(len(packed)), totals, budget, at_once, cost_tokens=cost_tokens)
         cuts.append([[packed[number] for number in part] for part in parts])
     workers = at_once * ranks
-    return min(cuts, key=lambda cut: span_tokens([padded_tokens(part, lengths) for part in cut], workers))
+    return min(cuts, key=lambda cut: span_tokens([padded_tokens(part, lengths) for part in cut], workers, cost_tokens))
 
 
 def padded_tokens(part: MicroBatch, lengths: Sequence[int]) -> int:
@@ -122,6 +125,7 @@ class Cutter:
         attention: Attention implementation of the model.
         at_once: Micro-batches that run at the same time in a process.
         ranks: Processes that share a step's micro-batches.
+        cost_tokens: What starting a micro-batch costs.
     """
 
     examples: Examples
@@ -131,6 +135,7 @@ class Cutter:
     attention: str = "sdpa"
     at_once: int = 1
     ranks: int = 1
+    cost_tokens: int = MICRO_BATCH_COST_TOKENS
 
     @property
     def packs(self) -> bool:
@@ -145,17 +150,18 @@ class Cutter:
     def cut(self, rows: Sequence[int], token_budget: int) -> list[MicroBatch]:
         """Micro-batches of a step, the same on every rank; without packing each row holds one document."""
         lengths = self.examples.lengths
+        work = {"at_once": self.at_once, "ranks": self.ranks, "cost_tokens": self.cost_tokens}
         if self.packs:
-            return cut_packed(rows, lengths, token_budget, one_row=self.one_row, at_once=self.at_once, ranks=self.ranks)
-        return [[[row] for row in part] for part in cut_step(rows, lengths, token_budget, self.at_once, self.ranks)]
+            return cut_packed(rows, lengths, token_budget, one_row=self.one_row, **work)
+        return [[[row] for row in part] for part in cut_step(rows, lengths, token_budget, **work)]
 
     def of_rank(self, cut: Sequence[MicroBatch], rank: int) -> list[MicroBatch]:
         """Those of a step's micro-batches that a rank runs."""
-        return [cut[number] for number in deal(self._padded(cut), self.ranks)[rank]]
+        return [cut[number] for number in deal(self._padded(cut), self.ranks, self.cost_tokens)[rank]]
 
     def span_tokens(self, cut: Sequence[MicroBatch]) -> int:
         """See `lorafit.data.batch.span_tokens`."""
-        return span_tokens(self._padded(cut), self.at_once * self.ranks)
+        return span_tokens(self._padded(cut), self.at_once * self.ranks, self.cost_tokens)
 
     def _padded(self, cut: Sequence[MicroBatch]) -> list[int]:
         return [padded_tokens(part, self.examples.lengths) for part in cut]

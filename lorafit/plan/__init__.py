@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
-from lorafit.plan.derive import Plan, plan, require_fit
+from lorafit.plan.derive import MOST_MICRO_BATCH_TOKENS, Plan, plan, require_fit
 from lorafit.plan.flops import Flops, count_flops
 from lorafit.plan.render import plan_table, show_plan
 from lorafit.plan.resolved import ResolvedPlan, Way
 from lorafit.plan.run_cost import check_price
 
 __all__ = [
+    "MOST_MICRO_BATCH_TOKENS",
     "Flops",
     "Plan",
     "ResolvedPlan",

@@ -123,6 +123,8 @@ def takes_varlen(step: StepShape) -> bool:
     shape = step.model
     is_usual = not (shape.attention_dropout or shape.scanning_layers or shape.math_attention)
     return is_usual and takes_documents(step.capability, step.dtype, shape.head_dim)
+
+
 def _with_chunks(asked: StepMemory, device: DeviceFacts | None, headroom: float) -> StepMemory:
     """The step with larger chunks of the loss, where a GPU has the memory and nothing else has to make room.
 

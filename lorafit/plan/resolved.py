@@ -62,6 +62,7 @@ class ResolvedPlan:
         first_steps: Ways of steps 1, 2, ...; the steps behind them are run as the values above say.
         is_settled: Whether those values were chosen by what the first steps took, or nothing was left to choose.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy; older runs did as their plan said.
+        micro_batch_cost_tokens: What starting a micro-batch costs on a card, as its steps are cut; None: as on a CPU.
         loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
     """
 
@@ -80,6 +81,7 @@ class ResolvedPlan:
     is_settled: bool = True
     keeps_unpacked: bool = True
     loss_chunk_bytes: _Count | None = None
+    micro_batch_cost_tokens: _Count | None = None
 
     @property
     def later(self) -> Way:

@@ -299,12 +299,14 @@ def describe_resolved(resolved: ResolvedPlan) -> str:
     """What `auto` became, and where that comes from."""
     checkpointing = "on" if resolved.gradient_checkpointing else "off"
     at_once = f", {resolved.micro_batches_at_once} at once" if resolved.micro_batches_at_once > 1 else ""
+    cost = resolved.micro_batch_cost_tokens
+    started = f" (starting one counts as {cost:,})" if cost else ""
     tried = ""
     if not resolved.is_settled:
         ways = len(set(resolved.first_steps))
         tried = f"; steps 1 to {len(resolved.first_steps)} try {ways} ways, the rest take the fastest"
     return (
-        f"micro-batches of {resolved.micro_batch_tokens} tokens{at_once}, {resolved.attention} attention, "
+        f"micro-batches of {resolved.micro_batch_tokens} tokens{started}{at_once}, {resolved.attention} attention, "
         f"checkpointing {checkpointing} (from the {resolved.source}){tried}"
     )
 

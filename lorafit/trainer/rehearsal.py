@@ -10,7 +10,8 @@ as it was afterwards.
     always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
                     forward: of the way that holds the most, which protects the others
 
-Nothing is timed: the first steps show what is fastest (`lorafit.trainer.trials`).
+No way is timed: the first steps show what is fastest (`lorafit.trainer.trials`). But how steps are cut has to be known
+before them, and on a card that depends on what starting a micro-batch costs there: two of them are timed.
 
 No optimizer step is taken, gradients are cleared, random numbers and modes are put back.
 
@@ -36,11 +37,12 @@ import numpy as np
 import torch
 
 from lorafit.contracts import Example, Examples, Reporter
+from lorafit.data.batch import LIKELY_GPU_COST_TOKENS, MICRO_BATCH_COST_TOKENS
 from lorafit.errors import CheckpointError
 from lorafit.files.cache import cache_folder, keep, kept, refuse_foreign
 from lorafit.objective import TrainedTask
 from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes
-from lorafit.plan import Plan, ResolvedPlan, Way
+from lorafit.plan import MOST_MICRO_BATCH_TOKENS, Plan, ResolvedPlan, Way
 from lorafit.trainer.executor import out_of_memory, time_micro_batches
 from lorafit.trainer.stage import Stage, open_ways, right_attentions
 from lorafit.trainer.threaded_micro_batches import run_at_once
@@ -123,6 +125,8 @@ def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
             may_shrink_to=least_tokens,
         )
         stage.set_attention(choice.attention)
+        if stage.device.type == "cuda":
+            choice = replace(choice, micro_batch_cost_tokens=measure_cost(stage, choice))
     stage.measured["seconds"] = round(time.perf_counter() - began, 3)
     return choice
 
@@ -203,6 +207,28 @@ def run_heaviest(stage: Stage, choice: ResolvedPlan) -> None:
             stage.objective.train()
     del ballast
     stage.measured["peak_memory_bytes"] = peak_memory_bytes(stage.device)
+
+
+def measure_cost(stage: Stage, choice: ResolvedPlan) -> int:
+    """Tokens that a card computes in the time that starting a forward and its backward takes.
+
+    A short row is run, and a micro-batch of the first way's size; a straight line through both times says what none at
+    all would take. Each is run twice: a first time sets up what the second finds.
+    """
+    lengths, one_row = stage.examples.lengths, stage.cutter.one_row
+    budget, most_rows = choice.micro_batch_tokens, stage.step_rows.batch_size
+    rows, width = heaviest_shapes(lengths, budget, most_rows, one_row=one_row)[-1]
+    filled = fill_rows(stage.objective.task, stage.examples, rows, width, packing=stage.packing)
+    batches = [stage.shortest_batch(), stage.objective.task.collate(filled, stage.pad_id)]
+    small, large = (batch.padded_tokens for batch in batches)
+    if large < 2 * small:
+        return LIKELY_GPU_COST_TOKENS
+    quick, slow = (min(time_micro_batches(stage.executor, [batch]) for _ in range(2)) for batch in batches)
+    for_each = (slow - quick) / (large - small)
+    to_start = quick - small * for_each
+    if to_start >= MOST_MICRO_BATCH_TOKENS * for_each:  # the card waits for the host even with the large one
+        return MOST_MICRO_BATCH_TOKENS
+    return max(MICRO_BATCH_COST_TOKENS, round(to_start / for_each))
 
 
 def resolve_plan(

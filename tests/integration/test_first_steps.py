@@ -105,3 +105,26 @@ def test_a_second_run_takes_what_the_first_found_and_is_the_same_run(recipe: Pat
 def test_a_short_run_tries_nothing(recipe: Path) -> None:
     plan = plan_of(train(recipe, "short", overrides=["training.max_steps=3"]))
     assert (plan["first_steps"], plan["is_settled"]) == ([], True)
+
+
+def test_the_loop_cuts_and_loses_as_the_plan_says(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a card measured and has room for goes with the plan, into this run and into its resume."""
+    seen: list[tuple[int, int | None, int]] = []
+    inner = Trainer.build_micro_batches
+
+    def noted(self: Trainer, step: int, token_budget: int) -> Any:
+        batches = inner(self, step, token_budget)
+        seen.append((self.cutter.cost_tokens, self.executor.objective.loss_chunk_bytes, len(batches)))
+        return batches
+
+    monkeypatch.setattr(Trainer, "build_micro_batches", noted)
+    asked = {"overrides": ["training.max_steps=3", "training.batch_size=8", "checkpoints.every_steps=1"]}
+    first = train(recipe, "first", **asked)
+    told = {**plan_of(first), "micro_batch_tokens": 100_000, "micro_batch_cost_tokens": 9000, "loss_chunk_bytes": 4096}
+    (recipe.parent / "told.json").write_text(json.dumps(told))
+    assert {found[:2] for found in seen} == {(96, None)}
+    seen.clear()
+    second = train(recipe, "second", plan_file=recipe.parent / "told.json", **asked)
+    train(recipe, "second", resume=True, overrides=[*asked["overrides"][1:], "training.max_steps=4"])
+    assert len(seen) > 3 and set(seen) == {(9000, 4096, 1)}  # all rows of a step at once: a second start is too dear
+    assert plan_of(second)["micro_batch_cost_tokens"] == 9000

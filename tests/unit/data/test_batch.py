@@ -284,3 +284,14 @@ def test_collate_keeps_every_label(rows: list[list[tuple[int, bool]]]) -> None:
 @pytest.mark.parametrize(("rows", "batch_size", "steps"), [(10, 4, 3), (8, 4, 2), (1, 16, 1)])
 def test_the_last_smaller_step_is_kept(rows: int, batch_size: int, steps: int) -> None:
     assert steps_per_epoch(rows, batch_size) == steps
+
+
+def test_the_dearer_a_start_the_fewer_micro_batches() -> None:
+    tokens = [900, 700, 520, 400, 310, 240, 180, 130, 90, 60, 40, 25]
+    rows, usual = range(len(tokens)), cut_step(range(len(tokens)), tokens, 4096)
+    sizes = [len(cut_step(rows, tokens, 4096, cost_tokens=cost)) for cost in (96, 700, 2500)]
+    assert sizes[0] == len(usual) > sizes[1] > sizes[2]
+    padded = [1000, 600, 300, 200, 100]
+    assert [span_tokens(padded, 2, cost_tokens=cost) for cost in (0, 500)] == [1100, 2500]
+    assert deal(padded, 2, cost_tokens=0) == [[0, 4], [1, 2, 3]]
+    assert deal(padded, 2, cost_tokens=500) == [[0, 3], [1, 2, 4]]

@@ -403,6 +403,46 @@ def test_chunks_of_the_loss_are_the_plans_and_a_resume_repeats_them(job: Callabl
     assert elsewhere.objective.loss_chunk_bytes is None
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (lambda tokens: 0.010 + 1e-5 * tokens, 1000),
+        (lambda tokens: 0.010, 16_384),  # the card waits for the host all the time
+        (lambda tokens: 1e-5 * tokens, 96),
+    ],
+)
+def test_a_card_tells_what_starting_a_micro_batch_costs(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], expected: int
+) -> None:
+    """A CPU is not asked; what is told is kept for a resume. A first time may take longer."""
+    seen: list[int] = []
+
+    def planted(_: Executor, batches: list[Any]) -> float:
+        seen.append(batches[0].padded_tokens)
+        return seconds(seen[-1]) + (9.0 if seen.count(seen[-1]) == 1 else 0.0)
+
+    monkeypatch.setattr("lorafit.trainer.rehearsal.time_micro_batches", planted)
+    monkeypatch.setattr("lorafit.trainer.rehearsal.run_heaviest", lambda *_: None)
+    alone = open_plan(attention="sdpa", micro_batch_tokens=320)
+    assert resolve(stage(job()), alone).micro_batch_cost_tokens is None and not seen
+    monkeypatch.setattr(Stage, "device", torch.device("cuda"))
+    told = resolve(stage(job()), alone)
+    assert told.micro_batch_cost_tokens == expected and len(seen) == 4 and max(seen) > 4 * min(seen)
+    again = resolve(stage(job()), alone, resumed=told)
+    assert again.micro_batch_cost_tokens == expected and len(seen) == 4
+
+
+def test_where_micro_batches_are_all_alike_the_likely_cost_is_taken(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.trainer.rehearsal.run_heaviest", lambda *_: None)
+    monkeypatch.setattr(Stage, "device", torch.device("cuda"))
+    rows = Rows(8)
+    rows.ids, rows.trained, rows.lengths = [[3] * 20] * 8, [[1] * 20] * 8, [20] * 8
+    plan = open_plan(attention="sdpa", micro_batch_tokens=20)
+    assert resolve(stage(job(rows=rows)), plan).micro_batch_cost_tokens == 700
+
+
 def test_the_heaviest_of_all_ways_is_tried(job: Callable[..., Job]) -> None:
     """It holds the most tokens, and keeps all scores where one of those does: the others are lighter."""
     rehearsal = stage(job())
