@@ -125,6 +125,6 @@ def test_the_loop_cuts_and_loses_as_the_plan_says(recipe: Path, monkeypatch: pyt
     assert {found[:2] for found in seen} == {(96, None)}
     seen.clear()
     second = train(recipe, "second", plan_file=recipe.parent / "told.json", **asked)
-    train(recipe, "second", resume=True, overrides=[*asked["overrides"][1:], "training.max_steps=4"])
+    train(recipe, "second", resume_from=2, **asked)
     assert len(seen) > 3 and set(seen) == {(9000, 4096, 1)}  # all rows of a step at once: a second start is too dear
     assert plan_of(second)["micro_batch_cost_tokens"] == 9000
