@@ -270,10 +270,11 @@ class Trainer:
         return value
 
     def build_micro_batches(self, step: int, token_budget: int) -> list[Batch]:
-        """This rank's micro-batches of a step, on the CPU; a pure function."""
+        """This rank's micro-batches of a step, in the host's memory; a pure function."""
         cutter = self._cutter(step)
         cut = cutter.cut(self.step_rows.rows(step)[1], token_budget)
-        return [cutter.collate(part) for part in cutter.of_rank(cut, self.executor.rank)]
+        batches = [cutter.collate(part) for part in cutter.of_rank(cut, self.executor.rank)]
+        return [batch.pinned() for batch in batches] if self.executor.device.type == "cuda" else batches
 
     def _cutter(self, step: int) -> Cutter:
         way = self.plan.way(step)

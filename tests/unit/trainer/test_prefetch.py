@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorafit.contracts import Example
 from lorafit.data.packing import Cutter
@@ -114,3 +115,23 @@ def test_all_steps_but_the_first_are_built_ahead(tmp_path: Path, monkeypatch: py
     job.trainer().fit(TrainState())
     assert builders[0] == "MainThread" and all(name.startswith("lorafit-feed") for name in builders[1:])
     assert len(builders) == 4 and threads() == []
+
+
+def test_batches_for_a_card_are_pinned_where_they_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the feed's thread, every tensor of them; a CPU's are left where they are."""
+    pinned: list[str] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(threading.current_thread().name)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    trainer = Job(tmp_path / "one", plan=TinyPlan(2, 2)).trainer()
+    plain = trainer.build_micro_batches(1, 80)
+    assert not pinned
+    trainer.executor.device = torch.device("cuda")
+    with trainer.feed as feed:
+        first, _ = feed.take(1, 80), feed.take(2, 80)
+    tensors = [(a[name], b[name]) for a, b in zip(plain, first, strict=True) for name in a.tensors]
+    assert all(torch.equal(a, b) and a is not b for a, b in tensors)
+    assert len(pinned) > len(tensors) > 2 and any(name.startswith("lorafit-feed") for name in pinned)
