@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from lorafit.contracts import JsonMapping, Reporter
+from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
@@ -28,9 +28,15 @@ from lorafit.kinds.schedules import learning_rate_at
 from lorafit.memory import MemoryEstimate, StepMemory, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
-from lorafit.model.content import Content, reading_content, require_recorded
+from lorafit.model.content import reading_content, require_recorded
 from lorafit.model.fuse import fuse_layers, keep_unpacked
-from lorafit.model.inspect import coverage, coverage_table, describe_quantization, require_same_quantization
+from lorafit.model.inspect import (
+    coverage,
+    coverage_table,
+    describing_quantization,
+    recorded_linears,
+    require_same_quantization,
+)
 from lorafit.model.load import enable_checkpointing, load_model
 from lorafit.model.shippable import check_shippable
 from lorafit.objective import Objective, choose_probe
@@ -88,14 +94,16 @@ class Training:
         )
         check_same_rows(accelerator, job.rows.digest)
         forget_peak_memory(accelerator.device)  # of another run in this process
+        begun = self._begun_quantization() if checkpoint is not None else None
         with reading_content(job.base.path) if accelerator.is_main_process else nullcontext() as reading:
-            model = self._load(accelerator)
+            model = self._load(accelerator, begun)
             content = reading.result() if reading is not None else None
-        used = describe_quantization(model, recipe.model.quantization, dtype=dtype_named(self.plan.dtype))
+        describe = None
         if content is not None:
             job = replace(job, base=job.base.known_as(content=content.digest))
             if checkpoint is not None:
-                self._check_base(content, used)
+                require_recorded(job.base.path, self.where.base, content)
+            describe = describing_quantization(model, recipe.model.quantization, dtype=dtype_named(self.plan.dtype))
         objective = build_objective(job, model, self.plan.dtype)
         prove(job, objective, job.rows.train, self.reporter)
         self._refer(objective, begins=checkpoint is None)
@@ -106,6 +114,7 @@ class Training:
         stage = self._stage(executor)
         cache_name = f"plans/{key_of_code([job.facts(), job.device.name, job.device.count])}.json"
         resolved = resolve_plan(self.plan, stage, resumed=self._resumed(checkpoint), given=given, cache_name=cache_name)
+        used = self._check_quantization(describe(), begun) if describe is not None else {}
         before_bytes = peak_memory_bytes(executor.device)
         told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take
         card = job.card(resolved)
@@ -116,14 +125,9 @@ class Training:
         if self.profiles and executor.rank == 0:
             executor.profile = StepProfile(self.where.profile, self.where.trace, executor.device)
         trackers = Trackers(accelerator, self.reporter)
-        journal = Journal(
-            self.reporter,
-            MetricsLog(self.where.metrics, self.reporter),
-            trackers,
-            executor.profile,
-            self.counts_memory,
-            expected.needed_bytes,
-        )
+        log = MetricsLog(self.where.metrics, self.reporter)
+        profile, needed_bytes = executor.profile, expected.needed_bytes
+        journal = Journal(self.reporter, log, trackers, profile, self.counts_memory, needed_bytes)
         facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
         trainer = self._build_trainer(executor, stage, resolved, store, journal, partial(save, card=card))
         trainer.on_settled = partial(self._keep_settled, job, trainer, save, facts, cache_name)
@@ -141,16 +145,30 @@ class Training:
             stopped.todo = stopped.todo or f"go on with: {self.resume_command}"
             raise
         finally:
-            profile = journal.profile.finish()
+            measured = journal.profile.finish()
         leave_together(accelerator)
         trackers.finish()
         speed = self._measure_speed(result, executor)
-        trained = Trained(self.where, self.plan, trainer.plan, result, expected, speed, profile, has_held_out)
+        trained = Trained(self.where, self.plan, trainer.plan, result, expected, speed, measured, has_held_out)
         if executor.rank == 0:
             write_json(self.where.result, trained.summary())
         return trained
 
-    def _load(self, accelerator: Accelerator) -> Any:
+    def _begun_quantization(self) -> JsonObject | None:
+        """What the run that is gone on with noted of its quantised base: every code of it."""
+        return read_object(self.where.quantization) if self.where.quantization.exists() else None
+
+    def _check_quantization(self, used: JsonObject, begun: JsonMapping | None) -> JsonMapping:
+        """How the base is quantised: as the run noted it when it began, on whatever device, where there is a note.
+
+        Raises:
+            CheckpointError: The codes are others than then.
+        """
+        if begun is not None:
+            require_same_quantization(used, begun, file=self.where.quantization)
+        return begun or used
+
+    def _load(self, accelerator: Accelerator, begun: JsonMapping | None) -> Any:
         """The base with its adapter, in the precision of the plan; both can be merged and loaded again."""
         plan, job, recipe = self.plan, self.job, self.job.recipe
         base = load_model(
@@ -161,6 +179,7 @@ class Training:
             attention=plan.attention,
             device=accelerator.device,
             model_class=job.task.model_class.padded_with(job.pad_id),
+            quantised=recorded_linears(begun),
             reporter=self.reporter,
         )
         model = attach_adapter(
@@ -171,13 +190,6 @@ class Training:
         fuse_layers(model)
         self.reporter.show(coverage_table(coverage(model)))
         return model
-
-    def _check_base(self, content: Content, used: JsonMapping) -> None:
-        """Whether the base is the one that the run was begun on, where there is one: every byte, and every code."""
-        where = self.where
-        require_recorded(self.job.base.path, where.base, content)
-        if where.quantization.exists():
-            require_same_quantization(used, read_object(where.quantization), file=where.quantization)
 
     def _describe(
         self, job: Job, card: RunCard, plan: JsonMapping, hashes: Mapping[Path, Any], *, begins: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lorafit.model.adapter import ADAPTER_NAME, NOTES, AdapterFolder, read_notes
 from lorafit.model.base import Base, check_made, read_base
 from lorafit.model.class_shape import find_shape
 from lorafit.model.companions import choose_companions
-from lorafit.model.inspect import NOTED_DTYPES
+from lorafit.model.inspect import NOTED_DTYPES, recorded_linears
 from lorafit.model.load import load_model, load_tokenizer
 from lorafit.recipe.schema import DataSection
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
@@ -232,7 +232,8 @@ def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answe
     dtype = getattr(torch, noted) if noted in NOTED_DTYPES else torch_dtype(main_dtype(read_index(base.path)))
 
     def load() -> Engine:
-        engine = Engine(_load_base(base, section, dtype, reporter), tokenizer, base=base, quantization=kind)
+        model = _load_base(base, section, dtype, reporter, quantised=recorded_linears(used))
+        engine = Engine(model, tokenizer, base=base, quantization=kind)
         engine.add_adapter(ADAPTER_NAME, saved.path, reporter)
         return engine
 
@@ -246,6 +247,7 @@ def _load_base(
     reporter: Reporter,
     model_class: ModelClass = CAUSAL_MODEL,
     device: str | None = None,
+    quantised: Collection[str] | None = None,
 ) -> PreTrainedModel:
     """A base of which no run says how it was computed: in one dtype throughout, by the model's usual attention."""
     return load_model(
@@ -256,6 +258,7 @@ def _load_base(
         attention="auto",
         device=device or read_device().kind,
         model_class=model_class,
+        quantised=quantised,
         reporter=reporter,
     )
 

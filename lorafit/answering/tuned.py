@@ -42,6 +42,7 @@ class Tuned:
     def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, device: str | None = None) -> Engine:
         """Base and adapter in the precision of the run; on the device of this process where none is named."""
         from lorafit.answering.engine import Engine
+        from lorafit.model.inspect import recorded_linears
         from lorafit.model.load import load_model
 
         model = load_model(
@@ -52,6 +53,7 @@ class Tuned:
             attention=self.card.attention,
             device=device or read_device().kind,
             model_class=self.card.model_class,
+            quantised=recorded_linears(read_adapter(self.adapter).quantization()),
             reporter=reporter,
         )
         autocast, kind = autocast_dtype(self.card.dtype), self.card.quantization.kind

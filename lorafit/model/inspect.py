@@ -7,8 +7,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lorafit.console.wording import list_names
@@ -200,6 +202,30 @@ def describe_quantization(model: PreTrainedModel, section: QuantizationSection, 
         "tensors": tensors,
         "kept": kept_tensors(model, dtype),
     }
+
+
+def describing_quantization(
+    model: PreTrainedModel, section: QuantizationSection, *, dtype: torch.dtype
+) -> Callable[[], JsonObject]:
+    """Begins `describe_quantization`, and gives what waits for it.
+
+    On a card in a thread: copying the codes of 8B to the host and hashing them takes seconds, in which the card can be
+    given other work. A CPU has no other.
+    """
+    describe = partial(describe_quantization, model, section, dtype=dtype)
+    if next(model.parameters()).device.type == "cpu":
+        described = describe()
+        return lambda: described
+    with_one = ThreadPoolExecutor(1, thread_name_prefix="lorafit-hash")
+    found = with_one.submit(describe)
+    with_one.shutdown(wait=False)
+    return found.result
+
+
+def recorded_linears(described: JsonMapping | None) -> frozenset[str] | None:
+    """Paths of the linears that a run had quantised, whatever device it was on; None where it noted none."""
+    tensors = (described or {}).get("tensors")
+    return frozenset(tensors) if isinstance(tensors, dict) else None
 
 
 def summarise_quantization(described: JsonMapping) -> JsonObject:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_index
-from lorafit.kinds.quantizations import QuantizationSection, kind_of_codes, quantizations
+from lorafit.kinds.quantizations import Quantization, QuantizationSection, kind_of_codes, quantizations
 from lorafit.model.attention import check_attention, register_attention, set_attention
 from lorafit.model.base import Base
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
@@ -70,9 +70,13 @@ def load_model(
     attention: str,
     device: torch.device | str,
     model_class: ModelClass = CAUSAL_MODEL,
+    quantised: Collection[str] | None = None,
     reporter: Reporter,
 ) -> PreTrainedModel:
     """The base model, frozen, its linears quantised as asked; embeddings, head and norms in `dtype`.
+
+    On a CPU 4-bit rows of odd widths stay plain: their own values, or where a run had them quantised what its codes
+    stand for.
 
     Args:
         base: From `resolve_base`.
@@ -82,6 +86,8 @@ def load_model(
         attention: `eager`, `sdpa`, `fused`, `varlen`, `flash_attention_2`, or `auto` for transformers' choice.
         device: Where the whole model goes.
         model_class: The task's; `find_auto_class` may take another transformers class.
+        quantised: Linears that the run had quantised which the model is loaded for (`recorded_linears`); None: as the
+            device would have it.
         reporter: Told what is loaded.
 
     Raises:
@@ -104,7 +110,8 @@ def load_model(
         check_attention(attention, skeleton)
         register_attention()
         kind = quantizations.bind(quantization)
-        plain = unquantised_names(skeleton, kind if torch.device(device).type == "cpu" else None, reporter)
+        on_cpu = torch.device(device).type == "cpu"
+        plain = unquantised_names(skeleton, kind if on_cpu else None, reporter, quantised)
         settings = kind.transformers_config(compute_dtype, plain)
         options: JsonObject = {} if settings is None else {"quantization_config": settings}
         options |= {"ignore_mismatched_sizes": True} if names.redrawn else {}
@@ -133,6 +140,7 @@ def load_model(
     check_loading(info, base.path, names)
     check_finite(model, base.path)
     kind.quantise_rest(model, compute_dtype, plain)
+    _round_plain(model, kind, set(plain).intersection(quantised or ()))
     if kind.is_quantized:
         _finish_quantising(model)
     keep_names(model, names)
@@ -161,6 +169,16 @@ def _raising_at_once() -> Iterator[None]:
         yield
     finally:
         loading.log_conversion_errors = collecting
+
+
+def _round_plain(model: torch.nn.Module, kind: Quantization[QuantizationSection], names: Collection[str]) -> None:
+    """Gives plain linears the values that their codes would stand for."""
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        lies_across = not hasattr(linear, "in_features")  # Conv1D: [in, out]
+        weight = linear.weight.data
+        value = kind.of(name.rsplit(".", 1)[-1]).rounded((weight.t() if lies_across else weight).contiguous())
+        linear.weight.data = value.t().contiguous() if lies_across else value
 
 
 def _finish_quantising(model: torch.nn.Module) -> None:

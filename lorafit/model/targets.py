@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -170,7 +170,10 @@ def _tower_parts(whole: PreTrainedModel) -> set[str]:
 
 
 def unquantised_names(
-    model: PreTrainedModel, kind: Quantization[QuantizationSection] | None, reporter: Reporter
+    model: PreTrainedModel,
+    kind: Quantization[QuantizationSection] | None,
+    reporter: Reporter,
+    quantised: Collection[str] | None = None,
 ) -> list[str]:
     """Paths that stay in the compute dtype: bitsandbytes leaves none out by itself once a list is given.
 
@@ -181,15 +184,19 @@ def unquantised_names(
         model: Loaded or on the meta device.
         kind: The quantisation, on a CPU: linears whose rows it cannot hold there stay, too. None elsewhere.
         reporter: Warned of those.
+        quantised: Paths that a run had quantised, on whatever device: no others are; None: no run says.
     """
     plain = [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model)]
+    linears = find_linears(model)
+    if quantised is not None:
+        plain += [name for name, _ in linears if name not in quantised]
     narrow: dict[str, int] = {}
-    for name, module in find_linears(model):
+    for name, module in linears:
         inputs = getattr(module, "in_features", None) or next(module.parameters()).shape[0]  # Conv1D lies [in, out]
         multiple = 1 if kind is None else kind.of(_last(name)).cpu_row_multiple
         if inputs % multiple and name not in plain:
             narrow[name] = multiple
-    if narrow:
+    if narrow and quantised is None:
         reporter.warn(
             f"{len(narrow)} linears stay unquantised: their input width is no multiple of {max(narrow.values())}, "
             f"which 4-bit weights on a CPU need ({list_names(narrow)})"

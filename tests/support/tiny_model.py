@@ -63,7 +63,7 @@ def tiny_llama(*, seed: int | None = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes | changes))
 
 
-def make_base(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
+def make_base(folder: Path, *, seed: int = 0, layers: int = 2, **changes: Any) -> Path:
     """A folder with the tiny Llama, about 100 thousand parameters, and its tokenizer."""
     fast = make_tokenizer()
     model = tiny_llama(
@@ -73,6 +73,7 @@ def make_base(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
         bos_token_id=None,
         eos_token_id=fast.eos_token_id,
         pad_token_id=fast.pad_token_id,
+        **changes,
     )
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -76,6 +76,10 @@ class Quantization(Kind[S_co]):
         """How linears of that name, the last part of their paths, are stored: by this kind, unless it mixes several."""
         return self
 
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """What a plain weight `[out, in]` is once it was stored so."""
+        return weight
+
     def check(self, shape: ModelShape) -> None:
         """Raises RecipeError where the section names a linear that the model has not."""
 

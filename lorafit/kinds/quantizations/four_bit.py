@@ -92,6 +92,19 @@ class FourBit(BitsandbytesKind[F_co]):
             "bnb_4bit_compute_dtype": compute_dtype,
         }
 
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """Quantised and dequantised, as one long row: bitsandbytes' CPU code is wrong for others of odd widths."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        codes, state = quantize_4bit(
+            weight.reshape(1, -1),
+            blocksize=BLOCK_WEIGHTS,
+            compress_statistics=self.section.double_quant,
+            quant_type=self.name(),
+        )
+        values: torch.Tensor = dequantize_4bit(codes, state).reshape(weight.shape)
+        return values
+
     @classmethod
     def holds(cls, layer: nn.Module) -> bool:
         """A Linear4bit with these codes."""

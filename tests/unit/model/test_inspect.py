@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from lorafit.kinds.code_proofs import count_differences, sum_codes
+from lorafit.kinds.quantizations import quantizations
+from lorafit.model import inspect
 from lorafit.model.attach import attach_adapter
 from lorafit.model.base import Base
 from lorafit.model.inspect import coverage, coverage_table, quantized_hashes
@@ -86,3 +91,32 @@ def test_describe_is_what_the_run_stores(trained: Callable[..., Trained]) -> Non
         "cpu",
     )
     assert len(used["digest"]) == 64 and len(used["tensors"]) == 14
+
+
+def test_on_a_card_codes_are_hashed_while_it_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, which has no other work, before anything else; what goes wrong comes out where the hashes are asked."""
+    may_hash, threads = threading.Event(), []
+
+    def describe(model: Any, section: Any, *, dtype: torch.dtype) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        if model.on.type == "cuda" and not may_hash.wait(20):
+            raise TimeoutError
+        if section is None:
+            raise MemoryError
+        return {"digest": str(dtype)}
+
+    def holding(kind: str) -> Any:
+        on = torch.device(kind)
+        return SimpleNamespace(on=on, parameters=lambda: iter([SimpleNamespace(device=on)]))
+
+    monkeypatch.setattr(inspect, "describe_quantization", describe)
+    section = quantizations.make_section("nf4")
+    wait = inspect.describing_quantization(holding("cuda"), section, dtype=torch.float16)
+    fails = inspect.describing_quantization(holding("cuda"), None, dtype=torch.float16)  # type: ignore[arg-type]
+    may_hash.set()
+    assert wait() == wait() == {"digest": "torch.float16"}
+    with pytest.raises(MemoryError):
+        fails()
+    assert threading.main_thread() not in threads
+    inspect.describing_quantization(holding("cpu"), section, dtype=torch.float16)
+    assert threads[-1] is threading.main_thread()

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.console.wording import list_names
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
-from lorafit.kinds.quantizations import quantizations
+from lorafit.files.safetensors import read_index
+from lorafit.kinds.quantizations import packed_kind, quantizations
 from lorafit.model.attach import attach_adapter
 from lorafit.model.base import Base
 from lorafit.model.load import enable_checkpointing, load_model, load_tokenizer
@@ -188,6 +189,47 @@ def test_four_bit_on_a_cpu_leaves_out_rows_that_are_no_multiple_of_64(tmp_path: 
     assert type(model.model.layers[0].mlp.up_proj) is not torch.nn.Linear
     weight = load_file(base.path / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("nf4", {}), ("nf4", {"double_quant": False}), ("fp4", {})])
+@pytest.mark.parametrize("width", [160, 127])
+def test_on_a_cpu_the_base_has_the_values_of_a_run_on_a_card(
+    tmp_path: Path, kind: str, fields: dict[str, Any], width: int
+) -> None:
+    """A card quantises rows of any width; what bitsandbytes cannot hold here is plain, with what codes stand for."""
+    base = open_base(make_llama(tmp_path / "base", intermediate_size=width))
+    options = {"dtype": torch.float32, "compute_dtype": torch.float32, "attention": "eager", "device": "cpu"}
+    options |= {"quantization": quantizations.make_section(kind, **fields)}
+    linears = [name for name, module in load(base).named_modules() if name.endswith("_proj")]
+    reporter = Silent()
+    model = load_model(base, quantised=set(linears), reporter=reporter, **options)
+    down, name = model.model.layers[1].mlp.down_proj, "model.layers.1.mlp.down_proj"
+    assert type(down) is torch.nn.Linear and not reporter.warnings
+    used = {"weights_dtype": "float32", "double_quant": True, **fields}
+    rebuilt = packed_kind(kind).rebuild(read_index(base.path)[f"{name}.weight"], used, {})
+    torch.testing.assert_close(down.weight, rebuilt.read(0, 128), rtol=1e-6, atol=1e-9)
+    weight = load_file(base.path / "model.safetensors")[f"{name}.weight"]
+    assert (down.weight - weight).abs().max() > 1e-3
+    few = load_model(base, quantised={"model.layers.0.self_attn.q_proj"}, reporter=Silent(), **options)
+    plain = [path for path, module in few.named_modules() if path in linears and type(module) is torch.nn.Linear]
+    assert plain == [path for path in linears if path != "model.layers.0.self_attn.q_proj"]  # as on a CPU's run
+    assert torch.equal(few.model.layers[1].mlp.down_proj.weight, weight)
+
+
+def test_a_transposed_weight_of_a_cards_run_is_rounded_as_it_was_quantised(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = GPT2Config(n_embd=64, n_inner=160, n_layer=1, n_head=4, vocab_size=96, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    base, name = open_base(tmp_path / "base"), "transformer.h.0.mlp.c_proj"
+    section = quantizations.make_section("nf4")
+    options = {"dtype": torch.float32, "compute_dtype": torch.float32, "attention": "eager", "device": "cpu"}
+    model = load_model(base, quantization=section, quantised={name}, reporter=Silent(), **options)
+    entry = next(entry for path, entry in read_index(base.path).items() if path.endswith("h.0.mlp.c_proj.weight"))
+    used = {"weights_dtype": "float32", "double_quant": True}
+    rebuilt = packed_kind("nf4").rebuild(entry, used, {"transposed": True})
+    layer = model.get_submodule(name)
+    assert type(layer) is Conv1D and type(model.get_submodule("transformer.h.0.mlp.c_fc")) is Conv1D
+    torch.testing.assert_close(layer.weight, rebuilt.read(0, 160), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("columns", [64, 128, 576])
