@@ -75,9 +75,6 @@ def load_model(
 ) -> PreTrainedModel:
     """The base model, frozen, its linears quantised as asked; embeddings, head and norms in `dtype`.
 
-    On a CPU 4-bit rows of odd widths stay plain: their own values, or where a run had them quantised what its codes
-    stand for.
-
     Args:
         base: From `resolve_base`.
         quantization: The recipe's section, of any kind.
@@ -86,8 +83,7 @@ def load_model(
         attention: `eager`, `sdpa`, `fused`, `varlen`, `flash_attention_2`, or `auto` for transformers' choice.
         device: Where the whole model goes.
         model_class: The task's; `find_auto_class` may take another transformers class.
-        quantised: Linears that the run had quantised which the model is loaded for (`recorded_linears`); None: as the
-            device would have it.
+        quantised: Linears that the run had quantised (`recorded_linears`); None: as the device would have it.
         reporter: Told what is loaded.
 
     Raises:
@@ -110,11 +106,10 @@ def load_model(
         check_attention(attention, skeleton)
         register_attention()
         kind = quantizations.bind(quantization)
-        on_cpu = torch.device(device).type == "cpu"
-        plain = unquantised_names(skeleton, kind if on_cpu else None, reporter, quantised)
+        plain = unquantised_names(skeleton, kind if torch.device(device).type == "cpu" else None, reporter, quantised)
         settings = kind.transformers_config(compute_dtype, plain)
-        options: JsonObject = {} if settings is None else {"quantization_config": settings}
-        options |= {"ignore_mismatched_sizes": True} if names.redrawn else {}
+        options: JsonObject = {"ignore_mismatched_sizes": True} if names.redrawn else {}
+        options |= {} if settings is None else {"quantization_config": settings}
         try:
             if attention != "auto":
                 options["attn_implementation"] = set_attention(skeleton, attention)
@@ -141,8 +136,7 @@ def load_model(
     check_finite(model, base.path)
     kind.quantise_rest(model, compute_dtype, plain)
     _round_plain(model, kind, set(plain).intersection(quantised or ()))
-    if kind.is_quantized:
-        _finish_quantising(model)
+    _finish_quantising(model, kind)
     keep_names(model, names)
     keep_weights_unpacked(model)
     model.requires_grad_(False)
@@ -172,7 +166,7 @@ def _raising_at_once() -> Iterator[None]:
 
 
 def _round_plain(model: torch.nn.Module, kind: Quantization[QuantizationSection], names: Collection[str]) -> None:
-    """Gives plain linears the values that their codes would stand for."""
+    """Gives linears that a run had quantised, and this CPU cannot hold so, the values that their codes stand for."""
     for name in names:
         linear: Any = model.get_submodule(name)
         lies_across = not hasattr(linear, "in_features")  # Conv1D: [in, out]
@@ -181,10 +175,12 @@ def _round_plain(model: torch.nn.Module, kind: Quantization[QuantizationSection]
         linear.weight.data = value.t().contiguous() if lies_across else value
 
 
-def _finish_quantising(model: torch.nn.Module) -> None:
+def _finish_quantising(model: torch.nn.Module, kind: Quantization[QuantizationSection]) -> None:
+    if not kind.is_quantized:
+        return
     for module in model.modules():
-        if (kind := kind_of_codes(module)) is not None:
-            kind.settle(module)
+        if (held := kind_of_codes(module)) is not None:
+            held.settle(module)
     trim_heap()  # what quantising took, before what is left in mapped files is copied
     let_go_of_files(model)
 
