@@ -135,8 +135,7 @@ def load_model(
     check_loading(info, base.path, names)
     check_finite(model, base.path)
     kind.quantise_rest(model, compute_dtype, plain)
-    _round_plain(model, kind, set(plain).intersection(quantised or ()))
-    _finish_quantising(model, kind)
+    _finish_quantising(model, kind, set(plain).intersection(quantised or ()))
     keep_names(model, names)
     keep_weights_unpacked(model)
     model.requires_grad_(False)
@@ -175,9 +174,12 @@ def _round_plain(model: torch.nn.Module, kind: Quantization[QuantizationSection]
         linear.weight.data = value.t().contiguous() if lies_across else value
 
 
-def _finish_quantising(model: torch.nn.Module, kind: Quantization[QuantizationSection]) -> None:
+def _finish_quantising(
+    model: torch.nn.Module, kind: Quantization[QuantizationSection], rounded: Collection[str]
+) -> None:
     if not kind.is_quantized:
         return
+    _round_plain(model, kind, rounded)
     for module in model.modules():
         if (held := kind_of_codes(module)) is not None:
             held.settle(module)

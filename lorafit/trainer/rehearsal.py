@@ -28,6 +28,7 @@ first steps.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -38,10 +39,10 @@ import torch
 
 from lorafit.contracts import Example, Examples, Reporter
 from lorafit.data.batch import LIKELY_GPU_COST_TOKENS, MICRO_BATCH_COST_TOKENS
-from lorafit.errors import CheckpointError
+from lorafit.errors import CheckpointError, ResourceError
 from lorafit.files.cache import cache_folder, keep, kept, refuse_foreign
 from lorafit.objective import TrainedTask
-from lorafit.ops.process_memory import is_out_of_memory, peak_memory_bytes
+from lorafit.ops.process_memory import peak_memory_bytes
 from lorafit.plan import MOST_MICRO_BATCH_TOKENS, Plan, ResolvedPlan, Way
 from lorafit.trainer.executor import out_of_memory, time_micro_batches
 from lorafit.trainer.stage import Stage, open_ways, right_attentions
@@ -97,33 +98,17 @@ def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
 
     Raises:
         NumericsError: Packing is asked for, and documents in a row see each other.
-        ResourceError: Not even the smallest candidate fits into memory.
+        ResourceError: Not even the smallest candidate fits into memory, on one rank of a run: all of them raise it.
     """
     began = time.perf_counter()
-    micro_batch_tokens, gradient_checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
-    least_tokens = plan.min_micro_batch_tokens if micro_batch_tokens is None else micro_batch_tokens
     with stage.rolled_back():
-        named = stage.attention if plan.attention == "auto" else plan.attention
-        checkpointing = gradient_checkpointing is True or (
-            gradient_checkpointing is None and not stage.fits(least_tokens, False, named)
-        )
-        stage.set_checkpointing(checkpointing)
-        is_open = plan.attention == "auto"
-        attentions = right_attentions(stage, least_tokens, checkpointing) if is_open else iter([plan.attention])
-        ways = list(islice(open_ways(stage, plan, attentions, checkpointing), most_ways(plan.total_steps)))
-        first, dtypes, where = ways[0], (plan.dtype, plan.compute_dtype), (stage.device.type, stage.executor.ranks)
-        choice = ResolvedPlan(
-            first.micro_batch_tokens, 0, first.attention, checkpointing, *dtypes, *where, "rehearsal", stage.measured
-        )
-        choice = replace(choice, keeps_unpacked=plan.keeps_unpacked, loss_chunk_bytes=plan.loss_chunk_bytes)
-        stage.objective.loss_chunk_bytes = choice.loss_chunk_bytes
-        choice = _heaviest_that_fits(
-            stage,
-            _with_evaluation_budget(stage, try_in_turn(choice, ways)),
-            may_let_go_of_unpacked=plan.may_let_go_of_unpacked,
-            may_checkpoint=gradient_checkpointing is None,
-            may_shrink_to=least_tokens,
-        )
+        told: list[ResolvedPlan] = []
+        if stage.runs_out(lambda: told.append(_tell_what_is_open(stage, plan))):
+            raise _no_memory(stage, plan.min_micro_batch_tokens)
+        choice = stage.agreed(told[0]) or told[0]
+        if choice.gradient_checkpointing != told[0].gradient_checkpointing:
+            stage.set_checkpointing(choice.gradient_checkpointing)
+        choice = _heaviest_that_fits(stage, choice, plan)
         stage.set_attention(choice.attention)
         if stage.device.type == "cuda":
             choice = replace(choice, micro_batch_cost_tokens=measure_cost(stage, choice))
@@ -131,41 +116,72 @@ def rehearse(stage: Stage, plan: Plan) -> ResolvedPlan:
     return choice
 
 
-def _heaviest_that_fits(
-    stage: Stage, choice: ResolvedPlan, *, may_let_go_of_unpacked: bool, may_checkpoint: bool, may_shrink_to: int
-) -> ResolvedPlan:
-    """Lets go of unpacked copies, leaves the largest ways out, halves the budget, then turns checkpointing on, until
-    the heaviest runs.
-    """
+def _tell_what_is_open(stage: Stage, plan: Plan) -> ResolvedPlan:
+    """What may be run and is right, nothing of it tried with much in memory."""
+    asked = plan.gradient_checkpointing
+    named = stage.attention if plan.attention == "auto" else plan.attention
+    checkpointing = not stage.fits(_least_tokens(plan), False, named) if asked is None else asked
+    stage.set_checkpointing(checkpointing)
+    stage.objective.loss_chunk_bytes = plan.loss_chunk_bytes
+    is_open = plan.attention == "auto"
+    attentions = right_attentions(stage, _least_tokens(plan), checkpointing) if is_open else iter([plan.attention])
+    ways = list(islice(open_ways(stage, plan, attentions, checkpointing), most_ways(plan.total_steps)))
+    first, dtypes, where = ways[0], (plan.dtype, plan.compute_dtype), (stage.device.type, stage.executor.ranks)
+    choice = ResolvedPlan(
+        first.micro_batch_tokens, 0, first.attention, checkpointing, *dtypes, *where, "rehearsal", stage.measured
+    )
+    choice = replace(choice, keeps_unpacked=plan.keeps_unpacked, loss_chunk_bytes=plan.loss_chunk_bytes)
+    return _with_evaluation_budget(stage, try_in_turn(choice, ways))
+
+
+def _least_tokens(plan: Plan) -> int:
+    return plan.min_micro_batch_tokens if plan.micro_batch_tokens is None else plan.micro_batch_tokens
+
+
+def _heaviest_that_fits(stage: Stage, choice: ResolvedPlan, plan: Plan) -> ResolvedPlan:
+    """The choice, or the next smaller one, and so on, until the heaviest runs; on every rank the same."""
+
+    def hold_heaviest() -> None:
+        stage.keep_unpacked(choice.keeps_unpacked)
+        run_heaviest(stage, choice)
+
     while True:
         stage.clear()  # what the candidates left would stand beside the heaviest
-        try:
-            stage.keep_unpacked(choice.keeps_unpacked)
-            run_heaviest(stage, choice)
+        if not stage.runs_out(hold_heaviest):
             return choice
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            problem = out_of_memory("before step 1", max(stage.examples.lengths), choice.micro_batch_tokens)
-        # Outside of the except block, whose traceback holds the activations.
-        budget = choice.micro_batch_tokens
-        if choice.keeps_unpacked and may_let_go_of_unpacked:
-            choice = replace(choice, keeps_unpacked=False)
+        smaller = stage.agreed(_smaller(stage, choice, plan))
+        if smaller is None:
+            raise _no_memory(stage, choice.micro_batch_tokens)
+        if choice.keeps_unpacked and not smaller.keeps_unpacked:
             stage.keep_unpacked(False)
-            stage.reporter.info(f"{problem}; dequantised weights are not kept")
-        elif len(choice.ways) > 1:
-            heaviest = _heaviest(choice)
-            choice = try_in_turn(choice, [way for way in choice.ways if way != heaviest])
-        elif choice.micro_batches_at_once > 1:
-            choice = replace(choice, micro_batches_at_once=1)
-        elif budget > may_shrink_to:
-            smaller = replace(choice, micro_batch_tokens=max(may_shrink_to, budget // 2))
-            choice = _with_evaluation_budget(stage, smaller)
-        elif may_checkpoint and not choice.gradient_checkpointing:
-            choice = replace(choice, gradient_checkpointing=True)
+            stage.reporter.info("out of memory before step 1: dequantised weights are not kept")
+        if smaller.gradient_checkpointing and not choice.gradient_checkpointing:
             stage.set_checkpointing(True)
-        else:
-            raise problem
+        choice = smaller
+
+
+def _smaller(stage: Stage, choice: ResolvedPlan, plan: Plan) -> ResolvedPlan | None:
+    """Lets go of unpacked copies, leaves the largest way out, halves the budget, then turns checkpointing on; None:
+    nothing is left.
+    """
+    budget = choice.micro_batch_tokens
+    if choice.keeps_unpacked and plan.may_let_go_of_unpacked:
+        return replace(choice, keeps_unpacked=False)
+    if len(choice.ways) > 1:
+        heaviest = _heaviest(choice)
+        return try_in_turn(choice, [way for way in choice.ways if way != heaviest])
+    if choice.micro_batches_at_once > 1:
+        return replace(choice, micro_batches_at_once=1)
+    if budget > _least_tokens(plan):
+        smaller = replace(choice, micro_batch_tokens=max(_least_tokens(plan), budget // 2))
+        return _with_evaluation_budget(stage, smaller)
+    if plan.gradient_checkpointing is None and not choice.gradient_checkpointing:
+        return replace(choice, gradient_checkpointing=True)
+    return None
+
+
+def _no_memory(stage: Stage, micro_batch_tokens: int) -> ResourceError:
+    return out_of_memory("before step 1", int(max(stage.examples.lengths)), micro_batch_tokens)
 
 
 def _heaviest(choice: ResolvedPlan) -> Way:
@@ -213,7 +229,8 @@ def measure_cost(stage: Stage, choice: ResolvedPlan) -> int:
     """Tokens that a card computes in the time that starting a forward and its backward takes.
 
     A short row is run, and a micro-batch of the first way's size; a straight line through both times says what none at
-    all would take. Each is run twice: a first time sets up what the second finds.
+    all would take. Each is run twice: a first time sets up what the second finds. Rounded to a power of two, so that
+    whoever repeats the run on such a card most likely cuts alike.
     """
     lengths, one_row = stage.examples.lengths, stage.cutter.one_row
     budget, most_rows = choice.micro_batch_tokens, stage.step_rows.batch_size
@@ -228,7 +245,8 @@ def measure_cost(stage: Stage, choice: ResolvedPlan) -> int:
     to_start = quick - small * for_each
     if to_start >= MOST_MICRO_BATCH_TOKENS * for_each:  # the card waits for the host even with the large one
         return MOST_MICRO_BATCH_TOKENS
-    return max(MICRO_BATCH_COST_TOKENS, round(to_start / for_each))
+    cost = max(MICRO_BATCH_COST_TOKENS, to_start / for_each)
+    return 1 << round(math.log2(cost))
 
 
 def resolve_plan(
@@ -258,13 +276,15 @@ def resolve_plan(
     cached = _read_cached(cache_name, stage.reporter)
     is_open = plan.attention == "auto" or None in (plan.gradient_checkpointing, plan.micro_batch_tokens)
     known = next(((s, v) for s, v in (("run", resumed), ("plan", given), ("cache", cached)) if v is not None), None)
-    if known is not None:
-        source, values = known
+    source, values = known if known is not None else ("", None)
+    source, values = stage.executor.gather(source)[0], stage.agreed(values)  # not every machine has the same cache
+    if values is not None:
         choice = _taken(plan, values if source == "run" else forget_trials(values), stage)
         stage.apply(choice)
         if source == "plan":
             with stage.rolled_back():
-                run_heaviest(stage, choice)
+                if stage.runs_out(lambda: run_heaviest(stage, choice)):
+                    raise _no_memory(stage, choice.micro_batch_tokens)
                 stage.apply(choice)
     else:
         source = "rehearsal" if is_open else "recipe"
@@ -280,7 +300,8 @@ def resolve_plan(
     if stage.executor.ranks > 1:  # each looked at its own memory: rank 0's values
         resolved = ResolvedPlan.from_json(stage.executor.gather(resolved.to_json())[0])
         stage.apply(_taken(plan, resolved, stage))
-    if cache_name is not None and cached is None and source == "rehearsal" and stage.executor.rank == 0:
+    was_measured = source == "rehearsal" or resolved.micro_batch_cost_tokens is not None
+    if cache_name is not None and values is None and was_measured and stage.executor.rank == 0:
         keep(cache_name, resolved.to_json())
     return resolved
 

@@ -127,6 +127,25 @@ class Stage:
         self.set_checkpointing(choice.gradient_checkpointing)
         self.keep_unpacked(choice.keeps_unpacked)
 
+    def runs_out(self, run: Callable[[], None]) -> bool:
+        """Runs something on every rank; whether memory ran out on one of them, so that all of them know."""
+        ran_out = False
+        try:
+            run()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            ran_out = True
+        # Outside of the except block, whose traceback holds the activations.
+        return any(self.executor.sum([float(ran_out)]))
+
+    def agreed(self, choice: ResolvedPlan | None) -> ResolvedPlan | None:
+        """Rank 0's, on every rank: each has looked at its own memory."""
+        if self.executor.ranks == 1:
+            return choice
+        told = self.executor.gather(None if choice is None else choice.to_json())[0]
+        return None if told is None else ResolvedPlan.from_json(told)
+
     @contextlib.contextmanager
     def rolled_back(self) -> Iterator[None]:
         """Gradients are cleared at the end, random numbers and modes as before."""

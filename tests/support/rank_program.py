@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -20,9 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from lorafit.errors import LorafitError
+from lorafit.plan import ResolvedPlan
 from lorafit.trainer.loop import Trainer
+from lorafit.trainer.rehearsal import resolve_plan
+from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import TrainState
-from tests.support.tiny_run import Job, Rows, TinyPlan, set_rate
+from tests.support.tiny_run import PAD, Job, Rows, TinyPlan, set_rate
 
 SHORT = TinyPlan(total_steps=4, save_every_steps=4)
 OF_ONE: dict[str, dict[str, Any]] = {  # trained over ranks, they are the runs of one process
@@ -72,7 +76,27 @@ def stop_at(trainer: Trainer, stopped: int) -> None:
     set_rate(trainer, rate)
 
 
+def rehearse(one: Job, trainer: Trainer) -> ResolvedPlan:
+    """Nothing left open but the size of a micro-batch, 40 tokens at least."""
+    plan = SimpleNamespace(
+        attention="eager", gradient_checkpointing=False, micro_batch_tokens=None, min_micro_batch_tokens=40,
+        max_micro_batch_tokens=320, total_steps=1, dtype="fp32", compute_dtype="fp32", keeps_unpacked=False,
+        may_let_go_of_unpacked=False, loss_chunk_bytes=None,
+    )  # fmt: skip
+    stage = Stage(trainer.executor, one.rows, None, trainer.step_rows, PAD, one.reporter, lambda wanted: None)
+    return resolve_plan(plan, stage)  # type: ignore[arg-type]
+
+
 def main(root: Path) -> None:
+    for name, times in (("rehearsed", 0), ("short-of-memory", 1), ("no-memory", sys.maxsize)):
+        one = Job(root / name)
+        trainer = one.trainer()
+        befall(trainer, run_out, times=times)
+        try:
+            said: Any = rehearse(one, trainer).to_json()
+        except LorafitError as error:
+            said = f"{error.exit_code} {error}"
+        (root / f"{name}.{trainer.executor.rank}").write_text(json.dumps({"said": said}), encoding="utf-8")
     runs: dict[str, tuple[dict[str, Any], Callable[[Trainer], None]]] = {
         **{name: (values, lambda trainer: None) for name, values in OF_ONE.items()},
         "small": ({"dropout": 0.2, "budget": 80}, lambda trainer: None),

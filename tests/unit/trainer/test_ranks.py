@@ -92,6 +92,15 @@ def test_memory_that_runs_out_for_good_ends_all_with_the_same_words(trained: Tra
     assert said[0].startswith("7 out of memory at step 1: seq length ") and set(said) == {said[0]}
 
 
+def test_memory_that_runs_out_before_step_1_on_one_rank_makes_micro_batches_of_all_smaller(trained: Trained) -> None:
+    whole, short, none = (
+        [note["said"] for note in trained.notes(name)] for name in ("rehearsed", "short-of-memory", "no-memory")
+    )
+    assert {plan["micro_batch_tokens"] for plan in whole} == {320}
+    assert {plan["micro_batch_tokens"] for plan in short} == {160}
+    assert none[0].startswith("7 out of memory before step 1: seq length 40") and set(none) == {none[0]}
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_the_same_edge(trained: Trained) -> None:
     said = [note["said"] for note in trained.notes("not-finite")]
     assert all(text.startswith("9 step 2: non-finite loss (nan) ") for text in said)

@@ -406,9 +406,9 @@ def test_chunks_of_the_loss_are_the_plans_and_a_resume_repeats_them(job: Callabl
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        (lambda tokens: 0.010 + 1e-5 * tokens, 1000),
+        (lambda tokens: 0.010 + 1e-5 * tokens, 1024),
         (lambda tokens: 0.010, 16_384),  # the card waits for the host all the time
-        (lambda tokens: 1e-5 * tokens, 96),
+        (lambda tokens: 1e-5 * tokens, 128),
     ],
 )
 def test_a_card_tells_what_starting_a_micro_batch_costs(
