@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.console.wording import counted, in_sequences, list_classes
 from lorafit.machine.devices import format_bytes
+from lorafit.memory import covers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,6 +57,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     if plan.keeps_unpacked:
         size = format_bytes(plan.memory.fixed["unpacked_weights"])
         yield "unpacked", f"{size} of dequantised weights kept for the whole run"
+    if (price := _price_of_dropout(plan)) is not None:
+        yield "dropout", price
     longest = counted(plan.longest_tokens, "token") + in_sequences(plan.longest_tokens, plan.step.step.task.sequences)
     yield "rows", f"{plan.rows:,} an epoch, longest {longest}; {counted(plan.validation_rows, 'validation row')}"
     labels = f"{plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
@@ -77,6 +80,18 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")
     yield "memory", describe_memory(plan) if plan.fits else f"[red]{describe_memory(plan)}[/]"
+
+
+def _price_of_dropout(plan: Plan) -> str | None:
+    """What an adapter's dropout takes on a card; None without one, and where memory is not told by formulas."""
+    step, section = plan.step.step, plan.step.step.adapter.section
+    rate = getattr(section, "dropout", 0.0)
+    if not rate or step.device_kind == "cpu" or not covers(step):
+        return None
+    tokens, checkpointing = plan.memory.micro_batch_tokens, plan.memory.gradient_checkpointing
+    without = plan.step.changed(adapter=step.adapter_with(dropout=0.0)).at(tokens, checkpointing)
+    more = format_bytes(plan.memory.tensor_bytes - without.tensor_bytes)
+    return f"{rate:g}: {more} more for {tokens:,} tokens, and perhaps 6 to 10 % of a step (counted, not measured)"
 
 
 def _left_out(plan: Plan) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lorafit.errors import CheckpointError, DataError, DoesNotFitError, RecipeError
 from lorafit.facts import DatasetFacts, DeviceFacts
-from lorafit.machine.devices import parse_gpu
+from lorafit.machine.devices import format_bytes, parse_gpu
 from lorafit.machine.hardware import cards
 from lorafit.memory import fits
 from lorafit.plan import Plan, ResolvedPlan, plan, plan_table, require_fit
@@ -389,6 +389,15 @@ def test_chunks_of_the_loss_follow_the_memory_of_a_card_and_no_cpus() -> None:
     assert full.loss_chunk_bytes == 256 * 2**20 and full.memory.peak_phase.name == "loss" and border > 20
     below = make(card(border - 2 / GIB), replace(ROWS, longest_trained_tokens=600), "Qwen/Qwen2.5-14B", **narrow)
     assert below.loss_chunk_bytes is None and below.memory.needed_bytes < full.memory.needed_bytes  # and it fits
+
+
+def test_what_dropout_takes_is_said_on_a_card() -> None:
+    dropped, plain = (make(card(24), adapter={"dropout": rate}) for rate in (0.05, 0.0))
+    more = dropped.memory.tensor_bytes - plain.memory.tensor_bytes
+    assert more > 64 * 2**20
+    assert f"0.05: {format_bytes(more)} more for 600 tokens" in shown(plan_table(dropped))
+    assert "dropout" not in shown(plan_table(plain))
+    assert "dropout" not in shown(plan_table(make(card(64, kind="cpu"), adapter={"dropout": 0.05})))
 
 
 def test_json_is_plain() -> None:
