@@ -235,7 +235,7 @@ def measure_cost(stage: Stage, choice: ResolvedPlan) -> int:
     lengths, one_row = stage.examples.lengths, stage.cutter.one_row
     budget, most_rows = choice.micro_batch_tokens, stage.step_rows.batch_size
     rows, width = heaviest_shapes(lengths, budget, most_rows, one_row=one_row)[-1]
-    filled = fill_rows(stage.objective.task, stage.examples, rows, width, packing=stage.packing)
+    filled = fill_rows(stage.objective.task, stage.examples, rows, width, packing=stage.cutter.packs)
     batches = [stage.shortest_batch(), stage.objective.task.collate(filled, stage.pad_id)]
     small, large = (batch.padded_tokens for batch in batches)
     if large < 2 * small:
