@@ -44,6 +44,7 @@ from lorafit.ops.dtypes import dtype_named
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import Plan, ResolvedPlan, count_flops, require_fit, show_plan
+from lorafit.plan.recipe_step import takes_varlen
 from lorafit.run.card import RunCard
 from lorafit.run.results import Trained, describe_resolved
 from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
@@ -320,6 +321,7 @@ class Training:
             ),
             optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
             packing=self.plan.packing,
+            takes_varlen=takes_varlen(self.plan.step.step),
             one_by_one=self.profiles or self.counts_memory,  # both look at one thread
         )
 

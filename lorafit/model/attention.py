@@ -57,8 +57,11 @@ def takes_fused_attention(model: PreTrainedModel) -> bool:
 
 
 def takes_varlen_attention(model: PreTrainedModel) -> bool:
-    """Whether such a model besides tells its attention of sliding windows, as all do that run with flash-attn."""
-    return takes_fused_attention(model) and bool(model._supports_flash_attn)
+    """Whether such a model besides tells its attention of sliding windows, as all do that run with flash-attn, and its
+    values are as wide as its keys.
+    """
+    is_equally_wide = getattr(model.config.get_text_config(), "v_head_dim", None) is None
+    return takes_fused_attention(model) and bool(model._supports_flash_attn) and is_equally_wide
 
 
 def check_attention(name: str, model: PreTrainedModel) -> None:

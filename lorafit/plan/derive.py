@@ -235,7 +235,7 @@ def _warmup(recipe: Recipe, total_steps: int) -> int:
 
 
 def _check_attention(recipe: Recipe, device: DeviceFacts, step: StepShape) -> None:
-    if recipe.model.attention == VARLEN and not (step.device_kind == "cuda" and takes_varlen(step)):
+    if recipe.model.attention == VARLEN and not takes_varlen(step):
         what = "varlen attention needs a card of compute capability 8.0, bf16 or fp16, and a model that drops no scores"
         raise RecipeError(what, key="model.attention", todo="write auto")
     if recipe.model.attention == VARLEN and step.packing is False:

@@ -109,7 +109,7 @@ def _packed(step: StepShape, *, is_open: bool) -> StepShape:
     """
     if step.packing is None and (step.device_kind == "cpu" or PACKED in step.task.unread or begins_rows(step)):
         return replace(step, packing=False)
-    takes = step.attention == "sdpa" and step.device_kind == "cuda" and takes_varlen(step)
+    takes = step.attention == "sdpa" and takes_varlen(step)
     return replace(step, attention=VARLEN) if is_open and takes and step.packing is not False else step
 
 
@@ -122,7 +122,7 @@ def takes_varlen(step: StepShape) -> bool:
     """Whether packed rows are computed by torch's variable-length attention, with no mask."""
     shape = step.model
     is_usual = not (shape.attention_dropout or shape.scanning_layers or shape.math_attention)
-    return is_usual and takes_documents(step.capability, step.dtype, shape.head_dim)
+    return step.device_kind == "cuda" and is_usual and takes_documents(step.capability, step.dtype, shape.head_dim)
 
 
 def _with_chunks(asked: StepMemory, device: DeviceFacts | None, headroom: float) -> StepMemory:

@@ -42,6 +42,7 @@ from lorafit.data.batch import LIKELY_GPU_COST_TOKENS, MICRO_BATCH_COST_TOKENS
 from lorafit.errors import CheckpointError, ResourceError
 from lorafit.files.cache import cache_folder, keep, kept, refuse_foreign
 from lorafit.objective import TrainedTask
+from lorafit.ops.attention_kernels import VARLEN
 from lorafit.ops.process_memory import peak_memory_bytes
 from lorafit.plan import MOST_MICRO_BATCH_TOKENS, Plan, ResolvedPlan, Way
 from lorafit.trainer.executor import out_of_memory, time_micro_batches
@@ -318,8 +319,9 @@ def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> ResolvedPlan:
     one_by_one = at_once and not stage.may_run_at_once(choice.gradient_checkpointing)
 
     def taken(way: Way) -> Way:
+        known = "sdpa" if way.attention == VARLEN and not stage.takes_varlen else way.attention
         return Way(
-            way.attention if plan.attention == "auto" else plan.attention,
+            known if plan.attention == "auto" else plan.attention,
             way.micro_batch_tokens if plan.micro_batch_tokens is None else plan.micro_batch_tokens,
             1 if one_by_one or plan.micro_batch_tokens is not None else way.micro_batches_at_once,
         )

@@ -51,6 +51,7 @@ class Stage:
         optimizer_bytes: State that the optimizer will allocate at its first step; held while the heaviest batch runs.
         packing: Whether several documents share a row; None: under attention that is made for it. Proven for every
             attention that is set.
+        takes_varlen: Whether card, dtype and model have a kernel for `varlen` attention.
         one_by_one: One micro-batch at a time, whatever is faster.
         attention: Implementation that the model has been given last.
         measured: Figures to keep with the plan: peak bytes, seconds.
@@ -67,6 +68,7 @@ class Stage:
     fits: Callable[[int, bool, str], bool] = lambda tokens, checkpointing, attention: True
     optimizer_bytes: int = 0
     packing: bool | None = False
+    takes_varlen: bool = False
     one_by_one: bool = False
     attention: str = field(default="sdpa", init=False)
     measured: JsonObject = field(default_factory=dict)
@@ -207,7 +209,8 @@ def _open_candidates(stage: Stage, budget: int, checkpointing: bool) -> list[str
         from transformers.utils import is_flash_attn_2_available
 
         flash = ["flash_attention_2"] if is_flash_attn_2_available() else []
-        varlen = [VARLEN] if stage.packing is not False and takes_varlen_attention(stage.objective.base) else []
+        may_pack = stage.takes_varlen and stage.packing is not False
+        varlen = [VARLEN] if may_pack and takes_varlen_attention(stage.objective.base) else []
         return [*varlen, *flash, "sdpa"] if stage.packing else [*varlen, "sdpa", *flash]
     takes_fused = not stage.packing and takes_fused_attention(stage.objective.base)
     takes_eager = stage.fits(budget, checkpointing, "eager")

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafit.contracts import Silent
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError
 from lorafit.model import attention
-from lorafit.model.attention import set_attention
+from lorafit.model.attention import set_attention, takes_fused_attention, takes_varlen_attention
 from lorafit.ops.attention_kernels import takes_documents
 from lorafit.plan import ResolvedPlan, Way
 from lorafit.trainer.stage import _open_candidates
@@ -26,7 +27,7 @@ from lorafit.trainer.startup_proofs import prove_separation
 from lorafit.trainer.state import TrainState
 from tests.support.documents_kernel import CALLS, FAULTS, Call, register_documents_kernel
 from tests.support.tiny_run import CAUSAL_LM, PAD, Job, Rows, TinyPlan
-from tests.unit.trainer.test_packing_parity import build, gradients, same
+from tests.unit.trainer.test_packing_parity import SIZES, build, gradients, same
 from tests.unit.trainer.test_rehearsal import louder, open_plan, resolve, stage
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -156,19 +157,21 @@ def test_a_batch_that_holds_fewer_bits_computes_in_them(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("packing", "has_package", "wanted"),
+    ("packing", "has_package", "has_kernel", "wanted"),
     [
-        (None, False, ["varlen", "sdpa"]),
-        (None, True, ["varlen", "sdpa", "flash_attention_2"]),
-        (True, True, ["varlen", "flash_attention_2", "sdpa"]),
-        (False, False, ["sdpa"]),
+        (None, False, True, ["varlen", "sdpa"]),
+        (None, True, True, ["varlen", "sdpa", "flash_attention_2"]),
+        (True, True, True, ["varlen", "flash_attention_2", "sdpa"]),
+        (True, False, False, ["sdpa"]),  # one long row would be masked
+        (False, False, True, ["sdpa"]),
     ],
 )
 def test_on_a_card_packed_rows_are_tried_first(
-    packing: bool | None, has_package: bool, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+    packing: bool | None, has_package: bool, has_kernel: bool, wanted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: has_package)
-    card = SimpleNamespace(device=torch.device("cuda"), packing=packing, objective=build("llama", "sdpa"))
+    values = {"packing": packing, "takes_varlen": has_kernel}
+    card = SimpleNamespace(device=torch.device("cuda"), objective=build("llama", "sdpa"), **values)
     assert _open_candidates(card, 64, False) == wanted  # type: ignore[arg-type]
     card.objective = build("falcon", "sdpa")  # computes its attention by itself
     assert "varlen" not in _open_candidates(card, 64, False)  # type: ignore[arg-type]
@@ -238,3 +241,22 @@ def test_a_run_that_packed_answers_and_is_scored_as_with_sdpa() -> None:
         scores = objective.score(CAUSAL_LM.collate([[rows[0]], [rows[1]]], PAD))
         found.append((ids.tolist(), scores["loss"].tolist()))
     assert found[0] == found[1] and not CALLS
+
+
+@pytest.mark.parametrize(("has_kernel", "wanted"), [(True, "varlen"), (False, "sdpa")])
+def test_a_plan_of_another_card_packs_only_where_the_kernel_is(
+    job: Callable[..., Job], has_kernel: bool, wanted: str
+) -> None:
+    elsewhere = ResolvedPlan(64, 64, "varlen", False, "fp32", "fp32", "cuda", 1, "rehearsal")
+    here = stage(job(), packing=None, takes_varlen=has_kernel)
+    resolved = resolve(here, open_plan(gradient_checkpointing=False), given=elsewhere)
+    assert (resolved.attention, here.cutter.packs) == (wanted, has_kernel)
+
+
+def test_values_of_another_width_than_keys_are_not_for_the_kernel() -> None:
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    config = AutoConfig.for_model("deepseek_v3", **SIZES, **sizes, n_routed_experts=2, n_group=1, topk_group=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    assert takes_fused_attention(model) and not takes_varlen_attention(model)
+    assert takes_varlen_attention(build("llama", "sdpa").base)
