@@ -28,6 +28,7 @@ from lorafit.kinds.schedules import learning_rate_at
 from lorafit.memory import MemoryEstimate, StepMemory, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
+from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.content import reading_content, require_recorded
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.inspect import (
@@ -37,7 +38,7 @@ from lorafit.model.inspect import (
     recorded_linears,
     require_same_quantization,
 )
-from lorafit.model.load import enable_checkpointing, load_model
+from lorafit.model.load import load_model
 from lorafit.model.shippable import check_shippable
 from lorafit.objective import Objective, choose_probe
 from lorafit.ops.dtypes import dtype_named
@@ -314,7 +315,7 @@ class Training:
             StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
             job.pad_id,
             self.reporter,
-            set_checkpointing=partial(enable_checkpointing, executor.objective.model),
+            set_checkpointing=partial(set_checkpointing, executor.objective.model),
             keep_unpacked=partial(keep_unpacked, executor.objective.model),
             fits=lambda tokens, on, attention: fits(
                 self._memory_under(attention).at(tokens, on), job.device.memory_bytes

@@ -9,6 +9,7 @@ from lorafit.contracts import Printed
 from lorafit.errors import DoesNotFitError
 from lorafit.estimation.table import RecipeEstimate, figures, format_seconds
 from lorafit.machine.devices import format_bytes
+from lorafit.ops.recomputed_layers import CHECKPOINTING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ class CardComparison(Printed):
                 one.device.name,
                 format_bytes(one.device.memory_bytes),
                 format_bytes(one.needed_bytes),
-                "on" if one.memory.gradient_checkpointing else "off",
+                CHECKPOINTING[one.memory.gradient_checkpointing],
                 {True: "yes", False: "no", None: "not known"}[one.fits],
                 format_seconds(seconds) if seconds is not None else "-",
                 style="" if one.fits else "red",

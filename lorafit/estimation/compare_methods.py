@@ -16,6 +16,7 @@ from lorafit.memory.closed_form import loss_bytes, step_phases
 from lorafit.memory.layer import Layer
 from lorafit.memory.peak import FIXED
 from lorafit.memory.step_shape import DTYPE_BYTES
+from lorafit.ops.recomputed_layers import Checkpointing
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Method:
 
 
 def compare_methods(
-    memory: StepMemory, tokens: int, checkpointing: bool, device: DeviceFacts | None, headroom: float
+    memory: StepMemory, tokens: int, checkpointing: Checkpointing, device: DeviceFacts | None, headroom: float
 ) -> tuple[Method, ...]:
     """Every method that has a meaning, with the recipe's rows, micro-batch, checkpointing, adapter and optimizer.
 
@@ -69,7 +70,7 @@ def _stored_as(step: StepShape, kind: str, dtype: str) -> StepShape:
     return replace(step, quantization=quantization, dtype=dtype, compute_dtype=compute_dtype)
 
 
-def full_fine_tuning(step: StepShape, dtype: str, tokens: int, checkpointing: bool) -> MemoryEstimate:
+def full_fine_tuning(step: StepShape, dtype: str, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
     """All weights trained with AdamW, everything in one dtype."""
     shape, width, device_kind = step.model, DTYPE_BYTES[dtype], step.device_kind
     layer = Layer(

@@ -32,12 +32,14 @@ from lorafit.memory import MemoryEstimate, Phase, StepShape
 from lorafit.memory.peak import PHASES
 from lorafit.model import attention, fuse
 from lorafit.model.attach import attach_adapter
+from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.fuse import fuse_layers, keep_unpacked
-from lorafit.model.load import build_weightless, enable_checkpointing, fill_with_fakes, unpacking_fakes
+from lorafit.model.load import build_weightless, fill_with_fakes, unpacking_fakes
 from lorafit.ops import dropout
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
+from lorafit.ops.recomputed_layers import Checkpointing, more_than
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.step import Update, accumulate_gradients
 
@@ -49,7 +51,7 @@ _LEARNING_RATE = 1e-4  # any: no value is computed
 def run_exactly(found: RecipeEstimate, config: JsonMapping, reporter: Reporter) -> RecipeEstimate:
     """An estimate with a dry run of its whole step beside it, which then gives the verdict.
 
-    Where checkpointing is left open and the card has not what the step needs without, the step with it is run as well.
+    Where checkpointing is left open and the card has not what the step needs, the step with more of it is run as well.
     """
     asked, memory = found.asked, found.memory
     step, tokens = asked.step, memory.micro_batch_tokens
@@ -58,10 +60,12 @@ def run_exactly(found: RecipeEstimate, config: JsonMapping, reporter: Reporter) 
     )  # else all of a step is in one micro-batch
     run = partial(DryRun(step, config).run, tokens, accumulates=accumulates, reporter=reporter)
     exact = replace(found, exact=run(memory.gradient_checkpointing))
-    if exact.fits is not False or asked.checkpointing is not None or memory.gradient_checkpointing:
-        return exact
-    checkpointed = asked.at(tokens, True)
-    return replace(found, memory=checkpointed, exact=run(True), without_checkpointing=exact.exact)
+    without = found.without_checkpointing or exact.exact
+    for more in more_than(memory.gradient_checkpointing) if asked.checkpointing is None else ():
+        if exact.fits is not False:
+            break
+        exact = replace(found, memory=asked.at(tokens, more), exact=run(more), without_checkpointing=without)
+    return exact
 
 
 class DryRun:
@@ -122,7 +126,7 @@ class DryRun:
     def run(
         self,
         tokens: int,
-        checkpointing: bool,
+        checkpointing: Checkpointing,
         *,
         accumulates: bool = True,
         few_layers: bool = False,
@@ -132,7 +136,7 @@ class DryRun:
 
         Args:
             tokens: Padded tokens of a micro-batch: rows of the longest length, one at least.
-            checkpointing: Whether layers keep their input alone and run forward again.
+            checkpointing: Which layers keep their input alone and run forward again.
             few_layers: Run representatives of the layers, and add what all others would keep.
             accumulates: Whether a step has several micro-batches: gradients are there then while the later ones run.
             reporter: Gets a bar that advances with each layer of the forward; silent where None.
@@ -141,6 +145,7 @@ class DryRun:
             ModelError: Its forward needs the values of its tensors.
         """
         reporter, tokens = reporter or Silent(), max(tokens, self.step.row_tokens)
+        set_checkpointing(self._model, checkpointing)
         if few_layers and self._can_leave_out:
             try:
                 return self._run_layers(self._layers.representatives(), tokens, checkpointing, accumulates, reporter)
@@ -149,10 +154,9 @@ class DryRun:
         return self._run_layers(range(len(self._layers.layers)), tokens, checkpointing, accumulates, reporter)
 
     def _run_layers(
-        self, chosen: Sequence[int], tokens: int, checkpointing: bool, accumulates: bool, reporter: Reporter
+        self, chosen: Sequence[int], tokens: int, checkpointing: Checkpointing, accumulates: bool, reporter: Reporter
     ) -> MemoryEstimate:
         step = self.step
-        enable_checkpointing(self._model, checkpointing)
         live = _LiveFakes(_CUDA_BLOCK_BYTES if self._on_cuda else 1, holds_documents=step.packs_rows)
         with self._fake, _as_it_would_run(step), unpacking_fakes():
             if accumulates:
@@ -161,7 +165,7 @@ class DryRun:
                 watching(live, self._executor.objective, self._optimizer),
                 self._layers.only(chosen),
                 self._layers.weighed(live) as kept,
-                self._progress(chosen, checkpointing, reporter),
+                self._progress(chosen, live, reporter),
             ):
                 try:
                     accumulate_gradients(self._executor, [self._batch(tokens)])
@@ -188,14 +192,13 @@ class DryRun:
             parameter.grad = torch.zeros_like(parameter)
 
     @contextlib.contextmanager
-    def _progress(self, chosen: Sequence[int], checkpointing: bool, reporter: Reporter) -> Iterator[None]:
-        layers = [self._layers.layers[number] for number in chosen]
-        with (
-            reporter.track((2 if checkpointing else 1) * len(layers), "dry run") as bar,
-            contextlib.ExitStack() as stack,
-        ):
-            for layer in layers:
-                stack.enter_context(layer.register_forward_hook(lambda *_: bar.advance(1)))
+    def _progress(self, chosen: Sequence[int], live: LiveTensors, reporter: Reporter) -> Iterator[None]:
+        with reporter.track(len(chosen), "dry run") as bar, contextlib.ExitStack() as stack:
+            for number in chosen:  # what runs forward again is no advance
+                hook = self._layers.layers[number].register_forward_hook(
+                    lambda *_: bar.advance(live.phase == "forward")
+                )
+                stack.enter_context(hook)
             yield
 
     def _batch(self, tokens: int) -> Batch:

@@ -17,6 +17,7 @@ from lorafit.estimation.ways_to_save import LEAST_ROW_TOKENS
 from lorafit.facts import DeviceFacts
 from lorafit.kinds.adapters import AdapterSection
 from lorafit.memory import MemoryEstimate, StepMemory, find_largest
+from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.recipe.schema import LARGEST_COUNT
 
 
@@ -27,14 +28,14 @@ class Largest:
     Attributes:
         value: The largest that fits; None: not even `least` does.
         least: Where the search began.
-        checkpointing: With what `value` was found; the better of both where the recipe leaves it open.
+        checkpointing: With what `value` was found; the better of on and off where the recipe leaves it open.
         other: The largest with the opposite, where the recipe leaves it open and it fits at all.
         bound: What stopped the search where memory did not, e.g. `the model's 8,192 positions`; else empty.
     """
 
     value: int | None
     least: int
-    checkpointing: bool
+    checkpointing: Checkpointing
     other: int | None = None
     bound: str = ""
 
@@ -85,21 +86,21 @@ def find_fit(asked: StepMemory, device: DeviceFacts, headroom: float) -> Fit:
     step, tokens = asked.step, asked.least_tokens
     limit = device.memory_bytes * (1.0 - headroom)
 
-    def search(estimate: Callable[[int, bool], MemoryEstimate], least: int, most: int, bound: str) -> Largest:
-        def largest(checkpointing: bool) -> int | None:
+    def search(estimate: Callable[[int, Checkpointing], MemoryEstimate], least: int, most: int, bound: str) -> Largest:
+        def largest(checkpointing: Checkpointing) -> int | None:
             return find_largest(lambda value: estimate(value, checkpointing).needed_bytes, limit, least, most)
 
-        choices = (False, True) if asked.checkpointing is None else (asked.checkpointing,)
+        choices: tuple[Checkpointing, ...] = (False, True) if asked.checkpointing is None else (asked.checkpointing,)
         found = {choice: largest(choice) for choice in choices}
         best = max(found, key=lambda choice: found[choice] or 0)  # off where both are equal: it is faster
         value = found[best]
         return Largest(value, least, best, found.get(not best), bound if value == most else "")
 
-    def of_row(sequence_tokens: int, checkpointing: bool) -> MemoryEstimate:
+    def of_row(sequence_tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
         row_tokens = step.task.row_tokens(sequence_tokens)
         return asked.changed(row_tokens=row_tokens, row_labels=row_tokens).at(row_tokens, checkpointing)
 
-    def of_rank(rank: int, checkpointing: bool) -> MemoryEstimate:
+    def of_rank(rank: int, checkpointing: Checkpointing) -> MemoryEstimate:
         return asked.changed(adapter=step.adapter_with(r=rank)).at(tokens, checkpointing)
 
     positions, most_rank = step.model.max_positions, _rank_bound(step.adapter.section)

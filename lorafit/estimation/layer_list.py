@@ -1,6 +1,7 @@
 """The decoder layers of a model, of which a few can stand for all: a dry run of those takes a fraction of the time.
 
-Layers are alike where they have the same class, the same parameters and the same kind of attention. Of each sort the
+Layers are alike where they have the same class, the same parameters and the same kind of attention, and both keep their
+activations or both recompute them. Of each sort the
 first layer of the model, the last of the sort, and the last of the model are enough: a step's worst moment lies in the
 last layer of some sort, and what one more layer of a sort keeps for the backward pass is seen while it runs forward.
 """
@@ -97,5 +98,8 @@ class LayerList:
 
 def _sort_of(layer: torch.nn.Module) -> str:
     parameters = [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
-    own = {name: getattr(layer, name, None) for name in ("attention_type", "layer_type", "block_type")}
+    own = {
+        name: getattr(layer, name, None)
+        for name in ("attention_type", "layer_type", "block_type", "gradient_checkpointing")
+    }
     return f"{type(layer).__name__} {own} {parameters}"

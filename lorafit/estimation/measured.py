@@ -17,6 +17,7 @@ from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.memory import MemoryEstimate, Phase, StepShape, closed_form, covers
+from lorafit.ops.recomputed_layers import Checkpointing
 
 if TYPE_CHECKING:
     from lorafit.contracts import JsonObject, Reporter
@@ -46,7 +47,7 @@ class MeasuredSteps:
         self._refused = False
         self._runs = 0
 
-    def __call__(self, step: StepShape, tokens: int, checkpointing: bool) -> MemoryEstimate:
+    def __call__(self, step: StepShape, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
         """Peak memory of a step; where a model cannot run on fake tensors, the part of it that formulas count."""
         if self._uses_formulas and covers(step):
             return closed_form(step, tokens, checkpointing)
@@ -57,7 +58,7 @@ class MeasuredSteps:
                 self._refused = True
         return replace(closed_form(step, tokens, checkpointing), counts_all=False)
 
-    def _measured(self, step: StepShape, tokens: int, checkpointing: bool) -> MemoryEstimate:
+    def _measured(self, step: StepShape, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
         if not step.model.scanning_layers or step.row_tokens <= LONGEST_ROW_TOKENS:
             return _on_line(*self._two_sizes(step, checkpointing), tokens)
         longest = self._measured(_of_length(step, LONGEST_ROW_TOKENS), tokens, checkpointing)
@@ -66,7 +67,7 @@ class MeasuredSteps:
         half = self._measured(_of_length(step, LONGEST_ROW_TOKENS // 2), tokens, checkpointing)
         return _between(half, longest, 2 * step.row_tokens / LONGEST_ROW_TOKENS - 1, tokens)
 
-    def _two_sizes(self, step: StepShape, checkpointing: bool) -> tuple[MemoryEstimate, MemoryEstimate]:
+    def _two_sizes(self, step: StepShape, checkpointing: Checkpointing) -> tuple[MemoryEstimate, MemoryEstimate]:
         """One row, and as many as `MANY_TOKENS` hold."""
         kinds = _kinds_of(step)
         key = key_of_code([self._config, kinds, [step.row_tokens, step.row_labels, checkpointing]])
@@ -78,7 +79,7 @@ class MeasuredSteps:
             self._known[key] = found
         return self._known[key]
 
-    def _run(self, kinds: str, step: StepShape, checkpointing: bool) -> tuple[MemoryEstimate, MemoryEstimate]:
+    def _run(self, kinds: str, step: StepShape, checkpointing: Checkpointing) -> tuple[MemoryEstimate, MemoryEstimate]:
         from lorafit.estimation.dry_run import DryRun
 
         if self._dry is None:

@@ -13,6 +13,7 @@ from lorafit.estimation.answer import Answer
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import MemoryEstimate, covers
 from lorafit.memory.peak import ALLOCATOR_FACTOR
+from lorafit.ops.recomputed_layers import CHECKPOINTING
 from lorafit.plan.render import describe_memory, format_count
 from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
 
@@ -86,16 +87,17 @@ def _head(estimate: Answer) -> Iterator[str]:
     what = "the longest row" if facts is not None else "a row of data.max_length"
     if memory.micro_batch_tokens > step.row_tokens:
         what = f"{what} has {step.row_tokens:,}"
-    on = "on" if memory.gradient_checkpointing else "off"
-    yield f"micro-batch of {memory.micro_batch_tokens:,} tokens ({what}), checkpointing {on}"
+    checkpointing = CHECKPOINTING[memory.gradient_checkpointing]
+    yield f"micro-batch of {memory.micro_batch_tokens:,} tokens ({what}), checkpointing {checkpointing}"
     if estimate.device is None:
         yield "for a card that computes bf16: --gpu names another, or cpu for this machine"
     if estimate.without_checkpointing is not None and estimate.device is not None:
         needed = format_bytes(estimate.without_checkpointing.needed_bytes)
-        yield f"checkpointing was turned on for {estimate.device.name}: without it {needed} would be needed"
+        turned = f"checkpointing was turned {'on' if checkpointing == 'on' else 'half on'} for {estimate.device.name}"
+        yield f"{turned}: without it {needed} would be needed"
     if estimate.with_checkpointing_bytes is not None:
         needed = format_bytes(estimate.with_checkpointing_bytes)
-        yield f"gradient_checkpointing is auto: on where a card needs it (--gpu), {needed} in all"
+        yield f"gradient_checkpointing is auto: half or on where a card needs it (--gpu), {needed} in all at least"
     if facts is None:
         yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
     if not memory.counts_all and estimate.exact is None:
@@ -295,4 +297,4 @@ def _largest(found: Largest, what: str, least: str) -> str:
         return f"not even {least.format(f'{found.least:,}')}"
     other = f"; {found.other:,} with it {'off' if found.checkpointing else 'on'}" if found.other is not None else ""
     bound = f"; bounded by {found.bound}" if found.bound else ""
-    return f"{found.value:,} {what}, checkpointing {'on' if found.checkpointing else 'off'}{other}{bound}"
+    return f"{found.value:,} {what}, checkpointing {CHECKPOINTING[found.checkpointing]}{other}{bound}"

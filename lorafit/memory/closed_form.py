@@ -8,6 +8,7 @@ from lorafit.memory.layer import Layer
 from lorafit.memory.operations import LayerPeak, worst_moment
 from lorafit.memory.peak import MemoryEstimate, Phase
 from lorafit.memory.step_shape import StepShape
+from lorafit.ops.recomputed_layers import Checkpointing, recomputed_layers
 
 
 def covers(step: StepShape) -> bool:
@@ -15,13 +16,13 @@ def covers(step: StepShape) -> bool:
     return step.adapter.closed_form and step.task.closed_form and not step.model.scanning_layers
 
 
-def closed_form(step: StepShape, tokens: int, checkpointing: bool) -> MemoryEstimate:
+def closed_form(step: StepShape, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
     """Peak memory of one training step.
 
     Args:
         step: The model, the kinds and the rows.
         tokens: Padded tokens of a micro-batch; one longest row at least is counted.
-        checkpointing: Whether layers keep their input alone and run forward again.
+        checkpointing: Which layers keep their input alone and run forward again.
 
     Raises:
         RecipeError: The adapter's targets match nothing in this model.
@@ -83,38 +84,43 @@ def layer_of(step: StepShape) -> Layer:
     )
 
 
-def step_phases(layer: Layer, tokens: int, loss: int, checkpointing: bool, trainable: int) -> tuple[Phase, ...]:
-    """Forward, loss, backward and update of one step, each at its worst moment; `loss` is what computing it takes."""
+def step_phases(
+    layer: Layer, tokens: int, loss: int, checkpointing: Checkpointing, trainable: int
+) -> tuple[Phase, ...]:
+    """Forward, loss, backward and update of one step, each at its worst moment; `loss` is what computing it takes.
+
+    The backward pass is at its worst where it begins: in the last layer, or in the first one that it recomputes.
+    """
     shape, operations = layer.shape, layer.operations
+    recomputed = recomputed_layers(checkpointing, shape.layers)
+    whole = shape.layers - len(recomputed)
     forward_peak = worst_moment(operations, tokens, "forward")
     backward_peak = worst_moment(operations, tokens, "backward")
     casts = trainable * layer.compute_bytes if layer.autocast else 0  # of the adapters' weights
+    held = casts * whole // shape.layers
     # autocast caches them through the forward; those of a fused linear go with its layer
-    cached = 0 if all(map(layer.fuses_linear, layer.adapted)) else casts
+    cached = held if all(map(layer.fuses_linear, layer.adapted)) else casts
     stream = shape.hidden_size * layer.stream_bytes * tokens
     final_norm = round(layer.norm("norm").kept) * tokens
     mask_bytes = layer.compute_bytes if layer.attention == "eager" or shape.softcap else 1 if layer.masked else 0
-    mask = mask_bytes * layer.row_tokens * tokens
-    update = Phase("update", "", {"workspace": layer.adapter_bytes * trainable})
-    if checkpointing:
-        inputs = stream * layer.layer_inputs_kept + layer.leaked_bytes() * tokens * shape.layers + mask
+    inputs = stream * min(layer.layer_inputs_kept, len(recomputed)) + layer.leaked_bytes() * tokens * len(recomputed)
+    ungraded = round(layer.ungraded_bytes() * tokens) if 0 not in recomputed else 0
+    kept = forward_peak.kept_bytes * whole - ungraded + inputs + mask_bytes * layer.row_tokens * tokens
+    backward = [_phase("backward", backward_peak, kept, _moment(backward_peak), held)] if whole else []
+    if recomputed:
         again = final_norm if layer.norm_keeps_stream() else 0
         again_forward = forward_peak.peak_bytes + stream > backward_peak.peak_bytes  # the result's gradient waits
         worst = forward_peak if again_forward else backward_peak
         where = f"{'recomputing ' if again_forward else ''}{worst.where}"
-        recomputed = worst.peak_bytes - worst.fixed_bytes - again + (stream if again_forward else 0)
-        return (
-            _phase("forward", forward_peak, inputs, _moment(forward_peak), cached),
-            Phase("loss", "", {"kept_activations": inputs + final_norm, "loss": loss, "adapter": cached}),
-            replace(_phase("backward", worst, inputs, recomputed, casts // shape.layers), where=where),
-            update,
-        )
-    kept = forward_peak.kept_bytes * shape.layers - round(layer.ungraded_bytes() * tokens) + mask
+        moment = worst.peak_bytes - worst.fixed_bytes - again + (stream if again_forward else 0)
+        others = kept - forward_peak.kept_bytes if whole else kept
+        at_once = max(held, casts // shape.layers)
+        backward.append(replace(_phase("backward", worst, others, moment, at_once), where=where))
     return (
-        _phase("forward", forward_peak, kept, _moment(forward_peak), casts),
-        Phase("loss", "", {"kept_activations": kept + final_norm, "loss": loss, "adapter": casts}),
-        _phase("backward", backward_peak, kept, _moment(backward_peak), casts),
-        update,
+        _phase("forward", forward_peak, kept, _moment(forward_peak), cached),
+        Phase("loss", "", {"kept_activations": kept + final_norm, "loss": loss, "adapter": cached}),
+        max(backward, key=lambda phase: phase.total_bytes),
+        Phase("update", "", {"workspace": layer.adapter_bytes * trainable}),
     )
 
 

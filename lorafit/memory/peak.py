@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lorafit.contracts import JsonObject
 from lorafit.machine.devices import CUDA_CONTEXT_BYTES
+from lorafit.ops.recomputed_layers import Checkpointing
 
 ALLOCATOR_FACTOR = {"cuda": 1.10, "cpu": 1.40}
 """Reserved beside allocated: torch's caching allocator rounds and fragments. Source: the published fms-hf-tuning
@@ -54,7 +55,7 @@ class MemoryEstimate:
         phases: forward, loss, backward, update.
         device_kind: `cpu` or `cuda`.
         micro_batch_tokens: Padded tokens of the forward that was estimated.
-        gradient_checkpointing: Whether it was estimated with it.
+        gradient_checkpointing: With what it was estimated.
         paged_bytes: Optimizer state among the fixed that a paged optimizer can move to host memory.
         unquantized_expert_bytes: Experts of a mixture among the base weights: no quantisation touches them.
         counts_all: Whether every layer's activations are counted; else the estimate is too low.
@@ -64,7 +65,7 @@ class MemoryEstimate:
     phases: tuple[Phase, ...]
     device_kind: str
     micro_batch_tokens: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     paged_bytes: int = 0
     unquantized_expert_bytes: int = 0
     counts_all: bool = True

@@ -10,8 +10,9 @@ from lorafit.facts import DeviceFacts
 from lorafit.memory.closed_form import closed_form
 from lorafit.memory.peak import MemoryEstimate, fits
 from lorafit.memory.step_shape import StepShape
+from lorafit.ops.recomputed_layers import Checkpointing, more_than
 
-Engine = Callable[[StepShape, int, bool], MemoryEstimate]
+Engine = Callable[[StepShape, int, Checkpointing], MemoryEstimate]
 """Peak memory of a step by micro-batch tokens and checkpointing: the closed form, or what dry runs measured."""
 
 
@@ -24,37 +25,44 @@ class StepMemory:
         engine: What answers.
         tokens: Padded tokens of a micro-batch as they are asked for; None: left open, and one longest row wherever a
             number is needed.
-        checkpointing: None: left open, and on only where memory wants it.
+        checkpointing: None: left open, and of as few layers as memory allows.
     """
 
     step: StepShape
     engine: Engine = closed_form
     tokens: int | None = None
-    checkpointing: bool | None = None
+    checkpointing: Checkpointing | None = None
 
     @property
     def least_tokens(self) -> int:
         """The micro-batch that is asked for; one longest row at least."""
         return max(self.tokens or 0, self.step.row_tokens)
 
-    def at(self, tokens: int, checkpointing: bool) -> MemoryEstimate:
+    def at(self, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
         """The estimate for a micro-batch of so many padded tokens, one longest row at least."""
         return self.engine(self.step, max(tokens, self.step.row_tokens), checkpointing)
 
     def settle(self, device: DeviceFacts | None, headroom: float) -> tuple[MemoryEstimate, MemoryEstimate | None]:
-        """What the step needs; and what it would without checkpointing, where the device has that turned on."""
+        """What the step needs; and what it would without checkpointing, where the device has that turned on.
+
+        Left open, it is of as few layers as fit; of all where nothing does.
+        """
         if self.checkpointing is not None:
             return self.at(self.least_tokens, self.checkpointing), None
-        plain = self.at(self.least_tokens, False)
-        if device is None or fits(plain, device.memory_bytes, headroom):
-            return plain, None
-        return self.at(self.least_tokens, True), plain
+        plain = found = self.at(self.least_tokens, False)
+        for checkpointing in more_than(False):
+            if device is None or fits(found, device.memory_bytes, headroom):
+                break
+            found = self.at(self.least_tokens, checkpointing)
+        return found, None if found is plain else plain
 
     def changed(self, **changes: Any) -> StepMemory:
         """The same of a step in which something is otherwise."""
         return replace(self, step=replace(self.step, **changes))
 
-    def largest_tokens(self, checkpointing: bool, most_tokens: int, device_bytes: int, headroom: float) -> int | None:
+    def largest_tokens(
+        self, checkpointing: Checkpointing, most_tokens: int, device_bytes: int, headroom: float
+    ) -> int | None:
         """The most tokens, from one longest row up to `most_tokens`, that fit; None where not even that row does.
 
         Maximal: one token more does not fit by the same estimate, or is more than `most_tokens`.

@@ -209,19 +209,6 @@ def keep_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def enable_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
-    """Switches recomputation of activations in the backward pass on (non-reentrant) or off."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with quiet_libraries():
-        if not enabled:
-            base.gradient_checkpointing_disable()
-        elif hasattr(base, "activation_checkpointing_enable"):  # its name in newer ones
-            base.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-    base.config.use_cache = False
-
-
 def build_class(base: Base, class_name: str | None = None, model_class: ModelClass = CAUSAL_MODEL) -> PreTrainedModel:
     """The model of a class, or of a task's, on the meta device: names and shapes, no memory.
 

@@ -14,6 +14,7 @@ from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
 from lorafit.ops.attention_kernels import VARLEN
+from lorafit.ops.recomputed_layers import CHECKPOINTING, Checkpointing
 from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, begins_rows, recipe_step, takes_varlen
 from lorafit.recipe.schema import Recipe
 
@@ -35,13 +36,13 @@ class Plan:
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
         attention: As the recipe says; `auto` is left open.
         packing: Whether several documents share a row; None: under attention that is made for it.
-        gradient_checkpointing: True or False where recipe or memory decide; None where both can fit.
+        gradient_checkpointing: Where recipe or memory decide it; None where several of its values can fit.
         micro_batch_tokens: As the recipe says; None: the first steps choose between the bounds.
         min_micro_batch_tokens: One longest row.
         max_micro_batch_tokens: What fits, at most a whole step of this rank.
         select_metric: The metric that chooses the best checkpoint; None: the last one is taken.
         without_adapter: Weights of the layers that no adapter can reach, by name.
-        memory: The estimate for the smallest micro-batch, with checkpointing only where it is needed.
+        memory: The estimate for the smallest micro-batch, with as little checkpointing as fits.
         memory_at_most: The estimate for the largest micro-batch within the bounds.
         memory_least: The least this run can need: one longest row, checkpointed.
         fits: Whether `memory_least` fits.
@@ -71,7 +72,7 @@ class Plan:
     keeps_unpacked: bool
     attention: str
     packing: bool | None
-    gradient_checkpointing: bool | None
+    gradient_checkpointing: Checkpointing | None
     micro_batch_tokens: int | None
     min_micro_batch_tokens: int
     max_micro_batch_tokens: int
@@ -268,14 +269,14 @@ class Bounds:
     """How far memory leaves micro-batch and checkpointing open, and what the ends need.
 
     Attributes:
-        checkpointing: None: both can fit.
+        checkpointing: None: several of its values can fit.
         memory: Of the smallest micro-batch.
         memory_least: Of one longest row with checkpointing.
         memory_at_most: Of the largest micro-batch.
         fits: Whether one longest row does, with checkpointing.
     """
 
-    checkpointing: bool | None
+    checkpointing: Checkpointing | None
     least_tokens: int
     most_tokens: int
     memory: MemoryEstimate
@@ -286,23 +287,33 @@ class Bounds:
 
 def memory_bounds(memory: StepMemory, step_rows: int, device: DeviceFacts) -> Bounds:
     """Token budget and checkpointing, as far as memory alone decides them."""
-    longest, have, checkpointing = memory.step.row_tokens, device.memory_bytes, memory.checkpointing
+    longest, have, asked = memory.step.row_tokens, device.memory_bytes, memory.checkpointing
     least = memory.at(longest, True)
     can_fit = _can_fit(least, device)
     if memory.tokens is not None:
         found, _ = memory.settle(device, HEADROOM)
-        return Bounds(
-            found.gradient_checkpointing, memory.least_tokens, memory.least_tokens, found, least, found, can_fit
-        )
+        settled = _settled(asked, found.gradient_checkpointing, is_ample=True)
+        return Bounds(settled, memory.least_tokens, memory.least_tokens, found, least, found, can_fit)
     most = max(longest, min(MOST_MICRO_BATCH_TOKENS, math.ceil(step_rows / device.count) * longest))
-    without = memory.largest_tokens(False, most, have, HEADROOM) if checkpointing is not True else None
-    with_it = memory.largest_tokens(True, most, have, HEADROOM) if checkpointing is not False else None
-    if checkpointing is None and without in (None, most):
-        checkpointing = without is None
-    largest = max(without or longest, (with_it or longest) if checkpointing is not False else longest)
-    smallest = memory.at(longest, without is None and checkpointing is not False)
-    at_most = memory.at(largest, checkpointing is not False)
-    return Bounds(checkpointing, longest, largest, smallest, least, at_most, can_fit)
+    choices: list[Checkpointing] = list(CHECKPOINTING) if asked is None else [asked]
+    fitting: dict[Checkpointing, int] = {}
+    for choice in choices:
+        tokens = memory.largest_tokens(choice, most, have, HEADROOM)
+        fitting |= {} if tokens is None else {choice: tokens}
+        if tokens == most:
+            break
+    first = next(iter(fitting), choices[-1])
+    settled = _settled(asked, first, is_ample=fitting.get(first) == most)
+    largest = max(fitting.values(), default=longest)
+    at_most = memory.at(largest, choices[-1] if settled is None else settled)
+    return Bounds(settled, longest, largest, memory.at(longest, first), least, at_most, can_fit)
+
+
+def _settled(asked: Checkpointing | None, least: Checkpointing, *, is_ample: bool) -> Checkpointing | None:
+    """What is known of checkpointing before anything is run: what was asked, all layers where less never fits, none
+    where memory is ample."""
+    is_open = asked is None and least is not True and not (least is False and is_ample)
+    return None if is_open else least
 
 
 def _warnings(

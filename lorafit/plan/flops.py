@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from lorafit.facts import ModelShape
+from lorafit.ops.recomputed_layers import Checkpointing, recomputed_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def count_flops(
     tokens: int,
     labelled_tokens: int,
     squared_tokens: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
 ) -> Flops:
     """Operations of training on some rows once.
 
@@ -63,7 +64,7 @@ def count_flops(
         tokens: Real tokens of the rows (T).
         labelled_tokens: Those that carry loss.
         squared_tokens: Sum of the squares of the rows' lengths; of documents, where several share a row.
-        checkpointing: Whether the layers run forward twice.
+        checkpointing: Which layers run forward twice.
     """
     frozen, attention = active_parameters(shape), 4 * shape.heads * shape.head_dim * shape.layers
     pairs = (squared_tokens + tokens) // 2
@@ -73,7 +74,7 @@ def count_flops(
         adapter=6 * adapter_parameters * tokens,
         head=4 * head_parameters(shape) * labelled_tokens,
         attention=3 * attention * pairs,
-        recomputation=again if checkpointing else 0,
+        recomputation=again * len(recomputed_layers(checkpointing, shape.layers)) // shape.layers,
     )
 
 

@@ -29,7 +29,8 @@ from lorafit.memory import Engine, StepMemory, StepShape, closed_form, covers, f
 from lorafit.memory.closed_form import unpacked_weights_bytes
 from lorafit.ops.attention_kernels import VARLEN, takes_documents
 from lorafit.ops.chunk_sizes import larger_chunk_bytes
-from lorafit.recipe.schema import Recipe
+from lorafit.ops.recomputed_layers import Checkpointing
+from lorafit.recipe.schema import Auto, Recipe
 
 T = TypeVar("T")
 
@@ -46,9 +47,9 @@ WIDE_TOKENS = 4096
 on an H100, by bytes and operations): copies gain more than a micro-batch beyond this, and less than checkpointing."""
 
 
-def given(value: T | str) -> T | None:
+def given(value: T | Auto) -> T | None:
     """What the recipe says; None for `auto`."""
-    return None if isinstance(value, str) else value
+    return None if value == "auto" else value
 
 
 def recipe_step(
@@ -95,7 +96,8 @@ def recipe_step(
         max_grad_norm=recipe.training.max_grad_norm,
     )
     step = _packed(step, is_open=recipe.model.attention == "auto")
-    tokens, checkpointing = given(recipe.training.micro_batch_tokens), given(recipe.training.gradient_checkpointing)
+    checkpointing: Checkpointing | None = given(recipe.training.gradient_checkpointing)
+    tokens = given(recipe.training.micro_batch_tokens)
     asked = _with_chunks(StepMemory(step, engine, tokens, checkpointing), device, headroom)
     step_tokens = longest * math.ceil(recipe.training.batch_size / (device.count if device else 1))
     kept = asked.changed(keeps_unpacked=True)
@@ -149,7 +151,7 @@ def _keeps_unpacked(
         return copies > 0
     if device is None:
         return False
-    tokens, checkpointing = kept.least_tokens, kept.checkpointing is True
+    tokens, checkpointing = kept.least_tokens, kept.checkpointing or False
     if device.kind == "cpu":
         if copies > MOST_OF_MEMORY * device.memory_bytes:
             return False
@@ -161,7 +163,7 @@ def _keeps_unpacked(
 
 def asks_to_keep(section: QuantizationSection) -> bool | None:
     """A recipe's `keep_unpacked`; False for kinds without it."""
-    asked: bool | str = getattr(section, "keep_unpacked", False)
+    asked: bool | Auto = getattr(section, "keep_unpacked", False)
     return given(asked)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lorafit.console.wording import counted, in_sequences, list_classes
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import covers
+from lorafit.ops.recomputed_layers import CHECKPOINTING
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,7 +73,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     schedule = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"
     yield "learning rate", f"{plan.learning_rate:g}, {schedule}; {plan.optimizer}"
     yield "micro-batch", _micro_batch(plan)
-    yield "checkpointing", {True: "on", False: "off", None: "auto: both can fit"}[plan.gradient_checkpointing]
+    on = plan.gradient_checkpointing
+    yield "checkpointing", "auto: as little as fits" if on is None else CHECKPOINTING[on]
     scored = _every(plan.evaluate_every_steps) if plan.evaluate_every_steps else "none while training"
     taken = f"best by {plan.select_metric}" if plan.select_metric else "the last step is taken"
     yield "evaluation", f"{scored}; {taken}"

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import CheckpointError
+from lorafit.ops.recomputed_layers import Checkpointing
 
 _TODO = "take a plan.json that a run of lorafit wrote"
 _Count = Annotated[int, Field(gt=0, lt=1 << 53)]
@@ -69,7 +70,7 @@ class ResolvedPlan:
     micro_batch_tokens: _Count
     evaluation_micro_batch_tokens: _Count
     attention: _Attention
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     dtype: _Dtype
     compute_dtype: _Dtype
     device_kind: str

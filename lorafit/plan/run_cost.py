@@ -10,6 +10,7 @@ from lorafit.errors import UsageError
 from lorafit.facts import DatasetFacts, DeviceFacts
 from lorafit.machine.devices import peak_flops
 from lorafit.memory import StepShape
+from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.plan.flops import Flops, count_flops
 
 UTILISATION, LOW_UTILISATION, HIGH_UTILISATION = 0.35, 0.2, 0.5
@@ -91,7 +92,7 @@ def cost_of_run(
     dataset: DatasetFacts | None,
     *,
     epochs: float,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     device: DeviceFacts | None,
     price_per_hour: float | None,
 ) -> RunCost:
@@ -101,7 +102,7 @@ def cost_of_run(
         step: The training step; a card's peak is that of 16 bits, and says nothing of one in fp32.
         dataset: Facts of the rows; None: a million tokens are counted in rows of the step's length, all labelled.
         epochs: Passes over the rows, parts included.
-        checkpointing: Whether layers run forward twice.
+        checkpointing: Which layers run forward twice.
         device: The card; None: none.
         price_per_hour: Of the card, in any currency.
     """

@@ -30,6 +30,7 @@ from lorafit.kinds.registry import as_bare_word
 from lorafit.kinds.schedules import ScheduleSection, schedules
 from lorafit.kinds.section import PATH, PATH_OR_NAME, Section
 from lorafit.kinds.tasks import TaskSection, tasks
+from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.recipe.foreign import is_not_yet, suggest_word
 from lorafit.recipe.yaml_tree import Plain
 
@@ -217,8 +218,9 @@ class TrainingSection(Section):
     """The learning rate over the run, with its warm-up."""
     max_grad_norm: float | None = Field(default=1.0, gt=0.0, le=1e9)
     """Gradients are scaled down to this norm; null: no clipping."""
-    gradient_checkpointing: bool | Auto = "auto"
-    """Recompute activations in the backward pass: slower, far less memory. `auto`: only where it is needed to fit."""
+    gradient_checkpointing: Checkpointing | Auto = "auto"
+    """Recompute activations in the backward pass: slower, far less memory. `half`: of every second layer. `auto`: only
+    where it is needed to fit, and then `half` where that is enough."""
     deterministic: bool = False
     """On a card: take no algorithm whose sums depend on which thread comes first, so that the same run gives the same
     bits on the same card. Attention is slower then and takes more memory. On a CPU runs are repeatable without."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lorafit.console.reporting import say
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject, Printed, Sample
+from lorafit.ops.recomputed_layers import CHECKPOINTING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -297,7 +298,6 @@ class Classified(Printed):
 
 def describe_resolved(resolved: ResolvedPlan) -> str:
     """What `auto` became, and where that comes from."""
-    checkpointing = "on" if resolved.gradient_checkpointing else "off"
     at_once = f", {resolved.micro_batches_at_once} at once" if resolved.micro_batches_at_once > 1 else ""
     cost = resolved.micro_batch_cost_tokens
     started = f" (starting one counts as {cost:,})" if cost else ""
@@ -307,7 +307,7 @@ def describe_resolved(resolved: ResolvedPlan) -> str:
         tried = f"; steps 1 to {len(resolved.first_steps)} try {ways} ways, the rest take the fastest"
     return (
         f"micro-batches of {resolved.micro_batch_tokens} tokens{started}{at_once}, {resolved.attention} attention, "
-        f"checkpointing {checkpointing} (from the {resolved.source}){tried}"
+        f"checkpointing {CHECKPOINTING[resolved.gradient_checkpointing]} (from the {resolved.source}){tried}"
     )
 
 

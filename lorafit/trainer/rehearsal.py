@@ -6,7 +6,7 @@ as it was afterwards.
                     micro_batch_tokens   from 640 on (2,560 on a GPU), doubled as far as memory holds; on a CPU at most
                                          640 tokens a core
                     at once              on a CPU a micro-batch a core, or one on all cores
-                    checkpointing        off, unless memory says otherwise
+                    checkpointing        off; half or on where memory says so
     always          the heaviest training micro-batches forward and backward, the heaviest evaluation micro-batch
                     forward: of the way that holds the most, which protects the others
 
@@ -44,6 +44,7 @@ from lorafit.files.cache import cache_folder, keep, kept, refuse_foreign
 from lorafit.objective import TrainedTask
 from lorafit.ops.attention_kernels import VARLEN
 from lorafit.ops.process_memory import peak_memory_bytes
+from lorafit.ops.recomputed_layers import CHECKPOINTING, more_than
 from lorafit.plan import MOST_MICRO_BATCH_TOKENS, Plan, ResolvedPlan, Way
 from lorafit.trainer.executor import out_of_memory, time_micro_batches
 from lorafit.trainer.stage import Stage, open_ways, right_attentions
@@ -121,7 +122,8 @@ def _tell_what_is_open(stage: Stage, plan: Plan) -> ResolvedPlan:
     """What may be run and is right, nothing of it tried with much in memory."""
     asked = plan.gradient_checkpointing
     named = stage.attention if plan.attention == "auto" else plan.attention
-    checkpointing = not stage.fits(_least_tokens(plan), False, named) if asked is None else asked
+    least = (each for each in CHECKPOINTING if stage.fits(_least_tokens(plan), each, named))
+    checkpointing = next(least, True) if asked is None else asked
     stage.set_checkpointing(checkpointing)
     stage.objective.loss_chunk_bytes = plan.loss_chunk_bytes
     is_open = plan.attention == "auto"
@@ -156,13 +158,13 @@ def _heaviest_that_fits(stage: Stage, choice: ResolvedPlan, plan: Plan) -> Resol
         if choice.keeps_unpacked and not smaller.keeps_unpacked:
             stage.keep_unpacked(False)
             stage.reporter.info("out of memory before step 1: dequantised weights are not kept")
-        if smaller.gradient_checkpointing and not choice.gradient_checkpointing:
-            stage.set_checkpointing(True)
+        if smaller.gradient_checkpointing != choice.gradient_checkpointing:
+            stage.set_checkpointing(smaller.gradient_checkpointing)
         choice = smaller
 
 
 def _smaller(stage: Stage, choice: ResolvedPlan, plan: Plan) -> ResolvedPlan | None:
-    """Lets go of unpacked copies, leaves the largest way out, halves the budget, then turns checkpointing on; None:
+    """Lets go of unpacked copies, leaves the largest way out, halves the budget, then recomputes more layers; None:
     nothing is left.
     """
     budget = choice.micro_batch_tokens
@@ -176,8 +178,8 @@ def _smaller(stage: Stage, choice: ResolvedPlan, plan: Plan) -> ResolvedPlan | N
     if budget > _least_tokens(plan):
         smaller = replace(choice, micro_batch_tokens=max(_least_tokens(plan), budget // 2))
         return _with_evaluation_budget(stage, smaller)
-    if plan.gradient_checkpointing is None and not choice.gradient_checkpointing:
-        return replace(choice, gradient_checkpointing=True)
+    if plan.gradient_checkpointing is None and (more := more_than(choice.gradient_checkpointing)):
+        return replace(choice, gradient_checkpointing=more[0])
     return None
 
 

@@ -25,6 +25,7 @@ from lorafit.ops.attention_kernels import VARLEN
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.logits_distance import ROUNDING, logits_distance
 from lorafit.ops.process_memory import is_out_of_memory, release_memory
+from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.ops.rng import preserved_rng
 from lorafit.plan import Plan, ResolvedPlan, Way
 from lorafit.trainer.executor import Executor
@@ -44,10 +45,9 @@ class Stage:
     Attributes:
         executor: Runs micro-batches one by one.
         validation: Rows that are scored while training; None: none.
-        set_checkpointing: Turns gradient checkpointing of the model on or off.
+        set_checkpointing: Sets which layers of the model are recomputed.
         keep_unpacked: Makes dequantised copies of adapted 4-bit weights, or lets go of them.
-        fits: Whether so many tokens a micro-batch, with or without checkpointing and under an attention, fit by the
-            estimate.
+        fits: Whether so many tokens a micro-batch, with such checkpointing and under an attention, fit by the estimate.
         optimizer_bytes: State that the optimizer will allocate at its first step; held while the heaviest batch runs.
         packing: Whether several documents share a row; None: under attention that is made for it. Proven for every
             attention that is set.
@@ -63,9 +63,9 @@ class Stage:
     step_rows: StepRows
     pad_id: int
     reporter: Reporter
-    set_checkpointing: Callable[[bool], None]
+    set_checkpointing: Callable[[Checkpointing], None]
     keep_unpacked: Callable[[bool], object] = lambda wanted: None
-    fits: Callable[[int, bool, str], bool] = lambda tokens, checkpointing, attention: True
+    fits: Callable[[int, Checkpointing, str], bool] = lambda tokens, checkpointing, attention: True
     optimizer_bytes: int = 0
     packing: bool | None = False
     takes_varlen: bool = False
@@ -95,10 +95,10 @@ class Stage:
         row = min(self.step_rows.rows(1)[1], key=lambda row: int(self.examples.lengths[row]))
         return self.objective.batch_of(self.examples[row], self.pad_id)
 
-    def may_run_at_once(self, checkpointing: bool) -> bool:
+    def may_run_at_once(self, checkpointing: Checkpointing) -> bool:
         """Whether several micro-batches may run at once in threads."""
         return not self.one_by_one and may_run_in_threads(
-            self.executor, self.shortest_batch(), checkpointing=checkpointing
+            self.executor, self.shortest_batch(), checkpointing=bool(checkpointing)
         )
 
     def set_attention(self, name: str) -> None:
@@ -164,7 +164,7 @@ class Stage:
         release_memory(self.device)
 
 
-def right_attentions(stage: Stage, budget: int, checkpointing: bool) -> Iterator[str]:
+def right_attentions(stage: Stage, budget: int, checkpointing: Checkpointing) -> Iterator[str]:
     """Implementations that may serve the run, the one expected to be fastest first; each is proven when asked for.
 
     Left out is what the model does not support, what gives other logits than eager attention, and, when packing,
@@ -201,7 +201,7 @@ def right_attentions(stage: Stage, budget: int, checkpointing: bool) -> Iterator
         yield "eager"
 
 
-def _open_candidates(stage: Stage, budget: int, checkpointing: bool) -> list[str]:
+def _open_candidates(stage: Stage, budget: int, checkpointing: Checkpointing) -> list[str]:
     """Those that may serve this run. Eager holds all scores in memory, `fused` is made for CPUs and hands packed rows
     to sdpa, which is tried anyway: both are tried on a CPU only.
     """
@@ -271,7 +271,7 @@ def _collate(stage: Stage, rows: _Rows) -> Batch:
     return stage.objective.task.collate(rows, stage.pad_id).to(stage.objective.device)
 
 
-def open_ways(stage: Stage, plan: Plan, attentions: Iterator[str], checkpointing: bool) -> Iterator[Way]:
+def open_ways(stage: Stage, plan: Plan, attentions: Iterator[str], checkpointing: Checkpointing) -> Iterator[Way]:
     """What the steps may be run with: first a way that is never far from the best, then what may gain the most.
 
         on a CPU of several cores    a micro-batch a core ─> one on all, large ─> other attentions ─> one on all, small
@@ -281,7 +281,7 @@ def open_ways(stage: Stage, plan: Plan, attentions: Iterator[str], checkpointing
         stage: The run's.
         plan: With the bounds.
         attentions: `right_attentions`, or the one that the recipe names.
-        checkpointing: Whether it is on.
+        checkpointing: Which layers are recomputed.
     """
     attention = next(attentions)
     stage.set_attention(attention)

@@ -198,7 +198,7 @@ def training_cases(world: OptionWorld) -> dict[str, Case]:
         ),
         "training.max_grad_norm": Case((1.0, None, 0.01), of_run(world, "training.max_grad_norm", last_loss, SGD)),
         "training.gradient_checkpointing": Case(
-            (False, True), partial(saved_bytes, world, "training.gradient_checkpointing")
+            (False, "half", True), partial(saved_bytes, world, "training.gradient_checkpointing")
         ),
         "training.deterministic": Case((False, True), partial(algorithms_taken, world)),
     }

@@ -168,11 +168,15 @@ def test_with_fit_all_is_of_that_card() -> None:
 
 def test_checkpointing_that_the_card_asked_for_is_said() -> None:
     plain = guess(training={"gradient_checkpointing": False}).memory.needed_bytes
-    turned_on = guess(plain / GIB)  # 5 % too small without
-    assert turned_on.memory.gradient_checkpointing and turned_on.without_checkpointing is not None
-    assert turned_on.to_json()["needed_without_checkpointing_bytes"] == plain
-    said = f"checkpointing was turned on for a {plain / GIB} GiB card: without it {format_bytes(plain)} would be needed"
-    assert said in shown(turned_on)
+    half = guess(training={"gradient_checkpointing": "half"}).memory.needed_bytes
+    for needed, value, words in ((plain, "half", "half on"), (half, True, "on")):
+        turned_on = guess(needed / GIB)  # 5 % too small
+        assert turned_on.memory.gradient_checkpointing == value and turned_on.without_checkpointing is not None
+        assert turned_on.to_json()["needed_without_checkpointing_bytes"] == plain
+        assert f", checkpointing {'half' if value == 'half' else 'on'}" in shown(turned_on)
+        card_name = f"a {needed / GIB} GiB card"
+        said = f"checkpointing was turned {words} for {card_name}: without it {format_bytes(plain)} would be needed"
+        assert said in shown(turned_on)
     for other in (guess(plain / GIB / 0.94), guess(), guess(plain / GIB, training=ON)):
         assert other.without_checkpointing is None
         assert "turned on" not in shown(other)
@@ -187,7 +191,8 @@ def test_every_switch_that_saves_is_listed_and_no_other() -> None:
     rows = RowLengths(replace(ROWS, longest_tokens=1024))
     large = guess(rows=rows, training=bare, model={"quantization": "none"})
     assert set(switches(large)) == {
-        "training.gradient_checkpointing: true", "training.micro_batch_tokens: 1024",
+        "training.gradient_checkpointing: true", "training.gradient_checkpointing: half",
+        "training.micro_batch_tokens: 1024",
         "model.quantization: nf4", "training.optimizer: adamw_8bit", "training.optimizer: paged_adamw_8bit",
         "adapter.r: 8", "adapter.target_modules: [q_proj, v_proj]", "adapter.dropout: 0.0",
     }  # fmt: skip
@@ -230,6 +235,7 @@ def test_savings_of_the_optimizer(optimizer: str) -> None:
 def test_a_saving_is_what_the_changed_recipe_needs_less() -> None:
     now = guess(24, training={"gradient_checkpointing": False})
     by_hand = {
+        "training.gradient_checkpointing: half": guess(24, training={"gradient_checkpointing": "half"}),
         "training.gradient_checkpointing: true": guess(24, training={"gradient_checkpointing": True}),
         "adapter.r: 8": guess(24, adapter={"r": 8}, training={"gradient_checkpointing": False}),
         "data.max_length: 1024": guess(24, data={"max_length": 1024}, training={"gradient_checkpointing": False}),

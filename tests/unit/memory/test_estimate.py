@@ -17,10 +17,12 @@ from lorafit.kinds.tasks import tasks
 from lorafit.memory import MemoryEstimate, StepShape, closed_form, fits
 from lorafit.memory.closed_form import layer_of
 from lorafit.model.attach import attach_adapter
+from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers
 from lorafit.model.known_models import known_config
 from lorafit.ops.live_tensors import LiveTensors, quantization_tensors
+from lorafit.ops.recomputed_layers import Checkpointing
 
 build_objective = tasks.make("causal-lm").build_objective
 
@@ -96,24 +98,24 @@ def measure_and_estimate(
     *,
     quantization: str = "none",
     dtype: torch.dtype = torch.bfloat16,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     dropout: float = 0.05,
     r: int = 8,
     targets: list[str] | str = "all-linear",
     attention: str = "sdpa",
     rows: int = 2,
     tokens: int = 256,
+    layers: int = 3,
 ) -> tuple[int, MemoryEstimate]:
     """Peak of live tensors over one optimizer step, state and gradients already there, and its estimate."""
     torch.manual_seed(0)
+    config = {**config, "n_layer" if "n_layer" in config else "num_hidden_layers": layers}
     shape = find_shape(config)
     optimizer = optimizers.make("adamw")
     adapter = adapters.make("lora", r=r, dropout=dropout, target_modules=targets)
     model = attach_adapter(build(config, quantization, dtype, attention), adapter.section, 0)
     fused = fuse_layers(model)
-    if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.get_base_model().enable_input_require_grads()
+    set_checkpointing(model, checkpointing)
     model.train()
     ids = torch.randint(3, shape.vocabulary, (rows, tokens))
     index = torch.tensor([row * tokens + column for row in range(rows) for column in range(tokens - 1)])
@@ -155,6 +157,10 @@ def measure_and_estimate(
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama checkpointed": {"checkpointing": True},
+    "llama half": {"checkpointing": "half"},
+    "llama half of four": {"checkpointing": "half", "layers": 4},
+    "llama half of two": {"checkpointing": "half", "layers": 2},
+    "llama half of five, without dropout": {"checkpointing": "half", "layers": 5, "dropout": 0.0},
     "llama without dropout": {"dropout": 0.0},
     "llama without dropout, checkpointed": {"dropout": 0.0, "checkpointing": True},
     "llama q and v": {"targets": ["q_proj", "v_proj"]},
@@ -165,25 +171,30 @@ CASES: dict[str, dict[str, Any]] = {
     "llama fp32 checkpointed": {"dtype": torch.float32, "checkpointing": True},
     "llama nf4": {"quantization": "nf4"},
     "llama nf4 checkpointed": {"quantization": "nf4", "checkpointing": True},
+    "llama nf4 half of four": {"quantization": "nf4", "checkpointing": "half", "layers": 4},
     "llama eager": {"attention": "eager"},
     "llama eager checkpointed": {"attention": "eager", "checkpointing": True},
     "llama one long row": {"rows": 1, "tokens": 700, "checkpointing": True},
     "llama many short rows": {"rows": 16, "tokens": 32},
     "qwen3": {},
     "qwen3 checkpointed": {"checkpointing": True},
+    "qwen3 half of four": {"checkpointing": "half", "layers": 4},
     "gemma2": {"attention": "eager"},
     "gemma2 checkpointed": {"attention": "eager", "checkpointing": True},
     "gpt2": {},
     "gpt2 checkpointed": {"checkpointing": True},
+    "gpt2 half of four": {"checkpointing": "half", "layers": 4},
     "gpt2 with its dropout": {},
     "phi3": {},
     "phi3 checkpointed": {"checkpointing": True},
     "opt": {},
     "opt checkpointed": {"checkpointing": True},
+    "opt half of four": {"checkpointing": "half", "layers": 4},
     "falcon": {},
     "falcon checkpointed": {"checkpointing": True},
     "mixtral": {"targets": ATTENTION},
     "mixtral checkpointed": {"targets": ATTENTION, "checkpointing": True},
+    "mixtral half of four": {"targets": ATTENTION, "checkpointing": "half", "layers": 4},
 }
 
 
@@ -250,6 +261,14 @@ def test_every_switch_moves_the_estimate_the_way_it_should() -> None:
     assert ask(dropout=0.0, checkpointing=False).tensor_bytes < ask(checkpointing=False).tensor_bytes
     assert ask(dtype="fp32").tensor_bytes > plain
     assert ask(labels=16).phases[1].total_bytes < ask().phases[1].total_bytes
+
+
+def test_half_holds_what_lies_between() -> None:
+    """Of 32 layers 16 keep all that they keep without, and 16 their input alone."""
+    off, half, on = (ask(checkpointing=value) for value in (False, "half", True))
+    assert off.tensor_bytes > half.tensor_bytes > on.tensor_bytes
+    kept = [estimate.phases[1].parts["kept_activations"] for estimate in (off, half, on)]
+    assert kept[1] == pytest.approx((kept[0] + kept[2]) / 2, rel=0.01)
 
 
 def test_experts_are_counted_as_they_are_loaded() -> None:

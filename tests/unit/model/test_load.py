@@ -22,7 +22,7 @@ from lorafit.files.safetensors import read_index
 from lorafit.kinds.quantizations import packed_kind, quantizations
 from lorafit.model.attach import attach_adapter
 from lorafit.model.base import Base
-from lorafit.model.load import enable_checkpointing, load_model, load_tokenizer
+from lorafit.model.load import load_model, load_tokenizer
 from lorafit.model.targets import choose_targets
 from tests.support.adapted import load, logits, lora, make_gpt2, make_llama, open_base, randomise
 
@@ -137,25 +137,6 @@ def test_four_bit_weights_are_not_repacked_by_a_forward_in_eval_mode(llama: Base
             assert not getattr(parameter.quant_state, "packing_format_for_cpu", False)
     after = gradients(model)
     assert all(torch.equal(before[name], after[name]) for name in before) and len(before) == 28
-
-
-@pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_checkpointing_gives_equal_gradients_down_to_the_first_layer(llama: Base, kind: str) -> None:
-    model = attach_adapter(load(llama, kind), lora(), 0)
-    randomise(model)
-    plain = gradients(model)
-    enable_checkpointing(model, True)
-    calls: list[int] = []
-    layer = model.get_base_model().model.layers[0].mlp.up_proj
-    layer.register_forward_hook(lambda *_: calls.append(1))
-    recomputed = gradients(model)
-    assert len(calls) == 2, "the layer was not run again in the backward pass"
-    assert plain.keys() == recomputed.keys() and "layers.0" in next(iter(plain))
-    assert all(torch.equal(plain[name], recomputed[name]) and plain[name].abs().sum() > 0 for name in plain)
-    enable_checkpointing(model, False)
-    calls.clear()
-    gradients(model)
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8"])

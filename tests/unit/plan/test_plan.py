@@ -16,6 +16,7 @@ from lorafit.facts import DatasetFacts, DeviceFacts
 from lorafit.machine.devices import format_bytes, parse_gpu
 from lorafit.machine.hardware import cards
 from lorafit.memory import fits
+from lorafit.ops.recomputed_layers import CHECKPOINTING, Checkpointing
 from lorafit.plan import Plan, ResolvedPlan, plan, plan_table, require_fit
 from lorafit.plan.recipe_step import recipe_step
 from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
@@ -174,6 +175,24 @@ def test_checkpointing_is_decided_where_memory_decides_it() -> None:
     assert make(card(80), training={"micro_batch_tokens": 2400}).gradient_checkpointing is False
 
 
+def test_no_more_layers_are_recomputed_than_memory_asks_for() -> None:
+    """Where half of them are enough by the estimate, all of them are left to the rehearsal."""
+    step = make(card(9)).step
+    off, half = (step.at(600, choice).needed_bytes / 0.95 / GIB for choice in (False, "half"))
+    cases: list[tuple[float, Checkpointing, bool]] = [
+        (off + 0.01, False, True), (off - 0.01, "half", True), (half + 0.01, "half", True), (half - 0.01, True, False)
+    ]  # fmt: skip
+    for gib, choice, is_open in cases:
+        found = make(card(gib))
+        assert found.memory.gradient_checkpointing == choice and found.fits
+        assert found.gradient_checkpointing is (None if is_open else choice)
+    fixed = make(card(half + 0.01), training={"micro_batch_tokens": 600})
+    assert fixed.gradient_checkpointing is None and fixed.memory.gradient_checkpointing == "half"
+    named = make(card(half - 0.01), training={"gradient_checkpointing": "half"})
+    assert named.gradient_checkpointing == named.memory.gradient_checkpointing == "half"
+    assert any("half" in str(cell) for cell in plan_table(named).columns[1].cells)
+
+
 def test_bounds_of_the_token_budget() -> None:
     free = make(card(80))
     assert (free.min_micro_batch_tokens, free.max_micro_batch_tokens) == (600, 16 * 600)  # a whole step
@@ -191,12 +210,14 @@ def test_bounds_of_the_token_budget() -> None:
     gib=st.floats(min_value=6, max_value=40),
     longest=st.integers(min_value=16, max_value=2000),
     rank=st.sampled_from([4, 16, 64]),
-    checkpointing=st.booleans(),
+    checkpointing=st.sampled_from(list(CHECKPOINTING)),
     hub_id=st.sampled_from(
         ["meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-0.5B", "openai-community/gpt2", "google/gemma-2-2b"]
     ),
 )
-def test_the_upper_bound_is_maximal(gib: float, longest: int, rank: int, checkpointing: bool, hub_id: str) -> None:
+def test_the_upper_bound_is_maximal(
+    gib: float, longest: int, rank: int, checkpointing: Checkpointing, hub_id: str
+) -> None:
     shape, most = shape_of(hub_id), 16_384
     rows = replace(ROWS, longest_tokens=longest, longest_trained_tokens=longest // 2 + 1)
     question = recipe_step(recipe(adapter={"r": rank}), shape, rows, card(gib))
@@ -412,13 +433,14 @@ RESOLVED = ResolvedPlan(1024, 2048, "sdpa", True, "bf16", "bf16", "cpu", 1, "reh
 
 
 def test_a_resolved_plan_survives_json() -> None:
-    assert ResolvedPlan.from_json(json.loads(json.dumps(RESOLVED.to_json()))) == RESOLVED
+    for resolved in (RESOLVED, replace(RESOLVED, gradient_checkpointing="half")):
+        assert ResolvedPlan.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("micro_batch_tokens", "many"), ("ranks", 0), ("ranks", True), ("gradient_checkpointing", 1), ("attention", None),
-     ("measured", [])],
+    [("micro_batch_tokens", "many"), ("ranks", 0), ("ranks", True), ("gradient_checkpointing", 1),
+     ("gradient_checkpointing", "third"), ("attention", None), ("measured", [])],
 )  # fmt: skip
 def test_a_spoilt_resolved_plan_names_its_key(key: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"plan.json: {key}"):

@@ -12,7 +12,9 @@ from lorafit.errors import UsageError
 from lorafit.estimation import Options, RowLengths, estimate_recipe
 from lorafit.estimation.table import format_seconds
 from lorafit.machine.devices import parse_gpu, peak_flops
+from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.class_shape import find_shape
+from lorafit.ops.recomputed_layers import CHECKPOINTING, Checkpointing
 from lorafit.plan import check_price, count_flops
 from lorafit.plan.flops import active_parameters, head_parameters
 from lorafit.plan.run_cost import HIGH_UTILISATION, LOW_UTILISATION, UTILISATION
@@ -24,9 +26,9 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_are_what_torch_counts(checkpointing: bool, tied: bool) -> None:
+def test_flops_are_what_torch_counts(checkpointing: Checkpointing, tied: bool) -> None:
     """One step of a real model with a real adapter. torch counts all of S x S in attention; a causal model needs half.
 
     The first layer's inputs need no gradient before their first adapter: that much torch counts less.
@@ -44,8 +46,7 @@ def test_flops_are_what_torch_counts(checkpointing: bool, tied: bool) -> None:
         AutoModelForCausalLM.from_config(config), LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     model.train()
-    if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    set_checkpointing(model, checkpointing)
     ids = torch.randint(0, 320, (rows, length))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False).logits.sum().backward()
@@ -57,9 +58,9 @@ def test_flops_are_what_torch_counts(checkpointing: bool, tied: bool) -> None:
     attention = 4 * shape.heads * shape.head_dim * shape.layers * rows * length * length
     full = counted.attention * length / (length + 1) * 2
     assert full == pytest.approx(3 * attention)
-    again = 0
-    if checkpointing:  # a recomputed layer stops once all that is needed is there: its last product is not made again
-        again = counted.recomputation - counted.attention // 3 + attention
+    # a recomputed layer stops once all that is needed is there: its last product is not made again
+    share = {False: 0, "half": 1 / 2, True: 1}[checkpointing]
+    again = counted.recomputation + share * (attention - counted.attention / 3)
     expected = counted.frozen + counted.adapter + counted.head + 3 * attention + again
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.06)
     assert counter.get_total_flops() <= expected
@@ -94,8 +95,9 @@ def test_the_run_is_its_epochs() -> None:
     assert (cost().tokens, cost().is_whole_run) == (60_000, True)  # three epochs
     assert cost(epochs=0.5).tokens == 10_000
     assert cost(max_steps=14).tokens == 40_000  # of 16 rows: two epochs
-    off, on = (cost(gradient_checkpointing=choice).flops for choice in (False, True))
+    off, half, on = (cost(gradient_checkpointing=choice).flops for choice in CHECKPOINTING)
     assert (off.recomputation, on.model_flops) == (0, off.model_flops) and on.recomputation > 0
+    assert on.recomputation == 2 * half.recomputation
     one = estimate_recipe(recipe(data={"max_length": 1000}), shape_of()).cost
     assert (one.tokens, one.is_whole_run) == (10**6, False)
     assert one.flops.attention == 12 * 4096 * 32 * (10**9 + 10**6) // 2

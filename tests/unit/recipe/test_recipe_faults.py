@@ -48,7 +48,7 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     (
         "1 for true",
         MINIMAL + "training: {gradient_checkpointing: 1}\n",
-        ["gradient_checkpointing", "true, false, auto", "found 1"],
+        ["gradient_checkpointing", "true, false, half, auto", "found 1"],
     ),
     ("Norway", MINIMAL.replace("name: x", "name: no"), ["r.yaml:1:7", "name", "quote it"]),
     ("octal", MINIMAL + "seed: 010\n", ["r.yaml:4:7", "seed", "ambiguous", "quote it"]),

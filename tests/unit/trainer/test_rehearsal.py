@@ -20,6 +20,7 @@ from lorafit.contracts import Silent
 from lorafit.errors import NumericsError, ResourceError
 from lorafit.files.cache import keep
 from lorafit.ops import causal_attention
+from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan, Way
 from lorafit.trainer.executor import Executor
@@ -326,34 +327,43 @@ def test_filled_rows_keep_the_end_of_rows_where_labels_are() -> None:
 
 
 def test_checkpointing_goes_on_where_the_estimate_says_so(job: Callable[..., Job]) -> None:
-    switched: list[bool] = []
-    rehearsal = stage(
-        job(), set_checkpointing=switched.append, fits=lambda tokens, checkpointing, attention: checkpointing
-    )
-    assert resolve(rehearsal, open_plan(attention="sdpa")).gradient_checkpointing is True and switched == [True]
+    """As little of it as the longest row needs; of all layers where nothing is enough by the estimate."""
+    fitting: list[tuple[list[Checkpointing], Checkpointing]] = [
+        ([False, "half", True], False), (["half", True], "half"), ([True], True), ([], True)
+    ]  # fmt: skip
+    for fits, wanted in fitting:
+        switched: list[Checkpointing] = []
+        rehearsal = stage(
+            job(),
+            set_checkpointing=switched.append,
+            fits=lambda tokens, checkpointing, attention, fits=fits: checkpointing in fits,
+        )
+        assert resolve(rehearsal, open_plan(attention="sdpa")).gradient_checkpointing == wanted and switched == [wanted]
 
 
-def test_out_of_memory_leaves_large_ways_out_then_lowers_the_budget_then_turns_checkpointing_on_then_ends(
+def test_out_of_memory_leaves_large_ways_out_then_lowers_the_budget_then_recomputes_more_then_ends(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorafit.trainer.stage._FIRST_BUDGET_TOKENS", {"cpu": 160})
-    tried: list[tuple[int, bool]] = []
+    tried: list[tuple[int, Checkpointing]] = []
 
     def limited(stage: Stage, choice: ResolvedPlan) -> None:
         tokens = max(way.tokens_at_once for way in choice.ways)
         tried.append((tokens, choice.gradient_checkpointing))
-        if not ((choice.gradient_checkpointing and roomy) or tokens == fits_too):
+        if not (choice.gradient_checkpointing in enough or tokens == fits_too):
             raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("lorafit.trainer.rehearsal.run_heaviest", limited)
-    roomy, fits_too = True, 0
+    enough, fits_too = [True], 0
     resolved = resolve(stage(job()), open_plan(attention="sdpa"))
-    assert tried == [(320, False), (160, False), (80, False), (40, False), (40, True)]
+    assert tried == [(320, False), (160, False), (80, False), (40, False), (40, "half"), (40, True)]
     assert (resolved.micro_batch_tokens, resolved.gradient_checkpointing) == (40, True) and resolved.is_settled
+    enough = ["half", True]
+    assert resolve(stage(job()), open_plan(attention="sdpa")).gradient_checkpointing == "half"
     fits_too = 160
     resolved = resolve(stage(job()), open_plan(attention="sdpa"))
     assert (resolved.micro_batch_tokens, resolved.first_steps, resolved.is_settled) == (160, [], True)
-    roomy, fits_too = False, 0
+    enough, fits_too = [], 0
     with pytest.raises(ResourceError, match=r"out of memory before step 1: seq length 40"):
         resolve(stage(job()), open_plan(attention="sdpa"))
 
@@ -499,7 +509,7 @@ def test_the_estimate_is_asked_about_the_attention_that_is_tried(job: Callable[.
     assert {way.attention for way in resolved.ways} == {"sdpa", "fused"}
     assert max(way.tokens_at_once for way in resolved.ways) < 160
     named = stage(job(), fits=lambda tokens, checkpointing, attention: checkpointing or attention != "eager")
-    assert resolve(named, open_plan(attention="eager")).gradient_checkpointing is True
+    assert resolve(named, open_plan(attention="eager")).gradient_checkpointing == "half"
 
 
 def test_fused_attention_must_train_as_sdpa_does(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
