@@ -10,14 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.prove_gpu import __main__ as command
-from benchmarks.prove_gpu import speed, values
+from benchmarks.prove_gpu import card, speed, values
 from benchmarks.prove_gpu.trace import Trace
 from benchmarks.prove_gpu.verdicts import STAGES, Check, Lack, Proof, at_least, at_most, run_stages, table
+from lorafit.facts import DeviceFacts
 from tests.support.docs_scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -187,6 +189,24 @@ def test_losses_and_gradients_that_differ_miss(
     reference = write_run(tmp_path / "reference", [2.0, 1.0], [1.0, 2.0])
     checks = values.compare("x", write_run(tmp_path / "run", losses, gradient), reference, True)
     assert [check.held for check in checks] == held
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "found"),
+    [((8, 0), ["flash", "flash by lengths"], [True]), ((9, 0), ["efficient"], [False]), ((7, 5), ["efficient"], [])],
+)
+def test_packed_rows_that_a_card_masks_miss(
+    capability: tuple[int, int], kernels: list[str], found: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch computes documents by themselves."""
+    facts = DeviceFacts("cpu", "a card", 2**30, bf16=True, capability=capability)
+    monkeypatch.setattr("lorafit.machine.devices.read_device", lambda _: facts)
+    monkeypatch.setattr("lorafit.ops.matmul_peak.measure_matmul_peak", lambda *_: 1e12)
+    asked = []
+    monkeypatch.setattr(card, "_attention", lambda _, *how: asked.append(how) or kernels)
+    checks = list(card.prove_card(SimpleNamespace(is_small=True, device="cpu")))  # type: ignore[arg-type]
+    held = [one.held for one in checks if isinstance(one, Check) and one.name == "attention, packed rows, left open"]
+    assert held == found and (("bf16", True, "auto") in asked) is bool(found)
 
 
 def test_an_operation_that_is_wrong_misses() -> None:
