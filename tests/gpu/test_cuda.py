@@ -154,6 +154,20 @@ def test_attention_is_chosen_among_what_the_card_offers(gpu: World) -> None:
     )
 
 
+def test_rows_share_a_row_by_themselves_and_learn_the_same(gpu: World) -> None:
+    """From Ampere on: every document by itself, in torch's variable-length attention."""
+    import torch
+
+    gpu.rows(24)
+    gpu.recipe(*NF4, ("  attention: eager", "  attention: auto"))
+    packed = train(gpu, "packed")
+    padded = train(gpu, "padded", "--set", "data.packing=false")
+    names = [json.loads((gpu.root / run / "plan.json").read_text())["attention"] for run in ("packed", "padded")]
+    print(f"attention of packed and of padded rows: {names}")
+    assert (names[0] == "varlen") is (torch.cuda.get_device_capability() >= (8, 0)) and names[1] != "varlen"
+    assert [line["loss"] for line in packed] == pytest.approx([line["loss"] for line in padded], rel=BF16_TOLERANCE)
+
+
 def test_fp16_trains_with_a_loss_scale(gpu: World) -> None:
     gpu.rows(4)
     gpu.recipe(
