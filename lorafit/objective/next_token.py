@@ -166,8 +166,8 @@ def _inputs(objective: Objective, batch: Batch) -> JsonObject:
         if objective.masks_documents:
             dtype = objective.autocast_dtype or objective.base.dtype
             inputs["attention_mask"] = block_diagonal_mask(positions, dtype)
-    bounds, attention = batch.tensors.get("bounds"), objective.base.config.get_text_config()._attn_implementation
-    if bounds is not None and attention in VARIABLE_LENGTH_ATTENTION:
+    bounds, config = batch.tensors.get("bounds"), objective.base.config
+    if bounds is not None and config.get_text_config()._attn_implementation in VARIABLE_LENGTH_ATTENTION:
         inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
         inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest_document)
     return inputs
