@@ -35,7 +35,8 @@ class Sample:
         file: The file or hub data set as the recipe names it.
         line: Line in the file, from 1 (the row's number for parquet and hub data).
         must_contain: Strings that a right answer holds; used by the metric of that name.
-        labels: Names of the classes that the row belongs to; None where it is not classified.
+        labels: Names of the classes that the row belongs to; None where it is not classified. With `words` one a word.
+        words: The text word by word, where each has a label.
         rejected: The same prompt with the answer that is not wanted, where the row compares two.
     """
 
@@ -48,6 +49,7 @@ class Sample:
     text: str | None = None
     must_contain: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
+    words: tuple[str, ...] | None = None
     rejected: Sample | None = None
 
     @property

@@ -67,7 +67,7 @@ class Classifier:
         plain = PlainText(engine.tokenizer)
 
         def render(sample: Sample) -> Encoded:
-            return plain.labelled(sample.text or "", self.max_length)
+            return plain.labelled(sample, self.max_length)
 
         rows, cut = [], 0
         for number, sample in enumerate(samples):

@@ -9,12 +9,14 @@ strings inside are text, as in chats.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lorafit.contracts import Encoded
-from lorafit.data.text_encoder import TextEncoder
+from lorafit.contracts import Encoded, Sample
+from lorafit.data.text_encoder import Stretch, TextEncoder
 from lorafit.data.truncate import cut_tokens
-from lorafit.errors import ModelError
+from lorafit.errors import DataError, ModelError
+from lorafit.kinds.fields import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,15 +67,24 @@ class PlainText:
         ids = [*self._encoder.prefix, *self._typed_ids(text), self._end_token()]
         return Encoded(ids, [True] * len(ids))
 
-    def labelled(self, text: str, max_length: int) -> Encoded:
-        """A text that is classified, none of its tokens trained: between what the tokenizer itself puts around a text.
+    def labelled(self, sample: Sample, max_length: int) -> Encoded:
+        """A text that is classified, between what the tokenizer itself puts around a text. Where its words are, the
+        first token of each is trained; else none is.
 
         Args:
             max_length: In tokens; the end of a longer text is cut off.
+
+        Raises:
+            DataError: A word has no token of its own.
         """
-        prefix, suffix = self._encoder.prefix, self._encoder.suffix
-        ids = [*prefix, *self._typed_ids(text)[: max(1, max_length - len(prefix) - len(suffix))], *suffix]
-        return Encoded(ids, [False] * len(ids))
+        prefix, suffix, words = self._encoder.prefix, self._encoder.suffix, sample.words or ()
+        text = " ".join(words) if words else sample.text or ""
+        ids, offsets = self._encoder.encode(text, [(0, len(text))] if text else [])
+        first = set(_first_tokens(words, offsets))
+        kept = range(min(len(ids), max(1, max_length - len(prefix) - len(suffix))))
+        around = [False] * len(prefix), [False] * len(suffix)
+        flags = [*around[0], *(number in first for number in kept), *around[1]]
+        return Encoded([*prefix, *ids[: len(kept)], *suffix], flags, is_cut=len(kept) < len(ids))
 
     def _typed_ids(self, text: str) -> list[int]:
         return self._encoder.encode(text, [(0, len(text))] if text else [])[0]
@@ -91,6 +102,23 @@ class PlainText:
             todo = "use a model whose tokenizer has one"
             raise ModelError("the tokenizer has no end token", key="eos_token", todo=todo)
         return int(self._tokenizer.eos_token_id)
+
+
+def _first_tokens(words: Sequence[str], offsets: Sequence[Stretch]) -> Iterator[int]:
+    """Number of the first token of each word, of words with a blank between them.
+
+    Raises:
+        DataError: A word has none of its own: the tokenizer drops it, or joins it to the word before.
+    """
+    begin, number, before = 0, 0, -1
+    for place, word in enumerate(words, 1):
+        while number < len(offsets) and offsets[number][1] <= begin:
+            number += 1
+        if number == len(offsets) or not begin - 1 <= offsets[number][0] < begin + len(word) or number == before:
+            what = f"word {place}, {shorten(word)!r}, has no token of its own in this model's tokenizer"
+            raise DataError(what, key="words", todo="leave the word out, or join it to its neighbour")
+        yield number
+        before, begin = number, begin + len(word) + 1
 
 
 def split_text(encoded: Encoded, max_length: int) -> list[Encoded]:

@@ -103,7 +103,7 @@ class Preview(Printed):
             places = ", ".join(f"{other} = {one}" for one, other in overlap.places[:3])
             occurs = f"{counted(overlap.rows, 'row')} of {overlap.second} {'occurs' if overlap.rows == 1 else 'occur'}"
             say(console, f"{occurs} in {overlap.first} as well: {places}")
-        if self.prepared.task.classified_format is not None:
+        if self.prepared.task.labels_rows:
             return
         of_what = "the training tokens" if self.is_whole else "the tokens that were counted"
         say(console, f"tokens that carry loss: {report.trained_share:.1%} of {of_what}")
@@ -198,7 +198,7 @@ def _source_table(console: Console, prepared: Prepared) -> Table:
 
 
 def _print_split(console: Console, split: str, part: SplitReport, task: Task[TaskSection]) -> None:
-    has_labels = task.classified_format is not None
+    has_labels = task.labels_rows
     share = "" if has_labels else f", {part.trained_tokens / part.tokens:.1%} carry loss"
     size = f"{counted(part.rows, 'row')}, {counted(part.tokens, 'token')}"
     name = split if part.of_rows is None else f"{split}, the first rows of about {part.of_rows:,}"

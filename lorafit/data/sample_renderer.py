@@ -130,7 +130,7 @@ class Renderer:
         if sample.completion is not None:
             return self._plain.completion(sample.prompt, sample.completion, self.data.train_on)
         if sample.labels is not None:
-            return self._plain.labelled(sample.text or "", sys.maxsize)
+            return self._plain.labelled(sample, sys.maxsize)
         return self._plain.text(sample.text or "")
 
     def is_surely_longer(self, sample: Sample) -> bool:
@@ -194,7 +194,7 @@ class Renderer:
         if sample.completion is not None:
             return self._plain.cut_completion(sample.prompt, sample.completion, limit, self.data.train_on)
         if sample.labels is not None:
-            return self._plain.labelled(sample.text or "", limit)
+            return self._plain.labelled(sample, limit)
         whole = self._plain.text(sample.text or "")
         return Encoded(whole.input_ids[:limit], whole.trained[:limit])
 

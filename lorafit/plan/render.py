@@ -63,7 +63,7 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     longest = counted(plan.longest_tokens, "token") + in_sequences(plan.longest_tokens, plan.step.step.task.sequences)
     yield "rows", f"{plan.rows:,} an epoch, longest {longest}; {counted(plan.validation_rows, 'validation row')}"
     labels = f"{plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
-    if plan.step.step.task.classified_format is not None:
+    if plan.step.step.task.labels_rows:
         labels = f"{plan.trained_tokens:,} labels, one a row"
     if plan.classes:
         yield "classes", _plain(list_classes(plan.classes))

@@ -268,7 +268,7 @@ class Classified(Printed):
         """An entry a text, in order."""
         places = [{"file": text.file, "line": text.line} if text.line else {} for text in self.texts]
         rows = zip(places, self.texts, self.found, strict=True)
-        return {"labels": [{**place, "text": text.text, **found} for place, text, found in rows]}
+        return {"labels": [{**place, **_asked(text), **found} for place, text, found in rows]}
 
     def write(self, file: Path) -> None:
         """The same as JSON lines. Raises ResourceError where the disk is full, read-only or broken."""
@@ -289,11 +289,29 @@ class Classified(Printed):
             if text.file.removesuffix(".gz").endswith((".txt", ".jsonl", ".ndjson")):
                 console.print("\n" * (text.line - line_before - 1), end="")
             before, line_before = text.file, text.line
-            given = found["labels"] or [max(found["probabilities"], key=found["probabilities"].get)]
-            shown = ", ".join(f"{label} {100 * found['probabilities'][label]:.1f} %" for label in given)
-            line = shown if found["labels"] else f"none of them (nearest: {shown})"
+            line = _say_words(text, found) if text.words else _say_classes(found)
             flat = " ".join((text.text or "").split())
             console.print(line + (f"  {flat}" if text.line else ""), markup=False, highlight=False, soft_wrap=True)
+
+
+def _asked(text: Sample) -> JsonObject:
+    return {"text": text.text} if text.words is None else {"words": list(text.words)}
+
+
+def _say_classes(found: JsonObject) -> str:
+    """`spam 98.2 %`"""
+    given = found["labels"] or [max(found["probabilities"], key=found["probabilities"].get)]
+    shown = ", ".join(f"{label} {100 * found['probabilities'][label]:.1f} %" for label in given)
+    return shown if found["labels"] else f"none of them (nearest: {shown})"
+
+
+def _say_words(text: Sample, found: JsonObject) -> str:
+    """`PER Ada Lovelace, LOC London`; of labels that tell of no entities each word with its own."""
+    words = text.words or ()
+    if all(label == "O" or "-" in label for label in found["labels"]):
+        named = [f"{one['type']} {' '.join(words[one['first'] : one['behind']])}" for one in found["entities"]]
+        return ", ".join(named) or "none"
+    return " ".join(f"{word}/{label}" for word, label in zip(words, found["labels"], strict=False))
 
 
 def describe_resolved(resolved: ResolvedPlan) -> str:

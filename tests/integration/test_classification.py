@@ -15,9 +15,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
 )
 
 import lorafit
@@ -70,6 +72,49 @@ def test_a_classifier_is_trained_scored_merged_and_asked(tmp_path: Path) -> None
             lorafit.generate(by, "hello", quiet=True)
     notes = json.loads((tmp_path / "run" / "adapter" / "lorafit.json").read_text())
     assert notes["head"]["tensors"] == ["score.weight"]
+
+
+@pytest.mark.parametrize("base", ["llama", "bert"])
+def test_words_are_labelled_by_a_run_its_adapter_and_its_merged_model(
+    tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make_base(tmp_path / "llama"))
+    if base == "bert":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        torch.manual_seed(0)
+        BertModel(BertConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "bert")
+        tokenizer.save_pretrained(tmp_path / "bert")
+    names = {"red mug": ["B-COLOUR", "O"], "the shop": ["O", "B-PLACE"], "green shop": ["B-COLOUR", "B-PLACE"]}
+    rows = [
+        {"words": [*words.split(), str(n)], "labels": [*tags, "O"]} for n in range(8) for words, tags in names.items()
+    ]
+    recipe = colours(tmp_path / base, tmp_path / "run")
+    recipe |= {"task": "token-classification", "evaluation": {"during": ["loss", "entity_f1"], "every_steps": 10}}
+    recipe["training"] |= {"max_steps": 40, "batch_size": 8}
+    run = lorafit.train(recipe, rows=rows, validation_rows=rows, quiet=True)
+    evaluated = lorafit.evaluate(run, rows=rows, quiet=True).to_json()
+    assert evaluated["metrics"]["entity_f1"]["tuned"] == evaluated["metrics"]["word_accuracy"]["tuned"] == 1.0
+    assert evaluated["metrics"]["entity_f1"]["base"] == 1.0 and "logistic regression" in evaluated["base_note"]
+    assert [line[0] for line in evaluated["tables"]["tuned"]["entities"]["lines"]] == ["COLOUR", "PLACE"]
+    merged = lorafit.merge(run, tmp_path / "merged", quiet=True)
+    assert merged.parity is not None and merged.parity.max_logit_difference < 1e-4
+    plain = AutoModelForTokenClassification.from_pretrained(tmp_path / "merged").eval()
+    for by in (run.path, run.path / "adapter", tmp_path / "merged"):
+        found = lorafit.classify(by, ["green shop 3"], quiet=True).to_json()["labels"][0]
+        assert found["words"] == ["green", "shop", "3"] and found["labels"] == ["B-COLOUR", "B-PLACE", "O"]
+        assert found["entities"][1] == {"type": "PLACE", "first": 1, "behind": 2}
+        encoded = tokenizer("green shop 3", return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            shares = plain(**encoded).logits.softmax(-1)[0].max(-1).values
+        # of "green", its first token that is one of the text
+        begin = next(
+            place
+            for place, (_, end) in enumerate(tokenizer("green shop 3", return_offsets_mapping=True).offset_mapping)
+            if end
+        )
+        assert found["probabilities"][0] == pytest.approx(float(shares[begin]), abs=1e-5)
+    print(lorafit.classify(run, ["green shop 3"], quiet=True))
+    assert "COLOUR green, PLACE shop" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -164,8 +164,8 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
     preferences = partial(last_of_pairs, world, "dpo")
     return {
         "task": Case(
-            ("causal-lm", "dpo", "orpo", "reward", classifier()),
-            lambda task: last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)],
+            ("causal-lm", "dpo", "orpo", "reward", classifier(), "token-classification"),
+            partial(last_of_task, world),
         ),
         "task(sequence-classification).labels": Case(
             (["no", "yes"], ["no", "perhaps", "yes"]), lambda names: last_of_classes(world, classifier(labels=names))
@@ -173,6 +173,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
         "task(sequence-classification).multi_label": Case(
             (False, True), lambda several: last_of_classes(world, classifier(multi_label=several))
         ),
+        "task(token-classification).labels": Case((["O", "B-X"], ["O", "B-X", "I-X"]), partial(last_of_words, world)),
         "task(dpo).beta": Case((0.1, 5.0), partial(preferences, "beta")),
         "task(dpo).loss": Case(("sigmoid", "hinge", "ipo"), partial(preferences, "loss")),
         "task(dpo).label_smoothing": Case((0.0, 0.3), partial(preferences, "label_smoothing"), refused=(0.5,)),
@@ -299,6 +300,22 @@ def adapter_shapes(run: RunDir) -> dict[str, str]:
 def steps_taken(run: RunDir) -> int:
     """How many there were."""
     return len(step_lines(run))
+
+
+def last_of_task(world: OptionWorld, task: Any) -> Any:
+    """The last loss of a task, on rows that it reads."""
+    if task == "token-classification":
+        return last_of_words(world, ["O", "B-X"])
+    return last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)]
+
+
+def last_of_words(world: OptionWorld, labels: list[str]) -> float:
+    """The last loss of a run on words with labels."""
+    rows = world.root / "rows" / "words.jsonl"
+    rows.write_text("".join(f'{{"words": ["red", "mug", "{n}"], "labels": ["O", "B-X", "O"]}}\n' for n in range(8)))
+    evaluation = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
+    task = {"kind": "token-classification", "labels": labels}
+    return last_loss(world.train({"task": task, "data.train": "../rows/words.jsonl", **evaluation}))
 
 
 def best_by(world: OptionWorld, metric: str) -> float:

@@ -77,6 +77,8 @@ class Task(Kind[S_co]):
     """Columns that `refer` computes of every row before the first step; `collate` finds them in the examples."""
     fitted_base: ClassVar[str] = ""
     """What `fit_base` fits to the base, for people; empty where an evaluation scores the base as it is."""
+    labels_rows: ClassVar[bool] = False
+    """Whether a label is a row's, and no token carries loss."""
     classified_format: ClassVar[str | None] = None
     """The format of what its models give labels to, for `classify`; None where they give none."""
     row_format: ClassVar[str | None] = None

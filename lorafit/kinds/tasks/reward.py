@@ -19,7 +19,7 @@ from pydantic import Field
 from lorafit.contracts import Batch, Column, LossSum, ShownSequence, TaskRow
 from lorafit.facts import ModelClass
 from lorafit.kinds.tasks import TaskSection, tasks
-from lorafit.kinds.tasks._heads import head_inputs, mean_states, pad_texts
+from lorafit.kinds.tasks._heads import fit_head, head_inputs, mean_states, pad_texts
 from lorafit.kinds.tasks._pairs import SIDES, PairTask
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 _TIE = 1e-6
-_HELD_OUT_EVERY = 10
 
 
 class RewardSection(TaskSection):
@@ -59,6 +58,7 @@ class Reward(PairTask[RewardSection]):
         "means of both answers' last states, its strength chosen on held-out pairs"
     )
     unread: ClassVar[Mapping[str, str]] = {**PairTask.unread, "evaluation.max_new_tokens": "writes no answers"}
+    labels_rows = True
     columns = tuple(Column(f"{side}_tokens", "<i4", holds_tokens=True) for side in SIDES)
 
     def tie(self) -> float:
@@ -121,32 +121,19 @@ class Reward(PairTask[RewardSection]):
     def fit_base(
         self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
     ) -> Mapping[str, NDArray[np.float64]]:
-        """A direction in the frozen model's mean last states, [states]: the one that tells chosen from rejected.
+        """A direction in the frozen model's mean last states, [1, states]: the one that tells chosen from rejected.
 
-        Each pair is seen both ways round, so that what is fitted has no bias.
+        Each pair is seen both ways round, side by side, so that what is fitted has no bias.
         """
         import torch
 
-        from lorafit.ops.logistic_regression import STRENGTHS, Rows, choose_strength, regress
+        def both_ways(batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+            found = self._read_differences(objective, batches)
+            states = torch.stack([found, -found], dim=1).flatten(0, 1)
+            return states, torch.tensor([[1.0], [0.0]], dtype=torch.float64).to(states.device).repeat(len(found), 1)
 
-        differences = self._read_differences(objective, train)
-        scale = differences.square().mean(0).sqrt().clamp(min=1e-8)
-
-        def both_ways(found: torch.Tensor) -> Rows:
-            states = found / scale
-            right = torch.arange(2, device=states.device).repeat_interleave(len(states)).double()
-            return Rows(torch.cat([-states, states]), right[:, None])
-
-        if held_out is not None:
-            tried, choosing = differences, self._read_differences(objective, held_out)
-        else:
-            chosen = torch.arange(len(differences)) % _HELD_OUT_EVERY == 0
-            tried, choosing = differences[~chosen], differences[chosen]
-        with reporter.track(len(STRENGTHS) + 1, "base model, its head") as bar:
-            best, start = choose_strength(both_ways(tried), both_ways(choosing), several=True, advance=bar.advance)
-            weight, _ = regress(both_ways(differences), best, start, several=True)
-            bar.advance()
-        return {"weight": (weight[0] / scale).double().cpu().numpy()}
+        chosen_on = None if held_out is None else both_ways(held_out)
+        return fit_head(*both_ways(train), chosen_on, several=True, reporter=reporter, together=2)
 
     def score_base(
         self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]
@@ -155,7 +142,7 @@ class Reward(PairTask[RewardSection]):
         import torch
 
         states = mean_states(objective, batch)
-        return self._score((states @ torch.from_numpy(fitted["weight"]).to(states.device)).view(2, -1).T)
+        return self._score((states @ torch.from_numpy(fitted["weight"][0]).to(states.device)).view(2, -1).T)
 
     def _read_differences(self, objective: Objective, batches: Iterable[Batch]) -> torch.Tensor:
         """Mean states of the chosen answers less those of the rejected ones, fp64 [pairs, width]."""

@@ -20,7 +20,7 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import Task, TaskSection, tasks
-from lorafit.kinds.tasks._heads import head_inputs, mean_states, pad_texts
+from lorafit.kinds.tasks._heads import fit_head, head_inputs, mean_states, pad_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from lorafit.contracts import Encoded, Example, JsonObject, Reporter, Sample
     from lorafit.objective import Objective
 
-_HELD_OUT_EVERY = 10
 _MATRIX_CLASSES = 12
 _NO_CHATS = "reads texts with labels, which go through no chat template"
 
@@ -63,6 +62,7 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         "the frozen model with a head trained on the same rows: a logistic regression over the mean of its last "
         "states, its strength chosen on held-out rows"
     )
+    labels_rows = True
     row_format = classified_format = "text_label"
     unread: ClassVar[Mapping[str, str]] = {
         **Task.unread,
@@ -217,31 +217,10 @@ class SequenceClassification(Task[SequenceClassificationSection]):
     def fit_base(
         self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
     ) -> Mapping[str, NDArray[np.float64]]:
-        """A logistic regression over the mean of the frozen model's last states, standardised: [classes, states].
-
-        Of the strengths that are tried, the one with the least loss on held-out rows, every tenth one where None; then
-        fitted to all training rows with it.
-        """
-        import torch
-
-        from lorafit.ops.logistic_regression import STRENGTHS, Rows, choose_strength, regress
-
+        """A logistic regression over the mean of the frozen model's last states: [classes, states]."""
+        chosen_on = None if held_out is None else self._read_states(objective, held_out)
         states, right = self._read_states(objective, train)
-        mean, scale = states.mean(0), states.std(0, correction=0).clamp(min=1e-8)
-        rows = Rows((states - mean) / scale, right)
-        if held_out is not None:
-            states, right = self._read_states(objective, held_out)
-            tried, choosing = rows, Rows((states - mean) / scale, right)
-        else:
-            chosen = torch.arange(len(right)) % _HELD_OUT_EVERY == 0
-            tried, choosing = (Rows(rows.states[flags], rows.classes[flags]) for flags in (~chosen, chosen))
-        several = self.section.multi_label
-        with reporter.track(len(STRENGTHS) + 1, "base model, its head") as bar:
-            best, start = choose_strength(tried, choosing, several=several, advance=bar.advance)
-            weight, bias = regress(rows, best, start, several=several)
-            bar.advance()
-        values = {"weight": weight / scale, "bias": bias - (weight / scale) @ mean, "strength": torch.tensor([best])}
-        return {name: value.double().cpu().numpy() for name, value in values.items()}
+        return fit_head(states, right, chosen_on, several=self.section.multi_label, reporter=reporter)
 
     def score_base(
         self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]

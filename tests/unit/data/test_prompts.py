@@ -144,6 +144,7 @@ def test_a_row_without_its_answer_is_the_same_prompt(tmp_path: Path, name: str) 
 def test_every_format_says_what_asks() -> None:
     asking = {name: sorted(required_fields(kind, prompts=True)) for name, kind in formats.items()}
     assert asking == {
+        "word_labels": ["words"],
         "alpaca": ["instruction"],
         "messages": ["messages"],
         "preference": ["rejected"],
@@ -294,4 +295,4 @@ def test_a_tokenizer_that_fills_up_and_cuts_by_itself_does_neither_to_rows() -> 
     wanted = tokenizer(text)["input_ids"]
     backend.enable_padding(length=64)
     backend.enable_truncation(max_length=8)
-    assert len(wanted) > 8 and PlainText(tokenizer).labelled(text, 256).input_ids == wanted
+    assert len(wanted) > 8 and PlainText(tokenizer).labelled(Sample("", 0, text=text), 256).input_ids == wanted

@@ -40,6 +40,7 @@ def test_every_format_knows_its_own_rows() -> None:
         "prompt_completion": {"prompt": "", "completion": ""},
         "text": {"text": ""},
         "text_label": {"text": "", "label": ""},
+        "word_labels": {"words": [], "labels": []},
     }
     assert formats.names() == sorted(rows)
     for name, row in rows.items():
