@@ -166,7 +166,7 @@ def read_texts(
     rows: Sequence[str | JsonMapping] | None,
     reporter: Reporter,
 ) -> list[Sample]:
-    """The texts that are to be labelled; a run knows by its recipe what its rows call the column of the text.
+    """The texts that are to be labelled; a run knows by its recipe what its rows call the column that asks.
 
     Args:
         path: The run, adapter or model.
@@ -183,15 +183,16 @@ def read_texts(
     from lorafit.recipe.schema import BadRowsSection, SourceSection
 
     reader = formats.get(format_name)
+    asks = next(name for name, is_needed in reader.fields.items() if is_needed)
     if prompt is not None:
         return [reader.read_prompt({"text": read_prompt(prompt)[0].prompt}, COMMAND_LINE, 0)]
     known: list[Columns] = [{}]
     if not is_model(path) and not is_lone_adapter(path):
         sources = [source for part in sources_of(open_run(path).loaded.recipe).values() for source in part]
-        named = [{"text": source.columns["text"]} for source in sources if "text" in source.columns]
+        named = [{asks: source.columns[asks]} for source in sources if asks in source.columns]
         known = column_names([SourceSection.model_construct(path="", columns=columns) for columns in named])
     if rows is not None:
-        dicts = [{"text": row} if isinstance(row, str) else rename(row, _choose(row, known)) for row in rows]
+        dicts = [{"text": row} if isinstance(row, str) else rename(row, _choose(row, known, asks)) for row in rows]
         return [reader.read_prompt(row, f"prompts[{number}]", 0) for number, row in enumerate(dicts)]
 
     def open_file(file: str) -> Source:
@@ -205,6 +206,6 @@ def read_texts(
     return list(SampleSet([open_file(file) for file in files], BadRowsSection(), reporter))
 
 
-def _choose(row: JsonMapping, known: Sequence[Columns]) -> Columns:
-    """The first of the names that a row has its text under."""
-    return next((columns for columns in known if columns.get("text", "text") in row), known[0])
+def _choose(row: JsonMapping, known: Sequence[Columns], asks: str) -> Columns:
+    """The first of the names that a row has under what asks."""
+    return next((columns for columns in known if columns.get(asks, asks) in row), known[0])

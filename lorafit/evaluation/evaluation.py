@@ -369,8 +369,10 @@ def place_of(example: Example) -> tuple[str, int]:
 
 
 def _decode(sequence: ShownSequence, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Text before the first trained token, and text of the trained tokens, or the row's label."""
+    """Text before the first trained token, and text of the trained ones; or the whole text, and what it is labelled."""
+    if sequence.label:
+        return tokenizer.decode(sequence.input_ids), sequence.label
     pairs = list(zip(sequence.input_ids, sequence.trained, strict=True))
     first = next((place for place, (_, flag) in enumerate(pairs) if flag), len(pairs))
     prompt = tokenizer.decode([token for token, _ in pairs[:first]])
-    return prompt, sequence.label or tokenizer.decode([token for token, flag in pairs if flag])
+    return prompt, tokenizer.decode([token for token, flag in pairs if flag])

@@ -119,7 +119,10 @@ class Trained(Printed):
         shown = near(self.run.root)
         after = f"lorafit eval {shown}"
         if not self.has_held_out_rows:
-            after = f"lorafit generate {shown} --prompt TEXT, or {after} --set data.test=FILE"
+            task = self.plan.step.step.task
+            command = "classify" if task.classified_format is not None else "generate" if task.writes_answers else None
+            asked = f"lorafit {command} {shown} --prompt TEXT, or " if command else ""
+            after = f"{asked}{after} --set data.test=FILE"
         say(console, f"{which} is in {shown}/adapter; next: {after}")
 
     def _where_it_would_go_on(self) -> str:

@@ -32,6 +32,6 @@ class EntityF1(ScoreMean):
         right, given, wanted = sums
         return {
             "entity_f1": 2 * right / max(1.0, given + wanted),
-            "entity_precision": right / max(1.0, given),
-            "entity_recall": right / max(1.0, wanted),
+            "precision": right / max(1.0, given),
+            "recall": right / max(1.0, wanted),
         }

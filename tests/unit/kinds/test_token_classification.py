@@ -101,7 +101,7 @@ def test_f1_is_over_all_entities() -> None:
     rows = [RowScore({"entities": (1.0, 2.0, 1.0, 0.0, 0.0, 2.0), "weight": (5.0,)}), RowScore({"weight": (0.0,)})]
     usable = [row for row in rows if metric.usable(row)]
     sums = np.sum(metric.row_sums(usable), axis=0).tolist()
-    assert metric.values(sums) == {"entity_f1": 2 / 5, "entity_precision": 1 / 2, "entity_recall": 1 / 3}
+    assert metric.values(sums) == {"entity_f1": 2 / 5, "precision": 1 / 2, "recall": 1 / 3}
     assert set(metric.values([0.0, 0.0, 0.0]).values()) == {0.0}
 
 
