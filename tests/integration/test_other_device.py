@@ -83,16 +83,16 @@ def test_one_process_of_a_run_hashes_the_codes(recipe: Path, monkeypatch: pytest
         is_main_process = is_main
 
     hashed: list[Any] = []
-    inner = inspect.describe_quantization
+    inner = inspect.quantized_hashes
 
-    def noted(*model: Any, **options: Any) -> dict[str, Any]:
+    def noted(model: Any) -> dict[str, Any]:
         hashed.append(model)
-        return inner(*model, **options)
+        return inner(model)
 
     def reach(*arguments: Any, **options: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(inspect, "describe_quantization", noted)
+    monkeypatch.setattr(inspect, "quantized_hashes", noted)
     monkeypatch.setattr(training, "build_accelerator", lambda **options: Seen(cpu=True))
     monkeypatch.setattr(training, "resolve_plan", reach)
     with pytest.raises(Reached):
