@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 VERSION_TESTS := tests/unit/model/test_load.py tests/unit/model/merge/test_merge.py tests/unit/trainer/test_loop_resume.py \
   tests/unit/answering/test_generate_answers.py tests/integration/test_python_api.py tests/integration/test_hub.py
 
-.PHONY: setup quickstart test test-all test-installed test-oldest test-newest test-gpu prove-gpu lint type docs check clean
+.PHONY: setup quickstart test test-all test-liger test-installed test-oldest test-newest test-gpu prove-gpu lint type docs check clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,15 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+# Liger's kernels in Triton's interpreter, without a card; both packages (700 MB) lie in a folder of their own
+test-liger: $(STAMP) .venv-liger/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=.venv-liger OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/liger
+
+.venv-liger/.installed: constraints.txt
+	rm -rf .venv-liger
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --target .venv-liger triton liger-kernel
+	touch $@
 
 # minutes each, with an environment of their own (about 1.5 GB): what was built, and the ends of pyproject's ranges
 test-installed: $(STAMP)
@@ -78,4 +87,4 @@ docs: $(STAMP)
 check: test lint type
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest dist build .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-liger .venv-oldest .venv-newest dist build .mypy_cache .ruff_cache

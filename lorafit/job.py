@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafit.model.base import Base
     from lorafit.model.tokenizer_files import Companions
     from lorafit.objective import Objective
+    from lorafit.ops.kernels import Kernels
     from lorafit.plan import ResolvedPlan
     from lorafit.recipe.load import LoadedRecipe
     from lorafit.recipe.schema import Recipe
@@ -298,12 +299,14 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, 
     raise_all(errors, file=loaded.file)
 
 
-def build_objective(job: Job, model: PreTrainedModel, dtype: str) -> Objective:
-    """The objective around a model, not proven yet."""
+def build_objective(job: Job, model: PreTrainedModel, dtype: str, kernels: Kernels | None = None) -> Objective:
+    """The objective around a model, not proven yet. Its loss takes the kernels that the layers were given."""
     from lorafit.ops.dtypes import autocast_dtype
 
     exact = not job.shape.plain_head
-    return job.task.build_objective(model, autocast_dtype=autocast_dtype(dtype), exact=exact)
+    objective = job.task.build_objective(model, autocast_dtype=autocast_dtype(dtype), exact=exact)
+    objective.kernels = kernels or objective.kernels
+    return objective
 
 
 def refer(job: Job, objective: Objective, splits: Collection[str], reporter: Reporter) -> None:

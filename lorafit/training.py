@@ -25,7 +25,8 @@ from lorafit.job import Job, build_objective, prove, refer
 from lorafit.kinds.adapters import adapters, begins_as_base
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
-from lorafit.memory import MemoryEstimate, StepMemory, fits
+from lorafit.machine.devices import own_device
+from lorafit.memory import MemoryEstimate, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
 from lorafit.model.checkpointing import set_checkpointing
@@ -42,6 +43,8 @@ from lorafit.model.load import load_model
 from lorafit.model.shippable import check_shippable
 from lorafit.objective import Objective, choose_probe
 from lorafit.ops.dtypes import dtype_named
+from lorafit.ops.kernel_choice import choose_kernels, describe_versions
+from lorafit.ops.kernels import Kernels
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import Plan, ResolvedPlan, count_flops, require_fit, show_plan
@@ -82,9 +85,8 @@ class Training:
         job, recipe = self.job, self.job.recipe
         has_held_out = recipe.data.test is not None or recipe.data.validation is not None
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
-        checkpoint, events = self._find_checkpoint(store, resume_from, allow_inexact) if resume else (None, [])
-        if resume and checkpoint is None:
-            self.reporter.info(f"nothing to resume in {self.where.root}: the run starts at step 0")
+        checkpoint = self._find_checkpoint(store, resume_from) if resume else None
+        kernels, events = self._choose_kernels(checkpoint, given, allow_inexact)
         if checkpoint is not None and self._is_published(checkpoint.state):
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
             complete = FitResult.of_complete(checkpoint.state)
@@ -98,7 +100,7 @@ class Training:
         forget_peak_memory(accelerator.device)  # of another run in this process
         begun = self._begun_quantization() if checkpoint is not None else None
         with reading_content(job.base.path) if accelerator.is_main_process else nullcontext() as reading:
-            model = self._load(accelerator, begun)
+            model = self._load(accelerator, begun, kernels)
             content = reading.result() if reading is not None else None
         describe = None
         if content is not None:
@@ -106,7 +108,7 @@ class Training:
             if checkpoint is not None:
                 require_recorded(job.base.path, self.where.base, content)
             describe = describing_quantization(model, recipe.model.quantization, dtype=dtype_named(self.plan.dtype))
-        objective = build_objective(job, model, self.plan.dtype)
+        objective = build_objective(job, model, self.plan.dtype, kernels)
         prove(job, objective, job.rows.train, self.reporter)
         self._refer(objective, begins=checkpoint is None)
         probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS)
@@ -114,7 +116,7 @@ class Training:
         one = accelerator.num_processes == 1
         executor = Executor(objective, accelerator.device) if one else OverRanks(objective, accelerator)
         stage = self._stage(executor)
-        cache_name = f"plans/{key_of_code([job.facts(), job.device.name, job.device.count])}.json"
+        cache_name = f"plans/{key_of_code([job.facts(), job.device.name, job.device.count, kernels.name])}.json"
         resolved = resolve_plan(self.plan, stage, resumed=self._resumed(checkpoint), given=given, cache_name=cache_name)
         used = self._check_quantization(describe(), begun) if describe is not None else {}
         before_bytes = peak_memory_bytes(executor.device)
@@ -170,7 +172,7 @@ class Training:
             require_same_quantization(used, begun, file=self.where.quantization)
         return begun or used
 
-    def _load(self, accelerator: Accelerator, begun: JsonMapping | None) -> Any:
+    def _load(self, accelerator: Accelerator, begun: JsonMapping | None, kernels: Kernels) -> Any:
         """The base with its adapter, in the precision of the plan; both can be merged and loaded again."""
         plan, job, recipe = self.plan, self.job, self.job.recipe
         base = load_model(
@@ -189,7 +191,7 @@ class Training:
         )
         check_plan(model, adapters.bind(recipe.adapter).sites(job.shape), plan.trainable_parameters)
         check_shippable(model, job.base, job.task.model_class)
-        fuse_layers(model)
+        fuse_layers(model, kernels)
         self.reporter.show(coverage_table(coverage(model)))
         return model
 
@@ -264,34 +266,45 @@ class Training:
         is_whole = check_manifest(self.where.adapter) is None
         return state.is_complete(self.plan.total_steps) and is_evaluated and is_whole
 
-    def _find_checkpoint(
-        self, store: CheckpointStore, step: int | None, allow_inexact: bool
-    ) -> tuple[Checkpoint | None, list[Event]]:
+    def _choose_kernels(
+        self, checkpoint: Checkpoint | None, given: ResolvedPlan | None, allow_inexact: bool
+    ) -> tuple[Kernels, list[Event]]:
+        """What computes norms, products and losses, and what a resume finds changed: the recipe's kernels; for `auto`
+        those of the run that is gone on with, or of the given plan, where Liger's are there."""
+        planned, before = self.plan.kernels, given
+        if checkpoint is not None:
+            before = ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder))
+        if self.job.recipe.model.kernels == "auto" and before is not None and before.kernels == "none":
+            planned = "none"
+        device, dtype = own_device(self.job.device.kind), dtype_named(self.plan.dtype)
+        kernels = choose_kernels(planned, device, dtype, self.reporter)
+        return kernels, [] if checkpoint is None else self._check_continuity(checkpoint, kernels, allow_inexact)
+
+    def _find_checkpoint(self, store: CheckpointStore, step: int | None) -> Checkpoint | None:
         job = self.job
         if read_base_digest(self.where) not in (None, job.base.origin.digest):
             require_recorded(job.base.path, self.where.base)  # names the tensors, where more than the config changed
         check_same_facts(self.where, job.origin())
         checkpoint = store.open(step)
         if checkpoint is None:
-            return None, []
-        events = check_continuity(
+            self.reporter.info(f"nothing to resume in {self.where.root}: the run starts at step 0")
+        return checkpoint
+
+    def _check_continuity(self, checkpoint: Checkpoint, kernels: Kernels, allow_inexact: bool) -> list[Event]:
+        device = self.job.device
+        return check_continuity(
             checkpoint.environment,
-            Environment.here(job.device.kind, job.device.count, job.device.card),
+            Environment.here(device.kind, device.count, device.card, describe_versions(kernels)),
             allow_inexact=allow_inexact,
             reporter=self.reporter,
             where=str(checkpoint.folder),
         )
-        return checkpoint, events
-
-    def _memory_under(self, attention: str) -> StepMemory:
-        """What a step of this run holds under one implementation of attention."""
-        return self.plan.step.changed(attention=attention)
 
     def _memory_of(self, resolved: ResolvedPlan) -> MemoryEstimate:
         """Of the heaviest micro-batch in any way that the run takes or may take."""
         checkpointing = resolved.gradient_checkpointing
-        held = {"keeps_unpacked": resolved.keeps_unpacked, "loss_chunk_bytes": resolved.loss_chunk_bytes}
-        memory = self.plan.step.changed(**held)
+        held = ("keeps_unpacked", "loss_chunk_bytes", "kernels")
+        memory = self.plan.step.changed(**{name: getattr(resolved, name) for name in held})
         each = (memory.changed(attention=way.attention).at(way.tokens_at_once, checkpointing) for way in resolved.ways)
         return max(each, key=lambda estimate: estimate.needed_bytes)
 
@@ -308,6 +321,7 @@ class Training:
     def _stage(self, executor: Executor) -> Stage:
         """What `auto` is settled on: the run's real shapes."""
         job, recipe = self.job, self.job.recipe
+        memory = self.plan.step.changed(kernels=executor.objective.kernels.name)
         return Stage(
             executor,
             job.rows.train,
@@ -318,7 +332,7 @@ class Training:
             set_checkpointing=partial(set_checkpointing, executor.objective.model),
             keep_unpacked=partial(keep_unpacked, executor.objective.model),
             fits=lambda tokens, on, attention: fits(
-                self._memory_under(attention).at(tokens, on), job.device.memory_bytes
+                memory.changed(attention=attention).at(tokens, on), job.device.memory_bytes
             ),
             optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
             packing=self.plan.packing,
@@ -350,7 +364,8 @@ class Training:
         cost_tokens = resolved.micro_batch_cost_tokens or MICRO_BATCH_COST_TOKENS
         cutter = Cutter(rows.train, task, job.pad_id, self.plan.packing, ranks=ranks, cost_tokens=cost_tokens)
         load = partial(load_adapter_weights, model)
-        environment = Environment.here(executor.device.type, executor.ranks, job.device.card)
+        versions = describe_versions(executor.objective.kernels)
+        environment = Environment.here(executor.device.type, executor.ranks, job.device.card, versions)
         return Trainer(
             executor,
             update,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.prove_gpu.verdicts import Check, Lack, at_most, is_so, worst
 from benchmarks.prove_gpu.world import World, make_rows
+
+if TYPE_CHECKING:
+    from lorafit.ops.kernels import Kernels
 
 EPSILONS = 2  # of the dtype: what rounding explains of an error relative to the norm
 LEAST_ERROR = 1e-5  # of fp32, whose sums are long
@@ -22,7 +25,9 @@ def prove_kernels(world: World) -> Iterator[Check | Lack]:
     import torch
 
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    for name, operation, exact, shapes in operations(256 if world.is_small else 1024):
+    tables, lacks = _tables(world)
+    yield from lacks
+    for name, operation, exact, shapes in operations(256 if world.is_small else 1024, tables):
         errors = {dtype: error_of(operation, exact, shapes, world.device, dtype) for dtype in dtypes}
         bounds = {dtype: max(EPSILONS * torch.finfo(dtype).eps, LEAST_ERROR) for dtype in dtypes}
         shown = ", ".join(f"{str(d).removeprefix('torch.')} {errors[d]:.1e}" for d in dtypes)
@@ -31,8 +36,28 @@ def prove_kernels(world: World) -> Iterator[Check | Lack]:
     yield from _codes(world)
 
 
-def operations(width: int) -> Iterator[tuple[str, Operation, Operation, list[tuple[int, ...]]]]:
+def _tables(world: World) -> tuple[dict[str, Kernels], list[Lack]]:
+    """Those that a run may take on the device, by what is put behind an operation's name."""
+    from lorafit.ops.kernel_choice import has_liger
+    from lorafit.ops.kernels import FUSED, PLAIN
+    from lorafit.ops.liger import LIGER
+
+    if world.is_small:
+        return {"": PLAIN}, []
+    lacks = [] if has_liger() else [Lack("liger-kernel is not installed: its kernels are not compared")]
+    return {"": FUSED} if lacks else {"": FUSED, " (Liger)": LIGER}, lacks
+
+
+def operations(
+    width: int, tables: Mapping[str, Kernels]
+) -> Iterator[tuple[str, Operation, Operation, list[tuple[int, ...]]]]:
     """Name, operation, the same from plain products and functions in any dtype, and the shapes of the operands."""
+    for suffix, kernels in tables.items():
+        for name, *rest in _operations(width, kernels):
+            yield f"{name}{suffix}", *rest
+
+
+def _operations(width: int, kernels: Kernels) -> Iterator[tuple[str, Operation, Operation, list[tuple[int, ...]]]]:
     import torch
     from torch.nn import functional
 
@@ -62,7 +87,7 @@ def operations(width: int) -> Iterator[tuple[str, Operation, Operation, list[tup
 
     def turned_by_ours(x: Any, angle: Any) -> Any:
         cos, sin = (torch.cat([f(angle.detach())] * 2, dim=-1).to(x.dtype) for f in (torch.cos, torch.sin))
-        return rotate(x, cos, sin)
+        return rotate(x, x, cos, sin, kernels)[0]
 
     labels = torch.arange(rows) * 37 % words
 
@@ -70,16 +95,26 @@ def operations(width: int) -> Iterator[tuple[str, Operation, Operation, list[tup
         return functional.cross_entropy(hidden @ head.T.detach(), labels.to(hidden.device), reduction="sum")
 
     def losses_by_ours(hidden: Any, head: Any) -> Any:
-        return linear_cross_entropy(hidden, head.detach(), None, labels.to(hidden.device))
+        return linear_cross_entropy(hidden, head.detach(), None, labels.to(hidden.device), kernels=kernels)
 
     one: list[tuple[int, ...]] = [(width, width), (rank, width), (width, rank)]
-    yield "RMSNorm", lambda x, w: rms_norm(x, w.detach(), 1e-6), norm, [(rows, width), (width,)]
-    yield "silu(gate) * up", silu_product, lambda g, u: functional.silu(g) * u, [(rows, width), (rows, width)]
+    yield "RMSNorm", lambda x, w: rms_norm(x, w.detach(), 1e-6, kernels), norm, [(rows, width), (width,)]
+    yield (
+        "silu(gate) * up",
+        lambda g, u: silu_product(g, u, kernels),
+        lambda g, u: functional.silu(g) * u,
+        [(rows, width), (rows, width)],
+    )
     yield "rotation", turned_by_ours, turned, [(2, 4, rows, 64), (2, 1, rows, 32)]
-    yield "linear with LoRA", lambda x, *three: lora_linear(x, None, adapted(*three)), linear, [(rows, width), *one]
+    yield (
+        "linear with LoRA",
+        lambda x, *three: lora_linear(x, None, adapted(*three), None, kernels),
+        linear,
+        [(rows, width), *one],
+    )
     yield (
         "gate and up with LoRA",
-        lambda x, *six: lora_gated(x, adapted(*six[:3]), adapted(*six[3:]))[0],
+        lambda x, *six: lora_gated(x, adapted(*six[:3]), adapted(*six[3:]), kernels)[0],
         gated,
         [(rows, width), *one, *one],
     )

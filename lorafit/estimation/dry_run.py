@@ -38,6 +38,8 @@ from lorafit.model.load import build_weightless, fill_with_fakes, unpacking_fake
 from lorafit.ops import dropout
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
+from lorafit.ops.kernels import PLAIN, Kernels
+from lorafit.ops.liger import SIZED_FUSED, SIZED_LIGER
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.ops.recomputed_layers import Checkpointing, more_than
 from lorafit.trainer.executor import Executor
@@ -95,7 +97,8 @@ class DryRun:
         with torch.device("meta"), unpacking_fakes():
             fresh = step.adapter.section.model_copy(update={"init_from": None})
             self._model = attach_adapter(base, fresh, 0, model_class=step.task.model_class)
-        fuse_layers(self._model)
+        kernels = _sized_kernels(step)
+        fuse_layers(self._model, kernels)
         with self._fake:
             fill_with_fakes(self._model)
             if step.keeps_unpacked:
@@ -107,6 +110,7 @@ class DryRun:
         objective = step.task.build_objective(self._model, autocast_dtype=autocast, exact=exact)
         objective.train()
         objective.loss_chunk_bytes = step.chunk_bytes
+        objective.kernels = kernels
         self._executor = Executor(objective, torch.device("cpu"))
         # fp16 runs without its loss scale, which takes no memory and reads the gradients' values.
         self._executor.scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -204,6 +208,13 @@ class DryRun:
     def _batch(self, tokens: int) -> Batch:
         rows, step = tokens // self.step.row_tokens, self.step
         return step.task.shape_batch(rows, tokens // rows, step.labels_at(tokens), packed=step.packs_rows)
+
+
+def _sized_kernels(step: StepShape) -> Kernels:
+    """What stands for the step's operations: a card's run on no CPU, and Triton's kernels on no fake tensors."""
+    if step.device_kind == "cpu":
+        return PLAIN
+    return SIZED_LIGER if step.runs_liger else SIZED_FUSED
 
 
 def _beside(fixed: Mapping[str, int], alive: Mapping[str, int]) -> dict[str, int]:

@@ -112,7 +112,7 @@ def _kinds_of(step: StepShape) -> JsonObject:
         "task": step.task.section.model_dump(mode="json"),
         "dtype": [step.dtype, step.compute_dtype],
         "attention": [step.attention, step.attention_kernel],
-        "device": step.device_kind,
+        "device": [step.device_kind, step.kernels],
         "packing": step.packs,
         "keeps_unpacked": step.keeps_unpacked,
         "chunk_labels": step.chunk_labels,

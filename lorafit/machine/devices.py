@@ -9,12 +9,15 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorafit.console.wording import first_line
 from lorafit.errors import ResourceError, UsageError
 from lorafit.facts import DeviceFacts
 from lorafit.machine.hardware import FIRST_WITH_BF16, capability_of, choose_card, find_card, nearest_cards, usable_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {
     "": 2**30,
@@ -117,6 +120,16 @@ def read_device(kind: Literal["auto", "cpu"] = "auto") -> DeviceFacts:
     return DeviceFacts("cpu", "cpu", cpu_memory_bytes() // processes, _cpu_has_bf16(), processes, note=note)
 
 
+def own_device(kind: str) -> torch.device:
+    """Of this process: its card is that of its local rank."""
+    import torch
+
+    if kind != "cuda":
+        return torch.device(kind)
+    local_rank = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
 def _read_card(processes: int) -> DeviceFacts:
     """The card of this process, which is that of its local rank.
 
@@ -125,8 +138,7 @@ def _read_card(processes: int) -> DeviceFacts:
     """
     import torch
 
-    local_rank = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
-    index = local_rank % torch.cuda.device_count()
+    index = own_device("cuda").index
     properties = torch.cuda.get_device_properties(index)
     capability, built_for = (properties.major, properties.minor), torch.cuda.get_arch_list()
     if not torch.version.hip and not _runs_on(capability, built_for):

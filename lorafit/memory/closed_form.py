@@ -81,6 +81,7 @@ def layer_of(step: StepShape) -> Layer:
         keeps_unpacked=step.keeps_unpacked,
         keeps_input=lambda linear: step.stored_as(linear).keeps_inputs,
         leaks_inputs=True,
+        runs_liger=step.runs_liger,
     )
 
 
@@ -138,7 +139,8 @@ def loss_bytes(layer: Layer, labels: int, most_rows: int) -> int:
     """One chunk of the linear cross-entropy, or all logits where something stands behind the head.
 
     A chunk: logits as computed, their fp32 copy that becomes probabilities in place, and the error in the compute
-    dtype; the next chunk's logits and copy are made while the last chunk's are still there.
+    dtype. In fp32, and of Liger's kernel, the logits themselves become the error, and the next chunk's are made while
+    the last chunk's are still there.
     """
     shape, c = layer.shape, layer.compute_bytes
     states = 2 * c * shape.hidden_size * labels  # the labelled hidden states and their gradient
@@ -146,6 +148,6 @@ def loss_bytes(layer: Layer, labels: int, most_rows: int) -> int:
         return states + shape.vocabulary * labels * max(2 * c + 8, c + 12)
     rows = min(labels, most_rows)
     following = min(labels - rows, rows)
-    alone = (2 * c + 4 if c < 4 else 4) * rows
-    both = (c + 4 if c < 4 else 4) * (rows + following)
-    return states + shape.vocabulary * max(alone, both) + c * shape.hidden_size * rows
+    if c < 4 and not layer.runs_liger:
+        return states + (2 * c + 4) * shape.vocabulary * rows
+    return states + c * max(shape.vocabulary * (rows + following), (shape.vocabulary + shape.hidden_size) * rows)

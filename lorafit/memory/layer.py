@@ -51,6 +51,8 @@ class Layer:
         leaks_inputs: Whether that is out of checkpointing's reach: LLM.int8().
         fused: Layers run as `lorafit.model.fuse` makes them: a norm, a gated product and a linear with its LoRA branch
             are one operation each.
+        runs_liger: Whether Liger's kernels compute the gated product and the loss: gradients lie where their operands
+            lay.
     """
 
     shape: ModelShape
@@ -69,6 +71,7 @@ class Layer:
     keeps_input: Callable[[LinearShape], bool] = lambda linear: False
     leaks_inputs: bool = False
     fused: bool = True
+    runs_liger: bool = False
 
     @property
     def stream_bytes(self) -> int:
@@ -176,8 +179,9 @@ class Layer:
         if self.shape.norm == "layer":
             kept = hidden * (4 if self.wide_on_gpu else self.stream_bytes) + 8
             return Operation(name, kept, (Moment("forward", 4 * hidden), Moment("backward", 8 * hidden)))
-        if self.fuses_norm():  # its own cast, and the gradient's beside it, in fp32
-            moments = (Moment("forward", 4 * hidden + narrow), Moment("backward", 8 * hidden + narrow))
+        if self.fuses_norm():  # on a CPU its own cast, and the gradient's beside it, in fp32
+            wide = hidden if self.device_kind == "cpu" else 0
+            moments = (Moment("forward", 4 * wide + narrow), Moment("backward", 8 * wide + narrow))
             return Operation(name, hidden * self.stream_bytes + 4, moments)
         moments = (Moment("forward", 4 * hidden + narrow), Moment("backward", 16 * hidden + narrow))
         return Operation(name, 4 * hidden + 4, moments)
@@ -337,11 +341,12 @@ class Layer:
             return found
         moments = []
         if shape.gated_mlp and self.fused and self.fuses_gate():  # its two factors; both gradients, two on the way
-            kept, backward = 2 * c * inner, 4 * c * inner
+            own = 0 if self.runs_liger else 2  # gradients with memory of their own
+            kept, backward = 2 * c * inner, (4 if own else 1) * c * inner
             gate = next(linear for linear in shape.linears if linear.role == "gate")
             if self._fuses_projections():  # the gradient of both projections' input, before the factors may go
                 weight = 0 if self.keeps_unpacked else self.dequantised_bytes(gate)
-                moments.append(Moment("backward", 3 * c * inner + c * gate.in_features, weight))
+                moments.append(Moment("backward", (1 + own) * c * inner + c * gate.in_features, weight))
         elif shape.gated_mlp:  # act keeps its input, act·up keeps both factors
             kept, backward = 3 * c * inner, 3 * c * inner
         elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one

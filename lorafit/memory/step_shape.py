@@ -27,6 +27,7 @@ class StepShape:
         attention: `eager`, `sdpa`, `fused`, `varlen` or `flash_attention_2`.
         device_kind: `cpu`, or `cuda` for every other: what kernels and allocator are like.
         capability: A CUDA card's compute capability.
+        kernels: What computes norms, products and losses on a card: `none`, or `liger` with what of it is left out.
         row_tokens: Tokens of the longest row, all of its sequences together.
         row_labels: Most trained tokens in one row.
         packing: Whether rows hold several documents, every token of which may be trained; None: under attention that
@@ -48,6 +49,7 @@ class StepShape:
     attention: str = "sdpa"
     device_kind: str = "cuda"
     capability: Capability = (8, 0)
+    kernels: str = "none"
     packing: bool | None = False
     keeps_unpacked: bool = False
     loss_chunk_bytes: int | None = None
@@ -98,6 +100,11 @@ class StepShape:
         if self.device_kind == "cpu" or self.attention in VARIABLE_LENGTH_ATTENTION:
             return "flash"
         return kernel_of(self.capability, self.dtype, grouped=False, masked=self.packs_rows)  # keys are repeated
+
+    @property
+    def runs_liger(self) -> bool:
+        """Whether Liger's kernels stand in place of torch's operations."""
+        return self.device_kind != "cpu" and self.kernels.startswith("liger")
 
     @property
     def keeps_scores(self) -> bool:

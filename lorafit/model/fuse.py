@@ -3,11 +3,12 @@
     LoRA on a linear    base product and branch in one operation; everything unusual goes PEFT's way
     RMSNorm             one operation instead of six
     gated MLP           silu(gate) * up in one operation, gate and up with it where both are LoRA without dropout
-    attention           its own code, in which each rotation of queries and keys is one operation
+    attention           its own code, in which the rotation of queries and keys is one operation
 
 Only the `forward` of instances changes, and only while gradients are recorded: parameters, names, saved adapters,
 merges and evaluation are those of PEFT and transformers. Norms, MLPs and rotations are taken by what they compute: each
-class is compared with its replacement on random input first, and left alone where they differ.
+class is compared with its replacement on random input first, and left alone where they differ. What computes them is a
+table (`lorafit.ops.kernels`), which is proven for itself on the device.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import nn
 from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.ops.dropout import drop
 from lorafit.ops.fusible import fuses_branch
+from lorafit.ops.kernel_proof import are_close
+from lorafit.ops.kernels import PLAIN, Kernels
 from lorafit.ops.layer_functions import rms_norm, rotate, silu_product
 from lorafit.ops.lora_gated import lora_gated
 from lorafit.ops.lora_linear import AdaptedWeight, lora_linear, unpack
@@ -35,14 +38,14 @@ if TYPE_CHECKING:
 _ROTARY = "apply_rotary_pos_emb"  # as every modeling file of transformers calls it
 _PROBE_ROWS, _PROBE_WIDTH = 4, 16
 _Forward = Callable[..., Any]
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest value
 
 
-def fuse_layers(model: nn.Module) -> dict[str, int]:
+def fuse_layers(model: nn.Module, kernels: Kernels = PLAIN) -> dict[str, int]:
     """Replaces the training forward of what it knows.
 
     Args:
         model: With its adapter, on any device, the meta device included.
+        kernels: What computes its operations.
 
     Returns:
         How many layers of each kind were replaced: `lora`, `norms`, `gated`, `rotary`.
@@ -50,7 +53,7 @@ def fuse_layers(model: nn.Module) -> dict[str, int]:
     counts = {"lora": 0, "norms": 0, "gated": 0, "rotary": 0}
     known: dict[type, _Forward | None] = {}
     for module in list(model.modules()):
-        kind, forward = _replacement(module, known)
+        kind, forward = _replacement(module, known, kernels)
         if forward is not None:
             module.forward = types.MethodType(forward, module)
             counts[kind] += 1
@@ -88,12 +91,14 @@ def keep_unpacked(model: nn.Module, wanted: bool = True) -> int:
     return kept
 
 
-def _replacement(module: nn.Module, known: dict[type, _Forward | None]) -> tuple[str, _Forward | None]:
+def _replacement(
+    module: nn.Module, known: dict[type, _Forward | None], kernels: Kernels
+) -> tuple[str, _Forward | None]:
     """Kind and forward; `known` grows with each class that was proven or refused."""
     if "forward" in vars(module):  # somebody else's hook
         return "", None
     if _is_lora_linear(module):
-        return "lora", _lora_forward
+        return "lora", partial(_lora_forward, kernels)
     for kind, looks_like, prove in (
         ("norms", _looks_like_rms_norm, partial(_prove, _rms_norm_forward)),
         ("gated", _looks_like_gated_mlp, partial(_prove, _gated_forward)),
@@ -101,7 +106,7 @@ def _replacement(module: nn.Module, known: dict[type, _Forward | None]) -> tuple
     ):
         if looks_like(module):
             if type(module) not in known:
-                known[type(module)] = prove(module)
+                known[type(module)] = prove(module, kernels)
             return kind, known[type(module)]
     return "", None
 
@@ -124,10 +129,11 @@ def _is_lora_linear(module: nn.Module) -> bool:
 
 
 def _is_fused_lora(module: nn.Module) -> bool:
-    return getattr(vars(module).get("forward"), "__func__", None) is _lora_forward
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    return getattr(function, "func", None) is _lora_forward
 
 
-def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _lora_forward(kernels: Kernels, self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """PEFT's forward, in one operation where nothing unusual is asked of it."""
     name = _single_adapter(self)
     if args or kwargs or name is None or not _computes_plainly(self, name, x):
@@ -135,7 +141,7 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
         return result
     dropout = self.lora_dropout[name]
     dropped = None if isinstance(dropout, nn.Identity) or not self.training else drop(x, dropout.p)
-    return lora_linear(x, dropped, _adapted_weight(self, name))
+    return lora_linear(x, dropped, _adapted_weight(self, name), kernels=kernels)
 
 
 def _adapted_weight(layer: Any, name: str) -> AdaptedWeight:
@@ -195,11 +201,11 @@ def _epsilon(module: nn.Module) -> float | None:
     return value if isinstance(value, float) else None
 
 
-def _rms_norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+def _rms_norm_forward(kernels: Kernels, self: Any, x: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled() or self.weight.requires_grad or self.weight.dtype != x.dtype:
         result: torch.Tensor = type(self).forward(self, x)
         return result
-    return rms_norm(x, self.weight, _epsilon(self) or 0.0)
+    return rms_norm(x, self.weight, _epsilon(self) or 0.0, kernels)
 
 
 def _looks_like_gated_mlp(module: nn.Module) -> bool:
@@ -207,19 +213,19 @@ def _looks_like_gated_mlp(module: nn.Module) -> bool:
     return {name for name, _ in module.named_children()} == set(parts)
 
 
-def _gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+def _gated_forward(kernels: Kernels, self: Any, x: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled():
         result: torch.Tensor = type(self).forward(self, x)
         return result
     linears = _joinable(self.gate_proj, x), _joinable(self.up_proj, x)
     if linears[0] is not None and linears[1] is not None:
-        product, factors = lora_gated(x, linears[0], linears[1])
+        product, factors = lora_gated(x, linears[0], linears[1], kernels)
         down = _joinable(self.down_proj, product)
         if down is not None:
-            return lora_linear(product, None, down, factors)
+            return lora_linear(product, None, down, factors, kernels)
     else:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        product = silu_product(gate, up) if gate.dtype == up.dtype else self.act_fn(gate) * up
+        product = silu_product(gate, up, kernels) if gate.dtype == up.dtype else self.act_fn(gate) * up
     output: torch.Tensor = self.down_proj(product)
     return output
 
@@ -235,14 +241,15 @@ def _joinable(layer: Any, x: torch.Tensor) -> AdaptedWeight | None:
     return None if drops else _adapted_weight(layer, name)
 
 
-def _prove(forward: _Forward, module: nn.Module) -> _Forward | None:
+def _prove(forward: _Forward, module: nn.Module, kernels: Kernels) -> _Forward | None:
     """The forward, if a miniature computes the same with it on random input, and passes the same gradient on to it."""
     with preserved_rng():
         torch.manual_seed(0)
         miniature = _miniature(module)
         probe = 2 * torch.randn(1, _PROBE_ROWS, _PROBE_WIDTH).to(next(miniature.parameters()).dtype)
-        agree = _agree([partial(function, miniature) for function in (type(module).forward, forward)], probe)
-    return forward if agree else None
+        both = (type(module).forward, partial(forward, PLAIN))
+        agree = _agree([partial(function, miniature) for function in both], probe)
+    return partial(forward, kernels) if agree else None
 
 
 def _agree(functions: Sequence[_Forward], *probes: torch.Tensor) -> bool:
@@ -258,7 +265,7 @@ def _agree(functions: Sequence[_Forward], *probes: torch.Tensor) -> bool:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return False
         results.append([*(output.detach() for output in outputs), *gradients])
-    return len(results[0]) == len(results[1]) and all(_are_close(a, b) for a, b in zip(*results, strict=True))
+    return len(results[0]) == len(results[1]) and all(are_close(a, b) for a, b in zip(*results, strict=True))
 
 
 def _miniature(module: Any) -> nn.Module:
@@ -275,13 +282,6 @@ def _miniature(module: Any) -> nn.Module:
     return small.requires_grad_(False)
 
 
-def _are_close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    difference = (a.float() - b.float()).abs().max()
-    return bool(difference <= _TOLERANCE.get(a.dtype, 0.0) * a.float().abs().max())
-
-
 # Rotary attention
 
 
@@ -292,25 +292,29 @@ def _calls_rotary(module: nn.Module) -> bool:
     return is_plain and _ROTARY in forward.__code__.co_names and callable(forward.__globals__.get(_ROTARY))
 
 
-def _with_fused_rotary(module: nn.Module) -> _Forward | None:
+def _with_fused_rotary(module: nn.Module, kernels: Kernels) -> _Forward | None:
     """The same code over the same names, but for its rotation; None where that rotates otherwise."""
     forward: Any = type(module).forward
-    fused = _fuse_rotary(forward.__globals__[_ROTARY])
-    if not _rotates_the_same(forward.__globals__[_ROTARY], fused):
+    own = forward.__globals__[_ROTARY]
+    if not _rotates_the_same(own, _fuse_rotary(own, PLAIN)):
         return None
-    names = {**forward.__globals__, _ROTARY: fused}
+    names = {**forward.__globals__, _ROTARY: _fuse_rotary(own, kernels)}
     copied = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     copied.__kwdefaults__ = forward.__kwdefaults__
     return copied
 
 
-def _fuse_rotary(own: _Forward) -> _Forward:
+def _fuse_rotary(own: _Forward, kernels: Kernels) -> _Forward:
+    repeats: list[bool] = []  # whether the halves of the angles are the same; looked at once, since the host waits
+
     def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 4 or not _rotates_plainly(*args):
             return own(*args, **kwargs)
         q, k, cos, sin = args
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        if kernels.repeats_angles and not repeats:
+            repeats.append(all(torch.equal(*angles.chunk(2, dim=-1)) for angles in (cos, sin)))
+        usable = kernels if not kernels.repeats_angles or repeats[0] else PLAIN
+        return rotate(q, k, cos.unsqueeze(1), sin.unsqueeze(1), usable)
 
     return apply_rotary_pos_emb
 

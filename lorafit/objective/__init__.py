@@ -20,6 +20,7 @@ from torch import nn
 from lorafit.contracts import Batch, Example, LossSum, Reporter, ReportTable, ShownSequence
 from lorafit.errors import NumericsError
 from lorafit.ops.isolation import in_mode
+from lorafit.ops.kernels import PLAIN
 from lorafit.ops.masks import known_documents
 
 _PROBED_ROWS = 64
@@ -74,6 +75,7 @@ class Objective(nn.Module):
         loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
         masks_documents: Whether packed rows get a mask beside their positions, for models that do not build one from
             positions alone. `lorafit.trainer.startup_proofs` finds out.
+        kernels: What computes the loss of a chunk; the table that the model's layers were given.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Objective(nn.Module):
         self.exact = exact
         self.masks_documents = False
         self.loss_chunk_bytes: int | None = None
+        self.kernels = PLAIN
         if autocast_dtype is not None:
             # Adapters leave their input's dtype alone: autocast casts their fp32 weights instead, which are far
             # smaller. PEFT would cast every input up to fp32 before autocast casts it down again.

@@ -95,7 +95,8 @@ def sum_cross_entropy(objective: Objective, batch: Batch) -> LossSum:
     if objective.exact:
         return LossSum(_exact_losses(objective, batch, "sum"), batch.weight)
     head, states = output_head(objective.base), _labelled_states(objective, batch)
-    loss_sum = linear_cross_entropy(states, head.weight, head.bias, batch["label_ids"], objective.loss_chunk_bytes)
+    labels, chunk_bytes = batch["label_ids"], objective.loss_chunk_bytes
+    loss_sum = linear_cross_entropy(states, head.weight, head.bias, labels, chunk_bytes, objective.kernels)
     return LossSum(loss_sum, batch.weight)
 
 

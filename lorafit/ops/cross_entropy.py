@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lorafit.ops.chunk_sizes import chunk_labels
+from lorafit.ops.kernels import PLAIN, Kernels, in_full
 
 
 def linear_cross_entropy(
@@ -27,6 +28,7 @@ def linear_cross_entropy(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     chunk_bytes: int | None = None,
+    kernels: Kernels = PLAIN,
 ) -> torch.Tensor:
     """Summed cross-entropy.
 
@@ -36,11 +38,14 @@ def linear_cross_entropy(
         bias: The head's bias, [vocabulary], or None.
         labels: Token ids, [labels].
         chunk_bytes: Of a chunk's fp32 logits; what is usual on the device where None.
+        kernels: What computes loss and gradient of a chunk.
 
     Returns:
         An fp32 scalar, in nats; differentiable once.
     """
-    loss_sum: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk_bytes)  # type: ignore[no-untyped-call]
+    loss_sum: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, labels, chunk_bytes, kernels
+    )
     return loss_sum
 
 
@@ -69,7 +74,7 @@ def _label_losses(
     states: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
 ) -> torch.Tensor:
     logits = functional.linear(states, head, bias)
-    return functional.cross_entropy(_in_full(logits), labels, reduction="none")
+    return functional.cross_entropy(in_full(logits), labels, reduction="none")
 
 
 @torch.no_grad()
@@ -92,7 +97,7 @@ def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     """`score_linear` from logits [labels, vocabulary] that exist already; their fp32 copies exist in chunks alone."""
     size = chunk_labels(logits.shape[-1], logits.device.type)
     losses = [
-        functional.cross_entropy(_in_full(chunk), ids, reduction="none")
+        functional.cross_entropy(in_full(chunk), ids, reduction="none")
         for chunk, ids in zip(torch.split(logits, size), torch.split(labels, size), strict=True)
     ]
     return torch.cat(losses), logits.argmax(-1) == labels
@@ -109,26 +114,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         chunk_bytes: int | None,
+        kernels: Kernels,
     ) -> torch.Tensor:
-        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_gradient = wants_hidden or wants_weight or wants_bias
         states, head, head_bias = _as_computed(hidden, weight, bias)
-        full = _in_full(hidden[:0]).dtype
+        full = in_full(hidden[:0]).dtype
         loss_sum = hidden.new_zeros((), dtype=full)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=full) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=full) if bias is not None and wants_bias else None
 
-        for rows, raw_logits, ids in _chunks(states, head, head_bias, labels, chunk_bytes):
-            logits = raw_logits.to(full)  # then in place: each further pass over [chunk, vocabulary] costs a step 1 %
-            logits.sub_(logits.amax(dim=-1, keepdim=True))
-            target = logits.gather(-1, ids.unsqueeze(-1))
-            exponentials = logits.exp_()
-            total = exponentials.sum(dim=-1, keepdim=True)
-            loss_sum += (total.log() - target).sum()
-            if not (wants_hidden or wants_weight or wants_bias):
+        for rows, logits, ids in _chunks(states, head, head_bias, labels, chunk_bytes):
+            loss, error = kernels.logit_errors(logits, ids, wants_gradient)
+            loss_sum += loss
+            if error is None:
                 continue
-            error = exponentials.div_(total)  # softmax, then minus one-hot
-            error.scatter_add_(-1, ids.unsqueeze(-1), torch.full_like(target, -1.0))
             if grad_bias is not None:
                 grad_bias += error.sum(dim=0)
             error = error.to(states.dtype)
@@ -148,13 +149,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In full precision: an fp16 loss scale alone may be more than fp16 holds.
-        gradients = [None if g is None else (_in_full(g) * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return (*gradients, None, None)
-
-
-def _in_full(tensor: torch.Tensor) -> torch.Tensor:
-    """fp32, or what is wider already."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+        gradients = [None if g is None else (in_full(g) * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
+        return (*gradients, None, None, None)
 
 
 def _as_computed(

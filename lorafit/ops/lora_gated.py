@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lorafit.ops.layer_functions import differentiate_silu_product, multiply_silu
+from lorafit.ops.kernels import PLAIN, Kernels
 from lorafit.ops.lora_linear import AdaptedWeight, unpack
 
 _OPERANDS = len(AdaptedWeight._fields)
-_GATE_A, _GATE_B, _UP_A, _UP_B = 1, 2, 1 + _OPERANDS, 2 + _OPERANDS  # among the inputs
+_GATE_A, _GATE_B, _UP_A, _UP_B = 2, 3, 2 + _OPERANDS, 3 + _OPERANDS  # among the inputs
 
 
 def lora_gated(
-    x: torch.Tensor, gate: AdaptedWeight, up: AdaptedWeight
+    x: torch.Tensor, gate: AdaptedWeight, up: AdaptedWeight, kernels: Kernels = PLAIN
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """silu(gate(x)) * up(x).
 
@@ -31,12 +31,13 @@ def lora_gated(
         x: [..., in], in the compute dtype.
         gate: [width, in].
         up: Likewise; rank, scaling and quantisation may differ.
+        kernels: What computes products and silu.
 
     Returns:
         The product, [..., width], in the dtype of x, and its factors gate(x) and up(x), [tokens, width], which the
         backward pass keeps; no gradient goes through these.
     """
-    product, *factors = _LoraGated.apply(x, *gate, *up)  # type: ignore[no-untyped-call]
+    product, *factors = _LoraGated.apply(x, kernels, *gate, *up)  # type: ignore[no-untyped-call]
     return product, (factors[0], factors[1])
 
 
@@ -44,36 +45,36 @@ class _LoraGated(torch.autograd.Function):
     """See the module. The backward pass has one gradient of x for both linears, and scales each rank's half of h."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *operands: Any) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: torch.Tensor, kernels: Kernels, *operands: Any) -> tuple[torch.Tensor, ...]:
         gate, up = AdaptedWeight(*operands[:_OPERANDS]), AdaptedWeight(*operands[_OPERANDS:])
         rows = x.reshape(-1, x.shape[-1])
         a = torch.cat([gate.a, up.a]).to(x.dtype)
-        inner = functional.linear(rows, a)
+        inner = _scaled_halves(rows, a, gate, up, kernels)
         bs, outputs = [], []
         for part, h in zip((gate, up), torch.split(inner, [len(gate.a), len(up.a)], dim=1), strict=True):
             bias = None if part.bias is None else part.bias.to(x.dtype)
             b = part.b.to(x.dtype)
             output = functional.linear(rows, unpack(part.weight, part.quant_state), bias)
-            outputs.append(output.addmm_(h.mul_(part.scaling), b.t()))
+            outputs.append(output.addmm_(h, b.t()))
             bs.append(b)
         ctx.save_for_backward(rows, inner, a, *bs, *outputs, gate.weight, up.weight)
         ctx.states, ctx.scalings = (gate.quant_state, up.quant_state), (gate.scaling, up.scaling)
-        ctx.ranks, ctx.shape = [len(gate.a), len(up.a)], x.shape
+        ctx.ranks, ctx.shape, ctx.kernels = [len(gate.a), len(up.a)], x.shape, kernels
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)  # else the factors would get gradients of zeros
-        return (multiply_silu(*outputs).view(*x.shape[:-1], -1), *outputs)
+        return (kernels.multiply_silu(*outputs).view(*x.shape[:-1], -1), *outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if grad_output is None:  # nobody used the product
-            return (None,) * (1 + 2 * _OPERANDS)
+            return (None,) * (2 + 2 * _OPERANDS)
         rows, inner, a, gate_b, up_b, gate, up, gate_weight, up_weight = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grad = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_gate, grad_up = differentiate_silu_product(gate, up, grad)
+        grad_gate, grad_up = ctx.kernels.differentiate_silu(gate, up, grad)
         halves = zip((grad_gate, grad_up), (gate_b, up_b), ctx.scalings, strict=True)
-        grad_inner = torch.cat([(g @ b).mul_(scaling) for g, b, scaling in halves], dim=1)
+        grad_inner = torch.cat([ctx.kernels.scaled_product(*half) for half in halves], dim=1)
         gate_h, up_h = torch.split(inner, ctx.ranks, dim=1)
         grad_gate_b = grad_gate.t() @ gate_h if wants[_GATE_B] else None
         grad_up_b = grad_up.t() @ up_h if wants[_UP_B] else None
@@ -86,4 +87,15 @@ class _LoraGated(torch.autograd.Function):
             grad_x.addmm_(grad_up, unpack(up_weight, ctx.states[1])).addmm_(grad_inner, a)
             grad_x = grad_x.view(ctx.shape)
         frozen = (None,) * (_OPERANDS - 2)
-        return grad_x, grad_as[0], grad_gate_b, *frozen, grad_as[1], grad_up_b, *frozen
+        return grad_x, None, grad_as[0], grad_gate_b, *frozen, grad_as[1], grad_up_b, *frozen
+
+
+def _scaled_halves(
+    rows: torch.Tensor, a: torch.Tensor, gate: AdaptedWeight, up: AdaptedWeight, kernels: Kernels
+) -> torch.Tensor:
+    """Both h beside each other, [tokens, ranks of both]: one product, where both are scaled alike."""
+    if gate.scaling == up.scaling:
+        return kernels.scaled_product(rows, a.t(), gate.scaling)
+    return torch.cat(
+        [kernels.scaled_product(rows, part.a.to(rows.dtype).t(), part.scaling) for part in (gate, up)], dim=1
+    )

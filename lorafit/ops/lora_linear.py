@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from lorafit.ops.layer_functions import multiply_silu
+from lorafit.ops.kernels import PLAIN, Kernels
 
 
 class AdaptedWeight(NamedTuple):
@@ -47,6 +47,7 @@ def lora_linear(
     dropped: torch.Tensor | None,
     linear: AdaptedWeight,
     factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+    kernels: Kernels = PLAIN,
 ) -> torch.Tensor:
     """x W^T + bias + scaling (x_a A^T) B^T.
 
@@ -56,11 +57,14 @@ def lora_linear(
         linear: [out, in].
         factors: gate and up, [tokens, in], where x is `multiply_silu` of them and they are kept anyway: the backward
             pass then keeps no x.
+        kernels: What computes the rest.
 
     Returns:
         [..., out], in the dtype of x.
     """
-    result: torch.Tensor = _LoraLinear.apply(x, dropped, *(factors or (None, None)), *linear)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, dropped, *(factors or (None, None)), *linear, kernels
+    )
     return result
 
 
@@ -80,16 +84,18 @@ class _LoraLinear(torch.autograd.Function):
         quant_state: Any,
         bias: torch.Tensor | None,
         scaling: float,
+        kernels: Kernels,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         branch_rows = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         # In place from here on: neither product's result is kept.
         output = functional.linear(rows, unpack(weight, quant_state), None if bias is None else bias.to(x.dtype))
-        inner = functional.linear(branch_rows, a_cast).mul_(scaling)
+        inner = kernels.scaled_product(branch_rows, a_cast.t(), scaling)
         output.addmm_(inner, b_cast.t())
         ctx.save_for_backward(None if up is not None else branch_rows, gate, up, inner, a_cast, b_cast, weight)
-        ctx.quant_state, ctx.scaling, ctx.shape, ctx.is_dropped = quant_state, scaling, x.shape, dropped is not None
+        ctx.quant_state, ctx.scaling, ctx.kernels = quant_state, scaling, kernels
+        ctx.shape, ctx.is_dropped = x.shape, dropped is not None
         # no view, as a linear's result is none: Llama 4's experts' neighbour writes into it
         reshaped: torch.Tensor = torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], output.shape[-1]])
         return reshaped
@@ -101,10 +107,10 @@ class _LoraLinear(torch.autograd.Function):
         wants_x, wants_dropped, _, _, wants_a, wants_b = ctx.needs_input_grad[:6]
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_b = grad.t() @ inner if wants_b else None
-        grad_inner = (grad @ b).mul_(ctx.scaling)
+        grad_inner = ctx.kernels.scaled_product(grad, b, ctx.scaling)
         grad_a = None
         if wants_a:
-            grad_a = grad_inner.t() @ (multiply_silu(gate, up) if branch_rows is None else branch_rows)
+            grad_a = grad_inner.t() @ (ctx.kernels.multiply_silu(gate, up) if branch_rows is None else branch_rows)
         grad_x = grad_dropped = None
         if wants_x:
             grad_x = grad @ unpack(weight, ctx.quant_state)
@@ -113,7 +119,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if wants_dropped:
             grad_dropped = (grad_inner @ a).view(ctx.shape)
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None, None, None
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None, None, None, None
 
 
 def unpack(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
 from lorafit.ops.attention_kernels import VARLEN
+from lorafit.ops.kernel_choice import check_kernels
 from lorafit.ops.recomputed_layers import CHECKPOINTING, Checkpointing
 from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, begins_rows, recipe_step, takes_varlen
 from lorafit.recipe.schema import Recipe
@@ -35,6 +36,7 @@ class Plan:
         dtype: `bf16`, `fp16` or `fp32`.
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
         attention: As the recipe says; `auto` is left open.
+        kernels: `none` or `liger`: what computes norms, products and losses, if it proves right.
         packing: Whether several documents share a row; None: under attention that is made for it.
         gradient_checkpointing: Where recipe or memory decide it; None where several of its values can fit.
         micro_batch_tokens: As the recipe says; None: the first steps choose between the bounds.
@@ -71,6 +73,7 @@ class Plan:
     quantization: str
     keeps_unpacked: bool
     attention: str
+    kernels: str
     packing: bool | None
     gradient_checkpointing: Checkpointing | None
     micro_batch_tokens: int | None
@@ -139,6 +142,7 @@ def plan(
     memory = recipe_step(recipe, shape, dataset, device, engine=engine)
     step = memory.step
     _check_attention(recipe, device, step)
+    check_kernels(recipe.model.kernels, device.kind)
     _check_length(dataset, step)
     _check_packing(recipe, step)
     bounds = memory_bounds(memory, min(training.batch_size, dataset.rows), device)
@@ -165,6 +169,7 @@ def plan(
         quantization=recipe.model.quantization.kind,
         keeps_unpacked=step.keeps_unpacked,
         attention=recipe.model.attention,
+        kernels=step.kernels,
         packing=step.packing,
         gradient_checkpointing=bounds.checkpointing,
         micro_batch_tokens=memory.tokens,

@@ -29,6 +29,7 @@ from lorafit.memory import Engine, StepMemory, StepShape, closed_form, covers, f
 from lorafit.memory.closed_form import unpacked_weights_bytes
 from lorafit.ops.attention_kernels import VARLEN, takes_documents
 from lorafit.ops.chunk_sizes import larger_chunk_bytes
+from lorafit.ops.kernel_choice import planned_kernels
 from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.recipe.schema import Auto, Recipe
 
@@ -79,6 +80,7 @@ def recipe_step(
     dtype = resolve_dtype(recipe.model.dtype, device)
     quantization = quantizations.bind(recipe.model.quantization)
     quantization.check(shape)
+    device_kind = "cpu" if device is not None and device.kind == "cpu" else "cuda"
     step = StepShape(
         model=shape,
         quantization=quantization,
@@ -90,7 +92,8 @@ def recipe_step(
         dtype=dtype,
         compute_dtype=resolve_compute_dtype(recipe, dtype),
         attention=estimated_attention(recipe, shape),
-        device_kind="cpu" if device is not None and device.kind == "cpu" else "cuda",
+        device_kind=device_kind,
+        kernels=planned_kernels(recipe.model.kernels, device_kind),
         capability=(device and device.capability) or LIKELY_CAPABILITY,
         packing=given(recipe.data.packing),
         max_grad_norm=recipe.training.max_grad_norm,

@@ -52,7 +52,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     if plan.without_adapter:
         yield "no adapter", _plain(_left_out(plan))
     stored = f"{plan.quantization}, the rest {plan.dtype}; compute {plan.compute_dtype}"
-    yield "weights", f"{stored}; attention {plan.attention}"
+    kernels = f"; kernels {plan.kernels}" if plan.device.kind != "cpu" else ""
+    yield "weights", f"{stored}; attention {plan.attention}{kernels}"
     if plan.packing is not False:
         yield "packing", "on" if plan.packing else "auto: with varlen attention, where that is right and fastest"
     if plan.keeps_unpacked:

@@ -23,6 +23,7 @@ _TODO = "take a plan.json that a run of lorafit wrote"
 _Count = Annotated[int, Field(gt=0, lt=1 << 53)]
 _Attention = Annotated[str, Field(pattern="^(auto|eager|sdpa|fused|varlen|flash_attention_2)$")]
 """transformers takes any other name of an attention for a kernel to fetch and run."""
+_Kernels = Annotated[str, Field(pattern="^(none|liger( without [a-z, ]+)?)$")]
 _Dtype = Annotated[str, Field(pattern="^(bf16|fp16|fp32)$")]
 
 
@@ -65,6 +66,7 @@ class ResolvedPlan:
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy; older runs did as their plan said.
         micro_batch_cost_tokens: What starting a micro-batch costs on a card, as its steps are cut; None: as on a CPU.
         loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
+        kernels: `none` or `liger`, with what of it was left out.
     """
 
     micro_batch_tokens: _Count
@@ -83,6 +85,7 @@ class ResolvedPlan:
     keeps_unpacked: bool = True
     loss_chunk_bytes: _Count | None = None
     micro_batch_cost_tokens: _Count | None = None
+    kernels: _Kernels = "none"
 
     @property
     def later(self) -> Way:

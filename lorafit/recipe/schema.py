@@ -97,6 +97,10 @@ class ModelSection(Section):
     attention: Literal["auto", "eager", "sdpa", "fused", "varlen", "flash_attention_2"] = "auto"
     """Attention implementation: one of transformers, or lorafit's own: `fused` for training on a CPU, `varlen` for
     packed rows on a card. `auto`: what is proven and fastest on this model."""
+    kernels: Literal["auto", "liger", "none"] = "auto"
+    """What computes norms, gated products, rotations and the loss while training on a CUDA GPU: `liger`, the Triton
+    kernels of liger-kernel (`pip install 'lorafit[liger]'`); `none`, torch's. `auto`: Liger's where they are installed.
+    Each is compared with lorafit's own before step 1, and left out where it differs."""
     quantization: QuantizationChoice = Field(default="nf4", validate_default=True)
     """How the frozen linear weights are stored."""
 

@@ -326,9 +326,10 @@ def describe_resolved(resolved: ResolvedPlan) -> str:
     if not resolved.is_settled:
         ways = len(set(resolved.first_steps))
         tried = f"; steps 1 to {len(resolved.first_steps)} try {ways} ways, the rest take the fastest"
+    kernels = "" if resolved.kernels == "none" else f"{resolved.kernels} kernels, "
     return (
         f"micro-batches of {resolved.micro_batch_tokens} tokens{started}{at_once}, {resolved.attention} attention, "
-        f"checkpointing {CHECKPOINTING[resolved.gradient_checkpointing]} (from the {resolved.source}){tried}"
+        f"{kernels}checkpointing {CHECKPOINTING[resolved.gradient_checkpointing]} (from the {resolved.source}){tried}"
     )
 
 

@@ -58,11 +58,13 @@ class Environment:
     """torch's on a CPU, where sums depend on how they are split; 0 where an older run recorded none."""
     card: str = ""
     """Its name and capability, by which kernels are chosen; empty on a CPU, and where an older run recorded none."""
+    kernels: str = ""
+    """Liger's operations that are taken, with their versions; empty for lorafit's own."""
 
     @classmethod
-    def here(cls, device_kind: str, ranks: int, card: str = "") -> Environment:
+    def here(cls, device_kind: str, ranks: int, card: str = "", kernels: str = "") -> Environment:
         """This process's."""
-        return cls(device_kind, ranks, installed_versions(), torch.get_num_threads(), card)
+        return cls(device_kind, ranks, installed_versions(), torch.get_num_threads(), card, kernels)
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,9 @@ def check_continuity(
     ]
     if was.card and now.card not in ("", was.card):
         differences.append(f"the card was {was.card} and is {now.card}")
+    if was.kernels != now.kernels:
+        own = "lorafit's own"
+        differences.append(f"the kernels were {was.kernels or own} and are {now.kernels or own}")
     if changed:
         differences.append(f"versions changed ({', '.join(changed)})")
     for difference in differences:

@@ -299,6 +299,7 @@ def resolve_plan(
         device_kind=stage.device.type,
         ranks=stage.executor.ranks,
         source=source if is_open else "recipe",
+        kernels=stage.objective.kernels.name,
     )
     if stage.executor.ranks > 1:  # each looked at its own memory: rank 0's values
         resolved = ResolvedPlan.from_json(stage.executor.gather(resolved.to_json())[0])

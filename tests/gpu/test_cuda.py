@@ -217,3 +217,21 @@ def test_evaluation_and_generation_on_the_card(gpu: World) -> None:
     assert figures[0] == pytest.approx(figures[1], rel=0.1)
     answer = gpu.spawn("generate", "run", "--prompt", "what opens", "--compare-base", "--max-new-tokens", "4", "--json")
     say_all(answer, 0)
+
+
+@pytest.mark.parametrize("name", ["none", "liger"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_kernels_of_a_card_compute_what_plain_ones_do(name: str, dtype: str) -> None:
+    import torch
+
+    from lorafit.contracts import Silent
+    from lorafit.ops.kernel_choice import choose_kernels, has_liger
+    from lorafit.ops.kernel_proof import prove_kernels
+    from lorafit.ops.kernels import PLAIN
+
+    if name == "liger" and not has_liger():
+        pytest.skip("liger-kernel is not installed: pip install 'lorafit[liger]'")
+    card, kind = torch.device("cuda", 0), getattr(torch, dtype)
+    chosen = choose_kernels(name, card, kind, Silent())
+    assert chosen.name == name
+    assert prove_kernels(chosen, PLAIN, card, kind) == (chosen, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -14,6 +15,9 @@ import torch
 from lorafit import pipeline
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
+from lorafit.machine.devices import parse_gpu
+from lorafit.model.class_shape import find_shape
+from lorafit.plan.recipe_step import recipe_step
 from lorafit.trainer.step import Update
 from tests.support.option_kinds import kind_cases
 from tests.support.option_leaves import Case, Probe
@@ -88,6 +92,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             partial(saved_bytes, world, "model.attention"),
             refused=("flash_attention_2", "varlen"),
         ),
+        "model.kernels": Case(("none", "liger"), partial(memory_on_a_card, world, "model.kernels")),
         "model.quantization": Case(
             ("none", "nf4", "fp4", "int8", {"kind": "mixed", "linears": {"down_proj": "int8"}}),
             of_run(world, "model.quantization", first_loss),
@@ -365,6 +370,13 @@ def saved_bytes(world: OptionWorld, key: str, value: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pipeline.train(world.recipe({key: value}))
     return kept
+
+
+def memory_on_a_card(world: OptionWorld, key: str, value: Any) -> int:
+    """What a step of the recipe is said to need on a GPU."""
+    recipe = world.load({key: value, "model.dtype": "bf16"}).recipe
+    base = json.loads((world.root / "base" / "config.json").read_text(encoding="utf-8"))
+    return recipe_step(recipe, find_shape(base), None, parse_gpu("24GiB")).at(4096, False).needed_bytes
 
 
 def forward_passes(world: OptionWorld, tokens: int) -> int:

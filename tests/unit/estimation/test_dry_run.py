@@ -264,7 +264,7 @@ def test_where_the_peak_is(tmp_path: Path) -> None:
     question = ask(config, tmp_path)
     dry = exact(question, config, True)
     assert dry.peak_phase.name == "loss"
-    assert dry.components["loss"] > 50_000 * 4 * 200
+    assert dry.components["loss"] > 50_000 * 8 * 80  # a chunk of logits, their fp32 copy and the error
     small = exact(ask({**config, "vocab_size": 64}, tmp_path), {**config, "vocab_size": 64}, True)
     assert small.peak_phase.name == "backward"
     assert "layers." in small.peak_phase.where

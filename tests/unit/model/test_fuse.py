@@ -202,7 +202,7 @@ def test_rotations_in_bf16_are_as_exact_as_transformers() -> None:
         x, cos, sin = (tensor.bfloat16().to(dtype) for tensor in (exact, angles.cos(), angles.sin()))
         leaf = x.requires_grad_()
         theirs, _ = modeling_llama.apply_rotary_pos_emb(leaf, leaf, cos, sin)
-        for output in (theirs, rotate(leaf, cos.unsqueeze(1), sin.unsqueeze(1))):
+        for output in (theirs, rotate(leaf, leaf, cos.unsqueeze(1), sin.unsqueeze(1))[0]):
             gradient = torch.autograd.grad(output, leaf, upstream.bfloat16().to(dtype), retain_graph=True)[0]
             results.append(torch.stack([output.detach().double(), gradient.double()]))
     truth, same, pefts, ours = results
@@ -548,7 +548,7 @@ def test_gradients_hold_in_fp64() -> None:
     assert torch.autograd.gradcheck(whole, (x, a, b, down.a, down.b))
     assert torch.autograd.gradcheck(silu_product, (random(3, 4), random(3, 4)))
     cos, sin = random(2, 1, 3, 6).detach(), random(1, 1, 3, 6).detach()
-    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), random(2, 2, 3, 6))
+    assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, cos, sin), (random(2, 2, 3, 6), random(2, 1, 3, 6)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

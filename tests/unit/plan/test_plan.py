@@ -403,7 +403,7 @@ def test_chunks_of_the_loss_follow_the_memory_of_a_card_and_no_cpus() -> None:
         name: phase.parts["loss"] for name, phase in (("large", large.memory.phases[1]), ("usual", usual.phases[1]))
     }
     assert held["large"] > 2 * held["usual"] and held["large"] >= 128_256 * rows * 6
-    training = {"micro_batch_tokens": 2400, "gradient_checkpointing": True}
+    training = {"micro_batch_tokens": 1200, "gradient_checkpointing": True}
     narrow: dict[str, Any] = {"model": {"quantization": "none"}, "training": training}
     full = make(card(60), replace(ROWS, longest_trained_tokens=600), "Qwen/Qwen2.5-14B", **narrow)
     border = full.memory.needed_bytes / 0.95 / GIB
