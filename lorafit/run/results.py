@@ -274,12 +274,16 @@ class Classified(Printed):
         return {"labels": [{**place, **_asked(text), **found} for place, text, found in rows]}
 
     def write(self, file: Path) -> None:
-        """The same as JSON lines. Raises ResourceError where the disk is full, read-only or broken."""
+        """The same as JSON lines, or as a table where the file ends in `.csv`. Raises ResourceError where the disk is
+        full, read-only or broken.
+        """
         from lorafit.files.atomic import atomic_file
 
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.to_json()["labels"]]
+        rows = self.to_json()["labels"]
+        lines = [f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n" for row in rows]
+        text = _as_table(rows) if file.suffix.lower() == ".csv" else "".join(lines)
         with atomic_file(file) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", newline="")
 
     def render(self, console: Console) -> None:
         """A line a text: labels with their probabilities, and the text where there are several.
@@ -295,6 +299,27 @@ class Classified(Printed):
             line = _say_words(text, found) if text.words else _say_classes(found)
             flat = " ".join((text.text or "").split())
             console.print(line + (f"  {flat}" if text.line else ""), markup=False, highlight=False, soft_wrap=True)
+
+
+def _as_table(rows: Sequence[JsonObject]) -> str:
+    """CSV with a column for each value, and for each class its probability. Blanks part words and their labels, commas
+    several labels of a text.
+    """
+    import csv
+    from io import StringIO
+
+    flat: list[JsonObject] = []
+    for row in rows:
+        shares, between = row["probabilities"], " " if "words" in row else ", "
+        line: JsonObject = {name: row[name] for name in ("file", "line", "text") if name in row}
+        line |= {"words": " ".join(row["words"])} if "words" in row else {}
+        line["labels"] = between.join(row["labels"])
+        flat.append(line | (shares if isinstance(shares, dict) else {"probabilities": " ".join(map(str, shares))}))
+    table = StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for line in flat for name in line)))
+    writer.writeheader()
+    writer.writerows(flat)
+    return table.getvalue()
 
 
 def _asked(text: Sample) -> JsonObject:

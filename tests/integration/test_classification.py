@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import lorafit
+from lorafit import pipeline
 from lorafit.errors import ModelError
 from tests.support.processes import ENVIRONMENT, PROGRAM, start
 from tests.support.tiny_model import make_base
@@ -191,3 +193,16 @@ def test_a_killed_classifier_goes_on_as_the_same_run_and_says_the_same(tmp_path:
     answers = [finish("classify", name, "--input", "rows.jsonl", "--json") for name in ("unbroken", "killed")]
     told = [json.loads(answer)["labels"] for answer in answers]
     assert len(told[0]) == len(ROWS) and told[0] == told[1]
+
+
+def test_a_table_goes_in_and_a_table_comes_out(tmp_path: Path) -> None:
+    run = lorafit.train(colours(make_base(tmp_path / "base"), tmp_path / "run"), rows=ROWS, quiet=True)
+    asked = tmp_path / "asked.csv"
+    asked.write_text('id;text\n1;a red one\n2;"blue; or ""green"""\n')
+    found = pipeline.classify(run.path, input_file=asked, output=tmp_path / "labels.csv").to_json()["labels"]
+    with (tmp_path / "labels.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["text"] for line in lines] == ["a red one", 'blue; or "green"']
+    assert [line["labels"] for line in lines] == [row["labels"][0] for row in found]
+    for line, row in zip(lines, found, strict=True):
+        assert {name: float(line[name]) for name in ("blue", "green", "red")} == row["probabilities"]

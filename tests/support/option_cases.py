@@ -178,6 +178,10 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
         "task(sequence-classification).multi_label": Case(
             (False, True), lambda several: last_of_classes(world, classifier(multi_label=several))
         ),
+        "task(sequence-classification).class_weights": Case(
+            ("none", "balanced", [1.0, 5.0]),
+            lambda weights: last_of_classes(world, classifier(labels=["no", "yes"], class_weights=weights)),
+        ),
         "task(token-classification).labels": Case((["O", "B-X"], ["O", "B-X", "I-X"]), partial(last_of_words, world)),
         "task(dpo).beta": Case((0.1, 5.0), partial(preferences, "beta")),
         "task(dpo).loss": Case(("sigmoid", "hinge", "ipo"), partial(preferences, "loss")),

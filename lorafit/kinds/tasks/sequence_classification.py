@@ -8,10 +8,11 @@ The head is drawn anew, trained whole, and saved with the adapter.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorafit.console.nearest import did_you_mean
 from lorafit.console.wording import agreed, counted, list_names
@@ -20,6 +21,7 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks._class_tables import by_class, confusion, reliability
 from lorafit.kinds.tasks._heads import fit_head, head_inputs, mean_states, pad_texts
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from lorafit.contracts import Encoded, Example, JsonObject, Reporter, Sample
     from lorafit.objective import Objective
 
-_MATRIX_CLASSES = 12
 _NO_CHATS = "reads texts with labels, which go through no chat template"
 
 
@@ -43,6 +44,10 @@ class SequenceClassificationSection(TaskSection):
     """Names of the classes, in the order of the model's outputs; empty: those of the training rows, sorted."""
     multi_label: bool = False
     """Whether a row may belong to several classes, or to none; else to exactly one."""
+    class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(gt=0.0)]] = Field(default="none")
+    """What the loss of a row counts while training, by its class, in the order of `labels`. `balanced`: rows / (classes
+    x rows of the class), so that all classes count alike and the mean row 1; with `multi_label` what a yes counts:
+    rows without / rows with. Held-out losses are plain."""
 
     @field_validator("labels")
     @classmethod
@@ -52,6 +57,13 @@ class SequenceClassificationSection(TaskSection):
         if len(value) == 1:
             raise ValueError("one class alone is nothing to tell apart; name two at least")
         return value
+
+    @model_validator(mode="after")
+    def _weigh_each(self) -> Self:
+        if isinstance(self.class_weights, list) and len(self.class_weights) != len(self.labels):
+            many = f"{len(self.class_weights)} weights for {len(self.labels)} classes that are named"
+            raise ValueError(f"class_weights has {many}; name the classes in labels, and give each of them one")
+        return self
 
 
 @tasks.register(SequenceClassificationSection)
@@ -81,19 +93,29 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         return self.section.labels or ["0", "1"]
 
     def settle(self, samples: Iterable[Sample]) -> SequenceClassification:
-        """The task with the labels of its training rows, numbers in their order, where the recipe names none.
+        """The task with the labels of its training rows, numbers in their order, where the recipe names none; and with
+        what balances its classes, where it asks for that.
 
         Raises:
             DataError: There are fewer than two.
         """
-        if self.section.labels:
+        section = self.section
+        if section.labels and section.class_weights != "balanced":
             return self
-        found = {name for sample in samples for name in sample.labels or ()}
-        if len(found) < 2:
-            what = f"the training rows have {len(found)} labels; two classes at least can be told apart"
+        rows, rows_of = 0, Counter[str]()
+        for sample in samples:
+            rows += 1
+            rows_of.update(sample.labels or ())
+        names = section.labels or sorted(rows_of, key=_in_order)
+        if len(names) < 2:
+            what = f"the training rows have {len(names)} labels; two classes at least can be told apart"
             raise DataError(what, key="label", todo="add rows of other classes, or set task.labels")
-        names = sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
-        return SequenceClassification(self.section.model_copy(update={"labels": names}))
+        settled: dict[str, Any] = {"labels": names}
+        if section.class_weights == "balanced":
+            settled["class_weights"] = [
+                _balance(rows_of[name], rows, len(names), section.multi_label) for name in names
+            ]
+        return SequenceClassification(section.model_copy(update=settled))
 
     @property
     def model_class(self) -> ModelClass:
@@ -113,9 +135,10 @@ class SequenceClassification(Task[SequenceClassificationSection]):
 
     @property
     def scores(self) -> Mapping[str, int]:
-        """The loss, its weight (1 a row), the row's classes, and those that the model gives it."""
+        """The loss, its weight (1 a row), the row's classes, those that the model gives it, and how likely one is."""
         count = len(self.labels)
-        return {"loss": 1, "weight": 1, "classes": count, "predicted": count}
+        of_one = {} if self.section.multi_label else {"confidence": 1}
+        return {"loss": 1, "weight": 1, "classes": count, "predicted": count, **of_one}
 
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
         """The text and its classes.
@@ -204,11 +227,16 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         return self.cut(example, most_tokens)
 
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
-        """Nats summed over the rows."""
+        """Nats summed over the rows, by the weights of their classes."""
+        import torch
         from torch.nn import functional
 
-        logits = self.logits(objective, batch)
-        return LossSum(functional.cross_entropy(logits, batch["label_ids"], reduction="sum"), batch.weight)
+        logits, right = self.logits(objective, batch), batch["label_ids"]
+        if isinstance(self.section.class_weights, str):
+            return LossSum(functional.cross_entropy(logits, right, reduction="sum"), batch.weight)
+        by_class = torch.tensor(self.section.class_weights, device=logits.device)
+        weights = by_class[right] if not self.section.multi_label else by_class.repeat(len(batch.rows)) ** right
+        return LossSum((functional.cross_entropy(logits, right, reduction="none") * weights).sum(), batch.weight)
 
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Of each row: its loss, 1, its classes, and those that the model gives it."""
@@ -244,29 +272,10 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         return torch.cat(states), torch.cat(right).double()
 
     def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
-        """Each class, and which classes are taken for which: all of them, or of many classes the pairs that are."""
-        import numpy as np
-
-        wanted, given = (np.array([row[name] for row in rows], dtype=int) for name in ("classes", "predicted"))
-        counts = wanted.T @ given
-        rows_of, given_of, right_of = wanted.sum(0), given.sum(0), (wanted * given).sum(0)
-        lines: list[tuple[str | int | float, ...]] = []
-        for name, there, said, right in zip(self.labels, rows_of, given_of, right_of, strict=True):
-            shares = _share(right, said), _share(right, there), _share(2 * right, said + there)
-            lines.append((name, int(there), *shares))
-        by_class = ReportTable("classes", "each class", ("class", "rows", "precision", "recall", "F1"), tuple(lines))
+        """Each class; of rows with one label also which are given for which, and how often what is likely is right."""
         if self.section.multi_label:
-            return (by_class,)
-        if len(self.labels) <= _MATRIX_CLASSES:
-            title, headings = "confusion: rows of each class by the class given", ("row's class", *self.labels)
-            cells: list[tuple[str | int | float, ...]] = [
-                (name, *map(int, line)) for name, line in zip(self.labels, counts, strict=True)
-            ]
-            return (by_class, ReportTable("confusion", title, headings, tuple(cells)))
-        pairs = sorted((-int(counts[i, j]), i, j) for i, j in np.argwhere(counts) if i != j)
-        named = tuple((self.labels[i], self.labels[j], -count) for count, i, j in pairs)
-        title = "confusion: classes given for others"
-        return (by_class, ReportTable("confusion", title, ("row's class", "class given", "rows"), named))
+            return (by_class(self.labels, rows),)
+        return (by_class(self.labels, rows), confusion(self.labels, rows), reliability(rows))
 
     def label(self, objective: Objective, batch: Batch) -> list[JsonObject]:
         """The classes of each row, and the probability of every class."""
@@ -325,6 +334,8 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         rows, right = len(batch.rows), batch["label_ids"]
         losses = functional.cross_entropy(logits, right, reduction="none").view(rows, -1).sum(-1)
         found = {"loss": losses, "classes": self._flags(right, rows), "predicted": self._flags(logits.argmax(-1), rows)}
+        if not self.section.multi_label:
+            found["confidence"] = logits.double().softmax(-1).amax(-1)
         arrays = {name: values.double().cpu().numpy() for name, values in found.items()}
         return {**arrays, "weight": np.ones(rows)}
 
@@ -333,6 +344,13 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         return ", ".join(names) or "none of them"
 
 
-def _share(part: int, of: int) -> float | str:
-    """A share; - where there is nothing that it could be of, as with a class that no row has."""
-    return float(part / of) if of else "-"
+def _in_order(name: str) -> tuple[int, int, str]:
+    """Numbers before names, by their value."""
+    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+
+
+def _balance(with_it: int, rows: int, classes: int, several: bool) -> float:
+    """What a row of a class counts, see `SequenceClassificationSection`; 1 of a class that no row has."""
+    if not with_it:
+        return 1.0
+    return max(1, rows - with_it) / with_it if several else rows / (classes * with_it)

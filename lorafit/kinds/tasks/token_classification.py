@@ -22,6 +22,7 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks._class_tables import share
 from lorafit.kinds.tasks._heads import fit_head, head_inputs, pad_texts
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ class TokenClassification(Task[TokenClassificationSection]):
             return ()
         sums = np.sum([row["entities"] for row in rows], axis=0).reshape(-1, 3)
         lines: list[tuple[str | int | float, ...]] = [
-            (name, int(wanted), _share(right, given), _share(right, wanted), _share(2 * right, given + wanted))
+            (name, int(wanted), share(right, given), share(right, wanted), share(2 * right, given + wanted))
             for name, (right, given, wanted) in zip(self.types, sums, strict=True)
         ]
         return (ReportTable("entities", "each type", ("type", "entities", "precision", "recall", "F1"), tuple(lines)),)
@@ -338,8 +339,3 @@ def _by_row(values: torch.Tensor, batch: Batch) -> list[list[float]]:
     for value, place in zip(values.tolist(), batch["label_index"].tolist(), strict=True):
         found[place // width].append(value)
     return found
-
-
-def _share(part: float, of: float) -> float | str:
-    """A share; - where there is nothing that it could be of."""
-    return float(part / of) if of else "-"

@@ -21,6 +21,7 @@ from lorafit.kinds.metrics.rouge import split_words
 
 def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, ...]]:
     classes = {"classes": (1.0, 0.0), "predicted": (1.0, 0.0) if correct else (0.0, 1.0)}
+    classes["confidence"] = (0.9,)
     pairs = {"preferred": (correct * tokens,), "margin": (correct,)}
     words = {"right_words": (correct,), "entities": (correct, tokens, tokens + 1.0)}
     counts = {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}

@@ -14,7 +14,9 @@ from lorafit.contracts import Encoded, Example, Sample, Silent
 from lorafit.errors import DataError
 from lorafit.kinds.formats import formats
 from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.kinds.metrics.calibration_error import bin_of
 from lorafit.kinds.tasks import Task, tasks
+from lorafit.kinds.tasks._class_tables import reliability
 from lorafit.objective.__init__ import prove_objective
 
 SIZES = {"vocab_size": 83, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -143,3 +145,55 @@ def test_accuracy_and_macro_f1_are_those_of_a_confusion_table() -> None:
 
     assert value("accuracy") == pytest.approx(3 / 5)
     assert value("macro_f1") == pytest.approx((4 / 6 + 2 / 4) / 2)
+
+
+def test_calibration_error_is_that_of_the_paper() -> None:
+    """By hand: four rows said with 0.9 of which three are right, one row said with 0.5 and right."""
+    rows = [
+        RowScore({"confidence": (said,), "predicted": (1.0, 0.0), "classes": (right, 1 - right), "weight": (1.0,)})
+        for said, right in [(0.9, 1.0), (0.9, 1.0), (0.9, 1.0), (0.9, 0.0), (0.5, 1.0)]
+    ]
+    metric = metrics.get("calibration_error")
+    sums = np.asarray(metric.row_sums(rows)).sum(axis=0).tolist()
+    assert metric.values(sums)["calibration_error"] == pytest.approx((4 * abs(0.9 - 0.75) + abs(0.5 - 1.0)) / 5)
+    assert [bin_of(share) for share in (0.0, 1 / 15, 0.0667, 0.99, 1.0)] == [0, 0, 1, 14, 14]
+
+
+def test_one_label_is_told_with_its_probability_and_several_are_not() -> None:
+    settings = task()
+    objective = settings.build_objective(model("bert", settings)).eval()
+    batch = settings.collate([[example(settings, 0, [5, 6, 7], "good")]], 0)
+    said = objective.score(batch)["confidence"]
+    assert float(said[0]) == pytest.approx(float(objective.logits(batch).softmax(-1).max().detach()), rel=1e-6)
+    assert settings.can_score("calibration_error") and not task(multi_label=True).can_score("calibration_error")
+    right = {"confidence": (0.97,), "predicted": (1.0,), "classes": (1.0,)}
+    rows = [right, {**right, "confidence": (0.91,), "predicted": (0.0,)}]
+    (line,) = reliability(rows).lines
+    assert line[:4] == ("90 to 100 %", 2, pytest.approx(0.94), 0.5) and line[4] == "█" * 10
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_balanced_classes_count_alike(multi_label: bool) -> None:
+    rows = [("bad",)] * 6 + [("good",)] * 3 + [("so-so",)]
+    settings: Any = tasks.make("sequence-classification", multi_label=multi_label, class_weights="balanced")
+    settled = settings.settle([sample(*labels) for labels in rows])
+    wanted = [4 / 6, 7 / 3, 9 / 1] if multi_label else [10 / 18, 10 / 9, 10 / 3]
+    assert settled.labels == NAMES and settled.section.class_weights == pytest.approx(wanted)
+    objective = settled.build_objective(model("bert", settled)).eval()
+    labels = [("bad", "so-so") if multi_label else ("bad",), ("so-so",), ("good",)]
+    batch = settled.collate([[example(settled, n, [5 + n, 6, 7], *names)] for n, names in enumerate(labels)], 0)
+    inputs, weights = {name: batch[name] for name in ("input_ids", "attention_mask")}, torch.tensor(wanted)
+    logits = objective.model(**inputs).logits
+    if multi_label:
+        flags = torch.tensor([[float(name in row) for name in NAMES] for row in labels])
+        own = torch.nn.functional.binary_cross_entropy_with_logits(logits, flags, pos_weight=weights, reduction="sum")
+    else:
+        right = torch.tensor([NAMES.index(row[0]) for row in labels])
+        own = torch.nn.functional.cross_entropy(logits, right, weight=weights, reduction="sum")
+    assert float(objective(batch).loss_sum.detach()) == pytest.approx(float(own.detach()), rel=1e-5)
+    plain = task(multi_label=multi_label).build_objective(objective.model).eval()
+    np.testing.assert_allclose(objective.score(batch)["loss"], plain.score(batch)["loss"])
+    given = tasks.make("sequence-classification", labels=NAMES, class_weights=[1.0, 2.0, 3.0])
+    assert given.settle([]) is given
+    with pytest.raises(ValueError, match="name the classes in labels"):
+        tasks.make("sequence-classification", class_weights=[1.0, 2.0])
