@@ -103,8 +103,8 @@ class StepShape:
 
     @property
     def runs_liger(self) -> bool:
-        """Whether Liger's kernels stand in place of torch's operations."""
-        return self.device_kind != "cpu" and self.kernels.startswith("liger")
+        """Whether all of Liger's kernels stand in place of torch's operations, which take more memory."""
+        return self.device_kind != "cpu" and self.kernels == "liger"
 
     @property
     def keeps_scores(self) -> bool:

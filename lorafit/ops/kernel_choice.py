@@ -74,7 +74,9 @@ def describe_versions(kernels: Kernels) -> str:
     """The table and the versions behind it, as a checkpoint records it; empty for lorafit's own."""
     if not kernels.name.startswith("liger"):
         return ""
-    return f"{kernels.name}, liger-kernel {version('liger-kernel')}, triton {version('triton')}"
+    from triton import __version__  # its package has other names elsewhere
+
+    return f"{kernels.name}, liger-kernel {version('liger-kernel')}, triton {__version__}"
 
 
 def _proven(

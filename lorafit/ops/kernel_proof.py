@@ -74,9 +74,10 @@ def _product(kernels: Kernels, draw: _Draw) -> Sequence[torch.Tensor]:
 
 
 def _norm(kernels: Kernels, draw: _Draw) -> Sequence[torch.Tensor]:
+    """Also that the gradient it is given stays: autograd may hold it for others."""
     x, grad, weight = draw(2, _ROWS, _WIDTH), draw(2, _ROWS, _WIDTH), draw(_WIDTH)
     normed, scale = kernels.norm(x, weight, 1e-5)
-    return [normed, kernels.norm_backward(grad, x, weight, scale)]
+    return [normed, kernels.norm_backward(grad, x, weight, scale), grad]
 
 
 def _silu(kernels: Kernels, draw: _Draw) -> Sequence[torch.Tensor]:

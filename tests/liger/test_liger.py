@@ -79,10 +79,10 @@ def rotation(kernels: Kernels, dtype: torch.dtype) -> tuple[Callable[..., Any], 
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def run(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        before = q * 1, k * 1
+        before = (q * 1).transpose(1, 2), (k * 1).transpose(1, 2)  # as projections lay them out
         return *rotate(*before, cos, sin, kernels), *before  # what was rotated is as it was
 
-    return run, [random(dtype, 2, 4, 7, 16), random(dtype, 2, 2, 7, 16)]
+    return run, [random(dtype, 2, 7, 4, 16), random(dtype, 2, 7, 2, 16)]
 
 
 def loss(kernels: Kernels, dtype: torch.dtype) -> tuple[Callable[..., Any], Sequence[torch.Tensor]]:

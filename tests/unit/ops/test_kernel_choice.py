@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +97,7 @@ def test_torchs_fused_norm_is_a_layers_norm() -> None:
     [
         ("product", "scaled_product", lambda a, b, scaling: (a @ b).mul_(1.01 * scaling)),
         ("norm", "norm_backward", lambda grad, x, weight, scale: grad),
+        ("norm", "norm_backward", lambda grad, *of: grad.copy_(PLAIN.norm_backward(grad, *of))),
         ("silu", "differentiate_silu", lambda gate, up, grad: (gate, up)),
         ("rotation", "rotate", lambda q, k, cos, sin, backwards: PLAIN.rotate(q, k, cos, sin, False)),
         ("rotation", "rotate", lambda q, k, cos, sin, backwards: (q.mul_(1.0), k.mul_(0.5))),
@@ -121,7 +123,8 @@ def test_what_is_left_out_is_said_and_recorded(monkeypatch: pytest.MonkeyPatch) 
         return table, {"norm": "no kernel image is available"} if table.name == "liger" else {}
 
     monkeypatch.setattr(kernel_proof, "prove_kernels", prove)
-    monkeypatch.setattr(kernel_choice, "version", lambda name: {"liger-kernel": "0.8.5", "triton": "3.7.1"}[name])
+    monkeypatch.setattr(kernel_choice, "version", {"liger-kernel": "0.8.5"}.__getitem__)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))  # type: ignore[misc]
     reporter = Warnings()
     chosen = choose_kernels("liger", CARD, torch.bfloat16, reporter)
     assert reporter.said == ["Liger's norm is left out: no kernel image is available"]
