@@ -261,7 +261,9 @@ def build_weightless(
 
 
 def fill_with_fakes(model: torch.nn.Module) -> None:
-    """Puts fake tensors of a CPU in the place of meta ones; call it under a FakeTensorMode, when the adapter is on.
+    """Puts fake tensors of torch's default device, a CPU unless a context says otherwise, in the place of meta ones.
+
+    Call it under a FakeTensorMode, when the adapter is on.
 
     A tensor that two modules share stays one.
     """
@@ -269,7 +271,7 @@ def fill_with_fakes(model: torch.nn.Module) -> None:
 
     def real(tensor: Any) -> Any:
         if id(tensor) not in made:
-            empty = torch.empty_like(tensor, device="cpu")
+            empty = torch.empty_like(tensor, device=torch.get_default_device())
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             made[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
         return made[id(tensor)]
