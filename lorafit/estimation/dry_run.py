@@ -119,8 +119,11 @@ class DryRun:
         self._update = Update(
             self._optimizer, named, lambda step: _LEARNING_RATE, self._executor.scaler, step.max_grad_norm
         )
+        is_fused = self._on_cuda and step.optimizer.options(torch.device("cuda")).get("fused", False)
         for group in self._optimizer.param_groups:
-            if self._on_cuda and group.get("foreach", 0) is None:
+            if is_fused:
+                group["fused"] = True
+            elif self._on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there
         with self._fake, _as_it_would_run(step), _LiveFakes():
             self._make_gradients()

@@ -33,6 +33,7 @@ def closed_form(step: StepShape, tokens: int, checkpointing: Checkpointing) -> M
     stored = [(step.stored_as(linear), linear) for linear in shape.linears]
     state_bytes = step.optimizer.state_bytes(trainable)
     loss = loss_bytes(layer, step.labels_at(tokens), step.chunk_labels)
+    updates_in_place = step.device_kind != "cpu" and step.optimizer.updates_in_place
     return MemoryEstimate(
         fixed={
             "base_weights": sum(kind.weight_bytes(linear, width) for kind, linear in stored) + outside * width,
@@ -42,7 +43,7 @@ def closed_form(step: StepShape, tokens: int, checkpointing: Checkpointing) -> M
             "gradients": 4 * trainable,
             "optimizer_state": state_bytes,
         },
-        phases=step_phases(layer, tokens, loss, checkpointing, trainable),
+        phases=step_phases(layer, tokens, loss, checkpointing, trainable, updates_in_place=updates_in_place),
         device_kind=step.device_kind,
         micro_batch_tokens=tokens,
         gradient_checkpointing=checkpointing,
@@ -86,7 +87,13 @@ def layer_of(step: StepShape) -> Layer:
 
 
 def step_phases(
-    layer: Layer, tokens: int, loss: int, checkpointing: Checkpointing, trainable: int
+    layer: Layer,
+    tokens: int,
+    loss: int,
+    checkpointing: Checkpointing,
+    trainable: int,
+    *,
+    updates_in_place: bool = False,
 ) -> tuple[Phase, ...]:
     """Forward, loss, backward and update of one step, each at its worst moment; `loss` is what computing it takes.
 
@@ -121,7 +128,7 @@ def step_phases(
         _phase("forward", forward_peak, kept, _moment(forward_peak), cached),
         Phase("loss", "", {"kept_activations": kept + final_norm, "loss": loss, "adapter": cached}),
         max(backward, key=lambda phase: phase.total_bytes),
-        Phase("update", "", {"workspace": layer.adapter_bytes * trainable}),
+        Phase("update", "", {"workspace": 0 if updates_in_place else layer.adapter_bytes * trainable}),
     )
 
 

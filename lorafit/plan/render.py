@@ -73,6 +73,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "steps", f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {epochs}"
     schedule = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"
     yield "learning rate", f"{plan.learning_rate:g}, {schedule}; {plan.optimizer}"
+    if plan.device.kind == "cuda" and plan.step.step.optimizer.waits_at_each_tensor:
+        yield "optimizer", f"{plan.optimizer} waits for the card at each trained tensor; adamw never does"
     yield "micro-batch", _micro_batch(plan)
     on = plan.gradient_checkpointing
     yield "checkpointing", "auto: as little as fits" if on is None else CHECKPOINTING[on]

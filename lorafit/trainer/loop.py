@@ -266,7 +266,7 @@ class Trainer:
         is_overflow = scaler.is_enabled() and not math.isfinite(value)
         if not is_overflow:
             check_gradients(step, value, self.update.named, batches, self.cutter.examples)
-        state.count_overflow(is_overflow, step, scaler.get_scale())
+        state.count_overflow(is_overflow, step, scaler.get_scale() if is_overflow else 1.0)  # the host waits for it
         return value
 
     def build_micro_batches(self, step: int, token_budget: int) -> list[Batch]:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -70,19 +69,26 @@ def pretend() -> None:
     """Lets this process run on fake tensors of cuda:0.
 
     Python must believe that no card is there, or FakeTensorMode would allocate on it; autocast and the loss scale, that
-    one is.
+    one is. Memory that the driver would move between host and card is taken on the card. What has a size
+    by its values has none: of the inputs of LLM.int8(), the columns with outliers.
     """
+    import bitsandbytes.functional
     import torch
     import torch.cuda.amp.common as common
+    from torch._library.fake_impl import FakeImplCtx
 
+    def paged(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made = torch.empty(shape, dtype=dtype, device=device)
+        made.is_paged, made.page_deviceid = True, device.index
+        return made
+
+    FakeImplCtx.new_dynamic_size = lambda context, **options: 0
+    bitsandbytes.functional.get_paged = paged
+    bitsandbytes.functional.prefetch_tensor = lambda *arguments, **options: None
+    bitsandbytes.functional.fill = lambda *arguments, **options: None
     torch.cuda.is_available = lambda: False
     common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True  # which every card has, emulated before 8.0
-
-
-def waits_of_library() -> int:
-    """How often the preloaded library was asked to wait for the device."""
-    return ctypes.c_int.in_dll(ctypes.CDLL(str(LIBRARY)), "fake_card_waits").value
 
 
 def main() -> None:

@@ -2,15 +2,13 @@
 
 Built as one library by card.py, preloaded, and found under the driver's names besides: libcuda.so.1, libnvidia-ml.so.1.
 One device, whose compute capability FAKE_CARD_CAPABILITY names (90 is 9.0). Nothing is allocated and nothing launched:
-torch is only handed tensors without values. Calls that would make the host wait are counted in `fake_card_waits`.
+torch is only handed tensors without values.
 
 The struct of a device's properties comes from the header that triton ships with its compiler. */
 
 #include <driver_types.h>
 #include <stdlib.h>
 #include <string.h>
-
-int fake_card_waits = 0;
 
 /* The runtime. Each returns cudaSuccess, which is 0. */
 
@@ -78,11 +76,8 @@ DOES_NOTHING(cudaStreamWaitEvent)
 DOES_NOTHING(cudaEventRecord)
 DOES_NOTHING(cudaEventRecordWithFlags)
 DOES_NOTHING(cudaEventDestroy)
-
-#define WAITS(name) int name(void) { return fake_card_waits++, 0; }
-WAITS(cudaDeviceSynchronize)
-WAITS(cudaStreamSynchronize)
-WAITS(cudaEventSynchronize)
+DOES_NOTHING(cudaDeviceSynchronize)
+DOES_NOTHING(cudaStreamSynchronize)
 
 /* The driver: asked whether the device has a context, when gradients are made. */
 

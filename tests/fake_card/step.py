@@ -7,6 +7,7 @@ layers, objective, executor and update. What a card would do by itself is not pu
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
 from lorafit.estimation.dry_run import DryRun
@@ -73,7 +74,7 @@ class Observer(LiveTensors):  # type: ignore[no-untyped-call]
         if name == "_local_scalar_dense":
             if arguments[0].dtype == torch.bool:
                 return not self._holds_documents  # what transformers asks of positions: does each row hold one document?
-            return 1.0 if arguments[0].dtype.is_floating_point else 1
+            return 0.0 if arguments[0].dtype.is_floating_point else 1  # no gradient overflowed
         is_launched = not function.is_view and name not in ("empty_like", "new_empty", "empty_strided", "empty")
         if is_launched:
             self.operations.setdefault(self.phase, Counter())[name] += 1
@@ -96,21 +97,30 @@ class Observer(LiveTensors):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """Within it every call of sdpa is counted; those that no kernel of its own computed are `math`."""
-        own = functional.scaled_dot_product_attention
+        """Within it every call of sdpa is counted, those that no kernel of its own computed as `math`; and waits that
+        are no operation of torch's."""
+        own = functional.scaled_dot_product_attention, torch.cuda.synchronize, FakeTensor.tolist
 
         def counted(*arguments: Any, **options: Any) -> torch.Tensor:
             before = self.kernels.total()
-            result = own(*arguments, **options)
+            result = own[0](*arguments, **options)
             if self.kernels.total() == before:
                 self.kernels["math"] += 1
             return result
 
+        def copied_at_once(tensor: torch.Tensor) -> Any:
+            if not tensor.is_cuda:
+                return own[2](tensor)
+            self.note_wait("tolist")
+            return [0.0] * len(tensor)
+
         functional.scaled_dot_product_attention = counted
+        torch.cuda.synchronize = lambda device=None: self.note_wait("synchronize")
+        FakeTensor.tolist = copied_at_once
         try:
             yield
         finally:
-            functional.scaled_dot_product_attention = own
+            functional.scaled_dot_product_attention, torch.cuda.synchronize, FakeTensor.tolist = own
 
 
 class CardStep:
@@ -132,6 +142,7 @@ class CardStep:
         asked = recipe_step(recipe, find_shape(self.config), None, card_facts()).step
         tokens = row_tokens or asked.row_tokens
         self.step = step = replace(asked, row_tokens=tokens, row_labels=tokens - 1)
+        self._dry_runs: dict[bool, DryRun] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         base = build_weightless(
             self.config,
@@ -157,18 +168,23 @@ class CardStep:
         self.executor = Executor(objective, CARD)
         named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
         optimizer = step.optimizer.build(self.executor.parameters, 1e-4, CARD)
+        for group in optimizer.param_groups:
+            if not group.get("fused") and group.get("foreach", 0) is None:
+                group["foreach"] = True  # torch's default for parameters of a card, whose class fakes have not
         self.update = Update(optimizer, named, lambda step: 1e-4, self.executor.scaler, step.max_grad_norm)
-        with self._running(Observer()):
+        with self.running(Observer()):
             self._make_gradients()
             optimizer.step()  # its state exists from now on
+        self.update.optimizer.zero_grad(set_to_none=True)
 
     def run(self, *, rows: int, checkpointing: bool, packing: bool = False) -> Observer:
         """One step of a micro-batch of so many rows, its gradients there from one before."""
         step = replace(self.step, packing=packing)
         enable_checkpointing(self.model, checkpointing)
+        gc.collect()  # what a step before left in circles
         observer = Observer(holds_documents=packing)
         labels = step.labels_at(rows * step.row_tokens)
-        with self._running(observer):
+        with self.running(observer):
             self._make_gradients()
             batch = step.task.shape_batch(rows, step.row_tokens, labels, packed=step.packs_rows)
             with watching(observer, self.executor.objective, self.update.optimizer):
@@ -183,11 +199,13 @@ class CardStep:
         step = replace(self.step, packing=packing)
         tokens = rows * step.row_tokens
         closed = StepMemory(step).at(tokens, checkpointing)
-        exact = DryRun(step, self.config).run(tokens, checkpointing)
+        if packing not in self._dry_runs:
+            self._dry_runs[packing] = DryRun(step, self.config)
+        exact = self._dry_runs[packing].run(tokens, checkpointing)
         return {"closed form": closed.tensor_bytes, "--exact": exact.tensor_bytes}
 
     @contextmanager
-    def _running(self, observer: Observer) -> Iterator[None]:
+    def running(self, observer: Observer) -> Iterator[None]:
         from transformers.utils import import_utils
 
         own = import_utils.is_fake_tensor
@@ -222,7 +240,9 @@ def answer(questions: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [list(_answer(**question)) for question in questions]
 
 
-def _answer(recipe: str, overrides: list[str], runs: list[dict[str, Any]], **options: Any) -> Iterator[dict[str, Any]]:
+def _answer(
+    recipe: str, overrides: list[str], runs: list[dict[str, Any]], *, estimated: bool = True, **options: Any
+) -> Iterator[dict[str, Any]]:
     step = CardStep(Path(recipe), overrides, **options)
     for run in runs:
         observer = step.run(**run)
@@ -231,10 +251,8 @@ def _answer(recipe: str, overrides: list[str], runs: list[dict[str, Any]], **opt
             "run": run,
             "dtype": step.step.dtype,
             "kernels": observer.kernels,
-            "waits": observer.waits,
+            "expected kernel": replace(step.step, packing=run["packing"]).attention_kernel,
             "bytes": peak.tensor_bytes,
-            "phases": peak.phases,
             "where": f"{peak.phase}: {peak.where}",
-            "estimates": step.estimates(**run),
-            "launches": {phase: operations.total() for phase, operations in observer.operations.items()},
+            "estimates": step.estimates(**run) if estimated else {},
         }

@@ -71,6 +71,16 @@ class Optimizer(Kind[S_co]):
         """Bytes of optimizer state for that many fp32 trainable parameters (in large tensors)."""
 
     @property
+    def updates_in_place(self) -> bool:
+        """Whether on a GPU its step makes nothing of the adapter's size; else a foreach optimizer's copy of it."""
+        return False
+
+    @property
+    def waits_at_each_tensor(self) -> bool:
+        """Whether on a GPU its step makes the host wait for the device once for each trained tensor."""
+        return False
+
+    @property
     def is_paged(self) -> bool:
         """Whether its state can leave the GPU (CUDA only)."""
         return isinstance(self.section, PagedSection)
@@ -107,6 +117,16 @@ class BitsandbytesOptimizer(Optimizer[S_co]):
         """A byte a value and an fp32 absmax for each block of 256, or fp32, for each moment."""
         one = parameters + 4 * (parameters // _QUANTIZED_BLOCK) if self._is_8bit else 4 * parameters
         return self.moments * one
+
+    @property
+    def updates_in_place(self) -> bool:
+        """One kernel a tensor."""
+        return True
+
+    @property
+    def waits_at_each_tensor(self) -> bool:
+        """Source: bitsandbytes 0.50, optim/optimizer.py, `step`."""
+        return True
 
     def options(self, device: torch.device) -> JsonObject:
         """The section's values and the form of the state."""

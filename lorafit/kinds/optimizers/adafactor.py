@@ -41,6 +41,11 @@ class Adafactor(Optimizer[AdafactorSection]):
 
     builds = "transformers.optimization:Adafactor"
 
+    @property
+    def updates_in_place(self) -> bool:
+        """Tensor by tensor: what one needs is little beside all of them."""
+        return True
+
     def state_bytes(self, parameters: int) -> int:
         """Row and column means, counted for rank 8, and a full fp32 mean with `beta1`."""
         return 4 * parameters // _TYPICAL_RANK + (4 * parameters if self.section.beta1 is not None else 0)

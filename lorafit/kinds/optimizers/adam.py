@@ -37,6 +37,11 @@ class Adam(Optimizer[OptimizerSection]):
         """The section's; on a GPU in one kernel for all tensors, instead of seven passes over them."""
         return {**super().options(device), **({"fused": True} if device.type == "cuda" else {})}
 
+    @property
+    def updates_in_place(self) -> bool:
+        """That kernel does."""
+        return True
+
     def state_bytes(self, parameters: int) -> int:
         """Two fp32 moments."""
         return 8 * parameters

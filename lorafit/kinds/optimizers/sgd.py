@@ -33,6 +33,11 @@ class SGD(Optimizer[SGDSection]):
 
     builds = "torch.optim:SGD"
 
+    @property
+    def updates_in_place(self) -> bool:
+        """Unless decay is added to the gradients first."""
+        return not self.section.weight_decay
+
     def state_bytes(self, parameters: int) -> int:
         """One fp32 buffer where there is momentum."""
         return 4 * parameters if self.section.momentum else 0

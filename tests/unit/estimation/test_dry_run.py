@@ -273,6 +273,21 @@ def test_where_the_peak_is(tmp_path: Path) -> None:
     assert plain["needed_bytes"] > plain["tensor_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "makes_a_copy"),
+    [("adamw", False), ("adamw_8bit", False), ("paged_lion_8bit", False), ("sgd", False), ("rmsprop", True)],
+)
+def test_an_update_on_cuda_holds_a_copy_of_the_adapter_where_its_optimizer_makes_one(
+    tmp_path: Path, optimizer: str, makes_a_copy: bool
+) -> None:
+    """By both engines: fused and bitsandbytes' optimizers make none, foreach ones the denominators of all tensors."""
+    asked = ask(MODELS["llama"], tmp_path, device_kind="cuda", training__optimizer=optimizer, adapter__r=64)
+    adapter = 4 * asked.step.trainable_parameters
+    for estimate in (asked.at(TOKENS, True), exact(asked, MODELS["llama"], True, rows=1)):
+        update = next(phase for phase in estimate.phases if phase.name == "update")
+        assert update.total_bytes == pytest.approx(adapter if makes_a_copy else 0, abs=0.1 * adapter)
+
+
 def test_on_cuda_dropout_keeps_a_byte_and_nothing_stays_patched(tmp_path: Path) -> None:
     before = (torch.nn.functional.dropout, torch.nn.functional.layer_norm, torch.pow)
     config = MODELS["llama"]

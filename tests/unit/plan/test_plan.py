@@ -303,6 +303,15 @@ def test_the_table_shows_every_derived_number_in_80_columns() -> None:
 SMALL = "Qwen/Qwen2.5-0.5B"
 
 
+def test_a_card_is_told_of_the_waits_of_its_optimizer() -> None:
+    def rows(device: DeviceFacts, optimizer: str) -> str:
+        return " ".join(shown(plan_table(make(device, training={"optimizer": optimizer}))).split())
+
+    said = "waits for the card at each trained tensor"
+    assert f"paged_adamw_8bit {said}" in rows(card(80), "paged_adamw_8bit")
+    assert said not in rows(card(80), "adamw") and said not in rows(card(64, kind="cpu"), "adamw_8bit")
+
+
 def kept_in(gib: float, *, kind: str = "cpu", asked: bool | str = "auto", hub_id: str = SMALL, **sections: Any) -> Plan:
     quantization = {"kind": "nf4", "keep_unpacked": asked, **sections.pop("quantization", {})}
     return make(card(gib, kind=kind), hub_id=hub_id, model={"quantization": quantization}, **sections)

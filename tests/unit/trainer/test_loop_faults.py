@@ -104,6 +104,21 @@ def test_fp16_that_overflows_for_good_ends_the_run(job: Callable[..., Job]) -> N
     assert one.store.open().state.step == 19  # type: ignore[union-attr]
 
 
+def test_the_loss_scale_is_read_only_where_it_is_told(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card the host waits for it."""
+    trainer = job(autocast_dtype=torch.float16).trainer()
+    scaler, asked = trainer.executor.scaler, []
+    scale = scaler.get_scale()
+    monkeypatch.setattr(scaler, "get_scale", lambda: asked.append(True) or scale)
+    state = TrainState()
+    with trainer.journal.tracking(1, 0, trainer.executor.device):
+        trainer._take_step(state)
+    assert state.step == 1 and state.overflows == 0
+    assert asked == []
+
+
 def test_fp16_learns_like_fp32(job: Callable[..., Job]) -> None:
     logs = []
     for name, dtype in (("fp32", None), ("fp16", torch.float16)):
