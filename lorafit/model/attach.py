@@ -226,13 +226,20 @@ def check_plan(model: torch.nn.Module, planned: Sequence[Site], trainable_parame
 
 
 def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, *, empty: bool = False) -> PeftModel:
-    """PEFT's model with one more adapter, fp32 over whatever the base is."""
+    """PEFT's model with one more adapter, fp32 over whatever the base is; of fp16 a head that is trained, too.
+
+    torch's loss scale takes no gradients in fp16, and PEFT leaves a head in the base's dtype.
+    """
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
         model.add_adapter(name, config, low_cpu_mem_usage=empty)
-        return model
-    adapted: PeftModel = get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=empty)
+        adapted = model
+    else:
+        adapted = get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=empty)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()
     return adapted
 
 

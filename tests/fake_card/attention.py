@@ -31,9 +31,7 @@ def answer(question: list[int]) -> list[dict[str, Any]]:
             query = torch.empty(shape, dtype=dtype_named(dtype), requires_grad=True)
             keys = torch.empty((ROWS, KEY_HEADS if grouped else HEADS, TOKENS, width), dtype=query.dtype)
             mask = torch.empty((ROWS, 1, TOKENS, TOKENS), dtype=torch.bool) if masked else None
-            functional.scaled_dot_product_attention(
-                query, keys, keys, mask, is_causal=not masked, enable_gqa=grouped
-            )
+            functional.scaled_dot_product_attention(query, keys, keys, mask, is_causal=not masked, enable_gqa=grouped)
         case = {"dtype": dtype, "grouped": grouped, "masked": masked, "head width": width}
         expected = kernel_of(capability, dtype, grouped=grouped, masked=masked)
         found.append({**case, "torch": list(observer.kernels), "lorafit": [expected]})

@@ -17,6 +17,7 @@ EACH_WAY = [
     for checkpointing, packing in itertools.product((False, True), repeat=2)
 ]
 WHOLE_ROWS = [way for way in EACH_WAY if not way["packing"]]
+PACKED_ROWS = [way for way in EACH_WAY if way["packing"]]
 A_SHORT_ROW = [{"rows": 1, "checkpointing": True, "packing": False}]
 
 
@@ -32,9 +33,13 @@ STEPS = {
 } | {
     "int8": step("model.quantization=int8"),
     "dropout": step("adapter.dropout=0.05", runs=WHOLE_ROWS),
+    "packed rows with a mask": step("model.attention=sdpa", runs=PACKED_ROWS),
     "weights kept unpacked": step("model.quantization={kind: nf4, keep_unpacked: true}", runs=WHOLE_ROWS),
     "heads that share no keys": step("model.dtype=auto", model="meta-llama/Llama-2-7b-hf"),
     "linears with a bias": step("model.dtype=auto", model="Qwen/Qwen2.5-7B"),
+    "linears that lie transposed": step(
+        "model.quantization=none", "model.dtype=auto", model="openai-community/gpt2", layers=12
+    ),
 } | {
     f"a large adapter, {optimizer}": step(
         f"training.optimizer={optimizer}", "adapter.r=256", runs=A_SHORT_ROW, row_tokens=64, layers=6

@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
+from lorafit.contracts import Batch
 from lorafit.estimation.dry_run import DryRun
 from lorafit.facts import DeviceFacts
 from lorafit.machine.hardware import FIRST_WITH_BF16
@@ -29,6 +30,7 @@ from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.known_models import known_config
 from lorafit.model.load import build_weightless, enable_checkpointing, fill_with_fakes, unpacking_fakes
+from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.plan.recipe_step import recipe_step
@@ -43,9 +45,12 @@ ATTENTION_KERNELS = {
     "_scaled_dot_product_flash_attention": "flash",
     "_scaled_dot_product_efficient_attention": "efficient",
     "_scaled_dot_product_cudnn_attention": "cudnn",
+    "_varlen_attn": "flash",
 }
 VALUE_READERS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
 """Operations whose result the host needs, or whose size it has to learn."""
+NO_KERNELS = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "_reshape_alias", "lift_fresh")
+"""Operations that are no views by their signature, and launch nothing."""
 IN_PLACE_KERNELS = ("_amp_foreach_non_finite_check_and_unscale_", "_amp_update_scale_")
 """Of torch's loss scale: they change what they are given, and fake tensors have no rule for them."""
 
@@ -73,10 +78,11 @@ class Observer(LiveTensors):  # type: ignore[no-untyped-call]
             self.note_wait(name)
         if name == "_local_scalar_dense":
             if arguments[0].dtype == torch.bool:
-                return not self._holds_documents  # what transformers asks of positions: does each row hold one document?
+                return (
+                    not self._holds_documents
+                )  # what transformers asks of positions: does each row hold one document?
             return 0.0 if arguments[0].dtype.is_floating_point else 1  # no gradient overflowed
-        is_launched = not function.is_view and name not in ("empty_like", "new_empty", "empty_strided", "empty")
-        if is_launched:
+        if not function.is_view and name not in NO_KERNELS and function.namespace != "prim":
             self.operations.setdefault(self.phase, Counter())[name] += 1
         if name in ATTENTION_KERNELS:
             self.kernels[ATTENTION_KERNELS[name]] += 1
@@ -132,10 +138,18 @@ class CardStep:
         model: Hub id of a shipped shape; None: the recipe's base.
         layers: What the model is cut to.
         row_tokens: Of each row; None: the recipe's longest.
+        fuses: Whether its layers are lorafit's; else PEFT's and transformers' own.
     """
 
     def __init__(
-        self, file: Path, overrides: list[str], *, model: str | None, layers: int, row_tokens: int | None
+        self,
+        file: Path,
+        overrides: list[str],
+        *,
+        model: str | None,
+        layers: int,
+        row_tokens: int | None,
+        fuses: bool = True,
     ) -> None:
         recipe = load_recipe(file, overrides).recipe
         self.config = cut(dict(known_config(model or recipe.model.base) or {}), layers)
@@ -156,7 +170,8 @@ class CardStep:
         with torch.device("meta"), unpacking_fakes():
             section = step.adapter.section.model_copy(update={"init_from": None})
             self.model = attach_adapter(base, section, 0, model_class=step.task.model_class)
-        fuse_layers(self.model)
+        if fuses:
+            fuse_layers(self.model)
         with self._fake, CARD:
             fill_with_fakes(self.model)
             if step.keeps_unpacked:
@@ -179,17 +194,16 @@ class CardStep:
 
     def run(self, *, rows: int, checkpointing: bool, packing: bool = False) -> Observer:
         """One step of a micro-batch of so many rows, its gradients there from one before."""
-        step = replace(self.step, packing=packing)
         enable_checkpointing(self.model, checkpointing)
         gc.collect()  # what a step before left in circles
         observer = Observer(holds_documents=packing)
-        labels = step.labels_at(rows * step.row_tokens)
         with self.running(observer):
             self._make_gradients()
-            batch = step.task.shape_batch(rows, step.row_tokens, labels, packed=step.packs_rows)
+            batch = self._batch(rows, packing)
             with watching(observer, self.executor.objective, self.update.optimizer):
                 accumulate_gradients(self.executor, [batch])
                 self.executor.sum_gradients()
+                observer.phase = "update"  # clipping is no part of the backward pass
                 self.update.apply(1, self.update.gradient_norm())
             self.update.optimizer.zero_grad(set_to_none=True)
         return observer
@@ -215,6 +229,16 @@ class CardStep:
                 yield
         finally:
             import_utils.is_fake_tensor = own
+
+    def _batch(self, rows: int, packing: bool) -> Batch:
+        """Whole rows, or as many documents: in rows of their own with a mask, or in one row with their bounds."""
+        tokens, step = self.step.row_tokens, self.step
+        labels = replace(step, packing=packing).labels_at(rows * tokens)
+        if not (packing and step.attention in VARIABLE_LENGTH_ATTENTION):
+            return step.task.shape_batch(rows, tokens, labels, packed=packing)
+        batch = step.task.shape_batch(1, rows * tokens, labels, packed=True)
+        bounds = torch.empty(rows + 1, dtype=torch.int32)
+        return replace(batch, tensors={**batch.tensors, "bounds": bounds}, longest_document=tokens)
 
     def _make_gradients(self) -> None:
         for parameter in self.executor.parameters:

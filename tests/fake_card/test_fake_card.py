@@ -8,6 +8,7 @@ import pytest
 
 from tests.fake_card.card import ask_card
 from tests.fake_card.cases import LOOPS, STEPS, recipe_steps
+from tests.fake_card.launches import show
 
 TOLERANCE = 0.01
 TOLERANCES = {"int8": 0.02}
@@ -65,6 +66,12 @@ def test_attention_kernels_are_those_of_the_table(capability: tuple[int, int]) -
     found = ask_card(capability, "attention", [64, 128])
     assert len(found) == 24
     assert [case for case in found if case["torch"] != case["lorafit"]] == []
+
+
+def test_a_layer_launches_fewer_kernels_than_pefts_own_forward() -> None:
+    found = ask_card((9, 0), "launches", [])
+    show(found)
+    assert sum(found["lorafit"].values()) < sum(found["PEFT"].values())
 
 
 @pytest.fixture(scope="module")

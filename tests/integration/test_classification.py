@@ -119,6 +119,16 @@ def test_words_are_labelled_by_a_run_its_adapter_and_its_merged_model(
     assert "COLOUR green, PLACE shop" in capsys.readouterr().out
 
 
+def test_a_head_is_trained_in_fp32_over_fp16(tmp_path: Path) -> None:
+    """torch's loss scale takes no gradients in fp16."""
+    recipe = colours(make_base(tmp_path / "base"), tmp_path / "run")
+    recipe["model"]["dtype"] = "fp16"
+    run = lorafit.train(recipe, rows=ROWS, quiet=True)
+    tensors = load_file(run.path / "adapter" / "adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.float32"}
+    assert any(name.endswith("score.weight") for name in tensors)
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_head_for_other_classes_gives_way_and_one_for_as_many_is_gone_on_from(
     tmp_path: Path, classes: int, capsys: pytest.CaptureFixture[str]

@@ -104,9 +104,7 @@ def test_fp16_that_overflows_for_good_ends_the_run(job: Callable[..., Job]) -> N
     assert one.store.open().state.step == 19  # type: ignore[union-attr]
 
 
-def test_the_loss_scale_is_read_only_where_it_is_told(
-    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_scale_is_read_only_where_it_is_told(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card the host waits for it."""
     trainer = job(autocast_dtype=torch.float16).trainer()
     scaler, asked = trainer.executor.scaler, []
