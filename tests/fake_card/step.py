@@ -7,7 +7,6 @@ layers, objective, executor and update. What a card would do by itself is not pu
 
 from __future__ import annotations
 
-import gc
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -26,13 +25,15 @@ from lorafit.facts import DeviceFacts
 from lorafit.machine.hardware import FIRST_WITH_BF16
 from lorafit.memory import StepMemory
 from lorafit.model.attach import attach_adapter
+from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.class_shape import find_shape
 from lorafit.model.fuse import fuse_layers, keep_unpacked
 from lorafit.model.known_models import known_config
-from lorafit.model.load import build_weightless, enable_checkpointing, fill_with_fakes, unpacking_fakes
+from lorafit.model.load import build_weightless, fill_with_fakes, unpacking_fakes
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.live_tensors import LiveTensors, watching
+from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.recipe.load import load_recipe
 from lorafit.trainer.executor import Executor
@@ -138,6 +139,7 @@ class CardStep:
         model: Hub id of a shipped shape; None: the recipe's base.
         layers: What the model is cut to.
         row_tokens: Of each row; None: the recipe's longest.
+        memory_gib: Of the card.
         fuses: Whether its layers are lorafit's; else PEFT's and transformers' own.
     """
 
@@ -149,11 +151,12 @@ class CardStep:
         model: str | None,
         layers: int,
         row_tokens: int | None,
+        memory_gib: int = 16,
         fuses: bool = True,
     ) -> None:
         recipe = load_recipe(file, overrides).recipe
         self.config = cut(dict(known_config(model or recipe.model.base) or {}), layers)
-        asked = recipe_step(recipe, find_shape(self.config), None, card_facts()).step
+        asked = recipe_step(recipe, find_shape(self.config), None, card_facts(memory_gib)).step
         tokens = row_tokens or asked.row_tokens
         self.step = step = replace(asked, row_tokens=tokens, row_labels=tokens - 1)
         self._dry_runs: dict[bool, DryRun] = {}
@@ -179,6 +182,7 @@ class CardStep:
         objective = step.task.build_objective(
             self.model, autocast_dtype=autocast_dtype(step.dtype), exact=not step.model.plain_head
         )
+        objective.loss_chunk_bytes = step.loss_chunk_bytes
         objective.train()
         self.executor = Executor(objective, CARD)
         named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
@@ -192,10 +196,9 @@ class CardStep:
             optimizer.step()  # its state exists from now on
         self.update.optimizer.zero_grad(set_to_none=True)
 
-    def run(self, *, rows: int, checkpointing: bool, packing: bool = False) -> Observer:
+    def run(self, *, rows: int, checkpointing: Checkpointing, packing: bool = False) -> Observer:
         """One step of a micro-batch of so many rows, its gradients there from one before."""
-        enable_checkpointing(self.model, checkpointing)
-        gc.collect()  # what a step before left in circles
+        set_checkpointing(self.model, checkpointing)
         observer = Observer(holds_documents=packing)
         with self.running(observer):
             self._make_gradients()
@@ -208,7 +211,7 @@ class CardStep:
             self.update.optimizer.zero_grad(set_to_none=True)
         return observer
 
-    def estimates(self, *, rows: int, checkpointing: bool, packing: bool = False) -> dict[str, int]:
+    def estimates(self, *, rows: int, checkpointing: Checkpointing, packing: bool = False) -> dict[str, int]:
         """Bytes of tensors by the closed form and by `--exact`, without this card."""
         step = replace(self.step, packing=packing)
         tokens = rows * step.row_tokens
@@ -250,13 +253,11 @@ def cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
     return {**config, **{key: layers for key in LAYER_KEYS if key in config}}
 
 
-def card_facts() -> DeviceFacts:
+def card_facts(memory_gib: int = 16) -> DeviceFacts:
     """The pretended card, as lorafit would describe it."""
     properties = torch.cuda.get_device_properties(CARD)
     capability = (properties.major, properties.minor)
-    return DeviceFacts(
-        "cuda", properties.name, properties.total_memory, capability >= FIRST_WITH_BF16, capability=capability
-    )
+    return DeviceFacts("cuda", properties.name, memory_gib << 30, capability >= FIRST_WITH_BF16, capability=capability)
 
 
 def answer(questions: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from tests.fake_card.cases import LOOPS, STEPS, recipe_steps
 from tests.fake_card.launches import show
 
 TOLERANCE = 0.01
-TOLERANCES = {"int8": 0.02}
+TOLERANCES = {("int8", "closed form"): 0.03}
 MOST_WAITS = 2
 Seen = dict[str, list[dict[str, Any]]]
 
@@ -51,13 +51,13 @@ def test_torch_takes_the_kernel_that_the_estimate_expects(seen: Seen, seen_of_re
 @pytest.mark.parametrize("engine", ["closed form", "--exact"])
 def test_memory_is_what_was_estimated(seen: Seen, engine: str) -> None:
     errors = {
-        f"{name} {run['run']} {run['where']}": run["estimates"][engine] / run["bytes"] - 1
+        (name, str(run["run"]), run["where"]): run["estimates"][engine] / run["bytes"] - 1
         for name, runs in seen.items()
         for run in runs
     }
-    worst = max(errors, key=lambda case: abs(errors[case]))
-    print(f"{engine}: {len(errors)} steps, worst {errors[worst]:+.2%} in {worst}")
-    off = [case for case, error in errors.items() if abs(error) > TOLERANCES.get(case.split()[0], TOLERANCE)]
+    for case in sorted(errors, key=lambda case: -abs(errors[case]))[:3]:
+        print(f"{engine}, {len(errors)} steps: {errors[case]:+.2%} in {case}")
+    off = [case for case, error in errors.items() if abs(error) > TOLERANCES.get((case[0], engine), TOLERANCE)]
     assert {case: f"{errors[case]:+.2%}" for case in off} == {}
 
 
