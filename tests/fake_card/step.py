@@ -32,6 +32,7 @@ from lorafit.model.known_models import known_config
 from lorafit.model.load import build_weightless, fill_with_fakes, unpacking_fakes
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
+from lorafit.ops.kernels import FUSED
 from lorafit.ops.live_tensors import LiveTensors, watching
 from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.plan.recipe_step import recipe_step
@@ -154,7 +155,7 @@ class CardStep:
         memory_gib: int = 16,
         fuses: bool = True,
     ) -> None:
-        recipe = load_recipe(file, overrides).recipe
+        recipe = load_recipe(file, [*overrides, "model.kernels=none"]).recipe  # Triton's run on no fake tensors
         self.config = cut(dict(known_config(model or recipe.model.base) or {}), layers)
         asked = recipe_step(recipe, find_shape(self.config), None, card_facts(memory_gib)).step
         tokens = row_tokens or asked.row_tokens
@@ -174,7 +175,7 @@ class CardStep:
             section = step.adapter.section.model_copy(update={"init_from": None})
             self.model = attach_adapter(base, section, 0, model_class=step.task.model_class)
         if fuses:
-            fuse_layers(self.model)
+            fuse_layers(self.model, FUSED)
         with self._fake, CARD:
             fill_with_fakes(self.model)
             if step.keeps_unpacked:
@@ -182,7 +183,7 @@ class CardStep:
         objective = step.task.build_objective(
             self.model, autocast_dtype=autocast_dtype(step.dtype), exact=not step.model.plain_head
         )
-        objective.loss_chunk_bytes = step.loss_chunk_bytes
+        objective.loss_chunk_bytes, objective.kernels = step.loss_chunk_bytes, FUSED
         objective.train()
         self.executor = Executor(objective, CARD)
         named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
