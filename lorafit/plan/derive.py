@@ -100,6 +100,11 @@ class Plan:
         return self.keeps_unpacked and asks_to_keep(self.step.step.quantization.section) is None
 
     @property
+    def may_recompute_more(self) -> bool:
+        """Whether more layers are checkpointed than planned where memory runs out: the recipe leaves it open."""
+        return self.step.checkpointing is None
+
+    @property
     def loss_chunk_bytes(self) -> int | None:
         """Of fp32 logits that the loss holds at once; None: as many as are usual on the device."""
         return self.step.step.loss_chunk_bytes

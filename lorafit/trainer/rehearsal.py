@@ -178,7 +178,7 @@ def _smaller(stage: Stage, choice: ResolvedPlan, plan: Plan) -> ResolvedPlan | N
     if budget > _least_tokens(plan):
         smaller = replace(choice, micro_batch_tokens=max(_least_tokens(plan), budget // 2))
         return _with_evaluation_budget(stage, smaller)
-    if plan.gradient_checkpointing is None and (more := more_than(choice.gradient_checkpointing)):
+    if plan.may_recompute_more and (more := more_than(choice.gradient_checkpointing)):
         return replace(choice, gradient_checkpointing=more[0])
     return None
 
@@ -312,10 +312,12 @@ def resolve_plan(
 
 def _taken(plan: Plan, values: ResolvedPlan, stage: Stage) -> ResolvedPlan:
     """What the recipe fixes, and for the rest `values`."""
-    checkpointing = plan.gradient_checkpointing
+    planned, checkpointing = plan.gradient_checkpointing, values.gradient_checkpointing
+    if planned is not None and not (plan.may_recompute_more and checkpointing in more_than(planned)):
+        checkpointing = planned
     choice = replace(
         values,
-        gradient_checkpointing=values.gradient_checkpointing if checkpointing is None else checkpointing,
+        gradient_checkpointing=checkpointing,
         keeps_unpacked=plan.keeps_unpacked and (values.keeps_unpacked or not plan.may_let_go_of_unpacked),
     )
     at_once = any(way.micro_batches_at_once > 1 for way in choice.ways)

@@ -81,7 +81,7 @@ def rehearse(one: Job, trainer: Trainer) -> ResolvedPlan:
     plan = SimpleNamespace(
         attention="eager", gradient_checkpointing=False, micro_batch_tokens=None, min_micro_batch_tokens=40,
         max_micro_batch_tokens=320, total_steps=1, dtype="fp32", compute_dtype="fp32", keeps_unpacked=False,
-        may_let_go_of_unpacked=False, loss_chunk_bytes=None,
+        may_let_go_of_unpacked=False, may_recompute_more=False, loss_chunk_bytes=None,
     )  # fmt: skip
     stage = Stage(trainer.executor, one.rows, None, trainer.step_rows, PAD, one.reporter, lambda wanted: None)
     return resolve_plan(plan, stage)  # type: ignore[arg-type]

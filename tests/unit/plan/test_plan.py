@@ -190,6 +190,7 @@ def test_no_more_layers_are_recomputed_than_memory_asks_for() -> None:
     assert fixed.gradient_checkpointing is None and fixed.memory.gradient_checkpointing == "half"
     named = make(card(half - 0.01), training={"gradient_checkpointing": "half"})
     assert named.gradient_checkpointing == named.memory.gradient_checkpointing == "half"
+    assert not named.may_recompute_more and make(card(80)).may_recompute_more
     assert any("half" in str(cell) for cell in plan_table(named).columns[1].cells)
 
 

@@ -65,6 +65,7 @@ def open_plan(**fixed: Any) -> Any:
         "total_steps": 400,
         "dtype": "fp32",
         "compute_dtype": "fp32",
+        "may_recompute_more": fixed.get("gradient_checkpointing") is None,
     }
     return SimpleNamespace(**{**values, **fixed})
 
@@ -451,6 +452,28 @@ def test_where_micro_batches_are_all_alike_the_likely_cost_is_taken(
     rows.ids, rows.trained, rows.lengths = [[3] * 20] * 8, [[1] * 20] * 8, [20] * 8
     plan = open_plan(attention="sdpa", micro_batch_tokens=20)
     assert resolve(stage(job(rows=rows)), plan).micro_batch_cost_tokens == 700
+
+
+def test_what_memory_was_planned_for_is_not_the_last_word(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left open and planned to be off: more layers are recomputed before a run ends, and a resume repeats it."""
+
+    def limited(stage: Stage, choice: ResolvedPlan) -> None:
+        if not choice.gradient_checkpointing:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("lorafit.trainer.rehearsal.run_heaviest", limited)
+    planned = open_plan(attention="sdpa", gradient_checkpointing=False, may_recompute_more=True)
+    found = resolve(stage(job()), planned)
+    assert found.gradient_checkpointing == "half"
+    assert resolve(stage(job()), planned, resumed=found).gradient_checkpointing == "half"
+    fixed = open_plan(attention="sdpa", gradient_checkpointing=False)
+    assert resolve(stage(job()), fixed, resumed=found).gradient_checkpointing is False
+    with pytest.raises(ResourceError):
+        resolve(stage(job()), fixed)
+    sure = open_plan(attention="sdpa", gradient_checkpointing=True, may_recompute_more=True)
+    assert resolve(stage(job()), sure, resumed=found).gradient_checkpointing is True
 
 
 def test_the_heaviest_of_all_ways_is_tried(job: Callable[..., Job]) -> None:
