@@ -174,6 +174,7 @@ class DryRun:
                 self._layers.weighed(live) as kept,
                 self._progress(chosen, live, reporter),
             ):
+                live.phase = "forward"  # adapters are cast before the model runs
                 try:
                     accumulate_gradients(self._executor, [self._batch(tokens)])
                     self._executor.sum_gradients()

@@ -105,7 +105,7 @@ def step_phases(
     forward_peak = worst_moment(operations, tokens, "forward")
     backward_peak = worst_moment(operations, tokens, "backward")
     casts = trainable * layer.compute_bytes if layer.autocast else 0  # of the adapters' weights
-    held = casts * whole // shape.layers
+    held = casts if layer.casts_once else casts * whole // shape.layers
     # autocast caches them through the forward; those of a fused linear go with its layer
     cached = held if all(map(layer.fuses_linear, layer.adapted)) else casts
     stream = shape.hidden_size * layer.stream_bytes * tokens

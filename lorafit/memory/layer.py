@@ -94,6 +94,11 @@ class Layer:
         return self.autocast and self.device_kind != "cpu"
 
     @property
+    def casts_once(self) -> bool:
+        """Whether adapters are cast once a step, all together."""
+        return self.fused and self.device_kind != "cpu"
+
+    @property
     def mask_bytes(self) -> int:
         """Of a dropout mask, a value."""
         return self.compute_bytes if self.device_kind == "cpu" else 1

@@ -13,9 +13,10 @@ table (`lorafit.ops.kernels`), which is proven for itself on the device.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROTARY = "apply_rotary_pos_emb"  # as every modeling file of transformers calls it
+_NARROW = "narrow_adapter"  # attribute of a layer
 _PROBE_ROWS, _PROBE_WIDTH = 4, 16
 _Forward = Callable[..., Any]
 
@@ -89,6 +91,32 @@ def keep_unpacked(model: nn.Module, wanted: bool = True) -> int:
                 own.update(unpacked_weight=copied, unpacked_state=state)
             kept += 1
     return kept
+
+
+@contextlib.contextmanager
+def cast_adapters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, the fused LoRA layers use copies of A and B in the compute dtype that are made here, all in one pass.
+
+    Their weights must stay as they are meanwhile: from the first forward of a step to its last backward.
+
+    Args:
+        model: After `fuse_layers`.
+        dtype: Of compute; None: as the weights are, and nothing is copied.
+    """
+    fused: list[Any] = [module for module in model.modules() if _is_fused_lora(module)] if dtype is not None else []
+    named = [(layer, name) for layer in fused if (name := _single_adapter(layer)) is not None]
+    weights = [part[name].weight.detach() for layer, name in named for part in (layer.lora_A, layer.lora_B)]
+    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    if copies:
+        torch._foreach_copy_(copies, weights)
+    for number, (layer, _) in enumerate(named):
+        vars(layer)[_NARROW] = copies[2 * number], copies[2 * number + 1]
+    del copies, weights
+    try:
+        yield
+    finally:
+        for layer, _ in named:
+            vars(layer).pop(_NARROW, None)
 
 
 def _replacement(
@@ -150,7 +178,8 @@ def _adapted_weight(layer: Any, name: str) -> AdaptedWeight:
     if state is not None and vars(layer).get("unpacked_state") is state:  # a merge makes another
         weight, state = layer.unpacked_weight, None
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return AdaptedWeight(a, b, weight, state, base.bias, layer.scaling[name])
+    narrow = vars(layer).get(_NARROW, (None, None))
+    return AdaptedWeight(a, b, weight, state, base.bias, layer.scaling[name], *narrow)
 
 
 def _single_adapter(layer: Any) -> str | None:

@@ -36,6 +36,7 @@ class Kernels:
         logit_errors: (logits, labels, wants_gradient) -> the summed loss, and the gradient of the logits, which may
             lie where these lay; None where none is wanted.
         repeats_angles: Whether `rotate` reads the first half of the angles alone.
+        casts_once: Whether adapters are cast to the compute dtype once a step, all together; else where they are used.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kernels:
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], _Pair]
     logit_errors: Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor | None]]
     repeats_angles: bool = False
+    casts_once: bool = False
 
 
 def in_full(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,4 +175,5 @@ FUSED = Kernels(
     differentiate_silu=_differentiate_silu,
     rotate=_rotate,
     logit_errors=_logit_errors,
+    casts_once=True,
 )

@@ -126,6 +126,7 @@ LIGER = Kernels(
     rotate=_rotate,
     logit_errors=_logit_errors,
     repeats_angles=True,
+    casts_once=True,
 )
 """The table. Each operation imports what it calls when it is called."""
 
@@ -151,6 +152,7 @@ SIZED_FUSED = Kernels(
     differentiate_silu=FUSED.differentiate_silu,
     rotate=FUSED.rotate,
     logit_errors=FUSED.logit_errors,
+    casts_once=True,
 )
 SIZED_LIGER = Kernels(
     "liger",
@@ -161,4 +163,5 @@ SIZED_LIGER = Kernels(
     differentiate_silu=lambda gate, up, grad: (gate, up),
     rotate=lambda q, k, cos, sin, backwards: (_copied(q), _copied(k)),
     logit_errors=lambda logits, labels, wants: (logits.new_empty((), dtype=torch.float32), logits if wants else None),
+    casts_once=True,
 )

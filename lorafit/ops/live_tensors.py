@@ -146,12 +146,19 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = self.call(function, arguments, options or {})
         component = ""
         if function is torch.ops.aten._to_copy.default:  # autocast's cast of an adapter's weight belongs to it
-            source = self._alive.get(arguments[0].untyped_storage()._cdata)
-            component = "adapter" if source is not None and source.component == "adapter" else ""
+            component = "adapter" if self._is_of_adapter(arguments[0]) else ""
+        if function is torch.ops.aten._foreach_copy_.default:  # and so do the casts of all of them
+            self.note(
+                (copy for copy, source in zip(*arguments[:2], strict=True) if self._is_of_adapter(source)), "adapter"
+            )
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor, component, function)
         return result
+
+    def _is_of_adapter(self, tensor: torch.Tensor) -> bool:
+        record = self._alive.get(tensor.untyped_storage()._cdata)
+        return record is not None and record.component == "adapter"
 
     def call(self, function: Any, arguments: Any, options: Any) -> Any:
         """Runs one operation."""

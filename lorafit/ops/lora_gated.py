@@ -48,15 +48,15 @@ class _LoraGated(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, kernels: Kernels, *operands: Any) -> tuple[torch.Tensor, ...]:
         gate, up = AdaptedWeight(*operands[:_OPERANDS]), AdaptedWeight(*operands[_OPERANDS:])
         rows = x.reshape(-1, x.shape[-1])
-        a = torch.cat([gate.a, up.a]).to(x.dtype)
+        (gate_a, _), (up_a, _) = casts = gate.cast(x.dtype), up.cast(x.dtype)
+        a = torch.cat([gate_a, up_a])
         inner = _scaled_halves(rows, a, gate, up, kernels)
-        bs, outputs = [], []
-        for part, h in zip((gate, up), torch.split(inner, [len(gate.a), len(up.a)], dim=1), strict=True):
+        bs, outputs = [b for _, b in casts], []
+        halves = torch.split(inner, [len(gate.a), len(up.a)], dim=1)
+        for part, b, h in zip((gate, up), bs, halves, strict=True):
             bias = None if part.bias is None else part.bias.to(x.dtype)
-            b = part.b.to(x.dtype)
             output = functional.linear(rows, unpack(part.weight, part.quant_state), bias)
             outputs.append(output.addmm_(h, b.t()))
-            bs.append(b)
         ctx.save_for_backward(rows, inner, a, *bs, *outputs, gate.weight, up.weight)
         ctx.states, ctx.scalings = (gate.quant_state, up.quant_state), (gate.scaling, up.scaling)
         ctx.ranks, ctx.shape, ctx.kernels = [len(gate.a), len(up.a)], x.shape, kernels
@@ -96,6 +96,5 @@ def _scaled_halves(
     """Both h beside each other, [tokens, ranks of both]: one product, where both are scaled alike."""
     if gate.scaling == up.scaling:
         return kernels.scaled_product(rows, a.t(), gate.scaling)
-    return torch.cat(
-        [kernels.scaled_product(rows, part.a.to(rows.dtype).t(), part.scaling) for part in (gate, up)], dim=1
-    )
+    halves = zip(torch.split(a, [len(gate.a), len(up.a)]), (gate.scaling, up.scaling), strict=True)
+    return torch.cat([kernels.scaled_product(rows, half.t(), scaling) for half, scaling in halves], dim=1)

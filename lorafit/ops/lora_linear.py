@@ -32,6 +32,8 @@ class AdaptedWeight(NamedTuple):
         quant_state: bitsandbytes' QuantState whose dtype is that of x; None: `weight` is not quantised.
         bias: Frozen, [out], or None.
         scaling: alpha / r, or whatever the method says.
+        narrow_a: A in the dtype of x, where it was cast already; gradients go to `a`.
+        narrow_b: B likewise.
     """
 
     a: torch.Tensor
@@ -40,6 +42,14 @@ class AdaptedWeight(NamedTuple):
     quant_state: Any
     bias: torch.Tensor | None
     scaling: float
+    narrow_a: torch.Tensor | None = None
+    narrow_b: torch.Tensor | None = None
+
+    def cast(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in the dtype of x."""
+        if self.narrow_a is None or self.narrow_b is None or self.narrow_a.dtype != dtype:
+            return self.a.to(dtype), self.b.to(dtype)
+        return self.narrow_a, self.narrow_b
 
 
 def lora_linear(
@@ -84,11 +94,14 @@ class _LoraLinear(torch.autograd.Function):
         quant_state: Any,
         bias: torch.Tensor | None,
         scaling: float,
+        narrow_a: torch.Tensor | None,
+        narrow_b: torch.Tensor | None,
         kernels: Kernels,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         branch_rows = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-        a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
+        linear = AdaptedWeight(a, b, weight, quant_state, bias, scaling, narrow_a, narrow_b)
+        a_cast, b_cast = linear.cast(x.dtype)
         # In place from here on: neither product's result is kept.
         output = functional.linear(rows, unpack(weight, quant_state), None if bias is None else bias.to(x.dtype))
         inner = kernels.scaled_product(branch_rows, a_cast.t(), scaling)
@@ -119,7 +132,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if wants_dropped:
             grad_dropped = (grad_inner @ a).view(ctx.shape)
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None, None, None, None
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, *(None,) * 7
 
 
 def unpack(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:

@@ -26,6 +26,7 @@ import torch
 
 from lorafit.contracts import Batch
 from lorafit.errors import ResourceError
+from lorafit.model.fuse import cast_adapters
 from lorafit.objective import Objective
 from lorafit.ops.matmul_peak import wait_for
 from lorafit.ops.process_memory import trim_heap
@@ -84,14 +85,16 @@ class Executor:
             The summed loss of each micro-batch.
         """
         losses = []
-        for batch in batches:
-            with self.profile.phase("forward"):
-                loss_sum = self.objective(batch.to(self.device)).loss_sum
-                loss = self.scaler.scale(loss_sum / weight)
-            with self.profile.phase("backward"):
-                loss.backward()
-            losses.append(loss_sum.detach())
-            after_each()
+        objective = self.objective
+        with cast_adapters(objective.model, objective.autocast_dtype if objective.kernels.casts_once else None):
+            for batch in batches:
+                with self.profile.phase("forward"):
+                    loss_sum = objective(batch.to(self.device)).loss_sum
+                    loss = self.scaler.scale(loss_sum / weight)
+                with self.profile.phase("backward"):
+                    loss.backward()
+                losses.append(loss_sum.detach())
+                after_each()
         return losses
 
     def sum(self, values: Sequence[float]) -> list[float]:

@@ -10,4 +10,4 @@ MOST = 0.75  # of PEFT's
 def test_a_layer_launches_a_quarter_less_than_pefts_own() -> None:
     pefts, own, ligers = (sum(launches_a_layer(how).values()) for how in ("peft", "none", "liger"))
     assert ligers < own < MOST * pefts
-    assert (pefts, own, ligers) == (321, 237, 224)  # docs/speed.md says so
+    assert (pefts, own, ligers) == (321, 211, 198)  # docs/speed.md says so

@@ -11,6 +11,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.fuse import cast_adapters, fuse_layers, keep_unpacked
 from lorafit.model.targets import choose_targets
 from lorafit.ops.dropout import drop
 from lorafit.ops.layer_functions import rms_norm, rotate, silu_product
@@ -619,3 +620,39 @@ def test_models_that_use_results_unusually_train_with_fused_layers(architecture:
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_adapters_cast_together_train_as_those_cast_where_they_are_used() -> None:
+    """To the bit, with scalings that differ too; and nothing of it stays."""
+    model = llama(torch.bfloat16, alpha_pattern={"up_proj": 7})
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    fuse_layers(model)
+    own = loss_and_gradients(model, torch.bfloat16)
+    casts = []
+    with cast_adapters(model, torch.bfloat16):
+        kept = [vars(module)["narrow_adapter"] for module in model.modules() if "narrow_adapter" in vars(module)]
+        with WatchCasts(casts):
+            together = loss_and_gradients(model, torch.bfloat16)
+    assert len(kept) == 14 and all(a.dtype == b.dtype == torch.bfloat16 for a, b in kept)
+    assert together[0] == own[0] and all(torch.equal(together[1][name], own[1][name]) for name in own[1])
+    assert not [shape for shape in casts if 8 in shape]
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.up_proj.lora_B["default"].weight.mul_(2)
+    assert not any("narrow_adapter" in vars(module) for module in model.modules())
+    assert loss_and_gradients(model, torch.bfloat16)[0] != own[0]
+
+
+class WatchCasts(TorchDispatchMode):
+    """Notes shapes of what is cast from fp32 to bf16."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        if function is torch.ops.aten._to_copy.default and arguments[0].dtype == torch.float32:
+            self.shapes += [tuple(result.shape)] if result.dtype == torch.bfloat16 else []
+        return result
