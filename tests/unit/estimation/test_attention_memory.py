@@ -80,7 +80,8 @@ def test_it_keeps_less_than_the_others_and_nothing_else_where_sdpa_runs(tmp_path
 
 ON_CARDS: dict[str, tuple[tuple[int, int], str, dict[bool, float]]] = {
     # MiB at the peak without checkpointing and with it; torch 2.13's own CUDA build on fake tensors, capability
-    # pretended: the peak of plain products, which it took for shared keys on 7.5 whatever the dtype
+    # pretended: the peak of plain products, which it took for shared keys on 7.5 whatever the dtype; adapters were cast
+    # where they are used then, and now once a step: up to 5 MiB more
     "bf16 on 7.5: plain products": ((7, 5), "bf16", {False: 4727.4, True: 3956.5}),
     "fp16 on 7.5: keys repeated": ((7, 5), "fp16", {}),
     "fp32 on 9.0: keys repeated": ((9, 0), "fp32", {}),
@@ -99,4 +100,4 @@ def test_scores_are_kept_only_where_a_card_has_no_other_kernel(case: str, tmp_pa
     for checkpointing, dry in exact_each(asked, config, 1).items():
         assert asked.at(2048, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.005)
         if checkpointing in pretended:
-            assert dry.tensor_bytes / 2**20 == pytest.approx(pretended[checkpointing], abs=0.1)
+            assert dry.tensor_bytes / 2**20 == pytest.approx(pretended[checkpointing] + 2.5, abs=2.6)
