@@ -3,8 +3,8 @@ what each needs for that.
 
     layer's input ─> forward, nothing kept ─> ...  backward: forward again from the kept input, then its gradients
 
-torch sets the random generators back for the second forward, so that it drops what the first one dropped. To keep their
-state costs the host more than a small operation, each layer and pass; a layer that draws nothing goes without.
+torch sets the random generators back for the second forward, so that it drops what the first one dropped. To read and
+write a card's takes several calls of the host, each layer and pass; a layer that draws nothing goes without.
 """
 
 from __future__ import annotations
