@@ -63,8 +63,8 @@ test-newest:
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu -rs -s tests/gpu
 
-# the step on fake CUDA tensors, no card needed: torch's CUDA build in an environment of its own, 2.6 GB to download and
-# 5 on disk; a compiler (docs/gpu.md). Its version with === is PyPI's build: a CPU's is called 2.13.0+cpu.
+# the step on fake CUDA tensors, no card needed: torch's CUDA build in an environment of its own, 3 GB to download and
+# 6 on disk; a compiler (docs/gpu.md). Its version with === is PyPI's build: a CPU's is called 2.13.0+cpu.
 test-fake-card:
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q $$(sed -n 's/^torch==/torch===/p' constraints.txt)

@@ -355,7 +355,8 @@ class Layer:
         elif shape.gated_mlp:  # act keeps its input, act·up keeps both factors
             kept, backward = 3 * c * inner, 3 * c * inner
         elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one
-            kept, backward = (3 * wide + c) * inner, (c + 3 * wide) * inner  # the result's gradient, three on its way
+            result = 0 if self.wide_on_gpu else c  # its gradient, gone once it is cast up
+            kept, backward = (3 * wide + c) * inner, (result + 3 * wide) * inner  # three on its way
         elif shape.activation == "xielu":  # in torch's own operations: its input, two results, where it is positive
             kept, backward = (3 * c + 1) * inner, 3 * c * inner
         else:  # gelu keeps its input, relu its result
