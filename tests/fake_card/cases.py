@@ -29,17 +29,17 @@ def step(*overrides: str, runs: list[dict[str, Any]] = WHOLE_ROWS, model: str | 
 
 
 STEPS = {
-    f"{quantization} {dtype}": step(
-        f"model.quantization={quantization}", f"model.dtype={dtype}", runs=WHOLE_ROWS + PACKED_ROWS
+    f"{name} {dtype}": step(*overrides, f"model.dtype={dtype}", runs=WHOLE_ROWS + PACKED_ROWS)
+    for (name, overrides), dtype in itertools.product(
+        (("nf4", []), ("none", ["model.quantization=none"])), ("bf16", "fp16", "fp32")
     )
-    for quantization, dtype in itertools.product(("nf4", "none"), ("bf16", "fp16", "fp32"))
 } | {
     "int8": step("model.quantization=int8", runs=WHOLE_ROWS + PACKED_ROWS),
     "every second layer": step(layers=4, runs=[run("half", False), run("half", True)]),
     "packed rows with a mask": step("model.attention=sdpa", runs=PACKED_ROWS),
     "dropout": step("adapter.dropout=0.05"),
-    "a card of 80 GB": step(memory_gib=80),
-    "weights kept unpacked": step("model.quantization={kind: nf4, keep_unpacked: true}"),
+    "a card of 80 GB": step("model.quantization=nf4", memory_gib=80),
+    "weights kept unpacked": step("model.quantization=nf4"),
     "heads that share no keys": step(model="meta-llama/Llama-2-7b-hf"),
     "linears with a bias": step(model="Qwen/Qwen2.5-7B"),
     "linears that lie transposed": step("model.quantization=none", model="openai-community/gpt2", layers=12),

@@ -288,6 +288,15 @@ def test_an_update_on_cuda_holds_a_copy_of_the_adapter_where_its_optimizer_makes
         assert update.total_bytes == pytest.approx(adapter if makes_a_copy else 0, abs=0.1 * adapter)
 
 
+def test_gpt2s_activation_on_cuda_is_the_same_to_both_engines(tmp_path: Path) -> None:
+    """Under autocast it is computed in fp32, and the result's gradient is cast up before it is used."""
+    config = {**(known_config("openai-community/gpt2") or {}), "n_layer": 2}
+    asked = ask(config, tmp_path, device_kind="cuda", tokens=512)
+    found = [asked.at(2048, True), exact(asked, config, True, rows=4)]
+    closed, run = (next(p.total_bytes for p in estimate.phases if p.name == "backward") for estimate in found)
+    assert closed == pytest.approx(run, rel=0.02)
+
+
 def test_on_cuda_dropout_keeps_a_byte_and_nothing_stays_patched(tmp_path: Path) -> None:
     before = (torch.nn.functional.dropout, torch.nn.functional.layer_norm, torch.pow)
     config = MODELS["llama"]
