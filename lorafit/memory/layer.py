@@ -173,6 +173,16 @@ class Layer:
         is_usual = not (self.masked or shape.attention_dropout or shape.softcap or shape.math_attention)
         return self.attention == "fused" and self.device_kind == "cpu" and is_usual
 
+    def _is_math(self) -> bool:
+        """Whether sdpa is plain products."""
+        dropped = self.device_kind == "cpu" and self.shape.attention_dropout > 0  # no CPU flash kernel takes dropout
+        return self.shape.math_attention or dropped or self.kernel == "math"
+
+    def _keeps_attended(self) -> bool:
+        """Whether attention keeps its own result: one kernel does, plain products do not."""
+        are_products = self.attention == "eager" or bool(self.shape.softcap) or self._is_math()
+        return not (are_products or self._fuses_attention())
+
     # What other stacks do otherwise
 
     def norm(self, name: str) -> Operation:
@@ -264,7 +274,7 @@ class Layer:
         found = []
         width = self.compute_bytes if role == "o" else self.product_bytes()
         for linear in (linear for linear in self.shape.linears if linear.role == role):
-            attention_keeps = role == "o" and not self._fuses_attention()
+            attention_keeps = role == "o" and self._keeps_attended()
             kept_anyway = attention_keeps or self.shape.activation == "relu"  # its result, and so does relu
             multiplies_again = role == "down" and linear in self.adapted and self._fuses_projections()
             shared = self.keeps_input(linear) or (self.reads_shared_input(linear) and not multiplies_again)
@@ -299,9 +309,7 @@ class Layer:
         # v is a view of a fused projection's result, whose rotated q and k are copies
         is_view = shape.position_parameters == 0 and any(linear.role == "qkv" for linear in shape.linears)
         copies = c * (q_width + kv_width) if is_view else 0
-        math_dropout = self.device_kind == "cpu" and shape.attention_dropout > 0  # no CPU flash kernel takes dropout
-        is_math = shape.math_attention or math_dropout or self.kernel == "math"
-        if self.attention != "eager" and not shape.softcap and is_math:
+        if self.attention != "eager" and not shape.softcap and self._is_math():
             # fp32 throughout: softmax keeps its result, dropout its mask and the product that multiplies v
             results = 3 if shape.attention_dropout > 0 else 1
             kept = 4 * (results * scores + 3 * q_width)

@@ -82,6 +82,7 @@ def pretend() -> None:
         made.is_paged, made.page_deviceid = True, device.index
         return made
 
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor  # by the driver
     FakeImplCtx.new_dynamic_size = lambda context, **options: 0
     bitsandbytes.functional.get_paged = paged
     bitsandbytes.functional.prefetch_tensor = lambda *arguments, **options: None

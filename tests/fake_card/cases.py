@@ -37,6 +37,7 @@ STEPS = {
     "int8": step("model.quantization=int8", runs=WHOLE_ROWS + PACKED_ROWS),
     "every second layer": step(layers=4, runs=[run("half", False), run("half", True)]),
     "packed rows with a mask": step("model.attention=sdpa", runs=PACKED_ROWS),
+    "plain attention": step("model.attention=eager"),
     "dropout": step("adapter.dropout=0.05"),
     "a card of 80 GB": step("model.quantization=nf4", memory_gib=80),
     "weights kept unpacked": step("model.quantization=nf4"),
