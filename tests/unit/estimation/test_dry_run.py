@@ -288,6 +288,15 @@ def test_an_update_on_cuda_holds_a_copy_of_the_adapter_where_its_optimizer_makes
         assert update.total_bytes == pytest.approx(adapter if makes_a_copy else 0, abs=0.1 * adapter)
 
 
+def test_plain_attention_keeps_its_result_to_both_engines(tmp_path: Path) -> None:
+    """No kernel keeps it beside the scores: the adapter behind it does, which drops nothing of it."""
+    options = {"device_kind": "cuda", "model__attention": "eager", "adapter__dropout": 0.0}
+    asked = ask(MODELS["llama"], tmp_path, **options)
+    found = [asked.at(ROWS * TOKENS, False), exact(asked, MODELS["llama"], False)]
+    closed, run = (estimate.peak_phase.parts["kept_activations"] for estimate in found)
+    assert closed == pytest.approx(run, rel=0.015)
+
+
 def test_gpt2s_activation_on_cuda_is_the_same_to_both_engines(tmp_path: Path) -> None:
     """Under autocast it is computed in fp32, and the result's gradient is cast up before it is used."""
     config = {**(known_config("openai-community/gpt2") or {}), "n_layer": 2}
