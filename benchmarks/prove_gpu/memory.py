@@ -25,7 +25,8 @@ def prove_memory(world: World) -> Iterator[Check | Lack]:
 
     errors: list[float] = []
     card_bytes = read_device().memory_bytes
-    for quantization, checkpointing, (rows, tokens) in itertools.product(("nf4", "none"), (False, True), shapes):
+    whole = itertools.product(("nf4", "none"), (False, True), shapes)
+    for quantization, checkpointing, (rows, tokens) in (*whole, ("nf4", "half", shapes[-1])):
         case = Case("", str(world.large()), quantization, "bf16", 16, checkpointing, rows, tokens)
         folder = world.folder / case.name.strip().replace(" ", "-")
         folder.mkdir()

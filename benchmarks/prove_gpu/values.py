@@ -56,6 +56,7 @@ def prove_values(world: World) -> Iterator[Check | Lack]:
     budget = _budget(world)
     ways: dict[str, dict[str, dict[str, Any]]] = {
         "checkpointing": {"training": {"gradient_checkpointing": True}},
+        "half checkpointing": {"training": {"gradient_checkpointing": "half"}},
         "packing": {"data": {"packing": True}},
         "small micro-batches": {"training": {"micro_batch_tokens": budget // 4}},
     }

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     TaskChoice = TaskSection
 else:
     AdapterChoice = adapters.one_of("lora")
-    OptimizerChoice = optimizers.one_of("paged_adamw_8bit")
+    OptimizerChoice = optimizers.one_of("adamw")
     QuantizationChoice = quantizations.one_of("nf4")
     ScheduleChoice = schedules.one_of("cosine")
     TaskChoice = Annotated[tasks.one_of("causal-lm"), WrapSerializer(as_bare_word)]
@@ -216,7 +216,7 @@ class TrainingSection(Section):
     """Padded tokens of one forward pass. How a step is cut decides speed and memory, not the result."""
     learning_rate: float = Field(default=2e-4, gt=0.0, le=10.0)
     """Peak learning rate."""
-    optimizer: OptimizerChoice = Field(default="paged_adamw_8bit", validate_default=True)
+    optimizer: OptimizerChoice = Field(default="adamw", validate_default=True)
     """The optimizer and its own options."""
     schedule: ScheduleChoice = Field(default="cosine", validate_default=True)
     """The learning rate over the run, with its warm-up."""

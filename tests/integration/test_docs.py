@@ -21,6 +21,7 @@ from tests.support.world import World, say_all
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND_PAGES = sorted((ROOT / "docs" / "commands").glob("*.md"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>hub|gpu) -->\s*)?^```(?:bash|sh|shell|console)\n(?P<text>.*?)^```", re.M | re.S
@@ -221,3 +222,11 @@ def test_shipped_recipe(recipe: Path, world: World) -> None:
     say_all(estimate, 0)
     assert estimate.json
     assert world.loaded == []
+    if "Needs the hub" in header:
+        checkpointing = json.dumps("without checkpointing" not in header)
+        words = ["--set", f"training.gradient_checkpointing={checkpointing}", "--json"]
+        found = world.run("estimate-memory", str(recipe), *words).json["memory"]["needed_bytes"] / 2**30
+        (told,) = re.findall(r"Expected memory: ([\d.]+) GiB", header)
+        assert f"{found:.1f}" == told, f"{recipe.name} says {told} GiB"
+        [line] = [line for line in README.splitlines() if line.startswith(f"| [`{recipe.stem}`]")]
+        assert line.endswith(f"| {told} GiB |"), line
