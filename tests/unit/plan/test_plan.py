@@ -152,7 +152,9 @@ def test_named_dtypes_stay_and_are_warned_about() -> None:
 
 def test_warnings_name_what_a_user_would_trip_over() -> None:
     data = {"data": {"validation": {"fraction": 0.1}}, "evaluation": {"every_steps": 50}}
-    found = " | ".join(make(card(64, kind="cpu"), training={"batch_size": 200, "optimizer": "paged_adamw_8bit"}, **data).warnings)
+    found = " | ".join(
+        make(card(64, kind="cpu"), training={"batch_size": 200, "optimizer": "paged_adamw_8bit"}, **data).warnings
+    )
     assert "batch_size 200 is more than the 100 rows" in found
     assert "every_steps 50 is more than the run's 3 steps" in found
     assert "paged_adamw_8bit runs unpaged" in found
