@@ -67,8 +67,8 @@ def test_a_kind_that_does_not_exist_yet_says_so(world: World) -> None:
     refused = world.run("validate", "r.yaml")
     say_all(refused, 3, f"r.yaml:{line}", "format 'kto' does not exist yet", "question_answer")
     world.recipe()
-    refused = world.run("validate", "r.yaml", "--set", "task=orpo")
-    say_all(refused, 3, "task 'orpo' does not exist yet; available: causal-lm")
+    refused = world.run("validate", "r.yaml", "--set", "task=kto")
+    say_all(refused, 3, "task 'kto' does not exist yet; available: causal-lm")
 
 
 def test_train_says_and_stores_what_became_of_the_rows(world: World) -> None:
