@@ -40,7 +40,7 @@ STEPS = {
     "plain attention": step("model.attention=eager"),
     "dropout": step("adapter.dropout=0.05"),
     "a card of 80 GB": step("model.quantization=nf4", memory_gib=80),
-    "weights kept unpacked": step("model.quantization=nf4"),
+    "weights kept unpacked": step("model.quantization={kind: nf4, keep_unpacked: true}"),
     "heads that share no keys": step(model="meta-llama/Llama-2-7b-hf"),
     "linears with a bias": step(model="Qwen/Qwen2.5-7B"),
     "linears that lie transposed": step("model.quantization=none", model="openai-community/gpt2", layers=12),
