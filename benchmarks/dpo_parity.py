@@ -1,14 +1,15 @@
 """lorafit's DPO against TRL's DPOTrainer on the same pairs, and what the reference costs and is worth.
 
     python benchmarks/dpo_parity.py MODEL PAIRS.jsonl HELD_OUT.jsonl [--batch 8] [--steps 10] [--tune-steps 20]
-        [--loss sigmoid|hinge|ipo] [--label-smoothing 0.1] [--parts parity,step-0,held-out]
+        [--loss sigmoid|hinge|ipo] [--label-smoothing 0.1] [--sft-weight 0.5] [--parts parity,step-0,held-out]
 
 MODEL is what `model.base` takes; both files hold prompt, chosen and rejected. TRL (`pip install trl`) starts from
 lorafit's own adapter of step 0 and gets lorafit's tokens in lorafit's order; forward, loss, reference and optimizer are
 its own. Without TRL that part is left out. Prints, per step, both losses in fp32; the distance of the loss at step 0
 from ln 2, by how a step is cut, from a fresh and from a trained adapter, and in NF4 with bf16; how many pairs were
 passed through the model for the reference; and reward accuracy on held-out pairs, lorafit's with its interval. TRL
-calls a sigmoid loss with label smoothing `robust`.
+calls a sigmoid loss with label smoothing `robust`. Its `sft` loss is a mean over all tokens of a device batch: with
+--batch 1 it is ours.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def write_recipe(folder: Path, arguments: argparse.Namespace) -> Path:
             "beta": BETA,
             "loss": arguments.loss,
             "label_smoothing": arguments.label_smoothing,
+            "sft_weight": arguments.sft_weight,
         },
         "model": {"base": base, "dtype": "fp32", "quantization": "none", "attention": "sdpa"},
         "adapter": {"kind": "lora", "r": 8, "alpha": 16, "dropout": 0.0},
@@ -140,7 +142,8 @@ def run_trl(
     options = DPOConfig(
         output_dir=str(folder),
         beta=BETA,
-        loss_type="robust" if arguments.label_smoothing else arguments.loss,
+        loss_type=["robust" if arguments.label_smoothing else arguments.loss, "sft"],
+        loss_weights=[1.0, arguments.sft_weight],
         label_smoothing=arguments.label_smoothing,
         max_length=None,
         per_device_train_batch_size=arguments.batch,
@@ -227,6 +230,7 @@ def main() -> None:
     parser.add_argument("--held-out-pairs", type=int, default=100)
     parser.add_argument("--loss", choices=["sigmoid", "hinge", "ipo"], default="sigmoid")
     parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--sft-weight", type=float, default=0.0)
     parser.add_argument("--parts", default="parity,step-0,held-out")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
