@@ -1,9 +1,16 @@
-"""What tasks with a head of their own share: padded texts with a mask, and the states that a head is fitted to."""
+"""What tasks with a head of their own share: padded texts, named labels, and what the base is scored with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
+
+from pydantic import Field, field_validator
+
+from lorafit.contracts import JsonObject
+from lorafit.errors import DataError
+from lorafit.kinds.tasks import Task, TaskSection
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,7 +20,113 @@ if TYPE_CHECKING:
     from lorafit.contracts import Batch, Reporter
     from lorafit.objective import Objective
 
+_OUTSIDE = "O"  # of words that belong to no entity
+_NO_CHATS = "reads what is labelled, which goes through no chat template"
 _HELD_OUT_EVERY = 10
+
+
+class LabelsSection(TaskSection):
+    """What the section of every task has that names labels."""
+
+    labels: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Names of the labels, in the order of the model's outputs; empty: those of the training rows, sorted."""
+
+    @field_validator("labels")
+    @classmethod
+    def _are_different(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("a label is named twice")
+        if len(value) == 1:
+            raise ValueError("one label alone is nothing to tell apart; name two at least")
+        return value
+
+
+L_co = TypeVar("L_co", bound=LabelsSection, covariant=True)
+
+
+class LabellingTask(Task[L_co]):
+    """A task whose model has an output a label; its base is scored with a logistic regression over frozen states."""
+
+    unread: ClassVar[Mapping[str, str]] = {
+        **Task.unread,
+        "data.chat_template": _NO_CHATS,
+        "data.system_prompt": _NO_CHATS,
+        "data.dropped_fields": _NO_CHATS,
+        "data.train_on": "learns labels, and predicts no token",
+        "evaluation.max_new_tokens": "writes no answers",
+    }
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels; two without names where neither recipe nor rows have said."""
+        return self.section.labels or ["0", "1"]
+
+    @property
+    def outputs(self) -> JsonObject:
+        """What the model's config gets of them."""
+        names = self.labels
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+
+    @abstractmethod
+    def states(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """The frozen states that a head is fitted to, fp64 [labelled, width]."""
+
+    @abstractmethod
+    def right_labels(self, batch: Batch) -> torch.Tensor:
+        """0/1 for each label, [labelled, labels]."""
+
+    @abstractmethod
+    def score_outputs(self, outputs: torch.Tensor, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+        """What `score` gives, of a number for each label, [labelled, labels]."""
+
+    def fit_base(
+        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
+    ) -> Mapping[str, NDArray[np.float64]]:
+        """A logistic regression over those states: `weight` [labels, width] and `bias`."""
+        chosen_on = None if held_out is None else self._read(objective, held_out)
+        several = getattr(self.section, "multi_label", False)
+        return fit_head(*self._read(objective, train), chosen_on, several=several, reporter=reporter)
+
+    def score_base(
+        self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]
+    ) -> Mapping[str, NDArray[np.float64]]:
+        """What `score` gives, of that regression."""
+        import torch
+
+        states = self.states(objective, batch)
+        weight, bias = (torch.from_numpy(fitted[name]).to(states.device) for name in ("weight", "bias"))
+        return self.score_outputs(states @ weight.T + bias, batch)
+
+    def _read(self, objective: Objective, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        states, right = [], []
+        for batch in batches:
+            with objective.autocast(batch):
+                states.append(self.states(objective, batch))
+            right.append(self.right_labels(batch))
+        return torch.cat(states), torch.cat(right).double()
+
+
+def order_labels(found: Iterable[str], key: str) -> list[str]:
+    """Labels of training rows in the order of the model's outputs: numbers by value, then `O`, then names.
+
+    Args:
+        found: May repeat.
+        key: The column that they come from.
+
+    Raises:
+        DataError: There are fewer than two.
+    """
+    names = set(found)
+    if len(names) < 2:
+        what = f"the training rows have {len(names)} labels; two at least can be told apart"
+        raise DataError(what, key=key, todo="add rows with other labels, or set task.labels")
+    return sorted(names, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, name != _OUTSIDE, name))
 
 
 def pad_texts(texts: Sequence[Sequence[float]], pad_id: int) -> dict[str, torch.Tensor]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from lorafit.console.nearest import did_you_mean
 from lorafit.console.wording import agreed, counted, list_names
@@ -20,43 +20,37 @@ from lorafit.contracts import Batch, Column, LossSum, ReportTable, ShownSequence
 from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
-from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks import tasks
 from lorafit.kinds.tasks._class_tables import by_class, confusion, reliability
-from lorafit.kinds.tasks._heads import fit_head, head_inputs, mean_states, pad_texts
+from lorafit.kinds.tasks._heads import (
+    LabellingTask,
+    LabelsSection,
+    head_inputs,
+    mean_states,
+    order_labels,
+    pad_texts,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Encoded, Example, JsonObject, Reporter, Sample
+    from lorafit.contracts import Encoded, Example, JsonObject, Sample
     from lorafit.objective import Objective
 
-_NO_CHATS = "reads texts with labels, which go through no chat template"
 
-
-class SequenceClassificationSection(TaskSection):
+class SequenceClassificationSection(LabelsSection):
     """Texts into classes."""
 
     kind: Literal["sequence-classification"] = "sequence-classification"
     """Sequence classification."""
-    labels: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
-    """Names of the classes, in the order of the model's outputs; empty: those of the training rows, sorted."""
     multi_label: bool = False
     """Whether a row may belong to several classes, or to none; else to exactly one."""
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(gt=0.0)]] = Field(default="none")
     """What the loss of a row counts while training, by its class, in the order of `labels`. `balanced`: rows / (classes
     x rows of the class), so that all classes count alike and the mean row 1; with `multi_label` what a yes counts:
     rows without / rows with. Held-out losses are plain."""
-
-    @field_validator("labels")
-    @classmethod
-    def _are_different(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value):
-            raise ValueError("a class is named twice")
-        if len(value) == 1:
-            raise ValueError("one class alone is nothing to tell apart; name two at least")
-        return value
 
     @model_validator(mode="after")
     def _weigh_each(self) -> Self:
@@ -67,7 +61,7 @@ class SequenceClassificationSection(TaskSection):
 
 
 @tasks.register(SequenceClassificationSection)
-class SequenceClassification(Task[SequenceClassificationSection]):
+class SequenceClassification(LabellingTask[SequenceClassificationSection]):
     """The loss is the cross-entropy of a row's class, or of each class where a row may have several."""
 
     fitted_base = (
@@ -76,21 +70,8 @@ class SequenceClassification(Task[SequenceClassificationSection]):
     )
     labels_rows = True
     row_format = classified_format = "text_label"
-    unread: ClassVar[Mapping[str, str]] = {
-        **Task.unread,
-        "data.chat_template": _NO_CHATS,
-        "data.system_prompt": _NO_CHATS,
-        "data.dropped_fields": _NO_CHATS,
-        "data.train_on": "learns a row's label, and no token carries loss",
-        "evaluation.max_new_tokens": "writes no answers",
-    }
     during_metrics = ("loss", "accuracy")
     final_metrics = ("accuracy", "macro_f1", "loss")
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the classes; two without names where neither recipe nor rows have said."""
-        return self.section.labels or ["0", "1"]
 
     def settle(self, samples: Iterable[Sample]) -> SequenceClassification:
         """The task with the labels of its training rows, numbers in their order, where the recipe names none; and with
@@ -106,10 +87,7 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         for sample in samples:
             rows += 1
             rows_of.update(sample.labels or ())
-        names = section.labels or sorted(rows_of, key=_in_order)
-        if len(names) < 2:
-            what = f"the training rows have {len(names)} labels; two classes at least can be told apart"
-            raise DataError(what, key="label", todo="add rows of other classes, or set task.labels")
+        names = section.labels or order_labels(rows_of, "label")
         settled: dict[str, Any] = {"labels": names}
         if section.class_weights == "balanced":
             settled["class_weights"] = [
@@ -120,13 +98,9 @@ class SequenceClassification(Task[SequenceClassificationSection]):
     @property
     def model_class(self) -> ModelClass:
         """A model with a head of one output a class, which is new."""
-        config = {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {name: number for number, name in enumerate(self.labels)},
-            "problem_type": "multi_label_classification" if self.section.multi_label else "single_label_classification",
-        }
-        return ModelClass("AutoModelForSequenceClassification", config, has_new_head=True, peft_task="SEQ_CLS")
+        kind = "multi_label_classification" if self.section.multi_label else "single_label_classification"
+        outputs = {**self.outputs, "problem_type": kind}
+        return ModelClass("AutoModelForSequenceClassification", outputs, has_new_head=True, peft_task="SEQ_CLS")
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -242,34 +216,17 @@ class SequenceClassification(Task[SequenceClassificationSection]):
         """Of each row: its loss, 1, its classes, and those that the model gives it."""
         return self._score(self.logits(objective, batch), batch)
 
-    def fit_base(
-        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
-    ) -> Mapping[str, NDArray[np.float64]]:
-        """A logistic regression over the mean of the frozen model's last states: [classes, states]."""
-        chosen_on = None if held_out is None else self._read_states(objective, held_out)
-        states, right = self._read_states(objective, train)
-        return fit_head(states, right, chosen_on, several=self.section.multi_label, reporter=reporter)
+    def states(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """Mean over a row's tokens."""
+        return mean_states(objective, batch)
 
-    def score_base(
-        self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]
-    ) -> Mapping[str, NDArray[np.float64]]:
-        """What `score` gives, of that regression."""
-        import torch
+    def right_labels(self, batch: Batch) -> torch.Tensor:
+        """Of each row."""
+        return self._flags(batch["label_ids"], len(batch.rows))
 
-        states = mean_states(objective, batch)
-        weight, bias = (torch.from_numpy(fitted[name]).to(states.device) for name in ("weight", "bias"))
-        return self._score(self._as_labels(states @ weight.T + bias), batch)
-
-    def _read_states(self, objective: Objective, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean states [rows, width] in fp64, and 0/1 for each class [rows, classes]."""
-        import torch
-
-        states, right = [], []
-        for batch in batches:
-            with objective.autocast(batch):
-                states.append(mean_states(objective, batch))
-            right.append(self._flags(batch["label_ids"], len(batch.rows)))
-        return torch.cat(states), torch.cat(right).double()
+    def score_outputs(self, outputs: torch.Tensor, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+        """What `score` gives."""
+        return self._score(self._as_labels(outputs), batch)
 
     def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
         """Each class; of rows with one label also which are given for which, and how often what is likely is right."""
@@ -342,11 +299,6 @@ class SequenceClassification(Task[SequenceClassificationSection]):
     def _name(self, flags: Sequence[float]) -> str:
         names = [name for name, flag in zip(self.labels, flags, strict=True) if flag]
         return ", ".join(names) or "none of them"
-
-
-def _in_order(name: str) -> tuple[int, int, str]:
-    """Numbers before names, by their value."""
-    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
 
 
 def _balance(with_it: int, rows: int, classes: int, several: bool) -> float:

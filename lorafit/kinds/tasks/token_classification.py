@@ -12,53 +12,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import eq
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
-
-from pydantic import Field, field_validator
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lorafit.console.nearest import did_you_mean
 from lorafit.contracts import Batch, Column, LossSum, ReportTable, ShownSequence, TaskRow
 from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
-from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks import tasks
 from lorafit.kinds.tasks._class_tables import share
-from lorafit.kinds.tasks._heads import fit_head, head_inputs, pad_texts
+from lorafit.kinds.tasks._heads import LabellingTask, LabelsSection, head_inputs, order_labels, pad_texts
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Encoded, Example, JsonObject, Reporter, Sample
+    from lorafit.contracts import Encoded, Example, JsonObject, Sample
     from lorafit.objective import Objective
 
 _OUTSIDE = "O"
 _UNLABELLED = -1
-_NO_CHATS = "reads words with labels, which go through no chat template"
 
 
-class TokenClassificationSection(TaskSection):
-    """A label for each word."""
+class TokenClassificationSection(LabelsSection):
+    """A label for each word; rows may number them as `labels` does."""
 
     kind: Literal["token-classification"] = "token-classification"
     """Token classification."""
-    labels: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
-    """Names of the labels, in the order of the model's outputs, which rows may number; empty: those of the training
-    rows, sorted."""
-
-    @field_validator("labels")
-    @classmethod
-    def _are_different(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value):
-            raise ValueError("a label is named twice")
-        if len(value) == 1:
-            raise ValueError("one label alone is nothing to tell apart; name two at least")
-        return value
 
 
 @tasks.register(TokenClassificationSection)
-class TokenClassification(Task[TokenClassificationSection]):
+class TokenClassification(LabellingTask[TokenClassificationSection]):
     """A row weighs as much as it has labelled words."""
 
     fitted_base = (
@@ -68,20 +53,7 @@ class TokenClassification(Task[TokenClassificationSection]):
     row_format = classified_format = "word_labels"
     during_metrics = ("loss", "entity_f1")
     final_metrics = ("entity_f1", "word_accuracy", "loss")
-    unread: ClassVar[Mapping[str, str]] = {
-        **Task.unread,
-        "data.chat_template": _NO_CHATS,
-        "data.system_prompt": _NO_CHATS,
-        "data.dropped_fields": _NO_CHATS,
-        "data.train_on": "learns the labels of words",
-        "evaluation.max_new_tokens": "writes no answers",
-    }
     columns = (Column("tokens", "<i4", holds_tokens=True), Column("labels", "<i2"))
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the labels; two without names where neither recipe nor rows have said."""
-        return self.section.labels or ["0", "1"]
 
     @property
     def types(self) -> list[str]:
@@ -96,22 +68,13 @@ class TokenClassification(Task[TokenClassificationSection]):
         """
         if self.section.labels:
             return self
-        found = {name for sample in samples for name in sample.labels or ()}
-        if len(found) < 2:
-            what = f"the training rows have {len(found)} labels; two at least can be told apart"
-            raise DataError(what, key="labels", todo="add rows with other labels, or set task.labels")
-        names = sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (name != _OUTSIDE, 0, name))
+        names = order_labels((name for sample in samples for name in sample.labels or ()), "labels")
         return TokenClassification(self.section.model_copy(update={"labels": names}))
 
     @property
     def model_class(self) -> ModelClass:
         """A model with a head of one output a label, which is new."""
-        config = {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {name: number for number, name in enumerate(self.labels)},
-        }
-        return ModelClass("AutoModelForTokenClassification", config, has_new_head=True, peft_task="TOKEN_CLS")
+        return ModelClass("AutoModelForTokenClassification", self.outputs, has_new_head=True, peft_task="TOKEN_CLS")
 
     @property
     def scores(self) -> Mapping[str, int]:
@@ -218,7 +181,7 @@ class TokenClassification(Task[TokenClassificationSection]):
 
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Of each row: its loss, labelled words and those that are right, and its entities by type."""
-        return self._score(self.logits(objective, batch), batch)
+        return self.score_outputs(self.logits(objective, batch), batch)
 
     def label(self, objective: Objective, batch: Batch) -> list[JsonObject]:
         """The label of each word, and how likely it is."""
@@ -230,37 +193,18 @@ class TokenClassification(Task[TokenClassificationSection]):
             found.append({"labels": names, "probabilities": likely, "entities": entities})
         return found
 
-    def fit_base(
-        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
-    ) -> Mapping[str, NDArray[np.float64]]:
-        """A logistic regression over the frozen model's last states of the labelled tokens, [labels, states]."""
-        chosen_on = None if held_out is None else self._read_states(objective, held_out)
-        states, right = self._read_states(objective, train)
-        return fit_head(states, right, chosen_on, several=False, reporter=reporter)
+    def states(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """Last ones of the labelled tokens."""
+        states: torch.Tensor = objective.base.base_model(**head_inputs(batch)).last_hidden_state
+        return states.flatten(0, 1).index_select(0, batch["label_index"]).double()
 
-    def score_base(
-        self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]
-    ) -> Mapping[str, NDArray[np.float64]]:
-        """What `score` gives, of that regression."""
-        import torch
-
-        states = _labelled_states(objective, batch)
-        weight, bias = (torch.from_numpy(fitted[name]).to(states.device) for name in ("weight", "bias"))
-        return self._score(states @ weight.T + bias, batch)
-
-    def _read_states(self, objective: Objective, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """States [words, width] in fp64, and 0/1 for each label [words, labels]."""
-        import torch
+    def right_labels(self, batch: Batch) -> torch.Tensor:
+        """Of each labelled word."""
         from torch.nn import functional
 
-        states, right = [], []
-        for batch in batches:
-            with objective.autocast(batch):
-                states.append(_labelled_states(objective, batch))
-            right.append(functional.one_hot(batch["label_ids"], len(self.labels)))
-        return torch.cat(states), torch.cat(right).double()
+        return functional.one_hot(batch["label_ids"], len(self.labels))
 
-    def _score(self, logits: torch.Tensor, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+    def score_outputs(self, logits: torch.Tensor, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         import numpy as np
         from torch.nn import functional
 
@@ -324,12 +268,6 @@ def find_entities(labels: Sequence[str]) -> list[Entity]:
             begin, kind = place, type_now
         before = letter
     return found
-
-
-def _labelled_states(objective: Objective, batch: Batch) -> torch.Tensor:
-    """Last states of the labelled tokens, fp64 [words, width]."""
-    states: torch.Tensor = objective.base.base_model(**head_inputs(batch)).last_hidden_state
-    return states.flatten(0, 1).index_select(0, batch["label_index"]).double()
 
 
 def _by_row(values: torch.Tensor, batch: Batch) -> list[list[float]]:

@@ -84,7 +84,7 @@ def test_rows_decide_the_labels_where_the_recipe_does_not() -> None:
     settled = fresh.settle(iter([sample("10"), sample("9"), sample("spam"), sample("9")]))
     assert settled.section.labels == ["9", "10", "spam"] and settled.model_class.config["num_labels"] == 3
     assert task().settle(iter([sample("else")])).section.labels == NAMES
-    with pytest.raises(DataError, match="two classes at least"):
+    with pytest.raises(DataError, match="two at least"):
         fresh.settle(iter([sample("spam")]))
 
 
