@@ -72,7 +72,8 @@ test-fake-card:
 	.venv-cuda/bin/python -m pytest -s tests/fake_card
 
 # lorafit on the card at hand, in about ten minutes; PROVE_DEVICE=cpu: the small mode; STAGE=values: one stage (docs/gpu.md)
-prove-gpu: $(STAMP) $(if $(filter cpu,$(PROVE_DEVICE)),,$(PEERS))
+prove-gpu: $(STAMP)
+	@test "$(PROVE_DEVICE)" = cpu || ! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || $(MAKE) $(PEERS)
 	$(BIN)/python -m benchmarks.prove_gpu
 
 $(PEERS): $(STAMP)

@@ -71,7 +71,10 @@ class Classifier:
 
         rows, cut = [], 0
         for number, sample in enumerate(samples):
-            row = self.task.ask(sample, render)
+            try:
+                row = self.task.ask(sample, render)
+            except DataError as error:
+                raise error.at(file=sample.file, line=sample.line or None) from None
             if row is None:
                 raise DataError("has no text to classify", file=sample.file, line=sample.line or None)
             check_ids(row.asked, engine.tokenizer, engine.embedding_rows)
@@ -93,7 +96,13 @@ class Classifier:
             for members, labels in run_or_halve(label, micro_batches, objective.device):
                 found |= dict(zip(members, labels, strict=True))
                 bar.advance(len(members))
-        return [found[row] for row in range(len(rows))]
+        return [_with_cut_words(found[row], samples[row]) for row in range(len(rows))]
+
+
+def _with_cut_words(found: JsonObject, sample: Sample) -> JsonObject:
+    """With the number of words that have no label, where the text was cut."""
+    cut = len(sample.words or ()) - len(found["labels"])
+    return {**found, "cut_words": cut} if cut > 0 and sample.words else found
 
 
 def open_classifier(path: Path, checkpoint: str | None, base_model: str | None, reporter: Reporter) -> Classifier:
@@ -110,7 +119,7 @@ def open_classifier(path: Path, checkpoint: str | None, base_model: str | None, 
             raise UsageError("a whole model has none", key=key, todo="name a run or an adapter folder")
         task, notes = noted_task(path), read_notes(path)
         if task is None:
-            raise _gives_no_labels("causal-lm") if _writes_text(path) else _has_no_head(path)
+            raise _gives_no_labels("causal-lm", True) if _writes_text(path) else _has_no_head(path)
         _require_labels(task)
         limit, pad_id = notes.get("max_length"), notes.get("pad_id")
         if not isinstance(limit, int) or not isinstance(pad_id, int):
@@ -142,7 +151,7 @@ def _of_tuned(tuned: Tuned, card: RunCard, reporter: Reporter) -> Classifier:
 
 def _require_labels(task: Task[TaskSection]) -> None:
     if task.classified_format is None:
-        raise _gives_no_labels(task.section.kind)
+        raise _gives_no_labels(task.section.kind, task.writes_answers)
 
 
 def _writes_text(model: Path) -> bool:
@@ -154,8 +163,9 @@ def _has_no_head(model: Path) -> ModelError:
     return ModelError("has no head that lorafit trained, and so gives no labels", file=str(model), todo=todo)
 
 
-def _gives_no_labels(kind: str) -> ModelError:
-    return ModelError(f"a model of task {kind} gives no labels", key="task", todo="use lorafit generate")
+def _gives_no_labels(kind: str, writes_text: bool) -> ModelError:
+    todo = "use lorafit generate" if writes_text else "use lorafit eval, or the merged model in transformers"
+    return ModelError(f"a model of task {kind} gives no labels", key="task", todo=todo)
 
 
 def read_texts(

@@ -88,7 +88,8 @@ def _head(estimate: Answer) -> Iterator[str]:
     if memory.micro_batch_tokens > step.row_tokens:
         what = f"{what} has {step.row_tokens:,}"
     checkpointing = CHECKPOINTING[memory.gradient_checkpointing]
-    yield f"micro-batch of {memory.micro_batch_tokens:,} tokens ({what}), checkpointing {checkpointing}"
+    kernels = ", kernels liger" if step.kernels == "liger" else ""  # they hold less than lorafit's own
+    yield f"micro-batch of {memory.micro_batch_tokens:,} tokens ({what}), checkpointing {checkpointing}{kernels}"
     if estimate.device is None:
         yield "for a card that computes bf16: --gpu names another, or cpu for this machine"
     if estimate.without_checkpointing is not None and estimate.device is not None:

@@ -369,9 +369,14 @@ def place_of(example: Example) -> tuple[str, int]:
 
 
 def _decode(sequence: ShownSequence, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Text before the first trained token, and text of the trained ones; or the whole text, and what it is labelled."""
+    """Text before the first trained token, and text of the trained ones.
+
+    Of a text that is labelled the whole of it and its label; of one that carries no loss all of it as an answer.
+    """
     if sequence.label:
         return tokenizer.decode(sequence.input_ids), sequence.label
+    if not any(sequence.trained):
+        return "", tokenizer.decode(sequence.input_ids)
     pairs = list(zip(sequence.input_ids, sequence.trained, strict=True))
     first = next((place for place, (_, flag) in enumerate(pairs) if flag), len(pairs))
     prompt = tokenizer.decode([token for token, _ in pairs[:first]])

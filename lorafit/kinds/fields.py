@@ -129,4 +129,5 @@ def read_json(text: str, name: str) -> Any:
     try:
         return parse_json(text)
     except JsonError as error:
-        raise DataError(error.what, key=name) from None
+        todo = "write it as JSON, with double quotes" if text.lstrip().startswith(("['", "{'")) else ""
+        raise DataError(error.what, key=name, todo=todo) from None

@@ -301,20 +301,25 @@ class Classified(Printed):
             console.print(line + (f"  {flat}" if text.line else ""), markup=False, highlight=False, soft_wrap=True)
 
 
+_PLACE = ("file", "line")
+
+
 def _as_table(rows: Sequence[JsonObject]) -> str:
-    """CSV with a column for each value, and for each class its probability. Blanks part words and their labels, commas
-    several labels of a text.
+    """CSV with a column for each value, and for each class its probability; commas part several labels of a text.
+
+    Words, their labels and entities are JSON lists, as training reads them.
     """
     import csv
     from io import StringIO
 
     flat: list[JsonObject] = []
     for row in rows:
-        shares, between = row["probabilities"], " " if "words" in row else ", "
-        line: JsonObject = {name: row[name] for name in ("file", "line", "text") if name in row}
-        line |= {"words": " ".join(row["words"])} if "words" in row else {}
-        line["labels"] = between.join(row["labels"])
-        flat.append(line | (shares if isinstance(shares, dict) else {"probabilities": " ".join(map(str, shares))}))
+        if "words" in row:
+            as_text = {name: json.dumps(value, ensure_ascii=False) for name, value in row.items() if name not in _PLACE}
+            flat.append({name: row[name] for name in _PLACE if name in row} | as_text)
+        else:
+            flat.append({**row, "labels": ", ".join(row["labels"]), **row["probabilities"]})
+            del flat[-1]["probabilities"]
     table = StringIO()
     writer = csv.DictWriter(table, list(dict.fromkeys(name for line in flat for name in line)))
     writer.writeheader()

@@ -25,7 +25,7 @@ from transformers import (
 
 import lorafit
 from lorafit import pipeline
-from lorafit.errors import ModelError
+from lorafit.errors import DataError, ModelError
 from tests.support.processes import ENVIRONMENT, PROGRAM, start
 from tests.support.tiny_model import make_base
 
@@ -216,3 +216,42 @@ def test_a_table_goes_in_and_a_table_comes_out(tmp_path: Path) -> None:
     assert [line["labels"] for line in lines] == [row["labels"][0] for row in found]
     for line, row in zip(lines, found, strict=True):
         assert {name: float(line[name]) for name in ("blue", "green", "red")} == row["probabilities"]
+
+
+def test_words_of_a_table_come_back_as_a_table_and_what_was_cut_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"words": ["red", "mug", str(n)], "labels": ["B-X", "O", "O"]} for n in range(6)]
+    recipe = colours(make_base(tmp_path / "base"), tmp_path / "run") | {"task": "token-classification"}
+    run = lorafit.train(recipe, rows=rows, quiet=True)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"words": ["New York", "mug"]}) + "\n" + json.dumps({"words": ["red"] * 60}) + "\n")
+    pipeline.classify(run.path, input_file=asked, output=tmp_path / "o.csv")
+    with (tmp_path / "o.csv").open(newline="", encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert json.loads(first["words"]) == ["New York", "mug"] and len(json.loads(first["labels"])) == 2
+    assert first["cut_words"] == "" and int(second["cut_words"]) == 60 - len(json.loads(second["labels"])) > 0
+    again = colours(tmp_path / "base", tmp_path / "again") | {"task": "token-classification"}
+    again["data"]["train"] = str(tmp_path / "o.csv")
+    with pytest.raises(DataError, match=r"o\.csv:3: labels: \d+ labels for 60 words"):
+        lorafit.train(again, quiet=True)
+    lorafit.classify(run, ["red " * 60])
+    assert "1 text may be cut: data.max_length of the run is 32 tokens" in capsys.readouterr().err
+    asked.write_text(json.dumps({"words": ["red", "\u200b"]}) + "\n")
+    try:
+        pipeline.classify(run.path, input_file=asked)
+    except DataError as error:  # where the tokenizer has none
+        assert str(error).startswith(f"{asked}:1: words: word 2")
+
+
+def test_a_reward_model_says_where_its_rewards_are_to_be_had(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"red {n}", "chosen": " mug", "rejected": " bowl it"} for n in range(6)]
+    recipe = colours(make_base(tmp_path / "base"), tmp_path / "run") | {"task": "reward"}
+    recipe["model"]["dtype"] = "bf16"
+    recipe["model"] |= {"attention": "auto"}
+    run = lorafit.train(recipe, rows=pairs, quiet=True)
+    assert run.resolved is not None and run.resolved.attention != "eager"
+    with pytest.raises(ModelError, match="use lorafit eval, or the merged model"):
+        lorafit.classify(run, ["red"], quiet=True)
+    worst = lorafit.evaluate(run, rows=pairs, quiet=True).to_json()["worst_rows"][0]
+    assert "mug" in worst["chosen"] and "bowl" in worst["rejected"] and "mug" not in worst["prompt"]

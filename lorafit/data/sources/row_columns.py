@@ -111,7 +111,8 @@ def _say_needs(task: Task[TaskSection], row: Row) -> str | None:
         close = nearest(field, [str(column) for column in row if column not in found.values()], count=1)
         found[field] = close[0] if close else "THEIRS"
     needed = written({field: found[field] for field in kind.known_as})
-    return f"task {task.section.kind} needs {', '.join(kind.known_as)}: {needed}"
+    is_mapped = any(ours != theirs for ours, theirs in found.items())
+    return f"task {task.section.kind} needs {', '.join(kind.known_as)}" + (f": {needed}" if is_mapped else kind.form)
 
 
 def written(columns: Columns) -> str:

@@ -22,6 +22,7 @@ class WordLabels(Format):
         "labels": ("tags", "ner_tags", "ner", "pos_tags", "label"),
     }
     answer = "labels"
+    form = ' as lists, in a table as JSON: ["Ada", "lives"]'
     verbatim = True
 
     def matches(self, row: Row) -> bool:

@@ -17,8 +17,8 @@ from lorafit.kinds.metrics import RowScore, ScoreMean, metrics
 class EntityF1(ScoreMean):
     """F1 = 2 right / (given + wanted), with precision and recall."""
 
-    reads: tuple[str, ...] = ("entities", "weight")
-    condition = "a row with labelled words"
+    reads: tuple[str, ...] = ("entities", "weight", "entity_types")
+    condition = "labels that tell of entities, such as O, B-PER and I-PER"
     better: Literal["lower", "higher"] = "higher"
     percent = True
     settings = "entities whose words and type are right, micro average, as seqeval"

@@ -32,7 +32,7 @@ class PairTask(Task[S_co]):
     row_format = "preference"
     sequences = 2
     during_metrics = ("loss", "reward_accuracy")
-    final_metrics = ("reward_accuracy", "reward_margin", "loss")
+    final_metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin", "loss")
     unread: ClassVar[Mapping[str, str]] = {
         **Task.unread,
         "data.train_on=all": "learns from answers alone, and all would train prompts",

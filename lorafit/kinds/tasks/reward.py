@@ -59,6 +59,7 @@ class Reward(PairTask[RewardSection]):
     )
     unread: ClassVar[Mapping[str, str]] = {**PairTask.unread, "evaluation.max_new_tokens": "writes no answers"}
     labels_rows = True
+    final_metrics = ("reward_accuracy", "loss")  # margins of the base's head, a regression, are of another scale
     columns = tuple(Column(f"{side}_tokens", "<i4", holds_tokens=True) for side in SIDES)
 
     def tie(self) -> float:

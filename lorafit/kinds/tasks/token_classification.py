@@ -79,7 +79,7 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
     @property
     def scores(self) -> Mapping[str, int]:
         """The loss, labelled words, those that are right; of each type entities that are right, given and wanted."""
-        return {"loss": 1, "weight": 1, "right_words": 1, "entities": 3 * max(1, len(self.types))}
+        return {"loss": 1, "weight": 1, "right_words": 1, "entities": 3 * max(1, len(self.types)), "entity_types": 1}
 
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
         """Tokens, and at the first token of each word its label.
@@ -214,7 +214,13 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
         rows = [(sum(nats), len(right), sum(map(eq, right, given)), right, given) for nats, right, given in parts]
         entities = [self._count(right, given) for *_, right, given in rows]
         sums = np.array([row[:3] for row in rows], dtype=np.float64).T
-        return {**dict(zip(("loss", "weight", "right_words"), sums, strict=True)), "entities": np.array(entities)}
+        types = np.full(len(rows), float(len(self.types)))
+        found = dict(zip(("loss", "weight", "right_words"), sums, strict=True))
+        return {**found, "entities": np.array(entities), "entity_types": types}
+
+    def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
+        """How many words are right."""
+        return f"{sums['right_words'][0]:.0f} of {sums['weight'][0]:.0f} words right"
 
     def _count(self, wanted: Sequence[float], given: Sequence[float]) -> list[float]:
         """Of each type, entities of one row that are right, given and wanted."""

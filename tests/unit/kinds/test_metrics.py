@@ -23,7 +23,7 @@ def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, .
     classes = {"classes": (1.0, 0.0), "predicted": (1.0, 0.0) if correct else (0.0, 1.0)}
     classes["confidence"] = (0.9,)
     pairs = {"preferred": (correct * tokens,), "margin": (correct,)}
-    words = {"right_words": (correct,), "entities": (correct, tokens, tokens + 1.0)}
+    words = {"right_words": (correct,), "entities": (correct, tokens, tokens + 1.0), "entity_types": (1.0,)}
     counts = {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}
     return {**counts, **classes, **pairs, **words}
 

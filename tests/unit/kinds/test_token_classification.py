@@ -98,7 +98,8 @@ def test_entities_are_seqevals(labels: str, entities: list[tuple[str, int, int]]
 
 def test_f1_is_over_all_entities() -> None:
     metric = metrics.get("entity_f1")
-    rows = [RowScore({"entities": (1.0, 2.0, 1.0, 0.0, 0.0, 2.0), "weight": (5.0,)}), RowScore({"weight": (0.0,)})]
+    scored = {"entities": (1.0, 2.0, 1.0, 0.0, 0.0, 2.0), "weight": (5.0,), "entity_types": (2.0,)}
+    rows = [RowScore(scored), RowScore({**scored, "entity_types": (0.0,)})]  # labels that tell of no entities
     usable = [row for row in rows if metric.usable(row)]
     sums = np.sum(metric.row_sums(usable), axis=0).tolist()
     assert metric.values(sums) == {"entity_f1": 2 / 5, "precision": 1 / 2, "recall": 1 / 3}
