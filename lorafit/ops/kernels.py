@@ -11,7 +11,7 @@ A table holds arithmetic alone: what is differentiated, and what is kept for tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -166,14 +166,11 @@ def _multiply_silu_whole(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate).mul_(up)
 
 
-FUSED = Kernels(
-    "none",
+FUSED = replace(
+    PLAIN,
     scaled_product=_scaled_in_product,
     norm=_fused_norm,
     norm_backward=_fused_norm_backward,
     multiply_silu=_multiply_silu_whole,
-    differentiate_silu=_differentiate_silu,
-    rotate=_rotate,
-    logit_errors=_logit_errors,
     casts_once=True,
 )

@@ -8,6 +8,8 @@ into so many chunks that the head is read more often.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lorafit.ops.kernels import FUSED, Kernels
@@ -143,17 +145,7 @@ def _sized_norm_backward(
     return torch.empty_like(x)
 
 
-SIZED_FUSED = Kernels(
-    "none",
-    scaled_product=FUSED.scaled_product,
-    norm=_sized_norm,
-    norm_backward=_sized_norm_backward,
-    multiply_silu=FUSED.multiply_silu,
-    differentiate_silu=FUSED.differentiate_silu,
-    rotate=FUSED.rotate,
-    logit_errors=FUSED.logit_errors,
-    casts_once=True,
-)
+SIZED_FUSED = replace(FUSED, norm=_sized_norm, norm_backward=_sized_norm_backward)
 SIZED_LIGER = Kernels(
     "liger",
     scaled_product=FUSED.scaled_product,

@@ -318,8 +318,9 @@ def _as_table(rows: Sequence[JsonObject]) -> str:
             as_text = {name: json.dumps(value, ensure_ascii=False) for name, value in row.items() if name not in _PLACE}
             flat.append({name: row[name] for name in _PLACE if name in row} | as_text)
         else:
-            flat.append({**row, "labels": ", ".join(row["labels"]), **row["probabilities"]})
-            del flat[-1]["probabilities"]
+            own = {name: value for name, value in row.items() if name != "probabilities"}
+            shares = {f"p({name})": share for name, share in row["probabilities"].items()}  # a class may be named text
+            flat.append({**own, "labels": ", ".join(row["labels"]), **shares})
     table = StringIO()
     writer = csv.DictWriter(table, list(dict.fromkeys(name for line in flat for name in line)))
     writer.writeheader()

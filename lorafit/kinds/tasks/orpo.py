@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorafit.contracts import Batch
 
 _TIE_NATS = 1e-6
-"""Of a token, see `OrpoSection`."""
+"""Log-odds that differ by less are a tie: rounding alone may part them so far."""
 
 
 class OrpoSection(TaskSection):

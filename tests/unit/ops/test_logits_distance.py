@@ -17,3 +17,10 @@ def test_it_is_relative_and_sees_what_is_not_rounding() -> None:
     assert logits_distance(logits, logits[torch.randperm(40)]) > 1.0
     assert logits_distance(logits, logits.bfloat16()) < ROUNDING[torch.bfloat16]
     assert not logits_distance(logits, logits * float("nan")) <= 1.0
+
+
+def test_two_outputs_that_are_nearly_equal_are_judged_by_their_size() -> None:
+    rewards = torch.tensor([[3.00, 3.01], [-2.00, -2.02]])
+    rounded = rewards + torch.tensor([[0.02, -0.01], [0.01, 0.02]])
+    assert logits_distance(rewards, rounded) < 0.01
+    assert logits_distance(rewards, rewards.flip(0)) > 1.0  # of other texts
