@@ -313,8 +313,9 @@ def generate(
     check_prompts(prompt, input_file, rows)
     check_answerable(run, checkpoint)
     prompts = read_prompts(run, prompt, input_file, rows, reporter)
-    from lorafit.answering.generate import Request, Sampling
+    from lorafit.answering.generate import Request
     from lorafit.answering.opening import open_answerer, warn_of_cut, warn_of_empty
+    from lorafit.answering.sampling import Sampling
 
     if compare_base and is_model(run):
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafit.answering.generate import Answer, Request, Sampling, find_stop_ids, generate_answers
+from lorafit.answering.generate import Answer, Request, find_stop_ids, generate_answers
+from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Reporter, Silent
 from lorafit.data.id_range import check_ids
 from lorafit.errors import ModelError, UsageError

@@ -5,29 +5,21 @@
     rows x (prompt + new) <= budget [_ _ _ P P P P | . . .]     the padding, positions count from its end
 
 A batch is written in rounds: when half of its rows have ended, the others go on without them, with their cache.
-
-A sampled token is the largest of `logits / temperature + noise` with Gumbel noise of (seed, row, place), so that a row
-draws the same numbers alone and in any batch.
-
-Source: Gumbel-max trick, Maddison, Tarlow and Minka (2014), "A* Sampling", section 2; nucleus sampling, Holtzman et al.
-(2020), "The Curious Case of Neural Text Degeneration", section 3.1.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
+from lorafit.answering.plain_generation import head_sees_last, plain_generation
+from lorafit.answering.sampling import GREEDY, Sampling, build_processors
 from lorafit.contracts import JsonObject, Reporter
 from lorafit.errors import ResourceError
-from lorafit.ops.isolation import as_whole
-from lorafit.ops.output_head import output_head
 from lorafit.ops.process_memory import is_out_of_memory, run_or_halve
 from lorafit.ops.virtual_tokens import count_virtual_tokens
 
@@ -40,23 +32,6 @@ _BATCH_TOKENS = 16_384
 _BATCH_ROWS = 64
 LEAST_ROUND_ROWS = 4
 """Below this many rows it is not worth ending a round to drop those that have ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How an answer's tokens are chosen.
-
-    Attributes:
-        max_new_tokens: Longest answer.
-        temperature: 0 is greedy; else logits are divided by it before a token is drawn.
-        top_p: Sampling only among the likeliest tokens that together reach this probability, 0 to 1.
-        seed: Decides what is drawn.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +49,7 @@ class Request:
 
     prompt_ids: Sequence[int]
     adapter: str | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     stop_ids: tuple[int, ...] = ()
     row: int = 0
 
@@ -142,7 +117,7 @@ def generate_answers(
         rows = [requests[place].row for place in places]
         return writer.write(rows, [prompts[place] for place in places], rooms[places[0]])
 
-    with torch.no_grad(), _plain_generation(model, stops), _head_sees_last(model), whole as bar:
+    with torch.no_grad(), plain_generation(model, stops), head_sees_last(model), whole as bar:
         try:
             for places, written in run_or_halve(write, waiting, model.device):
                 for place, answer in zip(places, written, strict=True):
@@ -188,76 +163,6 @@ def find_stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, st
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in [*stop_ids, *listed, tokenizer.eos_token_id] if token is not None})
-
-
-@contextlib.contextmanager
-def _plain_generation(model: PreTrainedModel, stops: list[int]) -> Iterator[None]:
-    """A neutral generation config in place of the model's own, whose penalties and sampling `generate` would mix in.
-
-    Meanwhile adapters cast their input to their own dtype, as they do for whoever loads them with PEFT, unless the
-    caller computes under autocast, which casts their weights instead; the objective may have left them either way.
-    """
-    from transformers import GenerationConfig
-
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = inner.generation_config
-    modules = [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
-    casts = [(module, module.cast_input_dtype_enabled) for module in modules]
-    autocast = torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
-    for module, _ in casts:
-        module.cast_input_dtype_enabled = not autocast
-    inner.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0)
-    try:
-        yield
-    finally:
-        inner.generation_config = own
-        for module, cast in casts:
-            module.cast_input_dtype_enabled = cast
-
-
-@contextlib.contextmanager
-def _head_sees_last(model: PreTrainedModel) -> Iterator[None]:
-    """The output head gets the last position alone, [batch, 1, hidden], in one piece: no other logits are read.
-
-    `generate` hands it a slice of the prompt's hidden states, or all of them where the model knows no
-    `logits_to_keep`. On a CPU such a slice makes a copy of the weight for each row (see `as_whole`): 1.6 GiB and 16 s
-    instead of 0.06 s for 8 rows and a vocabulary of 262,144.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = output_head(inner)
-
-    def take_last(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not arguments or not torch.is_tensor(arguments[0]) or arguments[0].ndim != 3:
-            return None
-        return (as_whole(arguments[0][:, -1:]), *arguments[1:])
-
-    with head.register_forward_pre_hook(take_last) if head is not None else contextlib.nullcontext():
-        yield
-
-
-class _GumbelNoise:
-    """Logits processor: adds each row's own noise, so that the largest sum is a sample of the softmax.
-
-    The noise is a function of (seed, row, place in the answer), and not of what was drawn before.
-
-    Args:
-        seed: Decides everything.
-        rows: Numbers of the rows in this batch.
-        start: Column of the first generated token.
-    """
-
-    def __init__(self, seed: int, rows: Sequence[int], start: int) -> None:
-        self._seed, self._rows, self._start = seed, rows, start
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores plus noise, `[batch, vocabulary]`."""
-        noise = torch.empty_like(scores, dtype=torch.float32)
-        generator = torch.Generator(noise.device)
-        for line, row in zip(noise, self._rows, strict=True):
-            # mixed first: torch on a CPU reads only the lower 32 bits of a seed
-            key = np.random.SeedSequence([self._seed, row, input_ids.shape[1] - self._start])
-            line.exponential_(generator=generator.manual_seed(int(key.generate_state(1, np.uint64)[0])))
-        return scores - noise.log()
 
 
 class _HalfEnded:
@@ -311,7 +216,7 @@ class _Writer:
                 do_sample=False,
                 use_cache=True,
                 return_dict_in_generate=True,
-                logits_processor=self._processors([rows[place] for place in going], start),
+                logits_processor=build_processors(self.sampling, [rows[place] for place in going], start),
                 stopping_criteria=self._criteria(len(going), input_ids.device),
                 streamer=self.streamer,
                 **kept,
@@ -336,17 +241,6 @@ class _Writer:
         ids = [[pad] * (columns - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    def _processors(self, rows: Sequence[int], start: int) -> Any:
-        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
-        processors = LogitsProcessorList()
-        if self.sampling.temperature > 0:
-            processors.append(TemperatureLogitsWarper(self.sampling.temperature))
-            if self.sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(self.sampling.top_p))
-            processors.append(_GumbelNoise(self.sampling.seed, rows, start))
-        return processors
 
     def _criteria(self, rows: int, device: torch.device) -> Any:
         from transformers import StoppingCriteriaList

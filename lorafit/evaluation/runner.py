@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lorafit.answering.engine import Engine
-from lorafit.answering.generate import Answer, Request, Sampling
+from lorafit.answering.generate import Answer, Request
+from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Silent
 from lorafit.data.batch import cut_step, deal
 from lorafit.errors import DataError, NumericsError

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lorafit.answering.engine import Engine
-from lorafit.answering.generate import Request, Sampling
+from lorafit.answering.generate import Request
+from lorafit.answering.sampling import Sampling
 from lorafit.errors import ModelError, UsageError
 from tests.unit.evaluation.conftest import build_llama
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from lorafit.answering.generate import Request, Sampling, cut_prompts, find_stop_ids, generate_answers
+from lorafit.answering.generate import Request, cut_prompts, find_stop_ids, generate_answers
+from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Silent
 from lorafit.errors import ResourceError
 

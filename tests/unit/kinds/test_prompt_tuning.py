@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorafit.answering.engine import Engine
-from lorafit.answering.generate import Request, Sampling, cut_prompts
+from lorafit.answering.generate import Request, cut_prompts
+from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
