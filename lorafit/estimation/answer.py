@@ -13,7 +13,7 @@ from lorafit.facts import Bar, DatasetFacts, DeviceFacts
 from lorafit.machine.devices import format_bytes
 from lorafit.machine.hardware import smallest_card
 from lorafit.memory import MemoryEstimate, StepMemory, fits
-from lorafit.plan.derive import Bounds
+from lorafit.plan.bounds import Bounds
 from lorafit.plan.recipe_step import HEADROOM
 from lorafit.plan.run_cost import RunCost
 from lorafit.recipe.schema import Recipe

@@ -11,7 +11,8 @@ from lorafit.estimation.ways_to_save import find_enough, find_savings
 from lorafit.facts import DeviceFacts, ModelShape
 from lorafit.memory import Engine, closed_form, covers, fits
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
-from lorafit.plan.derive import memory_bounds, run_epochs
+from lorafit.plan.bounds import memory_bounds
+from lorafit.plan.derive import run_epochs
 from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, recipe_step
 from lorafit.plan.run_cost import cost_of_run
 from lorafit.recipe.schema import Recipe

@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from lorafit.plan.derive import MOST_MICRO_BATCH_TOKENS, Plan, plan, require_fit
+from lorafit.plan.bounds import MOST_MICRO_BATCH_TOKENS
+from lorafit.plan.derive import Plan, plan, require_fit
 from lorafit.plan.flops import Flops, count_flops
 from lorafit.plan.render import plan_table, show_plan
 from lorafit.plan.resolved import ResolvedPlan, Way

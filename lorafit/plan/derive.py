@@ -12,18 +12,16 @@ from lorafit.errors import DataError, DoesNotFitError, RecipeError
 from lorafit.facts import DatasetFacts, DeviceFacts, LeftOut, ModelShape
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
-from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form, fits
+from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form
 from lorafit.ops.attention_kernels import VARLEN
 from lorafit.ops.kernel_choice import check_kernels
-from lorafit.ops.recomputed_layers import CHECKPOINTING, Checkpointing
+from lorafit.ops.recomputed_layers import Checkpointing
+from lorafit.plan.bounds import memory_bounds
 from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, begins_rows, recipe_step, takes_varlen
+from lorafit.plan.warnings import plan_warnings
 from lorafit.recipe.schema import Recipe
 
 DEFAULT_EPOCHS = 3.0
-MOST_MICRO_BATCH_TOKENS = 16_384
-"""Beyond this a forward pass gains no speed on any card: its products are large enough. The run picks below
-it."""
-FEW_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,7 @@ def plan(
         memory_at_most=bounds.memory_at_most,
         memory_least=bounds.memory_least,
         fits=bounds.fits,
-        warnings=_warnings(recipe, memory, dataset, device, total_steps),
+        warnings=plan_warnings(recipe, memory, dataset, device, total_steps),
         step=memory,
     )
 
@@ -211,12 +209,6 @@ def require_fit(plan: Plan) -> None:
         f"{plan.device.name} has {format_bytes(have)}, of which {HEADROOM:.0%} stay free",
         todo="lower data.max_length or adapter.r, quantise the model, or take more memory; see lorafit estimate-memory",
     )
-
-
-def _can_fit(least: MemoryEstimate, device: DeviceFacts) -> bool:
-    """The refusal errs on the user's side: what a paged optimizer can move out does not count."""
-    paged = least.paged_bytes / least.tensor_bytes
-    return fits(least, round(device.memory_bytes / max(1.0 - paged, 1e-9)), HEADROOM)
 
 
 def _length(recipe: Recipe, steps_per_epoch: int) -> tuple[int, float]:
@@ -272,126 +264,3 @@ def _check_length(dataset: DatasetFacts, step: StepShape) -> None:
             key="data.max_length",
             todo=f"set it to {shape.max_positions // task.pads_to * task.pads_to} or less",
         )
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far memory leaves micro-batch and checkpointing open, and what the ends need.
-
-    Attributes:
-        checkpointing: None: several of its values can fit.
-        memory: Of the smallest micro-batch.
-        memory_least: Of one longest row with checkpointing.
-        memory_at_most: Of the largest micro-batch.
-        fits: Whether one longest row does, with checkpointing.
-    """
-
-    checkpointing: Checkpointing | None
-    least_tokens: int
-    most_tokens: int
-    memory: MemoryEstimate
-    memory_least: MemoryEstimate
-    memory_at_most: MemoryEstimate
-    fits: bool
-
-
-def memory_bounds(memory: StepMemory, step_rows: int, device: DeviceFacts) -> Bounds:
-    """Token budget and checkpointing, as far as memory alone decides them."""
-    longest, have, asked = memory.step.row_tokens, device.memory_bytes, memory.checkpointing
-    least = memory.at(longest, True)
-    can_fit = _can_fit(least, device)
-    if memory.tokens is not None:
-        found, _ = memory.settle(device, HEADROOM)
-        settled = _settled(asked, found.gradient_checkpointing, is_ample=True)
-        return Bounds(settled, memory.least_tokens, memory.least_tokens, found, least, found, can_fit)
-    most = max(longest, min(MOST_MICRO_BATCH_TOKENS, math.ceil(step_rows / device.count) * longest))
-    choices: list[Checkpointing] = list(CHECKPOINTING) if asked is None else [asked]
-    fitting: dict[Checkpointing, int] = {}
-    for choice in choices:
-        tokens = memory.largest_tokens(choice, most, have, HEADROOM)
-        fitting |= {} if tokens is None else {choice: tokens}
-        if tokens == most:
-            break
-    first = next(iter(fitting), choices[-1])
-    settled = _settled(asked, first, is_ample=fitting.get(first) == most)
-    largest = max(fitting.values(), default=longest)
-    at_most = memory.at(largest, choices[-1] if settled is None else settled)
-    return Bounds(settled, longest, largest, memory.at(longest, first), least, at_most, can_fit)
-
-
-def _settled(asked: Checkpointing | None, least: Checkpointing, *, is_ample: bool) -> Checkpointing | None:
-    """What is known of checkpointing before anything is run: what was asked, all layers where less never fits, none
-    where memory is ample."""
-    is_open = asked is None and least is not True and not (least is False and is_ample)
-    return None if is_open else least
-
-
-def _warnings(
-    recipe: Recipe, memory: StepMemory, dataset: DatasetFacts, device: DeviceFacts, total_steps: int
-) -> tuple[str, ...]:
-    training, shape, dtype = recipe.training, memory.step.model, memory.step.dtype
-    found = [device.note] if device.note else []
-    if dtype == "fp16" and device.kind == "cpu":
-        found.append("fp16 on a CPU is slow and overflows easily; bf16 or fp32 is meant for it")
-    if dtype == "bf16" and not device.bf16:
-        found.append(
-            f"{device.name} has no bf16 arithmetic; it is emulated, and slow: fp16 on a GPU, fp32 on a CPU is faster"
-        )
-    if training.deterministic and device.kind != "cpu":
-        found.append(
-            "deterministic: the backward pass of attention is slower and holds more memory than estimated, and "
-            "cuDNN's attention is not taken"
-        )
-    if training.batch_size > dataset.rows:
-        found.append(
-            f"batch_size {training.batch_size} is more than the {counted(dataset.rows, 'row')}: "
-            "every step is a whole epoch"
-        )
-    if total_steps < FEW_STEPS:
-        steps = counted(total_steps, "optimizer step")
-        how = "raise training.epochs or lower training.batch_size"
-        if training.max_steps is not None:
-            how = "raise training.max_steps"
-        found.append(f"only {steps}; a model learns little in fewer than {FEW_STEPS}: {how}")
-    warmup = warmup_steps(training.schedule, total_steps)
-    if warmup >= total_steps > 1:
-        found.append(
-            f"the warmup takes all {total_steps} steps: the learning rate never gets to its height; lower "
-            "training.schedule.warmup_steps"
-        )
-    every = recipe.evaluation.every_steps
-    if every is not None and every > total_steps:
-        found.append(
-            f"evaluation.every_steps {every} is more than the run's {counted(total_steps, 'step')}: "
-            "evaluated at its end only"
-        )
-    longest = memory.step.sequence_tokens
-    if longest > shape.max_positions:
-        found.append(f"the longest row has {longest} tokens; the model was made for {shape.max_positions}")
-    if shape.expert_parameters and recipe.model.quantization.kind != "none":
-        share = shape.expert_parameters / shape.total_parameters
-        found.append(
-            f"the experts ({share:.0%} of the parameters) are loaded unquantised: no quantisation reaches them"
-        )
-    if getattr(recipe.adapter, "target_modules", None) == "all-linear":
-        found += _unreached(shape)
-    if not shape.quantizable and recipe.model.quantization.kind != "none":
-        found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
-    if memory.step.optimizer.is_paged and device.kind != "cuda":
-        found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
-    if asks_to_keep(recipe.model.quantization) and not memory.step.keeps_unpacked:
-        found.append("keep_unpacked has nothing to keep: no adapted linear is unpacked from 4 bits to model.dtype")
-    return tuple(found)
-
-
-def _unreached(shape: ModelShape) -> list[str]:
-    """What a user of `all-linear` may take for adapted: the experts, and linears that can carry no adapter."""
-    found = []
-    if shape.expert_parameters:
-        share = shape.expert_parameters / shape.total_parameters
-        found.append(f"the experts ({share:.0%} of the parameters) get no adapter: they are no linears")
-    names: dict[str, list[str]] = {}
-    for linear in shape.linears:
-        if linear.left_out and linear.name not in names.setdefault(linear.left_out, []):
-            names[linear.left_out].append(linear.name)
-    return found + [f"{', '.join(linears)} get no adapter: {why}" for why, linears in names.items()]

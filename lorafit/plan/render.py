@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lorafit.contracts import Reporter
-    from lorafit.plan.derive import Bounds, Plan
+    from lorafit.plan.bounds import Bounds
+    from lorafit.plan.derive import Plan
 
 
 def format_count(number: int) -> str:
