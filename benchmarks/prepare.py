@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 
 from lorafit.contracts import Sample, Silent
 from lorafit.data.prepare import Prepared, build_renderer, prepare
-from lorafit.data.sources.source import read_sources
+from lorafit.data.sources.sample_set import read_sources
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import DataSection
 

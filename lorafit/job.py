@@ -283,7 +283,7 @@ def look_for_rows(loaded: LoadedRecipe, only: Collection[str] | None = None, *, 
     Raises:
         DataError: A file is missing, or cannot be read.
     """
-    from lorafit.data.sources.source import read_sources
+    from lorafit.data.sources.sample_set import read_sources
 
     task, errors = tasks.bind(loaded.recipe.task), list[LorafitError]()
     for key, sources in sources_of(loaded.recipe).items():

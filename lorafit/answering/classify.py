@@ -23,7 +23,8 @@ from lorafit.data.plain_text import PlainText
 from lorafit.data.prompts import COMMAND_LINE, column_names, read_prompt
 from lorafit.data.sources.files import find_files
 from lorafit.data.sources.row_columns import Columns, rename
-from lorafit.data.sources.source import SampleSet, Source
+from lorafit.data.sources.sample_set import SampleSet
+from lorafit.data.sources.source import Source
 from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.kinds.formats import formats
 from lorafit.kinds.tasks import Task, TaskSection, tasks

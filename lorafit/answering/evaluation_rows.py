@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorafit.answering.tuned import Tuned
 from lorafit.contracts import JsonObject, Reporter, Silent
-from lorafit.data.sources.source import read_sources
+from lorafit.data.sources.sample_set import read_sources
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.evaluation.base_side import FittedBase
 from lorafit.job import Job, look_for_rows, prepare_rows, refer

@@ -24,7 +24,7 @@ from lorafit.data.encode_rows import Encoder, encode_all
 from lorafit.data.report import DataReport, finish_report, report_split
 from lorafit.data.row_counts import Ledger
 from lorafit.data.sample_renderer import Renderer, build_renderer
-from lorafit.data.sources.source import SampleSet, read_sources
+from lorafit.data.sources.sample_set import SampleSet, read_sources
 from lorafit.data.store import ExampleSet, StoreWriter, is_sound
 from lorafit.errors import DataError, Problems
 from lorafit.facts import DatasetFacts

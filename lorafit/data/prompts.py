@@ -16,7 +16,8 @@ from pathlib import Path
 from lorafit.contracts import JsonMapping, Reporter, Sample, Silent
 from lorafit.data.sources.files import find_files
 from lorafit.data.sources.row_columns import NO_PROMPT, Columns, find_format, no_prompt, rename, written
-from lorafit.data.sources.source import SampleSet, Source
+from lorafit.data.sources.sample_set import SampleSet
+from lorafit.data.sources.source import Source
 from lorafit.data.sources.tables import are_numbers
 from lorafit.errors import DataError, LorafitError, UsageError, raise_all
 from lorafit.kinds.formats import formats

@@ -15,7 +15,7 @@ from lorafit.console.wording import agreed, counted
 from lorafit.contracts import JsonObject
 from lorafit.data.row_counts import Ledger, SourceCounts
 from lorafit.data.sample_renderer import Renderer
-from lorafit.data.sources.source import SampleSet
+from lorafit.data.sources.sample_set import SampleSet
 from lorafit.data.store import NO_PROMPT, ExampleSet
 from lorafit.errors import row_place
 from lorafit.facts import Bar

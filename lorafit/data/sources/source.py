@@ -1,4 +1,4 @@
-"""Sources of a recipe: which file or hub data set, which format, and its rows as samples with file and line.
+"""A source of a recipe: which file or hub data set, which format, and its rows as samples with file and line.
 
     SourceSection --open--> Source(name, format, columns) --read--> (line, Sample | DataError), one row at a time
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import copy
 from functools import cached_property
 from itertools import islice
@@ -18,12 +18,11 @@ from pathlib import Path
 from lorafit.console.nearest import did_you_mean, nearest
 from lorafit.console.wording import counted
 from lorafit.contracts import Reporter, Sample
-from lorafit.data.row_counts import Ledger, Noted, raise_first
+from lorafit.data.row_counts import raise_first
 from lorafit.data.sources.files import (
     FILE_SUFFIXES,
     Fingerprint,
     check_file,
-    find_files,
     is_packed,
     suffix_of,
     take_fingerprint,
@@ -41,12 +40,12 @@ from lorafit.data.sources.row_columns import (
     unknown_columns,
 )
 from lorafit.data.sources.workbook import unread_sheets
-from lorafit.errors import IN_MEMORY, DataError, LorafitError, MissingFieldError, RecipeError, raise_all
+from lorafit.errors import IN_MEMORY, DataError, LorafitError, MissingFieldError, RecipeError
 from lorafit.files.cache import memory_rows
 from lorafit.kinds.fields import listed
 from lorafit.kinds.formats import formats, required_fields
 from lorafit.kinds.tasks import Task, TaskSection
-from lorafit.recipe.schema import BadRowsSection, SourceSection
+from lorafit.recipe.schema import SourceSection
 
 ROWS_LOOKED_AT = 100
 AnyTask = Task[TaskSection] | None
@@ -303,97 +302,3 @@ def _locate(
         return path, None
     revision, split = section.revision, section.split
     return None, HubRows(section.path, subset=section.subset, split=split, revision=revision, reporter=reporter)
-
-
-class SampleSet:
-    """The samples of several sources, read lazily, one at a time and in order.
-
-    Attributes:
-        sources: The opened sources.
-    """
-
-    def __init__(self, sources: Sequence[Source], bad_rows: BadRowsSection, reporter: Reporter) -> None:
-        self.sources, self._bad_rows, self._reporter = tuple(sources), bad_rows, reporter
-
-    def new_ledger(self) -> Ledger:
-        """An empty ledger for one pass over these sources."""
-        return Ledger([(source.name, source.format) for source in self.sources], self._bad_rows)
-
-    def first(self, rows: int) -> SampleSet:
-        """The first rows of each source."""
-        return SampleSet([source.first(rows) for source in self.sources], self._bad_rows, self._reporter)
-
-    def guess_rows(self) -> int:
-        """About how many rows there are."""
-        return sum(source.guess_rows() for source in self.sources)
-
-    def count_for_bar(self) -> int | None:
-        """How many rows there are, but for some; None where that cannot be told before they are read."""
-        return self.guess_rows() if all(source.has_a_line_a_row() for source in self.sources) else None
-
-    def rows(self) -> Iterator[tuple[int, int, Sample | DataError]]:
-        """Every row as (number of its source, line, sample or error)."""
-        for number, source in enumerate(self.sources):
-            source.unread.clear()
-            for line, row in source.read():
-                yield number, line, row
-
-    def first_of_each(self) -> Iterator[tuple[Source, Sample]]:
-        """Each source with its first usable row; all rows of a source have one form."""
-        for source in self.sources:
-            yield from ((source, row) for row in islice(_usable(source), 1))
-
-    def first_samples(self) -> Iterator[Sample]:
-        """The first usable row of each source."""
-        return (sample for _, sample in self.first_of_each())
-
-    def usable(self, ledger: Ledger) -> Iterator[tuple[int, int, Sample]]:
-        """Every sample as (number of its source, line, sample); what is none goes to the ledger."""
-        for number, line, row in self.rows():
-            ledger.sources[number].read += 1
-            if isinstance(row, DataError):
-                ledger.note(Noted("bad", number, row))
-            else:
-                yield number, line, row
-
-    def __iter__(self) -> Iterator[Sample]:
-        """Every sample; at the end the recipe's rule for bad rows is applied, and what warns of columns is said."""
-        ledger = self.new_ledger()
-        yield from (sample for *_, sample in self.usable(ledger))
-        ledger.judge()
-        for warning in (warning for source in self.sources for warning in source.warnings()):
-            self._reporter.warn(warning)
-
-
-def _usable(source: Source) -> Iterator[Sample]:
-    return (row for _, row in source.read() if not isinstance(row, DataError))
-
-
-def read_sources(
-    sources: Sequence[SourceSection],
-    folder: Path,
-    bad_rows: BadRowsSection,
-    reporter: Reporter,
-    task: AnyTask = None,
-) -> SampleSet:
-    """Opens every source, so that a missing or unreadable one is an error before anything heavy starts.
-
-    A source whose path is a pattern is opened as one for each of its files.
-
-    Args:
-        folder: The recipe's folder, which paths are relative to.
-        task: What learns the rows; None for any.
-
-    Raises:
-        DataError: One source cannot be opened; several of them as `Problems`.
-        SafetyError: One is or ships a script.
-    """
-    opened, errors = [], []
-    for section in sources:
-        try:
-            for name in find_files(section.path, folder):
-                opened.append(Source(section.model_copy(update={"path": name}), folder, reporter, task=task))
-        except LorafitError as error:
-            errors.append(error)
-    raise_all(errors, file="data")
-    return SampleSet(opened, bad_rows, reporter)

@@ -34,7 +34,7 @@ READ = """
     import json, sys
     from pathlib import Path
     from lorafit.contracts import Silent
-    from lorafit.data.sources.source import read_sources
+    from lorafit.data.sources.sample_set import read_sources
     from lorafit.errors import LorafitError
     from lorafit.recipe.schema import BadRowsSection, SourceSection
     for section in json.loads(sys.argv[2]):

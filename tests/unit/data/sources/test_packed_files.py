@@ -21,7 +21,7 @@ import pytest
 from lorafit.contracts import Sample, Silent
 from lorafit.data.prepare import Prepared
 from lorafit.data.sources import files, json_file
-from lorafit.data.sources.source import read_sources
+from lorafit.data.sources.sample_set import read_sources
 from lorafit.errors import LorafitError
 from lorafit.recipe.schema import BadRowsSection, SourceSection
 
@@ -114,7 +114,7 @@ READ = """
     import resource, sys
     from pathlib import Path
     from lorafit.contracts import Silent
-    from lorafit.data.sources.source import read_sources
+    from lorafit.data.sources.sample_set import read_sources
     from lorafit.errors import LorafitError
     from lorafit.recipe.schema import BadRowsSection, SourceSection
     import pyarrow.parquet

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lorafit.contracts import Sample, Silent
 from lorafit.data.sources import lines, tables
-from lorafit.data.sources.source import read_sources
+from lorafit.data.sources.sample_set import read_sources
 from lorafit.errors import LorafitError
 from lorafit.recipe.schema import BadRowsSection, SourceSection
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lorafit.contracts import Sample, Silent
-from lorafit.data.sources.source import read_sources
+from lorafit.data.sources.sample_set import read_sources
 from lorafit.errors import LorafitError, RecipeError
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import BadRowsSection, SourceSection

@@ -15,7 +15,7 @@ import pytest
 
 from lorafit.contracts import Silent
 from lorafit.data.prepare import Prepared
-from lorafit.data.sources.source import read_sources
+from lorafit.data.sources.sample_set import read_sources
 from lorafit.errors import LorafitError
 from lorafit.kinds.formats import formats
 from lorafit.recipe.schema import BadRowsSection, SourceSection
@@ -306,7 +306,7 @@ def test_faults_are_found_without_heavy_imports(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from lorafit.contracts import Silent
-        from lorafit.data.sources.source import read_sources
+        from lorafit.data.sources.sample_set import read_sources
         from lorafit.errors import DataError
         from lorafit.recipe.schema import BadRowsSection, SourceSection
         for name in ("gone.jsonl", "d.jsonl"):
@@ -375,7 +375,7 @@ def test_offline_hub_is_one_clear_sentence(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from lorafit.contracts import Silent
-        from lorafit.data.sources.source import read_sources
+        from lorafit.data.sources.sample_set import read_sources
         from lorafit.recipe.schema import BadRowsSection, SourceSection
         try:
             list(read_sources([SourceSection(path="nobody/nothing")], Path(sys.argv[1]), BadRowsSection(), Silent()))
