@@ -17,91 +17,21 @@ transformers 5 and tuners/lora/layer.py of PEFT 0.21 for what is called in which
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from lorafit.facts import LinearShape, ModelShape
+from lorafit.facts import LinearShape
+from lorafit.memory.inside_blocks import activation_operations, attention_operations
+from lorafit.memory.layer_stack import LayerStack
 from lorafit.memory.operations import Moment, Operation, run_beside
-from lorafit.ops.attention_kernels import Kernel
-from lorafit.ops.chunk_sizes import chunk_rows, largest_block
-from lorafit.ops.fusible import fuses_branch
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One decoder layer under one micro-batch, and how the training stack computes it.
+class Layer(LayerStack):
+    """One decoder layer under one micro-batch, operation by operation.
 
     Methods that describe another stack than lorafit's are overridden in benchmarks/memory_published.py.
-
-    Attributes:
-        row_tokens: Padded length of a row: what eager attention grows with.
-        adapted: The linears that carry an adapter.
-        rank: Width of the adapters' bottleneck.
-        dropout: On the adapters' inputs.
-        attention: `eager`, `fused`, or anything that keeps no scores but its output.
-        dequantised_bytes: Bytes of the dequantised copy of one linear's weight; 0 where weights are plain.
-        compute_bytes: Of the operands of matrix products, a value.
-        autocast: Whether torch's autocast is on, over fp32 adapters.
-        device_kind: `cpu` or `cuda`: a CPU keeps a dropout mask in the input's dtype, a GPU one byte a value.
-        masked: Whether attention that keeps no scores gets a mask: packed documents.
-        kernel: What computes attention that is neither `eager` nor `fused`.
-        keeps_unpacked: Whether adapted linears that run fused keep that copy, instead of making it for each product.
-        keeps_input: Whether a linear keeps its input: all do in full fine-tuning, and those of LLM.int8().
-        leaks_inputs: Whether that is out of checkpointing's reach: LLM.int8().
-        fused: Layers run as `lorafit.model.fuse` makes them: a norm, a gated product and a linear with its LoRA branch
-            are one operation each.
-        runs_liger: Whether Liger's kernels compute the gated product and the loss: gradients lie where their operands
-            lay.
     """
-
-    shape: ModelShape
-    row_tokens: int
-    adapted: tuple[LinearShape, ...]
-    rank: int
-    dropout: float
-    attention: str
-    dequantised_bytes: Callable[[LinearShape], int]
-    compute_bytes: int = 2
-    autocast: bool = True
-    device_kind: str = "cuda"
-    masked: bool = False
-    kernel: Kernel = "flash"
-    keeps_unpacked: bool = False
-    keeps_input: Callable[[LinearShape], bool] = lambda linear: False
-    leaks_inputs: bool = False
-    fused: bool = True
-    runs_liger: bool = False
-
-    @property
-    def stream_bytes(self) -> int:
-        """Of the residual stream, a value."""
-        return self.compute_bytes
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Of adapter weights, a value."""
-        return 4
-
-    @property
-    def layer_inputs_kept(self) -> int:
-        """How many layers' inputs are on the device under checkpointing."""
-        return self.shape.layers
-
-    @property
-    def wide_on_gpu(self) -> bool:
-        """Whether autocast computes pow and LayerNorm in fp32 (CUDA's list has them, the CPU's has not)."""
-        return self.autocast and self.device_kind != "cpu"
-
-    @property
-    def casts_once(self) -> bool:
-        """Whether adapters are cast once a step, all together."""
-        return self.fused and self.device_kind != "cpu"
-
-    @property
-    def mask_bytes(self) -> int:
-        """Of a dropout mask, a value."""
-        return self.compute_bytes if self.device_kind == "cpu" else 1
 
     @cached_property
     def operations(self) -> list[Operation]:
@@ -111,14 +41,14 @@ class Layer:
         attention = [
             self.norm("norm"),
             *self._inputs(("q", "k", "v", "qkv")),
-            *self._attention(),
+            *attention_operations(self),
             *self._outputs("o"),
             *self._dropped_stream(),
         ]
         mlp = [
             *([] if shape.norms_per_layer == 1 else [self.norm("norm")]),
             *self._inputs(("gate", "up", "gate_up", "")),
-            *self._activation(),
+            *activation_operations(self),
             *self._outputs("down"),
             *self._dropped_stream(),
         ]
@@ -146,42 +76,6 @@ class Layer:
         shared = [widths[roles[0]] for roles in (("q", "k", "v"), ("gate", "up")) if roles[0] in widths]
         single = [width for role, width in widths.items() if role not in ("q", "k", "v", "gate", "up")]
         return sum(shared + single) * self.compute_bytes
-
-    # Which parts run as one operation
-
-    def fuses_linear(self, linear: LinearShape) -> bool:
-        """Whether a linear and its branch do."""
-        keeps_input = self.keeps_input(linear)
-        known = linear.quantizable  # the classes that transformers can replace are those that are fused
-        return self.fused and fuses_branch(of_known_class=known, keeps_input=keeps_input, transposed=linear.transposed)
-
-    def fuses_norm(self) -> bool:
-        return self.fused and self.shape.norm == "rms" and self.shape.plain_norm
-
-    def fuses_gate(self) -> bool:
-        """silu between a gate and an up projection of their own."""
-        return self.shape.activation == "silu" and {"gate", "up"} <= {linear.role for linear in self.shape.linears}
-
-    def _fuses_projections(self) -> bool:
-        """Whether both projections and their product do (`lorafit.ops.lora_gated`)."""
-        joined = {linear.role for linear in self.adapted if self.fuses_linear(linear)}
-        return self.dropout == 0 and self.fuses_gate() and {"gate", "up"} <= joined
-
-    def _fuses_attention(self) -> bool:
-        """Whether attention runs as `lorafit.ops.causal_attention` does; it hands anything unusual to sdpa."""
-        shape = self.shape
-        is_usual = not (self.masked or shape.attention_dropout or shape.softcap or shape.math_attention)
-        return self.attention == "fused" and self.device_kind == "cpu" and is_usual
-
-    def _is_math(self) -> bool:
-        """Whether sdpa is plain products."""
-        dropped = self.device_kind == "cpu" and self.shape.attention_dropout > 0  # no CPU flash kernel takes dropout
-        return self.shape.math_attention or dropped or self.kernel == "math"
-
-    def _keeps_attended(self) -> bool:
-        """Whether attention keeps its own result: one kernel does, plain products do not."""
-        are_products = self.attention == "eager" or bool(self.shape.softcap) or self._is_math()
-        return not (are_products or self._fuses_attention())
 
     # What other stacks do otherwise
 
@@ -274,9 +168,9 @@ class Layer:
         found = []
         width = self.compute_bytes if role == "o" else self.product_bytes()
         for linear in (linear for linear in self.shape.linears if linear.role == role):
-            attention_keeps = role == "o" and self._keeps_attended()
+            attention_keeps = role == "o" and self.keeps_attended()
             kept_anyway = attention_keeps or self.shape.activation == "relu"  # its result, and so does relu
-            multiplies_again = role == "down" and linear in self.adapted and self._fuses_projections()
+            multiplies_again = role == "down" and linear in self.adapted and self.fuses_projections()
             shared = self.keeps_input(linear) or (self.reads_shared_input(linear) and not multiplies_again)
             held = 0 if kept_anyway else linear.in_features * width
             alive, freed = (0.0, held) if shared else (held, 0.0)
@@ -286,101 +180,7 @@ class Layer:
 
     def _in_some_layers(self, operation: Operation, linear: LinearShape) -> Operation:
         """What an average layer keeps of an operation that not every layer has; its moment stays whole."""
-        return replace(operation, kept=operation.kept * self._share(linear))
-
-    def _share(self, linear: LinearShape) -> float:
-        """Share of the layers that hold it, at most 1."""
-        return min(1.0, linear.count / max(self.shape.layers, 1))
-
-    def _attention(self) -> list[Operation]:
-        """Rotation and attention.
-
-        Flash keeps q, k, v, its output and a log-sum a head; `fused` q, k and v; eager keeps every score, in fp32 and
-        as computed; sdpa without a flash kernel keeps them in fp32.
-        """
-        shape, c = self.shape, self.compute_bytes
-        q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        operations = []
-        if shape.qk_norm:
-            wide = (c if self.fuses_norm() else 4) * (q_width + kv_width)
-            moments = (Moment("forward", 6 * q_width), Moment("backward", 16 * q_width))
-            operations.append(Operation("query and key norm", wide, moments))
-        scores = shape.heads * self.row_tokens
-        # v is a view of a fused projection's result, whose rotated q and k are copies
-        is_view = shape.position_parameters == 0 and any(linear.role == "qkv" for linear in shape.linears)
-        copies = c * (q_width + kv_width) if is_view else 0
-        if self.attention != "eager" and not shape.softcap and self._is_math():
-            # fp32 throughout: softmax keeps its result, dropout its mask and the product that multiplies v
-            results = 3 if shape.attention_dropout > 0 else 1
-            kept = 4 * (results * scores + 3 * q_width)
-            moments = (Moment("forward", 4 * scores), Moment("backward", (4 if results == 3 else 8) * scores))
-        elif self.attention == "eager" and shape.has_sinks:  # softmax keeps its result, which multiplies v as it is
-            kept = scores * c + 3 * c * q_width
-            moments = (Moment("forward", 2 * scores * c), Moment("backward", 3 * scores * c + 3 * c * q_width))
-        elif self.attention == "eager" or shape.softcap:
-            softmax = 4 if c < 4 else 0  # softmax in fp32 keeps its result; its bf16 copy multiplies v
-            kept = scores * (softmax + c) + c * (q_width + 2 * (q_width if shape.kv_heads < shape.heads else kv_width))
-            kept += scores * c if shape.softcap else 0
-            kept += scores * self.mask_bytes if shape.attention_dropout > 0 else 0
-            freed = c if c < 4 else 0  # the bf16 copy is used up before softmax's fp32 gradients stand at their most
-            moments = (Moment("forward", scores * c), Moment("backward", scores * (8 - freed) + 3 * c * q_width))
-        elif self._fuses_attention():
-            kept = c * (q_width + 2 * kv_width) + copies
-            rows = chunk_rows(self.row_tokens)
-            block = rows * shape.heads * largest_block(self.row_tokens) * c
-            # dk and dv: their sums in fp32, three of a block's; keys and values are copied, or filled up
-            sums = rows * self.row_tokens * kv_width * (8 + c * (4 if rows == 1 else 5))
-            moments = (
-                Moment("forward", 3 * c * q_width, 2 * block),
-                Moment("backward", c * (2 * q_width + 2 * kv_width), 3 * block + sums),
-            )
-        else:
-            kept = c * (2 * q_width + 2 * kv_width) + 4 * shape.heads + copies
-            if self.masked:  # added to the scores in the compute dtype
-                kept += c * self.row_tokens
-            if self.masked or self.kernel == "efficient":  # every query head has its own keys and values
-                kept += 2 * c * (q_width - kv_width)
-            # CUDA's flash backward sums dq in fp32 and makes dk, dv for every query head
-            gpu = 4 * q_width + 2 * c * q_width if self.device_kind != "cpu" else 0
-            moments = (Moment("forward", 3 * c * q_width), Moment("backward", c * (2 * q_width + 2 * kv_width) + gpu))
-        return [*operations, Operation("attention", kept, moments)]
-
-    def _activation(self) -> list[Operation]:
-        """What stands between the MLP's linears, by activation; the experts of a mixture whole."""
-        shape, c, wide = self.shape, self.compute_bytes, 4 if self.wide_on_gpu else self.compute_bytes
-        found = [self._experts()] if shape.experts else []
-        inner = round(sum(x.in_features * self._share(x) for x in shape.linears if x.role == "down"))
-        if not inner:
-            return found
-        moments = []
-        if shape.gated_mlp and self.fused and self.fuses_gate():  # its two factors; both gradients, two on the way
-            own = 0 if self.runs_liger else 2  # gradients with memory of their own
-            kept, backward = 2 * c * inner, (4 if own else 1) * c * inner
-            gate = next(linear for linear in shape.linears if linear.role == "gate")
-            if self._fuses_projections():  # the gradient of both projections' input, before the factors may go
-                weight = 0 if self.keeps_unpacked else self.dequantised_bytes(gate)
-                moments.append(Moment("backward", (1 + own) * c * inner + c * gate.in_features, weight))
-        elif shape.gated_mlp:  # act keeps its input, act·up keeps both factors
-            kept, backward = 3 * c * inner, 3 * c * inner
-        elif shape.activation == "gelu_new":  # written out: x³, tanh, 1 + tanh and x/2 are kept one by one
-            result = 0 if self.wide_on_gpu else c  # its gradient, gone once it is cast up
-            kept, backward = (3 * wide + c) * inner, (result + 3 * wide) * inner  # three on its way
-        elif shape.activation == "xielu":  # in torch's own operations: its input, two results, where it is positive
-            kept, backward = (3 * c + 1) * inner, 3 * c * inner
-        else:  # gelu keeps its input, relu its result
-            kept, backward = c * inner, 2 * c * inner
-        moments += [Moment("forward", c * inner), Moment("backward", backward)]
-        return [*found, Operation("activation", kept, tuple(moments))]
-
-    def _experts(self) -> Operation:
-        """Frozen fused experts: a token goes through `experts_per_token` gated MLPs and is weighted by its router."""
-        shape, c = self.shape, self.compute_bytes
-        ways, inner, hidden = shape.experts_per_token, shape.expert_size, shape.hidden_size
-        kept = ways * (3 * c * inner + c * hidden) + 8 * shape.experts
-        weighted = (c + 8) * hidden  # by fp32 router weights: results, or their gradients, in fp32 twice
-        returns = 3 * c * inner - c * hidden  # their gradients through act·up, when the weighted results are gone
-        moments = (Moment("forward", ways * weighted), Moment("backward", ways * max(returns, weighted)))
-        return Operation("experts", kept, moments)
+        return replace(operation, kept=operation.kept * self.share(linear))
 
     def _dropped_stream(self) -> list[Operation]:
         """The model's own dropout on a block's result: a mask."""
