@@ -1,29 +1,18 @@
-"""What an evaluation found: plain frozen values that become a table, `report.json`, `report.md` and `report.jsonl`.
-
-Losses and answers are joined by file and line, compared by metric, and the worst rows found.
-"""
+"""What an evaluation found: plain frozen values that become a table, `report.json`, `report.md` and `report.jsonl`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.answering.generate import Answer
-from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject, ReportTable
-from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison, compare
-from lorafit.kinds.metrics import RowScore, metrics
+from lorafit.evaluation.rows import Row, Unscored, WorstRow
+from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lorafit.contracts import Example, Examples, GenerationRow, ShownSequence
-    from lorafit.objective import TrainedTask
-
-WORST_ROWS = 10
-_NOT_SCORED = RowScore()
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,92 +41,6 @@ class About:
         if self.trainable_parameters is None or not self.total_parameters:
             return None
         return self.trainable_parameters / self.total_parameters
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One held-out row with both models' scores.
-
-    Attributes:
-        prompt: What the model got, as text; empty where nothing was generated for the row.
-        call: The same row as it was asked at an earlier turn, the last one that calls tools; None where it was not.
-    """
-
-    file: str
-    line: int
-    prompt: str = ""
-    base: RowScore = _NOT_SCORED
-    tuned: RowScore = _NOT_SCORED
-    call: Row | None = None
-
-    def asked_for(self, needs: str) -> Row:
-        """The row as a metric reads it, by what that needs: `calls` means the call, where one was asked for."""
-        return self.call if needs == "calls" and self.call is not None else self
-
-    def to_json(self) -> JsonObject:
-        """The row for `report.jsonl`; of an earlier turn what was asked: the losses stand here already."""
-        call: JsonObject = {}
-        if (row := self.call) is not None:
-            answers = {"base_answer": row.base.answer, "tuned_answer": row.tuned.answer}
-            call = {"call": {"prompt": row.prompt, "reference": row.tuned.reference, **answers}}
-        return {
-            "file": self.file,
-            "line": self.line,
-            "prompt": self.prompt,
-            "reference": self.tuned.reference,
-            "must_contain": list(self.tuned.must_contain),
-            "base": _side(self.base),
-            "tuned": _side(self.tuned),
-            **call,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class WorstRow:
-    """A row that the tuned model does badly on.
-
-    Attributes:
-        row: The row, prompt and reference filled in.
-        name: The value it is ranked by.
-        base: That value of the base model on this row.
-        tuned: That value of the tuned model on this row.
-        answers: Of a row of several sequences (a pair) what is scored in each, by its name; else empty.
-    """
-
-    row: Row
-    name: str
-    base: float
-    tuned: float
-    answers: tuple[tuple[str, str], ...] = ()
-
-    def to_json(self) -> JsonObject:
-        """The row and what it is ranked by."""
-        ranked = {"ranked_by": self.name, "base_score": self.base, "tuned_score": self.tuned}
-        return {**self.row.to_json(), **dict(self.answers), **ranked}
-
-
-@dataclass(frozen=True, slots=True)
-class Unscored:
-    """Rows that a metric could not score.
-
-    Attributes:
-        metric: The metric.
-        rows: How many it could not score.
-        of: Rows there were.
-        condition: What a row needs.
-    """
-
-    metric: str
-    rows: int
-    of: int
-    condition: str
-
-    @property
-    def sentence(self) -> str:
-        """For people."""
-        if self.rows == self.of:
-            return f"{self.metric}: does not apply, none of {counted(self.of, 'row')} is {self.condition}"
-        return f"{self.metric}: {self.rows} of {counted(self.of, 'row')} left out, it needs {self.condition}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,128 +159,3 @@ class Evaluation:
 
 def _by_name(tables: Sequence[ReportTable]) -> JsonObject:
     return {table.name: {"headings": table.headings, "lines": table.lines} for table in tables}
-
-
-def _shown(value: float) -> float:
-    """A count as the whole number that it is."""
-    return int(value) if value == int(value) else value
-
-
-def _side(score: RowScore) -> JsonObject:
-    sums = {name: values for name, values in score.sums.items() if name not in ("loss", "weight")}
-    shown = {name: _shown(values[0]) if len(values) == 1 else list(values) for name, values in sums.items()}
-    return {"loss": score.mean_loss, **shown, "answer": score.answer}
-
-
-def join_rows(
-    examples: Examples,
-    base_losses: Sequence[RowScore],
-    tuned_losses: Sequence[RowScore],
-    asked: Sequence[GenerationRow] = (),
-    base_answers: Sequence[Answer] = (),
-    tuned_answers: Sequence[Answer] = (),
-) -> tuple[Row, ...]:
-    """One Row a source row. Examples that were split from one row are added up: rows are what a bootstrap may draw."""
-    joined: dict[tuple[str, int], Row] = {}
-    for index, (base, tuned) in enumerate(zip(base_losses, tuned_losses, strict=True)):
-        file, line = place_of(examples[index])
-        known = joined.get((file, line), Row(file, line))
-        joined[file, line] = replace(known, base=known.base.plus(base), tuned=known.tuned.plus(tuned))
-    for question, base_answer, tuned_answer in zip(asked, base_answers, tuned_answers, strict=True):
-        known = joined.get((question.file, question.line), Row(question.file, question.line))
-        base, tuned = (
-            replace(
-                side,
-                answer=answer.written if question.calls else answer.text,  # as the reference: calls are control tokens
-                reference=question.reference,
-                must_contain=question.must_contain,
-                written=answer.written,
-                calls=question.calls,
-            )
-            for side, answer in ((known.base, base_answer), (known.tuned, tuned_answer))
-        )
-        here = replace(known, prompt=question.prompt_text, base=base, tuned=tuned)
-        joined[question.file, question.line] = replace(known, call=here) if question.is_inner else here
-    return tuple(joined.values())
-
-
-def compare_rows(
-    rows: Sequence[Row], metric_names: Sequence[str], *, seed: int
-) -> tuple[tuple[Comparison, ...], tuple[Unscored, ...]]:
-    """A comparison for each value of each metric over the rows it can score, and what it could not score."""
-    comparisons: list[Comparison] = []
-    unscored: list[Unscored] = []
-    for name in dict.fromkeys(metric_names):
-        metric = metrics.get(name)
-        read = [row.asked_for(metric.needs) for row in rows]
-        usable = [row for row in read if metric.usable(row.base) and metric.usable(row.tuned)]
-        if len(usable) < len(rows):
-            unscored.append(Unscored(name, len(rows) - len(usable), len(rows), metric.condition))
-        if usable:
-            base, tuned = [row.base for row in usable], [row.tuned for row in usable]
-            comparisons += compare(name, metric, base, tuned, seed=seed)
-    return tuple(comparisons), tuple(unscored)
-
-
-def find_worst(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[WorstRow]:
-    """The rows that the tuned model does worst on, by the first metric over answers, else by the loss of a token.
-
-    Among equals the row with the higher loss comes first.
-    """
-    names = [line.metric for line in comparisons]
-    name = next((name for name in names if metrics.get(name).needs != "scores"), "loss")
-    metric = metrics.get(name)
-    sign = 1.0 if metric.better == "higher" else -1.0
-    found: list[tuple[float, float, WorstRow]] = []
-    for row in (row.asked_for(metric.needs) for row in rows):
-        if not (metric.usable(row.base) and metric.usable(row.tuned)):
-            continue
-        base, tuned = (next(iter(metric.values(metric.row_sums([side])[0]).items())) for side in (row.base, row.tuned))
-        loss = row.tuned.mean_loss
-        second = -math.inf if loss is None else -loss
-        found.append((sign * tuned[1], second, WorstRow(row, tuned[0], base[1], tuned[1])))
-    return [worst for *_, worst in sorted(found, key=lambda entry: entry[:2])[:WORST_ROWS]]
-
-
-def fill_text(
-    worst: Sequence[WorstRow], examples: Examples, task: TrainedTask, tokenizer: PreTrainedTokenizerBase
-) -> tuple[WorstRow, ...]:
-    """The same rows with prompt and reference as text, decoded from tokens where nothing was generated for a row."""
-    wanted = {(w.row.file, w.row.line) for w in worst}
-    first: dict[tuple[str, int], tuple[ShownSequence, ...]] = {}
-    for index in range(len(examples)):
-        if len(first) == len(wanted):
-            break
-        example = examples[index]
-        if place_of(example) in wanted - first.keys():
-            first[place_of(example)] = task.show(example)
-    filled = []
-    for entry in worst:
-        row, shown = entry.row, first.get((entry.row.file, entry.row.line), ())
-        if shown and not (row.prompt or row.tuned.reference):
-            prompt, reference = _decode(shown[0], tokenizer)
-            base, tuned = (replace(side, reference=reference) for side in (row.base, row.tuned))
-            row = replace(row, prompt=prompt, base=base, tuned=tuned)
-        answers = tuple((each.name, _decode(each, tokenizer)[1]) for each in shown) if len(shown) > 1 else ()
-        filled.append(replace(entry, row=row, answers=answers))
-    return tuple(filled)
-
-
-def place_of(example: Example) -> tuple[str, int]:
-    """File and line, which name a source row."""
-    return example.file, example.line
-
-
-def _decode(sequence: ShownSequence, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Text before the first trained token, and text of the trained ones.
-
-    Of a text that is labelled the whole of it and its label; of one that carries no loss all of it as an answer.
-    """
-    if sequence.label:
-        return tokenizer.decode(sequence.input_ids), sequence.label
-    if not any(sequence.trained):
-        return "", tokenizer.decode(sequence.input_ids)
-    pairs = list(zip(sequence.input_ids, sequence.trained, strict=True))
-    first = next((place for place, (_, flag) in enumerate(pairs) if flag), len(pairs))
-    prompt = tokenizer.decode([token for token, _ in pairs[:first]])
-    return prompt, tokenizer.decode([token for token, flag in pairs if flag])

@@ -22,7 +22,8 @@ from rich.text import Text
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonMapping, ReportTable
 from lorafit.errors import row_place
-from lorafit.evaluation.evaluation import Evaluation, Speed, WorstRow
+from lorafit.evaluation.evaluation import Evaluation, Speed
+from lorafit.evaluation.rows import WorstRow
 from lorafit.evaluation.statistics import LEAST_ROWS, RESAMPLES, ROUGH_ROWS, Comparison, Verdict
 from lorafit.files.atomic import atomic_file, write_json
 from lorafit.files.rundir import RunDir

@@ -21,7 +21,8 @@ from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Silent
 from lorafit.data.batch import cut_step, deal
 from lorafit.errors import DataError, NumericsError
-from lorafit.evaluation.evaluation import About, Evaluation, Speed, compare_rows, fill_text, find_worst, join_rows
+from lorafit.evaluation.evaluation import About, Evaluation, Speed
+from lorafit.evaluation.rows import compare_rows, fill_text, find_worst, join_rows
 from lorafit.kinds.metrics import RowScore, metrics, with_companions
 from lorafit.ops.isolation import evaluating
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes, run_or_halve

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lorafit.evaluation.evaluation import About, Evaluation, Row, Speed, compare_rows, find_worst
+from lorafit.evaluation.evaluation import About, Evaluation, Speed
 from lorafit.evaluation.report import name_report, render_evaluation, render_markdown, write_report
+from lorafit.evaluation.rows import Row, compare_rows, find_worst
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import RowScore
 
