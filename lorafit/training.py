@@ -31,7 +31,8 @@ from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
 from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.content import reading_content, require_recorded
-from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.fuse import fuse_layers
+from lorafit.model.fused_lora import keep_unpacked
 from lorafit.model.inspect import (
     coverage,
     coverage_table,

@@ -33,7 +33,8 @@ from lorafit.memory.peak import PHASES
 from lorafit.model import attention, fuse
 from lorafit.model.attach import attach_adapter
 from lorafit.model.checkpointing import set_checkpointing
-from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.fuse import fuse_layers
+from lorafit.model.fused_lora import keep_unpacked
 from lorafit.model.load import build_weightless, fill_with_fakes, unpacking_fakes
 from lorafit.ops import dropout
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION

@@ -232,7 +232,7 @@ def watching(live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer
 
 
 def unpacked_weights(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Dequantised copies that `lorafit.model.fuse.keep_unpacked` left on its layers."""
+    """Dequantised copies that `lorafit.model.fused_lora.keep_unpacked` left on its layers."""
     return [vars(module)["unpacked_weight"] for module in model.modules() if "unpacked_weight" in vars(module)]
 
 

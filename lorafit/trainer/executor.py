@@ -26,7 +26,7 @@ import torch
 
 from lorafit.contracts import Batch
 from lorafit.errors import ResourceError
-from lorafit.model.fuse import cast_adapters
+from lorafit.model.fused_lora import cast_adapters
 from lorafit.objective import Objective
 from lorafit.ops.matmul_peak import wait_for
 from lorafit.ops.process_memory import trim_heap

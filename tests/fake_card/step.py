@@ -27,7 +27,8 @@ from lorafit.memory import StepMemory
 from lorafit.model.attach import attach_adapter
 from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.class_shape import find_shape
-from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.fuse import fuse_layers
+from lorafit.model.fused_lora import keep_unpacked
 from lorafit.model.known_models import known_config
 from lorafit.model.load import build_weightless, fill_with_fakes, unpacking_fakes
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION

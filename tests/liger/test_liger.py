@@ -136,7 +136,7 @@ def test_angles_whose_halves_differ_are_left_to_lorafits_own(liger: Kernels) -> 
     """Liger reads the first half alone."""
     from transformers.models.llama import modeling_llama
 
-    from lorafit.model.fuse import _fuse_rotary
+    from lorafit.model.proven_forwards import _fuse_rotary
 
     q, k, cos, sin = torch.randn(1, 2, 5, 16), torch.randn(1, 1, 5, 16), torch.randn(1, 5, 16), torch.randn(1, 5, 16)
     theirs = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)

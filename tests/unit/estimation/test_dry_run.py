@@ -23,7 +23,8 @@ from lorafit.memory import MemoryEstimate, StepMemory, closed_form
 from lorafit.model.attach import attach_adapter
 from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.class_shape import find_shape
-from lorafit.model.fuse import fuse_layers, keep_unpacked
+from lorafit.model.fuse import fuse_layers
+from lorafit.model.fused_lora import keep_unpacked
 from lorafit.model.known_models import known_config
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.ops.recomputed_layers import CHECKPOINTING, Checkpointing

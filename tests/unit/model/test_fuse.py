@@ -31,7 +31,8 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lorafit.model.fuse import cast_adapters, fuse_layers, keep_unpacked
+from lorafit.model.fuse import fuse_layers
+from lorafit.model.fused_lora import cast_adapters, keep_unpacked
 from lorafit.model.targets import choose_targets
 from lorafit.ops.dropout import drop
 from lorafit.ops.layer_functions import rms_norm, rotate, silu_product
@@ -315,7 +316,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         found.append(x.shape)
         return lora_gated(x, *linears)
 
-    monkeypatch.setattr("lorafit.model.fuse.lora_gated", counted)
+    monkeypatch.setattr("lorafit.model.proven_forwards.lora_gated", counted)
     return found
 
 
