@@ -32,7 +32,9 @@ from lorafit.machine.library_settings import set_library_defaults
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
     from lorafit.estimation import RecipeEstimate
-    from lorafit.run.results import Classified, Evaluated, Generated, Merged, Trained, Validated
+    from lorafit.run.answered import Classified, Generated
+    from lorafit.run.results import Evaluated, Merged, Validated
+    from lorafit.run.trained import Trained
 
 __all__ = ["LorafitError", "classify", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]
 

@@ -24,8 +24,10 @@ from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu, read_device, seems_to_have_card
 from lorafit.recipe.load import load_recipe
+from lorafit.run.answered import Classified, Generated
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
-from lorafit.run.results import Classified, Evaluated, Generated, Merged, Trained, Validated
+from lorafit.run.results import Evaluated, Merged, Validated
+from lorafit.run.trained import Trained
 from lorafit.run.workspace import (
     check_answerable,
     check_same_recipe,

@@ -51,7 +51,7 @@ from lorafit.ops.rng import seed_rng
 from lorafit.plan import Plan, ResolvedPlan, count_flops, require_fit, show_plan
 from lorafit.plan.recipe_step import takes_varlen
 from lorafit.run.card import RunCard
-from lorafit.run.results import Trained, describe_resolved
+from lorafit.run.trained import Trained, describe_resolved
 from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Environment, Snapshot, check_continuity
 from lorafit.trainer.executor import Executor

@@ -28,7 +28,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"answering.tuned"},
     {"job"},
     {"answering.prompts", "estimation.local_rows", "run.output_folder"},
-    {"run.results"},
+    {"run.results", "run.trained", "run.answered"},
     {"run.workspace"},
     {"estimation.dry_run", "estimation.layer_list", "estimation.measured"},
     {"trainer", "evaluation"},

@@ -1,8 +1,10 @@
-"""Numbers and lists of names in messages."""
+"""Numbers, lists of names and paths in messages."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 SHOWN_NAMES = 4
 _SHOWN_CLASSES = 12
@@ -54,3 +56,9 @@ def list_classes(rows: Mapping[str, int]) -> str:
     rarest = sorted(rows.items(), key=lambda item: item[1])
     named = ", ".join(f"{name} {count:,}" for name, count in rarest[:SHOWN_NAMES])
     return f"{len(rows)} classes, {rarest[0][1]:,} to {rarest[-1][1]:,} rows each; the fewest: {named}"
+
+
+def near(path: Path) -> str:
+    """A path as the user would type it: relative to the current folder where that is shorter."""
+    absolute = os.path.normpath(Path.cwd() / path)
+    return min(os.path.relpath(absolute), absolute, key=len)

@@ -9,7 +9,7 @@ from rich.console import Console
 from lorafit.answering.generate import Answer
 from lorafit.answering.opening import warn_of_cut
 from lorafit.contracts import Sample, Silent
-from lorafit.run.results import Classified
+from lorafit.run.answered import Classified
 
 
 def test_answers_that_were_cut_are_counted() -> None:

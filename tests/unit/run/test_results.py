@@ -10,7 +10,7 @@ import pytest
 
 from lorafit.files.rundir import RunDir
 from lorafit.plan import plan
-from lorafit.run.results import Trained
+from lorafit.run.trained import Trained
 from lorafit.trainer.state import FitResult
 from tests.support.plan_cases import ROWS, card, recipe, shape_of
 

@@ -1,0 +1,154 @@
+"""What `lorafit generate` and `lorafit classify` give back: a model's answers, or its labels, a row each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafit.console.reporting import say
+from lorafit.contracts import JsonObject, Printed, Sample
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafit.answering.generate import Answer
+
+
+@dataclass(frozen=True)
+class Generated(Printed):
+    """Answers to prompts, with the base model's beside them where asked; or to verbatim texts, which are no chats."""
+
+    prompts: Sequence[Sample]
+    answers: Sequence[Answer]
+    base_answers: Sequence[Answer] | None
+    are_chats: bool = True
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers' texts, in the prompts' order."""
+        return [answer.text for answer in self.answers]
+
+    def to_json(self) -> JsonObject:
+        """An entry a prompt, in order."""
+        rows = []
+        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            row: JsonObject = {"file": prompt.file, "line": prompt.line} if prompt.line else {}
+            row |= {"messages": list(prompt.turns)} if self.are_chats else {"prompt": prompt.turns[-1]["content"]}
+            if prompt.tools:
+                row["tools"] = list(prompt.tools)
+            row |= {"answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
+            if self.base_answers is not None:
+                row["base_answer"] = self.base_answers[number].text
+            rows.append(row)
+        return {"answers": rows}
+
+    def render(self, console: Console) -> None:
+        """The answers, each behind its prompt; that of a command line is repeated only where two models answer."""
+        is_plain = len(self.prompts) == 1 and not self.prompts[0].line and self.base_answers is None
+        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            if is_plain:
+                say(console, answer.text)
+                continue
+            asked = prompt.turns[-1]["content"]
+            say(console, f"{'' if number == 0 else chr(10)}> {asked}", "bold")
+            if self.base_answers is not None:
+                say(console, f"base:  {self.base_answers[number].text}")
+                say(console, f"tuned: {answer.text}", "green")
+            else:
+                say(console, answer.text)
+
+
+@dataclass(frozen=True)
+class Classified(Printed):
+    """Texts with their labels and the probabilities of all."""
+
+    texts: Sequence[Sample]
+    found: Sequence[JsonObject]
+
+    @property
+    def labels(self) -> list[list[str]]:
+        """Labels of each text, in order; several or none where a text may have so."""
+        return [list(row["labels"]) for row in self.found]
+
+    def to_json(self) -> JsonObject:
+        """An entry a text, in order."""
+        places = [{"file": text.file, "line": text.line} if text.line else {} for text in self.texts]
+        rows = zip(places, self.texts, self.found, strict=True)
+        return {"labels": [{**place, **_asked(text), **found} for place, text, found in rows]}
+
+    def write(self, file: Path) -> None:
+        """The same as JSON lines, or as a table where the file ends in `.csv`. Raises ResourceError where the disk is
+        full, read-only or broken.
+        """
+        from lorafit.files.atomic import atomic_file
+
+        rows = self.to_json()["labels"]
+        lines = [f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n" for row in rows]
+        text = _as_table(rows) if file.suffix.lower() == ".csv" else "".join(lines)
+        with atomic_file(file) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="")
+
+    def render(self, console: Console) -> None:
+        """A line a text: labels with their probabilities, and the text where there are several.
+
+        Blank lines of a file that holds a text a line are blank here too, so that both can be laid side by side.
+        """
+        before, line_before = "", 0
+        for text, found in zip(self.texts, self.found, strict=True):
+            line_before = line_before if text.file == before else 0
+            if text.file.removesuffix(".gz").endswith((".txt", ".jsonl", ".ndjson")):
+                console.print("\n" * (text.line - line_before - 1), end="")
+            before, line_before = text.file, text.line
+            line = _say_words(text, found) if text.words else _say_classes(found)
+            flat = " ".join((text.text or "").split())
+            console.print(line + (f"  {flat}" if text.line else ""), markup=False, highlight=False, soft_wrap=True)
+
+
+_PLACE = ("file", "line")
+
+
+def _as_table(rows: Sequence[JsonObject]) -> str:
+    """CSV with a column for each value, and for each class its probability; commas part several labels of a text.
+
+    Words, their labels and entities are JSON lists, as training reads them.
+    """
+    import csv
+    from io import StringIO
+
+    flat: list[JsonObject] = []
+    for row in rows:
+        if "words" in row:
+            as_text = {name: json.dumps(value, ensure_ascii=False) for name, value in row.items() if name not in _PLACE}
+            flat.append({name: row[name] for name in _PLACE if name in row} | as_text)
+        else:
+            own = {name: value for name, value in row.items() if name != "probabilities"}
+            shares = {f"p({name})": share for name, share in row["probabilities"].items()}  # a class may be named text
+            flat.append({**own, "labels": ", ".join(row["labels"]), **shares})
+    table = StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for line in flat for name in line)))
+    writer.writeheader()
+    writer.writerows(flat)
+    return table.getvalue()
+
+
+def _asked(text: Sample) -> JsonObject:
+    return {"text": text.text} if text.words is None else {"words": list(text.words)}
+
+
+def _say_classes(found: JsonObject) -> str:
+    """`spam 98.2 %`"""
+    given = found["labels"] or [max(found["probabilities"], key=found["probabilities"].get)]
+    shown = ", ".join(f"{label} {100 * found['probabilities'][label]:.1f} %" for label in given)
+    return shown if found["labels"] else f"none of them (nearest: {shown})"
+
+
+def _say_words(text: Sample, found: JsonObject) -> str:
+    """`PER Ada Lovelace, LOC London`; of labels that tell of no entities each word with its own."""
+    words = text.words or ()
+    if all(label == "O" or "-" in label for label in found["labels"]):
+        named = [f"{one['type']} {' '.join(words[one['first'] : one['behind']])}" for one in found["entities"]]
+        return ", ".join(named) or "none"
+    return " ".join(f"{word}/{label}" for word, label in zip(words, found["labels"], strict=False))
