@@ -13,19 +13,18 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from lorafit.contracts import JsonMapping, JsonObject, Reporter
+from lorafit.contracts import JsonMapping, Reporter
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.runner import evaluate_during
-from lorafit.files.atomic import atomic_dir, check_manifest, read_object, write_json
+from lorafit.files.atomic import atomic_dir, write_json
 from lorafit.files.cache import keep, key_of_code
 from lorafit.files.rundir import RunDir
 from lorafit.job import Job, build_objective, prove, refer
 from lorafit.kinds.adapters import adapters, begins_as_base
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
-from lorafit.machine.devices import own_device
 from lorafit.memory import MemoryEstimate, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
@@ -38,22 +37,22 @@ from lorafit.model.inspect import (
     coverage_table,
     describing_quantization,
     recorded_linears,
-    require_same_quantization,
 )
 from lorafit.model.load import load_model
 from lorafit.model.shippable import check_shippable
 from lorafit.objective import Objective, choose_probe
 from lorafit.ops.dtypes import dtype_named
-from lorafit.ops.kernel_choice import choose_kernels, describe_versions
+from lorafit.ops.kernel_choice import describe_versions
 from lorafit.ops.kernels import Kernels
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import Plan, ResolvedPlan, count_flops, require_fit, show_plan
 from lorafit.plan.recipe_step import takes_varlen
 from lorafit.run.card import RunCard
+from lorafit.run.resumption import Resumption
 from lorafit.run.trained import Trained, describe_resolved
-from lorafit.run.workspace import check_same_facts, describe_run, read_base_digest
-from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Environment, Snapshot, check_continuity
+from lorafit.run.workspace import describe_run
+from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.loop import Cadence, HeldOut, Trainer
@@ -62,7 +61,7 @@ from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
 from lorafit.trainer.rehearsal import resolve_plan
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.startup_proofs import prove_gradients
-from lorafit.trainer.state import Event, FitResult, TrainState
+from lorafit.trainer.state import FitResult, TrainState
 from lorafit.trainer.step import Update
 
 _GRADIENT_TOKENS = 64
@@ -86,9 +85,11 @@ class Training:
         job, recipe = self.job, self.job.recipe
         has_held_out = recipe.data.test is not None or recipe.data.validation is not None
         store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
-        checkpoint = self._find_checkpoint(store, resume_from) if resume else None
-        kernels, events = self._choose_kernels(checkpoint, given, allow_inexact)
-        if checkpoint is not None and self._is_published(checkpoint.state):
+        begun = Resumption(job, self.where, self.plan, self.reporter)
+        begun = begun.found_in(store, resume_from) if resume else begun
+        checkpoint = begun.checkpoint
+        kernels, events = begun.choose_kernels(given, allow_inexact)
+        if checkpoint is not None and begun.is_complete:
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
             complete = FitResult.of_complete(checkpoint.state)
             return Trained(self.where, self.plan, None, complete, has_held_out_rows=has_held_out)
@@ -99,9 +100,8 @@ class Training:
         )
         check_same_rows(accelerator, job.rows.digest)
         forget_peak_memory(accelerator.device)  # of another run in this process
-        begun = self._begun_quantization() if checkpoint is not None else None
         with reading_content(job.base.path) if accelerator.is_main_process else nullcontext() as reading:
-            model = self._load(accelerator, begun, kernels)
+            model = self._load(accelerator, begun.quantization(), kernels)
             content = reading.result() if reading is not None else None
         describe = None
         if content is not None:
@@ -118,8 +118,8 @@ class Training:
         executor = Executor(objective, accelerator.device) if one else OverRanks(objective, accelerator)
         stage = self._stage(executor)
         cache_name = f"plans/{key_of_code([job.facts(), job.device.name, job.device.count, kernels.name])}.json"
-        resolved = resolve_plan(self.plan, stage, resumed=self._resumed(checkpoint), given=given, cache_name=cache_name)
-        used = self._check_quantization(describe(), begun) if describe is not None else {}
+        resolved = resolve_plan(self.plan, stage, resumed=begun.resolved_plan(), given=given, cache_name=cache_name)
+        used = begun.check_quantization(describe()) if describe is not None else {}
         before_bytes = peak_memory_bytes(executor.device)
         told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take
         card = job.card(resolved)
@@ -158,20 +158,6 @@ class Training:
         if executor.rank == 0:
             write_json(self.where.result, trained.summary())
         return trained
-
-    def _begun_quantization(self) -> JsonObject | None:
-        """What the run that is gone on with noted of its quantised base: every code of it."""
-        return read_object(self.where.quantization) if self.where.quantization.exists() else None
-
-    def _check_quantization(self, used: JsonObject, begun: JsonMapping | None) -> JsonMapping:
-        """How the base is quantised: as the run noted it when it began, on whatever device, where there is a note.
-
-        Raises:
-            CheckpointError: The codes are others than then.
-        """
-        if begun is not None:
-            require_same_quantization(used, begun, file=self.where.quantization)
-        return begun or used
 
     def _load(self, accelerator: Accelerator, begun: JsonMapping | None, kernels: Kernels) -> Any:
         """The base with its adapter, in the precision of the plan; both can be merged and loaded again."""
@@ -261,46 +247,6 @@ class Training:
             dtype=dtype_named(self.plan.compute_dtype),
         )
 
-    def _is_published(self, state: TrainState) -> bool:
-        """Whether nothing is left to do: all steps taken, the last evaluation made, the adapter out."""
-        is_evaluated = self.plan.evaluate_every_steps is None or state.evaluated_step >= state.step
-        is_whole = check_manifest(self.where.adapter) is None
-        return state.is_complete(self.plan.total_steps) and is_evaluated and is_whole
-
-    def _choose_kernels(
-        self, checkpoint: Checkpoint | None, given: ResolvedPlan | None, allow_inexact: bool
-    ) -> tuple[Kernels, list[Event]]:
-        """What computes norms, products and losses, and what a resume finds changed: the recipe's kernels; for `auto`
-        those of the run that is gone on with, or of the given plan, where Liger's are there."""
-        planned, before = self.plan.kernels, given
-        if checkpoint is not None:
-            before = ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder))
-        if self.job.recipe.model.kernels == "auto" and before is not None and before.kernels == "none":
-            planned = "none"
-        device, dtype = own_device(self.job.device.kind), dtype_named(self.plan.dtype)
-        kernels = choose_kernels(planned, device, dtype, self.reporter)
-        return kernels, [] if checkpoint is None else self._check_continuity(checkpoint, kernels, allow_inexact)
-
-    def _find_checkpoint(self, store: CheckpointStore, step: int | None) -> Checkpoint | None:
-        job = self.job
-        if read_base_digest(self.where) not in (None, job.base.origin.digest):
-            require_recorded(job.base.path, self.where.base)  # names the tensors, where more than the config changed
-        check_same_facts(self.where, job.origin())
-        checkpoint = store.open(step)
-        if checkpoint is None:
-            self.reporter.info(f"nothing to resume in {self.where.root}: the run starts at step 0")
-        return checkpoint
-
-    def _check_continuity(self, checkpoint: Checkpoint, kernels: Kernels, allow_inexact: bool) -> list[Event]:
-        device = self.job.device
-        return check_continuity(
-            checkpoint.environment,
-            Environment.here(device.kind, device.count, device.card, describe_versions(kernels)),
-            allow_inexact=allow_inexact,
-            reporter=self.reporter,
-            where=str(checkpoint.folder),
-        )
-
     def _memory_of(self, resolved: ResolvedPlan) -> MemoryEstimate:
         """Of the heaviest micro-batch in any way that the run takes or may take."""
         checkpointing = resolved.gradient_checkpointing
@@ -308,16 +254,6 @@ class Training:
         memory = self.plan.step.changed(**{name: getattr(resolved, name) for name in held})
         each = (memory.changed(attention=way.attention).at(way.tokens_at_once, checkpointing) for way in resolved.ways)
         return max(each, key=lambda estimate: estimate.needed_bytes)
-
-    def _resumed(self, checkpoint: Checkpoint | None) -> ResolvedPlan | None:
-        """The plan of the run that is gone on with; what its first steps settled since the checkpoint is kept."""
-        if checkpoint is None:
-            return None
-        saved = ResolvedPlan.from_json(checkpoint.resolved, str(checkpoint.folder))
-        if saved.is_settled or not self.where.plan.exists():
-            return saved
-        since = ResolvedPlan.from_json(read_object(self.where.plan), str(self.where.plan))
-        return since if since.is_settled and since.first_steps == saved.first_steps else saved
 
     def _stage(self, executor: Executor) -> Stage:
         """What `auto` is settled on: the run's real shapes."""

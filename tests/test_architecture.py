@@ -24,7 +24,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"studies"},
     {"pipeline"},
     {"training", "merging", "answering.classify"},
-    {"answering.opening", "answering.evaluation_rows"},
+    {"answering.opening", "answering.evaluation_rows", "run.resumption"},
     {"answering.tuned"},
     {"job"},
     {"answering.prompts", "estimation.local_rows", "run.output_folder"},

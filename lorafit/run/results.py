@@ -1,4 +1,4 @@
-"""What each command gives back: plain values for `--json`, and the same for people."""
+"""What commands about a recipe or a run give back: plain values for `--json`, and the same for people."""
 
 from __future__ import annotations
 

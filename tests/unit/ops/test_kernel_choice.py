@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from lorafit import training
 from lorafit.contracts import Silent
 from lorafit.errors import RecipeError
 from lorafit.ops import kernel_choice, kernel_proof, liger
@@ -18,6 +17,7 @@ from lorafit.ops.kernel_choice import check_kernels, choose_kernels, describe_ve
 from lorafit.ops.kernel_proof import prove_kernels
 from lorafit.ops.kernels import FUSED, PLAIN
 from lorafit.plan import ResolvedPlan
+from lorafit.run import resumption
 from lorafit.trainer.checkpoint import Environment, check_continuity
 
 CPU = torch.device("cpu")
@@ -156,17 +156,17 @@ def test_what_liger_no_longer_has_is_left_out() -> None:
 def test_a_resume_repeats_what_the_run_took(
     asked: str, planned: str, saved: str, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "choose_kernels", lambda planned, *_: planned)
-    monkeypatch.setattr(training.Training, "_check_continuity", lambda *_: [])
-    monkeypatch.setattr(training, "own_device", lambda kind: CARD)
+    monkeypatch.setattr(resumption, "choose_kernels", lambda planned, *_: planned)
+    monkeypatch.setattr(resumption.Resumption, "_check_continuity", lambda *_: [])
+    monkeypatch.setattr(resumption, "own_device", lambda kind: CARD)
     recipe = SimpleNamespace(model=SimpleNamespace(kernels=asked))
     job: Any = SimpleNamespace(recipe=recipe, device=SimpleNamespace(kind="cuda"))
     plan: Any = SimpleNamespace(kernels=planned, dtype="bf16")
-    run = training.Training(job, None, plan, Silent(), "")  # type: ignore[arg-type]
+    begun = resumption.Resumption(job, None, plan, Silent())  # type: ignore[arg-type]
     before = replace(RESOLVED, kernels=saved)
     checkpoint: Any = SimpleNamespace(resolved=before.to_json(), folder="step-000001")
-    assert run._choose_kernels(checkpoint, None, False) == (taken, [])
-    assert run._choose_kernels(None, before, False) == (taken, [])  # --plan
+    assert replace(begun, checkpoint=checkpoint).choose_kernels(None, False) == (taken, [])
+    assert begun.choose_kernels(before, False) == (taken, [])  # --plan
 
 
 def test_a_resume_without_liger_says_so() -> None:
