@@ -30,7 +30,7 @@ from lorafit.estimation import RecipeEstimate
 from lorafit.estimation.layer_list import LayerList
 from lorafit.memory import MemoryEstimate, Phase, StepShape
 from lorafit.memory.peak import PHASES
-from lorafit.model import attention, fuse
+from lorafit.model import attention, fused_lora
 from lorafit.model.attach import attach_adapter
 from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.fuse import fuse_layers
@@ -279,7 +279,7 @@ def _as_it_would_run(step: StepShape) -> Iterator[None]:
             patches += [
                 (attention, "_capability_of", lambda tensor: step.capability),
                 (functional, "dropout", _fused_dropout),
-                (fuse, "drop", _fused_dropout),
+                (fused_lora, "drop", _fused_dropout),
                 (functional, "layer_norm", _computed_in_fp32(functional.layer_norm)),
                 (torch, "pow", _computed_in_fp32(torch.pow)),
                 (functional, "scaled_dot_product_attention", _with_products if is_math else _attention_without_masks),
