@@ -38,6 +38,7 @@ class Sample:
         labels: Names of the classes that the row belongs to; None where it is not classified. With `words` one a word.
         words: The text word by word, where each has a label.
         rejected: The same prompt with the answer that is not wanted, where the row compares two.
+        is_apart: Whether prompt and completion are two texts, one for an encoder and one for a decoder.
     """
 
     file: str
@@ -51,6 +52,7 @@ class Sample:
     labels: tuple[str, ...] | None = None
     words: tuple[str, ...] | None = None
     rejected: Sample | None = None
+    is_apart: bool = False
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -218,8 +220,8 @@ class Batch:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens that go through the model, padding included."""
-        return self.tensors["input_ids"].numel()
+        """Tokens that go through the model, padding included; where a decoder has its own, those too."""
+        return sum(self.tensors[name].numel() for name in ("input_ids", "decoder_labels") if name in self.tensors)
 
     def pinned(self) -> Batch:
         """The same batch in memory that a card reads by itself: copying it there then waits for nothing."""

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 from lorafit.contracts import JsonMapping, JsonObject
 
+SEQ2SEQ_CLASS = "AutoModelForSeq2SeqLM"
+"""Loads models of an encoder that reads a text and a decoder that writes another."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelClass:
@@ -28,7 +31,7 @@ class ModelClass:
     @property
     def generates(self) -> bool:
         """Whether its models write text token by token."""
-        return self.auto_class == "AutoModelForCausalLM"
+        return self.auto_class in ("AutoModelForCausalLM", SEQ2SEQ_CLASS)
 
     def padded_with(self, pad_id: int) -> ModelClass:
         """The same, told what fills up rows, where it has a head of its own: some find the end of a row by that."""

@@ -183,7 +183,7 @@ def open_job(
         base = resolve_base(model, loaded.folder, reporter).known_as(revision=recipe.model.revision)
     find_shape(base.config, tasks.bind(recipe.task).model_class)  # a config of no model is told before all else
     tokenizer = load_tokenizer(base)
-    renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now)
+    renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now, tasks.bind(recipe.task).two_texts)
     rows, shape = prepare_rows(loaded, renderer, base.config, reporter, glance=glance)
     return Job(loaded, base, shape, tokenizer, renderer, rows, device)
 

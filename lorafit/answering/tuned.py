@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorafit.contracts import Reporter
 from lorafit.errors import CheckpointError, DataError
 from lorafit.job import open_job
+from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, AdapterFolder, read_adapter
 from lorafit.model.base import Base, resolve_base
@@ -81,7 +82,7 @@ class Tuned:
         from lorafit.data.sample_renderer import Renderer
 
         named = self.card.templates["default"] if self.card.template_is_named else None
-        return Renderer(tokenizer, data, named, self.now())
+        return Renderer(tokenizer, data, named, self.now(), tasks.bind(self.card.task).two_texts)
 
     def now(self) -> datetime | None:
         """The moment that templates take for the present one; None where they do not ask."""

@@ -29,7 +29,7 @@ from lorafit.data.sample_renderer import Renderer
 from lorafit.data.store import Chunk, pack_chunk
 from lorafit.data.truncate import SURE_FACTOR
 from lorafit.errors import DataError, ResourceError
-from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.kinds.tasks import Limit, Task, TaskSection
 
 PlacedSample = tuple[int, int, Sample]
 """Number of its source, line there, sample."""
@@ -86,10 +86,11 @@ class Encoder:
         for (source, line, sample), is_endless in zip(samples, endless, strict=True):
             try:
                 whole = None if is_endless else self._take(sample, next(rendered))
-                if whole is not None and whole.tokens <= self.renderer.data.max_length:
+                excess = self._surely_over() if whole is None else self._excess(whole)
+                if whole is not None and not excess:
                     encoded = [whole]
                 else:
-                    encoded, fate, why = self._shorten(sample, whole)
+                    encoded, fate, why = self._shorten(sample, excess)
                     result.notes.append(Noted(fate, source, why.at(file=sample.file, line=line)))
             except DataError as error:
                 result.notes.append(Noted("bad", source, error.at(file=sample.file, line=line)))
@@ -111,11 +112,23 @@ class Encoder:
             raise DataError("no trainable tokens", todo=todo)
         return whole
 
-    def _shorten(self, sample: Sample, whole: TaskRow | None) -> tuple[list[TaskRow], str, DataError]:
-        """What is left of a sample that is too long, its fate and why; `whole` is None where nobody counted."""
-        limit, rule = self.renderer.data.max_length, self.renderer.data.overlength
-        count = f"over {SURE_FACTOR * limit}" if whole is None else str(whole.tokens)
-        reason = f"{count} tokens, max_length is {limit}"
+    @property
+    def _limits(self) -> tuple[Limit, ...]:
+        return self.task.limits(self.renderer.data.max_length)
+
+    def _surely_over(self) -> str:
+        """The same of a sample that nobody counted, since it is far too long."""
+        return " or ".join(
+            f"over {SURE_FACTOR * each.most} tokens, {each.name} is {each.most}" for each in self._limits
+        )
+
+    def _excess(self, row: TaskRow) -> str:
+        """What of a row is over a limit, in words; empty where all of it fits."""
+        return "; ".join(said for limit in self._limits if (said := limit.excess(row)))
+
+    def _shorten(self, sample: Sample, reason: str) -> tuple[list[TaskRow], str, DataError]:
+        """What is left of a sample that is too long, its fate and why."""
+        rule = self.renderer.data.overlength
         if rule == "truncate":
             cut = self.task.encode(sample, self.renderer.truncate)
             if cut is not None:
@@ -131,7 +144,8 @@ class Encoder:
             reason, todo = f"{reason}; only plain text can be split", "set data.overlength: truncate or drop"
         else:
             rules = "split, truncate or drop" if sample.text is not None else "truncate or drop"
-            todo = f"raise data.max_length, or set data.overlength: {rules}"
+            options = " and ".join(limit.option for limit in self._limits if limit.name in reason)
+            todo = f"raise {options}, or set data.overlength: {rules}"
         return [], OVERLONG, DataError(reason, todo=todo)
 
 

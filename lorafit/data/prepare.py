@@ -315,9 +315,11 @@ class _Preparation:
         if not read:
             raise DataError("no rows", file=files)
         if dropped:
-            limit = self.encoder.renderer.data.max_length
-            what = f"no rows left: {dropped} of {read} are longer than max_length {limit}"
-            raise DataError(what, file=files, todo="raise data.max_length, or set data.overlength: truncate")
+            limits = self.encoder.task.limits(self.encoder.renderer.data.max_length)
+            longest = " or ".join(f"{limit.name} {limit.most}" for limit in limits)
+            what = f"no rows left: {dropped} of {read} are longer than {longest}"
+            todo = f"raise {' or '.join(limit.option for limit in limits)}, or set data.overlength: truncate"
+            raise DataError(what, file=files, todo=todo)
         raise DataError(f"no rows left: {read} of {read} are bad", file=files, todo="correct them")
 
 

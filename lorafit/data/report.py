@@ -19,7 +19,7 @@ from lorafit.data.sources.sample_set import SampleSet
 from lorafit.data.store import NO_PROMPT, ExampleSet
 from lorafit.errors import row_place
 from lorafit.facts import Bar
-from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.kinds.tasks import Limit, Task, TaskSection
 from lorafit.recipe.schema import DataSection, ValidationFraction
 
 HISTOGRAM_BARS = 12
@@ -179,13 +179,15 @@ def find_contradictions(train: ExampleSet) -> Contradictions | None:
     return Contradictions(len(pairs), int((ends - begins)[found].sum()), places)
 
 
-def describe_fates(split: str, report: SplitReport, max_length: int) -> list[str]:
+def describe_fates(split: str, report: SplitReport, limits: Sequence[Limit]) -> list[str]:
     """A sentence for each thing that happened to rows of a split so that they are not learnt, or not whole."""
     said = []
+    longest = " or ".join(f"{limit.name} {limit.most}" for limit in limits)
+    options = " or ".join(limit.option for limit in limits)
     for fate, what, todo in (
         ("bad", "skipped, since they cannot be trained on", "correct or remove them"),
-        ("dropped", f"dropped, longer than max_length {max_length}", "raise data.max_length, or shorten them"),
-        ("cut", f"cut to max_length {max_length}", "raise data.max_length to learn them whole"),
+        ("dropped", f"dropped, longer than {longest}", f"raise {options}, or shorten them"),
+        ("cut", f"cut to {longest}", f"raise {options} to learn them whole"),
     ):
         count = sum(getattr(counts, fate) for counts in report.sources)
         places = [row_place(note.file, note.line) for note in report.notes if note.what == fate]
@@ -255,7 +257,7 @@ def finish_report(
         told = f"train: {counted(contradictions.prompts, 'question')} with different answers, e.g. {one} and {other}"
         warnings.append(f"{told}: the model learns to guess between them; keep one answer each")
     for split, report in reports.items():
-        warnings += describe_fates(split, report, data.max_length)
+        warnings += describe_fates(split, report, task.limits(data.max_length))
         for what, count in sorted(report.seen.items()):
             if not what.startswith("history: "):
                 warnings.append(f"{split}: {what} in {counted(count, 'row')}")

@@ -18,12 +18,14 @@ from lorafit.data.chat.render import ChatRenderer, Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
 from lorafit.data.plain_text import PlainText, split_text
+from lorafit.data.source_target import SourceTarget
 from lorafit.data.truncate import is_surely_longer, is_trained, keep_head, keep_tail, truncate_chat
 from lorafit.errors import DataError, LorafitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lorafit.kinds.tasks import TwoTexts
     from lorafit.recipe.schema import DataSection
 
 
@@ -36,6 +38,7 @@ class Renderer:
     Args:
         chat_template: Text of the template that the recipe names; None for the tokenizer's own.
         now: The moment that templates take for the present one; this minute where None.
+        two_texts: Where an encoder reads a row's prompt, and a decoder writes its completion, how that is done.
 
     Attributes:
         data: The section.
@@ -48,8 +51,10 @@ class Renderer:
         data: DataSection,
         chat_template: str | None,
         now: datetime | None = None,
+        two_texts: TwoTexts | None = None,
     ) -> None:
         self.tokenizer, self.data, self._named_template = tokenizer, data, chat_template
+        self._apart = None if two_texts is None else SourceTarget(tokenizer, two_texts)
         self._now = now or read_clock()
         self.seen: Counter[str] = Counter()
 
@@ -124,6 +129,8 @@ class Renderer:
             DataError: Nothing in it can be trained, or the template refuses it.
             ModelError: There is no usable chat template or end token.
         """
+        if self._apart is not None:
+            return self._apart.encode(sample)
         messages = self._messages(sample)
         if messages is not None:
             return self.chats.encode(self._render_counted(messages, sample))
@@ -137,6 +144,8 @@ class Renderer:
         """Whether a sample has more than `max_length` tokens, told without making all of them; False where that takes
         them.
         """
+        if self._apart is not None:
+            return self._apart.is_surely_longer(sample, self.data.max_length)
         messages = self._messages(sample)
         if messages is None:
             texts = [sample.prompt, sample.completion or "", sample.text or ""]
@@ -187,6 +196,8 @@ class Renderer:
     def truncate(self, sample: Sample) -> Encoded | None:
         """The sample cut to `max_length`; None where nothing to train on is left."""
         limit = self.data.max_length
+        if self._apart is not None:
+            return self._apart.encode(sample, limit)
         sample = self._shorten(sample)
         messages = self._messages(sample)
         if messages is not None:
@@ -212,6 +223,9 @@ class Renderer:
 
         The reference is what the model would have to write, reasoning and tool calls as the template has them.
         """
+        if self._apart is not None:
+            ids = self._apart.source_ids(sample.prompt, self.data.max_length)
+            return [self._generation_row(sample, ids, sample.completion)] if sample.completion is not None else []
         messages = self._messages(sample)
         if messages is None:
             if sample.completion is None:
@@ -249,6 +263,8 @@ class Renderer:
         return answer.removesuffix(end).rstrip()
 
     def _messages(self, sample: Sample) -> tuple[Message, ...] | None:
+        if self._apart is not None:
+            return None
         if sample.messages is not None:
             return sample.messages
         if sample.completion is not None and self._named_template is not None:
@@ -266,18 +282,23 @@ class Renderer:
 
 
 def build_renderer(
-    tokenizer: PreTrainedTokenizerBase, data: DataSection, folder: Path, now: datetime | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSection,
+    folder: Path,
+    now: datetime | None = None,
+    two_texts: TwoTexts | None = None,
 ) -> Renderer:
     """The renderer of a recipe.
 
     Args:
         folder: The recipe's folder, which a template's path is relative to.
         now: The moment that templates take for the present one; this minute where None.
+        two_texts: The task's.
 
     Raises:
         ModelError: `chat_template` is neither a shipped name nor a readable file.
     """
-    return Renderer(tokenizer, data, read_template(data.chat_template, folder), now)
+    return Renderer(tokenizer, data, read_template(data.chat_template, folder), now, two_texts)
 
 
 def _without_place(warning: str) -> str:

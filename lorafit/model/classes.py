@@ -1,5 +1,7 @@
 """The one place that chooses the transformers class of a model, by its config.
 
+    an encoder that reads and a decoder that writes (T5, BART)            AutoModelForSeq2SeqLM, for the task that has
+                                                                          sources and targets, and for no other
     model_type in the table of the task's class (AutoModelForCausalLM)    that class; for some checkpoints of several
                                                                           modalities (Qwen3.5, Llama 4) it builds the
                                                                           language model alone
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.facts import ModelClass
+from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -37,7 +39,8 @@ def find_auto_class(config: JsonMapping, task_class: str) -> str:
         task_class: The auto class of the task, which is taken wherever it knows the model type.
 
     Raises:
-        ModelError: The model reads a source text with an encoder of its own, or another model's states.
+        ModelError: The model reads a source text with an encoder of its own, and the task has none, or the other way
+            round; or it reads another model's states.
     """
     from transformers.models.auto import modeling_auto
 
@@ -46,8 +49,14 @@ def find_auto_class(config: JsonMapping, task_class: str) -> str:
     pairs = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     half = kind in causal and kind in pairs and "text_config" not in config  # that would be a model with a tower
     what, todo = "", "use a decoder-only model"
-    if config.get("is_encoder_decoder") or half:
+    if task_class == SEQ2SEQ_CLASS:
+        if kind in pairs and read_settings(config).is_encoder_decoder:
+            return task_class
+        what = "has no encoder that reads a text for a decoder that writes"
+        todo = "use a model such as T5, BART or Marian, or another task: causal-lm writes on behind its prompt"
+    elif config.get("is_encoder_decoder") or half:
         what = "is an encoder-decoder: its decoder answers what an encoder has read, and rows hold no such text"
+        todo = "use a decoder-only model, or task: seq2seq-lm, whose rows have a source and a target"
     elif kind.endswith("_assistant"):
         what = "drafts tokens for another model from that one's hidden states, and rows hold no such states"
         todo = "use the model that it drafts for"

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg"})
-_WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
-"""Children in `self.NAME.weight`: its type, place and slices apart, as values."""
+_WEIGHT_READ = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)")
+"""Children in `self.NAME.weight`: its class, type, place and slices apart, as values."""
 _WEIGHT_CHANGED = re.compile(r"\b(\w+\.\w+)\.weight\.(?:mul|div|add|sub)_\(")
 """Last two parts of the paths of weights that are multiplied or added to in place."""
 _LEADING = re.compile(r"^\^?\(?(\w+(?:_encoder|_adapter|_tower|_model))\b")

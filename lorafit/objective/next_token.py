@@ -1,6 +1,8 @@
-"""Losses and logits of next tokens: what every task on a causal language model computes with.
+"""Losses and logits of next tokens: what every task on a language model computes with.
 
 fast    backbone -> last hidden states -> those that a label follows -> head and cross-entropy, in chunks
+        of an encoder-decoder, which may scale states before its head and add a bias behind it: the model's own forward,
+        its head fed with a zero; the states are those that would have gone in, and the bias is what came out
 exact   the model's own forward, its head fed with those hidden states alone: soft-caps and logit scales behind
         the head run too
 
@@ -9,6 +11,11 @@ position_ids   [sequences, tokens]   where rows hold several documents: from 0 i
 bounds         [documents + 1]       where the documents of one packed row begin, and its end
 label_index    [labels]              flat position (sequence * tokens + column) whose hidden state predicts ...
 label_ids      [labels]              ... this token. Position t predicts token t + 1, so column < tokens - 1.
+
+Of an encoder-decoder the labels are a text of their own, and a flat position is one of the decoder's:
+
+attention_mask [sequences, tokens]   0 where a source is padding
+decoder_labels [sequences, targets]  what each of the decoder's positions predicts; -100 where it is padding
 """
 
 from __future__ import annotations
@@ -16,10 +23,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
@@ -81,12 +89,31 @@ def label_tokens(
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
+def label_targets(rows: Sequence[tuple[Sequence[float], Sequence[float]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Tensors of a micro-batch of sources and their targets, each padded on the right.
+
+    Args:
+        rows: Token ids of source and target.
+        pad_id: Any valid id.
+    """
+    widths = [max(len(row[side]) for row in rows) for side in range(2)]
+    input_ids = np.full((len(rows), widths[0]), pad_id, dtype=np.int64)
+    mask, labels = np.zeros_like(input_ids), np.full((len(rows), widths[1]), _IGNORED_LABEL, dtype=np.int64)
+    for number, (source, target) in enumerate(rows):
+        input_ids[number, : len(source)], mask[number, : len(source)] = source, 1
+        labels[number, : len(target)] = target
+    index = np.flatnonzero(labels != _IGNORED_LABEL)
+    placed = {"label_index": index, "label_ids": labels.reshape(-1)[index]}
+    arrays = {"input_ids": input_ids, "attention_mask": mask, "decoder_labels": labels, **placed}
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
 def has_fast_path(model: PreTrainedModel) -> bool:
     """Whether the output embedding is a linear layer and nothing else (no adapter, not quantised, no wrapper) behind a
-    backbone of its own, and no adapter stands outside of both, as trained vectors before the tokens do.
+    backbone of its own or a decoder, and no adapter stands outside of both, as trained vectors before the tokens do.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    has_backbone = isinstance(getattr(base, base.base_model_prefix, None), nn.Module)
+    has_backbone = base.config.is_encoder_decoder or isinstance(getattr(base, base.base_model_prefix, None), nn.Module)
     return type(output_head(base)) is nn.Linear and has_backbone and count_virtual_tokens(model) == 0
 
 
@@ -94,26 +121,35 @@ def sum_cross_entropy(objective: Objective, batch: Batch) -> LossSum:
     """Nats summed over the labels, and the number of labels."""
     if objective.exact:
         return LossSum(_exact_losses(objective, batch, "sum"), batch.weight)
-    head, states = output_head(objective.base), _labelled_states(objective, batch)
+    states, weight, bias = _labelled_states(objective, batch)
     labels, chunk_bytes = batch["label_ids"], objective.loss_chunk_bytes
-    loss_sum = linear_cross_entropy(states, head.weight, head.bias, labels, chunk_bytes, objective.kernels)
-    return LossSum(loss_sum, batch.weight)
+    return LossSum(linear_cross_entropy(states, weight, bias, labels, chunk_bytes, objective.kernels), batch.weight)
 
 
 def label_losses(objective: Objective, batch: Batch) -> torch.Tensor:
     """Each label's loss in nats, fp32 [labels], with a gradient; for losses that are no plain sum of them."""
     if objective.exact:
         return _exact_losses(objective, batch, "none")
-    head, states = output_head(objective.base), _labelled_states(objective, batch)
-    return linear_label_losses(states, head.weight, head.bias, batch["label_ids"], objective.loss_chunk_bytes)
+    return linear_label_losses(*_labelled_states(objective, batch), batch["label_ids"], objective.loss_chunk_bytes)
 
 
 def score_labels(objective: Objective, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Each label's loss, fp32 [labels], and whether it was the most likely token, bool [labels]; without gradients."""
     if objective.exact:
         return score_logits(labelled_logits(objective, batch), batch["label_ids"])
-    head, states = output_head(objective.base), _labelled_states(objective, batch)
-    return score_linear(states, head.weight, head.bias, batch["label_ids"], objective.loss_chunk_bytes)
+    return score_linear(*_labelled_states(objective, batch), batch["label_ids"], objective.loss_chunk_bytes)
+
+
+def score_rows(objective: Objective, batch: Batch) -> dict[str, NDArray[np.float64]]:
+    """Of each row: summed loss, labels, and those whose most likely prediction was right, [rows] each."""
+    losses, correct = score_labels(objective, batch)
+    rows = batch["label_index"] // _labelled_columns(batch)
+    values = torch.stack([losses.double(), torch.ones_like(losses).double(), correct.double()]).cpu().numpy()
+    owners = rows.cpu().numpy()
+    loss, tokens, right = (
+        np.bincount(owners, weights, minlength=len(batch.rows)).astype(np.float64) for weights in values
+    )
+    return {"loss": loss, "weight": tokens, "tokens": tokens, "correct": right}
 
 
 def own_loss(objective: Objective, batch: Batch) -> torch.Tensor:
@@ -122,18 +158,23 @@ def own_loss(objective: Objective, batch: Batch) -> torch.Tensor:
     Raises:
         ModelError: The model runs on no text alone, or a token's logits depend on the tokens behind it.
     """
-    labels = torch.full_like(batch["input_ids"], _IGNORED_LABEL).flatten()
-    labels[batch["label_index"] + 1] = batch["label_ids"]
-    labels = labels.view_as(batch["input_ids"])
-    _refuse_what_is_not_causal(objective, batch)
-    outputs = _on_text_alone(objective, lambda: objective.model(**_inputs(objective, batch), labels=labels))
+    inputs = _inputs(objective, batch)
+    if "decoder_labels" in batch.tensors:
+        labels = batch["decoder_labels"]
+        del inputs["decoder_input_ids"]  # the model is to shift the labels by itself
+    else:
+        labels = torch.full_like(batch["input_ids"], _IGNORED_LABEL).flatten()
+        labels[batch["label_index"] + 1] = batch["label_ids"]
+        labels = labels.view_as(batch["input_ids"])
+        _refuse_what_is_not_causal(objective, batch)
+    outputs = _on_text_alone(objective, lambda: objective.model(**inputs, labels=labels))
     loss: torch.Tensor = outputs.loss.double() * len(batch["label_ids"])
     return loss
 
 
 def labelled_logits(objective: Objective, batch: Batch) -> torch.Tensor:
     """Logits of the labels, [labels, vocabulary], by the model's own forward."""
-    with _head_sees_only(output_head(objective.base), batch["label_index"], batch["input_ids"].shape[1]):
+    with _head_sees_only(output_head(objective.base), batch["label_index"], _labelled_columns(batch)):
         outputs = objective.model(**_inputs(objective, batch))
     logits: torch.Tensor = outputs.logits.squeeze(0)
     return logits
@@ -145,22 +186,49 @@ def _exact_losses(objective: Objective, batch: Batch, reduction: str) -> torch.T
     return functional.cross_entropy(full, batch["label_ids"], reduction=reduction)
 
 
-def _labelled_states(objective: Objective, batch: Batch) -> torch.Tensor:
-    """Hidden states that a label follows, [labels, hidden]."""
-    backbone = getattr(objective.base, objective.base.base_model_prefix)
-    hidden = backbone(**_inputs(objective, batch)).last_hidden_state
-    states: torch.Tensor = hidden.flatten(0, 1).index_select(0, batch["label_index"])
-    return states
+def _labelled_columns(batch: Batch) -> int:
+    """Positions of each sequence that labels are counted by."""
+    return int(batch.tensors.get("decoder_labels", batch["input_ids"]).shape[1])
+
+
+def _labelled_states(objective: Objective, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Hidden states that a label follows, [labels, hidden], and the weight and bias that make logits of them."""
+    base, head = objective.base, output_head(objective.base)
+    if "decoder_labels" in batch.tensors:
+        with _head_sees_zero(head) as seen:
+            bias = base(**_inputs(objective, batch)).logits.flatten().detach()
+        hidden = seen[0]
+    else:
+        hidden, bias = getattr(base, base.base_model_prefix)(**_inputs(objective, batch)).last_hidden_state, head.bias
+    return hidden.flatten(0, 1).index_select(0, batch["label_index"]), head.weight, bias
+
+
+@contextlib.contextmanager
+def _head_sees_zero(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The head gets one state of zeros, and its logits are the bias of whatever stands behind; gives the states that it
+    would have got.
+    """
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        seen.append(arguments[0])
+        return (torch.zeros_like(arguments[0][:1, :1]), *arguments[1:])
+
+    with head.register_forward_pre_hook(keep):
+        yield seen
 
 
 def _inputs(objective: Objective, batch: Batch) -> JsonObject:
-    """Arguments of a forward. Right-padded causal rows need no attention mask.
+    """Arguments of a forward. Right-padded causal rows need no attention mask; sources, which are read at once, do.
 
     Documents of packed rows are kept apart by positions that begin anew, with neither a mask nor a cache: transformers
     derives from them what each implementation needs. Variable-length attention is told where documents begin besides,
     else each layer would ask the device.
     """
     inputs: JsonObject = {"input_ids": batch["input_ids"], "use_cache": False, "return_dict": True}
+    if "decoder_labels" in batch.tensors:
+        shifted = _shift(objective.base, batch["decoder_labels"])
+        return {**inputs, "attention_mask": batch["attention_mask"], "decoder_input_ids": shifted}
     positions = batch.tensors.get("position_ids")
     if positions is not None:
         inputs["position_ids"] = positions
@@ -172,6 +240,26 @@ def _inputs(objective: Objective, batch: Batch) -> JsonObject:
         inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
         inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest_document)
     return inputs
+
+
+def _shift(base: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What a decoder reads to predict labels, [sequences, targets]: its start token, then all of them but the last.
+
+    By the model's own function; a few (M2M100, Blenderbot) have that inside of their forward alone.
+
+    Raises:
+        ModelError: The model's config names no start token, or none that fills up.
+    """
+    try:
+        if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+            shifted: torch.Tensor = base.prepare_decoder_input_ids_from_labels(labels=labels)
+            return shifted
+        start, pad = base.config.decoder_start_token_id, base.config.pad_token_id
+        begin = torch.full_like(labels[:, :1], start)
+        return torch.cat([begin, labels[:, :-1].masked_fill(labels[:, :-1] == _IGNORED_LABEL, pad)], dim=1)
+    except (ValueError, TypeError) as error:
+        todo = "set decoder_start_token_id and pad_token_id there"
+        raise ModelError(f"says not how targets begin: {first_line(error)}", file="config.json", todo=todo) from error
 
 
 @contextlib.contextmanager

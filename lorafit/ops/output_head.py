@@ -18,8 +18,11 @@ def output_head(model: PreTrainedModel) -> Any:
 
 
 def text_part(model: PreTrainedModel) -> Any:
-    """The language model inside a model of several modalities; None where the model is that itself."""
-    decoder = model.get_decoder() if model.config.sub_configs and hasattr(model, "get_decoder") else None
+    """The language model inside a model of several modalities; None where the model is that itself, as an
+    encoder-decoder of texts is."""
+    config = model.config
+    has_parts = bool(config.sub_configs) and not config.is_encoder_decoder and hasattr(model, "get_decoder")
+    decoder = model.get_decoder() if has_parts else None
     return None if decoder is model else decoder
 
 

@@ -19,6 +19,7 @@ from lorafit.machine.devices import parse_gpu
 from lorafit.model.class_shape import find_shape
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.trainer.step import Update
+from tests.support import tiny_seq2seq
 from tests.support.option_kinds import kind_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
@@ -31,6 +32,7 @@ from tests.support.option_world import (
     scores_of,
     step_lines,
 )
+from tests.support.tiny_recipe import write_rows
 
 VALIDATED = {"data.validation": "../rows/validation.jsonl", "evaluation.every_steps": 1}
 STOPPING = {**VALIDATED, "training.max_steps": 5}
@@ -169,7 +171,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
     preferences = partial(last_of_pairs, world, "dpo")
     return {
         "task": Case(
-            ("causal-lm", "dpo", "orpo", "reward", classifier(), "token-classification"),
+            ("causal-lm", "dpo", "orpo", "reward", classifier(), "token-classification", "seq2seq-lm"),
             partial(last_of_task, world),
         ),
         "task(sequence-classification).labels": Case(
@@ -188,6 +190,16 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
         "task(dpo).label_smoothing": Case((0.0, 0.3), partial(preferences, "label_smoothing"), refused=(0.5,)),
         "task(dpo).sft_weight": Case((0.0, 0.5), partial(preferences, "sft_weight")),
         "task(orpo).odds_weight": Case((0.1, 1.0), partial(last_of_pairs, world, "orpo", "odds_weight")),
+        **{
+            f"task(seq2seq-lm).{option}": Case(values, partial(sides_of, world, option))
+            for option, values in (("prefix", ("", "red ")), ("max_target_length", (64, 4)))
+        },
+        **{
+            f"task(seq2seq-lm).{side}_language": Case(
+                ("en_XX", "de_DE"), partial(sides_of, world, f"{side}_language"), (None, "xx")
+            )
+            for side in ("source", "target")
+        },
         "task(reward).centering": Case((0.0, 0.5), partial(last_of_pairs, world, "reward", "centering")),
     }
 
@@ -315,6 +327,8 @@ def last_of_task(world: OptionWorld, task: Any) -> Any:
     """The last loss of a task, on rows that it reads."""
     if task == "token-classification":
         return last_of_words(world, ["O", "B-X"])
+    if task == "seq2seq-lm":
+        return last_loss(world.train({"task": task, **apart(world, "t5")}))
     return last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)]
 
 
@@ -325,6 +339,26 @@ def last_of_words(world: OptionWorld, labels: list[str]) -> float:
     evaluation = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
     task = {"kind": "token-classification", "labels": labels}
     return last_loss(world.train({"task": task, "data.train": "../rows/words.jsonl", **evaluation}))
+
+
+def apart(world: OptionWorld, family: str, tokenizer: Any = None) -> dict[str, Any]:
+    """An encoder-decoder and rows that it reads."""
+    base = world.root / family
+    if not base.exists():
+        tiny_seq2seq.make_base(base, family)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(base)
+    write_rows(world.root / "rows" / "apart.jsonl", tiny_seq2seq.make_texts(4))
+    return {"model.base": f"../{family}", "data.train": "../rows/apart.jsonl", "data.overlength": "truncate"}
+
+
+def sides_of(world: OptionWorld, option: str, value: Any) -> list[Any]:
+    """Source and target of each row as tokens, with an option of the task; a tokenizer that writes languages."""
+    has_languages = option.endswith("language")
+    named = {"source_language": "ro_RO", "target_language": "ro_RO"} if has_languages else {}
+    world_of = apart(world, "mbart", tiny_seq2seq.make_language_tokenizer()) if has_languages else apart(world, "t5")
+    rows = world.job({**world_of, "task": {"kind": "seq2seq-lm", **named, option: value}}).rows.train
+    return [[list(map(int, rows[row][side])) for side in ("source", "target")] for row in range(len(rows))]
 
 
 def best_by(world: OptionWorld, metric: str) -> float:

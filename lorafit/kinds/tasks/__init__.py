@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafit.facts import CAUSAL_MODEL, ModelClass
@@ -44,6 +44,48 @@ class TaskSection(KindSection):
     """What every task's section has."""
 
 
+@dataclass(frozen=True, slots=True)
+class TwoTexts:
+    """How a row's source, which an encoder reads, and its target, which a decoder writes, become tokens.
+
+    Attributes:
+        prefix: Stands before every source.
+        max_target_length: In tokens.
+        source_language, target_language: What the tokenizer calls them; None where it is told none.
+    """
+
+    prefix: str
+    max_target_length: int
+    source_language: str | None = None
+    target_language: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The most tokens of a row, or of one of its columns.
+
+    Attributes:
+        option: Of the recipe, by its section: `data.max_length`.
+        most: Its value.
+        column: Of the task; empty where the row's longest sequence counts.
+    """
+
+    option: str
+    most: int
+    column: str = ""
+
+    def excess(self, row: TaskRow) -> str:
+        """What is longer, in words; empty where nothing is."""
+        tokens = len(row.columns[self.column]) if self.column else row.tokens
+        what = f"{self.column} of {tokens} tokens" if self.column else f"{tokens} tokens"
+        return f"{what}, {self.name} is {self.most}" if tokens > self.most else ""
+
+    @property
+    def name(self) -> str:
+        """The option without its section."""
+        return self.option.rpartition(".")[2]
+
+
 class Task(Kind[S_co]):
     """One task. Torch is imported inside of what needs it."""
 
@@ -51,6 +93,15 @@ class Task(Kind[S_co]):
     def model_class(self) -> ModelClass:
         """How its models are built: transformers' causal language models, where the task says no other."""
         return CAUSAL_MODEL
+
+    @property
+    def two_texts(self) -> TwoTexts | None:
+        """How its rows become tokens where an encoder reads one text and a decoder writes another; None elsewhere."""
+        return None
+
+    def limits(self, max_length: int) -> tuple[Limit, ...]:
+        """What bounds its rows, of a recipe with that `data.max_length`."""
+        return (Limit("data.max_length", max_length),)
 
     def settle(self, samples: Iterable[Sample]) -> Task[S_co]:
         """The task with what its training rows decide, such as the names of labels; most leave that to the recipe.

@@ -55,6 +55,9 @@ class CausalLm(NextTokenTask[CausalLmSection]):
             columns = "completion: chosen" if sample.messages is None else "messages: chosen"
             todo = f"set the task that learns it; columns: {{{columns}}} learns the chosen answer alone"
             raise DataError("a row that compares two answers is not for task causal-lm", todo=todo)
+        if sample.is_apart:
+            todo = "set task: seq2seq-lm; columns: {prompt: .., completion: ..} learns both as one text"
+            raise DataError("a row of a source and a target is not for task causal-lm", todo=todo)
         encoded = render(sample)
         if encoded is None or not any(encoded.trained[1:]):
             return None
@@ -106,19 +109,9 @@ class CausalLm(NextTokenTask[CausalLmSection]):
 
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Of each row: summed loss, trained tokens, and those whose most likely prediction was right, [rows]."""
-        import numpy as np
-        import torch
+        from lorafit.objective.next_token import score_rows
 
-        from lorafit.objective.next_token import score_labels
-
-        losses, correct = score_labels(objective, batch)
-        rows = batch["label_index"] // batch["input_ids"].shape[1]
-        values = torch.stack([losses.double(), torch.ones_like(losses).double(), correct.double()]).cpu().numpy()
-        owners = rows.cpu().numpy()
-        loss, tokens, right = (
-            np.bincount(owners, weights, minlength=len(batch.rows)).astype(np.float64) for weights in values
-        )
-        return {"loss": loss, "weight": tokens, "tokens": tokens, "correct": right}
+        return score_rows(objective, batch)
 
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """The row up to its last trained token, and of that the last `most_tokens`, at least 2."""

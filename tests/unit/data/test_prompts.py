@@ -151,6 +151,7 @@ def test_every_format_says_what_asks() -> None:
         "prompt_completion": ["prompt"],
         "question_answer": ["question"],
         "sharegpt": ["conversations"],
+        "source_target": ["source"],
         "text": [],
         "text_label": ["label", "text"],
     }

@@ -41,6 +41,7 @@ def test_every_format_knows_its_own_rows() -> None:
         "text": {"text": ""},
         "text_label": {"text": "", "label": ""},
         "word_labels": {"words": [], "labels": []},
+        "source_target": {"source": "", "target": ""},
     }
     assert formats.names() == sorted(rows)
     for name, row in rows.items():
@@ -58,6 +59,7 @@ def test_every_format_knows_its_own_rows() -> None:
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}),
         ("prompt_completion", {"prompt": "a", "completion": "b"}),
         ("text", {"text": "ab"}),
+        ("source_target", {"source": "a", "target": "b"}),
     ],
 )
 def test_must_contain_is_read_everywhere(name: str, row: dict[str, Any]) -> None:
