@@ -220,7 +220,8 @@ class DatasetFacts:
         squared_tokens: Sum of the squares of the rows' lengths of one epoch: what attention's work grows with.
         validation_rows: Rows that are scored while training.
         validation_longest_tokens: Tokens of the longest of those.
-        classes: Rows of each class, repeats not counted; empty where the task has none.
+        classes: Rows, or words, of each class, repeats not counted; empty where the task has none.
+        class_weights: What the loss counts of each class while training; empty where all count alike.
     """
 
     rows: int
@@ -232,6 +233,7 @@ class DatasetFacts:
     validation_rows: int = 0
     validation_longest_tokens: int = 0
     classes: Mapping[str, int] = field(default_factory=dict)
+    class_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,13 +49,21 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def list_classes(rows: Mapping[str, int]) -> str:
-    """`ham 30, spam 12`: the rows of each class; of many classes their number and the rarest."""
+def list_classes(rows: Mapping[str, int], unit: str = "row") -> str:
+    """`ham 30, spam 12`: the rows, or words, of each class; of many classes their number and the rarest."""
     if len(rows) <= _SHOWN_CLASSES:
         return ", ".join(f"{name} {count:,}" for name, count in rows.items())
     rarest = sorted(rows.items(), key=lambda item: item[1])
     named = ", ".join(f"{name} {count:,}" for name, count in rarest[:SHOWN_NAMES])
-    return f"{len(rows)} classes, {rarest[0][1]:,} to {rarest[-1][1]:,} rows each; the fewest: {named}"
+    return f"{len(rows)} classes, {rarest[0][1]:,} to {rarest[-1][1]:,} {unit}s each; the fewest: {named}"
+
+
+def list_weights(weights: Mapping[str, float]) -> str:
+    """`ham 0.58, spam 3.74`: what each class counts; of many classes their number and both ends."""
+    if len(weights) <= _SHOWN_CLASSES:
+        return ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+    least, most = (by(weights.items(), key=lambda item: item[1]) for by in (min, max))
+    return f"{len(weights)} classes, {least[1]:.3g} ({least[0]}) to {most[1]:.3g} ({most[0]})"
 
 
 def near(path: Path) -> str:

@@ -136,14 +136,15 @@ class Encoder:
             return [], "dropped", DataError(f"{reason}, and no trained token fits")
         if rule == "drop":
             return [], "dropped", DataError(reason)
-        if rule == "split" and sample.text is not None and sample.labels is None:
+        can_split = sample.text is not None and sample.labels is None
+        if rule == "split" and can_split:
             pieces = [self.task.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
             rows = [piece for piece in pieces if piece is not None]
             return rows, "split", DataError(f"{reason}: {counted(len(pieces), 'row')}")
         if rule == "split":
             reason, todo = f"{reason}; only plain text can be split", "set data.overlength: truncate or drop"
         else:
-            rules = "split, truncate or drop" if sample.text is not None else "truncate or drop"
+            rules = "split, truncate or drop" if can_split else "truncate or drop"
             options = " and ".join(limit.option for limit in self._limits if limit.name in reason)
             todo = f"raise {options}, or set data.overlength: {rules}"
         return [], OVERLONG, DataError(reason, todo=todo)

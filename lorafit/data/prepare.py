@@ -83,6 +83,7 @@ class Prepared:
             squared_tokens=round(float((squares * repeats).sum())),
             validation_rows=len(self.validation) if self.validation is not None else 0,
             classes=self.report.splits["train"].classes,
+            class_weights=self.task.class_weights,
             validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
         )
 

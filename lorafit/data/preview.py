@@ -207,7 +207,7 @@ def _print_split(console: Console, split: str, part: SplitReport, task: Task[Tas
     for line in draw_histogram(part.histogram, full_block(console)):
         say(console, line)
     if part.classes:
-        say(console, f"  rows of each class: {list_classes(part.classes)}")
+        say(console, f"  {task.class_unit}s of each class: {list_classes(part.classes, task.class_unit)}")
     for what, count in sorted(part.seen.items()):
         say(console, f"  {what}: {counted(count, 'row')}")
     for counts in part.sources:

@@ -86,7 +86,7 @@ class SplitReport:
         seen: What the template did with fields, with the number of rows.
         cache: Hit or miss, and why.
         of_rows: About how many rows the sources hold, where only their first ones were prepared; else None.
-        classes: Rows of each class; empty where the task has none.
+        classes: Rows, or words, of each class; empty where the task has none.
     """
 
     rows: int

@@ -39,6 +39,7 @@ _NUMBERS = {
     "prompt_hashes": "<u8",
 }
 _READ_BYTES = 1 << 20
+_READ_ROWS = 1 << 14
 
 
 def pack_chunk(
@@ -239,10 +240,16 @@ class ExampleSet:
         """64 bits of a hash of what each row asks; `NO_PROMPT` where it asks nothing."""
         return self._numbers("prompt_hashes")
 
-    def read_column(self, name: str) -> NDArray[Any]:
-        """All values of a column of one width, `[rows, width]`."""
-        column = next(column for column in self.columns if column.name == name)
-        return np.asarray(self._map(name, column.dtype).reshape(-1, column.width)[self._rows])
+    def read_column(self, name: str) -> Iterator[NDArray[Any]]:
+        """All values of a column, some rows at a time: `[rows, width]`, or `[values]` joined where it has no width."""
+        width = next(column.width for column in self.columns if column.name == name)
+        starts, ends = self._places[name]
+        gaps = np.flatnonzero(starts[1:] != ends[:-1]) + 1  # rows of a set need not lie side by side
+        blocks = np.arange(0, len(starts), _READ_ROWS)
+        for rows in np.split(np.arange(len(starts)), np.union1d(gaps, blocks[1:])):
+            if len(rows):
+                values = self._values[name].read(int(starts[rows[0]]), int(ends[rows[-1]]))
+                yield values if width is None else values.reshape(-1, width)
 
     def select(self, rows: NDArray[np.int64]) -> ExampleSet:
         """The same store with some of the rows of this set, in their old order."""

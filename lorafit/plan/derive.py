@@ -57,6 +57,7 @@ class Plan:
     trained_tokens: int
     longest_tokens: int
     classes: Mapping[str, int]
+    class_weights: Mapping[str, float]
     validation_rows: int
     batch_size: int
     steps_per_epoch: int
@@ -158,6 +159,7 @@ def plan(
         trained_tokens=dataset.trained_tokens,
         longest_tokens=dataset.longest_tokens,
         classes=dataset.classes,
+        class_weights=dataset.class_weights,
         validation_rows=dataset.validation_rows,
         batch_size=training.batch_size,
         steps_per_epoch=steps_per_epoch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lorafit.console.wording import counted, in_sequences, list_classes
+from lorafit.console.wording import counted, in_sequences, list_classes, list_weights
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import covers
 from lorafit.ops.recomputed_layers import CHECKPOINTING
@@ -68,7 +68,9 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     if plan.step.step.task.labels_rows:
         labels = f"{plan.trained_tokens:,} labels, one a row"
     if plan.classes:
-        yield "classes", _plain(list_classes(plan.classes))
+        yield "classes", _plain(list_classes(plan.classes, plan.step.step.task.class_unit))
+    if plan.class_weights:
+        yield "class weights", _plain(list_weights(plan.class_weights))
     yield "tokens", f"{plan.tokens:,} an epoch, {labels}"
     epochs = f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}"
     yield "steps", f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {epochs}"

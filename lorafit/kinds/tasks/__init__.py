@@ -18,7 +18,7 @@ from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
     import torch
@@ -200,11 +200,19 @@ class Task(Kind[S_co]):
     def show(self, example: Example) -> tuple[ShownSequence, ...]:
         """A row for people: its sequences, and which of their tokens carry loss, or which label."""
 
-    def count_classes(self, read: Callable[[str], NDArray[Any]]) -> Mapping[str, int]:
-        """Rows of each class by its name; empty where tokens are learnt.
+    class_unit: ClassVar[str] = "row"
+    """What `count_classes` counts."""
+
+    @property
+    def class_weights(self) -> Mapping[str, float]:
+        """What the loss counts of each class while training, by its name; empty where all count alike."""
+        return {}
+
+    def count_classes(self, read: Callable[[str], Iterator[NDArray[Any]]]) -> Mapping[str, int]:
+        """How many rows, or words, each class has, by its name; empty where there are no classes.
 
         Args:
-            read: Gives a column of one width of all rows, [rows, width].
+            read: Gives the values of a column, some rows at a time: [rows, width], or without width all [values].
         """
         return {}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
 
 from pydantic import Field, field_validator
 
+from lorafit.console.wording import agreed, list_names
 from lorafit.contracts import JsonObject
 from lorafit.errors import DataError
 from lorafit.kinds.tasks import Task, TaskSection
@@ -127,6 +128,14 @@ def order_labels(found: Iterable[str], key: str) -> list[str]:
         what = f"the training rows have {len(names)} labels; two at least can be told apart"
         raise DataError(what, key=key, todo="add rows with other labels, or set task.labels")
     return sorted(names, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, name != _OUTSIDE, name))
+
+
+def warn_of_absent(absent: Sequence[str], one: str, many: str) -> list[str]:
+    """A sentence where no training row has some of what the task names: `one` of them is a class, or a label."""
+    if not absent:
+        return []
+    named = f"{agreed(len(absent), one, many)} {list_names(absent)}"
+    return [f"no training row has {named}; add such rows, or leave {agreed(len(absent), 'it', 'them')} out"]
 
 
 def pad_texts(texts: Sequence[Sequence[float]], pad_id: int) -> dict[str, torch.Tensor]:

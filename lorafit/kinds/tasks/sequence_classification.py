@@ -9,13 +9,13 @@ The head is drawn anew, trained whole, and saved with the adapter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lorafit.console.nearest import did_you_mean
-from lorafit.console.wording import agreed, counted, list_names
+from lorafit.console.wording import counted
 from lorafit.contracts import Batch, Column, LossSum, ReportTable, ShownSequence, TaskRow
 from lorafit.errors import DataError
 from lorafit.facts import ModelClass
@@ -29,6 +29,7 @@ from lorafit.kinds.tasks._heads import (
     mean_states,
     order_labels,
     pad_texts,
+    warn_of_absent,
 )
 
 if TYPE_CHECKING:
@@ -176,9 +177,16 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
         ids = [int(token) for token in example["tokens"]]
         return (ShownSequence(ids, [0] * len(ids), label=self._name(example["classes"])),)
 
-    def count_classes(self, read: Callable[[str], NDArray[Any]]) -> Mapping[str, int]:
+    @property
+    def class_weights(self) -> Mapping[str, float]:
+        """By class; of several labels what a yes counts."""
+        weights = self.section.class_weights
+        return {} if isinstance(weights, str) else dict(zip(self.labels, weights, strict=True))
+
+    def count_classes(self, read: Callable[[str], Iterator[NDArray[Any]]]) -> Mapping[str, int]:
         """Rows of each class, in the order of the model's outputs."""
-        return dict(zip(self.labels, map(int, read("classes").sum(axis=0, dtype=int)), strict=True))
+        counts = sum((part.sum(axis=0, dtype=int) for part in read("classes")), start=[0] * len(self.labels))
+        return dict(zip(self.labels, map(int, counts), strict=True))
 
     def check_classes(self, rows_of: Mapping[str, int], rows: int) -> list[str]:
         """Classes that no training row has.
@@ -191,10 +199,7 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
             shared = ", ".join(name for name in rows_of if name not in absent) or "none of them"
             what = f"all {counted(rows, 'training row')} have one label, {shared}: there is nothing to tell apart"
             raise DataError(what, key="data.train", todo="add rows of other classes")
-        if not absent:
-            return []
-        named = f"{agreed(len(absent), 'class', 'classes')} {list_names(absent)}"
-        return [f"no training row has {named}; add such rows, or leave {agreed(len(absent), 'it', 'them')} out"]
+        return warn_of_absent(absent, "class", "classes")
 
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """The end of the row: its label is that of any part."""

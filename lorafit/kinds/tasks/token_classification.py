@@ -9,10 +9,10 @@ The loss is the mean over labelled words. The head is drawn anew, trained whole,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import eq
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lorafit.console.nearest import did_you_mean
 from lorafit.contracts import Batch, Column, LossSum, ReportTable, ShownSequence, TaskRow
@@ -21,7 +21,14 @@ from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import tasks
 from lorafit.kinds.tasks._class_tables import share
-from lorafit.kinds.tasks._heads import LabellingTask, LabelsSection, head_inputs, order_labels, pad_texts
+from lorafit.kinds.tasks._heads import (
+    LabellingTask,
+    LabelsSection,
+    head_inputs,
+    order_labels,
+    pad_texts,
+    warn_of_absent,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +58,7 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
         "labelled tokens, its strength chosen on held-out words"
     )
     row_format = classified_format = "word_labels"
+    class_unit = "word"
     during_metrics = ("loss", "entity_f1")
     final_metrics = ("entity_f1", "word_accuracy", "loss")
     columns = (Column("tokens", "<i4", holds_tokens=True), Column("labels", "<i2"))
@@ -150,6 +158,19 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
         names = " ".join(self.labels[label] for label in labels if label != _UNLABELLED)
         flags = [int(label != _UNLABELLED) for label in labels]
         return (ShownSequence([int(token) for token in example["tokens"]], flags, label=names),)
+
+    def count_classes(self, read: Callable[[str], Iterator[NDArray[Any]]]) -> Mapping[str, int]:
+        """Words of each label, in the order of the model's outputs."""
+        import numpy as np
+
+        counts = np.zeros(len(self.labels), dtype=np.int64)
+        for labels in read("labels"):
+            counts += np.bincount(labels[labels != _UNLABELLED], minlength=len(counts))
+        return dict(zip(self.labels, counts.tolist(), strict=True))
+
+    def check_classes(self, rows_of: Mapping[str, int], rows: int) -> list[str]:
+        """Labels that no training row has."""
+        return warn_of_absent([name for name, count in rows_of.items() if not count], "label", "labels")
 
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """The end of the row up to its last labelled token."""

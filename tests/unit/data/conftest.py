@@ -12,7 +12,7 @@ from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.prepare import Prepared, build_renderer, prepare
-from lorafit.kinds.tasks import tasks
+from lorafit.kinds.tasks import Task, tasks
 from lorafit.recipe.schema import DataSection, SourceSection
 from tests.support.tiny_data import Listener, make_tokenizer
 
@@ -44,6 +44,7 @@ def prepare_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, listener: L
     def run(
         *,
         using: Any = None,
+        task: Task[Any] | None = None,
         seed: int = 0,
         retention: list[SourceSection] | None = None,
         now: datetime | None = None,
@@ -55,7 +56,7 @@ def prepare_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, listener: L
             section,
             folder=tmp_path,
             renderer=build_renderer(using or tokenizer, section, tmp_path, now),
-            task=tasks.make("causal-lm"),
+            task=task or tasks.make("causal-lm"),
             seed=seed,
             cache_dir=tmp_path / "cache",
             reporter=listener,

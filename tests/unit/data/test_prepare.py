@@ -28,6 +28,7 @@ from lorafit.data import truncate
 from lorafit.data.prepare import Prepared, hold_out
 from lorafit.data.sources.source import Source
 from lorafit.errors import DataError, LorafitError, ModelError, Problems, ResourceError
+from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import SourceSection
 from tests.support.tiny_data import CHATML, Listener, chat, make_tokenizer, write_jsonl
 
@@ -230,6 +231,40 @@ def test_text_is_split(tmp_path: Path, prepare_rows: Prepare, tokenizer: PreTrai
     assert all(trained == [0] + [1] * (len(trained) - 1) for _, trained, *_ in found)
     counts = prepared.report.splits["train"].sources[0]
     assert (counts.read, counts.kept, counts.split) == (1, len(found), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("sequence-classification", {"text": LONG, "label": "x"}),
+        ("token-classification", {"words": LONG.split(), "labels": ["x"] * 60}),
+        ("causal-lm", {"text": LONG}),
+    ],
+)
+def test_only_what_can_be_split_is_offered_that(
+    kind: str, row: dict[str, Any], tmp_path: Path, prepare_rows: Prepare
+) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [row])
+    task = tasks.make(kind, **({} if kind == "causal-lm" else {"labels": ["x", "y"]}))
+    offered = "split, truncate or drop" if kind == "causal-lm" else "truncate or drop"
+    error = failure(prepare_rows, train="d.jsonl", max_length=60, task=task)
+    assert str(error).endswith(f"set data.overlength: {offered}")
+
+
+def test_words_of_each_label_are_counted_and_labels_that_none_has_are_told(
+    tmp_path: Path, prepare_rows: Prepare, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where held-out rows lie between those that stay, and more rows than are read at once."""
+    monkeypatch.setattr("lorafit.data.store._READ_ROWS", 3)
+    rows = [{"words": ["w"] * (n % 4 + 1), "labels": ["O", "B-X", "I-X", "O"][: n % 4 + 1]} for n in range(40)]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    task = tasks.make("token-classification", labels=["O", "B-X", "I-X", "B-Y", "I-Y"])
+    prepared = prepare_rows(train="d.jsonl", validation={"fraction": 0.25}, task=task)
+    train, held_out = (prepared.report.splits[split].classes for split in ("train", "validation"))
+    assert {name: train[name] + held_out[name] for name in train} == {"O": 50, "B-X": 30, "I-X": 20, "B-Y": 0, "I-Y": 0}
+    kept = [rows[int(line) - 1]["labels"] for line in prepared.train.lines]
+    assert train["B-X"] == sum(row.count("B-X") for row in kept) and len(kept) == 30
+    assert "no training row has labels B-Y, I-Y; add such rows, or leave them out" in listener.warnings
 
 
 def test_nothing_left(tmp_path: Path, prepare_rows: Prepare) -> None:

@@ -93,7 +93,9 @@ def test_classes_without_a_training_row_are_told_and_one_class_alone_is_refused(
     settings = task(multi_label=multi_label)
 
     def count(*rows: tuple[str, ...]) -> dict[str, int]:
-        return dict(settings.count_classes(lambda _: np.array([[n in row for n in NAMES] for row in rows], "u1")))
+        return dict(
+            settings.count_classes(lambda _: iter([np.array([[n in row for n in NAMES]], "u1") for row in rows]))
+        )
 
     whole = count(("good",), ("bad",), ("so-so",))
     assert whole == {"bad": 1, "good": 1, "so-so": 1} and settings.check_classes(whole, 3) == []

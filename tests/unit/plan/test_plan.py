@@ -48,6 +48,16 @@ def test_length_of_the_run(training: dict[str, Any], steps: int, epochs: float) 
     assert (found.total_steps, found.epochs) == (steps, epochs)
 
 
+def test_classes_and_their_weights_are_shown() -> None:
+    facts = replace(ROWS, classes={"ham": 90, "[spam]": 10}, class_weights={"ham": 5 / 9, "[spam]": 5.0})
+    text = shown(plan_table(make(facts=facts)))
+    assert "ham 90, [spam] 10" in text and "class weights" in text and "ham 0.556, [spam] 5" in text
+    assert make(facts=facts).to_json()["class_weights"] == facts.class_weights
+    many = {f"c{number}": number + 1.0 for number in range(13)}
+    assert "13 classes, 1 (c0) to 13 (c12)" in shown(plan_table(make(facts=replace(ROWS, class_weights=many))))
+    assert "class weights" not in shown(plan_table(make()))
+
+
 def test_warm_up() -> None:
     assert make(training={"schedule": {"kind": "cosine", "warmup_ratio": 0.1}}).warmup_steps == 3
     assert make(training={"schedule": {"kind": "cosine", "warmup_steps": 21}}).warmup_steps == 21
