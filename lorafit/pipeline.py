@@ -9,8 +9,10 @@ argument means stands once, at the function of the same name in `lorafit.api`; a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +201,7 @@ def evaluate(
     reporter: Reporter | None = None,
 ) -> Evaluated:
     """Scores base and tuned model on the same held-out rows, and writes the report into the run folder."""
-    reporter = reporter or Silent()
+    reporter, started = reporter or Silent(), time.perf_counter()
     if split not in (None, "test", "validation", "train"):
         raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
     opened = open_run(run, overrides)
@@ -264,6 +266,7 @@ def evaluate(
             total_parameters=found.total_parameters,
         ),
     )
+    result = replace(result, seconds=time.perf_counter() - started)
     write_report(opened.run, result, report)
     return Evaluated(opened.run, result, report, opened.loaded.folder)
 

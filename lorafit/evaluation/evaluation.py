@@ -98,7 +98,7 @@ class Evaluation:
         base_speed: None where no answers were generated.
         tuned_speed: None where no answers were generated.
         signatures: Which program and settings computed each metric.
-        seconds: Duration of the whole evaluation.
+        seconds: Duration of the whole evaluation; of a command also what it loaded before.
         peak_memory_bytes: Of the device; of the process on a CPU.
         seed: Seed of the bootstrap.
         max_new_tokens: Longest answer.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typer.main import get_command
 
 from lorafit.answering.evaluation_rows import changed_evaluation
 from lorafit.cli import app
+from lorafit.model import load as load_module
 from lorafit.run.workspace import open_run
 from tests.support.processes import PROGRAM
 from tests.support.world import Outcome, World, say_all
@@ -91,11 +94,19 @@ def trained(world: World) -> World:
     return world
 
 
-def test_the_main_job(trained: World) -> None:
+def test_the_main_job(trained: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """train, eval, merge, generate: each result as a person and as a program reads it."""
     world = trained
-    scored = world.run("eval", "run")
+    with monkeypatch.context() as slow:
+        load, clock, waited = load_module.load_model, time.perf_counter, [0.0]
+        slow.setattr(
+            load_module, "load_model", lambda *args, **options: (waited.append(1e4), load(*args, **options))[1]
+        )
+        slow.setattr(time, "perf_counter", lambda: clock() + sum(waited))
+        scored = world.run("eval", "run")
     say_all(scored, 0, "perplexity", "base", "tuned", "run/report.md")
+    [seconds] = re.findall(r"([\d.]+) s in all", scored.stdout)
+    assert float(seconds) >= 1e4  # loading is not left out
     report = only_json(world.run("eval", "run", "--json"))
     assert report == json.loads((world.root / "run" / "report.json").read_text()) | {
         key: report[key] for key in ("seconds", "peak_memory_bytes", "base_speed", "tuned_speed") if key in report
