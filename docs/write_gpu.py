@@ -1,4 +1,4 @@
-"""Writes the table of proofs in docs/gpu.md from benchmarks/gpu/*.json. `make docs` runs it."""
+"""Writes the table of proofs in docs/gpu.md from benchmarks/gpu/*.json. `make docs` and `make prove-gpu` run it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ BLOCK = re.compile(r"(<!-- proofs: generated -->\n).*?(<!-- end of proofs -->)",
 HEAD = "| on | day | stages that ran whole | left out, or not reached | result |\n|---|---|---|---|---|\n"
 
 
-def page_with_proofs(text: str) -> str:
+def write_page(page: Path = PAGE, folder: Path = RESULTS) -> None:
+    """Puts the proofs of a folder into the page."""
+    page.write_text(page_with_proofs(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
+
+
+def page_with_proofs(text: str, folder: Path = RESULTS) -> str:
     """The page's text with today's proofs in the marked block."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
     on_cards = sum(result["device_kind"] == "cuda" for result in results)
     said = "" if on_cards else "No card yet: nobody has run the command on one.\n\n"
     table = HEAD + "".join(map(row, results)) if results else ""
@@ -32,4 +37,4 @@ def row(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with_proofs(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    write_page()

