@@ -251,6 +251,10 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     max_new_tokens: int = 256,
+    min_new_tokens: int = 0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
     seed: int = 0,
     quiet: bool = False,
 ) -> Generated:
@@ -265,6 +269,10 @@ def generate(
         temperature: 0 is greedy.
         top_p: Nucleus of the sampled tokens, 0 to 1.
         max_new_tokens: Longest answer.
+        min_new_tokens: No answer ends before it has so many tokens.
+        num_beams: Answers that are kept at each step of a beam search, which takes no temperature; 1: no such search.
+        length_penalty: Of beam search: more than 0 favours long answers.
+        no_repeat_ngram_size: No sequence of so many tokens stands twice in an answer; 0: any may.
         seed: Of the sampling.
         quiet: No progress.
     """

@@ -55,6 +55,10 @@ _HELP = {
     "temperature": ("NUMBER", "0 is greedy."),
     "top_p": ("SHARE", "Nucleus of the sampled tokens."),
     "max_new_tokens": ("TOKENS", "Longest answer, in tokens."),
+    "min_new_tokens": ("TOKENS", "No answer ends before it has so many."),
+    "num_beams": ("BEAMS", "Answers kept at each step of a beam search; 1 is none."),
+    "length_penalty": ("NUMBER", "Of beam search: more than 0 favours long answers."),
+    "no_repeat_ngram_size": ("TOKENS", "No so many tokens stand twice in an answer; 0 allows it."),
     "seed": ("NUMBER", "Of the sampling."),
     "classify.run": ("RUN_OR_MODEL", "A run, its recipe, an adapter or a merged model folder."),
     "classify.prompt": ("TEXT", "One text."),
@@ -72,7 +76,16 @@ _HELP = {
 }
 """What stands for a value, empty where a flag has none, and the help: by parameter, of one command or of all."""
 _COMMON = ("json", "quiet", "verbose", "debug")
-_DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 256, "seed": 0}
+_DEFAULTS = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "seed": 0,
+    "max_new_tokens": 256,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 _REQUIRED = ("merge.output",)
 _SEVERAL = ("overrides", "gpu")
 _FUNCTIONS = {"eval": "evaluate", "estimate-memory": "estimate"}
@@ -253,7 +266,8 @@ _add_command(
 _add_command(
     "generate",
     "Answer a prompt, or a file of prompts.",
-    "run prompt input_file compare_base checkpoint base_model temperature top_p max_new_tokens seed",
+    "run prompt input_file compare_base checkpoint base_model temperature top_p max_new_tokens min_new_tokens "
+    "num_beams length_penalty no_repeat_ngram_size seed",
 )
 _add_command(
     "classify",

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.console.arguments import check_arguments
-from lorafit.contracts import JsonMapping, Reporter, Silent
+from lorafit.console.arguments import check_arguments, check_search
+from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import UsageError
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
@@ -214,6 +214,7 @@ def evaluate(
         refer_as_begun,
         settle_evaluation,
     )
+    from lorafit.answering.sampling import Sampling
     from lorafit.answering.tuned import open_tuned
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
@@ -249,7 +250,7 @@ def evaluate(
         examples,
         asked,
         evaluation.final,
-        max_new_tokens=evaluation.max_new_tokens,
+        sampling=Sampling.of_recipe(evaluation),
         stop_ids=tuned.card.stop_ids,
         micro_batch_tokens=opened.resolved().evaluation_micro_batch_tokens,
         seed=job.recipe.seed,
@@ -307,11 +308,19 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     max_new_tokens: int = 256,
+    min_new_tokens: int = 0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Generated:
     """Answers a prompt or a file of prompts, with the base model beside the tuned one where asked."""
-    check_arguments({"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed})
+    search: JsonObject = {"num_beams": num_beams, "length_penalty": length_penalty, "temperature": temperature}
+    search |= {"top_p": top_p, "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "seed": seed}
+    search["no_repeat_ngram_size"] = no_repeat_ngram_size
+    check_arguments(search)
+    check_search(search)
     reporter = reporter or Silent()
     from lorafit.answering.prompts import check_prompts, read_prompts
 
@@ -329,7 +338,7 @@ def generate(
     prompt_ids = [voice.prompt_ids(each) for each in prompts]  # a prompt that cannot be asked is told before a load
     engine = answerer.load()
     engine.check_prompts(prompt_ids)
-    sampling = Sampling(max_new_tokens, float(temperature), top_p, seed)
+    sampling = Sampling(**search)
 
     def answer(adapter: str | None, what: str) -> list[Answer]:
         requests = [Request(ids, adapter, sampling, voice.stop_ids, row) for row, ids in enumerate(prompt_ids)]

@@ -13,11 +13,13 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
+from lorafit.answering.engine import Engine
+from lorafit.answering.sampling import Sampling
 from lorafit.contracts import JsonMapping, Reporter
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
-from lorafit.evaluation.runner import evaluate_during
+from lorafit.evaluation.during import Questions, ask_during, evaluate_during
 from lorafit.files.atomic import atomic_dir, write_json
 from lorafit.files.cache import keep, key_of_code
 from lorafit.files.rundir import RunDir
@@ -329,8 +331,16 @@ class Training:
             micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
             pad_id=job.pad_id,
             ranks=executor,
+            questions=self._questions(executor),
         )
         stopping = evaluation.early_stopping
         if stopping is None:
             return HeldOut(evaluate, self.plan.select_metric)
         return HeldOut(evaluate, self.plan.select_metric, stopping.patience, stopping.min_delta)
+
+    def _questions(self, executor: Executor) -> Questions | None:
+        """What is answered at each evaluation while training."""
+        job, evaluation = self.job, self.job.recipe.evaluation
+        engine = Engine(executor.objective.model, job.tokenizer, autocast_dtype=executor.objective.autocast_dtype)
+        rows = job.rows.generation_rows("validation", self.plan.answered_rows) if self.plan.answered_rows else []
+        return ask_during(engine, rows, evaluation.during, Sampling.of_recipe(evaluation), job.stop_ids())

@@ -1,10 +1,13 @@
-"""Answers to many prompts: batched through transformers' `generate`, greedy or sampled, alike in any batch.
+"""Answers to many prompts: batched through transformers' `generate`, alike in any batch, however tokens are chosen.
 
     prompts, longest first          [P P P P P P P | . . .]     left padding, so that every row's next token
     rows of one batch               [_ _ P P P P P | . . .]     stands in the same column; the mask hides
     rows x (prompt + new) <= budget [_ _ _ P P P P | . . .]     the padding, positions count from its end
 
-A batch is written in rounds: when half of its rows have ended, the others go on without them, with their cache.
+A batch is written in rounds: when half of its rows have ended, the others go on without them, with their cache. One
+that is searched with beams is written in one.
+
+An encoder-decoder reads its prompts padded on the right, as in training; its answers begin in the first column.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lorafit.answering.plain_generation import head_sees_last, plain_generation
+from lorafit.answering.plain_generation import head_sees_last, plain_generation, room_of
 from lorafit.answering.sampling import GREEDY, Sampling, build_processors
 from lorafit.contracts import JsonObject, Reporter
-from lorafit.errors import ResourceError
+from lorafit.errors import ModelError, ResourceError
 from lorafit.ops.process_memory import is_out_of_memory, run_or_halve
 from lorafit.ops.virtual_tokens import count_virtual_tokens
 
@@ -87,7 +90,7 @@ def generate_answers(
     """Answers in the requests' order. Leaves the model's mode, configuration and the random numbers to the caller.
 
     Args:
-        model: A transformers causal model, or a PeftModel around one, in eval mode.
+        model: A transformers model that writes, or a PeftModel around one, in eval mode.
         tokenizer: Decodes; knows the pad and end tokens.
         requests: All with the same sampling and stop tokens; what their adapter is called is not looked at.
         batch_rows: Bound of rows in a batch.
@@ -99,18 +102,18 @@ def generate_answers(
         ResourceError: Not even one row fits into memory.
     """
     sampling, stops = requests[0].sampling, find_stop_ids(model, tokenizer, requests[0].stop_ids)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: nothing bounds them
     begins_with, longest = count_virtual_tokens(model), sampling.max_new_tokens
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else stops[0] if stops else 0
     prompts = [
         list(request.prompt_ids) or [int(first)] for request in requests
     ]  # a model needs one token to go on from
-    rooms = [longest if limit is None else min(longest, limit - begins_with - len(prompt)) for prompt in prompts]
+    rooms = [room_of(model, begins_with + len(prompt), longest) for prompt in prompts]
     answers: list[Answer | None] = [None if room > 0 else Answer("", 0, 0.0, "no_room") for room in rooms]
     if full := sum(room <= 0 for room in rooms):
-        reporter.warn(f"{full} of {len(prompts)} prompts fill the model's {limit} positions and got no answer")
+        reporter.warn(f"{full} of {len(prompts)} prompts fill the model's positions and got no answer")
     writer, lengths = _Writer(model, tokenizer, stops, sampling, streamer), [len(prompt) for prompt in prompts]
-    waiting = cut_prompts(lengths, rooms, batch_tokens=_BATCH_TOKENS, batch_rows=batch_rows, pads=begins_with == 0)
+    tokens, rows = _BATCH_TOKENS // sampling.num_beams, max(1, batch_rows // sampling.num_beams)
+    waiting = cut_prompts(lengths, rooms, batch_tokens=tokens, batch_rows=rows, pads=begins_with == 0)
     whole = reporter.track(sum(map(len, waiting)), what)
 
     def write(places: Sequence[int]) -> list[Answer]:
@@ -123,6 +126,11 @@ def generate_answers(
                 for place, answer in zip(places, written, strict=True):
                     answers[place] = answer
                 bar.advance(len(places))
+        except ValueError as error:
+            if "beam search" not in str(error):
+                raise
+            what = f"{type(model).__name__} cannot be searched with beams: its cache cannot be put in another order"
+            raise ModelError(what, key="evaluation.num_beams", todo="write num_beams: 1") from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -204,22 +212,20 @@ class _Writer:
             room: New tokens of the longest answer.
         """
         started = time.perf_counter()
-        start, going, cache = max(map(len, prompts)), list(range(len(prompts))), None
-        input_ids, mask = self._pad(prompts, start)
+        inputs, start = self._pad(prompts)
+        columns, going = start, list(range(len(prompts)))
         written: list[list[int]] = [[] for _ in prompts]
         while going:
-            kept: JsonObject = {} if cache is None else {"past_key_values": cache}
             output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                max_new_tokens=room - (input_ids.shape[1] - start),
-                do_sample=False,
+                **inputs,
+                **self.sampling.search(),
+                max_new_tokens=room - (columns - start),
+                min_new_tokens=max(0, min(self.sampling.min_new_tokens, room) - (columns - start)) or None,
                 use_cache=True,
                 return_dict_in_generate=True,
                 logits_processor=build_processors(self.sampling, [rows[place] for place in going], start),
-                stopping_criteria=self._criteria(len(going), input_ids.device),
+                stopping_criteria=self._criteria(len(going)),
                 streamer=self.streamer,
-                **kept,
             )
             for place, tokens in zip(going, output.sequences[:, start:].tolist(), strict=True):
                 written[place] = tokens
@@ -227,25 +233,43 @@ class _Writer:
             left = [i for i, place in enumerate(going) if not set(self.stops) & set(written[place])]
             if columns - start >= room or not left:
                 break
-            index = torch.tensor(left, device=input_ids.device)
-            cache = _keep_rows(output.past_key_values, index, columns)
-            input_ids, going = output.sequences[index], [going[i] for i in left]
-            mask = torch.nn.functional.pad(mask[index], (0, columns - mask.shape[1]), value=1)
+            inputs, going = self._go_on(inputs, output, left), [going[i] for i in left]
         seconds = (time.perf_counter() - started) / len(prompts)
         return [self._read(tokens, seconds) for tokens in written]
 
-    def _pad(self, prompts: Sequence[list[int]], columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask, `[batch, columns]`, padded on the left. Known by length: the pad token may be a real one."""
-        pad = self.stops[0] if self.stops else 0
-        device = self.model.get_input_embeddings().weight.device
-        ids = [[pad] * (columns - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    def _pad(self, prompts: Sequence[list[int]]) -> tuple[JsonObject, int]:
+        """Ids and mask, `[batch, columns]`, and the column of the first new token.
 
-    def _criteria(self, rows: int, device: torch.device) -> Any:
+        Known by length: the pad token may be a real one.
+        """
+        pad, columns = self.stops[0] if self.stops else 0, max(map(len, prompts))
+        reads_alone = self.model.config.is_encoder_decoder
+        ids, mask = list[list[int]](), list[list[int]]()
+        for prompt in prompts:
+            fill, ones = [pad] * (columns - len(prompt)), [1] * len(prompt)
+            ids.append([*prompt, *fill] if reads_alone else [*fill, *prompt])
+            mask.append([*ones, *[0] * len(fill)] if reads_alone else [*[0] * len(fill), *ones])
+        device = self.model.get_input_embeddings().weight.device
+        inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+        return inputs, 1 if reads_alone else columns  # the token that an encoder-decoder's answers begin with
+
+    def _go_on(self, inputs: JsonObject, output: Any, left: Sequence[int]) -> JsonObject:
+        """What the next round gets: the rows that are left with what they have written."""
+        index = torch.tensor(left, device=output.sequences.device)
+        cache, sequences = _keep_rows(output.past_key_values, index, output.sequences.shape[1]), output.sequences[index]
+        kept: JsonObject = {} if cache is None else {"past_key_values": cache}
+        mask = inputs["attention_mask"][index]
+        if self.model.config.is_encoder_decoder:
+            kept |= {"decoder_input_ids": sequences, "decoder_attention_mask": torch.ones_like(sequences)}
+            return {"input_ids": inputs["input_ids"][index], "attention_mask": mask, **kept}
+        mask = torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+        return {"input_ids": sequences, "attention_mask": mask, **kept}
+
+    def _criteria(self, rows: int) -> Any:
         from transformers import StoppingCriteriaList
 
-        worth_it = self.stops and rows >= LEAST_ROUND_ROWS
+        worth_it = self.stops and rows >= LEAST_ROUND_ROWS and self.sampling.num_beams == 1
+        device = self.model.get_input_embeddings().weight.device
         rounds = [_HalfEnded(torch.tensor(self.stops, device=device))] if worth_it else []
         return StoppingCriteriaList(rounds)
 

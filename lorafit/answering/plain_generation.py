@@ -1,4 +1,9 @@
-"""What a model is held to while it writes answers: none of its own penalties, logits of the last position alone."""
+"""What a model is held to while it writes answers: none of its own penalties, logits of the last position alone.
+
+Of an encoder-decoder's generation config stays what its answers begin with, and the tokens that it may never write:
+they belong to how the model was trained. How answers are searched for is the recipe's: beams, length penalty, least and
+longest length, sampling. An end that is forced at the longest length would hide that an answer was cut.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,25 @@ from lorafit.ops.output_head import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_KEPT = ("decoder_start_token_id", "forced_bos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
+"""Of an encoder-decoder's own generation config."""
+
+
+def room_of(model: PreTrainedModel, prompt_tokens: int, longest: int) -> int:
+    """New tokens that the model has positions for behind a prompt, at most `longest`; less than 1: none.
+
+    An encoder-decoder reads and writes at positions of their own. Nothing bounds those of a model that names no number.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not model.config.is_encoder_decoder:
+        return longest if limit is None else min(longest, limit - prompt_tokens)
+    read = getattr(getattr(model.config, "encoder", config), "max_position_embeddings", None)
+    if read is not None and prompt_tokens > read:
+        return 0
+    return longest if limit is None else min(longest, limit)
 
 
 @contextlib.contextmanager
@@ -31,7 +55,9 @@ def plain_generation(model: PreTrainedModel, stops: list[int]) -> Iterator[None]
     autocast = torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
     for module, _ in casts:
         module.cast_input_dtype_enabled = not autocast
-    inner.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0)
+    kept = {name: getattr(own, name, None) for name in _KEPT} if model.config.is_encoder_decoder else {}
+    pad = stops[0] if stops else 0
+    inner.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=pad, **kept)
     try:
         yield
     finally:

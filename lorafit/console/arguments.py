@@ -65,6 +65,10 @@ ARGUMENTS = {
     "temperature": _number(0.0, 10.0),
     "top_p": _number(0.001, 1.0),
     "max_new_tokens": _number(1, whole=True),
+    "min_new_tokens": _number(0, whole=True),
+    "num_beams": _number(1, 64, whole=True),
+    "length_penalty": _number(-10.0, 10.0),
+    "no_repeat_ngram_size": _number(0, whole=True),
     "seed": _number(0, whole=True),
     "limit": _number(1, whole=True),
     "resume_from": _number(0, whole=True),
@@ -98,7 +102,8 @@ FLAGS = {
     "show": "--rows",
 }
 """Flags that are not called as their parameter."""
-_NEVER_LEFT_OUT = {"recipe", "run", "prompts", "overrides", "temperature", "top_p", "max_new_tokens", "seed"}
+_SEARCH = ("temperature", "top_p", "num_beams", "length_penalty", "no_repeat_ngram_size")
+_NEVER_LEFT_OUT = {"recipe", "run", "prompts", "overrides", "max_new_tokens", "min_new_tokens", "seed", *_SEARCH}
 _NEVER_LEFT_OUT.update(_SWITCHES)
 
 
@@ -119,6 +124,24 @@ def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> N
         if not kind.holds(value):
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"found {_shown(value)}", key=flag, todo=f"give {kind.expected}")
+
+
+def check_search(search: JsonMapping) -> None:
+    """Refuses ways to choose tokens that do not go together.
+
+    Raises:
+        UsageError: A beam search is asked for with a temperature, its penalty without it, or no length is long enough.
+    """
+    if search["num_beams"] > 1 and search["temperature"] > 0:
+        what, todo = "a beam search draws nothing", "leave out --num-beams or --temperature"
+        raise UsageError(what, key="--num-beams", todo=todo)
+    if search["num_beams"] == 1 and search["length_penalty"] != 1:
+        todo = "add --num-beams 4, or leave it out"
+        raise UsageError("only a beam search reads it", key="--length-penalty", todo=todo)
+    least, most = search["min_new_tokens"], search["max_new_tokens"]
+    if least > most:
+        what, todo = f"{least} is more than the longest answer, {most}", "lower it, or raise --max-new-tokens"
+        raise UsageError(what, key="--min-new-tokens", todo=todo)
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.answering.generate import Answer
+from lorafit.answering.sampling import Sampling
 from lorafit.contracts import JsonObject, ReportTable
 from lorafit.evaluation.rows import Row, Unscored, WorstRow
 from lorafit.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison
@@ -101,7 +102,7 @@ class Evaluation:
         seconds: Duration of the whole evaluation; of a command also what it loaded before.
         peak_memory_bytes: Of the device; of the process on a CPU.
         seed: Seed of the bootstrap.
-        max_new_tokens: Longest answer.
+        sampling: How answers were made.
         base_note: What the base was scored with, where that is not the base alone.
         tables: What the task shows beside metrics, of the tuned model.
         base_tables: The same of the base.
@@ -116,7 +117,7 @@ class Evaluation:
     seconds: float
     peak_memory_bytes: int
     seed: int
-    max_new_tokens: int
+    sampling: Sampling
     retention: tuple[Comparison, ...] = ()
     retention_rows: int = 0
     base_speed: Speed | None = None
@@ -151,7 +152,8 @@ class Evaluation:
             "worst_rows": [row.to_json() for row in self.worst],
             "signatures": self.signatures,
             "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": self.seed},
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "answers": str(self.sampling),
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }

@@ -110,6 +110,8 @@ def describe(evaluation: Evaluation) -> list[str]:
             f"trained: {about.trainable_parameters:,} of {about.total_parameters:,} parameters "
             f"({100 * about.trainable_share:.3g} %)"
         )
+    if evaluation.tuned_speed:
+        lines.append(f"answers: {evaluation.sampling}")
     lines += [
         _describe_speed(side, speed)
         for side, speed in (("base", evaluation.base_speed), ("tuned", evaluation.tuned_speed))

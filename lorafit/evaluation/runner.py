@@ -18,7 +18,6 @@ import numpy as np
 from lorafit.answering.engine import Engine
 from lorafit.answering.generate import Answer, Request
 from lorafit.answering.sampling import Sampling
-from lorafit.contracts import Silent
 from lorafit.data.batch import cut_step, deal
 from lorafit.errors import DataError, NumericsError
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
@@ -113,26 +112,6 @@ def measure(names: Sequence[str], rows: Sequence[RowScore]) -> dict[str, float]:
     return found
 
 
-def evaluate_during(
-    objective: Any,
-    examples: Examples,
-    metric_names: Sequence[str],
-    *,
-    micro_batch_tokens: int,
-    pad_id: int,
-    ranks: Ranks | None = None,
-) -> dict[str, float]:
-    """What the training loop asks for between steps: values by name, the loss always among them.
-
-    Modes, random numbers, weights and NF4 packing are as before the call, so that evaluating does not change training.
-    """
-    with evaluating(objective):
-        scores = score_examples(
-            objective, examples, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=Silent(), ranks=ranks
-        )
-    return measure(["loss", *(name for name in metric_names if name != "loss")], scores)
-
-
 def evaluate_pair(
     engine: Engine,
     objective: Any,
@@ -140,7 +119,7 @@ def evaluate_pair(
     generation_rows: Sequence[GenerationRow],
     metric_names: Sequence[str],
     *,
-    max_new_tokens: int,
+    sampling: Sampling,
     stop_ids: Sequence[int],
     micro_batch_tokens: int,
     seed: int,
@@ -158,7 +137,7 @@ def evaluate_pair(
         examples: Held-out rows, prepared as for training.
         generation_rows: Rows to answer; joined with the examples by file and line.
         metric_names: Registered metrics, in the order of the report.
-        max_new_tokens: Longest answer.
+        sampling: How answers are made.
         stop_ids: Tokens that end an answer, beside the model's own.
         micro_batch_tokens: Padded tokens of one scoring forward.
         seed: Of the bootstrap.
@@ -174,16 +153,16 @@ def evaluate_pair(
     """
     started, metric_names = time.perf_counter(), with_companions(metric_names)
     forget_peak_memory(engine.device, of_process=False)
-    asked = find_asked(examples, generation_rows, metric_names)
+    _require_rows(examples, generation_rows)
+    asked = find_asked(generation_rows, metric_names)
     pad_id = find_pad_id(engine.tokenizer, engine.embedding_rows)
     score = partial(score_examples, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=reporter)
 
     def run(side: str, adapter: str | None, scorer: Any) -> tuple[list[RowScore], list[Answer], list[RowScore]]:
-        sampling = Sampling(max_new_tokens)
-        requests = [Request(row.prompt_ids, adapter, sampling, tuple(stop_ids)) for row in asked]
         with engine.using(adapter):
             kept = score(scorer, retention, what=f"retention, {side} model") if retention is not None else []
             losses = score(scorer, examples, what=f"scoring, {side} model")
+        requests = [Request(row.prompt_ids, adapter, sampling, tuple(stop_ids)) for row in asked]
         return losses, engine.answer(requests, reporter=reporter, what=f"answers, {side} model"), kept
 
     (adapter,) = engine.adapters
@@ -192,7 +171,7 @@ def evaluate_pair(
         tuned, answers, kept = run("tuned", adapter, objective)
     rows = join_rows(examples, base, tuned, asked, base_answers, answers)
     comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
-    cheap = [name for name, metric in metrics.items() if metric.during_training and objective.task.can_score(name)]
+    cheap = [name for name, metric in metrics.items() if metric.needs == "scores" and objective.task.can_score(name)]
     retained = join_rows(retention, base_kept, kept) if retention is not None else ()
     return Evaluation(
         about=about or About(),
@@ -204,7 +183,7 @@ def evaluate_pair(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(engine.device),
         seed=seed,
-        max_new_tokens=max_new_tokens,
+        sampling=sampling,
         retention=compare_rows(retained, cheap, seed=seed)[0] if retained else (),
         retention_rows=len(retained),
         base_speed=Speed.of(base_answers) if asked else None,
@@ -213,6 +192,11 @@ def evaluate_pair(
         tables=objective.task.tables([row.tuned.sums for row in rows]),
         base_tables=objective.task.tables([row.base.sums for row in rows]),
     )
+
+
+def _require_rows(examples: Examples, generation_rows: Sequence[GenerationRow]) -> None:
+    if not len(examples) and not generation_rows:
+        raise DataError("no rows to evaluate on", todo="set data.test or data.validation")
 
 
 def find_pad_id(tokenizer: PreTrainedTokenizerBase, embedding_rows: int | None = None) -> int:
@@ -226,16 +210,8 @@ def find_pad_id(tokenizer: PreTrainedTokenizerBase, embedding_rows: int | None =
     return 0
 
 
-def find_asked(
-    examples: Examples, generation_rows: Sequence[GenerationRow], metric_names: Sequence[str]
-) -> list[GenerationRow]:
-    """Rows whose answer some metric would read; others are not worth generating.
-
-    Raises:
-        DataError: There are no rows at all.
-    """
-    if not len(examples) and not generation_rows:
-        raise DataError("no rows to evaluate on", todo="set data.test or data.validation")
+def find_asked(generation_rows: Sequence[GenerationRow], metric_names: Sequence[str]) -> list[GenerationRow]:
+    """Rows whose answer some metric would read; others are not worth generating."""
     readers = [metrics.get(name) for name in metric_names if metrics.get(name).needs != "scores"]
     asked = []
     for row in generation_rows:

@@ -10,6 +10,7 @@ from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
 from lorafit.errors import DataError, DoesNotFitError, RecipeError
 from lorafit.facts import DatasetFacts, DeviceFacts, LeftOut, ModelShape
+from lorafit.kinds.metrics import metrics
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import Engine, MemoryEstimate, StepMemory, StepShape, closed_form
@@ -40,6 +41,8 @@ class Plan:
         micro_batch_tokens: As the recipe says; None: the first steps choose between the bounds.
         min_micro_batch_tokens: One longest row.
         max_micro_batch_tokens: What fits, at most a whole step of this rank.
+        answered_rows: Validation rows that are answered at each evaluation; 0 where no metric reads answers.
+        answer_tokens: The most tokens that these answers can have, those of all beams.
         select_metric: The metric that chooses the best checkpoint; None: the last one is taken.
         without_adapter: Weights of the layers that no adapter can reach, by name.
         memory: The estimate for the smallest micro-batch, with as little checkpointing as fits.
@@ -81,6 +84,8 @@ class Plan:
     evaluate_every_steps: int | None
     save_every_steps: int
     keep_last: int
+    answered_rows: int
+    answer_tokens: int
     select_metric: str | None
     total_parameters: int
     trainable_parameters: int
@@ -151,6 +156,9 @@ def plan(
     _check_packing(recipe, step)
     bounds = memory_bounds(memory, min(training.batch_size, dataset.rows), device)
     stopping = evaluation.early_stopping
+    reads_answers = any(metrics.get(name).needs != "scores" for name in evaluation.during)
+    answers = reads_answers and evaluation.every_steps is not None
+    answered_rows = min(evaluation.answered_rows, dataset.validation_rows) if answers else 0
     return Plan(
         name=recipe.name,
         model=recipe.model.base,
@@ -183,6 +191,8 @@ def plan(
         evaluate_every_steps=evaluation.every_steps,
         save_every_steps=recipe.checkpoints.every_steps,
         keep_last=recipe.checkpoints.keep_last,
+        answered_rows=answered_rows,
+        answer_tokens=answered_rows * evaluation.max_new_tokens * evaluation.num_beams,
         select_metric=stopping.metric if stopping else ("loss" if evaluation.every_steps else None),
         total_parameters=shape.total_parameters,
         trainable_parameters=step.trainable_parameters,

@@ -84,6 +84,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     scored = _every(plan.evaluate_every_steps) if plan.evaluate_every_steps else "none while training"
     taken = f"best by {plan.select_metric}" if plan.select_metric else "the last step is taken"
     yield "evaluation", f"{scored}; {taken}"
+    if plan.answered_rows:
+        yield "answers", f"{counted(plan.answered_rows, 'row')} each time, at most {plan.answer_tokens:,} tokens"
     yield "checkpoints", f"{_every(plan.save_every_steps)}, the last {plan.keep_last} kept"
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")

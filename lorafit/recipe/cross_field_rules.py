@@ -66,6 +66,13 @@ def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:
         keys = ("evaluation.early_stopping.metric", "evaluation.during")
         todo = f"available metrics: {', '.join(measured)}; evaluation.during names more"
         yield Disagreement(keys, f"'{stopping.metric}' is not measured while training", todo)
+    if evaluation.length_penalty != 1.0 and evaluation.num_beams == 1:
+        keys = ("evaluation.length_penalty", "evaluation.num_beams")
+        yield Disagreement(keys, "only a beam search reads it", "set evaluation.num_beams, e.g. 4, or leave it out")
+    least, most = evaluation.min_new_tokens, evaluation.max_new_tokens
+    if least > most:
+        keys, todo = ("evaluation.min_new_tokens", "evaluation.max_new_tokens"), "lower it, or raise max_new_tokens"
+        yield Disagreement(keys, f"{least} is more than max_new_tokens {most}", todo)
 
 
 def _of_task(recipe: Recipe) -> Iterator[Disagreement]:

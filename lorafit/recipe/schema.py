@@ -77,11 +77,11 @@ def one_name_of(what: str, names: Sequence[str]) -> tuple[AfterValidator, WithJs
 
 
 _USUAL = tasks.make("causal-lm")
-_CHEAP = [name for name, metric in metrics.items() if metric.during_training]
+_WHILE_TRAINING = [name for name, metric in metrics.items() if metric.needs != "calls"]
 
 FormatName = Annotated[str, *one_name_of("format", ["auto", *formats.names()])]
 MetricName = Annotated[str, *one_name_of("metric", metrics.names())]
-CheapMetricName = Annotated[str, *one_name_of("metric while training", _CHEAP)]
+RepeatedMetricName = Annotated[str, *one_name_of("metric while training", _WHILE_TRAINING)]
 
 
 class ModelSection(Section):
@@ -246,12 +246,24 @@ class EvaluationSection(Section):
 
     every_steps: Count | None = None
     """Optimizer steps between evaluations on the validation rows; null: none while training."""
-    during: list[CheapMetricName] = Field(default=list(_USUAL.during_metrics), min_length=1)
+    during: list[RepeatedMetricName] = Field(default=list(_USUAL.during_metrics), min_length=1)
     """Metrics while training, the loss always among them. Where a recipe names none: the usual ones of its task."""
     final: list[MetricName] = Field(default=list(_USUAL.final_metrics), min_length=1)
     """Metrics of `lorafit eval`. Where a recipe names none: the usual ones of its task."""
     max_new_tokens: Count = 256
     """Longest generated answer, in tokens."""
+    min_new_tokens: int = Field(default=0, ge=0, le=LARGEST_COUNT)
+    """No answer ends before it has so many tokens."""
+    num_beams: int = Field(default=1, ge=1, le=64)
+    """Answers that are kept at each step of a beam search; 1: the likeliest token is taken each time."""
+    length_penalty: float = Field(default=1.0, ge=-10.0, le=10.0)
+    """Of beam search: an answer's summed log-probability is divided by its tokens to this power, so that more than 0
+    favours long answers."""
+    no_repeat_ngram_size: int = Field(default=0, ge=0, le=LARGEST_COUNT)
+    """No sequence of so many tokens stands twice in an answer; 0: any may."""
+    answered_rows: Count = 100
+    """Validation rows that are answered at each evaluation while training, the first ones, where a metric of `during`
+    reads answers."""
     early_stopping: EarlyStoppingSection | None = None
     """Stop when a metric no longer improves."""
     retention: Sources | None = None

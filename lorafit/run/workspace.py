@@ -20,6 +20,8 @@ from lorafit.data.sources.files import find_files
 from lorafit.errors import CheckpointError, DataError, UsageError
 from lorafit.files.atomic import atomic_file, read_object, require_manifest, write_json
 from lorafit.files.rundir import RunDir
+from lorafit.kinds.metrics import metrics
+from lorafit.kinds.tasks import WRITES_NONE
 from lorafit.machine.version import installed_versions
 from lorafit.recipe.differences import ABSENT, differences, tell_differences
 from lorafit.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -229,9 +231,11 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0") or 0)
 
 
+_OF_ANSWERS = tuple(WRITES_NONE)
 _HARMLESS = (
     *("name", "output", "tracking", "checkpoints", "data.test", "model.quantization.keep_unpacked"),
-    *("evaluation.every_steps", "evaluation.final", "evaluation.retention", "evaluation.max_new_tokens"),
+    *("evaluation.every_steps", "evaluation.final", "evaluation.retention"),
+    *_OF_ANSWERS,
     *("training.micro_batch_tokens", "training.gradient_checkpointing"),
 )
 """What a resume may change: it decides what is saved, shown and measured, not what is learnt."""
@@ -262,11 +266,14 @@ def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[
     if not is_run(run.root):
         return [], []
     before, now = both_recipes(run, loaded)
-    stops_early = loaded.recipe.evaluation.early_stopping is not None
+    stopping, stops_run = loaded.recipe.evaluation.early_stopping, tuple[str, ...]()
+    if stopping is not None:
+        reads_answers = metrics.get(stopping.metric).needs == "answers"
+        stops_run = ("evaluation.every_steps", *(_OF_ANSWERS if reads_answers else ()))
     decisive: list[str] = []
     harmless: list[str] = []
     for key in sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        is_harmless = key.startswith(_HARMLESS) and not (stops_early and key.startswith("evaluation.every_steps"))
+        is_harmless = key.startswith(_HARMLESS) and not key.startswith(stops_run)
         found = harmless if is_harmless or _only_longer(key, before, now) else decisive
         found += differences(key, before.get(key, ABSENT), now.get(key, ABSENT))
     return decisive, harmless

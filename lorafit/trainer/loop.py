@@ -330,8 +330,9 @@ class Trainer:
         name = held_out.select_metric
         if name is None:
             return False
-        lower_is_better = metrics.get(name).better == "lower"
-        is_best = state.judge(values[name], name, lower_is_better=lower_is_better, min_delta=held_out.min_delta)
+        metric = metrics.get(name)
+        value, lower_is_better = values[metric.name or name], metric.better == "lower"
+        is_best = state.judge(value, name, lower_is_better=lower_is_better, min_delta=held_out.min_delta)
         if held_out.patience is not None and state.evaluations_without_improvement >= held_out.patience:
             state.stopped_early = True
             self.journal.reporter.info(

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 from lorafit import pipeline
+from lorafit.answering import generate
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
 from lorafit.machine.devices import parse_gpu
@@ -249,19 +250,27 @@ def evaluation_cases(world: OptionWorld) -> dict[str, Case]:
 
         return probe
 
-    answered = {"evaluation.final": ["must_contain"]}
+    def asked(option: str, more: Changes | None = None) -> Probe:
+        return of_report(world, f"evaluation.{option}", {"evaluation.final": ["chrf"], **(more or {})})
+
+    chrf = {**VALIDATED, "evaluation.during": ["chrf"]}
     return {
         "evaluation.every_steps": Case((1, 2), of_run(world, "evaluation.every_steps", evaluation_lines, VALIDATED)),
         "evaluation.during": Case(
             (["loss"], ["loss", "token_accuracy"]), of_run(world, "evaluation.during", evaluation_lines, VALIDATED)
         ),
         "evaluation.final": Case((["perplexity"], ["must_contain"], ["bleu"]), of_report(world, "evaluation.final")),
-        "evaluation.max_new_tokens": Case((1, 6), of_report(world, "evaluation.max_new_tokens", answered)),
+        "evaluation.max_new_tokens": Case((1, 6), asked("max_new_tokens")),
+        "evaluation.min_new_tokens": Case((0, 4), partial(tokens_of_answers, world, "min_new_tokens")),
+        "evaluation.num_beams": Case((1, 4), asked("num_beams")),
+        "evaluation.length_penalty": Case((-9.0, 9.0), partial(tokens_of_answers, world, "length_penalty")),
+        "evaluation.no_repeat_ngram_size": Case((0, 1), asked("no_repeat_ngram_size")),
+        "evaluation.answered_rows": Case((1, 4), of_run(world, "evaluation.answered_rows", evaluation_lines, chrf)),
         "evaluation.early_stopping": Case(
             (None, {"patience": 1, "min_delta": 100.0}),
             of_run(world, "evaluation.early_stopping", steps_taken, STOPPING),
         ),
-        "evaluation.early_stopping.metric": Case(("loss", "token_accuracy"), partial(best_by, world)),
+        "evaluation.early_stopping.metric": Case(("loss", "token_accuracy", "rouge"), partial(best_by, world)),
         "evaluation.early_stopping.patience": Case((1, 2), stopped("patience", {"min_delta": 100.0})),
         "evaluation.early_stopping.min_delta": Case((0.0, 100.0), stopped("min_delta", {"patience": 1})),
         "evaluation.retention": Case(
@@ -361,9 +370,19 @@ def sides_of(world: OptionWorld, option: str, value: Any) -> list[Any]:
     return [[list(map(int, rows[row][side])) for side in ("source", "target")] for row in range(len(rows))]
 
 
+def tokens_of_answers(world: OptionWorld, option: str, value: Any) -> int:
+    """Tokens that a search with beams writes where half of all tokens end an answer."""
+    ends = [token for token in range(300) if token % 2]
+    with patch.object(generate, "find_stop_ids", lambda *_: ends):
+        changes = {"evaluation.final": ["chrf"], "evaluation.num_beams": 3, f"evaluation.{option}": value}
+        speed = world.evaluate(changes).tuned_speed
+    assert speed is not None
+    return speed.tokens
+
+
 def best_by(world: OptionWorld, metric: str) -> float:
     """The value of the best evaluation by one metric."""
-    during = {"evaluation.during": ["loss", "token_accuracy"]}
+    during = {"evaluation.during": ["loss", "token_accuracy", "rouge"]}
     run = world.train({**STOPPING, **during, "evaluation.early_stopping": {"metric": metric, "patience": 9}})
     return float(read_object(run.best)["value"])
 

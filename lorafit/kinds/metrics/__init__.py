@@ -70,12 +70,11 @@ class Metric(ABC):
     """One metric; with the attributes as they stand here it reads answers, and needs a reference beside them.
 
     Attributes:
-        name: What its value is called, where it has one.
+        name: What its value is called, where it has one; of several the headline's.
         needs: `scores` for those over what the task scores, `answers` for those over generated text, which is a row's
             last answer; `calls` for those over the last turn that calls tools, where a row has one.
         reads: Names of the task's scores that it reads.
         better: Which direction is better.
-        during_training: Whether it may be named in `evaluation.during`.
         percent: Whether its values are shares of 1, shown in per cent.
         condition: What a row needs so that it can be scored, e.g. `a row that names must_contain`.
         companions: Metrics that are scored whenever this one is: what it alone would hide.
@@ -86,7 +85,6 @@ class Metric(ABC):
     needs: Literal["scores", "answers", "calls"] = "answers"
     reads: tuple[str, ...] = ()
     better: Literal["lower", "higher"] = "higher"
-    during_training: bool = False
     percent: bool = False
     condition: str = "a row with a reference answer"
     companions: tuple[str, ...] = ()
@@ -118,7 +116,6 @@ class ScoreMean(Metric):
 
     needs = "scores"
     better: Literal["lower", "higher"] = "lower"
-    during_training = True
     condition = "a row with trained tokens"
 
     def usable(self, row: RowScore) -> bool:

@@ -75,6 +75,7 @@ def _scorer() -> Any:
 class Rouge(Metric):
     """Overlap of words, word pairs and longest common subsequences. ROUGE-Lsum takes each line as a sentence."""
 
+    name = KINDS[0]
     condition = "a row whose reference holds letters or digits"
 
     def usable(self, row: RowScore) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,7 @@ from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import numpy as np
     import torch
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
         TaskRow,
     )
     from lorafit.objective import Objective
+
+
+_LENGTHS, _SEARCH = ("max_new_tokens", "min_new_tokens"), ("num_beams", "length_penalty", "no_repeat_ngram_size")
+WRITES_NONE: Mapping[str, str] = {
+    f"evaluation.{option}": "writes no answers" for option in (*_LENGTHS, *_SEARCH, "answered_rows")
+}
+"""What a task whose models write no text does not read."""
 
 
 class TaskSection(KindSection):

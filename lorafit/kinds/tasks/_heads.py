@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from lorafit.console.wording import agreed, list_names
 from lorafit.contracts import JsonObject
 from lorafit.errors import DataError
-from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.kinds.tasks import WRITES_NONE, Task, TaskSection
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +54,7 @@ class LabellingTask(Task[L_co]):
         "data.system_prompt": _NO_CHATS,
         "data.dropped_fields": _NO_CHATS,
         "data.train_on": "learns labels, and predicts no token",
-        "evaluation.max_new_tokens": "writes no answers",
+        **WRITES_NONE,
     }
 
     @property

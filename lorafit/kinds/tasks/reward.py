@@ -18,7 +18,7 @@ from pydantic import Field
 
 from lorafit.contracts import Batch, Column, LossSum, ShownSequence, TaskRow
 from lorafit.facts import ModelClass
-from lorafit.kinds.tasks import TaskSection, tasks
+from lorafit.kinds.tasks import WRITES_NONE, TaskSection, tasks
 from lorafit.kinds.tasks._heads import fit_head, head_inputs, mean_states, pad_texts
 from lorafit.kinds.tasks._pairs import SIDES, PairTask
 
@@ -57,7 +57,7 @@ class Reward(PairTask[RewardSection]):
         "the frozen model with a head trained on the same pairs: a logistic regression over the difference of the "
         "means of both answers' last states, its strength chosen on held-out pairs"
     )
-    unread: ClassVar[Mapping[str, str]] = {**PairTask.unread, "evaluation.max_new_tokens": "writes no answers"}
+    unread: ClassVar[Mapping[str, str]] = {**PairTask.unread, **WRITES_NONE}
     labels_rows = True
     final_metrics = ("reward_accuracy", "loss")  # margins of the base's head, a regression, are of another scale
     columns = tuple(Column(f"{side}_tokens", "<i4", holds_tokens=True) for side in SIDES)

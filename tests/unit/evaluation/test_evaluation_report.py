@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lorafit.answering.sampling import Sampling
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
 from lorafit.evaluation.report import name_report, render_evaluation, render_markdown, write_report
 from lorafit.evaluation.rows import Row, compare_rows, find_worst
@@ -51,7 +52,7 @@ def build(answered=40, right=30, **changes):
         seconds=12.5,
         peak_memory_bytes=512 << 20,
         seed=0,
-        max_new_tokens=64,
+        sampling=Sampling(64),
         retention=retention,
         retention_rows=len(rows),
         base_speed=Speed(42, 420, 10.0, 3, 0),

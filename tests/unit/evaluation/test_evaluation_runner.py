@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from lorafit.answering.engine import Engine
+from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Silent
 from lorafit.errors import DataError, NumericsError
+from lorafit.evaluation.during import evaluate_during
 from lorafit.evaluation.evaluation import About
-from lorafit.evaluation.runner import evaluate_during, evaluate_pair, measure, score_examples
+from lorafit.evaluation.runner import evaluate_pair, measure, score_examples
 from lorafit.kinds.tasks import tasks
 
 build_objective = tasks.make("causal-lm").build_objective
@@ -112,7 +114,7 @@ def test_evaluate_during_gives_the_loss_and_what_was_asked_for(tuned, make_rows)
 
 
 def run_pair(model, tokenizer, rows, questions, names, **options):
-    defaults = {"max_new_tokens": 6, "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
+    defaults = {"sampling": Sampling(6), "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
     return evaluate_pair(
         Engine(model, tokenizer), build_objective(model), rows, questions, names, **(defaults | options)
     )
@@ -154,7 +156,7 @@ def test_tool_calls_are_scored_with_needless_ones_beside_them_and_the_rest_is_co
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     rows, questions = make_rows([("a", call), ("b", "plain"), ("c", "plain too"), ("d", call), ("e", "x")])
     questions[3] = replace(questions[3], reference="CALL f", calls=("f",))
-    options = {"max_new_tokens": 4, "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
+    options = {"sampling": Sampling(4), "stop_ids": [], "micro_batch_tokens": 64, "seed": 0, "reporter": Silent()}
     found = evaluate_pair(Engine(tuned, tokenizer), build_objective(tuned), rows, questions, ["tool_call"], **options)
     assert {line.name: line.rows for line in found.comparisons} == {"tool_call": 1, "needless_call": 3}
     assert {entry.metric: entry.rows for entry in found.unscored} == {"tool_call": 4, "needless_call": 2}
@@ -246,7 +248,9 @@ def test_a_better_model_is_called_better(make_tuned, tokenizer, make_rows):
         (loss / weight).backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = run_pair(model, tokenizer, rows, questions, ["perplexity", "chrf"], max_new_tokens=24, about=About("run"))
+    found = run_pair(
+        model, tokenizer, rows, questions, ["perplexity", "chrf"], sampling=Sampling(24), about=About("run")
+    )
     assert [line.verdict for line in found.comparisons] == ["better", "better"]
     assert found.comparisons[0].tuned < 0.5 * found.comparisons[0].base
 

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
 from lorafit.answering.engine import Engine
+from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Silent
-from lorafit.evaluation.runner import evaluate_during, evaluate_pair
+from lorafit.evaluation.during import evaluate_during
+from lorafit.evaluation.runner import evaluate_pair
 from lorafit.kinds.tasks import tasks
 from lorafit.ops.isolation import adapter_off, evaluating
 
@@ -122,7 +124,7 @@ def test_evaluating_nf4_changes_neither_weights_nor_later_gradients(nf4, tokeniz
         rows,
         questions,
         ["loss", "exact_match"],
-        max_new_tokens=4,
+        sampling=Sampling(4),
         stop_ids=[],
         micro_batch_tokens=64,
         seed=0,

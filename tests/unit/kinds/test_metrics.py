@@ -211,7 +211,7 @@ def test_contract_sums_of_rows_give_the_corpus(name):
     assert (one[headline] > both[headline]) == (metric.better == "higher")
     assert metric.condition
     assert metric.signature()
-    assert (metric.needs == "scores") == metric.during_training
+    assert headline == (metric.name or name)
     assert not metric.usable(RowScore())
     if metric.percent:
         assert all(0 <= value <= 1 for value in both.values())

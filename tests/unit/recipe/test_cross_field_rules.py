@@ -57,7 +57,8 @@ def test_a_revision_of_a_file(fails: Fails, base: str) -> None:
 
 
 UNREAD = [(name, option) for name in tasks.names() for option in tasks.get(name).unread]
-OTHER = {"train_on": "all", "dropped_fields": "warn", "max_new_tokens": "9"}
+OTHER = {"train_on": "all", "dropped_fields": "warn", "max_new_tokens": "9", "min_new_tokens": "2"}
+OTHER |= {"num_beams": "4", "length_penalty": "0.5", "no_repeat_ngram_size": "3", "answered_rows": "9"}
 
 
 @pytest.mark.parametrize(("task", "option"), UNREAD)
@@ -66,7 +67,21 @@ def test_an_option_that_a_task_does_not_read_is_refused(fails: Fails, loads: Loa
     sets = f"{key}={value or OTHER.get(key.split('.')[1], 'chatml')}"
     said = str(fails(MINIMAL, [f"task={task}", sets]))
     assert f"{key}: task {task} {tasks.get(task).unread[option]}; leave it out" in said
-    loads(MINIMAL, [sets])
+    loads(MINIMAL, [sets, "evaluation.num_beams=4"] if option.endswith("length_penalty") else [sets])
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "said"),
+    [
+        ("length_penalty: 2", "evaluation.length_penalty: only a beam search reads it; set evaluation.num_beams"),
+        (
+            "max_new_tokens: 4, min_new_tokens: 5",
+            "evaluation.min_new_tokens: 5 is more than max_new_tokens 4",
+        ),
+    ],
+)
+def test_ways_to_answer_that_do_not_go_together(fails: Fails, evaluation: str, said: str) -> None:
+    assert said in str(fails(MINIMAL + f"evaluation: {{{evaluation}}}\n"))
 
 
 def test_classification_reads_nothing_of_chats() -> None:

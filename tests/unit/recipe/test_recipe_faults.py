@@ -126,8 +126,8 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     ),
     ("unknown metric", MINIMAL + "evaluation: {final: [rogue]}\n", ["evaluation.final[0]", "did you mean rouge"]),
     (
-        "metric too slow for training",
-        MINIMAL + "evaluation: {during: [loss, rouge]}\n",
+        "metric that needs another turn's answers while training",
+        MINIMAL + "evaluation: {during: [loss, tool_call]}\n",
         ["evaluation.during[1]", "while training", "available: ", "loss"],
     ),
     (
