@@ -25,7 +25,7 @@ from typing import Any
 from lorafit.console.wording import counted
 from lorafit.contracts import Encoded, Sample, TaskRow
 from lorafit.data.row_counts import OVERLONG, Noted
-from lorafit.data.sample_renderer import Renderer
+from lorafit.data.sample_renderer import NO_ANSWER, Renderer
 from lorafit.data.store import Chunk, pack_chunk
 from lorafit.data.truncate import SURE_FACTOR
 from lorafit.errors import DataError, ResourceError
@@ -108,8 +108,7 @@ class Encoder:
             raise rendered
         whole = self.task.encode(sample, lambda asked: rendered if asked is sample else self.renderer.render(asked))
         if whole is None:
-            todo = "every answer is empty or has weight 0; correct or remove the row"
-            raise DataError("no trainable tokens", todo=todo)
+            raise DataError("no trainable tokens", todo=NO_ANSWER)
         return whole
 
     @property

@@ -17,6 +17,7 @@ from lorafit.data.chat.clock import StoppedClock, read_clock, write_moment
 from lorafit.data.chat.render import ChatRenderer, Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
+from lorafit.data.chat.typed_chat import REASONING_FIELDS
 from lorafit.data.plain_text import PlainText, split_text
 from lorafit.data.source_target import SourceTarget
 from lorafit.data.truncate import is_surely_longer, is_trained, keep_head, keep_tail, truncate_chat
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from lorafit.kinds.tasks import TwoTexts
     from lorafit.recipe.schema import DataSection
+
+NO_ANSWER = "every answer is empty or has weight 0; correct or remove the row"
 
 
 class Renderer:
@@ -273,8 +276,12 @@ class Renderer:
         return None
 
     def _render_counted(self, messages: tuple[Message, ...], sample: Sample) -> Rendering:
-        if self.data.train_on != "all" and not any(turn["role"] == "assistant" for turn in messages):
-            raise DataError("no assistant turn: nothing to train on", key="messages")
+        if self.data.train_on != "all":
+            answers = [turn for turn in messages if turn["role"] == "assistant"]
+            if not answers:
+                raise DataError("no assistant turn: nothing to train on", key="messages")
+            if not any(map(_says_something, answers)):
+                raise DataError("no trainable tokens", key="messages", todo=NO_ANSWER)
         rendering = self.chats.render(messages, sample.tools)
         self.seen.update(f"history: {name}" for name in set(rendering.history_dropped))
         self.seen.update({_without_place(warning) for warning in rendering.warnings})
@@ -299,6 +306,12 @@ def build_renderer(
         ModelError: `chat_template` is neither a shipped name nor a readable file.
     """
     return Renderer(tokenizer, data, read_template(data.chat_template, folder), now, two_texts)
+
+
+def _says_something(turn: Message) -> bool:
+    """Whether an answer has a text, calls or reasoning: its end alone is nothing to learn."""
+    said = (turn.get(name) for name in ("content", "tool_calls", *REASONING_FIELDS))
+    return any(value.strip() if isinstance(value, str) else value for value in said)
 
 
 def _without_place(warning: str) -> str:
