@@ -74,7 +74,11 @@ class Job:
         return any(sample.messages is not None for sample in self.rows.samples("train").first_samples())
 
     def stop_ids(self) -> list[int]:
-        """The token that the chat template writes behind an answer, which need not be the model's eos."""
+        """The token that ends an answer in training's rows, which need not be the model's eos: the chat template's, or
+        what the tokenizer writes behind a target.
+        """
+        if self.renderer.apart is not None:
+            return self.renderer.apart.ends
         end = self.renderer.chats.end_of_turn_id() if self.writes_chats() else None
         return [] if end is None else [end]
 
@@ -86,6 +90,7 @@ class Job:
         recipe, stop_ids = self.recipe, self.stop_ids()
         beside = TokenizerFolder(self.base.path, follows_links=True)
         ends = [*([] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]), *stop_ids]
+        begins = {} if self.renderer.apart is None else self.renderer.apart.begins
         chat = self.writes_chats()
         templates = self.renderer.chats.templates if chat else self.renderer.templates()
         return RunCard(
@@ -105,7 +110,7 @@ class Job:
             template_dates=self.renderer.chats.dates if chat else {},
             stop_ids=stop_ids,
             pad_id=self.pad_id,
-            generation=end_with(beside.generation(), self.base.config, ends),
+            generation=end_with(beside.generation(), self.base.config, ends, begins),
             max_length=recipe.data.max_length,
             embedding_rows=self.shape.vocabulary,
             tokenizer=self.renderer.key["tokenizer"],

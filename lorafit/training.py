@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from lorafit.answering.engine import Engine
+from lorafit.answering.plain_generation import begin_as
 from lorafit.answering.sampling import Sampling
 from lorafit.contracts import JsonMapping, Reporter
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
@@ -342,5 +343,6 @@ class Training:
         """What is answered at each evaluation while training."""
         job, evaluation = self.job, self.job.recipe.evaluation
         engine = Engine(executor.objective.model, job.tokenizer, autocast_dtype=executor.objective.autocast_dtype)
+        begin_as(engine.model, {} if job.renderer.apart is None else job.renderer.apart.begins)
         rows = job.rows.generation_rows("validation", self.plan.answered_rows) if self.plan.answered_rows else []
         return ask_during(engine, rows, evaluation.during, Sampling.of_recipe(evaluation), job.stop_ids())

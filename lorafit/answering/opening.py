@@ -17,11 +17,12 @@ from lorafit.console.wording import agreed, counted
 from lorafit.contracts import Reporter, Sample
 from lorafit.data.chat.render import ChatRenderer
 from lorafit.data.plain_text import PlainText
+from lorafit.data.source_target import SourceTarget
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
-from lorafit.facts import CAUSAL_MODEL, ModelClass
+from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_CLASS, ModelClass
 from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
-from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks import Task, TaskSection, TwoTexts, tasks
 from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, NOTES, AdapterFolder, read_notes
 from lorafit.model.base import Base, check_made, read_base
@@ -29,7 +30,7 @@ from lorafit.model.class_shape import find_shape
 from lorafit.model.companions import choose_companions
 from lorafit.model.inspect import NOTED_DTYPES, recorded_linears
 from lorafit.model.load import load_model, load_tokenizer
-from lorafit.recipe.schema import DataSection
+from lorafit.recipe.schema import LARGEST_COUNT, DataSection
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
 if TYPE_CHECKING:
@@ -47,10 +48,14 @@ class Voice:
     Attributes:
         tokenizer: Encodes prompts and decodes answers.
         chats: Renders prompts as chats; None: prompts are used verbatim.
+        apart: Encodes prompts for an encoder that reads them alone; None: the model goes on behind them.
+        max_length: Most tokens of what such an encoder reads; the end of a longer text is cut off, as in training.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chats: ChatRenderer | None
+    apart: SourceTarget | None = None
+    max_length: int = 0
 
     @classmethod
     def of_tokenizer(
@@ -63,7 +68,9 @@ class Voice:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a turn in the chat template, beside those that end every answer of the model."""
+        """Tokens that end a turn in the chat template, or a target, beside those that end every answer of the model."""
+        if self.apart is not None:
+            return tuple(self.apart.ends)
         end = self.chats.end_of_turn_id() if self.chats is not None else None
         return () if end is None else (end,)
 
@@ -77,6 +84,8 @@ class Voice:
         try:
             if prompt.labels is not None:
                 raise DataError("is a text with a label, which no prompt is", todo="name the column that asks: prompt")
+            if self.apart is not None:
+                return self.apart.source_ids(_only_text(prompt), self.max_length)
             if self.chats is not None:
                 return self.chats.prompt_ids(prompt.turns, prompt.tools)
             return PlainText(self.tokenizer).prompt_ids(_only_text(prompt))
@@ -129,7 +138,9 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
     card = tuned.card
     _require_answers(tasks.bind(card.task))
     tokenizer = tuned.tokenizer()
-    if not card.chat:
+    if (two_texts := tasks.bind(card.task).two_texts) is not None:
+        voice = Voice(tokenizer, None, SourceTarget(tokenizer, two_texts), card.max_length)
+    elif not card.chat:
         voice = Voice(tokenizer, None)
     elif data is None:
         voice = Voice.of_tokenizer(tokenizer, system_prompt=card.system_prompt, now=tuned.now())
@@ -201,19 +212,36 @@ def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None
         SafetyError: It holds only pickles, or asks for foreign code.
     """
     task = noted_task(folder)
-    model_class = CAUSAL_MODEL if task is None else task.model_class.whole()
     check_made(folder)
     base = read_base(folder, is_compared=False)
+    model_class = _class_of(base) if task is None else task.model_class.whole()
     find_shape(base.config, model_class)  # refuses what no model can be built from
     tokenizer = load_tokenizer(base)
-    verbatim = read_notes(folder).get("chat") is False  # a merge of a run on verbatim rows says so
+    notes = read_notes(folder)
+    verbatim = notes.get("chat") is False  # a merge of a run on verbatim rows says so
     dtype = torch_dtype(main_dtype(read_index(folder)))
 
     def load() -> Engine:
         plain = quantizations.make("none").section
         return Engine(_load_base(base, plain, dtype, reporter, model_class, device), tokenizer, base=base)
 
-    return Answerer(Voice(tokenizer, None) if verbatim else Voice.of_tokenizer(tokenizer), load, adapter=None)
+    if task is not None and task.two_texts is not None:
+        voice = Voice(tokenizer, None, SourceTarget(tokenizer, task.two_texts), int(notes["max_length"]))
+    else:
+        voice = Voice(tokenizer, None) if verbatim else _voice_of(base, tokenizer)
+    return Answerer(voice, load, adapter=None)
+
+
+def _class_of(base: Base) -> ModelClass:
+    """What a model is loaded as of which no run says anything."""
+    return ModelClass(SEQ2SEQ_CLASS) if base.config.get("is_encoder_decoder") else CAUSAL_MODEL
+
+
+def _voice_of(base: Base, tokenizer: PreTrainedTokenizerBase) -> Voice:
+    """How such a model is asked: an encoder reads the whole text as it is, whose positions bound it."""
+    if not base.config.get("is_encoder_decoder"):
+        return Voice.of_tokenizer(tokenizer)
+    return Voice(tokenizer, None, SourceTarget(tokenizer, TwoTexts()), LARGEST_COUNT)
 
 
 def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answerer:
@@ -232,12 +260,12 @@ def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answe
     dtype = getattr(torch, noted) if noted in NOTED_DTYPES else torch_dtype(main_dtype(read_index(base.path)))
 
     def load() -> Engine:
-        model = _load_base(base, section, dtype, reporter, quantised=recorded_linears(used))
+        model = _load_base(base, section, dtype, reporter, _class_of(base), quantised=recorded_linears(used))
         engine = Engine(model, tokenizer, base=base, quantization=kind)
         engine.add_adapter(ADAPTER_NAME, saved.path, reporter)
         return engine
 
-    return Answerer(Voice.of_tokenizer(tokenizer), load)
+    return Answerer(_voice_of(base, tokenizer), load)
 
 
 def _load_base(
@@ -245,7 +273,7 @@ def _load_base(
     section: QuantizationSection,
     dtype: torch.dtype,
     reporter: Reporter,
-    model_class: ModelClass = CAUSAL_MODEL,
+    model_class: ModelClass,
     device: str | None = None,
     quantised: Collection[str] | None = None,
 ) -> PreTrainedModel:

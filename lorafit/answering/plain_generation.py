@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafit.model.tokenizer_files import OF_DECODERS
 from lorafit.ops.isolation import as_whole
 from lorafit.ops.output_head import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-_KEPT = ("decoder_start_token_id", "forced_bos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
-"""Of an encoder-decoder's own generation config."""
+    from lorafit.contracts import JsonMapping
 
 
 def room_of(model: PreTrainedModel, prompt_tokens: int, longest: int) -> int:
@@ -37,6 +36,14 @@ def room_of(model: PreTrainedModel, prompt_tokens: int, longest: int) -> int:
     if read is not None and prompt_tokens > read:
         return 0
     return longest if limit is None else min(longest, limit)
+
+
+def begin_as(model: PreTrainedModel, generation: JsonMapping) -> None:
+    """Has an encoder-decoder begin its answers as a run says, for good: in the language of its targets."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in ("decoder_start_token_id", "forced_bos_token_id") if model.config.is_encoder_decoder else ():
+        if name in generation:
+            setattr(inner.generation_config, name, generation[name])
 
 
 @contextlib.contextmanager
@@ -55,7 +62,7 @@ def plain_generation(model: PreTrainedModel, stops: list[int]) -> Iterator[None]
     autocast = torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
     for module, _ in casts:
         module.cast_input_dtype_enabled = not autocast
-    kept = {name: getattr(own, name, None) for name in _KEPT} if model.config.is_encoder_decoder else {}
+    kept = {name: getattr(own, name, None) for name in OF_DECODERS} if model.config.is_encoder_decoder else {}
     pad = stops[0] if stops else 0
     inner.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=pad, **kept)
     try:

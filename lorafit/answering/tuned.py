@@ -43,6 +43,7 @@ class Tuned:
     def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, device: str | None = None) -> Engine:
         """Base and adapter in the precision of the run; on the device of this process where none is named."""
         from lorafit.answering.engine import Engine
+        from lorafit.answering.plain_generation import begin_as
         from lorafit.model.inspect import recorded_linears
         from lorafit.model.load import load_model
 
@@ -58,6 +59,7 @@ class Tuned:
             reporter=reporter,
         )
         autocast, kind = autocast_dtype(self.card.dtype), self.card.quantization.kind
+        begin_as(model, self.card.generation)
         engine = Engine(model, tokenizer, autocast_dtype=autocast, base=self.base, quantization=kind)
         engine.add_adapter(ADAPTER_NAME, self.adapter, reporter)
         return engine

@@ -57,7 +57,7 @@ class Renderer:
         two_texts: TwoTexts | None = None,
     ) -> None:
         self.tokenizer, self.data, self._named_template = tokenizer, data, chat_template
-        self._apart = None if two_texts is None else SourceTarget(tokenizer, two_texts)
+        self.apart = None if two_texts is None else SourceTarget(tokenizer, two_texts)
         self._now = now or read_clock()
         self.seen: Counter[str] = Counter()
 
@@ -132,8 +132,8 @@ class Renderer:
             DataError: Nothing in it can be trained, or the template refuses it.
             ModelError: There is no usable chat template or end token.
         """
-        if self._apart is not None:
-            return self._apart.encode(sample)
+        if self.apart is not None:
+            return self.apart.encode(sample)
         messages = self._messages(sample)
         if messages is not None:
             return self.chats.encode(self._render_counted(messages, sample))
@@ -147,8 +147,8 @@ class Renderer:
         """Whether a sample has more than `max_length` tokens, told without making all of them; False where that takes
         them.
         """
-        if self._apart is not None:
-            return self._apart.is_surely_longer(sample, self.data.max_length)
+        if self.apart is not None:
+            return self.apart.is_surely_longer(sample, self.data.max_length)
         messages = self._messages(sample)
         if messages is None:
             texts = [sample.prompt, sample.completion or "", sample.text or ""]
@@ -199,8 +199,8 @@ class Renderer:
     def truncate(self, sample: Sample) -> Encoded | None:
         """The sample cut to `max_length`; None where nothing to train on is left."""
         limit = self.data.max_length
-        if self._apart is not None:
-            return self._apart.encode(sample, limit)
+        if self.apart is not None:
+            return self.apart.encode(sample, limit)
         sample = self._shorten(sample)
         messages = self._messages(sample)
         if messages is not None:
@@ -226,8 +226,8 @@ class Renderer:
 
         The reference is what the model would have to write, reasoning and tool calls as the template has them.
         """
-        if self._apart is not None:
-            ids = self._apart.source_ids(sample.prompt, self.data.max_length)
+        if self.apart is not None:
+            ids = self.apart.source_ids(sample.prompt, self.data.max_length)
             return [self._generation_row(sample, ids, sample.completion)] if sample.completion is not None else []
         messages = self._messages(sample)
         if messages is None:
@@ -266,7 +266,7 @@ class Renderer:
         return answer.removesuffix(end).rstrip()
 
     def _messages(self, sample: Sample) -> tuple[Message, ...] | None:
-        if self._apart is not None:
+        if self.apart is not None:
             return None
         if sample.messages is not None:
             return sample.messages

@@ -57,6 +57,25 @@ class SourceTarget:
             self._target.suffix.append(int(tokenizer.eos_token_id or tokenizer.sep_token_id))
         self._ends = ends
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a target."""
+        return [token for token in self._target.suffix if token in self._ends]
+
+    @property
+    def begins(self) -> dict[str, int]:
+        """How generation must begin to write the target's language, as transformers' generation config calls it; empty
+        where the tokenizer writes none.
+
+        A language before the target (mBART-50, NLLB) is its forced first token, one behind it (mBART) what the decoder
+        reads first.
+        """
+        if self._rules.target_language is None:
+            return {}
+        language = int(self._tokenizer.convert_tokens_to_ids(self._rules.target_language))
+        is_first = language in self._target.prefix
+        return {"forced_bos_token_id" if is_first else "decoder_start_token_id": language}
+
     def source_ids(self, text: str, max_length: int) -> list[int]:
         """What the encoder reads: prefix and text, the end of a longer one cut off."""
         return self._encode_source(text, max_length)[0]

@@ -28,6 +28,11 @@ TOKENIZER_JSON = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 GENERATION = "generation_config.json"
+OF_DECODERS = (
+    *("decoder_start_token_id", "forced_bos_token_id"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+)
+"""Settings there that say how an encoder-decoder was trained to begin, and what it never writes."""
 DEFAULT = "default"
 TOKENIZER_PATTERNS = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.spm", "spiece.model"),
@@ -202,22 +207,26 @@ class Companions:
             write_object(folder / GENERATION, portable(dict(self.generation)))
 
 
-def end_with(settings: JsonMapping | None, config: JsonMapping, ends: Iterable[int]) -> JsonObject:
+def end_with(
+    settings: JsonMapping | None, config: JsonMapping, ends: Iterable[int], begins: JsonMapping | None = None
+) -> JsonObject:
     """Generation settings in which every one of `ends` ends an answer, beside those that did already.
 
     Args:
         settings: The base's generation_config.json; None where it has none.
         config: The base's config.json, which stands in for it.
         ends: Token ids: the tokenizer's end token, and what the chat template writes behind an answer.
+        begins: Settings by which an encoder-decoder begins in the run's language.
     """
     known = {key: value for key, value in (settings or {}).items() if key != "_from_model_config"}
     if settings is None:
         text = {**config, **(config.get("text_config") or {})}
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        names = ["bos_token_id", "eos_token_id", "pad_token_id"]
+        names += OF_DECODERS if config.get("is_encoder_decoder") else ()
         known = {name: text[name] for name in names if text.get(name) is not None}
     written = known.get("eos_token_id")
     before = written if isinstance(written, list) else [] if written is None else [written]
-    return {**known, "eos_token_id": list(dict.fromkeys([*before, *ends]))}
+    return {**known, **(begins or {}), "eos_token_id": list(dict.fromkeys([*before, *ends]))}
 
 
 def write_templates(folder: Path, templates: Mapping[str, str]) -> None:

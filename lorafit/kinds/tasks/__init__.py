@@ -62,8 +62,8 @@ class TwoTexts:
         source_language, target_language: What the tokenizer calls them; None where it is told none.
     """
 
-    prefix: str
-    max_target_length: int
+    prefix: str = ""
+    max_target_length: int = 128
     source_language: str | None = None
     target_language: str | None = None
 

@@ -55,7 +55,7 @@ class Seq2SeqLm(NextTokenTask[Seq2SeqLmSection]):
     """The labels are all tokens of the target; an answer is generated text."""
 
     row_format = "source_target"
-    final_metrics = ("perplexity", "rouge", "exact_match")
+    final_metrics = ("rouge", "bleu", "chrf", "perplexity")
     columns = tuple(Column(side, "<i4", holds_tokens=True) for side in _SIDES)
     unread: ClassVar[Mapping[str, str]] = {
         **Task.unread,

@@ -248,11 +248,11 @@ def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKin
             **{ours: adapter.config.get(key) for key, ours in adapter.kind.recipe_fields.items()},
         },
         "chat": card.chat if card else None,
-        **(_note_task(card) if card and "head" in adapter.notes else {}),
+        **(_note_task(card) if card and ("head" in adapter.notes or base.config.get("is_encoder_decoder")) else {}),
     }
     write_object(target / NOTES, notes)
 
 
 def _note_task(card: RunCard) -> JsonObject:
-    """What whoever asks a merged head must know beside config.json."""
+    """What whoever asks a merged head or encoder must know beside config.json."""
     return {"task": card.to_json()["task"], "max_length": card.max_length, "pad_id": card.pad_id}
