@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,11 @@ Message = JsonObject
 """One chat message in OpenAI's form: role, content, tool_calls, tool_call_id, name, reasoning_content, weight."""
 
 
+Kept = Literal["head", "tail", "both"]
+"""Of a text that is too long: its beginning, its end, or a quarter of its room for the beginning and the rest for the
+end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One row of a source after its format has read it: a chat, or a prompt with its completion, or plain text.
@@ -37,6 +42,8 @@ class Sample:
         must_contain: Strings that a right answer holds; used by the metric of that name.
         labels: Names of the classes that the row belongs to; None where it is not classified. With `words` one a word.
         words: The text word by word, where each has a label.
+        text_pair: A second text that is read together with the first; None where there is none.
+        numbers: What is to be predicted of the text, where that is numbers; None where it is not.
         rejected: The same prompt with the answer that is not wanted, where the row compares two.
         is_apart: Whether prompt and completion are two texts, one for an encoder and one for a decoder.
     """
@@ -51,8 +58,15 @@ class Sample:
     must_contain: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
     words: tuple[str, ...] | None = None
+    text_pair: str | None = None
+    numbers: tuple[float, ...] | None = None
     rejected: Sample | None = None
     is_apart: bool = False
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether it is a text that something is told of, rather than one to be written."""
+        return self.labels is not None or self.numbers is not None
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -66,11 +80,15 @@ class Encoded:
 
     Attributes:
         is_cut: Whether it is what was left of a longer text.
+        types: Token type of each, where the tokenizer tells two texts apart by them; else empty.
+        cuts: Numbers of tokens that stand before something that was left out.
     """
 
     input_ids: list[int]
     trained: list[bool]
     is_cut: bool = False
+    types: Sequence[int] = ()
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +100,14 @@ class Column:
         dtype: numpy's, with its byte order, e.g. `<i4`.
         width: Values of each row; None: as many as the row has.
         holds_tokens: Whether the values are token ids, which the model's embedding must have rows for.
+        may_be_empty: Whether a row may have no values in it, where all would be 0.
     """
 
     name: str
     dtype: str
     width: int | None = None
     holds_tokens: bool = False
+    may_be_empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +160,14 @@ class ShownSequence:
         trained: 0/1 for each: whether it carries loss.
         name: What tells it from the row's other sequences; empty where there is one.
         label: What is learnt of the sequence as a whole; empty where tokens are.
+        cuts: Numbers of tokens that stand before something that was left out, where the row knows.
     """
 
     input_ids: list[int]
     trained: list[int]
     name: str = ""
     label: str = ""
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,8 @@ def _read_columns(row: JsonMapping, columns: Sequence[Column]) -> dict[str, list
     found: dict[str, list[float]] = {}
     tokens = 0
     for column in columns:
+        if column.may_be_empty and not row.get(column.name):
+            continue  # as in runs of earlier versions
         name = column.name if column.name in row else _NAMES_BEFORE[column.name]
         values = found[column.name] = list(row[name])
         tokens = len(values) if column.holds_tokens else tokens

@@ -129,7 +129,8 @@ class Training:
         expected = self._memory_of(resolved)
         self.reporter.info(describe_resolved(resolved))
         seed_rng(recipe.seed + _SEED_STRIDE * executor.rank)  # dropout; each rank drops other inputs
-        save = partial(save_adapter, model, base=job.base, quantization=used, companions=job.companions(card))
+        write = partial(save_adapter, model, base=job.base, quantization=used, companions=job.companions(card))
+        save = partial(_save_as_settled, objective, write)
         if self.profiles and executor.rank == 0:
             executor.profile = StepProfile(self.where.profile, self.where.trace, executor.device)
         trackers = Trackers(accelerator, self.reporter)
@@ -140,6 +141,7 @@ class Training:
         trainer = self._build_trainer(executor, stage, resolved, store, journal, partial(save, card=card))
         trainer.on_settled = partial(self._keep_settled, job, trainer, save, facts, cache_name)
         state = trainer.restore(checkpoint) if checkpoint is not None else TrainState()
+        objective.task = begun.settled_task()
         state.events += events
         if content is not None:  # nothing is written before all is loaded, compared and proven
             hashes = {self.where.base: content.to_json(), self.where.quantization: used}
@@ -346,3 +348,8 @@ class Training:
         begin_as(engine.model, {} if job.renderer.apart is None else job.renderer.apart.begins)
         rows = job.rows.generation_rows("validation", self.plan.answered_rows) if self.plan.answered_rows else []
         return ask_during(engine, rows, evaluation.during, Sampling.of_recipe(evaluation), job.stop_ids())
+
+
+def _save_as_settled(objective: Objective, write: Callable[..., None], folder: Path, *, card: RunCard) -> None:
+    """Writes the adapter with its card, in which the task is as evaluations have settled it."""
+    write(folder, card=card.model_copy(update={"task": objective.task.section}))

@@ -68,7 +68,7 @@ class Classifier:
         plain = PlainText(engine.tokenizer)
 
         def render(sample: Sample) -> Encoded:
-            return plain.labelled(sample, self.max_length)
+            return plain.labelled(sample, self.max_length, self.task.keeps)
 
         rows, cut = [], 0
         for number, sample in enumerate(samples):
@@ -102,8 +102,8 @@ class Classifier:
 
 def _with_cut_words(found: JsonObject, sample: Sample) -> JsonObject:
     """With the number of words that have no label, where the text was cut."""
-    cut = len(sample.words or ()) - len(found["labels"])
-    return {**found, "cut_words": cut} if cut > 0 and sample.words else found
+    cut = len(sample.words) - len(found["labels"]) if sample.words else 0
+    return {**found, "cut_words": cut} if cut > 0 else found
 
 
 def open_classifier(path: Path, checkpoint: str | None, base_model: str | None, reporter: Reporter) -> Classifier:
@@ -200,7 +200,9 @@ def read_texts(
     known: list[Columns] = [{}]
     if not is_model(path) and not is_lone_adapter(path):
         sources = [source for part in sources_of(open_run(path).loaded.recipe).values() for source in part]
-        named = [{asks: source.columns[asks]} for source in sources if asks in source.columns]
+        asked = [field for field, is_needed in reader.fields.items() if field == asks or not is_needed]
+        mapped = [{field: source.columns[field] for field in asked if field in source.columns} for source in sources]
+        named = [columns for columns in mapped if columns]
         known = column_names([SourceSection.model_construct(path="", columns=columns) for columns in named])
     if rows is not None:
         dicts = [{"text": row} if isinstance(row, str) else rename(row, _choose(row, known, asks)) for row in rows]

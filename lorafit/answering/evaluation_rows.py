@@ -176,4 +176,4 @@ def fit_base_side(
             reporter.warn(f"base: {note} ({error.errors[0].what})")
             return None, note
         fitted = fit_base(objective, task, rows.train, rows.validation, opened.run.base_head, job.pad_id, reporter)
-    return FittedBase(objective, task, fitted), task.fitted_base
+    return FittedBase(objective, task.settle_base(fitted), fitted), task.fitted_base

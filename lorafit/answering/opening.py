@@ -82,7 +82,7 @@ class Voice:
                 this model was trained on verbatim text; with the prompt's file and line.
         """
         try:
-            if prompt.labels is not None:
+            if prompt.is_labelled:
                 raise DataError("is a text with a label, which no prompt is", todo="name the column that asks: prompt")
             if self.apart is not None:
                 return self.apart.source_ids(_only_text(prompt), self.max_length)

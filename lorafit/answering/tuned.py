@@ -124,6 +124,8 @@ def open_tuned(opened: OpenedRun, checkpoint: str | None, base_model: str | None
     """
     adapter, _ = opened.adapter(checkpoint)
     card, model = find_card(opened, reporter), opened.loaded.recipe.model
+    if (saved := read_adapter(adapter).card()) is not None:  # what evaluations settled by that step
+        card = card.model_copy(update={"task": saved.task})
     if card.base.commit is not None:
         model = model.model_copy(update={"revision": card.base.commit})
     base = find_base(

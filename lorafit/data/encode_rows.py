@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lorafit.console.wording import counted
@@ -129,13 +130,13 @@ class Encoder:
         """What is left of a sample that is too long, its fate and why."""
         rule = self.renderer.data.overlength
         if rule == "truncate":
-            cut = self.task.encode(sample, self.renderer.truncate)
+            cut = self.task.encode(sample, partial(self.renderer.truncate, keep=self.task.keeps))
             if cut is not None:
                 return [cut], "cut", DataError(reason)
             return [], "dropped", DataError(f"{reason}, and no trained token fits")
         if rule == "drop":
             return [], "dropped", DataError(reason)
-        can_split = sample.text is not None and sample.labels is None
+        can_split = sample.text is not None and not sample.is_labelled
         if rule == "split" and can_split:
             pieces = [self.task.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
             rows = [piece for piece in pieces if piece is not None]

@@ -34,6 +34,8 @@ SPLITS = ("train", "validation", "test", "retention")
 ROWS_SHOWN = 3
 NOTES_SHOWN = 20
 IGNORED_LABEL = -100
+CUT = " [... cut here ...] "
+"""Stands in a shown row where something was left out of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,10 @@ class PreviewRow:
         rendering: The text of its tokens.
         input_ids: Its tokens, `[tokens]`.
         labels: The same, or -100 where nothing is learnt, `[tokens]`; not shifted.
-        segments: The text of stretches of tokens that are all trained, or all not.
+        segments: The text of stretches of tokens that are all trained, or all not, parted where the row is cut.
         name: What tells it from the row's other sequences; empty where there is one.
         label: What is learnt of it as a whole; empty where tokens are.
+        cuts: Numbers of tokens that stand before something that was left out.
     """
 
     split: str
@@ -60,6 +63,7 @@ class PreviewRow:
     segments: list[tuple[str, bool]]
     name: str = ""
     label: str = ""
+    cuts: tuple[int, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -69,7 +73,7 @@ class PreviewRow:
     def to_json(self) -> JsonObject:
         """Plain data, without the segments."""
         names = ("split", "file", "line", "rendering", "input_ids", "labels")
-        more = [name for name in ("name", "label") if getattr(self, name)]
+        more = [name for name in ("name", "label", "cuts") if getattr(self, name)]
         return {name: getattr(self, name) for name in (*names, *more)}
 
 
@@ -137,20 +141,28 @@ def _first_of_each(examples: ExampleSet, count: int) -> list[int]:
 def _show_sequence(renderer: Renderer, split: str, example: Example, sequence: ShownSequence) -> PreviewRow:
     ids, trained = sequence.input_ids, [bool(flag) for flag in sequence.trained]
     labels = [token if flag else IGNORED_LABEL for token, flag in zip(ids, trained, strict=True)]
-    segments = list(_segments(renderer, ids, trained))
-    place, text = (split, example.file, example.line), "".join(text for text, _ in segments)
-    return PreviewRow(*place, text, ids, labels, segments, sequence.name, sequence.label)
+    segments = list(_segments(renderer, ids, trained, sequence.cuts))
+    place, text = (split, example.file, example.line), "".join(text for text, _ in segments if text != CUT)
+    return PreviewRow(*place, text, ids, labels, segments, sequence.name, sequence.label, sequence.cuts)
 
 
-def _segments(renderer: Renderer, ids: list[int], trained: list[bool]) -> Iterator[tuple[str, bool]]:
-    """Text of stretches of tokens. Each is what the decoding grows by: a token's text can depend on what is before."""
+def _segments(
+    renderer: Renderer, ids: list[int], trained: list[bool], cuts: tuple[int, ...]
+) -> Iterator[tuple[str, bool]]:
+    """Text of stretches of tokens, and `CUT` where something was left out. Each is what the decoding grows by: a
+    token's text can depend on what is before.
+    """
     decoded, start = "", 0
+    if 0 in cuts:
+        yield CUT, False
     for end in range(1, len(ids) + 1):
-        if end < len(ids) and trained[end] == trained[start]:
+        if end < len(ids) and trained[end] == trained[start] and end not in cuts:
             continue
         longer = renderer.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         grown = str(longer)
         yield grown[len(decoded) :], trained[start]
+        if end in cuts:
+            yield CUT, False
         decoded, start = grown, end
 
 

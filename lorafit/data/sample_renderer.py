@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import Encoded, GenerationRow, Message, Sample
+from lorafit.contracts import Encoded, GenerationRow, Kept, Message, Sample
 from lorafit.data.chat.clock import StoppedClock, read_clock, write_moment
 from lorafit.data.chat.render import ChatRenderer, Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
@@ -20,7 +20,7 @@ from lorafit.data.chat.template_names import read_template
 from lorafit.data.chat.typed_chat import REASONING_FIELDS
 from lorafit.data.plain_text import PlainText, split_text
 from lorafit.data.source_target import SourceTarget
-from lorafit.data.truncate import is_surely_longer, is_trained, keep_head, keep_tail, truncate_chat
+from lorafit.data.truncate import is_surely_longer, is_trained, keep_head, keep_part, keep_tail, truncate_chat
 from lorafit.errors import DataError, LorafitError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Renderer:
             return self.chats.encode(self._render_counted(messages, sample))
         if sample.completion is not None:
             return self._plain.completion(sample.prompt, sample.completion, self.data.train_on)
-        if sample.labels is not None:
+        if sample.is_labelled:
             return self._plain.labelled(sample, sys.maxsize)
         return self._plain.text(sample.text or "")
 
@@ -151,7 +151,7 @@ class Renderer:
             return self.apart.is_surely_longer(sample, self.data.max_length)
         messages = self._messages(sample)
         if messages is None:
-            texts = [sample.prompt, sample.completion or "", sample.text or ""]
+            texts = [sample.prompt, sample.completion or "", sample.text or "", sample.text_pair or ""]
         else:  # system messages may be what a template drops, and reasoning what it drops of earlier turns
             shown = [turn for turn in messages if turn["role"] != "system" or self.data.dropped_fields == "error"]
             texts = [str(turn.get("content", "")).rpartition("</think>")[2].strip() for turn in shown]
@@ -159,9 +159,9 @@ class Renderer:
             return True
         return sample.rejected is not None and self.is_surely_longer(sample.rejected)
 
-    def _shorten(self, sample: Sample) -> Sample:
+    def _shorten(self, sample: Sample, keep: Kept) -> Sample:
         """The sample without what cutting it to `max_length` would surely take away: the beginnings of what is asked,
-        the ends of what is answered.
+        the ends of what is answered; of a text what is not to be kept.
         """
         limit, messages = self.data.max_length, sample.messages
         return replace(
@@ -169,7 +169,8 @@ class Renderer:
             messages=messages and tuple(self._shorten_turn(turn) for turn in messages),
             prompt=keep_tail(sample.prompt, limit, self.tokenizer),
             completion=sample.completion and keep_head(sample.completion, limit, self.tokenizer),
-            text=sample.text and keep_head(sample.text, limit, self.tokenizer),
+            text=sample.text and keep_part(sample.text, limit, self.tokenizer, keep),
+            text_pair=sample.text_pair and keep_part(sample.text_pair, limit, self.tokenizer, keep),
         )
 
     def _shorten_turn(self, turn: Message) -> Message:
@@ -196,19 +197,23 @@ class Renderer:
         encoded = self.chats.encode_all(renderings) if renderings else iter(())
         return [next(encoded) if isinstance(one, Rendering) else one for one in made]
 
-    def truncate(self, sample: Sample) -> Encoded | None:
-        """The sample cut to `max_length`; None where nothing to train on is left."""
+    def truncate(self, sample: Sample, keep: Kept = "head") -> Encoded | None:
+        """The sample cut to `max_length`; None where nothing to train on is left.
+
+        Args:
+            keep: What is left of a text that is labelled.
+        """
         limit = self.data.max_length
         if self.apart is not None:
             return self.apart.encode(sample, limit)
-        sample = self._shorten(sample)
+        sample = self._shorten(sample, keep)
         messages = self._messages(sample)
         if messages is not None:
             return truncate_chat(self.chats, messages, sample.tools, limit)
         if sample.completion is not None:
             return self._plain.cut_completion(sample.prompt, sample.completion, limit, self.data.train_on)
-        if sample.labels is not None:
-            return self._plain.labelled(sample, limit)
+        if sample.is_labelled:
+            return self._plain.labelled(sample, limit, keep)
         whole = self._plain.text(sample.text or "")
         return Encoded(whole.input_ids[:limit], whole.trained[:limit])
 

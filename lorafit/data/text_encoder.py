@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafit.errors import DataError, ModelError
 
@@ -28,6 +29,19 @@ FIRST_PRIVATE_CHARACTER = 0x100000  # plane 16: nearly never typed, and checked
 PRIVATE_CHARACTERS = 0xFFFE
 BATCH_CHARACTERS = 500_000  # of texts that are encoded at once: the tokenizer holds about 100 bytes a character
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+class PairLayout(NamedTuple):
+    """What a tokenizer puts around two texts that are read together, and the token type of each part.
+
+    Attributes:
+        types: Of prefix, first text, middle, second text and suffix; none where the model is given none.
+    """
+
+    prefix: list[int]
+    middle: list[int]
+    suffix: list[int]
+    types: tuple[int, ...]
 
 
 class TextEncoder:
@@ -68,6 +82,7 @@ class TextEncoder:
         self.suffix: list[int] = full[place + len(plain) :]
         """What it puts behind a text: a separator, or nothing."""
         self._unknown = tokenizer.unk_token_id
+        self._has_types = "token_type_ids" in tokenizer.model_input_names
         self._twin: Tokenizer | None = None
         self._real_id: dict[int, int] = {}
         self._private: dict[int, str] = {}
@@ -76,6 +91,19 @@ class TextEncoder:
     def bos(self) -> int | None:
         """The token that the tokenizer puts in front of a text by itself, if it does."""
         return self.prefix[0] if self.prefix else None
+
+    @cached_property
+    def pair(self) -> PairLayout:
+        """What the tokenizer itself makes of two texts."""
+        found = self._backend.encode("a", "a", add_special_tokens=True)
+        first, second = ([k for k, text in enumerate(found.sequence_ids) if text == number] for number in (0, 1))
+        ids: list[int] = found.ids
+        parts = slice(0, first[0]), slice(first[-1] + 1, second[0]), slice(second[-1] + 1, len(ids))
+        types = [next(iter(found.type_ids[part]), 0) for part in parts]
+        of_texts = found.type_ids[first[0]], found.type_ids[second[0]]
+        by_part = (types[0], of_texts[0], types[1], of_texts[1], types[2]) if self._has_types else ()
+        prefix, middle, suffix = (ids[part] for part in parts)
+        return PairLayout(prefix, middle, suffix, by_part if any(by_part) else ())
 
     def encode(
         self, text: str, typed: Sequence[Stretch], unsure: Sequence[Stretch] = ()

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lorafit.contracts import Encoded, JsonMapping
+from lorafit.contracts import Encoded, JsonMapping, Kept
 from lorafit.data.text_encoder import mark_trained
 
 if TYPE_CHECKING:
@@ -172,6 +172,17 @@ def keep_tail(text: str, limit_tokens: int, tokenizer: PreTrainedTokenizerBase) 
         if tokens >= _sure_tokens(limit_tokens):
             return text[max(0, end - size) :]
     return text
+
+
+def keep_part(text: str, limit_tokens: int, tokenizer: PreTrainedTokenizerBase, keep: Kept) -> str:
+    """What a text is cut to, and some more: its beginning, its end, or both without what lies between."""
+    if keep == "head":
+        return keep_head(text, limit_tokens, tokenizer)
+    tail = keep_tail(text, limit_tokens, tokenizer)
+    if keep == "tail":
+        return tail
+    head = keep_head(text, limit_tokens, tokenizer)
+    return head + tail if len(head) + len(tail) < len(text) else text
 
 
 def _ends(texts: Iterable[str], limit_tokens: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ the first ones ──each rank answers a part──> answers ──┴──> va
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,12 +84,15 @@ def evaluate_during(
 ) -> dict[str, float]:
     """What the training loop asks for between steps: values by name, the loss always among them.
 
-    Modes, random numbers, weights and NF4 packing are as before the call, so that evaluating does not change training.
+    Modes, random numbers, weights and NF4 packing are as before the call, so that evaluating does not change training;
+    but the objective's task becomes the one with what these rows decide.
     """
     with evaluating(objective):
         scores = score_examples(
             objective, examples, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=Silent(), ranks=ranks
         )
+    objective.task, chosen = objective.task.choose([score.sums for score in scores])
+    scores = [replace(score, sums=sums) for score, sums in zip(scores, chosen, strict=True)]
     read = [name for name in dict.fromkeys(metric_names) if metrics.get(name).needs != "scores"]
     found = measure(["loss", *(name for name in metric_names if name not in ("loss", *read))], scores)
     if questions is not None:

@@ -208,21 +208,28 @@ def _measure_update(adapted: Objective, rows: Sequence[Example], pad_id: int) ->
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL of each label, [labels], from logits [labels, classes]."""
+    """KL of each label, [labels], from logits [labels, classes]; of one number each, as of normal distributions around
+    them whose variance is 1.
+    """
+    if p.shape[-1] == 1:
+        return (p - q).square()[:, 0] / 2
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
 
 
 def _sums(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None) -> tuple[float, ...]:
-    """Of one row, with `p`, `q` `[labels, classes]`, the right classes, and which of them count: labels, KL, equal
-    first choices, clear ones that changed, labels that count and both models' loss on them; the largest difference and
-    the largest KL last.
+    """Of one row, with `p`, `q` `[labels, classes]`, the right classes or numbers, and which of them count: labels, KL,
+    equal first choices, clear ones that changed, labels that count and both models' loss on them; the largest
+    difference and the largest KL last.
     """
     if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
         raise NumericsError("logits are not finite", todo="the adapter or the merged model is broken")
     log_p, log_q, kl = p.log_softmax(-1), q.log_softmax(-1), _divergence(p, q)
     counts = torch.ones(len(labels)) if counted is None else counted.float()
-    losses = [-float((log.gather(1, labels[:, None])[:, 0] * counts).sum()) for log in (log_p, log_q)]
+    if p.shape[-1] == 1:
+        losses = [float((each[:, 0] - labels).square().sum()) for each in (p, q)]
+    else:
+        losses = [-float((log.gather(1, labels[:, None])[:, 0] * counts).sum()) for log in (log_p, log_q)]
     shares, chosen = log_p.exp(), q.argmax(-1)
     margins = shares.amax(-1) - shares.gather(1, chosen[:, None])[:, 0]
     same, flips = int((p.argmax(-1) == chosen).sum()), int((margins > CLEAR_MARGIN).sum())

@@ -190,7 +190,7 @@ def evaluate_pair(
         tuned_speed=Speed.of(answers) if asked else None,
         base_note=base_note,
         tables=objective.task.tables([row.tuned.sums for row in rows]),
-        base_tables=objective.task.tables([row.base.sums for row in rows]),
+        base_tables=(base_scorer or objective).task.tables([row.base.sums for row in rows]),
     )
 
 

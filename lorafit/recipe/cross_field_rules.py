@@ -61,6 +61,10 @@ def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:
     if stopping is not None and evaluation.every_steps is None:
         keys, todo = ("evaluation.early_stopping", "evaluation.every_steps"), "add it, e.g. every_steps: 50"
         yield Disagreement(keys, "needs evaluation.every_steps, which is not set", todo, is_missing=True)
+    for option in tasks.bind(recipe.task).chosen_options if evaluation.every_steps is None else ():
+        keys, todo = (f"task.{option}", "evaluation.every_steps"), "add it, and data.validation, or set a number"
+        what = "is chosen on validation rows, and evaluation.every_steps is not set"
+        yield Disagreement(keys, what, todo, is_missing=True)
     measured = list(dict.fromkeys(["loss", *evaluation.during]))
     if stopping is not None and stopping.metric not in measured:
         keys = ("evaluation.early_stopping.metric", "evaluation.during")

@@ -71,7 +71,12 @@ class Classified(Printed):
     @property
     def labels(self) -> list[list[str]]:
         """Labels of each text, in order; several or none where a text may have so."""
-        return [list(row["labels"]) for row in self.found]
+        return [list(row.get("labels", ())) for row in self.found]
+
+    @property
+    def values(self) -> list[dict[str, float]]:
+        """Numbers of each text by name, in order, of a task that predicts numbers; else empty."""
+        return [dict(row.get("values", {})) for row in self.found]
 
     def to_json(self) -> JsonObject:
         """An entry a text, in order."""
@@ -123,6 +128,8 @@ def _as_table(rows: Sequence[JsonObject]) -> str:
         if "words" in row:
             as_text = {name: json.dumps(value, ensure_ascii=False) for name, value in row.items() if name not in _PLACE}
             flat.append({name: row[name] for name in _PLACE if name in row} | as_text)
+        elif "values" in row:
+            flat.append({name: value for name, value in row.items() if name != "values"} | row["values"])
         else:
             own = {name: value for name, value in row.items() if name != "probabilities"}
             shares = {f"p({name})": share for name, share in row["probabilities"].items()}  # a class may be named text
@@ -135,11 +142,15 @@ def _as_table(rows: Sequence[JsonObject]) -> str:
 
 
 def _asked(text: Sample) -> JsonObject:
-    return {"text": text.text} if text.words is None else {"words": list(text.words)}
+    if text.words is not None:
+        return {"words": list(text.words)}
+    return {"text": text.text} | ({} if text.text_pair is None else {"text_pair": text.text_pair})
 
 
 def _say_classes(found: JsonObject) -> str:
-    """`spam 98.2 %`"""
+    """`spam 98.2 %`, or `score 3.52`."""
+    if "values" in found:
+        return ", ".join(f"{name} {value:.4g}" for name, value in found["values"].items())
     given = found["labels"] or [max(found["probabilities"], key=found["probabilities"].get)]
     shown = ", ".join(f"{label} {100 * found['probabilities'][label]:.1f} %" for label in given)
     return shown if found["labels"] else f"none of them (nearest: {shown})"

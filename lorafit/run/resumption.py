@@ -8,7 +8,9 @@ from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.files.atomic import check_manifest, read_object
 from lorafit.files.rundir import RunDir
 from lorafit.job import Job
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.devices import own_device
+from lorafit.model.adapter import read_adapter
 from lorafit.model.content import require_recorded
 from lorafit.model.inspect import require_same_quantization
 from lorafit.ops.dtypes import dtype_named
@@ -59,6 +61,11 @@ class Resumption:
         is_evaluated = self.plan.evaluate_every_steps is None or state.evaluated_step >= state.step
         is_whole = check_manifest(self.where.adapter) is None
         return state.is_complete(self.plan.total_steps) and is_evaluated and is_whole
+
+    def settled_task(self) -> Task[TaskSection]:
+        """The task, with what evaluations up to the checkpoint have settled."""
+        saved = read_adapter(self.checkpoint.adapter).card() if self.checkpoint is not None else None
+        return self.job.task if saved is None else tasks.bind(saved.task)
 
     def resolved_plan(self) -> ResolvedPlan | None:
         """The plan of the run that is gone on with; what its first steps settled since the checkpoint is kept."""

@@ -239,7 +239,7 @@ def test_words_of_a_table_come_back_as_a_table_and_what_was_cut_is_said(
     lorafit.classify(run, ["red " * 60])
     assert "1 text may be cut: data.max_length of the run is 32 tokens" in capsys.readouterr().err
 
-    def refuse(self: PlainText, sample: Any, max_length: int) -> Any:  # a word that the tokenizer drops
+    def refuse(self: PlainText, sample: Any, *_: Any) -> Any:  # a word that the tokenizer drops
         raise DataError("word 2 has no token", key="words")
 
     monkeypatch.setattr(PlainText, "labelled", refuse)

@@ -16,6 +16,7 @@ from lorafit import pipeline
 from lorafit.answering import generate
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
+from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu
 from lorafit.model.class_shape import find_shape
 from lorafit.plan.recipe_step import recipe_step
@@ -38,6 +39,8 @@ from tests.support.tiny_recipe import write_rows
 VALIDATED = {"data.validation": "../rows/validation.jsonl", "evaluation.every_steps": 1}
 STOPPING = {**VALIDATED, "training.max_steps": 5}
 SGD = {"training.optimizer": "sgd", "adapter.alpha": 512.0}  # Adam would hide the gradients' length
+NO_ANSWERS = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
+HEADED = "token-classification", "sequence-regression"
 TRACKERS = "tensorboard", "wandb", "mlflow", "trackio"
 
 
@@ -172,7 +175,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
     preferences = partial(last_of_pairs, world, "dpo")
     return {
         "task": Case(
-            ("causal-lm", "dpo", "orpo", "reward", classifier(), "token-classification", "seq2seq-lm"),
+            ("causal-lm", "dpo", "orpo", "reward", "seq2seq-lm", classifier(), *HEADED),
             partial(last_of_task, world),
         ),
         "task(sequence-classification).labels": Case(
@@ -185,6 +188,16 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
             ("none", "balanced", [1.0, 5.0]),
             lambda weights: last_of_classes(world, classifier(labels=["no", "yes"], class_weights=weights)),
         ),
+        "task(sequence-classification).threshold": Case((0.5, 0.3, "f1", "f1_each"), partial(given_above, "threshold")),
+        "task(sequence-classification).thresholds": Case(([], [0.3, 0.85]), partial(given_above, "thresholds")),
+        "task(sequence-classification).long_texts": Case(
+            ("head", "tail", "both"), lambda keep: ids_of_texts(world, classifier(long_texts=keep))
+        ),
+        "task(sequence-regression).long_texts": Case(
+            ("head", "tail", "both"),
+            lambda keep: ids_of_texts(world, {"kind": "sequence-regression", "long_texts": keep}),
+        ),
+        "task(sequence-regression).outputs": Case((["score"], ["tone", "length"]), partial(last_of_numbers, world)),
         "task(token-classification).labels": Case((["O", "B-X"], ["O", "B-X", "I-X"]), partial(last_of_words, world)),
         "task(dpo).beta": Case((0.1, 5.0), partial(preferences, "beta")),
         "task(dpo).loss": Case(("sigmoid", "hinge", "ipo"), partial(preferences, "loss")),
@@ -336,6 +349,8 @@ def last_of_task(world: OptionWorld, task: Any) -> Any:
     """The last loss of a task, on rows that it reads."""
     if task == "token-classification":
         return last_of_words(world, ["O", "B-X"])
+    if task == "sequence-regression":
+        return last_of_numbers(world, ["score"])
     if task == "seq2seq-lm":
         return last_loss(world.train({"task": task, **apart(world, "t5")}))
     return last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)]
@@ -345,9 +360,8 @@ def last_of_words(world: OptionWorld, labels: list[str]) -> float:
     """The last loss of a run on words with labels."""
     rows = world.root / "rows" / "words.jsonl"
     rows.write_text("".join(f'{{"words": ["red", "mug", "{n}"], "labels": ["O", "B-X", "O"]}}\n' for n in range(8)))
-    evaluation = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
     task = {"kind": "token-classification", "labels": labels}
-    return last_loss(world.train({"task": task, "data.train": "../rows/words.jsonl", **evaluation}))
+    return last_loss(world.train({"task": task, "data.train": "../rows/words.jsonl", **NO_ANSWERS}))
 
 
 def apart(world: OptionWorld, family: str, tokenizer: Any = None) -> dict[str, Any]:
@@ -378,6 +392,37 @@ def tokens_of_answers(world: OptionWorld, option: str, value: Any) -> int:
         speed = world.evaluate(changes).tuned_speed
     assert speed is not None
     return speed.tokens
+
+
+def last_of_numbers(world: OptionWorld, outputs: list[str]) -> float:
+    """The last loss of a run on texts with so many numbers each."""
+    rows = world.root / "rows" / "numbers.jsonl"
+    numbers = [[n, n % 3][: len(outputs)] for n in range(8)]
+    rows.write_text("".join(f'{{"text": "red mug {n}", "score": {row}}}\n' for n, row in enumerate(numbers)))
+    task = {"kind": "sequence-regression", "outputs": outputs}
+    return last_loss(world.train({"task": task, "data.train": "../rows/numbers.jsonl", **NO_ANSWERS}))
+
+
+def ids_of_texts(world: OptionWorld, task: dict[str, Any]) -> list[list[int]]:
+    """What is left of texts that are too long."""
+    rows = world.root / "rows" / "long.jsonl"
+    texts = [f"red mug and {9 * 'blue '} bowl {n}" for n in (1, 2)]
+    rows.write_text("".join(json.dumps({"text": text, "label": text, "score": 1}) + "\n" for text in texts))
+    name = "text_label" if task["kind"] == "sequence-classification" else "text_score"
+    cut = {"data.max_length": 8, "data.overlength": "truncate"}
+    source = [{"path": "../rows/long.jsonl", "format": name}]
+    examples = world.job({"task": task, "data.train": source, **cut, **NO_ANSWERS}).rows.train
+    return [[int(token) for token in examples[number]["tokens"]] for number in range(len(examples))]
+
+
+def given_above(option: str, value: Any) -> list[list[bool]]:
+    """Which labels rows get for their probabilities."""
+    task: Any = tasks.make("sequence-classification", labels=["no", "yes"], multi_label=True, **{option: value})
+    shares = [(0.2, 0.9), (0.4, 0.8), (0.1, 0.7), (0.35, 0.95)]
+    classes = [(0.0, 0.0), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0)]
+    rows = [{"shares": row, "classes": right} for row, right in zip(shares, classes, strict=True)]
+    settled = task.choose(rows)[0]
+    return [[share > above for share, above in zip(row, settled.thresholds, strict=True)] for row in shares]
 
 
 def best_by(world: OptionWorld, metric: str) -> float:
@@ -514,5 +559,4 @@ def last_of_classes(world: OptionWorld, task: Any) -> list[float]:
     rows = world.root / "rows" / "classes.jsonl"
     rows.write_text("".join(f'{{"text": "red mug {n}", "label": "{"yes" if n % 3 else "no"}"}}\n' for n in range(8)))
     source = {"path": "../rows/classes.jsonl", "format": "text" if task == "causal-lm" else "text_label"}
-    evaluation = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
-    return [last_loss(world.train({"task": task, "data.train": [source], **evaluation}))]
+    return [last_loss(world.train({"task": task, "data.train": [source], **NO_ANSWERS}))]

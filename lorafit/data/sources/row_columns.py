@@ -107,12 +107,13 @@ def _say_needs(task: Task[TaskSection], row: Row) -> str | None:
         return None
     kind = formats.get(task.row_format)
     found = _find_columns(row, kind)
-    for field in [field for field in kind.known_as if field not in found]:
+    named = [field for field in kind.known_as if field in found or field not in kind.rare]
+    for field in [field for field in named if field not in found]:
         close = nearest(field, [str(column) for column in row if column not in found.values()], count=1)
         found[field] = close[0] if close else "THEIRS"
-    needed = written({field: found[field] for field in kind.known_as})
+    needed = written({field: found[field] for field in named})
     is_mapped = any(ours != theirs for ours, theirs in found.items())
-    return f"task {task.section.kind} needs {', '.join(kind.known_as)}" + (f": {needed}" if is_mapped else kind.form)
+    return f"task {task.section.kind} needs {', '.join(named)}" + (f": {needed}" if is_mapped else kind.form)
 
 
 def written(columns: Columns) -> str:

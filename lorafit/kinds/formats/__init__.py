@@ -19,6 +19,7 @@ class Format(Protocol):
             of a field that asks (the last turn of a chat).
         asks: The field that a person is told to write a prompt in; None where another format has it.
         known_as: What other tools and data sets call a field, lower case, for a message that says how to map columns.
+        rare: Optional fields that few rows have: a message maps them only where a row has such a column.
         form: How its fields are written, behind the names of them, where that is not plain.
         verbatim: Whether its rows go through no chat template (unless the recipe names one).
     """
@@ -28,6 +29,7 @@ class Format(Protocol):
     answer: str | None = None
     asks: str | None = None
     known_as: Mapping[str, tuple[str, ...]] = {}
+    rare: frozenset[str] = frozenset()
     form: str = ""
     verbatim: bool = False
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Encoded,
         Example,
         JsonObject,
+        Kept,
         LossSum,
         Reporter,
         ReportTable,
@@ -150,9 +151,19 @@ class Task(Kind[S_co]):
     """Options that it does not read, `section.option`, or values that it can do nothing with, `section.option=value`;
     each with the reason. A recipe that sets one is refused."""
 
+    @property
+    def chosen_options(self) -> tuple[str, ...]:
+        """Options of the section that `choose` is asked to settle: they need an evaluation while training."""
+        return ()
+
     def row_tokens(self, longest: int) -> int:
         """Tokens that a row takes in a micro-batch, whose longest sequence has so many."""
         return math.ceil(longest / self.pads_to) * self.pads_to * self.sequences
+
+    @property
+    def keeps(self) -> Kept:
+        """What is left of a labelled text that is longer than a row may be."""
+        return "head"
 
     @property
     @abstractmethod
@@ -274,11 +285,26 @@ class Task(Kind[S_co]):
         """
         return {}
 
+    def settle_base(self, fitted: Mapping[str, NDArray[np.float64]]) -> Task[S_co]:
+        """The task as it scores the base, with what `fit_base` decided beside the head."""
+        return self
+
     def score_base(
         self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]
     ) -> Mapping[str, NDArray[np.float64]]:
         """What `score` gives, of the base with what was fitted to it."""
         return self.score(objective, batch)
+
+    def choose(
+        self, rows: Sequence[Mapping[str, tuple[float, ...]]]
+    ) -> tuple[Task[S_co], Sequence[Mapping[str, tuple[float, ...]]]]:
+        """The task with what its validation rows decide, such as a threshold, and their scores by that; most leave
+        nothing to them.
+
+        Args:
+            rows: What `score` gave of each.
+        """
+        return self, rows
 
     def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
         """What a report shows beside metrics, from the scores of each row."""

@@ -16,15 +16,19 @@ _MATRIX_CLASSES = 12
 _BAR_CHARACTERS = 20
 
 
-def by_class(labels: Sequence[str], rows: _Rows) -> ReportTable:
-    """Precision, recall and F1 of each class."""
+def by_class(labels: Sequence[str], rows: _Rows, thresholds: Sequence[float] = ()) -> ReportTable:
+    """Precision, recall and F1 of each class; of several labels a row, above which probability each was given."""
     wanted, given = _flags(rows, "classes"), _flags(rows, "predicted")
     counts = zip(labels, wanted.sum(0), given.sum(0), (wanted * given).sum(0), strict=True)
     lines: list[_Line] = [
         (name, int(there), share(right, said), share(right, there), share(2 * right, said + there))
         for name, there, said, right in counts
     ]
-    return ReportTable("classes", "each class", ("class", "rows", "precision", "recall", "F1"), tuple(lines))
+    headings: tuple[str, ...] = ("class", "rows", "precision", "recall", "F1")
+    if thresholds:
+        headings = (*headings, "given above")
+        lines = [(*line, float(threshold)) for line, threshold in zip(lines, thresholds, strict=True)]
+    return ReportTable("classes", "each class", headings, tuple(lines))
 
 
 def confusion(labels: Sequence[str], rows: _Rows) -> ReportTable:

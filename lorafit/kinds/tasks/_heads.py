@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 _OUTSIDE = "O"  # of words that belong to no entity
 _NO_CHATS = "reads what is labelled, which goes through no chat template"
+NO_TOKENS: Mapping[str, str] = {
+    **Task.unread,
+    "data.chat_template": _NO_CHATS,
+    "data.system_prompt": _NO_CHATS,
+    "data.dropped_fields": _NO_CHATS,
+    "data.train_on": "learns labels, and predicts no token",
+    **WRITES_NONE,
+}
+"""Options that say nothing where no token is learnt and none is written."""
 _HELD_OUT_EVERY = 10
 
 
@@ -48,14 +57,7 @@ L_co = TypeVar("L_co", bound=LabelsSection, covariant=True)
 class LabellingTask(Task[L_co]):
     """A task whose model has an output a label; its base is scored with a logistic regression over frozen states."""
 
-    unread: ClassVar[Mapping[str, str]] = {
-        **Task.unread,
-        "data.chat_template": _NO_CHATS,
-        "data.system_prompt": _NO_CHATS,
-        "data.dropped_fields": _NO_CHATS,
-        "data.train_on": "learns labels, and predicts no token",
-        **WRITES_NONE,
-    }
+    unread: ClassVar[Mapping[str, str]] = NO_TOKENS
 
     @property
     def labels(self) -> list[str]:
@@ -88,9 +90,21 @@ class LabellingTask(Task[L_co]):
         self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
     ) -> Mapping[str, NDArray[np.float64]]:
         """A logistic regression over those states: `weight` [labels, width] and `bias`."""
-        chosen_on = None if held_out is None else self._read(objective, held_out)
+        import torch
+
+        chosen_on = None if held_out is None else read_states(self, objective, held_out)
         several = getattr(self.section, "multi_label", False)
-        return fit_head(*self._read(objective, train), chosen_on, several=several, reporter=reporter)
+        fitted = fit_head(*read_states(self, objective, train), chosen_on, several=several, reporter=reporter)
+        if chosen_on is None:
+            return fitted
+        states, right = chosen_on
+        weight, bias = (torch.from_numpy(fitted[name]).to(states.device) for name in ("weight", "bias"))
+        decided = self.decide_base((states @ weight.T + bias).cpu(), right.cpu())
+        return {**fitted, **{name: values.double().numpy() for name, values in decided.items()}}
+
+    def decide_base(self, outputs: torch.Tensor, right: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """What held-out rows decide beside the strength, from the regression's outputs and what is right."""
+        return {}
 
     def score_base(
         self, objective: Objective, batch: Batch, fitted: Mapping[str, NDArray[np.float64]]
@@ -101,16 +115,6 @@ class LabellingTask(Task[L_co]):
         states = self.states(objective, batch)
         weight, bias = (torch.from_numpy(fitted[name]).to(states.device) for name in ("weight", "bias"))
         return self.score_outputs(states @ weight.T + bias, batch)
-
-    def _read(self, objective: Objective, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        states, right = [], []
-        for batch in batches:
-            with objective.autocast(batch):
-                states.append(self.states(objective, batch))
-            right.append(self.right_labels(batch))
-        return torch.cat(states), torch.cat(right).double()
 
 
 def order_labels(found: Iterable[str], key: str) -> list[str]:
@@ -138,6 +142,28 @@ def warn_of_absent(absent: Sequence[str], one: str, many: str) -> list[str]:
     return [f"no training row has {named}; add such rows, or leave {agreed(len(absent), 'it', 'them')} out"]
 
 
+class ReadsStates(Protocol):
+    """A task whose base gets a head that is fitted to frozen states."""
+
+    def states(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """Those states, fp64 [labelled, width]."""
+
+    def right_labels(self, batch: Batch) -> torch.Tensor:
+        """What the head is to give of them, [labelled, outputs]."""
+
+
+def read_states(task: ReadsStates, objective: Objective, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states of all batches, and what a head is to give of them, both fp64."""
+    import torch
+
+    states, right = [], []
+    for batch in batches:
+        with objective.autocast(batch):
+            states.append(task.states(objective, batch))
+        right.append(task.right_labels(batch))
+    return torch.cat(states), torch.cat(right).double()
+
+
 def pad_texts(texts: Sequence[Sequence[float]], pad_id: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, [texts, longest], padded on the right."""
     import numpy as np
@@ -152,7 +178,8 @@ def pad_texts(texts: Sequence[Sequence[float]], pad_id: int) -> dict[str, torch.
 
 def head_inputs(batch: Batch) -> dict[str, torch.Tensor | bool]:
     """Arguments of a forward. Causal models read the last token of a row, which they find by the config's pad token."""
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "return_dict": True}
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch.tensors]
+    return {**{name: batch[name] for name in names}, "return_dict": True}
 
 
 def mean_states(objective: Objective, batch: Batch) -> torch.Tensor:

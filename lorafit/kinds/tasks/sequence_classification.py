@@ -26,11 +26,11 @@ from lorafit.kinds.tasks._heads import (
     LabellingTask,
     LabelsSection,
     head_inputs,
-    mean_states,
     order_labels,
-    pad_texts,
     warn_of_absent,
 )
+from lorafit.kinds.tasks._texts import TextSection, TextTask
+from lorafit.kinds.tasks._thresholds import DEFAULT_THRESHOLD, choose_thresholds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 
-class SequenceClassificationSection(LabelsSection):
+_Rows = Sequence[Mapping[str, tuple[float, ...]]]
+
+
+class SequenceClassificationSection(LabelsSection, TextSection):
     """Texts into classes."""
 
     kind: Literal["sequence-classification"] = "sequence-classification"
@@ -53,6 +56,22 @@ class SequenceClassificationSection(LabelsSection):
     x rows of the class), so that all classes count alike and the mean row 1; with `multi_label` what a yes counts:
     rows without / rows with. Held-out losses are plain."""
 
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["f1", "f1_each"] = Field(default=0.5)
+    """With `multi_label`: a class is given above this probability. `f1`: one for all classes, with the best micro-F1 on
+    the validation rows; `f1_each`: each class its own, with its best F1 there, 0.5 where no such row has it. Chosen at
+    each evaluation, and kept with the adapter."""
+    thresholds: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[])
+    """Of each class, in the order of `labels`; empty: `threshold` for all. What is chosen stands here."""
+
+    @model_validator(mode="after")
+    def _has_thresholds_for_several_labels(self) -> Self:
+        if not self.multi_label and (self.threshold != DEFAULT_THRESHOLD or self.thresholds):
+            raise ValueError("only rows of several labels have thresholds; set multi_label: true, or leave them out")
+        if self.thresholds and len(self.thresholds) != len(self.labels):
+            many = f"{len(self.thresholds)} thresholds for {len(self.labels)} classes that are named"
+            raise ValueError(f"thresholds has {many}; name the classes in labels, and give each of them one")
+        return self
+
     @model_validator(mode="after")
     def _weigh_each(self) -> Self:
         if isinstance(self.class_weights, list) and len(self.class_weights) != len(self.labels):
@@ -62,14 +81,13 @@ class SequenceClassificationSection(LabelsSection):
 
 
 @tasks.register(SequenceClassificationSection)
-class SequenceClassification(LabellingTask[SequenceClassificationSection]):
+class SequenceClassification(TextTask[SequenceClassificationSection], LabellingTask[SequenceClassificationSection]):
     """The loss is the cross-entropy of a row's class, or of each class where a row may have several."""
 
     fitted_base = (
         "the frozen model with a head trained on the same rows: a logistic regression over the mean of its last "
         "states, its strength chosen on held-out rows"
     )
-    labels_rows = True
     row_format = classified_format = "text_label"
     during_metrics = ("loss", "accuracy")
     final_metrics = ("accuracy", "macro_f1", "loss")
@@ -105,15 +123,42 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """Token ids, and 0/1 for each class."""
-        return (Column("tokens", "<i4", holds_tokens=True), Column("classes", "|u1", width=len(self.labels)))
+        """The text, and 0/1 for each class."""
+        return (*self.text_columns, Column("classes", "|u1", width=len(self.labels)))
 
     @property
     def scores(self) -> Mapping[str, int]:
-        """The loss, its weight (1 a row), the row's classes, those that the model gives it, and how likely one is."""
+        """The loss, its weight (1 a row), the row's classes, those that the model gives it, and how likely that one is,
+        or each of several."""
         count = len(self.labels)
-        of_one = {} if self.section.multi_label else {"confidence": 1}
-        return {"loss": 1, "weight": 1, "classes": count, "predicted": count, **of_one}
+        likely = {"shares": count} if self.section.multi_label else {"confidence": 1}
+        return {"loss": 1, "weight": 1, "classes": count, "predicted": count, **likely}
+
+    @property
+    def chosen_options(self) -> tuple[str, ...]:
+        return ("threshold",) if isinstance(self.section.threshold, str) else ()
+
+    @property
+    def thresholds(self) -> list[float]:
+        """Above which probability each class is given; 0.5 where nothing has been chosen yet."""
+        threshold = self.section.threshold
+        usual = DEFAULT_THRESHOLD if isinstance(threshold, str) else threshold
+        return self.section.thresholds or [usual] * len(self.labels)
+
+    def _with_thresholds(self, chosen: list[float]) -> SequenceClassification:
+        return SequenceClassification(self.section.model_copy(update={"thresholds": chosen}))
+
+    def choose(self, rows: _Rows) -> tuple[SequenceClassification, _Rows]:
+        """The task with the thresholds that it is asked to choose, and the classes that are given by them."""
+        import numpy as np
+
+        if not isinstance(self.section.threshold, str):
+            return self, rows
+        shares, classes = (np.array([row[name] for row in rows]) for name in ("shares", "classes"))
+        chosen = choose_thresholds(shares, classes, each=self.section.threshold == "f1_each")
+        given = (shares > np.array(chosen)).astype(float).tolist()
+        decided = [{**row, "predicted": tuple(flags)} for row, flags in zip(rows, given, strict=True)]
+        return self._with_thresholds(chosen), decided
 
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
         """The text and its classes.
@@ -142,11 +187,8 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
     def _row(
         self, sample: Sample, render: Callable[[Sample], Encoded | None], classes: Sequence[int]
     ) -> TaskRow | None:
-        encoded = render(sample)
-        if encoded is None:
-            return None
-        ids, flags = encoded.input_ids, [int(number in classes) for number in range(len(self.labels))]
-        return TaskRow({"tokens": ids, "classes": flags}, len(ids), 1, ids, classes)
+        flags = [int(number in classes) for number in range(len(self.labels))]
+        return self.text_row(sample, render, {"classes": flags}, classes)
 
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
         """Padded texts with a mask, and what is right: each row's class, or a 0 or 1 for each class of each row."""
@@ -156,12 +198,7 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
         examples = [example for (example,) in rows]
         flags = np.array([example["classes"] for example in examples], dtype=np.int64)
         right = flags.reshape(-1) if self.section.multi_label else flags.argmax(axis=-1)
-        tensors = {
-            **pad_texts([example["tokens"] for example in examples], pad_id),
-            "label_ids": torch.from_numpy(right),
-        }
-        numbers, tokens = tuple(example.index for example in examples), sum(len(each["tokens"]) for each in examples)
-        return Batch(tensors, len(rows), numbers, tokens)
+        return self.text_batch(examples, pad_id, {"label_ids": torch.from_numpy(right)})
 
     def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
         """A micro-batch of such a shape, its values left open."""
@@ -174,8 +211,7 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
 
     def show(self, example: Example) -> tuple[ShownSequence, ...]:
         """The text, and its label."""
-        ids = [int(token) for token in example["tokens"]]
-        return (ShownSequence(ids, [0] * len(ids), label=self._name(example["classes"])),)
+        return self.show_text(example, self._name(example["classes"]))
 
     @property
     def class_weights(self) -> Mapping[str, float]:
@@ -201,10 +237,6 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
             raise DataError(what, key="data.train", todo="add rows of other classes")
         return warn_of_absent(absent, "class", "classes")
 
-    def cut_probe(self, example: Example, most_tokens: int) -> Example:
-        """The end of the row: its label is that of any part."""
-        return self.cut(example, most_tokens)
-
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """Nats summed over the rows, by the weights of their classes."""
         import torch
@@ -221,9 +253,18 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
         """Of each row: its loss, 1, its classes, and those that the model gives it."""
         return self._score(self.logits(objective, batch), batch)
 
-    def states(self, objective: Objective, batch: Batch) -> torch.Tensor:
-        """Mean over a row's tokens."""
-        return mean_states(objective, batch)
+    def decide_base(self, outputs: torch.Tensor, right: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The base's own thresholds, where they are chosen."""
+        import torch
+
+        if not isinstance(self.section.threshold, str):
+            return {}
+        each = self.section.threshold == "f1_each"
+        return {"thresholds": torch.tensor(choose_thresholds(outputs.sigmoid().numpy(), right.numpy(), each=each))}
+
+    def settle_base(self, fitted: Mapping[str, NDArray[np.float64]]) -> SequenceClassification:
+        """With the base's own thresholds, where they are chosen."""
+        return self._with_thresholds(fitted["thresholds"].tolist()) if "thresholds" in fitted else self
 
     def right_labels(self, batch: Batch) -> torch.Tensor:
         """Of each row."""
@@ -236,7 +277,7 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
     def tables(self, rows: Sequence[Mapping[str, tuple[float, ...]]]) -> tuple[ReportTable, ...]:
         """Each class; of rows with one label also which are given for which, and how often what is likely is right."""
         if self.section.multi_label:
-            return (by_class(self.labels, rows),)
+            return (by_class(self.labels, rows, self.thresholds),)
         return (by_class(self.labels, rows), confusion(self.labels, rows), reliability(rows))
 
     def label(self, objective: Objective, batch: Batch) -> list[JsonObject]:
@@ -246,7 +287,7 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
         shares = self.logits(objective, batch).double().softmax(-1).cpu().numpy()
         if self.section.multi_label:
             shares = shares[:, 1].reshape(len(batch.rows), -1)
-            flags = shares > 1 / 2
+            flags = shares > np.array(self.thresholds)
         else:
             flags = shares.argmax(-1, keepdims=True) == np.arange(len(self.labels))
         return [
@@ -291,13 +332,19 @@ class SequenceClassification(LabellingTask[SequenceClassificationSection]):
     def _score(self, logits: torch.Tensor, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """What `score` gives, of logits."""
         import numpy as np
+        import torch
         from torch.nn import functional
 
         rows, right = len(batch.rows), batch["label_ids"]
         losses = functional.cross_entropy(logits, right, reduction="none").view(rows, -1).sum(-1)
-        found = {"loss": losses, "classes": self._flags(right, rows), "predicted": self._flags(logits.argmax(-1), rows)}
-        if not self.section.multi_label:
-            found["confidence"] = logits.double().softmax(-1).amax(-1)
+        found = {"loss": losses, "classes": self._flags(right, rows)}
+        if self.section.multi_label:
+            yes = (logits[:, 1] - logits[:, 0]).double().view(rows, -1)
+            limits = torch.tensor(self.thresholds, dtype=torch.float64, device=yes.device).logit()
+            found |= {"shares": yes.sigmoid(), "predicted": yes > limits}
+        else:
+            confidence = logits.double().softmax(-1).amax(-1)
+            found |= {"confidence": confidence, "predicted": self._flags(logits.argmax(-1), rows)}
         arrays = {name: values.double().cpu().numpy() for name, values in found.items()}
         return {**arrays, "weight": np.ones(rows)}
 

@@ -154,6 +154,7 @@ def test_every_format_says_what_asks() -> None:
         "source_target": ["source"],
         "text": [],
         "text_label": ["label", "text"],
+        "text_score": ["score", "text"],
     }
 
 

@@ -25,7 +25,9 @@ def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, .
     pairs = {"preferred": (correct * tokens,), "margin": (correct,)}
     words = {"right_words": (correct,), "entities": (correct, tokens, tokens + 1.0), "entity_types": (1.0,)}
     counts = {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}
-    return {**counts, **classes, **pairs, **words}
+    numbers = {"squared_error": (loss,), "absolute_error": (loss,)}
+    numbers |= {"predicted_numbers": (loss,), "right_numbers": (correct,)}
+    return {**counts, **classes, **pairs, **words, **numbers}
 
 
 TEXTS = [  # answer, reference
