@@ -197,10 +197,13 @@ def fill_text(
     filled = []
     for entry in worst:
         row, shown = entry.row, first.get((entry.row.file, entry.row.line), ())
+        asked = ""
+        if any(any(each.trained) for each in shown[1:]) and not any(shown[0].trained):  # what an encoder reads
+            asked, shown = tokenizer.decode(shown[0].input_ids), shown[1:]
         if shown and not (row.prompt or row.tuned.reference):
             prompt, reference = _decode(shown[0], tokenizer)
             base, tuned = (replace(side, reference=reference) for side in (row.base, row.tuned))
-            row = replace(row, prompt=prompt, base=base, tuned=tuned)
+            row = replace(row, prompt=asked or prompt, base=base, tuned=tuned)
         answers = tuple((each.name, _decode(each, tokenizer)[1]) for each in shown) if len(shown) > 1 else ()
         filled.append(replace(entry, row=row, answers=answers))
     return tuple(filled)

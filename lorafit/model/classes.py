@@ -12,12 +12,13 @@ PEFT's `AutoPeftModelForCausalLM` opens an adapter by the first table, so names 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
+from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_CLASS, ModelClass
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,6 +68,14 @@ def find_auto_class(config: JsonMapping, task_class: str) -> str:
             if kind in getattr(modeling_auto, table):
                 return auto_class
     return task_class
+
+
+def usual_class(config: JsonMapping) -> ModelClass:
+    """How a model is built of which nobody says what its task was: a pair of encoder and decoder, else a causal one."""
+    with contextlib.suppress(ModelError):
+        find_auto_class(config, SEQ2SEQ_CLASS)
+        return ModelClass(SEQ2SEQ_CLASS, peft_task="SEQ_2_SEQ_LM")
+    return CAUSAL_MODEL
 
 
 def read_settings(config: JsonMapping) -> PretrainedConfig:

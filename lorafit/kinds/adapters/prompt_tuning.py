@@ -55,7 +55,8 @@ class PromptTuning(Adapter[PromptTuningSection]):
         from peft import PromptTuningConfig, PromptTuningInit
 
         init = PromptTuningInit.SAMPLE_VOCAB if self.section.init == "vocabulary" else PromptTuningInit.RANDOM
-        return PromptTuningConfig(num_virtual_tokens=self.section.tokens, prompt_tuning_init=init)
+        tokens = self.section.tokens  # submodules: PEFT would make as many for a decoder, and never read them
+        return PromptTuningConfig(num_virtual_tokens=tokens, prompt_tuning_init=init, num_transformer_submodules=1)
 
     @classmethod
     def opened_config(cls, config: JsonMapping) -> JsonObject:

@@ -22,6 +22,7 @@ from lorafit.model.adapter import AdapterFolder
 from lorafit.model.adapter_checks import NOTES_FORMAT
 from lorafit.model.attach import wrap_model
 from lorafit.model.base import Base
+from lorafit.model.classes import usual_class
 from lorafit.model.homes import Home, find_homes, read_homes
 from lorafit.model.load import build_class
 from lorafit.model.names import Part, read_names
@@ -253,7 +254,7 @@ def _read_class_homes(
 def read_class_parts(
     base: Base, paths: Iterable[str], entries: Mapping[str, TensorEntry]
 ) -> dict[str, tuple[Part, ...]]:
-    """Where the weights of these layers lie, by the class that causal language models of this type load as.
+    """Where the weights of these layers lie, by the class that models of this type load as.
 
     Raises:
         ModelError: Some are in none of the base's files.
@@ -274,7 +275,7 @@ def _classes(base: Base) -> Iterator[Any]:
     """Skeletons of the classes that may have been trained."""
     import transformers
 
-    yield build_class(base)
+    yield build_class(base, model_class=usual_class(base.config))
     for name in base.config.get("architectures") or ():
         if hasattr(transformers, str(name)):
             yield build_class(base, str(name))

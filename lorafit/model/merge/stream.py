@@ -20,6 +20,7 @@ import torch
 
 from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.errors import ModelError, ResourceError, UsageError
+from lorafit.facts import SEQ2SEQ_CLASS
 from lorafit.files.atomic import atomic_dir, make_folder
 from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
 from lorafit.kinds.quantizations import quantizations
@@ -248,11 +249,16 @@ def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKin
             **{ours: adapter.config.get(key) for key, ours in adapter.kind.recipe_fields.items()},
         },
         "chat": card.chat if card else None,
-        **(_note_task(card) if card and ("head" in adapter.notes or base.config.get("is_encoder_decoder")) else {}),
+        **(_note_task(card) if card and ("head" in adapter.notes or _is_pair(card)) else {}),
     }
     write_object(target / NOTES, notes)
 
 
+def _is_pair(card: RunCard) -> bool:
+    """Whether the run's base is an encoder with a decoder, whose sources its task says how to read."""
+    return card.model_class.auto_class == SEQ2SEQ_CLASS
+
+
 def _note_task(card: RunCard) -> JsonObject:
-    """What whoever asks a merged head or encoder must know beside config.json."""
+    """What whoever asks a merged model must know beside config.json."""
     return {"task": card.to_json()["task"], "max_length": card.max_length, "pad_id": card.pad_id}
