@@ -46,6 +46,7 @@ class Sample:
         numbers: What is to be predicted of the text, where that is numbers; None where it is not.
         rejected: The same prompt with the answer that is not wanted, where the row compares two.
         is_apart: Whether prompt and completion are two texts, one for an encoder and one for a decoder.
+        mismatched: The same prompt with an answer to another one, where the task reads such (`Task.arrange`).
     """
 
     file: str
@@ -62,6 +63,7 @@ class Sample:
     numbers: tuple[float, ...] | None = None
     rejected: Sample | None = None
     is_apart: bool = False
+    mismatched: Sample | None = None
 
     @property
     def is_labelled(self) -> bool:
@@ -72,6 +74,10 @@ class Sample:
     def turns(self) -> tuple[Message, ...]:
         """A prompt as a chat: a text alone is what the user says."""
         return self.messages if self.messages is not None else ({"role": "user", "content": self.prompt},)
+
+
+PlacedSample: TypeAlias = tuple[int, int, Sample]
+"""Number of its source, line there, sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,8 @@ class Column:
         width: Values of each row; None: as many as the row has.
         holds_tokens: Whether the values are token ids, which the model's embedding must have rows for.
         may_be_empty: Whether a row may have no values in it, where all would be 0.
+        is_bounded: Whether values beyond `data.max_length` are left out, whatever `overlength` says: of a sequence
+            beside the row's own, which shall not decide what becomes of the row.
     """
 
     name: str
@@ -108,6 +116,7 @@ class Column:
     width: int | None = None
     holds_tokens: bool = False
     may_be_empty: bool = False
+    is_bounded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

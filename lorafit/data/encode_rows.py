@@ -19,21 +19,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from lorafit.console.wording import counted
-from lorafit.contracts import Encoded, Sample, TaskRow
+from lorafit.contracts import Encoded, PlacedSample, Sample, TaskRow
 from lorafit.data.row_counts import OVERLONG, Noted
 from lorafit.data.sample_renderer import NO_ANSWER, Renderer
 from lorafit.data.store import Chunk, pack_chunk
 from lorafit.data.truncate import SURE_FACTOR
 from lorafit.errors import DataError, ResourceError
 from lorafit.kinds.tasks import Limit, Task, TaskSection
-
-PlacedSample = tuple[int, int, Sample]
-"""Number of its source, line there, sample."""
 
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 400_000
@@ -98,7 +95,7 @@ class Encoder:
                 continue
             if encoded:
                 result.examples.append((source, len(encoded)))
-                rows += [(source, line, row) for row in encoded]
+                rows += [(source, line, self._bound(row)) for row in encoded]
         result.chunk = pack_chunk(rows, self.task.columns, self.task.row_tokens)
         result.seen = Counter(self.renderer.seen)
         return result
@@ -107,10 +104,26 @@ class Encoder:
         """What the task makes of a rendered sample."""
         if isinstance(rendered, DataError):
             raise rendered
-        whole = self.task.encode(sample, lambda asked: rendered if asked is sample else self.renderer.render(asked))
+        whole = self.task.encode(sample, lambda asked: rendered if asked is sample else self._render_beside(asked))
         if whole is None:
             raise DataError("no trainable tokens", todo=NO_ANSWER)
         return whole
+
+    def _render_beside(self, sample: Sample) -> Encoded | None:
+        """A sample that the task made of another one; of one that is far too long what fits."""
+        is_endless = self.renderer.is_surely_longer(sample)
+        return self.renderer.truncate(sample) if is_endless else self.renderer.render(sample)
+
+    def _bound(self, row: TaskRow) -> TaskRow:
+        """The row with what stands beside its own sequence cut to `max_length`."""
+        limit, beside = (
+            self.renderer.data.max_length,
+            [column.name for column in self.task.columns if column.is_bounded],
+        )
+        if not beside:
+            return row
+        cut = {name: row.columns[name][:limit] for name in beside}
+        return replace(row, columns={**row.columns, **cut}, tokens=max(row.tokens, *map(len, cut.values())))
 
     @property
     def _limits(self) -> tuple[Limit, ...]:

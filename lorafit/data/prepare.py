@@ -285,11 +285,12 @@ class _Preparation:
     def _build(self, target: Path) -> None:
         guess = self.samples.guess_rows()
         ledger = self.samples.new_ledger()
+        samples = self.encoder.task.arrange(self.samples.usable(ledger))
         with self.cache.build(target) as folder:
             total, what = self.samples.count_for_bar(), f"preparing {self.split} rows"
             with StoreWriter(folder, self.encoder.task.columns) as writer, self.reporter.track(total, what) as bar:
                 began, done = time.monotonic(), 0
-                with contextlib.closing(encode_all(self.encoder, self.samples.usable(ledger), guess)) as chunks:
+                with contextlib.closing(encode_all(self.encoder, samples, guess)) as chunks:
                     for encoded in chunks:
                         writer.write(encoded.chunk)
                         for number, examples in encoded.examples:

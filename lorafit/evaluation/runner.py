@@ -92,7 +92,7 @@ def score_examples(
     if ranks is not None and every > 1:
         sums = np.asarray(ranks.sum(sums.flatten().tolist())).reshape(sums.shape)
     ends = np.cumsum(list(widths.values()))
-    parts = dict(zip(widths, np.split(sums, ends[:-1], axis=1), strict=True))
+    parts = objective.task.finish(dict(zip(widths, np.split(sums, ends[:-1], axis=1), strict=True)))
     for row in np.flatnonzero(~np.isfinite(parts["loss"][:, 0])):
         example = examples[int(row)]
         todo = "check the adapter and the compute dtype (fp16 overflows where bf16 does not)"

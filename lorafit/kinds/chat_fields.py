@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lorafit.console.nearest import nearest
 from lorafit.contracts import JsonObject, Message, Sample
 from lorafit.errors import DataError
-from lorafit.kinds.fields import Row, describe, listed, missing_field, read_json, read_json_list, wrong_type
+from lorafit.kinds.fields import (
+    Row,
+    describe,
+    listed,
+    missing_field,
+    read_filled_string,
+    read_json,
+    read_json_list,
+    wrong_type,
+)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MEANT = {
@@ -201,6 +211,30 @@ def user_turn(content: str) -> Message:
 def assistant_turn(content: str) -> Message:
     """A turn of the assistant."""
     return {"role": "assistant", "content": content}
+
+
+def is_chat(value: object) -> bool:
+    """Whether a field holds turns: a list, or one that a table holds as text."""
+    return isinstance(value, list) or (isinstance(value, str) and value.startswith('[{"') and '"role"' in value)
+
+
+def read_side(row: Row, name: str, turn: Callable[[str], Message]) -> tuple[Message, ...]:
+    """The turns of a field that asks or answers; a string beside fields of turns is one `turn`.
+
+    Raises:
+        DataError: It is neither, or a turn is none.
+    """
+    value = row[name]
+    if isinstance(value, str) and not is_chat(value):
+        return (turn(read_filled_string(row, name)),)
+    if not isinstance(value, list | str):
+        raise wrong_type(name, "string or list of turns", value)
+    return read_turns(row, name)
+
+
+def without_loss(turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turns that ask, what an assistant said in them without weight."""
+    return tuple({**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns)
 
 
 def with_system(system: str, turns: list[Message]) -> tuple[Message, ...]:

@@ -39,6 +39,9 @@ class TrainedTask(Protocol):
     @property
     def scores(self) -> Mapping[str, int]: ...
 
+    @property
+    def pools(self) -> int: ...
+
     def can_score(self, metric: str) -> bool: ...
 
     def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None: ...
@@ -59,7 +62,11 @@ class TrainedTask(Protocol):
 
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum: ...
 
+    def pool(self, objective: Objective, batch: Batch) -> torch.Tensor: ...
+
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]: ...
+
+    def finish(self, scores: Mapping[str, NDArray[np.float64]]) -> Mapping[str, NDArray[np.float64]]: ...
 
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor: ...
 
@@ -107,6 +114,12 @@ class Objective(nn.Module):
         """The loss summed over a micro-batch."""
         with self.autocast(batch):
             return self.task.sum_loss(self, batch)
+
+    @torch.no_grad()
+    def pool(self, batch: Batch) -> torch.Tensor:
+        """The task's sums over a micro-batch that a whole step is pooled of, fp64 [pools]."""
+        with self.autocast(batch):
+            return self.task.pool(self, batch)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Mapping[str, NDArray[np.float64]]:

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module's mode and all random number generators are as before.
+    """Eval mode without gradients; afterwards every module's mode and all random number generators are as before."""
+    with preserved_rng(), without_training(model):
+        yield
+
+
+@contextlib.contextmanager
+def without_training(model: torch.nn.Module) -> Iterator[None]:
+    """The same for a model that draws no random numbers in eval mode.
 
     Each module's own flag is kept, since `model.train()` would also wake modules that somebody had put to rest.
 
@@ -30,7 +37,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.eval()
     try:
-        with preserved_rng(), torch.no_grad(), whole_inputs(model):
+        with torch.no_grad(), whole_inputs(model):
             yield
     finally:
         for module, training in modes:

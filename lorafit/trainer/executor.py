@@ -28,6 +28,7 @@ from lorafit.contracts import Batch
 from lorafit.errors import ResourceError
 from lorafit.model.fused_lora import cast_adapters
 from lorafit.objective import Objective
+from lorafit.ops.isolation import without_training
 from lorafit.ops.matmul_peak import wait_for
 from lorafit.ops.process_memory import trim_heap
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
@@ -96,6 +97,20 @@ class Executor:
                 losses.append(loss_sum.detach())
                 after_each()
         return losses
+
+    def pool(self, batches: Sequence[Batch], after_each: Callable[[], None] = no_check) -> list[torch.Tensor]:
+        """What the task pools of each micro-batch, by the model in eval mode, without gradients.
+
+        Args:
+            batches: This rank's micro-batches, on the CPU; may be none.
+            after_each: Called after each micro-batch; what it raises ends the step.
+        """
+        found = []
+        with without_training(self.objective), self.profile.phase("forward"):
+            for batch in batches:
+                found.append(self.objective.pool(batch.to(self.device)))
+                after_each()
+        return found
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value, added over all ranks in fp64; the same on every rank."""

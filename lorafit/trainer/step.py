@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,9 +41,10 @@ class StepFigures:
 def accumulate_gradients(
     executor: Executor, batches: Sequence[Batch], after_each: Callable[[], None] = no_check
 ) -> tuple[StepFigures, list[float]]:
-    """Leaves this rank's share of the step's gradient in `.grad`; the host waits for the device once, at the end.
+    """Leaves this rank's share of the step's gradient in `.grad`; the host waits for the device once, at the end, and
+    once before where the task pools over the step.
 
-    Ranks meet twice, and the second time they tell each other too whether memory ran out, so that none waits in vain.
+    Ranks meet before and behind it, and then tell each other too whether memory ran out, so that none waits in vain.
 
     Args:
         executor: Runs the micro-batches.
@@ -58,20 +59,46 @@ def accumulate_gradients(
     """
     sizes = [_sizes(batch) for batch in batches] or [(0, 0, 0, 0)]
     weight, tokens, padded, trained = executor.sum([float(sum(column)) for column in zip(*sizes, strict=True)])
-    sums: list[float] = []
+    if count := executor.objective.task.pools:
+        _, pooled = _run_together(executor, lambda: executor.pool(batches, after_each), [0.0] * count)
+        batches = [_with_pooled(batch, pooled) for batch in batches]
+    sums, (loss_total,) = _run_together(executor, lambda: executor.accumulate(batches, weight, after_each), [0.0])
+    return StepFigures(loss_total / weight, int(tokens), int(padded), int(trained)), [sum_ for (sum_,) in sums]
+
+
+def _run_together(
+    executor: Executor, run: Callable[[], Sequence[torch.Tensor]], nothing: Sequence[float]
+) -> tuple[list[list[float]], list[float]]:
+    """What `run` gives for each of this rank's micro-batches, and the sums of it over all ranks.
+
+    Args:
+        executor: Joins the ranks.
+        run: Gives a tensor for each micro-batch, all of one shape.
+        nothing: The sums of no micro-batch.
+
+    Raises:
+        MemoryError: On every rank, where memory ran out on one.
+    """
+    found: list[list[float]] = []
     ran_out = False
     try:
-        losses = executor.accumulate(batches, weight, after_each)
-        sums = torch.stack(losses).double().tolist() if losses else []
+        tensors = run()
+        found = torch.stack(list(tensors)).double().view(len(tensors), -1).tolist() if tensors else []
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         ran_out = True
     # Outside of the except block: the traceback holds the activations.
-    loss_total, ranks_out = executor.sum([sum(sums), float(ran_out)])
+    own = [sum(values) for values in zip(*found, strict=True)] or nothing
+    *summed, ranks_out = executor.sum([*own, float(ran_out)])
     if ranks_out:
         raise MemoryError(f"on {ranks_out:.0f} of {executor.ranks} ranks")
-    return StepFigures(loss_total / weight, int(tokens), int(padded), int(trained)), sums
+    return found, summed
+
+
+def _with_pooled(batch: Batch, pooled: Sequence[float]) -> Batch:
+    """The batch with what the task pooled over its whole step."""
+    return replace(batch, tensors={**batch.tensors, "pooled": torch.tensor(pooled, dtype=torch.float64)})
 
 
 def _sizes(batch: Batch) -> tuple[int, int, int, int]:

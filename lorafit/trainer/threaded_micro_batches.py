@@ -20,7 +20,7 @@ from torch import nn
 from lorafit.contracts import Batch
 from lorafit.objective import Objective
 from lorafit.ops.dropout import draw_seed, drawing_from, drop
-from lorafit.ops.isolation import in_mode
+from lorafit.ops.isolation import in_mode, without_training
 from lorafit.ops.rng import capture_rng
 from lorafit.trainer.executor import Executor, no_check
 
@@ -82,6 +82,26 @@ class InThreads(Executor):
             wait(futures)
             torch.set_num_threads(threads)  # some libraries have one number for all threads
         return [losses[number] for number in range(len(batches))]
+
+    def pool(self, batches: Sequence[Batch], after_each: Callable[[], None] = no_check) -> list[torch.Tensor]:
+        assert self._pool is not None, "outside of its context"
+        threads, found = torch.get_num_threads(), []
+        with without_training(self.objective), self.profile.phase("forward"):
+            futures = [self._pool.submit(self._pool_one, batch) for batch in batches]
+            try:
+                for future in futures:
+                    found.append(future.result())
+                    after_each()
+            finally:
+                for future in futures:
+                    future.cancel()
+                wait(futures)
+                torch.set_num_threads(threads)
+        return found
+
+    def _pool_one(self, batch: Batch) -> torch.Tensor:
+        torch.set_num_threads(1)
+        return self.objective.pool(batch)
 
     def _differentiate(self, batch: Batch, weight: float, seed: int) -> tuple[torch.Tensor, Gradients]:
         torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.support.tiny_recipe import make_pairs, write_rows
+from tests.support.tiny_recipe import make_pairs, make_verdicts, write_rows
 from tests.support.world import World, say_all
 
 DPO = (
@@ -155,3 +155,49 @@ def test_rows_of_one_answer_and_of_two_are_told_apart(pairs: World) -> None:
     pairs.recipe()
     say_all(pairs.run("preview", "r.yaml"), 4, "compares two answers", "causal-lm", "columns: {completion: chosen}")
     say_all(pairs.run("preview", "r.yaml", "--set", "data.train=[{path: d.jsonl, columns: {completion: chosen}}]"), 0)
+
+
+def test_answers_with_verdicts_from_preview_to_merge(pairs: World) -> None:
+    """The best checkpoint is that of the largest margin; a resume is the same run."""
+    for name, count, first in (("d", 12, 0), ("v", 3, 40), ("t", 8, 60)):
+        write_rows(pairs.root / f"{name}.jsonl", make_verdicts(count, first=first))
+    final = "desirable_margin, loss, reference_point, ref_log_ratio"
+    stopping = "early_stopping: {metric: desirable_margin, patience: 9}"
+    pairs.recipe(
+        ("  dropout: 0.0", "  dropout: 0.0\ntask: {kind: kto, beta: 0.5, desirable_weight: 1.2}"),
+        *DPO[1:3],
+        ("  final: [perplexity]", f"  every_steps: 2\n  final: [{final}]\n  {stopping}"),
+    )
+    shown = pairs.run("preview", "r.yaml", "--rows", "1", "--json").json["rows"]
+    row, other = make_verdicts(2)[0], make_verdicts(2)[2]
+    assert [one["name"] for one in shown] == ["desirable", "mismatched"]
+    for one, completion in zip(shown, (row["completion"], other["completion"]), strict=True):
+        assert one["rendering"].startswith(row["prompt"] + completion)
+    assert [any(label != -100 for label in one["labels"]) for one in shown] == [True, False]
+    say_all(pairs.run("preview", "r.yaml"), 0, "desirable 12, undesirable 12", "2 sequences padded to")
+    say_all(pairs.run("estimate-memory", "r.yaml"), 0, "24 rows", "by dry runs")
+    say_all(pairs.run("train", "r.yaml"), 0, "best desirable_margin")
+    lines = steps_of(pairs.root / "run")
+    assert lines[0]["loss"] == pytest.approx(0.55, abs=0.051)  # half of the weights' mean, by the step's verdicts
+    margins = {line["step"]: line["evaluation"]["desirable_margin"] for line in lines if "evaluation" in line}
+    best = json.loads((pairs.root / "run" / "best.json").read_text())
+    assert (best["step"], best["value"]) == max(margins.items(), key=lambda entry: entry[1])
+    whole = pairs.weights()
+    stop_after(pairs, "run", 2)
+    say_all(pairs.run("train", "r.yaml", "--resume"), 0, "step 4")
+    assert pairs.weights() == whole
+    scored = metrics_of(pairs, "run")
+    assert {name: scored[name]["base"] for name in scored} == pytest.approx(
+        dict.fromkeys(scored, 0.0) | {"loss": 0.55}, abs=1e-5
+    )
+    assert scored["desirable_reward"]["tuned"] > 0 > scored["undesirable_reward"]["tuned"]
+    assert scored["desirable_margin"]["verdict"] == "better" and scored["loss"]["tuned"] < 0.55
+    rows = [json.loads(line)["tuned"] for line in (pairs.root / "run" / "report.jsonl").read_text().splitlines()]
+    good, bad = ([row["reward"] for row in rows if row["desirable"] == kind] for kind in (1, 0))
+    above = [one > other for one in good for other in bad]
+    assert sum(above) / len(above) > 0.9  # of pairs of a desirable and an undesirable one
+    say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
+    write_rows(pairs.root / "d.jsonl", [{**row, "prompt": "red"} for row in make_verdicts(2)])
+    say_all(pairs.run("train", "r.yaml", "--output", "other"), 4, "all rows ask the same", "other prompts")
+    pairs.recipe()
+    say_all(pairs.run("preview", "r.yaml"), 4, "an answer with a verdict is not for task causal-lm")

@@ -63,12 +63,12 @@ def test_a_table_that_excel_wrote_with_semicolons(world: World, mapped: bool) ->
 
 
 def test_a_kind_that_does_not_exist_yet_says_so(world: World) -> None:
-    line = world.recipe(("train: d.jsonl", "train: {path: d.jsonl, format: kto}"))
+    line = world.recipe(("train: d.jsonl", "train: {path: d.jsonl, format: ranking}"))
     refused = world.run("validate", "r.yaml")
-    say_all(refused, 3, f"r.yaml:{line}", "format 'kto' does not exist yet", "question_answer")
+    say_all(refused, 3, f"r.yaml:{line}", "format 'ranking' does not exist yet", "question_answer")
     world.recipe()
-    refused = world.run("validate", "r.yaml", "--set", "task=kto")
-    say_all(refused, 3, "task 'kto' does not exist yet; available: causal-lm")
+    refused = world.run("validate", "r.yaml", "--set", "task=simpo")
+    say_all(refused, 3, "task 'simpo' does not exist yet; available: causal-lm")
 
 
 def test_train_says_and_stores_what_became_of_the_rows(world: World) -> None:

@@ -107,6 +107,19 @@ BAD_ROWS = {
         may_be={"label": (int, bool)},
         task={"labels": ["x", "y"]},
     ),
+    "unpaired_preference": Rows(
+        {"prompt": "q", "completion": "a", "label": True},
+        {
+            "a verdict that is a number": ({"label": 1}, "label"),
+            "a verdict in another word": ({"label": "yes"}, "label"),
+            "an answer that begins with a question": ({"prompt": [USER], "completion": [USER, ANSWER]}, "completion"),
+            "an answer without weight": ({"prompt": [USER], "completion": [{**ANSWER, "weight": 0}]}, "completion"),
+            "a prompt that asks nothing": ({"prompt": [{**USER, "role": "system"}]}, "prompt"),
+        },
+        other={"prompt": "another q", "label": "false"},
+        may_be_empty=frozenset({"label"}),
+        may_be={"label": (bool,)},
+    ),
     "word_labels": Rows(
         {"words": ["a", "b"], "labels": ["O", "B-X"]},
         {

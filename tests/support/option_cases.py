@@ -175,7 +175,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
     preferences = partial(last_of_pairs, world, "dpo")
     return {
         "task": Case(
-            ("causal-lm", "dpo", "orpo", "reward", "seq2seq-lm", classifier(), *HEADED),
+            ("causal-lm", "dpo", "kto", "orpo", "reward", "seq2seq-lm", classifier(), *HEADED),
             partial(last_of_task, world),
         ),
         "task(sequence-classification).labels": Case(
@@ -200,9 +200,12 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
         "task(sequence-regression).outputs": Case((["score"], ["tone", "length"]), partial(last_of_numbers, world)),
         "task(token-classification).labels": Case((["O", "B-X"], ["O", "B-X", "I-X"]), partial(last_of_words, world)),
         "task(dpo).beta": Case((0.1, 5.0), partial(preferences, "beta")),
-        "task(dpo).loss": Case(("sigmoid", "hinge", "ipo"), partial(preferences, "loss")),
+        "task(dpo).loss": Case(("sigmoid", "hinge", "ipo", "ipo_sum"), partial(preferences, "loss")),
         "task(dpo).label_smoothing": Case((0.0, 0.3), partial(preferences, "label_smoothing"), refused=(0.5,)),
         "task(dpo).sft_weight": Case((0.0, 0.5), partial(preferences, "sft_weight")),
+        "task(kto).beta": Case((0.1, 5.0), partial(last_of_pairs, world, "kto", "beta")),
+        "task(kto).desirable_weight": Case((1.0, 2.0), partial(last_of_pairs, world, "kto", "desirable_weight")),
+        "task(kto).undesirable_weight": Case((1.0, 2.0), partial(last_of_pairs, world, "kto", "undesirable_weight")),
         "task(orpo).odds_weight": Case((0.1, 1.0), partial(last_of_pairs, world, "orpo", "odds_weight")),
         **{
             f"task(seq2seq-lm).{option}": Case(values, partial(sides_of, world, option))
@@ -327,10 +330,10 @@ def trained_tokens(run: RunDir) -> list[int]:
 
 
 def last_of_pairs(world: OptionWorld, kind: str, option: str | None = None, value: Any = None) -> float:
-    """The last loss of a task over pairs of answers; one that takes a single answer gets the chosen one."""
+    """The last loss of a task over pairs of answers, or single ones with verdicts; causal-lm gets the chosen ones."""
     columns = {"completion": "chosen"} if kind == "causal-lm" else {}
     task = {"kind": kind} if option is None else {"kind": kind, option: value}
-    source = {"path": "../rows/pairs.jsonl", "columns": columns}
+    source = {"path": "../rows/verdicts.jsonl" if kind == "kto" else "../rows/pairs.jsonl", "columns": columns}
     evaluation = {"evaluation.final": ["loss"], "evaluation.max_new_tokens": 256}
     return last_loss(world.train({"task": task, "data.train": [source], **evaluation}))
 

@@ -20,7 +20,7 @@ from lorafit.job import Job, open_job
 from lorafit.plan import Plan
 from lorafit.recipe.load import LoadedRecipe, load_recipe
 from tests.support.tiny_model import make_base
-from tests.support.tiny_recipe import make_pairs, make_rows, write_rows
+from tests.support.tiny_recipe import make_pairs, make_rows, make_verdicts, write_rows
 
 T = TypeVar("T")
 Changes = Mapping[str, Any]
@@ -167,6 +167,7 @@ def rows_by_file() -> dict[str, list[dict[str, Any]]]:
             {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": [TOOL]}
         ],
         "pairs.jsonl": make_pairs(4),
+        "verdicts.jsonl": make_verdicts(2),
         "texts.jsonl": [{"text": "a short one"}, {"text": LONG_TEXT}],
     }
 

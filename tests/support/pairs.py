@@ -28,10 +28,10 @@ def make_examples(count: int = 6) -> list[Example]:
     return found
 
 
-def plain_log_probs(model: Any, example: Example) -> torch.Tensor:
+def plain_log_probs(model: Any, example: Example, sides: tuple[str, str] = SIDES) -> torch.Tensor:
     """transformers' log-probabilities of both answers, [2]: each sequence alone, from full logits."""
     found = []
-    for side in ("chosen", "rejected"):
+    for side in sides:
         ids = torch.tensor([list(example[f"{side}_tokens"])])
         log_probs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
         found.append((log_probs * torch.tensor(list(example[f"{side}_trained"])[1:])).sum())

@@ -27,6 +27,15 @@ def make_pairs(count: int, *, first: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def make_verdicts(count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    """The answers of such pairs one by one, with a verdict each."""
+    return [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in make_pairs(count, first=first)
+        for side in ("chosen", "rejected")
+    ]
+
+
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
@@ -57,7 +66,7 @@ def make_recipe(folder: Path, **sections: Any) -> Path:
         "output": "run",
     }
     for section, changes in sections.items():
-        values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+        values[section] = {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
     return recipe

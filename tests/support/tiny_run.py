@@ -35,7 +35,7 @@ from lorafit.trainer.ranks import OverRanks
 from lorafit.trainer.step import Update
 from tests.support.tiny_model import tiny_llama
 
-CAUSAL_LM = tasks.make("causal-lm")
+CAUSAL_LM, KTO = tasks.make("causal-lm"), tasks.make("kto", beta=0.3, undesirable_weight=1.3)
 
 VOCABULARY = 97
 PAD = 0
@@ -58,6 +58,29 @@ class Rows:
 
     def __getitem__(self, index: int) -> Example:
         return Example(index, {"tokens": self.ids[index], "trained": self.trained[index]}, "rows.jsonl", index + 1)
+
+
+class VerdictRows(Rows):
+    """The same rows as answers with verdicts, each beside its neighbour's answer, and with a made up reference."""
+
+    def __init__(self, count: int, seed: int = 1) -> None:
+        super().__init__(count, seed)
+        self.pairs = [self._pair(row) for row in range(count)]
+        self.lengths = [
+            KTO.row_tokens(max(len(pair["answer_tokens"]), len(pair["mismatched_tokens"]))) for pair in self.pairs
+        ]
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(index, self.pairs[index], "rows.jsonl", index + 1)
+
+    def _pair(self, row: int) -> dict[str, Any]:
+        columns: dict[str, Any] = {"desirable": [row % 3 != 0]}
+        asked = self.ids[row][: len(self.ids[row]) // 2]
+        for side, number in (("answer", row), ("mismatched", row - 1)):
+            answer = self.ids[number][len(self.ids[number]) // 2 :]
+            columns |= {f"{side}_tokens": asked + answer, f"{side}_trained": [0] * len(asked) + [1] * len(answer)}
+        likely = -4.7 * np.array([sum(columns[f"{side}_trained"]) for side in KTO.sides])  # the model's own is -4.6
+        return {**columns, "reference": likely}
 
 
 @dataclass(frozen=True)
@@ -126,6 +149,7 @@ class Job:
     """One run: everything that a Trainer needs, with defaults; `trainer()` builds it."""
 
     root: Path
+    task: Any = CAUSAL_LM
     dropout: float = 0.0
     seed: int = 0
     rows: Rows = field(default_factory=lambda: Rows(44))
@@ -148,7 +172,7 @@ class Job:
     def trainer(self) -> Trainer:
         self.reporter = Silent()
         self.model = tiny_model(dropout=self.dropout, seed=self.seed, quantized=self.quantized)
-        self.objective = CAUSAL_LM.build_objective(self.model, autocast_dtype=self.autocast_dtype)
+        self.objective = self.task.build_objective(self.model, autocast_dtype=self.autocast_dtype)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         kind = optimizers.make(self.optimizer["kind"], **self.optimizer)
         optimizer = kind.build(parameters, self.learning_rate, torch.device("cpu"))
@@ -180,7 +204,7 @@ class Job:
             executor,
             update,
             StepRows(self.rows, self.seed, self.batch_size),
-            Cutter(self.rows, CAUSAL_LM, PAD, self.packing, ranks=executor.ranks),
+            Cutter(self.rows, self.task, PAD, self.packing, ranks=executor.ranks),
             self.plan,
             self.store,
             Snapshot(update, save_adapter(self.model), load_adapter(self.model), resolved, environment),

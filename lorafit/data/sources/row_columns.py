@@ -11,7 +11,7 @@ from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import DataError, MissingFieldError
 from lorafit.kinds.fields import listed, missing_field
 from lorafit.kinds.formats import Format, formats, required_fields
-from lorafit.kinds.tasks import Task, TaskSection, tasks
+from lorafit.kinds.tasks import Task, TaskSection
 
 Columns = Mapping[str, str]
 """`{ours: theirs}`: which of a source's columns holds a field of its format."""
@@ -20,7 +20,7 @@ Row = JsonMapping
 _ANSWER_MISSING = "a training row holds its answer; prompts are for generate --input"
 
 NO_PROMPT = "no prompt among the columns"
-_LABELS = ("label", "labels")
+_LABELS = "labels"
 _VERDICTS = ("true", "false")
 _TURNS = {"messages": "role", "conversations": "from"}
 """Fields that hold lists of turns, and the key that tells whose turns they are."""
@@ -56,12 +56,14 @@ def find_format(
     if prompts:
         asked = {name: required_fields(kind, prompts=True) for name, kind in kinds}
         kinds = [(name, kind) for name, kind in kinds if asked[name] and asked[name] <= row.keys()]
+    if wanted in dict(kinds) and required_fields(formats.get(wanted)) <= row.keys():  # its reader says what is wrong
+        return wanted
     whole = next((name for name, kind in kinds if kind.matches(row)), None)
     return whole or (kinds[0][0] if prompts and kinds else None)
 
 
 def check_task(row: Row, name: str, task: Task[TaskSection] | None) -> None:
-    """Refuses rows of another task, and of one that does not exist yet: what it learns would be lost.
+    """Refuses rows of another task: what they would teach it would be lost.
 
     Args:
         row: A row, named as the formats name them.
@@ -69,14 +71,12 @@ def check_task(row: Row, name: str, task: Task[TaskSection] | None) -> None:
         task: What is to learn it; None for any.
 
     Raises:
-        DataError: It is not of the task's format, or an answer with a verdict on it.
+        DataError: It is not of the task's format, or an answer with a verdict on it that is not read.
     """
     needs = None if task is None or task.row_format in (None, name) else _say_needs(task, row)
-    label = next((column for column in _LABELS if column in row), None)
-    if label is not None and name == "prompt_completion" and str(row[label]).lower() in _VERDICTS:
-        what = f"rows of prompt, completion and {label} (true, false) are for kto, which is no task yet"
-        todo = f"keep the rows whose {label} is true; format: prompt_completion learns all of them"
-        raise DataError(f"{what}; there is {', '.join(tasks.names())}", key=label, todo=needs or todo)
+    if name == "prompt_completion" and str(row.get(_LABELS)).lower() in _VERDICTS:
+        todo = f"set task: kto and columns: {{label: {_LABELS}}}; format: prompt_completion learns every answer"
+        raise DataError("says of each answer whether it is wanted, and is not read", key=_LABELS, todo=needs or todo)
     if needs is not None:
         raise DataError(f"rows of {name}, with the columns {listed(row)}", todo=needs)
 

@@ -14,8 +14,16 @@ from itertools import takewhile
 
 from lorafit.contracts import Message, Sample
 from lorafit.errors import DataError
-from lorafit.kinds.chat_fields import assistant_turn, read_tools, read_turns, user_turn
-from lorafit.kinds.fields import Row, missing_field, read_filled_string, read_must_contain, wrong_type
+from lorafit.kinds.chat_fields import (
+    assistant_turn,
+    is_chat,
+    read_side,
+    read_tools,
+    read_turns,
+    user_turn,
+    without_loss,
+)
+from lorafit.kinds.fields import Row, missing_field, read_filled_string, read_must_contain
 from lorafit.kinds.formats import Format, formats
 
 _ANSWERS = ("chosen", "rejected")
@@ -61,7 +69,7 @@ class Preference(Format):
         if row["chosen"] == row["rejected"]:
             raise DataError("is the same as chosen: there is nothing to prefer", key="rejected")
         whole = Sample(file, line, tools=read_tools(row), must_contain=read_must_contain(row))
-        if not any(map(_is_chat, (row.get("prompt"), row["chosen"], row["rejected"]))):
+        if not any(map(is_chat, (row.get("prompt"), row["chosen"], row["rejected"]))):
             if "prompt" not in row:
                 raise missing_field("prompt", row)
             whole = replace(whole, prompt=read_filled_string(row, "prompt"))
@@ -80,14 +88,9 @@ class Preference(Format):
         if "prompt" not in row:
             raise missing_field("prompt", row)
         whole = Sample(file, line, tools=read_tools(row), must_contain=read_must_contain(row))
-        if _is_chat(row["prompt"]):
+        if is_chat(row["prompt"]):
             return replace(whole, messages=read_turns(row, "prompt"))
         return replace(whole, prompt=read_filled_string(row, "prompt"))
-
-
-def _is_chat(value: object) -> bool:
-    """A list, or one that a table holds as text."""
-    return isinstance(value, list) or (isinstance(value, str) and value.startswith('[{"') and '"role"' in value)
 
 
 def _read_chats(row: Row) -> _Chats:
@@ -96,8 +99,8 @@ def _read_chats(row: Row) -> _Chats:
     Raises:
         DataError: A turn is none, or the chats differ where the prompt asks.
     """
-    named = _read_side(row, "prompt") if row.get("prompt") is not None else ()
-    chosen, rejected = (_read_side(row, name) for name in _ANSWERS)
+    named = read_side(row, "prompt", user_turn) if row.get("prompt") is not None else ()
+    chosen, rejected = (read_side(row, name, assistant_turn) for name in _ANSWERS)
     if chosen and rejected and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         asked, answers = named, (chosen, rejected)
     else:
@@ -112,14 +115,4 @@ def _read_chats(row: Row) -> _Chats:
         if not answer or answer[0]["role"] != "assistant":
             what = "has no answer of its own" if not answer else "differs from the other answer in what is asked"
             raise DataError(what, key=name, todo="both must answer the same turns, each with a turn of the assistant")
-    return _Chats(tuple({**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in asked), answers)
-
-
-def _read_side(row: Row, name: str) -> tuple[Message, ...]:
-    """The turns of one field; a string beside fields of turns is one turn."""
-    value = row[name]
-    if isinstance(value, str) and not _is_chat(value):
-        return ((user_turn if name == "prompt" else assistant_turn)(read_filled_string(row, name)),)
-    if not isinstance(value, list | str):
-        raise wrong_type(name, "string or list of turns", value)
-    return read_turns(row, name)
+    return _Chats(without_loss(asked), answers)

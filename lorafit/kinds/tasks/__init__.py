@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         JsonObject,
         Kept,
         LossSum,
+        PlacedSample,
         Reporter,
         ReportTable,
         Sample,
@@ -145,6 +146,9 @@ class Task(Kind[S_co]):
     """The one format of its training rows; None where it reads several."""
     sequences: ClassVar[int] = 1
     """Sequences of a row, which stay together in a micro-batch, padded to one length."""
+    pools: ClassVar[int] = 0
+    """How many sums over all rows of a step `pool` gives before the step's gradients; 0: no row's loss depends on the
+    others."""
     pads_to: ClassVar[int] = 1
     """The padded length of sequences is a multiple of it."""
     unread: ClassVar[Mapping[str, str]] = {"data.packing=True": "takes one row a sequence"}
@@ -169,6 +173,10 @@ class Task(Kind[S_co]):
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
         """What its prepared rows hold: of each sequence its tokens, then what has a value for each of them."""
+
+    def arrange(self, samples: Iterable[PlacedSample]) -> Iterable[PlacedSample]:
+        """The samples of a split, none left out and in their order, where one is made of several; a pure function."""
+        return samples
 
     @abstractmethod
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
@@ -261,9 +269,21 @@ class Task(Kind[S_co]):
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """The loss summed over a micro-batch, with a gradient."""
 
+    def pool(self, objective: Objective, batch: Batch) -> torch.Tensor:
+        """Sums over a micro-batch, fp64 [pools], without a gradient.
+
+        `sum_loss` finds those of its whole step, over all micro-batches and ranks, as `batch["pooled"]`, on which the
+        step's result then does not depend how it is cut; a batch without them is a step of its own.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Sums over each row of a micro-batch by name, [rows] or [rows, values]; `loss` and `weight` among them."""
+
+    def finish(self, scores: Mapping[str, NDArray[np.float64]]) -> Mapping[str, NDArray[np.float64]]:
+        """Scores of a whole set, [rows, values] by name, where a row's depend on the others; else as `score` gave."""
+        return scores
 
     def refer(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """The reference columns of a micro-batch, [rows] or [rows, width] each, of the model as it is at step 0.

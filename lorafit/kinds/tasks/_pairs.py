@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 SIDES = ("chosen", "rejected")
-_BETWEEN = -1
+BETWEEN = -1
 """Stands between prompt and answers where a row is hashed; no token has that id."""
+_UNREAD = {**Task.unread, "data.train_on=all": "learns from answers alone, and all would train prompts"}
 
 
 class PairTask(Task[S_co]):
@@ -33,10 +34,7 @@ class PairTask(Task[S_co]):
     sequences = 2
     during_metrics = ("loss", "reward_accuracy")
     final_metrics: ClassVar[tuple[str, ...]] = ("reward_accuracy", "reward_margin", "loss")
-    unread: ClassVar[Mapping[str, str]] = {
-        **Task.unread,
-        "data.train_on=all": "learns from answers alone, and all would train prompts",
-    }
+    unread: ClassVar[Mapping[str, str]] = _UNREAD
 
     @property
     def scores(self) -> Mapping[str, int]:
@@ -57,7 +55,7 @@ class PairTask(Task[S_co]):
             what = f"a row of one answer is not for task {self.section.kind}, which compares two"
             raise DataError(what, todo=todo)
         sides = render(sample), render(sample.rejected)
-        chosen, rejected = (_Answer.of(side) for side in sides)
+        chosen, rejected = (Answer.of(side) for side in sides)
         if chosen is None or rejected is None:
             return None
         is_cut = any(side is not None and side.is_cut for side in sides)
@@ -76,7 +74,7 @@ class PairTask(Task[S_co]):
             {column.name: found[column.name] for column in self.columns},
             tokens=max(len(chosen.input_ids), len(rejected.input_ids)),
             weight=1,
-            asked=[*chosen.prompt, _BETWEEN, *both[0], _BETWEEN, *both[1]],  # the other way round: a contradiction
+            asked=[*chosen.prompt, BETWEEN, *both[0], BETWEEN, *both[1]],  # the other way round: a contradiction
             answered=[int(chosen.answer == both[0])],
             trained_tokens=sum(chosen.trained) + sum(rejected.trained),
         )
@@ -95,39 +93,35 @@ class PairTask(Task[S_co]):
         return {name: values.double().cpu().numpy() for name, values in found.items()}
 
 
-class LikelihoodPairs(PairTask[S_co], NextTokenTask[S_co]):
-    """Pairs whose loss is a function of both answers' log-probabilities."""
+class TwoAnswers(NextTokenTask[S_co]):
+    """Rows of two sequences, a prompt with two answers: how they are stored, cut and collated."""
 
+    sides: ClassVar[tuple[str, str]] = SIDES
+    """What its columns call the two."""
+    sequences = 2
     # A CPU's bf16 products over attention's keys round the last few, which fill no block of 16, otherwise. With none
-    # such, a pair has the same log-probabilities in every micro-batch, to the last bit.
+    # such, a sequence has the same log-probabilities in every micro-batch, to the last bit.
     pads_to = 16
+    unread: ClassVar[Mapping[str, str]] = _UNREAD
 
     @property
     def columns(self) -> tuple[Column, ...]:
         """Of each side token ids, and 0/1 for each: whether it is of the answer."""
         return tuple(
             column
-            for side in SIDES
+            for side in self.sides
             for column in (Column(f"{side}_tokens", "<i4", holds_tokens=True), Column(f"{side}_trained", "|u1"))
         )
 
-    @abstractmethod
-    def compare(self, log_probs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each pair's loss and by how much the chosen answer's reward is the larger one, fp64 [pairs] each.
-
-        Args:
-            log_probs: Of both answers in nats, sums over their tokens, fp64 [pairs, 2].
-        """
-
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-        """Chosen sides, then rejected ones, padded to one length, a multiple of `pads_to`."""
+        """First sides, then second ones, padded to one length, a multiple of `pads_to`."""
         import numpy as np
         import torch
 
         from lorafit.objective.next_token import label_tokens
 
         pairs = [row[0] for row in rows]
-        sides = [(pair[f"{side}_tokens"], pair[f"{side}_trained"]) for side in SIDES for pair in pairs]
+        sides = [(pair[f"{side}_tokens"], pair[f"{side}_trained"]) for side in self.sides for pair in pairs]
         tensors = label_tokens([[side] for side in sides], pad_id, self.pads_to)
         for column in self.reference_columns:
             if column.name in pairs[0].columns:
@@ -150,19 +144,37 @@ class LikelihoodPairs(PairTask[S_co], NextTokenTask[S_co]):
         """Both sides, and which of their tokens carry loss."""
         return tuple(
             ShownSequence([*map(int, example[f"{side}_tokens"])], [*map(int, example[f"{side}_trained"])], side)
-            for side in SIDES
+            for side in self.sides
         )
 
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """Each side up to its last trained token, and of that the last half of `most_tokens`, at least 2."""
         columns = dict(example.columns)
-        for side in SIDES:
+        for side in self.sides:
             flags = [bool(flag) for flag in example[f"{side}_trained"]]
             end = len(flags) - flags[::-1].index(True) if any(flags) else len(flags)
             kept = slice(max(0, end - max(2, most_tokens // 2)), end)
             for name in (f"{side}_tokens", f"{side}_trained"):
                 columns[name] = columns[name][kept]
         return replace(example, columns=columns)
+
+    def probed_loss(self, objective: Objective, batch: Batch) -> float:
+        """Minus the log-probabilities of the labels, which need no reference."""
+        from lorafit.objective.next_token import score_labels
+
+        return float(score_labels(objective, batch)[0].double().sum())
+
+
+class LikelihoodPairs(PairTask[S_co], TwoAnswers[S_co]):
+    """Pairs whose loss is a function of both answers' log-probabilities."""
+
+    @abstractmethod
+    def compare(self, log_probs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each pair's loss and by how much the chosen answer's reward is the larger one, fp64 [pairs] each.
+
+        Args:
+            log_probs: Of both answers in nats, sums over their tokens, fp64 [pairs, 2].
+        """
 
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """The loss summed over pairs."""
@@ -175,12 +187,6 @@ class LikelihoodPairs(PairTask[S_co], NextTokenTask[S_co]):
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
         """Of each pair: loss, 1, which answer has more reward, and by how much, [pairs]."""
         return self.scored(*self.compare(self.log_probs(objective, batch), batch))
-
-    def probed_loss(self, objective: Objective, batch: Batch) -> float:
-        """Minus the log-probabilities of both answers, which need no reference."""
-        from lorafit.objective.next_token import score_labels
-
-        return float(score_labels(objective, batch)[0].double().sum())
 
     def log_probs(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """Of both answers in nats, sums over their tokens, fp64 [pairs, 2]; without a gradient."""
@@ -196,18 +202,22 @@ def answer_lengths(batch: Batch) -> torch.Tensor:
     return _per_pair(-torch.ones_like(batch["label_ids"], dtype=torch.float64), batch)
 
 
-def _per_pair(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Minus the sums of the labels' losses over each side of each pair, fp64 [pairs, 2]."""
+def sum_by_sequence(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Minus the sums of the labels' losses over each sequence, fp64 [sequences]: log-probabilities of its answer."""
     import torch
 
     sequences, width = batch["input_ids"].shape
     owners = batch["label_index"] // width
-    sums = torch.zeros(sequences, dtype=torch.float64, device=losses.device).index_add(0, owners, losses.double())
-    return -sums.view(2, -1).T
+    return -torch.zeros(sequences, dtype=torch.float64, device=losses.device).index_add(0, owners, losses.double())
+
+
+def _per_pair(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The same over each side of each pair, fp64 [pairs, 2]."""
+    return sum_by_sequence(losses, batch).view(2, -1).T
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
     """One side of a pair.
 
     Attributes:
@@ -221,7 +231,7 @@ class _Answer:
     flags: list[bool]
 
     @classmethod
-    def of(cls, encoded: Encoded | None) -> _Answer | None:
+    def of(cls, encoded: Encoded | None) -> Answer | None:
         """A rendered side; None where nothing of it is trained."""
         if encoded is None or not any(encoded.trained):
             return None

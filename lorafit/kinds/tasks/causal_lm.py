@@ -48,6 +48,9 @@ class CausalLm(NextTokenTask[CausalLmSection]):
 
         The last stretch of trained tokens is the answer; a first token alone before it asks nothing.
         """
+        if sample.labels is not None and (sample.messages or sample.completion) is not None:
+            todo = "set task: kto, or keep rows whose label is true; format: prompt_completion learns every answer"
+            raise DataError("an answer with a verdict is not for task causal-lm", todo=todo)
         if sample.labels is not None:
             todo = "set the task that learns it; format: text learns the text alone"
             raise DataError("a row that is classified is not for task causal-lm", todo=todo)

@@ -39,9 +39,10 @@ class DpoSection(TaskSection):
     beta: float = Field(default=0.1, gt=0.0, le=100.0)
     """What a change of an answer's log-probability, in nats, counts in the loss: a larger one is content with smaller
     changes, and so keeps the model nearer to the reference."""
-    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "hinge", "ipo", "ipo_sum"] = "sigmoid"
     """`sigmoid`: DPO; `hinge`: SLiC, no loss once beta times the margin is above 1; `ipo`: the squared distance of the
-    margin, there of means over an answer's tokens, from 1 / (2 beta)."""
+    margin, there of means over an answer's tokens, from 1 / (2 beta); `ipo_sum`: of the margin itself, as the paper
+    prints it."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
     """Share of pairs that are taken to be the wrong way round, which the loss is corrected for; of `sigmoid` alone."""
     sft_weight: float = Field(default=0.0, ge=0.0, le=100.0)
@@ -60,6 +61,19 @@ class Dpo(LikelihoodPairs[DpoSection]):
     """An answer's reward is beta times what it gained over the reference."""
 
     reference_columns = (Column("reference", "<f8", 2),)
+    final_metrics = (*LikelihoodPairs.final_metrics, "ref_log_ratio")
+
+    @property
+    def scores(self) -> Mapping[str, int]:
+        """What pairs score; of both answers what they gained over the reference in nats, and their tokens."""
+        return {**super().scores, "log_ratio": 1, "answer_tokens": 1}
+
+    def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
+        """Of each pair what `scores` names, [pairs]."""
+        log_probs = self.log_probs(objective, batch)
+        found = {"log_ratio": log_probs - batch["reference"], "answer_tokens": answer_lengths(batch)}
+        sums = {name: values.sum(-1).cpu().numpy() for name, values in found.items()}
+        return {**self.scored(*self.compare(log_probs, batch)), **sums}
 
     def tie(self) -> float:
         return _TIE_NATS * self.section.beta
@@ -85,9 +99,9 @@ class Dpo(LikelihoodPairs[DpoSection]):
     def _losses(self, ratios: torch.Tensor, margins: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The preference's own loss.
 
-        Source of `hinge`: Zhao et al. 2023, SLiC-HF (https://arxiv.org/abs/2305.10425); of `ipo`: Azar et al. 2023
-        (https://arxiv.org/abs/2310.12036), equation 17, its log-ratios divided by the answers' lengths as its authors
-        computed it; of `label_smoothing`: Chowdhury et al. 2024, Provably Robust DPO (https://arxiv.org/abs/2403.00409),
+        Source of `hinge`: Zhao et al. 2023, SLiC-HF (https://arxiv.org/abs/2305.10425); of `ipo_sum`: Azar et al. 2023
+        (https://arxiv.org/abs/2310.12036), equation 17; of `ipo`: the same, its log-ratios divided by the answers'
+        lengths, as its authors computed it; of `label_smoothing`: Chowdhury et al. 2024, Provably Robust DPO (https://arxiv.org/abs/2403.00409),
         equation 12.
         """
         import torch
@@ -96,9 +110,9 @@ class Dpo(LikelihoodPairs[DpoSection]):
         section = self.section
         if section.loss == "hinge":
             return torch.relu(1.0 - margins)
-        if section.loss == "ipo":
-            means = ratios / answer_lengths(batch)
-            return (means[:, 0] - means[:, 1] - 0.5 / section.beta).square()
+        if section.loss in ("ipo", "ipo_sum"):
+            ratios = ratios / answer_lengths(batch) if section.loss == "ipo" else ratios
+            return (ratios[:, 0] - ratios[:, 1] - 0.5 / section.beta).square()
         flipped = section.label_smoothing
         right, wrong = functional.logsigmoid(margins), functional.logsigmoid(-margins)
         return (flipped * wrong - (1.0 - flipped) * right) / (1.0 - 2.0 * flipped)

@@ -76,7 +76,7 @@ def test_a_bad_row_is_named(
     name: str, kind: str, row: Row, key: str, told: bool, tmp_path: Path, prepare_rows: Callable[..., Prepared]
 ) -> None:
     good = BAD_ROWS[name].good
-    write_jsonl(tmp_path / "d.jsonl", [good, good, row, good])
+    write_jsonl(tmp_path / "d.jsonl", [good, {**good, **BAD_ROWS[name].other}, row, good])
     source = {"path": "d.jsonl", **({"format": name} if told else {})}
     with pytest.raises(DataError) as caught:
         prepare_rows(train=[source], task=make_task(name, kind))

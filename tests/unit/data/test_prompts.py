@@ -155,6 +155,7 @@ def test_every_format_says_what_asks() -> None:
         "text": [],
         "text_label": ["label", "text"],
         "text_score": ["score", "text"],
+        "unpaired_preference": ["label", "prompt"],
     }
 
 

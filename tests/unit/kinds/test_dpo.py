@@ -43,7 +43,9 @@ def plain_loss(section: Any, example: Example, ratios: torch.Tensor) -> torch.Te
     beta, margin = section.beta, section.beta * (ratios[0] - ratios[1])
     if section.loss == "hinge":
         return (1 - margin).clamp(min=0)
-    if section.loss == "ipo":
+    if section.loss == "ipo_sum":  # Azar et al. equation 17, h - 1 / (2 tau), of whole answers
+        return (ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2
+    if section.loss == "ipo":  # the same of means over tokens
         chosen, rejected = (sum(example[f"{side}_trained"]) for side in SIDES)
         return (ratios[0] / chosen - ratios[1] / rejected - 1 / (2 * beta)) ** 2
     clean, flipped, rate = -functional.logsigmoid(margin), -functional.logsigmoid(-margin), section.label_smoothing
@@ -53,7 +55,10 @@ def plain_loss(section: Any, example: Example, ratios: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"beta": 2.5}, {"label_smoothing": 0.2}, {"loss": "hinge", "beta": 1.0}, {"loss": "ipo"}, {"sft_weight": 0.7}],
+    [
+        *({}, {"beta": 2.5}, {"label_smoothing": 0.2}, {"sft_weight": 0.7}),
+        *({"loss": "hinge", "beta": 1.0}, {"loss": "ipo"}, {"loss": "ipo_sum"}),
+    ],
     ids=str,
 )
 def test_loss_and_gradient_are_those_of_the_formula(options: dict[str, Any], exact: bool) -> None:
@@ -81,6 +86,9 @@ def test_loss_and_gradient_are_those_of_the_formula(options: dict[str, Any], exa
     assert np.allclose(scores["loss"], wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
     assert np.allclose(scores["margin"], options.get("beta", 0.1) * margins, rtol=1e-3, atol=1e-4)
     assert scores["preferred"].tolist() == (margins > 0).tolist()
+    gained = torch.stack(ratios).sum(-1).detach().numpy()
+    assert np.allclose(scores["log_ratio"], gained, rtol=1e-3, atol=1e-4)
+    assert scores["answer_tokens"].tolist() == [sum(sum(one[f"{side}_trained"]) for side in SIDES) for one in examples]
 
 
 @pytest.mark.parametrize("start", ["fresh", "trained"])
@@ -231,6 +239,7 @@ def test_the_reference_is_kept_by_base_first_adapter_rows_and_precision(
 
 def test_rewards_are_counted() -> None:
     rows = [RowScore({"weight": (1.0,), "preferred": (share,), "margin": (3.0 * share,)}) for share in (1.0, 0.5, 0.0)]
-    for name, wanted in (("reward_accuracy", 0.5), ("reward_margin", 1.5)):
+    rows = [replace(row, sums={**row.sums, "log_ratio": (-2.0,), "answer_tokens": (4.0,)}) for row in rows]
+    for name, wanted in (("reward_accuracy", 0.5), ("reward_margin", 1.5), ("ref_log_ratio", -0.5)):
         metric = metrics.get(name)
         assert metric.values(np.sum(metric.row_sums(rows), axis=0).tolist()) == {name: wanted}

@@ -24,10 +24,12 @@ def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, .
     classes["confidence"] = (0.9,)
     pairs = {"preferred": (correct * tokens,), "margin": (correct,)}
     words = {"right_words": (correct,), "entities": (correct, tokens, tokens + 1.0), "entity_types": (1.0,)}
+    verdicts = {"reward": (correct,), "desirable": (1.0,), "mismatched": (1.0 - correct,)}
+    ratios = {"log_ratio": (1.0 - correct,), "answer_tokens": (tokens,)}
     counts = {"loss": (loss,), "weight": (tokens,), "tokens": (tokens,), "correct": (correct,)}
     numbers = {"squared_error": (loss,), "absolute_error": (loss,)}
     numbers |= {"predicted_numbers": (loss,), "right_numbers": (correct,)}
-    return {**counts, **classes, **pairs, **words, **numbers}
+    return {**counts, **classes, **pairs, **words, **numbers, **verdicts, **ratios}
 
 
 TEXTS = [  # answer, reference

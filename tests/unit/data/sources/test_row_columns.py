@@ -68,6 +68,8 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ("dpo", {"q": "q", "yes": "a", "no": "b"}, "{prompt: THEIRS, chosen: THEIRS, rejected: THEIRS}"),
         ("dpo", {"question": "q", "answer": "a"}, "{prompt: question, chosen: THEIRS, rejected: THEIRS}"),
         ("dpo", {"prompt": "q", "completion": "a", "label": True}, "{chosen: THEIRS, rejected: THEIRS}"),
+        ("kto", {"prompt": "q", "answer": "a", "liked": True}, "{completion: answer, label: liked}"),
+        ("kto", {"prompt": "q", "completion": "a", "labels": True}, "{label: labels}"),
         ("sequence-classification", {"review": "a", "stars": 3}, "{text: review, label: THEIRS}"),
         ("sequence-classification", {"text": "a", "class": "x"}, "{label: class}"),
     ],
@@ -75,7 +77,7 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 def test_rows_of_another_form_are_told_the_columns_of_their_task(
     tmp_path: Path, task: str, row: dict[str, Any], needs: str
 ) -> None:
-    fields = "prompt, chosen, rejected" if task == "dpo" else "text, label"
+    fields = {"dpo": "prompt, chosen, rejected", "kto": "prompt, completion, label"}.get(task, "text, label")
     said = refusal(tmp_path, row, task=task)
     assert said.endswith(f"task {task} needs {fields}: columns: {needs}") and "prompt_completion learns" not in said
     assert read(tmp_path, {"question": "q", "answer": "a", **PAIR}, task="dpo").rejected is not None
@@ -94,11 +96,7 @@ def test_verbatim_text_is_proposed_beside_the_chat(tmp_path: Path, row: dict[str
     [
         ({"sentence": "a", "label": "x"}, ["likely text_label", "columns: {text: sentence}"]),
         ({"review": "a", "sentiment": "x"}, ["likely text_label", "columns: {text: review, label: sentiment}"]),
-        (
-            {"prompt": "q", "completion": "a", "label": True},
-            ["kto", "no task yet", "keep the rows whose label is true"],
-        ),
-        ({"prompt": "q", "completion": "a", "label": "False"}, ["kto", "no task yet", "format: prompt_completion"]),
+        ({"prompt": "q", "completion": "a", "labels": "False"}, ["kto", "{label: labels}", "prompt_completion learns"]),
         ({"question": "q"}, ["missing field 'answer' of question_answer", "generate --input"]),
         ({"title": "t", "body": "b"}, ["likely text, verbatim text: columns: {text: body}"]),
         ({"a": 1, "b": 2}, ["columns a, b", "{question: THEIRS, answer: THEIRS}", "{text: THEIRS}"]),

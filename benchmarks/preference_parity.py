@@ -1,6 +1,6 @@
 """lorafit's DPO against TRL's DPOTrainer on the same pairs, and what the reference costs and is worth.
 
-    python benchmarks/dpo_parity.py MODEL PAIRS.jsonl HELD_OUT.jsonl [--batch 8] [--steps 10] [--tune-steps 20]
+    python benchmarks/preference_parity.py MODEL PAIRS.jsonl HELD_OUT.jsonl [--batch 8] [--steps 10] [--tune-steps 20]
         [--loss sigmoid|hinge|ipo] [--label-smoothing 0.1] [--sft-weight 0.5] [--parts parity,step-0,held-out]
 
 MODEL is what `model.base` takes; both files hold prompt, chosen and rejected. TRL (`pip install trl`) starts from
