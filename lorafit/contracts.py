@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
+from lorafit.pictures import Picture, PlacedPicture
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
@@ -47,6 +49,7 @@ class Sample:
         rejected: The same prompt with the answer that is not wanted, where the row compares two.
         is_apart: Whether prompt and completion are two texts, one for an encoder and one for a decoder.
         mismatched: The same prompt with an answer to another one, where the task reads such (`Task.arrange`).
+        pictures: Its images, in the order of the parts of `messages` that stand for them.
     """
 
     file: str
@@ -64,6 +67,7 @@ class Sample:
     rejected: Sample | None = None
     is_apart: bool = False
     mismatched: Sample | None = None
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def is_labelled(self) -> bool:
@@ -88,6 +92,8 @@ class Encoded:
         is_cut: Whether it is what was left of a longer text.
         types: Token type of each, where the tokenizer tells two texts apart by them; else empty.
         cuts: Numbers of tokens that stand before something that was left out.
+        pictures: Its images, in order.
+        images: Where they stand, from a first token to behind the last, before anybody looked at them.
     """
 
     input_ids: list[int]
@@ -95,6 +101,8 @@ class Encoded:
     is_cut: bool = False
     types: Sequence[int] = ()
     cuts: tuple[int, ...] = ()
+    pictures: tuple[PlacedPicture, ...] = ()
+    images: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,8 @@ class Column:
         may_be_empty: Whether a row may have no values in it, where all would be 0.
         is_bounded: Whether values beyond `data.max_length` are left out, whatever `overlength` says: of a sequence
             beside the row's own, which shall not decide what becomes of the row.
+        of_tokens: Whether a row without a `width` has a value for each of its tokens.
+        says_where: Whether it says where something lies on this machine, which is no part of what the rows are.
     """
 
     name: str
@@ -117,6 +127,8 @@ class Column:
     holds_tokens: bool = False
     may_be_empty: bool = False
     is_bounded: bool = False
+    of_tokens: bool = True
+    says_where: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +182,7 @@ class ShownSequence:
         name: What tells it from the row's other sequences; empty where there is one.
         label: What is learnt of the sequence as a whole; empty where tokens are.
         cuts: Numbers of tokens that stand before something that was left out, where the row knows.
+        pictures: Its images.
     """
 
     input_ids: list[int]
@@ -177,6 +190,7 @@ class ShownSequence:
     name: str = ""
     label: str = ""
     cuts: tuple[int, ...] = ()
+    pictures: tuple[PlacedPicture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +228,7 @@ class GenerationRow:
         must_contain: Strings that a right answer holds.
         calls: Names of the tools that the answer calls, in order, where the row holds calls apart from its text.
         is_inner: Whether it is a turn before the row's last answer: the last one that calls tools.
+        pictures: The prompt's images.
     """
 
     prompt_ids: list[int]
@@ -224,6 +239,7 @@ class GenerationRow:
     line: int
     calls: tuple[str, ...] = ()
     is_inner: bool = False
+    pictures: tuple[PlacedPicture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +253,7 @@ class Batch:
         tokens: Real tokens, padding apart.
         trained_tokens: Those that carry loss; None where that is the weight.
         longest_document: Tokens of the longest one of a packed row, where the batch is one row.
+        attached: Names of the tensors that the model's forward takes beside token ids, such as pixels.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -245,6 +262,7 @@ class Batch:
     tokens: int
     trained_tokens: int | None = None
     longest_document: int | None = None
+    attached: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]

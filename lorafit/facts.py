@@ -31,7 +31,7 @@ class ModelClass:
     @property
     def generates(self) -> bool:
         """Whether its models write text token by token."""
-        return self.auto_class in ("AutoModelForCausalLM", SEQ2SEQ_CLASS)
+        return self.auto_class in ("AutoModelForCausalLM", "AutoModelForImageTextToText", SEQ2SEQ_CLASS)
 
     def padded_with(self, pad_id: int) -> ModelClass:
         """The same, told what fills up rows, where it has a head of its own: some find the end of a row by that."""

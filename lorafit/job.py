@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafit.contracts import Examples
+    from lorafit.data.pictures import ProcessorPictures
     from lorafit.data.prepare import Prepared, Renderer
     from lorafit.facts import DeviceFacts, ModelShape
     from lorafit.model.base import Base
@@ -130,10 +131,11 @@ class Job:
 
     def companions(self, card: RunCard) -> Companions:
         """What every adapter of the run gets beside its weights."""
-        from lorafit.model.tokenizer_files import Companions, TokenizerFolder
+        from lorafit.model.tokenizer_files import PROCESSOR_PATTERNS, Companions, TokenizerFolder
 
         beside = TokenizerFolder(self.base.path, follows_links=True)
-        return Companions(beside, card.shipped_templates, card.generation, type(self.tokenizer).__name__)
+        processor = beside.files(PROCESSOR_PATTERNS) if self.task.reads_pictures else ()
+        return Companions(beside, card.shipped_templates, card.generation, type(self.tokenizer).__name__, processor)
 
     def facts(self) -> JsonObject:
         """What the run is made of, and what a resume must find again."""
@@ -186,11 +188,26 @@ def open_job(
     model = recipe.model if commit is None else recipe.model.model_copy(update={"revision": commit})
     with placed(loaded):
         base = resolve_base(model, loaded.folder, reporter).known_as(revision=recipe.model.revision)
-    find_shape(base.config, tasks.bind(recipe.task).model_class)  # a config of no model is told before all else
-    tokenizer = load_tokenizer(base)
-    renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now, tasks.bind(recipe.task).two_texts)
+    task = tasks.bind(recipe.task)
+    find_shape(base.config, task.model_class)  # a config of no model is told before all else
+    pictures = open_pictures(base) if task.reads_pictures else None
+    tokenizer = load_tokenizer(base) if pictures is None else pictures.tokenizer
+    renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now, task.two_texts, pictures)
     rows, shape = prepare_rows(loaded, renderer, base.config, reporter, glance=glance)
     return Job(loaded, base, shape, tokenizer, renderer, rows, device)
+
+
+def open_pictures(base: Base, folder: Path | None = None) -> ProcessorPictures:
+    """What looks at images and makes tensors of them, by the processor of a base, or that in another folder.
+
+    Raises:
+        ModelError: It cannot be read, or writes no token for an image.
+    """
+    from lorafit.data.pictures import ProcessorPictures
+    from lorafit.files.cache import cache_folder
+    from lorafit.model.processor import load_processor
+
+    return ProcessorPictures(load_processor(base, folder), cache_folder() / "images")
 
 
 def prepare_rows(
@@ -221,12 +238,13 @@ def prepare_rows(
     from lorafit.model.class_shape import find_shape
 
     recipe = loaded.recipe
+    task = tasks.bind(recipe.task)
     with placed(loaded):
         rows = prepare(
             recipe.data,
             folder=loaded.folder,
             renderer=renderer,
-            task=tasks.bind(recipe.task),
+            task=task if renderer.pictures is None else task.seeing(renderer.pictures),
             seed=recipe.seed,
             cache_dir=cache_folder() / "data",
             reporter=reporter,

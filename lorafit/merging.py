@@ -74,6 +74,7 @@ class _Comparison:
         if card.attention == "flash_attention_2":  # knows no fp32, and no CPU
             card = card.model_copy(update={"attention": "sdpa"})
         task, tuned = tasks.bind(card.task), replace(self._tuned, card=card)
+        task = task if tuned.pictures is None else task.seeing(tuned.pictures)
         adapted = task.build_objective(tuned.load(tuned.tokenizer(), reporter, device).model)
         merged = task.build_objective(open_plain_model(merged_folder, reporter, device).load().model)
         return compare_merge(adapted, merged, self._rows, card.pad_id, reporter)
@@ -174,7 +175,7 @@ def _read_columns(row: JsonMapping, columns: Sequence[Column]) -> dict[str, list
         tokens = len(values) if column.holds_tokens else tokens
         if not all(isinstance(value, int | float) for value in values):
             raise ValueError("no number")
-        if column.width is None and len(values) != tokens:
+        if column.width is None and column.of_tokens and len(values) != tokens:
             raise ValueError("not a value a token")
     return found
 

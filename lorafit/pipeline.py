@@ -335,13 +335,16 @@ def generate(
         raise UsageError("a model folder has no base beside it", key="--compare-base", todo="name a run folder")
     answerer = open_answerer(run, checkpoint, base_model, reporter)
     voice = answerer.voice
-    prompt_ids = [voice.prompt_ids(each) for each in prompts]  # a prompt that cannot be asked is told before a load
+    asked = [voice.ask(each) for each in prompts]  # a prompt that cannot be asked is told before a load
     engine = answerer.load()
-    engine.check_prompts(prompt_ids)
+    engine.check_prompts([each.input_ids for each in asked])
     sampling = Sampling(**search)
 
     def answer(adapter: str | None, what: str) -> list[Answer]:
-        requests = [Request(ids, adapter, sampling, voice.stop_ids, row) for row, ids in enumerate(prompt_ids)]
+        requests = [
+            Request(each.input_ids, adapter, sampling, voice.stop_ids, row, each.pictures)
+            for row, each in enumerate(asked)
+        ]
         return engine.answer(requests, reporter=reporter, what=what)
 
     tuned = answer(answerer.adapter, "answers")

@@ -344,7 +344,8 @@ class Training:
     def _questions(self, executor: Executor) -> Questions | None:
         """What is answered at each evaluation while training."""
         job, evaluation = self.job, self.job.recipe.evaluation
-        engine = Engine(executor.objective.model, job.tokenizer, autocast_dtype=executor.objective.autocast_dtype)
+        objective, reader = executor.objective, job.renderer.pictures
+        engine = Engine(objective.model, job.tokenizer, autocast_dtype=objective.autocast_dtype, reader=reader)
         begin_as(engine.model, {} if job.renderer.apart is None else job.renderer.apart.begins)
         rows = job.rows.generation_rows("validation", self.plan.answered_rows) if self.plan.answered_rows else []
         return ask_during(engine, rows, evaluation.during, Sampling.of_recipe(evaluation), job.stop_ids())

@@ -55,6 +55,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
         "run.prelude",
     },
     {"contracts"},
+    {"pictures"},
 )
 LIGHT = {"__main__", "cli", *(room for floor in FLOORS[FLOORS.index({"estimation"}) :] for room in floor)}
 LIGHT -= {"ops", "objective", "console.live_line"}

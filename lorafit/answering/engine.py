@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+    from lorafit.pictures import PictureReader
+
 
 class Engine:
     """A loaded causal model that answers requests, each with one of its adapters or with none.
@@ -42,6 +44,7 @@ class Engine:
         autocast_dtype: Compute in it; None: as the weights are.
         base: The base on this disk, which further adapters must have been trained on; not compared where None.
         quantization: The kind in which it is loaded, which theirs must be; not compared where None.
+        reader: Makes tensors of prompts' images; None for a model of text alone.
     """
 
     def __init__(
@@ -52,12 +55,14 @@ class Engine:
         autocast_dtype: torch.dtype | None = None,
         base: Base | None = None,
         quantization: str | None = None,
+        reader: PictureReader | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.autocast_dtype = autocast_dtype
         self._base = base
         self._quantization = quantization
+        self._reader = reader
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -198,7 +203,13 @@ class Engine:
         """Answers of requests for the same adapter, with the same sampling and stop tokens."""
         with evaluating(self.model), self.using(requests[0].adapter), self.autocast():
             return generate_answers(
-                self.model, self.tokenizer, requests, reporter=reporter or Silent(), what=what, streamer=streamer
+                self.model,
+                self.tokenizer,
+                requests,
+                reporter=reporter or Silent(),
+                what=what,
+                streamer=streamer,
+                reader=self._reader,
             )
 
     def autocast(self) -> torch.autocast:

@@ -21,14 +21,16 @@ import torch
 
 from lorafit.answering.plain_generation import head_sees_last, plain_generation, room_of
 from lorafit.answering.sampling import GREEDY, Sampling, build_processors
-from lorafit.contracts import JsonObject, Reporter
-from lorafit.errors import ModelError, ResourceError
+from lorafit.contracts import GenerationRow, JsonObject, Reporter
+from lorafit.errors import ModelError, ResourceError, UsageError
 from lorafit.ops.process_memory import is_out_of_memory, run_or_halve
 from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
+
+    from lorafit.pictures import PictureReader, PlacedPicture
 
 _BATCH_TOKENS = 16_384
 """Bound of rows x (prompt + new tokens) in one batch: 2 GiB of keys and values for Llama-3.1-8B in bf16."""
@@ -48,6 +50,7 @@ class Request:
         stop_ids: Tokens that end the answer, beside the model's own.
         row: Number that, with the seed, decides the noise of sampled tokens: a request draws the same alone and in any
             batch.
+        pictures: The prompt's images.
     """
 
     prompt_ids: Sequence[int]
@@ -55,6 +58,12 @@ class Request:
     sampling: Sampling = GREEDY
     stop_ids: tuple[int, ...] = ()
     row: int = 0
+    pictures: tuple[PlacedPicture, ...] = ()
+
+    @classmethod
+    def of_row(cls, row: GenerationRow, adapter: str | None, sampling: Sampling, stop_ids: Sequence[int]) -> Request:
+        """Of a held-out row."""
+        return cls(row.prompt_ids, adapter, sampling, tuple(stop_ids), pictures=row.pictures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,7 @@ def generate_answers(
     reporter: Reporter,
     what: str = "answers",
     streamer: BaseStreamer | None = None,
+    reader: PictureReader | None = None,
 ) -> list[Answer]:
     """Answers in the requests' order. Leaves the model's mode, configuration and the random numbers to the caller.
 
@@ -97,12 +107,17 @@ def generate_answers(
         reporter: Gets a bar and warnings.
         what: Name of the bar.
         streamer: transformers' own, of one request: gets the prompt, and each token as it is written.
+        reader: Makes tensors of the requests' images; None where they have none.
 
     Raises:
+        UsageError: Beams for prompts with images, which transformers would give to other rows.
         ResourceError: Not even one row fits into memory.
     """
     sampling, stops = requests[0].sampling, find_stop_ids(model, tokenizer, requests[0].stop_ids)
     begins_with, longest = count_virtual_tokens(model), sampling.max_new_tokens
+    if sampling.num_beams > 1 and any(request.pictures for request in requests):
+        todo = "search with one beam"
+        raise UsageError("no beams are searched for prompts with images", key="num_beams", todo=todo)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else stops[0] if stops else 0
     prompts = [
         list(request.prompt_ids) or [int(first)] for request in requests
@@ -111,14 +126,15 @@ def generate_answers(
     answers: list[Answer | None] = [None if room > 0 else Answer("", 0, 0.0, "no_room") for room in rooms]
     if full := sum(room <= 0 for room in rooms):
         reporter.warn(f"{full} of {len(prompts)} prompts fill the model's positions and got no answer")
-    writer, lengths = _Writer(model, tokenizer, stops, sampling, streamer), [len(prompt) for prompt in prompts]
+    writer, lengths = _Writer(model, tokenizer, stops, sampling, streamer, reader), [len(prompt) for prompt in prompts]
     tokens, rows = _BATCH_TOKENS // sampling.num_beams, max(1, batch_rows // sampling.num_beams)
     waiting = cut_prompts(lengths, rooms, batch_tokens=tokens, batch_rows=rows, pads=begins_with == 0)
     whole = reporter.track(sum(map(len, waiting)), what)
 
     def write(places: Sequence[int]) -> list[Answer]:
         rows = [requests[place].row for place in places]
-        return writer.write(rows, [prompts[place] for place in places], rooms[places[0]])
+        pictures = [requests[place].pictures for place in places]
+        return writer.write(rows, [prompts[place] for place in places], rooms[places[0]], pictures)
 
     with torch.no_grad(), plain_generation(model, stops), head_sees_last(model), whole as bar:
         try:
@@ -202,22 +218,32 @@ class _Writer:
     stops: list[int]
     sampling: Sampling
     streamer: BaseStreamer | None
+    reader: PictureReader | None = None
 
-    def write(self, rows: Sequence[int], prompts: Sequence[list[int]], room: int) -> list[Answer]:
+    def write(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[list[int]],
+        room: int,
+        pictures: Sequence[Sequence[PlacedPicture]],
+    ) -> list[Answer]:
         """The answers of one batch, in rounds: rows that have ended are dropped at the end of each.
 
         Args:
             rows: The prompts' numbers, which seed their noise.
             prompts: Token ids.
             room: New tokens of the longest answer.
+            pictures: Each prompt's images.
         """
         started = time.perf_counter()
         inputs, start = self._pad(prompts)
         columns, going = start, list(range(len(prompts)))
         written: list[list[int]] = [[] for _ in prompts]
         while going:
+            seen = [] if "past_key_values" in inputs else [one for place in going for one in pictures[place]]
             output = self.model.generate(
                 **inputs,
+                **self._look(seen),
                 **self.sampling.search(),
                 max_new_tokens=room - (columns - start),
                 min_new_tokens=max(0, min(self.sampling.min_new_tokens, room) - (columns - start)) or None,
@@ -236,6 +262,14 @@ class _Writer:
             inputs, going = self._go_on(inputs, output, left), [going[i] for i in left]
         seconds = (time.perf_counter() - started) / len(prompts)
         return [self._read(tokens, seconds) for tokens in written]
+
+    def _look(self, pictures: Sequence[PlacedPicture]) -> JsonObject:
+        """What the model takes of images, in the order of the rows; nothing where there are none."""
+        if not pictures:
+            return {}
+        assert self.reader is not None, "whoever opens prompts with images has what reads them"
+        device = self.model.get_input_embeddings().weight.device
+        return {name: values.to(device) for name, values in self.reader.read(pictures).items()}
 
     def _pad(self, prompts: Sequence[list[int]]) -> tuple[JsonObject, int]:
         """Ids and mask, `[batch, columns]`, and the column of the first new token.

@@ -14,13 +14,15 @@ import torch
 from lorafit.answering.engine import Engine
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.console.wording import agreed, counted
-from lorafit.contracts import Reporter, Sample
+from lorafit.contracts import Encoded, Reporter, Sample
 from lorafit.data.chat.render import ChatRenderer
+from lorafit.data.pictures import ask
 from lorafit.data.plain_text import PlainText
 from lorafit.data.source_target import SourceTarget
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_CLASS, ModelClass
 from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
+from lorafit.job import open_pictures
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
 from lorafit.kinds.tasks import Task, TaskSection, TwoTexts, tasks
 from lorafit.machine.devices import read_device
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafit.answering.generate import Answer
+    from lorafit.data.pictures import ProcessorPictures
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,29 @@ class Voice:
         chats: Renders prompts as chats; None: prompts are used verbatim.
         apart: Encodes prompts for an encoder that reads them alone; None: the model goes on behind them.
         max_length: Most tokens of what such an encoder reads; the end of a longer text is cut off, as in training.
+        pictures: Looks at the images of prompts; None where the model reads text alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chats: ChatRenderer | None
     apart: SourceTarget | None = None
     max_length: int = 0
+    pictures: ProcessorPictures | None = None
 
     @classmethod
     def of_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None, now: datetime | None = None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system_prompt: str | None = None,
+        now: datetime | None = None,
+        pictures: ProcessorPictures | None = None,
     ) -> Voice:
         """Chats by the tokenizer's own template; verbatim where it has none."""
+        mark = "" if pictures is None else pictures.mark
         has_template = bool(getattr(tokenizer, "chat_template", None))
-        chats = ChatRenderer(tokenizer, system_prompt=system_prompt, now=now) if has_template else None
-        return cls(tokenizer, chats)
+        chats = ChatRenderer(tokenizer, system_prompt=system_prompt, now=now, image_mark=mark) if has_template else None
+        return cls(tokenizer, chats, pictures=pictures)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -75,7 +86,12 @@ class Voice:
         return () if end is None else (end,)
 
     def prompt_ids(self, prompt: Sample) -> list[int]:
-        """Token ids of a prompt, the header of the answer included, as training rendered what stood before an answer.
+        """The tokens of `ask`."""
+        return self.ask(prompt).input_ids
+
+    def ask(self, prompt: Sample) -> Encoded:
+        """A prompt's tokens, the header of the answer included, as training rendered what stood before an answer; and
+        its images.
 
         Raises:
             DataError: The template refuses the prompt or drops part of it, or it is a chat of more than one text and
@@ -85,10 +101,12 @@ class Voice:
             if prompt.is_labelled:
                 raise DataError("is a text with a label, which no prompt is", todo="name the column that asks: prompt")
             if self.apart is not None:
-                return self.apart.source_ids(_only_text(prompt), self.max_length)
-            if self.chats is not None:
-                return self.chats.prompt_ids(prompt.turns, prompt.tools)
-            return PlainText(self.tokenizer).prompt_ids(_only_text(prompt))
+                ids = self.apart.source_ids(_only_text(prompt), self.max_length)
+            elif self.chats is not None:
+                return ask(self.chats, prompt.turns, prompt, self.pictures)
+            else:
+                ids = PlainText(self.tokenizer).prompt_ids(_only_text(prompt))
+            return Encoded(ids, [False] * len(ids))
         except DataError as error:
             error.at(file=prompt.file, line=prompt.line or None)
             raise
@@ -143,10 +161,12 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
     elif not card.chat:
         voice = Voice(tokenizer, None)
     elif data is None:
-        voice = Voice.of_tokenizer(tokenizer, system_prompt=card.system_prompt, now=tuned.now())
+        voice = Voice.of_tokenizer(
+            tokenizer, system_prompt=card.system_prompt, now=tuned.now(), pictures=tuned.pictures
+        )
     else:  # the recipe says what becomes of fields that the template drops
         data = data.model_copy(update={"system_prompt": card.system_prompt})
-        voice = Voice(tokenizer, tuned.renderer(data, tokenizer).chats)
+        voice = Voice(tokenizer, tuned.renderer(data, tokenizer).chats, pictures=tuned.pictures)
     return Answerer(voice, partial(tuned.load, tokenizer, reporter))
 
 
@@ -216,19 +236,21 @@ def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None
     base = read_base(folder, is_compared=False)
     model_class = _class_of(base) if task is None else task.model_class.whole()
     find_shape(base.config, model_class)  # refuses what no model can be built from
-    tokenizer = load_tokenizer(base)
+    pictures = open_pictures(base) if task is not None and task.reads_pictures else None
+    tokenizer = load_tokenizer(base) if pictures is None else pictures.tokenizer
     notes = read_notes(folder)
     verbatim = notes.get("chat") is False  # a merge of a run on verbatim rows says so
     dtype = torch_dtype(main_dtype(read_index(folder)))
 
     def load() -> Engine:
         plain = quantizations.make("none").section
-        return Engine(_load_base(base, plain, dtype, reporter, model_class, device), tokenizer, base=base)
+        model = _load_base(base, plain, dtype, reporter, model_class, device)
+        return Engine(model, tokenizer, base=base, reader=pictures)
 
     if task is not None and task.two_texts is not None:
         voice = Voice(tokenizer, None, SourceTarget(tokenizer, task.two_texts), int(notes["max_length"]))
     else:
-        voice = Voice(tokenizer, None) if verbatim else _voice_of(base, tokenizer)
+        voice = Voice(tokenizer, None) if verbatim else _voice_of(base, tokenizer, pictures)
     return Answerer(voice, load, adapter=None)
 
 
@@ -237,10 +259,10 @@ def _class_of(base: Base) -> ModelClass:
     return ModelClass(SEQ2SEQ_CLASS) if base.config.get("is_encoder_decoder") else CAUSAL_MODEL
 
 
-def _voice_of(base: Base, tokenizer: PreTrainedTokenizerBase) -> Voice:
+def _voice_of(base: Base, tokenizer: PreTrainedTokenizerBase, pictures: ProcessorPictures | None = None) -> Voice:
     """How such a model is asked: an encoder reads the whole text as it is, whose positions bound it."""
     if not base.config.get("is_encoder_decoder"):
-        return Voice.of_tokenizer(tokenizer)
+        return Voice.of_tokenizer(tokenizer, pictures=pictures)
     return Voice(tokenizer, None, SourceTarget(tokenizer, TwoTexts()), LARGEST_COUNT)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorafit.contracts import JsonMapping, Reporter, Sample
 from lorafit.errors import UsageError
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.recipe.schema import SourceSection, sources_of
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
@@ -46,7 +47,21 @@ def read_prompts(
     sources: list[SourceSection] = []
     if not is_model(run_or_model) and not is_lone_adapter(run_or_model):
         sources = [source for part in sources_of(open_run(run_or_model).loaded.recipe).values() for source in part]
-    known = column_names(sources)
+    known, task = column_names(sources), _task_with_pictures(run_or_model)
     if input_file is not None:
-        return read_prompt_file(input_file, known, reporter)
-    return read_prompt_rows(rows or [], known)
+        return read_prompt_file(input_file, known, reporter, task)
+    return read_prompt_rows(rows or [], known, task)
+
+
+def _task_with_pictures(run_or_model: Path) -> Task[TaskSection] | None:
+    """The task of what answers, where its rows have images, which decides how they are read; else None."""
+    if is_model(run_or_model) or is_lone_adapter(run_or_model):
+        from lorafit.model.adapter import read_notes
+
+        notes = read_notes(run_or_model)
+        written = notes.get("task") or (notes.get("card") or {}).get("task")
+        kind = written.get("kind") if isinstance(written, dict) else written
+    else:
+        kind = open_run(run_or_model).loaded.recipe.task.kind
+    reads = kind in tasks.names() and tasks.get(str(kind)).reads_pictures
+    return tasks.make(str(kind)) if reads else None

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import Reporter
 from lorafit.errors import CheckpointError, DataError
-from lorafit.job import open_job
+from lorafit.job import open_job, open_pictures
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, AdapterFolder, read_adapter
 from lorafit.model.base import Base, resolve_base
 from lorafit.model.find_base import find_base, find_foreign_base
-from lorafit.model.tokenizer_files import DEFAULT, TokenizerFolder
+from lorafit.model.tokenizer_files import DEFAULT, PROCESSOR_PATTERNS, TokenizerFolder
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.recipe.schema import DataSection, ModelSection
 from lorafit.run.card import RunCard, read_card
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorafit.answering.engine import Engine
+    from lorafit.data.pictures import ProcessorPictures
     from lorafit.data.sample_renderer import Renderer
 
 
@@ -60,16 +62,30 @@ class Tuned:
         )
         autocast, kind = autocast_dtype(self.card.dtype), self.card.quantization.kind
         begin_as(model, self.card.generation)
-        engine = Engine(model, tokenizer, autocast_dtype=autocast, base=self.base, quantization=kind)
+        engine = Engine(
+            model, tokenizer, autocast_dtype=autocast, base=self.base, quantization=kind, reader=self.pictures
+        )
         engine.add_adapter(ADAPTER_NAME, self.adapter, reporter)
         return engine
+
+    @cached_property
+    def pictures(self) -> ProcessorPictures | None:
+        """What reads images as the run did; None for a run on text alone."""
+        if not tasks.bind(self.card.task).reads_pictures:
+            return None
+        beside = TokenizerFolder(self.adapter)
+        is_whole = beside.has_tokenizer() and beside.files(PROCESSOR_PATTERNS)
+        return open_pictures(self.base, self.adapter if is_whole else None)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was trained with; its templates are those of the card."""
         from lorafit.model.load import load_tokenizer
 
         beside = TokenizerFolder(self.adapter).has_tokenizer()
-        tokenizer = load_tokenizer(self.base, self.adapter if beside else None)
+        if self.pictures is not None:
+            tokenizer = self.pictures.tokenizer
+        else:
+            tokenizer = load_tokenizer(self.base, self.adapter if beside else None)
         templates = dict(self.card.templates)
         tokenizer.chat_template = templates[DEFAULT] if templates.keys() == {DEFAULT} else templates or None
         return tokenizer
@@ -84,7 +100,8 @@ class Tuned:
         from lorafit.data.sample_renderer import Renderer
 
         named = self.card.templates["default"] if self.card.template_is_named else None
-        return Renderer(tokenizer, data, named, self.now(), tasks.bind(self.card.task).two_texts)
+        two_texts = tasks.bind(self.card.task).two_texts
+        return Renderer(tokenizer, data, named, self.now(), two_texts, self.pictures)
 
     def now(self) -> datetime | None:
         """The moment that templates take for the present one; None where they do not ask."""

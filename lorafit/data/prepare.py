@@ -21,6 +21,7 @@ from lorafit.contracts import GenerationRow, Reporter, Sample
 from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
 from lorafit.data.encode_rows import Encoder, encode_all
+from lorafit.data.pictures import find_changed
 from lorafit.data.report import DataReport, finish_report, report_split
 from lorafit.data.row_counts import Ledger
 from lorafit.data.sample_renderer import Renderer, build_renderer
@@ -243,6 +244,8 @@ class _Preparation:
             ledger = self._read_ledger(lookup.folder, names) if lookup.hit else None
             if lookup.hit and ledger is None:
                 lookup = replace(lookup, hit=False, reason="cache miss: the cached copy is damaged (its content)")
+            elif ledger is not None and (changed := self._find_changed_picture(lookup.folder, names)) is not None:
+                lookup, ledger = replace(lookup, hit=False, reason=f"cache miss: {changed} changed"), None
             self.reporter.info(f"{self.split} rows: {lookup.reason}")
             if ledger is None:
                 self._build(lookup.folder)
@@ -265,12 +268,22 @@ class _Preparation:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
+    def _find_changed_picture(self, folder: Path, names: Sequence[str]) -> str | None:
+        """An image of the cached rows that is not as it was when they were prepared; None where all are."""
+        task = self.encoder.task
+        if not task.reads_pictures:
+            return None
+        rows = ExampleSet(folder, task.columns, names, [1.0] * len(names))
+        found = (find_changed(task.pictures(rows[number])) for number in range(len(rows)))
+        return next((changed for changed in found if changed is not None), None)
+
     def _parts(self) -> dict[str, str]:
         parts = {_data_part(number): source.key() for number, source in enumerate(self.samples.sources)}
         for number, source in enumerate(self.samples.sources):
             section = source.section
             kind = Path(section.path).suffix.lower()
             reading = [kind, source.format, section.columns, section.limit]
+            reading += [source.place] if self.encoder.task.reads_pictures else []  # where its images' paths start
             parts[f"source {number + 1}"] = json.dumps(reading, sort_keys=True)
         parts |= self.encoder.renderer.key
         options = self.encoder.renderer.data.model_dump(

@@ -11,8 +11,9 @@ With colours trained text is green and the rest dim; without, it stands between 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.box import ASCII2, SIMPLE
@@ -29,6 +30,7 @@ from lorafit.data.sample_renderer import Renderer
 from lorafit.data.store import ExampleSet
 from lorafit.errors import row_place
 from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.pictures import PlacedPicture
 
 SPLITS = ("train", "validation", "test", "retention")
 ROWS_SHOWN = 3
@@ -52,6 +54,7 @@ class PreviewRow:
         name: What tells it from the row's other sequences; empty where there is one.
         label: What is learnt of it as a whole; empty where tokens are.
         cuts: Numbers of tokens that stand before something that was left out.
+        pictures: Its images; each is a segment of its own, which says what it is.
     """
 
     split: str
@@ -64,6 +67,7 @@ class PreviewRow:
     name: str = ""
     label: str = ""
     cuts: tuple[int, ...] = ()
+    pictures: tuple[PlacedPicture, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -74,7 +78,8 @@ class PreviewRow:
         """Plain data, without the segments."""
         names = ("split", "file", "line", "rendering", "input_ids", "labels")
         more = [name for name in ("name", "label", "cuts") if getattr(self, name)]
-        return {name: getattr(self, name) for name in (*names, *more)}
+        shown = {"pictures": [asdict(one) for one in self.pictures]} if self.pictures else {}
+        return {name: getattr(self, name) for name in (*names, *more)} | shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,28 +146,40 @@ def _first_of_each(examples: ExampleSet, count: int) -> list[int]:
 def _show_sequence(renderer: Renderer, split: str, example: Example, sequence: ShownSequence) -> PreviewRow:
     ids, trained = sequence.input_ids, [bool(flag) for flag in sequence.trained]
     labels = [token if flag else IGNORED_LABEL for token, flag in zip(ids, trained, strict=True)]
-    segments = list(_segments(renderer, ids, trained, sequence.cuts))
-    place, text = (split, example.file, example.line), "".join(text for text, _ in segments if text != CUT)
-    return PreviewRow(*place, text, ids, labels, segments, sequence.name, sequence.label, sequence.cuts)
+    pictures = sequence.pictures
+    borders = {place for one in pictures for place in (one.start, one.end)}
+    found = list(_segments(renderer, ids, trained, sequence.cuts, borders))
+    place, text = (split, example.file, example.line), "".join(text for _, text, _ in found if text != CUT)
+    said = {one.start: _describe(number, one) for number, one in enumerate(pictures, start=1)}
+    segments = [(said.get(start, text), flag) for start, text, flag in found]
+    return PreviewRow(*place, text, ids, labels, segments, sequence.name, sequence.label, sequence.cuts, pictures)
+
+
+def _describe(number: int, picture: PlacedPicture) -> str:
+    """An image in place of its tokens' text."""
+    size = f"{picture.width}x{picture.height}"
+    return f"[image {number}: {Path(picture.file).name}, {size}, {counted(picture.tokens, 'token')}]"
 
 
 def _segments(
-    renderer: Renderer, ids: list[int], trained: list[bool], cuts: tuple[int, ...]
-) -> Iterator[tuple[str, bool]]:
-    """Text of stretches of tokens, and `CUT` where something was left out. Each is what the decoding grows by: a
-    token's text can depend on what is before.
+    renderer: Renderer, ids: list[int], trained: list[bool], cuts: tuple[int, ...], borders: Collection[int]
+) -> Iterator[tuple[int, str, bool]]:
+    """First token and text of stretches of tokens that are all trained, or all not, and `CUT` where something was left
+    out; others end at the borders.
+
+    Each text is what the decoding grows by: a token's can depend on what is before.
     """
     decoded, start = "", 0
     if 0 in cuts:
-        yield CUT, False
+        yield 0, CUT, False
     for end in range(1, len(ids) + 1):
-        if end < len(ids) and trained[end] == trained[start] and end not in cuts:
+        if end < len(ids) and trained[end] == trained[start] and end not in cuts and end not in borders:
             continue
         longer = renderer.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         grown = str(longer)
-        yield grown[len(decoded) :], trained[start]
+        yield start, grown[len(decoded) :], trained[start]
         if end in cuts:
-            yield CUT, False
+            yield end, CUT, False
         decoded, start = grown, end
 
 

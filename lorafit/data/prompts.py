@@ -21,6 +21,7 @@ from lorafit.data.sources.source import Source
 from lorafit.data.sources.tables import are_numbers
 from lorafit.errors import DataError, LorafitError, UsageError, raise_all
 from lorafit.kinds.formats import formats
+from lorafit.kinds.tasks import Task, TaskSection
 from lorafit.recipe.schema import BadRowsSection, SourceSection
 
 COMMAND_LINE = "--prompt"
@@ -51,26 +52,30 @@ def read_prompt(text: str) -> list[Sample]:
     return [Sample(COMMAND_LINE, 0, prompt=text)]
 
 
-def read_prompt_file(file: Path, known: Sequence[Columns], reporter: Reporter) -> list[Sample]:
+def read_prompt_file(
+    file: Path, known: Sequence[Columns], reporter: Reporter, task: Task[TaskSection] | None = None
+) -> list[Sample]:
     """The prompts of a file: each line of a txt file, each row of any other that training reads.
 
     Args:
         file: The file, relative to the working folder; or a pattern of files.
         known: From `column_names`; the first that the file's columns go by is used.
+        reporter: Warned of columns that are not read.
+        task: Whose format is looked for first; None for any.
 
     Raises:
         DataError: The file is missing or no data, or a row has no prompt; several as `Problems`.
     """
     files = find_files(str(file), Path(), start="the working folder")
-    return list(SampleSet([_open(name, known) for name in files], BadRowsSection(), reporter))
+    return list(SampleSet([_open(name, known, task) for name in files], BadRowsSection(), reporter))
 
 
-def _open(file: str, known: Sequence[Columns]) -> Source:
+def _open(file: str, known: Sequence[Columns], task: Task[TaskSection] | None) -> Source:
     refused: LorafitError | None = None
     for columns in known:
         section = SourceSection.model_construct(path=file, columns=dict(columns))
         try:
-            return Source(section, Path(), Silent(), prompts=True)
+            return Source(section, Path(), Silent(), prompts=True, task=task)
         except LorafitError as error:
             refused = error if refused is None or not columns else refused
     assert refused is not None, "column_names gives at least the formats' own"
@@ -79,8 +84,12 @@ def _open(file: str, known: Sequence[Columns]) -> Source:
     raise refused
 
 
-def read_prompt_rows(rows: Sequence[str | JsonMapping], known: Sequence[Columns]) -> list[Sample]:
+def read_prompt_rows(
+    rows: Sequence[str | JsonMapping], known: Sequence[Columns], task: Task[TaskSection] | None = None
+) -> list[Sample]:
     """The prompts of a program: texts, or rows as training has them, each in its own format.
+
+    `task`: whose format is looked for first; None for any.
 
     Raises:
         DataError: There are none, or one has no prompt; several as `Problems`.
@@ -90,7 +99,7 @@ def read_prompt_rows(rows: Sequence[str | JsonMapping], known: Sequence[Columns]
     for number, row in enumerate(rows):
         place = f"prompts[{number}]"
         try:
-            found.append(_read_row(row, known, place))
+            found.append(_read_row(row, known, place, task))
         except DataError as error:
             errors.append(error.at(file=place))
     raise_all(errors[:5], file="prompts")
@@ -99,14 +108,14 @@ def read_prompt_rows(rows: Sequence[str | JsonMapping], known: Sequence[Columns]
     return found
 
 
-def _read_row(row: str | JsonMapping, known: Sequence[Columns], place: str) -> Sample:
+def _read_row(row: str | JsonMapping, known: Sequence[Columns], place: str, task: Task[TaskSection] | None) -> Sample:
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise DataError(f"expected a text or a dict, found {type(row).__name__}")
     for columns in known:
         renamed = rename(dict(row), columns)
-        name = find_format(renamed, columns, prompts=True)
+        name = find_format(renamed, columns, prompts=True, wanted=None if task is None else task.row_format)
         if name is not None:
             return formats.get(name).read_prompt(renamed, place, 0)
     raise no_prompt(dict(row))

@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Encoded, GenerationRow, Kept, Message, Sample
 from lorafit.data.chat.clock import StoppedClock, read_clock, write_moment
-from lorafit.data.chat.render import ChatRenderer, Rendering
+from lorafit.data.chat.render import ChatRenderer
+from lorafit.data.chat.rendering import Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
 from lorafit.data.chat.typed_chat import REASONING_FIELDS
+from lorafit.data.pictures import ask, look_at, place
 from lorafit.data.plain_text import PlainText, split_text
 from lorafit.data.source_target import SourceTarget
 from lorafit.data.truncate import is_surely_longer, is_trained, keep_head, keep_part, keep_tail, truncate_chat
 from lorafit.errors import DataError, LorafitError
+from lorafit.pictures import PlacedPicture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lorafit.data.pictures import ProcessorPictures
     from lorafit.kinds.tasks import TwoTexts
     from lorafit.recipe.schema import DataSection
 
@@ -42,6 +46,7 @@ class Renderer:
         chat_template: Text of the template that the recipe names; None for the tokenizer's own.
         now: The moment that templates take for the present one; this minute where None.
         two_texts: Where an encoder reads a row's prompt, and a decoder writes its completion, how that is done.
+        pictures: Looks at the images of rows; None where the model reads text alone.
 
     Attributes:
         data: The section.
@@ -55,9 +60,11 @@ class Renderer:
         chat_template: str | None,
         now: datetime | None = None,
         two_texts: TwoTexts | None = None,
+        pictures: ProcessorPictures | None = None,
     ) -> None:
         self.tokenizer, self.data, self._named_template = tokenizer, data, chat_template
         self.apart = None if two_texts is None else SourceTarget(tokenizer, two_texts)
+        self.pictures = pictures
         self._now = now or read_clock()
         self.seen: Counter[str] = Counter()
 
@@ -75,6 +82,7 @@ class Renderer:
             dropped_fields=self.data.dropped_fields,
             system_prompt=self.data.system_prompt,
             now=self._now,
+            image_mark=self.pictures.mark if self.pictures is not None else "",
         )
 
     @cached_property
@@ -123,6 +131,7 @@ class Renderer:
         vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         special = sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items())
         parts = {"tokenizer": f"{vocabulary}{special}", "chat template": f"{bool(self._named_template)}{self.template}"}
+        parts |= {} if self.pictures is None else {"processor": self.pictures.key}
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
 
     def render(self, sample: Sample) -> Encoded:
@@ -136,7 +145,8 @@ class Renderer:
             return self.apart.encode(sample)
         messages = self._messages(sample)
         if messages is not None:
-            return self.chats.encode(self._render_counted(messages, sample))
+            looked = look_at(sample.pictures, self.pictures)
+            return place(self.chats.encode(self._render_counted(messages, sample, looked)), looked)
         if sample.completion is not None:
             return self._plain.completion(sample.prompt, sample.completion, self.data.train_on)
         if sample.is_labelled:
@@ -154,7 +164,7 @@ class Renderer:
             texts = [sample.prompt, sample.completion or "", sample.text or "", sample.text_pair or ""]
         else:  # system messages may be what a template drops, and reasoning what it drops of earlier turns
             shown = [turn for turn in messages if turn["role"] != "system" or self.data.dropped_fields == "error"]
-            texts = [str(turn.get("content", "")).rpartition("</think>")[2].strip() for turn in shown]
+            texts = [_text_of(turn).rpartition("</think>")[2].strip() for turn in shown]
         if is_surely_longer(texts, self.data.max_length, self.tokenizer):
             return True
         return sample.rejected is not None and self.is_surely_longer(sample.rejected)
@@ -187,15 +197,22 @@ class Renderer:
             ModelError: There is no usable chat template or end token.
         """
         made: list[Rendering | Encoded | DataError] = []
-        for sample in samples:
+        looked: list[Sequence[PlacedPicture]] = [()] * len(samples)
+        for number, sample in enumerate(samples):
             try:
                 messages = self._messages(sample)
-                made.append(self.render(sample) if messages is None else self._render_counted(messages, sample))
+                if messages is None:
+                    made.append(self.render(sample))
+                    continue
+                looked[number] = look_at(sample.pictures, self.pictures)
+                made.append(self._render_counted(messages, sample, looked[number]))
             except DataError as error:
                 made.append(error)
         renderings = [one for one in made if isinstance(one, Rendering)]
         encoded = self.chats.encode_all(renderings) if renderings else iter(())
-        return [next(encoded) if isinstance(one, Rendering) else one for one in made]
+        found = [next(encoded) if isinstance(one, Rendering) else one for one in made]
+        pairs = zip(found, looked, strict=True)
+        return [place(one, seen) if isinstance(one, Encoded) else one for one, seen in pairs]
 
     def truncate(self, sample: Sample, keep: Kept = "head") -> Encoded | None:
         """The sample cut to `max_length`; None where nothing to train on is left.
@@ -247,21 +264,27 @@ class Renderer:
         return [*(replace(row, must_contain=(), is_inner=True) for row in inner), *last]
 
     def _ask_turn(self, sample: Sample, messages: tuple[Message, ...], number: int) -> GenerationRow:
-        prompt_ids = self.chats.prompt_ids(messages[:number], sample.tools)
-        rendering = self.chats.render(messages[: number + 1], sample.tools)
+        prompt = ask(self.chats, messages[:number], sample, self.pictures)
+        rendering = self.chats.render(messages[: number + 1], sample.tools, self._texts(prompt.pictures))
         turn = rendering.turns[-1]
         calls = tuple(str(call["function"]["name"]) for call in messages[number].get("tool_calls") or ())
         reference = rendering.text[turn.start : turn.end if calls else turn.answer_end]
         if calls:  # an answer ends where its last typed character does, a call behind the brackets that close it
             reference = self._without_end(reference)
-        return self._generation_row(sample, prompt_ids, reference, calls)
+        return self._generation_row(sample, prompt.input_ids, reference, calls, prompt.pictures)
 
     def _generation_row(
-        self, sample: Sample, prompt_ids: list[int], reference: str, calls: tuple[str, ...] = ()
+        self,
+        sample: Sample,
+        prompt_ids: list[int],
+        reference: str,
+        calls: tuple[str, ...] = (),
+        pictures: tuple[PlacedPicture, ...] = (),
     ) -> GenerationRow:
         prompt_text = self.tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        place = sample.file, sample.line
-        return GenerationRow(prompt_ids, str(prompt_text), reference, sample.must_contain, *place, calls)
+        where = sample.file, sample.line
+        must_contain = sample.must_contain
+        return GenerationRow(prompt_ids, str(prompt_text), reference, must_contain, *where, calls, pictures=pictures)
 
     def _without_end(self, answer: str) -> str:
         """An answer's text without the token that ends its turn."""
@@ -280,14 +303,19 @@ class Renderer:
             return ({"role": "user", "content": sample.prompt}, answer)
         return None
 
-    def _render_counted(self, messages: tuple[Message, ...], sample: Sample) -> Rendering:
+    def _texts(self, looked: Sequence[PlacedPicture]) -> list[str]:
+        return [] if self.pictures is None else self.pictures.texts(looked)
+
+    def _render_counted(
+        self, messages: tuple[Message, ...], sample: Sample, looked: Sequence[PlacedPicture] = ()
+    ) -> Rendering:
         if self.data.train_on != "all":
             answers = [turn for turn in messages if turn["role"] == "assistant"]
             if not answers:
                 raise DataError("no assistant turn: nothing to train on", key="messages")
             if not any(map(_says_something, answers)):
                 raise DataError("no trainable tokens", key="messages", todo=NO_ANSWER)
-        rendering = self.chats.render(messages, sample.tools)
+        rendering = self.chats.render(messages, sample.tools, self._texts(looked))
         self.seen.update(f"history: {name}" for name in set(rendering.history_dropped))
         self.seen.update({_without_place(warning) for warning in rendering.warnings})
         return rendering
@@ -299,6 +327,7 @@ def build_renderer(
     folder: Path,
     now: datetime | None = None,
     two_texts: TwoTexts | None = None,
+    pictures: ProcessorPictures | None = None,
 ) -> Renderer:
     """The renderer of a recipe.
 
@@ -306,16 +335,23 @@ def build_renderer(
         folder: The recipe's folder, which a template's path is relative to.
         now: The moment that templates take for the present one; this minute where None.
         two_texts: The task's.
+        pictures: Looks at the images of rows; None where the model reads text alone.
 
     Raises:
         ModelError: `chat_template` is neither a shipped name nor a readable file.
     """
-    return Renderer(tokenizer, data, read_template(data.chat_template, folder), now, two_texts)
+    return Renderer(tokenizer, data, read_template(data.chat_template, folder), now, two_texts, pictures)
+
+
+def _text_of(turn: Message) -> str:
+    """What a turn's content says."""
+    content = turn.get("content", "")
+    return "".join(str(part.get("text", "")) for part in content) if isinstance(content, list) else str(content)
 
 
 def _says_something(turn: Message) -> bool:
     """Whether an answer has a text, calls or reasoning: its end alone is nothing to learn."""
-    said = (turn.get(name) for name in ("content", "tool_calls", *REASONING_FIELDS))
+    said = (_text_of(turn), *(turn.get(name) for name in ("tool_calls", *REASONING_FIELDS)))
     return any(value.strip() if isinstance(value, str) else value for value in said)
 
 

@@ -269,7 +269,8 @@ class ExampleSet:
     def digest(self) -> str:
         """SHA-256 of all values of all rows, in order: neither paths nor line ends matter."""
         digest = hashlib.sha256(np.asarray(self.lengths, dtype="<i8").tobytes())
-        for name, (starts, ends) in self._places.items():
+        for name in (column.name for column in self.columns if not column.says_where):
+            starts, ends = self._places[name]
             gaps = np.flatnonzero(starts[1:] != ends[:-1]) + 1
             firsts, lasts = np.append(0, gaps), np.append(gaps, len(self)) - 1
             for start, end in zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True):

@@ -47,8 +47,8 @@ class Questions:
         """The answers of this rank's part of the rows, by number."""
         first, every = (ranks.rank, ranks.ranks) if ranks is not None else (0, 1)
         numbers, (adapter,) = range(first, len(self.rows), every), self.engine.adapters
-        stops = tuple(self.stop_ids)
-        requests = [Request(self.rows[number].prompt_ids, adapter, self.sampling, stops) for number in numbers]
+        rows = [self.rows[number] for number in numbers]
+        requests = [Request.of_row(row, adapter, self.sampling, self.stop_ids) for row in rows]
         return dict(zip(numbers, self.engine.answer(requests), strict=True))
 
 

@@ -162,7 +162,7 @@ def evaluate_pair(
         with engine.using(adapter):
             kept = score(scorer, retention, what=f"retention, {side} model") if retention is not None else []
             losses = score(scorer, examples, what=f"scoring, {side} model")
-        requests = [Request(row.prompt_ids, adapter, sampling, tuple(stop_ids)) for row in asked]
+        requests = [Request.of_row(row, adapter, sampling, stop_ids) for row in asked]
         return losses, engine.answer(requests, reporter=reporter, what=f"answers, {side} model"), kept
 
     (adapter,) = engine.adapters

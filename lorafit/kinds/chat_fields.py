@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lorafit.console.nearest import nearest
-from lorafit.contracts import JsonObject, Message, Sample
+from lorafit.contracts import JsonMapping, JsonObject, Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.fields import (
     Row,
@@ -81,7 +81,9 @@ def read_content(value: Any, place: str) -> str:
         if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif isinstance(part, dict) and part.get("type") != "text":
-            raise DataError(f"part of type {describe(part.get('type'))} is not supported; only text is", key=key)
+            todo = "images are for task image-text-to-text" if str(part.get("type")).startswith("image") else None
+            what = f"part of type {describe(part.get('type'))} is not supported; only text is"
+            raise DataError(what, key=key, todo=todo)
         else:
             raise wrong_type(key, "{type: text, text: string}", part)
     return "\n".join(parts)
@@ -120,16 +122,29 @@ def read_call(value: Any, place: str) -> JsonObject:
     return {"id": value["id"], **call} if value.get("id") is not None else call
 
 
-def read_turns(row: Row, name: str) -> tuple[Message, ...]:
+def read_turns(row: Row, name: str, content: Callable[[Any, str], Any] = read_content) -> tuple[Message, ...]:
     """The turns of a chat as OpenAI writes them, with `arguments` parsed and contents as strings.
+
+    Args:
+        row: The row.
+        name: Its field.
+        content: Reads a content, of the turn at that place.
 
     Raises:
         DataError: It is no list of turns, or a turn is none.
     """
-    return tuple(_read_turn(entry, f"{name}[{number}]") for number, entry in enumerate(read_entries(row, name)))
+    return tuple(
+        _read_turn(entry, f"{name}[{number}]", content) for number, entry in enumerate(read_entries(row, name))
+    )
 
 
-def _read_turn(entry: JsonObject, place: str) -> Message:
+def count_images(turns: Iterable[JsonMapping]) -> int:
+    """Image parts in some turns."""
+    contents = (turn.get("content") for turn in turns)
+    return sum(part.get("type") == "image" for parts in contents if isinstance(parts, list) for part in parts)
+
+
+def _read_turn(entry: JsonObject, place: str, content: Callable[[Any, str], Any]) -> Message:
     if "role" not in entry and "from" in entry:
         todo = "that is format sharegpt: columns: {conversations: messages}"
         raise DataError("entries have 'from' and 'value'", key=place, todo=todo)
@@ -143,7 +158,7 @@ def _read_turn(entry: JsonObject, place: str) -> Message:
     if calls:
         turn["tool_calls"] = calls
     if "content" in turn:
-        turn["content"] = read_content(turn["content"], place)
+        turn["content"] = content(turn["content"], place)
     elif calls or (role == "assistant" and _has_reasoning(turn)):
         turn["content"] = ""
     elif "content" in entry:

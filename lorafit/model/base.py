@@ -24,7 +24,7 @@ from lorafit.hub.refusal import HubRefusedError, Repo
 from lorafit.model.base_config import CONFIG, fingerprint, load_config, refuse_quantised
 from lorafit.model.gguf import PACKAGE_SCHEME, content_name, convert_gguf, file_in_package, read_gguf_config
 from lorafit.model.known_models import known_config, like_known
-from lorafit.model.tokenizer_files import MORE_TEMPLATES, TOKENIZER_PATTERNS
+from lorafit.model.tokenizer_files import MORE_TEMPLATES, PROCESSOR_PATTERNS, TOKENIZER_PATTERNS
 from lorafit.recipe.schema import ModelSection
 from lorafit.run.card import BaseOrigin, Source
 
@@ -34,7 +34,7 @@ _WEIGHTS = "model*.safetensors"
 _HUB_FILES = (
     *("config.json", "generation_config.json", _WEIGHTS, "model.safetensors.index.json"),
     *TOKENIZER_PATTERNS,
-    *("chat_template*", f"{MORE_TEMPLATES}/*"),
+    *("chat_template*", f"{MORE_TEMPLATES}/*", *PROCESSOR_PATTERNS),
 )
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 

@@ -63,6 +63,12 @@ def find_auto_class(config: JsonMapping, task_class: str) -> str:
         todo = "use the model that it drafts for"
     if what:
         raise ModelError(f"'{kind}' {what}", file="config.json", todo=todo)
+    if (
+        task_class == "AutoModelForImageTextToText"
+        and kind not in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    ):
+        todo = "use a model like LLaVA, Idefics3 or SmolVLM"
+        raise ModelError(f"'{kind}' reads no images", file="config.json", key="task", todo=todo)
     if task_class == "AutoModelForCausalLM" and (kind not in causal or kind in _WHOLE_ALONE):
         for auto_class, table in _WHOLE:
             if kind in getattr(modeling_auto, table):

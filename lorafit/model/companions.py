@@ -16,9 +16,16 @@ from lorafit.files.portable import portable
 from lorafit.files.safetensors import FLOAT_DTYPES, torch_dtype
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.base import Base
-from lorafit.model.tokenizer_files import Companions, TokenizerFolder, digest_templates, end_with, write_object
+from lorafit.model.tokenizer_files import (
+    PROCESSOR_PATTERNS,
+    Companions,
+    TokenizerFolder,
+    digest_templates,
+    end_with,
+    write_object,
+)
 
-_OF_THE_BASE = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*processor_config.json")
+_OF_THE_BASE = ("LICENSE*", "NOTICE*", "USE_POLICY*", *PROCESSOR_PATTERNS)
 
 
 def choose_companions(base: Base, adapter: AdapterFolder, reporter: Reporter) -> Companions:

@@ -39,6 +39,8 @@ TOKENIZER_PATTERNS = (
     *("sentencepiece*.model", "*.tiktoken", "tekken.json"),
 )
 """Files of every kind of tokenizer that transformers reads."""
+PROCESSOR_PATTERNS = ("*processor_config.json",)
+"""Files that make a processor of images of a tokenizer."""
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _TODO = "get the file again, or remove the tokenizer files of this folder to take the base's"
 
@@ -191,17 +193,21 @@ class Companions:
         templates: Text of each chat template by name.
         generation: generation_config.json; None where none is written.
         tokenizer_class: Name of the tokenizer's class, for where its config does not say it.
+        processor: Files of the processor of a model that reads images.
     """
 
     tokenizer: TokenizerFolder | None
     templates: Mapping[str, str]
     generation: JsonMapping | None
     tokenizer_class: str | None = None
+    processor: Sequence[Path] = ()
 
     def write(self, folder: Path) -> None:
         """Puts them into `folder`, which holds none of them yet."""
         if self.tokenizer is not None:
             self.tokenizer.copy_to(folder, self.tokenizer_class)
+        for file in self.processor:
+            shutil.copyfile(file, folder / file.name)
         write_templates(folder, self.templates)
         if self.generation is not None:
             write_object(folder / GENERATION, portable(dict(self.generation)))

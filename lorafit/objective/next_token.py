@@ -42,7 +42,7 @@ from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.ops.virtual_tokens import count_virtual_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from lorafit.contracts import Batch
     from lorafit.objective import Objective
@@ -229,6 +229,7 @@ def _inputs(objective: Objective, batch: Batch) -> JsonObject:
     if "decoder_labels" in batch.tensors:
         shifted = _shift(objective.base, batch["decoder_labels"])
         return {**inputs, "attention_mask": batch["attention_mask"], "decoder_input_ids": shifted}
+    inputs |= {name: batch[name] for name in batch.attached}
     positions = batch.tensors.get("position_ids")
     if positions is not None:
         inputs["position_ids"] = positions
@@ -280,15 +281,20 @@ def _head_sees_only(head: nn.Module, label_index: torch.Tensor, columns: int) ->
 def _refuse_what_is_not_causal(objective: Objective, batch: Batch) -> None:
     """Runs the model on a row and on the same row with another end: the logits before that end must not move.
 
+    Tokens that stand for an image stay, since there are as many of them as the image gives states.
+
     Raises:
         ModelError: They do (an encoder such as BERT), or the model does not run on token ids alone.
     """
     ids = batch["input_ids"]
     changed = ids.clone()
     kept = ids.shape[1] - max(1, ids.shape[1] // 4)
-    changed[:, kept:] = ids.flip(1)[:, kept:]  # the row's own tokens: some others stand for an image
-    before = _on_text_alone(objective, lambda: _full_logits(objective, ids))
-    after = _full_logits(objective, changed)
+    other, stays = ids.flip(1), torch.zeros_like(ids, dtype=torch.bool)  # the row's own: some others mean an image
+    if batch.attached:
+        stays = torch.isin(torch.stack([ids, other]), ids.new_tensor(image_tokens(objective.base.config))).any(0)
+    changed[:, kept:] = torch.where(stays, ids, other)[:, kept:]
+    before = _on_text_alone(objective, lambda: _full_logits(objective, batch, ids))
+    after = _full_logits(objective, batch, changed)
     moved = (before - after).abs().amax(dim=-1)
     allowed = _AHEAD_TOLERANCE[objective.autocast_dtype] * float(moved.max())
     if float(moved[:, :kept].max()) > allowed:
@@ -298,9 +304,16 @@ def _refuse_what_is_not_causal(objective: Objective, batch: Batch) -> None:
         )
 
 
-def _full_logits(objective: Objective, input_ids: torch.Tensor) -> torch.Tensor:
+def image_tokens(config: PretrainedConfig) -> list[int]:
+    """Tokens that a model puts the states of an image in the place of, by its config."""
+    names = ("image_token_id", "image_token_index")
+    return [value for name in names if isinstance(value := getattr(config, name, None), int)]
+
+
+def _full_logits(objective: Objective, batch: Batch, input_ids: torch.Tensor) -> torch.Tensor:
     """Logits of whole rows by the model's own forward, fp32 [batch, seq, vocabulary]."""
-    logits: torch.Tensor = objective.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+    attached = {name: batch[name] for name in batch.attached}
+    logits: torch.Tensor = objective.model(input_ids=input_ids, use_cache=False, return_dict=True, **attached).logits
     return logits.float()
 
 

@@ -9,7 +9,13 @@ from typing import Any
 Row = dict[str, Any]
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+PART = "messages[0].content[0]"
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+
+
+def picture(**named: Any) -> Row:
+    """A turn of an image."""
+    return {**USER, "content": [{"type": "image", **named}]}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,19 @@ BAD_ROWS = {
             "a turn without a content": ({"messages": [USER, {"role": "assistant"}]}, "messages[1]"),
             "a weight that is none": ({"messages": [USER, {**ANSWER, "weight": 2}]}, "messages[1].weight"),
             "tools that are none": ({"tools": "web"}, "tools"),
+        },
+    ),
+    "image_messages": Rows(
+        {"messages": [USER, ANSWER]},
+        {
+            "no answer": ({"messages": [USER]}, "messages"),
+            "an answer that is empty": ({"messages": [USER, {**ANSWER, "content": []}]}, "messages[1].content"),
+            "an image that is none": ({"messages": [picture(path=1), ANSWER]}, "messages[0].content[0].path"),
+            "an image that is an address": ({"messages": [picture(url="http://x/a.png"), ANSWER]}, f"{PART}.url"),
+            "an image's place without one": ({"messages": [picture(), ANSWER]}, PART),
+            "an image without a place": ({"images": ["a.png"]}, "images"),
+            "images that are none": ({"images": 3}, "images"),
+            "a video": ({"messages": [{**USER, "content": [{"type": "video"}]}, ANSWER]}, PART),
         },
     ),
     "sharegpt": Rows(

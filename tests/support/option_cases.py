@@ -21,7 +21,7 @@ from lorafit.machine.devices import parse_gpu
 from lorafit.model.class_shape import find_shape
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.trainer.step import Update
-from tests.support import tiny_seq2seq
+from tests.support import tiny_seq2seq, tiny_vision
 from tests.support.option_kinds import kind_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
@@ -34,6 +34,7 @@ from tests.support.option_world import (
     scores_of,
     step_lines,
 )
+from tests.support.pictures import draw_rows
 from tests.support.tiny_recipe import write_rows
 
 VALIDATED = {"data.validation": "../rows/validation.jsonl", "evaluation.every_steps": 1}
@@ -175,7 +176,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
     preferences = partial(last_of_pairs, world, "dpo")
     return {
         "task": Case(
-            ("causal-lm", "dpo", "kto", "orpo", "reward", "seq2seq-lm", classifier(), *HEADED),
+            ("causal-lm", "dpo", "kto", "orpo", "reward", "seq2seq-lm", "image-text-to-text", classifier(), *HEADED),
             partial(last_of_task, world),
         ),
         "task(sequence-classification).labels": Case(
@@ -356,7 +357,17 @@ def last_of_task(world: OptionWorld, task: Any) -> Any:
         return last_of_numbers(world, ["score"])
     if task == "seq2seq-lm":
         return last_loss(world.train({"task": task, **apart(world, "t5")}))
+    if task == "image-text-to-text":
+        return last_loss(world.train({"task": task, **seen(world)}))
     return last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)]
+
+
+def seen(world: OptionWorld) -> dict[str, Any]:
+    """A model that sees and rows with images."""
+    if not (base := world.root / "llava").exists():
+        tiny_vision.make_llava(base)
+        write_rows(world.root / "rows" / "seen.jsonl", draw_rows(world.root / "rows", 4))
+    return {"model.base": "../llava", "data.train": "../rows/seen.jsonl"}
 
 
 def last_of_words(world: OptionWorld, labels: list[str]) -> float:

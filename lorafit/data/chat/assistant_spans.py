@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lorafit.contracts import JsonMapping
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.data.chat.template import BoundChat, RenderError
 from lorafit.data.chat.template_names import KEY
 from lorafit.data.chat.traced_template import ChatTemplate, Traced
@@ -68,10 +68,19 @@ class Habits:
     dangling: str = ""
 
 
-def learn_habits(template: ChatTemplate, variables: JsonMapping, end_token: str, control: re.Pattern[str]) -> Habits:
-    """Renders a small chat to see how the template opens an answer. A template that refuses it has no habits."""
+def learn_habits(
+    template: ChatTemplate,
+    variables: JsonMapping,
+    end_token: str,
+    control: re.Pattern[str],
+    in_form: Callable[[list[JsonObject]], list[JsonObject]] = list,
+) -> Habits:
+    """Renders a small chat to see how the template opens an answer. A template that refuses it has no habits.
+
+    `in_form` brings a chat into the form that the template takes.
+    """
     ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    chat = BoundChat(template, [ask, answer, ask], None, variables)
+    chat = BoundChat(template, in_form([ask, answer, ask]), None, variables)
     prompt = dangling = unprompted = ""
     try:
         prompt = _opening(chat, 1)

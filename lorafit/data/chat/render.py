@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +21,8 @@ from lorafit.contracts import Encoded, JsonMapping, JsonObject
 from lorafit.data.chat.assistant_spans import Habits, Turn, find_turns, learn_habits
 from lorafit.data.chat.clock import StoppedClock, read_clock
 from lorafit.data.chat.dropped_fields import DROPS, Dropped, find_dropped, refusal_of_system
+from lorafit.data.chat.image_places import in_parts, put_images, tokens_of
+from lorafit.data.chat.rendering import Rendering
 from lorafit.data.chat.template import (
     BoundChat,
     RenderError,
@@ -46,37 +47,6 @@ NO_END_TOKEN = "the chat template writes no end-of-turn token, so the model does
 TrainOn = Literal["assistant", "last_turn", "completion", "all"]
 
 
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """A rendered chat. All places are characters of `text`.
-
-    Attributes:
-        text: What the template makes of the chat, equal to `apply_chat_template(tokenize=False)`.
-        spans: What carries loss, in order.
-        turns: Every assistant turn, whether it carries loss or not.
-        typed: What somebody typed; all else was written by the template itself.
-        unsure: The part of `typed` that may be the template's all the same.
-        all_trained: Whether every token carries loss, those of no length too.
-        warnings: Dropped fields (where they are no errors) and turns without an end-of-turn token, one text for each;
-            equal ones are to be counted.
-        history_dropped: Fields that the template shows in the last turn only, one name for each time it happens.
-    """
-
-    text: str
-    spans: tuple[Stretch, ...]
-    turns: tuple[Turn, ...]
-    typed: tuple[Stretch, ...]
-    unsure: tuple[Stretch, ...] = ()
-    all_trained: bool = False
-    warnings: tuple[str, ...] = ()
-    history_dropped: tuple[str, ...] = ()
-
-    @property
-    def answers(self) -> tuple[Stretch, ...]:
-        """What the model writes: the spans, or every assistant turn where all of the text carries loss."""
-        return tuple((turn.start, turn.end) for turn in self.turns) if self.all_trained else self.spans
-
-
 class ChatRenderer:
     """Renders and encodes chats for one tokenizer, one template and one choice of what carries loss.
 
@@ -90,6 +60,8 @@ class ChatRenderer:
         system_prompt: The system message of chats that have none; where None, the one that lorafit shipped in the
             template (`lorafit.run.prelude`).
         now: The moment that the template takes for the present one; this minute where None.
+        image_mark: What the template writes for an image. Contents are lists of parts then, as the templates of
+            models that see take them, and a BOS that the template does not write is put in front, as processors do.
 
     Attributes:
         templates: Text of each template by name, without a system prompt; `default` is always one of them.
@@ -107,8 +79,9 @@ class ChatRenderer:
         dropped_fields: Literal["error", "trained", "warn"] = "error",
         system_prompt: str | None = None,
         now: datetime | None = None,
+        image_mark: str = "",
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._image_mark = tokenizer, image_mark
         shipped_prompt, self.templates = split_prompts(template_sources(tokenizer, chat_template))
         self.template = chat_template or tokenizer.chat_template
         self._train_on = train_on
@@ -123,8 +96,8 @@ class ChatRenderer:
         end_token = str(tokenizer.eos_token or "")
         self._habits: dict[str, Habits] = {}
         for source, template in templates.items():
-            check_variables(template, self._variables)
-            self._habits[source] = learn_habits(template, self._variables, end_token, self._control)
+            check_variables(template, self._variables, self._in_form)
+            self._habits[source] = learn_habits(template, self._variables, end_token, self._control, self._in_form)
 
     @property
     def dates(self) -> dict[str, str]:
@@ -144,11 +117,18 @@ class ChatRenderer:
                 todo = "leave it out, e.g. put the text before each question, or name another data.chat_template"
                 raise RecipeError(reason, key="data.system_prompt", todo=todo)
 
-    def render(self, messages: Messages, tools: Sequence[JsonMapping] | None = None) -> Rendering:
+    def _in_form(self, chat: list[JsonObject]) -> list[JsonObject]:
+        """The chat in the form that the templates take."""
+        return in_parts(chat) if self._image_mark else chat
+
+    def render(
+        self, messages: Messages, tools: Sequence[JsonMapping] | None = None, images: Sequence[str] = ()
+    ) -> Rendering:
         """Renders a chat and finds what carries loss.
 
         Args:
             messages: The chat, in OpenAI's form. An assistant message with `weight: 0` carries no loss.
+            images: What stands for each of its images.
 
         Raises:
             RenderError: If the template refuses the chat, drops a field, or two ways to find a turn disagree.
@@ -163,7 +143,7 @@ class ChatRenderer:
         warnings = self._judge_dropped(dropped, chat)
         warnings += [NO_END_TOKEN for turn in turns if not turn.has_end_token]
         typed, unsure = self._typed_stretches(whole)
-        return Rendering(
+        rendering = Rendering(
             text=whole.text,
             spans=tuple(self._spans(whole.text, turns, chat, messages)),
             turns=tuple(turns),
@@ -173,6 +153,7 @@ class ChatRenderer:
             warnings=tuple(warnings),
             history_dropped=tuple(name for _, name in dropped.history),
         )
+        return put_images(rendering, self._image_mark, images) if self._image_mark else rendering
 
     def encode(self, rendering: Rendering) -> Encoded:
         """Token ids of a rendering, and which of them carry loss.
@@ -180,7 +161,7 @@ class ChatRenderer:
         Raises:
             DataError: If a control string stands where nobody can say who wrote it.
         """
-        return _mark(rendering, *self.locate(rendering))
+        return self._mark(rendering, *self.encoder.encode(rendering.text, rendering.typed, rendering.unsure))
 
     def encode_all(self, renderings: Sequence[Rendering]) -> Iterator[Encoded | DataError]:
         """`encode` of each, or what it raises. Together they take less time than one by one."""
@@ -191,14 +172,31 @@ class ChatRenderer:
             except DataError as error:
                 yield error
             else:
-                yield _mark(rendering, *found)
+                yield self._mark(rendering, *found)
 
     def locate(self, rendering: Rendering) -> tuple[list[int], list[Stretch]]:
         """Token ids of a rendering and where each stands in its text."""
         return self.encoder.encode(rendering.text, rendering.typed, rendering.unsure)
 
-    def prompt_ids(self, messages: Messages, tools: Sequence[JsonMapping] | None = None) -> list[int]:
-        """Token ids of a chat with the generation prompt behind it: what a model is given to answer.
+    def _mark(self, rendering: Rendering, ids: list[int], offsets: Sequence[Stretch]) -> Encoded:
+        """The tokens, which of them carry loss, and those of each image, none of which do."""
+        trained = [True] * len(ids) if rendering.all_trained else mark_trained(offsets, rendering.spans)
+        images = [tokens_of(offsets, stretch) for stretch in rendering.images]
+        for start, end in images:
+            trained[start:end] = [False] * (end - start)
+        front = self._front(rendering.text)
+        places = tuple((start + len(front), end + len(front)) for start, end in images)
+        return Encoded([*front, *ids] if front else ids, [False] * len(front) + trained, images=places)
+
+    def _front(self, text: str) -> list[int]:
+        """What a processor's tokenizer puts in front of a text that does not begin with its BOS."""
+        bos = self._tokenizer.bos_token
+        return self.encoder.prefix if self._image_mark and not (bos and text.startswith(bos)) else []
+
+    def prompt(
+        self, messages: Messages, tools: Sequence[JsonMapping] | None = None, images: Sequence[str] = ()
+    ) -> Encoded:
+        """A chat with the generation prompt behind it, what a model is given to answer, and its images' places.
 
         Raises:
             RenderError: If the template refuses the chat, or drops a field.
@@ -206,7 +204,17 @@ class ChatRenderer:
         bound, whole = self._trace(self._prepare(messages), tools, self._source(tools), prompt=True)
         self._judge_dropped(find_dropped(bound, whole, self._control), bound.messages)
         typed, unsure = self._typed_stretches(whole)
-        return self.encoder.encode(whole.text, typed, unsure)[0]
+        rendering = Rendering(whole.text, (), (), tuple(typed), tuple(unsure))
+        rendering = put_images(rendering, self._image_mark, images) if self._image_mark else rendering
+        return self.encode(rendering)
+
+    def prompt_ids(self, messages: Messages, tools: Sequence[JsonMapping] | None = None) -> list[int]:
+        """Token ids of a chat with the generation prompt behind it: what a model is given to answer.
+
+        Raises:
+            RenderError: If the template refuses the chat, or drops a field.
+        """
+        return self.prompt(messages, tools).input_ids
 
     def end_of_turn_id(self) -> int | None:
         """The control token that the template writes behind an answer, which need not be the tokenizer's end token.
@@ -239,7 +247,7 @@ class ChatRenderer:
         chat = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         if self.system_prompt is not None and chat[0].get("role") not in ("system", "developer"):
             chat.insert(0, {"role": "system", "content": self.system_prompt})
-        return chat
+        return self._in_form(chat)
 
     def _trace(
         self,
@@ -320,10 +328,6 @@ class ChatRenderer:
             for turn in turns
             if turn.end > turn.start and messages[turn.message - added].get("weight", 1) != 0
         ]
-
-
-def _mark(rendering: Rendering, ids: list[int], offsets: Sequence[Stretch]) -> Encoded:
-    return Encoded(ids, [True] * len(ids) if rendering.all_trained else mark_trained(offsets, rendering.spans))
 
 
 _renderers: WeakKeyDictionary[Any, ChatRenderer] = WeakKeyDictionary()

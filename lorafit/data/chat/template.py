@@ -5,7 +5,7 @@ text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -113,8 +113,17 @@ def compile_or_explain(source: str) -> ChatTemplate:
         raise ModelError(f"the chat template is not valid: {error}", key=KEY) from error
 
 
-def check_variables(template: ChatTemplate, variables: JsonMapping) -> None:
+def check_variables(
+    template: ChatTemplate,
+    variables: JsonMapping,
+    in_form: Callable[[list[JsonObject]], list[JsonObject]] = list,
+) -> None:
     """Finds a template that fails for any chat because a name in it is unknown.
+
+    Args:
+        template: It.
+        variables: What it may read.
+        in_form: Brings a chat into the form that the template takes.
 
     Raises:
         ModelError: With the line of the template.
@@ -123,7 +132,7 @@ def check_variables(template: ChatTemplate, variables: JsonMapping) -> None:
     undefined: RenderError | None = None
     for chat in ([ask], [ask, answer], [{"role": "system", "content": "s"}, ask, answer]):
         try:
-            BoundChat(template, chat, None, variables).trace()
+            BoundChat(template, in_form(chat), None, variables).trace()
             return
         except RenderError as error:
             undefined = error if isinstance(error.__cause__, jinja2.UndefinedError) else undefined

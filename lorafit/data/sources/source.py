@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -211,12 +212,20 @@ class Source:
             for column in mapped.keys() - self._reader.fields.keys():
                 self.unread[column] += 1
             read = self._reader.read_prompt if self._prompts else self._reader.read
-            return read(mapped, self.name, line)
+            return self._placed(read(mapped, self.name, line))
         except DataError as error:
             if isinstance(error, MissingFieldError):
                 self._blame_row(error, row)
             error.at(file=self.name, line=line)
             return error
+
+    def _placed(self, sample: Sample) -> Sample:
+        """The sample, its images' paths from the root: they start in the folder of the file that names them."""
+        if not sample.pictures:
+            return sample
+        folder = self._path.parent.absolute() if self._path is not None else Path()
+        placed = (replace(one, path=str(folder / one.path)) if one.path else one for one in sample.pictures)
+        return replace(sample, pictures=tuple(placed))
 
     def _blame_row(self, error: MissingFieldError, row: RawRow) -> None:
         """What other rows have is no question of columns: the advice is about this row then."""

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         TaskRow,
     )
     from lorafit.objective import Objective
+    from lorafit.pictures import PictureReader, PlacedPicture
 
 
 _LENGTHS, _SEARCH = ("max_new_tokens", "min_new_tokens"), ("num_beams", "length_penalty", "no_repeat_ngram_size")
@@ -121,6 +122,14 @@ class Task(Kind[S_co]):
         """
         return self
 
+    def seeing(self, reader: PictureReader) -> Task[S_co]:
+        """The task with what makes tensors of its rows' images; one that reads none stays as it is."""
+        return self
+
+    def pictures(self, example: Example) -> tuple[PlacedPicture, ...]:
+        """The images of a row."""
+        return ()
+
     @property
     @abstractmethod
     def scores(self) -> Mapping[str, int]:
@@ -138,6 +147,8 @@ class Task(Kind[S_co]):
     """Columns that `refer` computes of every row before the first step; `collate` finds them in the examples."""
     fitted_base: ClassVar[str] = ""
     """What `fit_base` fits to the base, for people; empty where an evaluation scores the base as it is."""
+    reads_pictures: ClassVar[bool] = False
+    """Whether its rows have images, which its model's processor makes tensors of."""
     labels_rows: ClassVar[bool] = False
     """Whether a label is a row's, and no token carries loss."""
     classified_format: ClassVar[str | None] = None

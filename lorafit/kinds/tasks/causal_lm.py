@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
 from lorafit.errors import DataError
 from lorafit.kinds.tasks import TaskSection, tasks
-from lorafit.kinds.tasks._next_token import NextTokenTask
+from lorafit.kinds.tasks._answers import AnswerTask, answer_row
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from lorafit.contracts import Encoded, Example, LossSum, Sample
-    from lorafit.objective import Objective
+    from lorafit.contracts import Encoded, Example, Sample
 
 
 class CausalLmSection(TaskSection):
@@ -26,17 +22,11 @@ class CausalLmSection(TaskSection):
 
 
 @tasks.register(CausalLmSection)
-class CausalLm(NextTokenTask[CausalLmSection]):
+class CausalLm(AnswerTask[CausalLmSection]):
     """The loss is the cross-entropy of the trained tokens; an answer is generated text."""
 
     closed_form = True
-    final_metrics = ("perplexity", "rouge", "exact_match")
     unread: ClassVar[Mapping[str, str]] = {}
-
-    @property
-    def scores(self) -> Mapping[str, int]:
-        """Summed loss, its weight, which is the trained tokens, and those whose most likely prediction was right."""
-        return {"loss": 1, "weight": 1, "tokens": 1, "correct": 1}
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -61,14 +51,7 @@ class CausalLm(NextTokenTask[CausalLmSection]):
         if sample.is_apart:
             todo = "set task: seq2seq-lm; columns: {prompt: .., completion: ..} learns both as one text"
             raise DataError("a row of a source and a target is not for task causal-lm", todo=todo)
-        encoded = render(sample)
-        if encoded is None or not any(encoded.trained[1:]):
-            return None
-        ids, trained = encoded.input_ids, [False, *encoded.trained[1:]]
-        end = len(trained) - trained[::-1].index(True)
-        start = next((place for place in range(end, 0, -1) if not trained[place - 1]), 0)
-        start = start if start > 1 else 0
-        return TaskRow({"tokens": ids, "trained": trained}, len(ids), sum(trained), ids[:start], ids[start:])
+        return answer_row(render(sample))
 
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
         """One micro-batch; of packed rows `position_ids` say where each document begins, of one row `bounds` too."""
@@ -81,40 +64,9 @@ class CausalLm(NextTokenTask[CausalLmSection]):
         numbers, longest = tuple(document.index for document in together), max(lengths) if "bounds" in tensors else None
         return Batch(tensors, len(tensors["label_ids"]), numbers, sum(lengths), longest_document=longest)
 
-    def collate_whole(self, example: Example, pad_id: int) -> Batch:
-        """One row with all of its tokens as labels, of which those that are trained count."""
-        import torch
-
-        flags = [int(flag) for flag in example["trained"]]
-        whole = replace(example, columns={**example.columns, "trained": [1] * len(flags)})
-        batch = self.collate([[whole]], pad_id)
-        return replace(batch, tensors={**batch.tensors, "counted": torch.tensor(flags[1:])})
-
-    def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
-        """A micro-batch of such a shape, its values left open."""
-        import torch
-
-        ids = torch.empty((rows, tokens), dtype=torch.int64)
-        index, targets = (torch.empty(labels, dtype=torch.int64) for _ in range(2))
-        tensors = {"input_ids": ids, "label_index": index, "label_ids": targets}
-        tensors |= {"position_ids": torch.empty_like(ids)} if packed else {}
-        return Batch(tensors, labels, tuple(range(rows)), ids.numel())
-
     def show(self, example: Example) -> tuple[ShownSequence, ...]:
         """The row's tokens, and which of them carry loss."""
         return (ShownSequence([int(token) for token in example["tokens"]], [int(flag) for flag in example["trained"]]),)
-
-    def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
-        """Nats summed over the trained tokens."""
-        from lorafit.objective.next_token import sum_cross_entropy
-
-        return sum_cross_entropy(objective, batch)
-
-    def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:
-        """Of each row: summed loss, trained tokens, and those whose most likely prediction was right, [rows]."""
-        from lorafit.objective.next_token import score_rows
-
-        return score_rows(objective, batch)
 
     def cut_probe(self, example: Example, most_tokens: int) -> Example:
         """The row up to its last trained token, and of that the last `most_tokens`, at least 2."""

@@ -24,6 +24,7 @@ from lorafit.facts import SEQ2SEQ_CLASS
 from lorafit.files.atomic import atomic_dir, make_folder
 from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
 from lorafit.kinds.quantizations import quantizations
+from lorafit.kinds.tasks import tasks
 from lorafit.model.adapter import NOTES, AdapterFolder, check_base, read_adapter
 from lorafit.model.base import Base
 from lorafit.model.companions import choose_companions, write_rest
@@ -249,14 +250,14 @@ def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKin
             **{ours: adapter.config.get(key) for key, ours in adapter.kind.recipe_fields.items()},
         },
         "chat": card.chat if card else None,
-        **(_note_task(card) if card and ("head" in adapter.notes or _is_pair(card)) else {}),
+        **(_note_task(card) if card and ("head" in adapter.notes or _is_asked_otherwise(card)) else {}),
     }
     write_object(target / NOTES, notes)
 
 
-def _is_pair(card: RunCard) -> bool:
-    """Whether the run's base is an encoder with a decoder, whose sources its task says how to read."""
-    return card.model_class.auto_class == SEQ2SEQ_CLASS
+def _is_asked_otherwise(card: RunCard) -> bool:
+    """Whether whoever opens the merged model must know its task: its base is an encoder with a decoder, or sees."""
+    return card.model_class.auto_class == SEQ2SEQ_CLASS or tasks.bind(card.task).reads_pictures
 
 
 def _note_task(card: RunCard) -> JsonObject:

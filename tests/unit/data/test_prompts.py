@@ -146,6 +146,7 @@ def test_every_format_says_what_asks() -> None:
     assert asking == {
         "word_labels": ["words"],
         "alpaca": ["instruction"],
+        "image_messages": ["messages"],
         "messages": ["messages"],
         "preference": ["rejected"],
         "prompt_completion": ["prompt"],

@@ -1,0 +1,129 @@
+"""Chats with images: the loss is that of the answers' tokens, and an answer is generated text.
+
+    row      tokens     <image> <image> <image> <image> What is it? A cat.<end>    images stand where their tokens do
+             trained    0       0       0       0       0           1
+             pictures   file, hash, size, first and last token of each             no pixel is kept
+    batch    input_ids, labels, and what the model's processor makes of the images of its rows, in their order
+
+Images are read when a batch is built, in the thread that builds ahead. A row is never cut through an image: it is
+whole, or left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
+from lorafit.errors import DataError
+from lorafit.facts import ModelClass
+from lorafit.kinds.tasks import TaskSection, tasks
+from lorafit.kinds.tasks._answers import AnswerTask, answer_row
+from lorafit.pictures import pack_pictures, unpack_pictures
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafit.contracts import Encoded, Example, Sample
+    from lorafit.pictures import PictureReader, PlacedPicture
+
+_WHOLE = "cuts no row, which would cut its images"
+
+
+class ImageTextToTextSection(TaskSection):
+    """Answers about images."""
+
+    kind: Literal["image-text-to-text"] = "image-text-to-text"
+    """Answers about images: LLaVA, Idefics3, SmolVLM and their kin."""
+
+
+@tasks.register(ImageTextToTextSection)
+class ImageTextToText(AnswerTask[ImageTextToTextSection]):
+    """The loss is the cross-entropy of the trained tokens, none of which is an image's."""
+
+    model_class = ModelClass("AutoModelForImageTextToText")
+    row_format = "image_messages"
+    reads_pictures = True
+    unread: ClassVar[Mapping[str, str]] = {
+        **AnswerTask.unread,
+        "data.overlength=truncate": f"{_WHOLE}; write drop",
+        "data.overlength=split": f"{_WHOLE}; write drop",
+        "evaluation.num_beams": "searches no beams for prompts with images",
+        "data.system_prompt": "takes chats as they are: give them their system messages",
+    }
+    columns = (
+        Column("tokens", "<i4", holds_tokens=True),
+        Column("trained", "|u1"),
+        Column("pictures", "|u1", of_tokens=False, says_where=True),
+        Column("picture_hashes", "|u1", of_tokens=False),
+    )
+    _reader: PictureReader | None = None
+
+    def seeing(self, reader: PictureReader) -> ImageTextToText:
+        """The task with the model's processor."""
+        sees = copy(self)
+        sees._reader = reader
+        return sees
+
+    def pictures(self, example: Example) -> tuple[PlacedPicture, ...]:
+        """The images of a row, each where its tokens stand."""
+        return unpack_pictures(example["pictures"])
+
+    def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
+        """The rendered row with its images; None where no token is trained."""
+        if sample.rejected is not None or sample.labels is not None:
+            raise DataError("holds no chat with one answer", todo="set the task that learns it")
+        encoded = render(sample)
+        row = answer_row(encoded)
+        if encoded is None or row is None:
+            return None
+        hashes = b"".join(bytes.fromhex(one.sha256) for one in encoded.pictures)
+        columns = {**row.columns, "pictures": [*pack_pictures(encoded.pictures)], "picture_hashes": [*hashes]}
+        return replace(row, columns=columns, asked=[*row.asked, *hashes])
+
+    def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+        """One micro-batch, with the pixels of its images."""
+        from lorafit.objective.next_token import label_tokens
+
+        examples = [row[0] for row in rows]
+        tensors = label_tokens([[(one["tokens"], one["trained"])] for one in examples], pad_id)
+        attached = self._attach(examples)
+        lengths, numbers = [len(one["tokens"]) for one in examples], tuple(one.index for one in examples)
+        together = {**tensors, **attached}
+        return Batch(together, len(tensors["label_ids"]), numbers, sum(lengths), attached=tuple(attached))
+
+    def _attach(self, examples: Sequence[Example]) -> Mapping[str, torch.Tensor]:
+        pictures = [self.pictures(one) for one in examples]
+        if not any(pictures):
+            return {}
+        assert self._reader is not None, "whoever opens rows gives the task its reader"
+        try:
+            return self._reader.read([one for row in pictures for one in row])
+        except DataError as error:
+            raise error.at(file=examples[0].file, line=examples[0].line if len(examples) == 1 else None) from None
+
+    def cut(self, example: Example, tokens: int) -> Example:
+        """The end of a row: at most so many tokens, none of an image that does not fit whole."""
+        return self._between(example, len(example["tokens"]) - max(1, tokens), len(example["tokens"]))
+
+    def cut_probe(self, example: Example, most_tokens: int) -> Example:
+        """The row up to its last trained token, and of that the last `most_tokens`, at least 2."""
+        flags = example["trained"]
+        end = max((place + 1 for place, flag in enumerate(flags) if flag), default=len(flags))
+        return self._between(example, end - max(2, most_tokens), end)
+
+    def _between(self, example: Example, start: int, end: int) -> Example:
+        start, pictures = max(0, start), self.pictures(example)
+        start = next((one.end for one in pictures if one.start < start < one.end), start)
+        left = [one.moved(-start) for one in pictures if start <= one.start and one.end <= end]
+        hashes = b"".join(bytes.fromhex(one.sha256) for one in left)
+        columns = {name: example[name][start:end] for name in ("tokens", "trained")}
+        columns |= {"pictures": [*pack_pictures(left)], "picture_hashes": [*hashes]}
+        return replace(example, columns=columns)
+
+    def show(self, example: Example) -> tuple[ShownSequence, ...]:
+        """The row's tokens, which of them carry loss, and where its images stand."""
+        ids, trained = ([int(value) for value in example[name]] for name in ("tokens", "trained"))
+        return (ShownSequence(ids, trained, pictures=self.pictures(example)),)

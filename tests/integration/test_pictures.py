@@ -1,0 +1,230 @@
+"""Pictures from a recipe to a model that has learnt to see: trained, resumed, scored, merged, asked, loaded by PEFT."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorafit import pipeline
+from lorafit.errors import LorafitError, ModelError, RecipeError
+from lorafit.job import build_objective, open_job
+from lorafit.recipe.load import load_recipe
+from tests.support.pictures import draw_rows
+from tests.support.tiny_recipe import write_rows
+from tests.support.tiny_vision import make_idefics3, make_llava
+
+MAKERS: dict[str, Callable[..., Path]] = {"llava": make_llava, "idefics3": make_idefics3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAFIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def make_world(folder: Path, kind: str, *, rows: int = 96) -> dict[str, Any]:
+    """Squares to learn, squares to be asked about, and the same with the pictures shuffled; a recipe over them."""
+    MAKERS[kind](folder / "base")
+    test = draw_rows(folder, 24, name="test")
+    asked = random.Random(0).sample([row["messages"][0] for row in test], k=24)
+    shuffled = [{"messages": [one, row["messages"][1]]} for one, row in zip(asked, test, strict=True)]
+    write_rows(folder / "train.jsonl", draw_rows(folder, rows))
+    write_rows(folder / "test.jsonl", test)
+    write_rows(folder / "shuffled.jsonl", shuffled)
+    return {
+        "name": "squares",
+        "task": "image-text-to-text",
+        "model": {"base": str(folder / "base"), "quantization": "none", "dtype": "fp32", "attention": "eager"},
+        "adapter": {"r": 8, "dropout": 0.0},
+        "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")},
+        "training": {
+            "max_steps": 60,
+            "batch_size": 16,
+            "learning_rate": 1e-2,
+            "micro_batch_tokens": 2048,
+            "gradient_checkpointing": False,
+        },
+        "evaluation": {"final": ["exact_match"], "max_new_tokens": 6},
+        "checkpoints": {"every_steps": 20},
+        "output": str(folder / "run"),
+    }
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    recipe = make_world(tmp_path_factory.mktemp(request.param), request.param)
+    pipeline.train(recipe)
+    return recipe
+
+
+def right(run: Path, *overrides: str) -> tuple[float, float]:
+    """Shares of right answers of base and tuned model."""
+    compared = pipeline.evaluate(run, overrides=overrides).evaluation.comparisons
+    (found,) = [one for one in compared if one.metric == "exact_match"]
+    return found.base, found.tuned
+
+
+def test_colours_are_learnt_from_the_pictures_alone(trained: dict[str, Any]) -> None:
+    run = Path(trained["output"])
+    base, tuned = right(run)
+    assert base <= 0.1 and tuned >= 0.95
+    folder = Path(trained["data"]["test"]).parent
+    assert right(run, f"data.test={folder / 'shuffled.jsonl'}")[1] <= 0.6
+
+
+def test_a_resume_is_the_same_run(trained: dict[str, Any]) -> None:
+    run = Path(trained["output"])
+    before = load_file(run / "adapter" / "adapter_model.safetensors")
+    pipeline.train(trained, resume_from=40)
+    after = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_merged_alone_and_in_peft_it_is_the_same_model(trained: dict[str, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    run, merged = Path(trained["output"]), tmp_path / "merged"
+    parity = pipeline.merge(run, output=merged).parity
+    assert parity is not None and parity.mean_kl < 1e-5
+    folder, base = Path(trained["data"]["test"]).parent, trained["model"]["base"]
+    before, after = (load_file(Path(place) / "model.safetensors") for place in (base, merged))
+    towers = [name for name in before if "vision" in name or "projector" in name or "connector" in name]
+    assert len(towers) > 10 and all(torch.equal(before[name], after[name]) for name in towers)
+
+    questions = folder / "questions.jsonl"
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()][:6]
+    write_rows(questions, [{"messages": row["messages"][:1]} for row in rows])
+    wanted = [row["messages"][1]["content"] for row in rows]
+    for place in (run, run / "adapter", merged):
+        answers = pipeline.generate(place, input_file=questions, max_new_tokens=6).answers
+        assert [answer.text for answer in answers] == wanted
+    (alone,) = pipeline.generate(merged, rows=[absolute(rows[0], folder)], max_new_tokens=6).answers
+    assert alone.text == wanted[0]
+    with pytest.raises(LorafitError, match="images are for task image-text-to-text"):
+        pipeline.generate(Path(base), input_file=questions)
+
+    peft = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), run / "adapter").eval()
+    whole = AutoModelForImageTextToText.from_pretrained(merged).eval()
+    for processor in map(AutoProcessor.from_pretrained, (run / "adapter", merged)):
+        asked = absolute(rows[0], folder)["messages"]
+        inputs = processor.apply_chat_template(
+            asked, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        with torch.no_grad():
+            ours, theirs = whole(**inputs).logits, peft(**inputs).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        written = peft.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(written, skip_special_tokens=True) == wanted[0]
+
+
+def absolute(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The question of a row, its image named from the root."""
+    picture, text = row["messages"][0]["content"]
+    path = str(folder / picture["path"])
+    return {"messages": [{"role": "user", "content": [{**picture, "path": path}, text]}]}
+
+
+def test_a_step_costs_the_same_however_it_is_cut(trained: dict[str, Any], tmp_path: Path) -> None:
+    """Rows without an image and with two share micro-batches with others; the model's own loss says the same."""
+    folder = Path(trained["data"]["test"]).parent
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()][:5]
+    first, second = (row["messages"][0]["content"][0] for row in rows[:2])
+    rows[1]["messages"][0]["content"] = [first, {"type": "text", "text": "and"}, second]
+    rows[2]["messages"][0]["content"] = "no picture"
+    write_rows(folder / "mixed.jsonl", rows)
+    job, model = open_model({**trained, "data": {"train": str(folder / "mixed.jsonl")}})
+    objective = build_objective(job, model, "fp32")
+    rows_of = job.rows.train
+
+    def gradients(parts: list[list[int]]) -> list[torch.Tensor]:
+        model.zero_grad()
+        for part in parts:
+            objective(job.task.collate([[rows_of[row]] for row in part], job.pad_id)).loss_sum.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    whole = gradients([[0, 1, 2, 3, 4]])
+    for parts in ([[0], [1], [2], [3], [4]], [[4, 1], [2, 0, 3]]):
+        for ours, theirs in zip(gradients(parts), whole, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for row in range(5):
+        batch = job.task.collate([[rows_of[row]]], job.pad_id)
+        assert float(objective.reference_loss(batch)) == pytest.approx(objective.probed_loss(batch), rel=1e-5)
+
+
+def open_model(recipe: dict[str, Any]) -> tuple[Any, Any]:
+    """The recipe's rows, and its model with a fresh adapter in training mode."""
+    from lorafit.contracts import Silent
+    from lorafit.kinds.quantizations import quantizations
+    from lorafit.model.attach import attach_adapter
+    from lorafit.model.load import load_model
+
+    job = open_job(load_recipe(recipe), Silent())
+    base = load_model(
+        job.base,
+        quantization=quantizations.make("none").section,
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+        attention="eager",
+        device="cpu",
+        model_class=job.task.model_class,
+        reporter=Silent(),
+    )
+    model = attach_adapter(base, job.recipe.adapter, 0, model_class=job.task.model_class)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return job, model
+
+
+def test_only_the_language_model_is_trained(trained: dict[str, Any]) -> None:
+    tensors = load_file(Path(trained["output"]) / "adapter" / "adapter_model.safetensors")
+    assert tensors and all(".language_model." in name or ".text_model." in name for name in tensors)
+    job, model = open_model(trained)
+    build_objective(job, model, "fp32")(job.task.collate([[job.rows.train[0]]], job.pad_id)).loss_sum.backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached and all("lora_" in name and ("language" in name or "text_model" in name) for name in reached)
+
+
+def test_without_pillow_one_sentence_says_what_to_install(trained: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(ModelError) as caught:
+        pipeline.preview(trained)
+    said = 'reading images needs Pillow, which is not installed; install it with: pip install "lorafit[vision]"'
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"overlength": "truncate"}, "cuts no row, which would cut its images; write drop"),
+        ({"packing": True}, "takes one row a sequence"),
+        ({"system_prompt": "look"}, "takes chats as they are"),
+    ],
+)
+def test_options_that_do_not_go_with_images_are_refused(change: dict[str, Any], said: str) -> None:
+    recipe = {"name": "n", "task": "image-text-to-text", "model": {"base": "b"}}
+    with pytest.raises(RecipeError, match=said):
+        pipeline.validate({**recipe, "data": {"train": "t.jsonl", **change}})
+    with pytest.raises(RecipeError, match="searches no beams"):
+        pipeline.validate({**recipe, "data": {"train": "t.jsonl"}, "evaluation": {"num_beams": 2}})
+
+
+def test_a_base_that_reads_no_images_is_told(tmp_path: Path) -> None:
+    from tests.support.tiny_model import make_base
+
+    make_base(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", draw_rows(tmp_path, 2))
+    recipe = {"name": "n", "task": "image-text-to-text", "data": {"train": str(tmp_path / "rows.jsonl")}}
+    with pytest.raises(ModelError, match="'llama' reads no images"):
+        pipeline.preview({**recipe, "model": {"base": str(tmp_path / "base")}})
