@@ -32,6 +32,7 @@ SCHEMA_LINE = "# yaml-language-server: $schema=../configs/recipe.schema.json"
 MADE_BY = {
     "runs/quickstart": "lorafit train recipes/quickstart.yaml",
     "runs/faq_classifier": "lorafit train recipes/faq_classifier.yaml",
+    "runs/sentiment_minilm": "lorafit train recipes/sentiment_minilm.yaml",
     "runs/dpo_smollm2": "lorafit train recipes/dpo_smollm2.yaml",
     "runs/quickstart-merged": "lorafit merge runs/quickstart --output runs/quickstart-merged",
 }
@@ -91,6 +92,9 @@ def small_recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values["model"]["base"], values["training"]["epochs"] = "tiny-base", 1
     values["data"]["test"] = values["data"]["train"]  # the few rows of the other file have other labels
     (folder / "faq_classifier.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    values = yaml.safe_load((folder / "sentiment_minilm.yaml").read_text(encoding="utf-8"))
+    values["model"]["base"], values["training"]["epochs"] = "tiny-base", 1
+    (folder / "sentiment_minilm.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     values = yaml.safe_load((folder / "dpo_smollm2.yaml").read_text(encoding="utf-8"))
     values["model"]["base"], values["data"]["max_length"] = "tiny-base", 600
     for split, count in {"train": 16, "test": 4}.items():
