@@ -27,9 +27,10 @@ def known_config(hub_id: str) -> JsonObject | None:
 
 
 def known_shape(config: JsonMapping) -> ModelShape | None:
-    """The shape of a shipped config, from what `docs/write_shapes.py` wrote; None for any other."""
+    """The shape of a shipped causal model's config, from what `docs/write_shapes.py` wrote; None for any other."""
     name = next((path.stem for path in _files() if _read(path)["config"] == config), None)
-    return None if name is None else ModelShape.from_json(_read(shipped("model_shapes.json"))[name])
+    written = None if name is None else _read(shipped("model_shapes.json")).get(name)
+    return None if written is None else ModelShape.from_json(written)
 
 
 def like_known(hub_id: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lorafit.console.nearest import nearest
@@ -31,10 +31,23 @@ def by_priority() -> list[tuple[str, Format]]:
     return sorted(formats.items(), key=lambda item: item[1].priority)
 
 
+def unnest(row: JsonObject, names: Collection[str]) -> JsonObject:
+    """The row with what stands inside of an object as columns of their own, where `object.key` is one of the names."""
+    for name in names if any("." in name for name in names) else ():
+        while name not in row:
+            outer = next((key for key in row if name.startswith(f"{key}.") and isinstance(row[key], dict)), None)
+            if outer is None:
+                break
+            inner = {f"{outer}.{key}": value for key, value in row[outer].items()}
+            row = {**{key: value for key, value in row.items() if key != outer}, **inner}
+    return row
+
+
 def rename(row: Row, columns: Columns) -> JsonObject:
     """The row with our names for the mapped columns; a name of ours that was taken gives way."""
     if not columns:
         return dict(row)
+    row = unnest(dict(row), columns.values())
     renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
     renamed.update({ours: row[theirs] for ours, theirs in columns.items() if theirs in row})
     return renamed

@@ -39,6 +39,7 @@ from lorafit.data.sources.row_columns import (
     rename,
     several_formats,
     unknown_columns,
+    unnest,
 )
 from lorafit.data.sources.workbook import unread_sheets
 from lorafit.errors import IN_MEMORY, DataError, LorafitError, MissingFieldError, RecipeError
@@ -180,6 +181,9 @@ class Source:
 
     def _raw_rows(self) -> RawRows:
         rows = self._hub.rows() if self._hub is not None else self._file_rows()
+        names = list(self.section.columns.values())
+        if any("." in name for name in names):
+            rows = ((line, row if isinstance(row, DataError) else unnest(row, names)) for line, row in rows)
         return islice(rows, self.section.limit)
 
     def _file_rows(self) -> RawRows:

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 
 from lorafit.errors import ModelError
+from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
 from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape, read_class_shape
 from lorafit.model.classes import build_empty, build_whole, read_settings
 from lorafit.model.known_models import known_config, known_shape
 from tests.support.zoo_models import tiny_config
 
-FACTS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(shipped("models").glob("*.json"))}
+SHIPPED = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(shipped("models").glob("*.json"))}
+PAIRS = {name: facts for name, facts in SHIPPED.items() if facts["config"].get("is_encoder_decoder")}
+FACTS = {name: facts for name, facts in SHIPPED.items() if name not in PAIRS}
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -44,6 +47,14 @@ def test_totals_are_the_published_counts(name: str) -> None:
         assert abs(total / published - 1) < 0.002
     else:
         assert total == published
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_encoder_decoders_have_the_published_counts_for_their_task_and_no_other(name: str) -> None:
+    facts = PAIRS[name]
+    assert find_shape(facts["config"], ModelClass(SEQ2SEQ_CLASS)).total_parameters == facts["published_parameters"]
+    with pytest.raises(ModelError, match="is an encoder-decoder"):
+        find_shape(facts["config"])
 
 
 SAVED_BUFFERS = ("layer_scalar", "std_bias", "std_scale", "e_score_correction_bias")

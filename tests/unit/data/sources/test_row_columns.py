@@ -147,3 +147,23 @@ def test_a_label_that_is_no_verdict_leaves_prompts_and_completions_alone(tmp_pat
     assert read(tmp_path, judged, format="prompt_completion").completion == "a"
     mapped = yaml.safe_load(MAPPING.findall(refusal(tmp_path, {"sentence": "a", "label": "x"}))[0])
     assert read(tmp_path, {"sentence": "a", "label": "x"}, columns=mapped).labels == ("x",)
+
+
+def test_what_stands_inside_of_an_object_is_mapped_by_its_path(tmp_path: Path) -> None:
+    row = {"id": 1, "translation": {"en": "red", "de": "rot", "more": {"fr": "rouge"}}}
+    for target, found in (("translation.de", "rot"), ("translation.more.fr", "rouge")):
+        columns = {"source": "translation.en", "target": target}
+        sample = read(tmp_path, row, task="seq2seq-lm", columns=columns)
+        assert (sample.prompt, sample.completion) == ("red", found)
+    said = refusal(tmp_path, row, task="seq2seq-lm", columns={"source": "translation.en", "target": "translation.it"})
+    assert "d.jsonl:1: no known format has the columns id, translation.de, translation.more, source" in said
+    flat = {"a.b": "red", "c": "rot"}  # a name with a dot of its own
+    assert read(tmp_path, flat, task="seq2seq-lm", columns={"source": "a.b", "target": "c"}).prompt == "red"
+
+
+def test_the_mapping_that_is_proposed_for_translations_works(tmp_path: Path) -> None:
+    row = {"translation": {"en": "red", "de": "rot"}}
+    said = refusal(tmp_path, row, task="seq2seq-lm")
+    columns = yaml.safe_load(MAPPING.findall(said)[0])
+    sample = read(tmp_path, row, task="seq2seq-lm", columns=columns)
+    assert (sample.prompt, sample.completion) == ("red", "rot")
