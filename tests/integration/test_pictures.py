@@ -204,6 +204,20 @@ def test_without_pillow_one_sentence_says_what_to_install(trained: dict[str, Any
     assert str(caught.value) == said
 
 
+def test_the_shipped_recipe_trains_a_tiny_base(trained: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+
+    file = Path(__file__).parents[2] / "recipes" / "describe_smolvlm.yaml"
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values["model"]["base"] = trained["model"]["base"]
+    values["data"] |= {"train": trained["data"]["test"], "validation": {"fraction": 0.2}}
+    values["training"] |= {"batch_size": 8}
+    values["evaluation"] |= {"every_steps": 2, "max_new_tokens": 4}
+    values["output"] = str(tmp_path / "run")
+    assert pipeline.train(values).fit is not None
+    assert pipeline.evaluate(tmp_path / "run").evaluation.comparisons
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

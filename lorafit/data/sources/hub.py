@@ -21,6 +21,19 @@ def is_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None
 
 
+def as_stored(found: Any) -> Any:
+    """A `datasets.Dataset` whose images are read as they are stored, their bytes or path, and not decoded."""
+    import datasets
+
+    stored = datasets.Image(decode=False)
+    for name, feature in found.features.items():
+        if isinstance(feature, datasets.Image):
+            found = found.cast_column(name, stored)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            found = found.cast_column(name, datasets.List(stored))
+    return found
+
+
 class HubRows:
     """One split of a hub data set, downloaded on first use into the cache of `datasets`.
 
@@ -79,7 +92,7 @@ class HubRows:
             asked.require_answer()
             raise DataError(f"cannot be loaded as of commit {commit[:12]}", file=self.name, key="revision")
         asked.say_refused(given or "unknown")
-        return found
+        return as_stored(found)
 
     def _prepared(self, commit: str) -> Any:
         """The rows as an earlier command prepared them, without a request; None where none did."""

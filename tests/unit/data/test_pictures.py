@@ -249,6 +249,27 @@ def test_preview_shows_where_an_image_stands(tmp_path: Path, prepare_pictures: A
     assert [(one["width"], one["height"], one["end"] - one["start"]) for one in row["pictures"]] == [(40, 30, 4)]
 
 
+def test_images_of_a_hub_data_set_are_not_decoded(tmp_path: Path) -> None:
+    import datasets
+
+    from lorafit.data.sources.hub import as_stored
+    from lorafit.kinds.formats import formats
+
+    draw_square(tmp_path / "a.png", "red")
+    asked = [{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "what", "index": None}]
+    answer = [{"type": "text", "text": "red", "index": None}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    features = {"images": datasets.List(datasets.Image()), "one": datasets.Image()}
+    found = datasets.Dataset.from_dict({"images": [[str(tmp_path / "a.png")]], "one": [str(tmp_path / "a.png")]})
+    found = found.cast(datasets.Features(features)).add_column("messages", [messages])
+    (row,) = as_stored(found)
+    assert row["images"][0]["path"] == row["one"]["path"] == str(tmp_path / "a.png")
+    sample = formats.get("image_messages").read(row, "some/data", 1)
+    assert [picture.path for picture in sample.pictures] == [str(tmp_path / "a.png")]
+    plain = datasets.Dataset.from_dict({"text": ["a"]})
+    assert as_stored(plain) is plain
+
+
 def test_an_image_that_bytes_name_is_told_by_its_path(tmp_path: Path, bases: dict[str, Path]) -> None:
     from transformers import AutoProcessor
 
