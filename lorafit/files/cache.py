@@ -3,7 +3,7 @@
     $LORAFIT_CACHE (default ~/.cache/lorafit)
       bases/SHA256/     converted GGUF files           data/KEY/     prepared rows
       plans/KEY.json    what a first run settled       hashes/KEY.json   hashes of large files, see `remember`
-      shapes, steps     what a class or a dry run told of a model, see `keep`
+      shapes, steps, configs   what a class, a dry run or a GGUF file's header told of a model, see `keep`
 
 A MANIFEST proves nothing against the one who wrote it. So each folder on the way to an entry must belong to the user
 (or to root), be closed to others' writing, and be no link; a lock is opened without following one.

@@ -1,5 +1,7 @@
 """The version of lorafit, and those of the libraries that decide what a run computes."""
 
+from functools import cache
+
 __version__ = "0.1.0"
 
 _RECORDED = (
@@ -14,6 +16,11 @@ def installed_versions() -> dict[str, str]:
     The one list of them: a plan is measured anew where any changed, a run folder and a checkpoint record it, and a
     resume says what differs.
     """
+    return dict(_find_versions())
+
+
+@cache
+def _find_versions() -> dict[str, str]:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

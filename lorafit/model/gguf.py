@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from lorafit.console.wording import first_line
 from lorafit.contracts import JsonObject, Reporter
 from lorafit.errors import ModelError
 from lorafit.files.atomic import atomic_dir, check_manifest
-from lorafit.files.cache import known_hash, locked, own_folder, refuse_foreign
+from lorafit.files.cache import keep, kept, key_of_code, known_hash, locked, own_folder, refuse_foreign
 from lorafit.model.base_config import load_config
 from lorafit.model.quiet import quiet_libraries
 
@@ -115,7 +116,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def read_gguf_config(file: Path, bases: Path) -> JsonObject:
-    """The config.json that converting would give, from the file's header alone.
+    """The config.json that converting would give, from the file's header alone, which takes seconds: it is kept.
 
     Raises:
         ModelError: No GGUF file, or an architecture that transformers cannot read.
@@ -124,11 +125,16 @@ def read_gguf_config(file: Path, bases: Path) -> JsonObject:
     refuse_foreign(folder)
     if check_manifest(folder, hashes=False) is None:
         return load_config(folder)
-    from transformers import AutoConfig
+    name = f"configs/{key_of_code(folder.name)}.json"
+    found: JsonObject | None = kept(name)
+    if not isinstance(found, dict):
+        from transformers import AutoConfig
 
-    with _errors(file):
-        found: JsonObject = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).to_dict()
-        return found
+        with _errors(file):
+            config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+            found = json.loads(config.to_json_string(use_diff=False))
+        keep(name, found)
+    return found
 
 
 @contextlib.contextmanager

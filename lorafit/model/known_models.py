@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 from lorafit.contracts import JsonMapping, JsonObject
@@ -21,7 +23,7 @@ def known_config(hub_id: str) -> JsonObject | None:
     """The config of a well-known model that lorafit ships, by its hub id; None where it has none."""
     for facts in map(_read, _files(hub_id)):
         if hub_id.lower() in (known.lower() for known in facts["ids"]):
-            config: JsonObject = facts["config"]
+            config: JsonObject = deepcopy(facts["config"])
             return config
     return None
 
@@ -56,6 +58,7 @@ def _files(hub_id: str = "") -> Iterator[Path]:
     yield from sorted(folder.glob("*.json"))
 
 
+@cache
 def _read(file: Path) -> JsonObject:
     values: JsonObject = json.loads(file.read_text(encoding="utf-8"))
     return values

@@ -69,7 +69,7 @@ def left_out_names(model: PreTrainedModel) -> dict[str, str]:
 
     linears = find_linears(model)
     routers, towers = set(router_names(model)), set(tower_names(model))
-    shared, read, changed = _shared_names(model), _read_names(model), _changed_names(model)
+    shared, read, changed = _shared_names(model, linears), _read_names(model), _changed_names(model, linears)
     # PEFT is asked only where it does not take names as they are: it costs a second to import.
     converts = get_checkpoint_conversion_mapping(model.config.model_type) is not None
     scans = any(isinstance(part, torch.nn.Conv1d) for part in model.modules())
@@ -186,7 +186,7 @@ def unquantised_names(
         reporter: Warned of those.
         quantised: Paths that a run had quantised, on whatever device: no others are; None: no run says.
     """
-    plain = [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model)]
+    plain = [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model, find_linears(model))]
     linears = find_linears(model)
     if quantised is not None:
         plain += [name for name, _ in linears if name not in quantised]
@@ -214,13 +214,13 @@ def find_linears(model: PreTrainedModel) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds) and name not in heads]
 
 
-def _shared_names(model: PreTrainedModel) -> set[str]:
+def _shared_names(model: PreTrainedModel, linears: Sequence[tuple[str, Any]]) -> set[str]:
     """Linears whose weight is another linear's too (Zamba's blocks): one weight cannot take two updates."""
-    owners = Counter(id(module.weight) for _, module in find_linears(model))
-    shared = {name for name, module in find_linears(model) if owners[id(module.weight)] > 1}
+    owners = Counter(id(module.weight) for _, module in linears)
+    shared = {name for name, module in linears if owners[id(module.weight)] > 1}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     names = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
-    return shared | {name for name, _ in find_linears(model) if name in names}
+    return shared | {name for name, _ in linears if name in names}
 
 
 def _multiplies(module: Any) -> bool:
@@ -288,11 +288,11 @@ def _renamed_by_peft(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     return lost if len(lost) < len(names) else []
 
 
-def _changed_names(model: PreTrainedModel) -> set[str]:
+def _changed_names(model: PreTrainedModel, linears: Sequence[tuple[str, Any]]) -> set[str]:
     """Linears whose weight the model multiplies in place when it goes from training to evaluation (RWKV does)."""
     kinds: set[Any] = set(map(type, model.modules()))
     changed = tuple(f".{path}" for kind in kinds for path in _named_in_code(kind, _WEIGHT_CHANGED))
-    return {name for name, _ in find_linears(model) if name.endswith(changed)}
+    return {name for name, _ in linears if name.endswith(changed)}
 
 
 def _read_names(model: PreTrainedModel) -> set[str]:

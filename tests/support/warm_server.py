@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+os.fsync = lambda descriptor: None  # type: ignore[assignment]  # as in tests/conftest.py
 LARGEST_MESSAGE_BYTES = 1 << 20
 LIBRARIES = (
     "torch",

@@ -162,10 +162,17 @@ def write_gguf(file: Path, *, architecture: str = "llama") -> Path:
     return file
 
 
+def test_the_header_of_a_gguf_file_is_read_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    first = read_config(section("tiny.gguf"), tmp_path)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("read again"))
+    assert read_config(section("tiny.gguf"), tmp_path) == first and first["hidden_size"] == 64
+
+
 def test_gguf_is_converted_once_repeatably_and_named_by_content(tmp_path: Path, cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     ahead = read_config(section("tiny.gguf"), tmp_path)
-    assert not cache.exists() and ahead["hidden_size"] == 64 and ahead["num_hidden_layers"] == 1
+    assert not (cache / "bases").exists() and ahead["hidden_size"] == 64 and ahead["num_hidden_layers"] == 1
     base = resolve("tiny.gguf", tmp_path)
     assert base.path == cache / "bases" / base.origin.folder and len(base.origin.folder) == 64
     assert {e.dtype for e in read_header(base.path / "model.safetensors").values()} == {"F16"}
