@@ -152,9 +152,11 @@ class Engine:
         Generation runs in a thread of its own and ends at the next token where the iterator is closed.
 
         Raises:
-            UsageError: The request names an adapter that is not loaded.
+            UsageError: The request names an adapter that is not loaded, or beams, whose answer is known at the end.
             ResourceError: It does not fit into memory.
         """
+        if request.sampling.num_beams > 1:
+            raise UsageError("a beam search knows its answer only at the end", todo="stream without beams, or answer")
         from tokenizers.decoders import DecodeStream
         from transformers.generation.streamers import BaseStreamer
 

@@ -29,6 +29,7 @@ from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, NOTES, AdapterFolder, read_notes
 from lorafit.model.base import Base, check_made, read_base
 from lorafit.model.class_shape import find_shape
+from lorafit.model.classes import read_settings
 from lorafit.model.companions import choose_companions
 from lorafit.model.inspect import NOTED_DTYPES, recorded_linears
 from lorafit.model.load import load_model, load_tokenizer
@@ -256,12 +257,12 @@ def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None
 
 def _class_of(base: Base) -> ModelClass:
     """What a model is loaded as of which no run says anything."""
-    return ModelClass(SEQ2SEQ_CLASS) if base.config.get("is_encoder_decoder") else CAUSAL_MODEL
+    return ModelClass(SEQ2SEQ_CLASS) if read_settings(base.config).is_encoder_decoder else CAUSAL_MODEL
 
 
 def _voice_of(base: Base, tokenizer: PreTrainedTokenizerBase, pictures: ProcessorPictures | None = None) -> Voice:
     """How such a model is asked: an encoder reads the whole text as it is, whose positions bound it."""
-    if not base.config.get("is_encoder_decoder"):
+    if not read_settings(base.config).is_encoder_decoder:
         return Voice.of_tokenizer(tokenizer, pictures=pictures)
     return Voice(tokenizer, None, SourceTarget(tokenizer, TwoTexts()), LARGEST_COUNT)
 

@@ -10,12 +10,13 @@ Source: Gumbel-max trick, Maddison, Tarlow and Minka (2014), "A* Sampling", sect
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lorafit.console.arguments import check_search
 from lorafit.console.wording import counted
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Sampling:
         length_penalty: Of beam search: the summed log-probability of an answer is divided by its tokens to this power.
         min_new_tokens: No answer ends before it has so many.
         no_repeat_ngram_size: No sequence of so many tokens stands twice in an answer; 0: any may.
+
+    Raises:
+        UsageError: Some of them do not go together: `check_search`.
     """
 
     max_new_tokens: int = 256
@@ -48,6 +52,9 @@ class Sampling:
     length_penalty: float = 1.0
     min_new_tokens: int = 0
     no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_search(asdict(self))
 
     def __str__(self) -> str:
         """For people: what decides an answer."""

@@ -125,6 +125,13 @@ def test_a_stream_that_nobody_reads_on_ends(engine: Engine, tokenizer: Any) -> N
     assert not [thread for thread in threading.enumerate() if thread.name == "lorafit answer"]
 
 
+def test_beams_are_neither_drawn_nor_streamed(engine: Engine, tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="a beam search draws nothing; leave out"):
+        Sampling(num_beams=2, temperature=0.5)
+    with pytest.raises(UsageError, match="only at the end; stream without beams"):
+        next(engine.stream(Request(tokenizer("a")["input_ids"], "law", Sampling(8, num_beams=2))))
+
+
 def test_an_adapter_that_is_not_loaded_is_told_the_loaded_ones(engine: Engine, tokenizer: Any) -> None:
     request = Request(tokenizer("a")["input_ids"], "laws", SHORT)
     with pytest.raises(UsageError, match="'laws'; loaded: law, code"):
