@@ -139,6 +139,18 @@ BAD_ROWS = {
         may_be_empty=frozenset({"label"}),
         may_be={"label": (bool,)},
     ),
+    "text_score": Rows(
+        {"text": "a", "score": 0.5},
+        {
+            "a score that is a word": ({"score": "high"}, "score"),
+            "a score that is no number": ({"score": "nan"}, "score"),
+            "no score": ({"score": []}, "score"),
+            "two scores, where one is predicted": ({"score": [1, 2]}, "score"),
+            "a second text that is a number": ({"text_pair": 3}, "text_pair"),
+        },
+        other={"score": 1.5},
+        may_be={"score": (int,)},
+    ),
     "word_labels": Rows(
         {"words": ["a", "b"], "labels": ["O", "B-X"]},
         {

@@ -31,7 +31,7 @@ def bad_rows(name: str, rows: Rows) -> Iterator[tuple[str, Row, str]]:
         for value in OTHER_TYPES:
             if type(value) not in rows.may_be.get(field, ()):
                 yield f"{field} is {value}", {**rest, field: value}, field
-        if field not in rows.may_be_empty:
+        if field not in rows.may_be_empty and isinstance(rows.good[field], str | list):
             yield f"{field} is empty", {**rest, field: type(rows.good[field])()}, field
     for what, (changes, key) in rows.bad.items():
         yield what, {**rows.good, **changes}, key
