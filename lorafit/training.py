@@ -20,6 +20,7 @@ from lorafit.contracts import JsonMapping, Reporter
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import StoppedBySignal
+from lorafit.evaluation.base_side import start_head
 from lorafit.evaluation.during import Questions, ask_during, evaluate_during
 from lorafit.files.atomic import atomic_dir, write_json
 from lorafit.files.cache import keep, key_of_code
@@ -220,11 +221,15 @@ class Training:
         self.reporter.info(f"tried in steps 1 to {len(plan.first_steps)}: {describe_resolved(plan)}")
 
     def _refer(self, objective: Objective, *, begins: bool) -> None:
-        """What the task asks of the model as it was at step 0, before the values of a checkpoint are taken."""
-        first = self.where.first_adapter
+        """What the task asks of the model as it was at step 0, before the values of a checkpoint are taken;
+        and the head as it begins, where the task fits that.
+        """
+        job, first = self.job, self.where.first_adapter
+        if begins:
+            start_head(objective, job.task, job.rows.train, job.rows.validation, job.pad_id, self.reporter)
         if not begins and first.exists():
             load_adapter_weights(objective.model, first)  # whatever init_from has become since
-        refer(self.job, objective, ("train", "validation"), self.reporter)
+        refer(job, objective, ("train", "validation"), self.reporter)
 
     def _keep_first_adapter(self, model: PeftModel) -> None:
         """Saves what the task refers to, where that is not the base: an evaluation and a resume need it again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,18 +82,48 @@ def fit_base(
     """
     from safetensors.numpy import save_file
 
-    def read(examples: Examples) -> Iterator[Batch]:
-        tokens = max(_MICRO_BATCH_TOKENS, int(max(examples.lengths, default=1)))
-        cut = cut_step(range(len(examples)), examples.lengths, tokens)
-        with reporter.track(len(examples), "base model, its rows") as bar:
-            for members in cut:
-                batch = task.collate([[examples[row]] for row in members], pad_id)
-                yield batch.to(objective.device)
-                bar.advance(len(members))
-
+    read = partial(_read, objective, task, pad_id, reporter, "base model, its rows")
     with evaluating(objective), adapter_off(objective.model):
         choosing = read(held_out) if held_out is not None else None
         fitted = dict(task.fit_base(objective, read(train), choosing, reporter))
     with atomic_file(file) as temporary:
         save_file({name: np.ascontiguousarray(values) for name, values in fitted.items()}, temporary)
     return fitted
+
+
+def start_head(
+    objective: Objective,
+    task: Task[TaskSection],
+    train: Examples,
+    held_out: Examples | None,
+    pad_id: int,
+    reporter: Reporter,
+) -> None:
+    """Gives the head of a model that is about to be trained the values with which it begins, where its task fits them.
+
+    Args:
+        objective: Around the model as it begins; only its head is changed.
+        task: Its task.
+        train: The rows that will be trained on.
+        held_out: Rows that choose between fits; the task parts its training rows where None.
+        pad_id: Fills up shorter rows.
+        reporter: Gets bars.
+    """
+    if not task.starts_head:
+        return
+    read = partial(_read, objective, task, pad_id, reporter, "what the head reads")
+    with evaluating(objective):
+        task.start_head(objective, read(train), read(held_out) if held_out is not None else None, reporter)
+
+
+def _read(
+    objective: Objective, task: Task[TaskSection], pad_id: int, reporter: Reporter, what: str, examples: Examples
+) -> Iterator[Batch]:
+    """Micro-batches of all rows, on the model's device."""
+    tokens = max(_MICRO_BATCH_TOKENS, int(max(examples.lengths, default=1)))
+    cut = cut_step(range(len(examples)), examples.lengths, tokens)
+    with reporter.track(len(examples), what) as bar:
+        for members in cut:
+            batch = task.collate([[examples[row]] for row in members], pad_id)
+            yield batch.to(objective.device)
+            bar.advance(len(members))

@@ -198,6 +198,10 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
             ("head", "tail", "both"),
             lambda keep: ids_of_texts(world, {"kind": "sequence-regression", "long_texts": keep}),
         ),
+        "task(sequence-classification).head": Case(
+            ("drawn", "fitted"), lambda head: last_of_classes(world, classifier(head=head))
+        ),
+        "task(sequence-regression).head": Case(("drawn", "fitted"), partial(last_of_numbers, world, ["score"])),
         "task(sequence-regression).outputs": Case((["score"], ["tone", "length"]), partial(last_of_numbers, world)),
         "task(token-classification).labels": Case((["O", "B-X"], ["O", "B-X", "I-X"]), partial(last_of_words, world)),
         "task(dpo).beta": Case((0.1, 5.0), partial(preferences, "beta")),
@@ -408,12 +412,12 @@ def tokens_of_answers(world: OptionWorld, option: str, value: Any) -> int:
     return speed.tokens
 
 
-def last_of_numbers(world: OptionWorld, outputs: list[str]) -> float:
+def last_of_numbers(world: OptionWorld, outputs: list[str], head: str = "drawn") -> float:
     """The last loss of a run on texts with so many numbers each."""
     rows = world.root / "rows" / "numbers.jsonl"
     numbers = [[n, n % 3][: len(outputs)] for n in range(8)]
     rows.write_text("".join(f'{{"text": "red mug {n}", "score": {row}}}\n' for n, row in enumerate(numbers)))
-    task = {"kind": "sequence-regression", "outputs": outputs}
+    task = {"kind": "sequence-regression", "outputs": outputs, "head": head}
     return last_loss(world.train({"task": task, "data.train": "../rows/numbers.jsonl", **NO_ANSWERS}))
 
 

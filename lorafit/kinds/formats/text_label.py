@@ -44,6 +44,7 @@ class TextLabel(Format):
         if isinstance(value, str) and value.lstrip().startswith("["):
             value = read_json_list(value, "label")
         values = value if isinstance(value, list) else [value]
+        values = [int(one) if isinstance(one, float) and one.is_integer() else one for one in values]
         for one in values:
             if not isinstance(one, str | int) or one == "":
                 raise wrong_type("label", "the name or number of a class, or a list of them", one)

@@ -303,6 +303,16 @@ class Task(Kind[S_co]):
         """
         return {}
 
+    @property
+    def starts_head(self) -> bool:
+        """Whether `start_head` is to be asked before step 1."""
+        return False
+
+    def start_head(
+        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
+    ) -> None:
+        """Gives the new head the values with which it begins; the arguments are those of `fit_base`."""
+
     def fit_base(
         self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
     ) -> Mapping[str, NDArray[np.float64]]:

@@ -27,6 +27,10 @@ class TextSection(TaskSection):
     """What `data.overlength: truncate` leaves of a longer text: its beginning, its end, or both, of which the beginning
     gets a quarter of the room. Special tokens stay. Of two texts the longer one gives way first."""
 
+    head: Literal["drawn", "fitted"] = Field(default="drawn")
+    """Where the new head begins: `drawn` at random, or `fitted`, as the regression over what it reads of the training
+    rows before step 1, which takes a pass over them. Worth it where classes are many and rows of each are few."""
+
 
 T_co = TypeVar("T_co", bound=TextSection, covariant=True)
 
@@ -44,6 +48,10 @@ class TextTask(Task[T_co]):
     @property
     def keeps(self) -> Kept:
         return self.section.long_texts
+
+    @property
+    def starts_head(self) -> bool:
+        return self.section.head == "fitted"
 
     def text_row(
         self,

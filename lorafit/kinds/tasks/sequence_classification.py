@@ -22,9 +22,11 @@ from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import tasks
 from lorafit.kinds.tasks._class_tables import by_class, confusion, reliability
+from lorafit.kinds.tasks._head_start import Rows, start_head
 from lorafit.kinds.tasks._heads import (
     LabellingTask,
     LabelsSection,
+    fit_head,
     head_inputs,
     order_labels,
     warn_of_absent,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Encoded, Example, JsonObject, Sample
+    from lorafit.contracts import Encoded, Example, JsonObject, Reporter, Sample
     from lorafit.objective import Objective
 
 
@@ -265,6 +267,16 @@ class SequenceClassification(TextTask[SequenceClassificationSection], LabellingT
     def settle_base(self, fitted: Mapping[str, NDArray[np.float64]]) -> SequenceClassification:
         """With the base's own thresholds, where they are chosen."""
         return self._with_thresholds(fitted["thresholds"].tolist()) if "thresholds" in fitted else self
+
+    def start_head(
+        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
+    ) -> None:
+        """With the logistic regression over what the head reads."""
+
+        def fit(rows: Rows, chosen_on: Rows | None) -> Mapping[str, NDArray[np.float64]]:
+            return fit_head(*rows, chosen_on, several=self.section.multi_label, reporter=reporter)
+
+        start_head(objective, len(self.labels), self.right_labels, train, held_out, fit)
 
     def right_labels(self, batch: Batch) -> torch.Tensor:
         """Of each row."""

@@ -18,6 +18,7 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import tasks
+from lorafit.kinds.tasks._head_start import Rows, start_head
 from lorafit.kinds.tasks._heads import head_inputs, read_states
 from lorafit.kinds.tasks._texts import TextSection, TextTask
 
@@ -164,6 +165,17 @@ class SequenceRegression(TextTask[SequenceRegressionSection]):
 
         chosen_on = None if held_out is None else read_states(self, objective, held_out)
         return fit_ridge(*read_states(self, objective, train), chosen_on)
+
+    def start_head(
+        self, objective: Objective, train: Iterable[Batch], held_out: Iterable[Batch] | None, reporter: Reporter
+    ) -> None:
+        """With the ridge regression over what the head reads."""
+        from lorafit.ops.ridge_regression import fit_ridge
+
+        def fit(rows: Rows, chosen_on: Rows | None) -> Mapping[str, NDArray[np.float64]]:
+            return fit_ridge(*rows, chosen_on)
+
+        start_head(objective, len(self.section.outputs), self.right_labels, train, held_out, fit)
 
     def right_labels(self, batch: Batch) -> torch.Tensor:
         """The right numbers of each row."""

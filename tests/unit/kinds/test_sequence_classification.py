@@ -127,6 +127,10 @@ def test_texts_and_labels_are_read() -> None:
     assert read({"text": "a", "label": 3}, "f", 1).labels == ("3",)
     assert read({"text": "a", "label": ["x", "y"]}, "f", 1).labels == ("x", "y")
     assert read({"text": "a", "label": True}, "f", 1).labels == ("true",)
+    assert read({"text": "a", "label": 2.0}, "f", 1).labels == ("2",), "a column of numbers that lacks some, in parquet"
+    assert read({"text": "a", "text_pair": "b", "label": "x"}, "f", 1).text_pair == "b"
+    with pytest.raises(DataError, match=r"found number 2\.5"):
+        read({"text": "a", "label": 2.5}, "f", 1)
     for wrong in ({"text": "a", "label": None}, {"text": "a", "label": ""}, {"text": "a", "label": ["x", "x"]}):
         with pytest.raises(DataError):
             read(wrong, "f", 1)
