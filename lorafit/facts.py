@@ -21,12 +21,15 @@ class ModelClass:
         has_new_head: Whether what lies outside of the backbone is the task's own: it is drawn anew where the base's
             files lack it, theirs is left out, and it is trained and saved whole beside the adapter.
         peft_task: PEFT's name of the task.
+        trains_projector: Whether what joins a vision tower to the language model is trained, and saved whole beside the
+            adapter.
     """
 
     auto_class: str = "AutoModelForCausalLM"
     config: JsonMapping = field(default_factory=dict)
     has_new_head: bool = False
     peft_task: str = "CAUSAL_LM"
+    trains_projector: bool = False
 
     @property
     def generates(self) -> bool:

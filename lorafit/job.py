@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -67,6 +67,10 @@ class Job:
         from lorafit.evaluation.runner import find_pad_id
 
         return find_pad_id(self.tokenizer, self.shape.vocabulary)
+
+    def shows(self, examples: Examples) -> Callable[[int], bool]:
+        """Whether a proof on a row sees all of the model: of one that reads images, on a row that has some."""
+        return lambda row: not self.task.reads_pictures or bool(self.task.pictures(examples[row]))
 
     def writes_chats(self) -> bool:
         """Whether training rows were rendered by a chat template; else prompts go to the model verbatim."""
@@ -369,5 +373,6 @@ def prove(job: Job, objective: Objective, examples: Examples, reporter: Reporter
 
     task = job.task
     most_tokens = min(_PROOF_TOKENS, _PROOF_LOGITS_BYTES // (4 * job.shape.vocabulary))
-    row = task.cut_probe(examples[choose_probe(examples.lengths, most_tokens=most_tokens)], most_tokens)
+    probe = choose_probe(examples.lengths, most_tokens=most_tokens, shows=job.shows(examples))
+    row = task.cut_probe(examples[probe], most_tokens)
     prove_objective(objective, objective.batch_of(row, job.pad_id), reporter)

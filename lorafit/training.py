@@ -44,6 +44,7 @@ from lorafit.model.inspect import (
 )
 from lorafit.model.load import load_model
 from lorafit.model.shippable import check_shippable
+from lorafit.model.towers import check_towers, count_towers, tower_table
 from lorafit.objective import Objective, choose_probe
 from lorafit.ops.dtypes import dtype_named
 from lorafit.ops.kernel_choice import describe_versions
@@ -116,7 +117,7 @@ class Training:
         objective = build_objective(job, model, self.plan.dtype, kernels)
         prove(job, objective, job.rows.train, self.reporter)
         self._refer(objective, begins=checkpoint is None)
-        probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS)
+        probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS, shows=job.shows(job.rows.train))
         prove_gradients(objective, objective.batch_of(job.rows.train[probe], job.pad_id))
         one = accelerator.num_processes == 1
         executor = Executor(objective, accelerator.device) if one else OverRanks(objective, accelerator)
@@ -186,6 +187,10 @@ class Training:
         check_shippable(model, job.base, job.task.model_class)
         fuse_layers(model, kernels)
         self.reporter.show(coverage_table(coverage(model)))
+        if job.task.reads_pictures:
+            towers = count_towers(model)
+            check_towers(towers, trains_projector=job.task.model_class.trains_projector)
+            self.reporter.show(tower_table(towers))
         return model
 
     def _describe(

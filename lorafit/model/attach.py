@@ -33,6 +33,7 @@ from lorafit.model.base import Base
 from lorafit.model.load import keep_weights_unpacked
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import choose_targets
+from lorafit.model.towers import projector_names
 from lorafit.ops.output_head import outer_modules
 from lorafit.ops.process_memory import is_out_of_memory
 
@@ -69,8 +70,8 @@ def attach_adapter(
     targets = choose_targets(model, asked) if asked else []
     config = method.peft_config(targets, is_transposed=_are_transposed(model, targets))
     config.task_type = model_class.peft_task
-    if model_class.has_new_head:
-        config.modules_to_save = list(outer_modules(model))
+    if model_class.has_new_head or model_class.trains_projector:
+        config.modules_to_save = projector_names(model) if model_class.trains_projector else [*outer_modules(model)]
     with quiet_libraries():
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -80,6 +81,9 @@ def attach_adapter(
             what = f"PEFT cannot put an adapter on {type(model).__name__}: {first_line(error)}"
             raise ModelError(what, todo="use another base model") from error
     keep_weights_unpacked(adapted)
+    for name, parameter in adapted.named_parameters() if model_class.trains_projector else ():
+        if ".modules_to_save." in name:  # as adapters are: in bf16 most of an update would be rounded away
+            parameter.data = parameter.data.float()
     if section.init_from is not None:
         _go_on_from(adapted, section, (folder or Path()) / section.init_from)
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
@@ -257,7 +261,10 @@ def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:
     check_fit(saved, {path: tuple(value.shape) for path, value in live.items()})
     with torch.no_grad():
         for path, parameter in live.items():
-            parameter.copy_(read_rows(saved.tensors[path]))
+            values = read_rows(saved.tensors[path])
+            if values.dtype == torch.float32 and parameter.dtype == torch.bfloat16:  # a projector, trained so
+                parameter.data = parameter.data.float()
+            parameter.copy_(values)
 
 
 def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path) -> None:

@@ -31,6 +31,7 @@ from lorafit.model.targets import (
     find_linears,
     left_out_names,
 )
+from lorafit.model.towers import projector_names
 from lorafit.ops.output_head import outer_modules, output_head, text_part
 
 if TYPE_CHECKING:
@@ -95,7 +96,10 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     model = build_empty(settings, auto_class)
     text = model.config.get_text_config()
     embeddings, head = _token_embedding(model, generates=model_class.generates), output_head(model)
-    outer = outer_modules(model).values() if model_class.has_new_head else ()
+    outer = [*outer_modules(model).values()] if model_class.has_new_head else []
+    if model_class.trains_projector:
+        inner = getattr(model, model.base_model_prefix, model)
+        outer = [inner.get_submodule(name) for name in projector_names(model)]
     left_out = left_out_names(model)
     linears, beside = _linear_shapes(model, left_out), _beside(model, left_out)
     experts = sum(part.parameters for part in beside if part.name == _EXPERTS)

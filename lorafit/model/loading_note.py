@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonObject
 from lorafit.model.names import names_of
+from lorafit.model.towers import projector_names
 from lorafit.ops.output_head import outer_modules
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _HINT = (
     "quantization_config=BitsAndBytesConfig(**quantization_config); without them the base is another one"
 )
 _HEAD_HINT = "build the base as this class with these values in its config before the adapter is loaded onto it"
+_PROJECTOR_HINT = "these were trained whole, and take the place of the base's"
 HEAD_PREFIX = "base_model.model."
 """What PEFT puts before the names of a head that is saved whole."""
 
@@ -48,15 +50,24 @@ def note_head(model: PeftModel, model_class: ModelClass, saved: Iterable[str]) -
         model_class: The task's, with the id that fills up rows.
         saved: Names of the adapter's tensors on disk.
     """
-    if not model_class.has_new_head:
+    if not (model_class.has_new_head or model_class.trains_projector):
         return {}
     base, names = model.get_base_model(), names_of(model)
-    marks = tuple(f"{HEAD_PREFIX}{module}." for module in outer_modules(base))
+    whole = (
+        [f"{base.base_model_prefix}.{name}" for name in projector_names(base)]
+        if model_class.trains_projector
+        else list(outer_modules(base))
+    )
+    marks = tuple(f"{HEAD_PREFIX}{module}." for module in whole)
+    tensors = sorted(name.removeprefix(HEAD_PREFIX) for name in saved if name.startswith(marks))
+    called = {} if names is None else {name: names.files_of(name) for name in tensors}
+    files = {name: found[0] for name, found in called.items() if found and found[0] != name}
     head: JsonObject = {
-        "hint": _HEAD_HINT,
+        "hint": _PROJECTOR_HINT if model_class.trains_projector else _HEAD_HINT,
         "class": type(base).__name__,
         "config": dict(model_class.config),
-        "tensors": sorted(name.removeprefix(HEAD_PREFIX) for name in saved if name.startswith(marks)),
+        "tensors": tensors,
+        **({"files": files} if files else {}),
         "left_out": [] if names is None else sorted(names.left_head),
     }
     return {"head": head}

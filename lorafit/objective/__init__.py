@@ -9,7 +9,7 @@ Before step 1 `prove_objective` compares that loss with the model's own, on one 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -184,9 +184,13 @@ def _keep_results_narrow(model: nn.Module) -> None:
             module.register_forward_hook(narrow)
 
 
-def choose_probe(lengths: Sequence[int], *, most_tokens: int) -> int:
-    """The row that proofs look at: of the first ones the longest that is no longer than that, else the shortest."""
-    rows = range(min(len(lengths), _PROBED_ROWS))
+def choose_probe(lengths: Sequence[int], *, most_tokens: int, shows: Callable[[int], bool] = lambda row: True) -> int:
+    """The row that proofs look at: of the first ones the longest that is no longer than that, else the shortest.
+
+    Those alone are looked at that show what is to be proven, where there are any.
+    """
+    first = range(min(len(lengths), _PROBED_ROWS))
+    rows = [row for row in first if shows(row)] or first
     return max(rows, key=lambda row: lengths[row] if lengths[row] <= most_tokens else -lengths[row])
 
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from lorafit import pipeline
 from lorafit.errors import LorafitError, ModelError, RecipeError
 from lorafit.job import build_objective, open_job
+from lorafit.model.attach import attach_adapter
+from lorafit.model.towers import check_towers, count_towers
 from lorafit.recipe.load import load_recipe
 from tests.support.pictures import draw_rows
 from tests.support.tiny_recipe import write_rows
@@ -165,7 +167,6 @@ def open_model(recipe: dict[str, Any]) -> tuple[Any, Any]:
     """The recipe's rows, and its model with a fresh adapter in training mode."""
     from lorafit.contracts import Silent
     from lorafit.kinds.quantizations import quantizations
-    from lorafit.model.attach import attach_adapter
     from lorafit.model.load import load_model
 
     job = open_job(load_recipe(recipe), Silent())
@@ -194,6 +195,60 @@ def test_only_the_language_model_is_trained(trained: dict[str, Any]) -> None:
     build_objective(job, model, "fp32")(job.task.collate([[job.rows.train[0]]], job.pad_id)).loss_sum.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached and all("lora_" in name and ("language" in name or "text_model" in name) for name in reached)
+
+
+def test_a_projector_is_trained_whole_saved_and_merged(trained: dict[str, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    recipe = {**trained, "task": {"kind": "image-text-to-text", "projector": "full"}, "output": str(tmp_path / "run")}
+    recipe["training"] = {**trained["training"], "max_steps": 4}
+    pipeline.train({**recipe, "checkpoints": {"every_steps": 2}})
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    whole = {name for name in saved if "lora_" not in name}
+    assert whole and all("projector" in name or "connector" in name for name in whole)
+    pipeline.train({**recipe, "checkpoints": {"every_steps": 2}}, resume_from=2)
+    again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+    parity = pipeline.merge(tmp_path / "run", output=tmp_path / "merged").parity
+    assert parity is not None and parity.mean_kl < 1e-5
+    base = trained["model"]["base"]
+    before, after = (load_file(Path(place) / "model.safetensors") for place in (base, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len([name for name in changed if "projector" in name or "connector" in name]) == len(whole)
+    assert not [name for name in changed if "vision" in name]
+    assert pipeline.evaluate(tmp_path / "run").evaluation.comparisons
+
+    job, _ = open_model(trained)
+    batch = job.task.collate([[job.rows.train[0]]], job.pad_id)
+    inputs = {"input_ids": batch["input_ids"], **{name: batch[name] for name in batch.attached}}
+    peft = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "run" / "adapter")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(peft.eval()(**inputs).logits, plain.eval()(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_each_part_of_the_model_is_counted(trained: dict[str, Any]) -> None:
+    from dataclasses import replace
+
+    job, model = open_model(trained)
+    language, vision, projector = count_towers(model)
+    assert sum(part.parameters for part in (language, vision, projector)) == job.shape.total_parameters
+    assert (vision.trained, projector.trained, vision.adapted, projector.adapted) == (0, 0, 0, 0)
+    assert language.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with_projector = replace(job.task.model_class, trains_projector=True)
+    whole = attach_adapter(model.unload(), job.recipe.adapter, 0, model_class=with_projector)
+    assert [part.trained > 0 for part in count_towers(whole)] == [True, False, True]
+    assert count_towers(whole)[2].trained == projector.parameters
+    check_towers(count_towers(whole), trains_projector=True)
+    with pytest.raises(ModelError, match="parameters of the projector are trained, and 0 should be"):
+        check_towers(count_towers(whole), trains_projector=False)
+    next(p for name, p in whole.named_parameters() if "vision" in name).requires_grad_(True)
+    with pytest.raises(ModelError, match="parameters of the vision tower are trained, and 0 should be"):
+        check_towers(count_towers(whole), trains_projector=True)
+    assert {p.dtype for name, p in whole.named_parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_without_pillow_one_sentence_says_what_to_install(trained: dict[str, Any], monkeypatch: Any) -> None:

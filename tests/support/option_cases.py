@@ -211,6 +211,7 @@ def task_cases(world: OptionWorld) -> dict[str, Case]:
         "task(kto).beta": Case((0.1, 5.0), partial(last_of_pairs, world, "kto", "beta")),
         "task(kto).desirable_weight": Case((1.0, 2.0), partial(last_of_pairs, world, "kto", "desirable_weight")),
         "task(kto).undesirable_weight": Case((1.0, 2.0), partial(last_of_pairs, world, "kto", "undesirable_weight")),
+        "task(image-text-to-text).projector": Case(("none", "full"), partial(last_of_seen, world)),
         "task(orpo).odds_weight": Case((0.1, 1.0), partial(last_of_pairs, world, "orpo", "odds_weight")),
         **{
             f"task(seq2seq-lm).{option}": Case(values, partial(sides_of, world, option))
@@ -362,8 +363,13 @@ def last_of_task(world: OptionWorld, task: Any) -> Any:
     if task == "seq2seq-lm":
         return last_loss(world.train({"task": task, **apart(world, "t5")}))
     if task == "image-text-to-text":
-        return last_loss(world.train({"task": task, **seen(world)}))
+        return last_of_seen(world, "none")
     return last_of_classes(world, task) if isinstance(task, dict) else [last_of_pairs(world, task)]
+
+
+def last_of_seen(world: OptionWorld, projector: str) -> float:
+    """The last loss of a run on images."""
+    return last_loss(world.train({"task": {"kind": "image-text-to-text", "projector": projector}, **seen(world)}))
 
 
 def seen(world: OptionWorld) -> dict[str, Any]:

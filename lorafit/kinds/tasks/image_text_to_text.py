@@ -37,13 +37,15 @@ class ImageTextToTextSection(TaskSection):
 
     kind: Literal["image-text-to-text"] = "image-text-to-text"
     """Answers about images: LLaVA, Idefics3, SmolVLM and their kin."""
+    projector: Literal["none", "full"] = "none"
+    """What becomes of the module that joins the vision tower to the language model: `none`, it stays as it is; `full`,
+    it is trained whole and saved with the adapter. The vision tower itself stays as it is."""
 
 
 @tasks.register(ImageTextToTextSection)
 class ImageTextToText(AnswerTask[ImageTextToTextSection]):
     """The loss is the cross-entropy of the trained tokens, none of which is an image's."""
 
-    model_class = ModelClass("AutoModelForImageTextToText")
     row_format = "image_messages"
     reads_pictures = True
     unread: ClassVar[Mapping[str, str]] = {
@@ -60,6 +62,11 @@ class ImageTextToText(AnswerTask[ImageTextToTextSection]):
         Column("picture_hashes", "|u1", of_tokens=False),
     )
     _reader: PictureReader | None = None
+
+    @property
+    def model_class(self) -> ModelClass:
+        """A model of several modalities, its projector trained where the recipe says so."""
+        return ModelClass("AutoModelForImageTextToText", trains_projector=self.section.projector == "full")
 
     def seeing(self, reader: PictureReader) -> ImageTextToText:
         """The task with the model's processor."""

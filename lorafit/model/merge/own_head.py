@@ -45,21 +45,21 @@ class OwnHead:
         try:
             config = {"architectures": [str(noted["class"])], **noted["config"]}
             names, left_out = [*map(str, noted["tensors"])], frozenset(map(str, noted["left_out"]))
-        except (KeyError, TypeError) as error:
+            files = {str(name): str(file) for name, file in dict(noted.get("files", {})).items()}
+        except (KeyError, TypeError, ValueError) as error:
             raise ModelError("is not as lorafit writes it", file=file, key="head", todo="restore the file") from error
         lacking = [name for name in names if f"{HEAD_PREFIX}{name}" not in tensors]
         if lacking or not names:
             what = f"lacks its head ({list_names(lacking)})"
             raise ModelError(what, file=file, key="head", todo="use the whole adapter")
-        return cls({name: tensors[f"{HEAD_PREFIX}{name}"] for name in names}, left_out, config)
+        return cls({files.get(name, name): tensors[f"{HEAD_PREFIX}{name}"] for name in names}, left_out, config)
 
     def take_off(self, adapter: AdapterFolder) -> AdapterFolder:
         """The adapter without its head: what is folded."""
         if not self.tensors:
             return adapter
-        kept = {
-            name: entry for name, entry in adapter.tensors.items() if name.removeprefix(HEAD_PREFIX) not in self.tensors
-        }
+        own = {entry.name for entry in self.tensors.values()}
+        kept = {name: entry for name, entry in adapter.tensors.items() if name not in own}
         return replace(adapter, config={**adapter.config, "modules_to_save": None}, tensors=kept)
 
     def put_on(self, entries: Mapping[str, TensorEntry], *, is_cast: bool) -> dict[str, TensorEntry]:
