@@ -101,7 +101,7 @@ def test_a_padded_batch_gives_the_answers_of_single_rows(
     family: str, sampling: Sampling, state: Any, tokenizer: Any
 ) -> None:
     """Greedy ones in several rounds; those of beams with the same scores."""
-    model, prompts = state(writer(family)), sources(24)
+    model, prompts = state(writer(family)), sources(14)
     seen = watch(model, output_scores=True)
     alone = answers_of(model, tokenizer, prompts, sampling, 1)
     first, whole = scores_of(seen) if sampling is BEAMS else {}, len(seen)
@@ -126,7 +126,7 @@ def test_answers_are_those_of_transformers(family: str, sampling: Sampling, toke
     asked = {"max_new_tokens": sampling.max_new_tokens, "min_new_tokens": sampling.min_new_tokens, "do_sample": False}
     search = {"num_beams": sampling.num_beams, "length_penalty": sampling.length_penalty, "early_stopping": False}
     expected = []
-    for prompt in sources():
+    for prompt in sources(4):
         ids = torch.tensor([prompt])
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), eos_token_id=list(STOPS), pad_token_id=PAD, **asked, **search
@@ -135,7 +135,7 @@ def test_answers_are_those_of_transformers(family: str, sampling: Sampling, toke
         expected.append(next((tokens[:n] for n, token in enumerate(tokens) if token in STOPS), tokens))
     own = model.generation_config
     own.num_beams, own.length_penalty, own.no_repeat_ngram_size, own.repetition_penalty = 4, 0.1, 1, 9.0
-    answers = answers_of(model, tokenizer, sources(), sampling)
+    answers = answers_of(model, tokenizer, sources(4), sampling)
     assert [a.written for a in answers] == [tokenizer.decode(tokens) for tokens in expected]
     assert own.num_beams == 4
     if family == "bart":
