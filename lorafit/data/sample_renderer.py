@@ -18,12 +18,12 @@ from lorafit.data.chat.render import ChatRenderer
 from lorafit.data.chat.rendering import Rendering
 from lorafit.data.chat.template import compile_or_explain, template_sources
 from lorafit.data.chat.template_names import read_template
-from lorafit.data.chat.typed_chat import REASONING_FIELDS
 from lorafit.data.pictures import ask, look_at, place
 from lorafit.data.plain_text import PlainText, split_text
 from lorafit.data.source_target import SourceTarget
 from lorafit.data.truncate import is_surely_longer, is_trained, keep_head, keep_part, keep_tail, truncate_chat
 from lorafit.errors import DataError, LorafitError
+from lorafit.kinds.chat_fields import says_something, text_of
 from lorafit.pictures import PlacedPicture
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Renderer:
             texts = [sample.prompt, sample.completion or "", sample.text or "", sample.text_pair or ""]
         else:  # system messages may be what a template drops, and reasoning what it drops of earlier turns
             shown = [turn for turn in messages if turn["role"] != "system" or self.data.dropped_fields == "error"]
-            texts = [_text_of(turn).rpartition("</think>")[2].strip() for turn in shown]
+            texts = [text_of(turn).rpartition("</think>")[2].strip() for turn in shown]
         if is_surely_longer(texts, self.data.max_length, self.tokenizer):
             return True
         return sample.rejected is not None and self.is_surely_longer(sample.rejected)
@@ -313,7 +313,7 @@ class Renderer:
             answers = [turn for turn in messages if turn["role"] == "assistant"]
             if not answers:
                 raise DataError("no assistant turn: nothing to train on", key="messages")
-            if not any(map(_says_something, answers)):
+            if not any(map(says_something, answers)):
                 raise DataError("no trainable tokens", key="messages", todo=NO_ANSWER)
         rendering = self.chats.render(messages, sample.tools, self._texts(looked))
         self.seen.update(f"history: {name}" for name in set(rendering.history_dropped))
@@ -341,18 +341,6 @@ def build_renderer(
         ModelError: `chat_template` is neither a shipped name nor a readable file.
     """
     return Renderer(tokenizer, data, read_template(data.chat_template, folder), now, two_texts, pictures)
-
-
-def _text_of(turn: Message) -> str:
-    """What a turn's content says."""
-    content = turn.get("content", "")
-    return "".join(str(part.get("text", "")) for part in content) if isinstance(content, list) else str(content)
-
-
-def _says_something(turn: Message) -> bool:
-    """Whether an answer has a text, calls or reasoning: its end alone is nothing to learn."""
-    said = (_text_of(turn), *(turn.get(name) for name in ("tool_calls", *REASONING_FIELDS)))
-    return any(value.strip() if isinstance(value, str) else value for value in said)
 
 
 def _without_place(warning: str) -> str:

@@ -20,6 +20,8 @@ from lorafit.kinds.fields import (
     wrong_type,
 )
 
+# transformers fills the first two from any of them
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MEANT = {
     "human": "user", "prompter": "user",
@@ -172,7 +174,19 @@ def _read_turn(entry: JsonObject, place: str, content: Callable[[Any, str], Any]
 
 
 def _has_reasoning(turn: Message) -> bool:
-    return any(isinstance(turn.get(name), str) for name in ("reasoning_content", "reasoning", "thinking"))
+    return any(isinstance(turn.get(name), str) for name in REASONING_FIELDS)
+
+
+def text_of(turn: Message) -> str:
+    """What a turn's content says."""
+    content = turn.get("content", "")
+    return "".join(str(part.get("text", "")) for part in content) if isinstance(content, list) else str(content)
+
+
+def says_something(turn: Message) -> bool:
+    """Whether an answer has a text, calls or reasoning: its end alone is nothing to learn."""
+    said = (text_of(turn), *(turn.get(name) for name in ("tool_calls", *REASONING_FIELDS)))
+    return any(value.strip() if isinstance(value, str) else value for value in said)
 
 
 def _read_calls(turn: Message, place: str) -> list[JsonObject]:

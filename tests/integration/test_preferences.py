@@ -86,6 +86,24 @@ def test_from_preview_to_merge(pairs: World) -> None:
     say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
 
 
+@pytest.mark.parametrize(("metric", "task", "steps"), [("reward_accuracy", "orpo", 12), ("reward_margin", "dpo", 4)])
+def test_a_reward_chooses_the_checkpoint_and_stops_the_run(pairs: World, metric: str, task: str, steps: int) -> None:
+    """The higher the better: an accuracy that cannot rise any more ends the run after its patience."""
+    stopping = f"every_steps: 1\n  final: [loss]\n  early_stopping: {{metric: {metric}, patience: 2}}"
+    kind, longer = ("  dropout: 0.0", f"  dropout: 0.0\ntask: {task}"), ("max_steps: 2", f"max_steps: {steps}")
+    pairs.recipe(kind, longer, DPO[2], ("  final: [perplexity]", f"  {stopping}"))
+    rows = "data={train: d.jsonl, validation: t.jsonl}"
+    trained = pairs.run("train", "r.yaml", "--set", f"evaluation.during=[{metric}]", "--set", rows)
+    say_all(trained, 0, f"best {metric}")
+    lines = steps_of(pairs.root / "run")
+    values = {line["step"]: line["evaluation"][metric] for line in lines if "evaluation" in line}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert json.loads((pairs.root / "run" / "best.json").read_text())["step"] == best
+    assert values[best] > values[1] and f"the adapter of step {best} " in trained.stdout + trained.stderr
+    if metric == "reward_accuracy":
+        assert max(values) == best + 2 < steps and "stopped early" in trained.stdout + trained.stderr
+
+
 def test_the_reference_is_the_adapter_that_training_began_with(pairs: World) -> None:
     """At step 0, after a resume whose cache and init_from are gone, and in eval."""
     short = ["--set", "training.max_steps=1", "--set", "evaluation.every_steps=null"]

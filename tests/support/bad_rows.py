@@ -133,6 +133,7 @@ BAD_ROWS = {
             "a verdict in another word": ({"label": "yes"}, "label"),
             "an answer that begins with a question": ({"prompt": [USER], "completion": [USER, ANSWER]}, "completion"),
             "an answer without weight": ({"prompt": [USER], "completion": [{**ANSWER, "weight": 0}]}, "completion"),
+            "an answer that is empty": ({"prompt": [USER], "completion": [{**ANSWER, "content": ""}]}, "completion"),
             "a prompt that asks nothing": ({"prompt": [{**USER, "role": "system"}]}, "prompt"),
         },
         other={"prompt": "another q", "label": "false"},

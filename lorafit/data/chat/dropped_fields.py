@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from lorafit.contracts import JsonMapping
 from lorafit.data.chat.template import BoundChat, RenderError
 from lorafit.data.chat.traced_template import ChatTemplate, Traced
-from lorafit.data.chat.typed_chat import REASONING_FIELDS, TOOLS, Leaf
+from lorafit.data.chat.typed_chat import TOOLS, Leaf
+from lorafit.kinds.chat_fields import REASONING_FIELDS
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from lorafit.contracts import JsonMapping
 from lorafit.data.chat.jinja_environment import JsonMemo, Record
 from lorafit.data.chat.traced_text import typed_leaf
 from lorafit.errors import DataError
+from lorafit.kinds.chat_fields import REASONING_FIELDS
 
 Messages = Sequence[JsonMapping]
 Tools = Sequence[JsonMapping]
@@ -28,8 +29,6 @@ TOOLS = -1
 KNOWN_ROLES = frozenset(
     ["system", "developer", "user", "assistant", "tool", "function", "ipython", "model", "environment", "observation"]
 )
-# transformers fills the first two from any of them
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _KEPT_CHARACTERS = 200_000  # of a set's JSON
 
 

@@ -11,7 +11,15 @@ from dataclasses import replace
 
 from lorafit.contracts import JsonValue, Sample
 from lorafit.errors import DataError
-from lorafit.kinds.chat_fields import assistant_turn, is_chat, read_side, read_tools, user_turn, without_loss
+from lorafit.kinds.chat_fields import (
+    assistant_turn,
+    is_chat,
+    read_side,
+    read_tools,
+    says_something,
+    user_turn,
+    without_loss,
+)
 from lorafit.kinds.fields import Row, missing_field, read_filled_string, read_must_contain, wrong_type
 from lorafit.kinds.formats import Format, formats
 
@@ -58,8 +66,9 @@ class UnpairedPreference(Format):
         if answer[0]["role"] != "assistant":
             what = f"begins with a turn of the {answer[0]['role']}"
             raise DataError(what, key="completion", todo="it holds the answer alone, and the prompt what is asked")
-        if not any(turn["role"] == "assistant" and turn.get("weight", 1) for turn in answer):
-            raise DataError("has no turn that carries loss", key="completion", todo="leave weight: 0 out")
+        if not any(turn["role"] == "assistant" and turn.get("weight", 1) and says_something(turn) for turn in answer):
+            todo = "every turn is empty or has weight 0; correct or remove the row"
+            raise DataError("has no turn that carries loss", key="completion", todo=todo)
         return replace(labelled, prompt="", messages=(*without_loss(asked.turns), *answer))
 
     def read_prompt(self, row: Row, file: str, line: int) -> Sample:
