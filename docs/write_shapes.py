@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lorafit.model.class_shape import read_class_shape
+from lorafit.model.classes import usual_class
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -15,8 +16,8 @@ def written_shapes() -> str:
     lines = []
     for file in sorted((CONFIGS / "models").glob("*.json")):
         config = json.loads(file.read_text(encoding="utf-8"))["config"]
-        if not config.get("is_encoder_decoder"):  # whose shape is its task's, which is kept once it was asked for
-            lines.append(f"{json.dumps(file.stem)}: {json.dumps(read_class_shape(config).to_json())}")
+        shape = read_class_shape(config, usual_class(config))
+        lines.append(f"{json.dumps(file.stem)}: {json.dumps(shape.to_json())}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

@@ -46,6 +46,7 @@ class ModelClass:
 
 
 CAUSAL_MODEL = ModelClass()
+SEQ2SEQ_MODEL = ModelClass(SEQ2SEQ_CLASS, peft_task="SEQ_2_SEQ_LM")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.facts import CAUSAL_MODEL, LeftOut, LinearShape, ModelClass, ModelShape
+from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_MODEL, LeftOut, LinearShape, ModelClass, ModelShape
 from lorafit.files.cache import keep, kept, key_of_code
-from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
+from lorafit.model.classes import build_empty, find_auto_class, read_settings, untie_head, with_task
 from lorafit.model.known_models import known_shape
 from lorafit.model.targets import (
     EXPERT_COUNTS,
@@ -30,6 +30,7 @@ from lorafit.model.targets import (
     config_number,
     find_linears,
     left_out_names,
+    wide_names,
 )
 from lorafit.model.towers import projector_names
 from lorafit.ops.output_head import outer_modules, output_head, text_part
@@ -70,7 +71,8 @@ def find_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL) -> M
     Raises:
         ModelError: A size is missing or none, or transformers does not know the model as a causal language model.
     """
-    shipped = known_shape(config) if model_class == CAUSAL_MODEL else None
+    own_class = SEQ2SEQ_MODEL if config.get("is_encoder_decoder") else CAUSAL_MODEL
+    shipped = known_shape(config) if model_class == own_class else None
     if shipped is not None:
         return shipped
     name = f"shapes/{key_of_code([config, asdict(model_class)])}.json"
@@ -94,6 +96,7 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     settings = with_task(read_settings(config), model_class)
     _check_sizes(config, settings)
     model = build_empty(settings, auto_class)
+    untie_head(model, config)
     text = model.config.get_text_config()
     embeddings, head = _token_embedding(model, generates=model_class.generates), output_head(model)
     outer = [*outer_modules(model).values()] if model_class.has_new_head else []
@@ -225,7 +228,7 @@ def _linear_shapes(model: PreTrainedModel, left_out: Mapping[str, str]) -> tuple
     from transformers.pytorch_utils import Conv1D
 
     found: Counter[LinearShape] = Counter()
-    seen: set[int] = set()
+    seen, wide = set[int](), set(wide_names(model))
     for name, module in find_linears(model):
         why = left_out.get(name, "")
         if id(module.weight) in seen or why in (ROUTER, OUTSIDE):
@@ -237,7 +240,8 @@ def _linear_shapes(model: PreTrainedModel, left_out: Mapping[str, str]) -> tuple
         role = next((role for role, names in _ROLES.items() if last in names), "")
         if role == "down" and "attn" in name.split(".")[-2]:  # GPT-2 calls both alike
             role = "o"
-        quantizable = is_conv or type(module) is torch.nn.Linear  # transformers replaces no class derived from it
+        is_plain = is_conv or type(module) is torch.nn.Linear  # transformers replaces no class derived from it
+        quantizable = is_plain and name not in wide
         found[LinearShape(last, reads, writes, 1, module.bias is not None, is_conv, role, why, quantizable)] += 1
     return tuple(replace(shape, count=count) for shape, count in found.items())
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_CLASS, ModelClass
+from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_CLASS, SEQ2SEQ_MODEL, ModelClass
+from lorafit.ops.output_head import output_head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -80,7 +81,7 @@ def usual_class(config: JsonMapping) -> ModelClass:
     """How a model is built of which nobody says what its task was: a pair of encoder and decoder, else a causal one."""
     with contextlib.suppress(ModelError):
         find_auto_class(config, SEQ2SEQ_CLASS)
-        return ModelClass(SEQ2SEQ_CLASS, peft_task="SEQ_2_SEQ_LM")
+        return SEQ2SEQ_MODEL
     return CAUSAL_MODEL
 
 
@@ -130,6 +131,18 @@ def build_empty(settings: PretrainedConfig, auto_class: str, **options: Any) -> 
             return make(settings, **options)
     except Exception as error:  # as above
         raise _cannot_build(str(settings.model_type), error) from error
+
+
+def untie_head(model: PreTrainedModel, config: JsonMapping) -> None:
+    """Gives the head a weight of its own where config.json says that it has one and the class ties it all the same, as
+    T5's does: loading finds both in the files, and leaves them apart.
+    """
+    import torch
+
+    head = output_head(model)
+    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if is_tied and config.get("tie_word_embeddings") is False:
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
 
 
 def build_whole(settings: PretrainedConfig) -> PreTrainedModel | None:

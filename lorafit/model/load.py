@@ -29,10 +29,10 @@ from lorafit.kinds.quantizations import Quantization, QuantizationSection, kind_
 from lorafit.model.attention import check_attention, register_attention, set_attention
 from lorafit.model.base import Base
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
-from lorafit.model.classes import build_empty, find_auto_class, read_settings, with_task
+from lorafit.model.classes import build_empty, find_auto_class, read_settings, untie_head, with_task
 from lorafit.model.names import keep_names
 from lorafit.model.quiet import quiet_libraries
-from lorafit.model.targets import leave_towers_out, unquantised_names
+from lorafit.model.targets import leave_towers_out, unquantised_names, wide_names
 from lorafit.ops.import_bitsandbytes import import_bitsandbytes
 from lorafit.ops.process_memory import is_out_of_memory, trim_heap
 
@@ -251,10 +251,13 @@ def build_weightless(
         import_bitsandbytes()
         settings = with_task(read_settings(config), model_class)
         model = build_empty(settings, find_auto_class(config, model_class.auto_class), dtype=dtype)
+        untie_head(model, config)
         if model._can_set_attn_implementation():
             set_attention(model, attention)
         plain = unquantised_names(model, kind if device_kind == "cpu" else None, Silent())
         kind.replace_linears(model, compute_dtype, plain)
+        for name in wide_names(model) if dtype is torch.float16 else ():
+            model.get_submodule(name).float()
     model.requires_grad_(False)
     model.config.use_cache = False
     return model

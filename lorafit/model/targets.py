@@ -123,6 +123,12 @@ def router_names(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def wide_names(model: PreTrainedModel) -> list[str]:
+    """Paths of linears that transformers quantises never, and keeps in fp32 where the rest is fp16: T5's `wo`."""
+    kept = tuple(model._keep_in_fp32_modules or ())
+    return [name for name, _ in find_linears(model) if name.endswith(kept)]
+
+
 def tower_names(model: PreTrainedModel) -> list[str]:
     """Paths of the linears outside of the language model: vision and audio towers and what joins them to it."""
     decoder = text_part(model)
@@ -186,7 +192,8 @@ def unquantised_names(
         reporter: Warned of those.
         quantised: Paths that a run had quantised, on whatever device: no others are; None: no run says.
     """
-    plain = [*head_names(model), *router_names(model), *tower_names(model), *_changed_names(model, find_linears(model))]
+    plain = [*head_names(model), *router_names(model), *tower_names(model), *wide_names(model)]
+    plain += _changed_names(model, find_linears(model))
     linears = find_linears(model)
     if quantised is not None:
         plain += [name for name, _ in linears if name not in quantised]

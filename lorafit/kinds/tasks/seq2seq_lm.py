@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
-from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
+from lorafit.facts import SEQ2SEQ_MODEL, ModelClass
 from lorafit.kinds.tasks import Limit, Task, TaskSection, TwoTexts, tasks
 from lorafit.kinds.tasks._next_token import NextTokenTask
 
@@ -68,7 +68,7 @@ class Seq2SeqLm(NextTokenTask[Seq2SeqLmSection]):
     @property
     def model_class(self) -> ModelClass:
         """An encoder with a decoder."""
-        return ModelClass(SEQ2SEQ_CLASS, peft_task="SEQ_2_SEQ_LM")
+        return SEQ2SEQ_MODEL
 
     @property
     def scores(self) -> Mapping[str, int]:

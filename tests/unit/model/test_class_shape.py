@@ -15,7 +15,7 @@ from lorafit.errors import ModelError
 from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
 from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape, read_class_shape
-from lorafit.model.classes import build_empty, build_whole, read_settings
+from lorafit.model.classes import build_empty, build_whole, read_settings, usual_class
 from lorafit.model.known_models import known_config, known_shape
 from tests.support.zoo_models import tiny_config
 
@@ -41,7 +41,7 @@ def class_parameters(config: dict[str, Any]) -> int:
 @pytest.mark.parametrize("name", FACTS)
 def test_totals_are_the_published_counts(name: str) -> None:
     facts = FACTS[name]
-    total = find_shape(facts["config"]).total_parameters + sum(facts.get("published_beside", {}).values())
+    total = find_shape(facts["config"], usual_class(facts["config"])).total_parameters + sum(facts.get("published_beside", {}).values())
     published = facts["published_parameters"]
     if facts.get("published_rounded"):  # where the hub's page shows three digits
         assert abs(total / published - 1) < 0.002
@@ -129,7 +129,7 @@ def test_shipped_shapes_are_what_the_classes_tell() -> None:
         smallest.setdefault(facts["config"]["model_type"], facts["config"])
     assert len(smallest) > 30
     for config in smallest.values():
-        assert known_shape(config) == read_class_shape(config), config
+        assert known_shape(config) == read_class_shape(config, usual_class(config)), config
 
 
 def test_a_shape_is_kept_and_comes_without_torch(tmp_path: Path) -> None:
