@@ -79,7 +79,7 @@ def main() -> None:
         if options.models and not any(part in file.stem for part in options.models):
             continue
         config = cut(json.loads(file.read_text(encoding="utf-8"))["config"], options.layers)
-        if "quantization_config" in config:
+        if "quantization_config" in config or config.get("is_encoder_decoder"):  # the task asked is causal-lm
             continue
         engine = MeasuredSteps(config, Silent(), uses_formulas=not options.measured)
         for quantization in options.quantizations:

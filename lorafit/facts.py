@@ -221,6 +221,7 @@ class DatasetFacts:
         trained_tokens: Tokens of one epoch that carry loss.
         longest_tokens: Tokens of the longest row, all of its sequences together.
         longest_trained_tokens: Most trained tokens in one row.
+        longest_sequence_tokens: Of the longest sequence of all rows, those that are scored while training included.
         squared_tokens: Sum of the squares of the rows' lengths of one epoch: what attention's work grows with.
         validation_rows: Rows that are scored while training.
         validation_longest_tokens: Tokens of the longest of those.
@@ -234,6 +235,7 @@ class DatasetFacts:
     longest_tokens: int
     longest_trained_tokens: int
     squared_tokens: int = 0
+    longest_sequence_tokens: int = 0
     validation_rows: int = 0
     validation_longest_tokens: int = 0
     classes: Mapping[str, int] = field(default_factory=dict)

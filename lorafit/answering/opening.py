@@ -24,7 +24,8 @@ from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_CLASS, ModelClass
 from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
 from lorafit.job import open_pictures
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
-from lorafit.kinds.tasks import Task, TaskSection, TwoTexts, tasks
+from lorafit.kinds.row_limits import TwoTexts
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, NOTES, AdapterFolder, read_notes
 from lorafit.model.base import Base, check_made, read_base

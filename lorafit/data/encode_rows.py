@@ -30,7 +30,8 @@ from lorafit.data.sample_renderer import NO_ANSWER, Renderer
 from lorafit.data.store import Chunk, pack_chunk
 from lorafit.data.truncate import SURE_FACTOR
 from lorafit.errors import DataError, ResourceError
-from lorafit.kinds.tasks import Limit, Task, TaskSection
+from lorafit.kinds.row_limits import Limit
+from lorafit.kinds.tasks import Task, TaskSection
 
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 400_000

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -81,12 +82,20 @@ class Prepared:
             trained_tokens=round(float((trained * repeats).sum())),
             longest_tokens=int(lengths.max()),
             longest_trained_tokens=int(trained.max()),
+            longest_sequence_tokens=self._longest_sequence(),
             squared_tokens=round(float((squares * repeats).sum())),
             validation_rows=len(self.validation) if self.validation is not None else 0,
             classes=self.report.splits["train"].classes,
             class_weights=self.task.class_weights,
             validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
         )
+
+    def _longest_sequence(self) -> int:
+        """Tokens of the longest one that is trained on or scored while training, as a micro-batch pads it."""
+        sets = [self.train, *([] if self.validation is None else [self.validation])]
+        columns = [column.name for column in self.task.columns if column.holds_tokens]
+        longest = max(examples.longest(name) for examples in sets for name in columns)
+        return math.ceil(longest / self.task.pads_to) * self.task.pads_to
 
     def samples(self, split: str) -> SampleSet:
         """The sources that the rows of a split came from; rows that were held out came from those of `train`."""

@@ -19,7 +19,8 @@ from lorafit.data.sources.sample_set import SampleSet
 from lorafit.data.store import NO_PROMPT, ExampleSet
 from lorafit.errors import row_place
 from lorafit.facts import Bar
-from lorafit.kinds.tasks import Limit, Task, TaskSection
+from lorafit.kinds.row_limits import Limit
+from lorafit.kinds.tasks import Task, TaskSection
 from lorafit.recipe.schema import DataSection, ValidationFraction
 
 HISTOGRAM_BARS = 12

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorafit.data.pictures import ProcessorPictures
-    from lorafit.kinds.tasks import TwoTexts
+    from lorafit.kinds.row_limits import TwoTexts
     from lorafit.recipe.schema import DataSection
 
 NO_ANSWER = "every answer is empty or has weight 0; correct or remove the row"

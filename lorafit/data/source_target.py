@@ -21,7 +21,7 @@ from lorafit.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorafit.kinds.tasks import TwoTexts
+    from lorafit.kinds.row_limits import TwoTexts
 
 _PROBE = "a"
 

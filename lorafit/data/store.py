@@ -251,6 +251,11 @@ class ExampleSet:
                 values = self._values[name].read(int(starts[rows[0]]), int(ends[rows[-1]]))
                 yield values if width is None else values.reshape(-1, width)
 
+    def longest(self, name: str) -> int:
+        """Values of the row that has most in a column."""
+        starts, ends = self._places[name]
+        return int(np.max(ends - starts, initial=0))
+
     def select(self, rows: NDArray[np.int64]) -> ExampleSet:
         """The same store with some of the rows of this set, in their old order."""
         kept = np.sort(rows)

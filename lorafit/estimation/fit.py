@@ -97,8 +97,8 @@ def find_fit(asked: StepMemory, device: DeviceFacts, headroom: float) -> Fit:
         return Largest(value, least, best, found.get(not best), bound if value == most else "")
 
     def of_row(sequence_tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
-        row_tokens = step.task.row_tokens(sequence_tokens)
-        return asked.changed(row_tokens=row_tokens, row_labels=row_tokens).at(row_tokens, checkpointing)
+        row_tokens, labels = step.task.assumed_row(sequence_tokens)
+        return asked.changed(row_tokens=row_tokens, row_labels=labels).at(row_tokens, checkpointing)
 
     def of_rank(rank: int, checkpointing: Checkpointing) -> MemoryEstimate:
         return asked.changed(adapter=step.adapter_with(r=rank)).at(tokens, checkpointing)

@@ -61,11 +61,12 @@ def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter) -> RowLengths
     from lorafit.model.load import load_tokenizer
 
     recipe = loaded.recipe
+    task = tasks.bind(recipe.task)
     prepared = prepare(
         recipe.data,
         folder=loaded.folder,
-        renderer=build_renderer(load_tokenizer(base), recipe.data, loaded.folder),
-        task=tasks.bind(recipe.task),
+        renderer=build_renderer(load_tokenizer(base), recipe.data, loaded.folder, two_texts=task.two_texts),
+        task=task,
         seed=recipe.seed,
         cache_dir=cache_folder() / "data",
         reporter=_BarsAlone(reporter),

@@ -89,8 +89,8 @@ def shorter_rows(tokens: int) -> Switch:
     """Sequences of so many tokens at most."""
 
     def on(asked: StepMemory) -> StepMemory:
-        row = asked.step.task.row_tokens(tokens)
-        return asked.changed(row_tokens=row, row_labels=min(asked.step.row_labels, row))
+        row, labels = asked.step.task.assumed_row(tokens)
+        return asked.changed(row_tokens=row, row_labels=min(asked.step.row_labels, labels))
 
     return Switch("data.max_length", str(tokens), 12, on)
 

@@ -73,7 +73,7 @@ class StepShape:
     @property
     def sequence_tokens(self) -> int:
         """Tokens of the longest sequence, which `data.max_length` bounds."""
-        return self.row_tokens // self.task.sequences
+        return self.task.sequence_tokens(self.row_tokens, self.row_labels)
 
     @property
     def trainable_parameters(self) -> int:

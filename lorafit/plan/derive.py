@@ -269,7 +269,7 @@ def _check_packing(recipe: Recipe, step: StepShape) -> None:
 
 def _check_length(dataset: DatasetFacts, step: StepShape) -> None:
     shape, task = step.model, step.task
-    longest = max(dataset.longest_tokens, dataset.validation_longest_tokens) // task.sequences
+    longest = dataset.longest_sequence_tokens
     if shape.position_parameters and longest > shape.max_positions:
         raise RecipeError(
             f"the longest row has {longest} tokens; {shape.model_type} has {shape.max_positions} learned positions",

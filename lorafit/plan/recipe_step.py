@@ -76,7 +76,9 @@ def recipe_step(
         RecipeError: A name of adapter or quantisation matches nothing, or sdpa was asked of a model with a soft-cap.
     """
     task = tasks.bind(recipe.task)
-    longest = rows.longest_tokens if rows else task.row_tokens(min(recipe.data.max_length, shape.max_positions))
+    longest, labels = task.assumed_row(min(recipe.data.max_length, shape.max_positions))
+    if rows:
+        longest, labels = rows.longest_tokens, rows.longest_trained_tokens
     dtype = resolve_dtype(recipe.model.dtype, device)
     quantization = quantizations.bind(recipe.model.quantization)
     quantization.check(shape)
@@ -87,7 +89,7 @@ def recipe_step(
         adapter=adapters.bind(recipe.adapter),
         optimizer=optimizers.bind(recipe.training.optimizer),
         row_tokens=longest,
-        row_labels=rows.longest_trained_tokens if rows else longest,
+        row_labels=labels,
         task=task,
         dtype=dtype,
         compute_dtype=resolve_compute_dtype(recipe, dtype),

@@ -51,7 +51,7 @@ def plan_warnings(
             f"evaluation.every_steps {every} is more than the run's {counted(total_steps, 'step')}: "
             "evaluated at its end only"
         )
-    longest = memory.step.sequence_tokens
+    longest = dataset.longest_sequence_tokens
     if longest > shape.max_positions:
         found.append(f"the longest row has {longest} tokens; the model was made for {shape.max_positions}")
     if shape.expert_parameters and recipe.model.quantization.kind != "none":

@@ -12,6 +12,7 @@ from lorafit.recipe.schema import Recipe
 GIB = 2**30
 ROWS = DatasetFacts(
     rows=100, tokens=20_000, trained_tokens=5_000, longest_tokens=600, longest_trained_tokens=200,
+    longest_sequence_tokens=600,
     squared_tokens=6_000_000, validation_rows=10, validation_longest_tokens=500,
 )  # fmt: skip
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.kinds.metrics import applies
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
+from lorafit.kinds.row_limits import Limit, TwoTexts
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
@@ -53,48 +54,6 @@ WRITES_NONE: Mapping[str, str] = {
 
 class TaskSection(KindSection):
     """What every task's section has."""
-
-
-@dataclass(frozen=True, slots=True)
-class TwoTexts:
-    """How a row's source, which an encoder reads, and its target, which a decoder writes, become tokens.
-
-    Attributes:
-        prefix: Stands before every source.
-        max_target_length: In tokens.
-        source_language, target_language: What the tokenizer calls them; None where it is told none.
-    """
-
-    prefix: str = ""
-    max_target_length: int = 128
-    source_language: str | None = None
-    target_language: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """The most tokens of a row, or of one of its columns.
-
-    Attributes:
-        option: Of the recipe, by its section: `data.max_length`.
-        most: Its value.
-        column: Of the task; empty where the row's longest sequence counts.
-    """
-
-    option: str
-    most: int
-    column: str = ""
-
-    def excess(self, row: TaskRow) -> str:
-        """What is longer, in words; empty where nothing is."""
-        tokens = len(row.columns[self.column]) if self.column else row.tokens
-        what = f"{self.column} of {tokens} tokens" if self.column else f"{tokens} tokens"
-        return f"{what}, {self.name} is {self.most}" if tokens > self.most else ""
-
-    @property
-    def name(self) -> str:
-        """The option without its section."""
-        return self.option.rpartition(".")[2]
 
 
 class Task(Kind[S_co]):
@@ -179,6 +138,15 @@ class Task(Kind[S_co]):
     def keeps(self) -> Kept:
         """What is left of a labelled text that is longer than a row may be."""
         return "head"
+
+    def assumed_row(self, sequence_tokens: int) -> tuple[int, int]:
+        """Of a row whose longest sequence has so many tokens: what it takes, and how many of them may carry loss."""
+        tokens = self.row_tokens(sequence_tokens)
+        return tokens, tokens
+
+    def sequence_tokens(self, row_tokens: int, row_labels: int) -> int:
+        """Tokens of the longest sequence of a row that takes so many, of which so many carry loss."""
+        return row_tokens // self.sequences
 
     @property
     @abstractmethod

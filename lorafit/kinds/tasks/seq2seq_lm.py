@@ -19,7 +19,8 @@ from pydantic import Field
 
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
 from lorafit.facts import SEQ2SEQ_MODEL, ModelClass
-from lorafit.kinds.tasks import Limit, Task, TaskSection, TwoTexts, tasks
+from lorafit.kinds.row_limits import Limit, TwoTexts
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.kinds.tasks._next_token import NextTokenTask
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ class Seq2SeqLm(NextTokenTask[Seq2SeqLmSection]):
         """One for each side."""
         target = Limit("task.max_target_length", self.section.max_target_length, "target")
         return (Limit("data.max_length", max_length, "source"), target)
+
+    def assumed_row(self, sequence_tokens: int) -> tuple[int, int]:
+        """A source so long, and the longest target."""
+        target = self.section.max_target_length
+        return sequence_tokens + target, target
+
+    def sequence_tokens(self, row_tokens: int, row_labels: int) -> int:
+        """What the target leaves for the source."""
+        return max(1, row_tokens - row_labels)
 
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
         """Tokens of both sides. The row takes as many in a micro-batch as both have."""

@@ -12,7 +12,8 @@ import torch
 from lorafit.contracts import Encoded, Example, Sample, Silent
 from lorafit.data.source_target import SourceTarget
 from lorafit.errors import DataError, ModelError
-from lorafit.kinds.tasks import TwoTexts, tasks
+from lorafit.kinds.row_limits import TwoTexts
+from lorafit.kinds.tasks import tasks
 from lorafit.objective import prove_objective
 from tests.support.tiny_seq2seq import FAMILIES, make_language_tokenizer, make_tokenizer, tiny_seq2seq
 

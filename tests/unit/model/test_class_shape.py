@@ -41,7 +41,9 @@ def class_parameters(config: dict[str, Any]) -> int:
 @pytest.mark.parametrize("name", FACTS)
 def test_totals_are_the_published_counts(name: str) -> None:
     facts = FACTS[name]
-    total = find_shape(facts["config"], usual_class(facts["config"])).total_parameters + sum(facts.get("published_beside", {}).values())
+    total = find_shape(facts["config"], usual_class(facts["config"])).total_parameters + sum(
+        facts.get("published_beside", {}).values()
+    )
     published = facts["published_parameters"]
     if facts.get("published_rounded"):  # where the hub's page shows three digits
         assert abs(total / published - 1) < 0.002

@@ -232,7 +232,9 @@ def test_the_upper_bound_is_maximal(
     gib: float, longest: int, rank: int, checkpointing: Checkpointing, hub_id: str
 ) -> None:
     shape, most = shape_of(hub_id), 16_384
-    rows = replace(ROWS, longest_tokens=longest, longest_trained_tokens=longest // 2 + 1)
+    rows = replace(
+        ROWS, longest_tokens=longest, longest_sequence_tokens=longest, longest_trained_tokens=longest // 2 + 1
+    )
     question = recipe_step(recipe(adapter={"r": rank}), shape, rows, card(gib))
     size = round(gib * GIB)
     found = question.largest_tokens(checkpointing, most, size, 0.05)
@@ -264,7 +266,7 @@ def test_facts_that_do_not_go_together() -> None:
     with pytest.raises(DataError):
         make(facts=replace(ROWS, trained_tokens=0))
     with pytest.raises(RecipeError, match=r"data\.max_length: the longest row has 1500 tokens; gpt2 has 1024"):
-        make(facts=replace(ROWS, longest_tokens=1500), hub_id="openai-community/gpt2")
+        make(facts=replace(ROWS, longest_tokens=1500, longest_sequence_tokens=1500), hub_id="openai-community/gpt2")
     with pytest.raises(RecipeError, match=r"model\.attention: sdpa cannot apply the soft-cap"):
         make(hub_id="google/gemma-2-2b", model={"attention": "sdpa"})
     with pytest.raises(RecipeError, match=r"model\.attention: flash_attention_2 runs on no CPU"):
