@@ -373,10 +373,10 @@ def classify(
     if output is not None and output.exists():
         raise UsageError("the output exists", file=str(output), todo="choose another, or remove it")
     check_answerable(run, checkpoint)
-    from lorafit.answering.classify import open_classifier, read_texts
+    from lorafit.answering.classify import open_classifier
 
     classifier = open_classifier(run, checkpoint, base_model, reporter)
-    texts = read_texts(run, str(classifier.task.classified_format), prompt, input_file, rows, reporter)
+    texts = classifier.read(run, prompt, input_file, rows, reporter)
     result = Classified(texts, classifier.label(texts, reporter))
     if output is not None:
         result.write(output)

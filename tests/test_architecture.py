@@ -24,6 +24,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"studies"},
     {"pipeline"},
     {"training", "merging", "answering.classify"},
+    {"answering.answer_rows"},
     {"answering.opening", "answering.evaluation_rows", "run.resumption"},
     {"answering.tuned"},
     {"job"},

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from lorafit.answering.answer_rows import Render, join_pairs, read_answers, render_answers, single_answers
 from lorafit.answering.engine import Engine
 from lorafit.answering.opening import noted_task, open_plain_model
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
@@ -33,9 +35,12 @@ from lorafit.model.base_config import load_config
 from lorafit.ops.dtypes import autocast_dtype
 from lorafit.ops.isolation import evaluating
 from lorafit.ops.process_memory import run_or_halve
-from lorafit.recipe.schema import sources_of
+from lorafit.recipe.schema import DataSection, sources_of
 from lorafit.run.card import RunCard
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MICRO_BATCH_TOKENS = 2048
 
@@ -50,6 +55,7 @@ class Classifier:
         pad_id: Fills up short rows.
         load: Gives the model in memory, with its tokenizer.
         dtype: What the forward computes in; None: as the weights are.
+        render: Of a task that is given answers, what makes tokens of them, from the tokenizer.
     """
 
     task: Task[TaskSection]
@@ -57,19 +63,39 @@ class Classifier:
     pad_id: int
     load: Callable[[], Engine]
     dtype: torch.dtype | None = None
+    render: Callable[[PreTrainedTokenizerBase], Render] | None = None
+
+    def read(
+        self,
+        path: Path,
+        prompt: str | None,
+        input_file: Path | None,
+        rows: Sequence[str | JsonMapping] | None,
+        reporter: Reporter,
+    ) -> list[Sample]:
+        """What is to be labelled, see `read_texts` and `read_answers`."""
+        if self.task.classified_format is None:
+            return read_answers(path, prompt, input_file, rows, reporter)
+        return read_texts(path, self.task.classified_format, prompt, input_file, rows, reporter)
 
     def label(self, samples: Sequence[Sample], reporter: Reporter) -> list[JsonObject]:
-        """Labels with probabilities of each text, in order.
+        """Labels with probabilities of each text, or numbers of each answer, in order.
 
         Raises:
             DataError: A text has no tokens, with its file and line.
         """
+        if self.task.classifies_answers:
+            return join_pairs(samples, self._label(single_answers(samples), reporter))
+        return self._label(samples, reporter)
+
+    def _label(self, samples: Sequence[Sample], reporter: Reporter) -> list[JsonObject]:
         engine = self.load()
         plain = PlainText(engine.tokenizer)
 
-        def render(sample: Sample) -> Encoded:
+        def render_text(sample: Sample) -> Encoded:
             return plain.labelled(sample, self.max_length, self.task.keeps)
 
+        render = render_text if self.render is None else self.render(engine.tokenizer)
         rows, cut = [], 0
         for number, sample in enumerate(samples):
             try:
@@ -126,7 +152,14 @@ def open_classifier(path: Path, checkpoint: str | None, base_model: str | None, 
         if not isinstance(limit, int) or not isinstance(pad_id, int):
             todo = "restore the file, or merge again"
             raise ModelError("notes no length of rows", file=str(path / NOTES), key="max_length", todo=todo)
-        return Classifier(task, limit, pad_id, open_plain_model(path, reporter).load)
+
+        def render(tokenizer: PreTrainedTokenizerBase) -> Render:
+            own = getattr(tokenizer, "chat_template", None)
+            template = own if isinstance(own, str) and notes.get("chat") is not False else None
+            return render_answers(tokenizer, template, DataSection.model_construct(train=[], max_length=limit))
+
+        whole = open_plain_model(path, reporter)
+        return Classifier(task, limit, pad_id, whole.load, render=render if task.classifies_answers else None)
     if is_lone_adapter(path):
         if checkpoint is not None:
             raise UsageError(
@@ -139,19 +172,28 @@ def open_classifier(path: Path, checkpoint: str | None, base_model: str | None, 
                 "another tool made it, and says of no labels", file=str(path), todo="name a run of lorafit"
             )
         return _of_tuned(Tuned(card, base, path), card, reporter)
-    tuned = open_tuned(open_run(path), checkpoint, base_model, reporter)
-    return _of_tuned(tuned, tuned.card, reporter)
+    opened = open_run(path)
+    tuned = open_tuned(opened, checkpoint, base_model, reporter)
+    return _of_tuned(tuned, tuned.card, reporter, opened.loaded.recipe.data)
 
 
-def _of_tuned(tuned: Tuned, card: RunCard, reporter: Reporter) -> Classifier:
+def _of_tuned(tuned: Tuned, card: RunCard, reporter: Reporter, data: DataSection | None = None) -> Classifier:
+    """`data`: The run's recipe's, which says what becomes of fields that the template drops; None: an adapter alone."""
     task = tasks.bind(card.task)
     _require_labels(task)
     load = partial(tuned.load, tuned.tokenizer(), reporter)
-    return Classifier(task, card.max_length, card.pad_id, load, autocast_dtype(card.dtype))
+    template = card.templates["default"] if card.chat else None
+    own = {"system_prompt": card.system_prompt, "max_length": card.max_length}
+    data = DataSection.model_construct(train=[]) if data is None else data
+    render = partial(render_answers, template=template, data=data.model_copy(update=own), now=tuned.now())
+    autocast = autocast_dtype(card.dtype)
+    return Classifier(
+        task, card.max_length, card.pad_id, load, autocast, render=render if task.classifies_answers else None
+    )
 
 
 def _require_labels(task: Task[TaskSection]) -> None:
-    if task.classified_format is None:
+    if task.classified_format is None and not task.classifies_answers:
         raise _gives_no_labels(task.section.kind, task.writes_answers)
 
 

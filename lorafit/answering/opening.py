@@ -202,7 +202,7 @@ def warn_of_cut(answers: Sequence[Answer], max_new_tokens: int, reporter: Report
 def _require_answers(task: Task[TaskSection]) -> None:
     """Raises ModelError where the models of a task write no text."""
     if not task.writes_answers:
-        todo = "use lorafit classify" if task.classified_format is not None else "use lorafit eval"
+        todo = "use lorafit classify" if task.classified_format or task.classifies_answers else "use lorafit eval"
         raise ModelError(f"a model of task {task.section.kind} writes no text", key="task", todo=todo)
 
 

@@ -108,7 +108,8 @@ class Classified(Printed):
                 console.print("\n" * (text.line - line_before - 1), end="")
             before, line_before = text.file, text.line
             line = _say_words(text, found) if text.words else _say_classes(found)
-            flat = " ".join((text.text or "").split())
+            answer = text.messages[-1].get("content", "") if text.messages else text.completion
+            flat = " ".join(str(text.text or answer or "").split())
             console.print(line + (f"  {flat}" if text.line else ""), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -129,7 +130,9 @@ def _as_table(rows: Sequence[JsonObject]) -> str:
             as_text = {name: json.dumps(value, ensure_ascii=False) for name, value in row.items() if name not in _PLACE}
             flat.append({name: row[name] for name in _PLACE if name in row} | as_text)
         elif "values" in row:
-            flat.append({name: value for name, value in row.items() if name != "values"} | row["values"])
+            own = {name: value for name, value in row.items() if name != "values"} | row["values"]
+            nested = (dict, list)
+            flat.append({k: json.dumps(v, ensure_ascii=False) if isinstance(v, nested) else v for k, v in own.items()})
         else:
             own = {name: value for name, value in row.items() if name != "probabilities"}
             shares = {f"p({name})": share for name, share in row["probabilities"].items()}  # a class may be named text
@@ -144,7 +147,17 @@ def _as_table(rows: Sequence[JsonObject]) -> str:
 def _asked(text: Sample) -> JsonObject:
     if text.words is not None:
         return {"words": list(text.words)}
+    if text.text is None:
+        asked = _answered(text)
+        return asked if text.rejected is None else {**asked, "rejected": _answered(text.rejected)}
     return {"text": text.text} | ({} if text.text_pair is None else {"text_pair": text.text_pair})
+
+
+def _answered(text: Sample) -> JsonObject:
+    """A prompt with its answer."""
+    if text.messages is not None:
+        return {"messages": list(text.messages)}
+    return {"prompt": text.prompt, "completion": text.completion}
 
 
 def _say_classes(found: JsonObject) -> str:

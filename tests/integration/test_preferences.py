@@ -163,7 +163,59 @@ def test_a_reward_model_is_resumed_scored_and_merged_into_plain_transformers(pai
     ids = AutoTokenizer.from_pretrained(pairs.root / "merged")("red mug on monday", return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(tuned(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
-    say_all(pairs.run("generate", "run", "--prompt", "red"), 5, "writes no text")
+    say_all(pairs.run("generate", "run", "--prompt", "red"), 5, "writes no text", "use lorafit classify")
+    check_rewards(pairs)
+
+
+def check_rewards(pairs: World) -> None:
+    """Each answer of a row gets its reward: of pairs those whose difference an evaluation counts."""
+    found = rewards_of(pairs, "run", "t.jsonl")
+    report = [json.loads(line) for line in (pairs.root / "run" / "report.jsonl").read_text().splitlines()]
+    margins = [row["chosen_reward"] - row["rejected_reward"] for row in found]
+    assert margins == pytest.approx([row["tuned"]["margin"] for row in report], abs=1e-5)
+    both = make_pairs(8, first=60)
+    write_rows(pairs.root / "one.jsonl", [{"prompt": row["prompt"], "completion": row["rejected"]} for row in both])
+    for model in ("run", "run/adapter", "merged"):
+        rewards = [row["reward"] for row in rewards_of(pairs, model, "one.jsonl")]
+        assert rewards == pytest.approx([row["rejected_reward"] for row in found], abs=1e-4), model
+    say_all(pairs.run("classify", "run", "--input", "one.jsonl"), 0, "reward ", both[0]["rejected"])
+    say_all(pairs.run("classify", "run", "--input", "t.jsonl", "--output", "t.csv"), 0)
+    header, first, *_ = (pairs.root / "t.csv").read_text().splitlines()
+    assert header == "file,line,prompt,completion,rejected,chosen_reward,rejected_reward" and first.startswith(
+        "t.jsonl,1,"
+    )
+    say_all(pairs.run("classify", "run", "--prompt", "red"), 2, "--prompt", "a prompt with its answer")
+    write_rows(pairs.root / "bad.jsonl", [{"text": "no answer"}])
+    say_all(pairs.run("classify", "run", "--input", "bad.jsonl"), 4, "bad.jsonl:1: holds no prompt with its answer")
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write_rows(pairs.root / "bad.jsonl", [{"messages": chat}])
+    say_all(pairs.run("classify", "run", "--input", "bad.jsonl"), 4, "bad.jsonl:1: messages: is a chat")
+
+
+def test_a_reward_model_of_chats_scores_chats(pairs: World) -> None:
+    """Prompts and answers as strings are turns then, for run, adapter and merge alike."""
+    rows = make_pairs(6)
+    asked = [{"role": "user", "content": row["prompt"]} for row in rows]
+    said = [{side: {"role": "assistant", "content": row[side]} for side in ("chosen", "rejected")} for row in rows]
+    chats = [{side: [one, both[side]] for side in both} for one, both in zip(asked, said, strict=True)]
+    write_rows(pairs.root / "d.jsonl", chats)
+    final = ("  final: [perplexity]\n  max_new_tokens: 8\n", "  final: [loss]\n")
+    system = ("  train: d.jsonl", "  train: d.jsonl\n  system_prompt: be kind")
+    pairs.recipe(("  dropout: 0.0", "  dropout: 0.0\ntask: reward"), system, final)
+    say_all(pairs.run("train", "r.yaml"), 0)
+    say_all(pairs.run("merge", "run", "--output", "merged", "--no-verify"), 0)
+    write_rows(pairs.root / "chats.jsonl", [{"messages": row["chosen"]} for row in chats])
+    write_rows(pairs.root / "texts.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+    found = [row["chosen_reward"] for row in rewards_of(pairs, "run", "d.jsonl")]
+    for model, file in (("run/adapter", "chats.jsonl"), ("merged", "chats.jsonl"), ("merged", "texts.jsonl")):
+        rewards = [row["reward"] for row in rewards_of(pairs, model, file)]
+        assert rewards == pytest.approx(found, abs=1e-4), (model, file)
+
+
+def rewards_of(world: World, model: str, rows: str) -> list[dict[str, float]]:
+    outcome = world.run("classify", model, "--input", rows, "--json")
+    say_all(outcome, 0)
+    return [row["values"] for row in outcome.json["labels"]]
 
 
 def test_rows_of_one_answer_and_of_two_are_told_apart(pairs: World) -> None:

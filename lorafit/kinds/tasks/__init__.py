@@ -112,6 +112,8 @@ class Task(Kind[S_co]):
     """Whether a label is a row's, and no token carries loss."""
     classified_format: ClassVar[str | None] = None
     """The format of what its models give labels to, for `classify`; None where they give none."""
+    classifies_answers: ClassVar[bool] = False
+    """Whether `classify` is given prompts with their answers, in any format of rows that holds both."""
     row_format: ClassVar[str | None] = None
     """The one format of its training rows; None where it reads several."""
     sequences: ClassVar[int] = 1

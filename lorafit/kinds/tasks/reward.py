@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from lorafit.contracts import Batch, Column, LossSum, ShownSequence, TaskRow
+from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.tasks import WRITES_NONE, TaskSection, tasks
 from lorafit.kinds.tasks._heads import fit_head, head_inputs, mean_states, pad_texts
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lorafit.contracts import Encoded, Example, Reporter, Sample
+    from lorafit.contracts import Encoded, Example, JsonObject, Reporter, Sample
     from lorafit.objective import Objective
 
 _TIE = 1e-6
@@ -58,7 +59,7 @@ class Reward(PairTask[RewardSection]):
         "means of both answers' last states, its strength chosen on held-out pairs"
     )
     unread: ClassVar[Mapping[str, str]] = {**PairTask.unread, **WRITES_NONE}
-    labels_rows = True
+    labels_rows = classifies_answers = True
     final_metrics = ("reward_accuracy", "loss")  # margins of the base's head, a regression, are of another scale
     columns = tuple(Column(f"{side}_tokens", "<i4", holds_tokens=True) for side in SIDES)
 
@@ -70,17 +71,37 @@ class Reward(PairTask[RewardSection]):
         row = super().encode(sample, render)
         return None if row is None else TaskRow(row.columns, row.tokens, row.weight, row.asked, row.answered)
 
+    def ask(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
+        """One prompt with its answer.
+
+        Raises:
+            DataError: The row holds no answer.
+        """
+        if sample.messages is None and sample.completion is None:
+            todo = "give prompt and completion, prompt, chosen and rejected, or messages"
+            raise DataError("holds no prompt with its answer", todo=todo)
+        encoded = render(sample)
+        if encoded is None:
+            return None
+        return TaskRow({"tokens": encoded.input_ids}, len(encoded.input_ids), 1, encoded.input_ids, [])
+
+    def label(self, objective: Objective, batch: Batch) -> list[JsonObject]:
+        """The reward of each answer."""
+        rewards = objective.model(**head_inputs(batch)).logits.double().view(-1)
+        return [{"values": {"reward": reward}} for reward in rewards.tolist()]
+
     def show(self, example: Example) -> tuple[ShownSequence, ...]:
         """Both sides."""
         sides = [(side, [*map(int, example[f"{side}_tokens"])]) for side in SIDES]
         return tuple(ShownSequence(ids, [0] * len(ids), side) for side, ids in sides)
 
     def collate(self, rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-        """Chosen sides, then rejected ones, padded to one length."""
+        """Chosen sides, then rejected ones, padded to one length; or single answers, as they are asked."""
         import torch
 
         pairs = [row[0] for row in rows]
-        texts = [pair[f"{side}_tokens"] for side in SIDES for pair in pairs]
+        names = [name for name in (*(f"{side}_tokens" for side in SIDES), "tokens") if name in pairs[0].columns]
+        texts = [pair[name] for name in names for pair in pairs]
         tensors = {**pad_texts(texts, pad_id), "label_ids": torch.zeros(len(pairs), dtype=torch.int64)}
         return Batch(tensors, len(pairs), tuple(pair.index for pair in pairs), sum(map(len, texts)))
 
