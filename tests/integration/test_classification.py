@@ -26,7 +26,7 @@ from transformers import (
 import lorafit
 from lorafit import pipeline
 from lorafit.data.plain_text import PlainText
-from lorafit.errors import DataError, ModelError
+from lorafit.errors import DataError, ModelError, UsageError
 from tests.support.processes import ENVIRONMENT, PROGRAM, start
 from tests.support.tiny_model import make_base
 
@@ -247,14 +247,16 @@ def test_words_of_a_table_come_back_as_a_table_and_what_was_cut_is_said(
         pipeline.classify(run.path, input_file=asked)
 
 
-def test_a_reward_model_says_where_its_rewards_are_to_be_had(tmp_path: Path) -> None:
+def test_a_reward_model_scores_answers_of_a_program(tmp_path: Path) -> None:
     pairs = [{"prompt": f"red {n}", "chosen": " mug", "rejected": " bowl it"} for n in range(6)]
     recipe = colours(make_base(tmp_path / "base"), tmp_path / "run") | {"task": "reward"}
     recipe["model"]["dtype"] = "bf16"
     recipe["model"] |= {"attention": "auto"}
     run = lorafit.train(recipe, rows=pairs, quiet=True)
     assert run.resolved is not None and run.resolved.attention != "eager"
-    with pytest.raises(ModelError, match="use lorafit eval, or the merged model"):
+    with pytest.raises(UsageError, match="scores a prompt with its answer"):
         lorafit.classify(run, ["red"], quiet=True)
+    scored = lorafit.classify(run, [pairs[0], {"prompt": "red 0", "completion": " mug"}], quiet=True).values
+    assert scored[0]["chosen_reward"] == pytest.approx(scored[1]["reward"], abs=1e-2) and len(scored[0]) == 2
     worst = lorafit.evaluate(run, rows=pairs, quiet=True).to_json()["worst_rows"][0]
     assert "mug" in worst["chosen"] and "bowl" in worst["rejected"] and "mug" not in worst["prompt"]
