@@ -287,7 +287,7 @@ def classify(
     base_model: StrPath | None = None,
     quiet: bool = False,
 ) -> Classified:
-    """Gives labels to texts. `classified.labels` are those of each text, in order.
+    """Gives labels to texts, or numbers. `classified.labels` and `classified.values` are those of each text, in order.
 
     Args:
         run: What `train` gave back, a run folder, its recipe, an adapter folder, or a merged model's.

@@ -124,6 +124,8 @@ def test_thresholds_are_chosen_kept_and_used(tmp_path: Path) -> None:
     assert noted["threshold"] == "f1_each" and len(noted["thresholds"]) == 2 and noted["thresholds"] != [0.5, 0.5]
 
     best = read_object(run.path / "best.json")
+    steps = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert best["value"] == max(line["evaluation"]["macro_f1"] for line in steps if "evaluation" in line)
     evaluated = lorafit.evaluate(run, rows=rows, quiet=True).to_json()
     assert evaluated["metrics"]["macro_f1"]["tuned"] == pytest.approx(best["value"])
     table = evaluated["tables"]["tuned"]["classes"]
@@ -139,9 +141,9 @@ def test_thresholds_are_chosen_kept_and_used(tmp_path: Path) -> None:
     given = {tuple(row["labels"]) for row in told}
     assert len(given) > 1, "thresholds that part nothing show nothing"
 
-    steps = sorted((run.path / "checkpoints").iterdir())
-    for step in [run.path / "adapter", *(step for step in steps if int(step.name[-6:]) > 3)]:
-        shutil.rmtree(step)
+    saved = sorted((run.path / "checkpoints").iterdir())
+    for folder in [run.path / "adapter", *(one for one in saved if int(one.name[-6:]) > 3)]:
+        shutil.rmtree(folder)
     resumed = lorafit.train(recipe, rows=rows, validation_rows=rows, resume=True, quiet=True)
     assert json.loads((resumed.path / "adapter" / "lorafit.json").read_text())["card"]["task"] == noted
 
