@@ -209,8 +209,9 @@ def open_pictures(base: Base, folder: Path | None = None) -> ProcessorPictures:
     """
     from lorafit.data.pictures import ProcessorPictures
     from lorafit.files.cache import cache_folder
-    from lorafit.model.processor import load_processor
+    from lorafit.model.processor import load_processor, refuse_token_kinds
 
+    refuse_token_kinds(base.config)
     return ProcessorPictures(load_processor(base, folder), cache_folder() / "images")
 
 

@@ -98,6 +98,14 @@ class ProcessorPictures:
                     temporary.write_bytes(data)
         return PlacedPicture(str(file), digest, width, height, file.stat().st_mtime_ns)
 
+    def fold(self, ids: list[int], pictures: Sequence[PlacedPicture]) -> list[int]:
+        """A row's tokens for people: one mark in the place of each image's tokens."""
+        mark, place, kept = int(self.tokenizer.convert_tokens_to_ids(self.mark)), 0, list[int]()
+        for one in pictures:
+            kept += [*ids[place : one.start], mark]
+            place = one.end
+        return [*kept, *ids[place:]]
+
     def texts(self, looked: Sequence[PlacedPicture]) -> list[str]:
         """What stands for each image in a rendering."""
         return [self.expand(one.width, one.height) for one in looked]

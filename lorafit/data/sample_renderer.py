@@ -281,7 +281,8 @@ class Renderer:
         calls: tuple[str, ...] = (),
         pictures: tuple[PlacedPicture, ...] = (),
     ) -> GenerationRow:
-        prompt_text = self.tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        shown = prompt_ids if self.pictures is None else self.pictures.fold(prompt_ids, pictures)
+        prompt_text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         where = sample.file, sample.line
         must_contain = sample.must_contain
         return GenerationRow(prompt_ids, str(prompt_text), reference, must_contain, *where, calls, pictures=pictures)

@@ -6,18 +6,40 @@ processor_config.json, preprocessor_config.json, chat_template.json     what mak
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.console.wording import first_line
+from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.model.base import Base
+from lorafit.model.classes import find_auto_class, read_settings
 from lorafit.model.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 _INSTALL = 'pip install "lorafit[vision]"'
+
+
+def refuse_token_kinds(config: JsonMapping) -> None:
+    """Refuses a model whose forward takes the kind of every token, which batches do not have: images would be read as
+    text is, one token behind the other, without a word.
+
+    Args:
+        config: What config.json holds.
+
+    Raises:
+        ModelError: It does, or reads no images.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    find_auto_class(config, "AutoModelForImageTextToText")
+    kind = AutoModelForImageTextToText._model_mapping[type(read_settings(config))]
+    if {"token_type_ids", "mm_token_type_ids"} & inspect.signature(kind.forward).parameters.keys():
+        what = f"{kind.__name__} takes the kind of every token beside its id, which lorafit does not build yet"
+        raise ModelError(what, file="config.json", key="task", todo="use a model like LLaVA, Idefics3 or SmolVLM")
 
 
 def load_processor(base: Base, folder: Path | None = None) -> ProcessorMixin:

@@ -28,6 +28,11 @@ def plan_warnings(
             "deterministic: the backward pass of attention is slower and holds more memory than estimated, and "
             "cuDNN's attention is not taken"
         )
+    if memory.step.task.reads_pictures:
+        found.append(
+            "the vision tower's forward is in no estimate of memory: beside what is estimated it holds the states of a "
+            "micro-batch's images for a moment"
+        )
     if training.batch_size > dataset.rows:
         found.append(
             f"batch_size {training.batch_size} is more than the {counted(dataset.rows, 'row')}: "

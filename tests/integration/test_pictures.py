@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from lorafit import pipeline
 from lorafit.errors import LorafitError, ModelError, RecipeError
 from lorafit.job import build_objective, open_job
+from lorafit.kinds.quantizations import kind_of_codes, quantizations
 from lorafit.model.attach import attach_adapter
+from lorafit.model.processor import refuse_token_kinds
 from lorafit.model.towers import check_towers, count_towers
 from lorafit.recipe.load import load_recipe
 from tests.support.pictures import draw_rows
@@ -163,16 +165,15 @@ def test_a_step_costs_the_same_however_it_is_cut(trained: dict[str, Any], tmp_pa
         assert float(objective.reference_loss(batch)) == pytest.approx(objective.probed_loss(batch), rel=1e-5)
 
 
-def open_model(recipe: dict[str, Any]) -> tuple[Any, Any]:
+def open_model(recipe: dict[str, Any], quantization: str = "none") -> tuple[Any, Any]:
     """The recipe's rows, and its model with a fresh adapter in training mode."""
     from lorafit.contracts import Silent
-    from lorafit.kinds.quantizations import quantizations
     from lorafit.model.load import load_model
 
     job = open_job(load_recipe(recipe), Silent())
     base = load_model(
         job.base,
-        quantization=quantizations.make("none").section,
+        quantization=quantizations.make(quantization).section,
         dtype=torch.float32,
         compute_dtype=torch.float32,
         attention="eager",
@@ -251,6 +252,17 @@ def test_each_part_of_the_model_is_counted(trained: dict[str, Any]) -> None:
     assert {p.dtype for name, p in whole.named_parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_nf4_is_of_the_language_model(trained: dict[str, Any]) -> None:
+    job, model = open_model(trained, "nf4")
+    quantised = [name for name, module in model.named_modules() if kind_of_codes(module) is not None]
+    assert len(quantised) == 14 and all("language_model" in name or "text_model" in name for name in quantised)
+    objective = build_objective(job, model, "fp32")
+    batch = job.task.collate([[job.rows.train[0]]], job.pad_id)
+    assert objective.probed_loss(batch) == pytest.approx(float(objective.reference_loss(batch)), rel=1e-4)
+    language, vision, projector = count_towers(model)
+    assert language.parameters + vision.parameters + projector.parameters == job.shape.total_parameters
+
+
 def test_without_pillow_one_sentence_says_what_to_install(trained: dict[str, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(ModelError) as caught:
@@ -269,7 +281,9 @@ def test_the_shipped_recipe_trains_a_tiny_base(trained: dict[str, Any], tmp_path
     values["training"] |= {"batch_size": 8}
     values["evaluation"] |= {"every_steps": 2, "max_new_tokens": 4}
     values["output"] = str(tmp_path / "run")
-    assert pipeline.train(values).fit is not None
+    done = pipeline.train(values)
+    assert done.fit is not None
+    assert any(warning.startswith("the vision tower's forward is in no estimate") for warning in done.plan.warnings)
     assert pipeline.evaluate(tmp_path / "run").evaluation.comparisons
 
 
@@ -287,6 +301,17 @@ def test_options_that_do_not_go_with_images_are_refused(change: dict[str, Any], 
         pipeline.validate({**recipe, "data": {"train": "t.jsonl", **change}})
     with pytest.raises(RecipeError, match="searches no beams"):
         pipeline.validate({**recipe, "data": {"train": "t.jsonl"}, "evaluation": {"num_beams": 2}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("qwen2_vl", "the kind of every token"), ("gemma3", "the kind of every token"), ("llama", "reads no images")],
+)
+def test_models_that_want_more_than_ids_and_pixels_are_refused(kind: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        refuse_token_kinds({"model_type": kind})
+    for sees in ("llava", "llava_next", "idefics3", "smolvlm"):
+        refuse_token_kinds({"model_type": sees})
 
 
 def test_a_base_that_reads_no_images_is_told(tmp_path: Path) -> None:

@@ -244,6 +244,8 @@ def test_preview_shows_where_an_image_stands(tmp_path: Path, prepare_pictures: A
     renderer = build_renderer(reader.tokenizer, DataSection(**data), tmp_path, pictures=reader)
     shown = preview(prepared, renderer, 1)
     assert "<|im_start|>user\n[image 1: p0.png, 40x30, 4 tokens]what<|im_end|>" in str(shown)
+    (asked,) = prepared.generation_rows("train")
+    assert asked.prompt_text == "<|im_start|>user\n<image>what<|im_end|>\n<|im_start|>assistant\n"
     (row,) = shown.to_json()["rows"]
     assert "<image><image><image><image>what" in row["rendering"]
     assert [(one["width"], one["height"], one["end"] - one["start"]) for one in row["pictures"]] == [(40, 30, 4)]
