@@ -21,6 +21,7 @@ from lorafit.contracts import Batch, Example, LossSum, Reporter, ReportTable, Sh
 from lorafit.errors import NumericsError
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.kernels import PLAIN
+from lorafit.ops.logits_distance import LogitsUnit
 from lorafit.ops.masks import known_documents
 
 _PROBED_ROWS = 64
@@ -41,6 +42,9 @@ class TrainedTask(Protocol):
 
     @property
     def pools(self) -> int: ...
+
+    @property
+    def logits_unit(self) -> LogitsUnit: ...
 
     def can_score(self, metric: str) -> bool: ...
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+LogitsUnit = Literal["spread", "size"]
 ROUNDING = {None: 1e-3, torch.float16: 0.15, torch.bfloat16: 0.15}
 """Most that rounding explains, by what a forward computes in (None: fp32): another kernel or another shape of the same
 micro-batch. SmolLM2-135M in NF4 and bf16: 0.04 to 0.07. What sees other tokens is nearer to 1."""
 
 
-def logits_distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Root mean square of the difference, in units of the logits' own spread over the vocabulary.
-
-    Of one or two outputs in units of their size: both may be nearly equal, as the rewards of two answers to one prompt.
+def logits_distance(ours: torch.Tensor, theirs: torch.Tensor, unit: LogitsUnit = "spread") -> float:
+    """Root mean square of the difference, in units of the logits' own spread over the vocabulary, or of their size.
 
     Not the largest difference: where a mixture's router stands between two experts, rounding moves one token far.
 
     Args:
         ours: [labels, vocabulary].
         theirs: The same.
+        unit: `Task.logits_unit`.
     """
     ours, theirs = ours.double(), theirs.double()
-    is_few = ours.shape[-1] <= 2
-    spread = (ours if is_few else ours - ours.mean(-1, keepdim=True)).square().mean()
-    return float(((ours - theirs).square().mean() / spread).sqrt())
+    counted = ours if unit == "size" else ours - ours.mean(-1, keepdim=True)
+    return float(((ours - theirs).square().mean() / counted.square().mean()).sqrt())

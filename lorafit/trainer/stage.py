@@ -230,7 +230,8 @@ def _disagreement(stage: Stage, name: str, eager_logits: torch.Tensor) -> str:
     rounding, row = ROUNDING[stage.objective.autocast_dtype], [_probe(stage)]
     twice = 2 if stage.cutter.one_row else 1
     alone, together = [row] * twice, [row * twice]
-    distance = logits_distance(eager_logits.repeat(twice, 1), _logits(stage, name, together))
+    unit = stage.objective.task.logits_unit
+    distance = logits_distance(eager_logits.repeat(twice, 1), _logits(stage, name, together), unit)
     if not distance <= rounding:
         return f"its logits are {distance:.2g} from eager's"
     if name not in (FUSED_ATTENTION, VARLEN):

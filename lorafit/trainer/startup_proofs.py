@@ -118,10 +118,10 @@ def _find_fault(objective: Objective, first: Example, second: Example, pad_id: i
         if is_out_of_memory(error):
             raise
         return f"it does not run on packed rows ({type(error).__name__})"
-    tolerance = ROUNDING[objective.autocast_dtype]
-    if bool(gradient.count_nonzero()) or not logits_distance(behind, moved) <= tolerance:
+    tolerance, unit = ROUNDING[objective.autocast_dtype], objective.task.logits_unit
+    if bool(gradient.count_nonzero()) or not logits_distance(behind, moved, unit) <= tolerance:
         return "its documents see each other in a row (a state is carried on, or no mask made of their positions)"
-    if not logits_distance(behind, alone) <= tolerance:
+    if not logits_distance(behind, alone, unit) <= tolerance:
         return "a document gives other logits there than alone (its positions do not begin anew)"
     return ""
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         TaskRow,
     )
     from lorafit.objective import Objective
+    from lorafit.ops.logits_distance import LogitsUnit
     from lorafit.pictures import PictureReader, PlacedPicture
 
 
@@ -332,6 +333,12 @@ class Task(Kind[S_co]):
     def predict(self, sums: Mapping[str, tuple[float, ...]]) -> str | None:
         """What the model answers to a row, told from its scores; None where it writes its answers, or gives none."""
         return None
+
+    @property
+    def logits_unit(self) -> LogitsUnit:
+        """What proofs measure a difference of logits in: their spread over the classes; or their size, where there are
+        so few that they may be nearly equal, as the rewards of two answers to one prompt are."""
+        return "spread"
 
     @abstractmethod
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:

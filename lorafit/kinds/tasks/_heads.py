@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import Batch, Reporter
     from lorafit.objective import Objective
+    from lorafit.ops.logits_distance import LogitsUnit
 
 _OUTSIDE = "O"  # of words that belong to no entity
 _NO_CHATS = "reads what is labelled, which goes through no chat template"
@@ -63,6 +64,11 @@ class LabellingTask(Task[L_co]):
     def labels(self) -> list[str]:
         """Names of the labels; two without names where neither recipe nor rows have said."""
         return self.section.labels or ["0", "1"]
+
+    @property
+    def logits_unit(self) -> LogitsUnit:
+        """Two labels may be nearly as likely."""
+        return "size" if len(self.labels) <= 2 else "spread"
 
     @property
     def outputs(self) -> JsonObject:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import Encoded, Example, JsonObject, Reporter, Sample
     from lorafit.objective import Objective
+    from lorafit.ops.logits_distance import LogitsUnit
 
 
 _Rows = Sequence[Mapping[str, tuple[float, ...]]]
@@ -127,6 +128,11 @@ class SequenceClassification(TextTask[SequenceClassificationSection], LabellingT
     def columns(self) -> tuple[Column, ...]:
         """The text, and 0/1 for each class."""
         return (*self.text_columns, Column("classes", "|u1", width=len(self.labels)))
+
+    @property
+    def logits_unit(self) -> LogitsUnit:
+        """Of several labels each has two: no and yes."""
+        return "size" if self.section.multi_label else super().logits_unit
 
     @property
     def scores(self) -> Mapping[str, int]:

@@ -58,6 +58,7 @@ class SequenceRegression(TextTask[SequenceRegressionSection]):
         "its strength chosen on held-out rows"
     )
     row_format = classified_format = "text_score"
+    logits_unit = "size"
     during_metrics = ("loss", "pearson")
     final_metrics = ("mse", "mae", "pearson", "spearman")
 
