@@ -247,7 +247,8 @@ class Batch:
     """One micro-batch, made by the task on the CPU. Integer index tensors only, so that no step waits for the device.
 
     Attributes:
-        tensors: What the task's loss reads, by name; `input_ids` [sequences, tokens] is always among them.
+        tensors: What the task's loss reads, by name; `input_ids` [sequences, tokens] is always among them, and
+            `pooled` where the task pools over the step that the micro-batch is of.
         weight: What the loss sum is divided by, e.g. the number of labels; known on the host, before the forward.
         rows: Indices of the examples, for messages about a bad step.
         tokens: Real tokens, padding apart.

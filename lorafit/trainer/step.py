@@ -2,6 +2,7 @@
 
 rows of the step --cut_step--> micro-batches --dealt to ranks--> forward, backward (by an `Executor`)
 weight = labels of the whole step, over all ranks, counted before the first backward
+pooled = what the losses of a task's rows need of all the others, as KTO's do: summed likewise before the first backward
 gradient = sum over micro-batches and ranks of d(loss_sum / weight)
 """
 
