@@ -56,7 +56,9 @@ def write_recipe(folder: Path, arguments: argparse.Namespace) -> Path:
         "kto": {"beta": BETA, "undesirable_weight": arguments.undesirable_weight},
         "orpo": {"odds_weight": BETA},
     }[arguments.task]
-    margin = ["desirable_margin"] if arguments.task == "kto" else ["reward_accuracy", "reward_margin"]
+    margin = (
+        ["desirable_margin", "reference_point"] if arguments.task == "kto" else ["reward_accuracy", "reward_margin"]
+    )
     values = {
         "name": "preference-parity",
         "task": {"kind": arguments.task, **task},
