@@ -15,7 +15,7 @@ from lorafit.answering.opening import open_plain_model
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.contracts import Column, Example, JsonMapping, Reporter
 from lorafit.data.chat.template import compile_or_explain
-from lorafit.errors import CheckpointError, ModelError, ResourceError
+from lorafit.errors import CheckpointError, DataError, ModelError, ResourceError
 from lorafit.evaluation.parity import Parity, compare_merge, require_parity
 from lorafit.files.atomic import read_object
 from lorafit.files.safetensors import read_index
@@ -64,6 +64,9 @@ class _Comparison:
                 if not (is_out_of_memory(error) or isinstance(error, ResourceError)):
                     raise
                 found.append(f"not as much could be had ({device})")
+            except DataError as error:  # an image of the rows is not there any more
+                self.skipped = error.what
+                return
         if self.parity is None:
             self.skipped = f"both models take {needed / 2**30:.1f} GiB of memory, {', '.join(found)}"
         elif self._must_agree:
