@@ -18,7 +18,8 @@ FLAGS = ["train", "recipe.yaml", "--quiet", "--set", "training.micro_batch_token
 
 def test_two_ranks_train_the_run_of_one(tmp_path: Path) -> None:
     make_base(tmp_path / "base")
-    make_recipe(tmp_path, evaluation={"every_steps": 2}, training={"batch_size": 5})
+    evaluation = {"every_steps": 2, "during": ["loss", "chrf"], "max_new_tokens": 4}  # each answers a part of the rows
+    make_recipe(tmp_path, evaluation=evaluation, training={"batch_size": 5})
     environment = {**ENVIRONMENT, "LORAFIT_CACHE": str(tmp_path / "cache")}
 
     def run(*command: str | Path, **options: Any) -> None:
