@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorafit import pipeline
-from lorafit.errors import LorafitError, ModelError, RecipeError
+from lorafit.errors import LorafitError, ModelError, RecipeError, UsageError
 from lorafit.job import build_objective, open_job
 from lorafit.kinds.quantizations import kind_of_codes, quantizations
 from lorafit.model.attach import attach_adapter
@@ -129,6 +129,27 @@ def test_merged_alone_and_in_peft_it_is_the_same_model(trained: dict[str, Any], 
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         written = peft.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert processor.decode(written, skip_special_tokens=True) == wanted[0]
+
+
+def test_a_batch_answers_as_single_rows_do(trained: dict[str, Any]) -> None:
+    """Prompts of other lengths, with no image, one, and two."""
+    folder, run = Path(trained["data"]["test"]).parent, Path(trained["output"])
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()][:5]
+    questions = [absolute(row, folder)["messages"][0]["content"] for row in rows]
+    texts = [{"type": "text", "text": words} for words in ("what", "what does the shop sell", "and")]
+    asked = [
+        questions[0],
+        [*questions[1], texts[2], questions[2][0]],
+        texts[1:2],
+        [questions[3][0], texts[1]],
+        questions[4],
+    ]
+    prompts = [{"messages": [{"role": "user", "content": parts}]} for parts in asked]
+    together = pipeline.generate(run, rows=prompts, max_new_tokens=5).answers
+    alone = [pipeline.generate(run, rows=[prompt], max_new_tokens=5).answers[0] for prompt in prompts[1:4]]
+    assert [answer.text for answer in together[1:4]] == [answer.text for answer in alone]
+    with pytest.raises(UsageError, match="no beams are searched for prompts with images"):
+        pipeline.generate(run, rows=prompts, max_new_tokens=5, num_beams=2)
 
 
 @pytest.mark.parametrize("trained", ["llava"], indirect=True)
