@@ -88,6 +88,9 @@ def as_whole(tensor: torch.Tensor) -> torch.Tensor:
 def adapter_off(model: PreTrainedModel) -> Iterator[None]:
     """The base model alone. PEFT sets `requires_grad` at the end even where it was off, so flags are kept here."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    base = model.get_base_model()
+    if not hasattr(base, "prepare_inputs_for_generation"):
+        base.prepare_inputs_for_generation = None  # PEFT swaps it with that of a trained prompt, and asks of no model
     try:
         with model.disable_adapter():
             yield

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -14,3 +17,25 @@ def count_virtual_tokens(model: nn.Module) -> int:
         return 0
     config = adapted.active_peft_config
     return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
+
+
+@contextlib.contextmanager
+def placed_vectors(model: nn.Module) -> Iterator[tuple[Any, int]]:
+    """The transformers model, which sees an adapter's vectors in place of a row's first tokens, and how many those are.
+
+    It gets token ids, by which causal models with a head find where a padded row ends; PEFT's own forward hands
+    embeddings on, whose last place they take for the end.
+    """
+    adapted: Any = model
+    count = count_virtual_tokens(model)
+    if not count:
+        yield model, 0
+        return
+
+    def place(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        vectors = adapted.get_prompt(batch_size=len(output)).to(output.dtype)
+        return torch.cat([vectors, output[:, count:]], dim=1)
+
+    base = adapted.get_base_model()
+    with base.get_input_embeddings().register_forward_hook(place):
+        yield base, count

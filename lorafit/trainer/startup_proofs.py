@@ -13,6 +13,7 @@ well, where each of their layers attends to the whole row, and the attention is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -62,8 +63,8 @@ def prove_gradients(objective: Objective, batch: Batch) -> None:
 
 
 def _layer_kind(parameter: str) -> str:
-    """`q_proj` of `model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`."""
-    return parameter.split(".lora_")[0].rsplit(".", 1)[-1]
+    """`q_proj` of `model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`, or a head's name."""
+    return re.split(r"\.(?:lora_|modules_to_save\.)", parameter)[0].rsplit(".", 1)[-1]
 
 
 def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int, *, one_row: bool) -> None:

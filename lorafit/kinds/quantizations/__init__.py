@@ -118,7 +118,7 @@ class Packed(Quantization[S_co]):
 
     @classmethod
     def settle(cls, layer: nn.Module) -> None:
-        """Makes codes of a loaded layer's weight those that a CPU gives, where devices differ for a known reason."""
+        """Puts a loaded layer right where libraries go wrong, e.g. where a device gives other codes than a CPU."""
 
     @classmethod
     @abstractmethod

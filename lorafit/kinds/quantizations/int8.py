@@ -53,6 +53,11 @@ class Int8(BitsandbytesKind[Int8Section]):
         return is_layer(layer, "Linear8bitLt")
 
     @classmethod
+    def settle(cls, layer: nn.Module) -> None:
+        """Keeps its scales, see `_keep_scales`."""
+        layer.register_forward_pre_hook(_keep_scales)
+
+    @classmethod
     def prove(cls, layer: nn.Module) -> JsonObject:
         """Codes and scales."""
         weight: Any = layer.weight
@@ -92,6 +97,16 @@ class Int8(BitsandbytesKind[Int8Section]):
             return torch.empty(linear.out_features, linear.in_features, device=weight.device)
         unpacked: torch.Tensor = int8_vectorwise_dequant(weight.data, scales)
         return unpacked
+
+
+def _keep_scales(layer: nn.Module, _: object) -> None:
+    """PEFT's DoRA moves a CPU's weight to where it lies: bitsandbytes makes a new one, which has codes and no scales.
+
+    At the next forward the layer would take those in the place of its own.
+    """
+    linear: Any = layer
+    if linear.weight.SCB is None and linear.state.SCB is not None:
+        linear.weight.CB = None
 
 
 class Int8Rows:

@@ -188,6 +188,21 @@ def head_inputs(batch: Batch) -> dict[str, torch.Tensor | bool]:
     return {**{name: batch[name] for name in names}, "return_dict": True}
 
 
+def head_logits(objective: Objective, batch: Batch) -> torch.Tensor:
+    """What the head gives, fp32: [texts, outputs], or of each token [texts, tokens, outputs]."""
+    import torch
+
+    from lorafit.ops.virtual_tokens import placed_vectors
+
+    inputs = head_inputs(batch)
+    with placed_vectors(objective.model) as (model, count):
+        for name, values in batch.tensors.items() if count else ():
+            if name in inputs:  # a row's first token stands for each vector: it is real, and of the first text
+                inputs[name] = torch.cat([values[:, :1].expand(-1, count), values], dim=1)
+        logits: torch.Tensor = model(**inputs).logits.float()
+    return logits[:, count:] if logits.ndim > 2 else logits
+
+
 def mean_states(objective: Objective, batch: Batch) -> torch.Tensor:
     """Mean over a text's tokens of the last states of the model behind the head, [texts, width], fp64."""
     states = objective.base.base_model(**head_inputs(batch)).last_hidden_state.double()

@@ -20,7 +20,7 @@ from lorafit.contracts import Batch, Column, LossSum, ShownSequence, TaskRow
 from lorafit.errors import DataError
 from lorafit.facts import ModelClass
 from lorafit.kinds.tasks import WRITES_NONE, TaskSection, tasks
-from lorafit.kinds.tasks._heads import fit_head, head_inputs, mean_states, pad_texts
+from lorafit.kinds.tasks._heads import fit_head, head_logits, mean_states, pad_texts
 from lorafit.kinds.tasks._pairs import SIDES, PairTask
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Reward(PairTask[RewardSection]):
 
     def label(self, objective: Objective, batch: Batch) -> list[JsonObject]:
         """The reward of each answer."""
-        rewards = objective.model(**head_inputs(batch)).logits.double().view(-1)
+        rewards = head_logits(objective, batch).double().view(-1)
         return [{"values": {"reward": reward}} for reward in rewards.tolist()]
 
     def show(self, example: Example) -> tuple[ShownSequence, ...]:
@@ -121,8 +121,7 @@ class Reward(PairTask[RewardSection]):
 
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """Rewards of both answers, fp32 [pairs, 2]."""
-        rewards: torch.Tensor = objective.model(**head_inputs(batch)).logits.float()
-        return rewards.view(2, -1).T
+        return head_logits(objective, batch).view(2, -1).T
 
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """The loss summed over pairs."""

@@ -28,6 +28,7 @@ from lorafit.kinds.tasks._heads import (
     LabelsSection,
     fit_head,
     head_inputs,
+    head_logits,
     order_labels,
     warn_of_absent,
 )
@@ -329,8 +330,7 @@ class SequenceClassification(TextTask[SequenceClassificationSection], LabellingT
 
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """[rows, classes]; of several labels no and yes for each class of each row, [rows * classes, 2]; fp32."""
-        logits: torch.Tensor = objective.model(**head_inputs(batch)).logits.float()
-        return self._as_labels(logits)
+        return self._as_labels(head_logits(objective, batch))
 
     def _as_labels(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of each class [rows, classes] as the logits of the labels."""

@@ -19,7 +19,7 @@ from lorafit.facts import ModelClass
 from lorafit.kinds.fields import listed
 from lorafit.kinds.tasks import tasks
 from lorafit.kinds.tasks._head_start import Rows, start_head
-from lorafit.kinds.tasks._heads import head_inputs, read_states
+from lorafit.kinds.tasks._heads import head_inputs, head_logits, read_states
 from lorafit.kinds.tasks._texts import TextSection, TextTask
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ class SequenceRegression(TextTask[SequenceRegressionSection]):
 
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """The predicted number of each label, fp32 [rows * outputs, 1]."""
-        values: torch.Tensor = objective.model(**head_inputs(batch)).logits.float()
-        return values.reshape(-1, 1)
+        return head_logits(objective, batch).reshape(-1, 1)
 
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """Squared errors, a mean over the numbers of a row, summed over rows."""

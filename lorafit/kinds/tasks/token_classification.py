@@ -25,6 +25,7 @@ from lorafit.kinds.tasks._heads import (
     LabellingTask,
     LabelsSection,
     head_inputs,
+    head_logits,
     order_labels,
     pad_texts,
     warn_of_absent,
@@ -181,8 +182,7 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
 
     def logits(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """Of the labelled tokens, fp32 [words, labels]."""
-        logits: torch.Tensor = objective.model(**head_inputs(batch)).logits
-        return logits.flatten(0, 1).index_select(0, batch["label_index"]).float()
+        return head_logits(objective, batch).flatten(0, 1).index_select(0, batch["label_index"])
 
     def sum_loss(self, objective: Objective, batch: Batch) -> LossSum:
         """Nats summed over the labelled words."""
@@ -194,10 +194,15 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
     def reference_loss(self, objective: Objective, batch: Batch) -> torch.Tensor:
         """The model's own loss, which is a mean over the labelled words."""
         import torch
+        from torch.nn import functional
+
+        from lorafit.ops.virtual_tokens import count_virtual_tokens
 
         labels = torch.full_like(batch["input_ids"], -100).flatten()
         labels[batch["label_index"]] = batch["label_ids"]
-        loss: torch.Tensor = objective.model(**head_inputs(batch), labels=labels.view_as(batch["input_ids"])).loss
+        vectors = (count_virtual_tokens(objective.model), 0)  # before each row's tokens
+        labels = functional.pad(labels.view_as(batch["input_ids"]), vectors, value=-100)
+        loss: torch.Tensor = objective.model(**head_inputs(batch), labels=labels).loss
         return loss.double() * batch.weight
 
     def score(self, objective: Objective, batch: Batch) -> Mapping[str, NDArray[np.float64]]:

@@ -102,6 +102,44 @@ def test_the_loss_is_pefts_own(base: Base) -> None:
     assert bool(model.prompt_encoder["default"].embedding.weight.grad.abs().min() > 0)
 
 
+ROWS = {
+    "sequence-classification": ({"labels": ["x", "y"]}, lambda ids: {"tokens": ids, "marks": [], "classes": [0, 1]}),
+    "sequence-regression": ({}, lambda ids: {"tokens": ids, "marks": [], "numbers": [0.5]}),
+    "token-classification": (
+        {"labels": ["O", "B-X"]},
+        lambda ids: {"tokens": ids, "labels": [1] + [-1] * (len(ids) - 2) + [0]},
+    ),
+    "reward": ({}, lambda ids: {"chosen_tokens": ids, "rejected_tokens": ids[1:] + ids}),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(kind: str, family: str) -> None:
+    """PEFT hands embeddings on, of which a causal model takes the last one for the end of a row, padding or not."""
+    import transformers
+
+    from lorafit.contracts import Example
+
+    options, columns = ROWS[kind]
+    task = tasks.make(kind, **options)
+    sizes = {"vocab_size": 83, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = getattr(transformers, {"llama": "LlamaConfig", "bert": "BertConfig"}[family])
+    settings = config(**sizes, num_attention_heads=4, **task.model_class.padded_with(0).config)
+    torch.manual_seed(0)
+    plain = getattr(transformers, task.model_class.auto_class).from_config(settings)
+    objective = task.build_objective(attach_adapter(plain, section(), 0, model_class=task.model_class)).eval()
+    rows = [Example(n, columns([n + 4, *range(9, 12 + 3 * n)]), "x", n) for n in range(3)]
+    batch = task.collate([[row] for row in rows], 0)
+    found = objective(batch)
+    wanted = sum(objective.reference_loss(objective.batch_of(row, 0)) for row in rows)
+    assert found.loss_sum.item() == pytest.approx(float(wanted), rel=1e-5)
+    found.loss_sum.backward()
+    assert bool(objective.model.prompt_encoder["default"].embedding.weight.grad.abs().min() > 0)
+    with adapter_off(objective.model), torch.no_grad():
+        assert torch.equal(objective.logits(batch), task.build_objective(objective.base).logits(batch))
+
+
 def test_peft_loads_what_is_saved_and_a_resume_takes_it_back(base: Base) -> None:
     model = attach_adapter(load(base), section(), 0)
     with torch.no_grad():

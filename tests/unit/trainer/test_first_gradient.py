@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
-from lorafit.contracts import Batch
+from lorafit.contracts import Batch, Example
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.tasks import tasks
 from lorafit.objective import Objective
@@ -50,3 +50,14 @@ def test_a_model_that_cannot_train_on_such_rows_is_refused() -> None:
     """Reformer trains on rows of one length alone."""
     with pytest.raises(ModelError, match="ReformerModelWithLMHead cannot take a training step"):
         prove_gradients(objective("reformer", ["value"]), row())
+
+
+def test_a_bias_of_a_head_that_no_loss_tells_of_is_no_fault() -> None:
+    """The same number on both rewards of a pair changes nothing."""
+    reward = tasks.make("reward")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = BertForSequenceClassification(BertConfig(vocab_size=83, **sizes, **reward.model_class.config))
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    pair = Example(0, {"chosen_tokens": [4, 5, 6], "rejected_tokens": [4, 7]}, "d.jsonl", 1)
+    prove_gradients(reward.build_objective(get_peft_model(base, config)), reward.collate([[pair]], 0))
