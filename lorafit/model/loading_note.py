@@ -23,8 +23,10 @@ _HINT = (
 )
 _HEAD_HINT = "build the base as this class with these values in its config before the adapter is loaded onto it"
 _PROJECTOR_HINT = "these were trained whole, and take the place of the base's"
-HEAD_PREFIX = "base_model.model."
-"""What PEFT puts before the names of a head that is saved whole."""
+_OUTER = "base_model."
+HEAD_PREFIX = f"{_OUTER}model."
+"""What PEFT puts before the names of a head that is saved whole, where a method puts layers of its own into the model;
+only the first half of it where vectors stand before the tokens."""
 
 
 def note_loading(model: PreTrainedModel, dtype: str) -> JsonObject:
@@ -58,8 +60,9 @@ def note_head(model: PeftModel, model_class: ModelClass, saved: Iterable[str]) -
         if model_class.trains_projector
         else list(outer_modules(base))
     )
-    marks = tuple(f"{HEAD_PREFIX}{module}." for module in whole)
-    tensors = sorted(name.removeprefix(HEAD_PREFIX) for name in saved if name.startswith(marks))
+    prefix = HEAD_PREFIX if hasattr(model.base_model, "prefix") else _OUTER
+    marks = tuple(f"{prefix}{module}." for module in whole)
+    tensors = sorted(name.removeprefix(prefix) for name in saved if name.startswith(marks))
     called = {} if names is None else {name: names.files_of(name) for name in tensors}
     files = {name: found[0] for name, found in called.items() if found and found[0] != name}
     head: JsonObject = {

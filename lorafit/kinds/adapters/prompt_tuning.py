@@ -66,8 +66,10 @@ class PromptTuning(Adapter[PromptTuningSection]):
 
     @classmethod
     def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-        """The vectors, called as PEFT saves them."""
-        return {_TENSOR: model.prompt_encoder[name].embedding.weight}
+        """The vectors and a task's own head, called as PEFT saves them."""
+        mark = f".modules_to_save.{name}."
+        head = {path.replace(mark, "."): value for path, value in model.named_parameters() if mark in path}
+        return {_TENSOR: model.prompt_encoder[name].embedding.weight, **head}
 
     @classmethod
     def folding(cls, config: JsonMapping) -> Folding:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lorafit.errors import ModelError
-from lorafit.kinds.tasks._heads import head_inputs
+from lorafit.kinds.tasks._heads import head_logits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,15 +83,18 @@ def _read(
     """What the linear reads of each row: of a causal model its last token, as transformers takes it."""
     import torch
 
+    from lorafit.ops.virtual_tokens import count_virtual_tokens
+
+    before = count_virtual_tokens(objective.model)
     read, right, seen = [], [], list[torch.Tensor]()
     hook = linear.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
     try:
         for batch in batches:
             with torch.no_grad(), objective.autocast(batch):
-                objective.model(**head_inputs(batch))
+                head_logits(objective, batch)
             states = seen.pop()
             if states.dim() > 2:
-                last = batch["attention_mask"].sum(-1) - 1
+                last = before + batch["attention_mask"].sum(-1) - 1
                 states = states[torch.arange(len(states), device=states.device), last]
             read.append(states.double())
             right.append(wanted(batch).double())

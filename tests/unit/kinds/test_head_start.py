@@ -18,7 +18,9 @@ from transformers import (
 
 from lorafit.contracts import Batch, Encoded, Example, Sample, Silent
 from lorafit.errors import ModelError
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.tasks import Task, tasks
+from lorafit.model.attach import attach_adapter
 from lorafit.objective import Objective
 
 SIZES = {"vocab_size": 83, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -31,8 +33,11 @@ BUILDERS: dict[str, tuple[Any, Any, str, str]] = {
 
 def objective_of(kind: str, task: Task[Any]) -> Objective:
     torch.manual_seed(0)
-    build, config, target, head = BUILDERS[kind]
+    build, config, target, head = BUILDERS[kind.removesuffix(" with a prompt")]
     made = build(config(**SIZES, initializer_range=0.3, **task.model_class.padded_with(1).config))
+    if "prompt" in kind:
+        prompt = adapters.make_section("prompt_tuning", tokens=3)
+        return task.build_objective(attach_adapter(made, prompt, 0, model_class=task.model_class)).eval()
     adapted = get_peft_model(made, LoraConfig(target_modules=[target], modules_to_save=[head]))
     return task.build_objective(adapted).eval()
 
@@ -52,7 +57,7 @@ def mean_loss(objective: Objective, rows: list[Batch]) -> float:
     return sum(float(objective.score(batch)["loss"].sum()) for batch in rows) / sum(len(batch.rows) for batch in rows)
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("kind", [*BUILDERS, "llama with a prompt"])
 def test_a_classifier_begins_right_on_rows_that_a_line_parts(kind: str) -> None:
     task: Any = tasks.make("sequence-classification", labels=["a", "b", "c"], head="fitted")
     assert task.starts_head and not tasks.make("sequence-classification").starts_head

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lorafit.answering.engine import Engine
 from lorafit.answering.generate import Request, cut_prompts
 from lorafit.answering.sampling import Sampling
-from lorafit.contracts import Silent
+from lorafit.contracts import Example, Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.tasks import tasks
@@ -79,8 +79,6 @@ def test_first_values_are_tokens_or_noise_by_seed(base: Base) -> None:
 
 def test_the_loss_is_pefts_own(base: Base) -> None:
     """With and without padding: labels follow the tokens, not the vectors before them."""
-    from lorafit.contracts import Example
-
     model = attach_adapter(load(base), section(), 0)
     assert not has_fast_path(model) and has_fast_path(attach_adapter(load(base), lora(), 0))
     objective = tasks.make("causal-lm").build_objective(model)
@@ -113,22 +111,25 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("kind", ROWS)
-def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(kind: str, family: str) -> None:
-    """PEFT hands embeddings on, of which a causal model takes the last one for the end of a row, padding or not."""
+def headed(task: Any, family: str) -> Any:
+    """A tiny model of that task, drawn anew."""
     import transformers
 
-    from lorafit.contracts import Example
-
-    options, columns = ROWS[kind]
-    task = tasks.make(kind, **options)
     sizes = {"vocab_size": 83, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = getattr(transformers, {"llama": "LlamaConfig", "bert": "BertConfig"}[family])
     settings = config(**sizes, num_attention_heads=4, **task.model_class.padded_with(0).config)
     torch.manual_seed(0)
-    plain = getattr(transformers, task.model_class.auto_class).from_config(settings)
-    objective = task.build_objective(attach_adapter(plain, section(), 0, model_class=task.model_class)).eval()
+    return getattr(transformers, task.model_class.auto_class).from_config(settings).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(kind: str, family: str, tmp_path: Path) -> None:
+    """PEFT hands embeddings on, of which a causal model takes the last one for the end of a row, padding or not."""
+    options, columns = ROWS[kind]
+    task = tasks.make(kind, **options)
+    adapted = attach_adapter(headed(task, family), section(), 0, model_class=task.model_class)
+    objective = task.build_objective(adapted).eval()
     rows = [Example(n, columns([n + 4, *range(9, 12 + 3 * n)]), "x", n) for n in range(3)]
     batch = task.collate([[row] for row in rows], 0)
     found = objective(batch)
@@ -138,6 +139,17 @@ def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(kind: str, family: s
     assert bool(objective.model.prompt_encoder["default"].embedding.weight.grad.abs().min() > 0)
     with adapter_off(objective.model), torch.no_grad():
         assert torch.equal(objective.logits(batch), task.build_objective(objective.base).logits(batch))
+
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    headed(task, family).save_pretrained(tmp_path / "base")
+    folder, ids = saved(open_base(tmp_path / "base"), adapted), torch.tensor([[5, 6, 7]])
+    opened = [PeftModel.from_pretrained(headed(task, family), folder), open_adapter(headed(task, family), folder)]
+    with torch.no_grad():
+        told = [model.eval()(input_ids=ids).logits for model in (adapted, *opened)]
+    assert torch.equal(told[1], told[0]) and torch.equal(told[2], told[0])
 
 
 def test_peft_loads_what_is_saved_and_a_resume_takes_it_back(base: Base) -> None:
