@@ -1,6 +1,7 @@
 """Classification of texts beside the same frozen model with a logistic regression: each metric with a paired interval.
 
-    python benchmarks/classification.py MODEL DATA [DATA ...] [--epochs N] [--learning-rate X] [--dtype D] [--runs DIR]
+    python benchmarks/classification.py MODEL DATA [DATA ...] [--epochs N] [--learning-rate X] [--head H] [--dtype D]
+        [--runs DIR]
 
 MODEL is a folder with an encoder, DATA a folder with train.jsonl and test.jsonl (text, label). Settings are by data set
 (`SETTINGS`), chosen on validation rows, as is the step whose adapter is taken. The baseline is what
@@ -37,7 +38,7 @@ folder, texts = sys.argv[1], json.loads(sys.stdin.read())
 model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 with torch.no_grad():
-    print(json.dumps([model(**tokenizer(t, return_tensors="pt", truncation=True, max_length=128)).logits.softmax(-1)[0]
+    print(json.dumps([model(**tokenizer(t, return_tensors="pt", truncation=True, max_length=64)).logits.softmax(-1)[0]
                       .tolist() for t in texts]))
 """
 
@@ -51,7 +52,7 @@ def measure(model: str, data: Path, options: argparse.Namespace) -> None:
         steps_an_epoch = math.ceil(sum(1 for _ in file) * (1 - VALIDATION_SHARE) / BATCH_SIZE)
     recipe = {
         "name": data.name,
-        "task": "sequence-classification",
+        "task": {"kind": "sequence-classification", "head": options.head},
         "model": {"base": model, "quantization": "none", "dtype": options.dtype},
         "adapter": {"r": 16, "alpha": 32, "dropout": 0.1, "target_modules": "all-linear"},
         "data": {
@@ -104,6 +105,7 @@ if __name__ == "__main__":
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--epochs", type=int, help="in place of the data set's own")
     parser.add_argument("--learning-rate", type=float, help="in place of the data set's own")
+    parser.add_argument("--head", default="drawn", help="where the new head begins: drawn or fitted")
     parser.add_argument("--dtype", default="fp32", help="of the frozen weights and of products: fp32 or bf16")
     parser.add_argument("--runs", default="runs/classification")
     options = parser.parse_args()
