@@ -122,7 +122,7 @@ def merge_adapter(
     adapter = read_adapter(adapter_folder)
     check_base(adapter, base)
     adapter.check_values(reporter)
-    adapter.kind.folding(adapter.config)  # raises where there is nothing to merge
+    adapter.kind.folding({**adapter.config, "modules_to_save": None})  # raises where the method changes no weight
     head = OwnHead.of(adapter)
     entries = head.put_on(read_index(base.path), is_cast=kind == "dequantized")
     updates = plan_updates(head.take_off(adapter), base, entries)
