@@ -121,6 +121,7 @@ class ModelShape:
         no_sdpa: Whether its class has no attention but eager (GPT-OSS, BLOOM).
         beside: What holds weights and takes no adapter, linears apart: experts, routers, towers.
         has_sinks: Whether attention has a learned sink a head, and so its softmax in the compute dtype (gpt-oss).
+        decoder_parameters: Weights of the linears that only a target's tokens go through; 0 without an encoder beside.
         new_head_parameters: Of a task's own head, which is trained whole.
         scanning_layers: Layers that carry a state along the row (Mamba, linear attention).
         plain_norm: Whether its RMSNorm multiplies by its weight and nothing else (Gemma adds 1 to it).
@@ -162,6 +163,7 @@ class ModelShape:
     scanning_layers: int = 0
     has_sinks: bool = False
     new_head_parameters: int = 0
+    decoder_parameters: int = 0
 
     def to_json(self) -> JsonObject:
         """Plain values."""

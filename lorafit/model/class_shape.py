@@ -152,9 +152,18 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
         no_sdpa=not model._supports_sdpa,
         beside=beside,
         new_head_parameters=sum(part.numel() for module in outer for part in module.parameters()),
+        decoder_parameters=_decoder_parameters(model),
         scanning_layers=scanning_layers,
         has_sinks=any(name.endswith(".sinks") for name, _ in language.named_parameters()),
     )
+
+
+def _decoder_parameters(model: PreTrainedModel) -> int:
+    """Weights of the linears on the side of an encoder-decoder that writes. Those that make keys and values of the
+    source are among them, though its tokens go through them too."""
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else None
+    inside = set() if decoder is None else {id(module) for module in decoder.modules()}
+    return sum(module.weight.numel() for _, module in find_linears(model) if id(module) in inside)
 
 
 def _head_sizes(text: PretrainedConfig, linears: tuple[LinearShape, ...], heads: int, hidden: int) -> tuple[int, int]:

@@ -6,6 +6,8 @@
     attention      12 Q L pairs             q·k and p·v are 2 Q each forward, twice that backward
     recomputation  2 N_frozen T + 2 N_adapter T + 4 Q L pairs        a second forward of the layers, where checkpointed
 
+Of an encoder-decoder, a source's tokens go through the weights of the encoder, and a target's through the decoder's.
+
 T are real tokens, without padding. Pairs are what causal attention looks at: a row of S tokens has S (S + 1) / 2.
 Norms, activations, rotations and lookups are left out: they take bandwidth, hardly any arithmetic.
 
@@ -68,10 +70,14 @@ def count_flops(
     """
     frozen, attention = active_parameters(shape), 4 * shape.heads * shape.head_dim * shape.layers
     pairs = (squared_tokens + tokens) // 2
-    again = 2 * (frozen + adapter_parameters) * tokens + attention * pairs
+    written = shape.decoder_parameters
+    read = frozen - written
+    products = read * (tokens - labelled_tokens) + written * labelled_tokens if written else frozen * tokens
+    adapted = adapter_parameters * products // max(1, frozen)  # beside each weight alike
+    again = 2 * (products + adapted) + attention * pairs
     return Flops(
-        frozen=4 * frozen * tokens,
-        adapter=6 * adapter_parameters * tokens,
+        frozen=4 * products,
+        adapter=6 * adapted,
         head=4 * head_parameters(shape) * labelled_tokens,
         attention=3 * attention * pairs,
         recomputation=again * len(recomputed_layers(checkpointing, shape.layers)) // shape.layers,

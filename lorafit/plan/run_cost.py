@@ -100,7 +100,7 @@ def cost_of_run(
 
     Args:
         step: The training step; a card's peak is that of 16 bits, and says nothing of one in fp32.
-        dataset: Facts of the rows; None: a million tokens are counted in rows of the step's length, all labelled.
+        dataset: Facts of the rows; None: a million tokens are counted in rows like the step's.
         epochs: Passes over the rows, parts included.
         checkpointing: Which layers run forward twice.
         device: The card; None: none.
@@ -110,7 +110,8 @@ def cost_of_run(
         one = (dataset.tokens, dataset.trained_tokens, dataset.squared_tokens)
         tokens, labelled, squared = (round(number * epochs) for number in one)
     else:
-        tokens, labelled, squared = SAMPLE_TOKENS, SAMPLE_TOKENS, SAMPLE_TOKENS * step.row_tokens
+        tokens, squared = SAMPLE_TOKENS, SAMPLE_TOKENS * step.row_tokens
+        labelled = SAMPLE_TOKENS * step.row_labels // step.row_tokens
     flops = count_flops(
         step.model,
         adapter_parameters=step.trainable_parameters,

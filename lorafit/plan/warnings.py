@@ -19,6 +19,10 @@ def plan_warnings(
     found = [device.note] if device.note else []
     if dtype == "fp16" and device.kind == "cpu":
         found.append("fp16 on a CPU is slow and overflows easily; bf16 or fp32 is meant for it")
+    wide = sorted({linear.name for linear in shape.linears if shape.decoder_parameters and not linear.quantizable})
+    if dtype == "fp16" and wide:
+        kept = f"{', '.join(wide)} stays in fp32"
+        found.append(f"{shape.model_type} overflows in fp16, for which {kept}; bf16 or fp32 is meant for it")
     if dtype == "bf16" and not device.bf16:
         found.append(
             f"{device.name} has no bf16 arithmetic; it is emulated, and slow: fp16 on a GPU, fp32 on a CPU is faster"

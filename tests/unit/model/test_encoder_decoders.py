@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM
 
+from lorafit import pipeline
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_MODEL
@@ -19,8 +21,9 @@ from lorafit.model.class_shape import find_shape
 from lorafit.model.classes import usual_class
 from lorafit.model.load import build_weightless, load_model
 from lorafit.model.targets import choose_targets, left_out_names
+from lorafit.plan import count_flops
 from lorafit.recipe.schema import ModelSection
-from tests.support.tiny_seq2seq import FAMILIES, make_base, tiny_seq2seq
+from tests.support.tiny_seq2seq import FAMILIES, make_base, make_recipe, tiny_seq2seq
 
 T5_LINEARS = {"q", "k", "v", "o", "wi", "wo"}
 BART_LINEARS = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
@@ -92,3 +95,25 @@ def test_a_head_beside_the_embedding_counts_though_the_class_ties_it(tmp_path: P
     shape = find_shape(base.config, SEQ2SEQ_MODEL)
     assert shape.total_parameters == sum(parameter.numel() for parameter in loaded.parameters())
     assert shape.head_parameters == loaded.lm_head.weight.numel()
+
+
+def test_flops_of_each_side_are_those_of_its_own_tokens() -> None:
+    """A forward by torch's own counter; half of what attention counts is masked there and computed all the same."""
+    model, tokens = tiny_seq2seq("bart", d_model=256).eval(), torch.randint(3, 128, (1, 24))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens, decoder_input_ids=tokens)
+    shape = find_shape(model.config.to_dict(), SEQ2SEQ_MODEL)
+    sizes = {"adapter_parameters": 0, "squared_tokens": 2 * 24**2, "checkpointing": False}
+    found = count_flops(shape, tokens=48, labelled_tokens=24, **sizes)
+    assert found.frozen // 2 + found.head // 2 == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert 0 < shape.decoder_parameters < shape.linear_parameters
+    more = count_flops(shape, tokens=72, labelled_tokens=24, **sizes)
+    assert more.frozen - found.frozen == 4 * 24 * (shape.linear_parameters - shape.decoder_parameters)
+
+
+def test_fp16_of_a_model_that_keeps_weights_wide_is_warned_of(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    reporter = Silent()
+    recipe = make_recipe(tmp_path, model={"dtype": "fp16"})
+    warnings = pipeline.train(recipe, dry_run=True, reporter=reporter).plan.warnings
+    assert any("t5 overflows in fp16, for which wo stays in fp32" in said for said in warnings)
