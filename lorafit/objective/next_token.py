@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -167,7 +168,9 @@ def own_loss(objective: Objective, batch: Batch) -> torch.Tensor:
         labels[batch["label_index"] + 1] = batch["label_ids"]
         labels = labels.view_as(batch["input_ids"])
         _refuse_what_is_not_causal(objective, batch)
-    outputs = _on_text_alone(objective, lambda: objective.model(**inputs, labels=labels))
+    with warnings.catch_warnings():  # an EncoderDecoderModel tells whoever gives it labels of a change in 2021
+        warnings.simplefilter("ignore", FutureWarning)
+        outputs = _on_text_alone(objective, lambda: objective.model(**inputs, labels=labels))
     loss: torch.Tensor = outputs.loss.double() * len(batch["label_ids"])
     return loss
 

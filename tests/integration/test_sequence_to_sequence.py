@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 from lorafit import pipeline
 from lorafit.contracts import Silent
 from lorafit.data.batch import StepRows
+from lorafit.errors import Problems
 from lorafit.job import open_job
 from lorafit.recipe.load import load_recipe
 from tests.support.tiny_recipe import write_rows
@@ -156,3 +157,29 @@ def test_a_run_resumes_merges_and_opens_elsewhere(tmp_path: Path, family: str) -
     assert [loss_of(merged, tokenizer, row) for row in rows] == pytest.approx(ours, rel=1e-4)
     noted = json.loads((tmp_path / "merged" / "lorafit.json").read_text(encoding="utf-8"))
     assert noted["task"]["kind"] == "seq2seq-lm"
+
+
+def test_a_prompt_is_trained_before_the_source_and_opens_elsewhere(tmp_path: Path) -> None:
+    """PEFT would make as many vectors for the decoder, and read none of them."""
+    make_base(tmp_path / "base")
+    recipe = make_recipe(tmp_path, training={"max_steps": 2}, checkpoints={"every_steps": 2})
+    values = json.loads(recipe.read_text(encoding="utf-8"))
+    recipe.write_text(json.dumps({**values, "adapter": {"kind": "prompt_tuning", "tokens": 4}}), encoding="utf-8")
+    trained = pipeline.train(recipe)
+    assert trained.plan.trainable_parameters == 4 * 64
+    tuned, tokenizer = open_plainly(tmp_path, "AutoModelForSeq2SeqLM"), make_tokenizer()
+    found = pipeline.evaluate(tmp_path / "run").evaluation
+    rows = make_texts(6, first=200)
+    ours = [row.tuned.mean_loss for row in found.rows]
+    assert ours == pytest.approx([loss_of(tuned, tokenizer, row) for row in rows], rel=1e-4)
+
+
+def test_preview_shows_both_sides_and_what_was_cut(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    task = {"prefix": "sum: ", "max_target_length": 6}
+    recipe = make_recipe(tmp_path, task=task, data={"overlength": "truncate", "max_length": 12})
+    shown = str(pipeline.preview(recipe, show=1))
+    assert "sum: what shop close 0</s>" in shown and "⟦what the 0</s>⟧" in shown
+    assert "cut: source of 13 tokens, max_length is 12; target of 8 tokens, max_target_length is 6" in shown
+    with pytest.raises(Problems, match=r"raise data\.max_length and task\.max_target_length"):
+        pipeline.preview(recipe, overrides=["data.overlength=error", "data.max_length=8"])
