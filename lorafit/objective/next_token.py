@@ -195,12 +195,19 @@ def _labelled_columns(batch: Batch) -> int:
 
 
 def _labelled_states(objective: Objective, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Hidden states that a label follows, [labels, hidden], and the weight and bias that make logits of them."""
+    """Hidden states that a label follows, [labels, hidden], and the weight and bias that make logits of them.
+
+    Raises:
+        ModelError: An encoder-decoder's head reads no state for each position.
+    """
     base, head = objective.base, output_head(objective.base)
     if "decoder_labels" in batch.tensors:
         with _head_sees_zero(head) as seen:
             bias = base(**_inputs(objective, batch)).logits.flatten().detach()
         hidden = seen[0]
+        if hidden.shape[:2] != batch["decoder_labels"].shape:
+            what = f"{type(base).__name__} predicts something else than one token at each position of a target"
+            raise ModelError(what, todo="use another base model")
     else:
         hidden, bias = getattr(base, base.base_model_prefix)(**_inputs(objective, batch)).last_hidden_state, head.bias
     return hidden.flatten(0, 1).index_select(0, batch["label_index"]), head.weight, bias

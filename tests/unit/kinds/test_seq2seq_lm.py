@@ -88,6 +88,17 @@ def test_a_model_without_a_start_token_is_refused() -> None:
         prove_objective(TASK.build_objective(model), TASK.collate([[ROWS[0]]], 0), Silent())
 
 
+def test_a_model_that_predicts_several_tokens_at_once_is_refused() -> None:
+    from transformers import ProphetNetConfig, ProphetNetForConditionalGeneration
+
+    sides = {f"num_{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 2}
+    sizes = {"vocab_size": 32, "hidden_size": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = ProphetNetForConditionalGeneration(ProphetNetConfig(max_position_embeddings=32, **sizes, **sides, **ends))
+    with pytest.raises(ModelError, match="something else than one token"):
+        prove_objective(TASK.build_objective(model.eval()), TASK.collate([[ROWS[0]]], 0), Silent())
+
+
 def test_padding_is_known_by_length() -> None:
     """A pad token inside of a text is a token like others."""
     rows = [example(0, [5, 0, 7, 0], [9, 0]), example(1, [5, 6, 7, 8, 9, 1], [9, 10, 11, 1])]
