@@ -65,7 +65,7 @@ class Resumption:
     def settled_task(self) -> Task[TaskSection]:
         """The task, with what evaluations up to the checkpoint have settled."""
         saved = read_adapter(self.checkpoint.adapter).card() if self.checkpoint is not None else None
-        return self.job.task if saved is None else tasks.bind(saved.task)
+        return self.job.task if saved is None or saved.task == self.job.task.section else tasks.bind(saved.task)
 
     def resolved_plan(self) -> ResolvedPlan | None:
         """The plan of the run that is gone on with; what its first steps settled since the checkpoint is kept."""

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.support.tiny_recipe import make_pairs, make_verdicts, write_rows
-from tests.support.world import World, say_all
+from tests.support.world import World, say_all, stop_after
 
 DPO = (
     ("  dropout: 0.0", "  dropout: 0.0\ntask: {kind: dpo, beta: 0.5}"),
@@ -30,15 +30,6 @@ def pairs(world: World) -> World:
         write_rows(world.root / f"{name}.jsonl", make_pairs(count, first=first))
     world.recipe(*DPO)
     return world
-
-
-def stop_after(world: World, run: str, step: int) -> None:
-    """Takes away what came behind a checkpoint, as if the process had been killed there."""
-    for folder in (world.root / run / "checkpoints").iterdir():
-        if folder.name > f"step-{step:06d}":
-            shutil.rmtree(folder)
-    shutil.rmtree(world.root / run / "adapter")
-    (world.root / run / "result.json").unlink()
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
@@ -115,7 +106,7 @@ def test_the_reference_is_the_adapter_that_training_began_with(pairs: World) -> 
     whole, scored = pairs.weights(), metrics_of(pairs, "run")
     shutil.rmtree(Path(pairs.environment["LORAFIT_CACHE"]) / "reference")
     shutil.copytree(pairs.root / "run" / "adapter", pairs.root / "start" / "adapter", dirs_exist_ok=True)
-    stop_after(pairs, "run", 3)
+    stop_after(pairs.root / "run", 3)
     say_all(pairs.run("train", "r.yaml", "--resume"), 0, "step 4")
     assert pairs.weights() == whole
     assert metrics_of(pairs, "run") == scored and scored["loss"]["tuned"] < 0.6
@@ -129,7 +120,7 @@ def test_odds_need_no_reference(pairs: World) -> None:
     say_all(trained, 0, "adapter of step 4")
     assert "reference" not in trained.stdout + trained.stderr
     whole = pairs.weights()
-    stop_after(pairs, "run", 2)
+    stop_after(pairs.root / "run", 2)
     say_all(pairs.run("train", "r.yaml", "--resume"), 0, "step 4")
     assert pairs.weights() == whole
     scored = metrics_of(pairs, "run")
@@ -146,7 +137,7 @@ def test_a_reward_model_is_resumed_scored_and_merged_into_plain_transformers(pai
     say_all(pairs.run("estimate-memory", "r.yaml"), 0, "by dry runs")
     say_all(pairs.run("train", "r.yaml"), 0, "adapter of step 4")
     whole = pairs.weights()
-    stop_after(pairs, "run", 2)
+    stop_after(pairs.root / "run", 2)
     say_all(pairs.run("train", "r.yaml", "--resume"), 0, "step 4")
     assert pairs.weights() == whole
     scored = pairs.run("eval", "run", "--json")
@@ -253,7 +244,7 @@ def test_answers_with_verdicts_from_preview_to_merge(pairs: World) -> None:
     best = json.loads((pairs.root / "run" / "best.json").read_text())
     assert (best["step"], best["value"]) == max(margins.items(), key=lambda entry: entry[1])
     whole = pairs.weights()
-    stop_after(pairs, "run", 2)
+    stop_after(pairs.root / "run", 2)
     say_all(pairs.run("train", "r.yaml", "--resume"), 0, "step 4")
     assert pairs.weights() == whole
     scored = metrics_of(pairs, "run")
