@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -214,6 +215,43 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True)
+class PictureFacts:
+    """How many images a micro-batch has at most, and what the model's forward is given of them.
+
+    Attributes:
+        tokens: Of a row in which images take as large a share as in any.
+        image_tokens: Those of them that stand for images.
+        width: Of the image that takes the most tokens, in pixels; all are counted as like it.
+        height: In pixels.
+        one_tokens: Tokens that stand for that.
+        alike: Whether every image takes as many.
+        tensors: What the processor makes of it, by name: dtype, and the shapes of one and of two of them; empty where
+            it makes nothing of a blank image.
+    """
+
+    tokens: int
+    image_tokens: int
+    width: int
+    height: int
+    one_tokens: int
+    alike: bool
+    tensors: Mapping[str, tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    def images(self, tokens: int) -> int:
+        """Most images in so many padded tokens."""
+        share = tokens * self.image_tokens / (self.tokens * self.one_tokens)
+        return max(1, math.floor(share) if self.alike else math.ceil(share))
+
+    def shapes(self, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of what so many padded tokens have at most, by name."""
+        more = self.images(tokens) - 1
+        return {
+            name: (dtype, tuple(a + (b - a) * more for a, b in zip(one, two, strict=True)))
+            for name, (dtype, one, two) in self.tensors.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetFacts:
     """What plan and memory must know of the prepared training rows.
 
@@ -229,6 +267,7 @@ class DatasetFacts:
         validation_longest_tokens: Tokens of the longest of those.
         classes: Rows, or words, of each class, repeats not counted; empty where the task has none.
         class_weights: What the loss counts of each class while training; empty where all count alike.
+        pictures: The rows' images; None where they have none.
     """
 
     rows: int
@@ -242,6 +281,7 @@ class DatasetFacts:
     validation_longest_tokens: int = 0
     classes: Mapping[str, int] = field(default_factory=dict)
     class_weights: Mapping[str, float] = field(default_factory=dict)
+    pictures: PictureFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)

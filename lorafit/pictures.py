@@ -73,6 +73,13 @@ class PictureReader(Protocol):
             DataError: A file is gone, or is another one than when it was looked at.
         """
 
+    def tokens_of(self, width: int, height: int) -> int:
+        """How many tokens stand for an image of that size."""
+
+    def shapes(self, width: int, height: int) -> Mapping[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """What `read` makes of images of that size, by name: dtype, and the shapes of one and of two of them; empty
+        where it makes nothing of blank ones."""
+
 
 def pack_pictures(pictures: Sequence[PlacedPicture]) -> bytes:
     """Images as prepared rows keep them."""

@@ -21,7 +21,7 @@ from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import UsageError
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
-from lorafit.job import build_objective, look_at_template, open_job, placed, prove
+from lorafit.job import build_objective, look_at_template, open_job, open_pictures, placed, prove
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu, read_device, seems_to_have_card
@@ -101,7 +101,7 @@ def estimate(
     loaded = load_recipe(recipe, overrides)
     with placed(loaded):
         config = read_config(loaded.recipe.model, loaded.folder)
-    rows = read_lengths(loaded, reporter or Silent())
+    rows = read_lengths(loaded, reporter or Silent(), open_pictures)
     here = None if device or fit_device or seems_to_have_card() else read_device("cpu")
     options = Options(device, headroom, fit_device, price_per_hour, here)
     with placed(loaded):

@@ -124,11 +124,27 @@ class ProcessorPictures:
         Raises:
             DataError: A file is gone, or is another one than when it was looked at.
         """
-        if not pictures:
-            return {}
-        images = [_open(one) for one in pictures]
+        return self._pixels([_open(one) for one in pictures]) if pictures else {}
+
+    def _pixels(self, images: list[Any]) -> dict[str, torch.Tensor]:
         made = self._processor(images=[images], text=[self.mark * len(images)], return_tensors="pt")
         return {name: values for name, values in made.items() if name not in _OF_TEXT}
+
+    def tokens_of(self, width: int, height: int) -> int:
+        """How many tokens stand for an image of that size."""
+        return len(self.tokenizer(self.expand(width, height), add_special_tokens=False).input_ids)
+
+    def shapes(self, width: int, height: int) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """What is made of images of that size, by name: dtype, and the shapes of one and of two of them."""
+        from PIL import Image
+
+        blank = Image.new("RGB", (width, height))
+        try:
+            one, two = (self._pixels([blank] * count) for count in (1, 2))
+        except Exception:  # whatever a processor raises of an image without anything on it
+            return {}
+        dtypes = {name: str(values.dtype).removeprefix("torch.") for name, values in one.items()}
+        return {name: (dtypes[name], tuple(one[name].shape), tuple(two[name].shape)) for name in one}
 
 
 def look_at(pictures: Sequence[Picture], reader: ProcessorPictures | None) -> list[PlacedPicture]:

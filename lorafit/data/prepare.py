@@ -87,6 +87,7 @@ class Prepared:
             validation_rows=len(self.validation) if self.validation is not None else 0,
             classes=self.report.splits["train"].classes,
             class_weights=self.task.class_weights,
+            pictures=self.task.picture_facts(self.train),
             validation_longest_tokens=int(np.max(self.validation.lengths)) if self.validation is not None else 0,
         )
 

@@ -9,7 +9,7 @@ from lorafit.errors import DoesNotFitError
 from lorafit.estimation.compare_methods import Method
 from lorafit.estimation.fit import Fit
 from lorafit.estimation.ways_to_save import Enough, Saving
-from lorafit.facts import Bar, DatasetFacts, DeviceFacts
+from lorafit.facts import Bar, DatasetFacts, DeviceFacts, PictureFacts
 from lorafit.machine.devices import format_bytes
 from lorafit.machine.hardware import smallest_card
 from lorafit.memory import MemoryEstimate, StepMemory, fits
@@ -27,11 +27,13 @@ class RowLengths:
         facts: Of the rows; None: a row of data.max_length is assumed.
         bars: Rows by length.
         missing: Why there are none.
+        pictures: What is assumed of the images of a row where there are none; None where nothing is known of them.
     """
 
     facts: DatasetFacts | None = None
     bars: tuple[Bar, ...] = ()
     missing: str = ""
+    pictures: PictureFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class Answer:
     def to_json(self) -> JsonObject:
         """Plain values, sizes in bytes."""
         facts, device, without, here = self.rows.facts, self.device, self.without_checkpointing, self.here
+        pictures = self.asked.step.pictures
         return {
             "name": self.recipe.name,
             "model": self.recipe.model.base,
@@ -182,6 +185,15 @@ class Answer:
                 "histogram": [asdict(bar) for bar in self.rows.bars],
             },
             "rows_missing": self.rows.missing or None,
+            "pictures": None
+            if pictures is None
+            else {
+                "images": pictures.images(self.memory.micro_batch_tokens),
+                "width": pictures.width,
+                "height": pictures.height,
+                "tokens": pictures.one_tokens,
+                "counted": self.memory.counts_pictures,
+            },
             "total_parameters": self.asked.step.model.total_parameters,
             "trainable_parameters": self.asked.step.trainable_parameters,
             "memory": self.memory.to_json(),

@@ -48,6 +48,8 @@ from lorafit.trainer.step import Update, accumulate_gradients
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
 _attention = functional.scaled_dot_product_attention
+_OF_FAKES = (RuntimeError, NotImplementedError)  # what is raised of tensors without values
+_OF_TOWERS = (*_OF_FAKES, ValueError, TypeError, AssertionError)  # and where those of pixels are looked at
 _LEARNING_RATE = 1e-4  # any: no value is computed
 
 
@@ -105,7 +107,7 @@ class DryRun:
             if step.keeps_unpacked:
                 keep_unpacked(self._model)
         self._layers = LayerList(base, step.model.layers)
-        self._can_leave_out = True
+        self._can_leave_out = self._sees = True
         autocast = autocast_dtype(step.dtype)
         exact = not step.model.plain_head
         objective = step.task.build_objective(self._model, autocast_dtype=autocast, exact=exact)
@@ -154,18 +156,25 @@ class DryRun:
         """
         reporter, tokens = reporter or Silent(), max(tokens, self.step.row_tokens)
         set_checkpointing(self._model, checkpointing)
-        if few_layers and self._can_leave_out:
-            try:
-                return self._run_layers(self._layers.representatives(), tokens, checkpointing, accumulates, reporter)
-            except LookupError:  # the model finds its layers by numbers that are not all left: Zamba 2
-                self._can_leave_out = False
-        return self._run_layers(range(len(self._layers.layers)), tokens, checkpointing, accumulates, reporter)
+        chosen = self._layers.representatives() if few_layers and self._can_leave_out else self._layers.all
+        try:
+            return self._run_layers(chosen, tokens, checkpointing, accumulates, reporter)
+        except (LookupError, ModelError) as error:
+            if isinstance(error, LookupError) and chosen is not self._layers.all:
+                self._can_leave_out = False  # the model finds its layers by numbers that are not all left: Zamba 2
+            elif self._pictures(tokens):
+                self._sees = False  # a tower asks for values of pixels; the language model may not
+            else:
+                raise
+        return self.run(tokens, checkpointing, accumulates=accumulates, few_layers=few_layers, reporter=reporter)
 
     def _run_layers(
         self, chosen: Sequence[int], tokens: int, checkpointing: Checkpointing, accumulates: bool, reporter: Reporter
     ) -> MemoryEstimate:
         step = self.step
-        live = _LiveFakes(_CUDA_BLOCK_BYTES if self._on_cuda else 1, holds_documents=step.packs_rows)
+        rounding_bytes, sees = _CUDA_BLOCK_BYTES if self._on_cuda else 1, bool(self._pictures(tokens))
+        live = _LiveFakes(rounding_bytes, holds_documents=step.packs_rows, sees=sees)
+        raised = _OF_TOWERS if sees else _OF_FAKES
         with self._fake, _as_it_would_run(step), unpacking_fakes():
             if accumulates:
                 self._make_gradients()
@@ -180,7 +189,7 @@ class DryRun:
                     accumulate_gradients(self._executor, [self._batch(tokens)])
                     self._executor.sum_gradients()
                     self._update.apply(1, self._update.gradient_norm())
-                except (RuntimeError, NotImplementedError) as error:
+                except raised as error:
                     what = f"{step.model.model_type} does not run on tensors without values: {first_line(error)}"
                     todo = "leave --exact out: the closed form needs none"
                     raise ModelError(what, key="--exact", todo=todo) from error
@@ -194,7 +203,8 @@ class DryRun:
         phases = tuple(Phase(name, peak.places.get(name, ""), parts) for name, parts in alive.items())
         state_bytes = fixed.get("optimizer_state", 0) if step.pages_state else 0
         experts = step.unquantized_expert_bytes
-        return MemoryEstimate(fixed, phases, step.device_kind, tokens, checkpointing, state_bytes, experts)
+        found = MemoryEstimate(fixed, phases, step.device_kind, tokens, checkpointing, state_bytes, experts)
+        return replace(found, counts_pictures=sees)
 
     def _make_gradients(self) -> None:
         for parameter in self._trained:
@@ -212,7 +222,15 @@ class DryRun:
 
     def _batch(self, tokens: int) -> Batch:
         rows, step = tokens // self.step.row_tokens, self.step
-        return step.task.shape_batch(rows, tokens // rows, step.labels_at(tokens), packed=step.packs_rows)
+        batch = step.task.shape_batch(rows, tokens // rows, step.labels_at(tokens), packed=step.packs_rows)
+        shapes = self._pictures(tokens)
+        pixels = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes.items()}
+        return replace(batch, tensors={**batch.tensors, **pixels}, attached=tuple(pixels))
+
+    def _pictures(self, tokens: int) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of what the forward takes of images, by name."""
+        pictures = self.step.pictures
+        return pictures.shapes(tokens) if pictures is not None and self._sees else {}
 
 
 def _sized_kernels(step: StepShape) -> Kernels:
@@ -233,22 +251,51 @@ class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]
     Args:
         rounding_bytes: See LiveTensors.
         holds_documents: Whether rows hold several; transformers asks their positions whether all rows hold one.
+        sees: Whether there are images; a mask then chooses all, since of none is a part padding.
     """
 
-    def __init__(self, rounding_bytes: int = 1, *, holds_documents: bool = False) -> None:
+    def __init__(self, rounding_bytes: int = 1, *, holds_documents: bool = False, sees: bool = False) -> None:
         super().__init__(rounding_bytes)
-        self._holds_documents = holds_documents
+        self._holds_documents, self._sees = holds_documents, sees
+        self._counts: dict[int, int] = {}  # how many a mask chooses, by the storage that says it
 
     def call(self, function: Any, arguments: Any, options: Any) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             if arguments[0].dtype == torch.bool:
                 return not self._holds_documents
-            return 1.0 if arguments[0].dtype.is_floating_point else 1
+            if arguments[0].dtype.is_floating_point:
+                return 1.0
+            if self._sees and _key(arguments[0]) not in self._counts:
+                raise RuntimeError("a tower asks for a number, such as an image's size")
+            return self._counts.get(_key(arguments[0]), 1)
+        if function is torch.ops.aten.index.Tensor and self._sees and all(_is_mask(index) for index in arguments[1]):
+            return _all_of(*arguments)
         if function is torch.ops.aten._grouped_mm.default:
             return _grouped_product(*arguments[:2])
         if function.namespace == "bitsandbytes" and not function._schema.returns:
             return None
-        return function(*arguments, **options)
+        result = function(*arguments, **options)
+        if function is torch.ops.aten.sum.dim_IntList and self._sees and _is_mask(arguments[0]):
+            self._counts[_key(result)] = arguments[0].numel() // max(1, result.numel())
+        return result
+
+    def _forget(self, key: int) -> None:
+        super()._forget(key)
+        self._counts.pop(key, None)
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _all_of(values: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a mask chooses that leaves nothing out."""
+    (mask,) = masks
+    return values.new_empty((mask.numel(), *values.shape[mask.dim() :]))
 
 
 def _grouped_product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorafit.ops.output_head import text_part
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -29,10 +31,12 @@ class LayerList:
     """
 
     def __init__(self, base: PreTrainedModel, count: int) -> None:
-        lists = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+        decoder = text_part(base) or base  # a vision tower's may be as many
+        lists = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList)]
         self._list = next((found for found in lists if len(found) == count), torch.nn.ModuleList())
         self._config = base.config.get_text_config()
         self.layers: list[torch.nn.Module] = list(self._list)
+        self.all = range(len(self.layers))
 
     def sorts(self) -> list[str]:
         """What tells a layer's sort, layer by layer."""

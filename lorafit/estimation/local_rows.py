@@ -7,10 +7,10 @@ memo (recipe, files as they lie there, code) ──hit──> RowLengths, withou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Progress, Reporter, Silent
 from lorafit.errors import LorafitError
@@ -21,14 +21,34 @@ from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import sources_of
 
 if TYPE_CHECKING:
+    from lorafit.data.pictures import ProcessorPictures
     from lorafit.model.base import Base
     from lorafit.recipe.load import LoadedRecipe
 
 _REASON_CHARACTERS = 160
 
 
-def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
-    """The lengths of the training rows; or, in words, why there are none."""
+def read_lengths(
+    loaded: LoadedRecipe, reporter: Reporter, open_pictures: Callable[[Base], ProcessorPictures]
+) -> RowLengths:
+    """The lengths of the training rows; or, in words, why there are none, and what is then assumed of their images.
+
+    Args:
+        loaded: The recipe.
+        reporter: Gets a bar.
+        open_pictures: Opens the processor of a base that sees.
+    """
+    from lorafit.model.base import find_local_base
+
+    found, task = _read(loaded, reporter, open_pictures), tasks.bind(loaded.recipe.task)
+    base = find_local_base(loaded.recipe.model, loaded.folder) if task.reads_pictures and found.facts is None else None
+    with contextlib.suppress(LorafitError):  # a processor that cannot be read is for `train` and `preview` to refuse
+        if base is not None:
+            return replace(found, pictures=task.seeing(open_pictures(base)).assume_pictures())
+    return found
+
+
+def _read(loaded: LoadedRecipe, reporter: Reporter, open_pictures: Callable[[Base], ProcessorPictures]) -> RowLengths:
     from lorafit.model.base import find_local_base, is_gguf
 
     try:
@@ -43,30 +63,33 @@ def read_lengths(loaded: LoadedRecipe, reporter: Reporter) -> RowLengths:
         name = loaded.recipe.model.base
         converted = f"{name} is converted by the first preview or train"
         return RowLengths(missing=converted if is_gguf(name) else f"the tokenizer of {name} is not on this disk")
+    sees = tasks.bind(loaded.recipe.task).reads_pictures  # a memo would not know of an image that changed
     memo = f"data/lengths/{_key(loaded, base)}.json"
     with contextlib.suppress(KeyError, TypeError):
-        stored = kept(memo)
+        stored: Any = None if sees else kept(memo)
         return RowLengths(DatasetFacts(**stored["facts"]), tuple(Bar(**bar) for bar in stored["bars"]))
     try:
-        found = _prepare(loaded, base, reporter)
+        found = _prepare(loaded, base, reporter, open_pictures(base) if sees else None)
     except LorafitError as error:  # rows that cannot be trained on are for `train` and `preview` to refuse
         return RowLengths(missing=error.one_line[:_REASON_CHARACTERS])
-    keep(memo, {"facts": asdict(found.facts), "bars": [asdict(bar) for bar in found.bars]} if found.facts else None)
+    if not sees:
+        keep(memo, {"facts": asdict(found.facts), "bars": [asdict(bar) for bar in found.bars]} if found.facts else None)
     return found
 
 
-def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter) -> RowLengths:
+def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter, pictures: ProcessorPictures | None) -> RowLengths:
     from lorafit.data.prepare import build_renderer, prepare
     from lorafit.files.cache import cache_folder
     from lorafit.model.load import load_tokenizer
 
     recipe = loaded.recipe
     task = tasks.bind(recipe.task)
+    tokenizer = load_tokenizer(base) if pictures is None else pictures.tokenizer
     prepared = prepare(
         recipe.data,
         folder=loaded.folder,
-        renderer=build_renderer(load_tokenizer(base), recipe.data, loaded.folder, two_texts=task.two_texts),
-        task=task,
+        renderer=build_renderer(tokenizer, recipe.data, loaded.folder, two_texts=task.two_texts, pictures=pictures),
+        task=task if pictures is None else task.seeing(pictures),
         seed=recipe.seed,
         cache_dir=cache_folder() / "data",
         reporter=_BarsAlone(reporter),

@@ -61,7 +61,7 @@ def estimate_recipe(
         RecipeError: The adapter's targets match nothing, or sdpa was asked of a model with a soft-cap.
     """
     headroom, device, facts = options.headroom, options.card, rows.facts
-    asked = recipe_step(recipe, shape, facts, device, headroom=headroom, engine=engine)
+    asked = recipe_step(recipe, shape, facts, device, headroom=headroom, engine=engine, pictures=rows.pictures)
     step = asked.step
     memory, without = asked.settle(device, headroom)
     tokens, checkpointing = memory.micro_batch_tokens, memory.gradient_checkpointing
@@ -71,14 +71,16 @@ def estimate_recipe(
     epochs = run_epochs(recipe, facts.rows) if facts is not None else 0.0
     fit = None
     if options.fit is not None and memory.counts_all:
-        on_it = recipe_step(recipe, shape, facts, options.fit, headroom=headroom, engine=engine)
+        on_it = recipe_step(recipe, shape, facts, options.fit, headroom=headroom, engine=engine, pictures=rows.pictures)
         on_it = on_it.changed(loss_chunk_bytes=None)  # they make room for what is searched for
         if asks_to_keep(recipe.model.quantization) is None:
             on_it = on_it.changed(keeps_unpacked=False)
         fit = find_fit(on_it, options.fit, headroom)
     here = None
     if options.here is not None and is_quick and recipe.model.attention not in VARIABLE_LENGTH_ATTENTION:
-        planned = recipe_step(recipe, shape, facts, options.here, headroom=headroom, engine=engine)
+        planned = recipe_step(
+            recipe, shape, facts, options.here, headroom=headroom, engine=engine, pictures=rows.pictures
+        )
         batch = recipe.training.batch_size
         here = memory_bounds(planned, min(batch, facts.rows if facts else batch), options.here)
     has_others = memory.counts_all and (is_quick or device is not None)

@@ -101,6 +101,7 @@ def _head(estimate: Answer) -> Iterator[str]:
         yield f"gradient_checkpointing is auto: half or on where a card needs it (--gpu), {needed} in all at least"
     if facts is None:
         yield f"rows not read: {estimate.rows.missing or 'none were given'}; data.max_length stands for them"
+    yield from _pictures(estimate)
     if not memory.counts_all and estimate.exact is None:
         scans = f"{step.model.scanning_layers} of {step.model.layers} layers carry a state along the row (Mamba, "
         what = f"{scans}linear attention), which" if step.model.scanning_layers else "what this method adds to a step"
@@ -109,6 +110,18 @@ def _head(estimate: Answer) -> Iterator[str]:
         yield "measured by dry runs of a few layers"
     if memory.unquantized_expert_bytes:
         yield f"{format_bytes(memory.unquantized_expert_bytes)} of weights are experts, which no quantisation reaches"
+
+
+def _pictures(estimate: Answer) -> Iterator[str]:
+    """What images the step was estimated with, of a model that sees."""
+    step, memory = estimate.asked.step, estimate.exact or estimate.memory
+    if step.pictures is not None:
+        images, size = step.pictures.images(memory.micro_batch_tokens), f"{step.pictures.width}x{step.pictures.height}"
+        taken = f"{counted(images, 'image')} of {size}, {counted(step.pictures.one_tokens, 'token')} each"
+        yield f"{'assumed, one a row' if estimate.rows.facts is None else 'at most'}: {taken}"
+    if step.task.reads_pictures and not memory.counts_pictures and (step.pictures or estimate.rows.facts is None):
+        why = "does not run on tensors without values" if step.pictures else "waits for the base's processor"
+        yield f"too low: what the vision tower holds for a moment is not counted, which {why}"
 
 
 def _memory(memory: MemoryEstimate, block: str) -> Table:

@@ -59,6 +59,7 @@ class MemoryEstimate:
         paged_bytes: Optimizer state among the fixed that a paged optimizer can move to host memory.
         unquantized_expert_bytes: Experts of a mixture among the base weights: no quantisation touches them.
         counts_all: Whether every layer's activations are counted; else the estimate is too low.
+        counts_pictures: Whether what is made of images before the language model is counted.
     """
 
     fixed: Mapping[str, int]
@@ -69,6 +70,7 @@ class MemoryEstimate:
     paged_bytes: int = 0
     unquantized_expert_bytes: int = 0
     counts_all: bool = True
+    counts_pictures: bool = False
 
     @property
     def peak_phase(self) -> Phase:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorafit.contracts import JsonValue
-from lorafit.facts import LinearShape, ModelShape
+from lorafit.facts import LinearShape, ModelShape, PictureFacts
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapters
 from lorafit.kinds.optimizers import Optimizer, OptimizerSection
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
@@ -35,6 +35,7 @@ class StepShape:
         keeps_unpacked: Whether adapted 4-bit weights keep their dequantised copy for the whole run.
         loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
         max_grad_norm: What gradients are clipped to; None: they are not.
+        pictures: What a micro-batch's images are at most; None: it has none, or they are not known.
     """
 
     model: ModelShape
@@ -54,6 +55,7 @@ class StepShape:
     keeps_unpacked: bool = False
     loss_chunk_bytes: int | None = None
     max_grad_norm: float | None = 1.0
+    pictures: PictureFacts | None = None
 
     @property
     def chunk_bytes(self) -> int:

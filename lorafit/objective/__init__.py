@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lorafit.contracts import Batch, Example, LossSum, Reporter, ReportTable, ShownSequence
+from lorafit.contracts import Batch, Example, Examples, LossSum, Reporter, ReportTable, ShownSequence
 from lorafit.errors import NumericsError
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.kernels import PLAIN
@@ -61,6 +61,8 @@ class TrainedTask(Protocol):
     def collate_whole(self, example: Example, pad_id: int) -> Batch: ...
 
     def cut(self, example: Example, tokens: int) -> Example: ...
+
+    def image_tokens(self, examples: Examples) -> Sequence[int]: ...
 
     def show(self, example: Example) -> tuple[ShownSequence, ...]: ...
 

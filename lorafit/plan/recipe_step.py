@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lorafit.errors import RecipeError
-from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
+from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape, PictureFacts
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
@@ -61,6 +61,7 @@ def recipe_step(
     *,
     headroom: float = HEADROOM,
     engine: Engine = closed_form,
+    pictures: PictureFacts | None = None,
 ) -> StepMemory:
     """The step of a recipe.
 
@@ -71,6 +72,7 @@ def recipe_step(
         device: Where the run happens; None: on a GPU that computes bf16, and `auto` keeps no unpacked copies.
         headroom: Share of the device's memory that stays free.
         engine: What answers for the step's memory.
+        pictures: What is assumed of the images of a row, whose length is not known.
 
     Raises:
         RecipeError: A name of adapter or quantisation matches nothing, or sdpa was asked of a model with a soft-cap.
@@ -99,6 +101,7 @@ def recipe_step(
         capability=(device and device.capability) or LIKELY_CAPABILITY,
         packing=given(recipe.data.packing),
         max_grad_norm=recipe.training.max_grad_norm,
+        pictures=rows.pictures if rows else pictures and replace(pictures, tokens=longest),
     )
     step = _packed(step, is_open=recipe.model.attention == "auto")
     checkpointing: Checkpointing | None = given(recipe.training.gradient_checkpointing)

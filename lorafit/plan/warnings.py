@@ -32,10 +32,10 @@ def plan_warnings(
             "deterministic: the backward pass of attention is slower and holds more memory than estimated, and "
             "cuDNN's attention is not taken"
         )
-    if memory.step.task.reads_pictures:
+    if memory.step.pictures and not memory.at(memory.least_tokens, memory.checkpointing or False).counts_pictures:
         found.append(
-            "the vision tower's forward is in no estimate of memory: beside what is estimated it holds the states of a "
-            "micro-batch's images for a moment"
+            "the vision tower does not run on tensors without values, and is in no estimate of memory: beside what is "
+            "estimated it holds the states of a micro-batch's images for a moment"
         )
     if training.batch_size > dataset.rows:
         found.append(

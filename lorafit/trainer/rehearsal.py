@@ -19,6 +19,7 @@ The heaviest micro-batches that a run can meet under a token budget are made of 
 
     widest    as many of the longest rows as the budget takes: most attention a token
     fullest   the width that leaves the least of the budget unused: most tokens
+    richest   where rows have images: the width at which the rows with most of them hold the most
 
 Packed rows are filled to the last token, and hold two documents at least, so that whatever keeps them apart is there.
 
@@ -53,7 +54,7 @@ from lorafit.trainer.trials import forget_trials, most_ways, try_in_turn
 
 
 def heaviest_shapes(
-    lengths: Sequence[int], token_budget: int, most_rows: int, *, one_row: bool
+    lengths: Sequence[int], token_budget: int, most_rows: int, *, one_row: bool, images: Sequence[int] = ()
 ) -> list[tuple[int, int]]:
     """(rows, tokens of each) of the heaviest micro-batches.
 
@@ -62,24 +63,37 @@ def heaviest_shapes(
         token_budget: Padded tokens of a micro-batch.
         most_rows: Rows of a step; a micro-batch never holds more.
         one_row: Whether packed documents fill one row as long as the budget.
+        images: Tokens of each row that stand for images; empty where rows have none.
     """
-    widths, counts = np.unique(np.asarray(lengths, dtype=np.int64), return_counts=True)
+    widths, places, counts = np.unique(np.asarray(lengths, dtype=np.int64), return_inverse=True, return_counts=True)
     longest = int(widths[-1])
     if one_row:
         return [(1, max(token_budget, longest))]
     rows = np.minimum(np.minimum(token_budget // widths, np.cumsum(counts)), most_rows)
     rows[-1] = max(1, rows[-1])
     tokens = rows * widths
-    fullest = int(np.flatnonzero(tokens == tokens.max())[-1])
-    return [(int(rows[place]), int(widths[place])) for place in dict.fromkeys((len(widths) - 1, fullest))]
+    chosen = [len(widths) - 1, int(np.flatnonzero(tokens == tokens.max())[-1])]
+    if any(images):
+        most = np.zeros_like(widths)
+        np.maximum.at(most, places, np.asarray(images))
+        chosen.append(int(np.argmax(rows * np.maximum.accumulate(most))))
+    return [(int(rows[place]), int(widths[place])) for place in dict.fromkeys(chosen)]
 
 
-def fill_rows(task: TrainedTask, examples: Examples, rows: int, width: int, *, packing: bool) -> list[list[Example]]:
+def fill_rows(
+    task: TrainedTask, examples: Examples, rows: int, width: int, *, packing: bool, images: Sequence[int] = ()
+) -> list[list[Example]]:
     """Documents of so many rows of `width` tokens: the longest rows of the set, cut to fit (the end of them is kept).
 
-    Fewer, or shorter ones, where the set is too small.
+    Fewer, or shorter ones, where the set is too small. Of rows with images, one as wide, and those that hold the most
+    of them whole.
     """
-    longest_first = np.argsort(-np.asarray(examples.lengths), kind="stable").tolist()
+    lengths = np.asarray(examples.lengths)
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    if any(images):
+        whole = [row for row in longest_first if lengths[row] <= width]
+        richest = sorted(whole[1:], key=lambda row: -images[row])
+        longest_first = [*whole[:1], *richest, *(row for row in longest_first if lengths[row] > width)]
     if not packing:
         return [[task.cut(examples[row], width)] for row in longest_first[:rows]]
     left = iter(longest_first)
@@ -208,19 +222,20 @@ def run_heaviest(stage: Stage, choice: ResolvedPlan) -> None:
     ballast = torch.empty(
         stage.optimizer_bytes if stage.device.type == "cuda" else 0, dtype=torch.uint8, device=stage.device
     )
+    lengths, most_rows, images = stage.examples.lengths, stage.step_rows.batch_size, task.image_tokens(stage.examples)
     for rows, width in heaviest_shapes(
-        stage.examples.lengths, way.micro_batch_tokens, stage.step_rows.batch_size, one_row=stage.cutter.one_row
+        lengths, way.micro_batch_tokens, most_rows, one_row=stage.cutter.one_row, images=images
     ):
-        filled = fill_rows(task, stage.examples, rows, width, packing=stage.cutter.packs)
+        filled = fill_rows(task, stage.examples, rows, width, packing=stage.cutter.packs, images=images)
         batches = [task.collate(filled, stage.pad_id)] * way.micro_batches_at_once
         with run_at_once(stage.executor, way.micro_batches_at_once) as executor:
             time_micro_batches(executor, batches)
     if stage.validation is not None and len(stage.validation):
-        count = len(stage.validation)
-        for rows, width in heaviest_shapes(
-            stage.validation.lengths, choice.evaluation_micro_batch_tokens, count, one_row=False
-        ):
-            batch = task.collate(fill_rows(task, stage.validation, rows, width, packing=False), stage.pad_id)
+        count, tokens = len(stage.validation), choice.evaluation_micro_batch_tokens
+        images = task.image_tokens(stage.validation)
+        for rows, width in heaviest_shapes(stage.validation.lengths, tokens, count, one_row=False, images=images):
+            filled = fill_rows(task, stage.validation, rows, width, packing=False, images=images)
+            batch = task.collate(filled, stage.pad_id)
             stage.objective.eval()
             stage.objective.score(batch.to(stage.device))
             stage.objective.train()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Column,
         Encoded,
         Example,
+        Examples,
         JsonObject,
         Kept,
         LossSum,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         ShownSequence,
         TaskRow,
     )
+    from lorafit.facts import PictureFacts
     from lorafit.objective import Objective
     from lorafit.ops.logits_distance import LogitsUnit
     from lorafit.pictures import PictureReader, PlacedPicture
@@ -89,6 +91,19 @@ class Task(Kind[S_co]):
     def pictures(self, example: Example) -> tuple[PlacedPicture, ...]:
         """The images of a row."""
         return ()
+
+    def image_tokens(self, examples: Examples) -> Sequence[int]:
+        """Of each row, how many tokens stand for images; empty where the task reads none."""
+        return ()
+
+    def picture_facts(self, examples: Examples) -> PictureFacts | None:
+        """What the images of these rows take in a micro-batch; None where they have none."""
+        return None
+
+    def assume_pictures(self) -> PictureFacts | None:
+        """The same of rows that are not known, each as long as what stands for its images; None where the task reads
+        none."""
+        return None
 
     @property
     @abstractmethod

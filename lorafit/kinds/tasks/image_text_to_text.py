@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorafit.contracts import Batch, Column, ShownSequence, TaskRow
 from lorafit.errors import DataError
-from lorafit.facts import ModelClass
+from lorafit.facts import ModelClass, PictureFacts
 from lorafit.kinds.tasks import TaskSection, tasks
 from lorafit.kinds.tasks._answers import AnswerTask, answer_row
 from lorafit.pictures import pack_pictures, unpack_pictures
@@ -26,9 +26,11 @@ from lorafit.pictures import pack_pictures, unpack_pictures
 if TYPE_CHECKING:
     import torch
 
-    from lorafit.contracts import Encoded, Example, Sample
+    from lorafit.contracts import Encoded, Example, Examples, Sample
     from lorafit.pictures import PictureReader, PlacedPicture
 
+_LARGE = (2048, 2048)
+"""Pixels of an image of which processors make what they make of their largest: they scale it down, or cut it up."""
 _WHOLE = "cuts no row, which would cut its images"
 
 
@@ -77,6 +79,31 @@ class ImageTextToText(AnswerTask[ImageTextToTextSection]):
     def pictures(self, example: Example) -> tuple[PlacedPicture, ...]:
         """The images of a row, each where its tokens stand."""
         return unpack_pictures(example["pictures"])
+
+    def image_tokens(self, examples: Examples) -> list[int]:
+        """Of each row, how many tokens stand for images."""
+        return [sum(one.tokens for one in self.pictures(examples[row])) for row in range(len(examples))]
+
+    def picture_facts(self, examples: Examples) -> PictureFacts | None:
+        """What images take where they fill as large a share of a micro-batch as of any row, each as large as any."""
+        of_images, lengths = self.image_tokens(examples), examples.lengths
+        if not any(of_images):
+            return None
+        densest = max(range(len(of_images)), key=lambda row: of_images[row] / lengths[row])
+        all_of_them = (one for row, tokens in enumerate(of_images) if tokens for one in self.pictures(examples[row]))
+        by_tokens = {one.tokens: (one.width, one.height) for one in all_of_them}
+        largest, tokens = max(by_tokens), int(lengths[densest])
+        return self._facts(tokens, of_images[densest], largest, by_tokens[largest], alike=len(by_tokens) == 1)
+
+    def assume_pictures(self) -> PictureFacts | None:
+        """One image a row, so large that a processor makes as much of it as of any."""
+        assert self._reader is not None, "who assumes images gives the task its reader"
+        tokens = self._reader.tokens_of(*_LARGE)
+        return self._facts(tokens, tokens, tokens, _LARGE, alike=True)
+
+    def _facts(self, tokens: int, of_images: int, of_one: int, size: tuple[int, int], *, alike: bool) -> PictureFacts:
+        shapes = {} if self._reader is None else self._reader.shapes(*size)
+        return PictureFacts(tokens, of_images, *size, of_one, alike, shapes)
 
     def encode(self, sample: Sample, render: Callable[[Sample], Encoded | None]) -> TaskRow | None:
         """The rendered row with its images; None where no token is trained."""

@@ -19,16 +19,21 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from lorafit.contracts import Silent
 from lorafit.errors import NumericsError, ResourceError
 from lorafit.files.cache import keep
+from lorafit.job import open_job
 from lorafit.ops import causal_attention
 from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan, Way
+from lorafit.recipe.load import load_recipe
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.rehearsal import fill_rows, heaviest_shapes, rehearse, resolve_plan, run_heaviest
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import InThreads
+from tests.support.pictures import draw_rows
+from tests.support.tiny_recipe import write_rows
 from tests.support.tiny_run import CAUSAL_LM, PAD, Job, Rows
+from tests.support.tiny_vision import make_llava
 
 
 def stage(job: Job, **values: Any) -> Stage:
@@ -313,6 +318,23 @@ def test_the_heaviest_packed_micro_batches_are_full(job: Callable[..., Job]) -> 
 def test_heaviest_shapes(budget: int, most_rows: int, one_row: bool, wanted: list[tuple[int, int]]) -> None:
     lengths = [60, 50, 50, 20, 10, 5]
     assert heaviest_shapes(lengths, budget, most_rows, one_row=one_row) == wanted
+
+
+def test_the_heaviest_micro_batches_hold_as_many_images_as_any(tmp_path: Path) -> None:
+    """Long texts are the widest and the fullest; what is run of short rows has their images, none of them cut off."""
+    make_llava(tmp_path / "base", side=64)
+    long = {"messages": [{"role": "user", "content": "what " * 120}, {"role": "assistant", "content": "red"}]}
+    write_rows(tmp_path / "train.jsonl", [long, *draw_rows(tmp_path, 6), long])
+    data, model = {"train": str(tmp_path / "train.jsonl")}, {"base": str(tmp_path / "base")}
+    opened = open_job(load_recipe({"name": "n", "task": "image-text-to-text", "model": model, "data": data}), Silent())
+    task, rows = opened.task, opened.rows.train
+    images, budget = task.image_tokens(rows), 2 * max(rows.lengths)
+    assert list(images) == [0, *[64] * 6, 0]
+    shapes = heaviest_shapes(rows.lengths, budget, 8, one_row=False, images=images)
+    assert shapes[:-1] == heaviest_shapes(rows.lengths, budget, 8, one_row=False)
+    filled = [fill_rows(task, rows, *shape, packing=False, images=images) for shape in shapes]
+    held = [sum(len(task.pictures(document)) for (document,) in micro_batch) for micro_batch in filled]
+    assert held == [1, shapes[-1][0]] and shapes[-1][0] > 1 and shapes[-1][1] == sorted(rows.lengths)[-3]
 
 
 def test_filled_rows_keep_the_end_of_rows_where_labels_are() -> None:
