@@ -13,6 +13,7 @@ The same without weights, where nothing is computed and nothing takes memory:
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -40,13 +41,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LOCAL: JsonObject = {"trust_remote_code": False, "local_files_only": True}
+_NEEDS_PACKAGE = re.compile(r"(\w+) requires the (\w+) library")
+"""What transformers says of a class whose package is not there."""
+_WITH_SENTENCEPIECE = ("sentencepiece", "protobuf")
 
 
 def load_tokenizer(base: Base, folder: Path | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, or that in another folder, e.g. an adapter's.
 
     Raises:
-        ModelError: The folder holds none, or it cannot be read.
+        ModelError: The folder holds none, it cannot be read, or takes a package that is not installed.
     """
     from transformers import AutoTokenizer
 
@@ -55,10 +59,23 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> PreTrainedTokenize
         try:  # the config decides the class where the tokenizer's own does not, and an adapter's folder has none
             options = _LOCAL if folder is None else {**_LOCAL, "config": read_settings(base.config)}
             return AutoTokenizer.from_pretrained(str(place), **options)
+        except ImportError as error:
+            raise _missing_package(error, place) from error
         except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
             what = f"the tokenizer cannot be read: {first_line(error)}"
             todo = "get tokenizer.json and tokenizer_config.json of this model"
             raise ModelError(what, file=str(place), todo=todo) from error
+
+
+def _missing_package(error: ImportError, place: Path) -> ModelError:
+    """What says which package a tokenizer takes; transformers' own text is a page, and names a web site."""
+    named = _NEEDS_PACKAGE.search(str(error))
+    if named is None:
+        return ModelError(f"the tokenizer cannot be read: {first_line(error)}", file=str(place), todo="install that")
+    package = named[2].lower()
+    wanted = '"lorafit[sentencepiece]"' if package in _WITH_SENTENCEPIECE else package
+    what = f"{named[1]} needs the package {package}, which is not installed"
+    return ModelError(what, file=str(place), todo=f"install it with: pip install {wanted}")
 
 
 def load_model(

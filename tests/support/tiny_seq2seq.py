@@ -44,6 +44,35 @@ def make_letter_tokenizer(letters: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
+def make_marian_base(folder: Path, lines: dict[str, list[str]]) -> Path:
+    """A folder with a tiny Marian and its own class of tokenizer: two SentencePiece models, one list of their pieces.
+
+    Args:
+        folder: Where; made.
+        lines: Texts that each model is trained on, of `source` and `target`.
+    """
+    import sentencepiece
+    from transformers import MarianTokenizer
+
+    folder.mkdir()
+    pieces = ["</s>", "<unk>"]
+    for side, texts in lines.items():
+        options = {"vocab_size": 64, "hard_vocab_limit": False, "minloglevel": 2}
+        prefix = str(folder / side)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=prefix, **options)
+        (folder / f"{side}.model").rename(folder / f"{side}.spm")
+        model = sentencepiece.SentencePieceProcessor(model_file=str(folder / f"{side}.spm"))
+        pieces += [model.id_to_piece(number) for number in range(model.get_piece_size())]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, "<pad>"]))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    files = [str(folder / name) for name in ("source.spm", "target.spm", "vocab.json")]
+    MarianTokenizer(*files, source_lang="en", target_lang="de").save_pretrained(folder)
+    pad = vocabulary["<pad>"]
+    ids = {"pad_token_id": pad, "decoder_start_token_id": pad, "eos_token_id": 0, "forced_eos_token_id": 0}
+    tiny_seq2seq("marian", vocab_size=len(vocabulary), max_position_embeddings=512, **ids).save_pretrained(folder)
+    return folder
+
+
 def make_language_tokenizer() -> Any:
     """mBART's own class, which writes a text's language behind it."""
     from transformers import MBartTokenizer

@@ -25,6 +25,7 @@ from lorafit.model.base import Base
 from lorafit.model.load import load_model, load_tokenizer
 from lorafit.model.targets import choose_targets
 from tests.support.adapted import load, logits, lora, make_gpt2, make_llama, open_base, randomise
+from tests.support.tiny_seq2seq import make_marian_base
 
 
 def edit(base: Base, change: Any) -> None:
@@ -346,6 +347,23 @@ def test_fresh_adapters_are_fp32_start_as_nothing_and_follow_the_seed(llama: Bas
 def test_a_missing_tokenizer_is_our_error(llama: Base) -> None:
     with pytest.raises(ModelError, match="tokenizer cannot be read"):
         load_tokenizer(llama)
+
+
+def test_a_tokenizer_names_the_package_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils.import_utils import SENTENCEPIECE_IMPORT_ERROR
+
+    make_marian_base(tmp_path / "base", {"source": ["the red mug"] * 9, "target": ["der rote Becher"] * 9})
+    base = open_base(tmp_path / "base")
+    assert load_tokenizer(base)(text_target="der").input_ids[-1] == 0
+
+    def refuse(*_: Any, **__: Any) -> None:  # the class is transformers' placeholder where the package is not there
+        raise ImportError(SENTENCEPIECE_IMPORT_ERROR.format("MarianTokenizer"))
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match="MarianTokenizer needs the package sentencepiece") as raised:
+        load_tokenizer(base)
+    assert 'pip install "lorafit[sentencepiece]"' in str(raised.value)
 
 
 def test_names_are_listed_short() -> None:
