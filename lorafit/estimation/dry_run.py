@@ -13,6 +13,7 @@ optimizers update all tensors at once, and storage comes in blocks of 512 bytes.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -198,8 +199,10 @@ class DryRun:
         peak = live.peak()
         fixed, missing = peak.parts[""], self._layers.missing(chosen, kept)
         alive = {name: _beside(fixed, peak.parts.get(name, fixed)) for name in PHASES}
-        for name in set(PHASES) - {"update"} if missing else ():
-            alive[name]["kept_activations"] = alive[name].get("kept_activations", 0) + missing
+        held = self._held_bytes() if sees and not self._on_cuda else 0
+        for name, more in {name: held if name == "update" else held + missing for name in PHASES}.items():
+            if more:
+                alive[name]["kept_activations"] = alive[name].get("kept_activations", 0) + more
         phases = tuple(Phase(name, peak.places.get(name, ""), parts) for name, parts in alive.items())
         state_bytes = fixed.get("optimizer_state", 0) if step.pages_state else 0
         experts = step.unquantized_expert_bytes
@@ -226,6 +229,12 @@ class DryRun:
         shapes = self._pictures(tokens)
         pixels = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes.items()}
         return replace(batch, tensors={**batch.tensors, **pixels}, attached=tuple(pixels))
+
+    def _held_bytes(self) -> int:
+        """Of the images that wait on the host for their turn, each row's as many as of the densest row."""
+        step = self.step
+        made = step.pictures.shapes(step.held_rows * step.pictures.tokens) if step.pictures and step.held_rows else {}
+        return sum(math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in made.values())
 
     def _pictures(self, tokens: int) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """dtype and shape of what the forward takes of images, by name."""

@@ -117,7 +117,7 @@ def _kinds_of(step: StepShape) -> JsonObject:
         "keeps_unpacked": step.keeps_unpacked,
         "chunk_labels": step.chunk_labels,
         "clips": step.max_grad_norm is not None,
-        "pictures": None if step.pictures is None else asdict(step.pictures),
+        "pictures": None if step.pictures is None else [asdict(step.pictures), step.held_rows],
     }
 
 

@@ -36,6 +36,7 @@ class StepShape:
         loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
         max_grad_norm: What gradients are clipped to; None: they are not.
         pictures: What a micro-batch's images are at most; None: it has none, or they are not known.
+        held_rows: Rows whose images the host holds: those of a step, and of the next one, which is built ahead.
     """
 
     model: ModelShape
@@ -56,6 +57,7 @@ class StepShape:
     loss_chunk_bytes: int | None = None
     max_grad_norm: float | None = 1.0
     pictures: PictureFacts | None = None
+    held_rows: int = 0
 
     @property
     def chunk_bytes(self) -> int:

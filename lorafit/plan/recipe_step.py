@@ -102,6 +102,7 @@ def recipe_step(
         packing=given(recipe.data.packing),
         max_grad_norm=recipe.training.max_grad_norm,
         pictures=rows.pictures if rows else pictures and replace(pictures, tokens=longest),
+        held_rows=2 * math.ceil(recipe.training.batch_size / (device.count if device else 1)),
     )
     step = _packed(step, is_open=recipe.model.attention == "auto")
     checkpointing: Checkpointing | None = given(recipe.training.gradient_checkpointing)

@@ -4,7 +4,7 @@
     feed           build 1 │ build 2 ┘                           │ build 3 ┘
 
 What a step trains on is a function of its number and the token budget alone, so it does not matter who builds it, and
-when. One step is built ahead, no more: a batch is small, but reading a row may wait for a disk.
+when. One step is built ahead, no more: a batch is small unless it has images, but reading a row may wait for a disk.
 """
 
 from __future__ import annotations
