@@ -73,10 +73,19 @@ class Classifier:
         rows: Sequence[str | JsonMapping] | None,
         reporter: Reporter,
     ) -> list[Sample]:
-        """What is to be labelled, see `read_texts` and `read_answers`."""
+        """What is to be labelled, see `read_texts` and `read_answers`.
+
+        Raises:
+            DataError: There is nothing.
+        """
         if self.task.classified_format is None:
-            return read_answers(path, prompt, input_file, rows, reporter)
-        return read_texts(path, self.task.classified_format, prompt, input_file, rows, reporter)
+            found = read_answers(path, prompt, input_file, rows, reporter)
+        else:
+            found = read_texts(path, self.task.classified_format, prompt, input_file, rows, reporter)
+        if not found:
+            file = "prompts" if input_file is None else str(input_file)
+            raise DataError("no rows", file=file, todo="give at least one")
+        return found
 
     def label(self, samples: Sequence[Sample], reporter: Reporter) -> list[JsonObject]:
         """Labels with probabilities of each text, or numbers of each answer, in order.

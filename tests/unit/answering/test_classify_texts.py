@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.answering.classify import read_texts
+from lorafit.answering.classify import Classifier, read_texts
+from lorafit.answering.engine import Engine
 from lorafit.contracts import Silent
-from lorafit.errors import LorafitError
+from lorafit.errors import DataError, LorafitError
 from lorafit.files.rundir import RunDir
+from lorafit.kinds.tasks import tasks
 
 RECIPE = {
     "name": "x",
@@ -46,3 +48,20 @@ def test_a_file_may_use_the_runs_names_or_ours(run: Path) -> None:
         ]
     with pytest.raises(LorafitError, match="missing column 'review'; found body; name it so, or 'text'"):
         texts(run, "d.jsonl", '{"body": "good"}\n')
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("d.csv", "text,label\n"), ("d.txt", "\n \n"), ("d.jsonl", "\n"), ("d.json", "[]")]
+)
+@pytest.mark.parametrize("kind", ["sequence-classification", "reward"])
+def test_a_file_without_rows_is_told_before_a_model_is_loaded(run: Path, name: str, content: str, kind: str) -> None:
+    def load() -> Engine:
+        raise AssertionError("loaded")
+
+    file = run.parent / name
+    file.write_text(content, encoding="utf-8")
+    classifier = Classifier(tasks.make(kind), 8, 0, load)
+    with pytest.raises(DataError, match="no rows"):
+        classifier.label(classifier.read(run, None, file, None, Silent()), Silent())
+    with pytest.raises(DataError, match="no rows"):
+        classifier.label(classifier.read(run, None, None, [], Silent()), Silent())
