@@ -316,7 +316,7 @@ def generate(
     reporter: Reporter | None = None,
 ) -> Generated:
     """Answers a prompt or a file of prompts, with the base model beside the tuned one where asked."""
-    search: JsonObject = {"num_beams": num_beams, "length_penalty": length_penalty, "temperature": temperature}
+    search: JsonObject = {"num_beams": num_beams, "length_penalty": length_penalty, "temperature": float(temperature)}
     search |= {"top_p": top_p, "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "seed": seed}
     search["no_repeat_ngram_size"] = no_repeat_ngram_size
     check_arguments(search)

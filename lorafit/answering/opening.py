@@ -20,7 +20,7 @@ from lorafit.data.pictures import ask
 from lorafit.data.plain_text import PlainText
 from lorafit.data.source_target import SourceTarget
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
-from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_CLASS, ModelClass
+from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
 from lorafit.files.safetensors import main_dtype, read_index, torch_dtype
 from lorafit.job import open_pictures
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
@@ -30,7 +30,7 @@ from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, NOTES, AdapterFolder, read_notes
 from lorafit.model.base import Base, check_made, read_base
 from lorafit.model.class_shape import find_shape
-from lorafit.model.classes import read_settings
+from lorafit.model.classes import usual_class
 from lorafit.model.companions import choose_companions
 from lorafit.model.inspect import NOTED_DTYPES, recorded_linears
 from lorafit.model.load import load_model, load_tokenizer
@@ -236,7 +236,7 @@ def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None
     task = noted_task(folder)
     check_made(folder)
     base = read_base(folder, is_compared=False)
-    model_class = _class_of(base) if task is None else task.model_class.whole()
+    model_class = usual_class(base.config) if task is None else task.model_class.whole()
     find_shape(base.config, model_class)  # refuses what no model can be built from
     pictures = open_pictures(base) if task is not None and task.reads_pictures else None
     tokenizer = load_tokenizer(base) if pictures is None else pictures.tokenizer
@@ -256,14 +256,9 @@ def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None
     return Answerer(voice, load, adapter=None)
 
 
-def _class_of(base: Base) -> ModelClass:
-    """What a model is loaded as of which no run says anything."""
-    return ModelClass(SEQ2SEQ_CLASS) if read_settings(base.config).is_encoder_decoder else CAUSAL_MODEL
-
-
 def _voice_of(base: Base, tokenizer: PreTrainedTokenizerBase, pictures: ProcessorPictures | None = None) -> Voice:
     """How such a model is asked: an encoder reads the whole text as it is, whose positions bound it."""
-    if not read_settings(base.config).is_encoder_decoder:
+    if usual_class(base.config).auto_class != SEQ2SEQ_CLASS:
         return Voice.of_tokenizer(tokenizer, pictures=pictures)
     return Voice(tokenizer, None, SourceTarget(tokenizer, TwoTexts()), LARGEST_COUNT)
 
@@ -284,7 +279,7 @@ def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answe
     dtype = getattr(torch, noted) if noted in NOTED_DTYPES else torch_dtype(main_dtype(read_index(base.path)))
 
     def load() -> Engine:
-        model = _load_base(base, section, dtype, reporter, _class_of(base), quantised=recorded_linears(used))
+        model = _load_base(base, section, dtype, reporter, usual_class(base.config), quantised=recorded_linears(used))
         engine = Engine(model, tokenizer, base=base, quantization=kind)
         engine.add_adapter(ADAPTER_NAME, saved.path, reporter)
         return engine

@@ -139,8 +139,8 @@ def untie_head(model: PreTrainedModel, config: JsonMapping) -> None:
     """
     import torch
 
-    head = output_head(model)
-    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    head, embeddings = output_head(model), model.get_input_embeddings()
+    is_tied = head is not None and head.weight is getattr(embeddings, "weight", None)
     if is_tied and config.get("tie_word_embeddings") is False:
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
 
