@@ -87,6 +87,15 @@ def read_optional_string(row: Row, name: str) -> str:
     return "" if row.get(name) is None else read_string(row, name)
 
 
+def read_filled_or_none(row: Row, name: str) -> str | None:
+    """A string that may be missing or null; one that is there holds more than blanks.
+
+    Raises:
+        DataError: It is blank or of another type.
+    """
+    return None if row.get(name) is None else read_filled_string(row, name)
+
+
 def read_must_contain(row: Row) -> tuple[str, ...]:
     """Strings that a right answer holds: one string, a list of them, or (from a table) a JSON list as a string.
 

@@ -13,9 +13,9 @@ from lorafit.errors import DataError
 from lorafit.kinds.fields import (
     Row,
     missing_field,
+    read_filled_or_none,
     read_filled_string,
     read_json_list,
-    read_optional_string,
     wrong_type,
 )
 from lorafit.kinds.formats import Format, formats
@@ -56,5 +56,5 @@ class TextLabel(Format):
     def read_prompt(self, row: Row, file: str, line: int) -> Sample:
         """The text alone, which is to be classified; a line of a txt file is one too."""
         asked = {"text": row["prompt"]} if "text" not in row and "prompt" in row else row
-        text, second = read_filled_string(asked, "text"), read_optional_string(asked, "text_pair")
-        return Sample(file, line, text=text, text_pair=second or None, labels=())
+        text, second = read_filled_string(asked, "text"), read_filled_or_none(asked, "text_pair")
+        return Sample(file, line, text=text, text_pair=second, labels=())

@@ -10,9 +10,9 @@ from lorafit.contracts import Sample
 from lorafit.kinds.fields import (
     Row,
     missing_field,
+    read_filled_or_none,
     read_filled_string,
     read_json_list,
-    read_optional_string,
     wrong_type,
 )
 from lorafit.kinds.formats import Format, formats
@@ -46,8 +46,8 @@ class TextScore(Format):
     def read_prompt(self, row: Row, file: str, line: int) -> Sample:
         """The text alone, of which a number is asked; a line of a txt file is one too."""
         asked = {"text": row["prompt"]} if "text" not in row and "prompt" in row else row
-        text, second = read_filled_string(asked, "text"), read_optional_string(asked, "text_pair")
-        return Sample(file, line, text=text, text_pair=second or None, numbers=())
+        text, second = read_filled_string(asked, "text"), read_filled_or_none(asked, "text_pair")
+        return Sample(file, line, text=text, text_pair=second, numbers=())
 
 
 def _number(value: object) -> float:

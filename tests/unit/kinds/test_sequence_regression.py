@@ -105,7 +105,7 @@ def test_numbers_are_read_from_rows_and_from_cells() -> None:
     read = formats.get("text_score").read
     assert read({"text": "a", "score": 3}, "f", 1).numbers == (3.0,)
     assert read({"text": "a", "score": "2.5", "text_pair": "b"}, "f", 1).text_pair == "b"
-    assert read({"text": "a", "score": "[1, -2.5]", "text_pair": ""}, "f", 1).numbers == (1.0, -2.5)
+    assert read({"text": "a", "score": "[1, -2.5]", "text_pair": None}, "f", 1).numbers == (1.0, -2.5)
     for wrong in ("good", None, True, float("nan"), [1, "x"], [[1]]):
         with pytest.raises(DataError, match="expected a number"):
             read({"text": "a", "score": wrong}, "f", 1)
