@@ -4,7 +4,8 @@
     ├── UsageError                2   wrong command line, or an output that is in the way
     ├── RecipeError               3   the recipe
     ├── DataError                 4   rows, files, masks
-    │   └── MissingFieldError     4   a row without a field that its format needs
+    │   ├── MissingFieldError     4   a row without a field that its format needs
+    │   └── UnusableImageError    4   an image's file that is not there, or is none
     ├── ModelError                5   base model, tokenizer, chat template or adapter
     ├── CheckpointError           6   a checkpoint or run folder
     ├── ResourceError             7   out of memory or disk
@@ -140,6 +141,27 @@ class DataError(LorafitError):
 
 class MissingFieldError(DataError):
     """A row lacks a field that its format needs, which the key names; who knows other rows may know better advice."""
+
+
+class UnusableImageError(DataError):
+    """A row's image cannot be read; another file in its place would change that, and not the row.
+
+    Args:
+        path: The absolute path of the image's file.
+        changed_at_ns: When it was last written to; None where it is not there.
+    """
+
+    def __init__(  # with defaults: a worker process hands it over, which calls it with `what` alone
+        self,
+        what: str,
+        *,
+        path: str = "",
+        changed_at_ns: int | None = None,
+        key: str | None = None,
+        todo: str | None = None,
+    ) -> None:
+        super().__init__(what, key=key, todo=todo)
+        self.path, self.changed_at_ns = path, changed_at_ns
 
 
 class ModelError(LorafitError):

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import Encoded, Sample
-from lorafit.errors import DataError, ModelError
+from lorafit.errors import DataError, ModelError, UnusableImageError
 from lorafit.files.atomic import atomic_file
 from lorafit.files.cache import own_folder
 from lorafit.kinds.chat_fields import count_images
@@ -75,11 +75,19 @@ class ProcessorPictures:
         """
         from PIL import Image
 
+        file = Path(picture.path).absolute()
+        changed_at_ns = _changed_at_ns(str(file))
+
+        def unusable(what: str, todo: str) -> DataError:
+            if picture.data is not None:
+                return DataError(what, key=picture.key, todo=todo)
+            return UnusableImageError(what, path=str(file), changed_at_ns=changed_at_ns, key=picture.key, todo=todo)
+
         try:
             data = picture.data if picture.data is not None else Path(picture.path).read_bytes()
         except OSError as error:
             what = f"no such image: {picture.path}" if isinstance(error, FileNotFoundError) else _cannot(picture, error)
-            raise DataError(what, key=picture.key, todo="paths start in the folder of the rows' file") from None
+            raise unusable(what, "paths start in the folder of the rows' file") from None
         try:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
@@ -88,9 +96,8 @@ class ProcessorPictures:
                 image.draft("L", (1, 1))  # a JPEG is decoded at an eighth of its size then
                 image.load()
         except Exception as error:  # Pillow's decoders raise whatever they meet
-            raise DataError(_cannot(picture, error), key=picture.key, todo="replace it, or remove the row") from None
+            raise unusable(_cannot(picture, error), "replace it, or remove the row") from None
         digest = hashlib.sha256(data).hexdigest()
-        file = Path(picture.path).absolute()
         if picture.data is not None:
             file = own_folder(self._folder) / digest
             if not file.exists():
@@ -186,15 +193,20 @@ def ask(chats: ChatRenderer, messages: Messages, sample: Sample, reader: Process
     return place(chats.prompt(messages, sample.tools, texts), looked)
 
 
-def find_changed(pictures: Sequence[PlacedPicture]) -> str | None:
-    """The first file that was written to since it was looked at, or is gone; None where all are as they were."""
-    for one in pictures:
-        try:
-            if Path(one.file).stat().st_mtime_ns != one.changed_at_ns:
-                return one.file
-        except OSError:
-            return one.file
-    return None
+def find_changed(files: Iterable[tuple[str, int | None]]) -> str | None:
+    """The first file that was written to since then, came or went; None where all are as they were.
+
+    Args:
+        files: Each with the time when it was last written to; None where it was not there.
+    """
+    return next((file for file, changed_at_ns in files if _changed_at_ns(file) != changed_at_ns), None)
+
+
+def _changed_at_ns(file: str) -> int | None:
+    try:
+        return Path(file).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _open(picture: PlacedPicture) -> Any:
@@ -213,5 +225,9 @@ def _open(picture: PlacedPicture) -> Any:
 
 
 def _cannot(picture: Picture, error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
     name = picture.path or "the row's image"
+    if isinstance(error, UnidentifiedImageError):  # its text names an object of this process
+        return f"{name} cannot be read as an image: it is none, or one that Pillow does not know"
     return f"{name} cannot be read as an image: {' '.join(str(error).split())[:80] or type(error).__name__}"

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +255,7 @@ class _Preparation:
             ledger = self._read_ledger(lookup.folder, names) if lookup.hit else None
             if lookup.hit and ledger is None:
                 lookup = replace(lookup, hit=False, reason="cache miss: the cached copy is damaged (its content)")
-            elif ledger is not None and (changed := self._find_changed_picture(lookup.folder, names)) is not None:
+            elif ledger is not None and (changed := self._find_changed_picture(lookup.folder, ledger)) is not None:
                 lookup, ledger = replace(lookup, hit=False, reason=f"cache miss: {changed} changed"), None
             self.reporter.info(f"{self.split} rows: {lookup.reason}")
             if ledger is None:
@@ -278,14 +279,16 @@ class _Preparation:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _find_changed_picture(self, folder: Path, names: Sequence[str]) -> str | None:
-        """An image of the cached rows that is not as it was when they were prepared; None where all are."""
+    def _find_changed_picture(self, folder: Path, ledger: Ledger) -> str | None:
+        """An image of the rows that is not as it was when they were prepared, or for which one was bad; None where all
+        are."""
         task = self.encoder.task
         if not task.reads_pictures:
             return None
+        names = [source.file for source in ledger.sources]
         rows = ExampleSet(folder, task.columns, names, [1.0] * len(names))
-        found = (find_changed(task.pictures(rows[number])) for number in range(len(rows)))
-        return next((changed for changed in found if changed is not None), None)
+        placed = (one for number in range(len(rows)) for one in task.pictures(rows[number]))
+        return find_changed(chain(ledger.unusable.items(), ((one.file, one.changed_at_ns) for one in placed)))
 
     def _parts(self) -> dict[str, str]:
         parts = {_data_part(number): source.key() for number, source in enumerate(self.samples.sources)}

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from lorafit.console.wording import agreed, counted
 from lorafit.contracts import JsonObject
 from lorafit.data.chat.template_names import KEY as TEMPLATE_KEY
-from lorafit.errors import DataError, LorafitError, Problems
+from lorafit.errors import DataError, LorafitError, Problems, UnusableImageError
 from lorafit.recipe.schema import BadRowsSection
 
 NOTES_KEPT = 1000
@@ -94,12 +94,15 @@ class Ledger:
         sources: Counts, one for each source.
         notes: The first `NOTES_KEPT` rows of each fate.
         seen: Other things worth a number, e.g. fields that a template drops, by what they are.
+        unusable: Files of images for which a row is bad, with the time when each was last written to; None where it is
+            not there.
     """
 
     def __init__(self, sources: Sequence[tuple[str, str]], bad_rows: BadRowsSection) -> None:
         self.sources = [SourceCounts(name, kind) for name, kind in sources]
         self.notes: list[Noted] = []
         self.seen: Counter[str] = Counter()
+        self.unusable: dict[str, int | None] = {}
         self._bad_rows = bad_rows
         self._fates: Counter[str] = Counter()
 
@@ -108,6 +111,8 @@ class Ledger:
         counts, fate = self.sources[noted.source], noted.fate
         if fate != OVERLONG:
             setattr(counts, fate, getattr(counts, fate) + 1)
+        if isinstance(noted.why, UnusableImageError):
+            self.unusable[noted.why.path] = noted.why.changed_at_ns
         self._fates[fate] += 1
         if self._fates[fate] <= NOTES_KEPT:
             self.notes.append(noted)
@@ -168,7 +173,8 @@ class Ledger:
             for note in self.notes
         ]
         sources = [asdict(source) for source in self.sources]
-        return {"sources": sources, "notes": notes, "fates": dict(self._fates), "seen": dict(self.seen)}
+        counts = {"fates": dict(self._fates), "seen": dict(self.seen)}
+        return {"sources": sources, "notes": notes, **counts, "unusable": self.unusable}
 
     @classmethod
     def from_json(cls, value: JsonObject, names: Sequence[str], bad_rows: BadRowsSection) -> Ledger:
@@ -181,6 +187,7 @@ class Ledger:
             why = DataError(what, file=names[source], line=line, column=column, key=key, todo=todo)
             ledger.notes.append(Noted(fate, source, why))
         ledger.seen, ledger._fates = Counter(value["seen"]), Counter(value["fates"])
+        ledger.unusable = dict(value["unusable"])
         return ledger
 
 

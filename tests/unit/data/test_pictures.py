@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -144,7 +145,10 @@ def test_typed_marks_stay_words(tmp_path: Path, prepare_pictures: Any) -> None:
     ("make", "said"),
     [
         (lambda file: None, "no such image: {file}; paths start in the folder of the rows' file"),
-        (lambda file: file.write_text("<html>"), "{file} cannot be read as an image: cannot identify image file"),
+        (
+            lambda file: file.write_text("<html>"),
+            "{file} cannot be read as an image: it is none, or one that Pillow does not know",
+        ),
         (lambda file: file.write_bytes(b""), "{file} cannot be read as an image"),
         (lambda file: file.mkdir(), "{file} cannot be read as an image: [Errno 21] Is a directory"),
     ],
@@ -214,6 +218,28 @@ def test_a_changed_image_is_prepared_anew_and_told_while_a_run_goes_on(tmp_path:
     (tmp_path / "p2.png").unlink()
     with pytest.raises(DataError, match=r"p2\.png is gone"):
         after.task.collate([[after.train[2]]], 0)
+
+
+def test_a_row_comes_back_once_its_image_is_there(tmp_path: Path, prepare_pictures: Any) -> None:
+    rows = draw_rows(tmp_path, 3)
+    good = (file := tmp_path / "p1.png").read_bytes()
+    source = {"path": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    skip = {"train": [source], "bad_rows": {"policy": "skip", "max_fraction": 0.5}}
+    file.unlink()
+    assert len(prepare_pictures("llava", **skip)[0].train) == 2
+    for bad in (b"text", b"other text"):
+        file.write_bytes(bad)
+        with pytest.raises(DataError, match=r"p1\.png cannot be read as an image") as caught:
+            prepare_pictures("llava", train=[source])
+    assert vars(pickle.loads(pickle.dumps(caught.value))) == vars(caught.value)  # as a worker process hands it over
+    file.write_bytes(good)
+    assert len(prepare_pictures("llava", train=[source])[0].train) == 3
+    file.unlink()
+    assert len(prepare_pictures("llava", **skip)[0].train) == 2
+    again, _ = prepare_pictures("llava", **skip)
+    assert len(again.train) == 2 and again.report.splits["train"].cache.startswith("cache hit")
+    file.write_bytes(good)
+    assert len(prepare_pictures("llava", **skip)[0].train) == 3
 
 
 def test_equal_questions_about_other_images_contradict_nothing(tmp_path: Path, prepare_pictures: Any) -> None:
