@@ -38,7 +38,7 @@ class ImageMessages(Format):
         """The chat, each image part without what it holds, and the images in order."""
         if "messages" not in row:
             raise missing_field("messages", row)
-        places = _Places(list(_read_column(row)))
+        places = _Places(list(_read_column(row)), counts_marks=_IMAGES in row)
         turns = read_turns(row, "messages", places.read_content)
         places.check_all_used()
         for number, turn in enumerate(turns):
@@ -60,10 +60,12 @@ class _Places:
 
     Attributes:
         column: Those of the column, which stand where no part says which image.
+        counts_marks: Whether the row has that column, be it empty, so that a mark in a text is an image's place.
         found: Those that were met.
     """
 
     column: list[Picture]
+    counts_marks: bool
 
     def __post_init__(self) -> None:
         self.found: list[Picture] = []
@@ -72,7 +74,7 @@ class _Places:
     def read_content(self, value: Any, place: str) -> str | list[JsonObject]:
         """A turn's content: a text, or parts of text and images."""
         if isinstance(value, str):
-            return list(self._split(value, place)) if self.column and _MARK in value else value
+            return list(self._split(value, place)) if self.counts_marks and _MARK in value else value
         if not isinstance(value, list) or not value:
             raise wrong_type(f"{place}.content", "string or list of parts", value)
         keyed = ((each, f"{place}.content[{number}]") for number, each in enumerate(value))
@@ -88,7 +90,7 @@ class _Places:
     def _read_part(self, part: Any, key: str) -> Iterator[Message]:
         if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
             text = part["text"]
-            yield from self._split(text, key) if self.column and _MARK in text else [_text(text)]
+            yield from self._split(text, key) if self.counts_marks and _MARK in text else [_text(text)]
         elif _is_image(part):
             named = [name for name in ("image", "path", "url", "image_url") if part.get(name) is not None]
             if not named:

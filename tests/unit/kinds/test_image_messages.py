@@ -40,7 +40,7 @@ def refusal(found: dict[str, Any]) -> str:
         (row("<image>what", images=["a.png"]), [IMAGE, text("what")], [("a.png", None)]),
         (row("<image>or<image>", images='["a.png", "b.png"]'), [IMAGE, text("or"), IMAGE], [A, B]),
         (row(text("so <image>"), IMAGE, images=[{"bytes": b"1"}, "b.png"]), [text("so "), IMAGE, IMAGE], [HELD, B]),
-        (row("<image>what"), "<image>what", []),  # without images these are words
+        (row("<image>what"), "<image>what", []),  # without the column these are words
         (row("what", images=[]), "what", []),
     ],
 )  # fmt: skip
@@ -61,6 +61,9 @@ def test_images_stand_in_parts_or_at_marks(found: dict[str, Any], content: Any, 
         (row({"type": "image_url", "image_url": {"url": "data:..."}}), "images are read from files alone"),
         (row("<image>", images=["data:image/png;base64,aaaa"]), "images[0]: images are read from files alone"),
         (row("<image><image>", images=["a.png"]), "messages[0]: an image's place, and no image for it is left"),
+        (row("<image>what", images=[]), "messages[0]: an image's place, and no image for it is left"),
+        (row("<image>what", images=None), "messages[0]: an image's place, and no image for it is left"),
+        (row(text("<image>"), images=""), "messages[0].content[0]: an image's place, and no image for it is left"),
         (row(IMAGE), "messages[0].content[0]: an image's place, and no image for it is left"),
         (row("what", images=["a.png"]), "images: 1 images, and the messages have 0 places for them"),
         (row({**IMAGE, "path": 3}), "messages[0].content[0].path: expected path of an image, or {bytes, path}, found"),
