@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -11,10 +10,6 @@ from lorafit.pictures import Picture, PlacedPicture
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
-
-PRINTED_COLUMNS = 100
-"""Width of a result's text outside of a terminal."""
 
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 """What stands at a place of a JSON file that is checked."""
@@ -351,23 +346,6 @@ class Progress(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
     def advance(self, amount: int = 1, **shown: Any) -> None: ...
-
-
-class Printed(ABC):
-    """A result that `str()` turns into what its command prints, so that scripts and notebooks may `print` it."""
-
-    @abstractmethod
-    def render(self, console: Console) -> None:
-        """Prints the result for people."""
-
-    def __str__(self) -> str:
-        from io import StringIO
-
-        from rich.console import Console
-
-        text = StringIO()
-        self.render(Console(file=text, width=PRINTED_COLUMNS, highlight=False))
-        return text.getvalue().rstrip()
 
 
 class Silent:

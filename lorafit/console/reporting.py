@@ -8,6 +8,8 @@ import re
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from lorafit.contracts import JsonObject, Silent
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _LINE_EVERY_SECONDS = 10.0
 _TELLING_SHARE, _TELLING_SECONDS = 0.05, 60.0
 _BAR_CHARACTERS = 40
+_PRINTED_COLUMNS = 100  # of a result's text outside of a terminal
 _QUIET_SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -43,17 +46,33 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def result_console() -> Console:
-    """Where results go: stdout."""
+def _console(**options: Any) -> Console:
+    """A console that shows texts as they are: `sms.csv:100:` is a line of a file, and no emoji of rich."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, emoji=False, **options)
+
+
+def result_console() -> Console:
+    """Where results go: stdout."""
+    return _console(soft_wrap=not sys.stdout.isatty())
 
 
 def _stderr() -> Console:
-    from rich.console import Console
+    return _console(stderr=True)
 
-    return Console(stderr=True, highlight=False)
+
+class Printed(ABC):
+    """A result that `str()` turns into what its command prints, so that scripts and notebooks may `print` it."""
+
+    @abstractmethod
+    def render(self, console: Console) -> None:
+        """Prints the result for people."""
+
+    def __str__(self) -> str:
+        text = StringIO()
+        self.render(_console(file=text, width=_PRINTED_COLUMNS))
+        return text.getvalue().rstrip()
 
 
 class ConsoleReporter:

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.console.reporting import can_show, draw_histogram, full_block, printable, say
+from lorafit.console.reporting import Printed, can_show, draw_histogram, full_block, printable, say
 from lorafit.console.wording import counted, in_sequences, list_classes
-from lorafit.contracts import Example, JsonObject, Printed, ShownSequence
+from lorafit.contracts import Example, JsonObject, ShownSequence
 from lorafit.data.prepare import Prepared
 from lorafit.data.report import SplitReport
 from lorafit.data.sample_renderer import Renderer

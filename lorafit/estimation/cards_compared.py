@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafit.contracts import Printed
+from lorafit.console.reporting import Printed
 from lorafit.errors import DoesNotFitError
 from lorafit.estimation.table import RecipeEstimate, figures, format_seconds
 from lorafit.machine.devices import format_bytes

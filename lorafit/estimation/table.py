@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafit.console.reporting import draw_histogram, full_block, say
+from lorafit.console.reporting import Printed, draw_histogram, full_block, say
 from lorafit.console.wording import counted, in_sequences
-from lorafit.contracts import Printed
 from lorafit.estimation.answer import Answer
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import MemoryEstimate, covers

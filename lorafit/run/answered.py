@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.console.reporting import say
-from lorafit.contracts import JsonObject, Printed, Sample
+from lorafit.console.reporting import Printed, say
+from lorafit.contracts import JsonObject, Sample
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,7 +110,7 @@ class Classified(Printed):
             line = _say_words(text, found) if text.words else _say_classes(found)
             answer = text.messages[-1].get("content", "") if text.messages else text.completion
             flat = " ".join(str(text.text or answer or "").split())
-            console.print(line + (f"  {flat}" if text.line else ""), markup=False, highlight=False, soft_wrap=True)
+            say(console, line + (f"  {flat}" if text.line else ""))
 
 
 _PLACE = ("file", "line")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.console.reporting import say
+from lorafit.console.reporting import Printed, say
 from lorafit.console.wording import near
-from lorafit.contracts import JsonObject, Printed
+from lorafit.contracts import JsonObject
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import lorafit
 from lorafit.console.live_line import LiveLine
 from lorafit.console.reporting import ConsoleReporter
 
@@ -26,6 +28,14 @@ with reporter.track(3, "training") as bar:
         reporter.info(f"said [{step}]")
 reporter.warn("look out")
 """
+
+
+def test_every_console_is_made_in_one_place() -> None:
+    """Which leaves `:100:` of a line's place as it is."""
+    sources = sorted(Path(lorafit.__file__).parent.rglob("*.py"))
+    assert [file.name for file in sources for _ in re.findall(r"\bConsole\(", file.read_text("utf-8"))] == [
+        "reporting.py"
+    ]
 
 
 def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.console.reporting import draw_histogram
+from lorafit.console.reporting import draw_histogram, result_console
 from lorafit.data.prepare import Prepared, build_renderer, prepare
 from lorafit.data.preview import Preview, preview
 from lorafit.data.report import count_lengths
@@ -128,6 +128,18 @@ def test_rows_cannot_steer_the_terminal(tmp_path: Path, look: Callable[..., Prev
     text = printed(look(train="d.jsonl"))
     assert "q\\x1b[2J\\x07\\x9b" in text and "a\\x0db" in text
     assert not {"\x1b", "\x07", "\x9b", "\r"} & set(text)
+
+
+def test_texts_and_places_become_no_emoji(
+    tmp_path: Path, look: Callable[..., Preview], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*[{"text": f"row {number}"} for number in range(99)], {"text": ":smile: " * 90}]
+    write_jsonl(tmp_path / "d:heart:.jsonl", rows)
+    found = look(100, train="d:heart:.jsonl", overlength="truncate", max_length=40)
+    found.render(result_console())
+    for text in (str(found), capsys.readouterr().out):
+        assert "d:heart:.jsonl:100: cut: " in text and ":smile: :smile:" in text
+        assert not any(emoji in text for emoji in "💯😄❤")
 
 
 def test_the_report_is_printed(tmp_path: Path, look: Callable[..., Preview]) -> None:
