@@ -26,11 +26,14 @@ from lorafit.recipe.schema import DataSection, ValidationFraction
 HISTOGRAM_BARS = 12
 PLACES_SHOWN = 20
 ROWS_NAMED = 3
+_PREFERRED_AS_CHATS = "for chats name a template, such as data.chat_template: chatml, or write the answers as turns"
 _TO_CHATS = {
-    "prompt_completion": "map them, columns: {question: prompt, answer: completion}",
-    "preference": "name a template, such as data.chat_template: chatml, or write turns",
+    "prompt_completion": "for chats map them, columns: {question: prompt, answer: completion}; "
+    "else set train_on: completion",
+    "preference": _PREFERRED_AS_CHATS,
+    "unpaired_preference": _PREFERRED_AS_CHATS,
 }
-"""Formats of prompts with their answers as verbatim text, and how they become chats."""
+"""Formats of prompts with their answers as verbatim text, and what to do for chats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +295,9 @@ def _warn_of_verbatim(sources: dict[str, SampleSet], data: DataSection, renderer
         named = f"{', '.join(files[:_FILES_NAMED])}{more}"
         if data.system_prompt is not None:
             warnings.append(f"{named}: rows of {kind} are verbatim: data.system_prompt is not used")
-        if kind in _TO_CHATS and renderer.template and data.train_on != "completion":
-            todo = f"for chats {_TO_CHATS[kind]}; else set train_on: completion"
-            warnings.append(f"{named}: prompts and their answers go through no chat template; {todo}")
+        is_meant = kind == "prompt_completion" and data.train_on == "completion"  # of preferences it says nothing
+        if kind in _TO_CHATS and renderer.template and not is_meant:
+            warnings.append(f"{named}: prompts and their answers go through no chat template; {_TO_CHATS[kind]}")
     return warnings
 
 

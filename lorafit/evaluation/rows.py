@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from lorafit.answering.generate import Answer
@@ -200,6 +201,7 @@ def fill_text(
         asked = ""
         if any(any(each.trained) for each in shown[1:]) and not any(shown[0].trained):  # what an encoder reads
             asked, shown = tokenizer.decode(shown[0].input_ids), shown[1:]
+        shown = _tell_answers(shown)
         if shown and not (row.prompt or row.tuned.reference):
             prompt, reference = _decode(shown[0], tokenizer)
             base, tuned = (replace(side, reference=reference) for side in (row.base, row.tuned))
@@ -225,10 +227,23 @@ def _side(score: RowScore) -> JsonObject:
     return {"loss": score.mean_loss, **shown, "answer": score.answer}
 
 
+def _tell_answers(shown: tuple[ShownSequence, ...]) -> tuple[ShownSequence, ...]:
+    """The sides of a row; of one without trained tokens, what stands behind that with which all begin is its answer."""
+    if len(shown) < 2:
+        return shown
+    sides = [each.input_ids for each in shown]
+    begin = sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, zip(*sides, strict=False)))
+    begin = min([begin, *(each.trained.index(1) for each in shown if 1 in each.trained)])
+    flags = ([int(place >= begin) for place in range(len(each.input_ids))] for each in shown)
+    return tuple(
+        each if any(each.trained) else replace(each, trained=own) for each, own in zip(shown, flags, strict=True)
+    )
+
+
 def _decode(sequence: ShownSequence, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Text before the first trained token, and text of the trained ones.
 
-    Of a text that is labelled the whole of it and its label; of one that carries no loss all of it as an answer.
+    Of a text that is labelled the whole of it and its label; of a lone one without loss all of it as an answer.
     """
     if sequence.label:
         return tokenizer.decode(sequence.input_ids), sequence.label

@@ -144,6 +144,8 @@ def test_a_reward_model_is_resumed_scored_and_merged_into_plain_transformers(pai
     say_all(scored, 0)
     assert 0.0 <= scored.json["metrics"]["reward_accuracy"]["tuned"] <= 1.0
     assert "logistic regression" in scored.json["base_note"]
+    for worst in scored.json["worst_rows"]:
+        assert_sides(worst, make_pairs(8, first=60)[worst["line"] - 1])
     say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
     folder = pairs.root / "run" / "adapter"
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -156,6 +158,13 @@ def test_a_reward_model_is_resumed_scored_and_merged_into_plain_transformers(pai
         torch.testing.assert_close(tuned(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     say_all(pairs.run("generate", "run", "--prompt", "red"), 5, "writes no text", "use lorafit classify")
     check_rewards(pairs)
+
+
+def assert_sides(worst: dict[str, Any], pair: dict[str, str]) -> None:
+    """The prompt is what both sides begin with, and each answer what comes behind."""
+    assert worst["prompt"].startswith(pair["prompt"]), worst
+    for side in ("chosen", "rejected"):
+        assert worst["prompt"] + worst[side] == pair["prompt"] + pair[side] + "<|im_end|>", worst
 
 
 def check_rewards(pairs: World) -> None:
@@ -235,7 +244,8 @@ def test_answers_with_verdicts_from_preview_to_merge(pairs: World) -> None:
     for one, completion in zip(shown, (row["completion"], other["completion"]), strict=True):
         assert one["rendering"].startswith(row["prompt"] + completion)
     assert [any(label != -100 for label in one["labels"]) for one in shown] == [True, False]
-    say_all(pairs.run("preview", "r.yaml"), 0, "desirable 12, undesirable 12", "2 sequences padded to")
+    seen = pairs.run("preview", "r.yaml")
+    say_all(seen, 0, "desirable 12, undesirable 12", "2 sequences padded to", "for chats name a template")
     say_all(pairs.run("estimate-memory", "r.yaml"), 0, "24 rows", "by dry runs")
     say_all(pairs.run("train", "r.yaml"), 0, "best desirable_margin")
     lines = steps_of(pairs.root / "run")
@@ -253,6 +263,8 @@ def test_answers_with_verdicts_from_preview_to_merge(pairs: World) -> None:
     )
     assert scored["desirable_reward"]["tuned"] > 0 > scored["undesirable_reward"]["tuned"]
     assert scored["desirable_margin"]["verdict"] == "better" and scored["loss"]["tuned"] < 0.55
+    for worst in json.loads((pairs.root / "run" / "report.json").read_text())["worst_rows"]:
+        assert worst["mismatched"] and not worst["mismatched"].startswith(worst["prompt"])  # an answer, no prompt
     rows = [json.loads(line)["tuned"] for line in (pairs.root / "run" / "report.jsonl").read_text().splitlines()]
     good, bad = ([row["reward"] for row in rows if row["desirable"] == kind] for kind in (1, 0))
     above = [one > other for one in good for other in bad]

@@ -151,6 +151,26 @@ def test_rows_that_pass_the_template_by_are_said(
     assert listener.warnings == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("dpo", {"prompt": "two words", "chosen": " and more", "rejected": " and less"}),
+        ("reward", {"prompt": "two words", "chosen": " and more", "rejected": " and less"}),
+        ("kto", {"prompt": "two words", "completion": " and more", "label": True}),
+    ],
+)
+def test_preferences_that_pass_the_template_by_are_said_with_what_helps(
+    tmp_path: Path, prepare_rows: Prepare, listener: Listener, kind: str, row: dict[str, Any]
+) -> None:
+    """Their answers alone are learnt from, so that `train_on: completion` changes nothing of it."""
+    write_jsonl(tmp_path / "p.jsonl", [row, {**row, "prompt": "three words"}])
+    for options in ({}, {"train_on": "completion"}):
+        listener.warnings.clear()
+        prepare_rows(train="p.jsonl", task=tasks.make(kind), **options)
+        [warning] = [each for each in listener.warnings if "no chat template" in each]
+        assert warning.endswith("data.chat_template: chatml, or write the answers as turns")
+
+
 def test_all_files_that_pass_the_template_by_are_named_as_seen_from_here(
     tmp_path: Path, prepare_rows: Prepare, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
