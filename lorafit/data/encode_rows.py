@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from lorafit.console.wording import counted
+from lorafit.console.wording import alternatives, counted
 from lorafit.contracts import Encoded, PlacedSample, Sample, TaskRow
 from lorafit.data.row_counts import OVERLONG, Noted
 from lorafit.data.sample_renderer import NO_ANSWER, Renderer
@@ -155,12 +155,13 @@ class Encoder:
             pieces = [self.task.encode(sample, _give(piece)) for piece in self.renderer.split(sample)]
             rows = [piece for piece in pieces if piece is not None]
             return rows, "split", DataError(f"{reason}: {counted(len(pieces), 'row')}")
+        rules = [*(["split"] if can_split else []), "truncate", "drop"]
+        ways = alternatives([each for each in rules if f"data.overlength={each}" not in self.task.unread])
         if rule == "split":
-            reason, todo = f"{reason}; only plain text can be split", "set data.overlength: truncate or drop"
+            reason, todo = f"{reason}; only plain text can be split", f"set data.overlength: {ways}"
         else:
-            rules = "split, truncate or drop" if can_split else "truncate or drop"
             options = " and ".join(limit.option for limit in self._limits if limit.name in reason)
-            todo = f"raise {options}, or set data.overlength: {rules}"
+            todo = f"raise {options}, or set data.overlength: {ways}"
         return [], OVERLONG, DataError(reason, todo=todo)
 
 

@@ -346,7 +346,8 @@ class _Preparation:
             limits = self.encoder.task.limits(self.encoder.renderer.data.max_length)
             longest = " or ".join(f"{limit.name} {limit.most}" for limit in limits)
             what = f"no rows left: {dropped} of {read} are longer than {longest}"
-            todo = f"raise {' or '.join(limit.option for limit in limits)}, or set data.overlength: truncate"
+            cut = "" if "data.overlength=truncate" in self.encoder.task.unread else ", or set data.overlength: truncate"
+            todo = f"raise {' or '.join(limit.option for limit in limits)}{cut}"
             raise DataError(what, file=files, todo=todo)
         raise DataError(f"no rows left: {read} of {read} are bad", file=files, todo="correct them")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import get_args
 
+from lorafit.console.wording import alternatives
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import Recipe, sources_of
@@ -93,7 +95,10 @@ def _of_task(recipe: Recipe) -> Iterator[Disagreement]:
         section = getattr(recipe, name)
         value = getattr(section, field)
         if value != type(section).model_fields[field].default and refused in ("", str(value)):
-            yield Disagreement((key, "task"), f"task {recipe.task.kind} {why}", "leave it out")
+            choices = get_args(type(section).model_fields[field].annotation) if refused else ()
+            left = [each for each in choices if isinstance(each, str) and f"{key}={each}" not in task.unread]
+            todo = f"leave it out{f', or set {alternatives(left)}' if left else ''}"
+            yield Disagreement((key, "task"), f"task {recipe.task.kind} {why}", todo)
 
 
 def _of_hub_options(recipe: Recipe) -> Iterator[Disagreement]:

@@ -139,7 +139,10 @@ class Task(Kind[S_co]):
     others."""
     pads_to: ClassVar[int] = 1
     """The padded length of sequences is a multiple of it."""
-    unread: ClassVar[Mapping[str, str]] = {"data.packing=True": "takes one row a sequence"}
+    unread: ClassVar[Mapping[str, str]] = {
+        "data.packing=True": "takes one row a sequence",
+        "data.overlength=split": "takes a row whole: only plain text can be split",
+    }
     """Options that it does not read, `section.option`, or values that it can do nothing with, `section.option=value`;
     each with the reason. A recipe that sets one is refused."""
 

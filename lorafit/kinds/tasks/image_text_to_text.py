@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _LARGE = (2048, 2048)
 """Pixels of an image of which processors make what they make of their largest: they scale it down, or cut it up."""
-_WHOLE = "cuts no row, which would cut its images"
 
 
 class ImageTextToTextSection(TaskSection):
@@ -52,8 +51,7 @@ class ImageTextToText(AnswerTask[ImageTextToTextSection]):
     reads_pictures = True
     unread: ClassVar[Mapping[str, str]] = {
         **AnswerTask.unread,
-        "data.overlength=truncate": f"{_WHOLE}; write drop",
-        "data.overlength=split": f"{_WHOLE}; write drop",
+        "data.overlength=truncate": "cuts no row, which would cut its images",
         "evaluation.num_beams": "searches no beams for prompts with images",
         "data.system_prompt": "takes chats as they are: give them their system messages",
     }

@@ -259,8 +259,12 @@ def test_a_row_that_is_too_long_is_left_out_whole(tmp_path: Path, prepare_pictur
     assert narrow < square
     left, _ = prepare_pictures("idefics3", train=[source], max_length=int(square) - 1, overlength="drop")
     assert list(left.train.lengths) == [narrow, whole.train.lengths[1]]
-    with pytest.raises(DataError, match=rf"rows\.jsonl:3: {square} tokens, max_length is {square - 1}"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:3: {square} tokens, max_length is {square - 1}") as caught:
         prepare_pictures("idefics3", train=[source], max_length=int(square) - 1)
+    assert caught.value.todo == "raise data.max_length, or set data.overlength: drop"
+    with pytest.raises(DataError, match="no rows left") as caught:
+        prepare_pictures("idefics3", train=[source], max_length=8, overlength="drop")
+    assert caught.value.todo == "raise data.max_length"
 
 
 def test_preview_shows_where_an_image_stands(tmp_path: Path, prepare_pictures: Any) -> None:

@@ -70,6 +70,12 @@ def test_an_option_that_a_task_does_not_read_is_refused(fails: Fails, loads: Loa
     loads(MINIMAL, [sets, "evaluation.num_beams=4"] if option.endswith("length_penalty") else [sets])
 
 
+def test_what_may_be_set_instead_of_a_refused_value_is_said(fails: Fails) -> None:
+    for task, value, left in (("image-text-to-text", "truncate", "drop"), ("seq2seq-lm", "split", "drop or truncate")):
+        said = str(fails(MINIMAL, [f"task={task}", f"data.overlength={value}"]))
+        assert said.endswith(f"leave it out, or set error{', ' if ' or ' in left else ' or '}{left}"), said
+
+
 @pytest.mark.parametrize(
     ("evaluation", "said"),
     [
