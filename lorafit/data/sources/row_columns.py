@@ -169,6 +169,22 @@ def unknown_columns(row: Row, task: Task[TaskSection] | None, *, is_table: bool)
     return DataError(f"no known format has the columns {listed(row)}", todo=todo)
 
 
+def absent_columns(absent: Collection[str], columns: Columns, row: Row) -> DataError:
+    """The error for mapped columns that the rows do not have, which therefore have no format.
+
+    Args:
+        absent: Those of the mapped `columns`.
+        row: The columns of one of them, as the file names them.
+    """
+    names = " and ".join(f"'{name}'" for name in sorted(absent))
+    are_none = "is not a column" if len(absent) == 1 else "are not columns"
+    what = f"{names} {are_none} of the rows; there are {listed(row)}"
+    free = [column for column in row if column not in columns.values()]
+    close = [near[0] for name in sorted(absent) if (near := nearest(name, free, count=1))]
+    todo = f"did you mean {' and '.join(repr(name) for name in close)}?" if close else "correct columns in the recipe"
+    return DataError(what, key="columns", todo=todo)
+
+
 def several_formats(found: Mapping[str, tuple[int, Row]]) -> DataError:
     """The error for rows of several formats; where one only lacks a column of another, it is that row's.
 

@@ -32,6 +32,7 @@ from lorafit.data.sources.hub import HubRows, is_hub_id
 from lorafit.data.sources.lines import RawRow, RawRows
 from lorafit.data.sources.readers import read_file
 from lorafit.data.sources.row_columns import (
+    absent_columns,
     check_task,
     explain_unread,
     find_format,
@@ -271,6 +272,7 @@ class Source:
         errors: list[DataError] = []
         first: tuple[int, RawRow] | None = None
         odd: tuple[int, RawRow] | None = None
+        theirs: RawRow = {}
         for line, row in islice(self._raw_rows(), ROWS_LOOKED_AT):
             if isinstance(row, DataError):
                 row.at(file=self.name, line=line)
@@ -286,7 +288,7 @@ class Source:
                     del first[1][column]  # what only some rows have says nothing about all of them
                 found.setdefault(name, (line, mapped))
             elif odd is None:
-                odd = line, mapped
+                odd, theirs = (line, mapped), row
         if len(found) > 1:
             raise several_formats(found).at(file=self.name)
         try:
@@ -295,6 +297,8 @@ class Source:
                     check_task(first[1], next(iter(found)), self._task)
                 return next(iter(found))
             if odd is not None:
+                if self._absent and not self._prompts:
+                    raise absent_columns(self._absent, self.section.columns, theirs)
                 is_table = self._path is not None and suffix_of(self._path) in (".csv", ".tsv", ".xlsx")
                 raise no_prompt(odd[1]) if self._prompts else unknown_columns(odd[1], self._task, is_table=is_table)
         except DataError as error:

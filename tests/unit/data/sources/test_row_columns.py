@@ -156,7 +156,7 @@ def test_what_stands_inside_of_an_object_is_mapped_by_its_path(tmp_path: Path) -
         sample = read(tmp_path, row, task="seq2seq-lm", columns=columns)
         assert (sample.prompt, sample.completion) == ("red", found)
     said = refusal(tmp_path, row, task="seq2seq-lm", columns={"source": "translation.en", "target": "translation.it"})
-    assert "d.jsonl:1: no known format has the columns id, translation.de, translation.more, source" in said
+    assert "d.jsonl:1: columns: 'translation.it' is not a column of the rows; there are id, translation.en, " in said
     flat = {"a.b": "red", "c": "rot"}  # a name with a dot of its own
     assert read(tmp_path, flat, task="seq2seq-lm", columns={"source": "a.b", "target": "c"}).prompt == "red"
 

@@ -341,6 +341,34 @@ def test_columns_are_checked_against_the_formats(tmp_path: Path) -> None:
     assert (samples[0].prompt, samples[0].completion) == ("x", "y")
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        (
+            {"id": 1, "label": "x", "message": "m"},
+            {"text": "massage"},
+            "'massage' is not a column of the rows; there are id, label, message; did you mean 'message'?",
+        ),
+        (
+            {"id": 1, "translation": {"en": "a", "de": "b"}},
+            {"source": "translation.en", "target": "translation.fr"},
+            "'translation.fr' is not a column of the rows; there are id, translation.en, translation.de; did you mean",
+        ),
+        (
+            {"id": 1, "kind": "x"},
+            {"prompt": "asked", "completion": "reply"},
+            "'asked' and 'reply' are not columns of the rows; there are id, kind; correct columns in the recipe",
+        ),
+    ],
+)
+def test_a_mapped_column_that_no_row_has_is_said_before_formats_are_guessed(
+    tmp_path: Path, row: dict[str, object], columns: dict[str, str], said: str
+) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    error = str(failure(tmp_path, columns=columns))
+    assert error.startswith(f"d.jsonl:1: columns: {said}") and "mean 'translation.en'" not in error
+
+
 def test_a_mapped_name_that_was_taken_gives_way(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"prompt": "old", "new": "p", "completion": "c"}\n', encoding="utf-8")
     section = SourceSection(path="d.jsonl", columns={"prompt": "new"})
