@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lorafit.console.wording import counted, in_sequences, list_classes, list_weights
+from lorafit.console.wording import agreed, counted, in_sequences, list_classes, list_weights
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import covers
 from lorafit.ops.recomputed_layers import CHECKPOINTING
@@ -49,7 +49,8 @@ def plan_table(plan: Plan) -> Table:
 def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     share = plan.trainable_parameters / plan.total_parameters
     yield "model", _plain(plan.model)
-    yield "parameters", f"{plan.total_parameters:,} + {plan.trainable_parameters:,} trainable ({share:.2%})"
+    frozen = plan.total_parameters - plan.step.step.model.new_head_parameters
+    yield "parameters", f"{frozen:,} + {plan.trainable_parameters:,} trainable ({share:.2%})"
     if plan.without_adapter:
         yield "no adapter", _plain(_left_out(plan))
     stored = f"{plan.quantization}, the rest {plan.dtype}; compute {plan.compute_dtype}"
@@ -64,14 +65,15 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "dropout", price
     longest = counted(plan.longest_tokens, "token") + in_sequences(plan.longest_tokens, plan.step.step.task.sequences)
     yield "rows", f"{plan.rows:,} an epoch, longest {longest}; {counted(plan.validation_rows, 'validation row')}"
-    labels = f"{plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
-    if plan.step.step.task.labels_rows:
-        labels = f"{plan.trained_tokens:,} labels, one a row"
+    carry = f", {plan.trained_tokens:,} of them trained ({plan.trained_share:.1%})"
+    if (task := plan.step.step.task).labels_rows:
+        verb = agreed(plan.trained_tokens, "carries", "carry")
+        carry = f"; {counted(plan.trained_tokens, task.loss_unit)} {verb} loss"
     if plan.classes:
         yield "classes", _plain(list_classes(plan.classes, plan.step.step.task.class_unit))
     if plan.class_weights:
         yield "class weights", _plain(list_weights(plan.class_weights))
-    yield "tokens", f"{plan.tokens:,} an epoch, {labels}"
+    yield "tokens", f"{plan.tokens:,} an epoch{carry}"
     epochs = f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}"
     yield "steps", f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {epochs}"
     schedule = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"

@@ -79,7 +79,7 @@ class Trained(Printed):
             if self.profile is not None:
                 say(console, self.profile)
                 say(console, f"profile: {near(self.run.profile)}, {near(self.run.trace)}\n")
-            rate = f": {self.speed.describe()}" if self.speed else ""
+            rate = f": {self.speed.describe(self.plan.step.step.task.loss_unit)}" if self.speed else ""
             before, after = "", ""
             if fit.resumed_step:
                 before, after = f", {fit.resumed_step:,} of them before this resume,", " altogether"

@@ -64,10 +64,12 @@ class Speed:
         """Plain values."""
         return asdict(self)
 
-    def describe(self) -> str:
-        """One line for people."""
+    def describe(self, loss_unit: str) -> str:
+        """One line for people; what carries loss is the task's `loss_unit`."""
+        rate = self.trained_tokens_per_second
+        trained = counted(rate if rate < 10 else round(rate), loss_unit)
         parts = [
-            f"{self.tokens_per_second:,.0f} tokens/s ({self.trained_tokens_per_second:,.0f} labels/s)",
+            f"{self.tokens_per_second:,.0f} tokens/s ({trained}/s)",
             f"{self.padding_share:.1%} padding",
         ]
         if self.model_flops_utilisation is not None and self.peak_flops_per_second:

@@ -126,6 +126,8 @@ class Task(Kind[S_co]):
     """Whether its rows have images, which its model's processor makes tensors of."""
     labels_rows: ClassVar[bool] = False
     """Whether a label is a row's, and no token carries loss."""
+    loss_unit: ClassVar[str] = "trained token"
+    """What carries loss, and is counted as `trained_tokens`."""
     classified_format: ClassVar[str | None] = None
     """The format of what its models give labels to, for `classify`; None where they give none."""
     classifies_answers: ClassVar[bool] = False

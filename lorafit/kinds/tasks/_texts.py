@@ -40,6 +40,7 @@ class TextTask(Task[T_co]):
 
     unread: ClassVar[Mapping[str, str]] = NO_TOKENS
     labels_rows = True
+    loss_unit = "row"
     text_columns: ClassVar[tuple[Column, ...]] = (
         Column("tokens", "<i4", holds_tokens=True),
         Column("marks", "|u1", may_be_empty=True),  # sums of _SECOND, _CUT_BEFORE and _CUT_BEHIND

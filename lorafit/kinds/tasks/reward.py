@@ -60,6 +60,7 @@ class Reward(PairTask[RewardSection]):
     )
     unread: ClassVar[Mapping[str, str]] = {**PairTask.unread, **WRITES_NONE}
     labels_rows = classifies_answers = True
+    loss_unit = "pair"
     logits_unit = "size"
     final_metrics = ("reward_accuracy", "loss")  # margins of the base's head, a regression, are of another scale
     columns = tuple(Column(f"{side}_tokens", "<i4", holds_tokens=True) for side in SIDES)

@@ -60,6 +60,7 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
     )
     row_format = classified_format = "word_labels"
     class_unit = "word"
+    loss_unit = "labelled word"
     during_metrics = ("loss", "entity_f1")
     final_metrics = ("entity_f1", "word_accuracy", "loss")
     columns = (Column("tokens", "<i4", holds_tokens=True), Column("labels", "<i2"))

@@ -58,6 +58,17 @@ def test_classes_and_their_weights_are_shown() -> None:
     assert "class weights" not in shown(plan_table(make()))
 
 
+@pytest.mark.parametrize(
+    ("task", "unit"), [("reward", "pairs"), ("sequence-classification", "rows"), ("sequence-regression", "rows")]
+)
+def test_what_carries_loss_is_named_by_the_task_and_a_new_head_is_counted_once(task: str, unit: str) -> None:
+    facts = replace(ROWS, trained_tokens=100)
+    found = plan(recipe(task={"kind": task}), replace(shape_of(), new_head_parameters=770), facts, card(24))
+    text = " ".join(shown(plan_table(found)).split())
+    assert f"20,000 an epoch; 100 {unit} carry loss" in text and "label" not in text
+    assert f"{found.total_parameters - 770:,} + {found.trainable_parameters:,} trainable" in text
+
+
 def test_warm_up() -> None:
     assert make(training={"schedule": {"kind": "cosine", "warmup_ratio": 0.1}}).warmup_steps == 3
     assert make(training={"schedule": {"kind": "cosine", "warmup_steps": 21}}).warmup_steps == 21

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,9 @@ def test_speed_is_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (got.tokens_per_second, got.trained_tokens_per_second) == (90, 30)
     assert got.padding_share == pytest.approx(0.1)
     assert got.model_flops_utilisation == pytest.approx(20e9 / 10 / 8e9)  # two devices
-    assert got.describe() == "90 tokens/s (30 labels/s), 10.0% padding, 25% of the measured peak of 8 GFLOP/s"
+    assert got.describe("row") == "90 tokens/s (30 rows/s), 10.0% padding, 25% of the measured peak of 8 GFLOP/s"
+    slow = replace(got, trained_tokens_per_second=0.3)
+    assert slow.describe("pair").startswith("90 tokens/s (0.3 pairs/s), ")
 
 
 def test_the_loop_counts_padding(tmp_path: Path) -> None:
