@@ -63,7 +63,7 @@ _HELP = {
     "classify.run": ("RUN_OR_MODEL", "A run, its recipe, an adapter or a merged model folder."),
     "classify.prompt": ("TEXT", "One text."),
     "classify.input_file": ("FILE", "A file of texts: txt, one a line, or training's rows."),
-    "classify.output": ("FILE", "Write the labels there too, a JSON object a line."),
+    "classify.output": ("FILE", "Write the labels there too: a table (.csv), or JSON lines (.jsonl)."),
     "gpu": (
         "SIZE|NAME",
         "24GiB, rtx-4090 or cpu: exit 10 where it does not fit; several are compared. `list` names all cards.",

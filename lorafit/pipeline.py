@@ -365,13 +365,13 @@ def classify(
     base_model: str | None = None,
     reporter: Reporter | None = None,
 ) -> Classified:
-    """Labels of a text or a file of texts, with probabilities; written as JSON lines where an output is named."""
+    """Labels of a text or a file of texts, with probabilities; written as a table or JSON lines where asked."""
     reporter = reporter or Silent()
     from lorafit.answering.prompts import check_prompts
 
     check_prompts(prompt, input_file, rows)
-    if output is not None and output.exists():
-        raise UsageError("the output exists", file=str(output), todo="choose another, or remove it")
+    if output is not None:
+        Classified.check_output(output)
     check_answerable(run, checkpoint)
     from lorafit.answering.classify import open_classifier
 

@@ -15,7 +15,7 @@ from lorafit.contracts import Encoded, JsonMapping, JsonObject, Reporter, Sample
 from lorafit.data.prompts import column_names
 from lorafit.data.sample_renderer import Renderer
 from lorafit.data.sources.files import find_files
-from lorafit.data.sources.row_columns import find_format, rename, unknown_columns
+from lorafit.data.sources.row_columns import NO_FORMAT, find_format, rename, unknown_columns, written
 from lorafit.data.sources.sample_set import SampleSet
 from lorafit.data.sources.source import Source
 from lorafit.errors import DataError, LorafitError, UsageError
@@ -100,7 +100,15 @@ def _open(file: str, known: Sequence[Columns], reporter: Reporter) -> Source:
         except LorafitError as error:
             refused = refused or error
     assert refused is not None, "column_names gives at least the formats' own"
-    raise refused
+    raise _advised(refused, known)
+
+
+def _advised(error: LorafitError, known: Sequence[Columns]) -> LorafitError:
+    """The error; where rows are of no format, with what can be done about rows that no recipe names."""
+    if error.what.startswith(NO_FORMAT):
+        as_the_run = f"write them as the run's recipe does: {written(known[0])}; or " if known[0] else ""
+        error.todo = f"{as_the_run}name them prompt and completion, or prompt, chosen and rejected"
+    return error
 
 
 def _read_row(row: JsonMapping, known: Sequence[Columns], place: str) -> Sample:
@@ -111,7 +119,7 @@ def _read_row(row: JsonMapping, known: Sequence[Columns], place: str) -> Sample:
                 return formats.get(name).read(renamed, place, 0)
         raise unknown_columns(row, None, is_table=False)
     except DataError as error:
-        raise error.at(file=place) from None
+        raise _advised(error.at(file=place), known) from None
 
 
 def single_answers(samples: Sequence[Sample]) -> list[Sample]:

@@ -27,7 +27,8 @@ from lorafit.data.sources.files import find_files
 from lorafit.data.sources.row_columns import Columns, rename
 from lorafit.data.sources.sample_set import SampleSet
 from lorafit.data.sources.source import Source
-from lorafit.errors import DataError, ModelError, UsageError
+from lorafit.errors import DataError, MissingFieldError, ModelError, UsageError
+from lorafit.kinds.fields import advise_renaming
 from lorafit.kinds.formats import formats
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.model.adapter import NOTES, read_notes
@@ -257,7 +258,11 @@ def read_texts(
         known = column_names([SourceSection.model_construct(path="", columns=columns) for columns in named])
     if rows is not None:
         dicts = [{"text": row} if isinstance(row, str) else rename(row, _choose(row, known, asks)) for row in rows]
-        return [reader.read_prompt(row, f"prompts[{number}]", 0) for number, row in enumerate(dicts)]
+        try:
+            return [reader.read_prompt(row, f"prompts[{number}]", 0) for number, row in enumerate(dicts)]
+        except MissingFieldError as error:
+            advise_renaming(error)
+            raise
 
     def open_file(file: str) -> Source:
         """By the first of the names under which its first row has a text."""

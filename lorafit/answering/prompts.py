@@ -21,6 +21,8 @@ def check_prompts(prompt: str | None, input_file: Path | None, rows: Sequence[st
         UsageError: As said of the command line.
         DataError: The file is missing, or no data.
     """
+    if prompt is not None and input_file is not None:
+        raise UsageError("is given beside --input", key="--prompt", todo="leave one of them out")
     if (prompt, input_file, rows).count(None) != 2:
         raise UsageError("needs a prompt", key="--prompt", todo="give either --prompt TEXT or --input FILE")
     from lorafit.data.prompts import read_prompt

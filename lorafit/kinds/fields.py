@@ -13,6 +13,7 @@ from lorafit.files.strict_json import JsonError, parse_json
 Row = JsonMapping
 
 MUST_CONTAIN = "must_contain"
+_RENAME, _OR_MAP = "rename it", ", or map it with columns: "
 _TYPE_NAMES = {dict: "object", list: "list", str: "string", bool: "boolean", int: "integer", float: "number"}
 
 
@@ -43,8 +44,13 @@ def missing_field(name: str, row: Row) -> MissingFieldError:
         return MissingFieldError(f"empty row: missing field '{name}'", key=name)
     close = nearest(name, [key for key in row if isinstance(key, str)], count=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    todo = f"{hint}rename it, or map it with columns: {{{name}: {close[0] if close else 'THEIRS'}}}"
+    todo = f"{hint}{_RENAME}{_OR_MAP}{{{name}: {close[0] if close else 'THEIRS'}}}"
     return MissingFieldError(f"missing field '{name}'; found {listed(row)}", key=name, todo=todo)
+
+
+def advise_renaming(error: MissingFieldError) -> None:
+    """Changes the advice to what can be done with rows that no recipe names, whose columns nothing maps."""
+    error.todo = error.todo and error.todo.partition(_OR_MAP)[0]
 
 
 def wrong_type(name: str, expected: str, value: Any) -> DataError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.console.reporting import Printed, say
 from lorafit.contracts import JsonObject, Sample
+from lorafit.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,6 +85,14 @@ class Classified(Printed):
         rows = zip(places, self.texts, self.found, strict=True)
         return {"labels": [{**place, **_asked(text), **found} for place, text, found in rows]}
 
+    @staticmethod
+    def check_output(file: Path) -> None:
+        """Raises UsageError where a file is there already, or its name says that it is neither table nor JSON lines."""
+        if file.exists():
+            raise UsageError("the output exists", file=str(file), todo="choose another, or remove it")
+        if file.suffix.lower() not in _WRITTEN:
+            raise UsageError("is no table that is written", file=str(file), todo="name it .csv or .jsonl")
+
     def write(self, file: Path) -> None:
         """The same as JSON lines, or as a table where the file ends in `.csv`. Raises ResourceError where the disk is
         full, read-only or broken.
@@ -114,6 +123,7 @@ class Classified(Printed):
 
 
 _PLACE = ("file", "line")
+_WRITTEN = (".csv", ".jsonl", ".ndjson")
 
 
 def _as_table(rows: Sequence[JsonObject]) -> str:

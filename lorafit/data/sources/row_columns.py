@@ -20,6 +20,7 @@ Row = JsonMapping
 _ANSWER_MISSING = "a training row holds its answer; prompts are for generate --input"
 
 NO_PROMPT = "no prompt among the columns"
+NO_FORMAT = "no known format has the columns"
 _LABELS = "labels"
 _VERDICTS = ("true", "false")
 _TURNS = {"messages": "role", "conversations": "from"}
@@ -145,7 +146,7 @@ def unknown_columns(row: Row, task: Task[TaskSection] | None, *, is_table: bool)
     if not row:
         return missing_field("messages", row)
     if task is not None and (needs := _say_needs(task, row)):
-        return DataError(f"no known format has the columns {listed(row)}", todo=needs)
+        return DataError(f"{NO_FORMAT} {listed(row)}", todo=needs)
     chats = [written({field: column}) for column in row if (field := _turns_field(row[column])) is not None]
     chat, text = _guess_format(row, verbatim=False), _guess_format(row, verbatim=True)
     if not chats and chat is None and (typo := _find_typo(row)):
@@ -166,7 +167,7 @@ def unknown_columns(row: Row, task: Task[TaskSection] | None, *, is_table: bool)
         verbatim = "{prompt: THEIRS, completion: THEIRS} or {text: THEIRS}"
         todo = f"map a chat's columns: {{question: THEIRS, answer: THEIRS}}; verbatim text's: {verbatim}"
         todo += "; numbers where there is no header: {text: '1'}" if is_table else ""
-    return DataError(f"no known format has the columns {listed(row)}", todo=todo)
+    return DataError(f"{NO_FORMAT} {listed(row)}", todo=todo)
 
 
 def absent_columns(absent: Collection[str], columns: Columns, row: Row) -> DataError:

@@ -45,7 +45,7 @@ from lorafit.data.sources.row_columns import (
 from lorafit.data.sources.workbook import unread_sheets
 from lorafit.errors import IN_MEMORY, DataError, LorafitError, MissingFieldError, RecipeError
 from lorafit.files.cache import memory_rows
-from lorafit.kinds.fields import listed
+from lorafit.kinds.fields import advise_renaming, listed
 from lorafit.kinds.formats import formats, required_fields
 from lorafit.kinds.tasks import Task, TaskSection
 from lorafit.recipe.schema import SourceSection
@@ -221,6 +221,8 @@ class Source:
         except DataError as error:
             if isinstance(error, MissingFieldError):
                 self._blame_row(error, row)
+                if self._prompts:
+                    advise_renaming(error)
             error.at(file=self.name, line=line)
             return error
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lorafit import pipeline
+from lorafit.answering.answer_rows import read_answers
 from lorafit.answering.classify import Classifier, read_texts
 from lorafit.answering.engine import Engine
 from lorafit.contracts import Silent
-from lorafit.errors import DataError, LorafitError
+from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.tasks import tasks
 
@@ -65,3 +69,33 @@ def test_a_file_without_rows_is_told_before_a_model_is_loaded(run: Path, name: s
         classifier.label(classifier.read(run, None, file, None, Silent()), Silent())
     with pytest.raises(DataError, match="no rows"):
         classifier.label(classifier.read(run, None, None, [], Silent()), Silent())
+
+
+def test_advice_about_columns_is_what_the_command_can_do(run: Path) -> None:
+    bare = run.parent / "bare"
+    bare.mkdir()
+    RunDir(bare).recipe.write_text(json.dumps(RECIPE | {"data": {"train": "a.jsonl"}}), encoding="utf-8")
+    RunDir(bare).manifest.write_text("{}", encoding="utf-8")
+    file = run.parent / "d.jsonl"
+    file.write_text('{"texd": "good"}\n', encoding="utf-8")
+    for rows in ({"input_file": file, "rows": None}, {"input_file": None, "rows": [{"texd": "good"}]}):
+        with pytest.raises(LorafitError, match=r"did you mean 'texd'\? rename it$"):
+            read_texts(bare, "text_label", None, reporter=Silent(), **rows)  # type: ignore[arg-type]
+    file.write_text('{"frage": "a", "wort": "b"}\n', encoding="utf-8")
+    for rows in ({"input_file": file, "rows": None}, {"input_file": None, "rows": [{"frage": "a", "wort": "b"}]}):
+        with pytest.raises(LorafitError, match=r"; name them prompt and completion, or prompt, chosen and rejected$"):
+            read_answers(bare, None, reporter=Silent(), **rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ask", [pipeline.classify, pipeline.generate])
+def test_a_prompt_beside_a_file_of_them_is_not_missing(run: Path, ask: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match=r"^--prompt: is given beside --input; leave one of them out$"):
+        ask(run, prompt="x", input_file=run / "MANIFEST.json")
+    with pytest.raises(UsageError, match="needs a prompt"):
+        ask(run)
+
+
+@pytest.mark.parametrize("name", ["out.xlsx", "out", "out.json", "out.csv.gz"])
+def test_labels_are_written_as_the_files_name_says_or_not_at_all(run: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"out.*is no table that is written; name it \.csv or \.jsonl"):
+        pipeline.classify(run, prompt="x", output=run.parent / name)
