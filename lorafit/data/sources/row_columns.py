@@ -11,7 +11,7 @@ from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import DataError, MissingFieldError
 from lorafit.kinds.fields import listed, missing_field
 from lorafit.kinds.formats import Format, formats, required_fields
-from lorafit.kinds.tasks import Task, TaskSection
+from lorafit.kinds.tasks import Task, TaskSection, tasks
 
 Columns = Mapping[str, str]
 """`{ours: theirs}`: which of a source's columns holds a field of its format."""
@@ -243,12 +243,15 @@ def explain_unread(column: str, row: Row, kind: Format) -> str | None:
     close = nearest(column, optional, count=1)
     if close:
         return f"did you mean '{close[0]}'?"
-    for _, other in by_priority():
+    for name, other in by_priority():
         for field, needed in other.fields.items():
             if needed or field in kind.fields or column.lower() not in (field, *other.known_as.get(field, ())):
                 continue
             columns = guess_columns(row, other)
             if columns is not None and columns.get(field) == column:
+                readers = [task for task in tasks.names() if tasks.get(task).row_format == name]
+                if readers:
+                    return f"task {alternatives(readers)} reads it"
                 return f"to ask with it, map {written(columns)}"
     return None
 

@@ -141,6 +141,15 @@ def test_columns_that_are_not_read_are_warned_about(tmp_path: Path) -> None:
     assert any("'contxt', which none of the first rows has" in warning for warning in reporter.warnings)
 
 
+def test_images_beside_a_task_that_reads_text_name_the_task_that_reads_them(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
+    reporter = Silent()
+    read(tmp_path, row := {"messages": turns, "images": ["a.png"]}, reporter)
+    list(read_sources([SourceSection(path="d.jsonl")], tmp_path, BadRowsSection(), reporter))
+    assert reporter.warnings[0].endswith("'images' (1 row) is not read; task image-text-to-text reads it")
+    assert read(tmp_path, row, task="image-text-to-text").pictures
+
+
 def test_a_label_that_is_no_verdict_leaves_prompts_and_completions_alone(tmp_path: Path) -> None:
     assert read(tmp_path, {"prompt": "q", "completion": "a", "label": "spam"}).completion == "a"
     judged = {"prompt": "q", "completion": "a", "label": True}
