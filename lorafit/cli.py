@@ -42,7 +42,7 @@ _HELP = {
     "measure_memory": ("", "Count live tensors in every step: slower, and exact."),
     "profile": ("", "Write where the time goes into the run folder: a table and a trace."),
     "evaluate.run": ("RUN_OR_RECIPE", "A run folder, or the recipe of one."),
-    "split": ("test|validation", "Rows to score; test where the recipe has it."),
+    "split": ("test|validation|train", "Rows to score; test where the recipe has it."),
     "limit": ("ROWS", "Score only the first rows."),
     "merge.run": ("RUN_OR_ADAPTER", "A run folder, or an adapter folder."),
     "merge.output": ("DIR", "Where the merged model goes."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,8 @@ def describe(value: Any) -> str:
     name = _TYPE_NAMES.get(type(value), type(value).__name__)
     if isinstance(value, str):
         return f"{name} '{shorten(value)}'"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return f"{name} {value}" if isinstance(value, int | float) else name
 
 

@@ -10,6 +10,7 @@ from typing import get_args
 from lorafit.console.wording import alternatives
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
+from lorafit.recipe.foreign import suggest_word
 from lorafit.recipe.schema import Recipe, sources_of
 from lorafit.recipe.yaml_tree import KeyPath, parse_key
 
@@ -70,7 +71,10 @@ def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:
     measured = list(dict.fromkeys(["loss", *evaluation.during]))
     if stopping is not None and stopping.metric not in measured:
         keys = ("evaluation.early_stopping.metric", "evaluation.during")
-        todo = f"available metrics: {', '.join(measured)}; evaluation.during names more"
+        apt = [name for name in metrics.names() if tasks.bind(recipe.task).can_score(name)]
+        near = suggest_word(stopping.metric, apt)
+        measured = [name for name in measured if name in apt]
+        todo = f"{near}available metrics: {', '.join(measured)}; evaluation.during names more"
         yield Disagreement(keys, f"'{stopping.metric}' is not measured while training", todo)
     if evaluation.length_penalty != 1.0 and evaluation.num_beams == 1:
         keys = ("evaluation.length_penalty", "evaluation.num_beams")

@@ -126,7 +126,7 @@ def suggest_key(path: KeyPath, node: Node | None, section: Entry) -> Suggestion:
     if folded in known:
         return Suggestion(unknown, f"did you mean {folded}?", (*parent, folded))
     foreign_key = _foreign_key(folded, section, fields, parent)
-    if foreign_key is not None:
+    if foreign_key is not None and foreign_key.meant != path:
         return foreign_key
     others = [kind for kind, form in kinds.items() if folded in form["properties"]]
     if others:

@@ -146,6 +146,7 @@ BAD_ROWS = {
         {
             "a score that is a word": ({"score": "high"}, "score"),
             "a score that is no number": ({"score": "nan"}, "score"),
+            "a score with a comma": ({"score": " 3,5"}, "score"),
             "no score": ({"score": []}, "score"),
             "two scores, where one is predicted": ({"score": [1, 2]}, "score"),
             "a second text that is a number": ({"text_pair": 3}, "text_pair"),

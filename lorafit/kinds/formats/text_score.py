@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from lorafit.kinds.fields import (
     wrong_type,
 )
 from lorafit.kinds.formats import Format, formats
+
+_COMMA_NUMBER = re.compile(r"[-+]?\d+,\d+")
 
 
 @formats.register("text_score")
@@ -56,7 +59,10 @@ def _number(value: object) -> float:
         try:
             value = float(value)
         except ValueError:
-            raise wrong_type("score", "a number, or a list of them", value) from None
+            error = wrong_type("score", "a number, or a list of them", value)
+            if _COMMA_NUMBER.fullmatch(value.strip()):
+                error.todo = f"write {value.strip().replace(',', '.')}, with a decimal point"
+            raise error from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise wrong_type("score", "a number, or a list of them", value)
     return float(value)

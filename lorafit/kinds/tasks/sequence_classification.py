@@ -72,16 +72,21 @@ class SequenceClassificationSection(LabelsSection, TextSection):
         if not self.multi_label and (self.threshold != DEFAULT_THRESHOLD or self.thresholds):
             raise ValueError("only rows of several labels have thresholds; set multi_label: true, or leave them out")
         if self.thresholds and len(self.thresholds) != len(self.labels):
-            many = f"{len(self.thresholds)} thresholds for {len(self.labels)} classes that are named"
-            raise ValueError(f"thresholds has {many}; name the classes in labels, and give each of them one")
+            raise ValueError(self._say_count("thresholds", len(self.thresholds)))
         return self
 
     @model_validator(mode="after")
     def _weigh_each(self) -> Self:
         if isinstance(self.class_weights, list) and len(self.class_weights) != len(self.labels):
-            many = f"{len(self.class_weights)} weights for {len(self.labels)} classes that are named"
-            raise ValueError(f"class_weights has {many}; name the classes in labels, and give each of them one")
+            raise ValueError(self._say_count("class_weights", len(self.class_weights)))
         return self
+
+    def _say_count(self, option: str, count: int) -> str:
+        """That an option with a value for each class has another number of them."""
+        if not self.labels:
+            return f"{option} gives classes values in the order of task.labels, which is not set; name them there"
+        many = f"{counted(count, 'value')} for {len(self.labels)} classes that are named"
+        return f"{option} has {many}; name the classes in labels, and give each of them one"
 
 
 @tasks.register(SequenceClassificationSection)

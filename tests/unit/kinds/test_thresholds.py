@@ -60,7 +60,7 @@ def test_a_task_takes_what_its_rows_decide_again_each_time() -> None:
     [
         ({"threshold": 0.4}, "set multi_label: true"),
         ({"threshold": "f1"}, "set multi_label: true"),
-        ({"multi_label": True, "thresholds": [0.1, 0.2, 0.3], "labels": ["a", "b"]}, "3 thresholds for 2 classes"),
+        ({"multi_label": True, "thresholds": [0.1, 0.2, 0.3], "labels": ["a", "b"]}, "3 values for 2 classes"),
     ],
 )
 def test_thresholds_that_mean_nothing_are_refused(options: dict[str, Any], part: str) -> None:

@@ -102,6 +102,31 @@ def test_early_stopping_needs_evaluations(fails: Fails) -> None:
     assert "r.yaml:4:14: evaluation.early_stopping: needs evaluation.every_steps" in str(error)
 
 
+def classifies(evaluation: str) -> str:
+    """A classifier's recipe that stops early."""
+    return MINIMAL.replace("a.jsonl", "a.jsonl, validation: v.jsonl") + (
+        f"task: sequence-classification\nevaluation: {{every_steps: 5, {evaluation}}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "meant"),
+    [("macrof1", "macro_f1 or micro_f1"), ("acuracy", "accuracy"), ("eval_loss", "loss"), ("zzqq", "")],
+)
+def test_a_metric_to_stop_by_that_is_misspelt_is_answered_with_the_nearest(
+    fails: Fails, metric: str, meant: str
+) -> None:
+    said = str(fails(classifies(f"early_stopping: {{metric: {metric}}}")))
+    hint = f"did you mean {meant}? " if meant else ""
+    assert f"'{metric}' is not measured while training; {hint}available metrics: loss, accuracy;" in said
+
+
+def test_a_metric_that_is_refused_is_not_listed_as_available(fails: Fails) -> None:
+    refused, other = parts(fails(classifies("during: [bleu, accuracy], early_stopping: {metric: macro_f1}")))
+    assert "metric 'bleu' reads what task sequence-classification does not give" in refused
+    assert "available metrics: loss, accuracy;" in other
+
+
 def test_all_disagreements_are_found_at_once(fails: Fails) -> None:
     error = fails(
         "name: x\nmodel: {base: m.gguf, revision: v1}\ndata: {train: a.jsonl}\n"

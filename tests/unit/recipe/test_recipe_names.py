@@ -232,6 +232,13 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(fails: Fails, key: 
     assert f"did you mean {meant}" in str(fails(MINIMAL, [f"{key}=3"]))
 
 
+def test_an_option_of_another_task_is_said_to_be_that(fails: Fails) -> None:
+    """`beta` is another tool's name for `task.beta` elsewhere; here it is where it belongs, on the wrong task."""
+    said = str(fails(MINIMAL + "task: sequence-classification\n", ["task.beta=1"]))
+    assert said.endswith("task.beta: unknown key; sequence-classification has no beta; it belongs to dpo and kto")
+    assert "in lorafit this is task.beta" in str(fails(MINIMAL, ["training.beta=1"]))
+
+
 def test_a_key_like_no_other_gets_the_list(fails: Fails) -> None:
     assert "this section has every_steps, keep_last" in str(fails(MINIMAL + "checkpoints: {zzzzqq: 1}\n"))
 
