@@ -34,6 +34,7 @@ _TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and heigh
 _ORIENTATION = 0x0112
 _OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 _SIZES_KEPT = 4096
+_PUT_BACK = "put it back; a run then goes on from its last saved step with --resume"
 
 
 class ProcessorPictures:
@@ -216,10 +217,10 @@ def _open(picture: PlacedPicture) -> Any:
     try:
         data = Path(picture.file).read_bytes()
     except OSError:
-        raise DataError(f"the image {picture.file} is gone", todo="put it back") from None
+        raise DataError(f"the image {picture.file} is gone", todo=_PUT_BACK) from None
     if hashlib.sha256(data).hexdigest() != picture.sha256:
         what = f"the image {picture.file} was changed since the rows were prepared"
-        raise DataError(what, todo="put it back, or start anew")
+        raise DataError(what, todo=f"{_PUT_BACK}; or start anew")
     with Image.open(io.BytesIO(data)) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 

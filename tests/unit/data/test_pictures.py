@@ -212,11 +212,13 @@ def test_a_changed_image_is_prepared_anew_and_told_while_a_run_goes_on(tmp_path:
     with pytest.raises(DataError, match=r"p2\.png was changed since the rows were prepared") as caught:
         before.task.collate([[before.train[2]]], 0)
     assert (caught.value.line, caught.value.exit_code) == (3, 4)
+    again = "put it back; a run then goes on from its last saved step with --resume"
+    assert caught.value.todo == f"{again}; or start anew"
     after, _ = prepare_pictures("llava", train=[source])
     assert after.digest != before.digest
     after.task.collate([[after.train[2]]], 0)
     (tmp_path / "p2.png").unlink()
-    with pytest.raises(DataError, match=r"p2\.png is gone"):
+    with pytest.raises(DataError, match=rf"p2\.png is gone; {again}"):
         after.task.collate([[after.train[2]]], 0)
 
 
