@@ -30,6 +30,8 @@ from lorafit.errors import DataError, ModelError, UsageError
 from tests.support.processes import ENVIRONMENT, PROGRAM, start
 from tests.support.tiny_model import make_base
 
+pytestmark = pytest.mark.usefixtures("memory_by_formula")
+
 ROWS = [{"text": f"{word} number {n}", "label": word} for n in range(6) for word in ("red", "green", "blue")]
 
 

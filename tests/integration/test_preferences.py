@@ -95,6 +95,7 @@ def test_a_reward_chooses_the_checkpoint_and_stops_the_run(pairs: World, metric:
         assert max(values) == best + 2 < steps and "stopped early" in trained.stdout + trained.stderr
 
 
+@pytest.mark.usefixtures("memory_by_formula")
 def test_the_reference_is_the_adapter_that_training_began_with(pairs: World) -> None:
     """At step 0, after a resume whose cache and init_from are gone, and in eval."""
     short = ["--set", "training.max_steps=1", "--set", "evaluation.every_steps=null"]
@@ -129,6 +130,7 @@ def test_odds_need_no_reference(pairs: World) -> None:
     say_all(pairs.run("merge", "run", "--output", "merged"), 0, "merged")
 
 
+@pytest.mark.usefixtures("memory_by_formula")
 def test_a_reward_model_is_resumed_scored_and_merged_into_plain_transformers(pairs: World) -> None:
     final = ("  final: [perplexity]\n  max_new_tokens: 8\n", "  final: [reward_accuracy, reward_margin, loss]\n")
     pairs.recipe(("  dropout: 0.0", "  dropout: 0.0\ntask: {kind: reward, centering: 0.01}"), *DPO[1:3], final)

@@ -15,6 +15,8 @@ from lorafit.run.trained import Trained
 from tests.support.option_world import evaluation_lines
 from tests.support.tiny_seq2seq import make_base, make_language_tokenizer, make_recipe, make_texts
 
+pytestmark = pytest.mark.usefixtures("memory_by_formula")
+
 SEARCH = {"num_beams": 3, "length_penalty": 1.5, "max_new_tokens": 9}
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from lorafit import pipeline
@@ -13,6 +14,8 @@ from lorafit.evaluation.evaluation import Evaluation
 from lorafit.files.atomic import read_object
 from tests.support.option_world import evaluation_lines
 from tests.support.tiny_seq2seq import make_base, make_marian_base
+
+pytestmark = pytest.mark.usefixtures("memory_by_formula")
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 WORDS = (("red", "rot"), ("blue", "blau"), ("green", "grün"), ("mug", "Becher"), ("plate", "Teller"))

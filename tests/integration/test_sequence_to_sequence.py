@@ -16,7 +16,6 @@ from lorafit import pipeline
 from lorafit.contracts import Silent
 from lorafit.data.batch import StepRows
 from lorafit.errors import Problems
-from lorafit.estimation import measured
 from lorafit.job import open_job
 from lorafit.recipe.load import load_recipe
 from tests.support.tiny_recipe import write_rows
@@ -29,13 +28,9 @@ from tests.support.tiny_seq2seq import (
     tiny_seq2seq,
 )
 
+pytestmark = pytest.mark.usefixtures("memory_by_formula")
+
 ADAMW = {"kind": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def memory_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is not what is shown here, and the dry run that measures it takes ten times as long as the training."""
-    monkeypatch.setattr(measured, "covers", lambda step: True)
 
 
 def step_losses(run: Path) -> list[float]:

@@ -18,6 +18,8 @@ from lorafit.errors import RecipeError
 from lorafit.files.atomic import read_object
 from tests.support.tiny_model import make_base
 
+pytestmark = pytest.mark.usefixtures("memory_by_formula")
+
 WORDS = ["red", "green", "blue", "mug", "plate", "bowl", "very", "not", "good", "bad", "number", *map(str, range(10))]
 
 

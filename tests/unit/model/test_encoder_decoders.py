@@ -111,7 +111,7 @@ def test_flops_of_each_side_are_those_of_its_own_tokens() -> None:
     assert more.frozen - found.frozen == 4 * 24 * (shape.linear_parameters - shape.decoder_parameters)
 
 
-def test_fp16_of_a_model_that_keeps_weights_wide_is_warned_of(tmp_path: Path) -> None:
+def test_fp16_of_a_model_that_keeps_weights_wide_is_warned_of(tmp_path: Path, memory_by_formula: None) -> None:
     make_base(tmp_path / "base")
     reporter = Silent()
     recipe = make_recipe(tmp_path, model={"dtype": "fp16"})
