@@ -56,12 +56,13 @@ class TextScore(Format):
 def _number(value: object) -> float:
     """A finite number, or what a table's cell writes of one."""
     if isinstance(value, str):
+        written = value.strip()
         try:
-            value = float(value)
+            value = float(written)
         except ValueError:
             error = wrong_type("score", "a number, or a list of them", value)
-            if _COMMA_NUMBER.fullmatch(value.strip()):
-                error.todo = f"write {value.strip().replace(',', '.')}, with a decimal point"
+            if _COMMA_NUMBER.fullmatch(written):
+                error.todo = f"write {written.replace(',', '.')}, with a decimal point"
             raise error from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise wrong_type("score", "a number, or a list of them", value)

@@ -201,7 +201,7 @@ def test_balanced_classes_count_alike(multi_label: bool) -> None:
     np.testing.assert_allclose(objective.score(batch)["loss"], plain.score(batch)["loss"])
     given = tasks.make("sequence-classification", labels=NAMES, class_weights=[1.0, 2.0, 3.0])
     assert given.settle([]) is given
-    with pytest.raises(ValueError, match="in the order of task.labels, which is not set"):
+    with pytest.raises(ValueError, match=r"in the order of task\.labels, which is not set"):
         tasks.make("sequence-classification", class_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="1 value for 3 classes that are named"):
         tasks.make("sequence-classification", class_weights=[1.0], labels=NAMES)

@@ -109,7 +109,7 @@ def test_numbers_are_read_from_rows_and_from_cells() -> None:
     for wrong in ("good", None, True, float("nan"), [1, "x"], [[1]]):
         with pytest.raises(DataError, match="expected a number"):
             read({"text": "a", "score": wrong}, "f", 1)
-    with pytest.raises(DataError, match="list of them, found nan$"):
+    with pytest.raises(DataError, match=r"list of them, found nan$"):
         read({"text": "a", "score": "nan"}, "f", 1)
     with pytest.raises(DataError, match=r"found string '3,5'; write 3\.5, with a decimal point"):
         read({"text": "a", "score": "3,5"}, "f", 1)
