@@ -38,6 +38,8 @@ class Generated(Printed):
         for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
             row: JsonObject = {"file": prompt.file, "line": prompt.line} if prompt.line else {}
             row |= {"messages": list(prompt.turns)} if self.are_chats else {"prompt": prompt.turns[-1]["content"]}
+            if prompt.pictures:
+                row["images"] = _names(prompt)
             if prompt.tools:
                 row["tools"] = list(prompt.tools)
             row |= {"answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
@@ -53,13 +55,28 @@ class Generated(Printed):
             if is_plain:
                 say(console, answer.text)
                 continue
-            asked = prompt.turns[-1]["content"]
+            asked = _say_last_turn(prompt)
             say(console, f"{'' if number == 0 else chr(10)}> {asked}", "bold")
             if self.base_answers is not None:
                 say(console, f"base:  {self.base_answers[number].text}")
                 say(console, f"tuned: {answer.text}", "green")
             else:
                 say(console, answer.text)
+
+
+def _names(prompt: Sample) -> list[str]:
+    """The files of a prompt's images, in order; of one that the row holds without a name, where in the row."""
+    return [one.path or one.key for one in prompt.pictures]
+
+
+def _say_last_turn(prompt: Sample) -> str:
+    """What a prompt asks last, as text; each image as its file."""
+    content = prompt.turns[-1]["content"]
+    if not isinstance(content, list):
+        return str(content)
+    images = sum("text" not in part for part in content)
+    names = iter(_names(prompt)[len(prompt.pictures) - images :])
+    return "".join(str(part["text"]) if "text" in part else f"[image: {next(names)}]" for part in content)
 
 
 @dataclass(frozen=True)

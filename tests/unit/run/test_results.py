@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lorafit.answering.generate import Answer
 from lorafit.files.rundir import RunDir
 from lorafit.plan import plan
+from lorafit.run.answered import Generated
 from lorafit.run.trained import Trained
 from lorafit.trainer.state import FitResult
 from tests.support.plan_cases import ROWS, card, recipe, shape_of
@@ -36,3 +38,21 @@ def test_a_peak_says_of_what_it_is(before: int | None, said: str) -> None:
     out = io.StringIO()
     Trained(RunDir(Path("run")), plan(recipe(), shape_of(), ROWS, card(80)), None, fit).render(Console(file=out))
     assert said in out.getvalue().splitlines()
+
+
+def test_answers_about_images_name_their_files() -> None:
+    from rich.console import Console
+
+    from lorafit.kinds.formats import formats
+
+    parts = [{"type": "image", "path": "b.png"}, {"type": "text", "text": "and this?"}]
+    turns = [
+        {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what"}]},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": parts},
+    ]
+    asked = formats.get("image_messages").read_prompt({"messages": turns}, "p.jsonl", 1)
+    answers, out = Generated([asked], [Answer("blue", 1, 0.0, "stop")], None), io.StringIO()
+    assert answers.to_json()["answers"][0]["images"] == ["a.png", "b.png"]
+    answers.render(Console(file=out))
+    assert out.getvalue().splitlines() == ["> [image: b.png]and this?", "blue"]
