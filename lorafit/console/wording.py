@@ -37,6 +37,11 @@ def agreed(number: float, one: str, many: str) -> str:
     return one if number == 1 else many
 
 
+def quantised_as(quantization: str) -> str:
+    """`nf4`; of none that there is none."""
+    return "not quantised" if quantization == "none" else quantization
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

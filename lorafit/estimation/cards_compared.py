@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.console.reporting import Printed
+from lorafit.console.wording import quantised_as
 from lorafit.errors import DoesNotFitError
 from lorafit.estimation.table import RecipeEstimate, figures, format_seconds
 from lorafit.machine.devices import format_bytes
@@ -30,7 +31,12 @@ class CardComparison(Printed):
     def render(self, console: Console) -> None:
         """A table for people, a row a card."""
         first = self.estimates[0]
-        console.print(f"{first.recipe.model.base}, {first.quantization}", style="bold", markup=False, highlight=False)
+        console.print(
+            f"{first.recipe.model.base}, {quantised_as(first.quantization)}",
+            style="bold",
+            markup=False,
+            highlight=False,
+        )
         if first.rows.facts is None:
             missing = first.rows.missing or "none were given"
             console.print(f"rows not read: {missing}; data.max_length stands for them", markup=False, highlight=False)

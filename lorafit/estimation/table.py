@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafit.console.reporting import Printed, draw_histogram, full_block, say
-from lorafit.console.wording import counted, in_sequences
+from lorafit.console.wording import counted, in_sequences, quantised_as
 from lorafit.estimation.answer import Answer
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import MemoryEstimate, covers
@@ -49,10 +49,11 @@ class RecipeEstimate(Answer, Printed):
         for line in _head(self):
             say(console, line)
         console.print()
-        console.print(_memory(self.memory, block))
+        console.print(_memory(self.memory, block, self.quantization))
         if self.exact is not None:
             console.print()
-            console.print(_exact(self.exact, self.memory, "closed form" if _is_closed(self) else "few layers"))
+            engine = "closed form" if _is_closed(self) else "few layers"
+            console.print(_exact(self.exact, self.memory, engine, self.quantization))
             say(console, f"peak in {_moment(self.exact)}")
         if self.here is not None:
             say(console, "\nthis machine has no GPU; train plans for its CPU:")
@@ -79,11 +80,14 @@ def _head(estimate: Answer) -> Iterator[str]:
     memory, facts = estimate.memory, estimate.rows.facts
     step = estimate.asked.step
     total, trained = step.model.total_parameters, step.trainable_parameters
+    stored = quantised_as(estimate.quantization)
     yield (
-        f"{estimate.recipe.model.base}: {format_count(total)} parameters, {estimate.quantization}, {step.dtype}; "
+        f"{estimate.recipe.model.base}: {format_count(total)} parameters, {stored}, {step.dtype}; "
         f"{format_count(trained)} trainable ({trained / total:.2%})"
     )
     what = "the longest row" if facts is not None else "a row of data.max_length"
+    if step.task.two_texts is not None:
+        what = "source and target of the longest row" if facts is not None else "a source of data.max_length, a target"
     if memory.micro_batch_tokens > step.row_tokens:
         what = f"{what} has {step.row_tokens:,}"
     checkpointing = CHECKPOINTING[memory.gradient_checkpointing]
@@ -123,13 +127,13 @@ def _pictures(estimate: Answer) -> Iterator[str]:
         yield f"too low: what the vision tower holds for a moment is not counted, which {why}"
 
 
-def _memory(memory: MemoryEstimate, block: str) -> Table:
+def _memory(memory: MemoryEstimate, block: str, quantization: str) -> Table:
     """Components on the left; phases, and what the card needs besides tensors, on the right."""
     on_card = memory.device_kind == "cuda"
     slack = memory.needed_bytes - memory.context_bytes - memory.tensor_bytes
     factor = ALLOCATOR_FACTOR[memory.device_kind]
     left = [
-        (_LABELS[name], format_bytes(size), f"{size / memory.tensor_bytes:.0%}")
+        (_label(name, quantization), format_bytes(size), f"{size / memory.tensor_bytes:.0%}")
         for name, size in memory.components.items()
         if size
     ]
@@ -146,18 +150,23 @@ def _memory(memory: MemoryEstimate, block: str) -> Table:
     return both
 
 
+def _label(component: str, quantization: str) -> str:
+    """What a component is called: without quantised weights nothing is dequantised, and only temporaries are left."""
+    return "temporary tensors" if (component, quantization) == ("workspace", "none") else _LABELS[component]
+
+
 def _is_closed(estimate: Answer) -> bool:
     """Whether formulas gave the figures, or tried to."""
     return covers(estimate.asked.step) or not estimate.memory.counts_all
 
 
-def _exact(exact: MemoryEstimate, memory: MemoryEstimate, engine: str) -> Table:
+def _exact(exact: MemoryEstimate, memory: MemoryEstimate, engine: str, quantization: str) -> Table:
     """A dry run of the whole step beside the other engine, by component."""
     table = figures("dry run of the step", "exact", engine)
     closed = memory.components
     for name, size in exact.components.items():
         if size or closed.get(name):
-            table.add_row(_LABELS.get(name, name), format_bytes(size), format_bytes(closed.get(name, 0)))
+            table.add_row(_label(name, quantization), format_bytes(size), format_bytes(closed.get(name, 0)))
     error = memory.tensor_bytes / exact.tensor_bytes - 1
     table.add_row("tensors", format_bytes(exact.tensor_bytes), f"{format_bytes(memory.tensor_bytes)} ({error:+.1%})")
     what = "card needed" if memory.device_kind == "cuda" else "memory needed"
@@ -239,7 +248,7 @@ def _methods(estimate: Answer) -> Table:
 def _cost(estimate: Answer) -> Iterator[str]:
     cost = estimate.cost
     tokens = f"{format_count(cost.tokens)} tokens"
-    what = f"the run, {estimate.epochs:.3g} epochs, {tokens}" if cost.is_whole_run else tokens
+    what = f"the run, {counted(estimate.epochs, 'epoch')}, {tokens}" if cost.is_whole_run else tokens
     flops = f"{what}: {cost.flops.total:.2g} flops".replace("e+", "e")
     if cost.device is None or cost.peak_flops is None:
         yield f"{flops}; a card's name (--gpu) says how long that takes"

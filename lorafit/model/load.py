@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.console.wording import first_line
+from lorafit.console.wording import first_line, quantised_as
 from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
@@ -111,7 +111,7 @@ def load_model(
     import transformers
 
     entries = read_index(base.path)
-    reporter.info(f"loading {base.shown} ({quantization.kind})")
+    reporter.info(f"loading {base.shown} ({quantised_as(quantization.kind)})")
     with quiet_libraries():
         if torch.device(device).type in ("cpu", "cuda"):
             import_bitsandbytes()

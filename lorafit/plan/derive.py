@@ -42,7 +42,8 @@ class Plan:
         min_micro_batch_tokens: One longest row.
         max_micro_batch_tokens: What fits, at most a whole step of this rank.
         answered_rows: Validation rows that are answered at each evaluation; 0 where no metric reads answers.
-        answer_tokens: The most tokens that these answers can have, those of all beams.
+        answer_tokens: The most tokens that these answers can have.
+        answer_beams: Beams of each answer; every one of them may write as many.
         select_metric: The metric that chooses the best checkpoint; None: the last one is taken.
         without_adapter: Weights of the layers that no adapter can reach, by name.
         memory: The estimate for the smallest micro-batch, with as little checkpointing as fits.
@@ -86,6 +87,7 @@ class Plan:
     keep_last: int
     answered_rows: int
     answer_tokens: int
+    answer_beams: int
     select_metric: str | None
     total_parameters: int
     trainable_parameters: int
@@ -192,7 +194,8 @@ def plan(
         save_every_steps=recipe.checkpoints.every_steps,
         keep_last=recipe.checkpoints.keep_last,
         answered_rows=answered_rows,
-        answer_tokens=answered_rows * evaluation.max_new_tokens * evaluation.num_beams,
+        answer_tokens=answered_rows * evaluation.max_new_tokens,
+        answer_beams=evaluation.num_beams,
         select_metric=stopping.metric if stopping else ("loss" if evaluation.every_steps else None),
         total_parameters=shape.total_parameters,
         trainable_parameters=step.trainable_parameters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lorafit.console.wording import agreed, counted, in_sequences, list_classes, list_weights
+from lorafit.console.wording import agreed, counted, in_sequences, list_classes, list_weights, quantised_as
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import covers
 from lorafit.ops.recomputed_layers import CHECKPOINTING
@@ -53,9 +53,9 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "parameters", f"{frozen:,} + {plan.trainable_parameters:,} trainable ({share:.2%})"
     if plan.without_adapter:
         yield "no adapter", _plain(_left_out(plan))
-    stored = f"{plan.quantization}, the rest {plan.dtype}; compute {plan.compute_dtype}"
+    stored = f"{quantised_as(plan.quantization)}, {'' if plan.quantization == 'none' else 'the rest '}{plan.dtype}"
     kernels = f"; kernels {plan.kernels}" if plan.device.kind != "cpu" else ""
-    yield "weights", f"{stored}; attention {plan.attention}{kernels}"
+    yield "weights", f"{stored}; compute {plan.compute_dtype}; attention {plan.attention}{kernels}"
     if plan.packing is not False:
         yield "packing", "on" if plan.packing else "auto: with varlen attention, where that is right and fastest"
     if plan.keeps_unpacked:
@@ -87,7 +87,9 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     taken = f"best by {plan.select_metric}" if plan.select_metric else "the last step is taken"
     yield "evaluation", f"{scored}; {taken}"
     if plan.answered_rows:
-        yield "answers", f"{counted(plan.answered_rows, 'row')} each time, at most {plan.answer_tokens:,} tokens"
+        beams = f" in each of {plan.answer_beams} beams" if plan.answer_beams > 1 else ""
+        most = f"at most {counted(plan.answer_tokens, 'token')}{beams}"
+        yield "answers", f"{counted(plan.answered_rows, 'row')} each time, {most}"
     yield "checkpoints", f"{_every(plan.save_every_steps)}, the last {plan.keep_last} kept"
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")

@@ -36,8 +36,8 @@ def test_rouge_stops_a_run_and_chooses_its_adapter(tmp_path: Path) -> None:
     assert (best["metric"], best["step"], best["value"]) == ("rouge", 1, found[0]["rougeL"])
     plan = trained.plan
     assert plan is not None
-    assert (plan.answered_rows, plan.answer_tokens) == (3, 3 * 5 * 2)
-    assert "3 rows each time, at most 30 tokens" in plan_table(plan).columns[1].cells
+    assert (plan.answered_rows, plan.answer_tokens, plan.answer_beams) == (3, 3 * 5, 2)
+    assert "3 rows each time, at most 15 tokens in each of 2 beams" in plan_table(plan).columns[1].cells
 
 
 def test_answers_change_nothing_of_the_training(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
 from lorafit.data.chat.assistant_spans import Turn
 from lorafit.data.chat.rendering import Rendering
@@ -43,7 +44,7 @@ def put_images(rendering: Rendering, mark: str, images: Sequence[str]) -> Render
         if not any(start < found.end() and found.start() < end for start, end in rendering.typed)
     ]
     if len(marks) != len(images):
-        what = f"the chat template writes {len(marks)} places of images, and the row has {len(images)}"
+        what = f"the chat template writes {counted(len(marks), 'place')} for images, and the row has {len(images)}"
         raise RenderError(what, key=KEY, todo="use a template that writes each image part")
     if not marks:
         return rendering

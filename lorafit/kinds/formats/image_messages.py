@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject, Message, Sample
 from lorafit.errors import DataError
 from lorafit.kinds.chat_fields import count_images, read_tools, read_turns, without_answer
@@ -84,7 +85,7 @@ class _Places:
         """Raises DataError where the column holds more images than the turns have places."""
         if self._left:
             used = len(self.column) - len(self._left)
-            what = f"{len(self.column)} images, and the messages have {used} places for them"
+            what = f"{counted(len(self.column), 'image')}, and the messages have {counted(used, 'place')} for them"
             raise DataError(what, key=_IMAGES, todo=f"write {_MARK}, or a part {{type: image}}, where each stands")
 
     def _read_part(self, part: Any, key: str) -> Iterator[Message]:

@@ -59,6 +59,34 @@ def test_without_rows_max_length_stands_for_them() -> None:
     assert guess(data={"max_length": 9000}, hub_id="openai-community/gpt2").asked.step.row_tokens == 1024
 
 
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (RowLengths(), "a source of data.max_length, a target"),
+        (RowLengths(ROWS, BARS), "source and target of the longest row"),
+    ],
+)
+def test_a_row_of_an_encoder_decoder_is_its_source_and_its_target(
+    monkeypatch: pytest.MonkeyPatch, rows: RowLengths, named: str
+) -> None:
+    monkeypatch.setattr(measured, "covers", lambda step: True)  # a dry run of these layers takes long
+    found = guess(rows=rows, task={"kind": "seq2seq-lm"}, data={"max_length": 512})
+    assert f"tokens ({named})" in shown(found) and found.asked.step.row_tokens > 512
+
+
+def test_what_is_not_quantised_is_called_so_and_nothing_of_it_dequantised() -> None:
+    """What comes and goes beside the activations is a weight's copy only where weights are quantised."""
+    texts = []
+    for kind in ("nf4", "none"):
+        found = guess(model={"quantization": kind}, training={"epochs": 1}, rows=RowLengths(ROWS, BARS))
+        busy = replace(found.memory.peak_phase, parts={"workspace": 2**20})
+        texts.append(shown(replace(found, memory=replace(found.memory, phases=(busy,)))))
+    nf4, text = texts
+    assert "dequantised weight" in nf4 and ", nf4, bf16" in nf4
+    assert "temporary tensors" in text and "dequantised" not in text and ", not quantised, bf16" in text
+    assert "the run, 1 epoch, " in text
+
+
 def test_real_rows_are_what_is_estimated_and_shown() -> None:
     known = guess(data={"max_length": 1024}, rows=RowLengths(ROWS, BARS))
     assert known.asked.step.row_tokens == 600

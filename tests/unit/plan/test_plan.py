@@ -69,6 +69,11 @@ def test_what_carries_loss_is_named_by_the_task_and_a_new_head_is_counted_once(t
     assert f"{found.total_parameters - 770:,} + {found.trainable_parameters:,} trainable" in text
 
 
+def test_weights_that_are_not_quantised_are_called_so() -> None:
+    text = shown(plan_table(make(model={"quantization": "none"})))
+    assert "not quantised, bf16; compute bf16" in text and "none, the rest" not in text
+
+
 def test_warm_up() -> None:
     assert make(training={"schedule": {"kind": "cosine", "warmup_ratio": 0.1}}).warmup_steps == 3
     assert make(training={"schedule": {"kind": "cosine", "warmup_steps": 21}}).warmup_steps == 21
