@@ -328,7 +328,7 @@ def generate(
     check_answerable(run, checkpoint)
     prompts = read_prompts(run, prompt, input_file, rows, reporter)
     from lorafit.answering.generate import Request
-    from lorafit.answering.opening import open_answerer, warn_of_cut, warn_of_empty
+    from lorafit.answering.opening import open_answerer, warn_of_cut, warn_of_cut_texts, warn_of_empty
     from lorafit.answering.sampling import Sampling
 
     if compare_base and is_model(run):
@@ -336,6 +336,7 @@ def generate(
     answerer = open_answerer(run, checkpoint, base_model, reporter)
     voice = answerer.voice
     asked = [voice.ask(each) for each in prompts]  # a prompt that cannot be asked is told before a load
+    warn_of_cut_texts(asked, "prompt", voice.max_length, reporter)
     engine = answerer.load()
     engine.check_prompts([each.input_ids for each in asked])
     sampling = Sampling(**search)

@@ -15,9 +15,8 @@ import torch
 
 from lorafit.answering.answer_rows import Render, join_pairs, read_answers, render_answers, single_answers
 from lorafit.answering.engine import Engine
-from lorafit.answering.opening import noted_task, open_plain_model
+from lorafit.answering.opening import noted_task, open_plain_model, warn_of_cut_texts
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
-from lorafit.console.wording import counted
 from lorafit.contracts import Encoded, Example, JsonMapping, JsonObject, Reporter, Sample, Silent
 from lorafit.data.batch import cut_step
 from lorafit.data.id_range import check_ids
@@ -105,8 +104,15 @@ class Classifier:
         def render_text(sample: Sample) -> Encoded:
             return plain.labelled(sample, self.max_length, self.task.keeps)
 
-        render = render_text if self.render is None else self.render(engine.tokenizer)
-        rows, cut = [], 0
+        as_trained = render_text if self.render is None else self.render(engine.tokenizer)
+        encoded: list[Encoded] = []
+
+        def render(sample: Sample) -> Encoded | None:
+            if (one := as_trained(sample)) is not None:
+                encoded.append(one)
+            return one
+
+        rows = []
         for number, sample in enumerate(samples):
             try:
                 row = self.task.ask(sample, render)
@@ -115,10 +121,8 @@ class Classifier:
             if row is None:
                 raise DataError("has no text to classify", file=sample.file, line=sample.line or None)
             check_ids(row.asked, engine.tokenizer, engine.embedding_rows)
-            cut += row.tokens == self.max_length
             rows.append(Example(number, row.columns, sample.file, sample.line))
-        if cut:
-            reporter.warn(f"{counted(cut, 'text')} may be cut: data.max_length of the run is {self.max_length} tokens")
+        warn_of_cut_texts(encoded, "text", self.max_length, reporter)
         objective = self.task.build_objective(engine.model, autocast_dtype=self.dtype)
         lengths = [len(row["tokens"]) for row in rows]
         tokens, found = max(_MICRO_BATCH_TOKENS, *lengths), dict[int, JsonObject]()

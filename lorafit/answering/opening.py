@@ -103,11 +103,10 @@ class Voice:
             if prompt.is_labelled:
                 raise DataError("is a text with a label, which no prompt is", todo="name the column that asks: prompt")
             if self.apart is not None:
-                ids = self.apart.source_ids(_only_text(prompt), self.max_length)
-            elif self.chats is not None:
+                return self.apart.source(_only_text(prompt), self.max_length)
+            if self.chats is not None:
                 return ask(self.chats, prompt.turns, prompt, self.pictures)
-            else:
-                ids = PlainText(self.tokenizer).prompt_ids(_only_text(prompt))
+            ids = PlainText(self.tokenizer).prompt_ids(_only_text(prompt))
             return Encoded(ids, [False] * len(ids))
         except DataError as error:
             error.at(file=prompt.file, line=prompt.line or None)
@@ -170,6 +169,13 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
         data = data.model_copy(update={"system_prompt": card.system_prompt})
         voice = Voice(tokenizer, tuned.renderer(data, tokenizer).chats, pictures=tuned.pictures)
     return Answerer(voice, partial(tuned.load, tokenizer, reporter))
+
+
+def warn_of_cut_texts(asked: Sequence[Encoded], noun: str, max_length: int, reporter: Reporter) -> None:
+    """Says how many texts, or whatever the noun calls them, the model reads without the part that was cut off."""
+    if cut := sum(each.is_cut for each in asked):
+        said = f"{counted(cut, noun)} {agreed(cut, 'was', 'were')} cut"
+        reporter.warn(f"{said}: data.max_length of the run is {counted(max_length, 'token')}")
 
 
 def warn_of_empty(answers: Sequence[Answer], voice: Voice, reporter: Reporter) -> None:

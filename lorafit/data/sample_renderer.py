@@ -249,7 +249,7 @@ class Renderer:
         The reference is what the model would have to write, reasoning and tool calls as the template has them.
         """
         if self.apart is not None:
-            ids = self.apart.source_ids(sample.prompt, self.data.max_length)
+            ids = self.apart.source(sample.prompt, self.data.max_length).input_ids
             return [self._generation_row(sample, ids, sample.completion)] if sample.completion is not None else []
         messages = self._messages(sample)
         if messages is None:

@@ -76,9 +76,10 @@ class SourceTarget:
         is_first = language in self._target.prefix
         return {"forced_bos_token_id" if is_first else "decoder_start_token_id": language}
 
-    def source_ids(self, text: str, max_length: int) -> list[int]:
+    def source(self, text: str, max_length: int) -> Encoded:
         """What the encoder reads: prefix and text, the end of a longer one cut off."""
-        return self._encode_source(text, max_length)[0]
+        ids, is_cut = self._encode_source(text, max_length)
+        return Encoded(ids, [False] * len(ids), is_cut)
 
     def encode(self, sample: Sample, max_length: int | None = None) -> Encoded:
         """Source, then target, which alone is trained; whole, or both cut at their ends.

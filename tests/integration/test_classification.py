@@ -238,8 +238,13 @@ def test_words_of_a_table_come_back_as_a_table_and_what_was_cut_is_said(
     again["data"]["train"] = str(tmp_path / "o.csv")
     with pytest.raises(DataError, match=r"o\.csv:3: labels: \d+ labels for 60 words"):
         lorafit.train(again, quiet=True)
-    lorafit.classify(run, ["red " * 60])
-    assert "1 text may be cut: data.max_length of the run is 32 tokens" in capsys.readouterr().err
+    capsys.readouterr()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    texts = [" ".join(["red"] * words) + end for words in range(1, 32) for end in ("", " a", " mug")]
+    lorafit.classify(run, [next(text for text in texts if len(tokenizer(text).input_ids) == 32)])
+    assert "cut" not in capsys.readouterr().err, "it is as long as a row may be, and whole"
+    lorafit.classify(run, ["red " * 60, "red mug", "red " * 50])
+    assert "2 texts were cut: data.max_length of the run is 32 tokens" in capsys.readouterr().err
 
     def refuse(self: PlainText, sample: Any, *_: Any) -> Any:  # a word that the tokenizer drops
         raise DataError("word 2 has no token", key="words")

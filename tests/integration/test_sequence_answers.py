@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorafit import pipeline
+from lorafit.contracts import Silent
 from lorafit.run.trained import Trained
 from tests.support.option_world import evaluation_lines
 from tests.support.tiny_seq2seq import make_base, make_language_tokenizer, make_recipe, make_texts
@@ -49,6 +50,9 @@ def test_a_run_answers_alike_wherever_it_is_asked(tmp_path: Path, family: str) -
     both = pipeline.generate(tmp_path / "run", rows=rows, compare_base=True, **SEARCH)  # type: ignore[arg-type]
     assert both.texts == written
     assert [answer.text for answer in both.base_answers or ()] == base
+    reporter = Silent()
+    pipeline.generate(tmp_path / "run", rows=["a", "red mug " * 200], max_new_tokens=1, reporter=reporter)
+    assert "1 prompt was cut: data.max_length of the run is 64 tokens" in reporter.warnings
     shutil.copytree(trained.run.adapter, tmp_path / "alone")
     assert ask(tmp_path / "alone") == written
     merged = pipeline.merge(tmp_path / "run", output=tmp_path / "merged")

@@ -131,7 +131,7 @@ def byte_tokenizer() -> Any:
 def test_a_prefix_stands_before_sources() -> None:
     tokenizer = make_tokenizer()
     found = SourceTarget(tokenizer, TwoTexts("sum: ", 64))
-    assert found.source_ids("red mug", 64) == tokenizer("sum: red mug")["input_ids"]
+    assert found.source("red mug", 64).input_ids == tokenizer("sum: red mug")["input_ids"]
 
 
 def test_cut_sides_keep_what_stands_around_them_but_for_the_targets_end() -> None:
