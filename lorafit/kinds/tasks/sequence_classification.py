@@ -70,7 +70,8 @@ class SequenceClassificationSection(LabelsSection, TextSection):
     @model_validator(mode="after")
     def _has_thresholds_for_several_labels(self) -> Self:
         if not self.multi_label and (self.threshold != DEFAULT_THRESHOLD or self.thresholds):
-            raise ValueError("only rows of several labels have thresholds; set multi_label: true, or leave them out")
+            option = "thresholds" if self.thresholds else "threshold"
+            raise ValueError(f"{option} is for rows of several labels; set multi_label: true, or leave it out")
         if self.thresholds and len(self.thresholds) != len(self.labels):
             raise ValueError(self._say_count("thresholds", len(self.thresholds)))
         return self

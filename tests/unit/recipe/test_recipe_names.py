@@ -243,6 +243,12 @@ def test_an_option_of_another_task_is_said_to_be_that(fails: Fails) -> None:
     assert "in lorafit this is task.beta" in str(fails(MINIMAL, ["training.beta=1"]))
 
 
+@pytest.mark.parametrize("flag", ["task.threshold=f1", "task.thresholds=[0.5]"])
+def test_an_option_that_its_section_refuses_is_blamed_where_it_was_set(fails: Fails, flag: str) -> None:
+    said = str(fails(MINIMAL + "task: sequence-classification\n", [flag]))
+    assert said.startswith(f"--set {flag}: {flag.partition('=')[0]}: ") and "is for rows of several labels" in said
+
+
 def test_a_key_like_no_other_gets_the_list(fails: Fails) -> None:
     assert "this section has every_steps, keep_last" in str(fails(MINIMAL + "checkpoints: {zzzzqq: 1}\n"))
 
