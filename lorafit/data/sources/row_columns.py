@@ -21,7 +21,7 @@ _ANSWER_MISSING = "a training row holds its answer; prompts are for generate --i
 
 NO_PROMPT = "no prompt among the columns"
 NO_FORMAT = "no known format has the columns"
-_LABELS = "labels"
+_LABELS, _THEIRS = "labels", "THEIRS"
 _VERDICTS = ("true", "false")
 _TURNS = {"messages": "role", "conversations": "from"}
 """Fields that hold lists of turns, and the key that tells whose turns they are."""
@@ -88,6 +88,9 @@ def check_task(row: Row, name: str, task: Task[TaskSection] | None) -> None:
         DataError: It is not of the task's format, or an answer with a verdict on it that is not read.
     """
     needs = None if task is None or task.row_format in (None, name) else _say_needs(task, row)
+    learners = [other for other in tasks.names() if tasks.get(other).row_format == name]
+    if needs is not None and learners and _THEIRS in needs:  # no mapping makes other rows of them
+        needs = f"{needs.partition(': ')[0]}; those are rows for task {alternatives(learners)}"
     if name == "prompt_completion" and str(row.get(_LABELS)).lower() in _VERDICTS:
         todo = f"set task: kto and columns: {{label: {_LABELS}}}; format: prompt_completion learns every answer"
         raise DataError("says of each answer whether it is wanted, and is not read", key=_LABELS, todo=needs or todo)
@@ -124,7 +127,7 @@ def _say_needs(task: Task[TaskSection], row: Row) -> str | None:
     named = [field for field in kind.known_as if field in found or field not in kind.rare]
     for field in [field for field in named if field not in found]:
         close = nearest(field, [str(column) for column in row if column not in found.values()], count=1)
-        found[field] = close[0] if close else "THEIRS"
+        found[field] = close[0] if close else _THEIRS
     needed = written({field: found[field] for field in named})
     is_mapped = any(ours != theirs for ours, theirs in found.items())
     return f"task {task.section.kind} needs {', '.join(named)}" + (f": {needed}" if is_mapped else kind.form)

@@ -67,7 +67,6 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ("dpo", {"question": "q", "accepted": "a", "bad": "b"}, "{prompt: question, chosen: accepted, rejected: bad}"),
         ("dpo", {"q": "q", "yes": "a", "no": "b"}, "{prompt: THEIRS, chosen: THEIRS, rejected: THEIRS}"),
         ("dpo", {"question": "q", "answer": "a"}, "{prompt: question, chosen: THEIRS, rejected: THEIRS}"),
-        ("dpo", {"prompt": "q", "completion": "a", "label": True}, "{chosen: THEIRS, rejected: THEIRS}"),
         ("kto", {"prompt": "q", "answer": "a", "liked": True}, "{completion: answer, label: liked}"),
         ("kto", {"prompt": "q", "completion": "a", "labels": True}, "{label: labels}"),
         ("sequence-classification", {"review": "a", "stars": 3}, "{text: review, label: THEIRS}"),
@@ -81,6 +80,22 @@ def test_rows_of_another_form_are_told_the_columns_of_their_task(
     said = refusal(tmp_path, row, task=task)
     assert said.endswith(f"task {task} needs {fields}: columns: {needs}") and "prompt_completion learns" not in said
     assert read(tmp_path, {"question": "q", "answer": "a", **PAIR}, task="dpo").rejected is not None
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "learners"),
+    [
+        ("kto", PAIR, "dpo, orpo or reward"),
+        ("dpo", {"prompt": "q", "completion": "a", "label": True}, "kto"),
+        ("sequence-classification", PAIR, "dpo, orpo or reward"),
+    ],
+)
+def test_rows_that_another_task_learns_are_sent_to_it(
+    tmp_path: Path, task: str, row: dict[str, Any], learners: str
+) -> None:
+    """No mapping of columns would make rows of the other form of them."""
+    said = refusal(tmp_path, row, task=task)
+    assert said.endswith(f"; those are rows for task {learners}") and "THEIRS" not in said and "needs" in said
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q", "response": "a"}, {"input": "q", "output": "a"}])
