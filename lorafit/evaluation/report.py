@@ -245,7 +245,8 @@ def _draw(comparisons: Sequence[Comparison], title: str, *, wide: bool) -> Table
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in HEADINGS if wide else _NARROW_HEADINGS:
         is_word = heading in ("metric", "verdict")
-        table.add_column(heading, justify="left" if is_word else "right", no_wrap=heading != "metric", overflow="fold")
+        no_wrap = heading != "95 % interval"  # it breaks between its ends, where a long name needs the room
+        table.add_column(heading, justify="left" if is_word else "right", no_wrap=no_wrap, overflow="fold")
     for line in comparisons:
         table.add_row(*(cells_of(line) if wide else _narrow_cells(line)), style=_STYLES[line.verdict])
     return table

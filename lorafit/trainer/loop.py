@@ -338,7 +338,18 @@ class Trainer:
             self.journal.reporter.info(
                 f"stopped early at step {state.step}: {held_out.patience} evaluations without a better {name}"
             )
+        if self.executor.rank == 0 and state.is_complete(self.cadence.total_steps):
+            self._warn_of_no_change(state, value)
         return is_best
+
+    def _warn_of_no_change(self, state: TrainState, value: float) -> None:
+        """That the metric which chooses the adapter ends where it began, and so chose the first that was evaluated."""
+        best, first = state.best, self.cadence.evaluate_every_steps
+        if best is not None and value == best.value and first == best.step < state.step:
+            self.journal.reporter.warn(
+                f"{best.metric} is {value:.4g} at the last evaluation as at the first, and was never better: it chose "
+                f"nothing, and the adapter is that of step {best.step}; take a metric that moves, e.g. loss"
+            )
 
     def _save(self, state: TrainState) -> None:
         """Publishes the checkpoint of the last edge, all ranks' random numbers in it."""

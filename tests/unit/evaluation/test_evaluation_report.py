@@ -132,6 +132,21 @@ def test_the_table_fits_the_terminal(columns, rows):
     assert "…" not in "".join(table)
 
 
+def test_long_names_stay_whole_in_a_narrow_table():
+    """The interval breaks instead, between its ends."""
+    names = ("desirable_margin", "undesirable_reward", "ref_log_ratio_of_answers")
+    signed = {"percent": False, "base": -0.04312, "tuned": 12.345, "difference": 12.388, "low": 11.512, "high": 13.245}
+    lines = draw(
+        build(comparisons=tuple(replace(compared(8), name=name, **signed) for name in names)), 80
+    ).splitlines()[:8]
+    assert max(map(len, lines)) <= 80
+    for name in names:
+        [(number, line)] = [(number, line) for number, line in enumerate(lines) if line.startswith(f"{name} ")]
+        assert re.search(r"\+11\.51 to( |$)", line) and ("+13.2" in line or lines[number + 1].split() == ["+13.24"]), (
+            lines
+        )
+
+
 def test_too_few_rows_say_so():
     text = draw(build(4, 3))
     assert "too few rows to tell (4 rows; a verdict needs 6): must_contain" in text

@@ -189,6 +189,26 @@ def test_the_best_checkpoint_outlives_rotation_and_becomes_the_adapter(job: Call
     assert published == one.files(4)["adapter_model.safetensors"] != one.files(10)["adapter_model.safetensors"]
 
 
+@pytest.mark.parametrize("patience", [2, None])
+@pytest.mark.parametrize(
+    ("rouge", "said"),
+    [([0.0, 0.0, 0.0], True), ([0.0, 0.1, 0.1], False), ([0.5, 0.1, 0.2], False)],
+)
+def test_a_metric_that_never_moved_is_told_of_at_the_end(
+    job: Callable[..., Job], patience: int | None, rouge: list[float], said: bool
+) -> None:
+    """It keeps the adapter of the first evaluation, however the loss falls meanwhile."""
+    values = iter(rouge)
+    held_out = HeldOut(lambda: {"rougeL": next(values)}, "rouge", patience=patience)
+    one = job(plan=TinyPlan(total_steps=6, evaluate_every_steps=2), held_out=held_out)
+    trainer = one.trainer()
+    warnings: list[str] = []
+    trainer.journal.reporter.warn = warnings.append  # type: ignore[method-assign]
+    trainer.fit(TrainState())
+    told = [each for each in warnings if "rouge is 0 at the last evaluation as at the first" in each]
+    assert len(told) == said and (not said or "the adapter is that of step 2" in told[0])
+
+
 def test_patience_is_kept_over_a_resume(job: Callable[..., Job]) -> None:
     """Best at step 2, patience 3: the run ends at step 8, broken or not; less than min_delta is no improvement."""
     values = {2: 1.0, 4: 0.995, 6: 1.2, 8: 1.1, 10: 0.1}
