@@ -93,7 +93,7 @@ def _call(
         raise told from error
     finally:
         for message in dict.fromkeys(silent.warnings):
-            warnings.warn(message, stacklevel=3)  # at the line that called the function
+            warnings.warn(_with_parameters(message), stacklevel=3)  # at the line that called the function
 
 
 def validate(recipe: Recipe, *, overrides: Overrides = ()) -> Validated:
@@ -330,8 +330,13 @@ def _name_as_parameters(error: LorafitError) -> None:
             part.key = _parameter(part.key)
         if part.file is not None and part.file.startswith("--set"):
             part.file = f"overrides{part.file.removeprefix('--set')}"
-        if isinstance(part, UsageError) and part.todo is not None and "lorafit " not in part.todo:
-            part.todo = _FLAG.sub(lambda flag: _parameter(flag[0]), part.todo)
+        if isinstance(part, UsageError) and part.todo is not None:
+            part.todo = _with_parameters(part.todo)
+
+
+def _with_parameters(text: str) -> str:
+    """The text with parameters for flags, unless it quotes a command."""
+    return text if "lorafit " in text else _FLAG.sub(lambda flag: _parameter(flag[0]), text)
 
 
 def _parameter(flag: str) -> str:

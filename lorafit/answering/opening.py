@@ -197,7 +197,7 @@ def warn_of_cut(answers: Sequence[Answer], max_new_tokens: int, reporter: Report
     cut = sum(answer.ended == "length" and answer.tokens >= max_new_tokens for answer in answers)
     full = sum(answer.ended != "stop" for answer in answers) - cut
     for count, where, todo in (
-        (cut, counted(max_new_tokens, "token"), "raise max_new_tokens"),
+        (cut, counted(max_new_tokens, "token"), "raise --max-new-tokens"),
         (full, "the model's last position", "shorten the prompt"),
     ):
         if count:

@@ -130,7 +130,8 @@ def check_search(search: JsonMapping) -> None:
     """Refuses ways to choose tokens that do not go together.
 
     Raises:
-        UsageError: A beam search is asked for with a temperature, its penalty without it, or no length is long enough.
+        UsageError: A beam search is asked for with a temperature, its penalty without it, a nucleus without a
+            temperature, or no length is long enough.
     """
     if search["num_beams"] > 1 and search["temperature"] > 0:
         what, todo = "a beam search draws nothing", "leave out --num-beams or --temperature"
@@ -138,6 +139,9 @@ def check_search(search: JsonMapping) -> None:
     if search["num_beams"] == 1 and search["length_penalty"] != 1:
         todo = "add --num-beams 4, or leave it out"
         raise UsageError("only a beam search reads it", key="--length-penalty", todo=todo)
+    if search["temperature"] == 0 and search["top_p"] < 1:
+        todo = "leave it out" if search["num_beams"] > 1 else "add --temperature 0.7, or leave it out"
+        raise UsageError("only sampled tokens read it", key="--top-p", todo=todo)
     least, most = search["min_new_tokens"], search["max_new_tokens"]
     if least > most:
         what, todo = f"{least} is more than the longest answer, {most}", "lower it, or raise --max-new-tokens"

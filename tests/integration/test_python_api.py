@@ -134,6 +134,8 @@ def test_every_wrong_argument_is_named(function: Any, values: dict[str, Any]) ->
         ({"max_new_tokens": 0}, "max_new_tokens: found 0; give a whole number, 1 or more"),
         ({"max_new_tokens": 2.0}, "max_new_tokens: found 2.0; give a whole number, 1 or more"),
         ({"num_beams": 4, "temperature": 0.5}, "num_beams: a beam search draws nothing; leave out num_beams or temp"),
+        ({"top_p": 0.5}, "top_p: only sampled tokens read it; add temperature 0.7, or leave it out"),
+        ({"top_p": 0.5, "num_beams": 4}, "top_p: only sampled tokens read it; leave it out"),
         ({"length_penalty": 2}, "length_penalty: only a beam search reads it; add num_beams 4, or leave it out"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens: 9 is more than the longest answer, 8; lower it"),
         ({"seed": -1}, "seed: found -1; give a whole number, 0 or more"),
@@ -251,7 +253,8 @@ def test_prompts_of_a_verbatim_run_are_no_chats(values: dict[str, Any], capfd: p
     rows = [{"prompt": f"{row['question']}: ", "completion": row["answer"]} for row in make_rows(8)]
     with pytest.warns(UserWarning, match="rows: prompts and their answers go through no chat template"):
         run = lorafit.train(values, rows=rows, test_rows=rows[:2], quiet=True)
-    [answer] = lorafit.generate(run, ["what opens"], max_new_tokens=2, quiet=True).to_json()["answers"]
+    with pytest.warns(UserWarning, match="cut at 2 tokens; raise max_new_tokens"):
+        [answer] = lorafit.generate(run, ["what opens"], max_new_tokens=2, quiet=True).to_json()["answers"]
     assert answer["prompt"] == "what opens" and "messages" not in answer
     capfd.readouterr()
     lorafit.evaluate(run, overrides={"evaluation.final": ["perplexity"]})

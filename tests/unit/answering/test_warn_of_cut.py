@@ -19,7 +19,7 @@ def test_answers_that_were_cut_are_counted() -> None:
     ends = [("stop", 8), ("length", 8), ("length", 8), ("length", 3), ("no_room", 0)]
     warn_of_cut([Answer("a", tokens, 0.0, ended) for ended, tokens in ends], 8, reporter)  # type: ignore[arg-type]
     assert reporter.warnings == [
-        "2 of 5 answers are cut at 8 tokens; raise max_new_tokens",
+        "2 of 5 answers are cut at 8 tokens; raise --max-new-tokens",
         "2 of 5 answers are cut at the model's last position; shorten the prompt",
     ]
     reporter = Silent()
