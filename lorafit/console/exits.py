@@ -18,14 +18,15 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from lorafit.console.wording import agreed
 from lorafit.contracts import JsonObject
-from lorafit.errors import LorafitError, Problems, ResourceError, StoppedBySignal, UsageError
+from lorafit.errors import MESSAGE_LIMIT_CHARACTERS, LorafitError, Problems, ResourceError, StoppedBySignal, UsageError
 
 EXIT_BROKEN_PIPE = 141
 _SHORTEST_SECRET_CHARACTERS = 6
@@ -88,6 +89,18 @@ def _say(line: str) -> None:
         sys.stderr.flush()
 
 
+def _alike_as_one(parts: Sequence[LorafitError]) -> Iterator[str]:
+    """A line for each error; one that several lines of a file have in the same words is said once, with all of them."""
+    alike: dict[tuple[str | None, ...], list[LorafitError]] = {}
+    for part in parts:
+        alike.setdefault((part.file, part.key, part.what, part.todo), []).append(part)
+    for first, *others in alike.values():
+        lines = [str(other.line) for other in others if other.line != first.line]
+        also = f" (and {agreed(len(lines), 'line', 'lines')} {', '.join(lines)})" if lines else ""
+        line = f"{first.one_line}{also}"
+        yield from [line] if len(line) <= MESSAGE_LIMIT_CHARACTERS else (one.one_line for one in (first, *others))
+
+
 def _report(error: LorafitError, json_head: JsonObject | None) -> int:
     """Writes an error's lines to stderr and, where `json_head` says so, its object behind that head to stdout."""
     parts = error.errors
@@ -96,8 +109,8 @@ def _report(error: LorafitError, json_head: JsonObject | None) -> int:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.write(json.dumps(failure, ensure_ascii=False, allow_nan=False) + "\n")
             sys.stdout.flush()
-    for part in parts if isinstance(error, Problems) else ():
-        _say(f"error: {part.one_line}")
+    for line in _alike_as_one(parts) if isinstance(error, Problems) else ():
+        _say(f"error: {line}")
     if error.exit_code == 128 + signal.SIGINT and sys.stderr.isatty():
         _say("")  # the terminal wrote ^C into this line
     _say(f"error: {error.one_line}")

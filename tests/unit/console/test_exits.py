@@ -10,7 +10,7 @@ import torch
 import lorafit
 from lorafit.api import pipeline
 from lorafit.console.exits import exit_code
-from lorafit.errors import ResourceError
+from lorafit.errors import DataError, Problems, ResourceError
 
 RAN_OUT = [
     MemoryError(),
@@ -65,3 +65,18 @@ def test_python_gets_the_same_error(monkeypatch: pytest.MonkeyPatch, error: Exce
     with pytest.raises(ResourceError, match=re.escape("lower evaluation.max_new_tokens")) as caught:
         lorafit.evaluate("run")
     assert caught.value.exit_code == 7 and caught.value.__cause__ is error
+
+
+def test_errors_in_the_same_words_are_one_line_with_all_their_places(capsys: pytest.CaptureFixture[str]) -> None:
+    alike = [DataError("is empty", file="d.jsonl", line=line, key="text") for line in (3, 4, 9)]
+    other = DataError("is empty", file="e.jsonl", line=1, key="text")
+    long = [DataError("w" * 400, file="f.jsonl", line=line) for line in (1, 2)]
+    assert end(Problems([alike[0], other, *alike[1:], *long], file="data"), "train") == 4
+    first, second, *each, last = capsys.readouterr().err.splitlines()
+    assert (first, second) == (
+        "error: d.jsonl:3: text: is empty (and lines 4, 9)",
+        "error: e.jsonl:1: text: is empty",
+    )
+    assert [line.split(": ")[1] for line in each] == ["f.jsonl:1", "f.jsonl:2"], "no room for the other's line"
+    assert last == "error: data: 6 errors; first: d.jsonl:3: text: is empty"
+    assert all(len(line) <= 300 for line in [first, second, *each, last])
