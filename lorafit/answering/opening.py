@@ -16,6 +16,7 @@ from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.console.wording import agreed, counted
 from lorafit.contracts import Encoded, Reporter, Sample
 from lorafit.data.chat.render import ChatRenderer
+from lorafit.data.chat.template import RenderError
 from lorafit.data.pictures import ask
 from lorafit.data.plain_text import PlainText
 from lorafit.data.source_target import SourceTarget
@@ -30,7 +31,7 @@ from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, NOTES, AdapterFolder, read_notes
 from lorafit.model.base import Base, check_made, read_base
 from lorafit.model.class_shape import find_shape
-from lorafit.model.classes import usual_class
+from lorafit.model.classes import reads_images, usual_class
 from lorafit.model.companions import choose_companions
 from lorafit.model.inspect import NOTED_DTYPES, recorded_linears
 from lorafit.model.load import load_model, load_tokenizer
@@ -250,23 +251,36 @@ def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None
     verbatim = notes.get("chat") is False  # a merge of a run on verbatim rows says so
     dtype = torch_dtype(main_dtype(read_index(folder)))
 
-    def load() -> Engine:
-        plain = quantizations.make("none").section
-        model = _load_base(base, plain, dtype, reporter, model_class, device)
-        return Engine(model, tokenizer, base=base, reader=pictures)
-
     if task is not None and task.two_texts is not None:
         voice = Voice(tokenizer, None, SourceTarget(tokenizer, task.two_texts), int(notes["max_length"]))
     else:
         voice = Voice(tokenizer, None) if verbatim else _voice_of(base, tokenizer, pictures)
+    reader = pictures or voice.pictures
+
+    def load() -> Engine:
+        plain = quantizations.make("none").section
+        model = _load_base(base, plain, dtype, reporter, model_class, device)
+        return Engine(model, tokenizer, base=base, reader=reader)
+
     return Answerer(voice, load, adapter=None)
 
 
 def _voice_of(base: Base, tokenizer: PreTrainedTokenizerBase, pictures: ProcessorPictures | None = None) -> Voice:
     """How such a model is asked: an encoder reads the whole text as it is, whose positions bound it."""
-    if usual_class(base.config).auto_class != SEQ2SEQ_CLASS:
-        return Voice.of_tokenizer(tokenizer, pictures=pictures)
-    return Voice(tokenizer, None, SourceTarget(tokenizer, TwoTexts()), LARGEST_COUNT)
+    if usual_class(base.config).auto_class == SEQ2SEQ_CLASS:
+        return Voice(tokenizer, None, SourceTarget(tokenizer, TwoTexts()), LARGEST_COUNT)
+    voice = Voice.of_tokenizer(tokenizer, pictures=pictures)
+    if pictures is not None or voice.chats is None or not reads_images(base.config) or _takes_strings(voice.chats):
+        return voice
+    return Voice.of_tokenizer(tokenizer, pictures=open_pictures(base))
+
+
+def _takes_strings(chats: ChatRenderer) -> bool:
+    """Whether the template writes contents that are strings; models that see may have one for lists of parts alone."""
+    try:
+        return bool(chats.prompt_ids([{"role": "user", "content": "q"}]))
+    except RenderError:
+        return False
 
 
 def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answerer:
@@ -282,15 +296,16 @@ def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answe
     fields = quantizations.section(kind).model_fields
     section: QuantizationSection = quantizations.make(kind, **{k: v for k, v in used.items() if k in fields}).section
     noted = used.get("weights_dtype")
+    voice = _voice_of(base, tokenizer)
     dtype = getattr(torch, noted) if noted in NOTED_DTYPES else torch_dtype(main_dtype(read_index(base.path)))
 
     def load() -> Engine:
         model = _load_base(base, section, dtype, reporter, usual_class(base.config), quantised=recorded_linears(used))
-        engine = Engine(model, tokenizer, base=base, quantization=kind)
+        engine = Engine(model, tokenizer, base=base, quantization=kind, reader=voice.pictures)
         engine.add_adapter(ADAPTER_NAME, saved.path, reporter)
         return engine
 
-    return Answerer(_voice_of(base, tokenizer), load)
+    return Answerer(voice, load)
 
 
 def _load_base(

@@ -77,6 +77,13 @@ def find_auto_class(config: JsonMapping, task_class: str) -> str:
     return task_class
 
 
+def reads_images(config: JsonMapping) -> bool:
+    """Whether a model of which nobody says what its task was is built whole, with the tower that sees."""
+    with contextlib.suppress(ModelError):
+        return find_auto_class(config, CAUSAL_MODEL.auto_class) == _WHOLE[0][0]
+    return False
+
+
 def usual_class(config: JsonMapping) -> ModelClass:
     """How a model is built of which nobody says what its task was: a pair of encoder and decoder, else a causal one."""
     with contextlib.suppress(ModelError):

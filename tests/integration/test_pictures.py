@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorafit import pipeline
+from lorafit.answering.engine import Engine
 from lorafit.errors import LorafitError, ModelError, RecipeError, UsageError
 from lorafit.job import build_objective, open_job
 from lorafit.kinds.quantizations import kind_of_codes, quantizations
@@ -332,6 +333,26 @@ def test_models_that_want_more_than_ids_and_pixels_are_refused(kind: str, said: 
         refuse_token_kinds({"model_type": kind})
     for sees in ("llava", "llava_next", "idefics3", "smolvlm"):
         refuse_token_kinds({"model_type": sees})
+
+
+def test_a_plain_base_is_asked_in_parts_as_its_template_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoProcessor
+
+    seen: list[list[int]] = []
+    base, answer = make_llava(tmp_path / "base"), Engine.answer
+
+    def keep(engine: Engine, requests: Any, **more: Any) -> Any:
+        seen.extend(list(request.prompt_ids) for request in requests)
+        return answer(engine, requests, **more)
+
+    monkeypatch.setattr(Engine, "answer", keep)
+    told = pipeline.generate(base, prompt="what", max_new_tokens=3)
+    assert told.answers[0].tokens and told.are_chats
+    chat = [{"role": "user", "content": [{"type": "text", "text": "what"}]}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    assert seen == [AutoProcessor.from_pretrained(base).apply_chat_template(chat, **options)["input_ids"][0]]
 
 
 def test_a_base_that_reads_no_images_is_told(tmp_path: Path) -> None:
