@@ -195,9 +195,10 @@ def headline(worst: WorstRow, file: str) -> str:
 
 
 def texts_of(worst: WorstRow) -> list[tuple[str, str]]:
-    """Prompt, reference (of a pair both of its answers) and the models' answers of a worst row, each with its name."""
+    """Prompt, images, reference (of a pair both answers) and the models' answers of a worst row, each with its name."""
     row = worst.row
-    texts = [("prompt", row.prompt), *(worst.answers or [("reference", row.tuned.reference)])]
+    images = [("images", ", ".join(row.images))] if row.images else []
+    texts = [("prompt", row.prompt), *images, *(worst.answers or [("reference", row.tuned.reference)])]
     if row.tuned.must_contain:
         texts.append(("must contain", ", ".join(row.tuned.must_contain)))
     answers = [("base answer", row.base.answer), ("tuned answer", row.tuned.answer)]

@@ -33,6 +33,7 @@ class Row:
 
     Attributes:
         prompt: What the model got, as text; empty where nothing was generated for the row.
+        images: Files of the prompt's images, or of the whole row where nothing was generated for it.
         call: The same row as it was asked at an earlier turn, the last one that calls tools; None where it was not.
     """
 
@@ -42,6 +43,7 @@ class Row:
     base: RowScore = _NOT_SCORED
     tuned: RowScore = _NOT_SCORED
     call: Row | None = None
+    images: tuple[str, ...] = ()
 
     def asked_for(self, needs: str) -> Row:
         """The row as a metric reads it, by what that needs: `calls` means the call, where one was asked for."""
@@ -57,6 +59,7 @@ class Row:
             "file": self.file,
             "line": self.line,
             "prompt": self.prompt,
+            **({"images": list(self.images)} if self.images else {}),
             "reference": self.tuned.reference,
             "must_contain": list(self.tuned.must_contain),
             "base": _side(self.base),
@@ -140,7 +143,8 @@ def join_rows(
             )
             for side, answer in ((known.base, base_answer), (known.tuned, tuned_answer))
         )
-        here = replace(known, prompt=question.prompt_text, base=base, tuned=tuned)
+        images = tuple(one.file for one in question.pictures)
+        here = replace(known, prompt=question.prompt_text, base=base, tuned=tuned, images=images)
         joined[question.file, question.line] = replace(known, call=here) if question.is_inner else here
     return tuple(joined.values())
 
@@ -205,7 +209,8 @@ def fill_text(
         if shown and not (row.prompt or row.tuned.reference):
             prompt, reference = _decode(shown[0], tokenizer)
             base, tuned = (replace(side, reference=reference) for side in (row.base, row.tuned))
-            row = replace(row, prompt=asked or prompt, base=base, tuned=tuned)
+            images = tuple(one.file for one in shown[0].pictures)
+            row = replace(row, prompt=asked or prompt, base=base, tuned=tuned, images=images)
         answers = tuple((each.name, _decode(each, tokenizer)[1]) for each in shown) if len(shown) > 1 else ()
         filled.append(replace(entry, row=row, answers=answers))
     return tuple(filled)

@@ -8,17 +8,21 @@ import math
 import re
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from lorafit.answering.generate import Answer
 from lorafit.answering.sampling import Sampling
+from lorafit.contracts import GenerationRow, ShownSequence
 from lorafit.evaluation.evaluation import About, Evaluation, Speed
 from lorafit.evaluation.report import name_report, render_evaluation, render_markdown, write_report
-from lorafit.evaluation.rows import Row, compare_rows, find_worst
+from lorafit.evaluation.rows import Row, compare_rows, fill_text, find_worst, join_rows
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import RowScore
+from lorafit.pictures import PlacedPicture
 
 
 def sums(loss: float, tokens: float, correct: float) -> dict[str, tuple[float, ...]]:
@@ -199,6 +203,19 @@ def test_worst_rows_are_shown_as_they_are():
     markdown = render_markdown(build())
     assert "````text\na | b ```\n````" in markdown
     assert markdown.count("\n### test.jsonl:") == 10
+
+
+def test_worst_rows_name_their_images_also_where_nothing_was_asked():
+    image, score = PlacedPicture("a.png", "0", 3, 5, 0, start=0, end=1), RowScore(sums(1.0, 1, 0))
+    answer, example = Answer("red", 1, 0.0, "stop"), SimpleNamespace(file="d.jsonl", line=1)
+    question = GenerationRow([5], "<image>what", "red", (), "d.jsonl", 1, pictures=(image,))
+    task = SimpleNamespace(show=lambda _: (ShownSequence([5, 6], [0, 1], pictures=(image,)),))
+    for asked in ([question], []):
+        rows = join_rows([example], [score], [score], asked, [answer] * len(asked), [answer] * len(asked))
+        comparisons, _ = compare_rows(rows, ["loss"], seed=0)
+        (worst,) = fill_text(find_worst(rows, comparisons), [example], task, SimpleNamespace(decode=str))
+        assert worst.to_json()["images"] == ["a.png"]
+        assert "images: a.png" in draw(build(worst=(worst,)))
 
 
 def test_a_loss_of_general_ability_is_called_lost():
