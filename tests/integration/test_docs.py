@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorafit.model.known_models import known_config
 from tests.support.docs_scripts import load_script
 from tests.support.tiny_model import make_base
 from tests.support.world import World, say_all
@@ -224,10 +223,6 @@ def test_shipped_recipe(recipe: Path, world: World) -> None:
     assert said["name"] == recipe.stem
     assert said["output"] == f"../runs/{recipe.stem}"
     estimate = world.run("estimate-memory", str(recipe), "--json")
-    base = said["model"]["base"]
-    if estimate.code and "MB from the hub" in header and known_config(base) is None:  # nor can its shape be had here
-        say_all(estimate, 5, f"'{base}' is not on this disk")
-        return
     say_all(estimate, 0)
     assert estimate.json
     assert world.loaded == []

@@ -13,6 +13,7 @@ import pytest
 
 from lorafit.errors import ModelError
 from lorafit.facts import SEQ2SEQ_CLASS, ModelClass
+from lorafit.kinds.tasks import tasks
 from lorafit.machine.shipped import shipped
 from lorafit.model.class_shape import find_shape, read_class_shape
 from lorafit.model.classes import build_empty, build_whole, read_settings, usual_class
@@ -21,7 +22,8 @@ from tests.support.zoo_models import tiny_config
 
 SHIPPED = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(shipped("models").glob("*.json"))}
 PAIRS = {name: facts for name, facts in SHIPPED.items() if facts["config"].get("is_encoder_decoder")}
-FACTS = {name: facts for name, facts in SHIPPED.items() if name not in PAIRS}
+ENCODERS = {name: facts for name, facts in SHIPPED.items() if facts.get("is_encoder")}
+FACTS = {name: facts for name, facts in SHIPPED.items() if name not in PAIRS and name not in ENCODERS}
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -49,6 +51,14 @@ def test_totals_are_the_published_counts(name: str) -> None:
         assert abs(total / published - 1) < 0.002
     else:
         assert total == published
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_have_the_published_counts_beside_a_tasks_head(name: str) -> None:
+    facts = ENCODERS[name]
+    shape = find_shape(facts["config"], tasks.make("sequence-classification", labels=["a", "b"]).model_class)
+    assert shape.new_head_parameters == 2 * facts["config"]["hidden_size"] + 2
+    assert shape.total_parameters - shape.new_head_parameters == facts["published_parameters"]
 
 
 @pytest.mark.parametrize("name", PAIRS)
