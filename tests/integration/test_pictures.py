@@ -311,7 +311,7 @@ def test_the_shipped_recipe_trains_a_tiny_base(trained: dict[str, Any], tmp_path
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"overlength": "truncate"}, "cuts no row, which would cut its images; write drop"),
+        ({"overlength": "truncate"}, "cuts no row, which would cut its images; leave it out, or set error or drop"),
         ({"packing": True}, "takes one row a sequence"),
         ({"system_prompt": "look"}, "takes chats as they are"),
     ],
