@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafit.answering.prompts import sources_of_run
 from lorafit.contracts import Encoded, JsonMapping, JsonObject, Reporter, Sample
 from lorafit.data.prompts import column_names
 from lorafit.data.sample_renderer import Renderer
@@ -20,8 +21,7 @@ from lorafit.data.sources.sample_set import SampleSet
 from lorafit.data.sources.source import Source
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.kinds.formats import formats
-from lorafit.recipe.schema import BadRowsSection, DataSection, SourceSection, sources_of
-from lorafit.run.workspace import is_lone_adapter, is_model, open_run
+from lorafit.recipe.schema import BadRowsSection, DataSection, SourceSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,10 +80,7 @@ def read_answers(
     if prompt is not None or any(isinstance(row, str) for row in rows or ()):
         todo = "give rows of both: --input FILE"
         raise UsageError("this model scores a prompt with its answer", key="--prompt", todo=todo)
-    sources: list[SourceSection] = []
-    if not is_model(path) and not is_lone_adapter(path):
-        sources = [source for part in sources_of(open_run(path).loaded.recipe).values() for source in part]
-    known = column_names(sources)
+    known = column_names(sources_of_run(path))
     if rows is not None:
         dicts = [row for row in rows if not isinstance(row, str)]
         return [_read_row(row, known, f"prompts[{number}]") for number, row in enumerate(dicts)]

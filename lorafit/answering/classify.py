@@ -16,6 +16,7 @@ import torch
 from lorafit.answering.answer_rows import Render, join_pairs, read_answers, render_answers, single_answers
 from lorafit.answering.engine import Engine
 from lorafit.answering.opening import noted_task, open_plain_model, warn_of_cut_texts
+from lorafit.answering.prompts import sources_of_run
 from lorafit.answering.tuned import Tuned, open_lone_adapter, open_tuned
 from lorafit.contracts import Encoded, Example, JsonMapping, JsonObject, Reporter, Sample, Silent
 from lorafit.data.batch import cut_step
@@ -35,7 +36,7 @@ from lorafit.model.base_config import load_config
 from lorafit.ops.dtypes import autocast_dtype
 from lorafit.ops.isolation import evaluating
 from lorafit.ops.process_memory import run_or_halve
-from lorafit.recipe.schema import DataSection, sources_of
+from lorafit.recipe.schema import DataSection
 from lorafit.run.card import RunCard
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
@@ -254,8 +255,7 @@ def read_texts(
     if prompt is not None:
         return [reader.read_prompt({"text": read_prompt(prompt)[0].prompt}, COMMAND_LINE, 0)]
     known: list[Columns] = [{}]
-    if not is_model(path) and not is_lone_adapter(path):
-        sources = [source for part in sources_of(open_run(path).loaded.recipe).values() for source in part]
+    if sources := sources_of_run(path):
         asked = [field for field, is_needed in reader.fields.items() if field == asks or not is_needed]
         mapped = [{field: source.columns[field] for field in asked if field in source.columns} for source in sources]
         named = [columns for columns in mapped if columns]

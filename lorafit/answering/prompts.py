@@ -34,6 +34,13 @@ def check_prompts(prompt: str | None, input_file: Path | None, rows: Sequence[st
         check_file(Path(file).expanduser(), file, start=_HERE)
 
 
+def sources_of_run(path: Path) -> list[SourceSection]:
+    """The sources of a run's recipe, which name the columns of its rows; none of a model or adapter without a run."""
+    if is_model(path) or is_lone_adapter(path):
+        return []
+    return [source for part in sources_of(open_run(path).loaded.recipe).values() for source in part]
+
+
 def read_prompts(
     run_or_model: Path,
     prompt: str | None,
@@ -46,10 +53,7 @@ def read_prompts(
 
     if prompt is not None:
         return read_prompt(prompt)
-    sources: list[SourceSection] = []
-    if not is_model(run_or_model) and not is_lone_adapter(run_or_model):
-        sources = [source for part in sources_of(open_run(run_or_model).loaded.recipe).values() for source in part]
-    known, task = column_names(sources), _task_with_pictures(run_or_model)
+    known, task = column_names(sources_of_run(run_or_model)), _task_with_pictures(run_or_model)
     if input_file is not None:
         return read_prompt_file(input_file, known, reporter, task)
     return read_prompt_rows(rows or [], known, task)

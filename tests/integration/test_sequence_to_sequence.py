@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForSeq2SeqLM
 
 from lorafit import pipeline
@@ -165,7 +166,7 @@ def test_a_prompt_is_trained_before_the_source_and_opens_elsewhere(tmp_path: Pat
     """PEFT would make as many vectors for the decoder, and read none of them."""
     make_base(tmp_path / "base")
     recipe = make_recipe(tmp_path, training={"max_steps": 2}, checkpoints={"every_steps": 2})
-    values = json.loads(recipe.read_text(encoding="utf-8"))
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     recipe.write_text(json.dumps({**values, "adapter": {"kind": "prompt_tuning", "tokens": 4}}), encoding="utf-8")
     trained = pipeline.train(recipe)
     assert trained.plan.trainable_parameters == 4 * 64

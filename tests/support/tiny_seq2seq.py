@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.support import tiny_recipe
 from tests.support.tiny_model import WORDS
 from tests.support.tiny_recipe import make_rows, write_rows
 
@@ -149,29 +150,15 @@ def make_texts(count: int, *, first: int = 0) -> list[dict[str, Any]]:
 
 def make_recipe(folder: Path, **sections: Any) -> Path:
     """A recipe in `folder` over `base/` beside it; keyword arguments replace keys of its sections."""
+    own: dict[str, Any] = {
+        "task": {"kind": "seq2seq-lm", "max_target_length": 48},
+        "data": {"max_length": 64},
+        "evaluation": {"final": ["perplexity"]},
+    }
+    for section, changes in sections.items():
+        own[section] = {**own.get(section, {}), **changes} if isinstance(changes, dict) else changes
+    recipe = tiny_recipe.make_recipe(folder, **own)
     write_rows(folder / "train.jsonl", make_texts(24))
     write_rows(folder / "valid.jsonl", make_texts(4, first=100))
     write_rows(folder / "test.jsonl", make_texts(6, first=200))
-    values: dict[str, Any] = {
-        "name": "tiny",
-        "task": {"kind": "seq2seq-lm", "max_target_length": 48},
-        "model": {"base": "base", "dtype": "fp32", "attention": "eager", "quantization": "none"},
-        "adapter": {"kind": "lora", "r": 4, "alpha": 8, "dropout": 0.0},
-        "data": {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl", "max_length": 64},
-        "training": {
-            "max_steps": 4,
-            "batch_size": 4,
-            "micro_batch_tokens": 256,
-            "learning_rate": 1e-2,
-            "optimizer": "adamw",
-            "gradient_checkpointing": False,
-        },
-        "evaluation": {"final": ["perplexity"], "max_new_tokens": 8},
-        "checkpoints": {"every_steps": 2},
-        "output": "run",
-    }
-    for section, changes in sections.items():
-        values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(json.dumps(values), encoding="utf-8")
     return recipe
