@@ -13,29 +13,18 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from lorafit.answering.engine import Engine
-from lorafit.answering.plain_generation import begin_as
-from lorafit.answering.sampling import Sampling
-from lorafit.contracts import JsonMapping, Reporter
-from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
-from lorafit.data.packing import Cutter
+from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.errors import StoppedBySignal
 from lorafit.evaluation.base_side import start_head
-from lorafit.evaluation.during import Questions, ask_during, evaluate_during
 from lorafit.files.atomic import atomic_dir, write_json
 from lorafit.files.cache import keep, key_of_code
 from lorafit.files.rundir import RunDir
 from lorafit.job import Job, build_objective, prove, refer
 from lorafit.kinds.adapters import adapters, begins_as_base
-from lorafit.kinds.optimizers import optimizers
-from lorafit.kinds.schedules import learning_rate_at
-from lorafit.memory import MemoryEstimate, fits
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
-from lorafit.model.checkpointing import set_checkpointing
-from lorafit.model.content import reading_content, require_recorded
+from lorafit.model.content import Content, reading_content, require_recorded
 from lorafit.model.fuse import fuse_layers
-from lorafit.model.fused_lora import keep_unpacked
 from lorafit.model.inspect import (
     coverage,
     coverage_table,
@@ -47,27 +36,24 @@ from lorafit.model.shippable import check_shippable
 from lorafit.model.towers import check_towers, count_towers, tower_table
 from lorafit.objective import Objective, choose_probe
 from lorafit.ops.dtypes import dtype_named
-from lorafit.ops.kernel_choice import describe_versions
 from lorafit.ops.kernels import Kernels
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
-from lorafit.plan import Plan, ResolvedPlan, count_flops, require_fit, show_plan
-from lorafit.plan.recipe_step import takes_varlen
+from lorafit.plan import Plan, ResolvedPlan, require_fit, show_plan
+from lorafit.run.assembly import Assembly
 from lorafit.run.card import RunCard
 from lorafit.run.resumption import Resumption
 from lorafit.run.trained import Trained, describe_resolved
 from lorafit.run.workspace import describe_run
-from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
+from lorafit.trainer.checkpoint import CheckpointStore
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
-from lorafit.trainer.loop import Cadence, HeldOut, Trainer
-from lorafit.trainer.profile import Speed, StepProfile, measure_speed
+from lorafit.trainer.loop import Trainer
+from lorafit.trainer.profile import StepProfile
 from lorafit.trainer.ranks import OverRanks, check_same_rows, leave_together
 from lorafit.trainer.rehearsal import resolve_plan
-from lorafit.trainer.stage import Stage
 from lorafit.trainer.startup_proofs import prove_gradients
 from lorafit.trainer.state import FitResult, TrainState
-from lorafit.trainer.step import Update
 
 _GRADIENT_TOKENS = 64
 _SEED_STRIDE = 7919  # torch's CPU generator reads the low 32 bits of a seed
@@ -105,30 +91,20 @@ class Training:
         )
         check_same_rows(accelerator, job.rows.digest)
         forget_peak_memory(accelerator.device)  # of another run in this process
-        with reading_content(job.base.path) if accelerator.is_main_process else nullcontext() as reading:
-            model = self._load(accelerator, begun.quantization(), kernels)
-            content = reading.result() if reading is not None else None
-        describe = None
-        if content is not None:
-            job = replace(job, base=job.base.known_as(content=content.digest))
-            if checkpoint is not None:
-                require_recorded(job.base.path, self.where.base, content)
-            describe = describing_quantization(model, recipe.model.quantization, dtype=dtype_named(self.plan.dtype))
-        objective = build_objective(job, model, self.plan.dtype, kernels)
-        prove(job, objective, job.rows.train, self.reporter)
-        self._refer(objective, begins=checkpoint is None)
-        probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS, shows=job.shows(job.rows.train))
-        prove_gradients(objective, objective.batch_of(job.rows.train[probe], job.pad_id))
+        job, objective, content, describe = self._prove_loaded(accelerator, begun, kernels)
+        model = objective.model
         one = accelerator.num_processes == 1
         executor = Executor(objective, accelerator.device) if one else OverRanks(objective, accelerator)
-        stage = self._stage(executor)
+        assembly = Assembly(job, self.plan, executor)
+        # a profile and counted memory both look at one thread
+        stage = assembly.stage(self.reporter, one_by_one=self.profiles or self.counts_memory)
         cache_name = f"plans/{key_of_code([job.facts(), job.device.name, job.device.count, kernels.name])}.json"
         resolved = resolve_plan(self.plan, stage, resumed=begun.resolved_plan(), given=given, cache_name=cache_name)
         used = begun.check_quantization(describe()) if describe is not None else {}
         before_bytes = peak_memory_bytes(executor.device)
         told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take
         card = job.card(resolved)
-        expected = self._memory_of(resolved)
+        expected = assembly.memory_of(resolved)
         self.reporter.info(describe_resolved(resolved))
         seed_rng(recipe.seed + _SEED_STRIDE * executor.rank)  # dropout; each rank drops other inputs
         write = partial(save_adapter, model, base=job.base, quantization=used, companions=job.companions(card))
@@ -140,7 +116,7 @@ class Training:
         profile, needed_bytes = executor.profile, expected.needed_bytes
         journal = Journal(self.reporter, log, trackers, profile, self.counts_memory, needed_bytes)
         facts = {"plan": self.plan.to_json(), "memory": expected.to_json()}
-        trainer = self._build_trainer(executor, stage, resolved, store, journal, partial(save, card=card))
+        trainer = assembly.build_trainer(stage, resolved, store, journal, partial(save, card=card))
         trainer.on_settled = partial(self._keep_settled, job, trainer, save, facts, cache_name)
         state = trainer.restore(checkpoint) if checkpoint is not None else TrainState()
         objective.task = begun.settled_task()
@@ -160,11 +136,32 @@ class Training:
             measured = journal.profile.finish()
         leave_together(accelerator)
         trackers.finish()
-        speed = self._measure_speed(result, executor)
+        speed = assembly.measure_speed(result)
         trained = Trained(self.where, self.plan, trainer.plan, result, expected, speed, measured, has_held_out)
         if executor.rank == 0:
             write_json(self.where.result, trained.summary())
         return trained
+
+    def _prove_loaded(
+        self, accelerator: Accelerator, begun: Resumption, kernels: Kernels
+    ) -> tuple[Job, Objective, Content | None, Callable[[], JsonObject] | None]:
+        """The job, its objective, proven; on rank 0 also what the base holds, and what tells how it was quantised."""
+        job, begins = self.job, begun.checkpoint is None
+        with reading_content(job.base.path) if accelerator.is_main_process else nullcontext() as reading:
+            model = self._load(accelerator, begun.quantization(), kernels)
+            content = reading.result() if reading is not None else None
+        describe = None
+        if content is not None:
+            job = replace(job, base=job.base.known_as(content=content.digest))
+            if not begins:
+                require_recorded(job.base.path, self.where.base, content)
+            describe = describing_quantization(model, job.recipe.model.quantization, dtype=dtype_named(self.plan.dtype))
+        objective = build_objective(job, model, self.plan.dtype, kernels)
+        prove(job, objective, job.rows.train, self.reporter)
+        self._refer(objective, begins=begins)
+        probe = choose_probe(job.rows.train.lengths, most_tokens=_GRADIENT_TOKENS, shows=job.shows(job.rows.train))
+        prove_gradients(objective, objective.batch_of(job.rows.train[probe], job.pad_id))
+        return job, objective, content, describe
 
     def _load(self, accelerator: Accelerator, begun: JsonMapping | None, kernels: Kernels) -> Any:
         """The base with its adapter, in the precision of the plan; both can be merged and loaded again."""
@@ -242,123 +239,6 @@ class Training:
         if job.task.reference_columns and not begins_as_base(job.recipe.adapter):
             with atomic_dir(self.where.first_adapter, replace=True) as folder:
                 save_adapter(model, folder, base=job.base)
-
-    def _measure_speed(self, fit: FitResult, executor: Executor) -> Speed | None:
-        """The run's figures against what the machine can do."""
-        facts = self.job.rows.facts()
-        flops = count_flops(
-            self.job.shape,
-            adapter_parameters=self.plan.trainable_parameters,
-            tokens=fit.tokens,
-            labelled_tokens=fit.trained_tokens,
-            squared_tokens=round(facts.squared_tokens * fit.tokens / max(1, facts.tokens)),
-            checkpointing=False,
-        )
-        return measure_speed(
-            fit,
-            model_flops=flops.model_flops,
-            device=executor.device,
-            devices=executor.ranks,
-            dtype=dtype_named(self.plan.compute_dtype),
-        )
-
-    def _memory_of(self, resolved: ResolvedPlan) -> MemoryEstimate:
-        """Of the heaviest micro-batch in any way that the run takes or may take."""
-        checkpointing = resolved.gradient_checkpointing
-        held = ("keeps_unpacked", "loss_chunk_bytes", "kernels")
-        memory = self.plan.step.changed(**{name: getattr(resolved, name) for name in held})
-        each = (memory.changed(attention=way.attention).at(way.tokens_at_once, checkpointing) for way in resolved.ways)
-        return max(each, key=lambda estimate: estimate.needed_bytes)
-
-    def _stage(self, executor: Executor) -> Stage:
-        """What `auto` is settled on: the run's real shapes."""
-        job, recipe = self.job, self.job.recipe
-        memory = self.plan.step.changed(kernels=executor.objective.kernels.name)
-        return Stage(
-            executor,
-            job.rows.train,
-            job.rows.validation if self.plan.evaluate_every_steps is not None else None,
-            StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
-            job.pad_id,
-            self.reporter,
-            set_checkpointing=partial(set_checkpointing, executor.objective.model),
-            keep_unpacked=partial(keep_unpacked, executor.objective.model),
-            fits=lambda tokens, on, attention: fits(
-                memory.changed(attention=attention).at(tokens, on), job.device.memory_bytes
-            ),
-            optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
-            packing=self.plan.packing,
-            takes_varlen=takes_varlen(self.plan.step.step),
-            one_by_one=self.profiles or self.counts_memory,  # both look at one thread
-        )
-
-    def _build_trainer(
-        self,
-        executor: Executor,
-        stage: Stage,
-        resolved: ResolvedPlan,
-        store: CheckpointStore,
-        journal: Journal,
-        save: Callable[[Path], None],
-    ) -> Trainer:
-        """The loop with its parts."""
-        job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
-        model, rows = executor.objective.model, self.job.rows
-        update = Update(
-            optimizers.bind(training.optimizer).build(executor.parameters, training.learning_rate, executor.device),
-            [(name, p) for name, p in executor.objective.named_parameters() if p.requires_grad],
-            lambda step: learning_rate_at(training.schedule, training.learning_rate, step, self.plan.total_steps),
-            executor.scaler,
-            training.max_grad_norm,
-            adapters.bind(recipe.adapter).step_hook(model),
-        )
-        task, ranks = executor.objective.task, executor.ranks
-        cost_tokens = resolved.micro_batch_cost_tokens or MICRO_BATCH_COST_TOKENS
-        cutter = Cutter(rows.train, task, job.pad_id, self.plan.packing, ranks=ranks, cost_tokens=cost_tokens)
-        load = partial(load_adapter_weights, model)
-        versions = describe_versions(executor.objective.kernels)
-        environment = Environment.here(executor.device.type, executor.ranks, job.device.card, versions)
-        return Trainer(
-            executor,
-            update,
-            stage.step_rows,
-            cutter,
-            Cadence(self.plan.total_steps, self.plan.save_every_steps, self.plan.evaluate_every_steps),
-            store,
-            Snapshot(update, save, load, resolved, environment),
-            journal,
-            self._held_out(executor, resolved),
-            stage.set_attention,
-        )
-
-    def _held_out(self, executor: Executor, resolved: ResolvedPlan) -> HeldOut | None:
-        """Evaluation while training, where the recipe asks for one."""
-        job, evaluation = self.job, self.job.recipe.evaluation
-        if job.rows.validation is None or self.plan.evaluate_every_steps is None:
-            return None
-        evaluate = partial(
-            evaluate_during,
-            executor.objective,
-            job.rows.validation,
-            evaluation.during,
-            micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
-            pad_id=job.pad_id,
-            ranks=executor,
-            questions=self._questions(executor),
-        )
-        stopping = evaluation.early_stopping
-        if stopping is None:
-            return HeldOut(evaluate, self.plan.select_metric)
-        return HeldOut(evaluate, self.plan.select_metric, stopping.patience, stopping.min_delta)
-
-    def _questions(self, executor: Executor) -> Questions | None:
-        """What is answered at each evaluation while training."""
-        job, evaluation = self.job, self.job.recipe.evaluation
-        objective, reader = executor.objective, job.renderer.pictures
-        engine = Engine(objective.model, job.tokenizer, autocast_dtype=objective.autocast_dtype, reader=reader)
-        begin_as(engine.model, {} if job.renderer.apart is None else job.renderer.apart.begins)
-        rows = job.rows.generation_rows("validation", self.plan.answered_rows) if self.plan.answered_rows else []
-        return ask_during(engine, rows, evaluation.during, Sampling.of_recipe(evaluation), job.stop_ids())
 
 
 def _save_as_settled(objective: Objective, write: Callable[..., None], folder: Path, *, card: RunCard) -> None:

@@ -1,0 +1,162 @@
+"""The parts of a training put together: from a job, its plan and an executor to the stage, the loop and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from lorafit.answering.engine import Engine
+from lorafit.answering.plain_generation import begin_as
+from lorafit.answering.sampling import Sampling
+from lorafit.contracts import Reporter
+from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
+from lorafit.data.packing import Cutter
+from lorafit.evaluation.during import Questions, ask_during, evaluate_during
+from lorafit.job import Job
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.schedules import learning_rate_at
+from lorafit.memory import MemoryEstimate, fits
+from lorafit.model.attach import load_adapter_weights
+from lorafit.model.checkpointing import set_checkpointing
+from lorafit.model.fused_lora import keep_unpacked
+from lorafit.ops.dtypes import dtype_named
+from lorafit.ops.kernel_choice import describe_versions
+from lorafit.plan import Plan, ResolvedPlan, count_flops
+from lorafit.plan.recipe_step import takes_varlen
+from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
+from lorafit.trainer.executor import Executor
+from lorafit.trainer.journal import Journal
+from lorafit.trainer.loop import Cadence, HeldOut, Trainer
+from lorafit.trainer.profile import Speed, measure_speed
+from lorafit.trainer.stage import Stage
+from lorafit.trainer.state import FitResult
+from lorafit.trainer.step import Update
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a job, its plan and what runs micro-batches are put together to."""
+
+    job: Job
+    plan: Plan
+    executor: Executor
+
+    def measure_speed(self, fit: FitResult) -> Speed | None:
+        """The run's figures against what the machine can do."""
+        facts = self.job.rows.facts()
+        flops = count_flops(
+            self.job.shape,
+            adapter_parameters=self.plan.trainable_parameters,
+            tokens=fit.tokens,
+            labelled_tokens=fit.trained_tokens,
+            squared_tokens=round(facts.squared_tokens * fit.tokens / max(1, facts.tokens)),
+            checkpointing=False,
+        )
+        return measure_speed(
+            fit,
+            model_flops=flops.model_flops,
+            device=self.executor.device,
+            devices=self.executor.ranks,
+            dtype=dtype_named(self.plan.compute_dtype),
+        )
+
+    def memory_of(self, resolved: ResolvedPlan) -> MemoryEstimate:
+        """Of the heaviest micro-batch in any way that the run takes or may take."""
+        checkpointing = resolved.gradient_checkpointing
+        held = ("keeps_unpacked", "loss_chunk_bytes", "kernels")
+        memory = self.plan.step.changed(**{name: getattr(resolved, name) for name in held})
+        each = (memory.changed(attention=way.attention).at(way.tokens_at_once, checkpointing) for way in resolved.ways)
+        return max(each, key=lambda estimate: estimate.needed_bytes)
+
+    def stage(self, reporter: Reporter, *, one_by_one: bool) -> Stage:
+        """What `auto` is settled on: the run's real shapes."""
+        job, recipe = self.job, self.job.recipe
+        memory = self.plan.step.changed(kernels=self.executor.objective.kernels.name)
+        return Stage(
+            self.executor,
+            job.rows.train,
+            job.rows.validation if self.plan.evaluate_every_steps is not None else None,
+            StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
+            job.pad_id,
+            reporter,
+            set_checkpointing=partial(set_checkpointing, self.executor.objective.model),
+            keep_unpacked=partial(keep_unpacked, self.executor.objective.model),
+            fits=lambda tokens, on, attention: fits(
+                memory.changed(attention=attention).at(tokens, on), job.device.memory_bytes
+            ),
+            optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
+            packing=self.plan.packing,
+            takes_varlen=takes_varlen(self.plan.step.step),
+            one_by_one=one_by_one,
+        )
+
+    def build_trainer(
+        self,
+        stage: Stage,
+        resolved: ResolvedPlan,
+        store: CheckpointStore,
+        journal: Journal,
+        save: Callable[[Path], None],
+    ) -> Trainer:
+        """The loop with its parts; `save` writes an adapter into a folder."""
+        job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
+        executor, rows = self.executor, self.job.rows
+        model = executor.objective.model
+        update = Update(
+            optimizers.bind(training.optimizer).build(executor.parameters, training.learning_rate, executor.device),
+            [(name, p) for name, p in executor.objective.named_parameters() if p.requires_grad],
+            lambda step: learning_rate_at(training.schedule, training.learning_rate, step, self.plan.total_steps),
+            executor.scaler,
+            training.max_grad_norm,
+            adapters.bind(recipe.adapter).step_hook(model),
+        )
+        task, ranks = executor.objective.task, executor.ranks
+        cost_tokens = resolved.micro_batch_cost_tokens or MICRO_BATCH_COST_TOKENS
+        cutter = Cutter(rows.train, task, job.pad_id, self.plan.packing, ranks=ranks, cost_tokens=cost_tokens)
+        load = partial(load_adapter_weights, model)
+        versions = describe_versions(executor.objective.kernels)
+        environment = Environment.here(executor.device.type, executor.ranks, job.device.card, versions)
+        return Trainer(
+            executor,
+            update,
+            stage.step_rows,
+            cutter,
+            Cadence(self.plan.total_steps, self.plan.save_every_steps, self.plan.evaluate_every_steps),
+            store,
+            Snapshot(update, save, load, resolved, environment),
+            journal,
+            self._held_out(resolved),
+            stage.set_attention,
+        )
+
+    def _held_out(self, resolved: ResolvedPlan) -> HeldOut | None:
+        """Evaluation while training, where the recipe asks for one."""
+        job, evaluation = self.job, self.job.recipe.evaluation
+        if job.rows.validation is None or self.plan.evaluate_every_steps is None:
+            return None
+        evaluate = partial(
+            evaluate_during,
+            self.executor.objective,
+            job.rows.validation,
+            evaluation.during,
+            micro_batch_tokens=resolved.evaluation_micro_batch_tokens,
+            pad_id=job.pad_id,
+            ranks=self.executor,
+            questions=self._questions(),
+        )
+        stopping = evaluation.early_stopping
+        if stopping is None:
+            return HeldOut(evaluate, self.plan.select_metric)
+        return HeldOut(evaluate, self.plan.select_metric, stopping.patience, stopping.min_delta)
+
+    def _questions(self) -> Questions | None:
+        """What is answered at each evaluation while training."""
+        job, evaluation = self.job, self.job.recipe.evaluation
+        objective, reader = self.executor.objective, job.renderer.pictures
+        engine = Engine(objective.model, job.tokenizer, autocast_dtype=objective.autocast_dtype, reader=reader)
+        begin_as(engine.model, {} if job.renderer.apart is None else job.renderer.apart.begins)
+        rows = job.rows.generation_rows("validation", self.plan.answered_rows) if self.plan.answered_rows else []
+        return ask_during(engine, rows, evaluation.during, Sampling.of_recipe(evaluation), job.stop_ids())
