@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lorafit.facts import DeviceFacts
+from lorafit.kinds.adapters import refusal
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import MemoryEstimate, Phase, StepMemory, StepShape
 from lorafit.memory.closed_form import loss_bytes, step_phases
@@ -55,6 +56,8 @@ def compare_methods(
         found += [_row("full", dtype, full_fine_tuning(step, dtype, tokens, checkpointing)) for dtype in ("fp32", half)]
     adapted = (("LoRA", "none", "fp32"), ("LoRA", "none", half), ("QLoRA", "int8", half), ("QLoRA", "nf4", half))
     for name, kind, dtype in adapted:
+        if refusal(step.adapter.section, quantizations.make(kind)) is not None:
+            continue
         stored = replace(memory, step=_stored_as(step, kind, dtype)).at(tokens, checkpointing)
         found.append(_row(name, dtype if kind == "none" else kind, stored))
     if device is None:

@@ -22,6 +22,7 @@ from itertools import combinations
 
 from lorafit.contracts import JsonValue
 from lorafit.facts import DeviceFacts
+from lorafit.kinds.adapters import refusal
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.memory import StepMemory, StepShape, covers, find_largest, fits
@@ -115,8 +116,9 @@ def _smaller_weights(step: StepShape) -> Iterator[Switch]:
     if step.keeps_unpacked:
         key = "model.quantization.keep_unpacked"
         yield Switch(key, "false", 1, lambda asked: asked.changed(keeps_unpacked=False))
-    if step.model.linears and section.kind not in ("nf4", "fp4"):
-        nf4 = quantizations.make("nf4")
+    nf4 = quantizations.make("nf4")
+    takes_nf4 = refusal(step.adapter.section, nf4) is None
+    if step.model.linears and section.kind not in ("nf4", "fp4") and takes_nf4:
         yield Switch("model.quantization", "nf4", 5, lambda asked: asked.changed(quantization=nf4))
 
 

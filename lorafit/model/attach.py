@@ -7,7 +7,7 @@ several.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from lorafit.errors import ModelError, RecipeError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_rows
 from lorafit.kinds.adapters import AdapterSection, Site, adapters
+from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.model.adapter import (
     ADAPTER_NAME,
     CONFIG,
@@ -109,13 +110,14 @@ def open_adapter(
         name: What the adapter is called in the model.
 
     Raises:
-        ModelError: It does not fit, in any respect; nothing is guessed.
+        ModelError: It does not fit, in any respect, or its method cannot run on a base stored so; nothing is guessed.
         SafetyError: See `read_adapter`.
     """
     saved = read_adapter(folder)
     if base is not None:
         check_base(saved, base)
     saved.check_values(reporter or Silent())
+    _refuse_codes(base_model, saved)
     model = wrap_model(base_model, saved.config, folder, name=name)
     _load_weights(model, saved, name)
     keep_weights_unpacked(model)
@@ -254,6 +256,26 @@ def _are_transposed(model: torch.nn.Module, target_modules: Sequence[str]) -> bo
     ends = tuple(f".{target}" for target in target_modules)
     wanted = [module for path, module in model.named_modules() if f".{path}".endswith(ends)]
     return bool(wanted) and all(isinstance(module, Conv1D) for module in wanted)
+
+
+def _refuse_codes(model: torch.nn.Module, saved: AdapterFolder) -> None:
+    """Raises ModelError where an adapter's method cannot stand beside one of its layers as that is stored."""
+    beside = {path for name in saved.tensors for path in _above(name.removeprefix("base_model.model."))}
+    for path, layer in model.named_modules():
+        if path.removeprefix("base_model.model.").removesuffix(".base_layer") not in beside:
+            continue
+        codes = kind_of_codes(layer)
+        why = saved.kind.refuses_saved(saved.config, "none" if codes is None else codes.name())
+        if why is not None:
+            todo = "open it on its base in another quantization"
+            raise ModelError(why, file=str(saved.path / CONFIG), todo=todo)
+
+
+def _above(name: str) -> Iterator[str]:
+    """Every path that a tensor may lie under."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:

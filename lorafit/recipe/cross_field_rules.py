@@ -8,7 +8,9 @@ from pathlib import PurePath
 from typing import get_args
 
 from lorafit.console.wording import alternatives
+from lorafit.kinds.adapters import refusal
 from lorafit.kinds.metrics import metrics
+from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.foreign import suggest_word
 from lorafit.recipe.schema import Recipe, sources_of
@@ -43,7 +45,20 @@ class Disagreement:
 
 def disagreements(recipe: Recipe) -> list[Disagreement]:
     """Every rule between keys that a recipe breaks."""
-    return [*_of_training(recipe), *_of_evaluation(recipe), *_of_task(recipe), *_of_hub_options(recipe)]
+    return [
+        *_of_adapter(recipe),
+        *_of_training(recipe),
+        *_of_evaluation(recipe),
+        *_of_task(recipe),
+        *_of_hub_options(recipe),
+    ]
+
+
+def _of_adapter(recipe: Recipe) -> Iterator[Disagreement]:
+    why = refusal(recipe.adapter, quantizations.bind(recipe.model.quantization))
+    if why is not None:
+        keys = ("adapter.kind", "model.quantization")
+        yield Disagreement(keys, why, "use another adapter, or another quantization")
 
 
 def _of_training(recipe: Recipe) -> Iterator[Disagreement]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafit.contracts import StepHook
     from lorafit.facts import LinearShape, ModelShape
     from lorafit.files.safetensors import TensorEntry
+    from lorafit.kinds.quantizations import Quantization
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -200,6 +201,19 @@ class Adapter(Kind[S_co]):
         """What the method does between steps; None for most."""
         return None
 
+    def refuses(self, quantization_kind: str) -> str | None:
+        """Why it cannot be trained beside linears stored so, in one sentence with the reason; None where it can.
+
+        Args:
+            quantization_kind: How a single linear is stored, e.g. `none`, `nf4`, `int8`.
+        """
+        return self.refuses_saved({}, quantization_kind)
+
+    @classmethod
+    def refuses_saved(cls, config: JsonMapping, quantization_kind: str) -> str | None:
+        """Why a saved adapter cannot be opened beside linears stored so; as `refuses`, for an adapter_config.json."""
+        return None
+
     @classmethod
     def opened_config(cls, config: JsonMapping) -> JsonObject:
         """What PEFT's config is made of when a saved adapter is opened, from adapter_config.json."""
@@ -250,6 +264,15 @@ def adapter_kind(config: JsonMapping) -> type[Adapter[AdapterSection]] | None:
         and all(config.get(key) == value for key, value in kind.peft_options.items())
     ]
     return max(fitting, key=lambda kind: len(kind.peft_options), default=None)
+
+
+def refusal(section: AdapterSection, quantization: Quantization[KindSection]) -> str | None:
+    """Why a recipe's adapter cannot be trained on its base; None where it can."""
+    method = adapters.bind(section)
+    names = method.linear_names()
+    beside = [quantization] if isinstance(names, str) or not names else [quantization.of(name) for name in names]
+    kinds = dict.fromkeys(kind for each in beside for kind in each.single_kinds())
+    return next((why for kind in kinds if (why := method.refuses(kind)) is not None), None)
 
 
 def begins_as_base(section: AdapterSection) -> bool:

@@ -42,6 +42,14 @@ _PLAIN_KEYS = frozenset(
 """Keys of adapter_config.json that leave the product s * B A, or are judged by `LowRankFolding`."""
 
 
+_UNQUANTISED_OPTIONS = {
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "BD-LoRA",
+    "use_qalora": "QA-LoRA",
+}
+
+
 class LowRankSection(LinearsSection):
     """Two narrow matrices beside frozen linears."""
 
@@ -204,6 +212,18 @@ class LowRank(Adapter[L_co]):
     def opened_config(cls, config: JsonMapping) -> JsonObject:
         """The saved one; no initialisation is repeated, since the values come from the file."""
         return {**config, "init_lora_weights": True}
+
+    @classmethod
+    def refuses_saved(cls, config: JsonMapping, quantization_kind: str) -> str | None:
+        """Options of a stranger's LoRA that PEFT drops without a word, and computes plain LoRA instead.
+
+        Source: peft.tuners.lora.bnb, whose layers resolve DoRA and aLoRA alone; of QA-LoRA, every layer but GPTQ's.
+        """
+        for key, name in _UNQUANTISED_OPTIONS.items():
+            if config.get(key) and (quantization_kind != "none" or key == "use_qalora"):
+                beside = f"linears stored as {quantization_kind}" if quantization_kind != "none" else "plain linears"
+                return f"PEFT has no {name} beside {beside}, and would compute plain LoRA without a word"
+        return None
 
     @classmethod
     def folding(cls, config: JsonMapping) -> LowRankFolding:

@@ -76,6 +76,10 @@ class Quantization(Kind[S_co]):
         """How linears of that name, the last part of their paths, are stored: by this kind, unless it mixes several."""
         return self
 
+    def single_kinds(self) -> Sequence[str]:
+        """The kinds that single linears may be stored in: this one, unless it mixes several."""
+        return (self.section.kind,)
+
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """What a plain weight `[out, in]` is once it was stored so."""
         return weight

@@ -76,6 +76,10 @@ class Mixed(Quantization[MixedSection]):
         """The kind of that name, else that of all others."""
         return self._by_name.get(name, self._others)
 
+    def single_kinds(self) -> Sequence[str]:
+        """Every kind that the section names."""
+        return (self.section.others, *self.section.linears.values())
+
     def check(self, shape: ModelShape) -> None:
         """Raises RecipeError where a name is none of the model's linears."""
         known = sorted({linear.name for linear in shape.linears})
