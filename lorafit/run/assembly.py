@@ -28,8 +28,9 @@ from lorafit.plan import Plan, ResolvedPlan, count_flops
 from lorafit.plan.recipe_step import takes_varlen
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
 from lorafit.trainer.executor import Executor
+from lorafit.trainer.held_out import Cadence, HeldOut
 from lorafit.trainer.journal import Journal
-from lorafit.trainer.loop import Cadence, HeldOut, Trainer
+from lorafit.trainer.loop import Trainer
 from lorafit.trainer.profile import Speed, measure_speed
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import FitResult

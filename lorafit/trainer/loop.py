@@ -21,12 +21,12 @@ from lorafit.contracts import Batch
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError, StoppedBySignal
-from lorafit.kinds.metrics import metrics
 from lorafit.ops.process_memory import peak_memory_bytes, peak_reserved_bytes, release_memory
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.plan import ResolvedPlan, Way
 from lorafit.trainer.checkpoint import Checkpoint, CheckpointStore, Snapshot
 from lorafit.trainer.executor import Executor, out_of_memory, trim_after
+from lorafit.trainer.held_out import Cadence, HeldOut
 from lorafit.trainer.journal import Journal
 from lorafit.trainer.prefetch import StepFeed
 from lorafit.trainer.signals import StopRequested, StopSignals
@@ -41,38 +41,6 @@ from lorafit.trainer.step import (
 )
 from lorafit.trainer.threaded_micro_batches import run_at_once
 from lorafit.trainer.trials import is_over, note_trial, settle
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """When a run evaluates, saves and ends, in optimizer steps.
-
-    Attributes:
-        total_steps: Of the whole run.
-        save_every_steps: A checkpoint each time, and one at the end.
-        evaluate_every_steps: An evaluation each time, and one at the end; None: none.
-    """
-
-    total_steps: int
-    save_every_steps: int
-    evaluate_every_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Evaluation while training, and what follows from it.
-
-    Attributes:
-        evaluate: Held-out metrics by name.
-        select_metric: Decides which checkpoint is the best one, and about patience; None: neither.
-        patience: Evaluations in a row without an improvement, after which the run ends; None: it does not.
-        min_delta: A smaller improvement is none, in the metric's unit.
-    """
-
-    evaluate: Callable[[], dict[str, float]]
-    select_metric: str | None = None
-    patience: int | None = None
-    min_delta: float = 0.0
 
 
 @dataclass
@@ -327,29 +295,7 @@ class Trainer:
             self.journal.write({"step": state.step, "evaluation": values})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.journal.reporter.info(f"step {state.step}: held-out {shown}")
-        name = held_out.select_metric
-        if name is None:
-            return False
-        metric = metrics.get(name)
-        value, lower_is_better = values[metric.name or name], metric.better == "lower"
-        is_best = state.judge(value, name, lower_is_better=lower_is_better, min_delta=held_out.min_delta)
-        if held_out.patience is not None and state.evaluations_without_improvement >= held_out.patience:
-            state.stopped_early = True
-            self.journal.reporter.info(
-                f"stopped early at step {state.step}: {held_out.patience} evaluations without a better {name}"
-            )
-        if self.executor.rank == 0 and state.is_complete(self.cadence.total_steps):
-            self._warn_of_no_change(state, value)
-        return is_best
-
-    def _warn_of_no_change(self, state: TrainState, value: float) -> None:
-        """That the metric which chooses the adapter ends where it began, and so chose the first that was evaluated."""
-        best, first = state.best, self.cadence.evaluate_every_steps
-        if best is not None and value == best.value and first == best.step < state.step:
-            self.journal.reporter.warn(
-                f"{best.metric} is {value:.4g} at the last evaluation as at the first, and was never better: it chose "
-                f"nothing, and the adapter is that of step {best.step}; take a metric that moves, e.g. loss"
-            )
+        return held_out.judge(state, values, self.cadence, self.journal.reporter)
 
     def _save(self, state: TrainState) -> None:
         """Publishes the checkpoint of the last edge, all ranks' random numbers in it."""

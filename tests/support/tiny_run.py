@@ -28,8 +28,9 @@ from lorafit.ops.rng import seed_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
 from lorafit.trainer.executor import Executor
+from lorafit.trainer.held_out import Cadence, HeldOut
 from lorafit.trainer.journal import Journal, MetricsLog
-from lorafit.trainer.loop import Cadence, HeldOut, Trainer
+from lorafit.trainer.loop import Trainer
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
 from lorafit.trainer.ranks import OverRanks
 from lorafit.trainer.step import Update

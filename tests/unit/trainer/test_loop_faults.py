@@ -18,7 +18,7 @@ import torch
 from lorafit.errors import NumericsError, ResourceError, StoppedBySignal
 from lorafit.files import atomic
 from lorafit.trainer.executor import Executor
-from lorafit.trainer.loop import HeldOut
+from lorafit.trainer.held_out import HeldOut
 from lorafit.trainer.signals import StopSignals
 from lorafit.trainer.state import TrainState
 from tests.support.tiny_run import Job, Rows, TinyPlan, set_rate

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lorafit.errors import CheckpointError, StoppedBySignal
-from lorafit.trainer.loop import HeldOut
+from lorafit.trainer.held_out import HeldOut
 from lorafit.trainer.state import TrainState
 from tests.support.tiny_run import Job, Rows, TinyPlan, set_rate
 
