@@ -29,6 +29,7 @@ from lorafit.contracts import Batch, JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.estimation import RecipeEstimate
 from lorafit.estimation.layer_list import LayerList
+from lorafit.kinds.optimizers import rate_groups
 from lorafit.memory import MemoryEstimate, Phase, StepShape
 from lorafit.memory.peak import PHASES
 from lorafit.model import attention, fused_lora
@@ -118,8 +119,9 @@ class DryRun:
         self._executor = Executor(objective, torch.device("cpu"))
         # fp16 runs without its loss scale, which takes no memory and reads the gradients' values.
         self._executor.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self._trained, named = self._executor.parameters, list(objective.named_parameters())
-        self._optimizer = step.optimizer.build(self._trained, _LEARNING_RATE, self._executor.device)
+        self._trained, named = self._executor.parameters, self._executor.named_parameters
+        groups = rate_groups(named, step.adapter.rate_factor)
+        self._optimizer = step.optimizer.build(groups, _LEARNING_RATE, self._executor.device)
         self._update = Update(
             self._optimizer, named, lambda step: _LEARNING_RATE, self._executor.scaler, step.max_grad_norm
         )

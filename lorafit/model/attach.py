@@ -81,6 +81,7 @@ def attach_adapter(
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             what = f"PEFT cannot put an adapter on {type(model).__name__}: {first_line(error)}"
             raise ModelError(what, todo="use another base model") from error
+    method.settle(adapted)
     keep_weights_unpacked(adapted)
     for name, parameter in adapted.named_parameters() if model_class.trains_projector else ():
         if ".modules_to_save." in name:  # as adapters are: in bf16 most of an update would be rounded away
@@ -304,7 +305,7 @@ def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path) -> None
                 f"the recipe says {asked:g}, the adapter to go on from has {theirs}", key=f"adapter.{ours}"
             )
     unlike = [key for key in kind.form_fields if (value := saved.config.get(key)) and value != getattr(fresh, key)]
-    if unlike or saved.kind is not kind:
+    if unlike or saved.kind is not adapters.get(kind.saved_as or section.kind):
         form = ", ".join(unlike) or saved.config["peft_type"]
         raise RecipeError(f"{folder} is no plain {section.kind} adapter ({form})", key="adapter.init_from")
     live = adapter_tensors(model)

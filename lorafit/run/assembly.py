@@ -16,7 +16,7 @@ from lorafit.data.packing import Cutter
 from lorafit.evaluation.during import Questions, ask_during, evaluate_during
 from lorafit.job import Job
 from lorafit.kinds.adapters import adapters
-from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.optimizers import optimizers, rate_groups
 from lorafit.kinds.schedules import learning_rate_at
 from lorafit.memory import MemoryEstimate, fits
 from lorafit.model.attach import load_adapter_weights
@@ -105,14 +105,15 @@ class Assembly:
         """The loop with its parts; `save` writes an adapter into a folder."""
         job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
         executor, rows = self.executor, self.job.rows
-        model = executor.objective.model
+        model, method = executor.objective.model, adapters.bind(recipe.adapter)
+        groups = rate_groups(executor.named_parameters, method.rate_factor)
         update = Update(
-            optimizers.bind(training.optimizer).build(executor.parameters, training.learning_rate, executor.device),
-            [(name, p) for name, p in executor.objective.named_parameters() if p.requires_grad],
+            optimizers.bind(training.optimizer).build(groups, training.learning_rate, executor.device),
+            executor.named_parameters,
             lambda step: learning_rate_at(training.schedule, training.learning_rate, step, self.plan.total_steps),
             executor.scaler,
             training.max_grad_norm,
-            adapters.bind(recipe.adapter).step_hook(model),
+            method.step_hook(model),
         )
         task, ranks = executor.objective.task, executor.ranks
         cost_tokens = resolved.micro_batch_cost_tokens or MICRO_BATCH_COST_TOKENS

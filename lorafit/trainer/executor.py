@@ -51,7 +51,8 @@ class Executor:
         device: That device.
 
     Attributes:
-        parameters: The trained ones.
+        named_parameters: The trained ones with their names.
+        parameters: Without.
         scaler: fp16's loss scale; switched off, it does nothing, in other precisions.
         profile: Told when forward and backward begin and end; set once the run's own steps begin.
         rank: Number of this process among those that train together, from 0.
@@ -63,7 +64,8 @@ class Executor:
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self.objective, self.device = objective, device
         self.profile: NoProfile = NO_PROFILE
-        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.named_parameters = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+        self.parameters = [parameter for _, parameter in self.named_parameters]
         self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
 
     def __enter__(self) -> Self:

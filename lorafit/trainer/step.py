@@ -16,6 +16,7 @@ import torch
 
 from lorafit.contracts import Batch, Examples, StepHook
 from lorafit.errors import NumericsError, row_place
+from lorafit.kinds.optimizers import set_rates
 from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.trainer.executor import Executor, no_check
 
@@ -136,13 +137,12 @@ class Update:
         """Clips gradients of that norm and takes the optimizer's step; fp16's scaler skips it where they overflowed.
 
         Returns:
-            The learning rate.
+            The learning rate, before a group's own factor.
         """
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.max_grad_norm, norm)
         learning_rate = self.learning_rate_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rates(self.optimizer, learning_rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.hook is not None:

@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from lorafit.errors import RecipeError
-from lorafit.kinds.adapters import Adapter, AdapterSection, adapters
+from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters
 from lorafit.kinds.formats import Format, formats
 from lorafit.kinds.metrics import Metric, metrics
 from lorafit.kinds.optimizers import Optimizer, OptimizerSection, optimizers
@@ -141,6 +141,22 @@ def test_a_name_is_fit_for_a_recipe(family: str, name: str) -> None:
     with pytest.raises(RecipeError, match="available: ") as caught:
         PROTOCOLS[family][0].get(f"{name}x")
     assert f"did you mean {name}" in str(caught.value) or f"or {name}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", adapters.names())
+def test_a_saved_adapter_is_opened_by_the_kind_whose_file_it_is(name: str) -> None:
+    """A file without any option is one in which they are off; two kinds never claim the same file."""
+    kind = adapters.get(name)
+    config = {"peft_type": kind.peft_type, **kind.peft_options}
+    assert adapter_kind(config) is adapters.get(kind.saved_as or name)
+    others = {option: False for other in adapters.names() for option in adapters.get(other).peft_options}
+    assert adapter_kind(others | config) is adapters.get(kind.saved_as or name)
+
+
+@pytest.mark.parametrize("name", adapters.names())
+def test_a_rate_is_multiplied_by_something_above_zero(name: str) -> None:
+    for part in ("lora_A", "lora_B", "prompt_encoder"):
+        assert adapters.make(name).rate_factor(f"model.base_model.layers.0.{part}.default.weight") > 0
 
 
 @pytest.mark.parametrize(("family", "name"), WITH_SECTION, ids=IDS_WITH_SECTION)

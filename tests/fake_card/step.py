@@ -22,6 +22,7 @@ from torch.nn import functional
 from lorafit.contracts import Batch
 from lorafit.estimation.dry_run import DryRun
 from lorafit.facts import DeviceFacts
+from lorafit.kinds.optimizers import rate_groups
 from lorafit.machine.hardware import FIRST_WITH_BF16
 from lorafit.memory import StepMemory
 from lorafit.model.attach import attach_adapter
@@ -187,8 +188,8 @@ class CardStep:
         objective.loss_chunk_bytes, objective.kernels = step.loss_chunk_bytes, FUSED
         objective.train()
         self.executor = Executor(objective, CARD)
-        named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-        optimizer = step.optimizer.build(self.executor.parameters, 1e-4, CARD)
+        named = self.executor.named_parameters
+        optimizer = step.optimizer.build(rate_groups(named, step.adapter.rate_factor), 1e-4, CARD)
         for group in optimizer.param_groups:
             if not group.get("fused") and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's default for parameters of a card, whose class fakes have not

@@ -20,7 +20,7 @@ from lorafit.contracts import Example, Silent, StepHook
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.files.rundir import RunDir
-from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.optimizers import optimizers, rate_groups
 from lorafit.kinds.schedules import learning_rate_at, schedules
 from lorafit.kinds.tasks import tasks
 from lorafit.model.attention import set_attention
@@ -162,6 +162,7 @@ class Job:
     trials: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=lambda: {"kind": "adamw"})
     learning_rate: float = 1e-2
+    rate_factor: Callable[[str], float] = lambda name: 1.0
     keep_last: int = 2
     autocast_dtype: torch.dtype | None = None
     quantized: bool = False
@@ -174,9 +175,9 @@ class Job:
         self.reporter = Silent()
         self.model = tiny_model(dropout=self.dropout, seed=self.seed, quantized=self.quantized)
         self.objective = self.task.build_objective(self.model, autocast_dtype=self.autocast_dtype)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.objective.named_parameters() if p.requires_grad]
         kind = optimizers.make(self.optimizer["kind"], **self.optimizer)
-        optimizer = kind.build(parameters, self.learning_rate, torch.device("cpu"))
+        optimizer = kind.build(rate_groups(named, self.rate_factor), self.learning_rate, torch.device("cpu"))
         run = RunDir(self.root)
         run.root.mkdir(parents=True, exist_ok=True)
         self.store = CheckpointStore(run, keep_last=self.keep_last, reporter=self.reporter)
@@ -189,7 +190,7 @@ class Job:
         executor.profile = self.profile
         update = Update(
             optimizer,
-            [(name, p) for name, p in self.objective.named_parameters() if p.requires_grad],
+            named,
             lambda step: learning_rate_at(schedule, self.learning_rate, step, total),
             executor.scaler,
             hook=self.hook,

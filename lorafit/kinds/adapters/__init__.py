@@ -161,6 +161,7 @@ class Adapter(Kind[S_co]):
     Attributes:
         closed_form: Whether `memory` has formulas for its step, which are LoRA's; any other is estimated by a dry run.
         starts_as_base: Whether a fresh one computes what the base does, to the last bit.
+        saved_as: The kind by which a saved one is opened, where it trains another kind's adapter in a way of its own.
         peft_type: What `peft_type` in adapter_config.json says.
         peft_options: Keys of adapter_config.json, with the values that tell it from others of the same `peft_type`.
         saved_fields: Checks of its own keys of adapter_config.json.
@@ -170,6 +171,7 @@ class Adapter(Kind[S_co]):
 
     closed_form: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
+    saved_as: ClassVar[str | None] = None
     peft_type: ClassVar[str]
     peft_options: ClassVar[Mapping[str, JsonValue]] = {}
     saved_fields: ClassVar[Mapping[str, SavedField]] = {}
@@ -196,6 +198,16 @@ class Adapter(Kind[S_co]):
     def rank(self) -> int:
         """Width of the bottleneck, which the activations of the closed form grow with; 0 for a method without."""
         return 0
+
+    def rate_factor(self, parameter_name: str) -> float:
+        """What the learning rate of a trained parameter is multiplied by."""
+        return 1.0
+
+    def settle(self, model: PeftModel) -> None:
+        """Freezes, ties or changes in a model whose adapter is fresh what PEFT's config cannot say.
+
+        What requires a gradient afterwards is trained; what `live_tensors` names is saved.
+        """
 
     def step_hook(self, model: torch.nn.Module) -> StepHook | None:
         """What the method does between steps; None for most."""
@@ -256,12 +268,16 @@ adapters: SectionRegistry[Adapter[AdapterSection]] = SectionRegistry("adapter", 
 
 
 def adapter_kind(config: JsonMapping) -> type[Adapter[AdapterSection]] | None:
-    """The method of an adapter_config.json: of those of its `peft_type` the one whose options fit most closely."""
+    """The method of an adapter_config.json: of those of its `peft_type` the one whose options fit most closely.
+
+    An option that is missing there is one that is off.
+    """
     fitting = [
         kind
         for _, kind in adapters.items()
-        if kind.peft_type == config.get("peft_type")
-        and all(config.get(key) == value for key, value in kind.peft_options.items())
+        if kind.saved_as is None
+        and kind.peft_type == config.get("peft_type")
+        and all((config.get(key) or None) == (value or None) for key, value in kind.peft_options.items())
     ]
     return max(fitting, key=lambda kind: len(kind.peft_options), default=None)
 

@@ -13,7 +13,7 @@ from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
 
@@ -90,13 +90,34 @@ class Optimizer(Kind[S_co]):
         return self.section.model_dump(exclude={"kind"})
 
     def build(
-        self, parameters: Iterable[torch.nn.Parameter], learning_rate: float, device: torch.device
+        self,
+        parameters: Iterable[torch.nn.Parameter] | Iterable[JsonObject],
+        learning_rate: float,
+        device: torch.device,
     ) -> torch.optim.Optimizer:
-        """The optimizer over `parameters`. On a CPU a paged one is built unpaged."""
+        """The optimizer over `parameters`, or over groups of `rate_groups`. On a CPU a paged one is built unpaged."""
         optimizer: torch.optim.Optimizer = resolve_name(self.builds)(
             parameters, lr=learning_rate, **self.options(device)
         )
+        set_rates(optimizer, learning_rate)
         return optimizer
+
+
+def rate_groups(named: Iterable[tuple[str, torch.nn.Parameter]], factor_of: Callable[[str], float]) -> list[JsonObject]:
+    """torch's parameter groups of trained parameters, one for each factor of the learning rate.
+
+    All else is the same in all of them: the section's weight decay, too.
+    """
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in named:
+        groups.setdefault(factor_of(name), []).append(parameter)
+    return [{"params": parameters, "rate_factor": factor} for factor, parameters in groups.items()]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Gives each group that learning rate times its own factor, 1 where it names none."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("rate_factor", 1.0)
 
 
 optimizers: SectionRegistry[Optimizer[OptimizerSection]] = SectionRegistry("optimizer", "lorafit.kinds.optimizers")

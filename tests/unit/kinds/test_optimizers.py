@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.optimizers import optimizers, rate_groups, set_rates
 
 CPU = torch.device("cpu")
 OPTIONS: dict[str, dict[str, Any]] = {  # for each option another value than its default
@@ -99,6 +99,30 @@ def test_paged_runs_unpaged_on_a_cpu(name: str, recwarn: pytest.WarningsRecorder
     assert getattr(optimizer, "is_paged", False) is False
     assert (weight < 1).all()
     assert not [w for w in recwarn if "aged" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", optimizers.names())
+def test_a_group_moves_as_under_an_optimizer_of_its_own_rate(name: str) -> None:
+    """Two matrices at rates of 1 to 16, bit for bit as each by itself; the section's decay stays that of both."""
+    torch.manual_seed(0)
+    values, gradients = torch.randn(2, 128, 64), torch.randn(3, 2, 128, 64)
+    together, apart = ([torch.nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    kind, factors = optimizers.make(name, weight_decay=0.5), {"a": 1.0, "b": 16.0}
+    groups = rate_groups(zip(factors, together, strict=True), factors.__getitem__)
+    optimizer = kind.build(groups, 1e-3, CPU)
+    alone = [kind.build([p], 1e-3 * factor, CPU) for p, factor in zip(apart, factors.values(), strict=True)]
+    for step, pair in enumerate(gradients, start=1):
+        set_rates(optimizer, 1e-3 / step)
+        for one, factor in zip(alone, factors.values(), strict=True):
+            set_rates(one, 1e-3 / step * factor)
+        for parameter, gradient in zip([*together, *apart], [*pair, *pair], strict=True):
+            parameter.grad = gradient.clone()
+        for one in (optimizer, *alone):
+            one.step()
+    assert all(torch.equal(*pair) for pair in zip(together, apart, strict=True))
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3 / 3, 1e-3 / 3 * 16.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert [group["rate_factor"] for group in optimizer.param_groups] == [1.0, 16.0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorafit.errors import LorafitError, ModelError, RecipeError, SafetyError
+from lorafit.kinds.adapters import adapters
 from lorafit.model.adapter import (
     CONFIG,
     NOTES,
@@ -142,6 +143,26 @@ def test_missing_broken_and_foreign_files(trained: Callable[..., Trained], tmp_p
     refused(f"{CONFIG} is no valid JSON")
     (made.adapter / CONFIG).unlink()
     refused(f"{CONFIG} is missing")
+
+
+def test_what_a_method_freezes_is_saved_and_not_trained(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`settle` decides before anybody counts what is trained, and also where values come from another adapter."""
+
+    def freeze(self: object, model: PeftModel) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+
+    monkeypatch.setattr(adapters.get("lora"), "settle", freeze)
+    model = attach_adapter(load(llama), lora(), 0)
+    live = adapter_tensors(model)
+    assert {name for name, value in live.items() if value.requires_grad} == {n for n in live if "lora_B" in n}
+    save_adapter(model, tmp_path / "saved", base=llama)
+    assert read_adapter(tmp_path / "saved").tensors.keys() == live.keys()
+    going_on = attach_adapter(load(llama), lora(init_from="saved"), 9, folder=tmp_path)
+    assert {name for name, p in going_on.named_parameters() if p.requires_grad and "lora_B" not in name} == set()
+    assert all(torch.equal(value, live[name]) for name, value in adapter_tensors(going_on).items())
 
 
 def test_going_on_from_an_adapter(trained: Callable[..., Trained], llama: Base) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError, RecipeError
-from lorafit.kinds.optimizers import optimizers
+from lorafit.kinds.optimizers import optimizers, rate_groups
 from lorafit.trainer import journal
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.state import Best, TrainState, load_optimizer, save_optimizer
@@ -40,8 +40,16 @@ def test_only_one_rank_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+FACTORS = {"a": 1.0, "b": 16.0, "c": 1.0}
+
+
+def build(name: str, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Over two groups where there are the three parameters."""
+    return optimizers.make(name).build(rate_groups(parameters.items(), FACTORS.__getitem__), 1e-2, CPU)
+
+
 def stepped(name: str, parameters: dict[str, torch.nn.Parameter], steps: int) -> torch.optim.Optimizer:
-    optimizer = optimizers.make(name).build(list(parameters.values()), 1e-2, CPU)
+    optimizer = build(name, parameters)
     run(optimizer, parameters, steps, seed=0)
     return optimizer
 
@@ -70,8 +78,9 @@ def test_optimizer_state_goes_round_bit_for_bit(name: str, tmp_path: Path) -> No
     optimizer = stepped(name, whole, 3)
     save_optimizer(tmp_path, optimizer, whole)
     again = {key: torch.nn.Parameter(value.detach().clone()) for key, value in whole.items()}
-    resumed = optimizers.make(name).build(list(again.values()), 1e-2, CPU)
+    resumed = build(name, again)
     load_optimizer(tmp_path, resumed, again)
+    assert len(resumed.param_groups) == 2
     for key in whole:
         before, after = optimizer.state[whole[key]], resumed.state[again[key]]
         assert list(before) == list(after)
