@@ -65,6 +65,8 @@ class LinearShape:
         left_out: Why it carries no adapter; empty for those that may.
         quantizable: Whether the loader replaces it by a quantised one: transformers leaves classes of their own
             (Falcon's) alone.
+        layers: Number of the layer that each of them stands in, an encoder's before its decoder's; -1: outside of all
+            layers. None: one in each layer.
     """
 
     name: str
@@ -76,6 +78,7 @@ class LinearShape:
     role: str = ""
     left_out: str = ""
     quantizable: bool = True
+    layers: tuple[int, ...] | None = None
 
     @property
     def weight_parameters(self) -> int:
@@ -173,11 +176,19 @@ class ModelShape:
     @classmethod
     def from_json(cls, values: JsonMapping) -> ModelShape:
         """What `to_json` gave."""
-        linears, beside = (
-            tuple(kind(**part) for part in values[name])
-            for name, kind in (("linears", LinearShape), ("beside", LeftOut))
-        )
-        return cls(**{**values, "linears": linears, "beside": beside})
+        layers = ((*part["layers"],) if part.get("layers") is not None else None for part in values["linears"])
+        linears = (LinearShape(**{**part, "layers": own}) for part, own in zip(values["linears"], layers, strict=True))
+        beside = (LeftOut(**part) for part in values["beside"])
+        return cls(**{**values, "linears": tuple(linears), "beside": tuple(beside)})
+
+    def layers_of(self, linear: LinearShape) -> tuple[int, ...]:
+        """Number of the layer that each linear of a kind stands in."""
+        return tuple(range(self.layers)) if linear.layers is None else linear.layers
+
+    @property
+    def layer_count(self) -> int:
+        """Layers in all: an encoder's and its decoder's."""
+        return 1 + max((number for linear in self.linears for number in self.layers_of(linear)), default=-1)
 
     @property
     def quantizable(self) -> bool:

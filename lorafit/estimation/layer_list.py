@@ -1,7 +1,8 @@
 """The decoder layers of a model, of which a few can stand for all: a dry run of those takes a fraction of the time.
 
-Layers are alike where they have the same class, the same parameters and the same kind of attention, and both keep their
-activations or both recompute them. Of each sort the
+Layers are alike where they have the same class, the same parameters and the same kind of attention, both keep their
+activations or both recompute them, and both stand before the first layer that is trained or neither does: nothing needs
+a gradient there. Of each sort the
 first layer of the model, the last of the sort, and the last of the model are enough: a step's worst moment lies in the
 last layer of some sort, and what one more layer of a sort keeps for the backward pass is seen while it runs forward.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,7 +41,8 @@ class LayerList:
 
     def sorts(self) -> list[str]:
         """What tells a layer's sort, layer by layer."""
-        return [_sort_of(layer) for layer in self.layers]
+        trained = [any(value.requires_grad for value in layer.parameters()) for layer in self.layers]
+        return [f"{any(trained[: number + 1])} {_sort_of(layer)}" for number, layer in enumerate(self.layers)]
 
     def representatives(self) -> list[int]:
         """The first layer, the last of each sort, and the last of all, by number."""
@@ -71,21 +73,25 @@ class LayerList:
 
     @contextlib.contextmanager
     def weighed(self, live: LiveTensors) -> Iterator[dict[int, int]]:
-        """Gives what each layer that runs forward inside keeps for its backward pass, in bytes by its number."""
+        """Gives what each layer that runs forward inside keeps for its backward pass, in bytes by its number.
+
+        One before all that is trained keeps nothing: its result takes the place of its input.
+        """
         kept: dict[int, int] = {}
 
         def begin(number: int) -> None:
             if live.phase == "forward":
                 kept[number] = -live.live_bytes
 
-        def end(number: int) -> None:
+        def end(number: int, result: Any) -> None:
             if live.phase == "forward":
-                kept[number] += live.live_bytes
+                states = result[0] if isinstance(result, tuple) else result
+                kept[number] = kept[number] + live.live_bytes if states.requires_grad else 0
 
         with contextlib.ExitStack() as stack:
             for number, layer in enumerate(self.layers):
                 stack.enter_context(layer.register_forward_pre_hook(lambda *_, number=number: begin(number)))
-                stack.enter_context(layer.register_forward_hook(lambda *_, number=number: end(number)))
+                stack.enter_context(layer.register_forward_hook(lambda *call, number=number: end(number, call[-1])))
             yield kept
 
     def missing(self, chosen: Sequence[int], kept: Mapping[int, int]) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorafit.console.nearest import did_you_mean
 from lorafit.errors import RecipeError
 from lorafit.facts import LinearShape, ModelShape
 from lorafit.kinds.adapters import AdapterSection
+from lorafit.kinds.section import Section
 
 _ALL_LINEAR = frozenset({"all", "auto", "all-linear", "all-linears", "linear", "all-linear-layers", "*"})
 
@@ -20,11 +22,49 @@ def _means_all(name: str) -> bool:
     return re.sub(r"[\s_-]+", "-", name.strip().lower()) in _ALL_LINEAR
 
 
+Numbers = list[Annotated[int, Field(ge=0)]]
+"""Of layers, from 0."""
+
+
+class LayersSection(Section):
+    """Some layers of a model, numbered from 0 at its input; an encoder's come before those of its decoder."""
+
+    first: int | None = Field(default=None, ge=1)
+    """So many layers from the input."""
+    last: int | None = Field(default=None, ge=1)
+    """So many layers up to the output."""
+    list: Numbers | None = Field(default=None, min_length=1)
+    """Their numbers, e.g. [0, 5, 7]."""
+
+    @model_validator(mode="after")
+    def _is_one_choice(self) -> LayersSection:
+        given = [key for key in ("first", "last", "list") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"it needs one of first, last and list; {' and '.join(given) or 'none'} is given")
+        twice = sorted({number for number in self.list or () if (self.list or []).count(number) > 1})
+        if twice:
+            raise ValueError(f"list names layer {twice[0]} twice")
+        return self
+
+    def numbers(self, count: int) -> frozenset[int]:
+        """The layers that are meant, of a model that has `count`. Raises RecipeError where it has not so many."""
+        asked = max(self.first or 0, self.last or 0, max(self.list or (0,)) + (self.list is not None))
+        if asked > count:
+            what = f"asks for {f'layer {asked - 1}' if self.list else f'{asked} layers'}; the model has {count}"
+            todo = f"choose from 0 to {count - 1}" if self.list else f"ask for {count} at most"
+            raise RecipeError(what, key="adapter.layers", todo=todo)
+        if self.list is not None:
+            return frozenset(self.list)
+        return frozenset(range(self.first) if self.first is not None else range(count - (self.last or 0), count))
+
+
 class LinearsSection(AdapterSection):
     """The section of a method that stands beside linears."""
 
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linears that get an adapter, e.g. [q_proj, v_proj]; all-linear: all but head and MoE routers."""
+    layers: LayersSection | None = None
+    """Which layers get an adapter: {first: 4}, {last: 4} or {list: [0, 5, 7]}; null: all, and what is in none."""
 
     @field_validator("target_modules")
     @classmethod
@@ -41,12 +81,34 @@ class LinearsSection(AdapterSection):
         return value
 
 
-def choose_linears(asked: Literal["all-linear"] | Sequence[str], shape: ModelShape) -> tuple[LinearShape, ...]:
-    """The linears of a model that a recipe names. Raises RecipeError as `choose_names`."""
+def choose_linears(section: LinearsSection, shape: ModelShape) -> tuple[LinearShape, ...]:
+    """The linears of a model that a recipe names; `count` and `layers` are of those in the layers that it chooses.
+
+    Raises:
+        RecipeError: As `choose_names`; or a chosen layer is not there, or none of them has a named linear.
+    """
     able = tuple(linear for linear in shape.linears if not linear.left_out)
     left_out = {linear.name: linear.left_out for linear in shape.linears if linear.left_out}
-    names = choose_names(asked, {linear.name for linear in able}, left_out)
-    return tuple(linear for linear in able if linear.name in names)
+    names = choose_names(section.target_modules, {linear.name for linear in able}, left_out)
+    chosen = [linear for linear in able if linear.name in names]
+    if section.layers is None:
+        return tuple(chosen)
+    numbers, found = section.layers.numbers(shape.layer_count), []
+    for linear in chosen:
+        own = tuple(number for number in shape.layers_of(linear) if number in numbers)
+        found += [replace(linear, count=len(own), layers=own)] if own else []
+    check_layers(section, names, {linear.name for linear in found})
+    return tuple(found)
+
+
+def check_layers(section: LinearsSection, names: Iterable[str], found: Iterable[str]) -> None:
+    """Raises RecipeError where a linear that the recipe names stands in none of the layers that it chooses, or none of
+    all does."""
+    found = set(found)
+    missing = [] if section.target_modules == "all-linear" and found else sorted(set(names) - found)
+    if missing:
+        what = f"'{missing[0]}' stands in none of these layers"
+        raise RecipeError(what, key="adapter.layers", todo="choose others, or name other target_modules")
 
 
 def choose_names(

@@ -20,6 +20,7 @@ from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_rows
 from lorafit.kinds.adapters import AdapterSection, Site, adapters
 from lorafit.kinds.quantizations import kind_of_codes
+from lorafit.kinds.linear_targets import LinearsSection
 from lorafit.model.adapter import (
     ADAPTER_NAME,
     CONFIG,
@@ -31,6 +32,7 @@ from lorafit.model.adapter import (
     saved_kind,
 )
 from lorafit.model.base import Base
+from lorafit.model.layer_numbers import layer_paths
 from lorafit.model.load import keep_weights_unpacked
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import choose_targets
@@ -66,10 +68,7 @@ def attach_adapter(
         RecipeError: A target matches nothing, or `init_from` disagrees with the recipe.
         ModelError: The adapter of `init_from` does not fit this model, or PEFT cannot wrap it.
     """
-    method = adapters.bind(section)
-    asked = method.linear_names()
-    targets = choose_targets(model, asked) if asked else []
-    config = method.peft_config(targets, is_transposed=_are_transposed(model, targets))
+    config = _fresh_config(model, section)
     config.task_type = model_class.peft_task
     if model_class.has_new_head or model_class.trains_projector:
         config.modules_to_save = projector_names(model) if model_class.trains_projector else [*outer_modules(model)]
@@ -91,6 +90,20 @@ def attach_adapter(
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise RecipeError("the adapter has no trainable parameters", key="adapter")
     return adapted
+
+
+def _fresh_config(model: PreTrainedModel | PeftModel, section: AdapterSection) -> PeftConfig:
+    """PEFT's config of the recipe's adapter on this model. Raises RecipeError where a target matches nothing."""
+    method, layers = adapters.bind(section), layer_paths(model)
+    chosen = section.layers if isinstance(section, LinearsSection) else None
+    if chosen is not None:
+        numbers = chosen.numbers(len(layers))
+        layers = {path: number for path, number in layers.items() if number in numbers}
+    asked = method.linear_names()
+    targets = choose_targets(model, asked, None if chosen is None else layers) if asked else []
+    config = method.peft_config(targets, is_transposed=_are_transposed(model, targets))
+    method.settle_layers(config, layers)
+    return config
 
 
 def open_adapter(

@@ -22,6 +22,7 @@ from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_MODEL, LeftOut, LinearShape, Mod
 from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, untie_head, with_task
 from lorafit.model.known_models import known_shape
+from lorafit.model.layer_numbers import layer_list, layer_of, layer_paths
 from lorafit.model.targets import (
     EXPERT_COUNTS,
     OUTSIDE,
@@ -104,7 +105,8 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
         inner = getattr(model, model.base_model_prefix, model)
         outer = [inner.get_submodule(name) for name in projector_names(model)]
     left_out = left_out_names(model)
-    linears, beside = _linear_shapes(model, left_out), _beside(model, left_out)
+    layer_count = config_number(text, "num_hidden_layers", 1)
+    linears, beside = _linear_shapes(model, left_out, layer_count), _beside(model, left_out)
     experts = sum(part.parameters for part in beside if part.name == _EXPERTS)
     tied = head is None or head.weight is embeddings.weight
     outside = embeddings.weight.numel() + (0 if tied else head.weight.numel())
@@ -122,7 +124,7 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
     return ModelShape(
         model_type=str(settings.model_type),
         hidden_size=hidden,
-        layers=config_number(text, "num_hidden_layers", 1),
+        layers=layer_count,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -178,21 +180,12 @@ def _head_sizes(text: PretrainedConfig, linears: tuple[LinearShape, ...], heads:
     return kv_heads, config_number(text, "head_dim", max(hidden // heads, 1))
 
 
-def _layer_list(model: PreTrainedModel) -> Any:
-    """The decoder layers of a language model: the list of modules that has as many, else the longest."""
-    import torch
-
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = config_number(model.config.get_text_config(), "num_hidden_layers")
-    return max(lists, key=lambda found: (len(found) == layers, len(found)), default=())
-
-
 def _norms(model: PreTrainedModel, hidden: int) -> tuple[str, int]:
     """Kind of the norms over the stream, and how many the layer has that has most: 1, 2 or 4."""
     found = [
         [type(part).__name__ for part in layer.children()
          if getattr(getattr(part, "weight", None), "shape", None) == (hidden,)]
-        for layer in _layer_list(model)
+        for layer in layer_list(model)
     ]  # fmt: skip
     names = max(found, key=len, default=[])
     kind = "layer" if any("LayerNorm" in name and "RMS" not in name for name in names) else "rms"
@@ -203,7 +196,7 @@ def _scanning_layers(model: PreTrainedModel) -> int:
     """Layers that carry a state along the row: Mamba, linear attention. Each begins with a convolution."""
     import torch
 
-    return sum(any(isinstance(part, torch.nn.Conv1d) for part in layer.modules()) for layer in _layer_list(model))
+    return sum(any(isinstance(part, torch.nn.Conv1d) for part in layer.modules()) for layer in layer_list(model))
 
 
 def _has_plain_head(text: PretrainedConfig) -> bool:
@@ -231,13 +224,13 @@ def _token_embedding(model: PreTrainedModel, *, generates: bool) -> Any:
     raise ModelError(f"{name} {why}; it is no language model", file="config.json", todo="use a decoder-only model")
 
 
-def _linear_shapes(model: PreTrainedModel, left_out: Mapping[str, str]) -> tuple[LinearShape, ...]:
+def _linear_shapes(model: PreTrainedModel, left_out: Mapping[str, str], layers: int) -> tuple[LinearShape, ...]:
     """Linears of the language model by name and size, output head and routers apart; a shared weight counts once."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    found: Counter[LinearShape] = Counter()
-    seen, wide = set[int](), set(wide_names(model))
+    found: dict[LinearShape, list[int]] = {}
+    seen, wide, numbers = set[int](), set(wide_names(model)), layer_paths(model)
     for name, module in find_linears(model):
         why = left_out.get(name, "")
         if id(module.weight) in seen or why in (ROUTER, OUTSIDE):
@@ -251,8 +244,12 @@ def _linear_shapes(model: PreTrainedModel, left_out: Mapping[str, str]) -> tuple
             role = "o"
         is_plain = is_conv or type(module) is torch.nn.Linear  # transformers replaces no class derived from it
         quantizable = is_plain and name not in wide
-        found[LinearShape(last, reads, writes, 1, module.bias is not None, is_conv, role, why, quantizable)] += 1
-    return tuple(replace(shape, count=count) for shape, count in found.items())
+        kind = LinearShape(last, reads, writes, 1, module.bias is not None, is_conv, role, why, quantizable)
+        found.setdefault(kind, []).append(layer_of(name, numbers))
+    everywhere = [*range(layers)]
+    return tuple(
+        replace(kind, count=len(own), layers=None if own == everywhere else tuple(own)) for kind, own in found.items()
+    )
 
 
 def _beside(model: PreTrainedModel, left_out: Mapping[str, str]) -> tuple[LeftOut, ...]:

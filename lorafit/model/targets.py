@@ -48,8 +48,15 @@ READ = "the model reads its weight past any adapter"
 RENAMED = "PEFT renames adapters of this layer while it loads them, and would not find it again"
 
 
-def choose_targets(model: PreTrainedModel, asked: Literal["all-linear"] | Sequence[str]) -> list[str]:
+def choose_targets(
+    model: PreTrainedModel, asked: Literal["all-linear"] | Sequence[str], layers: Collection[str] | None = None
+) -> list[str]:
     """Names for PEFT's `target_modules` that match exactly the wanted linears: last parts of paths where those suffice.
+
+    Args:
+        model: Loaded or on the meta device.
+        asked: `adapter.target_modules`.
+        layers: Paths of the layers that they are in; None: wherever they are.
 
     Raises:
         RecipeError: See `choose_names`.
@@ -58,6 +65,9 @@ def choose_targets(model: PreTrainedModel, asked: Literal["all-linear"] | Sequen
     linears = [name for name, _ in find_linears(model) if name not in left_out]
     names = choose_names(asked, map(_last, linears), {_last(path): why for path, why in left_out.items()})
     wanted = {name for name in linears if _last(name) in names}
+    if layers is not None:
+        starts = tuple(f"{layer}." for layer in layers)
+        wanted = {name for name in wanted if name.startswith(starts)}
     matched = {name for name, _ in model.named_modules() if _last(name) in names}
     return sorted(names) if matched == wanted else sorted(wanted)
 

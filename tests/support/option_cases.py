@@ -22,7 +22,7 @@ from lorafit.model.class_shape import find_shape
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.trainer.step import Update
 from tests.support import tiny_seq2seq, tiny_vision
-from tests.support.option_kinds import kind_cases
+from tests.support.option_kinds import RANKS, attached, kind_cases, layer_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
     Changes,
@@ -118,6 +118,8 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
                 ("all-linear", ["q_proj"], ["q_proj", "v_proj"]), adapted(kind, "target_modules", adapter_shapes)
             ),
             f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_from, world, kind)),
+            **layer_cases(kind),
+            f"adapter({kind}).ranks": Case(RANKS, partial(attached, kind, "ranks")),
         }
     cases["model.quantization(mixed).linears"] = Case(({}, {"down_proj": "int8"}), quantized("linears", "mixed"))
     cases["model.quantization(mixed).others"] = Case(("nf4", "none"), quantized("others", "mixed"))

@@ -8,10 +8,13 @@ from typing import Any
 from unittest.mock import patch
 
 from lorafit import pipeline
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
+from lorafit.model.attach import attach_adapter
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import SPLITS, OptionWorld, digest_of, named_commits
+from tests.support.tiny_model import tiny_llama
 
 BETAS = [0.9, 0.95], [0.5, 0.95], [0.9, 0.5]  # both of them must matter
 EPS, DECAY, LEAST = (1e-8, 1e-2), (0.0, 0.5), (1, 100_000)
@@ -54,6 +57,9 @@ SCHEDULES: dict[str, dict[str, tuple[Any, ...]]] = {
     "linear": {**WARMUP, "min_ratio": (0.0, 0.2)},
     "polynomial": {**WARMUP, "power": (1.0, 2.0), "min_ratio": (0.0, 0.2)},
 }
+
+RANKS = (None, {"late": 2}, {"q_proj": 2}, [3, 2])
+LAYERS: dict[str, tuple[Any, ...]] = {"first": (1, 2), "last": (1, 2), "list": ([0], [1], [0, 1])}
 
 HUB = "owner/rows"
 SOURCES: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -156,3 +162,23 @@ def _load_dataset(path: str, name: str | None = None, **asked: Any) -> Any:
 
     answer = f"{name} {asked['split']} {asked['revision']}"
     return datasets.Dataset.from_list([{"question": path, "answer": answer}])
+
+
+def layer_cases(kind: str) -> dict[str, Case]:
+    """Which layers get an adapter, of a method that stands beside linears."""
+    choices = {
+        f"adapter({kind}).layers.{choice}": Case(
+            values, lambda value, choice=choice: attached(kind, "layers", {choice: value})
+        )
+        for choice, values in LAYERS.items()
+    }
+    return {
+        f"adapter({kind}).layers": Case((None, {"first": 1}, {"list": [1]}), partial(attached, kind, "layers")),
+        **choices,
+    }
+
+
+def attached(kind: str, option: str, value: Any) -> dict[str, list[int]]:
+    """Shapes of what is trained on a fresh model, by name."""
+    model = attach_adapter(tiny_llama(), adapters.make_section(kind, **{option: value}), 0)
+    return {name: list(found.shape) for name, found in model.named_parameters() if found.requires_grad}

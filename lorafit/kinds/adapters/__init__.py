@@ -52,7 +52,7 @@ class Site:
         name: Last part of the modules' paths.
         count: How many modules of that name get something.
         parameters: Trained parameters of all of them.
-        linear: The shape of a linear.
+        linear: The shape of a linear; its `count` and `layers` are of those that get something.
     """
 
     kind: Literal["linear", "embedding", "prompt", "head"]
@@ -159,7 +159,6 @@ class Adapter(Kind[S_co]):
     """One method.
 
     Attributes:
-        closed_form: Whether `memory` has formulas for its step, which are LoRA's; any other is estimated by a dry run.
         starts_as_base: Whether a fresh one computes what the base does, to the last bit.
         saved_as: The kind by which a saved one is opened, where it trains another kind's adapter in a way of its own.
         peft_type: What `peft_type` in adapter_config.json says.
@@ -169,7 +168,6 @@ class Adapter(Kind[S_co]):
         form_fields: Those that say what its tensors mean, which it must share too.
     """
 
-    closed_form: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
     saved_as: ClassVar[str | None] = None
     peft_type: ClassVar[str]
@@ -177,6 +175,14 @@ class Adapter(Kind[S_co]):
     saved_fields: ClassVar[Mapping[str, SavedField]] = {}
     recipe_fields: ClassVar[Mapping[str, str]] = {}
     form_fields: ClassVar[Sequence[str]] = ()
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether `memory` has formulas for its step: those of one rank beside every such linear, as LoRA's.
+
+        Where they do not hold, a dry run of the step tells, and nothing else need be said of its memory.
+        """
+        return False
 
     @abstractmethod
     def sites(self, shape: ModelShape) -> tuple[Site, ...]:
@@ -194,6 +200,14 @@ class Adapter(Kind[S_co]):
     def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
         """Names of the linears it goes on, as the recipe writes them; none for a method without."""
         return ()
+
+    def settle_layers(self, config: PeftConfig, layers: Mapping[str, int]) -> None:
+        """Writes into PEFT's config what differs from layer to layer.
+
+        Args:
+            config: From `peft_config`; changed in place.
+            layers: Number of each layer of the loaded model, by its path there.
+        """
 
     def rank(self) -> int:
         """Width of the bottleneck, which the activations of the closed form grow with; 0 for a method without."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_rows
 from lorafit.kinds.adapters import AdaptedLayer, Adapter, Folding, Number, Rank, SavedField, Site
+from lorafit.kinds.adapters._layer_ranks import THIRDS, LayerRanks
 from lorafit.kinds.adapters._low_rank_fold import LowRankFold
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 
@@ -48,17 +50,32 @@ _UNQUANTISED_OPTIONS = {
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QA-LoRA",
 }
+SectionRank = Annotated[int, Field(ge=1, le=4096)]
+"""A rank that a recipe may ask for."""
 
 
 class LowRankSection(LinearsSection):
     """Two narrow matrices beside frozen linears."""
 
-    r: int = Field(default=16, ge=1, le=4096)
+    r: SectionRank = 16
     """Rank: width of the bottleneck."""
     alpha: float = Field(default=32.0, gt=0.0, le=1e6, allow_inf_nan=False)
     """The update is scaled by alpha / r."""
+    ranks: list[SectionRank] | dict[str, SectionRank] | None = None
+    """Ranks that differ: {early: 4, middle: 8, late: 16} by thirds of the adapted layers, a list with one for each of
+    them, or by linear, e.g. {down_proj: 32}. What it does not name has rank r; the scale is alpha / r for all."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_are_of_one_form(cls, value: list[int] | dict[str, int] | None) -> list[int] | dict[str, int] | None:
+        if value is not None and not value:
+            raise ValueError("it names no rank; leave it out, and all have rank r")
+        names = [name for name in value if name not in THIRDS] if isinstance(value, dict) else []
+        if names and len(names) < len(value or ()):
+            raise ValueError(f"it names thirds of the layers and {names[0]!r}, a linear; keep one of the two")
+        return value
 
 
 class LowRankFolding(Folding):
@@ -175,15 +192,40 @@ class LowRank(Adapter[L_co]):
     folds: ClassVar[type[LowRankFolding]] = LowRankFolding
 
     def sites(self, shape: ModelShape) -> tuple[Site, ...]:
-        """The linears that get an adapter. Raises RecipeError where a name matches none."""
-        return tuple(
-            Site("linear", linear.name, linear.count, self.layer_parameters(linear) * linear.count, linear)
-            for linear in choose_linears(self.section.target_modules, shape)
-        )
+        """The linears that get an adapter. Raises RecipeError where a name matches none, or ranks are not to be had."""
+        linears, chosen = choose_linears(self.section, shape), self.section.layers
+        layers = sorted(range(shape.layer_count) if chosen is None else chosen.numbers(shape.layer_count))
+        self.ranks.check(layers, (linear.name for linear in linears))
 
-    def layer_parameters(self, linear: LinearShape) -> int:
-        """Trained parameters beside one linear: A [r, in] and B [out, r]."""
-        return self.section.r * (linear.in_features + linear.out_features)
+        def parameters(linear: LinearShape) -> int:
+            ranks = Counter(self.ranks.rank_of(linear.name, number, layers) for number in shape.layers_of(linear))
+            return sum(self.layer_parameters(linear, rank) * count for rank, count in ranks.items())
+
+        return tuple(Site("linear", linear.name, linear.count, parameters(linear), linear) for linear in linears)
+
+    @property
+    def ranks(self) -> LayerRanks:
+        """Ranks by layer and linear."""
+        return LayerRanks(self.section.ranks, self.section.r)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every linear of a name has an adapter, and all have one rank."""
+        return self.section.layers is None and self.section.ranks is None
+
+    def layer_parameters(self, linear: LinearShape, rank: int) -> int:
+        """Trained parameters beside one linear: A [rank, in] and B [out, rank]."""
+        return rank * (linear.in_features + linear.out_features)
+
+    def settle_layers(self, config: PeftConfig, layers: Mapping[str, int]) -> None:
+        """Ranks of single layers, and the alphas that leave their scale alpha / r.
+
+        Of rank-stabilised scaling the paper's own: alpha / sqrt(rank) by the layer's rank, with one alpha for all.
+        """
+        pattern, r = self.ranks.pattern(layers), self.section.r
+        config.rank_pattern = dict(pattern)
+        if not self.peft_options.get("use_rslora"):
+            config.alpha_pattern = {key: self.section.alpha * rank / r for key, rank in pattern.items()}
 
     def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
         """The recipe's `target_modules`."""

@@ -125,6 +125,6 @@ class Dora(LowRank[DoraSection]):
     peft_options: ClassVar[Mapping[str, JsonValue]] = {"use_dora": True}
     folds: ClassVar[type[LowRankFolding]] = DoraFolding
 
-    def layer_parameters(self, linear: LinearShape) -> int:
+    def layer_parameters(self, linear: LinearShape, rank: int) -> int:
         """LoRA's, and a norm for each output feature."""
-        return super().layer_parameters(linear) + linear.out_features
+        return super().layer_parameters(linear, rank) + linear.out_features

@@ -24,8 +24,12 @@ class LoraSection(LowRankSection):
 class Lora(LowRank[LoraSection]):
     """PEFT's LoRA; variants of it that the recipe does not know are opened as PEFT computes them."""
 
-    closed_form: ClassVar[bool] = True
     starts_as_base: ClassVar[bool] = True
+
+    @property
+    def closed_form(self) -> bool:
+        """With one rank, in all layers alike."""
+        return self.is_uniform
 
     @classmethod
     def why_no_effect(cls, config: JsonMapping, nonzero_tensors: Set[str]) -> str | None:
