@@ -131,6 +131,8 @@ def _pages(path: KeyPath, node: Node) -> Iterator[str]:
     sources = [section for form in forms(node) for section in sections_in(form)]
     if kinds_of(node):
         yield _choice_page(path, node)
+        fields = [item for section in kinds_of(node).values() for item in section["properties"].items()]
+        yield from dict.fromkeys(page for name, field in fields for page in _pages((*path, name), field))
     elif path == ("data", "train"):
         yield _section_page(path, sources[0], " (each source)")
     else:

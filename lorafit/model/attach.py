@@ -19,8 +19,8 @@ from lorafit.errors import ModelError, RecipeError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_rows
 from lorafit.kinds.adapters import AdapterSection, Site, adapters
-from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.kinds.linear_targets import LinearsSection
+from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.model.adapter import (
     ADAPTER_NAME,
     CONFIG,

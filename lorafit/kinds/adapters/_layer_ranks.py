@@ -77,5 +77,5 @@ class LayerRanks:
         """Of each of so many layers; empty where their numbers decide nothing."""
         if isinstance(self.ranks, Mapping):
             ranks = self.ranks if self._is_by_thirds() else {}
-            return [ranks.get(THIRDS[3 * place // count], self.usual) for place in range(count)] if ranks else []
+            return [ranks.get(THIRDS[(6 * place + 3) // (2 * count)], self.usual) for place in range(count)] if ranks else []
         return self.ranks or []
