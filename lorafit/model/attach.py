@@ -68,7 +68,7 @@ def attach_adapter(
         RecipeError: A target matches nothing, or `init_from` disagrees with the recipe.
         ModelError: The adapter of `init_from` does not fit this model, or PEFT cannot wrap it.
     """
-    config = _fresh_config(model, section)
+    method, config = adapters.bind(section), _fresh_config(model, section)
     config.task_type = model_class.peft_task
     if model_class.has_new_head or model_class.trains_projector:
         config.modules_to_save = projector_names(model) if model_class.trains_projector else [*outer_modules(model)]

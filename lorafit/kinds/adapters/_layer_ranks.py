@@ -77,5 +77,6 @@ class LayerRanks:
         """Of each of so many layers; empty where their numbers decide nothing."""
         if isinstance(self.ranks, Mapping):
             ranks = self.ranks if self._is_by_thirds() else {}
-            return [ranks.get(THIRDS[(6 * place + 3) // (2 * count)], self.usual) for place in range(count)] if ranks else []
+            thirds = [THIRDS[(6 * place + 3) // (2 * count)] for place in range(count)]
+            return [ranks.get(third, self.usual) for third in thirds] if ranks else []
         return self.ranks or []
