@@ -296,6 +296,19 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What acts between the steps of a run must know of it.
+
+    Attributes:
+        seed: The recipe's.
+        total_steps: Of the whole run.
+    """
+
+    seed: int
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """Where the run happens.
 

@@ -29,6 +29,7 @@ from lorafit.contracts import Batch, JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.estimation import RecipeEstimate
 from lorafit.estimation.layer_list import LayerList
+from lorafit.facts import RunFacts
 from lorafit.kinds.optimizers import rate_groups
 from lorafit.memory import MemoryEstimate, Phase, StepShape
 from lorafit.memory.peak import PHASES
@@ -53,6 +54,7 @@ _attention = functional.scaled_dot_product_attention
 _OF_FAKES = (RuntimeError, NotImplementedError)  # what is raised of tensors without values
 _OF_TOWERS = (*_OF_FAKES, ValueError, TypeError, AssertionError)  # and where those of pixels are looked at
 _LEARNING_RATE = 1e-4  # any: no value is computed
+_STEPS = 1000  # any: none is taken
 
 
 def run_exactly(found: RecipeEstimate, config: JsonMapping, reporter: Reporter) -> RecipeEstimate:
@@ -122,8 +124,14 @@ class DryRun:
         self._trained, named = self._executor.parameters, self._executor.named_parameters
         groups = rate_groups(named, step.adapter.rate_factor)
         self._optimizer = step.optimizer.build(groups, _LEARNING_RATE, self._executor.device)
+        hook = step.adapter.step_hook(self._model, RunFacts(0, _STEPS))
         self._update = Update(
-            self._optimizer, named, lambda step: _LEARNING_RATE, self._executor.scaler, step.max_grad_norm
+            self._optimizer,
+            named,
+            lambda step: _LEARNING_RATE,
+            self._executor.scaler,
+            step.max_grad_norm,
+            [hook] if hook is not None else [],
         )
         is_fused = self._on_cuda and step.optimizer.options(torch.device("cuda")).get("fused", False)
         for group in self._optimizer.param_groups:
@@ -133,7 +141,7 @@ class DryRun:
                 group["foreach"] = True  # torch's own default there
         with self._fake, _as_it_would_run(step), _LiveFakes():
             self._make_gradients()
-            self._optimizer.step()  # its state exists from now on
+            self._update.apply(0, torch.ones(()))  # states of optimizer and method exist from now on
             self._optimizer.zero_grad(set_to_none=True)
 
     def run(
@@ -182,16 +190,16 @@ class DryRun:
             if accumulates:
                 self._make_gradients()
             with (
-                watching(live, self._executor.objective, self._optimizer),
+                watching(live, self._executor.objective, self._optimizer, self._update.hooks),
                 self._layers.only(chosen),
                 self._layers.weighed(live) as kept,
                 self._progress(chosen, live, reporter),
             ):
                 live.phase = "forward"  # adapters are cast before the model runs
                 try:
-                    accumulate_gradients(self._executor, [self._batch(tokens)])
+                    accumulate_gradients(self._executor, [self._batch(tokens)], hooks=self._update.hooks)
                     self._executor.sum_gradients()
-                    self._update.apply(1, self._update.gradient_norm())
+                    self._update.apply(0, self._update.gradient_norm())
                 except raised as error:
                     what = f"{step.model.model_type} does not run on tensors without values: {first_line(error)}"
                     todo = "leave --exact out: the closed form needs none"

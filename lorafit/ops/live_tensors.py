@@ -13,13 +13,15 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lorafit.contracts import StepHook
 
 _MODULE = "lorafit.module"  # key in an autograd node's metadata
 
@@ -177,13 +179,16 @@ def _component(record: _Record) -> str:
 
 
 @contextlib.contextmanager
-def watching(live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer) -> Iterator[LiveTensors]:
+def watching(
+    live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook] = ()
+) -> Iterator[LiveTensors]:
     """Counts inside: what is there already by component, then every operation, with phase and module.
 
     Args:
         live: The counter.
         objective: Model and loss; `base` is the transformers model.
         optimizer: Over the objective's trainable parameters.
+        hooks: What they keep counts as the optimizer's state.
     """
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     base = objective.base
@@ -210,6 +215,7 @@ def watching(live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer
     def update(*_: Any) -> None:
         live.phase = "update"
 
+    live.note((value for hook in hooks for value in hook.state_dict().values()), "optimizer_state")
     live.note((p.data for p in objective.parameters() if not p.requires_grad), "base_weights")
     live.note(objective.buffers(), "base_weights")
     live.note(quantization_tensors(objective), "quantization_constants")
@@ -217,16 +223,16 @@ def watching(live: LiveTensors, objective: Any, optimizer: torch.optim.Optimizer
     live.note((p.data for p in trained), "adapter")
     live.note((p.grad for p in trained), "gradients")
     live.note((value for state in optimizer.state.values() for value in state.values()), "optimizer_state")
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: live.note([p.grad], "gradients")) for p in trained]
-    hooks += [
+    watchers = [p.register_post_accumulate_grad_hook(lambda p: live.note([p.grad], "gradients")) for p in trained]
+    watchers += [
         torch.nn.modules.module.register_module_forward_pre_hook(enter),
         torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
         optimizer.register_step_pre_hook(update),
     ]
     with contextlib.ExitStack() as stack:
         stack.callback(live.modules.clear)
-        for hook in hooks:
-            stack.enter_context(hook)
+        for watcher in watchers:
+            stack.enter_context(watcher)
         stack.enter_context(live)
         yield live
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from lorafit.answering.engine import Engine
 from lorafit.answering.plain_generation import begin_as
 from lorafit.answering.sampling import Sampling
-from lorafit.contracts import Reporter
+from lorafit.contracts import Reporter, StepHook
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
 from lorafit.data.packing import Cutter
 from lorafit.evaluation.during import Questions, ask_during, evaluate_during
+from lorafit.facts import RunFacts
 from lorafit.job import Job
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers, rate_groups
@@ -44,6 +45,15 @@ class Assembly:
     job: Job
     plan: Plan
     executor: Executor
+
+    @cached_property
+    def hooks(self) -> Sequence[StepHook]:
+        """What is done between steps: by the adapter's method."""
+        recipe = self.job.recipe
+        own = adapters.bind(recipe.adapter).step_hook(
+            self.executor.objective.model, RunFacts(recipe.seed, self.plan.total_steps)
+        )
+        return [own] if own is not None else []
 
     def measure_speed(self, fit: FitResult) -> Speed | None:
         """The run's figures against what the machine can do."""
@@ -88,7 +98,8 @@ class Assembly:
             fits=lambda tokens, on, attention: fits(
                 memory.changed(attention=attention).at(tokens, on), job.device.memory_bytes
             ),
-            optimizer_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters),
+            kept_bytes=optimizers.bind(recipe.training.optimizer).state_bytes(self.plan.trainable_parameters)
+            + sum(hook.state_bytes for hook in self.hooks),
             packing=self.plan.packing,
             takes_varlen=takes_varlen(self.plan.step.step),
             one_by_one=one_by_one,
@@ -103,17 +114,17 @@ class Assembly:
         save: Callable[[Path], None],
     ) -> Trainer:
         """The loop with its parts; `save` writes an adapter into a folder."""
-        job, recipe, training = self.job, self.job.recipe, self.job.recipe.training
+        job, training = self.job, self.job.recipe.training
         executor, rows = self.executor, self.job.rows
-        model, method = executor.objective.model, adapters.bind(recipe.adapter)
-        groups = rate_groups(executor.named_parameters, method.rate_factor)
+        model = executor.objective.model
+        groups = rate_groups(executor.named_parameters, adapters.bind(job.recipe.adapter).rate_factor)
         update = Update(
             optimizers.bind(training.optimizer).build(groups, training.learning_rate, executor.device),
             executor.named_parameters,
             lambda step: learning_rate_at(training.schedule, training.learning_rate, step, self.plan.total_steps),
             executor.scaler,
             training.max_grad_norm,
-            method.step_hook(model),
+            self.hooks,
         )
         task, ranks = executor.objective.task, executor.ranks
         cost_tokens = resolved.micro_batch_cost_tokens or MICRO_BATCH_COST_TOKENS

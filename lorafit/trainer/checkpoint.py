@@ -3,9 +3,10 @@
 checkpoints/step-000100/
   adapter/                  PEFT layout
   optimizer.safetensors     every moment, dtype exact          optimizer.json   what belongs to which parameter
+  hooks.safetensors         tensors that step hooks keep, where they do
   state.json                {train, resolved, environment}     MANIFEST         sizes and hashes, written last
 
-A `Snapshot` writes everything that a run trains and takes it back: adapter, optimizer, loss scale, hook.
+A `Snapshot` writes everything that a run trains and takes it back: adapter, optimizer, loss scale, hooks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,17 @@ from lorafit.files.rundir import RunDir
 from lorafit.files.strict_json import JsonError, read_object_file
 from lorafit.machine.version import installed_versions
 from lorafit.plan import ResolvedPlan
-from lorafit.trainer.state import Best, Count, Event, TrainState, load_optimizer, read_dataclass, save_optimizer
+from lorafit.trainer.state import (
+    Best,
+    Count,
+    Event,
+    TrainState,
+    load_hooks,
+    load_optimizer,
+    read_dataclass,
+    save_hooks,
+    save_optimizer,
+)
 from lorafit.trainer.step import Update
 
 ADAPTER_FOLDER = "adapter"
@@ -283,7 +294,7 @@ class Snapshot:
     """The trained state of one run.
 
     Attributes:
-        update: Optimizer, loss scale and hook.
+        update: Optimizer, loss scale and hooks.
         save_adapter: Writes the adapter in PEFT's layout into a folder.
         load_adapter: Takes it back from there.
         resolved: The values that the run is trained with.
@@ -297,9 +308,8 @@ class Snapshot:
     environment: Environment
 
     def write(self, folder: Path, state: TrainState) -> None:
-        """Writes all of it into an empty folder, `state` with the loss scale and the hook's state in it."""
-        hook = self.update.hook
-        state.hooks = [dict(hook.state_dict())] if hook is not None else []
+        """Writes all of it into an empty folder, `state` with the loss scale and the hooks' states in it."""
+        state.hooks = save_hooks(folder, self.update.hooks)
         state.scaler = dict(self.update.scaler.state_dict())
         self.save_adapter(folder / ADAPTER_FOLDER)
         save_optimizer(folder, self.update.optimizer, dict(self.update.named))
@@ -315,7 +325,6 @@ class Snapshot:
         """Takes all of it back."""
         self.load_adapter(checkpoint.adapter)
         load_optimizer(checkpoint.folder, self.update.optimizer, dict(self.update.named))
-        for hook, saved in zip([self.update.hook] if self.update.hook else [], checkpoint.state.hooks, strict=True):
-            hook.load_state_dict(saved)
+        load_hooks(checkpoint.folder, self.update.hooks, checkpoint.state.hooks)
         if checkpoint.state.scaler:
             self.update.scaler.load_state_dict(checkpoint.state.scaler)

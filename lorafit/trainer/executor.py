@@ -51,7 +51,7 @@ class Executor:
         device: That device.
 
     Attributes:
-        named_parameters: The trained ones with their names.
+        named_parameters: The trained ones with their names, those among them that a hook freezes for now.
         parameters: Without.
         scaler: fp16's loss scale; switched off, it does nothing, in other precisions.
         profile: Told when forward and backward begin and end; set once the run's own steps begin.
@@ -67,6 +67,11 @@ class Executor:
         self.named_parameters = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
         self.parameters = [parameter for _, parameter in self.named_parameters]
         self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
+
+    @property
+    def unfrozen(self) -> list[torch.nn.Parameter]:
+        """Those that the step in hand trains."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
 
     def __enter__(self) -> Self:
         return self

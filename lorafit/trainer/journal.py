@@ -24,6 +24,7 @@ from lorafit.files.atomic import atomic_file
 from lorafit.ops.live_tensors import LivePeak, LiveTensors, watching
 from lorafit.ops.process_memory import peak_memory_bytes
 from lorafit.trainer.profile import NO_PROFILE, NoProfile
+from lorafit.trainer.step import Update
 
 _GIB = 2**30
 _SMOOTHING = 0.9  # share of the old tokens/s in the shown one
@@ -125,10 +126,11 @@ class Journal:
             yield
 
     @contextlib.contextmanager
-    def watching(self, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def watching(self, objective: torch.nn.Module, update: Update) -> Iterator[None]:
         """Around an optimizer step: profiles it, and keeps the worst moment of live tensors, where asked for."""
         live = LiveTensors() if self.counts_memory else None
-        with self.profile.step(), watching(live, objective, optimizer) if live else contextlib.nullcontext():
+        counting = watching(live, objective, update.optimizer, update.hooks) if live else contextlib.nullcontext()
+        with self.profile.step(), counting:
             yield
         if live is not None and (self.live_peak is None or live.peak().tensor_bytes > self.live_peak.tensor_bytes):
             self.live_peak = live.peak()

@@ -149,7 +149,7 @@ class Trainer:
     def _take_step(self, state: TrainState) -> None:
         """One optimizer step and its line of the log. The state changes only behind the optimizer's."""
         self._run_as_planned(state.step + 1)
-        with self.journal.watching(self.executor.objective, self.update.optimizer):
+        with self.journal.watching(self.executor.objective, self.update):
             began = time.perf_counter()
             step = state.step + 1
             epoch, rows = self.step_rows.rows(step)
@@ -213,9 +213,13 @@ class Trainer:
             budget = state.token_budget(planned)
             with self.journal.profile.phase("data"):
                 batches = self.feed.take(step, budget)
+            for hook in self.update.hooks:
+                hook.before_step(step)
             try:
                 began = time.perf_counter()
-                figures, sums = accumulate_gradients(self._runner, batches, self._check_signals_of_this_rank)
+                figures, sums = accumulate_gradients(
+                    self._runner, batches, self._check_signals_of_this_rank, self.update.hooks
+                )
                 seconds = time.perf_counter() - began
             except MemoryError:
                 self._halve(state, budget, max(int(self.cutter.examples.lengths[row]) for row in rows))

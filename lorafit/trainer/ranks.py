@@ -51,7 +51,7 @@ class OverRanks(Executor):
         self, batches: Sequence[Batch], weight: float, after_each: Callable[[], None] = no_check
     ) -> list[torch.Tensor]:
         losses = super().accumulate(batches, weight, after_each)
-        for parameter in self.parameters:
+        for parameter in self.unfrozen:
             _gradient(parameter)  # of zeros without a micro-batch; now, as `sum_gradients` must not run out of memory
         return losses
 
@@ -65,10 +65,11 @@ class OverRanks(Executor):
     def sum_gradients(self) -> None:
         """In place, bucket by bucket; takes no memory, so that no rank can fail where the others wait for it."""
         for bucket in self._buckets:
-            gradients = [_gradient(parameter) for parameter in bucket]
-            if len(gradients) == 1:
-                with _together():
-                    distributed.all_reduce(gradients[0])
+            gradients = [_gradient(parameter) for parameter in bucket if parameter.requires_grad]
+            if len(gradients) < 2:
+                for gradient in gradients:
+                    with _together():
+                        distributed.all_reduce(gradient)
                 continue
             sizes = [gradient.numel() for gradient in gradients]
             flat = self._flat.view(gradients[0].dtype)[: sum(sizes)]

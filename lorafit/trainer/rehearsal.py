@@ -220,7 +220,7 @@ def run_heaviest(stage: Stage, choice: ResolvedPlan) -> None:
     task, way = stage.objective.task, _heaviest(choice)
     stage.set_attention(way.attention)
     ballast = torch.empty(
-        stage.optimizer_bytes if stage.device.type == "cuda" else 0, dtype=torch.uint8, device=stage.device
+        stage.kept_bytes if stage.device.type == "cuda" else 0, dtype=torch.uint8, device=stage.device
     )
     lengths, most_rows, images = stage.examples.lengths, stage.step_rows.batch_size, task.image_tokens(stage.examples)
     for rows, width in heaviest_shapes(

@@ -48,7 +48,7 @@ class Stage:
         set_checkpointing: Sets which layers of the model are recomputed.
         keep_unpacked: Makes dequantised copies of adapted 4-bit weights, or lets go of them.
         fits: Whether so many tokens a micro-batch, with such checkpointing and under an attention, fit by the estimate.
-        optimizer_bytes: State that the optimizer will allocate at its first step; held while the heaviest batch runs.
+        kept_bytes: State of optimizer and step hooks from the first step on; held while the heaviest batch runs.
         packing: Whether several documents share a row; None: under attention that is made for it. Proven for every
             attention that is set.
         takes_varlen: Whether card, dtype and model have a kernel for `varlen` attention.
@@ -66,7 +66,7 @@ class Stage:
     set_checkpointing: Callable[[Checkpointing], None]
     keep_unpacked: Callable[[bool], object] = lambda wanted: None
     fits: Callable[[int, Checkpointing, str], bool] = lambda tokens, checkpointing, attention: True
-    optimizer_bytes: int = 0
+    kept_bytes: int = 0
     packing: bool | None = False
     takes_varlen: bool = False
     one_by_one: bool = False

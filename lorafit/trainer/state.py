@@ -4,6 +4,7 @@ No pickle is read or written:
 
     optimizer.safetensors   NAME/KEY            each tensor of each parameter's state, stored once where it is shared
     optimizer.json          {"optimizer": CLASS, "states": {NAME: {KEY: {"tensor": "NAME/KEY"} | {"value": 3}}}}
+    hooks.safetensors       NUMBER/KEY          tensors of the states of step hooks, where they have any
 
 `Optimizer.load_state_dict` is not used: it casts fp32 moments to the dtype of the parameter.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -21,7 +22,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import load, save
 
-from lorafit.contracts import JsonMapping, JsonObject, JsonValue
+from lorafit.contracts import JsonMapping, JsonObject, JsonValue, StepHook
 from lorafit.errors import CheckpointError, LorafitError, NumericsError
 from lorafit.files.atomic import read_object
 from lorafit.ops.live_tensors import LivePeak
@@ -37,6 +38,7 @@ Event = dict[str, int | str]
 T = TypeVar("T")
 TENSORS_FILE = "optimizer.safetensors"
 SKELETON_FILE = "optimizer.json"
+HOOKS_FILE = "hooks.safetensors"
 
 
 def read_dataclass(kind: type[T], values: JsonMapping | JsonValue, name: str) -> T:
@@ -81,7 +83,7 @@ class TrainState:
         overflows: fp16 steps that were skipped.
         overflows_in_row: The last of them without a good step between.
         scaler: fp16's loss scale.
-        hooks: State of each StepHook.
+        hooks: State of each StepHook, tensors apart.
         events: What happened on the way (an out-of-memory, a stop), with its step.
         rng: Each rank's random number generators at this edge.
     """
@@ -289,6 +291,33 @@ def load_optimizer(
                 key: value.to(parameter.device) if isinstance(value, torch.Tensor) and key not in stays else value
                 for key, value in values.items()
             }
+
+
+def save_hooks(folder: Path, hooks: Sequence[StepHook]) -> list[JsonMapping]:
+    """Writes the tensors of all hooks' states, where there are any.
+
+    Returns:
+        What else there is of each.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    plain: list[JsonMapping] = []
+    for number, hook in enumerate(hooks):
+        state = hook.state_dict()
+        own = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"{number}/{name}": value for name, value in own.items()}
+        plain.append({name: value for name, value in state.items() if name not in own})
+    if tensors:
+        write_tensors(folder / HOOKS_FILE, tensors)
+    return plain
+
+
+def load_hooks(folder: Path, hooks: Sequence[StepHook], plain: Sequence[JsonMapping]) -> None:
+    """Gives each hook what `save_hooks` wrote of it."""
+    file = folder / HOOKS_FILE
+    tensors: dict[str, torch.Tensor] = load(file.read_bytes()) if file.exists() else {}
+    for number, (hook, values) in enumerate(zip(hooks, plain, strict=True)):
+        own = {name.removeprefix(f"{number}/"): t for name, t in tensors.items() if name.startswith(f"{number}/")}
+        hook.load_state_dict({**values, **own})
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 rows of the step --cut_step--> micro-batches --dealt to ranks--> forward, backward (by an `Executor`)
 weight = labels of the whole step, over all ranks, counted before the first backward
 pooled = what the losses of a task's rows need of all the others, as KTO's do: summed likewise before the first backward
-gradient = sum over micro-batches and ranks of d(loss_sum / weight)
+gradient = sum over micro-batches and ranks of d(loss_sum / weight), and of the hooks' penalties once
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class StepFigures:
 
 
 def accumulate_gradients(
-    executor: Executor, batches: Sequence[Batch], after_each: Callable[[], None] = no_check
+    executor: Executor,
+    batches: Sequence[Batch],
+    after_each: Callable[[], None] = no_check,
+    hooks: Sequence[StepHook] = (),
 ) -> tuple[StepFigures, list[float]]:
     """Leaves this rank's share of the step's gradient in `.grad`; the host waits for the device once, at the end, and
     once before where the task pools over the step.
@@ -52,6 +55,7 @@ def accumulate_gradients(
         executor: Runs the micro-batches.
         batches: This rank's micro-batches, on the CPU; may be none.
         after_each: Called after each micro-batch; what it raises ends the step.
+        hooks: Whose penalties belong to the gradient; no figure tells of them.
 
     Returns:
         The step's figures, and the loss sum of each of this rank's micro-batches.
@@ -64,7 +68,15 @@ def accumulate_gradients(
     if count := executor.objective.task.pools:
         _, pooled = _run_together(executor, lambda: executor.pool(batches, after_each), [0.0] * count)
         batches = [_with_pooled(batch, pooled) for batch in batches]
-    sums, (loss_total,) = _run_together(executor, lambda: executor.accumulate(batches, weight, after_each), [0.0])
+
+    def run() -> Sequence[torch.Tensor]:
+        losses = executor.accumulate(batches, weight, after_each)
+        for penalty in (hook.penalty() for hook in hooks) if executor.rank == 0 else ():  # ranks add their gradients
+            if penalty is not None:
+                executor.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
+        return losses
+
+    sums, (loss_total,) = _run_together(executor, run, [0.0])
     return StepFigures(loss_total / weight, int(tokens), int(padded), int(trained)), [sum_ for (sum_,) in sums]
 
 
@@ -110,7 +122,7 @@ def _sizes(batch: Batch) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True)
 class Update:
-    """How the gradients of a step change the weights: norm, clipping, the optimizer, and what an adapter's method adds.
+    """How the gradients of a step change the weights: norm, clipping, the optimizer, and what is done between steps.
 
     Attributes:
         optimizer: Over the trained parameters.
@@ -118,7 +130,7 @@ class Update:
         learning_rate_at: Learning rate of a step, from 1; a pure function.
         scaler: fp16's loss scale, as the executor has it.
         max_grad_norm: Gradients are scaled down to this norm; None: no clipping.
-        hook: What a method does between steps.
+        hooks: What is done between steps: by the adapter's method, by unfreezing.
     """
 
     optimizer: torch.optim.Optimizer
@@ -126,7 +138,7 @@ class Update:
     learning_rate_at: Callable[[int], float]
     scaler: torch.amp.GradScaler
     max_grad_norm: float | None = 1.0
-    hook: StepHook | None = None
+    hooks: Sequence[StepHook] = ()
 
     def gradient_norm(self) -> torch.Tensor:
         """Euclidean norm over all gradients, the loss scale taken out of them; a scalar, may be Inf or NaN."""
@@ -145,8 +157,8 @@ class Update:
         set_rates(self.optimizer, learning_rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.hook is not None:
-            self.hook.after_optimizer_step(step)
+        for hook in self.hooks:
+            hook.after_optimizer_step(step)
         return learning_rate
 
 

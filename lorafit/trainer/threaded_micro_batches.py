@@ -108,11 +108,11 @@ class InThreads(Executor):
         with drawing_from(seed):
             loss_sum = self.objective(batch).loss_sum
         loss = self.scaler.scale(loss_sum / weight)
-        return loss_sum.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return loss_sum.detach(), torch.autograd.grad(loss, self.unfrozen, allow_unused=True)
 
     @torch.no_grad()
     def _add(self, gradients: Gradients) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.unfrozen, gradients, strict=True):
             if gradient is None:
                 continue
             if parameter.grad is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -167,7 +167,7 @@ class Job:
     autocast_dtype: torch.dtype | None = None
     quantized: bool = False
     held_out: HeldOut | None = None
-    hook: StepHook | None = None
+    hooks: Sequence[StepHook] = ()
     profile: NoProfile = NO_PROFILE
     counts_memory: bool = False
 
@@ -193,7 +193,7 @@ class Job:
             named,
             lambda step: learning_rate_at(schedule, self.learning_rate, step, total),
             executor.scaler,
-            hook=self.hook,
+            hooks=self.hooks,
         )
         resolved = replace(
             ResolvedPlan(self.budget, 64, "eager", False, "fp32", "fp32", "cpu", executor.ranks, "recipe"),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from lorafit.contracts import StepHook
-    from lorafit.facts import LinearShape, ModelShape
+    from lorafit.facts import LinearShape, ModelShape, RunFacts
     from lorafit.files.safetensors import TensorEntry
     from lorafit.kinds.quantizations import Quantization
 
@@ -223,8 +223,8 @@ class Adapter(Kind[S_co]):
         What requires a gradient afterwards is trained; what `live_tensors` names is saved.
         """
 
-    def step_hook(self, model: torch.nn.Module) -> StepHook | None:
-        """What the method does between steps; None for most."""
+    def step_hook(self, model: PeftModel, run: RunFacts) -> StepHook | None:
+        """What the method does between the steps of a run on its fresh adapter; None for most."""
         return None
 
     def refuses(self, quantization_kind: str) -> str | None:
