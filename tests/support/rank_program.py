@@ -26,7 +26,7 @@ from lorafit.trainer.loop import Trainer
 from lorafit.trainer.rehearsal import resolve_plan
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import TrainState
-from tests.support.tiny_run import KTO, PAD, Job, Rows, TinyPlan, VerdictRows, set_rate
+from tests.support.tiny_run import KTO, PAD, Job, Pulling, Rows, TinyPlan, VerdictRows, set_rate
 
 SHORT = TinyPlan(total_steps=4, save_every_steps=4)
 OF_ONE: dict[str, dict[str, Any]] = {  # trained over ranks, they are the runs of one process
@@ -34,6 +34,7 @@ OF_ONE: dict[str, dict[str, Any]] = {  # trained over ranks, they are the runs o
     "one-row": {"batch_size": 1},
     "five-rows": {"batch_size": 3, "rows": Rows(5)},
     "packed": {"packing": True, "batch_size": 5, "budget": 80},
+    "hooked": {"hooks": lambda model: [Pulling(model)], "batch_size": 6},
     "pooled": {"task": KTO, "rows": VerdictRows(44), "batch_size": 6, "budget": 200},
 }
 

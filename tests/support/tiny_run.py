@@ -145,6 +145,39 @@ def load_adapter(model: torch.nn.Module) -> Callable[[Path], None]:
     return load
 
 
+class Pulling(StepHook):
+    """Freezes the first layer in odd steps, pulls the second one's B to zero, and averages what its gradients were."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.averages = {name: torch.zeros_like(p) for name, p in self.pulled}
+        self.steps: list[int] = []
+
+    @property
+    def pulled(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.named if ".layers.1." in name and "lora_B" in name]
+
+    def before_step(self, step: int) -> None:
+        self.steps.append(-step)
+        for name, parameter in self.named:
+            parameter.requires_grad_(step % 2 == 0 or ".layers.0." not in name)
+
+    def penalty(self) -> torch.Tensor:
+        return torch.stack([0.1 * parameter.square().sum() for _, parameter in self.pulled]).sum()
+
+    def after_optimizer_step(self, step: int) -> None:
+        self.steps.append(step)
+        for name, parameter in self.pulled:
+            self.averages[name] = 0.9 * self.averages[name] + 0.1 * parameter.grad.abs()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, **self.averages}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.steps = list(state["steps"])
+        self.averages = {name: state[name] for name in self.averages}
+
+
 @dataclass
 class Job:
     """One run: everything that a Trainer needs, with defaults; `trainer()` builds it."""
@@ -167,7 +200,7 @@ class Job:
     autocast_dtype: torch.dtype | None = None
     quantized: bool = False
     held_out: HeldOut | None = None
-    hooks: Sequence[StepHook] = ()
+    hooks: Callable[[torch.nn.Module], Sequence[StepHook]] = lambda model: ()
     profile: NoProfile = NO_PROFILE
     counts_memory: bool = False
 
@@ -193,7 +226,7 @@ class Job:
             named,
             lambda step: learning_rate_at(schedule, self.learning_rate, step, total),
             executor.scaler,
-            hooks=self.hooks,
+            hooks=self.hooks(self.model),
         )
         resolved = replace(
             ResolvedPlan(self.budget, 64, "eager", False, "fp32", "fp32", "cpu", executor.ranks, "recipe"),

@@ -109,39 +109,6 @@ def killed_lines(job: Job) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()[:-1]]
 
 
-class Counting:
-    """A method that counts its steps, as one with a schedule of ranks does."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.gradients: list[bool] = []
-        self.parameter: torch.nn.Parameter | None = None
-
-    def after_optimizer_step(self, step: int) -> None:
-        self.steps.append(step)
-        self.gradients.append(self.parameter is not None and self.parameter.grad is not None)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.steps = list(state["steps"])
-
-
-def test_a_methods_hook_is_called_behind_each_update_and_resumes(job: Callable[..., Job]) -> None:
-    one = job(plan=TinyPlan(total_steps=4, save_every_steps=2))
-    one.hook = Counting()
-    trainer = one.trainer()
-    one.hook.parameter = trainer.executor.parameters[0]
-    trainer.fit(TrainState())
-    assert one.hook.steps == [1, 2, 3, 4] and all(one.hook.gradients)
-    one.hook = Counting()
-    trainer, state = one.resume(2)
-    assert one.hook.steps == [1, 2]
-    trainer.fit(state)
-    assert one.hook.steps == [1, 2, 3, 4]
-
-
 def test_evaluating_changes_nothing(job: Callable[..., Job]) -> None:
     with_it, without = long_job(job, "with"), long_job(job, "without")
     without.held_out = None
