@@ -375,7 +375,7 @@ def test_a_card_that_has_too_little_gets_more_and_more_checkpointing(
 
 
 def test_a_step_that_needs_values_is_an_error_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def needs_values(*_: Any) -> None:
+    def needs_values(*_: Any, **options: Any) -> None:
         torch.nonzero(torch.ones(3))
 
     monkeypatch.setattr(dryrun, "accumulate_gradients", needs_values)
