@@ -192,7 +192,8 @@ def save_adapter(
 
     folder.mkdir(parents=True, exist_ok=True)
     config = adapter_config(model, *base.reference)
-    tensors = {path: value.detach().to("cpu").contiguous() for path, value in adapter_tensors(model).items()}
+    written = {**adapter_tensors(model), **derived_tensors(model)}
+    tensors = {path: value.detach().to("cpu").contiguous() for path, value in written.items()}
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     names = names_of(model)  # None for a model that `load_model` did not load
     layers = {} if names is None else {path: home.to_json() for path, home in find_homes(model, names).items()}
@@ -227,6 +228,12 @@ def adapter_tensors(model: PeftModel, name: str = ADAPTER_NAME) -> dict[str, tor
     """An adapter's live parameters by the names they have on disk."""
     kind = saved_kind(model.peft_config[name].to_dict(), Path(CONFIG))
     return kind.live_tensors(model, name)
+
+
+def derived_tensors(model: PeftModel, name: str = ADAPTER_NAME) -> dict[str, torch.Tensor]:
+    """What is saved beside those, computed of them."""
+    kind = saved_kind(model.peft_config[name].to_dict(), Path(CONFIG))
+    return kind.derived_tensors(model, name)
 
 
 def hash_adapter(model: PeftModel) -> str:

@@ -28,6 +28,7 @@ from lorafit.model.adapter import (
     AdapterFolder,
     adapter_tensors,
     check_base,
+    derived_tensors,
     read_adapter,
     saved_kind,
 )
@@ -192,7 +193,9 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
 def check_fit(saved: AdapterFolder, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ModelError where an adapter's tensors are not exactly the wanted ones; names every mismatch."""
     missing = [name for name in wanted if name not in saved.tensors]
-    extra = [name for name in saved.tensors if name not in wanted]
+    resumed = saved.kind.resumed_prefix
+    left = () if resumed is None or any(name.startswith(resumed) for name in wanted) else (resumed,)
+    extra = [name for name in saved.tensors if name not in wanted and not name.startswith(left)]
     misshapen = [n for n, shape in wanted.items() if n in saved.tensors and saved.tensors[n].shape != shape]
     problems = []
     if missing:
@@ -294,7 +297,8 @@ def _above(name: str) -> Iterator[str]:
 
 def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:
     live = adapter_tensors(model, name)
-    check_fit(saved, {path: tuple(value.shape) for path, value in live.items()})
+    wanted = {**live, **derived_tensors(model, name)}
+    check_fit(saved, {path: tuple(value.shape) for path, value in wanted.items()})
     with torch.no_grad():
         for path, parameter in live.items():
             values = read_rows(saved.tensors[path])
@@ -321,10 +325,10 @@ def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path) -> None
     if unlike or saved.kind is not adapters.get(kind.saved_as or section.kind):
         form = ", ".join(unlike) or saved.config["peft_type"]
         raise RecipeError(f"{folder} is no plain {section.kind} adapter ({form})", key="adapter.init_from")
-    live = adapter_tensors(model)
-    if live.keys() != saved.tensors.keys():
+    live = adapter_tensors(model).keys() | derived_tensors(model).keys()
+    if live != saved.tensors.keys():
         raise RecipeError(
-            f"{folder} adapts other layers: {list_names(saved.tensors.keys() ^ live.keys())}",
+            f"{folder} adapts other layers: {list_names(saved.tensors.keys() ^ live)}",
             key="adapter.target_modules",
             todo="name the targets it was trained with",
         )

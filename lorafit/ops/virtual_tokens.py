@@ -1,4 +1,4 @@
-"""Trained vectors that an adapter puts before the tokens of each row: prompt tuning's."""
+"""What an adapter trains before the tokens of each row: vectors in the sequence, or keys and values of its layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from torch import nn
 
 
 def count_virtual_tokens(model: nn.Module) -> int:
-    """How many the active adapter puts there; 0 for other methods, for a plain model, and with the adapter off."""
+    """How many positions the active adapter takes there; 0 for other methods, for a plain model, and with the adapter
+    off."""
     adapted: Any = model
     if not hasattr(model, "peft_config") or adapted._adapters_disabled:
         return 0
     config = adapted.active_peft_config
     return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
+
+
+def count_leading_vectors(model: nn.Module) -> int:
+    """How many of those stand in the sequence itself, before each row's states and logits: none that are a prefix of
+    keys and values."""
+    adapted: Any = model
+    count = count_virtual_tokens(model)
+    return 0 if count and hasattr(adapted.active_peft_config, "prefix_projection") else count
 
 
 @contextlib.contextmanager
@@ -27,7 +36,7 @@ def placed_vectors(model: nn.Module) -> Iterator[tuple[Any, int]]:
     embeddings on, whose last place they take for the end.
     """
     adapted: Any = model
-    count = count_virtual_tokens(model)
+    count = count_leading_vectors(model)
     if not count:
         yield model, 0
         return

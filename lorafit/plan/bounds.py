@@ -39,7 +39,7 @@ class Bounds:
 def memory_bounds(memory: StepMemory, step_rows: int, device: DeviceFacts) -> Bounds:
     """Token budget and checkpointing, as far as memory alone decides them."""
     longest, have, asked = memory.step.row_tokens, device.memory_bytes, memory.checkpointing
-    least = memory.at(longest, True)
+    least = memory.at(longest, memory.step.adapter.no_checkpointing is None)
     can_fit = _can_fit(least, device)
     if memory.tokens is not None:
         found, _ = memory.settle(device, HEADROOM)

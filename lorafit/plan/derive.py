@@ -214,13 +214,14 @@ def require_fit(plan: Plan) -> None:
     """Called before any weight is loaded.
 
     Raises:
-        DoesNotFitError: Not even one longest row with checkpointing fits on the device.
+        DoesNotFitError: Not even one longest row with as much checkpointing as can be fits on the device.
     """
     if plan.fits:
         return
     need, have = plan.memory_least.needed_bytes, plan.device.memory_bytes
+    how = "with" if plan.memory_least.gradient_checkpointing else "without"
     raise DoesNotFitError(
-        f"one row of {plan.longest_tokens} tokens with checkpointing needs {format_bytes(need)} of memory; "
+        f"one row of {plan.longest_tokens} tokens {how} checkpointing needs {format_bytes(need)} of memory; "
         f"{plan.device.name} has {format_bytes(have)}, of which {HEADROOM:.0%} stay free",
         todo="lower data.max_length or adapter.r, quantise the model, or take more memory; see lorafit estimate-memory",
     )

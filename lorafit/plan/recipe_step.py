@@ -105,13 +105,23 @@ def recipe_step(
         held_rows=2 * math.ceil(recipe.training.batch_size / (device.count if device else 1)),
     )
     step = _packed(step, is_open=recipe.model.attention == "auto")
-    checkpointing: Checkpointing | None = given(recipe.training.gradient_checkpointing)
+    checkpointing = _checkpointing(recipe, step)
     tokens = given(recipe.training.micro_batch_tokens)
     asked = _with_chunks(StepMemory(step, engine, tokens, checkpointing), device, headroom)
     step_tokens = longest * math.ceil(recipe.training.batch_size / (device.count if device else 1))
     kept = asked.changed(keeps_unpacked=True)
     keeps = _keeps_unpacked(asks_to_keep(quantization.section), kept, step_tokens, device, headroom)
     return kept if keeps else asked
+
+
+def _checkpointing(recipe: Recipe, step: StepShape) -> Checkpointing | None:
+    """What the recipe says; none for a method that cannot."""
+    asked: Checkpointing | None = given(recipe.training.gradient_checkpointing)
+    why = step.adapter.no_checkpointing
+    if asked and why is not None:
+        what = f"{recipe.adapter.kind} takes no gradient checkpointing: {why}"
+        raise RecipeError(what, key="training.gradient_checkpointing", todo="write false or auto")
+    return asked if why is None else False
 
 
 def _packed(step: StepShape, *, is_open: bool) -> StepShape:

@@ -166,6 +166,9 @@ class Adapter(Kind[S_co]):
         saved_fields: Checks of its own keys of adapter_config.json.
         recipe_fields: Those that an adapter to go on from must share with the recipe, with their names there.
         form_fields: Those that say what its tensors mean, which it must share too.
+        resumed_prefix: Begin of the names of tensors that are saved for training to go on with, and that an opened
+            adapter does without.
+        no_checkpointing: Why no layer can run forward again in the backward pass; None where all can.
     """
 
     starts_as_base: ClassVar[bool] = False
@@ -175,6 +178,8 @@ class Adapter(Kind[S_co]):
     saved_fields: ClassVar[Mapping[str, SavedField]] = {}
     recipe_fields: ClassVar[Mapping[str, str]] = {}
     form_fields: ClassVar[Sequence[str]] = ()
+    resumed_prefix: ClassVar[str | None] = None
+    no_checkpointing: ClassVar[str | None] = None
 
     @property
     def closed_form(self) -> bool:
@@ -257,6 +262,11 @@ class Adapter(Kind[S_co]):
             model, state_dict=own, adapter_name=name, save_embedding_layers=False
         )
         return state
+
+    @classmethod
+    def derived_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """What is computed of the trained parameters and saved beside them, for whoever opens the adapter."""
+        return {}
 
     @classmethod
     def why_no_effect(cls, config: JsonMapping, nonzero_tensors: Set[str]) -> str | None:

@@ -83,9 +83,9 @@ def _read(
     """What the linear reads of each row: of a causal model its last token, as transformers takes it."""
     import torch
 
-    from lorafit.ops.virtual_tokens import count_virtual_tokens
+    from lorafit.ops.virtual_tokens import count_leading_vectors
 
-    before = count_virtual_tokens(objective.model)
+    before = count_leading_vectors(objective.model)
     read, right, seen = [], [], list[torch.Tensor]()
     hook = linear.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
     try:

@@ -197,11 +197,11 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
         import torch
         from torch.nn import functional
 
-        from lorafit.ops.virtual_tokens import count_virtual_tokens
+        from lorafit.ops.virtual_tokens import count_leading_vectors
 
         labels = torch.full_like(batch["input_ids"], -100).flatten()
         labels[batch["label_index"]] = batch["label_ids"]
-        vectors = (count_virtual_tokens(objective.model), 0)  # before each row's tokens
+        vectors = (count_leading_vectors(objective.model), 0)  # before each row's tokens
         labels = functional.pad(labels.view_as(batch["input_ids"]), vectors, value=-100)
         loss: torch.Tensor = objective.model(**head_inputs(batch), labels=labels).loss
         return loss.double() * batch.weight

@@ -1,21 +1,24 @@
-"""Prompt tuning is PEFT's: what is trained is what PEFT loads, scores and answers with, and a merge says why not."""
+"""Prompt, P- and prefix tuning are PEFT's: what is trained is what PEFT loads, scores and answers with, and a merge says
+why not."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lorafit.answering.engine import Engine
 from lorafit.answering.generate import Request, cut_prompts
 from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Example, Silent
-from lorafit.errors import ModelError, RecipeError
+from lorafit.errors import DoesNotFitError, ModelError, RecipeError
+from lorafit.facts import DatasetFacts
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.tasks import tasks
 from lorafit.model.adapter import read_adapter, save_adapter
@@ -26,7 +29,7 @@ from lorafit.model.inspect import coverage
 from lorafit.model.merge import merge_adapter
 from lorafit.objective.next_token import has_fast_path
 from lorafit.ops.isolation import adapter_off
-from lorafit.plan import plan
+from lorafit.plan import plan, require_fit
 from tests.support.adapted import load, logits, lora, make_gpt2, make_llama, open_base
 from tests.support.plan_cases import card, recipe, shape_of
 from tests.support.tiny_model import make_tokenizer
@@ -36,8 +39,26 @@ PROMPTS = [[5, 9, 30], [7, 8, 9, 10, 11, 12, 13, 60, 61], [40]]
 GREEDY = Sampling(max_new_tokens=9)
 
 
-def section(**fields: Any) -> Any:
-    return adapters.make_section("prompt_tuning", **({"tokens": 5} | fields))
+FORMS: dict[str, dict[str, Any]] = {
+    "prompt_tuning": {},
+    "p_tuning": {"encoder_size": 8},
+    "p_tuning lstm": {"encoder": "lstm", "encoder_size": 8},
+    "prefix_tuning": {},
+    "prefix_tuning projection": {"projection": True, "projection_size": 8},
+}
+all_forms = pytest.mark.parametrize("form", FORMS)
+
+
+def section(form: str = "prompt_tuning", **fields: Any) -> Any:
+    return adapters.make_section(form.split()[0], **({"tokens": 5} | FORMS[form] | fields))
+
+
+def grow(model: Any, times: float = 1.5) -> None:
+    """Other values, as training would give."""
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dim() > 1:
+                parameter.mul_(times)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -52,16 +73,19 @@ def saved(base: Base, model: Any) -> Path:
     return folder
 
 
-def test_the_plan_counts_its_vectors_and_the_base_stays_the_base(base: Base) -> None:
+@all_forms
+def test_the_plan_counts_what_is_trained_and_the_base_stays_the_base(base: Base, form: str) -> None:
     plain = load(base)
     before, total = logits(plain), coverage(plain).total_parameters
-    model = attach_adapter(plain, section(), 0)
-    sites = adapters.bind(section()).sites(find_shape(base.config))
+    model = attach_adapter(plain, section(form), 0)
+    sites = adapters.bind(section(form)).sites(find_shape(base.config))
     check_plan(model, sites, sum(site.parameters for site in sites))
     found = coverage(model)
-    assert (found.total_parameters, found.trainable_parameters) == (total, 5 * model.config.hidden_size)
+    assert (found.total_parameters, found.trainable_parameters) == (total, sites[0].parameters)
+    if form == "prompt_tuning":
+        assert sites[0].parameters == 5 * model.config.hidden_size
     assert [kind.name for kind in found.kinds if kind.trainable] == ["prompt"]
-    assert float((logits(model)[:, 5:] - before).abs().max()) > 1e-3
+    assert float((logits(model)[:, -before.shape[1] :] - before).abs().max()) > 1e-3
     with adapter_off(model):
         assert torch.equal(logits(model), before)
 
@@ -77,9 +101,10 @@ def test_first_values_are_tokens_or_noise_by_seed(base: Base) -> None:
     assert vectors(0, init="random").std() > 0.5
 
 
-def test_the_loss_is_pefts_own(base: Base) -> None:
+@all_forms
+def test_the_loss_is_pefts_own(base: Base, form: str) -> None:
     """With and without padding: labels follow the tokens, not the vectors before them."""
-    model = attach_adapter(load(base), section(), 0)
+    model = attach_adapter(load(base), section(form), 0)
     assert not has_fast_path(model) and has_fast_path(attach_adapter(load(base), lora(), 0))
     objective = tasks.make("causal-lm").build_objective(model)
     assert objective.exact
@@ -97,7 +122,7 @@ def test_the_loss_is_pefts_own(base: Base) -> None:
             theirs += float(model(input_ids=ids, labels=labels, use_cache=False).loss) * (ids.shape[1] - 1)
     assert ours.loss_sum.item() == pytest.approx(theirs, rel=1e-5)
     ours.loss_sum.backward()
-    assert bool(model.prompt_encoder["default"].embedding.weight.grad.abs().min() > 0)
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.prompt_encoder.parameters())
 
 
 ROWS = {
@@ -122,13 +147,16 @@ def headed(task: Any, family: str) -> Any:
     return getattr(transformers, task.model_class.auto_class).from_config(settings).eval()
 
 
+@pytest.mark.parametrize("form", ["prompt_tuning", "prefix_tuning projection"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(kind: str, family: str, tmp_path: Path) -> None:
+def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(
+    kind: str, family: str, form: str, tmp_path: Path
+) -> None:
     """PEFT hands embeddings on, of which a causal model takes the last one for the end of a row, padding or not."""
     options, columns = ROWS[kind]
     task = tasks.make(kind, **options)
-    adapted = attach_adapter(headed(task, family), section(), 0, model_class=task.model_class)
+    adapted = attach_adapter(headed(task, family), section(form), 0, model_class=task.model_class)
     objective = task.build_objective(adapted).eval()
     rows = [Example(n, columns([n + 4, *range(9, 12 + 3 * n)]), "x", n) for n in range(3)]
     batch = task.collate([[row] for row in rows], 0)
@@ -140,41 +168,39 @@ def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(kind: str, family: s
     with adapter_off(objective.model), torch.no_grad():
         assert torch.equal(objective.logits(batch), task.build_objective(objective.base).logits(batch))
 
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1.5)
+    grow(adapted)
     headed(task, family).save_pretrained(tmp_path / "base")
     folder, ids = saved(open_base(tmp_path / "base"), adapted), torch.tensor([[5, 6, 7]])
     opened = [PeftModel.from_pretrained(headed(task, family), folder), open_adapter(headed(task, family), folder)]
     with torch.no_grad():
         told = [model.eval()(input_ids=ids).logits for model in (adapted, *opened)]
-    assert torch.equal(told[1], told[0]) and torch.equal(told[2], told[0])
+    assert torch.allclose(told[1], told[0], atol=1e-6) and torch.equal(told[2], told[1])
 
 
-def test_peft_loads_what_is_saved_and_a_resume_takes_it_back(base: Base) -> None:
-    model = attach_adapter(load(base), section(), 0)
-    with torch.no_grad():
-        model.prompt_encoder["default"].embedding.weight.mul_(1.5)
+@all_forms
+def test_peft_loads_what_is_saved_and_a_resume_takes_it_back(base: Base, form: str) -> None:
+    model = attach_adapter(load(base), section(form), 0)
+    grow(model)
     folder = saved(base, model)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder)
     assert float((logits(theirs) - logits(model)).abs().max()) <= 1e-5
-    assert torch.equal(logits(open_adapter(load(base), folder, base=base)), logits(model))
-    fresh = attach_adapter(load(base), section(), 7)
-    parameter = fresh.prompt_encoder["default"].embedding.weight
+    assert torch.allclose(logits(open_adapter(load(base), folder, base=base)), logits(model), atol=1e-6)
+    fresh = attach_adapter(load(base), section(form), 7)
+    parameters = [*fresh.prompt_encoder.parameters()]
     load_adapter_weights(fresh, folder)
-    assert parameter is fresh.prompt_encoder["default"].embedding.weight and torch.equal(logits(fresh), logits(model))
-    going_on = attach_adapter(load(base), section(init_from="adapter"), 7, folder=folder.parent)
+    assert all(new is old for new, old in zip(fresh.prompt_encoder.parameters(), parameters, strict=True))
+    assert torch.equal(logits(fresh), logits(model))
+    going_on = attach_adapter(load(base), section(form, init_from="adapter"), 7, folder=folder.parent)
     assert torch.equal(logits(going_on), logits(model))
     with pytest.raises(RecipeError, match="the recipe says 6, the adapter to go on from has 5"):
-        attach_adapter(load(base), section(tokens=6, init_from="adapter"), 7, folder=folder.parent)
+        attach_adapter(load(base), section(form, tokens=6, init_from="adapter"), 7, folder=folder.parent)
 
 
-def test_an_engine_answers_as_peft_does(base: Base) -> None:
+@pytest.mark.parametrize("form", ["prompt_tuning", "prefix_tuning projection"])
+def test_an_engine_answers_as_peft_does(base: Base, form: str) -> None:
     """Prompts of several lengths: padding would stand between the vectors and the tokens."""
-    tuned = attach_adapter(load(base), section(), 3)
-    with torch.no_grad():
-        tuned.prompt_encoder["default"].embedding.weight.mul_(40)  # else the tokens alone decide
+    tuned = attach_adapter(load(base), section(form), 3)
+    grow(tuned, 40 if form == "prompt_tuning" else 4)  # else the tokens alone decide
     tokenizer, folder = make_tokenizer(), saved(base, tuned)
     engine = Engine(open_adapter(load(base), folder), tokenizer)
     asked = [Request(ids, "default", GREEDY, row=row) for row, ids in enumerate(PROMPTS)]
@@ -193,7 +219,7 @@ def test_an_engine_answers_as_peft_does(base: Base) -> None:
 
 def test_a_merge_says_why_not_and_writes_nothing(base: Base) -> None:
     folder = saved(base, attach_adapter(load(base), section(), 0))
-    with pytest.raises(ModelError, match="stand before the tokens, and changes no weight"):
+    with pytest.raises(ModelError, match="prompt tuning trains vectors that stand before the tokens, and changes no"):
         merge_adapter(base, folder, base.path.parent / "merged", kind="original", reporter=Silent())
     assert not (base.path.parent / "merged").exists()
 
@@ -210,10 +236,47 @@ def test_a_strangers_config_opens_no_tokenizer(base: Base) -> None:
         read_adapter(folder)
 
 
-def test_packed_rows_are_refused() -> None:
-    from lorafit.facts import DatasetFacts
+FACTS = DatasetFacts(rows=8, tokens=800, trained_tokens=400, longest_tokens=100, longest_trained_tokens=50)
 
-    facts = DatasetFacts(rows=8, tokens=800, trained_tokens=400, longest_tokens=100, longest_trained_tokens=50)
-    asked = recipe(adapter={"kind": "prompt_tuning"}, data={"packing": True})
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_packed_rows_are_refused(kind: str) -> None:
+    asked = recipe(adapter={"kind": kind}, data={"packing": True})
     with pytest.raises(RecipeError, match="begins a row with vectors of its own"):
-        plan(asked, shape_of(), facts, card(80))
+        plan(asked, shape_of(), FACTS, card(80))
+
+
+def test_a_prefix_is_never_lost_to_checkpointing() -> None:
+    """Layers that run forward again are given no cache: the prefix would be gone, and nothing trained."""
+    with pytest.raises(RecipeError, match="prefix_tuning takes no gradient checkpointing: its keys and values reach"):
+        plan(
+            recipe(adapter={"kind": "prefix_tuning"}, training={"gradient_checkpointing": True}),
+            shape_of(), FACTS, card(80),
+        )  # fmt: skip
+    assert plan(recipe(adapter={"kind": "prefix_tuning"}), shape_of(), FACTS, card(80)).gradient_checkpointing is False
+    tight = plan(recipe(adapter={"kind": "prefix_tuning"}), shape_of(), FACTS, card(0.1))
+    assert not tight.fits and tight.gradient_checkpointing is False and not tight.may_recompute_more
+    with pytest.raises(DoesNotFitError, match="tokens without checkpointing needs"):
+        require_fit(tight)
+    assert plan(recipe(adapter={"kind": "p_tuning"}), shape_of(), FACTS, card(0.1)).gradient_checkpointing is True
+
+
+def test_a_prefix_is_refused_where_layers_take_none() -> None:
+    method = adapters.make("prefix_tuning")
+    with pytest.raises(RecipeError, match="2 layers of llama keep a state in the place of keys and values"):
+        method.sites(replace(shape_of(), scanning_layers=2))
+    with pytest.raises(RecipeError, match="PEFT gives all layers of a decoder beside an encoder the keys"):
+        method.sites(replace(shape_of(), decoder_parameters=9))
+
+
+def test_peft_gives_all_layers_of_a_joined_decoder_the_first_ones_prefix() -> None:
+    """Why prefix tuning is refused there: half of what would be trained has no gradient."""
+    sizes = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+    tuned: Any = get_peft_model(
+        T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)),
+        PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
+    )
+    ids = torch.tensor([[5, 6, 7]])
+    tuned(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits.sum().backward()
+    gradient = tuned.prompt_encoder["default"].embedding.weight.grad.view(3, 4, 64)
+    assert [bool(part.any()) for part in gradient.unbind(1)] == [True, True, False, False]
