@@ -1,0 +1,268 @@
+"""Every adapter that a recipe can name, on every quantisation, really run: what it does there, or the reason why not.
+
+    python -m benchmarks.method_matrix                         all of it on a tiny random model, on one core in minutes
+    python -m benchmarks.method_matrix lora dora --on nf4      some of it
+    python -m benchmarks.method_matrix --model FOLDER          on a real one
+    python -m benchmarks.method_matrix --write docs/methods.md the page that shows it
+
+    train       some steps; what is trained has moved, the loss is finite
+    resume      from a checkpoint in the middle: the adapter's file is the same to the last byte
+    PEFT        plain PeftModel.from_pretrained on the same base gives lorafit's logits
+    merge       a plain model folder gives the adapter's logits, or the sentence that says why it cannot
+    estimate    bytes estimated without weights over those counted while training, rows being of one length
+
+A new kind is found by itself. Where a method is refused, its own sentence stands in the row. Anything else that goes
+wrong is a failure, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+COLUMNS = ("train", "resume", "PEFT", "merge", "estimate")
+QUANTIZATIONS = ("nf4", "int8", "none")
+SMALL: dict[str, Any] = {"r": 4, "alpha": 8, "tokens": 4, "encoder_size": 8, "projection_size": 8}
+"""Options that say how large a method is, where it has them."""
+STEPS = 2
+_CLOSE = 2e-3  # of logits of about 1, between two ways to compute the same
+_ESTIMATE = (0.85, 1.3)
+_BLOCK = re.compile(r"(<!-- matrix: generated -->\n).*?(<!-- end of matrix -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method as a recipe writes it.
+
+    Attributes:
+        name: What the table calls it.
+        section: Of the recipe.
+    """
+
+    name: str
+    section: Mapping[str, Any]
+
+
+@dataclass
+class Row:
+    """What became of one case on one quantisation.
+
+    Attributes:
+        cells: By column; a sentence where it does not.
+        broken: Columns in which something else than a refusal went wrong.
+    """
+
+    case: str
+    quantization: str
+    cells: dict[str, str] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+
+def cases(names: Iterable[str] = ()) -> list[Case]:
+    """Every registered kind, or those of these names, and its initialisations."""
+    from lorafit.kinds.adapters import adapters
+
+    found = []
+    for name in names or adapters.names():
+        fields = adapters.section(name).model_fields
+        found.append(Case(name, {"kind": name, **{key: value for key, value in SMALL.items() if key in fields}}))
+    return found
+
+
+def run(case: Case, quantization: str, folder: Path, base: Path, *, columns: Sequence[str] = COLUMNS) -> Row:
+    """Takes a case through all columns, in a folder of its own."""
+    import lorafit
+    from lorafit.errors import LorafitError
+
+    row, recipe = Row(case.name, quantization), make_recipe(case, quantization, folder, base)
+    steps = {"train": _train, "resume": _resume, "PEFT": _open_in_peft, "merge": _merge, "estimate": _estimate}
+    for column in columns:
+        try:
+            row.cells[column] = steps[column](lorafit, recipe)
+        except LorafitError as error:
+            row.cells[column] = str(error.errors[0].what)
+            is_refusal = column == "merge" or (column == "train" and "adapter" in str(error.errors[0].key))
+            row.broken += [] if is_refusal else [column]
+        except Exception as error:  # a library's: the row says so, and the others go on
+            row.cells[column] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            row.broken.append(column)
+        if column == "train" and row.cells[column] != "yes":
+            break
+    return row
+
+
+def make_recipe(case: Case, quantization: str, folder: Path, base: Path) -> dict[str, Any]:
+    """A recipe of a few steps over a few rows."""
+    from tests.support.tiny_recipe import write_rows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": f"what opens {number}", "answer": f"the shop {number}"} for number in range(10, 18)]
+    write_rows(folder / "train.jsonl", rows)
+    dtype = "fp32" if quantization == "none" else "bf16"
+    return {
+        "name": "matrix",
+        "model": {"base": str(base), "dtype": dtype, "attention": "eager", "quantization": quantization},
+        "adapter": dict(case.section),
+        "data": {"train": str(folder / "train.jsonl"), "max_length": 128},
+        "training": {
+            "max_steps": STEPS,
+            "batch_size": 4,
+            "micro_batch_tokens": 16,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+        },
+        "checkpoints": {"every_steps": 1},
+        "output": str(folder / "run"),
+    }
+
+
+def _weights(recipe: Mapping[str, Any]) -> Path:
+    return Path(recipe["output"]) / "adapter" / "adapter_model.safetensors"
+
+
+def _train(lorafit: Any, recipe: Mapping[str, Any]) -> str:
+    from safetensors.torch import load_file
+
+    from lorafit import pipeline
+
+    pipeline.train(dict(recipe), measure_memory=True)
+    first = load_file(Path(recipe["output"]) / "checkpoints" / "step-000001" / "adapter" / _weights(recipe).name)
+    moved = [name for name, value in load_file(_weights(recipe)).items() if not value.equal(first[name])]
+    return "yes" if moved else "nothing moved"
+
+
+def _resume(lorafit: Any, recipe: Mapping[str, Any]) -> str:
+    from tests.support.world import stop_after
+
+    whole, run = _weights(recipe).read_bytes(), Path(recipe["output"])
+    (run / "counted.json").write_bytes((run / "result.json").read_bytes())
+    stop_after(run, 1)
+    lorafit.train(dict(recipe), resume=True, quiet=True)
+    assert _weights(recipe).read_bytes() == whole, "the resumed run ends elsewhere"
+    return "to the bit"
+
+
+def _open_in_peft(lorafit: Any, recipe: Mapping[str, Any]) -> str:
+    from peft import PeftModel
+
+    from lorafit.model.attach import open_adapter
+
+    adapter = _weights(recipe).parent
+    ours = _logits(open_adapter(_load(recipe), adapter))
+    theirs = _logits(PeftModel.from_pretrained(_load(recipe), adapter))
+    apart = float((ours - theirs).abs().max())
+    assert apart <= _CLOSE * float(ours.abs().max()), f"PEFT's logits are {apart:.2g} apart"
+    base = _logits(_load(recipe))
+    assert ours.shape != base.shape or not ours.equal(base), "the opened adapter changes nothing"
+    return "yes"
+
+
+def _load(recipe: Mapping[str, Any]) -> Any:
+    """The base as training loads it."""
+    from types import SimpleNamespace
+
+    from lorafit.contracts import Silent
+    from lorafit.kinds.quantizations import quantizations
+    from lorafit.model.base import resolve_base
+    from lorafit.model.load import load_model
+    from lorafit.ops.dtypes import dtype_named
+
+    model = recipe["model"]
+    found: Any = SimpleNamespace(base=model["base"], revision=None)
+    dtype = dtype_named(model["dtype"])
+    return load_model(
+        resolve_base(found, Path(model["base"]).parent, Silent()),
+        quantization=quantizations.make_section(model["quantization"]),
+        dtype=dtype,
+        compute_dtype=dtype,
+        attention="eager",
+        device="cpu",
+        reporter=Silent(),
+    )
+
+
+def _logits(model: Any) -> Any:
+    import torch
+
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        return model.eval()(torch.arange(3, 40).reshape(1, -1), use_cache=False).logits.float()
+
+
+def _merge(lorafit: Any, recipe: Mapping[str, Any]) -> str:
+    merged = lorafit.merge(recipe["output"], Path(recipe["output"]).parent / "merged", quiet=True)
+    return f"yes, logits within {merged.parity.max_logit_difference:.0e}"
+
+
+def _estimate(lorafit: Any, recipe: Mapping[str, Any]) -> str:
+    counted = json.loads((Path(recipe["output"]) / "counted.json").read_text(encoding="utf-8"))
+    ratio = counted["estimated_tensor_bytes"] / counted["live_tensors"]["tensor_bytes"]
+    assert _ESTIMATE[0] <= ratio <= _ESTIMATE[1], f"estimated {ratio:.2f} of what was counted"
+    return f"{ratio:.2f}"
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as markdown; a row's refusal takes the place of what could not be tried."""
+    lines = [f"| method | base | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 2)}"]
+    for row in rows:
+        refused = row.cells.get("train", "") != "yes"
+        texts = [row.cells.get(column, "-" if refused else "not tried") for column in COLUMNS]
+        cells = [f"**{text}**" if column in row.broken else text for column, text in zip(COLUMNS, texts, strict=True)]
+        shown = [cell.replace("|", "/").replace("\n", " ") for cell in cells]
+        lines.append(f"| `{row.case}` | {row.quantization} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(page: Path, text: str) -> None:
+    """Puts the table into the marked block of a page."""
+    before = page.read_text(encoding="utf-8")
+    page.write_text(_BLOCK.sub(lambda match: f"{match[1]}{text}{match[2]}", before), encoding="utf-8")
+
+
+def each(chosen: Sequence[Case], on: Sequence[str], base: Path | None, folder: Path) -> Iterator[Row]:
+    """All rows, one by one; a method's own folder is taken away behind it."""
+    import shutil
+
+    from tests.support.tiny_model import make_base
+
+    base = base or make_base(folder / "base")
+    for case in chosen:
+        for quantization in on:
+            where = folder / re.sub(r"\W+", "-", f"{case.name} {quantization}")
+            yield run(case, quantization, where, base)
+            shutil.rmtree(where, ignore_errors=True)
+
+
+def main() -> int:
+    """Runs what was asked for and prints each row as it is made."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("adapters", nargs="*", help="kinds; all where none is named")
+    parser.add_argument("--on", nargs="+", default=list(QUANTIZATIONS), help="quantisations")
+    parser.add_argument("--model", type=Path, help="folder of a base model; a tiny random one where left out")
+    parser.add_argument("--write", type=Path, help="page whose marked block gets the table")
+    asked = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ.setdefault("LORAFIT_CACHE", f"{temporary}/cache")
+        for row in each(cases(asked.adapters), asked.on, asked.model, Path(temporary)):
+            rows.append(row)
+            print(json.dumps({**row.__dict__}), file=sys.stderr, flush=True)
+    text = table(rows)
+    print(text)
+    if asked.write is not None:
+        write(asked.write, text)
+    return int(any(row.broken for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
