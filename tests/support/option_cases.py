@@ -87,8 +87,8 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
     def adapted(kind: str, option: str, look: Callable[[RunDir], Any]) -> Probe:
         return of_run(world, f"adapter.{option}", look, of_kind(kind))
 
-    def prompted(option: str, look: Callable[[RunDir], Any]) -> Probe:
-        return lambda value: look(world.train({"adapter": {"kind": "prompt_tuning", option: value}}))
+    def prompted(kind: str, option: str, look: Callable[[RunDir], Any], **more: Any) -> Probe:
+        return lambda value: look(world.train({"adapter": {"kind": kind, **more, option: value}}))
 
     cases = {
         "model.base": Case(("../base", "../other"), of_run(world, "model.base", first_loss)),
@@ -104,11 +104,28 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             ("none", "nf4", "fp4", "int8", {"kind": "mixed", "linears": {"down_proj": "int8"}}),
             of_run(world, "model.quantization", first_loss),
         ),
-        "adapter": Case(("lora", "dora", {"kind": "prompt_tuning"}), of_run(world, "adapter", adapter_shapes)),
-        "adapter(prompt_tuning).tokens": Case((3, 5), prompted("tokens", adapter_shapes)),
-        "adapter(prompt_tuning).init": Case(("vocabulary", "random"), prompted("init", adapter_tensors)),
-        "adapter(prompt_tuning).init_from": Case((None, str(world.root / "prompt")), partial(first_loss_of, world)),
+        "adapter": Case(
+            ("lora", "dora", {"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}),
+            of_run(world, "adapter", adapter_shapes),
+        ),
+        "adapter(prompt_tuning).init": Case(
+            ("vocabulary", "random"), prompted("prompt_tuning", "init", adapter_tensors)
+        ),
+        "adapter(p_tuning).encoder": Case(("mlp", "lstm"), prompted("p_tuning", "encoder", adapter_shapes)),
+        "adapter(p_tuning).encoder_size": Case((8, 16), prompted("p_tuning", "encoder_size", adapter_shapes)),
+        "adapter(prefix_tuning).init": Case(("random", "zero"), prompted("prefix_tuning", "init", adapter_tensors)),
+        "adapter(prefix_tuning).projection": Case(
+            (False, True), prompted("prefix_tuning", "projection", adapter_shapes)
+        ),
+        "adapter(prefix_tuning).projection_size": Case(
+            (8, 16), prompted("prefix_tuning", "projection_size", adapter_shapes, projection=True)
+        ),
     }
+    for kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+        cases |= {
+            f"adapter({kind}).tokens": Case((3, 5), prompted(kind, "tokens", adapter_shapes)),
+            f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_of, world, kind)),
+        }
     for kind in ("lora", "dora"):
         cases |= {
             f"adapter({kind}).r": Case((4, 2), adapted(kind, "r", adapter_shapes)),
@@ -476,9 +493,9 @@ def first_loss_from(world: OptionWorld, kind: str, adapter: str | None) -> float
     return first_loss(world.train({**of_kind(kind), "adapter.init_from": adapter}))
 
 
-def first_loss_of(world: OptionWorld, prompt: str | None) -> float:
+def first_loss_of(world: OptionWorld, kind: str, prompt: str | None) -> float:
     """The loss before the first step, of fresh vectors or of trained ones."""
-    section = {"kind": "prompt_tuning", "tokens": 3}
+    section = {"kind": kind, "tokens": 3}
     if prompt is not None and not Path(prompt).exists():
         Path(prompt).symlink_to(world.train({"adapter": section, "training.learning_rate": 0.1}).adapter)
     return first_loss(world.train({"adapter": {**section, "init_from": prompt}}))

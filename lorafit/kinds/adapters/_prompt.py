@@ -62,6 +62,14 @@ class Prompt(Adapter[P_co]):
         """Trained ones: of vectors as wide as the model's stream."""
         return self.section.tokens * shape.hidden_size
 
+    def settle(self, model: PeftModel) -> None:
+        """An encoder computes in fp32 whatever the model does, as where the vectors are saved that it makes."""
+        import torch
+
+        for encoder in model.prompt_encoder.values():
+            kind = encoder.embedding.weight.device.type
+            encoder.forward = torch.autocast(kind, enabled=False)(encoder.forward)
+
     @classmethod
     def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         """The vectors, as PEFT calls them, or their encoder's parameters; and a task's own head."""

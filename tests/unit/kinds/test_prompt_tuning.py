@@ -21,7 +21,7 @@ from lorafit.errors import DoesNotFitError, ModelError, RecipeError
 from lorafit.facts import DatasetFacts
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.tasks import tasks
-from lorafit.model.adapter import read_adapter, save_adapter
+from lorafit.model.adapter import derived_tensors, read_adapter, save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights, open_adapter
 from lorafit.model.base import Base
 from lorafit.model.class_shape import find_shape
@@ -150,9 +150,7 @@ def headed(task: Any, family: str) -> Any:
 @pytest.mark.parametrize("form", ["prompt_tuning", "prefix_tuning projection"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(
-    kind: str, family: str, form: str, tmp_path: Path
-) -> None:
+def test_a_head_reads_padded_rows_as_pefts_reads_each_alone(kind: str, family: str, form: str, tmp_path: Path) -> None:
     """PEFT hands embeddings on, of which a causal model takes the last one for the end of a row, padding or not."""
     options, columns = ROWS[kind]
     task = tasks.make(kind, **options)
@@ -194,6 +192,16 @@ def test_peft_loads_what_is_saved_and_a_resume_takes_it_back(base: Base, form: s
     assert torch.equal(logits(going_on), logits(model))
     with pytest.raises(RecipeError, match="the recipe says 6, the adapter to go on from has 5"):
         attach_adapter(load(base), section(form, tokens=6, init_from="adapter"), 7, folder=folder.parent)
+
+
+@pytest.mark.parametrize("form", ["p_tuning", "prefix_tuning projection"])
+def test_what_an_encoder_makes_in_training_is_what_is_saved(tmp_path: Path, form: str) -> None:
+    """Under autocast, too: the encoder computes in fp32 there, as when the adapter is written."""
+    model = attach_adapter(load(open_base(make_llama(tmp_path / "base"))), section(form), 0)
+    written = derived_tensors(model)["prompt_embeddings"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = model.prompt_encoder["default"](model.prompt_tokens["default"])
+    assert made.dtype == torch.float32 and torch.equal(made, written)
 
 
 @pytest.mark.parametrize("form", ["prompt_tuning", "prefix_tuning projection"])
