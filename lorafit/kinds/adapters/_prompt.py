@@ -8,7 +8,7 @@ folder holds both, so that a run goes on from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from pydantic import Field
@@ -64,11 +64,8 @@ class Prompt(Adapter[P_co]):
 
     def settle(self, model: PeftModel) -> None:
         """An encoder computes in fp32 whatever the model does, as where the vectors are saved that it makes."""
-        import torch
-
         for encoder in model.prompt_encoder.values():
-            kind = encoder.embedding.weight.device.type
-            encoder.forward = torch.autocast(kind, enabled=False)(encoder.forward)
+            encoder.forward = _without_autocast(encoder.forward)
 
     @classmethod
     def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
@@ -95,3 +92,13 @@ class Prompt(Adapter[P_co]):
             f"cannot be merged: {cls.method} trains {cls.trained}, and changes no weight",
             todo="answer with the adapter beside its base",
         )
+
+
+def _without_autocast(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def run(numbers: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        with torch.autocast(numbers.device.type, enabled=False):
+            return forward(numbers)
+
+    return run

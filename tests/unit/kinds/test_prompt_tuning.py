@@ -1,5 +1,4 @@
-"""Prompt, P- and prefix tuning are PEFT's: what is trained is what PEFT loads, scores and answers with, and a merge says
-why not."""
+"""Prompt, P- and prefix tuning are PEFT's: PEFT loads, scores and answers with what is trained; merges say why not."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def section(form: str = "prompt_tuning", **fields: Any) -> Any:
 def grow(model: Any, times: float = 1.5) -> None:
     """Other values, as training would give."""
     with torch.no_grad():
-        for path, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 parameter.mul_(times)
 
