@@ -47,6 +47,7 @@ from lorafit.run.trained import Trained, describe_resolved
 from lorafit.run.workspace import describe_run
 from lorafit.trainer.checkpoint import CheckpointStore
 from lorafit.trainer.executor import Executor
+from lorafit.trainer.first_values import give_first_values
 from lorafit.trainer.journal import Journal, MetricsLog, Trackers, build_accelerator
 from lorafit.trainer.loop import Trainer
 from lorafit.trainer.profile import StepProfile
@@ -224,10 +225,13 @@ class Training:
 
     def _refer(self, objective: Objective, *, begins: bool) -> None:
         """What the task asks of the model as it was at step 0, before the values of a checkpoint are taken;
-        and the head as it begins, where the task fits that.
+        and the adapter and the head as they begin.
         """
         job, first = self.job, self.where.first_adapter
         if begins:
+            give_first_values(
+                objective, job.recipe.adapter, job.base, job.rows.splits, job.recipe.seed, job.pad_id, self.reporter
+            )
             start_head(objective, job.task, job.rows.train, job.rows.validation, job.pad_id, self.reporter)
         if not begins and first.exists():
             load_adapter_weights(objective.model, first)  # whatever init_from has become since

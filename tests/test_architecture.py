@@ -77,7 +77,7 @@ MOST_LINES = 400
 MOST_LINES_IN_A_FUNCTION = 80
 MOST_FILES_BESIDE_ROOMS = 12
 MOST_ANY_IN_1000_LINES = 10
-FAMILIES = {"Adapter", "Optimizer", "Quantization", "Schedule", "Task", "Metric", "Format"}
+FAMILIES = {"Adapter", "Initialisation", "Optimizer", "Quantization", "Schedule", "Task", "Metric", "Format"}
 HELP_SECONDS = 0.15
 
 

@@ -305,6 +305,7 @@ def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:
             if values.dtype == torch.float32 and parameter.dtype == torch.bfloat16:  # a projector, trained so
                 parameter.data = parameter.data.float()
             parameter.copy_(values)
+    saved.kind.take_tensors(model, name, live)
 
 
 def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path) -> None:

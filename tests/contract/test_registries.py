@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from lorafit.errors import RecipeError
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters
 from lorafit.kinds.formats import Format, formats
+from lorafit.kinds.initialisations import Initialisation, InitialisationSection, initialisations
 from lorafit.kinds.metrics import Metric, metrics
 from lorafit.kinds.optimizers import Optimizer, OptimizerSection, optimizers
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
@@ -28,6 +29,7 @@ from tests.support.docs_scripts import load_script
 PROTOCOLS: dict[str, tuple[Registry[Any] | SectionRegistry[Any], type]] = {
     "adapters": (adapters, Adapter),
     "formats": (formats, Format),
+    "initialisations": (initialisations, Initialisation),
     "metrics": (metrics, Metric),
     "optimizers": (optimizers, Optimizer),
     "quantizations": (quantizations, Quantization),
@@ -36,6 +38,7 @@ PROTOCOLS: dict[str, tuple[Registry[Any] | SectionRegistry[Any], type]] = {
 }
 SECTIONS: dict[str, type[Section]] = {
     "adapters": AdapterSection,
+    "initialisations": InitialisationSection,
     "optimizers": OptimizerSection,
     "quantizations": QuantizationSection,
     "schedules": ScheduleSection,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafit.contracts import StepHook
     from lorafit.facts import LinearShape, ModelShape, RunFacts
     from lorafit.files.safetensors import TensorEntry
+    from lorafit.kinds.initialisations import Initialisation, InitialisationSection
     from lorafit.kinds.quantizations import Quantization
 
 
@@ -159,7 +160,7 @@ class Adapter(Kind[S_co]):
     """One method.
 
     Attributes:
-        starts_as_base: Whether a fresh one computes what the base does, to the last bit.
+        starts_as_base: Whether a fresh one computes what the base does, to the last bit, as PEFT makes it.
         saved_as: The kind by which a saved one is opened, where it trains another kind's adapter in a way of its own.
         peft_type: What `peft_type` in adapter_config.json says.
         peft_options: Keys of adapter_config.json, with the values that tell it from others of the same `peft_type`.
@@ -250,9 +251,19 @@ class Adapter(Kind[S_co]):
         """What PEFT's config is made of when a saved adapter is opened, from adapter_config.json."""
         return dict(config)
 
+    def begins_as_base(self) -> bool:
+        """Whether a fresh one computes what the base does at step 1, to the last bit, with its first values."""
+        return self.starts_as_base
+
+    def initialisation(self) -> Initialisation[InitialisationSection] | None:
+        """What gives it its first values before step 1; None where they are those that it is made with."""
+        return None
+
     @classmethod
     def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-        """The trained parameters of a model's adapter by the names they have on disk, all in place."""
+        """The parameters of a model's adapter by the names they have on disk, all in place but for those that
+        `take_tensors` knows.
+        """
         from peft import get_peft_model_state_dict
 
         prefix = str(model.base_model.prefix)
@@ -267,6 +278,10 @@ class Adapter(Kind[S_co]):
     def derived_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         """What is computed of the trained parameters and saved beside them, for whoever opens the adapter."""
         return {}
+
+    @classmethod
+    def take_tensors(cls, model: PeftModel, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts values where `live_tensors` gave a copy of several parameters; most methods have all in place."""
 
     @classmethod
     def why_no_effect(cls, config: JsonMapping, nonzero_tensors: Set[str]) -> str | None:
@@ -317,4 +332,4 @@ def refusal(section: AdapterSection, quantization: Quantization[KindSection]) ->
 
 def begins_as_base(section: AdapterSection) -> bool:
     """Whether a model computes what its base does before the first step, to the last bit."""
-    return section.init_from is None and adapters.bind(section).starts_as_base
+    return section.init_from is None and adapters.bind(section).begins_as_base()

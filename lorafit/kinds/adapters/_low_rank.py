@@ -13,22 +13,27 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorafit.contracts import JsonMapping, JsonObject
-from lorafit.errors import ModelError
+from lorafit.errors import ModelError, RecipeError
 from lorafit.files.safetensors import read_rows
 from lorafit.kinds.adapters import AdaptedLayer, Adapter, Folding, Number, Rank, SavedField, Site
 from lorafit.kinds.adapters._layer_ranks import THIRDS, LayerRanks
 from lorafit.kinds.adapters._low_rank_fold import LowRankFold
+from lorafit.kinds.initialisations import Initialisation, InitialisationSection, initialisations
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
     from lorafit.facts import LinearShape, ModelShape
     from lorafit.files.safetensors import TensorEntry
+
+    InitialisationChoice = InitialisationSection
+else:
+    InitialisationChoice = initialisations.one_of("kaiming")
 
 _FACTORS_KEPT = 4  # both of an expert's two parameters
 _PLAIN_INITS = (True, False, "gaussian", "eva", None)
@@ -66,6 +71,14 @@ class LowRankSection(LinearsSection):
     them, or by linear, e.g. {down_proj: 32}. What it does not name has rank r; the scale is alpha / r for all."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
+    init: InitialisationChoice = Field(default="kaiming", validate_default=True)
+    """First values of A and B. Not together with init_from."""
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> LowRankSection:
+        if self.init_from is not None and self.init.kind != "kaiming":
+            raise ValueError(f"init {self.init.kind} and init_from both say what it begins with; keep one")
+        return self
 
     @field_validator("ranks")
     @classmethod
@@ -196,6 +209,7 @@ class LowRank(Adapter[L_co]):
         linears, chosen = choose_linears(self.section, shape), self.section.layers
         layers = sorted(range(shape.layer_count) if chosen is None else chosen.numbers(shape.layer_count))
         self.ranks.check(layers, (linear.name for linear in linears))
+        self._check_start(linears, shape, layers)
 
         def parameters(linear: LinearShape) -> int:
             ranks = Counter(self.ranks.rank_of(linear.name, number, layers) for number in shape.layers_of(linear))
@@ -210,8 +224,8 @@ class LowRank(Adapter[L_co]):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every linear of a name has an adapter, and all have one rank."""
-        return self.section.layers is None and self.section.ranks is None
+        """Whether every linear of a name has an adapter, all have one rank, and all of it is trained."""
+        return self.section.layers is None and self.section.ranks is None and not self.initialisation().corrects
 
     def layer_parameters(self, linear: LinearShape, rank: int) -> int:
         """Trained parameters beside one linear: A [rank, in] and B [out, rank]."""
@@ -223,9 +237,29 @@ class LowRank(Adapter[L_co]):
         Of rank-stabilised scaling the paper's own: alpha / sqrt(rank) by the layer's rank, with one alpha for all.
         """
         pattern, r = self.ranks.pattern(layers), self.section.r
-        config.rank_pattern = dict(pattern)
+        config.rank_pattern = {key: self._halves * rank for key, rank in pattern.items()}
         if not self.peft_options.get("use_rslora"):
-            config.alpha_pattern = {key: self.section.alpha * rank / r for key, rank in pattern.items()}
+            config.alpha_pattern = {key: config.lora_alpha * rank / r for key, rank in pattern.items()}
+
+    def _check_start(self, linears: Sequence[LinearShape], shape: ModelShape, layers: Sequence[int]) -> None:
+        """Raises RecipeError where `init` cannot begin beside a linear with the rank that it has there."""
+        for linear in linears:
+            ranks = {self.ranks.rank_of(linear.name, number, layers) for number in shape.layers_of(linear)}
+            for why in filter(None, (self.initialisation().why_not_rank(rank, linear) for rank in sorted(ranks))):
+                raise RecipeError(why, key="adapter.r", todo="choose another rank, or another adapter.init")
+
+    def initialisation(self) -> Initialisation[InitialisationSection]:
+        """The recipe's `init`."""
+        return initialisations.bind(self.section.init)
+
+    @property
+    def _halves(self) -> int:
+        """Of A and B: one is trained, and a second takes out what `init` begins with."""
+        return 2 if self.initialisation().corrects else 1
+
+    def begins_as_base(self) -> bool:
+        """Where the first values leave B zero."""
+        return self.starts_as_base and self.initialisation().starts_as_base
 
     def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
         """The recipe's `target_modules`."""
@@ -239,9 +273,10 @@ class LowRank(Adapter[L_co]):
         """PEFT's LoraConfig with the options of the method."""
         from peft import LoraConfig
 
-        alpha = self.section.alpha
+        halves = self._halves  # the scale stays that of one
+        alpha = self.section.alpha * (math.sqrt(halves) if self.peft_options.get("use_rslora") else halves)
         return LoraConfig(
-            r=self.section.r,
+            r=halves * self.section.r,
             lora_alpha=int(alpha) if alpha.is_integer() else alpha,
             lora_dropout=self.section.dropout,
             target_modules=list(target_modules),
@@ -250,10 +285,40 @@ class LowRank(Adapter[L_co]):
             **self.peft_options,
         )
 
+    def settle(self, model: PeftModel) -> None:
+        """Parts factors whose second halves take out what `init` begins with."""
+        if self.initialisation().corrects:
+            from lorafit.ops.corrected_factor import correct_layers
+
+            correct_layers(model, str(model.active_adapter))
+
+    @classmethod
+    def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """The factors; those of two halves as one, which is a copy."""
+        from lorafit.ops.corrected_factor import corrected_factors
+
+        found = super().live_tensors(model, name)
+        for path, factor in corrected_factors(model, name):
+            del found[f"{path}.trained"]
+            found[f"{path}.weight"] = factor.weight
+        return found
+
+    @classmethod
+    def take_tensors(cls, model: PeftModel, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Values of both halves."""
+        from lorafit.ops.corrected_factor import corrected_factors
+
+        for path, factor in corrected_factors(model, name):
+            factor.take(tensors[f"{path}.weight"])
+
     @classmethod
     def opened_config(cls, config: JsonMapping) -> JsonObject:
         """The saved one; no initialisation is repeated, since the values come from the file."""
         return {**config, "init_lora_weights": True}
+
+    def refuses(self, quantization_kind: str) -> str | None:
+        """What `init` cannot begin beside."""
+        return super().refuses(quantization_kind) or self.initialisation().refuses(quantization_kind)
 
     @classmethod
     def refuses_saved(cls, config: JsonMapping, quantization_kind: str) -> str | None:
