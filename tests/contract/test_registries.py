@@ -214,6 +214,7 @@ class TestSection:
         from lorafit.recipe.load import load_recipe
 
         keys = {"adapters": "adapter", "optimizers": "training.optimizer", "quantizations": "model.quantization"}
+        keys["initialisations"] = "adapter.init"
         key = keys.get(family, "training.schedule")
         (tmp_path / "r.yaml").write_text("name: x\nmodel: {base: b}\ndata: {train: a.jsonl}\n")
         bare = load_recipe(tmp_path / "r.yaml", [f"{key}={name}"])

@@ -12,11 +12,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lorafit.contracts import Silent
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
+from lorafit.kinds.tasks import tasks
 from lorafit.model.adapter import save_adapter
 from lorafit.model.attach import attach_adapter
 from lorafit.model.base import Base, resolve_base
 from lorafit.model.inspect import describe_quantization
 from lorafit.model.load import load_model
+from lorafit.trainer.first_values import give_first_values
 from tests.support.tiny_model import tiny_llama
 
 
@@ -58,6 +60,23 @@ def randomise(model: Any, seed: int = 3) -> None:
 
 def lora(**fields: Any) -> Any:
     return adapters.make_section("lora", **({"r": 4, "alpha": 8, "dropout": 0.0} | fields))
+
+
+def begin(base: Base, section: Any, kind: str = "none", rows: Any = None, **loading: Any) -> Any:
+    """A base with the adapter that a run on it begins with.
+
+    Args:
+        base: From `open_base`.
+        section: The adapter's.
+        kind: How the base is quantised.
+        rows: Training rows, for what looks at them.
+        loading: See `load`.
+    """
+    model = attach_adapter(load(base, kind, **loading), section, 0)
+    objective = tasks.make("causal-lm").build_objective(model)
+    splits = {"train": rows, "retention": rows}
+    give_first_values(objective, section, base, splits, 0, 0, Silent())
+    return model
 
 
 class Trained:

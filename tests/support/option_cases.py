@@ -18,16 +18,19 @@ from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu
+from lorafit.model.adapter import adapter_tensors as tensors_of
 from lorafit.model.class_shape import find_shape
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.trainer.step import Update
 from tests.support import tiny_seq2seq, tiny_vision
+from tests.support.adapted import begin
 from tests.support.option_kinds import RANKS, attached, kind_cases, layer_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
     Changes,
     OptionWorld,
     adapter_tensors,
+    digest_of,
     evaluation_lines,
     files_of,
     named_commits,
@@ -42,6 +45,7 @@ STOPPING = {**VALIDATED, "training.max_steps": 5}
 SGD = {"training.optimizer": "sgd", "adapter.alpha": 512.0}  # Adam would hide the gradients' length
 NO_ANSWERS = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
 HEADED = "token-classification", "sequence-regression"
+INITIALISATIONS = "kaiming", "gaussian", "orthogonal", "pissa", "olora"
 TRACKERS = "tensorboard", "wandb", "mlflow", "trackio"
 
 
@@ -134,6 +138,10 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             f"adapter({kind}).target_modules": Case(
                 ("all-linear", ["q_proj"], ["q_proj", "v_proj"]), adapted(kind, "target_modules", adapter_shapes)
             ),
+            f"adapter({kind}).init": Case(INITIALISATIONS, partial(first_values, world, kind)),
+            f"adapter({kind}).init(pissa).iterations": Case(
+                (None, 0, 1), partial(first_values_of, world, kind, "pissa", "iterations")
+            ),
             f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_from, world, kind)),
             **layer_cases(kind),
             f"adapter({kind}).ranks": Case(RANKS, partial(attached, kind, "ranks")),
@@ -148,6 +156,18 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         )
         cases[f"model.quantization({kind}).keep_unpacked"] = Case((True, False), partial(times_unpacked, world, kind))
     return cases
+
+
+def first_values(world: OptionWorld, kind: str, init: Any, quantization: str = "none") -> dict[str, str]:
+    """Shape and content of each tensor of the adapter that a run would begin with."""
+    job = world.job({**of_kind(kind), "adapter.init": init, "model.quantization": quantization})
+    model = begin(job.base, job.recipe.adapter, quantization, job.rows.train)
+    return {name: f"{tuple(value.shape)} {digest_of(value)}" for name, value in tensors_of(model).items()}
+
+
+def first_values_of(world: OptionWorld, kind: str, init: str, option: str, value: Any) -> dict[str, str]:
+    """The same with an option of the initialisation."""
+    return first_values(world, kind, {"kind": init, option: value})
 
 
 def data_cases(world: OptionWorld) -> dict[str, Case]:
