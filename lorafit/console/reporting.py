@@ -196,7 +196,7 @@ class _WrittenBar:
         if self._total is not None and not is_last and self._done > before:
             share = (self._done - before) / (self._total - before)
             if share >= _TELLING_SHARE or now - began >= _TELLING_SECONDS:
-                left = f"  {_clock((now - began) * (1 - share) / share)} left"
+                left = f"  {clock((now - began) * (1 - share) / share)} left"
         self._write(left)
 
     def _write(self, left: str) -> None:
@@ -221,7 +221,8 @@ def _worded(shown: JsonObject) -> dict[str, str]:
     return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`1:05`, `2:03:00`: minutes and seconds, hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -160,7 +160,7 @@ def compare(
     if metric.percent and is_share(base) and is_share(tuned):
         lows[0], highs[0] = share_difference_interval(base[:, 0], tuned[:, 0])
         tuned_lows[0], tuned_highs[0] = share_interval(float(tuned[:, 0].sum()), len(tuned))
-    by_row = _values(metric, tuned) - _values(metric, base)
+    by_row = values_of_sums(metric, tuned) - values_of_sums(metric, base)
     sign = 1.0 if metric.better == "higher" else -1.0
     found = []
     for column, value_name in enumerate(base_values):
@@ -209,14 +209,14 @@ def bootstrap_values(
         resamples: How often rows are drawn.
     """
     chunks = [
-        (_values(metric, counts @ base), _values(metric, counts @ tuned))
+        (values_of_sums(metric, counts @ base), values_of_sums(metric, counts @ tuned))
         for counts in draw_counts(len(base), resamples, seed)
     ]
     of_base, of_tuned = (np.concatenate(side) for side in zip(*chunks, strict=True))
     return of_base, of_tuned
 
 
-def _values(metric: Metric, sums: Floats) -> Floats:
+def values_of_sums(metric: Metric, sums: Floats) -> Floats:
     """The metric's values of each line of sums, `[lines, values]`."""
     return np.array([list(metric.values(line).values()) for line in sums.tolist()])
 

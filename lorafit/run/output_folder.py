@@ -109,7 +109,7 @@ def check_own(run: RunDir) -> None:
         UsageError: As said; nothing was created or changed.
         CheckpointError: It holds a run of another lorafit.
     """
-    names = _own_names(run.root)
+    names = own_names(run.root)
     if _holds_run(run):
         names = [name for name in ("checkpoints", "adapter") if name in names and not (run.root / name).is_dir()]
     if names:
@@ -132,7 +132,7 @@ def check_reports(run: RunDir, name: str) -> None:
             )
 
 
-def _own_names(folder: Path) -> list[str]:
+def own_names(folder: Path) -> list[str]:
     """Names in a folder, if there is one, without what systems leave there and lorafit's own leftovers."""
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     return [name for name in found if name not in _SYSTEMS_OWN and not name.startswith(_SYSTEMS_PREFIXES)]
