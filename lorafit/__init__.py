@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from lorafit.machine.version import __version__
 
 if TYPE_CHECKING:
-    from lorafit.api import classify, estimate, evaluate, generate, merge, preview, train, validate
+    from lorafit.api import classify, compare, estimate, evaluate, generate, merge, preview, train, validate
     from lorafit.errors import LorafitError
 
 __all__ = [
     "LorafitError",
     "__version__",
     "classify",
+    "compare",
     "estimate",
     "evaluate",
     "generate",

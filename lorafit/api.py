@@ -11,8 +11,8 @@ values. Progress goes to stderr; with `quiet=True` only warnings are left, as Py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lorafit import pipeline
 from lorafit.console.python_calls import Overrides, Recipe, Rows, StrPath, call
@@ -25,8 +25,20 @@ if TYPE_CHECKING:
     from lorafit.run.answered import Classified, Generated
     from lorafit.run.results import Evaluated, Merged, Validated
     from lorafit.run.trained import Trained
+    from lorafit.studies.compared import Compared
 
-__all__ = ["LorafitError", "classify", "estimate", "evaluate", "generate", "merge", "preview", "train", "validate"]
+__all__ = [
+    "LorafitError",
+    "classify",
+    "compare",
+    "estimate",
+    "evaluate",
+    "generate",
+    "merge",
+    "preview",
+    "train",
+    "validate",
+]
 
 
 def validate(recipe: Recipe, *, overrides: Overrides = ()) -> Validated:
@@ -230,3 +242,39 @@ def classify(
         quiet: No progress.
     """
     return call(pipeline.classify, locals())
+
+
+def compare(
+    recipes: Recipe | Sequence[Recipe],
+    *,
+    over: Mapping[str, Sequence[Any]] | Sequence[str] = (),
+    output: StrPath | None = None,
+    rates: int = 3,
+    spread: float = 10.0,
+    learning_rates: Sequence[float] | None = None,
+    seeds: int = 3,
+    metric: str = "loss",
+    budget: str | None = None,
+    resume: bool = False,
+    overrides: Overrides = (),
+    quiet: bool = False,
+) -> Compared:
+    """Trains methods with several learning rates and seeds, and says which of them can be told apart on the test rows.
+
+    Args:
+        recipes: A recipe whose values `over` varies, or several recipes of the same rows.
+        over: `{"adapter": ["lora", "dora"]}`: values of a key, each a method; of several keys every combination.
+        output: The comparison's folder instead of the recipe's `output` with `-comparison` behind it.
+        rates: Learning rates of each method, in equal ratios around its own.
+        spread: The highest of them is so many times the lowest.
+        learning_rates: These for every method instead.
+        seeds: Runs of each method at each learning rate; 3 at least.
+        metric: What methods are ranked by on the test rows.
+        budget: Most time, such as "60min"; what it does not reach is left out, and said.
+        resume: Go on with the comparison in that folder.
+        overrides: Values over the recipes'.
+        quiet: No progress.
+    """
+    from lorafit.studies.compare import compare
+
+    return call(compare, {name: value for name, value in locals().items() if name != "compare"})

@@ -72,6 +72,16 @@ _HELP = {
     "headroom": ("SHARE", "Of the card's memory, what must stay free: 0.05 where not given."),
     "price_per_hour": ("PRICE", "Of the card, in any currency: what the run will cost."),
     "exact": ("", "Run the training step itself on tensors without values: up to a minute."),
+    "recipes": ("RECIPE", "A recipe with --over, or several recipes of the same rows."),
+    "over": ("KEY=A,B", "Values of a key that are compared, e.g. adapter=lora,dora. Repeatable: every combination."),
+    "compare.output": ("DIR", "Folder of the comparison instead of RUN-comparison."),
+    "rates": ("NUMBER", "Learning rates of each method, around its own."),
+    "spread": ("FACTOR", "The highest of these rates is so many times the lowest."),
+    "learning_rates": ("A,B,C", "These learning rates for every method instead."),
+    "seeds": ("NUMBER", "Runs of each method at each rate, each with a seed of its own."),
+    "metric": ("NAME", "What methods are ranked by, on the test rows."),
+    "budget": ("TIME", "Most time, e.g. 60min: what it does not reach is left out, and said."),
+    "compare.resume": ("", "Go on with the comparison in the output folder."),
     "show": ("ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."),
 }
 """What stands for a value, empty where a flag has none, and the help: by parameter, of one command or of all."""
@@ -85,9 +95,13 @@ _DEFAULTS = {
     "num_beams": 1,
     "length_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "rates": 3,
+    "spread": 10.0,
+    "seeds": 3,
+    "metric": "loss",
 }
 _REQUIRED = ("merge.output",)
-_SEVERAL = ("overrides", "gpu")
+_SEVERAL = ("overrides", "gpu", "over")
 _FUNCTIONS = {"eval": "evaluate", "estimate-memory": "estimate"}
 """Functions of `lorafit.pipeline` that are not called as their command."""
 
@@ -175,10 +189,10 @@ def _parameter(command: str, name: str) -> inspect.Parameter:
     kind: Any = next((kind for kind in (bool, str, float, int) if kind in argument.types), str)
     if os.PathLike in argument.types and name != "base_model":
         kind = Path
-    kind = list[str] if name in _SEVERAL else kind
+    kind = list[str] if name in _SEVERAL else list[Path] if name == "recipes" else kind
     flag, more = FLAGS.get(name, f"--{name.replace('_', '-')}"), _MORE.get(name, {})
     option: Any = typer.Option(flag, metavar=metavar or None, help=text, min=argument.least, max=argument.most, **more)
-    if name in ("recipe", "run"):
+    if name in ("recipe", "run", "recipes"):
         option = typer.Argument(metavar=metavar, readable=name == "run", help=text)
     elif name not in _DEFAULTS and f"{command}.{name}" not in _REQUIRED:
         kind, default = (kind, False) if kind is bool else (kind | None, None)
@@ -248,6 +262,12 @@ def _preview(session: Session, given: JsonObject) -> None:
     session.result(pipeline.preview(**given, show=shown, counts_all=not rows, reporter=session.reporter))
 
 
+def _compare(session: Session, given: JsonObject) -> None:
+    from lorafit.studies.compare import compare
+
+    session.result(compare(**given, reporter=session.reporter))
+
+
 _add_command(
     "train",
     "Plan, check, train and save.",
@@ -279,6 +299,12 @@ _add_command(
     "Itemised peak memory, time and cost, without weights and without a GPU.",
     "recipe overrides gpu fit headroom price_per_hour exact",
     _estimate_memory,
+)
+_add_command(
+    "compare",
+    "Methods against each other, with rates, seeds and intervals.",
+    "recipes over overrides output rates spread learning_rates seeds metric budget resume",
+    _compare,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)
 _add_command("preview", "Rows as the model will see them: trained, cut, dropped.", "recipe overrides show", _preview)

@@ -75,6 +75,16 @@ ARGUMENTS = {
     "show": _number(0, whole=True),
     "headroom": _number(0.0, 0.9),
     "price_per_hour": _number(),
+    "rates": _number(1, 99, whole=True),
+    "spread": _number(1.0, 1e6),
+    "seeds": _number(3, 99, whole=True),
+    "learning_rates": Argument("a list of numbers, such as 1e-4,3e-4", (str, Iterable)),
+    "metric": Argument("the name of a metric", (str,)),
+    "budget": Argument('a time such as "60min" or "2h"', (str,)),
+    "over": Argument('a dict such as {"adapter": ["lora", "dora"]} or a list of KEY=A,B', (Mapping, Iterable)),
+    "recipes": Argument(
+        "a recipe's file, its values as a dict, or a list of such", (str, os.PathLike, Mapping, Iterable)
+    ),
     "recipe": Argument("a recipe's file, or its values as a dict", (str, os.PathLike, Mapping)),
     "run": Argument("a run: what train gave back, or a path", _PATH.types),
     "output": _PATH,
@@ -104,7 +114,7 @@ FLAGS = {
 """Flags that are not called as their parameter."""
 _SEARCH = ("temperature", "top_p", "num_beams", "length_penalty", "no_repeat_ngram_size")
 _NEVER_LEFT_OUT = {"recipe", "run", "prompts", "overrides", "max_new_tokens", "min_new_tokens", "seed", *_SEARCH}
-_NEVER_LEFT_OUT.update(_SWITCHES)
+_NEVER_LEFT_OUT.update((*_SWITCHES, "recipes", "over", "rates", "spread", "seeds", "metric"))
 
 
 def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> None:

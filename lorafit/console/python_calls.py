@@ -81,6 +81,24 @@ def _path(path: Recipe | None) -> Path | JsonMapping | None:
     return Path(path) if isinstance(path, str | os.PathLike) else path
 
 
+def _paths(recipes: Recipe | Sequence[Recipe]) -> list[Path | JsonMapping | None]:
+    """One recipe or several as a list."""
+    if isinstance(recipes, str | os.PathLike | Mapping):
+        return [_path(recipes)]
+    return [_path(each) for each in recipes]
+
+
+def _listed(over: Mapping[str, Sequence[Any]] | Sequence[str]) -> list[str]:
+    """What is compared as `KEY=A,B`; words stay bare, all else is JSON, which is YAML that means the same."""
+    if not isinstance(over, Mapping):
+        return list(over)
+    worded = {
+        key: [one if isinstance(one, str) else json.dumps(one, default=os.fspath) for one in values]
+        for key, values in over.items()
+    }
+    return [f"{key}={','.join(values)}" for key, values in worded.items()]
+
+
 def _text(value: object | None) -> str | None:
     return None if value is None else os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
@@ -125,5 +143,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("recipe", "run", "output", "plan_file"), _path),
     **dict.fromkeys(("checkpoint", "base_model"), _text),
     "overrides": _flags,
+    "recipes": _paths,
+    "over": _listed,
 }
 """What an argument becomes for the command, by its name."""

@@ -1,70 +1,59 @@
-"""Methods against each other, so that the result can be believed: `lorafit compare`. Read `_Comparison.run` first.
+"""Methods against each other, so that the result can be believed: `lorafit compare`.
 
-    variants ─> first run of each ─> what the budget reaches ─> every learning rate, every seed ─> rates chosen on the
-    validation rows ─> test rows, once, by the runs of the chosen rates ─> standings, table, plot
-
-All variants see the same rows in the same order, by their seeds, have as many learning rates, and are run as one plan
-says. A variant that cannot be run, or fails, is a line with the reason.
+recipe, --over ─> variants, learning rates ─> the runs (`lorafit.studies.running`) ─> what can be told apart
 """
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from lorafit import pipeline
-from lorafit.console.exits import explain
-from lorafit.console.reporting import clock
-from lorafit.console.wording import counted, first_line
-from lorafit.contracts import JsonMapping, JsonObject, Progress, Reporter, Silent
-from lorafit.errors import LorafitError, NumericsError, RecipeError, StoppedBySignal, UsageError
-from lorafit.files.atomic import read_object, write_json
+from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
+from lorafit.errors import RecipeError, UsageError
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import applies, metrics
 from lorafit.kinds.tasks import tasks
 from lorafit.run.output_folder import check_output, claimed
-from lorafit.run.workspace import inputs_of, is_run
-from lorafit.studies.compared import Compared, put_together
-from lorafit.studies.scores import keep_scores
-from lorafit.studies.study import Record, Run, Study, choose_rate, plan_budget
-from lorafit.studies.variants import Variant, learning_rates, read_variants
+from lorafit.run.workspace import inputs_of
+from lorafit.studies.compared import Compared
+from lorafit.studies.running import Comparison
+from lorafit.studies.study import Study
+from lorafit.studies.variants import Variant, rates_of_variant, read_variants
 
 LEAST_SEEDS = 3
-_AT_THE_END = 1_000_000
-"""`evaluation.every_steps` of a run that its recipe evaluates nowhere: the end of a run is always evaluated."""
+_LARGEST_RATE = 10.0
+_TIME = re.compile(r"(\d+(?:\.\d+)?) ?(s|sec|m|min|h)")
 
 
 def compare(
-    recipe: Path | JsonMapping | Sequence[Path | JsonMapping],
+    recipes: Sequence[Path | JsonMapping],
     *,
     over: Sequence[str] = (),
     overrides: Sequence[str] = (),
     output: Path | None = None,
     rates: int = 3,
     spread: float = 10.0,
-    learning_rates: Sequence[float] = (),
+    learning_rates: str | Sequence[float] | None = None,
     seeds: int = LEAST_SEEDS,
     metric: str = "loss",
-    budget: float | None = None,
+    budget: str | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
 ) -> Compared:
     """Trains every variant with every learning rate and seed, and says which can be told apart on the test rows.
 
-    `budget` is in seconds. What the other arguments mean stands at `lorafit.api.compare`.
+    What the arguments mean stands at `lorafit.api.compare`; `learning_rates` may also be a text with commas.
 
     Raises:
         UsageError: There is nothing to compare, or the output is in the way.
         CheckpointError: The output holds another comparison.
         LorafitError: What every single variant failed of.
     """
-    recipes = [recipe] if isinstance(recipe, Path | Mapping) else list(recipe)
+    budget_seconds, given = _read_budget(budget), _read_rates(learning_rates)
     variants, keys = read_variants(recipes, over, overrides)
     first = next(variant.loaded for variant in variants if variant.loaded is not None)
-    rates_of = _rates_of(variants, keys, learning_rates, rates, spread)
+    rates_of = _rates_of(variants, keys, given, rates, spread)
     _check_rows(variants, metric, rates=max(map(len, rates_of.values())))
     folder = Path(output) if output is not None else first.output.with_name(f"{first.output.name}-comparison")
     check_output(folder, inputs_of(first))
@@ -73,7 +62,7 @@ def compare(
     definition["variants"] = {variant.name: variant.values() for variant in variants if not variant.refused}
     with claimed(RunDir(folder)):
         study = Study.open(folder, definition, resume=resume)
-        comparison = _Comparison(variants, rates_of, own_seeds, metric, study, reporter or Silent(), budget)
+        comparison = Comparison(variants, rates_of, own_seeds, metric, study, reporter or Silent(), budget_seconds)
         return comparison.run()
 
 
@@ -84,10 +73,34 @@ def _rates_of(
     if "training.learning_rate" in keys or "training" in keys:
         given, rates = (), 1
     usable = (variant for variant in variants if not variant.refused)
-    return {variant.name: learning_rates_of(variant, given, rates, spread) for variant in usable}
+    return {variant.name: rates_of_variant(variant, given, rates, spread) for variant in usable}
 
 
-learning_rates_of = learning_rates  # the parameter of `compare` is called so too
+def _read_rates(given: str | Sequence[float] | None) -> list[float]:
+    """Learning rates as a flag or a program names them.
+
+    Raises:
+        UsageError: One is no number, or none that a recipe could have.
+    """
+    listed = given.split(",") if isinstance(given, str) else list(given or ())
+    try:
+        found = [float(each) for each in listed]
+    except (TypeError, ValueError):
+        found = [0.0]
+    if not all(0 < rate <= _LARGEST_RATE for rate in found):
+        what = f"'{given}' is no list of learning rates" if isinstance(given, str) else "one is no learning rate"
+        raise UsageError(what, key="--learning-rates", todo="write numbers above 0, e.g. 1e-4,3e-4")
+    return found
+
+
+def _read_budget(text: str | None) -> float | None:
+    """Seconds of a time such as `90s`, `60min` or `1.5h`. Raises UsageError where it is none."""
+    if text is None:
+        return None
+    found = _TIME.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise UsageError(f"'{text}' is no time", key="--budget", todo="write e.g. 90s, 60min or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2][0]]
 
 
 def _check_rows(variants: Sequence[Variant], metric: str, *, rates: int) -> None:
@@ -110,279 +123,3 @@ def _check_rows(variants: Sequence[Variant], metric: str, *, rates: int) -> None
     ):
         if rows is None:
             raise RecipeError(f"is not set, and {why}", key=key, todo=f"set {key}").named_at(key, *loaded.place(key))
-
-
-class _OfARun:
-    """What is told of a run among many: warnings and bars, and not its plan and tables."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-
-    def info(self, message: str) -> None:
-        """Drops it."""
-
-    def show(self, renderable: object) -> None:
-        """Drops it."""
-
-    def warn(self, message: str) -> None:
-        """Passes it on."""
-        self._reporter.warn(message)
-
-    def track(self, total: int | None, what: str, done: int = 0) -> Progress:
-        """A bar."""
-        return self._reporter.track(total, what, done)
-
-
-@dataclass
-class _Comparison:
-    """One call of `lorafit compare`.
-
-    Attributes:
-        variants: All, refused ones among them.
-        rates: Learning rates by variant.
-        seeds: Of the runs.
-        metric: What variants are ranked by.
-        study: Its state on disk.
-        reporter: Told of each run.
-        budget_seconds: None: no bound.
-    """
-
-    variants: list[Variant]
-    rates: dict[str, list[float]]
-    seeds: list[int]
-    metric: str
-    study: Study
-    reporter: Reporter
-    budget_seconds: float | None
-
-    def run(self) -> Compared:
-        """Trains, chooses, scores and puts together; what is done already is not done again."""
-        study = self.study
-        self._say_what_will_be()
-        study.save()
-        for variant in self._live():
-            self._train_all([self._first_run(variant)])
-        if self.budget_seconds is not None:
-            self._plan_for_budget(self.budget_seconds)
-        searched = self.seeds[:1] if study.searches_once else self.seeds
-        self._train_all([run for variant in self._live() for run in self._runs(variant, searched)])
-        chosen = {variant.name: self._choose(variant, searched) for variant in self._live()}
-        rest = [
-            Run(variant, rate, seed)
-            for variant in self._live()
-            if (rate := chosen[variant.name]) is not None
-            for seed in self.seeds
-        ]
-        self._train_all(rest)
-        if not self._live():
-            self._raise_what_all_failed_of()
-        for variant in self._live():
-            study.chosen.setdefault(variant.name, chosen[variant.name] or 0.0)
-        study.save()  # the choice is written down before a test row is read
-        self._forget_other_adapters()
-        for variant in self._live():
-            self._score([Run(variant, study.chosen[variant.name], seed) for seed in self.seeds])
-        if not self._live():
-            self._raise_what_all_failed_of()
-        result = put_together(study, self.variants, self.rates, self.seeds, self.metric)
-        result.write()
-        return result
-
-    def _live(self) -> list[Variant]:
-        return [variant for variant in self.variants if self.study.takes_part(variant)]
-
-    def _runs(self, variant: Variant, seeds: Sequence[int]) -> list[Run]:
-        """All runs that choose a variant's rate; none where it is chosen."""
-        if variant.name in self.study.chosen:
-            return []
-        return [Run(variant, rate, seed) for seed in seeds for rate in self.rates[variant.name]]
-
-    def _first_run(self, variant: Variant) -> Run:
-        rates = self.rates[variant.name]
-        rate = self.study.chosen.get(variant.name, rates[len(rates) // 2])
-        return Run(variant, rate, self.seeds[0])
-
-    def _say_what_will_be(self) -> None:
-        for variant in self.variants:
-            if variant.refused:
-                self.reporter.warn(f"{variant.name} is left out: {variant.refused}")
-            for note in variant.notes:
-                self.reporter.info(note)
-        runs = sum(len(rates) for rates in self.rates.values()) * len(self.seeds)
-        rates = max(map(len, self.rates.values()))
-        done = len(self.study.runs)
-        self.reporter.info(
-            f"{counted(len(self.rates), 'method')}, {counted(rates, 'learning rate')} and "
-            f"{counted(len(self.seeds), 'seed')} each: {counted(runs, 'run')}{f', {done} of them done' if done else ''}"
-        )
-
-    def _plan_for_budget(self, budget: float) -> None:
-        """Says what the budget reaches, by what the first run of each method took, and leaves the rest out.
-
-        Raises:
-            UsageError: It does not reach two methods.
-        """
-        study = self.study
-        live = [variant for variant in self.variants if not variant.refused and variant.name not in study.broken]
-        seconds = [self.study.runs[self._first_run(variant).name].wall_seconds for variant in live]
-        spent = sum(record.wall_seconds for record in study.runs.values())
-        if spent > sum(seconds):  # of a resume: what was spent behind the first runs is not to be done again
-            spent = sum(seconds)
-        rates = max(map(len, self.rates.values()))
-        study.searches_once, reached = plan_budget(seconds, spent, budget, rates, len(self.seeds))
-        if reached < min(2, len(live)):
-            _, least = plan_budget(seconds[:2], spent, float("inf"), rates, len(self.seeds))
-            need = spent + (rates + 2 * len(self.seeds) - 2) * sum(seconds[:least])
-            what = f"two methods alone take about {clock(need)}"
-            todo = f"give at least {need / 60:.0f}min, or shorten the recipe's runs"
-            raise UsageError(what, key="--budget", todo=todo)
-        why = f"the budget of {clock(budget)} does not reach it"
-        study.left_out = {variant.name: why for variant in live[reached:]}
-        study.save()
-        if study.searches_once and rates > 1:
-            self.reporter.warn(
-                f"budget: every method's {counted(rates, 'learning rate')} are tried with the first seed alone; the "
-                f"other {counted(len(self.seeds) - 1, 'seed')} take the chosen one"
-            )
-        for name, why in study.left_out.items():
-            self.reporter.warn(f"{name} is left out: {why}")
-
-    def _train_all(self, runs: Sequence[Run]) -> None:
-        """Trains what is not finished yet; a variant that fails takes no further part."""
-        waiting = [run for run in runs if run.name not in self.study.runs]
-        for number, run in enumerate(waiting):
-            if not self.study.takes_part(run.variant) or run.name in self.study.runs:
-                continue
-            left = self._seconds_left(waiting[number:])
-            self.reporter.info(
-                f"run {len(self.study.runs) + 1} of {len(self.study.runs) + len(waiting) - number}: {run.told}"
-                + (f"; about {clock(left)} of training left" if left else "")
-            )
-            self._train(run)
-
-    def _seconds_left(self, runs: Sequence[Run]) -> float:
-        """By what the method's runs took so far, else by what all took."""
-        took: dict[str, list[float]] = {}
-        for name, record in self.study.runs.items():
-            took.setdefault(name.partition("/")[0], []).append(record.wall_seconds)
-        every = [seconds for of_method in took.values() for seconds in of_method]
-        if not every:
-            return 0.0
-        return sum(sum(of := took.get(run.variant.folder, every)) / len(of) for run in runs)
-
-    def _train(self, run: Run) -> None:
-        """One run, and its record; numbers that are none are a record too, any other error ends the variant."""
-        study, variant, where = self.study, run.variant, self.study.where(run)
-        assert variant.loaded is not None
-        evaluation = variant.loaded.recipe.evaluation
-        flags = [*variant.overrides, f"training.learning_rate={run.rate!r}", f"seed={run.seed}"]
-        if evaluation.every_steps is None and variant.loaded.recipe.data.validation is not None:
-            flags.append(f"evaluation.every_steps={_AT_THE_END}")
-        plan, began = self._plan_file(variant), time.perf_counter()
-        try:
-            trained = pipeline.train(
-                variant.recipe,
-                overrides=flags,
-                output=where.root,
-                resume=is_run(where.root),
-                plan_file=plan if plan.exists() else None,
-                reporter=_OfARun(self.reporter),
-            )
-        except StoppedBySignal as stopped:
-            stopped.todo = "go on with the same command and --resume"
-            raise
-        except NumericsError as error:
-            self.reporter.warn(f"{run.told}: {error.what}")
-            study.keep(run, Record(failed=error.what, wall_seconds=time.perf_counter() - began))
-            return
-        except Exception as error:
-            self._break(variant, error)
-            return
-        record = _read_record(where, trained.plan.trainable_parameters, time.perf_counter() - began)
-        self._check_data(run, record)
-        if not plan.exists():
-            write_json(plan, read_object(where.plan))
-        study.keep(run, record)
-
-    def _plan_file(self, variant: Variant) -> Path:
-        """The values that all runs over the same model take, once the first of them has settled them."""
-        same = next(each for each in self.variants if each.values().get("model") == variant.values()["model"])
-        return self.study.folder / "plans" / f"{same.folder}.json"
-
-    def _break(self, variant: Variant, error: Exception) -> None:
-        """Leaves a variant out, and says why."""
-        known = error if isinstance(error, LorafitError) else explain(error, "train")
-        why = known.errors[0].one_line if known is not None else f"{type(error).__name__}: {first_line(error)}"
-        self.study.broken[variant.name] = why
-        self.reporter.warn(f"{variant.name} is left out: {why}")
-
-    def _check_data(self, run: Run, record: Record) -> None:
-        """Raises UsageError where a run of a seed was trained on other rows than those before it."""
-        values = run.variant.values()
-        for name, known in self.study.runs.items():
-            folder, _, seed = name.partition("/")[0], *name.rpartition("/")[1:]
-            other = next((each for each in self.variants if each.folder == folder and not each.refused), None)
-            if other is None or seed != f"seed-{run.seed}" or not known.data:
-                continue
-            alike = all(other.values()[key] == values[key] for key in ("model", "data", "task"))
-            if alike and known.data != record.data:
-                what = f"its rows are not those of {name}: a file of them was changed since"
-                raise UsageError(what, file=run.name, todo="restore the file, or give another --output")
-
-    def _choose(self, variant: Variant, seeds: Sequence[int]) -> float | None:
-        """The rate of a variant; one without a usable run is left out."""
-        if (known := self.study.chosen.get(variant.name)) is not None:
-            return known
-        runs = self._runs(variant, seeds)
-        rate = choose_rate(self.study, runs, lambda name: metrics.get(name).better)
-        if rate is None:
-            failed = next(record.failed for run in runs if (record := self.study.runs[run.name]).failed)
-            self.study.broken[variant.name] = f"it fails with every learning rate: {failed}"
-        return rate
-
-    def _forget_other_adapters(self) -> None:
-        """Removes the adapters of rates that were not chosen: nothing reads them any more."""
-        for variant in self._live():
-            for seed in self.seeds:
-                for rate in self.rates[variant.name]:
-                    if rate != self.study.chosen[variant.name]:
-                        where = self.study.where(Run(variant, rate, seed))
-                        shutil.rmtree(where.adapter, ignore_errors=True)
-                        shutil.rmtree(where.first_adapter, ignore_errors=True)
-
-    def _score(self, runs: Sequence[Run]) -> None:
-        """Scores the test rows by each run of a variant that has not done it yet."""
-        for run in runs:
-            if self.study.scores(run).exists():
-                continue
-            self.reporter.info(f"test rows: {run.told}")
-            try:
-                found = pipeline.evaluate(self.study.where(run).root, split="test", reporter=_OfARun(self.reporter))
-            except StoppedBySignal:
-                raise
-            except Exception as error:
-                self._break(run.variant, error)
-                return
-            keep_scores(self.study.scores(run), found.evaluation.rows, [self.metric, *found.evaluation.signatures])
-
-    def _raise_what_all_failed_of(self) -> None:
-        names = ", ".join(self.study.broken)
-        why = next(iter(self.study.broken.values()), "nothing is left")
-        raise UsageError(f"no method could be run ({names}): {why}", todo="mend the recipe, and run it again")
-
-
-def _read_record(where: RunDir, trainable_parameters: int, wall_seconds: float) -> Record:
-    """A finished run's record, from what it wrote."""
-    result = read_object(where.result)
-    best = result["best"] or {}
-    return Record(
-        selected_by=best.get("metric", ""),
-        value=best.get("value"),
-        steps=result["steps"],
-        seconds=result["seconds"],
-        wall_seconds=wall_seconds,
-        peak_memory_bytes=result["peak_memory_bytes"],
-        trainable_parameters=trainable_parameters,
-        adapter_bytes=sum(file.stat().st_size for file in where.adapter.glob("*.safetensors")),
-        data=str(read_object(where.manifest).get("data", "")),
-    )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _MEBIBYTE = 1 << 20
 BASE = "base"
+_QUALITY = ("method", "value", "to the best", "95 %", "verdict")
+_COST = ("method", "rate", "parameters", "memory", "time", "size")
 
 
 @dataclass(frozen=True)
@@ -163,44 +165,58 @@ class Compared(Printed):
         """The table, what follows, and where the rest is."""
         from rich.table import Table
 
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        headings = ("method", self.headline, "to the best", "verdict", "rate", "parameters", "memory", "time", "size")
-        for heading in headings:
-            is_word = heading in ("method", "verdict")
-            table.add_column(heading, justify="left" if is_word else "right", overflow="fold")
-        for cells in self._table():
-            table.add_row(*cells)
-        console.print(table)
+        for columns in (_QUALITY, _COST):
+            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+            for heading in columns:
+                is_word = heading in ("method", "verdict")
+                shown = self.headline if heading == "value" else heading
+                table.add_column(shown, justify="left" if is_word else "right", overflow="fold")
+            for cells in self._table():
+                table.add_row(*(cells[heading] for heading in columns))
+            console.print(table)
+            console.print()
         for sentence in self.sentences:
             say(console, sentence)
         say(console, f"report: {near(self.folder / 'report.md')}, plot: {near(self.folder / 'quality.svg')}")
 
-    def _table(self) -> list[tuple[str, ...]]:
+    def _table(self) -> list[dict[str, str]]:
+        """Cells by heading, best first, what was left out last."""
         lines = {line.method: line for line in self.lines}
         found = []
         for each in self.ranked:
             line = lines[each.method]
             rate = "-" if line.rate is None else f"{line.rate:g}{f' ({line.edge})' if line.edge else ''}"
-            sizes = (
-                f"{line.trainable_parameters:,}",
-                f"{line.peak_memory_bytes / _MEBIBYTE:,.0f} MiB",
-                f"{line.seconds:.1f} s",
-                f"{line.adapter_bytes / _MEBIBYTE:.2f} MiB",
-            )
-            shown = (each.method, _with_interval(each), _to_best(each), each.verdict, rate)
-            found.append((*shown, *(sizes if each.method != BASE else ("0", "-", "-", "-"))))
-        return [*found, *((line.method, *["-"] * 2, "left out", *["-"] * 5) for line in self.lines if line.left_out)]
+            cells = {
+                "method": each.method,
+                "value": f"{each.value:.4g}",
+                "value 95 %": f"{each.low:.4g} to {each.high:.4g}",
+                "to the best": f"{each.difference:+.2g}",
+                "95 %": f"{each.difference_low:+.2g} to {each.difference_high:+.2g}",
+                "verdict": each.verdict,
+                "rate": rate,
+                "parameters": f"{line.trainable_parameters:,}",
+                "memory": f"{line.peak_memory_bytes / _MEBIBYTE:,.0f} MiB",
+                "time": f"{line.seconds:.1f} s",
+                "size": f"{line.adapter_bytes / _MEBIBYTE:.2f} MiB",
+            }
+            empty: tuple[str, ...] = ("memory", "time", "size") if each.method == BASE else ()
+            empty += ("to the best", "95 %") if each.verdict == "best" else ()
+            found.append({heading: "-" if heading in empty else cell for heading, cell in cells.items()})
+        none = dict.fromkeys(found[0], "-")
+        left_out = [{**none, "method": line.method, "verdict": "left out"} for line in self.lines if line.left_out]
+        return [*found, *left_out]
 
     def _markdown(self) -> str:
         others = [name for name in self.standings if name != self.headline]
-        headings = ["method", f"{self.headline} (95 %)", "to the best (95 %, all pairs)", "verdict", *others]
-        headings += ["rate", "trained parameters", "memory", "time", "adapter"]
+        headings = [*_QUALITY[:2], "value 95 %", *_QUALITY[2:], *others, *_COST[1:]]
+        shown = [heading.replace("value", self.headline) for heading in headings]
         lines = ["# Comparison", "", *(f"- {sentence}" for sentence in self.sentences), ""]
-        lines += [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
+        lines += [_row(shown), _row(["---", *["---:"] * (len(headings) - 1)])]
         for cells in self._table():
-            more = [self._standing(cells[0], name) for name in others]
-            shown = ["-" if each is None else _with_interval(each) for each in more]
-            lines.append(_row([*cells[:4], *shown, *cells[4:]]))
+            for name in others:
+                each = self._standing(cells["method"], name)
+                cells[name] = "-" if each is None else f"{each.value:.4g} ({each.low:.4g} to {each.high:.4g})"
+            lines.append(_row([cells[heading] for heading in headings]))
         lines += ["", "![quality against parameters and memory](quality.svg)", "", "## Learning rates", ""]
         lines += [_row(["method", "tried", "mean on the validation rows", "chosen"]), _row(["---"] * 4)]
         for line in self.lines:
@@ -262,16 +278,6 @@ def _line(study: Study, variant: Variant, rates: dict[str, list[float]], runs: S
         seconds=mean(record.seconds for record in records),
         adapter_bytes=records[0].adapter_bytes,
     )
-
-
-def _with_interval(each: Standing) -> str:
-    return f"{each.value:.4g} ({each.low:.4g} to {each.high:.4g})"
-
-
-def _to_best(each: Standing) -> str:
-    if each.verdict == "best":
-        return "-"
-    return f"{each.difference:+.2g} ({each.difference_low:+.2g} to {each.difference_high:+.2g})"
 
 
 def _row(cells: Sequence[str]) -> str:

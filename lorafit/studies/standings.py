@@ -157,7 +157,7 @@ class _Table:
     """
 
     def __init__(self, metric: Metric, runs: Floats, values: Floats, drawn: Floats, methods: int) -> None:
-        self._metric, self._runs, self._values, self._drawn = metric, runs, values, drawn
+        self._metric, self._runs, self._values, self._drawn, self._methods = metric, runs, values, drawn, methods
         self._seeds, self._rows = runs.shape[1], runs.shape[2]
         means = values[:methods].mean(axis=1)
         self._best = int(means.argmin() if metric.better == "lower" else means.argmax())
@@ -194,6 +194,7 @@ class _Table:
         usual = self._usual / self._seeds
         share = usual / (usual + of_rows) if usual + of_rows else 1.0
         half = (by_rows + (by_seeds - by_rows) * share) * math.sqrt(usual + of_rows)
+        half = half if number < self._methods else 0.0  # the base is no method, and by its best one's runs alone
         difference = float((values[number] - values[self._best]).mean())
         if self._metric.better == "lower" and values.min() > 0 and drawn.min() > 0:
             values, drawn = np.log(values), np.log(drawn)

@@ -89,7 +89,7 @@ def read_variants(
     return list(_told_apart(found)), keys
 
 
-def learning_rates(variant: Variant, given: Sequence[float], rates: int, spread: float) -> list[float]:
+def rates_of_variant(variant: Variant, given: Sequence[float], rates: int, spread: float) -> list[float]:
     """The learning rates that a variant is run with, ascending.
 
     Args:
@@ -210,14 +210,14 @@ def _as_mapping(entry: Entry) -> JsonObject:
 
 def _told_apart(variants: Sequence[Variant]) -> Iterator[Variant]:
     """The variants with names of their own: of two that are called alike, the second gets its number."""
-    used: set[str] = set()
+    folders = {"base", "plans", "scores"}  # what is called so already
     for variant in variants:
-        name, number = variant.name, 1
-        while name in used or replace(variant, name=name).folder in {replace(variant, name=n).folder for n in used}:
+        named, number = variant, 1
+        while named.folder in folders:
             number += 1
-            name = f"{variant.name} ({number})"
-        used.add(name)
-        yield replace(variant, name=name)
+            named = replace(variant, name=f"{variant.name} ({number})")
+        folders.add(named.folder)
+        yield named
 
 
 def _check_shared(variants: Sequence[Variant], keys: Sequence[str]) -> None:

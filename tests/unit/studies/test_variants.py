@@ -1,0 +1,134 @@
+"""`--over` makes recipes that validate, says what they cannot keep, and refuses what cannot be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorafit.errors import LorafitError, RecipeError, UsageError
+from lorafit.recipe.schema import Recipe
+from lorafit.studies.variants import Variant, rates_of_variant, read_variants
+
+
+def write(folder: Path, name: str = "r.yaml", **changes: object) -> Path:
+    values = {
+        "name": name.removesuffix(".yaml"),
+        "model": {"base": "base"},
+        "adapter": {"kind": "lora", "r": 4, "alpha": 8.0, "target_modules": ["q_proj"]},
+        "data": {"train": "a.jsonl", "validation": "b.jsonl", "test": "c.jsonl"},
+        "training": {"learning_rate": 2e-4, "optimizer": {"kind": "adamw", "betas": [0.9, 0.95]}},
+        **changes,
+    }
+    file = folder / name
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return file
+
+
+def made(recipe: Path, *over: str) -> list[Variant]:
+    return read_variants([recipe], over, [])[0]
+
+
+def recipe_of(variant: Variant) -> Recipe:
+    assert variant.loaded is not None, variant.refused
+    return variant.loaded.recipe
+
+
+def test_a_method_keeps_the_options_that_it_has_and_says_which_it_has_not(tmp_path: Path) -> None:
+    lora, dora, prompt = made(write(tmp_path), "adapter=lora,dora,prompt_tuning")
+    written = {"r": 4, "alpha": 8.0, "target_modules": ["q_proj"]}
+    for variant, kind in ((lora, "lora"), (dora, "dora")):
+        section = recipe_of(variant).adapter.model_dump()
+        assert section["kind"] == kind
+        assert {key: section[key] for key in written} == written
+    assert recipe_of(prompt).adapter.model_dump()["kind"] == "prompt_tuning"
+    assert [variant.notes for variant in (lora, dora, prompt)] == [
+        (),
+        (),
+        ("prompt_tuning takes no target_modules, r, alpha",),
+    ]
+
+
+def test_options_of_a_value_win_over_those_that_are_kept(tmp_path: Path) -> None:
+    variants = made(write(tmp_path), "adapter={kind: dora, r: 2},{kind: lora, alpha: 1}")
+    assert [(recipe_of(v).adapter.model_dump()["r"], recipe_of(v).adapter.model_dump()["alpha"]) for v in variants] == [
+        (2, 8.0),
+        (4, 1.0),
+    ]
+
+
+def test_any_key_can_be_compared_and_several_give_every_combination(tmp_path: Path) -> None:
+    variants = made(write(tmp_path), "training.optimizer=adamw,sgd", "adapter.r=4,8")
+    assert [v.name for v in variants] == ["adamw r=4", "adamw r=8", "sgd r=4", "sgd r=8"]
+    assert [recipe_of(v).adapter.model_dump()["r"] for v in variants] == [4, 8, 4, 8]
+    assert recipe_of(variants[0]).training.optimizer.model_dump(mode="json")["betas"] == [0.9, 0.95]
+    assert variants[2].notes == ("sgd takes no betas",)
+
+
+def test_one_method_under_two_names_is_two_methods(tmp_path: Path) -> None:
+    variants = made(write(tmp_path), "adapter=lora,lora")
+    assert [v.name for v in variants] == ["lora", "lora (2)"]
+    assert len({v.folder for v in variants}) == 2
+    assert variants[0].values() == variants[1].values()
+
+
+def test_a_variant_that_no_recipe_can_be_is_refused_with_the_reason_and_the_others_stay(tmp_path: Path) -> None:
+    lora, wrong, zero = made(write(tmp_path), "adapter=lora,lore,{kind: lora, r: 0}")
+    assert not lora.refused
+    assert "unknown adapter 'lore'" in wrong.refused
+    assert "adapter.r" in zero.refused
+
+
+def test_where_all_are_refused_the_recipe_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(LorafitError) as raised:
+        made(write(tmp_path), "adapter.rr=4,8")
+    assert isinstance(raised.value.errors[0], RecipeError)
+
+
+@pytest.mark.parametrize("over", ["adapter", "=lora,dora", "adapter=", "adapter=lora,,dora"])
+def test_what_is_no_list_of_values_is_refused(tmp_path: Path, over: str) -> None:
+    with pytest.raises(UsageError, match="KEY=A,B"):
+        made(write(tmp_path), over)
+
+
+def test_one_method_alone_is_no_comparison(tmp_path: Path) -> None:
+    for over in ([], ["adapter=lora"]):
+        with pytest.raises(UsageError, match="one method alone"):
+            made(write(tmp_path), *over)
+    with pytest.raises(UsageError, match=r"adapter\.r is named twice"):
+        made(write(tmp_path), "adapter.r=4,8", "adapter.r=2,16")
+
+
+def test_recipes_of_the_same_rows_are_compared_and_those_of_others_refused(tmp_path: Path) -> None:
+    one, two = write(tmp_path), write(tmp_path, "two.yaml", adapter={"kind": "dora"})
+    variants, _ = read_variants([one, two], [], [])
+    assert [v.name for v in variants] == ["r", "two"]
+    other = write(tmp_path, "other.yaml", data={"train": "a.jsonl", "validation": "b.jsonl", "test": "d.jsonl"})
+    with pytest.raises(UsageError, match=r"r and other differ in data\.test"):
+        read_variants([one, other], [], [])
+    longer = write(tmp_path, "longer.yaml", training={"batch_size": 4})
+    with pytest.raises(UsageError, match=r"differ in training\.batch_size"):
+        read_variants([one, longer], [], [])
+
+
+def test_rows_to_train_on_may_differ_where_they_are_what_is_compared(tmp_path: Path) -> None:
+    assert len(made(write(tmp_path), "data.train=a.jsonl,d.jsonl")) == 2
+    with pytest.raises(UsageError, match=r"differ in data\.test"):
+        made(write(tmp_path), "data.test=c.jsonl,d.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("given", "rates", "spread", "expected"),
+    [
+        ([], 3, 10.0, [6.32e-5, 2e-4, 6.32e-4]),
+        ([], 1, 10.0, [2e-4]),
+        ([], 2, 4.0, [1e-4, 4e-4]),
+        ([3e-4, 1e-4, 1e-4], 5, 10.0, [1e-4, 3e-4]),
+    ],
+)
+def test_learning_rates_are_a_grid_around_the_methods_own(
+    tmp_path: Path, given: list[float], rates: int, spread: float, expected: list[float]
+) -> None:
+    (variant, _) = made(write(tmp_path), "adapter=lora,dora")
+    assert rates_of_variant(variant, given, rates, spread) == pytest.approx(expected)
