@@ -85,8 +85,8 @@ class Pretended:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
-    from lorafit.studies import running as module
     from lorafit.studies import compared
+    from lorafit.studies import running as module
 
     made = Pretended()
     monkeypatch.setattr(compared, "stand", partial(compared.stand, resamples=50))
