@@ -55,7 +55,8 @@ def closed_form(step: StepShape, tokens: int, checkpointing: Checkpointing) -> M
 
 def unpacked_weights_bytes(step: StepShape) -> int:
     """Dequantised copies of adapted weights that stay for the whole run, where the step keeps them."""
-    return _unpacked_bytes(layer_of(step)) if step.keeps_unpacked and step.compute_dtype == step.dtype else 0
+    keeps = step.keeps_unpacked and step.fuses_branches and step.compute_dtype == step.dtype
+    return _unpacked_bytes(layer_of(step)) if keeps else 0
 
 
 def _unpacked_bytes(layer: Layer) -> int:

@@ -116,6 +116,11 @@ class StepShape:
         return self.attention == "eager" or self.attention_kernel == "math"
 
     @property
+    def fuses_branches(self) -> bool:
+        """Whether the adapter's layers are PEFT's LoRA layers: no other runs as one operation with its base."""
+        return self.adapter.peft_type == "LORA"
+
+    @property
     def pages_state(self) -> bool:
         """Whether the optimizer's state can leave the card."""
         return self.optimizer.is_paged and self.device_kind == "cuda"

@@ -81,6 +81,7 @@ def attach_adapter(
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             what = f"PEFT cannot put an adapter on {type(model).__name__}: {first_line(error)}"
             raise ModelError(what, todo="use another base model") from error
+    method.mend(adapted)
     method.settle(adapted)
     keep_weights_unpacked(adapted)
     for name, parameter in adapted.named_parameters() if model_class.trains_projector else ():
@@ -172,11 +173,13 @@ def wrap_model(
     opened = kind.opened_config({key: value for key, value in config.items() if key in known and key != "auto_mapping"})
     with quiet_libraries():
         try:
-            return _wrap(base_model, get_peft_config({**opened, "inference_mode": True}), name, empty=empty)
+            model = _wrap(base_model, get_peft_config({**opened, "inference_mode": True}), name, empty=empty)
         except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
             if is_out_of_memory(error):
                 raise
             raise ModelError(f"does not fit this model: {first_line(error)}", file=str(folder / CONFIG)) from error
+    kind.mend(model)
+    return model
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
@@ -319,9 +322,8 @@ def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path) -> None
     for key, ours in kind.recipe_fields.items():
         theirs, asked = saved.config.get(key), getattr(fresh, key)
         if theirs != asked:
-            raise RecipeError(
-                f"the recipe says {asked:g}, the adapter to go on from has {theirs}", key=f"adapter.{ours}"
-            )
+            shown = f"{asked:g}" if isinstance(asked, float) else asked
+            raise RecipeError(f"the recipe says {shown}, the adapter to go on from has {theirs}", key=f"adapter.{ours}")
     unlike = [key for key in kind.form_fields if (value := saved.config.get(key)) and value != getattr(fresh, key)]
     if unlike or saved.kind is not adapters.get(kind.saved_as or section.kind):
         form = ", ".join(unlike) or saved.config["peft_type"]

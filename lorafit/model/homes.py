@@ -63,6 +63,7 @@ def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.nn import Embedding
+    from torch.nn.modules.conv import _ConvNd
     from transformers.pytorch_utils import Conv1D
 
     base = model.get_base_model()
@@ -71,13 +72,13 @@ def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
     failures: list[ModelError] = []
     for path, module in base.named_modules():
         groups = [getattr(module, name, {}) for name in getattr(module, "adapter_layer_names", ())]
-        held = next((group["default"] for group in groups if "default" in group), None)
-        if held is None or not isinstance(module, BaseTunerLayer):  # a head saved whole changes no weight
+        has_some = any("default" in group for group in groups)
+        if not has_some or not isinstance(module, BaseTunerLayer):  # a head saved whole changes no weight
             continue
         own, inner = getattr(module, "parameter_name", None), module.get_base_layer()
         parameter = f"{_INNER.sub('', path)}.{own or 'weight'}"
         value = getattr(inner, own or "weight")
-        is_plain = getattr(held, "weight", held).dim() == 2
+        is_plain = own is not None or not isinstance(inner, _ConvNd)
         if why := _why_homeless(path, parameter, holders[id(value)], names, is_plain=is_plain):
             failures.append(why)
         elif own is not None:
@@ -100,7 +101,7 @@ def _why_homeless(path: str, parameter: str, holders: int, names: TensorNames, *
         parameter: Its weight's name in the class, without an adapter.
         holders: How many modules hold that very tensor; more than one where it is tied.
         names: Of the class and its files.
-        is_plain: Whether both factors are matrices: no convolution.
+        is_plain: Whether it is no convolution.
     """
     if holders > 1:
         return ModelError(

@@ -24,6 +24,7 @@ from lorafit.plan.recipe_step import recipe_step
 from lorafit.trainer.step import Update
 from tests.support import tiny_seq2seq, tiny_vision
 from tests.support.adapted import begin
+from tests.support.option_adapters import AT_LINEARS, linear_cases, two_steps
 from tests.support.option_kinds import RANKS, attached, kind_cases, layer_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
@@ -53,6 +54,7 @@ def all_cases(world: OptionWorld) -> dict[str, Case]:
     """A case for each leaf, by the leaf's name."""
     return {
         **kind_cases(world),
+        **linear_cases(world),
         **model_cases(world),
         **data_cases(world),
         **task_cases(world),
@@ -109,8 +111,8 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             of_run(world, "model.quantization", first_loss),
         ),
         "adapter": Case(
-            ("lora", "dora", {"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}),
-            of_run(world, "adapter", adapter_shapes),
+            ("lora", "dora", {"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}, *AT_LINEARS),
+            partial(shapes_of_kind, world, adapter_shapes),
         ),
         "adapter(prompt_tuning).init": Case(
             ("vocabulary", "random"), prompted("prompt_tuning", "init", adapter_tensors)
@@ -504,6 +506,11 @@ def loss_of_revision(world: OptionWorld, revision: str | None) -> float:
 
     with patch("huggingface_hub.snapshot_download", snapshot_download), named_commits():
         return first_loss(world.train({"model.base": "owner/model", "model.revision": revision}))
+
+
+def shapes_of_kind(world: OptionWorld, look: Callable[[RunDir], Any], kind: Any) -> Any:
+    """What a run with an adapter of that kind leaves; of a method at linears, what two steps do."""
+    return two_steps(world.root, kind) if kind in AT_LINEARS else look(world.train({"adapter": kind}))
 
 
 def first_loss_from(world: OptionWorld, kind: str, adapter: str | None) -> float:

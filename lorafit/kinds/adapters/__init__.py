@@ -129,13 +129,17 @@ class Folding(ABC):
 
     Attributes:
         parts: What PEFT calls the tensors beside a layer, and which part of its update each is; a layer has all parts.
+        shared: Tensors of the whole adapter, by their full names, which are parts of every layer.
     """
 
     parts: ClassVar[Mapping[str, str]]
+    shared: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
-    def shape(self, layer: AdaptedLayer) -> tuple[int, int]:
+    def shape(self, layer: AdaptedLayer) -> tuple[int | None, int | None]:
         """Rows and columns of one matrix of a layer's weight, as it lies in the base's files.
+
+        None where the adapter's tensors do not tell, and the base's own count holds.
 
         Raises:
             ModelError: Its tensors do not go together; without a place, which the caller knows.
@@ -154,6 +158,10 @@ class Folding(ABC):
             stop_row: One behind the last.
             read: Gives rows of the base's weight, counted from `first_row`, for methods that must see them all first.
         """
+
+    def fold_bias(self, layer: AdaptedLayer, first_row: int, stop_row: int) -> Fold | None:
+        """The change of the bias of some of a layer's outputs; None for most methods, which leave it as it is."""
+        return None
 
 
 class Adapter(Kind[S_co]):
@@ -260,17 +268,23 @@ class Adapter(Kind[S_co]):
         return None
 
     @classmethod
-    def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-        """The parameters of a model's adapter by the names they have on disk, all in place but for those that
-        `take_tensors` knows.
-        """
-        from peft import get_peft_model_state_dict
+    def mend(cls, model: PeftModel) -> None:
+        """Puts right what PEFT's layers of the method do wrong, in a model that PEFT has just wrapped for one."""
 
+    @classmethod
+    def own_values(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """Trained parameters of an adapter by their paths in the model, with other values that PEFT saves of it."""
         prefix = str(model.base_model.prefix)
         marks = (prefix, f".modules_to_save.{name}.")  # a task's own head is saved beside the method's tensors
-        own = {path: parameter for path, parameter in model.named_parameters() if any(mark in path for mark in marks)}
+        return {path: parameter for path, parameter in model.named_parameters() if any(mark in path for mark in marks)}
+
+    @classmethod
+    def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """What is saved of an adapter by the names it has on disk, all in place but for what `take_tensors` knows."""
+        from peft import get_peft_model_state_dict
+
         state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-            model, state_dict=own, adapter_name=name, save_embedding_layers=False
+            model, state_dict=cls.own_values(model, name), adapter_name=name, save_embedding_layers=False
         )
         return state
 

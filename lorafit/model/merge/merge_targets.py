@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Patch:
         stop: One behind the last.
         matrix: Number of the layer's matrix.
         first: The matrix's row that belongs to `start`.
+        of_bias: Whether the tensor is the bias beside the layer's weight.
     """
 
     start: int
@@ -49,9 +50,13 @@ class Patch:
     layer: AdaptedLayer
     matrix: int
     first: int
+    of_bias: bool = False
 
     def fold(self, read: Callable[[int, int], torch.Tensor]) -> Fold:
         """The change of these rows; `read` gives the base's, counted from `start`."""
+        bias = self.folding.fold_bias(self.layer, self.first, self.first + self.stop - self.start)
+        if self.of_bias and bias is not None:
+            return bias
         return self.folding.fold(self.layer, self.matrix, self.first, self.first + self.stop - self.start, read)
 
 
@@ -91,8 +96,11 @@ def plan_updates(
         raise error.at(file=str(adapter.path)) from error
     layers: dict[str, dict[str, TensorEntry]] = {}
     copies: dict[str, TensorEntry] = {}
+    shared = {part: adapter.tensors[name] for name, part in folding.shared.items() if name in adapter.tensors}
     foreign = []
     for name, entry in adapter.tensors.items():
+        if name in folding.shared:
+            continue
         if (match := _BESIDE_A_LAYER.match(name)) and match["tensor"] in folding.parts:
             layers.setdefault(match["path"], {})[folding.parts[match["tensor"]]] = entry
         elif match := _COPY.match(name):
@@ -103,6 +111,7 @@ def plan_updates(
     foreign += [path for path in layers if path not in homes]
     names = {part: tensor for tensor, part in reversed(list(folding.parts.items()))}
     missing = [f"{path}.{names[part]}" for path in homes for part in names if part not in layers.get(path, {})]
+    missing += [name for name in folding.shared if name not in adapter.tensors]
     if missing or foreign or not layers:
         raise ModelError(
             f"{len(missing)} missing adapter tensors ({list_names(missing)}); "
@@ -113,7 +122,8 @@ def plan_updates(
     made = Updates()
     for path, home in homes.items():
         try:
-            _place(made, folding, AdaptedLayer(layers[path], home.key, home.matrices, home.transposed), home, entries)
+            tensors = {**layers[path], **shared}
+            _place(made, folding, AdaptedLayer(tensors, home.key, home.matrices, home.transposed), home, entries)
         except ModelError as error:
             raise error.at(file=str(adapter.path), key=path) from error
     for patches in made.patches.values():
@@ -167,8 +177,10 @@ def _place(
     made: Updates, folding: Folding, layer: AdaptedLayer, home: Home, entries: Mapping[str, TensorEntry]
 ) -> None:
     """Adds the patches of one layer: its rows where they lie, cut where a matrix ends."""
-    height, width = folding.shape(layer)
     widths = {entries[part.name].as_matrix().row_elements for part in home.parts}
+    told, width = folding.shape(layer)
+    height = home.rows // home.matrices if told is None else told
+    width = max(widths) if width is None else width
     if home.rows != height * home.matrices or widths != {width}:
         raise ModelError(
             f"its update is {[height * home.matrices, width]}, the base's weight {[home.rows, *widths]}",
@@ -183,8 +195,19 @@ def _place(
             others = made.patches.setdefault(part.name, [])
             if any(other.start < start + length and start < other.stop for other in others):
                 raise ModelError(f"two adapter layers lead to the weight '{part.name}'")
-            others.append(Patch(start, start + length, folding, layer, matrix, first))
+            others.append(patch := Patch(start, start + length, folding, layer, matrix, first))
+            if not home.transposed:
+                _place_bias(made, replace(patch, of_bias=True), part, entries)
             start, row = start + length, row + length
+    if home.transposed:
+        _place_bias(made, Patch(0, widths.pop(), folding, layer, 0, 0, of_bias=True), home.parts[0], entries)
+
+
+def _place_bias(made: Updates, patch: Patch, part: Part, entries: Mapping[str, TensorEntry]) -> None:
+    """Adds a patch of the bias that lies beside a weight, a value for each output, where the method changes it."""
+    bias = f"{part.name.removesuffix('weight')}bias"
+    if bias in entries and patch.folding.fold_bias(patch.layer, patch.first, patch.first) is not None:
+        made.patches.setdefault(bias, []).append(patch)
 
 
 def _place_copy(

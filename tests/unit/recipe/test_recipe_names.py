@@ -86,7 +86,7 @@ def test_a_recipe_of_ours_with_a_few_foreign_keys_is_none_of_theirs(fails: Fails
     assert not [line for line in said if "looks like" in line]
 
 
-@pytest.mark.parametrize("kind", ["vera", "VeRA", "adalora", "full"])
+@pytest.mark.parametrize("kind", ["loha", "LoHa", "full"])
 def test_an_adapter_that_does_not_exist_yet_says_so(fails: Fails, kind: str) -> None:
     assert f"adapter '{kind}' does not exist yet; available: " in str(fails(MINIMAL + f"adapter: {kind}\n"))
 
