@@ -87,6 +87,23 @@ class LinearShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """One kind of module of a language model that is no linear of its layers and may be trained whole.
+
+    Attributes:
+        name: Last part of the modules' names, e.g. `norm`.
+        count: How many the whole model holds.
+        parameters: Of all of them.
+        shares: How many modules have this one's weight; 2 of an embedding that is the output head too.
+    """
+
+    name: str
+    count: int
+    parameters: int
+    shares: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class LeftOut:
     """Weights of the layers that no adapter reaches.
 
@@ -127,6 +144,7 @@ class ModelShape:
         has_sinks: Whether attention has a learned sink a head, and so its softmax in the compute dtype (gpt-oss).
         decoder_parameters: Weights of the linears that only a target's tokens go through; 0 without an encoder beside.
         new_head_parameters: Of a task's own head, which is trained whole.
+        modules: What may be trained whole beside an adapter: embeddings, output head, norms.
         scanning_layers: Layers that carry a state along the row (Mamba, linear attention).
         plain_norm: Whether its RMSNorm multiplies by its weight and nothing else (Gemma adds 1 to it).
         plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in
@@ -168,6 +186,7 @@ class ModelShape:
     has_sinks: bool = False
     new_head_parameters: int = 0
     decoder_parameters: int = 0
+    modules: tuple[ModuleShape, ...] = ()
 
     def to_json(self) -> JsonObject:
         """Plain values."""
@@ -179,7 +198,8 @@ class ModelShape:
         layers = ((*part["layers"],) if part.get("layers") is not None else None for part in values["linears"])
         linears = (LinearShape(**{**part, "layers": own}) for part, own in zip(values["linears"], layers, strict=True))
         beside = (LeftOut(**part) for part in values["beside"])
-        return cls(**{**values, "linears": tuple(linears), "beside": tuple(beside)})
+        modules = (ModuleShape(**part) for part in values.get("modules", ()))
+        return cls(**{**values, "linears": (*linears,), "beside": (*beside,), "modules": (*modules,)})
 
     def layers_of(self, linear: LinearShape) -> tuple[int, ...]:
         """Number of the layer that each linear of a kind stands in."""

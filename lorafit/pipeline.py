@@ -263,7 +263,7 @@ def evaluate(
             checkpoint_step=step,
             split=split,
             seen_in_training=split == "train" or chose,
-            trainable_parameters=sum(tensor.numel() for tensor in adapter_tensors(engine.model).values()),
+            trainable_parameters=sum({id(own): own.numel() for own in adapter_tensors(engine.model).values()}.values()),
             total_parameters=found.total_parameters,
         ),
     )

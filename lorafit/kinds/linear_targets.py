@@ -18,6 +18,9 @@ from lorafit.kinds.section import Section
 _ALL_LINEAR = frozenset({"all", "auto", "all-linear", "all-linears", "linear", "all-linear-layers", "*"})
 
 
+_EMBEDDING_AND_HEAD = 2  # modules of one weight
+
+
 def _means_all(name: str) -> bool:
     return re.sub(r"[\s_-]+", "-", name.strip().lower()) in _ALL_LINEAR
 
@@ -66,6 +69,9 @@ class LinearsSection(AdapterSection):
     layers: LayersSection | None = None
     """Which layers get an adapter: {first: 4}, {last: 4} or {list: [0, 5, 7]}; null: all, and what is in none."""
 
+    modules_to_save: list[str] | None = Field(default=None, min_length=1)
+    """Names of modules that are trained whole beside the adapter, in fp32, e.g. [embed_tokens, lm_head] or [norm]."""
+
     @field_validator("target_modules")
     @classmethod
     def _targets_name_something(cls, value: str | list[str]) -> str | list[str]:
@@ -109,6 +115,34 @@ def check_layers(section: LinearsSection, names: Iterable[str], found: Iterable[
     if missing:
         what = f"'{missing[0]}' stands in none of these layers"
         raise RecipeError(what, key="adapter.layers", todo="choose others, or name other target_modules")
+
+
+def whole_parameters(section: AdapterSection, shape: ModelShape) -> int:
+    """Parameters of the modules that a recipe trains whole beside its adapter; an embedding that is the head counts
+    once.
+
+    Raises:
+        RecipeError: A name is none of the model's modules, or of one whose weight others share too.
+    """
+    names = section.modules_to_save if isinstance(section, LinearsSection) else None
+    known, counted, is_tied = {module.name: module for module in shape.modules}, 0, False
+    for name in dict.fromkeys(names or ()):
+        if name not in known:
+            why = "is a linear of the layers, which an adapter is for" if _is_linear(name, shape) else None
+            todo = f"{'' if why else did_you_mean(name, sorted(known))}available: {', '.join(sorted(known))}"
+            what = f"'{name}' {why or 'is no module that can be trained whole'}"
+            raise RecipeError(what, key="adapter.modules_to_save", todo=todo)
+        if known[name].shares > _EMBEDDING_AND_HEAD:
+            what = f"'{name}' has one weight with {known[name].shares - 1} other modules, a tie that PEFT does not keep"
+            raise RecipeError(what, key="adapter.modules_to_save", todo="leave it out")
+        shared = known[name].shares == _EMBEDDING_AND_HEAD
+        counted += 0 if shared and is_tied else known[name].parameters
+        is_tied = is_tied or shared
+    return counted
+
+
+def _is_linear(name: str, shape: ModelShape) -> bool:
+    return any(linear.name == name for linear in shape.linears)
 
 
 def choose_names(

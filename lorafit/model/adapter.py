@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from lorafit.console.wording import list_names
 from lorafit.contracts import JsonMapping, JsonObject, Reporter
 from lorafit.errors import ModelError, SafetyError
+from lorafit.facts import CAUSAL_MODEL
 from lorafit.files.atomic import MANIFEST, require_manifest
 from lorafit.files.cache import known_hash
 from lorafit.files.portable import is_local_path
@@ -32,7 +33,7 @@ from lorafit.machine.version import __version__
 from lorafit.model.adapter_checks import NOTES_FORMAT, check_fields, check_notes
 from lorafit.model.homes import find_homes
 from lorafit.model.inspect import summarise_quantization
-from lorafit.model.loading_note import note_head, note_loading
+from lorafit.model.loading_note import note_head, note_loading, note_modules
 from lorafit.model.names import names_of
 from lorafit.run.card import RunCard
 
@@ -192,8 +193,10 @@ def save_adapter(
 
     folder.mkdir(parents=True, exist_ok=True)
     config = adapter_config(model, *base.reference)
-    written = {**adapter_tensors(model), **derived_tensors(model)}
-    tensors = {path: value.detach().to("cpu").contiguous() for path, value in written.items()}
+    live = {**adapter_tensors(model), **derived_tensors(model)}
+    once = {id(value): path for path, value in live.items()}
+    tensors = {path: value.detach().to("cpu").contiguous() for path, value in live.items()}
+    tensors = {path: value if once[id(live[path])] == path else value.clone() for path, value in tensors.items()}
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     names = names_of(model)  # None for a model that `load_model` did not load
     layers = {} if names is None else {path: home.to_json() for path, home in find_homes(model, names).items()}
@@ -205,6 +208,7 @@ def save_adapter(
         **({} if names is None else {"layers": layers}),
         **({} if quantization is None else note_loading(model, str(quantization["weights_dtype"]))),
         **({} if card is None else note_head(model, card.model_class, tensors)),
+        **note_modules(model, CAUSAL_MODEL if card is None else card.model_class, live),
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }
     for file, value in ((CONFIG, config), (NOTES, notes)):
@@ -221,6 +225,9 @@ def adapter_config(model: PeftModel, base_name: str, revision: str | None) -> Js
     config = model.peft_config[ADAPTER_NAME].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     config = {key: value.value if isinstance(value, Enum) else value for key, value in config.items()}
+    tied = getattr(model.peft_config[ADAPTER_NAME], "modules_to_tie", None)
+    if tied:  # PEFT takes them out of its list, and knows some ties by these names alone
+        config["modules_to_save"] = sorted({*config["modules_to_save"], *tied})
     return config | {_BASE_NAME: base_name, "revision": revision, "inference_mode": True, "auto_mapping": None}
 
 

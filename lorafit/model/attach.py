@@ -26,6 +26,7 @@ from lorafit.model.adapter import (
     CONFIG,
     WEIGHTS,
     AdapterFolder,
+    adapter_config,
     adapter_tensors,
     check_base,
     derived_tensors,
@@ -38,6 +39,7 @@ from lorafit.model.load import keep_weights_unpacked
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import choose_targets
 from lorafit.model.towers import projector_names
+from lorafit.model.trained_whole import ask_for_modules, keep_dtypes, widen
 from lorafit.ops.output_head import outer_modules
 from lorafit.ops.process_memory import is_out_of_memory
 
@@ -73,6 +75,7 @@ def attach_adapter(
     config.task_type = model_class.peft_task
     if model_class.has_new_head or model_class.trains_projector:
         config.modules_to_save = projector_names(model) if model_class.trains_projector else [*outer_modules(model)]
+    whole = ask_for_modules(config, model, section)
     with quiet_libraries():
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -87,6 +90,7 @@ def attach_adapter(
     for name, parameter in adapted.named_parameters() if model_class.trains_projector else ():
         if ".modules_to_save." in name:  # as adapters are: in bf16 most of an update would be rounded away
             parameter.data = parameter.data.float()
+    widen(adapted, whole)
     if section.init_from is not None:
         _go_on_from(adapted, section, (folder or Path()) / section.init_from)
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
@@ -266,6 +270,7 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, *, 
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             parameter.data = parameter.data.float()
+    keep_dtypes(adapted, name)
     return adapted
 
 
@@ -318,13 +323,13 @@ def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path) -> None
         RecipeError: Recipe and adapter differ in one of those.
         ModelError: See `read_adapter`.
     """
-    saved, fresh, kind = read_adapter(folder), model.peft_config[ADAPTER_NAME], adapters.get(section.kind)
+    saved, fresh, kind = read_adapter(folder), adapter_config(model, "", None), adapters.get(section.kind)
     for key, ours in kind.recipe_fields.items():
-        theirs, asked = saved.config.get(key), getattr(fresh, key)
+        theirs, asked = saved.config.get(key), fresh[key]
         if theirs != asked:
             shown = f"{asked:g}" if isinstance(asked, float) else asked
             raise RecipeError(f"the recipe says {shown}, the adapter to go on from has {theirs}", key=f"adapter.{ours}")
-    unlike = [key for key in kind.form_fields if (value := saved.config.get(key)) and value != getattr(fresh, key)]
+    unlike = [key for key in kind.form_fields if (value := saved.config.get(key)) and value != fresh[key]]
     if unlike or saved.kind is not adapters.get(kind.saved_as or section.kind):
         form = ", ".join(unlike) or saved.config["peft_type"]
         raise RecipeError(f"{folder} is no plain {section.kind} adapter ({form})", key="adapter.init_from")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_MODEL, LeftOut, LinearShape, ModelClass, ModelShape
+from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_MODEL, LeftOut, LinearShape, ModelClass, ModelShape, ModuleShape
 from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, untie_head, with_task
 from lorafit.model.known_models import known_shape
@@ -31,6 +31,7 @@ from lorafit.model.targets import (
     config_number,
     find_linears,
     left_out_names,
+    whole_modules,
     wide_names,
 )
 from lorafit.model.towers import projector_names
@@ -157,7 +158,21 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
         decoder_parameters=_decoder_parameters(model),
         scanning_layers=scanning_layers,
         has_sinks=any(name.endswith(".sinks") for name, _ in language.named_parameters()),
+        modules=_module_shapes(model),
     )
+
+
+def _module_shapes(model: PreTrainedModel) -> tuple[ModuleShape, ...]:
+    """What may be trained whole, by name; a weight that several of a name share counts once."""
+    weights: dict[str, dict[int, int]] = {}
+    counts, shares = Counter[str](), Counter(id(module.weight) for module in whole_modules(model).values())
+    most = Counter[str]()
+    for path, module in whole_modules(model).items():
+        name = path.rsplit(".", 1)[-1]
+        counts[name] += 1
+        most[name] = max(most[name], shares[id(module.weight)])
+        weights.setdefault(name, {}).update({id(part): part.numel() for part in module.parameters()})
+    return tuple(ModuleShape(name, counts[name], sum(own.values()), most[name]) for name, own in weights.items())
 
 
 def _decoder_parameters(model: PreTrainedModel) -> int:

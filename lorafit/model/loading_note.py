@@ -23,6 +23,7 @@ _HINT = (
 )
 _HEAD_HINT = "build the base as this class with these values in its config before the adapter is loaded onto it"
 _PROJECTOR_HINT = "these were trained whole, and take the place of the base's"
+_MODULES_HINT = "these are of the base, and were trained whole beside the adapter"
 _OUTER = "base_model."
 HEAD_PREFIX = f"{_OUTER}model."
 """What PEFT puts before the names of a head that is saved whole, where a method puts layers of its own into the model;
@@ -74,3 +75,30 @@ def note_head(model: PeftModel, model_class: ModelClass, saved: Iterable[str]) -
         "left_out": [] if names is None else sorted(names.left_head),
     }
     return {"head": head}
+
+
+def note_modules(model: PeftModel, model_class: ModelClass, saved: Iterable[str]) -> JsonObject:
+    """What an adapter notes of the base's modules that were trained whole beside it; nothing where there are none.
+
+    Args:
+        model: From `load_model`, with the adapter.
+        model_class: The task's: what `note_head` notes is left out.
+        saved: Names of the adapter's tensors on disk; an output head that is the embedding is noted as tied.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    base, names, (config,) = model.get_base_model(), names_of(model), model.peft_config.values()
+    tied = tuple(f"{path}." for path in getattr(config, "modules_to_tie", None) or ())
+    outer = [*outer_modules(base)] if model_class.has_new_head else []
+    if model_class.trains_projector:
+        outer += [f"{base.base_model_prefix}.{name}" for name in projector_names(base)]
+    whole = [
+        path for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper) and path not in outer
+    ]
+    marks = tuple(f"{HEAD_PREFIX}{path}." for path in whole)
+    tensors = sorted(name.removeprefix(HEAD_PREFIX) for name in saved if name.startswith(marks))
+    own, again = ([name for name in tensors if name.startswith(tied) == is_tied] for is_tied in (False, True))
+    called = {} if names is None else {name: names.files_of(name) for name in own}
+    files = {name: found[0] for name, found in called.items() if found and found[0] != name}
+    note: JsonObject = {"hint": _MODULES_HINT, "tensors": own, "tied": again, **({"files": files} if files else {})}
+    return {"modules": note} if own else {}

@@ -105,6 +105,31 @@ def left_out_names(model: PreTrainedModel) -> dict[str, str]:
     return found | dict.fromkeys(_renamed_by_peft(model, usable) if converts else (), RENAMED)
 
 
+def whole_modules(model: PreTrainedModel) -> dict[str, Any]:
+    """Modules that may be trained whole, by path: those of the language model that hold a weight and are neither a
+    linear of its layers nor part of a task's own head."""
+    import torch
+
+    linears, head = {name for name, _ in find_linears(model)}, output_head(model)
+    inside = {id(module) for module in (text_part(model) or model).modules()} | {id(head)}
+    outer = tuple(f"{name}." for name, module in outer_modules(model).items() if module is not head)
+    left_out = {*router_names(model), *linears}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if id(module) in inside and path not in left_out and not f"{path}.".startswith(outer)
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter) and next(module.children(), None) is None
+    }
+
+
+def choose_whole(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Any]:
+    """Modules of these names that are to be trained whole, by path; with an embedding the head that shares its weight,
+    and the other way round."""
+    able = whole_modules(model)
+    chosen = {id(module.weight) for path, module in able.items() if _last(path) in names}
+    return {path: module for path, module in able.items() if id(module.weight) in chosen}
+
+
 def head_names(model: PreTrainedModel) -> list[str]:
     """Paths of the output head; of a class that gives no token logits, of all that stands outside of its backbone."""
     head = output_head(model)

@@ -165,7 +165,7 @@ def _load_dataset(path: str, name: str | None = None, **asked: Any) -> Any:
 
 
 def layer_cases(kind: str) -> dict[str, Case]:
-    """Which layers get an adapter, of a method that stands beside linears."""
+    """Which layers get an adapter, and what is trained beside it, of a method that stands beside linears."""
     choices = {
         f"adapter({kind}).layers.{choice}": Case(
             values, lambda value, choice=choice: attached(kind, "layers", {choice: value})
@@ -175,6 +175,9 @@ def layer_cases(kind: str) -> dict[str, Case]:
     return {
         f"adapter({kind}).layers": Case((None, {"first": 1}, {"list": [1]}), partial(attached, kind, "layers")),
         **choices,
+        f"adapter({kind}).modules_to_save": Case(
+            (None, ["norm"], ["norm", "embed_tokens"]), partial(attached, kind, "modules_to_save")
+        ),
     }
 
 

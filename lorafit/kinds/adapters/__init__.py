@@ -273,10 +273,14 @@ class Adapter(Kind[S_co]):
 
     @classmethod
     def own_values(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-        """Trained parameters of an adapter by their paths in the model, with other values that PEFT saves of it."""
+        """Trained parameters of an adapter by their paths in the model, with other values that PEFT saves of it.
+
+        An embedding that is trained whole and is the output head too has two paths: PEFT opens no file with one.
+        """
         prefix = str(model.base_model.prefix)
         marks = (prefix, f".modules_to_save.{name}.")  # a task's own head is saved beside the method's tensors
-        return {path: parameter for path, parameter in model.named_parameters() if any(mark in path for mark in marks)}
+        every = model.named_parameters(remove_duplicate=False)
+        return {path: parameter for path, parameter in every if any(mark in path for mark in marks)}
 
     @classmethod
     def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:

@@ -224,8 +224,10 @@ class LowRank(Adapter[L_co]):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every linear of a name has an adapter, all have one rank, and all of it is trained."""
-        return self.section.layers is None and self.section.ranks is None and not self.initialisation().corrects
+        """Whether every linear of a name has an adapter, all have one rank, and all of it is trained and nothing else."""
+        section = self.section
+        is_usual = section.layers is None and section.ranks is None and section.modules_to_save is None
+        return is_usual and not self.initialisation().corrects
 
     def layer_parameters(self, linear: LinearShape, rank: int) -> int:
         """Trained parameters beside one linear: A [rank, in] and B [out, rank]."""

@@ -7,30 +7,43 @@ merged      embeddings, layers, classifier.weight     config.json says the class
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from lorafit.console.wording import list_names
-from lorafit.contracts import JsonMapping
+from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import DTYPE_BYTES, TensorEntry, main_dtype
 from lorafit.model.adapter import NOTES, AdapterFolder
 from lorafit.model.loading_note import HEAD_PREFIX
 
 
+@contextlib.contextmanager
+def _as_written(adapter: AdapterFolder, key: str) -> Iterator[None]:
+    """Raises ModelError where a note is read that is not as lorafit writes it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        file = str(adapter.path / NOTES)
+        raise ModelError("is not as lorafit writes it", file=file, key=key, todo="restore the file") from error
+
+
 @dataclass(frozen=True)
 class OwnHead:
-    """The head that an adapter brings; one of no tensors where it brings none.
+    """The head that an adapter brings, and other modules that it holds whole; no tensors where it brings none.
 
     Attributes:
         tensors: The adapter's entries, by their names in the merged model.
         left_out: Tensors of the base that give way to it.
         config: What the merged config.json says beside the base's.
+        tied: Tensors of the adapter that are another one's again.
     """
 
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
     left_out: frozenset[str] = frozenset()
     config: JsonMapping = field(default_factory=dict)
+    tied: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, adapter: AdapterFolder) -> OwnHead:
@@ -39,26 +52,32 @@ class OwnHead:
         Raises:
             ModelError: The note is not as lorafit writes it, or the adapter lacks tensors of the head.
         """
-        noted, tensors, file = adapter.notes.get("head"), adapter.tensors, str(adapter.path / NOTES)
-        if noted is None:
-            return cls()
-        try:
-            config = {"architectures": [str(noted["class"])], **noted["config"]}
-            names, left_out = [*map(str, noted["tensors"])], frozenset(map(str, noted["left_out"]))
-            files = {str(name): str(file) for name, file in dict(noted.get("files", {})).items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError("is not as lorafit writes it", file=file, key="head", todo="restore the file") from error
-        lacking = [name for name in names if f"{HEAD_PREFIX}{name}" not in tensors]
-        if lacking or not names:
-            what = f"lacks its head ({list_names(lacking)})"
-            raise ModelError(what, file=file, key="head", todo="use the whole adapter")
-        return cls({files.get(name, name): tensors[f"{HEAD_PREFIX}{name}"] for name in names}, left_out, config)
+        head, modules = adapter.notes.get("head"), adapter.notes.get("modules")
+        found, left_out, tied = dict[str, TensorEntry](), frozenset[str](), frozenset[str]()
+        config: JsonObject = {}
+        if head is not None:
+            with _as_written(adapter, "head"):
+                config = {"architectures": [str(head["class"])], **head["config"]}
+                left_out = frozenset(map(str, head["left_out"]))
+        for key, noted in {"head": head, "modules": modules}.items():
+            if noted is None:
+                continue
+            with _as_written(adapter, key):
+                names = [*map(str, noted["tensors"])]
+                files = {str(name): str(file) for name, file in dict(noted.get("files", {})).items()}
+                tied |= {f"{HEAD_PREFIX}{name}" for name in noted.get("tied", ())}
+            lacking = [name for name in names if f"{HEAD_PREFIX}{name}" not in adapter.tensors]
+            if lacking or not names:
+                what = f"lacks its {key} ({list_names(lacking)})"
+                raise ModelError(what, file=str(adapter.path / NOTES), key=key, todo="use the whole adapter")
+            found |= {files.get(name, name): adapter.tensors[f"{HEAD_PREFIX}{name}"] for name in names}
+        return cls(found, left_out, config, tied)
 
     def take_off(self, adapter: AdapterFolder) -> AdapterFolder:
         """The adapter without its head: what is folded."""
         if not self.tensors:
             return adapter
-        own = {entry.name for entry in self.tensors.values()}
+        own = {*self.tied, *(entry.name for entry in self.tensors.values())}
         kept = {name: entry for name, entry in adapter.tensors.items() if name not in own}
         return replace(adapter, config={**adapter.config, "modules_to_save": None}, tensors=kept)
 
