@@ -224,7 +224,7 @@ class LowRank(Adapter[L_co]):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every linear of a name has an adapter, all have one rank, and all of it is trained and nothing else."""
+        """Whether every linear of a name has an adapter of one rank, and all of that is trained and nothing else."""
         section = self.section
         is_usual = section.layers is None and section.ranks is None and section.modules_to_save is None
         return is_usual and not self.initialisation().corrects
