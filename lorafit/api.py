@@ -18,6 +18,7 @@ from lorafit import pipeline
 from lorafit.console.python_calls import Overrides, Recipe, Rows, StrPath, call
 from lorafit.contracts import JsonMapping
 from lorafit.errors import LorafitError
+from lorafit.studies import first_recipe
 
 if TYPE_CHECKING:
     from lorafit.data.preview import Preview
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lorafit.run.results import Evaluated, Merged, Validated
     from lorafit.run.trained import Trained
     from lorafit.studies.compared import Compared
+    from lorafit.studies.first_recipe import FirstRecipe
 
 __all__ = [
     "LorafitError",
@@ -34,11 +36,38 @@ __all__ = [
     "estimate",
     "evaluate",
     "generate",
+    "init",
     "merge",
     "preview",
     "train",
     "validate",
 ]
+
+
+def init(
+    data: StrPath,
+    *,
+    output: StrPath | None = None,
+    base_model: StrPath | None = None,
+    task: str | None = None,
+    adapter: str | None = None,
+    quantization: str | None = None,
+    test_file: StrPath | None = None,
+    quiet: bool = False,
+) -> FirstRecipe:
+    """Writes a commented recipe for a file of rows. `first.path` is its file.
+
+    Args:
+        data: A file of rows to train on.
+        output: The recipe to write, which must not exist; `recipe.yaml` where None.
+        base_model: Folder, `.gguf` file or hub id of the base; a small one where None.
+        task: What the rows teach; the first that reads them where None.
+        adapter: The adapter; lora where None.
+        quantization: How the frozen weights are stored; nf4 where None, none for models with an encoder.
+        test_file: Rows that training never sees.
+        quiet: No progress.
+    """
+    return call(first_recipe.init, locals())
 
 
 def validate(recipe: Recipe, *, overrides: Overrides = ()) -> Validated:

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +64,13 @@ _HELP = {
     "classify.prompt": ("TEXT", "One text."),
     "classify.input_file": ("FILE", "A file of texts: txt, one a line, or training's rows."),
     "classify.output": ("FILE", "Write the labels there too: a table (.csv), or JSON lines (.jsonl)."),
+    "data": ("ROWS", "A file of rows to train on: jsonl, json, csv, tsv, txt, parquet, xlsx."),
+    "init.output": ("FILE", "The recipe to write; recipe.yaml where not given."),
+    "init.base_model": ("PATH_OR_ID", "The base model: a folder, a .gguf file or a hub id."),
+    "task": ("TASK", "What the rows teach; the first that reads them where not given."),
+    "adapter": ("KIND", "The adapter; lora where not given."),
+    "quantization": ("KIND", "How the frozen weights are stored."),
+    "test_file": ("ROWS", "Rows that training never sees."),
     "gpu": (
         "SIZE|NAME",
         "24GiB, rtx-4090 or cpu: exit 10 where it does not fit; several are compared. `list` names all cards.",
@@ -192,7 +199,7 @@ def _parameter(command: str, name: str) -> inspect.Parameter:
     kind = list[str] if name in _SEVERAL else list[Path] if name == "recipes" else kind
     flag, more = FLAGS.get(name, f"--{name.replace('_', '-')}"), _MORE.get(name, {})
     option: Any = typer.Option(flag, metavar=metavar or None, help=text, min=argument.least, max=argument.most, **more)
-    if name in ("recipe", "run", "recipes"):
+    if name in ("recipe", "run", "recipes", "data"):
         option = typer.Argument(metavar=metavar, readable=name == "run", help=text)
     elif name not in _DEFAULTS and f"{command}.{name}" not in _REQUIRED:
         kind, default = (kind, False) if kind is bool else (kind | None, None)
@@ -268,6 +275,20 @@ def _compare(session: Session, given: JsonObject) -> None:
     session.result(compare(**given, reporter=session.reporter))
 
 
+def _init(session: Session, given: JsonObject) -> None:
+    from lorafit.studies.first_recipe import init
+
+    def ask(question: str, answers: Sequence[str], usual: str) -> str:
+        if answers:
+            typer.echo(f"({', '.join(answers)})", err=True)
+        while (answer := str(typer.prompt(question, default=usual, err=True))) not in (answers or [answer]):
+            typer.echo(f"'{answer}' is none of them", err=True)
+        return answer
+
+    asks = sys.stdin.isatty() and sys.stderr.isatty() and not (session.json or session.quiet)
+    session.result(init(**given, ask=ask if asks else None, reporter=session.reporter))
+
+
 _add_command(
     "train",
     "Plan, check, train and save.",
@@ -307,6 +328,12 @@ _add_command(
     _compare,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)
+_add_command(
+    "init",
+    "A commented recipe for your rows; asks what is not given.",
+    "data output base_model task adapter quantization test_file",
+    _init,
+)
 _add_command("preview", "Rows as the model will see them: trained, cut, dropped.", "recipe overrides show", _preview)
 
 

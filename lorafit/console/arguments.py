@@ -102,6 +102,9 @@ ARGUMENTS = {
     "fit": _CARD,
     "prompt": Argument("a text", (str,)),
     "input_file": _PATH,
+    "data": Argument("a path of a file of rows", _PATH.types),
+    "test_file": _PATH,
+    **dict.fromkeys(("task", "adapter", "quantization"), Argument("the name of a kind", (str,))),
     **dict.fromkeys((*_SWITCHES, *_FLAGS_ALONE), Argument("True or False", (bool,))),
 }
 FLAGS = {
@@ -110,10 +113,21 @@ FLAGS = {
     "verify": "--no-verify",
     "input_file": "--input",
     "show": "--rows",
+    "test_file": "--test",
 }
 """Flags that are not called as their parameter."""
 _SEARCH = ("temperature", "top_p", "num_beams", "length_penalty", "no_repeat_ngram_size")
-_NEVER_LEFT_OUT = {"recipe", "run", "prompts", "overrides", "max_new_tokens", "min_new_tokens", "seed", *_SEARCH}
+_NEVER_LEFT_OUT = {
+    "recipe",
+    "run",
+    "data",
+    "prompts",
+    "overrides",
+    "max_new_tokens",
+    "min_new_tokens",
+    "seed",
+    *_SEARCH,
+}
 _NEVER_LEFT_OUT.update((*_SWITCHES, "recipes", "over", "rates", "spread", "seeds", "metric"))
 
 

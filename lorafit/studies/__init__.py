@@ -1,1 +1,1 @@
-"""Work that takes many runs: methods compared with each other. It stands on the pipeline and knows no torch."""
+"""Commands that stand on the pipeline: those that run many runs, and those that come before or after one."""
