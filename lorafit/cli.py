@@ -108,7 +108,7 @@ _DEFAULTS = {
     "metric": "loss",
 }
 _REQUIRED = ("merge.output",)
-_SEVERAL = ("overrides", "gpu", "over")
+_SEVERAL = ("overrides", "gpu", "over", "recipes")
 _FUNCTIONS = {"eval": "evaluate", "estimate-memory": "estimate"}
 """Functions of `lorafit.pipeline` that are not called as their command."""
 
@@ -196,7 +196,7 @@ def _parameter(command: str, name: str) -> inspect.Parameter:
     kind: Any = next((kind for kind in (bool, str, float, int) if kind in argument.types), str)
     if os.PathLike in argument.types and name != "base_model":
         kind = Path
-    kind = list[str] if name in _SEVERAL else list[Path] if name == "recipes" else kind
+    kind = list[str] if name in _SEVERAL else kind
     flag, more = FLAGS.get(name, f"--{name.replace('_', '-')}"), _MORE.get(name, {})
     option: Any = typer.Option(flag, metavar=metavar or None, help=text, min=argument.least, max=argument.most, **more)
     if name in ("recipe", "run", "recipes", "data"):
@@ -272,7 +272,8 @@ def _preview(session: Session, given: JsonObject) -> None:
 def _compare(session: Session, given: JsonObject) -> None:
     from lorafit.studies.compare import compare
 
-    session.result(compare(**given, reporter=session.reporter))
+    recipes = [Path(name) for name in given.pop("recipes")]
+    session.result(compare(recipes, **given, reporter=session.reporter))
 
 
 def _init(session: Session, given: JsonObject) -> None:

@@ -111,7 +111,14 @@ def test_errors_are_those_of_the_command_without_lines(values: dict[str, Any]) -
 
 @pytest.mark.parametrize("function", [getattr(api, name) for name in api.__all__ if name != "LorafitError"])
 def test_every_wrong_argument_is_named(function: Any, values: dict[str, Any]) -> None:
-    fine = {"recipe": values, "run": "no-run", "prompts": "hi", "output": "merged"}
+    fine = {
+        "recipe": values,
+        "run": "no-run",
+        "prompts": "hi",
+        "output": "merged",
+        "recipes": [values],
+        "data": "rows.jsonl",
+    }
     parameters = inspect.signature(function).parameters
     needed = {name: fine[name] for name, known in parameters.items() if known.default is inspect.Parameter.empty}
     for name in parameters:
