@@ -57,7 +57,8 @@ class _LoraGated(torch.autograd.Function):
             bias = None if part.bias is None else part.bias.to(x.dtype)
             output = functional.linear(rows, unpack(part.weight, part.quant_state), bias)
             outputs.append(output.addmm_(h, b.t()))
-        ctx.save_for_backward(rows, inner, a, *bs, *outputs, gate.weight, up.weight)
+        trains_a = ctx.needs_input_grad[_GATE_A] or ctx.needs_input_grad[_UP_A]
+        ctx.save_for_backward(rows if trains_a else None, inner, a, *bs, *outputs, gate.weight, up.weight)
         ctx.states, ctx.scalings = (gate.quant_state, up.quant_state), (gate.scaling, up.scaling)
         ctx.ranks, ctx.shape, ctx.kernels = [len(gate.a), len(up.a)], x.shape, kernels
         ctx.mark_non_differentiable(*outputs)

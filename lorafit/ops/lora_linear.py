@@ -3,9 +3,9 @@
     h = s x_a A^T              [tokens, r]      x_a: the input, or the input after dropout
     y = x W^T + b + h B^T      [tokens, out]    the branch is added while its product is computed
 
-Run apart, the two cost five more passes over [tokens, out]. Here the backward pass keeps x_a (which linears of one
-input share; a gated product is multiplied again instead), h, and A and B in the compute dtype; a packed 4-bit W is
-unpacked for each product and forgotten.
+Run apart, the two cost five more passes over [tokens, out]. Here the backward pass keeps x_a where A is trained (which
+linears of one input share; a gated product is multiplied again instead), h, and A and B in the compute dtype; a packed
+4-bit W is unpacked for each product and forgotten.
 Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), equation 3, differentiated by hand:
 
     d y/d B -> dy^T h          d y/d A -> dh^T x_a          with dh = s dy B
@@ -20,6 +20,8 @@ import torch
 from torch.nn import functional
 
 from lorafit.ops.kernels import PLAIN, Kernels
+
+_A = 4  # among the operation's inputs
 
 
 class AdaptedWeight(NamedTuple):
@@ -106,6 +108,8 @@ class _LoraLinear(torch.autograd.Function):
         output = functional.linear(rows, unpack(weight, quant_state), None if bias is None else bias.to(x.dtype))
         inner = kernels.scaled_product(branch_rows, a_cast.t(), scaling)
         output.addmm_(inner, b_cast.t())
+        if not ctx.needs_input_grad[_A]:
+            branch_rows = gate = up = None
         ctx.save_for_backward(None if up is not None else branch_rows, gate, up, inner, a_cast, b_cast, weight)
         ctx.quant_state, ctx.scaling, ctx.kernels = quant_state, scaling, kernels
         ctx.shape, ctx.is_dropped = x.shape, dropped is not None

@@ -338,3 +338,16 @@ class LowRank(Adapter[L_co]):
     def folding(cls, config: JsonMapping) -> LowRankFolding:
         """By the method's own class; its PEFT options are what it may use beside plain LoRA."""
         return cls.folds(config, cls.peft_options.keys())
+
+
+class PlainLowRank(LowRank[L_co]):
+    """A method whose forward is W + s * B A and nothing more; B begins at zero."""
+
+    starts_as_base: ClassVar[bool] = True
+
+    @classmethod
+    def why_no_effect(cls, config: JsonMapping, nonzero_tensors: Set[str]) -> str | None:
+        """A B of zeros in every layer, or an alpha of 0."""
+        if all(".lora_A." in name for name in nonzero_tensors):
+            return "every lora_B is zero"
+        return "its lora_alpha is 0" if config["lora_alpha"] == 0 else None

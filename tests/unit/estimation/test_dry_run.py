@@ -17,6 +17,7 @@ from lorafit.errors import ModelError
 from lorafit.estimation import Options, RecipeEstimate, estimate_recipe
 from lorafit.estimation import dry_run as dryrun
 from lorafit.estimation.dry_run import DryRun, run_exactly
+from lorafit.kinds.optimizers import rate_groups
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu
 from lorafit.memory import MemoryEstimate, StepMemory, closed_form
@@ -77,8 +78,9 @@ def measure_each(asked: StepMemory, config: dict[str, Any]) -> dict[Checkpointin
         keep_unpacked(model)
     objective = build_objective(model, autocast_dtype=None if fp32 else dtype, exact=not shape.model.plain_head)
     objective.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = shape.optimizer.build(trained, 1e-3, torch.device("cpu"))
+    executor = Executor(objective, torch.device("cpu"))
+    groups = rate_groups(executor.named_parameters, shape.adapter.rate_factor)
+    optimizer = shape.optimizer.build(groups, 1e-3, torch.device("cpu"))
     ids = torch.randint(3, shape.model.vocabulary, (ROWS, tokens))
     columns = range(tokens - 1)
     index = torch.tensor([row * tokens + column for row in range(ROWS) for column in columns])
@@ -86,8 +88,7 @@ def measure_each(asked: StepMemory, config: dict[str, Any]) -> dict[Checkpointin
     tensors = {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}
     tensors |= {"position_ids": halves} if halves is not None else {}
     batch = Batch(tensors, len(index), tuple(range(ROWS)), ids.numel())
-    executor = Executor(objective, torch.device("cpu"))
-    update = Update(optimizer, list(objective.named_parameters()), lambda step: 1e-3, executor.scaler)
+    update = Update(optimizer, executor.named_parameters, lambda step: 1e-3, executor.scaler)
 
     def step() -> None:
         accumulate_gradients(executor, [batch])
@@ -116,6 +117,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama dora": {"adapter__kind": "dora"},
     "llama nf4 prompt tuning": {"adapter": "{kind: prompt_tuning, tokens: 16}", "model__quantization": "nf4"},
     "llama nf4 dora": {"adapter__kind": "dora", "model__quantization": "nf4"},
+    "llama lora_fa": {"adapter__kind": "lora_fa"},
+    "llama nf4 lora_plus": {"adapter__kind": "lora_plus", "model__quantization": "nf4"},
     "llama packed": {"data__packing": "true"},
     "qwen3": {},
     "gemma2": {},
