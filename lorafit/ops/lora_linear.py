@@ -108,9 +108,9 @@ class _LoraLinear(torch.autograd.Function):
         output = functional.linear(rows, unpack(weight, quant_state), None if bias is None else bias.to(x.dtype))
         inner = kernels.scaled_product(branch_rows, a_cast.t(), scaling)
         output.addmm_(inner, b_cast.t())
-        if not ctx.needs_input_grad[_A]:
-            branch_rows = gate = up = None
-        ctx.save_for_backward(None if up is not None else branch_rows, gate, up, inner, a_cast, b_cast, weight)
+        trains_a = ctx.needs_input_grad[_A]  # which alone needs these three
+        kept = (None, gate, up) if up is not None else (branch_rows, None, None)
+        ctx.save_for_backward(*(kept if trains_a else (None, None, None)), inner, a_cast, b_cast, weight)
         ctx.quant_state, ctx.scaling, ctx.kernels = quant_state, scaling, kernels
         ctx.shape, ctx.is_dropped = x.shape, dropped is not None
         # no view, as a linear's result is none: Llama 4's experts' neighbour writes into it

@@ -25,7 +25,7 @@ from lorafit.trainer.step import Update
 from tests.support import tiny_seq2seq, tiny_vision
 from tests.support.adapted import begin
 from tests.support.option_adapters import AT_LINEARS, linear_cases, two_steps
-from tests.support.option_kinds import RANKS, attached, kind_cases, layer_cases
+from tests.support.option_kinds import LOW_RANK, RANKS, attached, kind_cases, layer_cases, low_rank_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
     Changes,
@@ -55,6 +55,7 @@ def all_cases(world: OptionWorld) -> dict[str, Case]:
     return {
         **kind_cases(world),
         **linear_cases(world),
+        **low_rank_cases(world),
         **model_cases(world),
         **data_cases(world),
         **task_cases(world),
@@ -111,8 +112,12 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             of_run(world, "model.quantization", first_loss),
         ),
         "adapter": Case(
-            ("lora", "dora", {"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}, *AT_LINEARS),
-            partial(shapes_of_kind, world, adapter_shapes),
+            (
+                *("lora", "dora", *LOW_RANK),
+                *({"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}),
+                *AT_LINEARS,
+            ),
+            partial(shapes_of_kind, world, adapter_tensors),
         ),
         "adapter(prompt_tuning).init": Case(
             ("vocabulary", "random"), prompted("prompt_tuning", "init", adapter_tensors)
@@ -140,14 +145,15 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             f"adapter({kind}).target_modules": Case(
                 ("all-linear", ["q_proj"], ["q_proj", "v_proj"]), adapted(kind, "target_modules", adapter_shapes)
             ),
-            f"adapter({kind}).init": Case(INITIALISATIONS, partial(first_values, world, kind)),
-            f"adapter({kind}).init(pissa).iterations": Case(
-                (None, 0, 1), partial(first_values_of, world, kind, "pissa", "iterations")
-            ),
             f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_from, world, kind)),
             **layer_cases(kind),
             f"adapter({kind}).ranks": Case(RANKS, partial(attached, kind, "ranks")),
         }
+    for kind in ("lora", "dora", *LOW_RANK):
+        cases[f"adapter({kind}).init"] = Case(INITIALISATIONS, partial(first_values, world, kind))
+        cases[f"adapter({kind}).init(pissa).iterations"] = Case(
+            (None, 0, 1), partial(first_values_of, world, kind, "pissa", "iterations")
+        )
     cases["model.quantization(mixed).linears"] = Case(({}, {"down_proj": "int8"}), quantized("linears", "mixed"))
     cases["model.quantization(mixed).others"] = Case(("nf4", "none"), quantized("others", "mixed"))
     cases["model.quantization(mixed).double_quant"] = Case((True, False), quantized("double_quant", "mixed"))

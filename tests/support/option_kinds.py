@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -58,6 +59,7 @@ SCHEDULES: dict[str, dict[str, tuple[Any, ...]]] = {
     "polynomial": {**WARMUP, "power": (1.0, 2.0), "min_ratio": (0.0, 0.2)},
 }
 
+LOW_RANK = "rslora", "lora_plus", "lora_fa"
 RANKS = (None, {"late": 2}, {"q_proj": 2}, [3, 2])
 LAYERS: dict[str, tuple[Any, ...]] = {"first": (1, 2), "last": (1, 2), "list": ([0], [1], [0, 1])}
 
@@ -185,3 +187,43 @@ def attached(kind: str, option: str, value: Any) -> dict[str, list[int]]:
     """Shapes of what is trained on a fresh model, by name."""
     model = attach_adapter(tiny_llama(), adapters.make_section(kind, **{option: value}), 0)
     return {name: list(found.shape) for name, found in model.named_parameters() if found.requires_grad}
+
+
+def low_rank_cases(world: OptionWorld) -> dict[str, Case]:
+    """Options of the ways to train a LoRA that are tried on a fresh model, without a run."""
+    cases = {"adapter(lora_plus).rate_ratio": Case((16.0, 2.0), partial(computed, "lora_plus", "rate_ratio"))}
+    for kind in LOW_RANK:
+        cases |= {
+            f"adapter({kind}).r": Case((16, 2), partial(attached, kind, "r")),
+            f"adapter({kind}).ranks": Case(RANKS, partial(attached, kind, "ranks")),
+            f"adapter({kind}).alpha": Case((8.0, 64.0), partial(computed, kind, "alpha")),
+            f"adapter({kind}).dropout": Case((0.0, 0.5), partial(computed, kind, "dropout")),
+            f"adapter({kind}).target_modules": Case(
+                ("all-linear", ["q_proj"], ["q_proj", "v_proj"]), partial(attached, kind, "target_modules")
+            ),
+            f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(values_from, kind)),
+            **layer_cases(kind),
+        }
+    return cases
+
+
+def computed(kind: str, option: str, value: Any) -> Any:
+    """Logits of a model whose adapter has learnt something, in training mode, and the rates at which it learns."""
+    import torch
+
+    section = adapters.make_section(kind, **{option: value})
+    model = attach_adapter(tiny_llama(), section, 0).train()
+    torch.manual_seed(1)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for _, parameter in named:
+        parameter.data.normal_(std=0.1)
+    logits = model(torch.arange(3, 20)[None], use_cache=False).logits
+    return digest_of(logits), {name: adapters.bind(section).rate_factor(name) for name, _ in named}
+
+
+def values_from(kind: str, adapter: str | None) -> list[str]:
+    """The adapter that training begins with, fresh or from a folder."""
+    if adapter is not None and not Path(adapter).exists():
+        attach_adapter(tiny_llama(), adapters.make_section(kind), 1).save_pretrained(adapter)
+    model = attach_adapter(tiny_llama(), adapters.make_section(kind, init_from=adapter), 0)
+    return [digest_of(parameter) for parameter in model.parameters()]

@@ -40,6 +40,7 @@ class LoraFa(PlainLowRank[LoraFaSection]):
 
     def settle(self, model: PeftModel) -> None:
         """Freezes every A."""
+        super().settle(model)
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)

@@ -68,7 +68,7 @@ def test_a_recipe_of_another_tool_is_called_that(fails: Fails) -> None:
         "mask_history: unknown key; in lorafit this is data.train_on (assistant, so every answer of a chat carries",
         "load_in_8bit: unknown key; in lorafit this is model.quantization (none)",
         "eval_table_size: unknown key; tables of answers are not tracked",
-        "use_rslora: unknown key; not built yet; it scales by alpha / sqrt(r)",
+        "use_rslora: unknown key; in lorafit this is adapter.kind (rslora)",
         "neftune_noise_alpha: unknown key; not built yet",
         "use_liger_kernel: unknown key; not needed",
         "dataset_num_proc: unknown key; decided by the machine",
