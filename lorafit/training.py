@@ -21,7 +21,7 @@ from lorafit.files.cache import keep, key_of_code
 from lorafit.files.rundir import RunDir
 from lorafit.job import Job, build_objective, prove, refer
 from lorafit.kinds.adapters import adapters, begins_as_base
-from lorafit.model.adapter import save_adapter
+from lorafit.model.adapter import finish_adapter, save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights
 from lorafit.model.content import Content, reading_content, require_recorded
 from lorafit.model.fuse import fuse_layers
@@ -76,7 +76,8 @@ class Training:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
         job, recipe = self.job, self.job.recipe
         has_held_out = recipe.data.test is not None or recipe.data.validation is not None
-        store = CheckpointStore(self.where, keep_last=self.plan.keep_last, reporter=self.reporter)
+        kept, reporter = self.plan.keep_last, self.reporter
+        store = CheckpointStore(self.where, keep_last=kept, reporter=reporter, finish=finish_adapter)
         begun = Resumption(job, self.where, self.plan, self.reporter)
         begun = begun.found_in(store, resume_from) if resume else begun
         checkpoint = begun.checkpoint

@@ -212,12 +212,22 @@ def save_adapter(
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }
     for file, value in ((CONFIG, config), (NOTES, notes)):
-        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str)
-        (folder / file).write_text(text + "\n", encoding="utf-8")
+        _write_object(folder / file, value)
     if quantization and quantization.get("tensors"):
         (folder / QUANTIZATION).write_text(json.dumps(quantization, allow_nan=False) + "\n", encoding="utf-8")
     if companions is not None:
         companions.write(folder)
+
+
+def finish_adapter(folder: Path) -> None:
+    """Makes the result of a run of a copy of a checkpoint's adapter, in its folder: see `Adapter.finished`."""
+    from safetensors.torch import load_file, save_file
+
+    config = _read_object(folder / CONFIG, folder)
+    finished = saved_kind(config, folder / CONFIG).finished(config, load_file(folder / WEIGHTS))
+    if finished is not None:
+        save_file(finished[1], str(folder / WEIGHTS), metadata={"format": "pt"})
+        _write_object(folder / CONFIG, finished[0])
 
 
 def adapter_config(model: PeftModel, base_name: str, revision: str | None) -> JsonObject:
@@ -311,3 +321,8 @@ def _read_object(file: Path, folder: Path) -> JsonObject:
     except JsonError as error:
         todo = "get the file again" if file.exists() else "name an adapter folder or a run"
         raise ModelError(f"{file.name} {error.what}", file=str(folder), todo=todo) from error
+
+
+def _write_object(file: Path, value: JsonMapping) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str)
+    file.write_text(text + "\n", encoding="utf-8")

@@ -68,7 +68,7 @@ def check_fields(
         ModelError: A field is missing, or of a type or range that no adapter has, or a pattern is malformed.
         SafetyError: A pattern can take for ever.
     """
-    _check_known(config, {**kind.saved_fields, **_SAVED_FIELDS}, file)
+    _check_known(config, {**_SAVED_FIELDS, **kind.saved_fields}, file)
     found = {match["path"] for name in tensors if (match := _LAYER_PATH.match(name))}
     paths = sorted(found | {path.rpartition(".")[0] for path in found})
     for key in _PATTERNS:

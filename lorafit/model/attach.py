@@ -178,6 +178,7 @@ def wrap_model(
     with quiet_libraries():
         try:
             model = _wrap(base_model, get_peft_config({**opened, "inference_mode": True}), name, empty=empty)
+            kind.fit_opened(model, name)
         except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
             if is_out_of_memory(error):
                 raise

@@ -10,6 +10,7 @@ from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
 from lorafit.errors import DataError, DoesNotFitError, RecipeError
 from lorafit.facts import DatasetFacts, DeviceFacts, LeftOut, ModelShape
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
@@ -150,6 +151,8 @@ def plan(
     training, evaluation = recipe.training, recipe.evaluation
     steps_per_epoch = math.ceil(dataset.rows / training.batch_size)
     total_steps, epochs = _length(recipe, steps_per_epoch)
+    if why := adapters.bind(recipe.adapter).refuses_steps(total_steps):
+        raise RecipeError(why, key="adapter", todo="train more steps, or lower the adapter's")
     memory = recipe_step(recipe, shape, dataset, device, engine=engine)
     step = memory.step
     _check_attention(recipe, device, step)

@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import get_args
 
 from lorafit.console.wording import alternatives
-from lorafit.kinds.adapters import refusal
+from lorafit.kinds.adapters import adapters, refusal
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
@@ -69,6 +69,9 @@ def _of_training(recipe: Recipe) -> Iterator[Disagreement]:
     if steps is not None and warmup is not None and warmup > steps:
         keys = ("training.schedule.warmup_steps", "training.max_steps")
         yield Disagreement(keys, f"{warmup} is more than training.max_steps {steps}", f"choose at most {steps}")
+    if steps is not None and (why := adapters.bind(recipe.adapter).refuses_steps(steps)):
+        keys = ("adapter.kind", "training.max_steps")
+        yield Disagreement(keys, why, "raise training.max_steps, or lower the adapter's steps")
 
 
 def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:

@@ -100,10 +100,18 @@ class CheckpointStore:
         run: The run folder.
         keep_last: Newest checkpoints kept; the best one is kept beside them.
         reporter: Told what is skipped, and what cannot be removed.
+        finish: Makes the run's adapter of a copy of a checkpoint's, in that folder.
     """
 
-    def __init__(self, run: RunDir, *, keep_last: int, reporter: Reporter) -> None:
-        self.run = run
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        keep_last: int,
+        reporter: Reporter,
+        finish: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        self.run, self._finish = run, finish
         self._keep_last = keep_last
         self._reporter = reporter
         self._damaged: set[int] = set()
@@ -185,6 +193,7 @@ class CheckpointStore:
             return
         with atomic_dir(self.run.adapter, replace=True) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
+            self._finish(temporary)
 
     def _rotate(self, best: Best | None) -> None:
         whole = [step for step in self.run.steps() if step not in self._damaged]

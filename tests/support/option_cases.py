@@ -25,6 +25,7 @@ from lorafit.trainer.step import Update
 from tests.support import tiny_seq2seq, tiny_vision
 from tests.support.adapted import begin
 from tests.support.option_adapters import AT_LINEARS, linear_cases, two_steps
+from tests.support.option_between_steps import OF_KINDS, between_steps_cases
 from tests.support.option_kinds import LOW_RANK, RANKS, attached, kind_cases, layer_cases, low_rank_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
@@ -114,7 +115,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         "adapter": Case(
             (
                 *("lora", "dora", *LOW_RANK),
-                *({"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}),
+                *({"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}, {"kind": "adalora"}),
                 *AT_LINEARS,
             ),
             partial(shapes_of_kind, world, adapter_tensors),
@@ -154,6 +155,10 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         cases[f"adapter({kind}).init(pissa).iterations"] = Case(
             (None, 0, 1), partial(first_values_of, world, kind, "pissa", "iterations")
         )
+    cases |= between_steps_cases()
+    for kind in OF_KINDS:
+        start = Case((None, str(world.root / kind)), partial(first_loss_from, world, kind))
+        cases[f"adapter({kind}).init_from"] = start
     cases["model.quantization(mixed).linears"] = Case(({}, {"down_proj": "int8"}), quantized("linears", "mixed"))
     cases["model.quantization(mixed).others"] = Case(("nf4", "none"), quantized("others", "mixed"))
     cases["model.quantization(mixed).double_quant"] = Case((True, False), quantized("double_quant", "mixed"))
@@ -522,7 +527,8 @@ def shapes_of_kind(world: OptionWorld, look: Callable[[RunDir], Any], kind: Any)
 def first_loss_from(world: OptionWorld, kind: str, adapter: str | None) -> float:
     """The loss before the first step, from scratch or from a trained adapter."""
     if adapter is not None and not Path(adapter).exists():
-        Path(adapter).symlink_to(world.train(of_kind(kind)).adapter)
+        run = world.train(of_kind(kind))
+        Path(adapter).symlink_to(run.checkpoint(run.steps()[-1]) / "adapter")
     return first_loss(world.train({**of_kind(kind), "adapter.init_from": adapter}))
 
 

@@ -241,6 +241,10 @@ class Adapter(Kind[S_co]):
         """What the method does between the steps of a run on its fresh adapter; None for most."""
         return None
 
+    def refuses_steps(self, total_steps: int) -> str | None:
+        """Why it cannot be trained in so many steps, in one sentence without an end; None where it can."""
+        return None
+
     def refuses(self, quantization_kind: str) -> str | None:
         """Why it cannot be trained beside linears stored so, in one sentence with the reason; None where it can.
 
@@ -262,6 +266,17 @@ class Adapter(Kind[S_co]):
     def begins_as_base(self) -> bool:
         """Whether a fresh one computes what the base does at step 1, to the last bit, with its first values."""
         return self.starts_as_base
+
+    @classmethod
+    def fit_opened(cls, model: PeftModel, name: str) -> None:
+        """Gives fresh layers the shapes of a saved adapter's tensors, where PEFT's config does not."""
+
+    @classmethod
+    def finished(
+        cls, config: JsonMapping, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[JsonObject, dict[str, torch.Tensor]] | None:
+        """What a run's result says and holds, where that is not what its checkpoints do; None for most."""
+        return None
 
     def initialisation(self) -> Initialisation[InitialisationSection] | None:
         """What gives it its first values before step 1; None where they are those that it is made with."""

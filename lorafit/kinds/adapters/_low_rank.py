@@ -59,8 +59,8 @@ SectionRank = Annotated[int, Field(ge=1, le=4096)]
 """A rank that a recipe may ask for."""
 
 
-class LowRankSection(LinearsSection):
-    """Two narrow matrices beside frozen linears."""
+class ProductSection(LinearsSection):
+    """Two narrow matrices beside frozen linears, B zero at the start."""
 
     r: SectionRank = 16
     """Rank: width of the bottleneck."""
@@ -71,14 +71,6 @@ class LowRankSection(LinearsSection):
     them, or by linear, e.g. {down_proj: 32}. What it does not name has rank r; the scale is alpha / r for all."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
-    init: InitialisationChoice = Field(default="kaiming", validate_default=True)
-    """First values of A and B. Not together with init_from."""
-
-    @model_validator(mode="after")
-    def _begins_once(self) -> LowRankSection:
-        if self.init_from is not None and self.init.kind != "kaiming":
-            raise ValueError(f"init {self.init.kind} and init_from both say what it begins with; keep one")
-        return self
 
     @field_validator("ranks")
     @classmethod
@@ -89,6 +81,19 @@ class LowRankSection(LinearsSection):
         if names and len(names) < len(value or ()):
             raise ValueError(f"it names thirds of the layers and {names[0]!r}, a linear; keep one of the two")
         return value
+
+
+class LowRankSection(ProductSection):
+    """Two narrow matrices beside frozen linears."""
+
+    init: InitialisationChoice = Field(default="kaiming", validate_default=True)
+    """First values of A and B. Not together with init_from."""
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> LowRankSection:
+        if self.init_from is not None and self.init.kind != "kaiming":
+            raise ValueError(f"init {self.init.kind} and init_from both say what it begins with; keep one")
+        return self
 
 
 class LowRankFolding(Folding):
@@ -181,7 +186,8 @@ def _read_fp32(entry: TensorEntry) -> torch.Tensor:
     return read_rows(entry).float()
 
 
-L_co = TypeVar("L_co", bound=LowRankSection, covariant=True)
+_KAIMING = initialisations.make("kaiming")
+L_co = TypeVar("L_co", bound=ProductSection, covariant=True)
 
 
 class LowRank(Adapter[L_co]):
@@ -251,8 +257,9 @@ class LowRank(Adapter[L_co]):
                 raise RecipeError(why, key="adapter.r", todo="choose another rank, or another adapter.init")
 
     def initialisation(self) -> Initialisation[InitialisationSection]:
-        """The recipe's `init`."""
-        return initialisations.bind(self.section.init)
+        """The recipe's `init`; of a method that takes no other, A drawn and B zero."""
+        section = self.section
+        return initialisations.bind(section.init) if isinstance(section, LowRankSection) else _KAIMING
 
     @property
     def _halves(self) -> int:

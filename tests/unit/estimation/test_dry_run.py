@@ -17,6 +17,7 @@ from lorafit.errors import ModelError
 from lorafit.estimation import Options, RecipeEstimate, estimate_recipe
 from lorafit.estimation import dry_run as dryrun
 from lorafit.estimation.dry_run import DryRun, run_exactly
+from lorafit.facts import RunFacts
 from lorafit.kinds.optimizers import rate_groups
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu
@@ -88,10 +89,12 @@ def measure_each(asked: StepMemory, config: dict[str, Any]) -> dict[Checkpointin
     tensors = {"input_ids": ids, "label_index": index, "label_ids": ids.flatten()[index + 1]}
     tensors |= {"position_ids": halves} if halves is not None else {}
     batch = Batch(tensors, len(index), tuple(range(ROWS)), ids.numel())
-    update = Update(optimizer, executor.named_parameters, lambda step: 1e-3, executor.scaler)
+    hook = shape.adapter.step_hook(model, RunFacts(0, 100))
+    hooks = [hook] if hook is not None else []
+    update = Update(optimizer, executor.named_parameters, lambda step: 1e-3, executor.scaler, hooks=hooks)
 
     def step() -> None:
-        accumulate_gradients(executor, [batch])
+        accumulate_gradients(executor, [batch], hooks=hooks)
         update.apply(1, update.gradient_norm())
 
     found = {}
@@ -100,7 +103,7 @@ def measure_each(asked: StepMemory, config: dict[str, Any]) -> dict[Checkpointin
         if not found:
             step()
         live = LiveTensors()
-        with watching(live, objective, optimizer):
+        with watching(live, objective, optimizer, hooks):
             step()
         found[checkpointing] = live.peak()
     return found
@@ -116,6 +119,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama adamw_8bit": {"training__optimizer": "adamw_8bit"},
     "llama dora": {"adapter__kind": "dora"},
     "llama nf4 prompt tuning": {"adapter": "{kind: prompt_tuning, tokens: 16}", "model__quantization": "nf4"},
+    "llama nf4 adalora": {"adapter": "{kind: adalora, r: 4, init_r: 6}", "model__quantization": "nf4"},
     "llama nf4 dora": {"adapter__kind": "dora", "model__quantization": "nf4"},
     "llama lora_fa": {"adapter__kind": "lora_fa"},
     "llama nf4 lora_plus": {"adapter__kind": "lora_plus", "model__quantization": "nf4"},
