@@ -119,6 +119,29 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class HolderShape:
+    """Modules of the language model of one name that hold parameters of their own, its output head among them.
+
+    Attributes:
+        name: Last part of their paths.
+        count: How many.
+        parameters: Of all of them; a tensor that several modules share is counted at the first.
+        biased: How many of them add a bias vector.
+        bias_parameters: Of those vectors.
+        is_norm: Whether they are norms.
+        holds_modules: Whether modules with parameters stand inside of them.
+    """
+
+    name: str
+    count: int
+    parameters: int
+    biased: int
+    bias_parameters: int
+    is_norm: bool
+    holds_modules: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What plan and memory must know of a causal language model; read from a `config.json` alone.
 
@@ -146,6 +169,7 @@ class ModelShape:
         new_head_parameters: Of a task's own head, which is trained whole.
         modules: What may be trained whole beside an adapter: embeddings, output head, norms.
         scanning_layers: Layers that carry a state along the row (Mamba, linear attention).
+        holders: All that holds parameters of its own, a task's new head apart.
         plain_norm: Whether its RMSNorm multiplies by its weight and nothing else (Gemma adds 1 to it).
         plain_head: Whether nothing stands behind the head (no soft-cap, no logit scale), so that the loss runs in
             chunks.
@@ -187,6 +211,7 @@ class ModelShape:
     new_head_parameters: int = 0
     decoder_parameters: int = 0
     modules: tuple[ModuleShape, ...] = ()
+    holders: tuple[HolderShape, ...] = ()
 
     def to_json(self) -> JsonObject:
         """Plain values."""
@@ -199,7 +224,9 @@ class ModelShape:
         linears = (LinearShape(**{**part, "layers": own}) for part, own in zip(values["linears"], layers, strict=True))
         beside = (LeftOut(**part) for part in values["beside"])
         modules = (ModuleShape(**part) for part in values.get("modules", ()))
-        return cls(**{**values, "linears": (*linears,), "beside": (*beside,), "modules": (*modules,)})
+        holders = (HolderShape(**part) for part in values.get("holders", ()))
+        own = {"linears": (*linears,), "beside": (*beside,), "modules": (*modules,), "holders": (*holders,)}
+        return cls(**{**values, **own})
 
     def layers_of(self, linear: LinearShape) -> tuple[int, ...]:
         """Number of the layer that each linear of a kind stands in."""

@@ -34,6 +34,7 @@ from lorafit.model.adapter import (
     saved_kind,
 )
 from lorafit.model.base import Base
+from lorafit.model.language_modules import module_paths
 from lorafit.model.layer_numbers import layer_paths
 from lorafit.model.load import keep_weights_unpacked
 from lorafit.model.quiet import quiet_libraries
@@ -42,6 +43,7 @@ from lorafit.model.towers import projector_names
 from lorafit.model.trained_whole import ask_for_modules, keep_dtypes, widen
 from lorafit.ops.output_head import outer_modules
 from lorafit.ops.process_memory import is_out_of_memory
+from lorafit.ops.trained_copies import LAYERS
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -71,10 +73,13 @@ def attach_adapter(
         RecipeError: A target matches nothing, or `init_from` disagrees with the recipe.
         ModelError: The adapter of `init_from` does not fit this model, or PEFT cannot wrap it.
     """
-    method, config = adapters.bind(section), _fresh_config(model, section)
-    config.task_type = model_class.peft_task
+    apart: list[str] = []
     if model_class.has_new_head or model_class.trains_projector:
-        config.modules_to_save = projector_names(model) if model_class.trains_projector else [*outer_modules(model)]
+        apart = projector_names(model) if model_class.trains_projector else [*outer_modules(model)]
+    method, config = adapters.bind(section), _fresh_config(model, section, apart)
+    config.task_type = model_class.peft_task
+    if apart:
+        config.modules_to_save = apart
     whole = ask_for_modules(config, model, section)
     with quiet_libraries():
         try:
@@ -98,8 +103,12 @@ def attach_adapter(
     return adapted
 
 
-def _fresh_config(model: PreTrainedModel | PeftModel, section: AdapterSection) -> PeftConfig:
-    """PEFT's config of the recipe's adapter on this model. Raises RecipeError where a target matches nothing."""
+def _fresh_config(model: PreTrainedModel | PeftModel, section: AdapterSection, apart: Sequence[str]) -> PeftConfig:
+    """PEFT's config of the recipe's adapter on this model, beside modules that are trained whole.
+
+    Raises:
+        RecipeError: A target matches nothing.
+    """
     method, layers = adapters.bind(section), layer_paths(model)
     chosen = section.layers if isinstance(section, LinearsSection) else None
     if chosen is not None:
@@ -107,6 +116,8 @@ def _fresh_config(model: PreTrainedModel | PeftModel, section: AdapterSection) -
         layers = {path: number for path, number in layers.items() if number in numbers}
     asked = method.linear_names()
     targets = choose_targets(model, asked, None if chosen is None else layers) if asked else []
+    if method.copies is not None:
+        targets = module_paths(model, method.copies, apart)
     config = method.peft_config(targets, is_transposed=_are_transposed(model, targets))
     method.settle_layers(config, layers)
     return config
@@ -139,6 +150,7 @@ def open_adapter(
     saved.check_values(reporter or Silent())
     _refuse_codes(base_model, saved)
     model = wrap_model(base_model, saved.config, folder, name=name)
+    saved.kind.reopen(model, name, saved.tensors)
     _load_weights(model, saved, name)
     keep_weights_unpacked(model)
     for parameter in adapter_tensors(model, name).values():
@@ -233,7 +245,7 @@ def check_plan(model: torch.nn.Module, planned: Sequence[Site], trainable_parame
 
     wanted: Counter[str] = Counter()
     for site in planned:
-        if site.linear is not None:
+        if site.linear is not None or site.kind == "module":
             wanted[site.name] += site.count
     found: Counter[str] = Counter()
     for path, module in model.named_modules():
@@ -311,7 +323,8 @@ def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:
     with torch.no_grad():
         for path, parameter in live.items():
             values = read_rows(saved.tensors[path])
-            if values.dtype == torch.float32 and parameter.dtype == torch.bfloat16:  # a projector, trained so
+            is_whole = f".{LAYERS}." not in path
+            if values.dtype == torch.float32 and parameter.dtype == torch.bfloat16 and is_whole:  # a projector
                 parameter.data = parameter.data.float()
             parameter.copy_(values)
     saved.kind.take_tensors(model, name, live)

@@ -22,6 +22,7 @@ from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_MODEL, LeftOut, LinearShape, Mod
 from lorafit.files.cache import keep, kept, key_of_code
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, untie_head, with_task
 from lorafit.model.known_models import known_shape
+from lorafit.model.language_modules import holder_shapes
 from lorafit.model.layer_numbers import layer_list, layer_of, layer_paths
 from lorafit.model.targets import (
     EXPERT_COUNTS,
@@ -159,6 +160,7 @@ def read_class_shape(config: JsonMapping, model_class: ModelClass = CAUSAL_MODEL
         scanning_layers=scanning_layers,
         has_sinks=any(name.endswith(".sinks") for name, _ in language.named_parameters()),
         modules=_module_shapes(model),
+        holders=holder_shapes(model, [*outer_modules(model)] if model_class.has_new_head else ()),
     )
 
 

@@ -20,9 +20,11 @@ from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry
 from lorafit.model.names import Part, TensorNames, note_parts, read_parts, require_parts, rows_of
+from lorafit.ops.trained_copies import LAYERS, own_parameters
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch.nn import Module
 
 _INNER = re.compile(r"(\.base_layer)+$")
 
@@ -75,6 +77,10 @@ def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
         has_some = any("default" in group for group in groups)
         if not has_some or not isinstance(module, BaseTunerLayer):  # a head saved whole changes no weight
             continue
+        if LAYERS in module.adapter_layer_names:
+            found, failed = _homes_of_copy(path, held, names)
+            homes, failures = homes | found, failures + failed
+            continue
         own, inner = getattr(module, "parameter_name", None), module.get_base_layer()
         parameter = f"{_INNER.sub('', path)}.{own or 'weight'}"
         value = getattr(inner, own or "weight")
@@ -91,6 +97,18 @@ def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
         failures[0].what += f" (and {len(failures) - 1} layers more)" if len(failures) > 1 else ""
         raise failures[0]
     return homes
+
+
+def _homes_of_copy(path: str, copy: Module, names: TensorNames) -> tuple[dict[str, Home], list[ModelError]]:
+    """Homes of the trained parameters of a layer's copy; those that layers share have one."""
+    homes, failures = {}, []
+    for own in own_parameters(copy):
+        parameter = f"{path}.{own}"
+        if why := _why_homeless(path, parameter, 1, names, is_plain=True):
+            failures.append(why)
+        else:
+            homes[parameter] = Home(parameter, names.parts[parameter])
+    return homes, failures
 
 
 def _why_homeless(path: str, parameter: str, holders: int, names: TensorNames, *, is_plain: bool) -> ModelError | None:

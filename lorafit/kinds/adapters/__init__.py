@@ -19,7 +19,7 @@ from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import PATH, KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence, Set
+    from collections.abc import Callable, Collection, Mapping, Sequence, Set
 
     import torch
     from peft import PeftConfig, PeftModel
@@ -37,6 +37,10 @@ Rank = Annotated[int, Field(gt=0, le=1 << 20)]
 """A whole number that a width may be."""
 
 
+CopiedModules = Literal["norms", "biases", "all"]
+"""Which modules of a language model a method trains copies of."""
+
+
 class AdapterSection(KindSection):
     """What every adapter's section has."""
 
@@ -49,14 +53,15 @@ class Site:
     """A place of the model that a method trains something at.
 
     Attributes:
-        kind: What stands there; `prompt`: nothing, the method's vectors are read before the tokens.
+        kind: What stands there; `prompt`: nothing, the method's vectors are read before the tokens; `module`: a layer
+            of any kind, which gets a trained copy beside it.
         name: Last part of the modules' paths.
         count: How many modules of that name get something.
         parameters: Trained parameters of all of them.
         linear: The shape of a linear; its `count` and `layers` are of those that get something.
     """
 
-    kind: Literal["linear", "embedding", "prompt", "head"]
+    kind: Literal["linear", "embedding", "prompt", "head", "module"]
     name: str
     count: int
     parameters: int
@@ -130,10 +135,12 @@ class Folding(ABC):
     Attributes:
         parts: What PEFT calls the tensors beside a layer, and which part of its update each is; a layer has all parts.
         shared: Tensors of the whole adapter, by their full names, which are parts of every layer.
+        copies: What PEFT calls the copy of a layer, each parameter of which is folded by itself, as its part `copy`.
     """
 
     parts: ClassVar[Mapping[str, str]]
     shared: ClassVar[Mapping[str, str]] = {}
+    copies: ClassVar[str | None] = None
 
     @abstractmethod
     def shape(self, layer: AdaptedLayer) -> tuple[int | None, int | None]:
@@ -178,6 +185,7 @@ class Adapter(Kind[S_co]):
         resumed_prefix: Begin of the names of tensors that are saved for training to go on with, and that an opened
             adapter does without.
         no_checkpointing: Why no layer can run forward again in the backward pass; None where all can.
+        copies: Which modules it goes on, in the place of linears.
     """
 
     starts_as_base: ClassVar[bool] = False
@@ -189,6 +197,7 @@ class Adapter(Kind[S_co]):
     form_fields: ClassVar[Sequence[str]] = ()
     resumed_prefix: ClassVar[str | None] = None
     no_checkpointing: ClassVar[str | None] = None
+    copies: ClassVar[CopiedModules | None] = None
 
     @property
     def closed_form(self) -> bool:
@@ -285,6 +294,16 @@ class Adapter(Kind[S_co]):
     @classmethod
     def mend(cls, model: PeftModel) -> None:
         """Puts right what PEFT's layers of the method do wrong, in a model that PEFT has just wrapped for one."""
+
+    @classmethod
+    def reopen(cls, model: PeftModel, name: str, tensors: Collection[str]) -> None:
+        """Changes what PEFT has put into a model for a saved adapter, before its values are loaded.
+
+        Args:
+            model: PEFT's.
+            name: The adapter's.
+            tensors: Names of the saved tensors.
+        """
 
     @classmethod
     def own_values(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:

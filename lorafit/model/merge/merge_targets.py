@@ -16,7 +16,7 @@ import torch
 from lorafit.console.wording import list_names
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.files.safetensors import TensorEntry
+from lorafit.files.safetensors import TensorEntry, read_rows
 from lorafit.kinds.adapters import AdaptedLayer, Fold, Folding
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.adapter_checks import NOTES_FORMAT
@@ -98,10 +98,13 @@ def plan_updates(
     copies: dict[str, TensorEntry] = {}
     shared = {part: adapter.tensors[name] for name, part in folding.shared.items() if name in adapter.tensors}
     foreign = []
+    copied = re.compile(rf"^base_model\.model\.(?P<path>.+)\.{folding.copies}\.(?P<own>\w+)$")
     for name, entry in adapter.tensors.items():
         if name in folding.shared:
             continue
-        if (match := _BESIDE_A_LAYER.match(name)) and match["tensor"] in folding.parts:
+        if match := copied.match(name):
+            layers[f"{match['path']}.{match['own']}"] = {"copy": entry}
+        elif (match := _BESIDE_A_LAYER.match(name)) and match["tensor"] in folding.parts:
             layers.setdefault(match["path"], {})[folding.parts[match["tensor"]]] = entry
         elif match := _COPY.match(name):
             copies[match["path"]] = entry
@@ -193,7 +196,10 @@ def _place(
             matrix, first = divmod(row, height)
             length = min(part.stop - start, height - first)
             others = made.patches.setdefault(part.name, [])
-            if any(other.start < start + length and start < other.stop for other in others):
+            met = [other for other in others if other.start < start + length and start < other.stop]
+            if folding.copies and any(_are_equal(other.layer, layer) for other in met):
+                return  # the base ties them, and so does the adapter
+            if met:
                 raise ModelError(f"two adapter layers lead to the weight '{part.name}'")
             others.append(patch := Patch(start, start + length, folding, layer, matrix, first))
             if not home.transposed:
@@ -208,6 +214,12 @@ def _place_bias(made: Updates, patch: Patch, part: Part, entries: Mapping[str, T
     bias = f"{part.name.removesuffix('weight')}bias"
     if bias in entries and patch.folding.fold_bias(patch.layer, patch.first, patch.first) is not None:
         made.patches.setdefault(bias, []).append(patch)
+
+
+def _are_equal(one: AdaptedLayer, other: AdaptedLayer) -> bool:
+    """Whether copies of two parameters that the base ties hold the same values."""
+    first, second = (layer.tensors["copy"] for layer in (one, other))
+    return first.shape == second.shape and torch.equal(read_rows(first), read_rows(second))
 
 
 def _place_copy(

@@ -1,0 +1,195 @@
+"""Norms, biases or all weights are trained in copies of their layers: the base stays, PEFT opens the folder, a merge is
+what computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from lorafit.contracts import Silent
+from lorafit.errors import ModelError, RecipeError
+from lorafit.facts import CAUSAL_MODEL, ModelClass
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.quantizations import quantizations
+from lorafit.model.adapter import adapter_tensors, save_adapter
+from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights, open_adapter
+from lorafit.model.base import Base
+from lorafit.model.class_shape import find_shape
+from lorafit.model.inspect import coverage, describe_quantization
+from lorafit.model.merge import merge_adapter
+from lorafit.ops.isolation import adapter_off
+from tests.support.adapted import load, logits, make_gpt2, make_llama, open_base
+
+FAMILIES: dict[str, Any] = {
+    "llama": make_llama,
+    "tied llama": lambda folder, **given: make_llama(folder, tied=True, **given),
+    "gpt2": make_gpt2,
+}
+CASES = [("layer_norm", "llama"), ("layer_norm", "gpt2"), ("bias", "gpt2"),
+         ("full", "llama"), ("full", "tied llama"), ("full", "gpt2")]  # fmt: skip
+each_case = pytest.mark.parametrize(("kind", "family"), CASES)
+
+
+def fresh(base: Base, kind: str, stored: str = "none", *, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    return attach_adapter(
+        load(base, stored, dtype=dtype), adapters.make_section(kind, **fields), 0, folder=base.path.parent
+    )
+
+
+def move(model: Any) -> None:
+    """Other values of all that is trained, as training would give."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+def saved(base: Base, model: Any, **given: Any) -> Path:
+    folder = base.path.parent / "adapter"
+    folder.mkdir()
+    save_adapter(model, folder, base=base, **given)
+    return folder
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_begins_as_the_base_and_moves_what_the_plan_counts(
+    tmp_path: Path, kind: str, family: str, dtype: torch.dtype
+) -> None:
+    base = open_base(FAMILIES[family](tmp_path / "base"))
+    plain = load(base, dtype=dtype)
+    before, total, names = logits(plain), coverage(plain).total_parameters, dict(plain.named_parameters())
+    model = fresh(base, kind, dtype=dtype)
+    sites = adapters.make(kind).sites(find_shape(base.config))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    check_plan(model, sites, sum(site.parameters for site in sites))
+    assert coverage(model).total_parameters == total
+    assert all(parameter.dtype == torch.float32 for parameter in trained)
+    assert torch.equal(logits(model), before)
+    wanted = {
+        "layer_norm": lambda path: "norm" in path or ".ln_" in path,
+        "bias": lambda path: path.endswith(".bias"),
+        "full": lambda path: True,
+    }[kind]
+    assert sum(p.numel() for p in trained) == sum(value.numel() for path, value in names.items() if wanted(path))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        model(torch.arange(3, 40).reshape(1, -1), use_cache=False).logits.float().square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in trained)
+    move(model)
+    assert float((logits(model) - before).abs().max()) > 1e-3
+    with adapter_off(model):
+        assert torch.equal(logits(model), before)
+
+
+def test_small_updates_add_up_under_bf16(tmp_path: Path) -> None:
+    """A gain of 1 in bf16 has a next value 0.0078 away: ten updates of 0.001 would be lost one by one."""
+    base = open_base(make_llama(tmp_path / "base"))
+    model = fresh(base, "layer_norm", dtype=torch.bfloat16)
+    norm = model.get_base_model().model.norm.ln_tuning_layers["default"]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001)
+    for _ in range(10):
+        for parameter in model.parameters():
+            parameter.grad = -torch.ones_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+    assert norm.weight.dtype == torch.bfloat16 and torch.equal(norm.weight, torch.full_like(norm.weight, 1.0078125))
+
+
+@each_case
+def test_peft_opens_it_and_a_resume_takes_it_back(tmp_path: Path, kind: str, family: str) -> None:
+    base = open_base(FAMILIES[family](tmp_path / "base"))
+    model = fresh(base, kind)
+    move(model)
+    folder, wanted = saved(base, model), logits(model)
+    opened = open_adapter(load(base), folder, base=base)
+    assert torch.allclose(logits(opened), wanted, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in opened.parameters())
+    with adapter_off(opened):
+        assert torch.equal(logits(opened), logits(load(base)))
+    theirs: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder)
+    assert torch.allclose(logits(theirs), wanted, atol=1e-5)
+    again = fresh(base, kind)
+    parameters = [parameter for parameter in again.parameters() if parameter.requires_grad]
+    load_adapter_weights(again, folder)
+    assert all(new is old for new, old in zip(adapter_tensors(again).values(), parameters, strict=True))
+    assert torch.equal(logits(again), wanted)
+    assert torch.equal(logits(fresh(base, kind, init_from="adapter")), wanted)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_is_a_plain_model_that_computes_what_was_trained(
+    tmp_path: Path, kind: str, family: str, dtype: torch.dtype
+) -> None:
+    base = open_base(FAMILIES[family](tmp_path / "base", dtype=dtype))
+    model = fresh(base, kind, dtype=dtype)
+    move(model)
+    folder = saved(base, model)
+    report = merge_adapter(base, folder, tmp_path / "merged", kind="original", reporter=Silent())
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype, attn_implementation="eager")
+    assert report.verified and report.largest_error == 0
+    near = 1e-6 if dtype is torch.float32 else 0.02 if kind == "bias" else 0.0
+    assert torch.allclose(logits(merged), logits(model), atol=near)
+    assert merged.config.tie_word_embeddings is not (family == "llama")
+
+
+@pytest.mark.parametrize("stored", ["nf4", "int8"])
+def test_beside_quantised_linears_only_norms_change(tmp_path: Path, stored: str) -> None:
+    base = open_base(make_llama(tmp_path / "base"))
+    model = fresh(base, "layer_norm", stored, dtype=torch.bfloat16)
+    move(model)
+    used = describe_quantization(model, quantizations.make_section(stored), dtype=torch.bfloat16)
+    folder = saved(base, model, quantization=used)
+    opened = open_adapter(load(base, stored, dtype=torch.bfloat16), folder, base=base)
+    assert torch.allclose(logits(opened), logits(model), atol=0.02)
+    merge_adapter(base, folder, tmp_path / "merged", kind="dequantized", quantization=used, reporter=Silent())
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    assert float((logits(merged) - logits(model)).abs().max()) < 0.1
+
+
+def test_a_bias_is_trained_as_the_paper_says(tmp_path: Path) -> None:
+    """y = W x + b, of which b alone is other than the base's (section 3)."""
+    base = open_base(make_gpt2(tmp_path / "base"))
+    model = fresh(base, "bias")
+    move(model)
+    layer = model.get_base_model().transformer.h[0].mlp.c_fc
+    states, bias = torch.randn(2, 3, 64), layer.ln_tuning_layers["default"].bias
+    assert torch.allclose(layer(states), functional.linear(states, layer.base_layer.weight.t(), bias), atol=1e-6)
+
+
+def test_what_cannot_be_trained_so_is_refused_by_name(tmp_path: Path) -> None:
+    shape = find_shape(open_base(make_llama(tmp_path / "base")).config)
+    with pytest.raises(RecipeError, match="llama has no bias vector: its linears and norms add none"):
+        adapters.make("bias").sites(shape)
+    why = adapters.make("full").refuses("nf4")
+    assert why is not None and "those in nf4 are codes: they have no gradient" in why
+    why = adapters.make("bias").refuses("int8")
+    assert why is not None and "weights in int8 are codes, of which PEFT can make no copy that takes gradients" in why
+    assert adapters.make("full").refuses("none") is adapters.make("layer_norm").refuses("nf4") is None
+
+
+def test_a_head_of_the_task_is_trained_beside_it_once(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    sizes = {"vocab_size": 83, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_labels=3, pad_token_id=0)
+    plain: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    parameters = sum(parameter.numel() for parameter in plain.parameters())
+    task = ModelClass("AutoModelForSequenceClassification", has_new_head=True, peft_task="SEQ_CLS")
+    model = attach_adapter(plain, adapters.make_section("full"), 0, model_class=task)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == parameters
+    assert CAUSAL_MODEL.peft_task != task.peft_task and any(
+        "score.modules_to_save" in n for n, _ in model.named_modules()
+    )
+
+
+def test_whole_modules_of_another_tool_are_not_merged() -> None:
+    with pytest.raises(ModelError, match="saves modules whole beside its copies"):
+        adapters.get("layer_norm").folding({"modules_to_save": ["embed_tokens"]})
