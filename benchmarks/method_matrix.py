@@ -235,7 +235,7 @@ def each(chosen: Sequence[Case], on: Sequence[str], base: Path | None, folder: P
 
     from tests.support.tiny_model import make_base
 
-    base = base or make_base(folder / "base")
+    base = base or make_base(folder / "base", attention_bias=True)  # there is a bias to train
     for case in chosen:
         for quantization in on:
             where = folder / re.sub(r"\W+", "-", f"{case.name} {quantization}")

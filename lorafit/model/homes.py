@@ -78,7 +78,7 @@ def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
         if not has_some or not isinstance(module, BaseTunerLayer):  # a head saved whole changes no weight
             continue
         if LAYERS in module.adapter_layer_names:
-            found, failed = _homes_of_copy(path, held, names)
+            found, failed = _homes_of_copy(path, groups[0]["default"], names)
             homes, failures = homes | found, failures + failed
             continue
         own, inner = getattr(module, "parameter_name", None), module.get_base_layer()

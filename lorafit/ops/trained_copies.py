@@ -48,7 +48,7 @@ class OtherBias(nn.Module):
         """The layer's result, the difference of the biases added."""
         result: torch.Tensor = self._layer[0](inputs, *more, **named)
         frozen: Any = self._layer[0].bias
-        return result + (self.bias - frozen).to(result.dtype)
+        return result.add((self.bias - frozen).to(result.dtype))
 
 
 def copied_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:

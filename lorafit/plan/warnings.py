@@ -5,11 +5,13 @@ from __future__ import annotations
 from lorafit.console.wording import counted
 from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
 from lorafit.kinds.schedules import warmup_steps
+from lorafit.machine.devices import format_bytes
 from lorafit.memory import StepMemory
 from lorafit.plan.recipe_step import asks_to_keep
 from lorafit.recipe.schema import Recipe
 
 FEW_STEPS = 50
+LARGE_CHECKPOINT_BYTES = 2**30
 
 
 def plan_warnings(
@@ -72,11 +74,23 @@ def plan_warnings(
         found += _unreached(shape)
     if not shape.quantizable and recipe.model.quantization.kind != "none":
         found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
+    found += _large_checkpoints(recipe, memory)
     if memory.step.optimizer.is_paged and device.kind != "cuda":
         found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
     if asks_to_keep(recipe.model.quantization) and not memory.step.keeps_unpacked:
         found.append("keep_unpacked has nothing to keep: no adapted linear is unpacked from 4 bits to model.dtype")
     return tuple(found)
+
+
+def _large_checkpoints(recipe: Recipe, memory: StepMemory) -> list[str]:
+    """What the run puts on the disk, where that is much: weights in fp32 and the optimizer's state, in each."""
+    trained, kept = memory.step.trainable_parameters, recipe.checkpoints.keep_last
+    each = 4 * trained + memory.step.optimizer.state_bytes(trained)
+    if each < LARGE_CHECKPOINT_BYTES:
+        return []
+    most = kept + 2  # the best one, and the one that is being written
+    held = f"keep_last {kept}, the best one and the one that is being written are up to {format_bytes(most * each)}"
+    return [f"each checkpoint takes {format_bytes(each)} of disk: {held}; the adapter is {format_bytes(4 * trained)}"]
 
 
 def _unreached(shape: ModelShape) -> list[str]:

@@ -16,6 +16,7 @@ from lorafit import pipeline
 from lorafit.answering import generate
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu
 from lorafit.model.adapter import adapter_tensors as tensors_of
@@ -40,6 +41,7 @@ from tests.support.option_world import (
     step_lines,
 )
 from tests.support.pictures import draw_rows
+from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import write_rows
 
 VALIDATED = {"data.validation": "../rows/validation.jsonl", "evaluation.every_steps": 1}
@@ -116,9 +118,10 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             (
                 *("lora", "dora", *LOW_RANK),
                 *({"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}, {"kind": "adalora"}),
-                *AT_LINEARS,
+                *({"kind": "layer_norm"}, {"kind": "full"}, *AT_LINEARS),
             ),
             partial(shapes_of_kind, world, adapter_tensors),
+            refused=("bias",),  # the tiny Llama has none
         ),
         "adapter(prompt_tuning).init": Case(
             ("vocabulary", "random"), prompted("prompt_tuning", "init", adapter_tensors)
@@ -136,6 +139,9 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
     for kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
         cases |= {
             f"adapter({kind}).tokens": Case((3, 5), prompted(kind, "tokens", adapter_shapes)),
+        }
+    for kind in ("prompt_tuning", "p_tuning", "prefix_tuning", "layer_norm", "bias", "full"):
+        cases |= {
             f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_of, world, kind)),
         }
     for kind in ("lora", "dora"):
@@ -532,12 +538,19 @@ def first_loss_from(world: OptionWorld, kind: str, adapter: str | None) -> float
     return first_loss(world.train({**of_kind(kind), "adapter.init_from": adapter}))
 
 
-def first_loss_of(world: OptionWorld, kind: str, prompt: str | None) -> float:
-    """The loss before the first step, of fresh vectors or of trained ones."""
-    section = {"kind": kind, "tokens": 3}
-    if prompt is not None and not Path(prompt).exists():
-        Path(prompt).symlink_to(world.train({"adapter": section, "training.learning_rate": 0.1}).adapter)
-    return first_loss(world.train({"adapter": {**section, "init_from": prompt}}))
+def first_loss_of(world: OptionWorld, kind: str, adapter: str | None) -> float:
+    """The loss before the first step, of a fresh adapter of few options or of a trained one."""
+    section: dict[str, Any] = {
+        "kind": kind,
+        **({"tokens": 3} if "tokens" in adapters.section(kind).model_fields else {}),
+    }
+    biased = world.root / "biased"  # Llama has no bias that could be trained
+    if kind == "bias" and not biased.exists():
+        make_base(biased, attention_bias=True)
+    base = {"model.base": str(biased)} if kind == "bias" else {}
+    if adapter is not None and not Path(adapter).exists():
+        Path(adapter).symlink_to(world.train({**base, "adapter": section, "training.learning_rate": 0.1}).adapter)
+    return first_loss(world.train({**base, "adapter": {**section, "init_from": adapter}}))
 
 
 def saved_bytes(world: OptionWorld, key: str, value: Any) -> int:

@@ -18,6 +18,7 @@ from lorafit.errors import ModelError, RecipeError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
+from lorafit.machine.devices import format_bytes
 from lorafit.model.adapter import adapter_tensors, save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weights, open_adapter
 from lorafit.model.base import Base
@@ -25,7 +26,9 @@ from lorafit.model.class_shape import find_shape
 from lorafit.model.inspect import coverage, describe_quantization
 from lorafit.model.merge import merge_adapter
 from lorafit.ops.isolation import adapter_off
+from lorafit.plan import plan
 from tests.support.adapted import load, logits, make_gpt2, make_llama, open_base
+from tests.support.plan_cases import ROWS, card, recipe, shape_of
 
 FAMILIES: dict[str, Any] = {
     "llama": make_llama,
@@ -188,6 +191,19 @@ def test_a_head_of_the_task_is_trained_beside_it_once(tmp_path: Path) -> None:
     assert CAUSAL_MODEL.peft_task != task.peft_task and any(
         "score.modules_to_save" in n for n, _ in model.named_modules()
     )
+
+
+def test_the_plan_says_what_large_checkpoints_take_on_the_disk() -> None:
+    """12 bytes a parameter under AdamW: weights and two moments in fp32."""
+    asked = recipe(adapter={"kind": "full"}, model={"quantization": "none"}, checkpoints={"keep_last": 3})
+    each = 12 * sum(site.parameters for site in adapters.make("full").sites(shape_of()))
+    assert each == 12 * 8_030_261_248
+    said = [text for text in plan(asked, shape_of(), ROWS, card(640)).warnings if "of disk" in text]
+    held = f"keep_last 3, the best one and the one that is being written are up to {format_bytes(5 * each)}"
+    assert said == [
+        f"each checkpoint takes {format_bytes(each)} of disk: {held}; the adapter is {format_bytes(each // 3)}"
+    ]
+    assert not [text for text in plan(recipe(), shape_of(), ROWS, card(640)).warnings if "of disk" in text]
 
 
 def test_whole_modules_of_another_tool_are_not_merged() -> None:

@@ -86,7 +86,7 @@ def test_a_recipe_of_ours_with_a_few_foreign_keys_is_none_of_theirs(fails: Fails
     assert not [line for line in said if "looks like" in line]
 
 
-@pytest.mark.parametrize("kind", ["loha", "LoHa", "full"])
+@pytest.mark.parametrize("kind", ["galore", "GaLore", "longlora"])
 def test_an_adapter_that_does_not_exist_yet_says_so(fails: Fails, kind: str) -> None:
     assert f"adapter '{kind}' does not exist yet; available: " in str(fails(MINIMAL + f"adapter: {kind}\n"))
 
@@ -404,7 +404,7 @@ def test_a_recipe_of_unsloth_is_called_that_and_each_key_is_answered(fails: Fail
     assert "looks like a recipe of Unsloth" in whole
     said = {line.split(": ")[1]: line for line in lines}
     assert set(said) == {line.split(":")[0] for line in UNSLOTH.splitlines()} | {"name"}
-    assert said["bias"].endswith("unknown key; biases stay frozen, as under bias: none")
+    assert said["bias"].endswith("as under bias: none; adapter.kind: bias trains them alone")
     assert "not built yet" in said["loftq_config"]
     assert "training.gradient_checkpointing (auto" in said["use_gradient_checkpointing"]
     assert "did you mean adapter.r?" in said["r"]
