@@ -250,6 +250,7 @@ class Batch:
         trained_tokens: Those that carry loss; None where that is the weight.
         longest_document: Tokens of the longest one of a packed row, where the batch is one row.
         attached: Names of the tensors that the model's forward takes beside token ids, such as pixels.
+        lengths: Real tokens of each sequence, where a causal model reads padding behind them without a mask.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -259,6 +260,7 @@ class Batch:
     trained_tokens: int | None = None
     longest_document: int | None = None
     attached: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]

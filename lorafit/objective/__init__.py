@@ -19,6 +19,7 @@ from torch import nn
 
 from lorafit.contracts import Batch, Example, Examples, LossSum, Reporter, ReportTable, ShownSequence
 from lorafit.errors import NumericsError
+from lorafit.ops.embedding_noise import noise_of
 from lorafit.ops.isolation import in_mode
 from lorafit.ops.kernels import PLAIN
 from lorafit.ops.logits_distance import LogitsUnit
@@ -118,7 +119,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> LossSum:
         """The loss summed over a micro-batch."""
-        with self.autocast(batch):
+        with self.autocast(batch), noise_of(batch):
             return self.task.sum_loss(self, batch)
 
     @torch.no_grad()

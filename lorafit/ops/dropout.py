@@ -61,5 +61,13 @@ def draw_kept(x: torch.Tensor, probability: float) -> torch.Tensor:
     return kept.mul_(2**_BITS / (2**_BITS - dropped))
 
 
+def draw_uniform(x: torch.Tensor) -> torch.Tensor:
+    """fp32 numbers from -1 to 1 in the shape and on the device of x; on a CPU drawn as those of `drop`."""
+    if x.device.type != "cpu":
+        return torch.empty(x.shape, device=x.device).uniform_(-1.0, 1.0)
+    generator = getattr(_of_thread, "generator", None) or _generator(draw_seed())
+    return torch.from_numpy(generator.random(tuple(x.shape), dtype=numpy.float32)).mul_(2.0).sub_(1.0)
+
+
 def _generator(seed: int) -> numpy.random.Generator:
     return numpy.random.Generator(numpy.random.SFC64(seed))

@@ -222,6 +222,9 @@ class TrainingSection(Section):
     """The learning rate over the run, with its warm-up."""
     max_grad_norm: float | None = Field(default=1.0, gt=0.0, le=1e9)
     """Gradients are scaled down to this norm; null: no clipping."""
+    embedding_noise: float | None = Field(default=None, gt=0.0, le=1e4)
+    """NEFTune's alpha, e.g. 5: while training, uniform noise of up to alpha / sqrt(L d) on each value of a token's
+    embedding, L being the row's real tokens and d the embedding's width; null: none."""
     gradient_checkpointing: Checkpointing | Auto = "auto"
     """Recompute activations in the backward pass: slower, far less memory. `half`: of every second layer. `auto`: only
     where it is needed to fit, and then `half` where that is enough."""

@@ -24,6 +24,7 @@ from lorafit.model.attach import load_adapter_weights
 from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.fused_lora import keep_unpacked
 from lorafit.ops.dtypes import dtype_named
+from lorafit.ops.embedding_noise import take_noise
 from lorafit.ops.kernel_choice import describe_versions
 from lorafit.plan import Plan, ResolvedPlan, count_flops
 from lorafit.plan.recipe_step import takes_varlen
@@ -126,6 +127,8 @@ class Assembly:
             training.max_grad_norm,
             self.hooks,
         )
+        if training.embedding_noise is not None:
+            take_noise(executor.objective.base.get_input_embeddings())
         task, ranks = executor.objective.task, executor.ranks
         cost_tokens = resolved.micro_batch_cost_tokens or MICRO_BATCH_COST_TOKENS
         cutter = Cutter(rows.train, task, job.pad_id, self.plan.packing, ranks=ranks, cost_tokens=cost_tokens)
@@ -143,6 +146,7 @@ class Assembly:
             journal,
             self._held_out(resolved),
             stage.set_attention,
+            training.embedding_noise,
         )
 
     def _held_out(self, resolved: ResolvedPlan) -> HeldOut | None:

@@ -21,6 +21,7 @@ from lorafit.contracts import Batch
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError, StoppedBySignal
+from lorafit.ops.embedding_noise import with_noise
 from lorafit.ops.process_memory import peak_memory_bytes, peak_reserved_bytes, release_memory
 from lorafit.ops.rng import RngState, capture_rng, preserved_rng, restore_rng
 from lorafit.plan import ResolvedPlan, Way
@@ -57,6 +58,7 @@ class Trainer:
         snapshot: What a checkpoint holds, the plan among it: how each step is run.
         journal: Is told each step and each evaluation.
         held_out: Evaluation while training.
+        embedding_noise: NEFTune's alpha; None: no noise.
         set_attention: Switches the model's, where the plan's ways differ in it.
         on_settled: Is told the plan once its first steps have shown what the others take, before the first of those.
         feed: Builds the next step's micro-batches while this one runs.
@@ -73,6 +75,7 @@ class Trainer:
     journal: Journal
     held_out: HeldOut | None = None
     set_attention: Callable[[str], None] = lambda name: None
+    embedding_noise: float | None = None
     on_settled: Callable[[ResolvedPlan], None] = lambda plan: None
     feed: StepFeed[list[Batch]] = field(init=False)
     signals: StopSignals = field(init=False)
@@ -246,6 +249,8 @@ class Trainer:
         cutter = self._cutter(step)
         cut = cutter.cut(self.step_rows.rows(step)[1], token_budget)
         batches = [cutter.collate(part) for part in cutter.of_rank(cut, self.executor.rank)]
+        if self.embedding_noise is not None:
+            batches = [with_noise(batch, self.embedding_noise) for batch in batches]
         return [batch.pinned() for batch in batches] if self.executor.device.type == "cuda" else batches
 
     def _cutter(self, step: int) -> Cutter:

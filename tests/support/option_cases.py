@@ -303,6 +303,7 @@ def training_cases(world: OptionWorld) -> dict[str, Case]:
         "training.gradient_checkpointing": Case(
             (False, "half", True), partial(saved_bytes, world, "training.gradient_checkpointing")
         ),
+        "training.embedding_noise": Case((None, 5.0, 50.0), of_run(world, "training.embedding_noise", last_loss)),
         "training.deterministic": Case((False, True), partial(algorithms_taken, world)),
     }
 

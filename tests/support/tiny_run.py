@@ -24,6 +24,7 @@ from lorafit.kinds.optimizers import optimizers, rate_groups
 from lorafit.kinds.schedules import learning_rate_at, schedules
 from lorafit.kinds.tasks import tasks
 from lorafit.model.attention import set_attention
+from lorafit.ops.embedding_noise import take_noise
 from lorafit.ops.rng import seed_rng
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
@@ -196,6 +197,7 @@ class Job:
     optimizer: dict[str, Any] = field(default_factory=lambda: {"kind": "adamw"})
     learning_rate: float = 1e-2
     rate_factor: Callable[[str], float] = lambda name: 1.0
+    embedding_noise: float | None = None
     keep_last: int = 2
     autocast_dtype: torch.dtype | None = None
     quantized: bool = False
@@ -211,6 +213,8 @@ class Job:
         named = [(name, p) for name, p in self.objective.named_parameters() if p.requires_grad]
         kind = optimizers.make(self.optimizer["kind"], **self.optimizer)
         optimizer = kind.build(rate_groups(named, self.rate_factor), self.learning_rate, torch.device("cpu"))
+        if self.embedding_noise is not None:
+            take_noise(self.objective.base.get_input_embeddings())
         run = RunDir(self.root)
         run.root.mkdir(parents=True, exist_ok=True)
         self.store = CheckpointStore(run, keep_last=self.keep_last, reporter=self.reporter)
@@ -246,6 +250,7 @@ class Job:
             Journal(self.reporter, log, profile=self.profile, counts_memory=self.counts_memory),
             self.held_out,
             set_attention=partial(set_attention, self.objective.base),
+            embedding_noise=self.embedding_noise,
         )
 
     def resume(self, step: int | None = None) -> tuple[Trainer, Any]:

@@ -126,8 +126,9 @@ class TwoAnswers(NextTokenTask[S_co]):
         for column in self.reference_columns:
             if column.name in pairs[0].columns:
                 tensors[column.name] = torch.from_numpy(np.stack([np.asarray(pair[column.name]) for pair in pairs]))
-        tokens, rows_of = sum(len(ids) for ids, _ in sides), tuple(pair.index for pair in pairs)
-        return Batch(tensors, len(pairs), rows_of, tokens, trained_tokens=len(tensors["label_ids"]))
+        lengths, rows_of = tuple(len(ids) for ids, _ in sides), tuple(pair.index for pair in pairs)
+        trained_tokens = len(tensors["label_ids"])
+        return Batch(tensors, len(pairs), rows_of, sum(lengths), trained_tokens=trained_tokens, lengths=lengths)
 
     def shape_batch(self, rows: int, tokens: int, labels: int, *, packed: bool) -> Batch:
         """A micro-batch of such a shape, its values left open."""

@@ -62,7 +62,8 @@ class CausalLm(AnswerTask[CausalLmSection]):
         together = [document for row in rows for document in row]
         lengths = [len(document["tokens"]) for document in together]
         numbers, longest = tuple(document.index for document in together), max(lengths) if "bounds" in tensors else None
-        return Batch(tensors, len(tensors["label_ids"]), numbers, sum(lengths), longest_document=longest)
+        each = tuple(sum(len(document["tokens"]) for document in row) for row in rows)
+        return Batch(tensors, len(tensors["label_ids"]), numbers, sum(each), longest_document=longest, lengths=each)
 
     def show(self, example: Example) -> tuple[ShownSequence, ...]:
         """The row's tokens, and which of them carry loss."""

@@ -122,9 +122,9 @@ class ImageTextToText(AnswerTask[ImageTextToTextSection]):
         examples = [row[0] for row in rows]
         tensors = label_tokens([[(one["tokens"], one["trained"])] for one in examples], pad_id)
         attached = self._attach(examples)
-        lengths, numbers = [len(one["tokens"]) for one in examples], tuple(one.index for one in examples)
-        together = {**tensors, **attached}
-        return Batch(together, len(tensors["label_ids"]), numbers, sum(lengths), attached=tuple(attached))
+        lengths, numbers = tuple(len(one["tokens"]) for one in examples), tuple(one.index for one in examples)
+        together, labels = {**tensors, **attached}, len(tensors["label_ids"])
+        return Batch(together, labels, numbers, sum(lengths), attached=tuple(attached), lengths=lengths)
 
     def _attach(self, examples: Sequence[Example]) -> Mapping[str, torch.Tensor]:
         pictures = [self.pictures(one) for one in examples]

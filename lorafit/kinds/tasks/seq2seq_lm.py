@@ -64,6 +64,7 @@ class Seq2SeqLm(NextTokenTask[Seq2SeqLmSection]):
         "data.system_prompt": _NO_CHATS,
         "data.dropped_fields": _NO_CHATS,
         "data.train_on": "learns targets, whole",
+        "training.embedding_noise": "reads two texts, each by an embedding of its own",
     }
 
     @property

@@ -69,7 +69,7 @@ def test_a_recipe_of_another_tool_is_called_that(fails: Fails) -> None:
         "load_in_8bit: unknown key; in lorafit this is model.quantization (none)",
         "eval_table_size: unknown key; tables of answers are not tracked",
         "use_rslora: unknown key; in lorafit this is adapter.kind (rslora)",
-        "neftune_noise_alpha: unknown key; not built yet",
+        "neftune_noise_alpha: unknown key; in lorafit this is training.embedding_noise",
         "use_liger_kernel: unknown key; not needed",
         "dataset_num_proc: unknown key; decided by the machine",
         "eos_token: unknown key; the base model's own end tokens",
