@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
 from lorafit.kinds.adapters import begins_as_base
+from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.version import installed_versions
 from lorafit.recipe.extends import FLAG
@@ -41,7 +42,11 @@ _PROOF_LOGITS_BYTES = 64 << 20  # fp32, all at once, and copied: such is a model
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a recipe names, opened and checked, weights apart."""
+    """Everything that a recipe names, opened and checked, weights apart.
+
+    Attributes:
+        linears: Kinds of linears by path, which a run or calibration rows have chosen.
+    """
 
     loaded: LoadedRecipe
     base: Base
@@ -50,11 +55,16 @@ class Job:
     renderer: Renderer
     rows: Prepared
     device: DeviceFacts
+    linears: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe's values."""
-        return self.loaded.recipe
+        """The recipe's values, with the kinds of linears that it leaves open and somebody has chosen."""
+        asked, chosen = self.loaded.recipe, quantizations.bind(self.loaded.recipe.model.quantization)
+        if not self.linears or not chosen.candidates():
+            return asked
+        model = asked.model.model_copy(update={"quantization": chosen.told_by(self.linears)})
+        return asked.model_copy(update={"model": model})
 
     @property
     def task(self) -> Task[TaskSection]:

@@ -33,6 +33,7 @@ from lorafit.run.trained import Trained
 from lorafit.run.workspace import (
     check_answerable,
     check_same_recipe,
+    chosen_linears,
     inputs_of,
     is_lone_adapter,
     is_model,
@@ -165,6 +166,7 @@ def train(
             check_unused(run, loaded, command=command)
         given = ResolvedPlan.from_json(read_object(plan_file), str(plan_file)) if plan_file is not None else None
         job = open_job(loaded, reporter, *(recorded_start(run) if resume else ()))
+        job = replace(job, linears=chosen_linears(loaded, run if resume else None, given))
         engine = MeasuredSteps(job.base.config, reporter)
         the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device, engine)
         if dry_run:

@@ -39,8 +39,9 @@ from lorafit.ops.dtypes import dtype_named
 from lorafit.ops.kernels import Kernels
 from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes
 from lorafit.ops.rng import seed_rng
-from lorafit.plan import Plan, ResolvedPlan, require_fit, show_plan
+from lorafit.plan import Plan, ResolvedPlan, plan, require_fit, show_plan
 from lorafit.run.assembly import Assembly
+from lorafit.run.calibration import Choice, choose_linears
 from lorafit.run.card import RunCard
 from lorafit.run.resumption import Resumption
 from lorafit.run.trained import Trained, describe_resolved
@@ -71,6 +72,7 @@ class Training:
     resume_command: str
     counts_memory: bool = False
     profiles: bool = False
+    choice: Choice | None = None
 
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
@@ -93,6 +95,10 @@ class Training:
         )
         check_same_rows(accelerator, job.rows.digest)
         forget_peak_memory(accelerator.device)  # of another run in this process
+        choice = choose_linears(job, self.plan, accelerator, self.reporter)
+        if choice is not None:  # from here on as if the recipe had said it
+            told = self._with(choice)
+            return told.run(resume=resume, resume_from=resume_from, given=given, allow_inexact=allow_inexact)
         job, objective, content, describe = self._prove_loaded(accelerator, begun, kernels)
         model = objective.model
         one = accelerator.num_processes == 1
@@ -102,6 +108,7 @@ class Training:
         stage = assembly.stage(self.reporter, one_by_one=self.profiles or self.counts_memory)
         cache_name = f"plans/{key_of_code([job.facts(), job.device.name, job.device.count, kernels.name])}.json"
         resolved = resolve_plan(self.plan, stage, resumed=begun.resolved_plan(), given=given, cache_name=cache_name)
+        resolved = replace(resolved, linears=dict(job.linears))
         used = begun.check_quantization(describe()) if describe is not None else {}
         before_bytes = peak_memory_bytes(executor.device)
         told_apart = forget_peak_memory(executor.device)  # the rehearsal tries what the steps do not take
@@ -125,6 +132,7 @@ class Training:
         state.events += events
         if content is not None:  # nothing is written before all is loaded, compared and proven
             hashes = {self.where.base: content.to_json(), self.where.quantization: used}
+            hashes |= {} if self.choice is None else {self.where.sensitivity: self.choice.to_json()}
             self._describe(job, card, {**resolved.to_json(), **facts}, hashes, begins=checkpoint is None)
             if checkpoint is None:
                 self._keep_first_adapter(model)
@@ -143,6 +151,12 @@ class Training:
         if executor.rank == 0:
             write_json(self.where.result, trained.summary())
         return trained
+
+    def _with(self, choice: Choice) -> Training:
+        """The same with a kind for each linear, and the plan that follows from them."""
+        job = replace(self.job, linears=choice.linears)
+        exact = plan(job.recipe, job.shape, job.rows.facts(), job.device, self.plan.step.engine)
+        return replace(self, job=job, plan=exact, choice=choice)
 
     def _prove_loaded(
         self, accelerator: Accelerator, begun: Resumption, kernels: Kernels

@@ -25,7 +25,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"pipeline"},
     {"training", "merging", "answering.classify"},
     {"answering.answer_rows"},
-    {"answering.opening", "answering.evaluation_rows", "run.resumption", "run.assembly"},
+    {"answering.opening", "answering.evaluation_rows", "run.resumption", "run.assembly", "run.calibration"},
     {"answering.tuned"},
     {"job"},
     {"answering.prompts", "estimation.local_rows", "run.output_folder"},

@@ -14,6 +14,7 @@ from lorafit.machine.devices import format_bytes
 from lorafit.machine.hardware import smallest_card
 from lorafit.memory import MemoryEstimate, StepMemory, fits
 from lorafit.plan.bounds import Bounds
+from lorafit.plan.calibration import calibration_memory
 from lorafit.plan.recipe_step import HEADROOM
 from lorafit.plan.run_cost import RunCost
 from lorafit.recipe.schema import Recipe
@@ -108,7 +109,8 @@ class Answer:
         device, found = self.device, self.exact or self.memory
         if device is None:
             return None
-        is_enough = fits(found, device.memory_bytes, self.options.headroom)
+        needed = (found, *filter(None, [self.calibration]))
+        is_enough = all(fits(each, device.memory_bytes, self.options.headroom) for each in needed)
         return None if is_enough and not found.counts_all else is_enough
 
     @property
@@ -118,9 +120,15 @@ class Answer:
         return self.asked.at(self.memory.micro_batch_tokens, True).needed_bytes if is_open else None
 
     @property
+    def calibration(self) -> MemoryEstimate | None:
+        """What choosing the kinds of linears takes, before the run's own steps; None where nothing is to be chosen."""
+        return calibration_memory(self.asked)
+
+    @property
     def needed_bytes(self) -> int:
         """What the card must have: by the dry run of the whole step where it ran."""
-        return (self.exact or self.memory).needed_bytes
+        own, calibration = self.exact or self.memory, self.calibration
+        return max(own.needed_bytes, 0 if calibration is None else calibration.needed_bytes)
 
     def raise_unless_fits(self) -> None:
         """For `--gpu` and `--fit`.
@@ -205,6 +213,7 @@ class Answer:
                 "fits": here.fits,
                 "most_needed_bytes": here.memory_at_most.needed_bytes,
             },
+            "calibration": None if (calibration := self.calibration) is None else calibration.to_json(),
             "exact": None if self.exact is None else self.exact.to_json(),
             "gpu": None if device is None else {"name": device.name, "memory_bytes": device.memory_bytes},
             "headroom": self.options.headroom,

@@ -111,6 +111,9 @@ def _head(estimate: Answer) -> Iterator[str]:
         yield f"too low: {what} is not counted here"
     elif not _is_closed(estimate):
         yield "measured by dry runs of a few layers"
+    if (calibration := estimate.calibration) is not None:
+        needed = f"for which {format_bytes(calibration.needed_bytes)} is needed"
+        yield f"at most so much: calibration rows choose each linear's kind before the run, {needed}"
     if memory.unquantized_expert_bytes:
         yield f"{format_bytes(memory.unquantized_expert_bytes)} of weights are experts, which no quantisation reaches"
 

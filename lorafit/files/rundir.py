@@ -57,6 +57,8 @@ class RunDir:
     """Every operation of a few steps, for a trace viewer."""
     quantization = _Inside("quantization.json")
     """Hashes of every packed base tensor, so that a merge can prove that it rebuilt the same base."""
+    sensitivity = _Inside("sensitivity.json")
+    """What each kind would change the loss by, and the kind that was chosen, linear by linear."""
     base = _Inside("base.json")
     """Hashes of all bytes of the base's tensors, so that a resume can prove that it goes on with the same base."""
     metrics = _Inside("metrics.jsonl")

@@ -81,7 +81,7 @@ def layer_of(step: StepShape) -> Layer:
         masked=step.packs_rows and step.attention != "eager",
         kernel=step.attention_kernel,
         keeps_unpacked=step.keeps_unpacked,
-        keeps_input=lambda linear: step.stored_as(linear).keeps_inputs,
+        keeps_input=lambda linear: step.stored_as(linear).share_keeping_inputs(linear),
         leaks_inputs=True,
         runs_liger=step.runs_liger,
     )

@@ -71,11 +71,13 @@ class Layer(LayerStack):
 
     def leaked_bytes(self) -> int:
         """Inputs that LLM.int8() holds as plain attributes of its autograd nodes, out of checkpointing's reach."""
-        held = filter(self.keeps_input, self.shape.linears if self.leaks_inputs else ())
-        widths = {linear.role or linear.name: linear.in_features for linear in held}
-        shared = [widths[roles[0]] for roles in (("q", "k", "v"), ("gate", "up")) if roles[0] in widths]
-        single = [width for role, width in widths.items() if role not in ("q", "k", "v", "gate", "up")]
-        return sum(shared + single) * self.compute_bytes
+        held: dict[str, tuple[int, float]] = {}  # by what reads one tensor: its width, and the share of layers
+        for linear in self.shape.linears if self.leaks_inputs else ():
+            role = linear.role or linear.name
+            reader = next((roles for roles in (("q", "k", "v"), ("gate", "up")) if role in roles), (role,))[0]
+            width, share = held.get(reader, (0, 0.0))
+            held[reader] = max(width, linear.in_features), min(1.0, share + self.keeps_input(linear))
+        return round(sum(width * share for width, share in held.values()) * self.compute_bytes)
 
     # What other stacks do otherwise
 
@@ -154,7 +156,7 @@ class Layer(LayerStack):
         """The linears that read a block's normalised input, in order; earlier results wait for the later ones."""
         found, waiting = [], 0.0
         linears = [linear for linear in self.shape.linears if linear.role in roles]
-        shared = any(self.keeps_input(x) or self.reads_shared_input(x) for x in linears)
+        shared = any(self.keeps_input(x) > 0 or self.reads_shared_input(x) for x in linears)
         for number, linear in enumerate(linears):
             operation = self._in_some_layers(self.linear(linear, alive=waiting), linear)
             if shared and number == 0:  # the norm's output itself is kept, once for all
@@ -171,7 +173,7 @@ class Layer(LayerStack):
             attention_keeps = role == "o" and self.keeps_attended()
             kept_anyway = attention_keeps or self.shape.activation == "relu"  # its result, and so does relu
             multiplies_again = role == "down" and linear in self.adapted and self.fuses_projections()
-            shared = self.keeps_input(linear) or (self.reads_shared_input(linear) and not multiplies_again)
+            shared = self.keeps_input(linear) > 0 or (self.reads_shared_input(linear) and not multiplies_again)
             held = 0 if kept_anyway else linear.in_features * width
             alive, freed = (0.0, held) if shared else (held, 0.0)
             operation = self.linear(linear, alive=alive, ends_block=True, freed=freed)

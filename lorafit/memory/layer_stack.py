@@ -27,7 +27,7 @@ class LayerStack:
         masked: Whether attention that keeps no scores gets a mask: packed documents.
         kernel: What computes attention that is neither `eager` nor `fused`.
         keeps_unpacked: Whether adapted linears that run fused keep that copy, instead of making it for each product.
-        keeps_input: Whether a linear keeps its input: all do in full fine-tuning, and those of LLM.int8().
+        keeps_input: Share of a linear's layers in which it keeps its input: all in full fine-tuning and of LLM.int8().
         leaks_inputs: Whether that is out of checkpointing's reach: LLM.int8().
         fused: Layers run as `lorafit.model.fuse` makes them: a norm, a gated product and a linear with its LoRA branch
             are one operation each.
@@ -48,7 +48,7 @@ class LayerStack:
     masked: bool = False
     kernel: Kernel = "flash"
     keeps_unpacked: bool = False
-    keeps_input: Callable[[LinearShape], bool] = lambda linear: False
+    keeps_input: Callable[[LinearShape], float] = lambda linear: 0.0
     leaks_inputs: bool = False
     fused: bool = True
     runs_liger: bool = False
@@ -91,7 +91,7 @@ class LayerStack:
 
     def fuses_linear(self, linear: LinearShape) -> bool:
         """Whether a linear and its branch do."""
-        keeps_input = self.keeps_input(linear)
+        keeps_input = self.keeps_input(linear) == 1
         known = linear.quantizable  # the classes that transformers can replace are those that are fused
         return self.fused and fuses_branch(of_known_class=known, keeps_input=keeps_input, transposed=linear.transposed)
 

@@ -187,7 +187,7 @@ def _round_plain(model: torch.nn.Module, kind: Quantization[QuantizationSection]
         linear: Any = model.get_submodule(name)
         lies_across = not hasattr(linear, "in_features")  # Conv1D: [in, out]
         weight = linear.weight.data
-        value = kind.of(name.rsplit(".", 1)[-1]).rounded((weight.t() if lies_across else weight).contiguous())
+        value = kind.of(name).rounded((weight.t() if lies_across else weight).contiguous())
         linear.weight.data = value.t().contiguous() if lies_across else value
 
 

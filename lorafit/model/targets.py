@@ -235,7 +235,7 @@ def unquantised_names(
     narrow: dict[str, int] = {}
     for name, module in linears:
         inputs = getattr(module, "in_features", None) or next(module.parameters()).shape[0]  # Conv1D lies [in, out]
-        multiple = 1 if kind is None else kind.of(_last(name)).cpu_row_multiple
+        multiple = 1 if kind is None else kind.of(name).cpu_row_multiple
         if inputs % multiple and name not in plain:
             narrow[name] = multiple
     if narrow and quantised is None:

@@ -19,6 +19,7 @@ from lorafit.ops.attention_kernels import VARLEN
 from lorafit.ops.kernel_choice import check_kernels
 from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.plan.bounds import memory_bounds
+from lorafit.plan.calibration import calibration_memory, require_calibration_fit
 from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, begins_rows, recipe_step, takes_varlen
 from lorafit.plan.warnings import plan_warnings
 from lorafit.recipe.schema import Recipe
@@ -117,6 +118,11 @@ class Plan:
         return self.step.step.loss_chunk_bytes
 
     @property
+    def calibration(self) -> MemoryEstimate | None:
+        """What choosing the kinds of linears takes before the run's own memory; None where nothing is to be chosen."""
+        return calibration_memory(self.step)
+
+    @property
     def trained_share(self) -> float:
         """Share of tokens that carry loss (0 to 1)."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
@@ -133,6 +139,7 @@ class Plan:
             "without_adapter": [asdict(part) for part in self.without_adapter],
             "warnings": list(self.warnings),
             "trained_share": self.trained_share,
+            **({} if (calibration := self.calibration) is None else {"calibration": calibration.to_json()}),
         }
         return plain | open_values | estimates | own
 
@@ -217,9 +224,11 @@ def require_fit(plan: Plan) -> None:
     """Called before any weight is loaded.
 
     Raises:
-        DoesNotFitError: Not even one longest row with as much checkpointing as can be fits on the device.
+        DoesNotFitError: Not even one longest row with as much checkpointing as can be fits on the device; or not the
+            unquantised base, where calibration rows are to say how its linears are stored.
     """
     if plan.fits:
+        require_calibration_fit(plan.step, plan.device, HEADROOM)
         return
     need, have = plan.memory_least.needed_bytes, plan.device.memory_bytes
     how = "with" if plan.memory_least.gradient_checkpointing else "without"

@@ -56,6 +56,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     stored = f"{quantised_as(plan.quantization)}, {'' if plan.quantization == 'none' else 'the rest '}{plan.dtype}"
     kernels = f"; kernels {plan.kernels}" if plan.device.kind != "cpu" else ""
     yield "weights", f"{stored}; compute {plan.compute_dtype}; attention {plan.attention}{kernels}"
+    if (calibration := plan.calibration) is not None:
+        yield "calibration", f"{format_bytes(calibration.needed_bytes)} needed to choose each linear's kind, once"
     if plan.packing is not False:
         yield "packing", "on" if plan.packing else "auto: with varlen attention, where that is right and fastest"
     if plan.keeps_unpacked:

@@ -24,6 +24,7 @@ _Count = Annotated[int, Field(gt=0, lt=1 << 53)]
 _Attention = Annotated[str, Field(pattern="^(auto|eager|sdpa|fused|varlen|flash_attention_2)$")]
 """transformers takes any other name of an attention for a kernel to fetch and run."""
 _Kernels = Annotated[str, Field(pattern="^(none|liger( without [a-z, ]+)?)$")]
+_LinearKind = Annotated[str, Field(pattern="^(nf4|int8|none)$")]
 _Dtype = Annotated[str, Field(pattern="^(bf16|fp16|fp32)$")]
 
 
@@ -67,6 +68,7 @@ class ResolvedPlan:
         micro_batch_cost_tokens: What starting a micro-batch costs on a card, as its steps are cut; None: as on a CPU.
         loss_chunk_bytes: Of fp32 logits that the loss holds at once; None: as many as are usual on the device.
         kernels: `none` or `liger`, with what of it was left out.
+        linears: Kinds of linears by path, where calibration rows chose them.
     """
 
     micro_batch_tokens: _Count
@@ -86,6 +88,7 @@ class ResolvedPlan:
     loss_chunk_bytes: _Count | None = None
     micro_batch_cost_tokens: _Count | None = None
     kernels: _Kernels = "none"
+    linears: dict[str, _LinearKind] = field(default_factory=dict)
 
     @property
     def later(self) -> Way:

@@ -59,6 +59,11 @@ def _of_adapter(recipe: Recipe) -> Iterator[Disagreement]:
     if why is not None:
         keys = ("adapter.kind", "model.quantization")
         yield Disagreement(keys, why, "use another adapter, or another quantization")
+    task = tasks.bind(recipe.task)
+    if quantizations.bind(recipe.model.quantization).candidates() and (task.reference_columns or task.pools):
+        keys = ("model.quantization", "task")
+        what = f"calibration rows need a loss of their own, and that of {recipe.task.kind} takes other answers too"
+        yield Disagreement(keys, what, "use another quantization, or name its linears, e.g. those of another run")
 
 
 def _of_training(recipe: Recipe) -> Iterator[Disagreement]:

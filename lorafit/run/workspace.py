@@ -21,6 +21,7 @@ from lorafit.errors import CheckpointError, DataError, UsageError
 from lorafit.files.atomic import atomic_file, read_object, require_manifest, write_json
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import metrics
+from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import WRITES_NONE
 from lorafit.machine.version import installed_versions
 from lorafit.recipe.differences import ABSENT, differences, tell_differences
@@ -98,6 +99,21 @@ def recorded_start(run: RunDir) -> tuple[datetime | None, str | None]:
         return None, None
     commit = read_card(run.card).base.commit if run.card.is_file() else None
     return find_moment(read_object(run.manifest), run.manifest), commit
+
+
+def chosen_linears(loaded: LoadedRecipe, run: RunDir | None, given: ResolvedPlan | None) -> Mapping[str, str]:
+    """Kinds of linears by path that the recipe leaves open: those of a run that is resumed, else of a given plan.
+
+    Raises:
+        CheckpointError: The run's plan.json cannot be read.
+    """
+    if not quantizations.bind(loaded.recipe.model.quantization).candidates():
+        return {}
+    if run is not None and run.plan.exists():
+        from lorafit.plan import ResolvedPlan
+
+        given = ResolvedPlan.from_json(read_object(run.plan), str(run.plan))
+    return {} if given is None else given.linears
 
 
 def is_run(path: Path) -> bool:

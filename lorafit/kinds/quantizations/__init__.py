@@ -8,6 +8,7 @@ skeleton ──replace_linears──> layers without values ──fake──> fa
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from lorafit.contracts import JsonMapping, JsonObject
@@ -15,7 +16,7 @@ from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import nn
@@ -31,6 +32,21 @@ KeepUnpacked = bool | Literal["auto"]
 
 class QuantizationSection(KindSection):
     """What every quantisation's section has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What storing one linear in each of several kinds would change the loss by.
+
+    Attributes:
+        path: Of the linear.
+        linear: Its sizes, with a count of 1.
+        changes: Of the loss, by kind, for the kinds that it can be stored in.
+    """
+
+    path: str
+    linear: LinearShape
+    changes: Mapping[str, float]
 
 
 class Rows(Protocol):
@@ -72,9 +88,38 @@ class Quantization(Kind[S_co]):
     def workspace_bytes(self, largest: LinearShape, dtype_bytes: int) -> int:
         """Bytes of the temporary that one forward or backward of the largest linear needs (its dequantised copy)."""
 
-    def of(self, name: str) -> Quantization[KindSection]:
-        """How linears of that name, the last part of their paths, are stored: by this kind, unless it mixes several."""
+    def of(self, path: str) -> Quantization[KindSection]:
+        """How the linear of that path is stored, or those that its last part alone names: by this kind, unless it mixes
+        several.
+        """
         return self
+
+    def share_keeping_inputs(self, linear: LinearShape) -> float:
+        """Of the `linear.count` linears, the share that keeps its input out of checkpointing's reach."""
+        return float(self.keeps_inputs)
+
+    def candidates(self) -> Mapping[str, Quantization[KindSection]]:
+        """The kinds among which each linear's is to be chosen, by what each changes the loss by; none where the section
+        says them all.
+        """
+        return {}
+
+    @property
+    def calibration_rows(self) -> int:
+        """Of how many training rows the loss is asked, to choose among the candidates."""
+        return 0
+
+    def allot(self, found: Sequence[Sensitivity], dtype_bytes: int) -> Sequence[str]:
+        """The kind of each linear, chosen among its candidates.
+
+        Raises:
+            RecipeError: What the section allows is less than the linears take at the least.
+        """
+        raise NotImplementedError
+
+    def told_by(self, linears: Mapping[str, str]) -> S_co:
+        """The section with the kinds of linears by path that a run has chosen, where it leaves them open."""
+        return self.section
 
     def single_kinds(self) -> Sequence[str]:
         """The kinds that single linears may be stored in: this one, unless it mixes several."""

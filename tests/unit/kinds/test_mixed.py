@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from lorafit.errors import RecipeError
 from lorafit.kinds.quantizations import kind_of_codes, quantizations
+from lorafit.memory.closed_form import layer_of
 from lorafit.model.class_shape import find_shape
 from lorafit.model.inspect import quantized_hashes
 from tests.support.adapted import load, make_gpt2, make_llama, open_base
@@ -68,3 +69,10 @@ def test_names_that_no_linear_has_are_refused_with_those_there_are(tmp_path: Pat
 def test_kinds_that_are_none_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"is no kind of a linear; .*known: fp4, int8, nf4, none"):
         quantizations.make("mixed", **options)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj"])
+def test_what_one_of_several_readers_keeps_of_their_input_is_counted(name: str, tmp_path: Path) -> None:
+    """LLM.int8() keeps it, and q, k and v read the same; nobody but v may be in 8 bits."""
+    question = ask(MODELS["llama"], tmp_path, model__quantization=f"{{kind: mixed, linears: {{{name}: int8}}}}")
+    assert layer_of(question.step).leaked_bytes() == 2 * MODELS["llama"]["hidden_size"]
