@@ -68,6 +68,9 @@ def all_cases(world: OptionWorld) -> dict[str, Case]:
     }
 
 
+ADAPTIVE = {"kind": "adaptive", "bits": 7.0}
+
+
 def of_run(world: OptionWorld, key: str, look: Callable[[RunDir], Any], more: Changes | None = None) -> Probe:
     """A probe: trains with the value in its place, and looks at what is left."""
     return lambda value: look(world.train({**(more or {}), key: value}))
@@ -94,6 +97,9 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
     def quantized(option: str, kind: str) -> Probe:
         return lambda value: first_loss(world.train({"model.quantization": {"kind": kind, option: value}}))
 
+    def chosen(option: str) -> Probe:
+        return lambda value: linears_of(world.train({"model.quantization": {**ADAPTIVE, option: value}}))
+
     def adapted(kind: str, option: str, look: Callable[[RunDir], Any]) -> Probe:
         return of_run(world, f"adapter.{option}", look, of_kind(kind))
 
@@ -111,7 +117,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         ),
         "model.kernels": Case(("none", "liger"), partial(memory_on_a_card, world, "model.kernels")),
         "model.quantization": Case(
-            ("none", "nf4", "fp4", "int8", {"kind": "mixed", "linears": {"down_proj": "int8"}}),
+            ("none", "nf4", "fp4", "int8", {"kind": "mixed", "linears": {"down_proj": "int8"}}, ADAPTIVE),
             of_run(world, "model.quantization", first_loss),
         ),
         "adapter": Case(
@@ -168,6 +174,14 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
     cases["model.quantization(mixed).linears"] = Case(({}, {"down_proj": "int8"}), quantized("linears", "mixed"))
     cases["model.quantization(mixed).others"] = Case(("nf4", "none"), quantized("others", "mixed"))
     cases["model.quantization(mixed).double_quant"] = Case((True, False), quantized("double_quant", "mixed"))
+    cases |= {
+        "model.quantization(adaptive).bits": Case((7.0, 12.0), chosen("bits")),
+        "model.quantization(adaptive).calibration_rows": Case((16, 2), chosen("calibration_rows")),
+        "model.quantization(adaptive).double_quant": Case((True, False), chosen("double_quant")),
+        "model.quantization(adaptive).linears": Case(
+            (all_stored_as("nf4"), all_stored_as("int8")), quantized("linears", "adaptive")
+        ),
+    }
     for kind in ("nf4", "fp4"):
         cases[f"model.quantization({kind}).double_quant"] = Case((True, False), quantized("double_quant", kind))
         cases[f"model.quantization({kind}).compute_dtype"] = Case(
@@ -377,6 +391,17 @@ def folder_cases(world: OptionWorld) -> dict[str, Case]:
         "name": Case(("one", "two"), lambda value: places_of_runs(world, {"name": value, "output": ""})),
         "output": Case(("run", "deep/er"), lambda value: places_of_runs(world, {"output": value})),
     }
+
+
+def linears_of(run: RunDir) -> Any:
+    """What calibration rows say of each linear, and how it is stored."""
+    return read_object(run.sensitivity)["linears"]
+
+
+def all_stored_as(kind: str) -> dict[str, str]:
+    """A table of every linear of the tiny base."""
+    parts = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    return {f"model.layers.{layer}.{part}": kind for layer in range(2) for part in parts}
 
 
 def first_loss(run: RunDir) -> float:

@@ -43,6 +43,15 @@ class Int8(BitsandbytesKind[Int8Section]):
         """One fp32 scale a row."""
         return 4 * linear.out_features * linear.count
 
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """Quantised, from fp16 as bitsandbytes does it, and dequantised."""
+        import torch
+        from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+        codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        values: torch.Tensor = int8_vectorwise_dequant(codes, scales)
+        return values.to(weight.dtype)
+
     def settings(self, compute_dtype: torch.dtype) -> JsonObject:
         """LLM.int8() computes in the dtype of its input."""
         return {"load_in_8bit": True}
