@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import LorafitError, ModelError, RecipeError, raise_all
 from lorafit.kinds.adapters import begins_as_base
+from lorafit.kinds.linear_targets import check_new_tokens, new_tokens
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import Task, TaskSection, tasks
 from lorafit.machine.version import installed_versions
@@ -148,6 +149,10 @@ class Job:
         from lorafit.model.tokenizer_files import PROCESSOR_PATTERNS, Companions, TokenizerFolder
 
         beside = TokenizerFolder(self.base.path, follows_links=True)
+        if self.base.new_tokens:
+            from lorafit.model.new_tokens import keep_tokenizer
+
+            beside = TokenizerFolder(keep_tokenizer(self.tokenizer, self.renderer.key["tokenizer"]))
         processor = beside.files(PROCESSOR_PATTERNS) if self.task.reads_pictures else ()
         return Companions(beside, card.shipped_templates, card.generation, type(self.tokenizer).__name__, processor)
 
@@ -202,10 +207,13 @@ def open_job(
     model = recipe.model if commit is None else recipe.model.model_copy(update={"revision": commit})
     with placed(loaded):
         base = resolve_base(model, loaded.folder, reporter).known_as(revision=recipe.model.revision)
+    base = replace(base, new_tokens=new_tokens(recipe.adapter))
     task = tasks.bind(recipe.task)
     find_shape(base.config, task.model_class)  # a config of no model is told before all else
+    check_new_tokens(recipe.adapter, reads_pictures=task.reads_pictures)
     pictures = open_pictures(base) if task.reads_pictures else None
-    tokenizer = load_tokenizer(base) if pictures is None else pictures.tokenizer
+    with placed(loaded):
+        tokenizer = load_tokenizer(base) if pictures is None else pictures.tokenizer
     renderer = build_renderer(tokenizer, recipe.data, loaded.folder, now, task.two_texts, pictures)
     rows, shape = prepare_rows(loaded, renderer, base.config, reporter, glance=glance)
     return Job(loaded, base, shape, tokenizer, renderer, rows, device)
@@ -251,6 +259,7 @@ def prepare_rows(
     from lorafit.data.prepare import prepare
     from lorafit.files.cache import cache_folder
     from lorafit.model.class_shape import find_shape
+    from lorafit.model.new_tokens import with_rows
 
     recipe = loaded.recipe
     task = tasks.bind(recipe.task)
@@ -267,7 +276,7 @@ def prepare_rows(
             only=only,
             glance=glance,
         )
-    shape = find_shape(config, rows.task.model_class)
+    shape = with_rows(find_shape(config, rows.task.model_class), recipe.adapter, renderer.tokenizer)
     check_examples(rows.splits, rows.task.columns, renderer.tokenizer, shape.vocabulary)
     return rows, shape
 

@@ -6,7 +6,7 @@ ADAPTER ────> lorafit.json┴──> base, found again ──> Tuned ─
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lorafit.contracts import Reporter
 from lorafit.errors import CheckpointError, DataError
 from lorafit.job import open_job, open_pictures
+from lorafit.kinds.linear_targets import new_tokens
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import read_device
 from lorafit.model.adapter import ADAPTER_NAME, AdapterFolder, read_adapter
@@ -153,7 +154,7 @@ def open_tuned(opened: OpenedRun, checkpoint: str | None, base_model: str | None
         where=opened.run.root,
         reporter=reporter,
     )
-    return Tuned(card, base, adapter)
+    return Tuned(card, replace(base, new_tokens=new_tokens(card.adapter)), adapter)
 
 
 def open_lone_adapter(adapter: Path, base_model: str | None, reporter: Reporter) -> tuple[AdapterFolder, Base]:
@@ -179,4 +180,4 @@ def open_lone_adapter(adapter: Path, base_model: str | None, reporter: Reporter)
         where=adapter,
         reporter=reporter,
     )
-    return saved, base
+    return saved, replace(base, new_tokens=new_tokens(card.adapter))

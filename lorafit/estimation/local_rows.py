@@ -17,6 +17,7 @@ from lorafit.errors import LorafitError
 from lorafit.estimation import RowLengths
 from lorafit.facts import Bar, DatasetFacts
 from lorafit.files.cache import keep, kept, key_of_code
+from lorafit.kinds.linear_targets import new_tokens
 from lorafit.kinds.tasks import tasks
 from lorafit.recipe.schema import sources_of
 
@@ -84,6 +85,7 @@ def _prepare(loaded: LoadedRecipe, base: Base, reporter: Reporter, pictures: Pro
 
     recipe = loaded.recipe
     task = tasks.bind(recipe.task)
+    base = replace(base, new_tokens=new_tokens(recipe.adapter))
     tokenizer = load_tokenizer(base) if pictures is None else pictures.tokenizer
     prepared = prepare(
         recipe.data,
@@ -113,7 +115,7 @@ class _BarsAlone(Silent):
 def _key(loaded: LoadedRecipe, base: Base) -> str:
     """A name for all that decides the lengths: options, files by place, size and time of change, and the code."""
     recipe = loaded.recipe
-    options = [recipe.data.model_dump(mode="json"), recipe.task.model_dump(), recipe.seed]
+    options = [recipe.data.model_dump(mode="json"), recipe.task.model_dump(), recipe.seed, new_tokens(recipe.adapter)]
     return key_of_code([options, [_stamp(file) for file in _files(loaded, base)]])
 
 

@@ -18,6 +18,7 @@ from lorafit.kinds.section import Section
 _ALL_LINEAR = frozenset({"all", "auto", "all-linear", "all-linears", "linear", "all-linear-layers", "*"})
 
 
+KEY_OF_NEW_TOKENS = "adapter.new_tokens"
 _EMBEDDING_AND_HEAD = 2  # modules of one weight
 
 
@@ -139,6 +140,34 @@ def whole_parameters(section: AdapterSection, shape: ModelShape) -> int:
         counted += 0 if shared and is_tied else known[name].parameters
         is_tied = is_tied or shared
     return counted
+
+
+def new_tokens(section: AdapterSection) -> dict[str, str]:
+    """Tokens that a recipe teaches its base, each with the text that says what it means; empty where none does."""
+    asked = getattr(section, "new_tokens", None) or {}
+    return dict(asked) if isinstance(asked, Mapping) else dict.fromkeys(asked, "")
+
+
+def check_new_tokens(section: AdapterSection, *, reads_pictures: bool) -> None:
+    """Raises RecipeError where a recipe teaches tokens to a model that reads images, whose processor has a say too."""
+    if new_tokens(section) and reads_pictures:
+        what = "a model that reads images gets no new tokens: its processor would not know them"
+        raise RecipeError(what, key=KEY_OF_NEW_TOKENS, todo="leave it out")
+
+
+def row_parameters(section: AdapterSection, shape: ModelShape) -> int:
+    """Parameters of the rows of new tokens: in the embedding, and in a head that is a matrix of its own.
+
+    Raises:
+        RecipeError: Other modules than the output head have the embedding's weight.
+    """
+    tokens = new_tokens(section)
+    shared = max((module.shares for module in shape.modules), default=1)
+    if tokens and shared > _EMBEDDING_AND_HEAD:
+        what = f"{shared} modules of this model have the embedding's weight, a tie that PEFT does not keep"
+        raise RecipeError(what, key=KEY_OF_NEW_TOKENS, todo="use another base model")
+    matrices = 2 if shape.head_parameters else 1
+    return len(tokens) * matrices * (shape.embedding_parameters // shape.vocabulary)
 
 
 def _is_linear(name: str, shape: ModelShape) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lorafit.contracts import JsonValue
 from lorafit.facts import LinearShape, ModelShape, PictureFacts
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapters
-from lorafit.kinds.linear_targets import whole_parameters
+from lorafit.kinds.linear_targets import row_parameters, whole_parameters
 from lorafit.kinds.optimizers import Optimizer, OptimizerSection
 from lorafit.kinds.quantizations import Quantization, QuantizationSection, quantizations
 from lorafit.kinds.section import KindSection
@@ -82,8 +82,9 @@ class StepShape:
 
     @property
     def trainable_parameters(self) -> int:
-        """Of the adapter, of modules that are trained whole beside it, and of a task's own head."""
-        beside = whole_parameters(self.adapter.section, self.model) + self.model.new_head_parameters
+        """Of the adapter, of modules and rows of new tokens beside it, and of a task's own head."""
+        section, shape = self.adapter.section, self.model
+        beside = whole_parameters(section, shape) + row_parameters(section, shape) + shape.new_head_parameters
         return sum(site.parameters for site in self.adapter.sites(self.model)) + beside
 
     def stored_as(self, linear: LinearShape) -> Quantization[KindSection]:

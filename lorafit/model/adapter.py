@@ -35,6 +35,7 @@ from lorafit.model.homes import find_homes
 from lorafit.model.inspect import summarise_quantization
 from lorafit.model.loading_note import note_head, note_loading, note_modules
 from lorafit.model.names import names_of
+from lorafit.model.new_tokens import note_rows
 from lorafit.run.card import RunCard
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def save_adapter(
         **({} if names is None else {"layers": layers}),
         **({} if quantization is None else note_loading(model, str(quantization["weights_dtype"]))),
         **({} if card is None else note_head(model, card.model_class, tensors)),
+        **note_rows(model),
         **note_modules(model, CAUSAL_MODEL if card is None else card.model_class, live),
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }

@@ -43,6 +43,7 @@ _SAVED_FIELDS: dict[str, SavedField] = {
         SavedField(Text | list[Text] | None, "a text or a list of texts"),
     ),
     **dict.fromkeys(("modules_to_save", "target_parameters"), SavedField(list[Text] | None, "a list of texts")),
+    "trainable_token_indices": SavedField(list[int] | dict[Text, list[int]] | None, "numbers of rows"),
     "layers_to_transform": SavedField(int | list[int] | None, "whole numbers"),
     "base_model_name_or_path": SavedField(Text | None, "a text"),
     "bias": SavedField(Text, "a text"),

@@ -37,6 +37,7 @@ from lorafit.model.base import Base
 from lorafit.model.language_modules import module_paths
 from lorafit.model.layer_numbers import layer_paths
 from lorafit.model.load import keep_weights_unpacked
+from lorafit.model.new_tokens import ask_for_rows
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import choose_targets
 from lorafit.model.towers import projector_names
@@ -81,6 +82,7 @@ def attach_adapter(
     if apart:
         config.modules_to_save = apart
     whole = ask_for_modules(config, model, section)
+    ask_for_rows(config, model, section)
     with quiet_libraries():
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -249,7 +251,7 @@ def check_plan(model: torch.nn.Module, planned: Sequence[Site], trainable_parame
             wanted[site.name] += site.count
     found: Counter[str] = Counter()
     for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "trainable_tokens_delta"):
             found[path.removesuffix(".base_layer").rsplit(".", 1)[-1]] += 1
     differences = [
         f"{name}: {wanted[name]} layers planned, {found[name]} adapted"

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorafit.contracts import JsonObject, Reporter, Silent
@@ -48,11 +49,13 @@ class Base:
         config: The parsed config.json.
         origin: Where it can be had again, and what proves that another copy is the same: `digest` is a `fingerprint`,
             empty where nothing is compared with it; `content` is None before all weights were read.
+        new_tokens: What its tokenizer is taught, and its model gets rows for (`lorafit.model.new_tokens`).
     """
 
     path: Path
     config: JsonObject
     origin: BaseOrigin
+    new_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:

@@ -40,7 +40,7 @@ def choose_companions(base: Base, adapter: AdapterFolder, reporter: Reporter) ->
     card = adapter.card()
     tokenizer, ends = theirs if theirs.has_tokenizer() else None, []
     if own.has_tokenizer():
-        ends = _check_own_tokenizer(own, theirs, base, reporter)
+        ends = _check_own_tokenizer(own, theirs, base, reporter, has_new_tokens="rows" in adapter.notes)
         tokenizer = own
     templates, usual = own.templates(), theirs.templates()
     if card is not None and not templates:
@@ -59,10 +59,12 @@ def choose_companions(base: Base, adapter: AdapterFolder, reporter: Reporter) ->
     return Companions(tokenizer, templates or usual, generation)
 
 
-def _check_own_tokenizer(own: TokenizerFolder, theirs: TokenizerFolder, base: Base, reporter: Reporter) -> list[int]:
+def _check_own_tokenizer(
+    own: TokenizerFolder, theirs: TokenizerFolder, base: Base, reporter: Reporter, *, has_new_tokens: bool
+) -> list[int]:
     """Reads the adapter's tokenizer, compares it with the base's; gives its end token where it is another one."""
     vocabulary = own.vocabulary()
-    if not theirs.has_tokenizer() or own.is_same_tokenizer(theirs):
+    if not theirs.has_tokenizer() or own.is_same_tokenizer(theirs) or has_new_tokens:
         return []
     reporter.warn(
         f"the adapter's tokenizer ({own.digest()[:12]}) differs from the base's ({theirs.digest()[:12]}): "

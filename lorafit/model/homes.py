@@ -81,6 +81,8 @@ def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
             found, failed = _homes_of_copy(path, groups[0]["default"], names)
             homes, failures = homes | found, failures + failed
             continue
+        if hasattr(module, "trainable_tokens_delta"):  # rows of new tokens take the place of others
+            continue
         own, inner = getattr(module, "parameter_name", None), module.get_base_layer()
         parameter = f"{_INNER.sub('', path)}.{own or 'weight'}"
         value = getattr(inner, own or "weight")

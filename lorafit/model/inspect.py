@@ -30,7 +30,7 @@ NOTED_DTYPES = ("bfloat16", "float16", "float32")
 """What quantization.json may say that weights were rounded to before they were quantised: torch's names."""
 _MEAN_TOLERANCE = 1e-5
 _WRAPPED = (".base_layer", ".original_module")  # what PEFT calls a layer inside of its own
-_WRAPPED_END = re.compile(r"(\.base_layer|\.original_module)$")
+_WRAPPED_END = re.compile(r"(\.token_adapter)?(\.base_layer|\.original_module)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,8 @@ def coverage(model: PreTrainedModel) -> Coverage:
 
 def _owner_of_trained(path: str, prefix: str) -> str | None:
     """Name of the layer that a module trains beside or in the place of; None for a module of the base."""
-    for mark in (f".{prefix}" if prefix else None, ".modules_to_save."):  # base.q_proj.lora_A.default
+    marks = (f".{prefix}" if prefix else None, ".modules_to_save.", ".token_adapter.trainable")
+    for mark in marks:  # base.q_proj.lora_A.default
         if mark is not None and mark in path:
             return path.split(mark)[0].rsplit(".", 1)[-1]
     return None

@@ -32,6 +32,7 @@ from lorafit.model.base import Base
 from lorafit.model.check_weights import check_finite, check_loading, check_weights
 from lorafit.model.classes import build_empty, find_auto_class, read_settings, untie_head, with_task
 from lorafit.model.names import keep_names
+from lorafit.model.new_tokens import add_tokens, grow_rows
 from lorafit.model.quiet import quiet_libraries
 from lorafit.model.targets import leave_towers_out, unquantised_names, wide_names
 from lorafit.ops.import_bitsandbytes import import_bitsandbytes
@@ -58,13 +59,16 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> PreTrainedTokenize
     with quiet_libraries():
         try:  # the config decides the class where the tokenizer's own does not, and an adapter's folder has none
             options = _LOCAL if folder is None else {**_LOCAL, "config": read_settings(base.config)}
-            return AutoTokenizer.from_pretrained(str(place), **options)
+            tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
         except ImportError as error:
             raise _missing_package(error, place) from error
         except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
             what = f"the tokenizer cannot be read: {first_line(error)}"
             todo = "get tokenizer.json and tokenizer_config.json of this model"
             raise ModelError(what, file=str(place), todo=todo) from error
+    if base.new_tokens and folder is None:
+        add_tokens(tokenizer, base.new_tokens)
+    return tokenizer
 
 
 def _missing_package(error: ImportError, place: Path) -> ModelError:
@@ -154,6 +158,8 @@ def load_model(
     kind.quantise_rest(model, compute_dtype, plain)
     _finish_quantising(model, kind, set(plain).intersection(quantised or ()))
     keep_names(model, names)
+    if base.new_tokens:
+        grow_rows(model, load_tokenizer(base), base.new_tokens)
     keep_weights_unpacked(model)
     model.requires_grad_(False)
     model.config.use_cache = False  # else packed rows see each other, and checkpointing warns

@@ -32,9 +32,11 @@ def make_llama(
     return folder
 
 
-def make_gpt2(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def make_gpt2(folder: Path, *, dtype: torch.dtype = torch.float32, vocab_size: int = 96) -> Path:
     torch.manual_seed(1)
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=vocab_size, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
     GPT2LMHeadModel(config).to(dtype).save_pretrained(folder)
     return folder
 

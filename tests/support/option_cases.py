@@ -161,6 +161,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_from, world, kind)),
             **layer_cases(kind),
             f"adapter({kind}).ranks": Case(RANKS, partial(attached, kind, "ranks")),
+            f"adapter({kind}).new_tokens": Case((None, ["<a>"], ["<a>", "<b>"]), partial(attached, kind, "new_tokens")),
         }
     for kind in ("lora", "dora", *LOW_RANK):
         cases[f"adapter({kind}).init"] = Case(INITIALISATIONS, partial(first_values, world, kind))

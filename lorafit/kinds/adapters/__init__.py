@@ -312,7 +312,8 @@ class Adapter(Kind[S_co]):
         An embedding that is trained whole and is the output head too has two paths: PEFT opens no file with one.
         """
         prefix = str(model.base_model.prefix)
-        marks = (prefix, f".modules_to_save.{name}.")  # a task's own head is saved beside the method's tensors
+        # a task's own head and the rows of new tokens are saved beside the method's tensors
+        marks = (prefix, f".modules_to_save.{name}.", f".trainable_tokens_delta.{name}")
         every = model.named_parameters(remove_duplicate=False)
         return {path: parameter for path, parameter in every if any(mark in path for mark in marks)}
 

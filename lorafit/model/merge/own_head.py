@@ -20,7 +20,7 @@ from lorafit.model.loading_note import HEAD_PREFIX
 
 
 @contextlib.contextmanager
-def _as_written(adapter: AdapterFolder, key: str) -> Iterator[None]:
+def as_written(adapter: AdapterFolder, key: str) -> Iterator[None]:
     """Raises ModelError where a note is read that is not as lorafit writes it."""
     try:
         yield
@@ -56,13 +56,13 @@ class OwnHead:
         found, left_out, tied = dict[str, TensorEntry](), frozenset[str](), frozenset[str]()
         config: JsonObject = {}
         if head is not None:
-            with _as_written(adapter, "head"):
+            with as_written(adapter, "head"):
                 config = {"architectures": [str(head["class"])], **head["config"]}
                 left_out = frozenset(map(str, head["left_out"]))
         for key, noted in {"head": head, "modules": modules}.items():
             if noted is None:
                 continue
-            with _as_written(adapter, key):
+            with as_written(adapter, key):
                 names = [*map(str, noted["tensors"])]
                 files = {str(name): str(file) for name, file in dict(noted.get("files", {})).items()}
                 tied |= {f"{HEAD_PREFIX}{name}" for name in noted.get("tied", ())}

@@ -10,6 +10,7 @@ Never a 4-bit result: quantising a merged weight again would erase the adapter, 
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from lorafit.model.base import Base
 from lorafit.model.companions import choose_companions, write_rest
 from lorafit.model.inspect import NOTED_DTYPES, summarise_quantization
 from lorafit.model.merge.merge_targets import plan_updates, read_class_parts
+from lorafit.model.merge.new_rows import take_rows
 from lorafit.model.merge.own_head import OwnHead
 from lorafit.model.merge.requantize import noted_kind
 from lorafit.model.merge.shards import ShardMerger, Values
@@ -122,32 +124,35 @@ def merge_adapter(
     adapter = read_adapter(adapter_folder)
     check_base(adapter, base)
     adapter.check_values(reporter)
-    adapter.kind.folding({**adapter.config, "modules_to_save": None})  # raises where the method changes no weight
-    head = OwnHead.of(adapter)
-    entries = head.put_on(read_index(base.path), is_cast=kind == "dequantized")
-    updates = plan_updates(head.take_off(adapter), base, entries)
-    updates.copies.update(head.tensors)
-    companions = choose_companions(base, adapter, reporter)
-    if judge is not None:
-        judge(companions)
-    used = _check_quantization(kind, quantization, base)
-    merger = ShardMerger(entries, updates, _choose_values(base, used, entries), verify=verify)
-    make_folder(output.parent)
-    free = shutil.disk_usage(output.parent).free
-    if free < merger.total_bytes:
-        raise ResourceError(
-            f"the merged model takes {merger.total_bytes / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB left",
-            file=str(output),
-            todo="choose an output on another disk",
-        )
-    with atomic_dir(output, replace=output.exists(), digests=merger.digests) as temporary:
-        with reporter.track(len(entries), "merging") as bar:
-            merger.write(temporary, bar)
-        codes_off, proven = merger.conclude(reporter)
-        write_rest(base, companions, temporary, merger.cast_dtypes, head.config)
-        _write_notes(temporary, base, adapter, kind, used)
-        if check is not None:
-            check(temporary)
+    # raises where the method changes no weight
+    adapter.kind.folding({**adapter.config, "modules_to_save": None, "trainable_token_indices": None})
+    with tempfile.TemporaryDirectory(prefix="lorafit-rows-") as place:
+        index = read_index(base.path)
+        head, folded = take_rows(OwnHead.of(adapter), adapter, index, base.config, Path(place))
+        entries = head.put_on(index, is_cast=kind == "dequantized")
+        updates = plan_updates(head.take_off(folded), base, entries)
+        updates.copies.update(head.tensors)
+        companions = choose_companions(base, adapter, reporter)
+        if judge is not None:
+            judge(companions)
+        used = _check_quantization(kind, quantization, base)
+        merger = ShardMerger(entries, updates, _choose_values(base, used, entries), verify=verify)
+        make_folder(output.parent)
+        free = shutil.disk_usage(output.parent).free
+        if free < merger.total_bytes:
+            raise ResourceError(
+                f"the merged model takes {merger.total_bytes / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} left",
+                file=str(output),
+                todo="choose an output on another disk",
+            )
+        with atomic_dir(output, replace=output.exists(), digests=merger.digests) as temporary:
+            with reporter.track(len(entries), "merging") as bar:
+                merger.write(temporary, bar)
+            codes_off, proven = merger.conclude(reporter)
+            write_rest(base, companions, temporary, merger.cast_dtypes, head.config)
+            _write_notes(temporary, base, adapter, kind, used)
+            if check is not None:
+                check(temporary)
     return MergeReport(
         output=output,
         kind=kind,
