@@ -158,12 +158,17 @@ def load_model(
     kind.quantise_rest(model, compute_dtype, plain)
     _finish_quantising(model, kind, set(plain).intersection(quantised or ()))
     keep_names(model, names)
+    _settle(model, base)
+    return model
+
+
+def _settle(model: PreTrainedModel, base: Base) -> None:
+    """Rows for new tokens, and nothing that is trained, repacked or remembered."""
     if base.new_tokens:
         grow_rows(model, load_tokenizer(base), base.new_tokens)
     keep_weights_unpacked(model)
     model.requires_grad_(False)
     model.config.use_cache = False  # else packed rows see each other, and checkpointing warns
-    return model
 
 
 @contextlib.contextmanager

@@ -161,9 +161,9 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             f"adapter({kind}).init_from": Case((None, str(world.root / kind)), partial(first_loss_from, world, kind)),
             **layer_cases(kind),
             f"adapter({kind}).ranks": Case(RANKS, partial(attached, kind, "ranks")),
-            f"adapter({kind}).new_tokens": Case((None, ["<a>"], ["<a>", "<b>"]), partial(attached, kind, "new_tokens")),
         }
     for kind in ("lora", "dora", *LOW_RANK):
+        cases[f"adapter({kind}).new_tokens"] = Case((None, ["<a>"]), partial(attached, kind, "new_tokens"))
         cases[f"adapter({kind}).init"] = Case(INITIALISATIONS, partial(first_values, world, kind))
         cases[f"adapter({kind}).init(pissa).iterations"] = Case(
             (None, 0, 1), partial(first_values_of, world, kind, "pissa", "iterations")

@@ -71,23 +71,6 @@ class ProductSection(LinearsSection):
     them, or by linear, e.g. {down_proj: 32}. What it does not name has rank r; the scale is alpha / r for all."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the adapter's inputs that is zeroed while training (0 to 1)."""
-    new_tokens: list[str] | dict[str, str] | None = None
-    """Tokens that the tokenizer is taught, e.g. ["<call>"], and whose rows of embedding and head are trained. Each
-    begins as the mean of all, or of the tokens of a text: {"<call>": "call a function"}."""
-
-    @field_validator("new_tokens")
-    @classmethod
-    def _new_tokens_are_words(cls, value: list[str] | dict[str, str] | None) -> list[str] | dict[str, str] | None:
-        if value is not None and not value:
-            raise ValueError("it names no token; leave it out")
-        tokens = list(value or ())
-        blank = [token for token in tokens if not token or token.strip() != token]
-        if blank:
-            raise ValueError(f"{blank[0]!r} is empty, or begins or ends with a blank")
-        twice = [token for token in tokens if tokens.count(token) > 1]
-        if twice:
-            raise ValueError(f"it names {twice[0]!r} twice")
-        return value
 
     @field_validator("ranks")
     @classmethod
@@ -105,6 +88,23 @@ class LowRankSection(ProductSection):
 
     init: InitialisationChoice = Field(default="kaiming", validate_default=True)
     """First values of A and B. Not together with init_from."""
+    new_tokens: list[str] | dict[str, str] | None = None
+    """Tokens that the tokenizer is taught, e.g. ["<call>"], and whose rows of embedding and head are trained. Each
+    begins as the mean of all, or of the tokens of a text: {"<call>": "call a function"}."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _new_tokens_are_words(cls, value: list[str] | dict[str, str] | None) -> list[str] | dict[str, str] | None:
+        if value is not None and not value:
+            raise ValueError("it names no token; leave it out")
+        tokens = list(value or ())
+        blank = [token for token in tokens if not token or token.strip() != token]
+        if blank:
+            raise ValueError(f"{blank[0]!r} is empty, or begins or ends with a blank")
+        twice = [token for token in tokens if tokens.count(token) > 1]
+        if twice:
+            raise ValueError(f"it names {twice[0]!r} twice")
+        return value
 
     @model_validator(mode="after")
     def _begins_once(self) -> LowRankSection:
@@ -249,7 +249,7 @@ class LowRank(Adapter[L_co]):
     def is_uniform(self) -> bool:
         """Whether every linear of a name has an adapter of one rank, and all of that is trained and nothing else."""
         section = self.section
-        others = section.layers, section.ranks, section.modules_to_save, section.new_tokens
+        others = section.layers, section.ranks, section.modules_to_save, getattr(section, "new_tokens", None)
         is_usual = all(other is None for other in others)
         return is_usual and not self.initialisation().corrects
 
