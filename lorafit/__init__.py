@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.machine.version import __version__
 
 if TYPE_CHECKING:
-    from lorafit.api import classify, compare, estimate, evaluate, generate, init, merge, preview, train, validate
+    from lorafit.api import classify, compare, estimate, evaluate, generate, init, merge, preview, train, trim, validate
     from lorafit.errors import LorafitError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "merge",
     "preview",
     "train",
+    "trim",
     "validate",
 ]
 

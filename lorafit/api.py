@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorafit.run.trained import Trained
     from lorafit.studies.compared import Compared
     from lorafit.studies.first_recipe import FirstRecipe
+    from lorafit.studies.trim import Trimmed
 
 __all__ = [
     "LorafitError",
@@ -40,6 +41,7 @@ __all__ = [
     "merge",
     "preview",
     "train",
+    "trim",
     "validate",
 ]
 
@@ -271,6 +273,32 @@ def classify(
         quiet: No progress.
     """
     return call(pipeline.classify, locals())
+
+
+def trim(
+    run: StrPath | Trained,
+    *,
+    rank: int | str,
+    output: StrPath | None = None,
+    checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
+    overrides: Overrides = (),
+    quiet: bool = False,
+) -> Trimmed:
+    """Writes a run's adapter with a smaller rank, and scores both on its validation rows.
+
+    Args:
+        run: What `train` gave back, a run folder or its recipe.
+        rank: The smaller rank; "auto": the smallest that these rows cannot tell from the whole adapter.
+        output: The adapter's folder instead of the run's with `-rank-RANK` behind it.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        overrides: Values over the recipe's, such as `{"data.validation": "more.jsonl"}`.
+        quiet: No progress.
+    """
+    from lorafit.studies.trim import trim
+
+    return call(trim, {name: value for name, value in locals().items() if name != "trim"})
 
 
 def compare(

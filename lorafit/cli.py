@@ -88,6 +88,12 @@ _HELP = {
     "seeds": ("NUMBER", "Runs of each method at each rate, each with a seed of its own."),
     "metric": ("NAME", "What methods are ranked by, on the test rows."),
     "budget": ("TIME", "Most time, e.g. 60min: what it does not reach is left out, and said."),
+    "trim.run": ("RUN_OR_RECIPE", "A run folder, or the recipe of one."),
+    "rank": (
+        "RANK",
+        "The smaller rank, or auto: the smallest that validation rows cannot tell from the whole adapter.",
+    ),
+    "trim.output": ("DIR", "Folder of the adapter instead of RUN-rank-RANK."),
     "compare.resume": ("", "Go on with the comparison in the output folder."),
     "show": ("ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."),
 }
@@ -107,7 +113,7 @@ _DEFAULTS = {
     "seeds": 3,
     "metric": "loss",
 }
-_REQUIRED = ("merge.output",)
+_REQUIRED = ("merge.output", "trim.rank")
 _SEVERAL = ("overrides", "gpu", "over", "recipes")
 _FUNCTIONS = {"eval": "evaluate", "estimate-memory": "estimate"}
 """Functions of `lorafit.pipeline` that are not called as their command."""
@@ -276,6 +282,12 @@ def _compare(session: Session, given: JsonObject) -> None:
     session.result(compare(recipes, **given, reporter=session.reporter))
 
 
+def _trim(session: Session, given: JsonObject) -> None:
+    from lorafit.studies.trim import trim
+
+    session.result(trim(**given, reporter=session.reporter))
+
+
 def _init(session: Session, given: JsonObject) -> None:
     from lorafit.studies.first_recipe import init
 
@@ -327,6 +339,12 @@ _add_command(
     "Methods against each other, with rates, seeds and intervals.",
     "recipes over overrides output rates spread learning_rates seeds metric budget resume",
     _compare,
+)
+_add_command(
+    "trim",
+    "A trained adapter with a smaller rank, and what that costs.",
+    "run rank output checkpoint base_model overrides",
+    _trim,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)
 _add_command(

@@ -79,6 +79,7 @@ ARGUMENTS = {
     "spread": _number(1.0, 1e6),
     "seeds": _number(3, 99, whole=True),
     "learning_rates": Argument("a list of numbers, such as 1e-4,3e-4", (str, Iterable)),
+    "rank": Argument("a rank, or auto", (str, int)),
     "metric": Argument("the name of a metric", (str,)),
     "budget": Argument('a time such as "60min" or "2h"', (str,)),
     "over": Argument('a dict such as {"adapter": ["lora", "dora"]} or a list of KEY=A,B', (Mapping, Iterable)),

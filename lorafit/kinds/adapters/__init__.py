@@ -236,6 +236,10 @@ class Adapter(Kind[S_co]):
         """Width of the bottleneck, which the activations of the closed form grow with; 0 for a method without."""
         return 0
 
+    def nested_from(self) -> int | None:
+        """The least rank k of which its first k ranks, with the same alpha, are a trained adapter; None: of no k."""
+        return None
+
     def rate_factor(self, parameter_name: str) -> float:
         """What the learning rate of a trained parameter is multiplied by."""
         return 1.0

@@ -75,6 +75,10 @@ class Dylora(LowRank[DyloraSection]):
     starts_as_base: ClassVar[bool] = True
     saved_as: ClassVar[str | None] = "lora"
 
+    def nested_from(self) -> int | None:
+        """From the smallest rank that is drawn."""
+        return self.section.r_min
+
     def step_hook(self, model: PeftModel, run: RunFacts) -> StepHook:
         """Draws the rank of each step."""
         return DrawnRanks(model, self.section, run.seed)
