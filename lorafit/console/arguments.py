@@ -129,7 +129,7 @@ _NEVER_LEFT_OUT = {
     "seed",
     *_SEARCH,
 }
-_NEVER_LEFT_OUT.update((*_SWITCHES, "recipes", "over", "rates", "spread", "seeds", "metric"))
+_NEVER_LEFT_OUT.update((*_SWITCHES, "rank", "recipes", "over", "rates", "spread", "seeds", "metric"))
 
 
 def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> None:

@@ -118,6 +118,7 @@ def test_every_wrong_argument_is_named(function: Any, values: dict[str, Any]) ->
         "output": "merged",
         "recipes": [values],
         "data": "rows.jsonl",
+        "rank": 2,
     }
     parameters = inspect.signature(function).parameters
     needed = {name: fine[name] for name, known in parameters.items() if known.default is inspect.Parameter.empty}
