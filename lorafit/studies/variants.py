@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import LorafitError, RecipeError, UsageError, raise_all
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.section import KindSection
 from lorafit.recipe.load import LoadedRecipe, load_recipe
 from lorafit.recipe.reader import read_value
@@ -40,6 +41,7 @@ class Variant:
         overrides: What makes it that variant.
         loaded: The recipe with that; None where it is refused.
         notes: Options of the recipe that the method has not.
+        rate_scale: What its adapter wants of a learning rate, as a multiple of what the recipe's own adapter wants.
         refused: Why it cannot be run; empty where it can.
     """
 
@@ -48,6 +50,7 @@ class Variant:
     overrides: tuple[str, ...]
     loaded: LoadedRecipe | None
     notes: tuple[str, ...] = ()
+    rate_scale: float = 1.0
     refused: str = ""
     error: LorafitError | None = field(default=None, repr=False, compare=False)
 
@@ -94,13 +97,13 @@ def rates_of_variant(variant: Variant, given: Sequence[float], rates: int, sprea
 
     Args:
         variant: Not refused.
-        given: The same for all; empty: a geometric grid around the variant's own.
+        given: The same for all; empty: a geometric grid around the recipe's, by what the variant's adapter wants.
         rates: Their number.
         spread: The highest / the lowest.
     """
     if given or variant.loaded is None:
         return sorted(dict.fromkeys(given))
-    own = variant.loaded.recipe.training.learning_rate
+    own = variant.loaded.recipe.training.learning_rate * variant.rate_scale
     powers = [number / (rates - 1) - 0.5 if rates > 1 else 0.0 for number in range(rates)]
     return [float(f"{own * spread**power:.3g}") for power in powers]
 
@@ -156,7 +159,9 @@ def _make(
         notes += [f"{name} takes no {', '.join(left_out)}"] if left_out else []
     name = " ".join(names)
     try:
-        return Variant(name, recipe, tuple(flags), load_recipe(recipe, flags), tuple(notes))
+        made = load_recipe(recipe, flags)
+        scale = adapters.bind(made.recipe.adapter).usual_rate / adapters.bind(loaded.recipe.adapter).usual_rate
+        return Variant(name, recipe, tuple(flags), made, tuple(notes), scale)
     except RecipeError as error:
         return _refused(name, recipe, flags, notes, error)
     except LorafitError as problems:
@@ -170,7 +175,7 @@ def _refused(
 ) -> Variant:
     first = error.errors[0]
     why = ": ".join(part for part in (first.key, first.what) if part)
-    return Variant(name, recipe, tuple(flags), None, tuple(notes), why, error)
+    return Variant(name, recipe, tuple(flags), None, tuple(notes), refused=why, error=error)
 
 
 def _laid_over(recipe: Recipe, key: str, value: str) -> tuple[str, str, list[str]]:

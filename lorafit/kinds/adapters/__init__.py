@@ -186,6 +186,7 @@ class Adapter(Kind[S_co]):
             adapter does without.
         no_checkpointing: Why no layer can run forward again in the backward pass; None where all can.
         copies: Which modules it goes on, in the place of linears.
+        usual_rate: The learning rate that it wants, as a multiple of LoRA's: the middle of what `compare` tries.
     """
 
     starts_as_base: ClassVar[bool] = False
@@ -198,6 +199,7 @@ class Adapter(Kind[S_co]):
     resumed_prefix: ClassVar[str | None] = None
     no_checkpointing: ClassVar[str | None] = None
     copies: ClassVar[CopiedModules | None] = None
+    usual_rate: ClassVar[float] = 1.0
 
     @property
     def closed_form(self) -> bool:

@@ -73,6 +73,7 @@ class Ia3(AtLinears[Ia3Section]):
     """PEFT's IA3."""
 
     peft_type: ClassVar[str] = "IA3"
+    usual_rate: ClassVar[float] = 15.0
     takes_transposed: ClassVar[bool] = True
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
         "feedforward_modules": SavedField(str | list[str] | None, "a text or a list of texts"),

@@ -87,6 +87,7 @@ class Oft(AtLinears[OftSection]):
     """PEFT's OFT; of a stranger's, shared blocks, constrained ones and other series are opened, and not merged."""
 
     peft_type: ClassVar[str] = "OFT"
+    usual_rate: ClassVar[float] = 5.0
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
         "oft_block_size": SavedField(int, "a whole number", needed=True),
         "r": SavedField(int, "a whole number"),

@@ -44,6 +44,7 @@ class PTuning(Prompt[PTuningSection]):
     """PEFT's P-tuning, in fp32."""
 
     peft_type: ClassVar[str] = "P_TUNING"
+    usual_rate: ClassVar[float] = 5.0
     method: ClassVar[str] = "P-tuning"
 
     def parameters(self, shape: ModelShape) -> int:

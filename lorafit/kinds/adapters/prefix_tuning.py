@@ -42,6 +42,7 @@ class PrefixTuning(Prompt[PrefixTuningSection]):
     """PEFT's prefix tuning, in fp32."""
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    usual_rate: ClassVar[float] = 50.0
     method: ClassVar[str] = "prefix tuning"
     trained: ClassVar[str] = "keys and values that stand before those of the tokens"
     no_checkpointing: ClassVar[str] = (

@@ -32,6 +32,7 @@ class PromptTuning(Prompt[PromptTuningSection]):
     """PEFT's prompt tuning, in fp32."""
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    usual_rate: ClassVar[float] = 50.0
     method: ClassVar[str] = "prompt tuning"
 
     def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:

@@ -73,6 +73,7 @@ class Vera(AtLinears[VeraSection]):
     """PEFT's VeRA."""
 
     peft_type: ClassVar[str] = "VERA"
+    usual_rate: ClassVar[float] = 20.0
     takes_transposed: ClassVar[bool] = True
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
         "r": SavedField(Rank, "a whole number from 1", needed=True),

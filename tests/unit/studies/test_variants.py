@@ -132,3 +132,12 @@ def test_learning_rates_are_a_grid_around_the_methods_own(
 ) -> None:
     (variant, _) = made(write(tmp_path), "adapter=lora,dora")
     assert rates_of_variant(variant, given, rates, spread) == pytest.approx(expected)
+
+
+def test_an_adapter_that_wants_another_rate_gets_its_grid_there(tmp_path: Path) -> None:
+    lora, vera = made(write(tmp_path), "adapter=lora,vera")
+    assert rates_of_variant(lora, [], 3, 10.0)[1] == pytest.approx(2e-4)
+    assert rates_of_variant(vera, [], 3, 10.0)[1] == pytest.approx(4e-3)  # as its paper has it, beside LoRA's 2e-4
+    vera, lora = made(write(tmp_path, adapter={"kind": "vera", "r": 64}), "adapter=vera,lora")
+    assert rates_of_variant(vera, [], 1, 10.0) == [2e-4]  # the recipe's own is taken as it is
+    assert rates_of_variant(lora, [], 1, 10.0) == pytest.approx([1e-5])
