@@ -137,7 +137,7 @@ def _command_line_error(error: Exception) -> UsageError | None:
     return UsageError(f"{text[:1].lower()}{text[1:]}", todo=todo)
 
 
-def _bug(error: BaseException) -> LorafitError:
+def bug(error: BaseException) -> LorafitError:
     """Writes the traceback to a file and names it."""
     import tempfile
 
@@ -217,7 +217,7 @@ def exit_code(
         return EXIT_BROKEN_PIPE
     except Exception as error:
         _show_traceback(debug)
-        failure = explain(error, command) or _bug(error)
+        failure = explain(error, command) or bug(error)
     return _report(failure, json_head()) if failure is not None else UsageError.exit_code
 
 

@@ -9,16 +9,18 @@ says. A variant that cannot be run, or fails, is a line with the reason.
 
 from __future__ import annotations
 
+import gc
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit import pipeline
-from lorafit.console.exits import explain
+from lorafit.console.exits import bug, explain
 from lorafit.console.reporting import clock
-from lorafit.console.wording import counted, first_line
+from lorafit.console.wording import counted
 from lorafit.contracts import Progress, Reporter
 from lorafit.errors import LorafitError, NumericsError, StoppedBySignal, UsageError
 from lorafit.files.atomic import read_object, write_json
@@ -84,7 +86,22 @@ class Comparison:
     budget_seconds: float | None
 
     def run(self) -> Compared:
-        """Trains, chooses, scores and puts together; what is done already is not done again."""
+        """Trains, chooses, scores and puts together; what is done already is not done again.
+
+        Raises:
+            StoppedBySignal: A signal came; what is finished is written down.
+            UsageError: The budget reaches too little, rows were changed, or no method could be run.
+        """
+        try:
+            return self._run()
+        except (KeyboardInterrupt, StoppedBySignal) as stop:
+            known = stop if isinstance(stop, StoppedBySignal) else None
+            number = known.exit_code - 128 if known is not None else signal.SIGINT
+            what = known.what if known is not None else "stopped by SIGINT; what is finished is kept"
+            todo = "go on with the same command and --resume"
+            raise StoppedBySignal(what, signal_number=number, todo=todo) from None
+
+    def _run(self) -> Compared:
         study = self.study
         self._say_what_will_be()
         study.save()
@@ -216,6 +233,7 @@ class Comparison:
         flags = [*variant.overrides, f"training.learning_rate={run.rate!r}", f"seed={run.seed}"]
         if evaluation.every_steps is None and variant.loaded.recipe.data.validation is not None:
             flags.append(f"evaluation.every_steps={_AT_THE_END}")
+        gc.collect()  # the model of the run before would count as memory of this one
         plan, began = self._plan_file(variant), time.perf_counter()
         try:
             trained = pipeline.train(
@@ -226,8 +244,7 @@ class Comparison:
                 plan_file=plan if plan.exists() else None,
                 reporter=_OfARun(self.reporter),
             )
-        except StoppedBySignal as stopped:
-            stopped.todo = "go on with the same command and --resume"
+        except StoppedBySignal:
             raise
         except NumericsError as error:
             self.reporter.warn(f"{run.told}: {error.what}")
@@ -249,8 +266,8 @@ class Comparison:
 
     def _break(self, variant: Variant, error: Exception) -> None:
         """Leaves a variant out, and says why."""
-        known = error if isinstance(error, LorafitError) else explain(error, "train")
-        why = known.errors[0].one_line if known is not None else f"{type(error).__name__}: {first_line(error)}"
+        known = error if isinstance(error, LorafitError) else explain(error, "train") or bug(error)
+        why = known.errors[0].one_line
         self.study.broken[variant.name] = why
         self.reporter.warn(f"{variant.name} is left out: {why}")
 

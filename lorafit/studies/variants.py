@@ -1,8 +1,8 @@
 """What a comparison compares: recipes, or one recipe with another value at some keys; and the learning rates of each.
 
---over adapter=lora,dora        {kind: dora, r: 4, ...}: options that both kinds have stay as the recipe has them
---over training.optimizer=adamw,sgd --over adapter=lora,dora        every pair: four variants
---rates 3 --spread 10           0.32, 1 and 3.2 times the recipe's learning rate
+adapter=lora,dora                            {kind: dora, r: 4, ...}: what both kinds have stays as in the recipe
+training.optimizer=adamw,sgd adapter=lora,dora      every pair: four variants
+--rates 3 --spread 10      0.32, 1 and 3.2 times the recipe's learning rate, times what the method usually wants
 """
 
 from __future__ import annotations

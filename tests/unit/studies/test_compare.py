@@ -178,6 +178,18 @@ def test_a_stop_between_test_rows_scores_none_of_them_twice(recipe: Path, preten
     assert len(pretended.tested) == len(set(pretended.tested)) == 9
 
 
+def test_a_ctrl_c_anywhere_says_how_to_go_on(recipe: Path, pretended: Pretended) -> None:
+    from lorafit.studies import running as module
+
+    def interrupted(folder: Path, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    module.pipeline.evaluate = interrupted  # put back by the fixture
+    with pytest.raises(StoppedBySignal, match="--resume") as raised:
+        ask(recipe, rates=1)
+    assert raised.value.exit_code == 130
+
+
 def test_a_folder_that_holds_a_comparison_is_gone_on_with_only_where_asked_and_only_with_the_same(
     recipe: Path, pretended: Pretended
 ) -> None:
@@ -217,7 +229,10 @@ def test_a_method_that_fails_is_a_line_with_its_reason_and_the_others_go_on(reci
 
 def test_an_error_of_a_library_leaves_its_method_out_too(recipe: Path, pretended: Pretended) -> None:
     pretended.raises = lambda number, run: ValueError("odd shapes") if run.startswith("dora") else None
-    assert [line.left_out for line in ask(recipe, rates=1).lines if line.left_out] == ["ValueError: odd shapes"]
+    result = ask(recipe, rates=1)
+    (why,) = [line.left_out for line in result.lines if line.left_out]
+    assert "ValueError: odd shapes" in why
+    assert "Traceback" in Path(why.rsplit(" ", 1)[1]).read_text(encoding="utf-8")
 
 
 def test_a_rate_at_which_numbers_fail_is_not_chosen(recipe: Path, pretended: Pretended) -> None:
