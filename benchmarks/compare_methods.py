@@ -6,7 +6,7 @@ DATA is a folder with train.jsonl, valid.jsonl and test.jsonl, FOLDER gets the r
 same command again goes on with what was stopped. Rows may be of any format that training reads, e.g. instruction, input
 and output. With --print it only says what it would run.
 
-A run of 30 steps of 8 rows of an instruction, a question and an answer takes 63 s of one core (LoRA; 45 of them in steps,
+A run of 30 steps of 8 rows of an instruction, an input and an output takes 63 s of one core (LoRA; 45 s in the steps,
 the rest loading, proofs and the validation rows), the test rows of a run 19 s: nine methods, three rates and three
 seeds are 81 runs and 27 such scorings, an hour and a half of two cores and more for methods that are slower.
 """

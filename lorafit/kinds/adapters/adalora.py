@@ -176,6 +176,7 @@ class Adalora(Adapter[AdaloraSection]):
 
     starts_as_base: ClassVar[bool] = True
     peft_type: ClassVar[str] = "ADALORA"
+    usual_rate: ClassVar[float] = 5.0
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
         "init_r": SavedField(Rank, "a whole number from 1", needed=True),
         "lora_alpha": SavedField(Number, "a finite number", needed=True),

@@ -31,6 +31,7 @@ class Bias(Copies[BiasSection]):
     """PEFT's LN_TUNING on every layer that adds a bias, of whose copies no more than that is kept."""
 
     copies: ClassVar[CopiedModules] = "biases"
+    usual_rate: ClassVar[float] = 5.0
 
     def sites(self, shape: ModelShape) -> tuple[Site, ...]:
         """Every layer with a bias.

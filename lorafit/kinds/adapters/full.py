@@ -30,6 +30,7 @@ class Full(Copies[FullSection]):
     """PEFT's LN_TUNING on every layer of the language model."""
 
     copies: ClassVar[CopiedModules] = "all"
+    usual_rate: ClassVar[float] = 0.1
 
     def sites(self, shape: ModelShape) -> tuple[Site, ...]:
         """Every module with parameters.

@@ -29,6 +29,7 @@ class LayerNorm(Copies[LayerNormSection]):
 
     saved_as: ClassVar[str | None] = None
     copies: ClassVar[CopiedModules] = "norms"
+    usual_rate: ClassVar[float] = 5.0
 
     def sites(self, shape: ModelShape) -> tuple[Site, ...]:
         """Every norm. Raises RecipeError where the model has none."""

@@ -31,6 +31,7 @@ class LoraPlus(PlainLowRank[LoraPlusSection]):
     """PEFT's LoRA under an optimizer with two rates, which its update then takes group by group."""
 
     saved_as: ClassVar[str | None] = "lora"
+    usual_rate: ClassVar[float] = 0.25  # of A: both matrices' geometric mean is then LoRA's
 
     def rate_factor(self, parameter_name: str) -> float:
         """The ratio for B, 1 for A and for a task's own head."""
