@@ -87,6 +87,14 @@ def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:
     if stopping is not None and evaluation.every_steps is None:
         keys, todo = ("evaluation.early_stopping", "evaluation.every_steps"), "add it, e.g. every_steps: 50"
         yield Disagreement(keys, "needs evaluation.every_steps, which is not set", todo, is_missing=True)
+    plateau = evaluation.on_plateau
+    if plateau is not None and evaluation.every_steps is None:
+        keys, todo = ("evaluation.on_plateau", "evaluation.every_steps"), "add it, e.g. every_steps: 50"
+        yield Disagreement(keys, "needs evaluation.every_steps, which is not set", todo, is_missing=True)
+    if plateau is not None and stopping is not None and stopping.patience <= plateau.patience:
+        keys = ("evaluation.on_plateau.patience", "evaluation.early_stopping.patience")
+        what = f"early_stopping.patience {stopping.patience} ends the run before the learning rate falls"
+        yield Disagreement(keys, what, f"choose at most {stopping.patience - 1}, or a larger patience there")
     for option in tasks.bind(recipe.task).chosen_options if evaluation.every_steps is None else ():
         keys, todo = (f"task.{option}", "evaluation.every_steps"), "add it, and data.validation, or set a number"
         what = "is chosen on validation rows, and evaluation.every_steps is not set"

@@ -244,6 +244,21 @@ class EarlyStoppingSection(Section):
     """Smallest change that counts as improvement, in the metric's unit."""
 
 
+class PlateauSection(Section):
+    """What follows where the metric that chooses the best checkpoint no longer improves, short of the run's end."""
+
+    patience: Count = 2
+    """Evaluations without improvement after which the learning rate falls; then the count begins anew."""
+    min_delta: float = Field(default=0.0, ge=0.0, le=1e9)
+    """Smallest change that counts as improvement, in the metric's unit."""
+    factor: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Multiplier of the learning rate, each time, for the rest of the run."""
+    at_most: Count = 3
+    """How often that happens; then the rate stays as it is."""
+    go_back: bool = False
+    """Also go on from weights and optimizer of the best checkpoint. Steps and rows go on as they would have."""
+
+
 class EvaluationSection(Section):
     """Held-out metrics, while training and at the end."""
 
@@ -269,6 +284,8 @@ class EvaluationSection(Section):
     reads answers."""
     early_stopping: EarlyStoppingSection | None = None
     """Stop when a metric no longer improves."""
+    on_plateau: PlateauSection | None = None
+    """Lower the learning rate when the metric no longer improves, which is that of `early_stopping`, or the loss."""
     retention: Sources | None = None
     """Rows of general ability, scored for base and tuned model: what was forgotten."""
 

@@ -13,6 +13,7 @@ from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Reporter, StepHook
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
 from lorafit.data.packing import Cutter
+from lorafit.errors import RecipeError
 from lorafit.evaluation.during import Questions, ask_during, evaluate_during
 from lorafit.facts import RunFacts
 from lorafit.job import Job
@@ -30,7 +31,7 @@ from lorafit.plan import Plan, ResolvedPlan, count_flops
 from lorafit.plan.recipe_step import takes_varlen
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
 from lorafit.trainer.executor import Executor
-from lorafit.trainer.held_out import Cadence, HeldOut
+from lorafit.trainer.held_out import Cadence, HeldOut, OnPlateau
 from lorafit.trainer.journal import Journal
 from lorafit.trainer.loop import Trainer
 from lorafit.trainer.profile import Speed, measure_speed
@@ -164,10 +165,13 @@ class Assembly:
             ranks=self.executor,
             questions=self._questions(),
         )
-        stopping = evaluation.early_stopping
-        if stopping is None:
-            return HeldOut(evaluate, self.plan.select_metric)
-        return HeldOut(evaluate, self.plan.select_metric, stopping.patience, stopping.min_delta)
+        stopping, plateau = evaluation.early_stopping, evaluation.on_plateau
+        if plateau is not None and plateau.go_back and self.hooks:
+            what = "weights would go back to an earlier step, and what the recipe does between steps would not"
+            raise RecipeError(what, key="evaluation.on_plateau.go_back", todo="leave it out")
+        patience, min_delta = (stopping.patience, stopping.min_delta) if stopping is not None else (None, 0.0)
+        follows = OnPlateau(**plateau.model_dump()) if plateau is not None else None
+        return HeldOut(evaluate, self.plan.select_metric, patience, min_delta, follows)
 
     def _questions(self) -> Questions | None:
         """What is answered at each evaluation while training."""

@@ -282,14 +282,15 @@ def compare_recipes(run: RunDir, loaded: LoadedRecipe) -> tuple[list[str], list[
     if not is_run(run.root):
         return [], []
     before, now = both_recipes(run, loaded)
-    stopping, stops_run = loaded.recipe.evaluation.early_stopping, tuple[str, ...]()
-    if stopping is not None:
-        reads_answers = metrics.get(stopping.metric).needs == "answers"
-        stops_run = ("evaluation.every_steps", *(_OF_ANSWERS if reads_answers else ()))
+    evaluation, steers = loaded.recipe.evaluation, tuple[str, ...]()
+    stopping = evaluation.early_stopping
+    if stopping is not None or evaluation.on_plateau is not None:
+        reads_answers = stopping is not None and metrics.get(stopping.metric).needs == "answers"
+        steers = ("evaluation.every_steps", *(_OF_ANSWERS if reads_answers else ()))
     decisive: list[str] = []
     harmless: list[str] = []
     for key in sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        is_harmless = key.startswith(_HARMLESS) and not key.startswith(stops_run)
+        is_harmless = key.startswith(_HARMLESS) and not key.startswith(steers)
         found = harmless if is_harmless or _only_longer(key, before, now) else decisive
         found += differences(key, before.get(key, ABSENT), now.get(key, ABSENT))
     return decisive, harmless

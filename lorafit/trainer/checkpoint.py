@@ -152,6 +152,10 @@ class CheckpointStore:
             todo="restore that folder from a copy, or train anew with another --output",
         )
 
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of a step that this run has saved. Raises CheckpointError where it is damaged or missing."""
+        return _read(self.run.find_checkpoint(str(step)))
+
     def save(self, step: int, fill: Callable[[Path], None], *, best: Best | None) -> None:
         """Publishes the checkpoint of `step`, then which one is best, then removes those that are no longer kept.
 
@@ -330,10 +334,14 @@ class Snapshot:
         }
         (folder / STATE_FILE).write_text(json.dumps(values, allow_nan=False) + "\n", encoding="utf-8")
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Takes all of it back."""
+    def restore_weights(self, checkpoint: Checkpoint) -> None:
+        """Takes adapter and optimizer back."""
         self.load_adapter(checkpoint.adapter)
         load_optimizer(checkpoint.folder, self.update.optimizer, dict(self.update.named))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes all of it back."""
+        self.restore_weights(checkpoint)
         load_hooks(checkpoint.folder, self.update.hooks, checkpoint.state.hooks)
         if checkpoint.state.scaler:
             self.update.scaler.load_state_dict(checkpoint.state.scaler)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lorafit.contracts import Batch
+from lorafit.contracts import Batch, JsonObject
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import NumericsError, StoppedBySignal
@@ -160,7 +160,7 @@ class Trainer:
             with self.journal.profile.phase("optimizer"):
                 norm = self.update.gradient_norm()
                 grad_norm = self._checked_norm(state, step, norm, batches)
-                learning_rate = self.update.apply(step, norm)
+                learning_rate = self.update.apply(step, norm, state.plateau.factor)
             self.update.optimizer.zero_grad(set_to_none=True)
             trim_after(time.perf_counter() - began, self.executor.device)
 
@@ -300,11 +300,25 @@ class Trainer:
         self.executor.objective.train()
         check_metrics(state.step, values)
         state.evaluated_step = state.step
-        if self.executor.rank == 0:
-            self.journal.write({"step": state.step, "evaluation": values})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.journal.reporter.info(f"step {state.step}: held-out {shown}")
-        return held_out.judge(state, values, self.cadence, self.journal.reporter)
+        verdict = held_out.judge(state, values, self.cadence, self.journal.reporter)
+        line: JsonObject = {"step": state.step, "evaluation": values}
+        if verdict.rate_falls:
+            line["rate_factor"] = state.plateau.factor
+        if verdict.goes_back and state.best is not None:
+            line["went_back_to"] = state.best.step
+            self._go_back_to(state.best.step)
+        if self.executor.rank == 0:
+            self.journal.write(line)
+        return verdict.is_best
+
+    def _go_back_to(self, step: int) -> None:
+        """Takes weights and optimizer of a checkpoint; steps, rows and random numbers go on as they would have."""
+        checkpoint = self.store.read(step)
+        with as_checkpoint_errors(checkpoint.folder):
+            self.snapshot.restore_weights(checkpoint)
+        self.journal.reporter.info(f"going on from the weights and the optimizer of step {step}")
 
     def _save(self, state: TrainState) -> None:
         """Publishes the checkpoint of the last edge, all ranks' random numbers in it."""

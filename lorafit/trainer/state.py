@@ -63,6 +63,23 @@ class Best:
     value: Real
 
 
+@dataclass(frozen=True, slots=True)
+class Plateau:
+    """What a run without improvement has led to so far.
+
+    Attributes:
+        factor: Multiplier of the learning rate.
+        value: The value that the next evaluation must beat by the plateau's `min_delta`.
+        evaluations: Since that value, or since the rate last fell.
+        times: How often it fell.
+    """
+
+    factor: Annotated[Real, Field(gt=0, le=1)] = 1.0
+    value: Real | None = None
+    evaluations: Count = 0
+    times: Count = 0
+
+
 @dataclass(slots=True)
 class TrainState:
     """A run right after optimizer step `step`: all that a resume needs beside weights and optimizer.
@@ -80,6 +97,7 @@ class TrainState:
         patience_value: The value that the next evaluation must beat by `min_delta`.
         evaluations_without_improvement: Since that value.
         stopped_early: Patience ran out at `step`.
+        plateau: The learning rate's factor, and what it follows.
         overflows: fp16 steps that were skipped.
         overflows_in_row: The last of them without a good step between.
         scaler: fp16's loss scale.
@@ -100,6 +118,7 @@ class TrainState:
     patience_value: Real | None = None
     evaluations_without_improvement: Count = 0
     stopped_early: bool = False
+    plateau: Plateau = field(default_factory=Plateau)
     overflows: Count = 0
     overflows_in_row: Count = 0
     scaler: dict[str, int | Real] = field(default_factory=dict)
@@ -120,6 +139,7 @@ class TrainState:
         """
         if not isinstance(values, Mapping):
             raise ValueError("train is no object")
+        values = {"plateau": {}, **values}  # which states of earlier versions lack
         if wrong := sorted({field.name for field in fields(cls)}.symmetric_difference(values)):
             raise ValueError(f"train.{wrong[0]} is missing or unknown")
         return read_dataclass(cls, values, "train")

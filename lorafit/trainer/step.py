@@ -145,15 +145,20 @@ class Update:
         self.scaler.unscale_(self.optimizer)
         return torch.nn.utils.get_total_norm([p.grad for _, p in self.named if p.grad is not None])
 
-    def apply(self, step: int, norm: torch.Tensor) -> float:
+    def apply(self, step: int, norm: torch.Tensor, rate_factor: float = 1.0) -> float:
         """Clips gradients of that norm and takes the optimizer's step; fp16's scaler skips it where they overflowed.
+
+        Args:
+            step: From 1.
+            norm: Of the gradients.
+            rate_factor: What evaluations have made of the learning rate.
 
         Returns:
             The learning rate, before a group's own factor.
         """
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], self.max_grad_norm, norm)
-        learning_rate = self.learning_rate_at(step)
+        learning_rate = self.learning_rate_at(step) * rate_factor
         set_rates(self.optimizer, learning_rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -46,6 +46,7 @@ from tests.support.tiny_recipe import write_rows
 
 VALIDATED = {"data.validation": "../rows/validation.jsonl", "evaluation.every_steps": 1}
 STOPPING = {**VALIDATED, "training.max_steps": 5}
+FALLING = {"patience": 1, "min_delta": 100.0, "at_most": 2}
 SGD = {"training.optimizer": "sgd", "adapter.alpha": 512.0}  # Adam would hide the gradients' length
 NO_ANSWERS = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
 HEADED = "token-classification", "sequence-regression"
@@ -369,6 +370,17 @@ def evaluation_cases(world: OptionWorld) -> dict[str, Case]:
         "evaluation.early_stopping.metric": Case(("loss", "token_accuracy", "rouge"), partial(best_by, world)),
         "evaluation.early_stopping.patience": Case((1, 2), stopped("patience", {"min_delta": 100.0})),
         "evaluation.early_stopping.min_delta": Case((0.0, 100.0), stopped("min_delta", {"patience": 1})),
+        "evaluation.on_plateau": Case((None, FALLING), of_run(world, "evaluation.on_plateau", rates_of, STOPPING)),
+        **{
+            f"evaluation.on_plateau.{option}": Case(values, partial(fallen, world, look, option))
+            for option, values, look in (
+                ("patience", (1, 2), rates_of),
+                ("min_delta", (0.0, 100.0), rates_of),
+                ("factor", (0.5, 0.1), rates_of),
+                ("at_most", (1, 9), rates_of),
+                ("go_back", (False, True), last_weights),
+            )
+        },
         "evaluation.retention": Case(
             (None, "../rows/more.jsonl", "../rows/validation.jsonl"),
             lambda value: scores_of(world.evaluate({}, {"evaluation.retention": value})),
@@ -403,6 +415,23 @@ def all_stored_as(kind: str) -> dict[str, str]:
     """A table of every linear of the tiny base."""
     parts = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
     return {f"model.layers.{layer}.{part}": kind for layer in range(2) for part in parts}
+
+
+def fallen(world: OptionWorld, look: Callable[[RunDir], Any], option: str, value: Any) -> Any:
+    """What is left of a run whose learning rate falls at evaluations that find no improvement."""
+    learning_rate = 5.0 if option == "go_back" else 1e-2  # so much that it never gets better
+    section = {"evaluation.on_plateau": {**FALLING, option: value}, "training.learning_rate": learning_rate}
+    return look(world.train({**STOPPING, **section}))
+
+
+def rates_of(run: RunDir) -> list[float]:
+    """The learning rate of each step."""
+    return [line["learning_rate"] for line in step_lines(run)]
+
+
+def last_weights(run: RunDir) -> dict[str, str]:
+    """Of the adapter behind the last step, whichever is the best one."""
+    return adapter_tensors(run, step=5)
 
 
 def first_loss(run: RunDir) -> float:

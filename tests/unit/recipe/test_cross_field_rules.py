@@ -57,8 +57,20 @@ def test_a_revision_of_a_file(fails: Fails, base: str) -> None:
 
 
 UNREAD = [(name, option) for name in tasks.names() for option in tasks.get(name).unread]
-OTHER = {"train_on": "all", "dropped_fields": "warn", "max_new_tokens": "9", "min_new_tokens": "2"}
-OTHER |= {"num_beams": "4", "length_penalty": "0.5", "no_repeat_ngram_size": "3", "answered_rows": "9"}
+OTHER = {
+    "embedding_noise": "5",
+    "train_on": "all",
+    "dropped_fields": "warn",
+    "max_new_tokens": "9",
+    "min_new_tokens": "2",
+}
+OTHER |= {
+    "embedding_noise": "5",
+    "num_beams": "4",
+    "length_penalty": "0.5",
+    "no_repeat_ngram_size": "3",
+    "answered_rows": "9",
+}
 
 
 @pytest.mark.parametrize(("task", "option"), UNREAD)
@@ -100,6 +112,14 @@ def test_early_stopping_needs_evaluations(fails: Fails) -> None:
         MINIMAL.replace("a.jsonl", "a.jsonl, validation: v.jsonl") + "evaluation: {early_stopping: {patience: 2}}\n"
     )
     assert "r.yaml:4:14: evaluation.early_stopping: needs evaluation.every_steps" in str(error)
+
+
+def test_a_plateau_needs_evaluations_and_comes_before_the_end(fails: Fails) -> None:
+    held_out = MINIMAL.replace("a.jsonl", "a.jsonl, validation: v.jsonl")
+    error = fails(held_out + "evaluation: {on_plateau: {patience: 2}}\n")
+    assert "r.yaml:4:14: evaluation.on_plateau: needs evaluation.every_steps" in str(error)
+    stops = "evaluation: {every_steps: 5, early_stopping: {patience: 2}, on_plateau: {patience: 2}}\n"
+    assert "early_stopping.patience 2 ends the run before the learning rate falls" in str(fails(held_out + stops))
 
 
 def classifies(evaluation: str) -> str:
