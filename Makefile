@@ -93,6 +93,7 @@ docs: $(STAMP)
 	$(BIN)/python docs/write_help.py
 	$(BIN)/python docs/write_shapes.py
 	$(BIN)/python docs/write_gpu.py
+	$(BIN)/python docs/write_methods.py
 
 check: test lint type
 

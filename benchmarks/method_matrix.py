@@ -3,7 +3,9 @@
     python -m benchmarks.method_matrix                         all of it on a tiny random model, on one core in minutes
     python -m benchmarks.method_matrix lora dora --on nf4      some of it
     python -m benchmarks.method_matrix --model FOLDER          on a real one
-    python -m benchmarks.method_matrix --write docs/methods.md the page that shows it
+    python -m benchmarks.method_matrix --rows rows.jsonl       keep each row as it is made; called again, it goes on
+    python -m benchmarks.method_matrix --rows benchmarks/methods.jsonl --memory benchmarks/methods.json    what
+                                                               docs/methods.md is written from, by make docs
 
     train       some steps; what is trained has moved, the loss is finite
     resume      from a checkpoint in the middle: the adapter's file is the same to the last byte
@@ -23,8 +25,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 COLUMNS = ("train", "resume", "PEFT", "merge", "estimate")
 QUANTIZATIONS = ("nf4", "int8", "none")
-SMALL: dict[str, Any] = {"r": 4, "alpha": 8, "tokens": 4, "encoder_size": 8, "projection_size": 8}
+SMALL: dict[str, Any] = {"r": 4, "init_r": 6, "alpha": 8, "tokens": 4, "encoder_size": 8, "projection_size": 8}
 """Options that say how large a method is, where it has them."""
-STEPS = 2
-_CLOSE = 2e-3  # of logits of about 1, between two ways to compute the same
-_ESTIMATE = (0.85, 1.3)
-_BLOCK = re.compile(r"(<!-- matrix: generated -->\n).*?(<!-- end of matrix -->)", re.DOTALL)
+STEPS, MIDDLE = 4, 2
+_CLOSE = 2e-4  # of the largest logit, between two ways to compute the same in fp32
+_ESTIMATE = (0.8, 1.3)  # of what a step of a tiny model holds
 
 
 @dataclass(frozen=True)
@@ -71,21 +73,28 @@ class Row:
 def cases(names: Iterable[str] = ()) -> list[Case]:
     """Every registered kind, or those of these names, and its initialisations."""
     from lorafit.kinds.adapters import adapters
+    from lorafit.kinds.initialisations import initialisations
 
     found = []
     for name in names or adapters.names():
         fields = adapters.section(name).model_fields
-        found.append(Case(name, {"kind": name, **{key: value for key, value in SMALL.items() if key in fields}}))
+        section = {"kind": name, **{key: value for key, value in SMALL.items() if key in fields}}
+        starts = [start for start in initialisations.names() if start != "kaiming"] if name == "lora" else []
+        found += [
+            Case(name, section),
+            *(Case(f"{name}, init: {start}", {**section, "init": start}) for start in starts),
+        ]
     return found
 
 
-def run(case: Case, quantization: str, folder: Path, base: Path, *, columns: Sequence[str] = COLUMNS) -> Row:
+def run(case: Case, quantization: str, folder: Path, base: str, *, columns: Sequence[str] = COLUMNS) -> Row:
     """Takes a case through all columns, in a folder of its own."""
     import lorafit
     from lorafit.errors import LorafitError
 
     row, recipe = Row(case.name, quantization), make_recipe(case, quantization, folder, base)
-    steps = {"train": _train, "resume": _resume, "PEFT": _open_in_peft, "merge": _merge, "estimate": _estimate}
+    train = partial(_train, counts="estimate" in columns)
+    steps = {"train": train, "resume": _resume, "PEFT": _open_in_peft, "merge": _merge, "estimate": _estimate}
     for column in columns:
         try:
             row.cells[column] = steps[column](lorafit, recipe)
@@ -101,7 +110,7 @@ def run(case: Case, quantization: str, folder: Path, base: Path, *, columns: Seq
     return row
 
 
-def make_recipe(case: Case, quantization: str, folder: Path, base: Path) -> dict[str, Any]:
+def make_recipe(case: Case, quantization: str, folder: Path, base: str) -> dict[str, Any]:
     """A recipe of a few steps over a few rows."""
     from tests.support.tiny_recipe import write_rows
 
@@ -111,7 +120,7 @@ def make_recipe(case: Case, quantization: str, folder: Path, base: Path) -> dict
     dtype = "fp32" if quantization == "none" else "bf16"
     return {
         "name": "matrix",
-        "model": {"base": str(base), "dtype": dtype, "attention": "eager", "quantization": quantization},
+        "model": {"base": base, "dtype": dtype, "attention": "eager", "quantization": quantization},
         "adapter": dict(case.section),
         "data": {"train": str(folder / "train.jsonl"), "max_length": 128},
         "training": {
@@ -121,7 +130,7 @@ def make_recipe(case: Case, quantization: str, folder: Path, base: Path) -> dict
             "learning_rate": 1e-2,
             "gradient_checkpointing": False,
         },
-        "checkpoints": {"every_steps": 1},
+        "checkpoints": {"every_steps": MIDDLE},
         "output": str(folder / "run"),
     }
 
@@ -130,15 +139,16 @@ def _weights(recipe: Mapping[str, Any]) -> Path:
     return Path(recipe["output"]) / "adapter" / "adapter_model.safetensors"
 
 
-def _train(lorafit: Any, recipe: Mapping[str, Any]) -> str:
+def _train(lorafit: Any, recipe: Mapping[str, Any], *, counts: bool) -> str:
     from safetensors.torch import load_file
 
     from lorafit import pipeline
 
-    pipeline.train(dict(recipe), measure_memory=True)
-    first = load_file(Path(recipe["output"]) / "checkpoints" / "step-000001" / "adapter" / _weights(recipe).name)
-    moved = [name for name, value in load_file(_weights(recipe)).items() if not value.equal(first[name])]
-    return "yes" if moved else "nothing moved"
+    pipeline.train(dict(recipe), measure_memory=counts)
+    first = load_file(Path(recipe["output"]) / "checkpoints" / f"step-{MIDDLE:06d}" / "adapter" / _weights(recipe).name)
+    last = load_file(_weights(recipe))
+    assert any(not value.equal(first[name]) for name, value in last.items() if name in first), "nothing moved"
+    return "yes"
 
 
 def _resume(lorafit: Any, recipe: Mapping[str, Any]) -> str:
@@ -146,7 +156,7 @@ def _resume(lorafit: Any, recipe: Mapping[str, Any]) -> str:
 
     whole, run = _weights(recipe).read_bytes(), Path(recipe["output"])
     (run / "counted.json").write_bytes((run / "result.json").read_bytes())
-    stop_after(run, 1)
+    stop_after(run, MIDDLE)
     lorafit.train(dict(recipe), resume=True, quiet=True)
     assert _weights(recipe).read_bytes() == whole, "the resumed run ends elsewhere"
     return "to the bit"
@@ -168,7 +178,7 @@ def _open_in_peft(lorafit: Any, recipe: Mapping[str, Any]) -> str:
 
 
 def _load(recipe: Mapping[str, Any]) -> Any:
-    """The base as training loads it."""
+    """The base as training loads it, computing in fp32, where two ways to the same logits can be told from rounding."""
     from types import SimpleNamespace
 
     from lorafit.contracts import Silent
@@ -179,7 +189,7 @@ def _load(recipe: Mapping[str, Any]) -> Any:
 
     model = recipe["model"]
     found: Any = SimpleNamespace(base=model["base"], revision=None)
-    dtype = dtype_named(model["dtype"])
+    dtype = dtype_named("fp32")
     return load_model(
         resolve_base(found, Path(model["base"]).parent, Silent()),
         quantization=quantizations.make_section(model["quantization"]),
@@ -194,8 +204,7 @@ def _load(recipe: Mapping[str, Any]) -> Any:
 def _logits(model: Any) -> Any:
     import torch
 
-    dtype = next(model.parameters()).dtype
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+    with torch.no_grad():
         return model.eval()(torch.arange(3, 40).reshape(1, -1), use_cache=False).logits.float()
 
 
@@ -212,7 +221,7 @@ def _estimate(lorafit: Any, recipe: Mapping[str, Any]) -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as markdown; a row's refusal takes the place of what could not be tried."""
+    """The rows as markdown; where a method is refused, its sentence stands in the first column, for all of the row."""
     lines = [f"| method | base | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 2)}"]
     for row in rows:
         refused = row.cells.get("train", "") != "yes"
@@ -223,44 +232,90 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(page: Path, text: str) -> None:
-    """Puts the table into the marked block of a page."""
-    before = page.read_text(encoding="utf-8")
-    page.write_text(_BLOCK.sub(lambda match: f"{match[1]}{text}{match[2]}", before), encoding="utf-8")
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows of cases that there are, in the order of these."""
+    places = {case.name: place for place, case in enumerate(cases())}
+    found = [row for row in rows if row.case in places]
+    return sorted(found, key=lambda row: (places[row.case], QUANTIZATIONS.index(row.quantization)))
 
 
-def each(chosen: Sequence[Case], on: Sequence[str], base: Path | None, folder: Path) -> Iterator[Row]:
-    """All rows, one by one; a method's own folder is taken away behind it."""
+def each(
+    chosen: Sequence[Case],
+    on: Sequence[str],
+    base: str | None,
+    folder: Path,
+    known: Collection[tuple[str, str]] = (),
+) -> Iterator[Row]:
+    """All rows but known ones, one by one; a method's own folder is taken away behind it."""
     import shutil
 
     from tests.support.tiny_model import make_base
 
-    base = base or make_base(folder / "base", attention_bias=True)  # there is a bias to train
+    base = base or str(make_base(folder / "base", attention_bias=True))  # there is a bias to train
     for case in chosen:
-        for quantization in on:
+        for quantization in (kind for kind in on if (case.name, kind) not in known):
             where = folder / re.sub(r"\W+", "-", f"{case.name} {quantization}")
             yield run(case, quantization, where, base)
             shutil.rmtree(where, ignore_errors=True)
+
+
+def measure_memory(file: Path) -> None:
+    """Adds to a file what a step takes of each kind that it lacks, by a dry run of Llama-3.1-8B in bf16 on a card: one
+    row of 2,048 tokens, no checkpointing, AdamW. The reason where the kind is not for that model."""
+    from lorafit.errors import LorafitError
+    from lorafit.estimation.dry_run import DryRun
+    from lorafit.facts import DeviceFacts
+    from lorafit.kinds.adapters import adapters
+    from lorafit.model.class_shape import find_shape
+    from lorafit.model.known_models import known_config
+    from lorafit.plan.recipe_step import recipe_step
+    from lorafit.recipe.schema import Recipe
+
+    config = known_config("meta-llama/Llama-3.1-8B")
+    assert config is not None
+    card = DeviceFacts("cuda", "a card", 2**39, bf16=True, capability=(9, 0))
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name in (name for name in adapters.names() if name not in found):
+        recipe = Recipe.model_validate(
+            {
+                "name": "memory",
+                "model": {"base": "b", "quantization": "none", "attention": "sdpa"},
+                "adapter": {"kind": name},
+                "data": {"train": "a.jsonl", "max_length": 2048, "packing": False},
+            }
+        )
+        try:
+            step = recipe_step(recipe, find_shape(config), None, card).step
+            found[name] = DryRun(step, config).run(2048, False, few_layers=True).needed_bytes
+        except LorafitError as error:
+            found[name] = error.errors[0].what
+        print(name, found[name], file=sys.stderr, flush=True)
+        file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     """Runs what was asked for and prints each row as it is made."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("adapters", nargs="*", help="kinds; all where none is named")
-    parser.add_argument("--on", nargs="+", default=list(QUANTIZATIONS), help="quantisations")
-    parser.add_argument("--model", type=Path, help="folder of a base model; a tiny random one where left out")
-    parser.add_argument("--write", type=Path, help="page whose marked block gets the table")
+    parser.add_argument("--on", nargs="+", choices=QUANTIZATIONS, default=QUANTIZATIONS, help="quantisations")
+    parser.add_argument("--model", help="a base model as in a recipe; a tiny random one where left out")
+    parser.add_argument("--rows", type=Path, help="file of rows that are there already, and get the new ones")
+    parser.add_argument(
+        "--memory", type=Path, help="file of what a step of Llama-3.1-8B needs, by kind, which gets the missing"
+    )
     asked = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
+    if asked.memory is not None:
+        measure_memory(asked.memory)
+    kept = asked.rows or Path(os.devnull)
+    rows = [Row(**json.loads(line)) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
+    known = {(row.case, row.quantization) for row in rows}
+    with tempfile.TemporaryDirectory() as temporary, kept.open("a", encoding="utf-8") as file:
         os.environ.setdefault("LORAFIT_CACHE", f"{temporary}/cache")
-        for row in each(cases(asked.adapters), asked.on, asked.model, Path(temporary)):
+        for row in each(cases(asked.adapters), asked.on, asked.model, Path(temporary), known):
             rows.append(row)
-            print(json.dumps({**row.__dict__}), file=sys.stderr, flush=True)
-    text = table(rows)
-    print(text)
-    if asked.write is not None:
-        write(asked.write, text)
+            for output in (file, sys.stderr):
+                print(json.dumps(asdict(row)), file=output, flush=True)
+    print(table(in_order(rows)))
     return int(any(row.broken for row in rows))
 
 
