@@ -4,8 +4,8 @@
     python -m benchmarks.method_matrix lora dora --on nf4      some of it
     python -m benchmarks.method_matrix --model FOLDER          on a real one
     python -m benchmarks.method_matrix --rows rows.jsonl       keep each row as it is made; called again, it goes on
-    python -m benchmarks.method_matrix --rows benchmarks/methods.jsonl --memory benchmarks/methods.json    what
-                                                               docs/methods.md is written from, by make docs
+    python -m benchmarks.method_matrix --rows benchmarks/methods.jsonl      what docs/methods.md is written from,
+    python -m benchmarks.method_matrix --memory benchmarks/methods.json     by make docs
 
     train       some steps; what is trained has moved, the loss is finite
     resume      from a checkpoint in the middle: the adapter's file is the same to the last byte
@@ -306,6 +306,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.memory is not None:
         measure_memory(asked.memory)
+        return 0
     kept = asked.rows or Path(os.devnull)
     rows = [Row(**json.loads(line)) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
     known = {(row.case, row.quantization) for row in rows}
