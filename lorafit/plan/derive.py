@@ -160,6 +160,10 @@ def plan(
     total_steps, epochs = _length(recipe, steps_per_epoch)
     if why := adapters.bind(recipe.adapter).refuses_steps(total_steps):
         raise RecipeError(why, key="adapter", todo="train more steps, or lower the adapter's")
+    unfreezing = training.unfreezing
+    if unfreezing is not None and unfreezing.steps[-1] > total_steps:
+        what = f"ends at step {unfreezing.steps[-1]}, and the run has {total_steps}: some layers would never be trained"
+        raise RecipeError(what, key="training.unfreezing.steps", todo="lower them, or train more steps")
     memory = recipe_step(recipe, shape, dataset, device, engine=engine)
     step = memory.step
     _check_attention(recipe, device, step)

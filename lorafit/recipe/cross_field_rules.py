@@ -77,6 +77,13 @@ def _of_training(recipe: Recipe) -> Iterator[Disagreement]:
     if steps is not None and (why := adapters.bind(recipe.adapter).refuses_steps(steps)):
         keys = ("adapter.kind", "training.max_steps")
         yield Disagreement(keys, why, "raise training.max_steps, or lower the adapter's steps")
+    unfreezing = recipe.training.unfreezing
+    if unfreezing is not None and steps is not None and unfreezing.steps[-1] > steps:
+        keys, what = ("training.unfreezing.steps", "training.max_steps"), f"end behind training.max_steps {steps}"
+        yield Disagreement(keys, what, f"choose at most {steps}")
+    if unfreezing is not None and (why := adapters.bind(recipe.adapter).refuses_unfreezing()):
+        keys = ("training.unfreezing", "adapter.kind")
+        yield Disagreement(keys, f"adapter {recipe.adapter.kind} {why}", "leave it out, or use another adapter")
 
 
 def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:

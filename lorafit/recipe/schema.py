@@ -7,6 +7,7 @@ in `lorafit.recipe.cross_field_rules`, so that every disagreement of a recipe is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
@@ -18,6 +19,7 @@ from pydantic import (
     Tag,
     WithJsonSchema,
     WrapSerializer,
+    field_validator,
     model_validator,
 )
 
@@ -203,6 +205,22 @@ class DataSection(Section):
     """What happens to rows that cannot be trained on."""
 
 
+class UnfreezingSection(Section):
+    """Layers that begin to be trained one part after the other, from the output down."""
+
+    top: Count
+    """Layers at the output that are trained from the first step; what stands in no layer is as well."""
+    steps: list[Count] = Field(min_length=1)
+    """Steps that are the first with an equal part of the other layers, from the top down, e.g. [50, 100]."""
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_rise(cls, value: list[int]) -> list[int]:
+        if value[0] < 2 or any(later <= earlier for earlier, later in pairwise(value)):
+            raise ValueError(f"they must rise, from 2 on: {value}")
+        return value
+
+
 class TrainingSection(Section):
     """The optimisation."""
 
@@ -222,6 +240,8 @@ class TrainingSection(Section):
     """The learning rate over the run, with its warm-up."""
     max_grad_norm: float | None = Field(default=1.0, gt=0.0, le=1e9)
     """Gradients are scaled down to this norm; null: no clipping."""
+    unfreezing: UnfreezingSection | None = None
+    """Train the layers at the output first: {top: 4, steps: [50, 100]}; null: all from the first step."""
     embedding_noise: float | None = Field(default=None, gt=0.0, le=1e4)
     """NEFTune's alpha, e.g. 5: while training, uniform noise of up to alpha / sqrt(L d) on each value of a token's
     embedding, L being the row's real tokens and d the embedding's width; null: none."""

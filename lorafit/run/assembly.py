@@ -24,6 +24,7 @@ from lorafit.memory import MemoryEstimate, fits
 from lorafit.model.attach import load_adapter_weights
 from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.fused_lora import keep_unpacked
+from lorafit.model.layer_numbers import layer_paths
 from lorafit.ops.dtypes import dtype_named
 from lorafit.ops.embedding_noise import take_noise
 from lorafit.ops.kernel_choice import describe_versions
@@ -38,6 +39,7 @@ from lorafit.trainer.profile import Speed, measure_speed
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import FitResult
 from lorafit.trainer.step import Update
+from lorafit.trainer.unfreezing import Unfreezing
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Assembly:
 
     @cached_property
     def hooks(self) -> Sequence[StepHook]:
-        """What is done between steps: by the adapter's method."""
-        recipe = self.job.recipe
-        own = adapters.bind(recipe.adapter).step_hook(
-            self.executor.objective.model, RunFacts(recipe.seed, self.plan.total_steps)
-        )
-        return [own] if own is not None else []
+        """What is done between steps: by the adapter's method, and by unfreezing."""
+        recipe, model = self.job.recipe, self.executor.objective.model
+        own = adapters.bind(recipe.adapter).step_hook(model, RunFacts(recipe.seed, self.plan.total_steps))
+        hooks: list[StepHook] = [own] if own is not None else []
+        if (asked := recipe.training.unfreezing) is not None:
+            layers = layer_paths(self.executor.objective.base)
+            hooks.append(Unfreezing(dict(self.executor.named_parameters), layers, asked.top, asked.steps))
+        return hooks
 
     def measure_speed(self, fit: FitResult) -> Speed | None:
         """The run's figures against what the machine can do."""

@@ -23,6 +23,7 @@ from lorafit.model.adapter import adapter_tensors as tensors_of
 from lorafit.model.class_shape import find_shape
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.trainer.step import Update
+from lorafit.trainer.unfreezing import Unfreezing
 from tests.support import tiny_seq2seq, tiny_vision
 from tests.support.adapted import begin
 from tests.support.option_adapters import AT_LINEARS, linear_cases, two_steps
@@ -320,8 +321,19 @@ def training_cases(world: OptionWorld) -> dict[str, Case]:
             (False, "half", True), partial(saved_bytes, world, "training.gradient_checkpointing")
         ),
         "training.embedding_noise": Case((None, 5.0, 50.0), of_run(world, "training.embedding_noise", last_loss)),
+        "training.unfreezing": Case((None, {"top": 1, "steps": [2]}), of_run(world, "training.unfreezing", last_loss)),
+        "training.unfreezing.top": Case((1, 2, 3), lambda top: layers_trained(top=top, steps=[3])),
+        "training.unfreezing.steps": Case(([3], [2, 4], [4]), lambda steps: layers_trained(top=1, steps=steps)),
         "training.deterministic": Case((False, True), partial(algorithms_taken, world)),
     }
+
+
+def layers_trained(top: int, steps: list[int]) -> list[list[int]]:
+    """Layers of a model of 4 that each of 5 steps trains."""
+    parameters = {f"layers.{number}.weight": torch.nn.Parameter(torch.zeros(1)) for number in range(4)}
+    layers = {f"layers.{number}": number for number in range(4)}
+    hook = Unfreezing(parameters, layers, top, steps)
+    return [hook.layers_at(step) for step in range(1, 6)]
 
 
 def algorithms_taken(world: OptionWorld, deterministic: bool) -> set[bool]:

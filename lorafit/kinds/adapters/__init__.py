@@ -238,6 +238,10 @@ class Adapter(Kind[S_co]):
         """Width of the bottleneck, which the activations of the closed form grow with; 0 for a method without."""
         return 0
 
+    def refuses_unfreezing(self) -> str | None:
+        """Why its layers cannot begin to be trained one after the other, in one sentence; None where they can."""
+        return None if self.linear_names() else "trains nothing in single layers"
+
     def nested_from(self) -> int | None:
         """The least rank k of which its first k ranks, with the same alpha, are a trained adapter; None: of no k."""
         return None

@@ -245,6 +245,10 @@ class Adalora(Adapter[AdaloraSection]):
             f"{final} of final_steps"
         )
 
+    def refuses_unfreezing(self) -> str | None:
+        """A layer without gradients would seem to be of no importance."""
+        return "takes ranks from what the loss does not feel, and it feels nothing of a layer that is frozen"
+
     @classmethod
     def opened_config(cls, config: JsonMapping) -> JsonObject:
         """The saved one, without what decides first values."""
