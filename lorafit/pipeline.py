@@ -221,7 +221,6 @@ def evaluate(
     from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
     from lorafit.evaluation.runner import evaluate_pair
-    from lorafit.model.adapter import adapter_tensors
     from lorafit.model.inspect import coverage
 
     opened = settle_evaluation(opened, overrides, reporter)
@@ -265,7 +264,7 @@ def evaluate(
             checkpoint_step=step,
             split=split,
             seen_in_training=split == "train" or chose,
-            trainable_parameters=sum({id(own): own.numel() for own in adapter_tensors(engine.model).values()}.values()),
+            trainable_parameters=opened.trained_parameters(),
             total_parameters=found.total_parameters,
         ),
     )

@@ -56,6 +56,11 @@ class OpenedRun:
 
         return ResolvedPlan.from_json(read_object(self.run.plan), str(self.run.plan))
 
+    def trained_parameters(self) -> int | None:
+        """How many parameters the run trained, which an adapter may hold more of; None where its plan does not say."""
+        count: int | None = read_object(self.run.plan).get("plan", {}).get("trainable_parameters")
+        return count
+
     def adapter(self, checkpoint: str | None) -> tuple[Path, int | None]:
         """The adapter's folder, and its step: the saved one, or that of a checkpoint (`best`, `last`, a step).
 

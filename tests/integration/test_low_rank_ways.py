@@ -34,4 +34,7 @@ def test_a_run_resumes_and_is_merged(kind: str, saved_as: str, tmp_path: Path) -
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("loss") for line in lines] == [line.get("loss") for line in steps]
     assert read_adapter(run / "adapter").kind.__name__.lower() == saved_as
+    about = pipeline.evaluate(run, limit=2).evaluation.about
+    trained = sum(value.numel() for name, value in adapter.items() if name in moved)
+    assert about.trainable_parameters == trained
     assert pipeline.merge(run, output=tmp_path / "merged").report.verified
