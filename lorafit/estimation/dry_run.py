@@ -16,7 +16,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from lorafit.estimation import RecipeEstimate
 from lorafit.estimation.layer_list import LayerList
 from lorafit.facts import RunFacts
 from lorafit.kinds.optimizers import rate_groups
-from lorafit.memory import MemoryEstimate, Phase, StepShape
+from lorafit.memory import MemoryEstimate, Phase, StepShape, with_start
 from lorafit.memory.peak import PHASES
 from lorafit.model import attention, fused_lora
 from lorafit.model.attach import attach_adapter
@@ -67,7 +66,11 @@ def run_exactly(found: RecipeEstimate, config: JsonMapping, reporter: Reporter) 
     accumulates = (
         found.recipe.training.batch_size * step.row_tokens > tokens
     )  # else all of a step is in one micro-batch
-    run = partial(DryRun(step, config).run, tokens, accumulates=accumulates, reporter=reporter)
+    dry = DryRun(step, config)
+
+    def run(checkpointing: Checkpointing) -> MemoryEstimate:
+        return with_start(step, dry.run(tokens, checkpointing, accumulates=accumulates, reporter=reporter))
+
     exact = replace(found, exact=run(memory.gradient_checkpointing))
     without = found.without_checkpointing or exact.exact
     for more in more_than(memory.gradient_checkpointing) if asked.checkpointing is None else ():

@@ -135,6 +135,7 @@ def _memory(memory: MemoryEstimate, block: str, quantization: str) -> Table:
     on_card = memory.device_kind == "cuda"
     slack = memory.needed_bytes - memory.context_bytes - memory.tensor_bytes
     factor = ALLOCATOR_FACTOR[memory.device_kind]
+    quantization = "none" if memory.peak_phase.name == "start" else quantization  # nothing is dequantised then
     left = [
         (_label(name, quantization), format_bytes(size), f"{size / memory.tensor_bytes:.0%}")
         for name, size in memory.components.items()

@@ -22,6 +22,8 @@ are the rest."""
 
 PHASES = ("forward", "loss", "backward", "update")
 FIXED = ("base_weights", "quantization_constants", "unpacked_weights", "adapter", "gradients", "optimizer_state")
+MADE_BY_STEPS = ("unpacked_weights", "gradients", "optimizer_state")
+"""Of those, what is not there before the first step."""
 COMPONENTS = (*FIXED, "kept_activations", "recomputation", "loss", "workspace")
 """Everything that is a tensor, in the order of the table."""
 
@@ -31,7 +33,7 @@ class Phase:
     """The worst moment of one part of a step.
 
     Attributes:
-        name: `forward`, `loss`, `backward` or `update`.
+        name: `forward`, `loss`, `backward` or `update`; `start`: the adapter's first values, before all of them.
         where: The operation of that moment; empty where there is but one.
         parts: Bytes by component, beside the fixed ones; casts of the adapter's weights are part of `adapter`.
     """
@@ -52,7 +54,7 @@ class MemoryEstimate:
 
     Attributes:
         fixed: Components that stay for the whole step, in bytes.
-        phases: forward, loss, backward, update.
+        phases: forward, loss, backward, update; before them `start`, where that takes more than any of them.
         device_kind: `cpu` or `cuda`.
         micro_batch_tokens: Padded tokens of the forward that was estimated.
         gradient_checkpointing: With what it was estimated.

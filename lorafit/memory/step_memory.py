@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.facts import DeviceFacts
 from lorafit.memory.closed_form import closed_form
-from lorafit.memory.peak import MemoryEstimate, fits
+from lorafit.memory.peak import MADE_BY_STEPS, MemoryEstimate, Phase, fits
 from lorafit.memory.step_shape import StepShape
 from lorafit.ops.recomputed_layers import Checkpointing, more_than
 
@@ -40,7 +40,7 @@ class StepMemory:
 
     def at(self, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
         """The estimate for a micro-batch of so many padded tokens, one longest row at least."""
-        return self.engine(self.step, max(tokens, self.step.row_tokens), checkpointing)
+        return with_start(self.step, self.engine(self.step, max(tokens, self.step.row_tokens), checkpointing))
 
     def settle(self, device: DeviceFacts | None, headroom: float) -> tuple[MemoryEstimate, MemoryEstimate | None]:
         """What the step needs; and what it would without checkpointing, where the device has that turned on.
@@ -73,6 +73,14 @@ class StepMemory:
             self.step.row_tokens,
             max(most_tokens, self.step.row_tokens),
         )
+
+
+def with_start(step: StepShape, found: MemoryEstimate) -> MemoryEstimate:
+    """The estimate of a step; its peak is before it where the adapter's first values take more than any part of it."""
+    later = sum(found.fixed.get(name, 0) for name in MADE_BY_STEPS)
+    begins = Phase("start", "", {"workspace": step.start_bytes - later})
+    more = begins.total_bytes > found.peak_phase.total_bytes
+    return replace(found, phases=(begins, *found.phases)) if more else found
 
 
 def find_largest(needed_bytes: Callable[[int], int], limit_bytes: float, least: int, most: int) -> int | None:

@@ -87,6 +87,17 @@ class StepShape:
         beside = whole_parameters(section, shape) + row_parameters(section, shape) + shape.new_head_parameters
         return sum(site.parameters for site in self.adapter.sites(self.model)) + beside
 
+    @property
+    def adapted_linears(self) -> tuple[LinearShape, ...]:
+        """The linears that carry the adapter, each with as many as do."""
+        return tuple(site.linear for site in self.adapter.sites(self.model) if site.linear is not None)
+
+    @property
+    def start_bytes(self) -> int:
+        """What is held at once beside the model while the adapter gets its first values, before there are gradients."""
+        begins = self.adapter.initialisation()
+        return 0 if begins is None else begins.memory_bytes(self.adapted_linears, self.adapter.rank())
+
     def stored_as(self, linear: LinearShape) -> Quantization[KindSection]:
         """How a linear's weight is stored: plain where transformers leaves its class alone."""
         return self.quantization.of(linear.name) if linear.quantizable else quantizations.make("none")

@@ -63,6 +63,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     if plan.keeps_unpacked:
         size = format_bytes(plan.memory.fixed["unpacked_weights"])
         yield "unpacked", f"{size} of dequantised weights kept for the whole run"
+    if (begins := _start(plan)) is not None:
+        yield "begins with", begins
     if (price := _price_of_dropout(plan)) is not None:
         yield "dropout", price
     longest = counted(plan.longest_tokens, "token") + in_sequences(plan.longest_tokens, plan.step.step.task.sequences)
@@ -96,6 +98,18 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")
     yield "memory", describe_memory(plan) if plan.fits else f"[red]{describe_memory(plan)}[/]"
+
+
+def _start(plan: Plan) -> str | None:
+    """What giving the adapter its first values takes; None where it has them already."""
+    step = plan.step.step
+    begins = step.adapter.initialisation()
+    if begins is None or not (step.start_bytes or begins.flops(step.adapted_linears)):
+        return None
+    flops = begins.flops(step.adapted_linears) / 1e9
+    parts = [f"{counted(getattr(begins.section, 'rows', 0), f'{begins.reads} row')} forward"] if begins.reads else []
+    parts += [f"{flops:,.1f} GFLOP of decompositions"] if flops else []
+    return f"{begins.section.kind}: {', '.join(parts)}{', ' if parts else ''}{format_bytes(step.start_bytes)} at once"
 
 
 def _price_of_dropout(plan: Plan) -> str | None:

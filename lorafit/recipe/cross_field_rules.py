@@ -59,6 +59,11 @@ def _of_adapter(recipe: Recipe) -> Iterator[Disagreement]:
     if why is not None:
         keys = ("adapter.kind", "model.quantization")
         yield Disagreement(keys, why, "use another adapter, or another quantization")
+    begins = adapters.bind(recipe.adapter).initialisation()
+    if begins is not None and begins.reads == "retention" and recipe.evaluation.retention is None:
+        keys = ("adapter.init", "evaluation.retention")
+        what = "reads the rows of evaluation.retention, which is not set"
+        yield Disagreement(keys, what, "name rows whose answers shall stay", is_missing=True)
     task = tasks.bind(recipe.task)
     if quantizations.bind(recipe.model.quantization).candidates() and (task.reference_columns or task.pools):
         keys = ("model.quantization", "task")

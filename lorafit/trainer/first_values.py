@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -44,7 +45,7 @@ def give_first_values(
 
     Raises:
         ModelError: A weight lies in no place of the base's files.
-        NumericsError: The rows cannot tell what the initialisation asks of them.
+        DataError: The rows have fewer tokens than the initialisation must see.
     """
     initialisation = adapters.bind(section).initialisation()
     if initialisation is None or section.init_from is not None:
@@ -67,15 +68,28 @@ def _run_rows(
     reporter: Reporter,
     split: str,
     most: int,
-) -> int:
-    """Runs rows through the base, one at a time, so that no padding is seen, and says how many."""
-    examples = splits[split]
+    seers: Mapping[str, Callable[[torch.Tensor], None]],
+) -> None:
+    """See `Start.forward`. A row is a batch, and yet padded where a task pads its sides to one length."""
+    examples, real = splits[split], list[torch.Tensor]()
     rows = random.Random(seed).sample(range(len(examples)), min(most, len(examples)))
-    with adapter_off(objective.model), reporter.track(len(rows), "what layers see") as bar:
+
+    def show(see: Callable[[torch.Tensor], None], _: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        inputs = arguments[0].detach()
+        of_tokens = inputs.shape[:-1] == real[-1].shape
+        see((inputs[real[-1]] if of_tokens else inputs.flatten(0, -2)).float())
+
+    with contextlib.ExitStack() as stack, reporter.track(len(rows), "what layers see") as bar:
+        stack.enter_context(adapter_off(objective.model))
+        for path, see in seers.items():
+            layer = objective.base.get_submodule(path)
+            stack.enter_context(layer.register_forward_pre_hook(partial(show, see)))
         for row in rows:
-            objective.logits(objective.batch_of(examples[row], pad_id))
+            batch = objective.batch_of(examples[row], pad_id)
+            behind = batch["input_ids"].ne(pad_id).flip(-1).cumsum(-1).flip(-1)  # of each token, others than padding
+            real.append(behind > 0)
+            objective.logits(batch)
             bar.advance(1)
-    return len(rows)
 
 
 def _read_original(objective: Objective, base: Base, path: str) -> torch.Tensor:

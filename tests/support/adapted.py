@@ -64,19 +64,20 @@ def lora(**fields: Any) -> Any:
     return adapters.make_section("lora", **({"r": 4, "alpha": 8, "dropout": 0.0} | fields))
 
 
-def begin(base: Base, section: Any, kind: str = "none", rows: Any = None, **loading: Any) -> Any:
+def begin(base: Base, section: Any, kind: str = "none", rows: Any = None, retention: Any = None, **loading: Any) -> Any:
     """A base with the adapter that a run on it begins with.
 
     Args:
         base: From `open_base`.
         section: The adapter's.
-        kind: How the base is quantised.
+        kind: How the base is quantised; or the base, loaded.
         rows: Training rows, for what looks at them.
+        retention: Rows of general ability; the same ones where None.
         loading: See `load`.
     """
-    model = attach_adapter(load(base, kind, **loading), section, 0)
+    model = attach_adapter(load(base, kind, **loading) if isinstance(kind, str) else kind, section, 0)
     objective = tasks.make("causal-lm").build_objective(model)
-    splits = {"train": rows, "retention": rows}
+    splits = {"train": rows, "retention": retention or rows}
     give_first_values(objective, section, base, splits, 0, 0, Silent())
     return model
 

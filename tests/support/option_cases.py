@@ -19,22 +19,20 @@ from lorafit.files.rundir import RunDir
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu
-from lorafit.model.adapter import adapter_tensors as tensors_of
 from lorafit.model.class_shape import find_shape
 from lorafit.plan.recipe_step import recipe_step
 from lorafit.trainer.step import Update
 from lorafit.trainer.unfreezing import Unfreezing
 from tests.support import tiny_seq2seq, tiny_vision
-from tests.support.adapted import begin
 from tests.support.option_adapters import AT_LINEARS, linear_cases, two_steps
 from tests.support.option_between_steps import OF_KINDS, between_steps_cases
+from tests.support.option_first_values import first_value_cases
 from tests.support.option_kinds import LOW_RANK, RANKS, attached, kind_cases, layer_cases, low_rank_cases
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import (
     Changes,
     OptionWorld,
     adapter_tensors,
-    digest_of,
     evaluation_lines,
     files_of,
     named_commits,
@@ -51,7 +49,6 @@ FALLING = {"patience": 1, "min_delta": 100.0, "at_most": 2}
 SGD = {"training.optimizer": "sgd", "adapter.alpha": 512.0}  # Adam would hide the gradients' length
 NO_ANSWERS = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
 HEADED = "token-classification", "sequence-regression"
-INITIALISATIONS = "kaiming", "gaussian", "orthogonal", "pissa", "olora"
 TRACKERS = "tensorboard", "wandb", "mlflow", "trackio"
 
 
@@ -166,10 +163,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         }
     for kind in ("lora", "dora", *LOW_RANK):
         cases[f"adapter({kind}).new_tokens"] = Case((None, ["<a>"]), partial(attached, kind, "new_tokens"))
-        cases[f"adapter({kind}).init"] = Case(INITIALISATIONS, partial(first_values, world, kind))
-        cases[f"adapter({kind}).init(pissa).iterations"] = Case(
-            (None, 0, 1), partial(first_values_of, world, kind, "pissa", "iterations")
-        )
+        cases |= first_value_cases(world, kind)
     cases |= between_steps_cases()
     for kind in OF_KINDS:
         start = Case((None, str(world.root / kind)), partial(first_loss_from, world, kind))
@@ -192,18 +186,6 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
         )
         cases[f"model.quantization({kind}).keep_unpacked"] = Case((True, False), partial(times_unpacked, world, kind))
     return cases
-
-
-def first_values(world: OptionWorld, kind: str, init: Any, quantization: str = "none") -> dict[str, str]:
-    """Shape and content of each tensor of the adapter that a run would begin with."""
-    job = world.job({**of_kind(kind), "adapter.init": init, "model.quantization": quantization})
-    model = begin(job.base, job.recipe.adapter, quantization, job.rows.train)
-    return {name: f"{tuple(value.shape)} {digest_of(value)}" for name, value in tensors_of(model).items()}
-
-
-def first_values_of(world: OptionWorld, kind: str, init: str, option: str, value: Any) -> dict[str, str]:
-    """The same with an option of the initialisation."""
-    return first_values(world, kind, {"kind": init, option: value})
 
 
 def data_cases(world: OptionWorld) -> dict[str, Case]:

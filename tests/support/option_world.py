@@ -115,7 +115,7 @@ class OptionWorld:
 
     def train(self, changes: Changes) -> RunDir:
         """The folder of the run."""
-        return self._remember("train", changes, lambda: pipeline.train(self.recipe(changes)).run)
+        return self.remember("train", changes, lambda: pipeline.train(self.recipe(changes)).run)
 
     def evaluate(self, changes: Changes, trained: Changes | None = None) -> Evaluation:
         """What `lorafit eval` finds on the test rows, of a run that was trained with the changes in `trained`."""
@@ -125,13 +125,14 @@ class OptionWorld:
         def run() -> Evaluation:
             return pipeline.evaluate(self.train(trained).root, overrides=overrides).evaluation
 
-        return self._remember("evaluate", {"trained": trained, **changes}, run)
+        return self.remember("evaluate", {"trained": trained, **changes}, run)
 
     def forget(self) -> None:
         """Lets everything be run anew."""
         self._known.clear()
 
-    def _remember(self, what: str, changes: Changes, run: Callable[[], T]) -> T:
+    def remember(self, what: str, changes: Changes, run: Callable[[], T]) -> T:
+        """What was made of these changes, once."""
         key = json.dumps([what, changes], sort_keys=True)
         if key not in self._known:
             self._known[key] = run()

@@ -13,7 +13,7 @@ A saved adapter is so a plain LoRA on the original base, whatever it began with.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -45,11 +45,12 @@ class Start:
     """What a run that begins can be asked for.
 
     Attributes:
-        forward: Runs rows of a split through the base, one at a time: (split, how many at most); says how many ran.
+        forward: Runs rows through the base, one at a time, always the same: a split, how many at most, and by path who
+            sees what a linear gets, `[tokens, in]`, padding left out.
         original: A linear's weight `[out, in]` by its path, as the base's files hold it, before it was quantised.
     """
 
-    forward: Callable[[str, int], int]
+    forward: Callable[[str, int, Mapping[str, Callable[[torch.Tensor], None]]], None]
     original: Callable[[str], torch.Tensor]
 
 
@@ -59,12 +60,15 @@ class Initialisation(Kind[S_co]):
     Attributes:
         corrects: Whether it begins with a part of the base's weights, which second halves of A and B then take out.
         starts_as_base: Whether the model still computes what its base does, to the last bit.
-        reads: The split of rows that it runs; None: it needs none.
     """
 
     corrects: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
-    reads: ClassVar[str | None] = None
+
+    @property
+    def reads(self) -> str | None:
+        """The split of rows that it runs; None: it needs none."""
+        return None
 
     def refuses(self, quantization_kind: str) -> str | None:
         """Why it cannot begin beside linears stored so, in one sentence; None where it can."""
@@ -74,8 +78,12 @@ class Initialisation(Kind[S_co]):
         """Why a linear's adapter cannot begin so with that rank; None where it can."""
         return None
 
-    def memory_bytes(self, linear: LinearShape, rank: int) -> int:
-        """What is held at once for one linear, beside the model."""
+    def memory_bytes(self, linears: Sequence[LinearShape], rank: int) -> int:
+        """The most that is held at once beside the model, for adapters of that rank on those linears."""
+        return 0
+
+    def flops(self, linears: Sequence[LinearShape]) -> int:
+        """Of all decompositions; 0 where they are nothing beside a step."""
         return 0
 
     @abstractmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorafit.kinds.initialisations import Initialisation
+from pydantic import Field
+
+from lorafit.kinds.initialisations import Initialisation, InitialisationSection
 from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.kinds.registry import S_co
 
@@ -53,13 +55,12 @@ class FreshLayer:
         weight: torch.Tensor = base.weight.detach()
         return (weight.t() if self.peft.fan_in_fan_out else weight).float().clone()
 
-    def peft_factors(self, weight: torch.Tensor, kind: str, **noted: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def peft_factors(self, weight: torch.Tensor, kind: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B that one of PEFT's initialisations makes of a weight, whatever the base is stored as.
 
         Args:
             weight: `[out, in]`, fp32; PEFT takes the part out of it.
             kind: PEFT's `init_lora_weights`.
-            noted: What PEFT looks for on the linear.
         """
         from peft import LoraConfig
         from peft.tuners.lora import Linear
@@ -68,12 +69,15 @@ class FreshLayer:
         rows, columns = weight.shape
         linear = nn.Linear(columns, rows, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        for attribute, value in noted.items():
-            setattr(linear, attribute, value)
         alpha: Any = self.scaling * self.rank  # PEFT's type says int, and its own arithmetic divides
         config = LoraConfig(r=self.rank, lora_alpha=alpha, init_lora_weights=kind)
         made: Any = Linear(linear, "start", config=config, r=self.rank, lora_alpha=alpha)
         return made.lora_A["start"].weight.detach(), made.lora_B["start"].weight.detach()
+
+    def fill_product(self, u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> None:
+        """First values whose product is U S V^T `[out, r] [r] [r, in]`, the root of S on each side."""
+        root = (s / self.scaling).sqrt()
+        self.fill(root[:, None] * vh, u * root)
 
     def fill(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """First values; of a layer that is corrected, its held half takes them out again."""
@@ -112,10 +116,17 @@ def fresh_layers(model: PeftModel) -> Iterator[FreshLayer]:
             yield FreshLayer(path, module, name)
 
 
+class DecomposedSection(InitialisationSection):
+    """The section of a method that needs the largest singular values alone."""
+
+    iterations: int | None = Field(default=None, ge=0, le=64)
+    """Subspace iterations of a randomised decomposition, e.g. 16: much faster on large weights; null: an exact one."""
+
+
 class Decomposing(Initialisation[S_co]):
     """One that begins with some of a matrix's singular values, or rows of its QR: their number bounds the rank."""
 
-    matrices: ClassVar[int] = 4
+    matrices: ClassVar[int] = 5
     """Matrices of the size of a linear's weight that are there at once, in fp32: it, and what it is decomposed to."""
 
     def why_not_rank(self, rank: int, linear: LinearShape) -> str | None:
@@ -124,6 +135,17 @@ class Decomposing(Initialisation[S_co]):
         name = f"{linear.name} [{linear.out_features}, {linear.in_features}]"
         return f"{name} has {most} singular values, fewer than rank {rank}" if rank > most else None
 
-    def memory_bytes(self, linear: LinearShape, rank: int) -> int:
-        """The matrices."""
-        return self.matrices * FP32_BYTES * linear.in_features * linear.out_features
+    def memory_bytes(self, linears: Sequence[LinearShape], rank: int) -> int:
+        """The matrices of the largest linear."""
+        sizes = (linear.in_features * linear.out_features for linear in linears)
+        return self.matrices * FP32_BYTES * max(sizes, default=0)
+
+    def flops(self, linears: Sequence[LinearShape]) -> int:
+        """6 m n^2 + 20 n^3 for each weight of m x n, n the smaller; a randomised one is nothing beside a step.
+
+        Source: Golub and Van Loan 2013, Matrix Computations, section 8.6, of one with the vectors of both sides.
+        """
+        if getattr(self.section, "iterations", None) is not None:
+            return 0
+        sizes = [(*sorted((linear.in_features, linear.out_features)), linear.count) for linear in linears]
+        return sum((6 * m * n**2 + 20 * n**3) * count for n, m, count in sizes)

@@ -9,6 +9,7 @@ Source: Büyükakyüz 2024, OLoRA (https://arxiv.org/abs/2406.01775), algorithm 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorafit.kinds.initialisations import InitialisationSection, Start, initialisations
@@ -16,6 +17,8 @@ from lorafit.kinds.initialisations._layers import Decomposing, fresh_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from lorafit.facts import LinearShape
 
 
 class OloraSection(InitialisationSection):
@@ -30,10 +33,15 @@ class Olora(Decomposing[OloraSection]):
     """PEFT's, on the weight as the model computes with it."""
 
     corrects: ClassVar[bool] = True
-    matrices: ClassVar[int] = 3
+    matrices: ClassVar[int] = 4
 
     def start(self, model: PeftModel, start: Start) -> str | None:
         """Decomposes every weight."""
         for layer in fresh_layers(model):
             layer.fill(*layer.peft_factors(layer.weight(), "olora"))
         return None
+
+    def flops(self, linears: Sequence[LinearShape]) -> int:
+        """4 m n^2 for each weight of m x n, n the smaller: a QR with its Q."""
+        sizes = [(*sorted((linear.in_features, linear.out_features)), linear.count) for linear in linears]
+        return sum(4 * m * n**2 * count for n, m, count in sizes)

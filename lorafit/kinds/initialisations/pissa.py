@@ -11,22 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from lorafit.kinds.initialisations import InitialisationSection, Start, initialisations
-from lorafit.kinds.initialisations._layers import Decomposing, fresh_layers
+from lorafit.kinds.initialisations import Start, initialisations
+from lorafit.kinds.initialisations._layers import DecomposedSection, Decomposing, fresh_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-class PissaSection(InitialisationSection):
+class PissaSection(DecomposedSection):
     """The weights' largest singular values."""
 
     kind: Literal["pissa"] = "pissa"
     """Principal singular values and vectors (PiSSA)."""
-    iterations: int | None = Field(default=None, ge=0, le=64)
-    """Subspace iterations of a randomised decomposition, e.g. 16: much faster on large weights; null: an exact one."""
 
 
 @initialisations.register(PissaSection)

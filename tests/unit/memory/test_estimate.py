@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import quantizations
 from lorafit.kinds.tasks import tasks
-from lorafit.memory import MemoryEstimate, StepShape, closed_form, fits
+from lorafit.memory import MemoryEstimate, StepMemory, StepShape, closed_form, fits
 from lorafit.memory.closed_form import layer_of
 from lorafit.model.attach import attach_adapter
 from lorafit.model.checkpointing import set_checkpointing
@@ -310,3 +311,20 @@ def test_labels_are_those_of_whole_rows() -> None:
 def test_json_is_plain() -> None:
     plain = json.loads(json.dumps(ask().to_json()))
     assert sum(plain["components_bytes"].values()) == plain["tensor_bytes"] == max(plain["phases_bytes"].values())
+
+
+def test_first_values_are_the_peak_where_they_take_more_than_the_step() -> None:
+    """They come before gradients, optimizer state and unpacked weights; a step that takes more stays what it was."""
+    config = known_config("meta-llama/Llama-3.1-8B")
+    assert config is not None
+    adapter = adapters.make("lora", init={"kind": "loftq"})
+    kinds = quantizations.make("nf4"), adapter, optimizers.make("adamw"), tasks.make("causal-lm")
+    step = StepShape(find_shape(config), *kinds, 4096, 4096)
+    assert step.start_bytes == 5 * 4 * 4096 * 14336
+    wide = closed_form(step, 4096, False)
+    assert StepMemory(step).at(4096, False) == wide  # activations of 4,096 tokens are more
+    short = replace(step, row_tokens=16, row_labels=16)
+    plain, found = closed_form(short, 16, True), StepMemory(short).at(16, True)
+    assert found.peak_phase.name == "start" and found.phases[1:] == plain.phases
+    fixed = sum(plain.fixed.values()) - plain.fixed["gradients"] - plain.fixed["optimizer_state"]
+    assert found.tensor_bytes == fixed + step.start_bytes > plain.tensor_bytes
