@@ -210,6 +210,22 @@ def test_weights_that_lie_across_and_trained_norms(base: Base, tmp_path: Path, i
     assert (logits(begin(base, section)) - logits(load(base))).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["rslora", "lora_plus", "lora_fa"])
+def test_other_scales_rates_and_frozen_halves(base: Base, tmp_path: Path, kind: str) -> None:
+    """A scale of alpha / sqrt(r), a rate of B's own and an A that is frozen: each with a part of the base."""
+    section = adapters.make_section(kind, r=4, alpha=8.0, dropout=0.0, init={"kind": "pissa"}, ranks={"down_proj": 8})
+    model = begin(base, section)
+    assert (logits(model) - logits(load(base))).abs().max() < 1e-5
+    u, s, vh = torch.linalg.svd(weight_of(model))
+    (a, b), scaling = factors_of(model), 8 / 2 if kind == "rslora" else 8 / 4
+    assert torch.allclose(scaling * b[:, :4] @ a[:4], u[:, :4] @ torch.diag(s[:4]) @ vh[:4], atol=1e-5)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained == sum(site.parameters for site in adapters.bind(section).sites(find_shape(base.config)))
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter", base=base)
+    assert torch.equal(logits(open_adapter(load(base), tmp_path / "adapter")), logits(model))
+
+
 ROWS = Rows(10)  # of 5 to 40 tokens
 
 
