@@ -216,7 +216,9 @@ class TestSection:
         keys = {"adapters": "adapter", "optimizers": "training.optimizer", "quantizations": "model.quantization"}
         keys["initialisations"] = "adapter.init"
         key = keys.get(family, "training.schedule")
-        (tmp_path / "r.yaml").write_text("name: x\nmodel: {base: b, quantization: none}\ndata: {train: a.jsonl}\n")
+        stored = "nf4" if family == "initialisations" else "none"  # loftq wants codes, full fine-tuning none
+        recipe = f"name: x\nmodel: {{base: b, quantization: {stored}}}\ndata: {{train: a.jsonl}}\n"
+        (tmp_path / "r.yaml").write_text(recipe)
         bare = load_recipe(tmp_path / "r.yaml", [f"{key}={name}"])
         long = load_recipe(tmp_path / "r.yaml", [f"{key}={{kind: {name}}}"])
         assert bare.digest == long.digest
