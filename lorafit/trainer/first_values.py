@@ -71,13 +71,16 @@ def _run_rows(
     seers: Mapping[str, Callable[[torch.Tensor], None]],
 ) -> None:
     """See `Start.forward`. A row is a batch, and yet padded where a task pads its sides to one length."""
-    examples, real = splits[split], list[torch.Tensor]()
+    examples, real, shown = splits[split], list[torch.Tensor](), list[tuple[torch.Tensor, torch.Tensor]]()
     rows = random.Random(seed).sample(range(len(examples)), min(most, len(examples)))
 
     def show(see: Callable[[torch.Tensor], None], _: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        inputs = arguments[0].detach()
-        of_tokens = inputs.shape[:-1] == real[-1].shape
-        see((inputs[real[-1]] if of_tokens else inputs.flatten(0, -2)).float())
+        inputs = arguments[0]
+        if not shown or shown[-1][0] is not inputs:  # queries, keys and values get one tensor
+            of_tokens = inputs.shape[:-1] == real[-1].shape
+            seen = inputs[real[-1]] if of_tokens else inputs.flatten(0, -2)
+            shown[:] = [(inputs, seen.detach().float())]
+        see(shown[-1][1])
 
     with contextlib.ExitStack() as stack, reporter.track(len(rows), "what layers see") as bar:
         stack.enter_context(adapter_off(objective.model))

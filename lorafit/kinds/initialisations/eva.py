@@ -13,11 +13,12 @@ Source: Paischer et al. 2024, EVA (https://arxiv.org/abs/2410.07170), sections 3
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorafit.errors import DataError
 from lorafit.kinds.initialisations import Initialisation, RowsSection, Start, initialisations
-from lorafit.kinds.initialisations._layers import FP32_BYTES, fresh_layers
+from lorafit.kinds.initialisations._layers import FP32_BYTES, FreshLayer, fresh_layers
 
 if TYPE_CHECKING:
     import torch
@@ -64,16 +65,38 @@ class Eva(Initialisation[EvaSection]):
         """
         import torch
 
-        layers = list(fresh_layers(model))
-        seen = {layer.path: _Components(layer.rank) for layer in layers}
-        start.forward("train", self.section.rows, {path: components.see for path, components in seen.items()})
-        shares = {path: components.finish() for path, components in seen.items() if components.tokens}
+        layers, seen = list(fresh_layers(model)), _Seen()
+        start.forward("train", self.section.rows, {layer.path: partial(seen.see, layer) for layer in layers})
+        shares = {path: components.finish() for path, components in seen.components.items()}
         for layer in layers:
             if layer.path in shares:  # what no row runs through keeps LoRA's
-                layer.fill(seen[layer.path].components, torch.zeros(layer.peft.out_features, layer.rank))
+                held = seen.components[layer.path].components
+                layer.fill(held, torch.zeros(layer.peft.out_features, layer.rank))
         least = min(shares, key=lambda path: shares[path])
         mean = sum(shares.values()) / len(shares)
         return f"eva: A holds {mean:.1%} of what layers see, the least {shares[least]:.1%} in {least}"
+
+
+class _Seen:
+    """What layers see, by their paths; those that get one and the same tensor in the first row have one entry."""
+
+    def __init__(self) -> None:
+        self.components: dict[str, _Components] = {}
+        self._leaders = set[str]()
+        self._last: tuple[torch.Tensor, _Components] | None = None
+
+    def see(self, layer: FreshLayer, inputs: torch.Tensor) -> None:
+        """Takes the inputs of one row of a layer."""
+        if layer.path not in self.components:
+            last = self._last
+            is_shared = last is not None and last[0] is inputs and last[1].rank == layer.rank
+            if last is None or not is_shared:
+                self._leaders.add(layer.path)
+                last = inputs, _Components(layer.rank)
+            self.components[layer.path] = last[1]
+        self._last = inputs, self.components[layer.path]
+        if layer.path in self._leaders:
+            self._last[1].see(inputs)
 
 
 class _Components:
@@ -84,7 +107,7 @@ class _Components:
     """
 
     def __init__(self, rank: int) -> None:
-        self._rank, self._waiting = rank, list[Any]()
+        self.rank, self._waiting = rank, list[Any]()
         self._pca: Any = None
         self.tokens = 0
 
@@ -98,7 +121,7 @@ class _Components:
         """Takes the inputs of one row, or keeps them until there are enough to be decomposed."""
         self._waiting.append(inputs)
         self.tokens += len(inputs)
-        if sum(map(len, self._waiting)) >= 2 * self._rank:
+        if sum(map(len, self._waiting)) >= 2 * self.rank:
             self._fit()
 
     def finish(self) -> float:
@@ -107,11 +130,11 @@ class _Components:
         Raises:
             DataError: There were fewer inputs than components.
         """
-        if sum(map(len, self._waiting)) >= self._rank:
+        if sum(map(len, self._waiting)) >= self.rank:
             self._fit()
         if self._pca is None:
             raise DataError(
-                f"eva looked at {self.tokens} tokens, and rank {self._rank} takes as many at least",
+                f"eva looked at {self.tokens} tokens, and rank {self.rank} takes as many at least",
                 key="adapter.init.rows",
                 todo="raise it, or lower adapter.r",
             )
@@ -124,5 +147,5 @@ class _Components:
         inputs = torch.cat(self._waiting)
         self._waiting = []
         if self._pca is None:
-            self._pca = IncrementalPCA(self._rank, lowrank=2 * self._rank <= min(inputs.shape), lowrank_seed=_SEED)
+            self._pca = IncrementalPCA(self.rank, lowrank=2 * self.rank <= min(inputs.shape), lowrank_seed=_SEED)
         self._pca.partial_fit(inputs)

@@ -254,6 +254,8 @@ def test_eva_begins_with_what_layers_see_most_of(base: Base, kind: str) -> None:
     best = s[:4].square() / s.square().sum()
     assert torch.allclose(explained, best, rtol=0.05 if kind == "none" else 0.15) and not b.any()
     assert torch.allclose(a @ a.T, torch.eye(4, dtype=torch.float64), atol=1e-5)
+    queries, keys = (factors_of(model, f"model.layers.1.self_attn.{name}_proj")[0] for name in "qk")
+    assert torch.equal(queries, keys)  # of the same inputs, looked at once
     drawn, _ = factors_of(begin(base, lora()), path)
     orthonormal = torch.linalg.qr(drawn.T).Q.T
     assert (inputs @ orthonormal.T).square().sum() < 0.5 * (inputs @ a.T).square().sum()
