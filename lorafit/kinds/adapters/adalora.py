@@ -251,13 +251,15 @@ class Adalora(Adapter[AdaloraSection]):
 
     @classmethod
     def opened_config(cls, config: JsonMapping) -> JsonObject:
-        """The saved one, without what decides first values."""
-        return {**config, "init_lora_weights": True}
+        """The saved one, without what decides first values, and without the penalty that PEFT adds to every loss."""
+        return {**config, "init_lora_weights": True, "orth_reg_weight": 0.0}
 
     @classmethod
     def fit_opened(cls, model: PeftModel, name: str) -> None:
         """Gives each linear the ranks that are left of it; its scale stays."""
         config: Any = model.peft_config[name]
+        tuner: Any = model.base_model
+        tuner.trainable_adapter_name = name  # of one that is not trained PEFT sets none, and asks for it in any loss
         for path, kept in (config.rank_pattern or {}).items():
             layer: Any = model.base_model.model.get_submodule(path.removesuffix(".lora_E"))
             layer.update_layer(name, sum(kept), config.lora_alpha, config=config)

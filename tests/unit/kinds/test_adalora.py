@@ -132,6 +132,12 @@ def test_plain_peft_and_lorafit_read_what_the_last_step_computed(run: RunDir) ->
     assert not torch.allclose(expected, logits(load(base)), atol=1e-4)
 
 
+def test_a_run_is_evaluated_and_no_penalty_stands_in_its_loss(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(run.root.parent / "cache"))
+    found = pipeline.evaluate(run.root)  # which compares its loss with that of the opened model
+    assert found.metrics["perplexity"]["tuned"] != found.metrics["perplexity"]["base"]
+
+
 @pytest.mark.parametrize("kind", ["original", "dequantized"])
 def test_a_merge_is_the_forward(run: RunDir, kind: str, tmp_path: Path) -> None:
     report = pipeline.merge(run.root, output=tmp_path / "merged", base=kind)
