@@ -238,6 +238,11 @@ class ModelShape:
         return 1 + max((number for linear in self.linears for number in self.layers_of(linear)), default=-1)
 
     @property
+    def embedding_width(self) -> int:
+        """Of a token's embedding, which some models make wider before their first layer (ALBERT)."""
+        return self.embedding_parameters // self.vocabulary
+
+    @property
     def quantizable(self) -> bool:
         """Whether any of its linears can be quantised."""
         return any(linear.quantizable for linear in self.linears)

@@ -167,7 +167,7 @@ def row_parameters(section: AdapterSection, shape: ModelShape) -> int:
         what = f"{shared} modules of this model have the embedding's weight, a tie that PEFT does not keep"
         raise RecipeError(what, key=KEY_OF_NEW_TOKENS, todo="use another base model")
     matrices = 2 if shape.head_parameters else 1
-    return len(tokens) * matrices * (shape.embedding_parameters // shape.vocabulary)
+    return len(tokens) * matrices * shape.embedding_width
 
 
 def _is_linear(name: str, shape: ModelShape) -> bool:

@@ -121,6 +121,7 @@ def _fresh_config(model: PreTrainedModel | PeftModel, section: AdapterSection, a
     if method.copies is not None:
         targets = module_paths(model, method.copies, apart)
     config = method.peft_config(targets, is_transposed=_are_transposed(model, targets))
+    method.fit(config, model)
     method.settle_layers(config, layers)
     return config
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import torch
     from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
     from lorafit.contracts import StepHook
     from lorafit.facts import LinearShape, ModelShape, RunFacts
@@ -225,6 +226,13 @@ class Adapter(Kind[S_co]):
     def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
         """Names of the linears it goes on, as the recipe writes them; none for a method without."""
         return ()
+
+    def fit(self, config: PeftConfig, model: PreTrainedModel) -> None:
+        """Writes into PEFT's config, in place, what PEFT would not find in every model by itself.
+
+        Raises:
+            RecipeError: The method is not for this model.
+        """
 
     def settle_layers(self, config: PeftConfig, layers: Mapping[str, int]) -> None:
         """Writes into PEFT's config what differs from layer to layer.

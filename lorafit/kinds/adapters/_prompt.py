@@ -19,7 +19,8 @@ from lorafit.kinds.adapters import Adapter, AdapterSection, Folding, Rank, Saved
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
     from lorafit.facts import ModelShape
 
@@ -59,8 +60,14 @@ class Prompt(Adapter[P_co]):
         return (Site("prompt", "prompt", self.section.tokens, self.parameters(shape)),)
 
     def parameters(self, shape: ModelShape) -> int:
-        """Trained ones: of vectors as wide as the model's stream."""
-        return self.section.tokens * shape.hidden_size
+        """Trained ones: of vectors as wide as a token's embedding."""
+        return self.section.tokens * shape.embedding_width
+
+    def fit(self, config: PeftConfig, model: PreTrainedModel) -> None:
+        """The embedding's width and the number of heads, which PEFT does not find in every config (DistilBERT's)."""
+        heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
+        config.token_dim = model.get_input_embeddings().weight.shape[-1]
+        config.num_attention_heads = heads if isinstance(heads, int) else 1
 
     def settle(self, model: PeftModel) -> None:
         """An encoder computes in fp32 whatever the model does, as where the vectors are saved that it makes."""

@@ -49,7 +49,7 @@ class PTuning(Prompt[PTuningSection]):
 
     def parameters(self, shape: ModelShape) -> int:
         """Of the embedding and the encoder."""
-        hidden, inner = shape.hidden_size, self.section.encoder_size
+        hidden, inner = shape.embedding_width, self.section.encoder_size
         vectors = super().parameters(shape)
         if self.section.encoder == "mlp":
             return vectors + _linear(hidden, inner) + _linear(inner, inner) + _linear(inner, hidden)

@@ -9,6 +9,7 @@ P[i, :] = MLP(P'[i, :]), of which the P alone are of use when the training is ov
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -19,6 +20,7 @@ from lorafit.kinds.adapters._prompt import Prompt, PromptSection
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import PreTrainedModel
 
     from lorafit.facts import ModelShape
 
@@ -64,6 +66,17 @@ class PrefixTuning(Prompt[PrefixTuningSection]):
             todo = "use prompt_tuning, p_tuning or lora"
             raise RecipeError(f"prefix_tuning is not for this model: {why}", key="adapter.kind", todo=todo)
         return super().sites(shape)
+
+    def fit(self, config: PeftConfig, model: PreTrainedModel) -> None:
+        """Nothing: PEFT finds how wide keys and values are in the configs of all models that take them.
+
+        Raises:
+            RecipeError: This one takes none, as an encoder that was never meant for a decoder.
+        """
+        readers = (model, getattr(model, model.base_model_prefix, model))
+        if not any("past_key_values" in signature(reader.forward).parameters for reader in readers):
+            what = f"prefix_tuning is not for this model: {type(model).__name__} takes no keys and values"
+            raise RecipeError(what, key="adapter.kind", todo="use prompt_tuning, p_tuning or lora")
 
     def parameters(self, shape: ModelShape) -> int:
         """A key and a value a layer and token, or what makes them."""
