@@ -204,9 +204,9 @@ class Adapter(Kind[S_co]):
 
     @property
     def closed_form(self) -> bool:
-        """Whether `memory` has formulas for its step: those of one rank beside every such linear, as LoRA's.
+        """Whether `memory` has formulas for its step: those of LoRA, one rank beside every such linear, and no more.
 
-        Where they do not hold, a dry run of the step tells, and nothing else need be said of its memory.
+        Where they do not hold, a dry run of the step tells.
         """
         return False
 
@@ -235,12 +235,7 @@ class Adapter(Kind[S_co]):
         """
 
     def settle_layers(self, config: PeftConfig, layers: Mapping[str, int]) -> None:
-        """Writes into PEFT's config what differs from layer to layer.
-
-        Args:
-            config: From `peft_config`; changed in place.
-            layers: Number of each layer of the loaded model, by its path there.
-        """
+        """Writes into PEFT's config, in place, what differs by layer; `layers` has the number of each by its path."""
 
     def rank(self) -> int:
         """Width of the bottleneck, which the activations of the closed form grow with; 0 for a method without."""
