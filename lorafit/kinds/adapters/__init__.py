@@ -204,10 +204,7 @@ class Adapter(Kind[S_co]):
 
     @property
     def closed_form(self) -> bool:
-        """Whether `memory` has formulas for its step: those of LoRA, one rank beside every such linear, and no more.
-
-        Where they do not hold, a dry run of the step tells.
-        """
+        """Whether `memory` has formulas for its step, LoRA's with one rank beside every such linear; else a dry run."""
         return False
 
     @abstractmethod
