@@ -129,7 +129,7 @@ class HolderShape:
         biased: How many of them add a bias vector.
         bias_parameters: Of those vectors.
         is_norm: Whether they are norms.
-        holds_modules: Whether modules with parameters stand inside of them.
+        uncopied: Why no copies can stand in their place; empty where they can.
     """
 
     name: str
@@ -138,7 +138,7 @@ class HolderShape:
     biased: int
     bias_parameters: int
     is_norm: bool
-    holds_modules: bool
+    uncopied: str = ""
 
 
 @dataclass(frozen=True, slots=True)

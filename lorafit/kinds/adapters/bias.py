@@ -39,7 +39,7 @@ class Bias(Copies[BiasSection]):
         Raises:
             RecipeError: The model has none, as Llama.
         """
-        biased = [module for module in shape.holders if module.biased]
+        biased = [module for module in shape.holders if module.biased and not module.uncopied]
         if not biased:
             what = f"{shape.model_type} has no bias vector: its linears and norms add none"
             raise RecipeError(what, key="adapter.kind", todo="use layer_norm or lora")

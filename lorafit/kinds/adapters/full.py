@@ -36,17 +36,13 @@ class Full(Copies[FullSection]):
         """Every module with parameters.
 
         Raises:
-            RecipeError: Some hold parameters beside modules, which PEFT's layers cannot copy apart from these.
+            RecipeError: Of some no copy can stand in their place.
         """
-        holding = [module.name for module in shape.holders if module.holds_modules]
-        if holding:
-            what = f"{list_names(holding)} of {shape.model_type} hold parameters beside layers of their own"
+        uncopied = {module.name: module.uncopied for module in shape.holders if module.uncopied}
+        if uncopied:
+            what = f"{list_names(uncopied)} of {shape.model_type} cannot be copied: {next(iter(uncopied.values()))}"
             todo = "use lora, with a high rank if need be"
-            raise RecipeError(
-                f"full is not for this model: {what}, and no copy of one is apart from the other's",
-                key="adapter.kind",
-                todo=todo,
-            )
+            raise RecipeError(f"full is not for this model: {what}", key="adapter.kind", todo=todo)
         return tuple(Site("module", module.name, module.count, module.parameters) for module in shape.holders)
 
     def refuses(self, quantization_kind: str) -> str | None:

@@ -3,19 +3,21 @@ what computed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, RecipeError
-from lorafit.facts import CAUSAL_MODEL, ModelClass
+from lorafit.facts import CAUSAL_MODEL, SEQ2SEQ_MODEL, ModelClass
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.quantizations import quantizations
 from lorafit.machine.devices import format_bytes
@@ -24,6 +26,7 @@ from lorafit.model.attach import attach_adapter, check_plan, load_adapter_weight
 from lorafit.model.base import Base
 from lorafit.model.class_shape import find_shape
 from lorafit.model.inspect import coverage, describe_quantization
+from lorafit.model.language_modules import holder_shapes
 from lorafit.model.merge import merge_adapter
 from lorafit.ops.isolation import adapter_off
 from lorafit.plan import plan
@@ -191,6 +194,56 @@ def test_a_head_of_the_task_is_trained_beside_it_once(tmp_path: Path) -> None:
     assert CAUSAL_MODEL.peft_task != task.peft_task and any(
         "score.modules_to_save" in n for n, _ in model.named_modules()
     )
+
+
+SIZES = {"vocab_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+SIDES = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_model": 64}
+HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 0, "pad_token_id": 0}
+ARCHITECTURES: dict[str, Any] = {
+    "Mixtral": {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4},
+    "OPT": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "T5": {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    "Marian": {"vocab_size": 96, **SIDES, **HEADS},
+}
+
+
+def drawn(name: str, sizes: dict[str, Any]) -> Any:
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    torch.manual_seed(0)
+    is_pair = config.is_encoder_decoder
+    return (AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM).from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_under_full_nothing_frozen_is_computed_with(name: str) -> None:
+    """Whatever holds a weight that is read past its copy would train as if it were not there."""
+    plain = drawn(name, ARCHITECTURES[name])
+    counted = sum(holder.parameters for holder in holder_shapes(plain))
+    task = SEQ2SEQ_MODEL if plain.config.is_encoder_decoder else CAUSAL_MODEL
+    model = attach_adapter(plain, adapters.make_section("full"), 0, model_class=task).eval()
+    ids = torch.arange(3, 12).reshape(1, -1)
+    asked = {"input_ids": ids, **({"decoder_input_ids": ids} if plain.config.is_encoder_decoder else {})}
+    before = model(**asked).logits
+    before.square().mean().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+    assert sum(parameter.numel() for parameter in trained) == counted
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if not parameter.requires_grad and "embed_positions" not in path:  # Marian's sines are computed
+                parameter.add_(1.0)
+        assert torch.allclose(model(**asked).logits, before, atol=1e-5)
+
+
+def test_layers_that_no_copy_can_stand_for_are_left_or_refused() -> None:
+    """Mamba's mixers hold parameters beside linears, and read one linear's bias past whatever stands there."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+    holders = holder_shapes(drawn("Mamba", sizes))
+    shape = replace(shape_of(), model_type="mamba", holders=holders)
+    with pytest.raises(RecipeError, match="mamba cannot be copied: they hold parameters beside layers of their own"):
+        adapters.make("full").sites(shape)
+    with pytest.raises(RecipeError, match="mamba has no bias vector"):
+        adapters.make("bias").sites(shape)
 
 
 def test_the_plan_says_what_large_checkpoints_take_on_the_disk() -> None:
