@@ -30,11 +30,22 @@ _BUCKET_BYTES = 64 << 20
 _GONE = ("closed by peer", "reset by peer", "broken pipe", "timed out")
 
 
+def _held(objective: Objective) -> Iterator[torch.Tensor]:
+    """All of the adapters, what is not trained among it: first values that each rank has computed for itself."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in objective.modules():
+        for name in layer.adapter_layer_names if isinstance(layer, BaseTunerLayer) else ():
+            group = getattr(layer, name, None)
+            if isinstance(group, torch.nn.Module):
+                yield from (*group.parameters(), *group.buffers())
+
+
 class OverRanks(Executor):
     """This process's share of the micro-batches, one after the other.
 
     Args:
-        objective: The same model in every process; the trained parameters become those of rank 0.
+        objective: The same model in every process; what is trained, and all that adapters hold, becomes rank 0's.
         accelerator: From `lorafit.trainer.journal`.
     """
 
@@ -42,8 +53,8 @@ class OverRanks(Executor):
         super().__init__(objective, accelerator.device)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         with _together():
-            for parameter in self.parameters:
-                parameter.data = broadcast(parameter.data)
+            for tensor in {id(tensor): tensor for tensor in (*self.parameters, *_held(objective))}.values():
+                tensor.data = broadcast(tensor.data)
         self._buckets = _in_buckets(self.parameters)
         self._flat = torch.empty(_BUCKET_BYTES, dtype=torch.uint8, device=self.device)
 

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,16 @@ import torch
 from lorafit.contracts import Silent
 from lorafit.errors import CheckpointError
 from lorafit.facts import DeviceFacts
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.tasks import tasks
+from lorafit.model.adapter import adapter_tensors
+from lorafit.model.attach import attach_adapter
 from lorafit.trainer import ranks as over_ranks
 from lorafit.trainer.checkpoint import Environment, check_continuity
 from lorafit.trainer.state import TrainState, read_dataclass
 from tests.support.processes import ENVIRONMENT, start
 from tests.support.rank_program import OF_ONE, SHORT
+from tests.support.tiny_model import tiny_llama
 from tests.support.tiny_run import Job
 
 PROGRAM = Path(__file__).parents[2] / "support" / "rank_program.py"
@@ -132,6 +138,19 @@ def test_gradients_are_summed_in_buckets(monkeypatch: pytest.MonkeyPatch) -> Non
     parameters = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in sizes]
     buckets = over_ranks._in_buckets(parameters)
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 12], [1], [40], [2], [2, 2]]
+
+
+def test_what_an_adapter_holds_beside_what_is_trained_becomes_rank_0_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves that are held, and an A that is frozen: values that each rank has computed by itself."""
+    monkeypatch.setattr(over_ranks, "broadcast", lambda tensor: torch.full_like(tensor, 7.0))
+    for kind, init in (("lora", "pissa"), ("lora_fa", "kaiming")):
+        section = adapters.make_section(kind, r=2, dropout=0.0, init={"kind": init})
+        model = attach_adapter(tiny_llama(), section, 0)
+        objective = tasks.make("causal-lm").build_objective(model)
+        accelerator: Any = SimpleNamespace(device=torch.device("cpu"), process_index=1, num_processes=2)
+        over_ranks.OverRanks(objective, accelerator)
+        assert all((tensor == 7.0).all() for tensor in adapter_tensors(model).values())
+        assert not (model.get_base_model().get_input_embeddings().weight == 7.0).all()
 
 
 def test_another_number_of_ranks_or_device_is_refused_unless_allowed() -> None:
