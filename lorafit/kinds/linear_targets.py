@@ -44,7 +44,8 @@ class LayersSection(Section):
     def _is_one_choice(self) -> LayersSection:
         given = [key for key in ("first", "last", "list") if getattr(self, key) is not None]
         if len(given) != 1:
-            raise ValueError(f"it needs one of first, last and list; {' and '.join(given) or 'none'} is given")
+            found = f"{' and '.join(given)} are given" if given else "none is given"
+            raise ValueError(f"it needs one of first, last and list; {found}")
         twice = sorted({number for number in self.list or () if (self.list or []).count(number) > 1})
         if twice:
             raise ValueError(f"list names layer {twice[0]} twice")

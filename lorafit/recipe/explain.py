@@ -25,7 +25,6 @@ from lorafit.recipe.schema_tree import (
     is_nullable,
     kinds_of,
     node_at,
-    node_below,
     section_of,
     sections_in,
     validate,
@@ -310,7 +309,7 @@ def _unknown_kind(path: KeyPath, kinds: list[str], tree: Entry) -> Finding:
 def _said_by_validator(path: KeyPath, node: Node | None, text: str, tree: Entry) -> Finding:
     """A validator's own words, at the key of its section that they begin with."""
     word = _FIRST_WORD.match(text)
-    if word is not None and node_below(node, find(tree, path), word[0]) is not None:
+    if word is not None and word[0] in fields_of(node, find(tree, path)):
         path = (*path, word[0])
     what, _, todo = text.partition("; ")
     return finding(tree, path, what, todo or None)

@@ -146,7 +146,9 @@ def fields_of(node: Node | None, entry: Entry | None = None) -> dict[str, Node]:
 def node_below(node: Node | None, entry: Entry | None, part: str | int) -> Node | None:
     """The node of one key or list item of an entry; None where the schema has none."""
     if isinstance(part, str):
-        return fields_of(node, entry).get(part)
+        named: Node | None = fields_of(node, entry).get(part)
+        of_any_name = (form_of(node, entry) or {}).get("additionalProperties")
+        return named or (of_any_name if isinstance(of_any_name, dict) else None)
     form = next((form for form in forms(node) if form.get("type") == "array"), {})
     items: list[Node] = form.get("prefixItems", [])
     return items[part] if part < len(items) else form.get("items")

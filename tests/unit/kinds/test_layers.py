@@ -95,7 +95,7 @@ def test_unequal_stacks_are_numbered_through() -> None:
     ("layers", "said"),
     [
         ({}, "one of first, last and list; none"),
-        ({"first": 1, "last": 1}, "first and last is given"),
+        ({"first": 1, "last": 1}, "first and last are given"),
         ({"list": [1, 1]}, "layer 1 twice"),
         ({"first": 0}, "greater than or equal to 1"),
         ({"list": []}, "at least 1 item"),

@@ -68,6 +68,11 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     ("text for a section", MINIMAL + "checkpoints: often\n", ["checkpoints", "expected a mapping", "'often'"]),
     ("mapping for a value", MINIMAL + "seed: {a: 1}\n", ["r.yaml:4:1", "seed", "expected a whole number", "a mapping"]),
     ("number for a text", MINIMAL.replace("name: x", "name: 12"), ["name", "expected text", "found 12", "quote it"]),
+    (
+        "number of a mapping",
+        MINIMAL + "adapter: {ranks: {q_proj: 8, late_proj: 0}}\n",
+        ["r.yaml:4", "adapter.ranks.late_proj", "must be between 1 and 4096", "found 0"],
+    ),
     ("not a number", MINIMAL + "training: {learning_rate: .nan}\n", ["training.learning_rate", "not a finite number"]),
     ("infinity", MINIMAL + "training: {learning_rate: .inf}\n", ["training.learning_rate", "not a finite number"]),
     (
