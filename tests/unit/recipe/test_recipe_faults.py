@@ -88,8 +88,8 @@ FAULTS: list[tuple[str, str, list[str]]] = [  # what, the recipe, what the last 
     ("3.0 for a whole number", MINIMAL + "training: {batch_size: 3.0}\n", ["batch_size", "whole number", "write 3"]),
     (
         "unknown kind",
-        MINIMAL + "adapter: full\n",
-        ["r.yaml:4:10", "adapter", "adapter 'full' does not exist yet", "available: ", "lora"],
+        MINIMAL + "adapter: lisa\n",
+        ["r.yaml:4:10", "adapter", "adapter 'lisa' does not exist yet", "available: ", "lora"],
     ),
     (
         "kind that is nearly one",
