@@ -18,9 +18,10 @@ from lorafit.kinds.adapters import adapters
 from lorafit.model.attach import attach_adapter
 from lorafit.model.fuse import fuse_layers
 from lorafit.recipe.load import load_recipe
+from lorafit.studies.trim import trim
 from tests.support.adapted import randomise
 from tests.support.tiny_model import make_base, tiny_llama
-from tests.support.tiny_recipe import make_recipe
+from tests.support.tiny_recipe import make_recipe, make_rows, write_rows
 from tests.support.tiny_run import quantize
 
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0}
@@ -169,3 +170,25 @@ def test_ranks_that_do_not_go_together_are_refused(tmp_path: Path, adapter: dict
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(text), "adapter": adapter}))
     with pytest.raises(LorafitError, match=message):
         load_recipe(recipe)
+
+
+@pytest.mark.slow
+def test_every_rank_is_nearly_as_good_as_a_run_of_that_rank(tmp_path: Path, memory_by_formula: None) -> None:
+    """Within 2 % of its held-out loss."""
+    make_base(tmp_path / "base")
+    training = {"max_steps": 200, "learning_rate": 2e-3, "batch_size": 8, "micro_batch_tokens": 512}
+    validation = {"every_steps": 200, "final": ["perplexity"]}
+
+    def train(name: str, kind: str, rank: int) -> Path:
+        adapter = {"kind": kind, "r": rank, "alpha": 8, "dropout": 0.0}
+        recipe = make_recipe(tmp_path, adapter=adapter, training=training, evaluation=validation, output=name)
+        write_rows(tmp_path / "train.jsonl", make_rows(96))
+        write_rows(tmp_path / "valid.jsonl", make_rows(24, first=300))
+        return pipeline.train(recipe).run.root
+
+    whole = train("whole", "dylora", 8)
+    for rank in (2, 4):
+        cut = trim(whole, rank=rank, output=tmp_path / f"rank-{rank}").tried[0].loss.tuned
+        lines = (train(f"lora-{rank}", "lora", rank) / "metrics.jsonl").read_text().splitlines()
+        alone = [json.loads(line) for line in lines if "evaluation" in line][-1]["evaluation"]["loss"]
+        assert cut <= 1.02 * alone
