@@ -195,17 +195,18 @@ def _laid_over(recipe: Recipe, key: str, value: str) -> tuple[str, str, list[str
     section: object = recipe
     for part in path:
         section = getattr(section, str(part), None)
-    name = kind if kind is not None and set(new.entries) <= {"kind"} else value
+    options = [f"{option}={held}" for option, held in _as_mapping(new).items() if option != "kind"]
+    name = " ".join([kind, *options]) if kind is not None else value
     if not isinstance(section, KindSection) or not isinstance(new.value, dict) or kind is None:
-        return f"{key}={value}", str(name), []
+        return f"{key}={value}", name, []
     if section.kind == kind:
-        return ("" if set(new.entries) <= {"kind"} else f"{key}={value}"), str(name), []
+        return ("" if set(new.entries) <= {"kind"} else f"{key}={value}"), name, []
     written = section.model_dump(mode="json", include=section.model_fields_set - {"kind"})
     allowed = fields_of(node, Entry({"kind": entry_of(kind, place)}, place, place))
     kept = {option: held for option, held in written.items() if option in allowed and option not in new.entries}
     left_out = [option for option in written if option not in allowed] if kind in kinds_of(node) else []
     whole = {"kind": kind, **kept, **_as_mapping(new)}
-    return f"{key}={json.dumps(whole)}", str(name), left_out
+    return f"{key}={json.dumps(whole)}", name, left_out
 
 
 def _as_mapping(entry: Entry) -> JsonObject:

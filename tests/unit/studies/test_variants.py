@@ -52,6 +52,7 @@ def test_a_method_keeps_the_options_that_it_has_and_says_which_it_has_not(tmp_pa
 
 def test_options_of_a_value_win_over_those_that_are_kept(tmp_path: Path) -> None:
     variants = made(write(tmp_path), "adapter={kind: dora, r: 2},{kind: lora, alpha: 1}")
+    assert [v.name for v in variants] == ["dora r=2", "lora alpha=1"]
     assert [(recipe_of(v).adapter.model_dump()["r"], recipe_of(v).adapter.model_dump()["alpha"]) for v in variants] == [
         (2, 8.0),
         (4, 1.0),
