@@ -33,7 +33,7 @@ from typing import Literal
 import numpy as np
 
 from lorafit.contracts import JsonObject
-from lorafit.evaluation.share_intervals import is_share, share_interval
+from lorafit.evaluation.share_intervals import is_share, share_difference_interval, share_interval
 from lorafit.evaluation.statistics import CONFIDENCE, Floats, draw_counts, judge, values_of_sums
 from lorafit.kinds.metrics import Metric
 
@@ -159,6 +159,7 @@ class _Table:
     def __init__(self, metric: Metric, runs: Floats, values: Floats, drawn: Floats, methods: int) -> None:
         self._metric, self._runs, self._values, self._drawn, self._methods = metric, runs, values, drawn, methods
         self._seeds, self._rows = runs.shape[1], runs.shape[2]
+        self._is_positive = metric.better == "lower" and values.min() > 0 and drawn.min() > 0
         means = values[:methods].mean(axis=1)
         self._best = int(means.argmin() if metric.better == "lower" else means.argmax())
         self._family = family_quantiles(methods, self._seeds) if methods > 1 else (0.0, 0.0, 1.0)
@@ -174,8 +175,8 @@ class _Table:
         low, high = self._ends_of_difference(number) if number != self._best else (0.0, 0.0)
         verdict = "best" if number == self._best else judge(low, high, self._metric.better, self._rows)
         by_seed = tuple(map(float, own if method != "base" else own[:1]))
-        least, most = (0.0, 1.0) if self._metric.percent else (-math.inf, math.inf)
-        ends = max(least, value - half), min(most, value + half)
+        least = 0.0 if self._is_positive or self._metric.percent else -math.inf
+        ends = max(least, value - half), min(1.0 if self._metric.percent else math.inf, value + half)
         return Standing(method, value, *ends, by_seed, difference, low, high, verdict)
 
     def _half_of_value(self, number: int) -> float:
@@ -196,16 +197,27 @@ class _Table:
         half = (by_rows + (by_seeds - by_rows) * share) * math.sqrt(usual + of_rows)
         half = half if number < self._methods else 0.0  # the base is no method, and by its best one's runs alone
         difference = float((values[number] - values[self._best]).mean())
-        if self._metric.better == "lower" and values.min() > 0 and drawn.min() > 0:
+        if of_rows == 0 and self._metric.percent:  # no row tells them apart, and so few rows do not say that none would
+            of_rows = self._variance_of_shares(number)
+            half = max(half, by_rows * math.sqrt(of_rows))
+        if self._is_positive:
             values, drawn = np.log(values), np.log(drawn)
         own = values[number] - values[self._best]
-        own_rows = float((drawn[:, number] - drawn[:, self._best]).var(ddof=1))
+        own_rows = float((drawn[:, number] - drawn[:, self._best]).var(ddof=1)) or of_rows
         own_half = self._own_half(float(own.var(ddof=1)), own_rows)
         low, high = float(own.mean()) - own_half, float(own.mean()) + own_half
         if values is not self._values:
             scale = float(self._values[self._best].mean())
             low, high = scale * math.expm1(low), scale * math.expm1(min(high, _LARGEST_LOG_RATIO))
         return min(difference - half, low), max(difference + half, high)
+
+    def _variance_of_shares(self, number: int) -> float:
+        """Of the difference to the best between shares of rows, by Newcombe's interval; 0 where they are none."""
+        one, best = self._runs[number], self._runs[self._best]
+        if not all(is_share(run) for run in (*one, *best)):
+            return 0.0
+        ends = [share_difference_interval(b[:, 0], a[:, 0]) for a, b in zip(one, best, strict=True)]
+        return max(((high - low) / 2 / _WILSON_WIDTH) ** 2 for low, high in ends)
 
     def _own_half(self, of_seeds: float, of_rows: float) -> float:
         mean = of_seeds / self._seeds

@@ -137,5 +137,8 @@ def test_shares_of_rows_keep_a_width_where_all_rows_are_right() -> None:
     best, worse = stand(ACCURACY, {"all": right, "some": wrong}, None, seed=0, resamples=200)["accuracy"]
     assert (best.value, best.verdict, worse.verdict) == (1.0, "best", "worse")
     assert 0.8 < best.low < best.high == 1.0
+    alike = stand(ACCURACY, {"all": right, "too": right.copy()}, None, seed=0, resamples=200)["accuracy"][1]
+    assert alike.verdict == "not distinguishable"
+    assert alike.difference_low < -0.1 < 0.1 < alike.difference_high  # 20 rows do not say that none would differ
     few = stand(ACCURACY, {"all": right[:, :5], "some": wrong[:, :5]}, None, seed=0, resamples=200)["accuracy"]
     assert few[1].verdict == "too few rows"
