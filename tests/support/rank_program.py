@@ -7,6 +7,7 @@ Each run leaves ROOT/NAME.RANK behind: how it ended for that rank, what it was t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -22,19 +23,23 @@ import torch
 
 from lorafit.errors import LorafitError
 from lorafit.plan import ResolvedPlan
+from lorafit.trainer.held_out import HeldOut, OnPlateau
 from lorafit.trainer.loop import Trainer
 from lorafit.trainer.rehearsal import resolve_plan
 from lorafit.trainer.stage import Stage
 from lorafit.trainer.state import TrainState
 from tests.support.tiny_run import KTO, PAD, Job, Pulling, Rows, TinyPlan, VerdictRows, set_rate
 
-SHORT = TinyPlan(total_steps=4, save_every_steps=4)
+SHORT = TinyPlan(total_steps=4, save_every_steps=4, evaluate_every_steps=1)
+VALUES = itertools.cycle([1.0, 2.0, 3.0, 4.0])  # of the evaluations of a run, of which it makes that many
+WORSE = HeldOut(lambda: {"loss": next(VALUES)}, "loss", on_plateau=OnPlateau(1, factor=0.5, at_most=2, go_back=True))
 OF_ONE: dict[str, dict[str, Any]] = {  # trained over ranks, they are the runs of one process
     "uneven": {},
     "one-row": {"batch_size": 1},
     "five-rows": {"batch_size": 3, "rows": Rows(5)},
     "packed": {"packing": True, "batch_size": 5, "budget": 80},
     "hooked": {"hooks": lambda model: [Pulling(model)], "batch_size": 6},
+    "falling": {"held_out": WORSE},
     "pooled": {"task": KTO, "rows": VerdictRows(44), "batch_size": 6, "budget": 200},
 }
 

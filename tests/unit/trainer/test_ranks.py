@@ -71,9 +71,12 @@ def test_ranks_equal_one_process(trained: Trained, job: Callable[..., Job], name
     assert [note["said"] for note in notes] == ["done"] * trained.ranks
     alone = job("one", plan=SHORT, **OF_ONE[name])
     alone.trainer().fit(TrainState())
-    together = Job(trained.root / name).lines()
+    together, apart = Job(trained.root / name).lines(), alone.lines()
+    if name == "falling":
+        assert [line.get("went_back_to") for line in together if "evaluation" in line] == [None, 1, 1, None]
+    together, apart = ([line for line in lines if "loss" in line] for lines in (together, apart))
     assert [line["step"] for line in together] == [1, 2, 3, 4]
-    for ours, theirs in zip(together, alone.lines(), strict=True):
+    for ours, theirs in zip(together, apart, strict=True):
         for field in ("loss", "grad_norm"):
             assert ours[field] == pytest.approx(theirs[field], rel=1e-5)
         assert (ours["tokens"], ours["trained_tokens"]) == (theirs["tokens"], theirs["trained_tokens"])
