@@ -210,12 +210,15 @@ class DryRun:
                 finally:
                     self._optimizer.zero_grad(set_to_none=True)
         peak = live.peak()
-        fixed, missing = peak.parts[""], self._layers.missing(chosen, kept)
+        fixed, missing, objective = peak.parts[""], self._layers.missing(chosen, kept), self._executor.objective
+        casts = self._layers.casts(chosen, objective.autocast_dtype if objective.kernels.casts_once else None)
         alive = {name: _beside(fixed, peak.parts.get(name, fixed)) for name in PHASES}
         held = self._held_bytes() if sees and not self._on_cuda else 0
-        for name, more in {name: held if name == "update" else held + missing for name in PHASES}.items():
-            if more:
-                alive[name]["kept_activations"] = alive[name].get("kept_activations", 0) + more
+        for name, parts in alive.items():
+            more = {"kept_activations": held} | (
+                {} if name == "update" else {"kept_activations": held + missing, "adapter": casts}
+            )
+            parts.update({part: parts.get(part, 0) + size for part, size in more.items() if size})
         phases = tuple(Phase(name, peak.places.get(name, ""), parts) for name, parts in alive.items())
         state_bytes = fixed.get("optimizer_state", 0) if step.pages_state else 0
         experts = step.unquantized_expert_bytes

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafit.model.fused_lora import cast_bytes
 from lorafit.ops.output_head import text_part
 
 if TYPE_CHECKING:
@@ -100,6 +101,12 @@ class LayerList:
         last = {sort: number for number, sort in enumerate(sorts)}
         left_out = set(range(len(sorts))) - set(chosen)
         return sum(kept[last[sorts[number]]] for number in left_out)
+
+    def casts(self, chosen: Sequence[int], dtype: torch.dtype | None) -> int:
+        """Bytes of adapters' copies in the compute dtype, which are made before the model runs, of the other layers."""
+        if dtype is None:
+            return 0
+        return sum(cast_bytes(self.layers[number], dtype) for number in set(self.all) - set(chosen))
 
     def _hold(self, layers: Sequence[torch.nn.Module]) -> None:
         self._list._modules.clear()

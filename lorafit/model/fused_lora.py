@@ -67,8 +67,7 @@ def cast_adapters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
         model: After `fuse_layers`.
         dtype: Of compute; None: as the weights are, and nothing is copied.
     """
-    fused: list[Any] = [module for module in model.modules() if _is_fused_lora(module)] if dtype is not None else []
-    named = [(layer, name) for layer in fused if (name := _single_adapter(layer)) is not None]
+    named = _fused_layers(model) if dtype is not None else []
     weights = [part[name].weight.detach() for layer, name in named for part in (layer.lora_A, layer.lora_B)]
     copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     if copies:
@@ -81,6 +80,18 @@ def cast_adapters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
     finally:
         for layer, _ in named:
             vars(layer).pop(_NARROW, None)
+
+
+def cast_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the copies that `cast_adapters` makes."""
+    factors = [part[name].weight for layer, name in _fused_layers(model) for part in (layer.lora_A, layer.lora_B)]
+    return dtype.itemsize * sum(int(factor.numel()) for factor in factors if factor.dtype != dtype)
+
+
+def _fused_layers(model: nn.Module) -> list[tuple[Any, str]]:
+    """Every fused LoRA layer with the name of its one adapter, where that is ordinary LoRA."""
+    fused = [module for module in model.modules() if _is_fused_lora(module)]
+    return [(layer, name) for layer in fused if (name := _single_adapter(layer)) is not None]
 
 
 def is_lora_linear(module: nn.Module) -> bool:

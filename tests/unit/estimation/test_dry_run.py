@@ -187,6 +187,16 @@ def test_closed_form_of_models_read_from_their_classes(model: str, tmp_path: Pat
         assert question.at(2 * 1024, checkpointing).tensor_bytes == pytest.approx(dry.tensor_bytes, rel=0.05)
 
 
+@pytest.mark.parametrize("kind", ["lora", "lora_fa"])
+def test_few_layers_stand_for_the_casts_of_all(kind: str, tmp_path: Path) -> None:
+    """On a card all adapters are cast before the model runs: copies of layers that are left out are there, too."""
+    config = {**MODELS["llama"], "num_hidden_layers": 9}
+    asked = ask(config, tmp_path, device_kind="cuda", adapter__kind=kind, adapter__r=128)
+    dry = DryRun(asked.step, config)
+    few, whole = (dry.run(TOKENS, False, few_layers=few) for few in (True, False))
+    assert few.tensor_bytes == pytest.approx(whole.tensor_bytes, rel=1e-3)
+
+
 def test_flash_attention_is_tried_without_its_package(tmp_path: Path) -> None:
     """Its memory is that of sdpa's own flash kernel; transformers would import the package, or fetch a kernel."""
     config = {**(known_config("HuggingFaceTB/SmolLM2-135M") or {}), "num_hidden_layers": 2}
