@@ -79,7 +79,10 @@ def test_importance_is_smoothed_sensitivity_times_its_spread() -> None:
         smooth = 0.8 * smooth + 0.2 * now
         spread = 0.6 * spread + 0.4 * (now - smooth).abs()
         hook.after_optimizer_step(step)
-    torch.testing.assert_close(model.base_model.rankallocator._element_score(path), smooth * spread)
+    allocator = model.base_model.rankallocator
+    torch.testing.assert_close(allocator._element_score(path), smooth * spread)
+    kept = (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc)
+    assert hook.state_bytes == sum(value.nbytes for values in kept for value in values.values())
 
 
 def test_a_step_that_overflowed_leaves_no_trace_in_the_ranks() -> None:
