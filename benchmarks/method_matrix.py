@@ -37,6 +37,8 @@ COLUMNS = ("train", "resume", "PEFT", "merge", "estimate")
 QUANTIZATIONS = ("nf4", "int8", "none")
 SMALL: dict[str, Any] = {"r": 4, "init_r": 6, "alpha": 8, "tokens": 4, "encoder_size": 8, "projection_size": 8}
 """Options that say how large a method is, where it has them."""
+OPTIONS: dict[str, dict[str, Any]] = {"c3a": {"block_size": 32}, "road": {"group_size": 32}}
+"""Options of PEFT's methods whose own defaults are for wider linears."""
 STEPS, MIDDLE = 4, 2
 _CLOSE = 2e-4  # of the largest logit, between two ways to compute the same in fp32
 _ESTIMATE = (0.8, 1.5)  # of what a step of a tiny model holds; some initialisations hold more before the first
@@ -71,8 +73,9 @@ class Row:
 
 
 def cases(names: Iterable[str] = ()) -> list[Case]:
-    """Every registered kind, or those of these names, and its initialisations."""
+    """Every registered kind, or those of these names, its initialisations, and PEFT's methods by the kind of all."""
     from lorafit.kinds.adapters import adapters
+    from lorafit.kinds.adapters.peft import fitting_methods
     from lorafit.kinds.initialisations import initialisations
 
     found = []
@@ -83,6 +86,11 @@ def cases(names: Iterable[str] = ()) -> list[Case]:
         found += [
             Case(name, section),
             *(Case(f"{name}, init: {start}", {**section, "init": start}) for start in starts),
+        ]
+        methods = [each for each in fitting_methods() if each != fields["method"].default] if name == "peft" else []
+        found += [
+            Case(f"{name}, method: {each}", {**section, "method": each, "options": OPTIONS.get(each, {})})
+            for each in methods
         ]
     return found
 

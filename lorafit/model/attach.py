@@ -185,7 +185,7 @@ def wrap_model(
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = saved_kind(config, folder / CONFIG)
-    known = PEFT_TYPE_TO_CONFIG_MAPPING[kind.peft_type].__dataclass_fields__
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__dataclass_fields__
     foreign = {key: value for key, value in config.items() if key not in known and value}
     if foreign:
         raise ModelError(f"keys this PEFT does not know: {list_names(foreign)}", file=str(folder / CONFIG))
@@ -326,8 +326,9 @@ def _load_weights(model: PeftModel, saved: AdapterFolder, name: str) -> None:
     with torch.no_grad():
         for path, parameter in live.items():
             values = read_rows(saved.tensors[path])
-            is_whole = f".{LAYERS}." not in path
-            if values.dtype == torch.float32 and parameter.dtype == torch.bfloat16 and is_whole:  # a projector
+            is_narrow = values.dtype == torch.float32 and parameter.dtype == torch.bfloat16
+            is_whole = f".{LAYERS}." not in path and isinstance(parameter, torch.nn.Parameter)
+            if is_narrow and is_whole:  # a projector, trained so
                 parameter.data = parameter.data.float()
             parameter.copy_(values)
     saved.kind.take_tensors(model, name, live)
@@ -346,7 +347,7 @@ def _go_on_from(model: PeftModel, section: AdapterSection, folder: Path) -> None
         if theirs != asked:
             shown = f"{asked:g}" if isinstance(asked, float) else asked
             raise RecipeError(f"the recipe says {shown}, the adapter to go on from has {theirs}", key=f"adapter.{ours}")
-    unlike = [key for key in kind.form_fields if (value := saved.config.get(key)) and value != fresh[key]]
+    unlike = kind.differences(saved.config, fresh)
     if unlike or saved.kind is not adapters.get(kind.saved_as or section.kind):
         form = ", ".join(unlike) or saved.config["peft_type"]
         raise RecipeError(f"{folder} is no plain {section.kind} adapter ({form})", key="adapter.init_from")

@@ -323,17 +323,25 @@ def fill_with_fakes(model: torch.nn.Module) -> None:
 @contextlib.contextmanager
 def unpacking_fakes() -> Iterator[None]:
     """Lets PEFT's layers that compute with dequantised weights run on a model without values."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
     from peft.utils import integrations
 
-    own, name = integrations.dequantize_module_weight, "dequantize_module_weight"
-    holders = [module for path, module in sys.modules.items() if path.startswith("peft") and hasattr(module, name)]
-    for module in holders:
-        setattr(module, name, _unpacked)
+    plainly = integrations.dequantize_bnb_weight
+
+    def dequantised(weight: torch.Tensor, state: Any = None) -> Any:  # PEFT tells four bits by the weight's class
+        return dequantize_4bit(weight.data, state) if isinstance(state, QuantState) else plainly(weight, state)
+
+    replaced: JsonObject = {"dequantize_module_weight": _unpacked, "dequantize_bnb_weight": dequantised}
+    own = {name: getattr(integrations, name) for name in replaced}
+    libraries = [module for path, module in sys.modules.items() if path.startswith("peft")]
+    holders = [(module, name) for module in libraries for name in replaced if hasattr(module, name)]
+    for module, name in holders:
+        setattr(module, name, replaced[name])
     try:
         yield
     finally:
-        for module in holders:
-            setattr(module, name, own)
+        for module, name in holders:
+            setattr(module, name, own[name])
 
 
 def _unpacked(linear: torch.nn.Module) -> torch.Tensor:

@@ -39,10 +39,11 @@ def prove_gradients(objective: Objective, batch: Batch) -> None:
         RecipeError: A kind of layer carries adapters that get no gradient anywhere: it reads its weight past them.
     """
     trained = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
+    mark = str(getattr(getattr(objective.model, "base_model", None), "prefix", "lora_"))
     try:
         with in_mode(objective, training=True):
             objective(batch)[0].backward()
-        reached = {_layer_kind(name) for name, p in trained if p.grad is not None and bool(p.grad.any())}
+        reached = {_layer_kind(name, mark) for name, p in trained if p.grad is not None and bool(p.grad.any())}
     except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
@@ -53,7 +54,7 @@ def prove_gradients(objective: Objective, batch: Batch) -> None:
     finally:
         for _, parameter in trained:
             parameter.grad = None
-    if idle := sorted({_layer_kind(name) for name, _ in trained} - reached):
+    if idle := sorted({_layer_kind(name, mark) for name, _ in trained} - reached):
         others = ", ".join(sorted(reached)) or "other linears"
         raise RecipeError(
             f"the adapters of {list_names(idle)} get no gradient: the model reads those weights past them",
@@ -62,9 +63,14 @@ def prove_gradients(objective: Objective, batch: Batch) -> None:
         )
 
 
-def _layer_kind(parameter: str) -> str:
-    """`q_proj` of `model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`, or a head's name."""
-    return re.split(r"\.(?:lora_|modules_to_save\.)", parameter)[0].rsplit(".", 1)[-1]
+def _layer_kind(parameter: str, mark: str) -> str:
+    """`q_proj` of `model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`, or a head's name.
+
+    Args:
+        parameter: Its path in the objective.
+        mark: What PEFT calls the method's parts: `lora_`.
+    """
+    return re.split(rf"\.(?:{re.escape(mark)}|modules_to_save\.)", parameter)[0].rsplit(".", 1)[-1]
 
 
 def prove_separation(objective: Objective, rows: Sequence[Example], pad_id: int, *, one_row: bool) -> None:

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "ia3": {"feedforward": (["down_proj"], ["up_proj"], []), "target_modules": TARGETS},
     "miss": {"r": (4, 8), "dropout": (0.0, 0.5), "target_modules": TARGETS},
     "oft": {"block_size": (8, 16), "cayley": ("exact", "neumann"), "target_modules": TARGETS},
+    "peft": {"method": ("hira", "gralora"), "options": ({}, {"r": 8}), "target_modules": TARGETS},
     "vera": {
         "r": (8, 16),
         "first_d": (0.1, 0.2),

@@ -8,18 +8,21 @@ by its adapter_config.json.
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lorafit.contracts import JsonMapping, JsonObject, JsonValue
+from lorafit.kinds.folding import AdaptedLayer as AdaptedLayer
+from lorafit.kinds.folding import Fold as Fold
+from lorafit.kinds.folding import Folding as Folding
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import PATH, KindSection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence, Set
+    from collections.abc import Collection, Mapping, Sequence, Set
 
     import torch
     from peft import PeftConfig, PeftModel
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 
     from lorafit.contracts import StepHook
     from lorafit.facts import LinearShape, ModelShape, RunFacts
-    from lorafit.files.safetensors import TensorEntry
     from lorafit.kinds.initialisations import Initialisation, InitialisationSection
     from lorafit.kinds.quantizations import Quantization
 
@@ -90,86 +92,6 @@ class SavedField:
         except ValidationError:
             return False
         return True
-
-
-class Fold(ABC):
-    """The change of some rows of one matrix, in the orientation of the base's files, computed a few rows at a time."""
-
-    @abstractmethod
-    def apply(self, weight: torch.Tensor, first_row: int, out: torch.Tensor) -> None:
-        """Writes the changed rows, computed in fp32 and rounded once.
-
-        Args:
-            weight: Rows of the base's weight, any float dtype: `[rows, columns]`.
-            first_row: The first of them, counted from where the fold begins.
-            out: The result in the dtype that is written; may be `weight` itself.
-        """
-
-    @abstractmethod
-    def error(self, weight: torch.Tensor, written: torch.Tensor, first_row: int) -> float:
-        """The largest |written - exact| over its rounding bound, exact values in fp64; NaN where one is.
-
-        Another thread may call it while `apply` runs.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptedLayer:
-    """A layer that an adapter changes, known by the headers of its file.
-
-    Attributes:
-        tensors: The adapter's, by part (`Folding.parts`).
-        key: What PEFT matches patterns of ranks and alphas with: the layer's path, or the parameter's own name.
-        matrices: Matrices stacked in its weight in the base's files, one for each expert; 1 for a linear.
-        transposed: Whether they lie `[in, out]` there, as GPT-2's, and as embeddings.
-    """
-
-    tensors: Mapping[str, TensorEntry]
-    key: str
-    matrices: int = 1
-    transposed: bool = False
-
-
-class Folding(ABC):
-    """How one adapter's tensors become changes of weights.
-
-    Attributes:
-        parts: What PEFT calls the tensors beside a layer, and which part of its update each is; a layer has all parts.
-        shared: Tensors of the whole adapter, by their full names, which are parts of every layer.
-        copies: What PEFT calls the copy of a layer, each parameter of which is folded by itself, as its part `copy`.
-    """
-
-    parts: ClassVar[Mapping[str, str]]
-    shared: ClassVar[Mapping[str, str]] = {}
-    copies: ClassVar[str | None] = None
-
-    @abstractmethod
-    def shape(self, layer: AdaptedLayer) -> tuple[int | None, int | None]:
-        """Rows and columns of one matrix of a layer's weight, as it lies in the base's files.
-
-        None where the adapter's tensors do not tell, and the base's own count holds.
-
-        Raises:
-            ModelError: Its tensors do not go together; without a place, which the caller knows.
-        """
-
-    @abstractmethod
-    def fold(
-        self, layer: AdaptedLayer, matrix: int, first_row: int, stop_row: int, read: Callable[[int, int], torch.Tensor]
-    ) -> Fold:
-        """The change of some rows of one matrix of a layer's weight.
-
-        Args:
-            layer: Of which `shape` was asked before.
-            matrix: Its number.
-            first_row: First row of that matrix.
-            stop_row: One behind the last.
-            read: Gives rows of the base's weight, counted from `first_row`, for methods that must see them all first.
-        """
-
-    def fold_bias(self, layer: AdaptedLayer, first_row: int, stop_row: int) -> Fold | None:
-        """The change of the bias of some of a layer's outputs; None for most methods, which leave it as it is."""
-        return None
 
 
 class Adapter(Kind[S_co]):
@@ -278,6 +200,16 @@ class Adapter(Kind[S_co]):
         return None
 
     @classmethod
+    def opens(cls, peft_type: object) -> bool:
+        """Whether saved adapters of that `peft_type` may be of this method; `peft_options` tell the rest."""
+        return peft_type == cls.peft_type
+
+    @classmethod
+    def differences(cls, saved: JsonMapping, fresh: JsonMapping) -> list[str]:
+        """Keys in which the adapter_config.json to go on from says another form than that of a fresh adapter."""
+        return [key for key in cls.form_fields if (value := saved.get(key)) and value != fresh.get(key)]
+
+    @classmethod
     def opened_config(cls, config: JsonMapping) -> JsonObject:
         """What PEFT's config is made of when a saved adapter is opened, from adapter_config.json."""
         return dict(config)
@@ -378,7 +310,7 @@ def adapter_kind(config: JsonMapping) -> type[Adapter[AdapterSection]] | None:
         kind
         for _, kind in adapters.items()
         if kind.saved_as is None
-        and kind.peft_type == config.get("peft_type")
+        and kind.opens(config.get("peft_type"))
         and all((config.get(key) or None) == (value or None) for key, value in kind.peft_options.items())
     ]
     return max(fitting, key=lambda kind: len(kind.peft_options), default=None)

@@ -17,7 +17,7 @@ from lorafit.console.wording import list_names
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry, read_rows
-from lorafit.kinds.adapters import AdaptedLayer, Fold, Folding
+from lorafit.kinds.folding import BESIDE_A_LAYER, AdaptedLayer, Fold, Folding
 from lorafit.model.adapter import AdapterFolder
 from lorafit.model.adapter_checks import NOTES_FORMAT
 from lorafit.model.attach import wrap_model
@@ -27,7 +27,6 @@ from lorafit.model.homes import Home, find_homes, read_homes
 from lorafit.model.load import build_class
 from lorafit.model.names import Part, read_names
 
-_BESIDE_A_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.(?P<tensor>(?!weight$)\w+)(?:\.weight)?$")
 _COPY = re.compile(r"^base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight$")
 _TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
 
@@ -104,8 +103,8 @@ def plan_updates(
             continue
         if match := copied.match(name):
             layers[f"{match['path']}.{match['own']}"] = {"copy": entry}
-        elif (match := _BESIDE_A_LAYER.match(name)) and match["tensor"] in folding.parts:
-            layers.setdefault(match["path"], {})[folding.parts[match["tensor"]]] = entry
+        elif (place := folding.place(name)) is not None:
+            layers.setdefault(place[0], {})[place[1]] = entry
         elif match := _COPY.match(name):
             copies[match["path"]] = entry
         else:
@@ -115,6 +114,7 @@ def plan_updates(
     names = {part: tensor for tensor, part in reversed(list(folding.parts.items()))}
     missing = [f"{path}.{names[part]}" for path in homes for part in names if part not in layers.get(path, {})]
     missing += [name for name in folding.shared if name not in adapter.tensors]
+    missing += [path for path in homes if path not in layers and not names]
     if missing or foreign or not layers:
         raise ModelError(
             f"{len(missing)} missing adapter tensors ({list_names(missing)}); "
@@ -245,7 +245,7 @@ def _transposed_layers(adapter: AdapterFolder, config: JsonMapping) -> set[str]:
     """
     paths, embeddings = set(), set()
     for name in adapter.tensors:
-        if match := _BESIDE_A_LAYER.match(name):
+        if match := BESIDE_A_LAYER.match(name):
             paths.add(match["path"])
             embeddings |= {match["path"]} if "embedding" in match["tensor"] else set()
     if "transposed" in adapter.notes:
