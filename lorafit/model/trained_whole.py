@@ -64,8 +64,8 @@ def keep_dtypes(model: PeftModel, name: str) -> None:
             if not hasattr(trained, "weight") or hasattr(trained, "base_layer"):
                 continue  # a head or a projector of several layers: tasks compute those as they are
             trained.register_forward_pre_hook(_widen_input)
-            dtype = wrapper.original_module.weight.dtype
-            trained.register_forward_hook(lambda _, __, result, dtype=dtype: _in_dtype(result, dtype))
+            base: Any = wrapper.original_module  # whose dtype may change yet, as where two models are compared in fp32
+            trained.register_forward_hook(lambda _, __, result, base=base: _in_dtype(result, base.weight.dtype))
 
 
 def _widen_input(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:

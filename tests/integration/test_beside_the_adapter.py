@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafit
+from benchmarks.method_matrix import Case, run
 from lorafit.estimation import measured
+from lorafit.kinds.adapters import adapters, refusal
+from lorafit.kinds.quantizations import quantizations
 from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import make_rows, write_rows
 from tests.support.world import stop_after
@@ -74,3 +77,29 @@ def test_it_is_trained_resumed_scored_and_merged(
         assert len(embedding) == json.loads((run / "card.json").read_text())["embedding_rows"]
     if what == "some layers":
         assert {name.split(".layers.")[1][0] for name in load_file(weights)} == {"1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", [kind for kind in adapters.names() if "layers" in adapters.section(kind).model_fields])
+def test_every_method_beside_linears_takes_all_of_it(
+    kind: str, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    base, fields = str(make_base(tmp_path / "base")), adapters.section(kind).model_fields
+    options: dict[str, Any] = {
+        "layers": {"last": 1},
+        "ranks": {"late": 2},
+        "modules_to_save": ["norm", "embed_tokens"],
+        "new_tokens": ["<call>"],
+    }
+    for option, value in options.items():
+        section = {"kind": kind, option: value}
+        if option not in fields or refusal(
+            adapters.make_section(kind, **{option: value}), quantizations.make(quantization)
+        ):
+            continue
+        columns = ("train", "resume", "merge", "estimate")  # new tokens want a base that was resized before PEFT
+        row = run(Case(kind, section), quantization, tmp_path / option, base, columns=columns)
+        assert not row.broken and row.cells["resume"] == "to the bit", f"{option}: {row}"
+        assert row.cells["merge"].startswith("yes, logits within"), f"{option}: {row}"

@@ -71,6 +71,8 @@ def test_the_plan_counts_them_once_and_they_begin_as_the_base(tmp_path: Path, ki
     assert float((logits(model) - before).abs().max()) > 0.1
     with adapter_off(model):
         assert torch.equal(logits(model), before)
+    wide = logits(model.float())
+    assert float((wide - wide.to(torch.bfloat16)).abs().max()) > 0, "in fp32 nothing is rounded on the way"
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
