@@ -37,6 +37,7 @@ from lorafit.contracts import JsonObject, LossSum
 from lorafit.errors import ModelError
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.cross_entropy import linear_cross_entropy, linear_label_losses, score_linear, score_logits
+from lorafit.ops.isolation import tokens_apart
 from lorafit.ops.masks import block_diagonal_mask
 from lorafit.ops.output_head import output_head
 from lorafit.ops.process_memory import is_out_of_memory
@@ -303,8 +304,9 @@ def _refuse_what_is_not_causal(objective: Objective, batch: Batch) -> None:
     if batch.attached:
         stays = torch.isin(torch.stack([ids, other]), ids.new_tensor(image_tokens(objective.base.config))).any(0)
     changed[:, kept:] = torch.where(stays, ids, other)[:, kept:]
-    before = _on_text_alone(objective, lambda: _full_logits(objective, batch, ids))
-    after = _full_logits(objective, batch, changed)
+    with tokens_apart(objective.model):
+        before = _on_text_alone(objective, lambda: _full_logits(objective, batch, ids))
+        after = _full_logits(objective, batch, changed)
     moved = (before - after).abs().amax(dim=-1)
     allowed = _AHEAD_TOLERANCE[objective.autocast_dtype] * float(moved.max())
     if float(moved[:, :kept].max()) > allowed:

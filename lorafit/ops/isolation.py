@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafit.ops.holding import holding
 from lorafit.ops.rng import preserved_rng
 
 if TYPE_CHECKING:
@@ -56,6 +57,20 @@ def in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def tokens_apart(model: torch.nn.Module) -> Iterator[None]:
+    """Within it LLM.int8() rounds what a token reads by that token alone.
+
+    Else a column in which any token of the batch has an outlier is computed in 16 bits for all of them.
+    """
+    with contextlib.ExitStack() as held:
+        for module in model.modules():
+            state = getattr(module, "state", None)
+            if getattr(state, "threshold", 0.0) > 0.0:
+                held.enter_context(holding(vars(state), "threshold", 0.0))
+        yield
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Source: Dettmers et al. 2022, LLM.int8() (https://arxiv.org/abs/2208.07339), sec
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorafit.contracts import JsonMapping, JsonObject
@@ -63,8 +64,13 @@ class Int8(BitsandbytesKind[Int8Section]):
 
     @classmethod
     def settle(cls, layer: nn.Module) -> None:
-        """Keeps its scales, see `_keep_scales`."""
+        """Keeps its scales, see `_keep_scales`; and on a CPU computes in evaluation as in training: there alone
+        bitsandbytes would round what the layer reads too, and by columns that depend on all tokens of a batch.
+        """
         layer.register_forward_pre_hook(_keep_scales)
+        state: Any = layer.state
+        if layer.weight.device.type == "cpu":
+            state.__class__ = _state_as_trained()
 
     @classmethod
     def prove(cls, layer: nn.Module) -> JsonObject:
@@ -106,6 +112,15 @@ class Int8(BitsandbytesKind[Int8Section]):
             return torch.empty(linear.out_features, linear.in_features, device=weight.device)
         unpacked: torch.Tensor = int8_vectorwise_dequant(weight.data, scales)
         return unpacked
+
+
+@cache
+def _state_as_trained() -> type:
+    """bitsandbytes' state of a layer, which stays in training whatever is set."""
+    from bitsandbytes import MatmulLtState
+
+    steady = {"is_training": property(lambda _: True, lambda _, __: None)}
+    return type("StateAsTrained", (MatmulLtState,), steady)
 
 
 def _keep_scales(layer: nn.Module, _: object) -> None:

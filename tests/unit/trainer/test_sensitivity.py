@@ -25,9 +25,12 @@ TRIED = {name: quantizations.make(name) for name in ("nf4", "int8")}
 ROWS = [[3, 14, 15, 9, 26, 5], [35, 8, 9, 79], [32, 38, 46, 26, 43]]
 
 
+def build(model: Any) -> Objective:
+    return tasks.make("causal-lm").build_objective(model, autocast_dtype=None, exact=False)
+
+
 def objective_of(make: Any, folder: Path) -> Objective:
-    base = make(folder / "base")
-    return tasks.make("causal-lm").build_objective(load(open_base(base)), autocast_dtype=None, exact=False)
+    return build(load(open_base(make(folder / "base"))))
 
 
 def batch_of(objective: Objective, rows: list[list[int]]) -> Batch:
@@ -90,7 +93,7 @@ def test_dropout_of_the_model_takes_no_part_and_a_second_time_gives_the_same(tmp
 def test_it_takes_the_memory_that_the_plan_says(longest: int, rows: int, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "max_position_embeddings": 2048}
     folder = make_llama(tmp_path / "base", **sizes)
-    objective = tasks.make("causal-lm").build_objective(load(open_base(folder)), autocast_dtype=None, exact=False)
+    objective = build(load(open_base(folder)))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     options = {"model__quantization": "{kind: adaptive, bits: 7}", "model__dtype": "fp32", "model__attention": "eager"}
     estimate = calibration_memory(ask(config, tmp_path, tokens=longest, **options))
