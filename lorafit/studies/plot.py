@@ -101,7 +101,8 @@ def _panel(
         parts.append(f'<path d="M{x:.1f} {up(point.low):.1f}V{up(point.high):.1f}" stroke="{ink}"/>')
         fill = ink if point.is_same else "white"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{ink}"/>')
-        parts.append(_text(x + 7, y + 4, point.name))
+        is_right = x > (left + right) / 2  # a name on the other side would run into the next panel
+        parts.append(_text(x - 7 if is_right else x + 7, y + 4, point.name, "end" if is_right else "start"))
     return "\n".join(parts)
 
 

@@ -90,6 +90,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
 
     made = Pretended()
     monkeypatch.setattr(compared, "stand", partial(compared.stand, resamples=50))
+    monkeypatch.setattr(module.gc, "collect", lambda: 0)  # slow beside all that other tests have loaded
     monkeypatch.setattr(module.pipeline, "train", made.train)
     monkeypatch.setattr(module.pipeline, "evaluate", made.evaluate)
     return made
