@@ -121,7 +121,7 @@ class Peft(Adapter[PeftSection]):
     @classmethod
     def opens(cls, peft_type: object) -> bool:
         """Whether it is a method that this kind runs."""
-        return isinstance(peft_type, str) and peft_type in peft_methods() and why_unfit(peft_type) is None
+        return isinstance(peft_type, str) and why_unfit(peft_type) is None
 
     @property
     def _method(self) -> PeftMethod:
