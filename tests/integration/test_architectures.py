@@ -74,18 +74,17 @@ TARGETS = {
     "bart": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
 }
 """What `all-linear` means there."""
-TRANSPOSED = "stands at weights that lie [out, in]"
+TRANSPOSED = "at weights that lie [out, in]"
 NO_CACHE = "takes no keys and values"
 REFUSED: dict[tuple[str, str], str] = {
-    **{("dialogpt", kind): TRANSPOSED for kind in ("oft", "boft", "miss")},
+    **{("dialogpt", kind): TRANSPOSED for kind in ("oft", "boft", "miss", "peft")},
     **{(name, "prefix_tuning"): NO_CACHE for name in ("distilbert", "albert")},
-    ("bart", "prefix_tuning"): "the keys and values of the first",
     ("albert", "miss"): "more than the 32 inputs",
 }
 """What is refused, and the reason that is given."""
 
 
-WITH_EVERY_ADAPTER = "distilbert", "albert", "dialogpt", "bart"
+WITH_EVERY_ADAPTER = "distilbert", "albert", "dialogpt"
 """Those that differ most from what the adapters' own tests have; the others are tried with two."""
 
 
@@ -152,7 +151,7 @@ def test_it_opens_elsewhere_and_is_merged(name: str, kind: str, tmp_path: Path) 
         assert report.verified and float((outputs(merged, model_class) - told).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["distilbert", "dialogpt", "t5"])
+@pytest.mark.parametrize("name", ["distilbert", "t5"])
 def test_its_memory_is_estimated(name: str) -> None:
     make, model_class, task = MODELS[name]
     config = make().config.to_dict()

@@ -51,10 +51,14 @@ def adapted(model: Any) -> dict[int, int]:
     }
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize(
-    ("layers", "numbers"),
-    [({"first": 2}, [0, 1]), ({"last": 4}, [2, 3, 4, 5]), ({"list": [4, 0]}, [0, 4]), (None, [0, 1, 2, 3, 4, 5])],
+    ("layers", "numbers", "kind"),
+    [
+        ({"first": 2}, [0, 1], "lora"),
+        ({"last": 4}, [2, 3, 4, 5], "dora"),
+        ({"list": [4, 0]}, [0, 4], "lora"),
+        (None, [0, 1, 2, 3, 4, 5], "lora"),
+    ],
 )
 def test_the_chosen_layers_and_no_others_get_an_adapter(
     tmp_path: Path, kind: str, layers: Any, numbers: list[int]
@@ -135,8 +139,7 @@ RANKS: dict[str, tuple[Any, dict[int, int]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("form", RANKS)
+@pytest.mark.parametrize(("form", "kind"), [*((form, "lora") for form in RANKS), ("thirds", "dora")])
 def test_ranks_by_layer_are_planned_and_scaled_alike(tmp_path: Path, kind: str, form: str) -> None:
     base = open_base(make_deep(tmp_path / "base"))
     section = adapters.make_section(kind, r=4, alpha=6, ranks=RANKS[form][0])
@@ -175,9 +178,10 @@ def test_ranks_are_of_one_form(ranks: Any, said: str) -> None:
         lora(ranks=ranks)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("family", [make_deep, make_gpt2])
+@pytest.mark.parametrize(
+    ("family", "kind", "quantization"),
+    [(make_deep, "lora", "none"), (make_deep, "dora", "nf4"), (make_gpt2, "lora", "nf4")],
+)
 def test_it_opens_in_plain_peft_and_is_merged(tmp_path: Path, family: Any, kind: str, quantization: str) -> None:
     base, folder = open_base(family(tmp_path / "base")), tmp_path / "adapter"
     section = adapters.make_section(kind, r=4, alpha=8, dropout=0.0, ranks={"late": 8, "early": 2}, layers={"last": 2})

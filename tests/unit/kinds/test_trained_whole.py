@@ -50,8 +50,7 @@ def change(model: Any) -> None:
             parameter.data += torch.randn_like(parameter) * 0.05
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("family", ["untied", "tied", "gpt2"])
+@pytest.mark.parametrize(("family", "kind"), [("untied", "lora"), ("tied", "lora"), ("gpt2", "lora"), ("tied", "dora")])
 def test_the_plan_counts_them_once_and_they_begin_as_the_base(tmp_path: Path, kind: str, family: str) -> None:
     base = open_base(make(family, tmp_path / "base"))
     section, shape = adapters.make_section(kind, r=4, modules_to_save=names_of(family)), find_shape(base.config)
@@ -75,8 +74,7 @@ def test_the_plan_counts_them_once_and_they_begin_as_the_base(tmp_path: Path, ki
     assert float((wide - wide.to(torch.bfloat16)).abs().max()) > 0, "in fp32 nothing is rounded on the way"
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("family", ["untied", "tied", "gpt2"])
+@pytest.mark.parametrize(("family", "quantization"), [("untied", "none"), ("tied", "nf4"), ("gpt2", "none")])
 def test_they_are_saved_once_opened_in_plain_peft_and_merged(tmp_path: Path, family: str, quantization: str) -> None:
     base, folder = open_base(make(family, tmp_path / "base")), tmp_path / "adapter"
     section = lora(modules_to_save=names_of(family))
