@@ -3,7 +3,8 @@
 value │   ┃          ┃
       │ ┃ ●    ┃     ●      filled: not distinguishable from the best
       │ ●      ○            hollow: worse
-      └──────────────────   a panel for trained parameters (logarithmic), one for peak memory; the base is a line
+      └──────────────────   a panel for trained parameters (logarithmic), one for peak memory;
+                            the base is a line, or a word below
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 340, 70, 30, 60
+_LINE = 13  # pixels between two names
 _INK, _SAME, _WORSE = "#444444", "#1f6f8b", "#b0532f"
 
 
@@ -49,6 +51,10 @@ def draw_quality(metric: str, points: Sequence[Point]) -> str:
         _panel(metric, points, (low, high), "peak memory, MiB", lambda each: each.memory_mebibytes, _WIDTH),
     ]
     note = "bars: 95 % over seeds and test rows; filled: not distinguishable from the best; hollow: worse"
+    beside = [
+        f"{each.name}: {each.value:.4g}" for each in points if not each.parameters and not low <= each.value <= high
+    ]
+    note += "".join(f"; outside of the picture: {name}" for name in beside)
     body = "\n".join([*parts, _text(_LEFT, _HEIGHT + 14, note)])
     size = f'width="{2 * _WIDTH}" height="{_HEIGHT + 24}"'
     return (
@@ -88,7 +94,7 @@ def _panel(
         parts.append(_text(left - 6, up(value) + 4, f"{value:.4g}", "end"))
         mark = first + (last - first) * number / 4
         amount = 10**mark if is_log else mark
-        parts.append(_text(left + (right - left) * number / 4, bottom + 16, f"{amount:,.3g}", "middle"))
+        parts.append(_text(left + (right - left) * number / 4, bottom + 16, _short(amount), "middle"))
     parts += [_text((left + right) / 2, bottom + 36, what, "middle"), _text(left, _TOP - 10, metric)]
     for point in points:
         if not point.parameters:
@@ -101,9 +107,45 @@ def _panel(
         parts.append(f'<path d="M{x:.1f} {up(point.low):.1f}V{up(point.high):.1f}" stroke="{ink}"/>')
         fill = ink if point.is_same else "white"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{ink}"/>')
-        is_right = x > (left + right) / 2  # a name on the other side would run into the next panel
-        parts.append(_text(x - 7 if is_right else x + 7, y + 4, point.name, "end" if is_right else "start"))
+    places = [(across(cost(point)), up(point.value), point.name) for point in trained]
+    middle = (left + right) / 2  # a name on the other side would run into the next panel
+    parts += _names([place for place in places if place[0] <= middle], 1, bottom)
+    parts += _names([place for place in places if place[0] > middle], -1, bottom)
     return "\n".join(parts)
+
+
+def _names(places: Sequence[tuple[float, float, str]], side: int, bottom: float) -> list[str]:
+    """Names beside their points, far enough apart to be read; a line leads to a point whose name had to move.
+
+    Args:
+        places: x, y and name of each point.
+        side: 1: to the right of it; -1: to the left.
+        bottom: Where the panel ends; names that have no room above it go up.
+    """
+    ordered = sorted(places, key=lambda place: place[1])
+    heights: list[float] = []
+    for _, y, _ in ordered:
+        heights.append(max(y, heights[-1] + _LINE) if heights else y)
+    limit = bottom
+    for number in reversed(range(len(heights))):
+        heights[number] = min(heights[number], limit)
+        limit = heights[number] - _LINE
+    parts = []
+    for (x, y, name), height in zip(ordered, heights, strict=True):
+        reach = 7 if abs(height - y) < 1 else 26
+        if reach > 7:
+            ends = f"M{x + 5 * side:.1f} {y:.1f}L{x + (reach - 3) * side:.1f} {height:.1f}"
+            parts.append(f'<path d="{ends}" stroke="{_INK}" stroke-width="0.5"/>')
+        parts.append(_text(x + reach * side, height + 4, name, "start" if side > 0 else "end"))
+    return parts
+
+
+def _short(amount: float) -> str:
+    """A number of a scale, e.g. 1.4M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if amount >= size:
+            return f"{amount / (1e3 if letter == 'k' else size):,.3g}{letter}"
+    return f"{amount:,.0f}" if amount >= 10 else f"{amount:.3g}"
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:

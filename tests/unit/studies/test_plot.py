@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from xml.etree import ElementTree
 
 from lorafit.studies.plot import Point, draw_quality
@@ -29,3 +30,17 @@ def test_every_method_is_drawn_where_its_figures_are() -> None:
 def test_methods_that_cost_and_give_the_same_are_drawn_too() -> None:
     points = [Point(name, 1.0, 1.0, 1.0, 10, 5.0, is_same=True) for name in ("a", "b")]
     ElementTree.fromstring(draw_quality("loss", points))
+
+
+def test_names_of_equal_methods_are_apart_and_a_base_far_away_is_told() -> None:
+    points = [Point(name, 1.0, 0.9, 1.1, 4e6, 500.0, is_same=True) for name in ("lora", "rslora", "lora_plus")]
+    tree = ElementTree.fromstring(draw_quality("loss", [*points, Point("base", 9.0, 8.0, 10.0, 0, 0, is_same=False)]))
+    texts = list(tree.iter(f"{SVG}text"))
+    for panel in range(2):
+        heights = sorted(
+            float(text.get("y", 0))
+            for text in texts
+            if text.text in {"lora", "rslora", "lora_plus"} and (float(text.get("x", 0)) > 460) == bool(panel)
+        )
+        assert len(heights) == 3 and min(b - a for a, b in pairwise(heights)) > 12
+    assert any("outside of the picture: base: 9" in (text.text or "") for text in texts)
