@@ -1,6 +1,6 @@
 """What `quantization: {kind: adaptive}` is worth: does its forecast hold, and do its choices beat others as large?
 
-    python benchmarks/adaptive_quantization.py MODEL TRAIN.jsonl TEST.jsonl [--bits 4.6 5.5] [--rows 64] [--out DIR]
+    python benchmarks/adaptive_quantization.py MODEL TRAIN.jsonl TEST.jsonl [--bits 4.6 5.5] [--rows 64] [...]
 
 Forecast: 20 linears, drawn at random, are stored in NF4 one at a time; the change of the loss, of the calibration rows
 and of held-out ones, is set against what one backward pass over the calibration rows foretold (Spearman).
@@ -16,7 +16,9 @@ import argparse
 import json
 import random
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
+import lorafit
 from lorafit.contracts import Silent
 from lorafit.evaluation.runner import score_examples
 from lorafit.evaluation.statistics import compare
 from lorafit.job import build_objective, open_job
 from lorafit.kinds.metrics import RowScore, metrics
 from lorafit.kinds.quantizations import Sensitivity, quantizations
+from lorafit.kinds.quantizations.adaptive import AdaptiveSection
 from lorafit.model.load import load_model
 from lorafit.objective import Objective
 from lorafit.ops.isolation import evaluating
@@ -53,7 +57,7 @@ class Study:
         self.options = options
         self.file = options.out / "scores.json"
         self.known: dict[str, Any] = json.loads(self.file.read_text("utf-8")) if self.file.exists() else {}
-        recipe = {
+        self.recipe: dict[str, Any] = {
             "name": "adaptive",
             "model": {"base": options.model, "quantization": {"kind": "adaptive"}, "dtype": "fp32"},
             "data": {
@@ -64,7 +68,7 @@ class Study:
             },
             "output": str(options.out / "run"),
         }
-        self.job = open_job(load_recipe(recipe), Silent())
+        self.job = open_job(load_recipe(self.recipe), Silent())
         self.test = self.job.rows.splits["test"].first(options.rows)
         self.shapes = open_linears(self.job)
         self.kinds = quantizations.make("adaptive").candidates()
@@ -105,21 +109,23 @@ class Study:
             tried = {
                 path: {name: kind for name, kind in self.kinds.items() if kind.is_quantized} for path in self.shapes
             }
-            return measure_changes(self.load("none"), calibration_batches(self.job, 16), tried)
+            return measure_changes(
+                self.load("none"), calibration_batches(self.job, self.options.calibration_rows), tried
+            )
 
-        changes = self.remember("forecast", ask)
+        changes = self.remember(f"forecast {self.options.calibration_rows}", ask)
         return [Sensitivity(path, shape, {"none": 0.0, **changes[path]}) for path, shape in self.shapes.items()]
 
     def check(self, forecast: Sequence[Sensitivity]) -> None:
         """Prints how the forecast agrees with what is measured, in NF4, one linear at a time."""
-        count = min(16, len(self.job.rows.train))
+        count = min(self.options.calibration_rows, len(self.job.rows.train))
         train = [self.job.rows.train[number * len(self.job.rows.train) // count] for number in range(count)]
         objective = None
         sets = {"calibration": Listed(train), "held-out": self.test.first(self.options.rows // 2)}
         lines = []
         for one in [None, *random.Random(SEED).sample(list(forecast), CHECKED)]:
             for name, rows in sets.items():
-                key = f"check {name} {one.path if one else '-'}"
+                key = f"check {name} {count} {one.path if one else '-'}"
                 if key not in self.known:
                     objective = objective or self.load("none")
                     weight = objective.base.get_submodule(one.path).weight if one else torch.empty(0)
@@ -129,7 +135,8 @@ class Study:
                     weight.data = kept
             if one:
                 measured = [
-                    mean(self.known[f"check {name} {one.path}"]) - mean(self.known[f"check {name} -"]) for name in sets
+                    mean(self.known[f"check {name} {count} {one.path}"]) - mean(self.known[f"check {name} {count} -"])
+                    for name in sets
                 ]
                 lines.append([one.changes["nf4"], *measured])
                 print(f"| {one.path} | {' | '.join(f'{value:+.5f}' for value in lines[-1])} |")
@@ -144,6 +151,8 @@ class Study:
         """Name and kinds of every way to spend a budget."""
         quantization = quantizations.make("adaptive", bits=bits)
         yield "adaptive", dict(zip(self.shapes, quantization.allot(forecast, 2), strict=True))
+        sizes = [replace(one, changes={kind: abs(change) for kind, change in one.changes.items()}) for one in forecast]
+        yield "changes without sign", dict(zip(self.shapes, quantization.allot(sizes, 2), strict=True))
         for number in range(RANDOM):
             dice = random.Random(number)
             order = dice.sample(list(self.shapes), len(self.shapes))
@@ -163,6 +172,33 @@ class Study:
                     linears[path], left = kind, left - more
                     break
         return linears
+
+    def train(self, bits: float, forecast: Sequence[Sensitivity]) -> None:
+        """Prints what is left of it once an adapter was trained on each base: same rows, rate and steps."""
+        print(f"\n| {bits} bits, {self.options.steps} steps | loss | adaptive - that, 95 % |\n|---|---|---|")
+        ways = {name: linears for name, linears in self.choices(bits, forecast) if not name.startswith("random")}
+        ways |= {f"uniform {kind}": dict.fromkeys(self.shapes, kind) for kind in ENDS}
+        scored: dict[str, list[list[float]]] = {}
+        for name, linears in ways.items():
+            scored[name] = self.remember(f"trained {bits} {name}", partial(self.score_trained, linears))
+            print(f"| {name} | {mean(scored[name]):.4f} | {against(scored[name], scored['adaptive'])} |", flush=True)
+
+    def score_trained(self, linears: Mapping[str, str]) -> list[list[float]]:
+        """Loss sum and weight of each row, of an adapter on a base with these kinds."""
+        recipe = {
+            **self.recipe,
+            "model": {
+                **self.recipe["model"],
+                "quantization": {"kind": "adaptive", "bits": 16, "linears": dict(linears)},
+            },
+            "adapter": {"r": 16, "alpha": 32, "dropout": 0.0},
+            "training": {"max_steps": self.options.steps, "batch_size": 8, "learning_rate": 1e-3, "optimizer": "adamw"},
+            "evaluation": {"final": ["loss"]},
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            run = lorafit.train({**recipe, "output": f"{folder}/run"}, quiet=True)
+            found = lorafit.evaluate(run, limit=self.options.rows, quiet=True).evaluation.rows
+        return [[row.tuned.value("loss"), row.tuned.value("weight")] for row in found]
 
     @property
     def weights(self) -> int:
@@ -193,7 +229,12 @@ class Study:
             scored: dict[str, list[list[float]]] = {}
             for name, linears in self.choices(bits, forecast):
                 load = partial(self.load, "adaptive", bits=16, linears=linears)
-                scored[name] = self.remember(f"{bits} {name}", lambda load=load: self.score(load(), self.test))
+                key = (
+                    f"{bits} {name}"
+                    if name.startswith(("random", "outer"))
+                    else f"{bits} {name} {self.options.calibration_rows}"
+                )
+                scored[name] = self.remember(key, lambda load=load: self.score(load(), self.test))
                 counts = " / ".join(str(list(linears.values()).count(kind)) for kind in self.kinds)
                 line = f"{name} | {8 * self.size(linears) / self.weights:.3f} | {counts} | {mean(scored[name]):.4f}"
                 print(f"| {line} | {against(scored[name], scored['adaptive'])} |", flush=True)
@@ -206,6 +247,8 @@ class Study:
                 print(f"| {name} | | | {mean(rows):.4f} | {against(rows, scored['adaptive'])} |")
         print()
         self.check(forecast)
+        if self.options.steps:
+            self.train(self.options.bits[0], forecast)
 
 
 class Listed(list[Any]):
@@ -243,6 +286,8 @@ def main() -> None:
     parser.add_argument("test", type=Path)
     parser.add_argument("--bits", type=float, nargs="+", default=[4.6, 5.5])
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--calibration-rows", type=int, default=AdaptiveSection().calibration_rows)
+    parser.add_argument("--steps", type=int, default=0, help="train so long on each base of the first budget, too")
     parser.add_argument("--out", type=Path, default=Path("adaptive"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
     cases["model.quantization(mixed).double_quant"] = Case((True, False), quantized("double_quant", "mixed"))
     cases |= {
         "model.quantization(adaptive).bits": Case((7.0, 12.0), chosen("bits")),
-        "model.quantization(adaptive).calibration_rows": Case((16, 2), chosen("calibration_rows")),
+        "model.quantization(adaptive).calibration_rows": Case((64, 2), chosen("calibration_rows")),
         "model.quantization(adaptive).double_quant": Case((True, False), chosen("double_quant")),
         "model.quantization(adaptive).linears": Case(
             (all_stored_as("nf4"), all_stored_as("int8")), quantized("linears", "adaptive")

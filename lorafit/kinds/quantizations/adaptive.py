@@ -52,8 +52,8 @@ class AdaptiveSection(QuantizationSection):
     """NF4, 8 bits or none for each linear, by what calibration rows say."""
     bits: float = Field(default=5.0, le=_MOST_BITS)
     """Mean bits a weight of the linears, constants included: at most so many."""
-    calibration_rows: int = Field(default=16, ge=1)
-    """Training rows, the first ones, whose loss is asked, once, before the base is quantised."""
+    calibration_rows: int = Field(default=64, ge=1)
+    """Training rows, from all over the set, whose loss is asked, once, before the base is quantised."""
     double_quant: bool = True
     """Quantise the constants of 4-bit linears too."""
     linears: dict[str, SingleKind] = Field(default={})
