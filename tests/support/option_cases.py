@@ -123,7 +123,7 @@ def model_cases(world: OptionWorld) -> dict[str, Case]:
             (
                 *("lora", "dora", *LOW_RANK),
                 *({"kind": "prompt_tuning"}, {"kind": "p_tuning"}, {"kind": "prefix_tuning"}, {"kind": "adalora"}),
-                *({"kind": "layer_norm"}, {"kind": "full"}, *AT_LINEARS),
+                *({"kind": "dylora"}, {"kind": "growing_lora"}, {"kind": "layer_norm"}, {"kind": "full"}, *AT_LINEARS),
             ),
             partial(shapes_of_kind, world, adapter_tensors),
             refused=("bias",),  # the tiny Llama has none
