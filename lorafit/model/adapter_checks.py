@@ -19,7 +19,8 @@ from pydantic import BaseModel, Field
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import TensorEntry
-from lorafit.kinds.adapters import Adapter, AdapterSection, Number, Rank, SavedField
+from lorafit.kinds.adapter_parts import Number, Rank, SavedField
+from lorafit.kinds.adapters import Adapter, AdapterSection
 
 _PATTERN_SECONDS = 1.0
 _LONGEST_TEXT_CHARACTERS = 4096

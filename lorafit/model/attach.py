@@ -7,7 +7,7 @@ several.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ from lorafit.contracts import JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError, RecipeError
 from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_rows
-from lorafit.kinds.adapters import AdapterSection, Site, adapters
+from lorafit.kinds.adapter_parts import Site
+from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.linear_targets import LinearsSection
 from lorafit.kinds.quantizations import kind_of_codes
 from lorafit.model.adapter import (
@@ -121,8 +122,7 @@ def _fresh_config(model: PreTrainedModel | PeftModel, section: AdapterSection, a
     if method.copies is not None:
         targets = module_paths(model, method.copies, apart)
     config = method.peft_config(targets, is_transposed=_are_transposed(model, targets))
-    method.fit(config, model)
-    method.settle_layers(config, layers)
+    method.fit(config, model, layers)
     return config
 
 
@@ -152,8 +152,7 @@ def open_adapter(
         check_base(saved, base)
     saved.check_values(reporter or Silent())
     _refuse_codes(base_model, saved)
-    model = wrap_model(base_model, saved.config, folder, name=name)
-    saved.kind.reopen(model, name, saved.tensors)
+    model = wrap_model(base_model, saved.config, saved.tensors, folder, name=name)
     _load_weights(model, saved, name)
     keep_weights_unpacked(model)
     for parameter in adapter_tensors(model, name).values():
@@ -164,6 +163,7 @@ def open_adapter(
 def wrap_model(
     base_model: PreTrainedModel | PeftModel,
     config: JsonMapping,
+    tensors: Collection[str],
     folder: Path,
     *,
     empty: bool = False,
@@ -174,7 +174,8 @@ def wrap_model(
     Args:
         base_model: As in `open_adapter`.
         config: The adapter's adapter_config.json.
-        folder: Where that lies, for messages.
+        tensors: Names of its saved tensors.
+        folder: Where those lie, for messages.
         empty: Whether the layers get no values, as those of a base on the meta device.
         name: What the adapter is called in the model.
 
@@ -193,7 +194,7 @@ def wrap_model(
     with quiet_libraries():
         try:
             model = _wrap(base_model, get_peft_config({**opened, "inference_mode": True}), name, empty=empty)
-            kind.fit_opened(model, name)
+            kind.reopen(model, name, tensors)
         except Exception as error:  # PEFT raises whatever its tuners meet in a foreign config
             if is_out_of_memory(error):
                 raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.errors import RecipeError
 from lorafit.facts import HolderShape
-from lorafit.kinds.adapters import CopiedModules
+from lorafit.kinds.adapter_parts import CopiedModules
 from lorafit.model.targets import READ, left_out_names
 from lorafit.ops.output_head import output_head, text_part
 

@@ -15,7 +15,7 @@ from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.files.safetensors import read_index
 from lorafit.kinds.adapters import AdapterSection
 from lorafit.kinds.quantizations import kind_of_codes
-from lorafit.model.adapter import ADAPTER_NAME, adapter_config, adapter_tensors, saved_kind
+from lorafit.model.adapter import adapter_config, adapter_tensors
 from lorafit.model.attach import attach_adapter, wrap_model
 from lorafit.model.base import Base
 from lorafit.model.check_weights import check_weights
@@ -105,10 +105,10 @@ def _check_peft(model: PreTrainedModel, base: Base, model_class: ModelClass) -> 
     fresh = wrap_model(
         build_class(base, model_class=model_class),
         adapter_config(model, *base.reference),
+        ours,
         base.path,
         empty=True,
     )
-    saved_kind(adapter_config(model, *base.reference), base.path).reopen(fresh, ADAPTER_NAME, ours)
     theirs = {name: tuple(value.shape) for name, value in adapter_tensors(fresh).items()}
     with quiet_libraries():
         try:

@@ -23,8 +23,8 @@ from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.atomic import MANIFEST
 from lorafit.files.safetensors import TensorEntry, read_rows
-from lorafit.kinds.adapters import AdaptedLayer
 from lorafit.kinds.adapters._low_rank import LowRankFolding
+from lorafit.kinds.folding import AdaptedLayer
 from lorafit.model.adapter import CONFIG, WEIGHTS, AdapterFolder
 
 _FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}

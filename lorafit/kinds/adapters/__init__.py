@@ -2,22 +2,25 @@
 
 An instance, from `adapters.bind(section)`, says what a recipe asks for: its sites, and PEFT's config of them. The
 classmethods are about an adapter on disk, which may be another tool's and has no recipe: `adapter_kind` finds the class
-by its adapter_config.json.
+by its adapter_config.json. Members stand in the order in which they are asked:
+
+    recipe and plan    sites, rank, closed_form, refuses, refuses_steps, refuses_unfreezing
+    a fresh adapter    linear_names, peft_config, fit; PEFT wraps the model; mend, settle      model/attach.py
+    a run              initialisation before step 1, rate_factor, step_hook                    run/assembly.py
+    saving             live_tensors, derived_tensors; finished for a run's result              model/adapter.py
+    opening            opens, refuses_saved, differences, opened_config; PEFT wraps; reopen, mend; take_tensors
+    what is done with a saved one    why_no_effect, nested_from (trim), folding (merge)
 """
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from lorafit.contracts import JsonMapping, JsonObject, JsonValue
-from lorafit.kinds.folding import AdaptedLayer as AdaptedLayer
-from lorafit.kinds.folding import Fold as Fold
-from lorafit.kinds.folding import Folding as Folding
+from lorafit.kinds.adapters._saved import named_on_disk, trained_values
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.section import PATH, KindSection
 
@@ -29,19 +32,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorafit.contracts import StepHook
-    from lorafit.facts import LinearShape, ModelShape, RunFacts
+    from lorafit.facts import ModelShape, RunFacts
+    from lorafit.kinds.adapter_parts import CopiedModules, SavedField, Site
+    from lorafit.kinds.folding import Folding
     from lorafit.kinds.initialisations import Initialisation, InitialisationSection
     from lorafit.kinds.quantizations import Quantization
-
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-"""A finite number of a JSON file."""
-Rank = Annotated[int, Field(gt=0, le=1 << 20)]
-"""A whole number that a width may be."""
-
-
-CopiedModules = Literal["norms", "biases", "all"]
-"""Which modules of a language model a method trains copies of."""
 
 
 class AdapterSection(KindSection):
@@ -51,54 +46,12 @@ class AdapterSection(KindSection):
     """Folder of an adapter to go on from, relative to the recipe; r, alpha and targets must agree with it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A place of the model that a method trains something at.
-
-    Attributes:
-        kind: What stands there; `prompt`: nothing, the method's vectors are read before the tokens; `module`: a layer
-            of any kind, which gets a trained copy beside it.
-        name: Last part of the modules' paths.
-        count: How many modules of that name get something.
-        parameters: Trained parameters of all of them.
-        linear: The shape of a linear; its `count` and `layers` are of those that get something.
-    """
-
-    kind: Literal["linear", "embedding", "prompt", "head", "module"]
-    name: str
-    count: int
-    parameters: int
-    linear: LinearShape | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SavedField:
-    """A check of one key of adapter_config.json, which is a stranger's file.
-
-    Attributes:
-        type: Of the values that PEFT writes.
-        wanted: What such a value is, for the message.
-        needed: Whether the key must be there.
-    """
-
-    type: Any
-    wanted: str
-    needed: bool = False
-
-    def is_valid(self, value: JsonValue) -> bool:
-        """Whether a value is of the type."""
-        try:
-            TypeAdapter(self.type).validate_json(json.dumps(value), strict=True)
-        except ValidationError:
-            return False
-        return True
-
-
 class Adapter(Kind[S_co]):
     """One method.
 
     Attributes:
-        starts_as_base: Whether a fresh one computes what the base does, to the last bit, as PEFT makes it.
+        starts_as_base: Whether a fresh one computes what the base does, to the last bit, as PEFT makes it; see
+            `begins_as_base`.
         saved_as: The kind by which a saved one is opened, where it trains another kind's adapter in a way of its own.
         peft_type: What `peft_type` in adapter_config.json says.
         peft_options: Keys of adapter_config.json, with the values that tell it from others of the same `peft_type`.
@@ -124,14 +77,38 @@ class Adapter(Kind[S_co]):
     copies: ClassVar[CopiedModules | None] = None
     usual_rate: ClassVar[float] = 1.0
 
+    @abstractmethod
+    def sites(self, shape: ModelShape) -> tuple[Site, ...]:
+        """Where it trains what. Raises RecipeError where a name of the recipe matches nothing."""
+
+    def rank(self) -> int:
+        """Width of the bottleneck, which the activations of the closed form grow with; 0 for a method without."""
+        return 0
+
     @property
     def closed_form(self) -> bool:
         """Whether `memory` has formulas for its step, LoRA's with one rank beside every such linear; else a dry run."""
         return False
 
-    @abstractmethod
-    def sites(self, shape: ModelShape) -> tuple[Site, ...]:
-        """Where it trains what. Raises RecipeError where a name of the recipe matches nothing."""
+    def refuses(self, quantization_kind: str) -> str | None:
+        """Why it cannot be trained beside linears stored so, in one sentence with the reason; None where it can.
+
+        Args:
+            quantization_kind: How a single linear is stored, e.g. `none`, `nf4`, `int8`.
+        """
+        return self.refuses_saved({}, quantization_kind)
+
+    def refuses_steps(self, total_steps: int) -> str | None:
+        """Why it cannot be trained in so many steps, in one sentence without an end; None where it can."""
+        return None
+
+    def refuses_unfreezing(self) -> str | None:
+        """Why its layers cannot begin to be trained one after the other, in one sentence; None where they can."""
+        return None if self.linear_names() else "trains nothing in single layers"
+
+    def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
+        """Names of the linears it goes on, as the recipe writes them; none for a method without."""
+        return ()
 
     @abstractmethod
     def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:
@@ -142,35 +119,22 @@ class Adapter(Kind[S_co]):
             is_transposed: Whether their weights lie `[in, out]`.
         """
 
-    def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
-        """Names of the linears it goes on, as the recipe writes them; none for a method without."""
-        return ()
+    def fit(self, config: PeftConfig, model: PreTrainedModel, layers: Mapping[str, int]) -> None:
+        """Writes into PEFT's config, in place, what the model decides: what differs by layer, and what PEFT would not
+        find in every model by itself.
 
-    def fit(self, config: PeftConfig, model: PreTrainedModel) -> None:
-        """Writes into PEFT's config, in place, what PEFT would not find in every model by itself.
+        Args:
+            config: From `peft_config`.
+            model: Loaded or on the meta device.
+            layers: The number of each layer that the recipe chooses, by its path.
 
         Raises:
             RecipeError: The method is not for this model.
         """
 
-    def settle_layers(self, config: PeftConfig, layers: Mapping[str, int]) -> None:
-        """Writes into PEFT's config, in place, what differs by layer; `layers` has the number of each by its path."""
-
-    def rank(self) -> int:
-        """Width of the bottleneck, which the activations of the closed form grow with; 0 for a method without."""
-        return 0
-
-    def refuses_unfreezing(self) -> str | None:
-        """Why its layers cannot begin to be trained one after the other, in one sentence; None where they can."""
-        return None if self.linear_names() else "trains nothing in single layers"
-
-    def nested_from(self) -> int | None:
-        """The least rank k of which its first k ranks, with the same alpha, are a trained adapter; None: of no k."""
-        return None
-
-    def rate_factor(self, parameter_name: str) -> float:
-        """What the learning rate of a trained parameter is multiplied by."""
-        return 1.0
+    @classmethod
+    def mend(cls, model: PeftModel) -> None:
+        """Puts right what PEFT's layers of the method do wrong, in a model that PEFT has just wrapped for one."""
 
     def settle(self, model: PeftModel) -> None:
         """Freezes, ties or changes in a model whose adapter is fresh what PEFT's config cannot say.
@@ -178,31 +142,44 @@ class Adapter(Kind[S_co]):
         What requires a gradient afterwards is trained; what `live_tensors` names is saved.
         """
 
+    def initialisation(self) -> Initialisation[InitialisationSection] | None:
+        """What gives it its first values before step 1; None where they are those that it is made with."""
+        return None
+
+    def rate_factor(self, parameter_name: str) -> float:
+        """What the learning rate of a trained parameter is multiplied by."""
+        return 1.0
+
     def step_hook(self, model: PeftModel, run: RunFacts) -> StepHook | None:
         """What the method does between the steps of a run on its fresh adapter; None for most."""
         return None
 
-    def refuses_steps(self, total_steps: int) -> str | None:
-        """Why it cannot be trained in so many steps, in one sentence without an end; None where it can."""
-        return None
-
-    def refuses(self, quantization_kind: str) -> str | None:
-        """Why it cannot be trained beside linears stored so, in one sentence with the reason; None where it can.
-
-        Args:
-            quantization_kind: How a single linear is stored, e.g. `none`, `nf4`, `int8`.
-        """
-        return self.refuses_saved({}, quantization_kind)
+    @classmethod
+    def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """What is saved of an adapter by the names it has on disk, all in place but for what `take_tensors` knows."""
+        return named_on_disk(model, name, trained_values(model, name))
 
     @classmethod
-    def refuses_saved(cls, config: JsonMapping, quantization_kind: str) -> str | None:
-        """Why a saved adapter cannot be opened beside linears stored so; as `refuses`, for an adapter_config.json."""
+    def derived_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """What is computed of the trained parameters and saved beside them, for whoever opens the adapter."""
+        return {}
+
+    @classmethod
+    def finished(
+        cls, config: JsonMapping, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[JsonObject, dict[str, torch.Tensor]] | None:
+        """What a run's result says and holds, where that is not what its checkpoints do; None for most."""
         return None
 
     @classmethod
     def opens(cls, peft_type: object) -> bool:
         """Whether saved adapters of that `peft_type` may be of this method; `peft_options` tell the rest."""
         return peft_type == cls.peft_type
+
+    @classmethod
+    def refuses_saved(cls, config: JsonMapping, quantization_kind: str) -> str | None:
+        """Why a saved adapter cannot be opened beside linears stored so; as `refuses`, for an adapter_config.json."""
+        return None
 
     @classmethod
     def differences(cls, saved: JsonMapping, fresh: JsonMapping) -> list[str]:
@@ -214,65 +191,16 @@ class Adapter(Kind[S_co]):
         """What PEFT's config is made of when a saved adapter is opened, from adapter_config.json."""
         return dict(config)
 
-    def begins_as_base(self) -> bool:
-        """Whether a fresh one computes what the base does at step 1, to the last bit, with its first values."""
-        return self.starts_as_base
-
-    @classmethod
-    def fit_opened(cls, model: PeftModel, name: str) -> None:
-        """Gives fresh layers the shapes of a saved adapter's tensors, where PEFT's config does not."""
-
-    @classmethod
-    def finished(
-        cls, config: JsonMapping, tensors: Mapping[str, torch.Tensor]
-    ) -> tuple[JsonObject, dict[str, torch.Tensor]] | None:
-        """What a run's result says and holds, where that is not what its checkpoints do; None for most."""
-        return None
-
-    def initialisation(self) -> Initialisation[InitialisationSection] | None:
-        """What gives it its first values before step 1; None where they are those that it is made with."""
-        return None
-
-    @classmethod
-    def mend(cls, model: PeftModel) -> None:
-        """Puts right what PEFT's layers of the method do wrong, in a model that PEFT has just wrapped for one."""
-
     @classmethod
     def reopen(cls, model: PeftModel, name: str, tensors: Collection[str]) -> None:
-        """Changes what PEFT has put into a model for a saved adapter, before its values are loaded.
+        """Changes what PEFT has put into a model for a saved adapter, before its values are loaded: shapes that its
+        config does not tell, parameters that were not trained.
 
         Args:
             model: PEFT's.
             name: The adapter's.
             tensors: Names of the saved tensors.
         """
-
-    @classmethod
-    def own_values(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-        """Trained parameters of an adapter by their paths in the model, with other values that PEFT saves of it.
-
-        An embedding that is trained whole and is the output head too has two paths: PEFT opens no file with one.
-        """
-        prefix = str(model.base_model.prefix)
-        # a task's own head and the rows of new tokens are saved beside the method's tensors
-        marks = (prefix, f".modules_to_save.{name}.", f".trainable_tokens_delta.{name}")
-        every = model.named_parameters(remove_duplicate=False)
-        return {path: parameter for path, parameter in every if any(mark in path for mark in marks)}
-
-    @classmethod
-    def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-        """What is saved of an adapter by the names it has on disk, all in place but for what `take_tensors` knows."""
-        from peft import get_peft_model_state_dict
-
-        state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-            model, state_dict=cls.own_values(model, name), adapter_name=name, save_embedding_layers=False
-        )
-        return state
-
-    @classmethod
-    def derived_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-        """What is computed of the trained parameters and saved beside them, for whoever opens the adapter."""
-        return {}
 
     @classmethod
     def take_tensors(cls, model: PeftModel, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -286,6 +214,10 @@ class Adapter(Kind[S_co]):
             config: adapter_config.json.
             nonzero_tensors: Its tensors that hold more than zeros.
         """
+        return None
+
+    def nested_from(self) -> int | None:
+        """The least rank k of which its first k ranks, with the same alpha, are a trained adapter; None: of no k."""
         return None
 
     @classmethod
@@ -327,4 +259,6 @@ def refusal(section: AdapterSection, quantization: Quantization[KindSection]) ->
 
 def begins_as_base(section: AdapterSection) -> bool:
     """Whether a model computes what its base does before the first step, to the last bit."""
-    return section.init_from is None and adapters.bind(section).begins_as_base()
+    method = adapters.bind(section)
+    start = method.initialisation()
+    return section.init_from is None and method.starts_as_base and (start is None or start.starts_as_base)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_rows
-from lorafit.kinds.adapters import AdaptedLayer, Adapter, AdapterSection, Fold, Folding
+from lorafit.kinds.adapters import Adapter, AdapterSection
+from lorafit.kinds.adapters._saved import head_values
+from lorafit.kinds.folding import AdaptedLayer, Fold, Folding
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +96,8 @@ class Copies(Adapter[C_co]):
     @classmethod
     def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         """Each trained parameter at the first layer that has it, and a task's own head."""
-        mark = f".modules_to_save.{name}."
-        head = {path.replace(mark, "."): value for path, value in model.named_parameters() if mark in path}
-        return {**{path: value for path, value, is_first in _copied(model, name) if is_first}, **head}
+        own = {path: value for path, value, is_first in _copied(model, name) if is_first}
+        return {**own, **head_values(model, name)}
 
     @classmethod
     def derived_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_rows
-from lorafit.kinds.adapters import AdaptedLayer, Adapter, Fold, Folding, Site
+from lorafit.kinds.adapter_parts import Site
+from lorafit.kinds.adapters import Adapter
+from lorafit.kinds.folding import AdaptedLayer, Fold, Folding
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 
 if TYPE_CHECKING:

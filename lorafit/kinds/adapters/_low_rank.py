@@ -18,15 +18,18 @@ from pydantic import Field, field_validator, model_validator
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError, RecipeError
 from lorafit.files.safetensors import read_rows
-from lorafit.kinds.adapters import AdaptedLayer, Adapter, Folding, Number, Rank, SavedField, Site
+from lorafit.kinds.adapter_parts import Number, Rank, SavedField, Site
+from lorafit.kinds.adapters import Adapter
 from lorafit.kinds.adapters._layer_ranks import THIRDS, LayerRanks
 from lorafit.kinds.adapters._low_rank_fold import LowRankFold
+from lorafit.kinds.folding import AdaptedLayer, Folding
 from lorafit.kinds.initialisations import Initialisation, InitialisationSection, initialisations
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
     from lorafit.facts import LinearShape, ModelShape
     from lorafit.files.safetensors import TensorEntry
@@ -257,7 +260,7 @@ class LowRank(Adapter[L_co]):
         """Trained parameters beside one linear: A [rank, in] and B [out, rank]."""
         return rank * (linear.in_features + linear.out_features)
 
-    def settle_layers(self, config: PeftConfig, layers: Mapping[str, int]) -> None:
+    def fit(self, config: PeftConfig, model: PreTrainedModel, layers: Mapping[str, int]) -> None:
         """Ranks of single layers, and the alphas that leave their scale alpha / r.
 
         Of rank-stabilised scaling the paper's own: alpha / sqrt(rank) by the layer's rank, with one alpha for all.
@@ -283,10 +286,6 @@ class LowRank(Adapter[L_co]):
     def _halves(self) -> int:
         """Of A and B: one is trained, and a second takes out what `init` begins with."""
         return 2 if self.initialisation().corrects else 1
-
-    def begins_as_base(self) -> bool:
-        """Where the first values leave B zero."""
-        return self.starts_as_base and self.initialisation().starts_as_base
 
     def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
         """The recipe's `target_modules`."""

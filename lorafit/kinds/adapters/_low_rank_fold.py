@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lorafit.files.safetensors import row_blocks
-from lorafit.kinds.adapters import Fold
+from lorafit.kinds.folding import Fold
 
 if TYPE_CHECKING:
     import torch

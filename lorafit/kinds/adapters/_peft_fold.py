@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import read_rows
-from lorafit.kinds.adapters import AdaptedLayer, Folding
 from lorafit.kinds.adapters._linears import DenseFold
+from lorafit.kinds.folding import AdaptedLayer, Folding
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,10 @@ from pydantic import Field
 
 from lorafit.contracts import JsonMapping
 from lorafit.errors import ModelError
-from lorafit.kinds.adapters import Adapter, AdapterSection, Folding, Rank, SavedField, Site
+from lorafit.kinds.adapter_parts import Rank, SavedField, Site
+from lorafit.kinds.adapters import Adapter, AdapterSection
+from lorafit.kinds.adapters._saved import head_values
+from lorafit.kinds.folding import Folding
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +66,7 @@ class Prompt(Adapter[P_co]):
         """Trained ones: of vectors as wide as a token's embedding."""
         return self.section.tokens * shape.embedding_width
 
-    def fit(self, config: PeftConfig, model: PreTrainedModel) -> None:
+    def fit(self, config: PeftConfig, model: PreTrainedModel, layers: Mapping[str, int]) -> None:
         """The embedding's width and the number of heads, which PEFT does not find in every config (DistilBERT's)."""
         heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
         config.token_dim = model.get_input_embeddings().weight.shape[-1]
@@ -77,10 +80,9 @@ class Prompt(Adapter[P_co]):
     @classmethod
     def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         """The vectors, as PEFT calls them, or their encoder's parameters; and a task's own head."""
-        mark, encoder = f".modules_to_save.{name}.", model.prompt_encoder[name]
-        head = {path.replace(mark, "."): value for path, value in model.named_parameters() if mark in path}
+        encoder = model.prompt_encoder[name]
         own = {f"{_ENCODER}{path}": value for path, value in encoder.named_parameters()}
-        return {**(own if len(own) > 1 else {_VECTORS: encoder.embedding.weight}), **head}
+        return {**(own if len(own) > 1 else {_VECTORS: encoder.embedding.weight}), **head_values(model, name)}
 
     @classmethod
     def derived_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:

@@ -16,14 +16,16 @@ Source: Zhang et al. 2023, AdaLoRA (https://arxiv.org/abs/2303.10512), sections 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lorafit.contracts import JsonMapping, JsonObject, JsonValue, StepHook
-from lorafit.kinds.adapters import AdaptedLayer, Adapter, Number, Rank, SavedField, Site, adapters
+from lorafit.kinds.adapter_parts import Number, Rank, SavedField, Site
+from lorafit.kinds.adapters import Adapter, adapters
 from lorafit.kinds.adapters._low_rank import LowRankFolding
+from lorafit.kinds.folding import AdaptedLayer
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 
 if TYPE_CHECKING:
@@ -255,7 +257,7 @@ class Adalora(Adapter[AdaloraSection]):
         return {**config, "init_lora_weights": True, "orth_reg_weight": 0.0}
 
     @classmethod
-    def fit_opened(cls, model: PeftModel, name: str) -> None:
+    def reopen(cls, model: PeftModel, name: str, tensors: Collection[str]) -> None:
         """Gives each linear the ranks that are left of it; its scale stays."""
         config: Any = model.peft_config[name]
         tuner: Any = model.base_model

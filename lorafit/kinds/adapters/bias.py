@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorafit.errors import RecipeError
-from lorafit.kinds.adapters import AdapterSection, CopiedModules, Site, adapters
+from lorafit.kinds.adapter_parts import CopiedModules, Site
+from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.adapters._copies import Copies
 
 if TYPE_CHECKING:

@@ -22,8 +22,10 @@ from pydantic import Field
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError, RecipeError
-from lorafit.kinds.adapters import AdaptedLayer, SavedField, adapters
+from lorafit.kinds.adapter_parts import SavedField
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._linears import AtLinears, Change, LinearFolding
+from lorafit.kinds.folding import AdaptedLayer
 from lorafit.kinds.linear_targets import LinearsSection
 
 if TYPE_CHECKING:

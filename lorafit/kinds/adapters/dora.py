@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lorafit.contracts import JsonValue
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import row_blocks
-from lorafit.kinds.adapters import AdaptedLayer, adapters
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._low_rank import LowRank, LowRankFolding, LowRankSection
 from lorafit.kinds.adapters._low_rank_fold import FP32_ROUNDOFF, LowRankFold
+from lorafit.kinds.folding import AdaptedLayer
 
 if TYPE_CHECKING:
     import torch

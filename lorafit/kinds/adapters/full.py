@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorafit.console.wording import list_names
 from lorafit.errors import RecipeError
-from lorafit.kinds.adapters import AdapterSection, CopiedModules, Site, adapters
+from lorafit.kinds.adapter_parts import CopiedModules, Site
+from lorafit.kinds.adapters import AdapterSection, adapters
 from lorafit.kinds.adapters._copies import Copies
 
 if TYPE_CHECKING:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
-from lorafit.kinds.adapters import AdaptedLayer, Fold, SavedField, adapters
+from lorafit.kinds.adapter_parts import SavedField
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._linears import AtLinears, Change, DenseFold, LinearFolding
+from lorafit.kinds.folding import AdaptedLayer, Fold
 from lorafit.kinds.linear_targets import LinearsSection
 
 if TYPE_CHECKING:

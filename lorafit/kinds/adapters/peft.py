@@ -19,8 +19,11 @@ from pydantic import Field, model_validator
 from lorafit.console.nearest import did_you_mean
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError, RecipeError
-from lorafit.kinds.adapters import Adapter, Folding, Site, adapters
+from lorafit.kinds.adapter_parts import Site
+from lorafit.kinds.adapters import Adapter, adapters
 from lorafit.kinds.adapters._peft_options import TARGETS, PeftMethod, PeftOption, peft_methods
+from lorafit.kinds.adapters._saved import named_on_disk
+from lorafit.kinds.folding import Folding
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 from lorafit.kinds.quantizations import kind_of_codes
 
@@ -192,7 +195,7 @@ class Peft(Adapter[PeftSection]):
                 base.register_forward_hook(_as_copy)
 
     @classmethod
-    def own_values(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         """The trained parameters, and every buffer that a state has: PEFT takes of them what it saves."""
         buffers = {
             f"{path}.{key}": value
@@ -200,7 +203,7 @@ class Peft(Adapter[PeftSection]):
             for key, value in module._buffers.items()
             if value is not None and key not in module._non_persistent_buffers_set
         }
-        return {**buffers, **dict(model.named_parameters(remove_duplicate=False))}
+        return named_on_disk(model, name, {**buffers, **dict(model.named_parameters(remove_duplicate=False))})
 
     @classmethod
     def take_tensors(cls, model: PeftModel, name: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,14 +8,15 @@ P[i, :] = MLP(P'[i, :]), of which the P alone are of use when the training is ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from lorafit.errors import RecipeError
-from lorafit.kinds.adapters import Site, adapters
+from lorafit.kinds.adapter_parts import Site
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._prompt import Prompt, PromptSection
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class PrefixTuning(Prompt[PrefixTuningSection]):
             raise RecipeError(f"prefix_tuning is not for this model: {why}", key="adapter.kind", todo=todo)
         return super().sites(shape)
 
-    def fit(self, config: PeftConfig, model: PreTrainedModel) -> None:
+    def fit(self, config: PeftConfig, model: PreTrainedModel, layers: Mapping[str, int]) -> None:
         """Nothing: PEFT finds how wide keys and values are in the configs of all models that take them.
 
         Raises:

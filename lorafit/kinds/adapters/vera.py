@@ -16,8 +16,11 @@ from pydantic import Field
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
-from lorafit.kinds.adapters import AdaptedLayer, Rank, SavedField, adapters
+from lorafit.kinds.adapter_parts import Rank, SavedField
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._linears import AtLinears, Change, LinearFolding
+from lorafit.kinds.adapters._saved import named_on_disk, trained_values
+from lorafit.kinds.folding import AdaptedLayer
 from lorafit.kinds.linear_targets import LinearsSection
 
 if TYPE_CHECKING:
@@ -100,11 +103,11 @@ class Vera(AtLinears[VeraSection]):
         }
 
     @classmethod
-    def own_values(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         """The vectors, and the shared matrices."""
         saves = model.peft_config[name].save_projection
         shared = {f"base_model.vera_{part}.{name}": getattr(model.base_model, f"vera_{part}")[name] for part in "AB"}
-        return {**super().own_values(model, name), **(shared if saves else {})}
+        return named_on_disk(model, name, {**trained_values(model, name), **(shared if saves else {})})
 
     @classmethod
     def why_no_effect(cls, config: JsonMapping, nonzero_tensors: Set[str]) -> str | None:

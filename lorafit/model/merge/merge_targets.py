@@ -274,7 +274,7 @@ def _read_class_homes(
     for model in _classes(base):
         names = read_names(model, entries)
         try:
-            found = find_homes(wrap_model(model, adapter.config, adapter.path, empty=True), names)
+            found = find_homes(wrap_model(model, adapter.config, adapter.tensors, adapter.path, empty=True), names)
         except ModelError as error:
             error.at(file=str(adapter.path))
             failure = failure or error

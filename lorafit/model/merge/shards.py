@@ -36,7 +36,7 @@ from lorafit.files.safetensors import (
     row_blocks,
     torch_dtype,
 )
-from lorafit.kinds.adapters import Fold
+from lorafit.kinds.folding import Fold
 from lorafit.kinds.quantizations import Rows
 from lorafit.model.merge.background_writer import BackgroundWriter
 from lorafit.model.merge.merge_targets import Patch, Updates

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, NumericsError
-from lorafit.kinds.adapters import AdaptedLayer, _low_rank_fold, adapter_kind, adapters
+from lorafit.kinds.adapters import _low_rank_fold, adapter_kind, adapters
 from lorafit.kinds.adapters.dora import DoraFold
+from lorafit.kinds.folding import AdaptedLayer
 from lorafit.kinds.quantizations import quantizations
 from lorafit.model.adapter import read_adapter, save_adapter
 from lorafit.model.attach import attach_adapter, check_plan, open_adapter
