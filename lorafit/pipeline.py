@@ -69,11 +69,12 @@ def preview(
     `counts_all`: prepare and count all rows; else, of many, only the first of each source.
     """
     from lorafit.data import preview as room
+    from lorafit.run.curriculum import describe_curriculum
 
     glance = None if counts_all else show
     loaded = load_recipe(recipe, overrides, look_at_template=look_at_template)
     job = open_job(loaded, reporter or Silent(), glance=glance, device=read_device("cpu"))  # nothing will run
-    return room.preview(job.rows, job.renderer, show)
+    return room.preview(job.rows, job.renderer, show, describe_curriculum(job))
 
 
 def estimate(
@@ -150,6 +151,7 @@ def train(
     """
     from lorafit.estimation.measured import MeasuredSteps
     from lorafit.plan import ResolvedPlan, plan, require_fit, show_plan
+    from lorafit.run.curriculum import known_difficulty
 
     reporter = (reporter or Silent()) if own_rank() == 0 else Silent()
     loaded = load_recipe(recipe, overrides, output=output, look_at_template=look_at_template)
@@ -169,6 +171,8 @@ def train(
         job = replace(job, linears=chosen_linears(loaded, run if resume else None, given))
         engine = MeasuredSteps(job.base.config, reporter)
         the_plan = plan(job.recipe, job.shape, job.rows.facts(), job.device, engine)
+        if not resume:  # which takes what the run began with
+            known_difficulty(job)
         if dry_run:
             from lorafit.model.shippable import check_shippable_unloaded
 

@@ -43,6 +43,7 @@ from lorafit.plan import Plan, ResolvedPlan, plan, require_fit, show_plan
 from lorafit.run.assembly import Assembly
 from lorafit.run.calibration import Choice, choose_linears
 from lorafit.run.card import RunCard
+from lorafit.run.curriculum import find_difficulty, keep_difficulty
 from lorafit.run.resumption import Resumption
 from lorafit.run.trained import Trained, describe_resolved
 from lorafit.run.workspace import describe_run
@@ -103,7 +104,8 @@ class Training:
         model = objective.model
         one = accelerator.num_processes == 1
         executor = Executor(objective, accelerator.device) if one else OverRanks(objective, accelerator)
-        assembly = Assembly(job, self.plan, executor)
+        difficulty = find_difficulty(job, objective, executor, self.where.curriculum, self.reporter, begun.checkpoint)
+        assembly = Assembly(job, self.plan, executor, difficulty)
         # a profile and counted memory both look at one thread
         stage = assembly.stage(self.reporter, one_by_one=self.profiles or self.counts_memory)
         cache_name = f"plans/{key_of_code([job.facts(), job.device.name, job.device.count, kernels.name])}.json"
@@ -136,6 +138,7 @@ class Training:
             self._describe(job, card, {**resolved.to_json(), **facts}, hashes, begins=checkpoint is None)
             if checkpoint is None:
                 self._keep_first_adapter(model)
+                keep_difficulty(self.where.curriculum, difficulty)
         trackers.start(recipe.name, recipe.model_dump(mode="json"), step=state.step)
         try:
             result = replace(trainer.fit(state), peak_before_steps_bytes=before_bytes if told_apart else None)

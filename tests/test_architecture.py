@@ -26,6 +26,7 @@ FLOORS = (  # top to bottom; a room, or a module named apart from its room, impo
     {"training", "merging", "answering.classify"},
     {"answering.answer_rows"},
     {"answering.opening", "answering.evaluation_rows", "run.resumption", "run.assembly", "run.calibration"},
+    {"run.curriculum"},
     {"answering.tuned"},
     {"job"},
     {"answering.prompts", "estimation.local_rows", "run.output_folder"},
@@ -77,7 +78,8 @@ MOST_LINES = 400
 MOST_LINES_IN_A_FUNCTION = 80
 MOST_FILES_BESIDE_ROOMS = 12
 MOST_ANY_IN_1000_LINES = 10
-FAMILIES = {"Adapter", "Initialisation", "Optimizer", "Quantization", "Schedule", "Task", "Metric", "Format"}
+FAMILIES = {"Adapter", "Curriculum", "Initialisation", "Optimizer", "Quantization", "Schedule", "Task", "Metric"}
+FAMILIES |= {"Format"}
 HELP_SECONDS = 0.15
 
 

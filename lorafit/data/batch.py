@@ -1,6 +1,7 @@
 """From prepared rows to micro-batches, all of it pure functions.
 
 (seed, epoch) --epoch_order--> rows of the epoch --StepRows--> rows of a step --cut_step--> micro-batches
+                                                     └─ EasyFirst: of the easiest ones only
 
 rows of a step by length     ████████████ ██████████ | █████ ████ ████ | ██ ██ █        | = where cut_step cuts
 as padded micro-batches      ████████████             █████             ██
@@ -11,17 +12,20 @@ as padded micro-batches      ████████████             �
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.contracts import Examples
+from lorafit.kinds.curricula import pool_size
 
 Integers = NDArray[np.int64]
 
 _EPOCHS_KEPT = 4
+_POOL_KEY = 4  # tells the draw of a step from the orders of epochs
 MICRO_BATCH_COST_TOKENS = 96
 """About what starting a forward and its backward costs on a CPU (mostly unpacking NF4 weights, which takes as long on
 large models as on small ones beside their products), so that cuts are not too fine: 87 tokens measured."""
@@ -98,17 +102,39 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size)
 
 
+@dataclass(frozen=True)
+class EasyFirst:
+    """Draws steps from the easiest rows of their epoch, until the share of these is 1.
+
+    Attributes:
+        difficulty: Of each row, the larger the harder, `[rows]`.
+        share: Share of the epoch's rows that a step is drawn from (0 to 1), by the step's number.
+    """
+
+    difficulty: NDArray[np.float64]
+    share: Callable[[int], float]
+
+
 class StepRows:
     """The rows of every optimizer step: a function of (seed, step) alone, whatever was asked before.
 
     Args:
         batch_size: Rows of a step; the last of an epoch may have fewer.
+        easy_first: Whether harder rows wait; a step has as many rows as it would have without.
     """
 
-    def __init__(self, examples: Examples, seed: int, batch_size: int) -> None:
+    def __init__(self, examples: Examples, seed: int, batch_size: int, easy_first: EasyFirst | None = None) -> None:
         self._rows, self.batch_size = rows_per_epoch(examples), batch_size
+        self._seed, self._easy_first = seed, easy_first
         self.steps_per_epoch = steps_per_epoch(self._rows, batch_size)
         self._order = lru_cache(maxsize=_EPOCHS_KEPT)(lambda epoch: epoch_order(examples, seed, epoch))
+        self._easiest = lru_cache(maxsize=_EPOCHS_KEPT)(self._easiest_first)
+
+    def _easiest_first(self, epoch: int) -> Integers:
+        """Rows of an epoch, the easiest first; of equally hard ones the order is the epoch's."""
+        assert self._easy_first is not None
+        order = self._order(epoch)
+        return order[np.argsort(self._easy_first.difficulty[order], kind="stable")]
 
     def rows(self, step: int) -> tuple[float, list[int]]:
         """Epochs that are done after the step, and the numbers of its rows.
@@ -119,6 +145,9 @@ class StepRows:
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         start = place * self.batch_size
         rows = self._order(epoch)[start : start + self.batch_size]
+        if self._easy_first is not None and (share := self._easy_first.share(step)) < 1.0:
+            pool = self._easiest(epoch)[: pool_size(share, self._rows, len(rows))]
+            rows = pool[shuffle(len(pool), self._seed, step, _POOL_KEY)[: len(rows)]]
         return epoch + (start + len(rows)) / self._rows, [int(row) for row in rows]
 
 

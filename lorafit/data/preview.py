@@ -84,10 +84,15 @@ class PreviewRow:
 
 @dataclass(frozen=True, slots=True)
 class Preview(Printed):
-    """Rows to look at, and the report of all of them."""
+    """Rows to look at, and the report of all of them.
+
+    Attributes:
+        curriculum: Which rows steps are drawn from, in a sentence; None where from all.
+    """
 
     rows: list[PreviewRow]
     prepared: Prepared
+    curriculum: str | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -98,7 +103,8 @@ class Preview(Printed):
         """Plain data."""
         report = self.prepared.report.to_json()
         digest = self.prepared.digest if self.is_whole else None
-        return {"rows": [row.to_json() for row in self.rows], "report": report, "digest": digest}
+        told = {} if self.curriculum is None else {"curriculum": self.curriculum}
+        return {"rows": [row.to_json() for row in self.rows], "report": report, "digest": digest, **told}
 
     def render(self, console: Console) -> None:
         """Prints rows and report."""
@@ -112,17 +118,22 @@ class Preview(Printed):
             places = ", ".join(f"{other} = {one}" for one, other in overlap.places[:3])
             occurs = f"{counted(overlap.rows, 'row')} of {overlap.second} {'occurs' if overlap.rows == 1 else 'occur'}"
             say(console, f"{occurs} in {overlap.first} as well: {places}")
+        if self.curriculum is not None:
+            say(console, self.curriculum)
         if self.prepared.task.labels_rows:
             return
         of_what = "the training tokens" if self.is_whole else "the tokens that were counted"
         say(console, f"tokens that carry loss: {report.trained_share:.1%} of {of_what}")
 
 
-def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOWN) -> Preview:
+def preview(
+    prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOWN, curriculum: str | None = None
+) -> Preview:
     """The first rows of each training source in turn, then of the other splits, as they will be trained on.
 
     Args:
         rows: How many; all of them where None.
+        curriculum: What a curriculum says of them.
     """
     found: list[PreviewRow] = []
     for split in SPLITS:
@@ -132,7 +143,7 @@ def preview(prepared: Prepared, renderer: Renderer, rows: int | None = ROWS_SHOW
         room = len(examples) if rows is None else rows - len(found)
         for example in (examples[number] for number in _first_of_each(examples, room)):
             found += [_show_sequence(renderer, split, example, sequence) for sequence in prepared.task.show(example)]
-    return Preview(found, prepared)
+    return Preview(found, prepared, curriculum)
 
 
 def _first_of_each(examples: ExampleSet, count: int) -> list[int]:

@@ -59,6 +59,8 @@ class RunDir:
     """Hashes of every packed base tensor, so that a merge can prove that it rebuilt the same base."""
     sensitivity = _Inside("sensitivity.json")
     """What each kind would change the loss by, and the kind that was chosen, linear by linear."""
+    curriculum = _Inside("curriculum.safetensors")
+    """How hard each training row is, by which a curriculum orders them."""
     base = _Inside("base.json")
     """Hashes of all bytes of the base's tensors, so that a resume can prove that it goes on with the same base."""
     metrics = _Inside("metrics.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ Row = JsonMapping
 
 MUST_CONTAIN = "must_contain"
 _RENAME, _OR_MAP = "rename it", ", or map it with columns: "
+_COMMA_NUMBER = re.compile(r"[-+]?\d+,\d+")
 _TYPE_NAMES = {dict: "object", list: "list", str: "string", bool: "boolean", int: "integer", float: "number"}
 
 
@@ -59,6 +61,26 @@ def advise_renaming(error: MissingFieldError) -> None:
 def wrong_type(name: str, expected: str, value: Any) -> DataError:
     """The error for a field of another type."""
     return DataError(f"expected {expected}, found {describe(value)}", key=name)
+
+
+def as_number(value: object, name: str, expected: str = "a number") -> float:
+    """A finite number, or what a table's cell writes of one.
+
+    Raises:
+        DataError: It is none.
+    """
+    if isinstance(value, str):
+        written = value.strip()
+        try:
+            value = float(written)
+        except ValueError:
+            error = wrong_type(name, expected, value)
+            if _COMMA_NUMBER.fullmatch(written):
+                error.todo = f"write {written.replace(',', '.')}, with a decimal point"
+            raise error from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise wrong_type(name, expected, value)
+    return float(value)
 
 
 def read_string(row: Row, name: str) -> str:

@@ -20,6 +20,7 @@ from lorafit.ops.kernel_choice import check_kernels
 from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.plan.bounds import memory_bounds
 from lorafit.plan.calibration import calibration_memory, require_calibration_fit
+from lorafit.plan.curriculum import PacedSteps, pace_steps
 from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, begins_rows, recipe_step, takes_varlen
 from lorafit.plan.warnings import plan_warnings
 from lorafit.recipe.schema import Recipe
@@ -54,6 +55,7 @@ class Plan:
         fits: Whether `memory_least` fits.
         warnings: What a user should know before the run.
         step: Answers for the memory of a step, by micro-batch and checkpointing.
+        curriculum: Which steps are drawn from the easiest rows; None where none are.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Plan:
     fits: bool
     warnings: tuple[str, ...]
     step: StepMemory
+    curriculum: PacedSteps | None = None
 
     @property
     def may_let_go_of_unpacked(self) -> bool:
@@ -139,6 +142,7 @@ class Plan:
             "without_adapter": [asdict(part) for part in self.without_adapter],
             "warnings": list(self.warnings),
             "trained_share": self.trained_share,
+            "curriculum": None if self.curriculum is None else asdict(self.curriculum),
             **({} if (calibration := self.calibration) is None else {"calibration": calibration.to_json()}),
         }
         return plain | open_values | estimates | own
@@ -160,10 +164,7 @@ def plan(
     total_steps, epochs = _length(recipe, steps_per_epoch)
     if why := adapters.bind(recipe.adapter).refuses_steps(total_steps):
         raise RecipeError(why, key="adapter", todo="train more steps, or lower the adapter's")
-    unfreezing = training.unfreezing
-    if unfreezing is not None and unfreezing.steps[-1] > total_steps:
-        what = f"ends at step {unfreezing.steps[-1]}, and the run has {total_steps}: some layers would never be trained"
-        raise RecipeError(what, key="training.unfreezing.steps", todo="lower them, or train more steps")
+    _check_unfreezing(recipe, total_steps)
     memory = recipe_step(recipe, shape, dataset, device, engine=engine)
     step = memory.step
     _check_attention(recipe, device, step)
@@ -221,6 +222,7 @@ def plan(
         fits=bounds.fits,
         warnings=plan_warnings(recipe, memory, dataset, device, total_steps),
         step=memory,
+        curriculum=pace_steps(recipe, dataset.rows, steps_per_epoch, total_steps),
     )
 
 
@@ -267,6 +269,13 @@ def _warmup(recipe: Recipe, total_steps: int) -> int:
             todo="lower it, or use warmup_ratio",
         )
     return warmup_steps(recipe.training.schedule, total_steps)
+
+
+def _check_unfreezing(recipe: Recipe, total_steps: int) -> None:
+    unfreezing = recipe.training.unfreezing
+    if unfreezing is not None and unfreezing.steps[-1] > total_steps:
+        what = f"ends at step {unfreezing.steps[-1]}, and the run has {total_steps}: some layers would never be trained"
+        raise RecipeError(what, key="training.unfreezing.steps", todo="lower them, or train more steps")
 
 
 def _check_attention(recipe: Recipe, device: DeviceFacts, step: StepShape) -> None:

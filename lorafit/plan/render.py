@@ -80,6 +80,8 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "tokens", f"{plan.tokens:,} an epoch{carry}"
     epochs = f"{counted(plan.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}"
     yield "steps", f"{plan.total_steps:,} of {counted(plan.batch_size, 'row')}: {epochs}"
+    if plan.curriculum is not None:
+        yield "curriculum", _plain(str(plan.curriculum))
     schedule = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"
     yield "learning rate", f"{plan.learning_rate:g}, {schedule}; {plan.optimizer}"
     if plan.device.kind == "cuda" and plan.step.step.optimizer.waits_at_each_tensor:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from lorafit.kinds.adapters import AdapterSection, adapters
+from lorafit.kinds.curricula import CurriculumSection, curricula
 from lorafit.kinds.formats import formats
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.optimizers import OptimizerSection, optimizers
@@ -38,12 +39,14 @@ from lorafit.recipe.yaml_tree import Plain
 
 if TYPE_CHECKING:
     AdapterChoice = AdapterSection
+    CurriculumChoice = CurriculumSection
     OptimizerChoice = OptimizerSection
     QuantizationChoice = QuantizationSection
     ScheduleChoice = ScheduleSection
     TaskChoice = TaskSection
 else:
     AdapterChoice = adapters.one_of("lora")
+    CurriculumChoice = curricula.one_of()
     OptimizerChoice = optimizers.one_of("adamw")
     QuantizationChoice = quantizations.one_of("nf4")
     ScheduleChoice = schedules.one_of("cosine")
@@ -242,6 +245,8 @@ class TrainingSection(Section):
     """Gradients are scaled down to this norm; null: no clipping."""
     unfreezing: UnfreezingSection | None = None
     """Train the layers at the output first: {top: 4, steps: [50, 100]}; null: all from the first step."""
+    curriculum: CurriculumChoice | None = None
+    """Easy rows first: {kind: length, easiest: 0.3, until: 0.5}; null: rows of all kinds from the first step."""
     embedding_noise: float | None = Field(default=None, gt=0.0, le=1e4)
     """NEFTune's alpha, e.g. 5: while training, uniform noise of up to alpha / sqrt(L d) on each value of a token's
     embedding, L being the row's real tokens and d the embedding's width; null: none."""

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lorafit.answering.engine import Engine
 from lorafit.answering.plain_generation import begin_as
 from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Reporter, StepHook
-from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, StepRows
+from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, EasyFirst, StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import RecipeError
 from lorafit.evaluation.during import Questions, ask_during, evaluate_during
 from lorafit.facts import RunFacts
 from lorafit.job import Job
 from lorafit.kinds.adapters import adapters
+from lorafit.kinds.curricula import share_at
 from lorafit.kinds.optimizers import optimizers, rate_groups
 from lorafit.kinds.schedules import learning_rate_at
 from lorafit.memory import MemoryEstimate, fits
@@ -44,11 +48,16 @@ from lorafit.trainer.unfreezing import Unfreezing
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a job, its plan and what runs micro-batches are put together to."""
+    """What a job, its plan and what runs micro-batches are put together to.
+
+    Attributes:
+        difficulty: Of each training row, where there is a curriculum.
+    """
 
     job: Job
     plan: Plan
     executor: Executor
+    difficulty: NDArray[np.float64] | None = None
 
     @cached_property
     def hooks(self) -> Sequence[StepHook]:
@@ -96,7 +105,7 @@ class Assembly:
             self.executor,
             job.rows.train,
             job.rows.validation if self.plan.evaluate_every_steps is not None else None,
-            StepRows(job.rows.train, recipe.seed, self.plan.batch_size),
+            StepRows(job.rows.train, recipe.seed, self.plan.batch_size, self._easy_first()),
             job.pad_id,
             reporter,
             set_checkpointing=partial(set_checkpointing, self.executor.objective.model),
@@ -110,6 +119,13 @@ class Assembly:
             takes_varlen=takes_varlen(self.plan.step.step),
             one_by_one=one_by_one,
         )
+
+    def _easy_first(self) -> EasyFirst | None:
+        """The curriculum, where there is one."""
+        section = self.job.recipe.training.curriculum
+        if section is None or self.difficulty is None:
+            return None
+        return EasyFirst(self.difficulty, lambda step: share_at(section, step, self.plan.total_steps))
 
     def build_trainer(
         self,

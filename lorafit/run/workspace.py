@@ -344,6 +344,8 @@ def _only_longer(key: str, before: JsonMapping, now: JsonMapping) -> bool:
     """A constant learning rate does not depend on the length of the run: then it may be trained longer."""
     if key not in ("training.max_steps", "training.epochs") or now.get("training.schedule.kind") != "constant":
         return False
+    if now.get("training.curriculum.kind") is not None:  # grows with the length of the run
+        return False
     old, new = before.get(key), now.get(key)
     ratio = now.get("training.schedule.warmup_ratio")
     return old is not None and new is not None and new > old and not ratio

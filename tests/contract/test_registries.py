@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from lorafit.errors import RecipeError
 from lorafit.kinds.adapters import Adapter, AdapterSection, adapter_kind, adapters
+from lorafit.kinds.curricula import Curriculum, CurriculumSection, curricula
 from lorafit.kinds.formats import Format, formats
 from lorafit.kinds.initialisations import Initialisation, InitialisationSection, initialisations
 from lorafit.kinds.metrics import Metric, metrics
@@ -28,6 +29,7 @@ from tests.support.docs_scripts import load_script
 
 PROTOCOLS: dict[str, tuple[Registry[Any] | SectionRegistry[Any], type]] = {
     "adapters": (adapters, Adapter),
+    "curricula": (curricula, Curriculum),
     "formats": (formats, Format),
     "initialisations": (initialisations, Initialisation),
     "metrics": (metrics, Metric),
@@ -38,6 +40,7 @@ PROTOCOLS: dict[str, tuple[Registry[Any] | SectionRegistry[Any], type]] = {
 }
 SECTIONS: dict[str, type[Section]] = {
     "adapters": AdapterSection,
+    "curricula": CurriculumSection,
     "initialisations": InitialisationSection,
     "optimizers": OptimizerSection,
     "quantizations": QuantizationSection,
@@ -214,7 +217,7 @@ class TestSection:
         from lorafit.recipe.load import load_recipe
 
         keys = {"adapters": "adapter", "optimizers": "training.optimizer", "quantizations": "model.quantization"}
-        keys["initialisations"] = "adapter.init"
+        keys |= {"initialisations": "adapter.init", "curricula": "training.curriculum"}
         key = keys.get(family, "training.schedule")
         stored = "nf4" if family == "initialisations" else "none"  # loftq wants codes, full fine-tuning none
         recipe = f"name: x\nmodel: {{base: b, quantization: {stored}}}\ndata: {{train: a.jsonl}}\n"

@@ -46,6 +46,7 @@ from tests.support.tiny_recipe import write_rows
 VALIDATED = {"data.validation": "../rows/validation.jsonl", "evaluation.every_steps": 1}
 STOPPING = {**VALIDATED, "training.max_steps": 5}
 FALLING = {"patience": 1, "min_delta": 100.0, "at_most": 2}
+EASY = {"data.train": "../rows/numbered.jsonl", "training.batch_size": 3, "training.max_steps": 4}
 SGD = {"training.optimizer": "sgd", "adapter.alpha": 512.0}  # Adam would hide the gradients' length
 NO_ANSWERS = {"evaluation.final": ["loss"], "evaluation.during": ["loss"], "evaluation.max_new_tokens": 256}
 HEADED = "token-classification", "sequence-regression"
@@ -301,6 +302,10 @@ def training_cases(world: OptionWorld) -> dict[str, Case]:
         "training.max_grad_norm": Case((1.0, None, 0.01), of_run(world, "training.max_grad_norm", last_loss, SGD)),
         "training.gradient_checkpointing": Case(
             (False, "half", True), partial(saved_bytes, world, "training.gradient_checkpointing")
+        ),
+        "training.curriculum": Case(
+            (None, "length", "loss", {"kind": "column", "column": "one"}),
+            of_run(world, "training.curriculum", trained_tokens, EASY),
         ),
         "training.embedding_noise": Case((None, 5.0, 50.0), of_run(world, "training.embedding_noise", last_loss)),
         "training.unfreezing": Case((None, {"top": 1, "steps": [2]}), of_run(world, "training.unfreezing", last_loss)),

@@ -10,9 +10,11 @@ from unittest.mock import patch
 
 from lorafit import pipeline
 from lorafit.kinds.adapters import adapters
+from lorafit.kinds.curricula import curricula, share_at
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import learning_rate_at
 from lorafit.model.attach import attach_adapter
+from lorafit.run.curriculum import known_difficulty
 from tests.support.option_leaves import Case, Probe
 from tests.support.option_world import SPLITS, OptionWorld, digest_of, named_commits
 from tests.support.tiny_model import tiny_llama
@@ -59,6 +61,7 @@ SCHEDULES: dict[str, dict[str, tuple[Any, ...]]] = {
     "polynomial": {**WARMUP, "power": (1.0, 2.0), "min_ratio": (0.0, 0.2)},
 }
 
+PACES: dict[str, tuple[Any, ...]] = {"easiest": (0.3, 0.5), "until": (0.5, 1.0), "pace": ("root", "linear")}
 LOW_RANK = "rslora", "lora_plus", "lora_fa"
 RANKS = (None, {"late": 2}, {"q_proj": 2}, [3, 2])
 LAYERS: dict[str, tuple[Any, ...]] = {"first": (1, 2), "last": (1, 2), "list": ([0], [1], [0, 1])}
@@ -89,6 +92,15 @@ def kind_cases(world: OptionWorld) -> dict[str, Case]:
         for kind, options in SCHEDULES.items()
         for option, values in options.items()
     }
+    cases |= {
+        f"training.curriculum({kind}).{option}": Case(
+            values, of_option(world, shares, "training.curriculum", kind, option)
+        )
+        for kind in curricula.names()
+        for option, values in PACES.items()
+    }
+    for option, values in {"column": ("one", "other"), "easiest_is": ("lowest", "highest")}.items():
+        cases[f"training.curriculum(column).{option}"] = Case(values, partial(ordered_by, world, option))
     cases["training.optimizer"] = Case(tuple(OPTIMIZERS), lambda kind: updates_and_paging(world, kind))
     for key, split in SPLITS.items():
         cases[f"{key}[].path"] = Case(
@@ -137,6 +149,19 @@ def updates_and_paging(world: OptionWorld, kind: str) -> Any:
 def rates(section: Any) -> list[float]:
     """The learning rate of each of 20 steps."""
     return [learning_rate_at(section, 1.0, step, 20) for step in range(1, 21)]
+
+
+def shares(section: Any) -> list[float]:
+    """The share of the rows that each of 20 steps is drawn from."""
+    return [share_at(section, step, 20) for step in range(1, 21)]
+
+
+def ordered_by(world: OptionWorld, option: str, value: str) -> list[int]:
+    """Training rows, the easiest first, by a column of their file."""
+    section = {"kind": "column", "column": "one", option: value}
+    difficulty = known_difficulty(world.job({"data.train": "../rows/numbered.jsonl", "training.curriculum": section}))
+    assert difficulty is not None
+    return [int(row) for row in difficulty.argsort()]
 
 
 def rows_of(world: OptionWorld, key: str, of: str, path: str, **fields: Any) -> Any:

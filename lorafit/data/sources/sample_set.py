@@ -47,6 +47,11 @@ class SampleSet:
             for line, row in source.read():
                 yield number, line, row
 
+    def numbers(self, column: str) -> Iterator[tuple[int, int, float | DataError]]:
+        """What every row has in a column of numbers, as (number of its source, line, number or error)."""
+        for number, source in enumerate(self.sources):
+            yield from ((number, line, value) for line, value in source.numbers(column))
+
     def first_of_each(self) -> Iterator[tuple[Source, Sample]]:
         """Each source with its first usable row; all rows of a source have one form."""
         for source in self.sources:

@@ -45,7 +45,7 @@ from lorafit.data.sources.row_columns import (
 from lorafit.data.sources.workbook import unread_sheets
 from lorafit.errors import IN_MEMORY, DataError, LorafitError, MissingFieldError, RecipeError
 from lorafit.files.cache import memory_rows
-from lorafit.kinds.fields import advise_renaming, listed
+from lorafit.kinds.fields import advise_renaming, as_number, listed
 from lorafit.kinds.formats import formats, required_fields
 from lorafit.kinds.tasks import Task, TaskSection
 from lorafit.recipe.schema import SourceSection
@@ -102,6 +102,22 @@ class Source:
         """
         for line, row in self._raw_rows():
             yield line, self._read_row(line, row)
+
+    def numbers(self, column: str) -> Iterator[tuple[int, float | DataError]]:
+        """What every row has in a column of numbers, whether its format reads that or not; or the error of the row."""
+        for line, row in self._raw_rows():
+            if isinstance(row, DataError):
+                yield line, row
+                continue
+            try:
+                found = unnest(row, [column])
+                if column not in found:
+                    close = nearest(column, found, count=1)
+                    todo = f"did you mean '{close[0]}'?" if close else "name a column of numbers"
+                    raise MissingFieldError(f"missing column '{column}'; found {listed(found)}", todo=todo)
+                yield line, as_number(found[column], column)
+            except DataError as error:
+                yield line, error.at(file=self.name, line=line)
 
     @property
     def has_its_columns(self) -> bool:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from lorafit.contracts import Sample
-from lorafit.kinds.fields import Row, wrong_type
+from lorafit.kinds.fields import Row, as_number
 from lorafit.kinds.formats import formats
 from lorafit.kinds.formats._labelled_text import TEXT_FIELDS, TEXT_KNOWN_AS, LabelledText, read_values
 
-_COMMA_NUMBER = re.compile(r"[-+]?\d+,\d+")
+_EXPECTED = "a number, or a list of them"
 
 
 @formats.register("text_score")
@@ -31,20 +29,4 @@ class TextScore(LabelledText):
     def read(self, row: Row, file: str, line: int) -> Sample:
         """The text with its numbers, in the row's order."""
         sample = self.read_prompt(row, file, line)
-        return replace(sample, numbers=tuple(_number(one) for one in read_values(row, "score")))
-
-
-def _number(value: object) -> float:
-    """A finite number, or what a table's cell writes of one."""
-    if isinstance(value, str):
-        written = value.strip()
-        try:
-            value = float(written)
-        except ValueError:
-            error = wrong_type("score", "a number, or a list of them", value)
-            if _COMMA_NUMBER.fullmatch(written):
-                error.todo = f"write {written.replace(',', '.')}, with a decimal point"
-            raise error from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise wrong_type("score", "a number, or a list of them", value)
-    return float(value)
+        return replace(sample, numbers=tuple(as_number(one, "score", _EXPECTED) for one in read_values(row, "score")))
