@@ -81,14 +81,19 @@ class Coverage:
 
 
 def coverage(model: PreTrainedModel) -> Coverage:
-    """Counts a model with or without an adapter; shared tensors (a tied head) count once."""
+    """Counts a model with or without an adapter; shared tensors (a tied head) count once.
+
+    What a method's layers keep beside what they train, as AdaLoRA its rank, is neither trained nor of the base.
+    """
     is_adapted = hasattr(model, "peft_config")
     inside = {id(module) for module in (model.get_base_model() if is_adapted else model).modules()}
     prefix = getattr(model.base_model, "prefix", "") if is_adapted else ""
     rows: dict[str, Counter[str]] = {}
     seen: set[int] = set()
+    kept_aside: set[str] = set()
     for path, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
+        kept_aside |= {f"{path}.{name}" for name in getattr(module, "other_param_names", ())}  # PEFT's word for it
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad or path not in kept_aside]
         owner = (_owner_of_trained(path, prefix) if id(module) in inside else "prompt") if own else None
         if owner is not None:
             rows.setdefault(owner, Counter()).update(trainable=sum(p.numel() for p in own if p.requires_grad))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lorafit.console.wording import counted
 from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
+from lorafit.kinds.adapters import adapters, usual_rate
+from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import warmup_steps
 from lorafit.machine.devices import format_bytes
 from lorafit.memory import StepMemory
@@ -11,6 +13,8 @@ from lorafit.plan.recipe_step import asks_to_keep
 from lorafit.recipe.schema import Recipe
 
 FEW_STEPS = 50
+LORA_RATES = (1e-5, 5e-3)
+"""Learning rates at which LoRA is trained at all, from the largest models to the smallest."""
 LARGE_CHECKPOINT_BYTES = 2**30
 
 
@@ -74,12 +78,28 @@ def plan_warnings(
         found += _unreached(shape)
     if not shape.quantizable and recipe.model.quantization.kind != "none":
         found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
+    found += _unusual_rate(recipe)
     found += _large_checkpoints(recipe, memory)
     if memory.step.optimizer.is_paged and device.kind != "cuda":
         found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
     if asks_to_keep(recipe.model.quantization) and not memory.step.keeps_unpacked:
         found.append("keep_unpacked has nothing to keep: no adapted linear is unpacked from 4 bits to model.dtype")
     return tuple(found)
+
+
+def _unusual_rate(recipe: Recipe) -> list[str]:
+    """A learning rate more than about 20 times away from the middle of what the adapter usually wants."""
+    rate, factor = recipe.training.learning_rate, usual_rate(recipe.adapter)
+    least, most = (float(f"{limit * factor:.6g}") for limit in LORA_RATES)
+    if optimizers.bind(recipe.training.optimizer).follows_gradients or least <= rate <= most:
+        return []
+    begins = adapters.bind(recipe.adapter).initialisation()
+    named = recipe.adapter.kind
+    if begins is not None and begins.usual_rate != 1:
+        named += f" with init {begins.section.kind}"
+    far, how = ("high", "diverge") if rate > most else ("low", "hardly move")
+    usual = f"which usually wants {least:g} to {most:g}"
+    return [f"training.learning_rate {rate:g} is {far} for {named}, {usual}: the run may {how}"]
 
 
 def _large_checkpoints(recipe: Recipe, memory: StepMemory) -> list[str]:

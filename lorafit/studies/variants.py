@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import LorafitError, RecipeError, UsageError, raise_all
-from lorafit.kinds.adapters import adapters
+from lorafit.kinds.adapters import usual_rate
 from lorafit.kinds.section import KindSection
 from lorafit.recipe.load import LoadedRecipe, load_recipe
 from lorafit.recipe.reader import read_value
@@ -160,7 +160,7 @@ def _make(
     name = " ".join(names)
     try:
         made = load_recipe(recipe, flags)
-        scale = adapters.bind(made.recipe.adapter).usual_rate / adapters.bind(loaded.recipe.adapter).usual_rate
+        scale = usual_rate(made.recipe.adapter) / usual_rate(loaded.recipe.adapter)
         return Variant(name, recipe, tuple(flags), made, tuple(notes), scale)
     except RecipeError as error:
         return _refused(name, recipe, flags, notes, error)

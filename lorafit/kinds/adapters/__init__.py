@@ -257,6 +257,13 @@ def refusal(section: AdapterSection, quantization: Quantization[KindSection]) ->
     return next((why for kind in kinds if (why := method.refuses(kind)) is not None), None)
 
 
+def usual_rate(section: AdapterSection) -> float:
+    """The learning rate that a recipe's adapter wants with its first values, as a multiple of LoRA's."""
+    method = adapters.bind(section)
+    begins = method.initialisation()
+    return method.usual_rate * (begins.usual_rate if begins is not None else 1.0)
+
+
 def begins_as_base(section: AdapterSection) -> bool:
     """Whether a model computes what its base does before the first step, to the last bit."""
     method = adapters.bind(section)

@@ -60,10 +60,12 @@ class Initialisation(Kind[S_co]):
     Attributes:
         corrects: Whether it begins with a part of the base's weights, which second halves of A and B then take out.
         starts_as_base: Whether the model still computes what its base does, to the last bit.
+        usual_rate: The learning rate that it wants, as a multiple of what its adapter wants without.
     """
 
     corrects: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
+    usual_rate: ClassVar[float] = 1.0
 
     @property
     def reads(self) -> str | None:

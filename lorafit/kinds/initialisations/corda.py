@@ -43,6 +43,7 @@ class Corda(Decomposing[CordaSection]):
     """PEFT's arithmetic in own code: PEFT's wants plain linears, all covariances at once, and the package attrs."""
 
     corrects: ClassVar[bool] = True
+    usual_rate: ClassVar[float] = 0.1  # as PiSSA's; Source: docs/adapters.md, "First steps of each"
 
     @property
     def reads(self) -> str | None:

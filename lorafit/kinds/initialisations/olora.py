@@ -33,6 +33,7 @@ class Olora(Decomposing[OloraSection]):
     """PEFT's, on the weight as the model computes with it."""
 
     corrects: ClassVar[bool] = True
+    usual_rate: ClassVar[float] = 0.1  # as PiSSA's; Source: docs/adapters.md, "First steps of each"
     matrices: ClassVar[int] = 4
 
     def start(self, model: PeftModel, start: Start) -> str | None:

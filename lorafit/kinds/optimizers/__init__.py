@@ -62,9 +62,11 @@ class Optimizer(Kind[S_co]):
 
     Attributes:
         builds: Its class, as `module:name`.
+        follows_gradients: Whether its step grows with the size of gradients, so that no rate is a usual one.
     """
 
     builds: ClassVar[str]
+    follows_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def state_bytes(self, parameters: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ class SGD(Optimizer[SGDSection]):
     """Source: Sutskever et al., On the importance of initialization and momentum in deep learning, 2013."""
 
     builds = "torch.optim:SGD"
+    follows_gradients: ClassVar[bool] = True
 
     @property
     def updates_in_place(self) -> bool:

@@ -18,6 +18,7 @@ from lorafit.facts import RunFacts
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.adapters import adapters
 from lorafit.model.attach import attach_adapter, open_adapter
+from lorafit.model.inspect import coverage
 from lorafit.recipe.load import load_recipe
 from tests.support.adapted import load, logits, open_base
 from tests.support.tiny_model import make_base, tiny_llama
@@ -55,6 +56,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         patch.setenv("LORAFIT_CACHE", str(folder / "cache"))
         trained = pipeline.train(recipe)
     return trained.run
+
+
+def test_what_it_keeps_beside_its_matrices_is_no_layer() -> None:
+    plain, (model, _) = tiny_llama(), attached()
+    found = coverage(model)
+    assert {kind.name for kind in found.kinds} == {kind.name for kind in coverage(plain).kinds}
+    assert found.total_parameters == coverage(plain).total_parameters
+    assert found.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_the_budget_falls_by_a_cube() -> None:

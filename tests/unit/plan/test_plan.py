@@ -193,6 +193,25 @@ def test_warnings_name_what_a_user_would_trip_over() -> None:
     assert make(training={"max_steps": 50}).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("adapter", "training", "said"),
+    [
+        ({"kind": "prompt_tuning"}, {}, "0.0002 is low for prompt_tuning, which usually wants 0.0005 to 0.25"),
+        ({"init": "pissa"}, {"learning_rate": 2e-3}, "high for lora with init pissa, which usually wants 1e-06 to 0.0005"),
+        ({}, {"learning_rate": 0.02}, "0.02 is high for lora, which usually wants 1e-05 to 0.005: the run may diverge"),
+        ({"init": "eva"}, {"learning_rate": 2e-3}, ""),
+        ({"kind": "vera"}, {}, ""),
+        ({}, {"learning_rate": 0.02, "optimizer": "sgd"}, ""),
+    ],
+)  # fmt: skip
+def test_a_rate_far_from_what_the_kind_wants_is_warned_of(
+    adapter: dict[str, Any], training: dict[str, Any], said: str
+) -> None:
+    found = make(card(80), adapter=adapter, training=training, model={"quantization": "none"}).warnings
+    about = [warning for warning in found if warning.startswith("training.learning_rate")]
+    assert len(about) == bool(said) and said in " ".join(about)
+
+
 def test_checkpointing_is_decided_where_memory_decides_it() -> None:
     assert make(card(80), training={"batch_size": 4}).gradient_checkpointing is False
     assert make(card(24)).gradient_checkpointing is None

@@ -142,3 +142,5 @@ def test_an_adapter_that_wants_another_rate_gets_its_grid_there(tmp_path: Path) 
     vera, lora = made(write(tmp_path, adapter={"kind": "vera", "r": 64}), "adapter=vera,lora")
     assert rates_of_variant(vera, [], 1, 10.0) == [2e-4]  # the recipe's own is taken as it is
     assert rates_of_variant(lora, [], 1, 10.0) == pytest.approx([1e-5])
+    plain, pissa = made(write(tmp_path), "adapter.init=kaiming,pissa")
+    assert rates_of_variant(plain, [], 1, 10.0) + rates_of_variant(pissa, [], 1, 10.0) == pytest.approx([2e-4, 2e-5])
