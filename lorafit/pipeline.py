@@ -21,12 +21,13 @@ from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.errors import UsageError
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
-from lorafit.job import build_objective, look_at_template, open_job, open_pictures, placed, prove
+from lorafit.job import build_objective, open_job, open_pictures, prove
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.tasks import tasks
 from lorafit.machine.devices import parse_gpu, read_device, seems_to_have_card
 from lorafit.recipe.load import load_recipe
 from lorafit.run.answered import Classified, Generated
+from lorafit.run.named_files import look_at_template, placed
 from lorafit.run.output_folder import check_output, check_own, check_reports, check_unused, claimed
 from lorafit.run.results import Evaluated, Merged, Validated
 from lorafit.run.trained import Trained

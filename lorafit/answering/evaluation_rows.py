@@ -12,12 +12,13 @@ from lorafit.contracts import JsonObject, Reporter, Silent
 from lorafit.data.sources.sample_set import read_sources
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.evaluation.base_side import FittedBase
-from lorafit.job import Job, look_for_rows, prepare_rows, refer
+from lorafit.job import Job, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.machine.devices import read_device
 from lorafit.objective import Objective
 from lorafit.recipe.load import load_recipe
 from lorafit.recipe.schema import BadRowsSection, SourceSection, ValidationFraction, sources_of
+from lorafit.run.named_files import look_for_rows
 from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes
 
 _FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")

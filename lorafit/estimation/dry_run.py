@@ -14,31 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorafit.console.wording import first_line
 from lorafit.contracts import Batch, JsonMapping, Reporter, Silent
 from lorafit.errors import ModelError
 from lorafit.estimation import RecipeEstimate
+from lorafit.estimation.fake_operations import LiveFakes, as_it_would_run
 from lorafit.estimation.layer_list import LayerList
 from lorafit.facts import RunFacts
 from lorafit.kinds.optimizers import rate_groups
 from lorafit.memory import MemoryEstimate, Phase, StepShape, with_start
 from lorafit.memory.peak import PHASES
-from lorafit.model import attention, fused_lora
 from lorafit.model.attach import attach_adapter
 from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.fuse import fuse_layers
 from lorafit.model.fused_lora import keep_unpacked
 from lorafit.model.load import build_weightless, fill_with_fakes, unpacking_fakes
-from lorafit.ops import dropout
 from lorafit.ops.attention_kernels import VARIABLE_LENGTH_ATTENTION
 from lorafit.ops.dtypes import autocast_dtype, dtype_named
 from lorafit.ops.kernels import PLAIN, Kernels
@@ -49,7 +45,6 @@ from lorafit.trainer.executor import Executor
 from lorafit.trainer.step import Update, accumulate_gradients
 
 _CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to (c10/cuda/CUDACachingAllocator: kMinBlockSize)
-_attention = functional.scaled_dot_product_attention
 _OF_FAKES = (RuntimeError, NotImplementedError)  # what is raised of tensors without values
 _OF_TOWERS = (*_OF_FAKES, ValueError, TypeError, AssertionError)  # and where those of pixels are looked at
 _LEARNING_RATE = 1e-4  # any: no value is computed
@@ -142,7 +137,7 @@ class DryRun:
                 group["fused"] = True
             elif self._on_cuda and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's own default there
-        with self._fake, _as_it_would_run(step), _LiveFakes():
+        with self._fake, as_it_would_run(step), LiveFakes():
             self._make_gradients()
             self._update.apply(0, torch.ones(()))  # states of optimizer and method exist from now on
             self._optimizer.zero_grad(set_to_none=True)
@@ -187,9 +182,9 @@ class DryRun:
     ) -> MemoryEstimate:
         step = self.step
         rounding_bytes, sees = _CUDA_BLOCK_BYTES if self._on_cuda else 1, bool(self._pictures(tokens))
-        live = _LiveFakes(rounding_bytes, holds_documents=step.packs_rows, sees=sees)
+        live = LiveFakes(rounding_bytes, holds_documents=step.packs_rows, sees=sees)
         raised = _OF_TOWERS if sees else _OF_FAKES
-        with self._fake, _as_it_would_run(step), unpacking_fakes():
+        with self._fake, as_it_would_run(step), unpacking_fakes():
             if accumulates:
                 self._make_gradients()
             with (
@@ -268,128 +263,3 @@ def _sized_kernels(step: StepShape) -> Kernels:
 def _beside(fixed: Mapping[str, int], alive: Mapping[str, int]) -> dict[str, int]:
     """What is alive beside what stays, by component."""
     return {name: size - fixed.get(name, 0) for name, size in alive.items() if size != fixed.get(name, 0)}
-
-
-class _LiveFakes(LiveTensors):  # type: ignore[no-untyped-call]
-    """Counts, and answers what fake tensors cannot: the value of a number, and kernels that only write in place.
-
-    Args:
-        rounding_bytes: See LiveTensors.
-        holds_documents: Whether rows hold several; transformers asks their positions whether all rows hold one.
-        sees: Whether there are images; a mask then chooses all, since of none is a part padding.
-    """
-
-    def __init__(self, rounding_bytes: int = 1, *, holds_documents: bool = False, sees: bool = False) -> None:
-        super().__init__(rounding_bytes)
-        self._holds_documents, self._sees = holds_documents, sees
-        self._counts: dict[int, int] = {}  # how many a mask chooses, by the storage that says it
-
-    def call(self, function: Any, arguments: Any, options: Any) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            if arguments[0].dtype == torch.bool:
-                return not self._holds_documents
-            if arguments[0].dtype.is_floating_point:
-                return 1.0
-            if self._sees and _key(arguments[0]) not in self._counts:
-                raise RuntimeError("a tower asks for a number, such as an image's size")
-            return self._counts.get(_key(arguments[0]), 1)
-        if function is torch.ops.aten.index.Tensor and self._sees and all(_is_mask(index) for index in arguments[1]):
-            return _all_of(*arguments)
-        if function is torch.ops.aten._grouped_mm.default:
-            return _grouped_product(*arguments[:2])
-        if function.namespace == "bitsandbytes" and not function._schema.returns:
-            return None
-        result = function(*arguments, **options)
-        if function is torch.ops.aten.sum.dim_IntList and self._sees and _is_mask(arguments[0]):
-            self._counts[_key(result)] = arguments[0].numel() // max(1, result.numel())
-        return result
-
-    def _forget(self, key: int) -> None:
-        super()._forget(key)
-        self._counts.pop(key, None)
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _all_of(values: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What a mask chooses that leaves nothing out."""
-    (mask,) = masks
-    return values.new_empty((mask.numel(), *values.shape[mask.dim() :]))
-
-
-def _grouped_product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Each token times its expert's weight: [tokens, in] x [experts, in, out]; torch's own fake takes bf16 alone."""
-    return rows.new_empty((*rows.shape[:-1], weights.shape[-1]))
-
-
-@contextlib.contextmanager
-def _as_it_would_run(step: StepShape) -> Iterator[None]:
-    """Puts in place what a real run does otherwise than fake tensors of a CPU, as far as it decides what is kept.
-
-    transformers takes fake tensors for a trace, and then builds masks that a run does without. A CPU's dropout mask is
-    made, not drawn. On CUDA a fused dropout keeps a mask of a byte a value, attention with dropout keeps no scores
-    unless the card has no kernel but plain products, and autocast computes pow and LayerNorm in fp32.
-
-    Source: ATen/native/Dropout.cpp; ATen/autocast_mode.h, AT_FORALL_FP32 (the rest of that list meets fp32 already, or
-    stands in no model).
-    """
-    from transformers.utils import import_utils
-
-    with contextlib.ExitStack() as stack:
-        patches: list[tuple[Any, str, Any]] = [
-            (import_utils, "is_fake_tensor", lambda tensor: False),
-            (dropout, "draw_kept", lambda x, probability: torch.empty_like(x)),
-        ]
-        if step.device_kind != "cpu":
-            is_math = step.attention_kernel == "math"
-            patches += [
-                (attention, "_capability_of", lambda tensor: step.capability),
-                (functional, "dropout", _fused_dropout),
-                (fused_lora, "drop", _fused_dropout),
-                (functional, "layer_norm", _computed_in_fp32(functional.layer_norm)),
-                (torch, "pow", _computed_in_fp32(torch.pow)),
-                (functional, "scaled_dot_product_attention", _with_products if is_math else _attention_without_masks),
-            ]
-        for owner, name, replacement in patches:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
-        yield
-
-
-def _fused_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
-
-
-def _attention_without_masks(*arguments: Any, **options: Any) -> torch.Tensor:
-    """CUDA's flash kernel draws its dropout again in the backward pass; a CPU's has none and falls back to scores."""
-    return _attention(*arguments, **{**options, "dropout_p": 0.0})
-
-
-def _with_products(*arguments: Any, **options: Any) -> torch.Tensor:
-    """What torch falls back to, on every device."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return _attention(*arguments, **options)
-
-
-def _computed_in_fp32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """What autocast does with a function of its fp32 list."""
-
-    def computed(*arguments: Any, **options: Any) -> torch.Tensor:
-        if not torch.is_autocast_enabled("cpu"):
-            return function(*arguments, **options)
-        wide = [_in_fp32(value) for value in arguments]
-        with torch.autocast("cpu", enabled=False):
-            return function(*wide, **{name: _in_fp32(value) for name, value in options.items()})
-
-    return computed
-
-
-def _in_fp32(value: Any) -> Any:
-    is_narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if is_narrow else value
