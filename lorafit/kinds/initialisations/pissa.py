@@ -30,9 +30,7 @@ class Pissa(Decomposing[PissaSection]):
     """PEFT's, on the weight as the model computes with it."""
 
     corrects: ClassVar[bool] = True
-    usual_rate: ClassVar[float] = (
-        0.1  # Source: https://github.com/GraphPKU/PiSSA, scripts/pissa.sh: 2e-5
-    )
+    usual_rate: ClassVar[float] = 0.1  # Source: https://github.com/GraphPKU/PiSSA, scripts/pissa.sh: 2e-5
 
     def start(self, model: PeftModel, start: Start) -> str | None:
         """Decomposes every weight."""

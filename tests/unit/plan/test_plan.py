@@ -197,7 +197,7 @@ def test_warnings_name_what_a_user_would_trip_over() -> None:
     ("adapter", "training", "said"),
     [
         ({"kind": "prompt_tuning"}, {}, "0.0002 is low for prompt_tuning, which usually wants 0.0005 to 0.25"),
-        ({"init": "pissa"}, {"learning_rate": 2e-3}, "high for lora with init pissa, which usually wants 1e-06 to 0.0005"),
+        ({"init": "pissa"}, {"learning_rate": 2e-3}, "for lora with init pissa, which usually wants 1e-06 to 0.0005"),
         ({}, {"learning_rate": 0.02}, "0.02 is high for lora, which usually wants 1e-05 to 0.005: the run may diverge"),
         ({"init": "eva"}, {"learning_rate": 2e-3}, ""),
         ({"kind": "vera"}, {}, ""),
