@@ -39,7 +39,7 @@ _LESS_MEMORY = {
 }
 """What takes less memory, by command, of the command line or of Python."""
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]  # every error that typer finds in a command line
-_EXTRA_WORD = re.compile(r"unexpected extra argument(?:\(s\))? \(([^)]*)\)")
+_EXTRA_WORD = re.compile(r"unexpected extra (arguments?)(?:\(s\))? \(([^)]*)")
 _UNIT_OF_MEMORY = re.compile(r"[kmgt]i?b", re.IGNORECASE)
 _PYDANTICS_WORDS = (
     (r"Input should be a valid number\b.*", "expected a number"),
@@ -131,10 +131,20 @@ def _command_line_error(error: Exception) -> UsageError | None:
     context = getattr(error, "ctx", None)
     command = f"lorafit {context.info_name}" if context is not None and context.parent is not None else "lorafit"
     todo = None if "did you mean" in text else f"see {command} --help"
-    if (extra := _EXTRA_WORD.search(text)) is not None:
-        is_unit = _UNIT_OF_MEMORY.fullmatch(extra[1])
-        todo = f"{f'write a size as one word, e.g. 24{extra[1]}' if is_unit else 'quote what has blanks'}, or {todo}"
+    if (extra := _EXTRA_WORD.search(text)) is not None and (advice := _on_extra_words(extra[1], extra[2], context)):
+        todo = f"{advice}, or {todo}"
     return UsageError(f"{text[:1].lower()}{text[1:]}", todo=todo)
+
+
+def _on_extra_words(noun: str, words: str, context: Any) -> str:
+    """What to do about words of a command line that no argument takes; empty where nothing is known."""
+    given = getattr(context, "params", {})
+    if "prompt" in given and given["prompt"] is None:
+        return 'write the text behind --prompt, e.g. --prompt "What is it?"'
+    if _UNIT_OF_MEMORY.fullmatch(words):
+        return f"write a size as one word, e.g. 24{words}"
+    is_quoted = noun == "argument" and " " in words  # one, with its blanks
+    return "" if is_quoted else "quote what has blanks"
 
 
 def bug(error: BaseException) -> LorafitError:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from lorafit.console.wording import counted
+from lorafit.console.wording import agreed, list_names
 
 ABSENT = object()
 """Stands for the value of a key that a recipe has not."""
@@ -15,8 +15,9 @@ _MOST_CHARACTERS = 40
 
 
 def tell_differences(found: Sequence[str]) -> str:
-    """The first of some differences between recipes, and how many there are besides."""
-    return found[0] + (f", and {counted(len(found) - 1, 'more key')}" if found[1:] else "")
+    """The first of some differences between recipes, and the keys of those besides."""
+    keys = [text.partition(": ")[0] for text in found[1:]]
+    return found[0] + (f", and {list_names(keys)} {agreed(len(keys), 'differs', 'differ')} too" if keys else "")
 
 
 def differences(key: str, before: Any, now: Any) -> list[str]:

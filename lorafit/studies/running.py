@@ -10,6 +10,7 @@ says. A variant that cannot be run, or fails, is a line with the reason.
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import signal
 import time
@@ -186,7 +187,8 @@ class Comparison:
             _, least = plan_budget(seconds[:2], spent, float("inf"), rates, len(self.seeds))
             need = spent + (rates + 2 * len(self.seeds) - 2) * sum(seconds[:least])
             what = f"two methods alone take about {clock(need)}"
-            todo = f"give at least {need / 60:.0f}min, or shorten the recipe's runs"
+            enough = f"--resume --budget {math.ceil(need / 60)}min"
+            todo = f"go on with {enough}, or shorten the recipe's runs and give another --output"
             raise UsageError(what, key="--budget", todo=todo)
         why = f"the budget of {clock(budget)} does not reach it"
         study.left_out = {variant.name: why for variant in live[reached:]}

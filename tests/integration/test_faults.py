@@ -117,6 +117,9 @@ COMMAND_LINES = [
     (["estimate-memory", "r.yaml", "--gpu", "rtx-9999"], ["--gpu", "rtx-9999"]),
     (["estimate-memory", "r.yaml", "--gpu", "12", "GB"], ["(GB); write a size as one word, e.g. 24GB, or see"]),
     (["generate", "run", "--prompt", "two", "words"], ["(words); quote what has blanks, or see lorafit generate"]),
+    (["generate", "run", "What is (this) of 7?"], ["write the text behind --prompt, e.g. --prompt", "or see lorafit"]),
+    (["classify", "run", "two", "words"], ["write the text behind --prompt, e.g. --prompt", "or see lorafit classify"]),
+    (["preview", "r.yaml", "two words"], ["(two words); see lorafit preview --help"]),
     (["estimate-memory", "r.yaml", "--headroom", "2"], ["--headroom", "must be at most 0.9"]),
     (["eval", "nope"], ["nope", "no such file"]),
     (["merge", "nope", "--output", "m"], ["nope", "no such file"]),
@@ -264,10 +267,11 @@ def test_a_second_run_into_the_same_folder(world: World) -> None:
         ["--set", "training.max_grad_norm=null", "--set", "seed=3"],
     )
     path = "data.train[0].path: ../d.jsonl was changed to ../other.jsonl"
+    keys = "seed, training.max_grad_norm differ too"
     advice = "give another --output, or change it back and add --resume"
     say_all(world.run("train", "r.yaml", *one), 2, f"holds another run ({path}); {advice}")
-    say_all(world.run("train", "r.yaml", *one, *three), 2, f"holds another run ({path}, and 2 more keys); {advice}")
-    say_all(world.run("train", "r.yaml", *one, *three, "--resume"), 6, f"{path}, and 2 more keys, so it would not be")
+    say_all(world.run("train", "r.yaml", *one, *three), 2, f"holds another run ({path}, and {keys}); {advice}")
+    say_all(world.run("train", "r.yaml", *one, *three, "--resume"), 6, f"{path}, and {keys}, so it would not be")
     say_all(world.run("train", "r.yaml", "--resume-from", "77"), 6, "77")
     done = world.run("train", "r.yaml", "--resume")
     say_all(done, 0, "already complete")

@@ -33,7 +33,10 @@ def test_the_leaves_that_differ(before: Any, now: Any, said: list[str]) -> None:
     assert differences("k", before, now) == said
 
 
-def test_one_is_told_and_the_others_are_counted() -> None:
-    assert tell_differences(["a"]) == "a"
-    assert tell_differences(["a", "b"]) == "a, and 1 more key"
-    assert tell_differences(["a", "b", "c"]) == "a, and 2 more keys"
+def test_one_is_told_and_the_others_are_named() -> None:
+    found = ["seed: 1 was changed to 2", "data.train[0].path: a: b was added", "adapter.r: 4 was changed to 8"]
+    assert tell_differences(found[:1]) == found[0]
+    assert tell_differences(found[:2]) == f"{found[0]}, and data.train[0].path differs too"
+    assert tell_differences(found) == f"{found[0]}, and adapter.r, data.train[0].path differ too"
+    many = tell_differences([found[0], *(f"k{number}: 1 was added" for number in range(9))])
+    assert many == f"{found[0]}, and k0, k1, k2, k3 and 5 more differ too"

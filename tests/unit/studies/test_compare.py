@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -320,5 +321,18 @@ def test_what_a_budget_leaves_out_is_said_before_it_is_left_out(
     assert result.searches_once
     assert "learning rates were chosen on the first seed alone, as the budget wanted" in result.sentences
     assert [line.left_out for line in result.lines if line.left_out] == ["the budget of 10:00 does not reach it"]
-    with pytest.raises(UsageError, match="two methods alone take about"):
-        ask(recipe, budget="5min", output=recipe.parent / "short")
+
+
+def test_a_budget_that_an_error_advises_is_enough(
+    recipe: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafit.studies import running as module
+
+    ticks = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
+    with pytest.raises(UsageError, match="two methods alone take about 8:30") as error:
+        ask(recipe, budget="5min")
+    found = re.search(r"--resume --budget (\w+),", str(error.value))
+    assert found is not None
+    result = ask(recipe, budget=found[1], resume=True)
+    assert [line.method for line in result.lines if not line.left_out] == ["lora", "dora", "base"]
