@@ -106,6 +106,13 @@ def load_recipe(
     return loaded
 
 
+def is_well_formed(recipe: Path | JsonMapping, overrides: Sequence[str]) -> bool:
+    """Whether every single value is one that a recipe can have there, whatever others it disagrees with."""
+    values = _plain_values(recipe) if isinstance(recipe, Mapping) else None
+    layers = read_layers(Path(RECIPE_VALUES) if isinstance(recipe, Mapping) else recipe, overrides, values, None)
+    return not layers.errors and not isinstance(validate(layers.tree), list)
+
+
 def _plain_values(values: JsonMapping) -> Any:
     """A program's values as a file would hold them: paths as text, tuples as lists, keys as text."""
     try:

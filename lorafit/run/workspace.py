@@ -274,7 +274,7 @@ def check_same_recipe(run: RunDir, loaded: LoadedRecipe, reporter: Reporter) -> 
     decisive, harmless = compare_recipes(run, loaded)
     if decisive:
         raise CheckpointError(
-            f"{tell_differences(decisive)}, so it would not be the same run",
+            f"would not be the same run: {tell_differences(decisive)}",
             file=str(run.root),
             todo="change it back, or train into another --output",
         )
@@ -334,7 +334,7 @@ def check_same_facts(run: RunDir, facts: JsonMapping) -> None:
             if what == "data" and facts["template_date"] is not None and recorded.get("template_date") is None:
                 changed = "the chat template writes the date, and the run does not say which one it was started with"
             raise CheckpointError(
-                f"{changed}, so it would not be the same run",
+                f"would not be the same run: {changed}",
                 file=str(run.root),
                 todo="restore it, or train into another --output",
             )

@@ -114,7 +114,7 @@ class Study:
             raise UsageError("holds a comparison already", file=str(folder), key="output", todo=todo)
         held = read_object(file)
         if changed := [text.removeprefix(".") for text in differences("", held.get("definition"), definition)]:
-            what = f"{tell_differences(changed)}, so it would not be the same comparison"
+            what = f"would not be the same comparison: {tell_differences(changed)}"
             raise CheckpointError(what, file=str(folder), todo="change it back, or give another --output")
         try:
             runs = {name: Record(**record) for name, record in held["runs"].items()}

@@ -18,7 +18,8 @@ from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import LorafitError, RecipeError, UsageError, raise_all
 from lorafit.kinds.adapters import usual_rate
 from lorafit.kinds.section import KindSection
-from lorafit.recipe.load import LoadedRecipe, load_recipe
+from lorafit.recipe.extends import FLAG
+from lorafit.recipe.load import LoadedRecipe, is_well_formed, load_recipe
 from lorafit.recipe.reader import read_value
 from lorafit.recipe.schema import Recipe
 from lorafit.recipe.schema_tree import expand, fields_of, kind_of, kinds_of, node_at
@@ -70,8 +71,8 @@ def read_variants(
     """The variants in the order that they are named in, and the keys that they differ in.
 
     Raises:
-        UsageError: There is one alone, a key is named twice, or recipes are of other rows.
-        LorafitError: A recipe is wrong, or every variant of it is refused.
+        UsageError: There is one alone, or one alone is not refused; a key is named twice; recipes are of other rows.
+        LorafitError: A recipe is wrong, a value is one that no recipe can have, or every variant is refused.
     """
     choices = [_read_over(text) for text in over]
     keys = [key for key, _ in choices]
@@ -86,8 +87,17 @@ def read_variants(
     if len(found) < 2:
         todo = "add --over adapter=lora,dora, or name another recipe"
         raise UsageError("one method alone cannot be compared", key=_FLAG, todo=todo)
-    if all(variant.error is not None for variant in found):
-        raise_all([variant.error for variant in found if variant.error is not None], file=str(recipes[0]))
+    wrong = [v for v in found if v.error is not None and not is_well_formed(v.recipe, v.overrides)]
+    live = [variant for variant in found if variant.error is None]
+    if wrong or not live:
+        errors = [error for v in wrong or found if v.error is not None for error in v.error.errors]
+        for error in errors:  # what --set says was judged without --over
+            error.file = _FLAG if (error.file or "").startswith(FLAG) else error.file
+        raise_all(list({error.one_line: error for error in errors}.values()), file=str(recipes[0]))
+    if len(live) == 1:
+        reasons = "; ".join(f"{variant.name}: {variant.refused}" for variant in found if variant.refused)
+        what, todo = f"{live[0].name} is left alone, since others are refused ({reasons})", "name another value"
+        raise UsageError(what, key=_FLAG, todo=todo)
     _check_shared([variant for variant in found if variant.loaded is not None], keys)
     return list(_told_apart(found)), keys
 

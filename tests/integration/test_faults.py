@@ -271,7 +271,7 @@ def test_a_second_run_into_the_same_folder(world: World) -> None:
     advice = "give another --output, or change it back and add --resume"
     say_all(world.run("train", "r.yaml", *one), 2, f"holds another run ({path}); {advice}")
     say_all(world.run("train", "r.yaml", *one, *three), 2, f"holds another run ({path}, and {keys}); {advice}")
-    say_all(world.run("train", "r.yaml", *one, *three, "--resume"), 6, f"{path}, and {keys}, so it would not be")
+    say_all(world.run("train", "r.yaml", *one, *three, "--resume"), 6, f"would not be the same run: {path}, and {keys}")
     say_all(world.run("train", "r.yaml", "--resume-from", "77"), 6, "77")
     done = world.run("train", "r.yaml", "--resume")
     say_all(done, 0, "already complete")

@@ -74,11 +74,29 @@ def test_one_method_under_two_names_is_two_methods(tmp_path: Path) -> None:
     assert variants[0].values() == variants[1].values()
 
 
-def test_a_variant_that_no_recipe_can_be_is_refused_with_the_reason_and_the_others_stay(tmp_path: Path) -> None:
-    lora, wrong, zero = made(write(tmp_path), "adapter=lora,lore,{kind: lora, r: 0}")
-    assert not lora.refused
-    assert "unknown adapter 'lore'" in wrong.refused
-    assert "adapter.r" in zero.refused
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("adapter=lora,dorra", r"^--over: adapter\.kind: unknown adapter 'dorra'; did you mean dora\?"),
+        ("adapter=lora,{kind: dora, rr: 8}", r"adapter\.rr: unknown key"),
+        ("adapter.r=4,0", r"adapter\.r: must be between 1 and"),
+        ("training.learning_rate=1e-4,fast", r"training\.learning_rate"),
+    ],
+)
+def test_a_value_that_no_recipe_can_have_is_an_error_however_many_others_there_are(
+    tmp_path: Path, over: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        made(write(tmp_path), over, "seed=1,2")
+
+
+def test_what_the_rest_of_the_recipe_refuses_is_a_line_with_the_reason(tmp_path: Path) -> None:
+    quantised = write(tmp_path, model={"base": "base", "quantization": "nf4"})
+    lora, dora, full = made(quantised, "adapter=lora,dora,full")
+    assert not lora.refused and not dora.refused
+    assert full.refused.startswith("adapter.kind: ") and full.loaded is None
+    with pytest.raises(UsageError, match=r"lora is left alone, since others are refused \(full: adapter\.kind: "):
+        made(quantised, "adapter=lora,full")
 
 
 def test_where_all_are_refused_the_recipe_is_wrong(tmp_path: Path) -> None:
