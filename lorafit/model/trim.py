@@ -23,6 +23,7 @@ from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.atomic import MANIFEST
 from lorafit.files.safetensors import TensorEntry, read_rows
+from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._low_rank import LowRankFolding
 from lorafit.kinds.folding import AdaptedLayer
 from lorafit.model.adapter import CONFIG, WEIGHTS, AdapterFolder
@@ -75,13 +76,9 @@ class _Layer:
         root = values[:rank].sqrt()
         return root[:, None] * right[:rank], left[:, :rank] * root, float(values[rank:].norm())
 
-    def first(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """The first ranks with the scale that they were trained with, and how far their product is from the update."""
-        scaling = self.scaling * self.rank / rank
-        a, b = self.a[:rank], self.b[:, :rank] * scaling
-        r_b = torch.linalg.qr(torch.cat([self.b * self.scaling, -b], dim=1)).R
-        r_a = torch.linalg.qr(torch.cat([self.a, a]).T).R
-        return a, b, float((r_b @ r_a.T).norm())
+    def first(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first ranks with the scale that they were trained with."""
+        return self.a[:rank], self.b[:, :rank] * (self.scaling * self.rank / rank)
 
     @cached_property
     def norm(self) -> float:
@@ -102,12 +99,15 @@ class Trimming:
 
     def __init__(self, saved: AdapterFolder, *, nested: bool) -> None:
         self._saved, self._nested = saved, nested
+        method = next(name for name, kind in adapters.items() if kind is saved.kind)
+        if not saved.config.get("r"):
+            raise _untrimmable(saved, f"{method} has none", "train a method that has one, e.g. lora")
         try:
             folding = saved.kind.folding({**saved.config, "modules_to_save": None})
         except ModelError as error:
             raise _untrimmable(saved, error.what) from error
         if type(folding) is not LowRankFolding:
-            raise _untrimmable(saved, f"{saved.kind.__name__} does more with A and B than add s * B A to a weight")
+            raise _untrimmable(saved, f"the update of {method} is no product s * B A of two matrices")
         factors: dict[str, dict[str, TensorEntry]] = {}
         for name, entry in saved.tensors.items():
             for suffix, part in _FACTORS.items():
@@ -125,7 +125,7 @@ class Trimming:
         """Writes the adapter with ranks of at most `rank` into an empty folder, beside all files that lie with it.
 
         Returns:
-            What each layer loses, in the order of the file.
+            What each layer loses, in the order of the file; nothing of first ranks, which are another adapter.
         """
         from safetensors.torch import save_file
 
@@ -138,11 +138,14 @@ class Trimming:
         errors = []
         for path, layer in self._layers.items():
             kept = max(1, layer.rank * rank // self.rank) if self._nested else min(rank, layer.rank)
-            a, b, error = (layer.first if self._nested else layer.closest)(kept)
+            if self._nested:
+                a, b = layer.first(kept)
+            else:
+                a, b, error = layer.closest(kept)
+                errors.append(LayerError(path.removeprefix("base_model.model."), error, layer.norm))
             wide, tall = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
             wide[:kept], tall[:, :kept] = a, b / usual
             made |= {f"{path}.lora_A.weight": wide.float(), f"{path}.lora_B.weight": tall.float()}
-            errors.append(LayerError(path.removeprefix("base_model.model."), error, layer.norm))
         others = {name: read_rows(entry) for name, entry in self._saved.tensors.items() if name not in made}
         save_file({**others, **made}, str(folder / WEIGHTS), metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True)
@@ -159,5 +162,5 @@ class Trimming:
         return {**config, "r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def _untrimmable(saved: AdapterFolder, why: str) -> ModelError:
-    return ModelError(f"cannot be given a smaller rank: {why}", file=str(saved.path), todo="train anew with that rank")
+def _untrimmable(saved: AdapterFolder, why: str, todo: str = "train anew with that rank") -> ModelError:
+    return ModelError(f"cannot be given a smaller rank: {why}", file=str(saved.path), todo=todo)

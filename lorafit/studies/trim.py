@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lorafit.answering.engine import Engine
     from lorafit.evaluation.statistics import Comparison
+    from lorafit.kinds.adapters import AdapterSection
     from lorafit.kinds.metrics import RowScore
     from lorafit.model.trim import LayerError, Trimming
     from lorafit.objective import Objective
@@ -39,7 +40,7 @@ class Tried:
 
     Attributes:
         rank: It.
-        errors: What each layer loses of its update.
+        errors: What each layer loses of its update; nothing of first ranks, whose scale is not that of the whole.
         loss: Held-out loss, of the whole adapter as `base` and of this rank as `tuned`.
     """
 
@@ -48,8 +49,10 @@ class Tried:
     loss: Comparison
 
     @property
-    def share(self) -> float:
-        """Norm of what all layers lose over that of all updates."""
+    def share(self) -> float | None:
+        """Norm of what all layers lose over that of all updates; None of first ranks."""
+        if not self.errors:
+            return None
         lost, whole = (sum(getattr(e, name) ** 2 for e in self.errors) for name in ("error", "update"))
         return float((lost / whole) ** 0.5) if whole else 0.0
 
@@ -92,16 +95,25 @@ class Trimmed(Printed):
         from rich.table import Table
 
         last = self.tried[-1]
-        rows = [
-            (str(one.rank), f"{100 * one.share:.2f} %", one.loss.show(one.loss.tuned), one.loss.span, one.loss.verdict)
+        rows: list[tuple[str, ...]] = [
+            (str(one.rank), _percent(one.share), one.loss.show(one.loss.tuned), one.loss.span, one.loss.verdict)
             for one in self.tried
         ]
-        whole = (str(self.whole_rank), "0", last.loss.show(last.loss.base), "", "the run's adapter")
+        rows.append((str(self.whole_rank), "0", last.loss.show(last.loss.base), "", "the run's adapter"))
         worst = sorted(last.errors, key=lambda error: -error.share)[:_SHOWN_LAYERS]
-        layers = [(e.layer, f"{e.error:.4g}", f"{100 * e.share:.2f} %") for e in worst]
-        headings = ("rank", "update lost", "validation loss", "95 % interval of the difference", "verdict")
-        lost = (f"layers that lose most at rank {last.rank}", "Frobenius norm", "of their update")
-        for names, lines in ((headings, [*rows, whole]), (lost, layers)):
+        layers: list[tuple[str, ...]] = [(e.layer, f"{e.error:.4g}", _percent(e.share)) for e in worst]
+        headings: tuple[str, ...] = (
+            "rank",
+            "update lost",
+            "validation loss",
+            "95 % interval of the difference",
+            "verdict",
+        )
+        lost: tuple[str, ...] = (f"layers that lose most at rank {last.rank}", "Frobenius norm", "of their update")
+        tables = [(headings, rows), (lost, layers)]
+        if not last.errors:
+            tables = [(headings[:1] + headings[2:], [row[:1] + row[2:] for row in rows])]
+        for names, lines in tables:
             table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
             for number, name in enumerate(names):
                 is_word = name == "verdict" or (names is lost and number == 0)
@@ -133,8 +145,10 @@ def trim(
     reporter, wanted = reporter or Silent(), _read_rank(rank)
     opened = open_run(run, overrides)
     opened.adapter(checkpoint)
+    if wanted is not None:
+        output = output or _usual_output(opened, wanted)
     if output is not None:
-        check_output(output, [opened.run.root])
+        _check_new(output, opened)
     if opened.loaded.recipe.data.validation is None:
         todo = "add --set data.validation=FILE"
         raise DataError(
@@ -152,7 +166,9 @@ def trim(
     tuned = open_tuned(opened, checkpoint, base_model, reporter)
     least = adapters.bind(tuned.card.adapter).nested_from()
     trimming = Trimming(read_adapter(tuned.adapter), nested=least is not None)
-    ranks = _ranks_to_try(wanted, trimming.rank, least or 1)
+    ranks = _ranks_to_try(wanted, trimming.rank, least or 1, tuned.card.adapter)
+    for one_rank in ranks if output is None else ():
+        _check_new(_usual_output(opened, one_rank), opened)
     job = open_evaluation(opened, tuned, _SPLIT, reporter)
     engine = tuned.load(job.tokenizer, reporter)
     objective = build_objective(job, engine.model, tuned.card.dtype)
@@ -169,11 +185,25 @@ def trim(
         raise DataError(last.loss.sentence, key="data.validation", todo="give more rows, or name a rank")
     if wanted is None and last.loss.verdict == "worse":
         return Trimmed(trimming.rank, trimming.rank, how, tuple(tried), None)
-    output = output or opened.run.root.with_name(f"{opened.run.root.name}-rank-{last.rank}")
-    check_output(output, [opened.run.root])
+    output = output or _usual_output(opened, last.rank)
     with atomic_dir(output) as folder:
         trimming.write(last.rank, folder)
     return Trimmed(last.rank, trimming.rank, how, tuple(tried), output)
+
+
+def _percent(share: float | None) -> str:
+    return f"{100 * share:.2f} %" if share is not None else ""
+
+
+def _usual_output(opened: OpenedRun, rank: int) -> Path:
+    return opened.run.root.with_name(f"{opened.run.root.name}-rank-{rank}")
+
+
+def _check_new(output: Path, opened: OpenedRun) -> None:
+    """Refuses a folder that cannot be made, before anything is loaded. Raises UsageError."""
+    check_output(output, [opened.run.root])
+    if output.exists():
+        raise UsageError("exists already", file=str(output), key="output", todo="choose another output")
 
 
 class _Scoring:
@@ -245,14 +275,20 @@ def _read_rank(rank: int | str) -> int | None:
     return int(text)
 
 
-def _ranks_to_try(wanted: int | None, whole: int, least: int) -> Sequence[int]:
+def _ranks_to_try(wanted: int | None, whole: int, least: int, section: AdapterSection) -> Sequence[int]:
     """What is scored, in order."""
+    from lorafit.kinds.adapters import adapters
+
     if wanted is None:
         if whole <= least:
             raise UsageError(f"the adapter has rank {whole}, and nothing smaller was trained for", key="--rank")
         return range(least, whole)
     if wanted >= whole:
-        raise UsageError(f"the adapter has rank {whole} already", key="--rank", todo="name a smaller one")
+        begun, why = adapters.bind(section).initialisation(), ""
+        if begun is not None and begun.corrects:
+            why = f" (twice its r: half takes out what adapter.init: {begun.section.kind} began with)"
+        what = f"{wanted} is no smaller rank than the adapter's own, {whole}{why}"
+        raise UsageError(what, key="--rank", todo="name a smaller one")
     if wanted < least:
         what = f"ranks below {least} were not trained for (adapter.r_min)"
         raise UsageError(what, key="--rank", todo=f"name one from {least} to {whole - 1}")
