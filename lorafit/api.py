@@ -55,6 +55,7 @@ def init(
     adapter: str | None = None,
     quantization: str | None = None,
     test_file: StrPath | None = None,
+    columns: Mapping[str, str] | None = None,
     quiet: bool = False,
 ) -> FirstRecipe:
     """Writes a commented recipe for a file of rows. `first.path` is its file.
@@ -67,6 +68,7 @@ def init(
         adapter: The adapter; lora where None.
         quantization: How the frozen weights are stored; nf4 where None, none for models with an encoder.
         test_file: Rows that training never sees.
+        columns: Which of the rows' columns holds a field of a format, `{ours: theirs}`, where names do not say it.
         quiet: No progress.
     """
     return call(first_recipe.init, locals())

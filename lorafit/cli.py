@@ -71,6 +71,7 @@ _HELP = {
     "adapter": ("KIND", "The adapter; lora where not given."),
     "quantization": ("KIND", "How the frozen weights are stored."),
     "test_file": ("ROWS", "Rows that training never sees."),
+    "columns": ("OURS=THEIRS", "Which columns hold the fields of a format, e.g. question=Frage,answer=Antwort."),
     "gpu": (
         "SIZE|NAME",
         "24GiB, rtx-4090 or cpu: exit 10 where it does not fit; several are compared. `list` names all cards.",
@@ -350,7 +351,7 @@ _add_command("validate", "Every error of a recipe at once, each with its line.",
 _add_command(
     "init",
     "A commented recipe for your rows; asks what is not given.",
-    "data output base_model task adapter quantization test_file",
+    "data output base_model task adapter quantization test_file columns",
     _init,
 )
 _add_command("preview", "Rows as the model will see them: trained, cut, dropped.", "recipe overrides show", _preview)

@@ -105,6 +105,7 @@ ARGUMENTS = {
     "input_file": _PATH,
     "data": Argument("a path of a file of rows", _PATH.types),
     "test_file": _PATH,
+    "columns": Argument('columns by field, {"question": "Frage"}', (str, Mapping)),
     **dict.fromkeys(("task", "adapter", "quantization"), Argument("the name of a kind", (str,))),
     **dict.fromkeys((*_SWITCHES, *_FLAGS_ALONE), Argument("True or False", (bool,))),
 }

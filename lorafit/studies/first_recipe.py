@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from lorafit.console.reporting import Printed, say
 from lorafit.contracts import JsonMapping, JsonObject, Reporter, Silent
 from lorafit.data.sources.files import check_file
 from lorafit.data.sources.readers import read_file
-from lorafit.data.sources.row_columns import by_priority, find_format, guess_columns
+from lorafit.data.sources.row_columns import by_priority, find_format, guess_columns, rename
 from lorafit.data.sources.source import ROWS_LOOKED_AT
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.files.atomic import atomic_file, make_folder
@@ -89,10 +89,14 @@ def init(
     adapter: str | None = None,
     quantization: str | None = None,
     test_file: Path | None = None,
+    columns: str | Mapping[str, str] | None = None,
     ask: Ask | None = None,
     reporter: Reporter | None = None,
 ) -> FirstRecipe:
-    """Writes a commented recipe for a file of rows; `ask` is asked for what is not given."""
+    """Writes a commented recipe for a file of rows; `ask` is asked for what is not given.
+
+    What the arguments mean stands at `lorafit.api.init`; `columns` may also be a text, `question=Frage,answer=Antwort`.
+    """
     reporter = reporter or Silent()
     output = Path("recipe.yaml") if output is None else output
     if os.path.lexists(output):
@@ -106,7 +110,7 @@ def init(
     ):
         if given is not None and given not in known:
             raise UsageError(f"'{given}' is none", key=flag, todo=f"use one of {', '.join(known)}")
-    readings = find_readings(data, task)
+    readings = find_readings(data, task, _read_columns(columns))
     reading = readings[0]
     if ask is not None and task is None and len(readings) > 1:
         named = [each.task for each in readings]
@@ -116,57 +120,82 @@ def init(
     if base_model is None:
         base_model = ask("Base model (hub id, folder or .gguf file)?", (), usual_base) if ask else usual_base
     if adapter is None:
-        adapter = ask("Adapter?", adapters.names(), "lora") if ask else "lora"
+        adapter = ask("Adapter? docs/methods.md says which one when", adapters.names(), "lora") if ask else "lora"
+    method = adapters.make(adapter)
     splits = _find_splits(data, reading, test_file)
     if quantization is None:
-        usual = "nf4" if reading.task not in _BASES else "none"
+        usual = "nf4" if reading.task not in _BASES and method.refuses("nf4") is None else "none"
         quantization = ask("How shall the frozen weights be stored?", quantizations.names(), usual) if ask else usual
-    draft = Draft(reading, base_model, adapter, quantization, data, splits, output.parent).measured(reporter)
+    draft = Draft(reading, base_model, adapter, quantization, data, splits, output.parent, method.usual_rate)
+    draft = draft.measured(reporter)
     if draft.unknown:
         reporter.warn(f"the rows' lengths are guessed by their characters: {draft.unknown}")
+    if unread := draft.unread():
+        reporter.warn(f"nothing reads {', '.join(unread)}: name a task with --task, or fields with --columns")
     text = draft.write(output.stem)
     _keep(text, output)
     return FirstRecipe(output, text, reading, draft.rows, draft.longest)
 
 
-def find_readings(data: Path, task: str | None = None) -> list[Reading]:
+def _read_columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Columns by field. Raises UsageError where a text is no list of `OURS=THEIRS`."""
+    if columns is None or isinstance(columns, Mapping):
+        return dict(columns or {})
+    pairs = [pair.partition("=") for pair in columns.split(",")]
+    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+        raise UsageError(
+            f"'{columns}' names no columns", key="--columns", todo="write e.g. question=Frage,answer=Antwort"
+        )
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def find_readings(data: Path, task: str | None = None, columns: Mapping[str, str] | None = None) -> list[Reading]:
     """Ways in which the first rows of a file can all be read, the likeliest first.
+
+    Args:
+        data: The file.
+        task: The only one that is asked; all where None.
+        columns: Those that are known, by field.
 
     Raises:
         DataError: There is none; the message is that of the likeliest.
     """
-    row, wanted = _first_row(data), [task] if task is not None else tasks.names()
+    row, wanted, given = _first_row(data), [task] if task is not None else tasks.names(), dict(columns or {})
     found: list[Reading] = []
     failure: LorafitError | None = None
-    for name, columns in _guesses(row):
+    for name, mapped in _guesses(row, given):
         learners = [one for one in wanted if tasks.get(one).row_format == name]
         if not any(tasks.get(one).row_format == name for one in tasks.names()):  # a prompt with its answer, or text
             learners = [one for one in wanted if tasks.get(one).row_format is None]
         for learner in learners:
-            reading = Reading(learner, name, columns)
+            reading = Reading(learner, name, mapped)
             try:
                 _check_rows(data, reading)
             except LorafitError as error:
                 failure = failure or error
             else:
                 found.append(reading)
-    if not found:
-        open_rows(data, Reading(task or _USUAL_TASK, "auto", {}))  # says what the rows lack
-        raise failure or DataError("no rows", file=str(data))
-    return found
+    if found:
+        return found
+    try:
+        open_rows(data, Reading(task or _USUAL_TASK, "auto", given))  # says what the rows lack
+    except DataError as error:
+        error.todo = f"{error.todo or 'name them'}; here: --columns OURS=THEIRS"
+        raise
+    raise failure or DataError("no rows", file=str(data))
 
 
-def _guesses(row: JsonMapping) -> list[tuple[str, dict[str, str]]]:
-    """Formats that a row may have, each with its columns: the one that it has by name, then the others by what fits."""
-    exact = find_format(row)
-    guesses = []
+def _guesses(row: JsonMapping, given: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+    """Formats that a row may have, each with its columns, those first that read most of them; then the one by name."""
+    renamed = rename(row, given)
+    exact, guesses = find_format(renamed, given), []
     for name, kind in by_priority():
-        columns = guess_columns(row, kind)
-        if columns is not None and name != exact:
-            renamed = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
-            guesses.append((name, renamed, len(columns)))
-    guesses.sort(key=lambda guess: -guess[2])
-    return [*([] if exact is None else [(exact, {})]), *((name, columns) for name, columns, _ in guesses)]
+        columns = guess_columns(renamed, kind) if given.keys() <= kind.fields.keys() else None
+        if columns is not None:
+            mapped = {**{ours: theirs for ours, theirs in columns.items() if ours != theirs}, **given}
+            guesses.append((name, mapped, len(columns)))
+    guesses.sort(key=lambda guess: (-guess[2], guess[0] != exact))
+    return [(name, mapped) for name, mapped, _ in guesses]
 
 
 def _first_row(data: Path) -> JsonMapping:

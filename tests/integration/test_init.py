@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 import lorafit
-from lorafit.errors import DataError, UsageError
+from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.studies.first_recipe import find_readings, init
+from tests.support.tiny_data import Listener
 from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import make_pairs, make_rows, write_rows
 
@@ -121,7 +122,7 @@ def test_rows_of_no_known_form_are_refused_with_what_they_lack(tmp_path: Path) -
 
 def test_a_base_that_cannot_be_opened_leaves_a_guess_that_says_so(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", make_rows(3))
-    first = init(rows, output=tmp_path / "recipe.yaml", base_model=str(tmp_path / "nowhere"))
+    first = init(rows, output=tmp_path / "recipe.yaml", base_model="nobody/no-such-model")
     assert first.longest_tokens is None and "a guess by characters" in first.text
     lorafit.validate(first.path)
 
@@ -132,9 +133,51 @@ def test_a_person_is_asked_for_what_is_not_given(base: Path, tmp_path: Path) -> 
 
     def ask(question: str, answers: Sequence[str], usual: str) -> str:
         asked.append(question)
-        return {"What shall the rows teach?": "orpo", "Adapter?": "dora"}.get(question, usual)
+        return {"What": "orpo", "Adapter?": "dora"}.get(question.split()[0], usual)
 
     first = init(rows, output=tmp_path / "recipe.yaml", base_model=str(base), quantization="none", ask=ask)
-    assert asked == ["What shall the rows teach?", "Adapter?"]
+    assert [question.split()[0] for question in asked] == ["What", "Adapter?"]
     assert yaml.safe_load(first.text)["task"] == "orpo" and yaml.safe_load(first.text)["adapter"] == "dora"
     assert json.loads(json.dumps(first.to_json()))["task"] == "orpo"
+
+
+def test_a_column_that_nothing_reads_is_told_and_columns_can_be_named(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "klassen.csv"
+    file.write_text("Text;Klasse\n" + "".join(f"Satz {n};{n % 2}\n" for n in range(6)), encoding="utf-8")
+    said = Listener()
+    init(file, output=tmp_path / "text.yaml", base_model=str(base), reporter=said)
+    assert any("nothing reads Klasse" in warning for warning in said.warnings)
+    columns = {"text": "Text", "label": "Klasse"}
+    for given in (columns, "text=Text, label=Klasse"):
+        output = tmp_path / f"{len(given)}.yaml"
+        reading = init(file, output=output, base_model=str(base), columns=given).reading
+        assert (reading.task, reading.columns) == ("sequence-classification", columns)
+    with pytest.raises(UsageError, match="names no columns"):
+        init(file, output=tmp_path / "no.yaml", columns="text")
+
+
+def test_the_reading_that_takes_most_columns_comes_first(tmp_path: Path) -> None:
+    scored = write_rows(tmp_path / "scores.jsonl", [{"text": f"text {n}", "score": n / 7} for n in range(4)])
+    assert find_readings(scored)[0].task == "sequence-regression"
+    odd = tmp_path / "odd.csv"
+    odd.write_text("Aufgabe,Kontext,L\u00f6sung\nWas?,Laden,Das.\n", encoding="utf-8")
+    with pytest.raises(DataError) as found:
+        find_readings(odd)
+    assert "--columns" in str(found.value.todo) and "text" not in str(found.value.key)
+    mapped = {"question": "Aufgabe", "answer": "L\u00f6sung"}
+    assert find_readings(odd, columns=mapped)[0].format == "question_answer"
+
+
+def test_what_is_written_goes_with_the_adapter_and_the_rows(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(45))
+    whole = init(rows, output=tmp_path / "full.yaml", base_model=str(base), adapter="full")
+    values = yaml.safe_load(whole.text)
+    assert values["model"]["quantization"] == "none" and float(values["training"]["learning_rate"]) == 2e-5
+    assert values["training"]["epochs"] == 10  # 6 steps each: fewer teach nothing
+    text = tmp_path / "book.txt"
+    text.write_text("one\n\ntwo\n\n" * 20, encoding="utf-8")
+    read = yaml.safe_load(init(text, output=tmp_path / "text.yaml", base_model=str(base)).text)
+    assert read["data"]["overlength"] == "split"
+    with pytest.raises(ModelError, match=r"config\.json"):
+        init(rows, output=tmp_path / "no.yaml", base_model=str(tmp_path))
+    assert not (tmp_path / "no.yaml").exists()
