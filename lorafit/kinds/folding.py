@@ -17,6 +17,11 @@ BESIDE_A_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.(?P<tensor>(?!we
 """A tensor of an adapter, as PEFT calls most of them."""
 
 
+def compile_layers(pattern: str) -> re.Pattern[str]:
+    """PEFT's rule for patterns of ranks, alphas and targets: one matches the end of a path, from a dot on."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
 class Fold(ABC):
     """The change of some rows of one matrix, in the orientation of the base's files, computed a few rows at a time."""
 

@@ -214,7 +214,7 @@ def save_adapter(
         "card": {key: value for key, value in card.portable().to_json().items() if key != "base"} if card else None,
     }
     for file, value in ((CONFIG, config), (NOTES, notes)):
-        _write_object(folder / file, value)
+        write_object(folder / file, value)
     if quantization and quantization.get("tensors"):
         (folder / QUANTIZATION).write_text(json.dumps(quantization, allow_nan=False) + "\n", encoding="utf-8")
     if companions is not None:
@@ -229,7 +229,7 @@ def finish_adapter(folder: Path) -> None:
     finished = saved_kind(config, folder / CONFIG).finished(config, load_file(folder / WEIGHTS))
     if finished is not None:
         save_file(finished[1], str(folder / WEIGHTS), metadata={"format": "pt"})
-        _write_object(folder / CONFIG, finished[0])
+        write_object(folder / CONFIG, finished[0])
 
 
 def adapter_config(model: PeftModel, base_name: str, revision: str | None) -> JsonObject:
@@ -325,6 +325,7 @@ def _read_object(file: Path, folder: Path) -> JsonObject:
         raise ModelError(f"{file.name} {error.what}", file=str(folder), todo=todo) from error
 
 
-def _write_object(file: Path, value: JsonMapping) -> None:
+def write_object(file: Path, value: JsonMapping) -> None:
+    """Writes a JSON file of an adapter's folder."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str)
     file.write_text(text + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from lorafit.errors import ModelError, SafetyError
 from lorafit.files.safetensors import TensorEntry
 from lorafit.kinds.adapter_parts import Number, Rank, SavedField
 from lorafit.kinds.adapters import Adapter, AdapterSection
+from lorafit.kinds.folding import compile_layers
 
 _PATTERN_SECONDS = 1.0
 _LONGEST_TEXT_CHARACTERS = 4096
@@ -104,7 +105,7 @@ def _check_known(values: JsonMapping, known: Mapping[str, SavedField], file: Pat
 
 def _check_pattern(pattern: str, paths: list[str], file: Path, key: str) -> None:
     try:
-        compiled = re.compile(rf"(.*\.)?({pattern})$")
+        compiled = compile_layers(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         what = f"'{pattern[:60]}' is no pattern ({error})"
         raise ModelError(what, file=str(file), key=key, todo="restore the file") from error

@@ -10,7 +10,6 @@ nested      the first k ranks as they are, scaled by alpha / k: what DyLoRA trai
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lorafit.files.safetensors import TensorEntry, read_rows
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._low_rank import LowRankFolding
 from lorafit.kinds.folding import AdaptedLayer
-from lorafit.model.adapter import CONFIG, WEIGHTS, AdapterFolder
+from lorafit.model.adapter import CONFIG, WEIGHTS, AdapterFolder, write_object
 
 _FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 
@@ -148,8 +147,7 @@ class Trimming:
             made |= {f"{path}.lora_A.weight": wide.float(), f"{path}.lora_B.weight": tall.float()}
         others = {name: read_rows(entry) for name, entry in self._saved.tensors.items() if name not in made}
         save_file({**others, **made}, str(folder / WEIGHTS), metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_object(folder / CONFIG, config)
         return errors
 
     def _config(self, rank: int) -> JsonObject:

@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorafit.contracts import StepHook
+from lorafit.ops.step_hook import StepHook
 
 _MODULE = "lorafit.module"  # key in an autograd node's metadata
 

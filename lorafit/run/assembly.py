@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lorafit.answering.engine import Engine
 from lorafit.answering.plain_generation import begin_as
 from lorafit.answering.sampling import Sampling
-from lorafit.contracts import Reporter, StepHook
+from lorafit.contracts import Reporter
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, EasyFirst, StepRows
 from lorafit.data.packing import Cutter
 from lorafit.errors import RecipeError
@@ -32,6 +32,7 @@ from lorafit.model.layer_numbers import layer_paths
 from lorafit.ops.dtypes import dtype_named
 from lorafit.ops.embedding_noise import take_noise
 from lorafit.ops.kernel_choice import describe_versions
+from lorafit.ops.step_hook import StepHook
 from lorafit.plan import Plan, ResolvedPlan, count_flops
 from lorafit.plan.recipe_step import takes_varlen
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot

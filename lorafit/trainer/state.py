@@ -22,12 +22,13 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import load, save
 
-from lorafit.contracts import JsonMapping, JsonObject, JsonValue, StepHook
+from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.errors import CheckpointError, LorafitError, NumericsError
 from lorafit.files.atomic import read_object
 from lorafit.ops.live_tensors import LivePeak
 from lorafit.ops.process_memory import is_out_of_memory
 from lorafit.ops.rng import RngState
+from lorafit.ops.step_hook import StepHook
 
 MOST_OVERFLOWS_IN_ROW = 20
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lorafit.contracts import Batch, Examples, StepHook
+from lorafit.contracts import Batch, Examples
 from lorafit.errors import NumericsError, row_place
 from lorafit.kinds.optimizers import set_rates
 from lorafit.ops.process_memory import is_out_of_memory
+from lorafit.ops.step_hook import StepHook
 from lorafit.trainer.executor import Executor, no_check
 
 _NAMED_ROWS = 3

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lorafit.contracts import StepHook
 from lorafit.errors import RecipeError
+from lorafit.ops.step_hook import StepHook
 
 
 class Unfreezing(StepHook):

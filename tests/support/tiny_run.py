@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lorafit.contracts import Example, Silent, StepHook
+from lorafit.contracts import Example, Silent
 from lorafit.data.batch import StepRows
 from lorafit.data.packing import Cutter
 from lorafit.files.rundir import RunDir
@@ -26,6 +26,7 @@ from lorafit.kinds.tasks import tasks
 from lorafit.model.attention import set_attention
 from lorafit.ops.embedding_noise import take_noise
 from lorafit.ops.rng import seed_rng
+from lorafit.ops.step_hook import StepHook
 from lorafit.plan import ResolvedPlan
 from lorafit.trainer.checkpoint import CheckpointStore, Environment, Snapshot
 from lorafit.trainer.executor import Executor

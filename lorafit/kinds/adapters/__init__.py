@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from lorafit.contracts import StepHook
     from lorafit.facts import ModelShape, RunFacts
     from lorafit.kinds.adapter_parts import CopiedModules, SavedField, Site
     from lorafit.kinds.folding import Folding
     from lorafit.kinds.initialisations import Initialisation, InitialisationSection
     from lorafit.kinds.quantizations import Quantization
+    from lorafit.ops.step_hook import StepHook
 
 
 class AdapterSection(KindSection):

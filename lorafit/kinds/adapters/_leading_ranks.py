@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorafit.contracts import StepHook
+from lorafit.ops.step_hook import StepHook
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,6 @@ Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), section 4.1; ra
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
@@ -22,7 +21,7 @@ from lorafit.kinds.adapter_parts import Number, Rank, SavedField, Site
 from lorafit.kinds.adapters import Adapter
 from lorafit.kinds.adapters._layer_ranks import THIRDS, LayerRanks
 from lorafit.kinds.adapters._low_rank_fold import LowRankFold
-from lorafit.kinds.folding import AdaptedLayer, Folding
+from lorafit.kinds.folding import AdaptedLayer, Folding, compile_layers
 from lorafit.kinds.initialisations import Initialisation, InitialisationSection, initialisations
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
 
@@ -195,9 +194,9 @@ class LowRankFolding(Folding):
 
 
 def _matching(patterns: JsonMapping, key: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the path."""
+    """What the first pattern that matches says, as in PEFT."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
+        if compile_layers(pattern).match(key):
             return value
     return default
 

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorafit.contracts import JsonMapping, JsonObject, JsonValue, StepHook
+from lorafit.contracts import JsonMapping, JsonObject, JsonValue
 from lorafit.kinds.adapter_parts import Number, Rank, SavedField, Site
 from lorafit.kinds.adapters import Adapter, adapters
 from lorafit.kinds.adapters._low_rank import LowRankFolding
 from lorafit.kinds.folding import AdaptedLayer
 from lorafit.kinds.linear_targets import LinearsSection, choose_linears
+from lorafit.ops.step_hook import StepHook
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorafit.contracts import StepHook
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._leading_ranks import LeadingRanks
 from lorafit.kinds.adapters._low_rank import LowRank, ProductSection
+from lorafit.ops.step_hook import StepHook
 
 if TYPE_CHECKING:
     from peft import PeftModel

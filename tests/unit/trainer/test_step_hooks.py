@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafit.contracts import StepHook
+from lorafit.ops.step_hook import StepHook
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.step import accumulate_gradients
 from lorafit.trainer.threaded_micro_batches import run_at_once
