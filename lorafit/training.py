@@ -74,6 +74,7 @@ class Training:
     counts_memory: bool = False
     profiles: bool = False
     choice: Choice | None = None
+    shown: Plan | None = None
 
     def run(self, *, resume: bool, resume_from: int | None, given: ResolvedPlan | None, allow_inexact: bool) -> Trained:
         """Finds the checkpoint to go on from, loads, proves, rehearses, trains."""
@@ -89,7 +90,7 @@ class Training:
             self.reporter.info(f"already complete: the run ended at step {checkpoint.state.step}")
             complete = FitResult.of_complete(checkpoint.state)
             return Trained(self.where, self.plan, None, complete, has_held_out_rows=has_held_out)
-        show_plan(self.plan, self.reporter)
+        show_plan(self.plan, self.reporter, self.shown)
         require_fit(self.plan)
         accelerator = build_accelerator(
             use_cpu=job.device.kind == "cpu", tracking=recipe.tracking, folder=self.where.root
@@ -159,7 +160,7 @@ class Training:
         """The same with a kind for each linear, and the plan that follows from them."""
         job = replace(self.job, linears=choice.linears)
         exact = plan(job.recipe, job.shape, job.rows.facts(), job.device, self.plan.step.engine)
-        return replace(self, job=job, plan=exact, choice=choice)
+        return replace(self, job=job, plan=exact, choice=choice, shown=self.plan)
 
     def _prove_loaded(
         self, accelerator: Accelerator, begun: Resumption, kernels: Kernels

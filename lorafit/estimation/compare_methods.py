@@ -54,9 +54,11 @@ def compare_methods(
     found = []
     if not step.model.scanning_layers:
         found += [_row("full", dtype, full_fine_tuning(step, dtype, tokens, checkpointing)) for dtype in ("fp32", half)]
-    adapted = (("LoRA", "none", "fp32"), ("LoRA", "none", half), ("QLoRA", "int8", half), ("QLoRA", "nf4", half))
+    adapted = [("LoRA", "none", "fp32"), ("LoRA", "none", half), ("QLoRA", "int8", half), ("QLoRA", "nf4", half)]
+    own = step.quantization.section.kind
+    adapted += [("QLoRA", own, half)] if own not in [kind for _, kind, _ in adapted] else []
     for name, kind, dtype in adapted:
-        if refusal(step.adapter.section, quantizations.make(kind)) is not None:
+        if kind != own and refusal(step.adapter.section, quantizations.make(kind)) is not None:
             continue
         stored = replace(memory, step=_stored_as(step, kind, dtype)).at(tokens, checkpointing)
         found.append(_row(name, dtype if kind == "none" else kind, stored))

@@ -95,12 +95,12 @@ def coverage(model: PreTrainedModel) -> Coverage:
         kept_aside |= {f"{path}.{name}" for name in getattr(module, "other_param_names", ())}  # PEFT's word for it
         own = [p for p in module.parameters(recurse=False) if p.requires_grad or path not in kept_aside]
         owner = (_owner_of_trained(path, prefix) if id(module) in inside else "prompt") if own else None
+        fresh = [p for p in own if id(p) not in seen]
+        seen |= {id(p) for p in fresh}
         if owner is not None:
-            rows.setdefault(owner, Counter()).update(trainable=sum(p.numel() for p in own if p.requires_grad))
+            rows.setdefault(owner, Counter()).update(trainable=sum(p.numel() for p in fresh if p.requires_grad))
         elif own:
             name = _WRAPPED_END.sub("", path).rsplit(".", 1)[-1]
-            fresh = [p for p in own if id(p) not in seen]
-            seen |= {id(p) for p in fresh}
             codes = module.weight if kind_of_codes(module) is not None else None
             packed = sum(module.in_features * module.out_features for p in fresh if p is codes)
             rows.setdefault(name, Counter()).update(

@@ -26,11 +26,18 @@ def format_count(number: int) -> str:
     return f"{number:,}"
 
 
-def show_plan(plan: Plan, reporter: Reporter) -> None:
-    """Shows the plan to people, and warns of what they should know."""
-    reporter.show(plan_table(plan))
+LARGE_CHECKPOINTS_BYTES = 2**30
+
+
+def show_plan(plan: Plan, reporter: Reporter, shown: Plan | None = None) -> None:
+    """Shows the plan to people, and warns of what they should know; of one that replaces another which was shown, only
+    where that says something else.
+    """
+    if shown is None or set(_plan_rows(plan)) - set(_plan_rows(shown)):
+        reporter.show(plan_table(plan))
     for warning in plan.warnings:
-        reporter.warn(warning)
+        if shown is None or warning not in shown.warnings:
+            reporter.warn(warning)
 
 
 def plan_table(plan: Plan) -> Table:
@@ -96,10 +103,21 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
         beams = f" in each of {plan.answer_beams} beams" if plan.answer_beams > 1 else ""
         most = f"at most {counted(plan.answer_tokens, 'token')}{beams}"
         yield "answers", f"{counted(plan.answered_rows, 'row')} each time, {most}"
-    yield "checkpoints", f"{_every(plan.save_every_steps)}, the last {plan.keep_last} kept"
+    yield "checkpoints", f"{_every(plan.save_every_steps)}, the last {plan.keep_last} kept{_on_disk(plan)}"
     ranks = f" x {plan.device.count} processes" if plan.device.count > 1 else ""
     yield "device", _plain(f"{plan.device.name}, {format_bytes(plan.device.memory_bytes)}{ranks}")
     yield "memory", describe_memory(plan) if plan.fits else f"[red]{describe_memory(plan)}[/]"
+
+
+def _on_disk(plan: Plan) -> str:
+    """What the run puts on the disk, where that is much: weights in fp32 and the optimizer's state, in each."""
+    trained = plan.trainable_parameters
+    each = 4 * trained + plan.step.step.optimizer.state_bytes(trained)
+    most = each * (plan.keep_last + 2)
+    if most < LARGE_CHECKPOINTS_BYTES:
+        return ""
+    parts = f"{format_bytes(each)} of disk each; with the best one and the one being written up to"
+    return f"; {parts} {format_bytes(most)}"
 
 
 def _start(plan: Plan) -> str | None:

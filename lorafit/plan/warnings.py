@@ -7,7 +7,6 @@ from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape
 from lorafit.kinds.adapters import adapters, usual_rate
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.schedules import warmup_steps
-from lorafit.machine.devices import format_bytes
 from lorafit.memory import StepMemory
 from lorafit.plan.recipe_step import asks_to_keep
 from lorafit.recipe.schema import Recipe
@@ -15,7 +14,6 @@ from lorafit.recipe.schema import Recipe
 FEW_STEPS = 50
 LORA_RATES = (1e-5, 5e-3)
 """Learning rates at which LoRA is trained at all, from the largest models to the smallest."""
-LARGE_CHECKPOINT_BYTES = 2**30
 
 
 def plan_warnings(
@@ -79,7 +77,6 @@ def plan_warnings(
     if not shape.quantizable and recipe.model.quantization.kind != "none":
         found.append(f"transformers quantises no linear of {shape.model_type}: all weights are loaded as they are")
     found += _unusual_rate(recipe)
-    found += _large_checkpoints(recipe, memory)
     if memory.step.optimizer.is_paged and device.kind != "cuda":
         found.append(f"{training.optimizer.kind} runs unpaged on a {device.kind}, which changes no update")
     if asks_to_keep(recipe.model.quantization) and not memory.step.keeps_unpacked:
@@ -100,17 +97,6 @@ def _unusual_rate(recipe: Recipe) -> list[str]:
     far, how = ("high", "diverge") if rate > most else ("low", "hardly move")
     usual = f"which usually wants {least:g} to {most:g}"
     return [f"training.learning_rate {rate:g} is {far} for {named}, {usual}: the run may {how}"]
-
-
-def _large_checkpoints(recipe: Recipe, memory: StepMemory) -> list[str]:
-    """What the run puts on the disk, where that is much: weights in fp32 and the optimizer's state, in each."""
-    trained, kept = memory.step.trainable_parameters, recipe.checkpoints.keep_last
-    each = 4 * trained + memory.step.optimizer.state_bytes(trained)
-    if each < LARGE_CHECKPOINT_BYTES:
-        return []
-    most = kept + 2  # the best one, and the one that is being written
-    held = f"keep_last {kept}, the best one and the one that is being written are up to {format_bytes(most * each)}"
-    return [f"each checkpoint takes {format_bytes(each)} of disk: {held}; the adapter is {format_bytes(4 * trained)}"]
 
 
 def _unreached(shape: ModelShape) -> list[str]:

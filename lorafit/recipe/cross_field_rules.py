@@ -103,6 +103,12 @@ def _of_evaluation(recipe: Recipe) -> Iterator[Disagreement]:
     if plateau is not None and evaluation.every_steps is None:
         keys, todo = ("evaluation.on_plateau", "evaluation.every_steps"), "add it, e.g. every_steps: 50"
         yield Disagreement(keys, "needs evaluation.every_steps, which is not set", todo, is_missing=True)
+    if plateau is not None and plateau.go_back:
+        acts = adapters.bind(recipe.adapter).acts_between_steps
+        others = (["adapter.kind"] if acts else []) + (["training.unfreezing"] if recipe.training.unfreezing else [])
+        for other in others:
+            what = f"weights would go back to an earlier step, and what {other} does between steps would not"
+            yield Disagreement(("evaluation.on_plateau.go_back", other), what, "leave it out")
     if plateau is not None and stopping is not None and stopping.patience <= plateau.patience:
         keys = ("evaluation.on_plateau.patience", "evaluation.early_stopping.patience")
         what = f"early_stopping.patience {stopping.patience} ends the run before the learning rate falls"

@@ -310,6 +310,6 @@ def _said_by_validator(path: KeyPath, node: Node | None, text: str, tree: Entry)
     """A validator's own words, at the key of its section that they begin with."""
     word = _FIRST_WORD.match(text)
     if word is not None and word[0] in fields_of(node, find(tree, path)):
-        path = (*path, word[0])
+        path, text = (*path, word[0]), text.removeprefix(f"{word[0]}: ")
     what, _, todo = text.partition("; ")
     return finding(tree, path, what, todo or None)

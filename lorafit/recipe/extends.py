@@ -9,12 +9,14 @@ Every value keeps the place that it was written at.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorafit.console.nearest import did_you_mean
 from lorafit.errors import LorafitError, RecipeError, UsageError, raise_all
+from lorafit.files.rundir import RunDir
 from lorafit.files.strict_json import JsonError, read_regular_file
 from lorafit.machine.shipped import shipped
 from lorafit.recipe.cross_field_rules import DATA_SUFFIXES
@@ -111,6 +113,10 @@ def _read_file(path: Path, named: str) -> tuple[Entry, list[LorafitError]]:
         told = error.what if isinstance(error, JsonError) else error.strerror or type(error).__name__
         reason = "is a directory" if isinstance(error, JsonError) and path.is_dir() else told.lower()
         named = named if len(named) <= _SHOWN_PATH_CHARACTERS else f"{named[: _SHOWN_PATH_CHARACTERS - 1]}…"
+        if reason == "is a directory" and (run := RunDir(path)).manifest.is_file() and run.recipe.is_file():
+            its = shlex.quote(str(Path(named) / run.recipe.name))
+            todo = f"to go on with it: lorafit train {its} --resume"
+            raise UsageError("is a run folder, not a recipe", file=named, todo=todo) from None
         raise UsageError(reason, file=named, todo="name a recipe, a YAML file") from None
     try:
         tree, errors = read_tree(decode(raw, named), Place(named, 1, 1))

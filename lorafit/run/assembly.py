@@ -16,7 +16,6 @@ from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Reporter
 from lorafit.data.batch import MICRO_BATCH_COST_TOKENS, EasyFirst, StepRows
 from lorafit.data.packing import Cutter
-from lorafit.errors import RecipeError
 from lorafit.evaluation.during import Questions, ask_during, evaluate_during
 from lorafit.facts import RunFacts
 from lorafit.job import Job
@@ -187,9 +186,6 @@ class Assembly:
             questions=self._questions(),
         )
         stopping, plateau = evaluation.early_stopping, evaluation.on_plateau
-        if plateau is not None and plateau.go_back and self.hooks:
-            what = "weights would go back to an earlier step, and what the recipe does between steps would not"
-            raise RecipeError(what, key="evaluation.on_plateau.go_back", todo="leave it out")
         patience, min_delta = (stopping.patience, stopping.min_delta) if stopping is not None else (None, 0.0)
         follows = OnPlateau(**plateau.model_dump()) if plateau is not None else None
         return HeldOut(evaluate, self.plan.select_metric, patience, min_delta, follows)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lorafit.console.wording import counted
 from lorafit.contracts import Reporter
 from lorafit.kinds.metrics import metrics
 from lorafit.trainer.state import Plateau, TrainState
@@ -102,17 +103,22 @@ class HeldOut:
         is_best = state.judge(value, name, lower_is_better=lower_is_better, min_delta=self.min_delta)
         if self.patience is not None and state.evaluations_without_improvement >= self.patience:
             state.stopped_early = True
-            reporter.info(f"stopped early at step {state.step}: {self.patience} evaluations without a better {name}")
+            reporter.info(f"stopped early at step {state.step}: {_without(self.patience, name, self.min_delta)}")
         is_complete, plateau = state.is_complete(cadence.total_steps), self.on_plateau
         if is_complete:
             _warn_of_no_change(state, value, cadence.evaluate_every_steps, reporter)
         sign = -1.0 if lower_is_better else 1.0
         if plateau is None or is_complete or not plateau.follow(state, value, sign):
             return Verdict(is_best)
-        says = f"step {state.step}: {plateau.patience} evaluations without a better {name}"
+        says = f"step {state.step}: {_without(plateau.patience, name, plateau.min_delta)}"
         reporter.info(f"{says}: the learning rate falls to {state.plateau.factor:g} of its schedule's")
         state.events.append({"kind": "plateau", "step": state.step, "factor": f"{state.plateau.factor:g}"})
         return Verdict(is_best, rate_falls=True, goes_back=plateau.go_back and not is_best)
+
+
+def _without(evaluations: int, name: str, min_delta: float) -> str:
+    better = f"{name} better by more than {min_delta:g}" if min_delta else f"better {name}"
+    return f"{counted(evaluations, 'evaluation')} without a {better}"
 
 
 def _warn_of_no_change(state: TrainState, value: float, first: int | None, reporter: Reporter) -> None:

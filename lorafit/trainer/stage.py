@@ -9,6 +9,7 @@ candidate ─> packed documents kept apart? ─> logits of eager attention? ─>
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -34,6 +35,7 @@ from lorafit.trainer.threaded_micro_batches import may_run_in_threads
 
 _Rows = list[list[Example]]
 _PROBE_TOKENS = 128  # of the row, at most where there is one so short
+_NORM_NUMBERS = 2**20  # in fp64 at once
 _FIRST_BUDGET_TOKENS = {"cpu": 640, "gpu": 2560}  # below, what every micro-batch costs outweighs its products
 _MOST_CORE_TOKENS = 640  # on a CPU: beyond, products gain little and the other operations leave the caches
 
@@ -238,8 +240,14 @@ def _disagreement(stage: Stage, name: str, eager_logits: torch.Tensor) -> str:
         return ""
     # `fused` differs in training mode only; dropout would be drawn otherwise for other shapes
     training = name == FUSED_ATTENTION
-    expected, found = (_gradients(stage, *way, training=training) for way in (("sdpa", alone), (name, together)))
-    distance = float((found - expected).norm() / expected.norm())
+    try:
+        _add_gradients(stage, "sdpa", alone, 1.0, training=training)
+        expected = _norm_of_gradients(stage)
+        _add_gradients(stage, name, together, -1.0, training=training)
+        distance = _norm_of_gradients(stage) / expected if expected else math.nan
+    finally:
+        for parameter in stage.objective.parameters():
+            parameter.grad = None
     return "" if distance <= rounding else f"its gradients are {distance:.2g} from sdpa's"
 
 
@@ -251,17 +259,21 @@ def _logits(stage: Stage, name: str, rows: _Rows) -> torch.Tensor:
     return stage.objective.logits(_collate(stage, rows))
 
 
-def _gradients(stage: Stage, name: str, rows: _Rows, *, training: bool) -> torch.Tensor:
-    """Of a micro-batch's loss, all behind each other, fp64; dropout is drawn alike each time."""
+def _add_gradients(stage: Stage, name: str, rows: _Rows, sign: float, *, training: bool) -> None:
+    """Of a micro-batch's loss, to those that are there: where all is trained, a second set would be as large as the
+    model. Dropout is drawn alike each time.
+    """
     set_attention(stage.objective.base, name)
     stage.objective.train(training)
     with preserved_rng():
-        stage.objective(_collate(stage, rows)).loss_sum.backward()
-    trained = [parameter for parameter in stage.objective.parameters() if parameter.grad is not None]
-    gradients = torch.cat([parameter.grad.flatten().double() for parameter in trained])  # type: ignore[union-attr]
-    for parameter in trained:
-        parameter.grad = None
-    return gradients
+        (sign * stage.objective(_collate(stage, rows)).loss_sum).backward()
+
+
+def _norm_of_gradients(stage: Stage) -> float:
+    """Of all that are there, summed in fp64, few numbers at once."""
+    found = (parameter.grad for parameter in stage.objective.parameters() if parameter.grad is not None)
+    parts = (part.double() for gradient in found for part in torch.split(gradient.flatten(), _NORM_NUMBERS))
+    return math.sqrt(sum(float(part.square().sum()) for part in parts))
 
 
 def _probe(stage: Stage) -> Example:

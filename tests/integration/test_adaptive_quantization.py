@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorafit.errors import DoesNotFitError, NumericsError, RecipeError, Resource
 from lorafit.facts import LinearShape
 from lorafit.files.atomic import read_object
 from lorafit.files.rundir import RunDir
+from lorafit.plan import show_plan
 from lorafit.run import calibration
 from lorafit.run.card import read_card
 from tests.support.option_world import OptionWorld, adapter_tensors, scores_of, step_lines
@@ -48,6 +50,24 @@ def test_the_table_says_what_is_stored_and_stays_within_the_budget(world: Option
     assert {path: kind for path, kind in chosen.items() if kind != "none"} == kinds_of(run)
     assert read_object(run.plan)["linears"] == read_card(run.card).to_json()["quantization"]["linears"] == chosen
     assert len(set(chosen.values())) > 1 and len(chosen) == 14
+
+
+class Shown(Silent):
+    """Counts the plans that it shows."""
+
+    plans = 0
+
+    def show(self, renderable: Any) -> None:
+        """Counts it."""
+        self.plans += str(renderable.title).startswith("plan: ")
+
+
+def test_the_plan_is_shown_again_only_where_it_says_something_else(world: OptionWorld) -> None:
+    first, reporter = world.plan(ADAPTIVE), Shown()
+    show_plan(replace(first), reporter, first)
+    assert (reporter.plans, reporter.warnings) == (0, [])
+    show_plan(replace(first, total_steps=first.total_steps + 1, warnings=("another",)), reporter, first)
+    assert (reporter.plans, reporter.warnings) == (1, ["another"])
 
 
 def test_the_same_run_twice_has_the_same_table(world: OptionWorld) -> None:

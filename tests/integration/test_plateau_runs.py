@@ -1,16 +1,14 @@
-"""What a recipe's `on_plateau` leads to in a run, and what it makes of a resume and of what acts between steps."""
+"""What a recipe's `on_plateau` leads to in a run, and what it makes of a resume."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lorafit import pipeline
-from lorafit.errors import CheckpointError, RecipeError
-from lorafit.kinds.adapters import adapters
+from lorafit.errors import CheckpointError
 from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import make_recipe
 from tests.support.world import stop_after
@@ -18,9 +16,9 @@ from tests.support.world import stop_after
 FALLING = {"patience": 1, "min_delta": 9.0, "at_most": 1, "factor": 0.5}
 
 
-def recipe(folder: Path, **plateau: Any) -> Path:
+def recipe(folder: Path) -> Path:
     make_base(folder / "base")
-    evaluation = {"every_steps": 1, "on_plateau": {**FALLING, **plateau}}
+    evaluation = {"every_steps": 1, "on_plateau": FALLING}
     return make_recipe(folder, evaluation=evaluation, checkpoints={"keep_last": 9})
 
 
@@ -37,13 +35,3 @@ def test_a_resume_evaluates_as_the_run_did(tmp_path: Path) -> None:
     assert [line.get("loss", line.get("evaluation")) for line in again] == [
         line.get("loss", line.get("evaluation")) for line in lines
     ]
-
-
-def test_nothing_goes_back_past_what_acts_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hook:
-        state_bytes = 0
-
-    monkeypatch.setattr(adapters.get("lora"), "step_hook", lambda self, model, run: Hook())
-    with pytest.raises(RecipeError, match="would not") as refused:
-        pipeline.train(recipe(tmp_path, go_back=True))
-    assert refused.value.key == "evaluation.on_plateau.go_back"

@@ -188,9 +188,6 @@ def spelled_from(path: Path, name: str) -> str | None:
 def _folder_error(path: Path, name: str) -> DataError | SafetyError:
     below = sorted(islice((p.relative_to(path).as_posix() for p in path.rglob("*")), _ENTRIES_LIMIT))
     scripts = [entry for entry in below if entry.endswith(".py")]
-    if scripts:
-        what = f"ships a loading script, {scripts[0]}, which was not executed"
-        return SafetyError(what, file=name, todo="name its data files themselves")
     inside = [entry for entry in below if suffix_of(entry) in SUFFIXES]
     todo = f"name a file: {', '.join(SUFFIXES)}"
     if inside:
@@ -199,7 +196,10 @@ def _folder_error(path: Path, name: str) -> DataError | SafetyError:
         alike = [entry for entry in inside if entry.endswith(most)]
         deep = "**/" if any("/" in entry for entry in alike) else ""
         todo = f"name the files, {', '.join(alike[:3])}, or a pattern, {name.rstrip('/')}/{deep}*{most}"
-    return DataError("is a folder", file=name, todo=todo)
+    if scripts and (not inside or f"{absolute(path).name}.py" in scripts):  # as data sets call theirs
+        return SafetyError(f"ships a loading script, {scripts[0]}, which was not executed", file=name, todo=todo)
+    beside = f", and its script {scripts[0]} was not executed" if scripts else ""
+    return DataError(f"is a folder{beside}", file=name, todo=todo)
 
 
 def _check_head(head: bytes, suffix: str, name: str, *, is_packed: bool) -> None:

@@ -154,6 +154,11 @@ class Adapter(Kind[S_co]):
         """What the method does between the steps of a run on its fresh adapter; None for most."""
         return None
 
+    @property
+    def acts_between_steps(self) -> bool:
+        """Whether it has a `step_hook`."""
+        return type(self).step_hook is not Adapter.step_hook
+
     @classmethod
     def live_tensors(cls, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         """What is saved of an adapter by the names it has on disk, all in place but for what `take_tensors` knows."""

@@ -53,7 +53,7 @@ class AdaptiveSection(QuantizationSection):
     bits: float = Field(default=5.0, le=_MOST_BITS)
     """Mean bits a weight of the linears, constants included: at most so many."""
     calibration_rows: int = Field(default=64, ge=1)
-    """Training rows, from all over the set, whose loss is asked, once, before the base is quantised."""
+    """Training rows, evenly spaced over the prepared set, whose loss is asked, once, before the base is quantised."""
     double_quant: bool = True
     """Quantise the constants of 4-bit linears too."""
     linears: dict[str, SingleKind] = Field(default={})
@@ -68,7 +68,8 @@ class AdaptiveSection(QuantizationSection):
     def _holds_four_bits(self) -> AdaptiveSection:
         if self.bits < (least := self.least_bits):
             raise ValueError(
-                f"bits: {self.bits:g} is less than NF4 alone takes; {least:.3f} to {_MOST_BITS:g} are possible"
+                f"bits: {self.bits:g} is less than NF4 alone takes: about {least:.3f}, by the widths of the model's "
+                f"linears; at most {_MOST_BITS:g}"
             )
         return self
 

@@ -298,6 +298,9 @@ def test_methods_are_computed_for_the_model() -> None:
     assert all(method.fits is None for method in guess().methods)
     old = estimate_recipe(recipe(), shape_of(), options=Options(gpu=replace(card(24), bf16=False)))
     assert [method.precision for method in old.methods] == ["fp32", "fp16", "fp32", "fp16", "int8", "nf4"]
+    own = guess(model={"quantization": {"kind": "adaptive", "bits": 5.0}})
+    assert own.methods[-1].precision == own.quantization == "adaptive"  # the row that stands out
+    assert own.methods[-1].needed_bytes == own.memory.needed_bytes
     lora = guess(model={"quantization": "none", "dtype": "bf16"})
     assert {m.precision: m.needed_bytes for m in lora.methods if m.name == "LoRA"}["bf16"] == lora.memory.needed_bytes
 

@@ -30,6 +30,7 @@ from lorafit.model.language_modules import holder_shapes
 from lorafit.model.merge import merge_adapter
 from lorafit.ops.isolation import adapter_off
 from lorafit.plan import plan
+from lorafit.plan.render import _plan_rows
 from tests.support.adapted import load, logits, make_gpt2, make_llama, open_base
 from tests.support.plan_cases import ROWS, card, recipe, shape_of
 
@@ -77,7 +78,9 @@ def test_it_begins_as_the_base_and_moves_what_the_plan_counts(
     sites = adapters.make(kind).sites(find_shape(base.config))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     check_plan(model, sites, sum(site.parameters for site in sites))
-    assert coverage(model).total_parameters == total
+    found = coverage(model)
+    assert found.total_parameters == total
+    assert found.trainable_parameters == sum(parameter.numel() for parameter in trained)  # a tied head's once
     assert all(parameter.dtype == torch.float32 for parameter in trained)
     assert torch.equal(logits(model), before)
     wanted = {
@@ -251,12 +254,13 @@ def test_the_plan_says_what_large_checkpoints_take_on_the_disk() -> None:
     asked = recipe(adapter={"kind": "full"}, model={"quantization": "none"}, checkpoints={"keep_last": 3})
     each = 12 * sum(site.parameters for site in adapters.make("full").sites(shape_of()))
     assert each == 12 * 8_030_261_248
-    said = [text for text in plan(asked, shape_of(), ROWS, card(640)).warnings if "of disk" in text]
-    held = f"keep_last 3, the best one and the one that is being written are up to {format_bytes(5 * each)}"
-    assert said == [
-        f"each checkpoint takes {format_bytes(each)} of disk: {held}; the adapter is {format_bytes(each // 3)}"
-    ]
-    assert not [text for text in plan(recipe(), shape_of(), ROWS, card(640)).warnings if "of disk" in text]
+    row = dict(_plan_rows(plan(asked, shape_of(), ROWS, card(640))))["checkpoints"]
+    held = "with the best one and the one being written up to"
+    assert row.endswith(f"; {format_bytes(each)} of disk each; {held} {format_bytes(5 * each)}")
+    kept = recipe(checkpoints={"keep_last": 3})  # of a smaller adapter, none of 1 GiB, and all together more
+    assert "480 MiB of disk each; " in dict(_plan_rows(plan(kept, shape_of(), ROWS, card(640))))["checkpoints"]
+    small = recipe(adapter={"kind": "lora", "r": 1})
+    assert "disk" not in dict(_plan_rows(plan(small, shape_of(), ROWS, card(640))))["checkpoints"]
 
 
 def test_whole_modules_of_another_tool_are_not_merged() -> None:

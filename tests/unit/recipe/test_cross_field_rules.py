@@ -122,6 +122,22 @@ def test_a_plateau_needs_evaluations_and_comes_before_the_end(fails: Fails) -> N
     assert "early_stopping.patience 2 ends the run before the learning rate falls" in str(fails(held_out + stops))
 
 
+@pytest.mark.parametrize(
+    "acts",
+    [
+        *(f"adapter: {{kind: {kind}}}" for kind in ("adalora", "dylora", "growing_lora")),
+        "training: {unfreezing: {top: 1, steps: [2]}}",
+    ],
+)
+def test_weights_do_not_go_back_past_what_acts_between_steps(fails: Fails, loads: Loads, acts: str) -> None:
+    held_out = MINIMAL.replace("a.jsonl", "a.jsonl, validation: v.jsonl")
+    falls = "evaluation: {every_steps: 5, on_plateau: {patience: 2, go_back: true}}\n"
+    said = str(fails(f"{held_out}{falls}{acts}\n"))
+    assert "evaluation.on_plateau.go_back: weights would go back to an earlier step, and what" in said
+    assert acts.split(":")[0] in said
+    assert loads(f"{held_out}{falls.replace('true', 'false')}{acts}\n") and loads(held_out + falls)
+
+
 def classifies(evaluation: str) -> str:
     """A classifier's recipe that stops early."""
     return MINIMAL.replace("a.jsonl", "a.jsonl, validation: v.jsonl") + (

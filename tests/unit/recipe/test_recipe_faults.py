@@ -321,6 +321,24 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         load_recipe(tmp_path)
 
 
+def test_a_validators_words_stand_behind_their_key_once(fails: Fails) -> None:
+    """In the recipe's own order: the key, and what is wrong there."""
+    model = MINIMAL.replace("{base: b}", "{base: b, quantization: {kind: adaptive, bits: 3}}")
+    assert ": model.quantization.bits: 3 is less than NF4 alone takes: about 4.127" in str(fails(model))
+    peft = "adapter: {kind: peft, method: loha, options: {no_such: 1}}\n"
+    assert str(fails(MINIMAL + peft)).count("options") == 1
+
+
+def test_a_run_folder_is_answered_with_what_goes_on_with_it(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    for name in ("manifest.json", "recipe.yaml"):
+        (run / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match="is a run folder, not a recipe") as caught:
+        load_recipe(run)
+    assert f"lorafit train '{run}/recipe.yaml' --resume" in str(caught.value)
+
+
 def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="file name too long"):
         load_recipe(tmp_path / ("n" * 300 + ".yaml"))

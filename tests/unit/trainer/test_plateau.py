@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from lorafit.contracts import Silent
 from lorafit.errors import StoppedBySignal
 from lorafit.kinds.schedules import learning_rate_at, schedules
-from lorafit.trainer.held_out import HeldOut, OnPlateau
+from lorafit.trainer.held_out import Cadence, HeldOut, OnPlateau
 from lorafit.trainer.state import Plateau, TrainState
 from tests.support.tiny_run import Job, Rows, TinyPlan
 from tests.unit.trainer.test_loop_resume import stop_at, without_times
@@ -48,6 +49,24 @@ def test_it_falls_no_more_than_so_often() -> None:
     rule, state = OnPlateau(patience=1, at_most=3), TrainState()
     fell = [rule.follow(state, 1.0, -1.0) for _ in range(20)]
     assert (sum(fell), state.plateau) == (3, Plateau(0.125, 1.0, 16, 3))
+
+
+@pytest.mark.parametrize(
+    ("patience", "min_delta", "says"),
+    [
+        (1, 0.5, "1 evaluation without a loss better by more than 0.5: "),
+        (2, 0.0, "2 evaluations without a better loss: "),
+    ],
+)
+def test_it_says_how_much_better_would_have_been_enough(patience: int, min_delta: float, says: str) -> None:
+    said: list[str] = []
+    reporter = Silent()
+    reporter.info = said.append  # type: ignore[method-assign]
+    judge = HeldOut(dict, "loss", on_plateau=OnPlateau(patience, min_delta)).judge
+    state, cadence = TrainState(), Cadence(9, 1, 1)
+    for _ in range(patience + 1):
+        judge(state, {"loss": 2.0}, cadence, reporter)
+    assert len(said) == 1 and says in said[0]
 
 
 def falling(job: Callable[..., Job], name: str, *, go_back: bool = True) -> Job:

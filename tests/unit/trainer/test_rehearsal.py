@@ -20,14 +20,16 @@ from lorafit.contracts import Silent
 from lorafit.errors import NumericsError, ResourceError
 from lorafit.files.cache import keep
 from lorafit.job import open_job
+from lorafit.model.attention import FUSED_ATTENTION
 from lorafit.ops import causal_attention
+from lorafit.ops.live_tensors import LiveTensors
 from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.ops.rng import capture_rng
 from lorafit.plan import ResolvedPlan, Way
 from lorafit.recipe.load import load_recipe
 from lorafit.trainer.executor import Executor
 from lorafit.trainer.rehearsal import fill_rows, heaviest_shapes, rehearse, resolve_plan, run_heaviest
-from lorafit.trainer.stage import Stage
+from lorafit.trainer.stage import Stage, _disagreement, _logits, _probe
 from lorafit.trainer.state import TrainState
 from lorafit.trainer.threaded_micro_batches import InThreads
 from tests.support.pictures import draw_rows
@@ -138,6 +140,27 @@ def test_an_attention_whose_proof_runs_out_of_memory_is_left_out(
     monkeypatch.setattr(rehearsal, "clear", lambda: (cleared.append([kept() is None for kept in held]), clear()))
     assert tried(resolve(rehearsal, open_plan()))[0][0] == "eager"
     assert not errors and cleared[:2] == [[True], [True, True]]
+
+
+def test_comparing_gradients_takes_one_set_of_them(job: Callable[..., Job]) -> None:
+    """Where all is trained, each further set is as large as the model."""
+    rehearsal = stage(job())
+    for parameter in (parameters := list(rehearsal.objective.parameters())):
+        parameter.requires_grad_(True)
+    objective, one_set = rehearsal.objective, 4 * sum(parameter.numel() for parameter in parameters)
+    objective.train()
+    rehearsal.set_attention("sdpa")
+    with LiveTensors() as step:
+        for _ in range(2):  # as two micro-batches of a step
+            objective(objective.batch_of(_probe(rehearsal), PAD)).loss_sum.backward()
+    for parameter in parameters:
+        parameter.grad = None
+    expected = _logits(rehearsal, "eager", [[_probe(rehearsal)]])
+    with LiveTensors() as live:
+        assert not _disagreement(rehearsal, FUSED_ATTENTION, expected)
+    assert one_set < step.peak_bytes
+    assert live.peak_bytes < step.peak_bytes + 0.5 * one_set
+    assert all(parameter.grad is None for parameter in parameters)
 
 
 @pytest.mark.parametrize(("total_steps", "ways"), [(1, 1), (39, 1), (40, 2), (60, 3), (1000, 6)])

@@ -162,6 +162,15 @@ def test_a_loading_script_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "PWNED").exists()
 
 
+def test_a_script_beside_the_rows_of_a_folder_is_told_with_their_names(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "gen.py").write_text("raise SystemExit\n", encoding="utf-8")
+    (tmp_path / "rows" / "a.jsonl").write_text(GOOD, encoding="utf-8")
+    error = failure(tmp_path, "rows")
+    assert error.exit_code == 4 and "is a folder, and its script gen.py was not executed" in str(error)
+    assert "name the files, a.jsonl, or a pattern, rows/*.jsonl" in str(error)
+
+
 def test_a_folder_names_the_files_in_it(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "train.jsonl").write_text(GOOD, encoding="utf-8")
