@@ -128,7 +128,8 @@ def page_with_tables(page: str) -> str:
 
 def _pages(path: KeyPath, node: Node) -> Iterator[str]:
     """The heading and table of a section or kind, and those of the sections in it."""
-    sources = [section for form in forms(node) for section in sections_in(form)]
+    lists = [section for form in forms(node) for section in sections_in(form)]
+    sources = [section for section in lists if "path" in section["properties"]]
     if kinds_of(node):
         yield _choice_page(path, node)
         fields = [item for section in kinds_of(node).values() for item in section["properties"].items()]
@@ -137,6 +138,7 @@ def _pages(path: KeyPath, node: Node) -> Iterator[str]:
         yield _section_page(path, sources[0], " (each source)")
     else:
         note = f" (or sources, as in {key_text(('data', 'train'))}, without repeats)" if sources else ""
+        yield from (_section_page(path, section, " (each of them)") for section in lists if section not in sources)
         for section in forms(node):
             if "properties" in section and section not in sources:
                 yield _section_page(path, section, note)

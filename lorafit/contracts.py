@@ -20,7 +20,6 @@ JsonMapping = Mapping[str, Any]
 Message = JsonObject
 """One chat message in OpenAI's form: role, content, tool_calls, tool_call_id, name, reasoning_content, weight."""
 
-
 Kept = Literal["head", "tail", "both"]
 """Of a text that is too long: its beginning, its end, or a quarter of its room for the beginning and the rest for the
 end."""
@@ -45,6 +44,7 @@ class Sample:
         is_apart: Whether prompt and completion are two texts, one for an encoder and one for a decoder.
         mismatched: The same prompt with an answer to another one, where the task reads such (`Task.arrange`).
         pictures: Its images, in the order of the parts of `messages` that stand for them.
+        copy: Which changed copy of its row it is, from 1; 0: the row as it is.
     """
 
     file: str
@@ -63,6 +63,7 @@ class Sample:
     is_apart: bool = False
     mismatched: Sample | None = None
     pictures: tuple[Picture, ...] = ()
+    copy: int = 0
 
     @property
     def is_labelled(self) -> bool:

@@ -77,6 +77,7 @@ class Encoder:
     def encode_chunk(self, samples: Sequence[PlacedSample]) -> EncodedChunk:
         """Encodes samples one by one; what is wrong with one is noted and the others go on."""
         rows: list[tuple[int, int, TaskRow]] = []
+        copies: list[int] = []
         result = EncodedChunk({}, samples=len(samples))
         self.renderer.seen.clear()
         endless = [self.renderer.is_surely_longer(sample) for _, _, sample in samples]
@@ -97,7 +98,8 @@ class Encoder:
             if encoded:
                 result.examples.append((source, len(encoded)))
                 rows += [(source, line, self._bound(row)) for row in encoded]
-        result.chunk = pack_chunk(rows, self.task.columns, self.task.row_tokens)
+                copies += [sample.copy] * len(encoded)
+        result.chunk = pack_chunk(rows, self.task.columns, self.task.row_tokens, copies)
         result.seen = Counter(self.renderer.seen)
         return result
 

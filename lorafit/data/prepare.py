@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lorafit.contracts import GenerationRow, Reporter, Sample
+from lorafit.data.augment import Augmenter
 from lorafit.data.batch import rows_per_epoch, shuffle
 from lorafit.data.cache import PreparedCache, code_version
 from lorafit.data.encode_rows import Encoder, encode_all
@@ -176,6 +177,7 @@ def prepare(
     first = (sample for samples in sources.values() for sample in samples.first_samples())
     if data.system_prompt is not None and any(renderer.is_chat(sample) for sample in first):
         renderer.chats.check_system_prompt()
+    augmenter = _augmenter(data, seed, sources)
     if "train" in sources:
         task = task.settle(sample for *_, sample in sources["train"].rows() if isinstance(sample, Sample))
     cache = PreparedCache(cache_dir)
@@ -185,7 +187,7 @@ def prepare(
     said: dict[str, str] = {}
     partial: dict[str, int] = {}
     for split, samples in list(sources.items()):
-        preparation = _Preparation(split, samples, encoder, cache, reporter)
+        preparation = _Preparation(split, samples, encoder, cache, reporter, augmenter if split == "train" else None)
         if glance is not None and (few := preparation.first(glance)) is not None:
             with contextlib.suppress(DataError, Problems):  # said of all rows, not of a few
                 sets[split], ledgers[split], said[split] = few.run()
@@ -210,18 +212,36 @@ def prepare(
     )
 
 
+def _augmenter(data: DataSection, seed: int, sources: Mapping[str, SampleSet]) -> Augmenter | None:
+    """What makes copies of the training rows, checked against their formats; None where none are asked for."""
+    if data.augment is None or "train" not in sources:
+        return None
+    augmenter = Augmenter(data.augment, seed)
+    augmenter.check({source.format for source in sources["train"].sources})
+    return augmenter
+
+
 def hold_out(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
     """Splits rows into those that stay and `fraction` of them, at least one, drawn by the seed.
+
+    Changed copies are never held out, and those of rows that are do not stay.
 
     Raises:
         DataError: There are too few rows to leave one on each side.
     """
-    if len(examples) < 2:
+    originals = np.flatnonzero(examples.copies == 0)
+    if len(originals) < 2:
         todo = "give data.validation sources of its own"
-        raise DataError(f"{len(examples)} row is too few to hold out a fraction", file=examples.files[0], todo=todo)
-    order = shuffle(len(examples), seed, _FRACTION_KEY)
-    count = min(len(examples) - 1, max(1, round(fraction * len(examples))))
-    return examples.select(order[count:]), examples.select(order[:count])
+        raise DataError(f"{len(originals)} row is too few to hold out a fraction", file=examples.files[0], todo=todo)
+    order = originals[shuffle(len(originals), seed, _FRACTION_KEY)]
+    count = min(len(originals) - 1, max(1, round(fraction * len(originals))))
+    held_out, kept = order[:count], order[count:]
+    if len(originals) < len(examples):
+        copies = np.flatnonzero(examples.copies > 0)
+        places = list(zip(np.asarray(examples.source_of).tolist(), examples.lines.tolist(), strict=True))
+        taken = {places[row] for row in held_out}
+        kept = np.concatenate([kept, [row for row in copies if places[row] not in taken]]).astype(np.int64)
+    return examples.select(kept), examples.select(held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +253,7 @@ class _Preparation:
     encoder: Encoder
     cache: PreparedCache
     reporter: Reporter
+    augmenter: Augmenter | None = None
     is_partial: bool = False
 
     def first(self, rows: int) -> _Preparation | None:
@@ -305,15 +326,19 @@ class _Preparation:
         parts |= {option: json.dumps(value) for option, value in options.items()}
         if self.encoder.renderer.written_date is not None:
             parts["date in the chat template"] = self.encoder.renderer.written_date
+        if self.augmenter is not None:
+            parts["data.augment"] = json.dumps([self.augmenter.section.model_dump(mode="json"), self.augmenter.seed])
         task = self.encoder.task.section.model_dump_json()
         return {**parts, "task": task, "code": code_version()}
 
     def _build(self, target: Path) -> None:
-        guess = self.samples.guess_rows()
+        each = 1 if self.augmenter is None else 1 + self.augmenter.section.copies
+        guess = each * self.samples.guess_rows()
         ledger = self.samples.new_ledger()
-        samples = self.encoder.task.arrange(self.samples.usable(ledger))
+        samples = self.encoder.task.arrange(self.samples.usable(ledger, self.augmenter))
         with self.cache.build(target) as folder:
-            total, what = self.samples.count_for_bar(), f"preparing {self.split} rows"
+            count, what = self.samples.count_for_bar(), f"preparing {self.split} rows"
+            total = None if count is None else each * count
             with StoreWriter(folder, self.encoder.task.columns) as writer, self.reporter.track(total, what) as bar:
                 began, done = time.monotonic(), 0
                 with contextlib.closing(encode_all(self.encoder, samples, guess)) as chunks:

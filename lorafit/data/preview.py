@@ -12,7 +12,7 @@ With colours trained text is green and the rest dim; without, it stands between 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ class PreviewRow:
         input_ids: Its tokens, `[tokens]`.
         labels: The same, or -100 where nothing is learnt, `[tokens]`; not shifted.
         segments: The text of stretches of tokens that are all trained, or all not, parted where the row is cut.
-        name: What tells it from the row's other sequences; empty where there is one.
+        name: What tells it from the row's other sequences and changed copies; empty where there is one.
         label: What is learnt of it as a whole; empty where tokens are.
         cuts: Numbers of tokens that stand before something that was left out.
         pictures: Its images; each is a segment of its own, which says what it is.
@@ -142,7 +142,9 @@ def preview(
             continue
         room = len(examples) if rows is None else rows - len(found)
         for example in (examples[number] for number in _first_of_each(examples, room)):
-            found += [_show_sequence(renderer, split, example, sequence) for sequence in prepared.task.show(example)]
+            copy = f"copy {examples.copies[example.index]}" if examples.copies[example.index] else ""
+            shown = (_show_sequence(renderer, split, example, sequence) for sequence in prepared.task.show(example))
+            found += [replace(row, name=", ".join(filter(None, [copy, row.name]))) for row in shown]
     return Preview(found, prepared, curriculum)
 
 
@@ -219,14 +221,14 @@ def _source_table(console: Console, prepared: Prepared) -> Table:
     for split, part in prepared.report.splits.items():
         repeats = prepared.train.repeats if split == "train" else [1.0] * len(part.sources)
         for counts, repeat in zip(part.sources, repeats, strict=True):
-            fates = (counts.bad, counts.dropped, counts.cut, counts.split)
+            fates = (counts.bad, counts.dropped, counts.cut, counts.split, counts.copies)
             cells = [str(number) if number else "" for number in fates]
             cells.append(f"{repeat:g}" if repeat != 1 else "")
             file = Text(printable(console, counts.file), overflow="fold")
             rows.append([split, file, counts.format, str(counts.read), str(counts.kept), *cells])
         if not part.sources:
-            rows.append([split, "held out of train", "", "", str(part.rows), "", "", "", "", ""])
-    heads = ("split", "source", "format", "read", "examples", "bad", "dropped", "cut", "split up", "repeats")
+            rows.append([split, "held out of train", "", "", str(part.rows), *[""] * 6])
+    heads = ("split", "source", "format", "read", "examples", "bad", "dropped", "cut", "split up", "copies", "repeats")
     box = SIMPLE if can_show(console, "─") else ASCII2
     table = Table(box=box, title="rows by source", title_justify="left")
     shown = [place for place in range(len(heads)) if place < 5 or any(row[place] for row in rows)]

@@ -49,6 +49,7 @@ class SourceCounts:
         dropped: Rows left out for their length.
         cut: Rows shortened to the longest length.
         split: Rows cut into several examples.
+        copies: Changed copies that were made of rows; those that are kept are examples.
         unread: Columns that the format does not read, with the number of rows that hold them.
     """
 
@@ -60,6 +61,7 @@ class SourceCounts:
     dropped: int = 0
     cut: int = 0
     split: int = 0
+    copies: int = 0
     unread: dict[str, int] = field(default_factory=dict)
 
 

@@ -5,7 +5,7 @@ pages of a map that was touched count as the process's memory, and an epoch touc
 
 tokens.int32            ┌── row 0 ──┬─── row 1 ───┬─ row 2 ─┐     a column of the task, one row behind the other
 tokens_ends.int64       6           13            18              where its rows end
-lengths.int32, trained_tokens.int32, lines.int64, sources.int32, hashes.uint64, prompt_hashes.uint64
+lengths.int32, trained_tokens.int32, lines.int64, copies.int32, sources.int32, hashes.uint64, prompt_hashes.uint64
                                                   one number a row
 """
 
@@ -34,6 +34,7 @@ _NUMBERS = {
     "lengths": "<i4",
     "trained_tokens": "<i4",
     "lines": "<i8",
+    "copies": "<i4",
     "sources": "<i4",
     "hashes": "<u8",
     "prompt_hashes": "<u8",
@@ -43,14 +44,18 @@ _READ_ROWS = 1 << 14
 
 
 def pack_chunk(
-    rows: Sequence[tuple[int, int, TaskRow]], columns: Sequence[Column], row_tokens: Callable[[int], int] = int
+    rows: Sequence[tuple[int, int, TaskRow]],
+    columns: Sequence[Column],
+    row_tokens: Callable[[int], int] = int,
+    copies: Sequence[int] | None = None,
 ) -> Chunk:
-    """Rows as (source, line, row) to arrays; `row_tokens` is the task's."""
+    """Rows as (source, line, row) to arrays; `row_tokens` is the task's, `copies` the number of each as a copy."""
     made = [row for *_, row in rows]
     numbers: dict[str, list[int]] = {
         "lengths": [row_tokens(row.tokens) for row in made],
         "trained_tokens": [row.weight if row.trained_tokens is None else row.trained_tokens for row in made],
         "lines": [line for _, line, _ in rows],
+        "copies": list(copies) if copies is not None else [0] * len(rows),
         "sources": [source for source, _, _ in rows],
         "hashes": [_hash([*row.asked, *row.answered]) for row in made],
         "prompt_hashes": [_hash(row.asked) if len(row.asked) else NO_PROMPT for row in made],
@@ -229,6 +234,11 @@ class ExampleSet:
     def lines(self) -> NDArray[np.int64]:
         """Line of each row in its source."""
         return self._numbers("lines")
+
+    @cached_property
+    def copies(self) -> NDArray[np.int32]:
+        """Which changed copy of its row each is, from 1; 0: the row as it is."""
+        return self._numbers("copies")
 
     @cached_property
     def hashes(self) -> NDArray[np.uint64]:

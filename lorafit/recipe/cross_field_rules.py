@@ -50,6 +50,7 @@ def disagreements(recipe: Recipe) -> list[Disagreement]:
         *_of_training(recipe),
         *_of_evaluation(recipe),
         *_of_task(recipe),
+        *_of_data(recipe),
         *_of_hub_options(recipe),
     ]
 
@@ -152,6 +153,14 @@ def _of_task(recipe: Recipe) -> Iterator[Disagreement]:
             left = [each for each in choices if isinstance(each, str) and f"{key}={each}" not in task.unread]
             todo = f"leave it out{f', or set {alternatives(left)}' if left else ''}"
             yield Disagreement((key, "task"), f"task {recipe.task.kind} {why}", todo)
+
+
+def _of_data(recipe: Recipe) -> Iterator[Disagreement]:
+    if recipe.data.augment is not None and recipe.data.train_on == "all":
+        keys = ("data.augment", "data.train_on")
+        yield Disagreement(
+            keys, "what it changes would be learnt with train_on: all", "train on answers, or leave it out"
+        )
 
 
 def _of_hub_options(recipe: Recipe) -> Iterator[Disagreement]:

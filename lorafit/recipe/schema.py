@@ -34,6 +34,7 @@ from lorafit.kinds.schedules import ScheduleSection, schedules
 from lorafit.kinds.section import PATH, PATH_OR_NAME, Section
 from lorafit.kinds.tasks import TaskSection, tasks
 from lorafit.ops.recomputed_layers import Checkpointing
+from lorafit.recipe.augment_section import AugmentSection
 from lorafit.recipe.foreign import is_not_yet, suggest_word
 from lorafit.recipe.yaml_tree import Plain
 
@@ -204,6 +205,8 @@ class DataSection(Section):
     packing: bool | Auto = "auto"
     """Put several short rows into one row of a micro-batch, attention kept inside each. What is learnt stays the same;
     models that would mix them are refused. `auto`: on a card, where `varlen` attention is proven and fastest."""
+    augment: AugmentSection | None = None
+    """Further copies of the training rows with other phrasings or noisy words in what asks; null: none."""
     bad_rows: BadRowsSection = Field(default={}, validate_default=True)
     """What happens to rows that cannot be trained on."""
 

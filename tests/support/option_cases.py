@@ -215,6 +215,7 @@ def data_cases(world: OptionWorld) -> dict[str, Case]:
             of_rows(world, "data.overlength", {**texts, "data.max_length": 32}),
             refused=("error",),
         ),
+        **augment_cases(world),
         "data.packing": Case((False, True), partial(forward_tokens, world)),
         "data.bad_rows.policy": Case(
             ("skip",),
@@ -529,6 +530,35 @@ def tokens_of_answers(world: OptionWorld, option: str, value: Any) -> int:
         speed = world.evaluate(changes).tuned_speed
     assert speed is not None
     return speed.tokens
+
+
+def augment_cases(world: OptionWorld) -> dict[str, Case]:
+    """Changed copies of training rows."""
+    values = {
+        "field": ("instruction", "input"),
+        "templates": ([], ["Q: {instruction}"]),
+        **dict.fromkeys(("drop", "swap", "typo"), (0.0, 0.5)),
+    }
+
+    def rows(copies: int = 1, **field: Any) -> Any:
+        changed = {"field": "instruction", "drop": 0.1, "templates": ["so: {instruction}"], **field}
+        if changed["field"] != "instruction":
+            changed["templates"] = []
+        section = {"copies": copies, "fields": [changed]}
+        return world.rows({"data.train": "../rows/alpaca.jsonl", "data.augment": section})
+
+    return {
+        "data.augment": Case((None, {"fields": [{"field": "question", "drop": 0.5}]}), of_rows(world, "data.augment")),
+        "data.augment.fields": Case(
+            ([{"field": "instruction", "drop": 0.5}], [{"field": "input", "drop": 0.5}]),
+            of_rows(world, "data.augment.fields", {"data.train": "../rows/alpaca.jsonl"}),
+        ),
+        "data.augment.copies": Case((1, 2), lambda value: rows(copies=value)),
+        **{
+            f"data.augment.fields[].{option}": Case(pair, lambda value, option=option: rows(**{option: value}))
+            for option, pair in values.items()
+        },
+    }
 
 
 def last_of_numbers(world: OptionWorld, outputs: list[str], head: str = "drawn") -> float:

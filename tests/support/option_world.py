@@ -167,6 +167,7 @@ def rows_by_file() -> dict[str, list[dict[str, Any]]]:
         "tools.jsonl": [
             {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": [TOOL]}
         ],
+        "alpaca.jsonl": [{"instruction": r["question"], "input": r["answer"], "output": r["answer"]} for r in asked],
         "numbered.jsonl": [{**row, "one": n * 5 % 12, "other": n * 7 % 12} for n, row in enumerate(asked)],
         "pairs.jsonl": make_pairs(4),
         "verdicts.jsonl": make_verdicts(2),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from lorafit.contracts import Reporter, Sample
+from lorafit.data.augment import Augmenter
 from lorafit.data.row_counts import Ledger, Noted
 from lorafit.data.sources.files import find_files
 from lorafit.data.sources.source import AnyTask, Source
@@ -40,11 +42,12 @@ class SampleSet:
         """How many rows there are, but for some; None where that cannot be told before they are read."""
         return self.guess_rows() if all(source.has_a_line_a_row() for source in self.sources) else None
 
-    def rows(self) -> Iterator[tuple[int, int, Sample | DataError]]:
-        """Every row as (number of its source, line, sample or error)."""
+    def rows(self, augmenter: Augmenter | None = None) -> Iterator[tuple[int, int, Sample | DataError]]:
+        """Every row as (number of its source, line, sample or error), with what an augmenter makes of it behind it."""
         for number, source in enumerate(self.sources):
             source.unread.clear()
-            for line, row in source.read():
+            copies = None if augmenter is None else partial(augmenter.copies, number)
+            for line, row in source.read(copies):
                 yield number, line, row
 
     def numbers(self, column: str) -> Iterator[tuple[int, int, float | DataError]]:
@@ -61,10 +64,12 @@ class SampleSet:
         """The first usable row of each source."""
         return (sample for _, sample in self.first_of_each())
 
-    def usable(self, ledger: Ledger) -> Iterator[tuple[int, int, Sample]]:
-        """Every sample as (number of its source, line, sample); what is none goes to the ledger."""
-        for number, line, row in self.rows():
-            ledger.sources[number].read += 1
+    def usable(self, ledger: Ledger, augmenter: Augmenter | None = None) -> Iterator[tuple[int, int, Sample]]:
+        """Every sample as (number of its source, line, sample), copies behind it; what is none goes to the ledger."""
+        for number, line, row in self.rows(augmenter):
+            is_copy = isinstance(row, Sample) and row.copy > 0
+            ledger.sources[number].copies += is_copy
+            ledger.sources[number].read += not is_copy
             if isinstance(row, DataError):
                 ledger.note(Noted("bad", number, row))
             else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lorafit.console.nearest import did_you_mean, nearest
 from lorafit.console.wording import counted
-from lorafit.contracts import Reporter, Sample
+from lorafit.contracts import JsonMapping, JsonObject, Reporter, Sample
 from lorafit.data.row_counts import raise_first
 from lorafit.data.sources.files import (
     FILE_SUFFIXES,
@@ -52,6 +52,7 @@ from lorafit.recipe.schema import SourceSection
 
 ROWS_LOOKED_AT = 100
 AnyTask = Task[TaskSection] | None
+Copies = Callable[[int, JsonMapping, Collection[str]], Iterable[JsonObject]]
 
 
 class Source:
@@ -94,14 +95,24 @@ class Source:
         required = required_fields(self._reader, prompts=prompts)
         self._required = {self.section.columns.get(field, field) for field in required}
 
-    def read(self) -> Iterator[tuple[int, Sample | DataError]]:
+    def read(self, copies: Copies | None = None) -> Iterator[tuple[int, Sample | DataError]]:
         """Every row, up to the source's `limit`, as a sample or as the error that says why it is none.
+
+        Args:
+            copies: Gives changed copies of a row, by its line and fields and those that may be changed; each follows
+                its row, where that is a sample.
 
         Raises:
             DataError: The file cannot be read any further.
         """
         for line, row in self._raw_rows():
-            yield line, self._read_row(line, row)
+            read = self._read_row(line, row)
+            yield line, read
+            if copies is None or isinstance(read, DataError) or isinstance(row, DataError):
+                continue
+            changed = copies(line, rename(row, self.section.columns), self._reader.rewordable)
+            for number, fields in enumerate(changed, start=1):
+                yield line, replace(self._placed(self._reader.read(fields, self.name, line)), copy=number)
 
     def numbers(self, column: str) -> Iterator[tuple[int, float | DataError]]:
         """What every row has in a column of numbers, whether its format reads that or not; or the error of the row."""

@@ -21,6 +21,7 @@ class Format(Protocol):
         known_as: What other tools and data sets call a field, lower case, for a message that says how to map columns.
         rare: Optional fields that few rows have: a message maps them only where a row has such a column.
         form: How its fields are written, behind the names of them, where that is not plain.
+        rewordable: Fields with texts that carry neither loss nor label, so that a copy of a row may have others there.
         verbatim: Whether its rows go through no chat template (unless the recipe names one).
     """
 
@@ -31,6 +32,7 @@ class Format(Protocol):
     known_as: Mapping[str, tuple[str, ...]] = {}
     rare: frozenset[str] = frozenset()
     form: str = ""
+    rewordable: frozenset[str] = frozenset()
     verbatim: bool = False
 
     def matches(self, row: JsonMapping) -> bool:

@@ -32,6 +32,7 @@ class Alpaca(Format):
         "must_contain": False,
     }
     answer = "output"
+    rewordable = frozenset({"instruction", "input"})
     known_as: Mapping[str, tuple[str, ...]] = {
         "instruction": ("question", "prompt", "query", "problem", "sql_prompt"),
         "input": ("context", "passage", "schema", "sql_context"),

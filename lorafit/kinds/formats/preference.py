@@ -50,6 +50,7 @@ class Preference(Format):
         "must_contain": False,
     }
     answer = "chosen"
+    rewordable = frozenset({"prompt"})
     known_as: Mapping[str, tuple[str, ...]] = {
         "prompt": ("question", "instruction", "query", "input"),
         "chosen": ("preferred", "accepted", "winner", "good", "better"),

@@ -17,6 +17,7 @@ class PromptCompletion(Format):
     asks = "prompt"
     fields: Mapping[str, bool] = {"prompt": True, "completion": True, "must_contain": False}
     answer = "completion"
+    rewordable = frozenset({"prompt"})
     known_as: Mapping[str, tuple[str, ...]] = {
         "prompt": ("input", "question", "instruction", "query", "source"),
         "completion": ("response", "output", "answer", "target", "sql", "query"),

@@ -18,6 +18,7 @@ class QuestionAnswer(Format):
     asks = "question"
     fields: Mapping[str, bool] = {"question": True, "answer": True, "system": False, "must_contain": False}
     answer = "answer"
+    rewordable = frozenset({"question"})
     known_as: Mapping[str, tuple[str, ...]] = {
         "question": (
             *("instruction", "prompt", "input", "query", "problem", "user", "human", "frage", "pregunta", "domanda"),

@@ -25,6 +25,7 @@ class SourceTarget(Format):
         **dict.fromkeys([*list(_PAIRS)[1:], "highlights", "summary"], False),
     }
     answer = "target"
+    rewordable = frozenset({"source"})
     known_as: Mapping[str, tuple[str, ...]] = {
         "source": ("article", "document", "dialogue", "src"),
         "target": ("highlights", "summary", "headline", "abstract", "tgt"),

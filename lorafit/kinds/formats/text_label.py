@@ -22,6 +22,7 @@ class TextLabel(LabelledText):
 
     priority = 55
     fields: Mapping[str, bool] = {**TEXT_FIELDS, "label": True}
+    rewordable = frozenset(TEXT_FIELDS)
     known_as: Mapping[str, tuple[str, ...]] = {
         **TEXT_KNOWN_AS,
         "label": ("labels", "class", "category", "target", "sentiment", "intent"),

@@ -20,6 +20,7 @@ class TextScore(LabelledText):
 
     priority = 65
     fields: Mapping[str, bool] = {**TEXT_FIELDS, "score": True}
+    rewordable = frozenset(TEXT_FIELDS)
     known_as: Mapping[str, tuple[str, ...]] = {
         **TEXT_KNOWN_AS,
         "score": ("label", "rating", "stars", "similarity", "similarity_score", "target", "value", "grade"),

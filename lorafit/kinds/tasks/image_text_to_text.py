@@ -53,6 +53,7 @@ class ImageTextToText(AnswerTask[ImageTextToTextSection]):
         **AnswerTask.unread,
         "data.overlength=truncate": "cuts no row, which would cut its images",
         "evaluation.num_beams": "searches no beams for prompts with images",
+        "data.augment": "reads chats with images, which are no texts of one field",
         "data.system_prompt": "takes chats as they are: give them their system messages",
     }
     columns = (

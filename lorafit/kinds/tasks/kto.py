@@ -64,6 +64,10 @@ class Kto(TwoAnswers[KtoSection]):
     sides = ("answer", "mismatched")
     reference_columns = (Column("reference", "<f8", 2),)
     pools = 2
+    unread: ClassVar[Mapping[str, str]] = {
+        **TwoAnswers.unread,
+        "data.augment": "matches each row with another prompt's answer, for which copies would be prompts of their own",
+    }
     during_metrics = ("loss", "desirable_margin")
     final_metrics: ClassVar[tuple[str, ...]] = ("desirable_margin", "loss", "reference_point", "ref_log_ratio")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import eq
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lorafit.console.nearest import did_you_mean
 from lorafit.contracts import Batch, Column, LossSum, ReportTable, ShownSequence, TaskRow
@@ -58,6 +58,10 @@ class TokenClassification(LabellingTask[TokenClassificationSection]):
         "the frozen model with a head trained on the same rows: a logistic regression over the last states of the "
         "labelled tokens, its strength chosen on held-out words"
     )
+    unread: ClassVar[Mapping[str, str]] = {
+        **LabellingTask.unread,
+        "data.augment": "labels words by their places, which noise would move",
+    }
     row_format = classified_format = "word_labels"
     class_unit = "word"
     loss_unit = "labelled word"

@@ -60,6 +60,7 @@ UNREAD = [(name, option) for name in tasks.names() for option in tasks.get(name)
 OTHER = {
     "embedding_noise": "5",
     "train_on": "all",
+    "augment": "{fields: [{field: prompt, drop: 0.1}]}",
     "dropped_fields": "warn",
     "max_new_tokens": "9",
     "min_new_tokens": "2",
