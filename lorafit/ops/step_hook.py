@@ -23,6 +23,10 @@ class StepHook:
 
     state_bytes: int = 0
 
+    def news(self, step: int) -> str | None:
+        """What is trained from this step on and was not before it, for the log; None for most steps."""
+        return None
+
     def before_step(self, step: int) -> None:
         """Called before the first forward of a step, from 1; once more where the step is repeated with smaller ones.
         Leaves a model that is a pure function of seed, step and the weights behind the last step."""

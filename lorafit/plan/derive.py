@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from lorafit.console.wording import counted
 from lorafit.contracts import JsonObject
@@ -21,6 +21,7 @@ from lorafit.ops.recomputed_layers import Checkpointing
 from lorafit.plan.bounds import memory_bounds
 from lorafit.plan.calibration import calibration_memory, require_calibration_fit
 from lorafit.plan.curriculum import PacedSteps, pace_steps
+from lorafit.plan.methods import describe_methods
 from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, begins_rows, recipe_step, takes_varlen
 from lorafit.plan.warnings import plan_warnings
 from lorafit.recipe.schema import Recipe
@@ -56,6 +57,7 @@ class Plan:
         warnings: What a user should know before the run.
         step: Answers for the memory of a step, by micro-batch and checkpointing.
         curriculum: Which steps are drawn from the easiest rows; None where none are.
+        methods: The adapter's kind and options in words, and what else decides what is trained when.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Plan:
     warnings: tuple[str, ...]
     step: StepMemory
     curriculum: PacedSteps | None = None
+    methods: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def may_let_go_of_unpacked(self) -> bool:
@@ -223,6 +226,7 @@ def plan(
         warnings=plan_warnings(recipe, memory, dataset, device, total_steps),
         step=memory,
         curriculum=pace_steps(recipe, dataset.rows, steps_per_epoch, total_steps),
+        methods=describe_methods(recipe),
     )
 
 

@@ -58,6 +58,7 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "model", _plain(plan.model)
     frozen = plan.total_parameters - plan.step.step.model.new_head_parameters
     yield "parameters", f"{frozen:,} + {plan.trainable_parameters:,} trainable ({share:.2%})"
+    yield from ((label, _plain(said)) for label, said in plan.methods.items())
     if plan.without_adapter:
         yield "no adapter", _plain(_left_out(plan))
     stored = f"{quantised_as(plan.quantization)}, {'' if plan.quantization == 'none' else 'the rest '}{plan.dtype}"
@@ -90,7 +91,9 @@ def _plan_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     if plan.curriculum is not None:
         yield "curriculum", _plain(str(plan.curriculum))
     schedule = f"{plan.schedule}, {counted(plan.warmup_steps, 'step')} of warm-up"
-    yield "learning rate", f"{plan.learning_rate:g}, {schedule}; {plan.optimizer}"
+    factors = plan.step.step.adapter.rate_factors().items()
+    others = "".join(f"; {part.strip('.')} at {factor:g} times it" for part, factor in factors if factor != 1)
+    yield "learning rate", f"{plan.learning_rate:g}, {schedule}{others}; {plan.optimizer}"
     if plan.device.kind == "cuda" and plan.step.step.optimizer.waits_at_each_tensor:
         yield "optimizer", f"{plan.optimizer} waits for the card at each trained tensor; adamw never does"
     yield "micro-batch", _micro_batch(plan)

@@ -152,6 +152,8 @@ class Trainer:
     def _take_step(self, state: TrainState) -> None:
         """One optimizer step and its line of the log. The state changes only behind the optimizer's."""
         self._run_as_planned(state.step + 1)
+        for said in filter(None, (hook.news(state.step + 1) for hook in self.update.hooks)):
+            self.journal.reporter.info(f"step {state.step + 1}: {said}")
         with self.journal.watching(self.executor.objective, self.update):
             began = time.perf_counter()
             step = state.step + 1

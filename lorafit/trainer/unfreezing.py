@@ -54,6 +54,13 @@ class Unfreezing(StepHook):
         joined = sum(first <= step for first in self._steps)
         return numbers[: self._top + (len(numbers) - self._top) * joined // len(self._steps)]
 
+    def news(self, step: int) -> str | None:
+        """Where layers join."""
+        before, now = (len(self.layers_at(which)) for which in (step - 1, step))
+        if before == now or step == 1:
+            return None
+        return f"{now - before} more layers are trained from here on, {now} of {len(self._by_layer)}"
+
     def before_step(self, step: int) -> None:
         """Freezes what is not its turn yet."""
         trained = set(self.layers_at(step))

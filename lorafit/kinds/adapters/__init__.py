@@ -6,7 +6,7 @@ by its adapter_config.json. Members stand in the order in which they are asked:
 
     recipe and plan    sites, rank, closed_form, refuses, refuses_steps, refuses_unfreezing
     a fresh adapter    linear_names, peft_config, fit; PEFT wraps the model; mend, settle      model/attach.py
-    a run              initialisation before step 1, rate_factor, step_hook                    run/assembly.py
+    a run              initialisation before step 1, rate_factors, step_hook                   run/assembly.py
     saving             live_tensors, derived_tensors; finished for a run's result              model/adapter.py
     opening            opens, refuses_saved, differences, opened_config; PEFT wraps; reopen, mend; take_tensors
     what is done with a saved one    why_no_effect, nested_from (trim), folding (merge)
@@ -146,9 +146,13 @@ class Adapter(Kind[S_co]):
         """What gives it its first values before step 1; None where they are those that it is made with."""
         return None
 
+    def rate_factors(self) -> Mapping[str, float]:
+        """What the learning rate is multiplied by, for parameters whose name holds a text; 1 for all others."""
+        return {}
+
     def rate_factor(self, parameter_name: str) -> float:
         """What the learning rate of a trained parameter is multiplied by."""
-        return 1.0
+        return next((factor for part, factor in self.rate_factors().items() if part in parameter_name), 1.0)
 
     def step_hook(self, model: PeftModel, run: RunFacts) -> StepHook | None:
         """What the method does between the steps of a run on its fresh adapter; None for most."""

@@ -78,6 +78,11 @@ class Growth(LeadingRanks):
         done = sum(first <= step for first in self._steps)
         return start + (most - start) * done // max(1, len(self._steps))
 
+    def news(self, step: int) -> str | None:
+        """Where the rank is raised."""
+        before, now = self.rank_at(step - 1), self.rank_at(step)
+        return None if before == now else f"the rank grows from {before} to {now}"
+
     def before_step(self, step: int) -> None:
         """The first ranks compute, by the scale of all."""
         self.lead(self.rank_at(step), rescaled=False)

@@ -9,6 +9,7 @@ section 4; the ratio of 16 is its authors' default.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -33,6 +34,6 @@ class LoraPlus(PlainLowRank[LoraPlusSection]):
     saved_as: ClassVar[str | None] = "lora"
     usual_rate: ClassVar[float] = 0.25  # of A: both matrices' geometric mean is then LoRA's
 
-    def rate_factor(self, parameter_name: str) -> float:
-        """The ratio for B, 1 for A and for a task's own head."""
-        return self.section.rate_ratio if ".lora_B." in parameter_name else 1.0
+    def rate_factors(self) -> Mapping[str, float]:
+        """The ratio for B; A and a task's own head learn at the rate itself."""
+        return {".lora_B.": self.section.rate_ratio}

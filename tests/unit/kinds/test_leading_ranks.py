@@ -101,6 +101,7 @@ def test_the_frozen_mode_trains_the_last_row_and_column_alone() -> None:
 def test_growth_changes_nothing_of_what_is_computed_and_new_ranks_have_no_moments(tmp_path: Path) -> None:
     model = attach_adapter(tiny_llama(), adapters.make_section("growing_lora", **LORA, start_r=2), 0)
     hook = hook_of(model, "growing_lora", start_r=2, raise_steps=[3, 5])
+    assert [hook.news(step) for step in (1, 2, 3, 4)] == [None, None, "the rank grows from 2 to 5", None]
     assert [hook.rank_at(step) for step in range(1, 7)] == [2, 2, 5, 5, 8, 8]
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), 1e-2, weight_decay=0.1)

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from lorafit.errors import CheckpointError, DataError, DoesNotFitError, RecipeError
 from lorafit.facts import DatasetFacts, DeviceFacts
+from lorafit.kinds.adapters import adapters
 from lorafit.machine.devices import format_bytes, parse_gpu
 from lorafit.machine.hardware import cards
 from lorafit.memory import fits
 from lorafit.ops.recomputed_layers import CHECKPOINTING, Checkpointing
 from lorafit.plan import Plan, ResolvedPlan, plan, plan_table, require_fit
+from lorafit.plan.methods import describe_section
 from lorafit.plan.recipe_step import recipe_step
 from tests.support.plan_cases import GIB, ROWS, card, recipe, shape_of
 
@@ -350,6 +352,34 @@ def test_the_table_shows_every_derived_number_in_80_columns() -> None:
     assert "[red]b[/]" in odd  # what a user wrote is no markup
 
 
+def test_the_table_names_the_method_with_what_is_not_at_its_default() -> None:
+    def rows(**sections: Any) -> str:
+        return " ".join(shown(plan_table(make(card(80), **sections))).split())
+
+    assert " adapter lora weights " in rows().replace("no adapter", "")
+    changed = {"kind": "lora_plus", "r": 4, "dropout": 0.0, "init": {"kind": "pissa", "iterations": 8}}
+    text = rows(
+        adapter={**changed, "ranks": {"v_proj": 2}, "layers": {"first": 4}},
+        training={"unfreezing": {"top": 2, "steps": [3, 6]}, "embedding_noise": 5, "learning_rate": 1e-4},
+        evaluation={"every_steps": 5, "on_plateau": {"factor": 0.25, "go_back": True}},
+        data={"train": "a.jsonl", "validation": {"fraction": 0.1}},
+    )
+    for said in (
+        "adapter lora_plus, layers (first 4), r 4, ranks {v_proj: 2}, dropout 0, init pissa (iterations 8)",
+        "unfreezing the upper 2 layers of those that are trained first; the others join in equal parts at steps 3, 6",
+        "embedding noise NEFTune, alpha 5",
+        "after 2 evaluations without a better one the rate falls to 0.25 of what it is, 3 times at most, and the run",
+        "lora_B at 16 times it",
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize("name", [name for name, _ in adapters.items()])
+def test_each_kind_says_only_what_was_asked_of_it(name: str) -> None:
+    needed = {"peft": {"method": "lokr"}}.get(name, {})
+    assert describe_section(adapters.make_section(name, **needed)).split(", ")[0] == name
+
+
 SMALL = "Qwen/Qwen2.5-0.5B"
 
 
@@ -476,8 +506,8 @@ def test_what_dropout_takes_is_said_on_a_card() -> None:
     more = dropped.memory.tensor_bytes - plain.memory.tensor_bytes
     assert more > 64 * 2**20
     assert f"0.05: {format_bytes(more)} more for 600 tokens" in shown(plan_table(dropped))
-    assert "dropout" not in shown(plan_table(plain))
-    assert "dropout" not in shown(plan_table(make(card(64, kind="cpu"), adapter={"dropout": 0.05})))
+    assert "more for" not in shown(plan_table(plain))
+    assert "more for" not in shown(plan_table(make(card(64, kind="cpu"), adapter={"dropout": 0.05})))
 
 
 def test_json_is_plain() -> None:

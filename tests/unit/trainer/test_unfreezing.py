@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from safetensors.torch import load_file
 
 from lorafit import pipeline
 from lorafit.errors import LorafitError, RecipeError
+from lorafit.ops.step_hook import StepHook
 from lorafit.recipe.load import load_recipe
+from lorafit.trainer.state import TrainState
 from lorafit.trainer.unfreezing import Unfreezing
 from tests.support.tiny_model import make_base
 from tests.support.tiny_recipe import make_recipe
+from tests.support.tiny_run import Job, TinyPlan
 
 LAYERS = {f"model.layers.{number}": number for number in range(12)}
 
@@ -36,6 +40,28 @@ def test_equal_parts_join_from_the_top_down_and_what_is_in_no_layer_is_never_fro
         assert frozen == {
             f"x.model.layers.{number}.up.lora_A.weight" for number in range(12) if number not in hook.layers_at(step)
         }
+
+
+def test_the_log_says_when_layers_join(job: Callable[..., Job]) -> None:
+    assert [unfreezing(2, [3, 5])[0].news(step) for step in range(1, 7)] == [
+        None,
+        None,
+        "5 more layers are trained from here on, 7 of 12",
+        None,
+        "5 more layers are trained from here on, 12 of 12",
+        None,
+    ]
+
+    class Speaking(StepHook):
+        def news(self, step: int) -> str | None:
+            return "a word" if step == 3 else None
+
+    one = job(hooks=lambda model: [Speaking()], plan=TinyPlan(total_steps=4, save_every_steps=2))
+    trainer = one.trainer()
+    said: list[str] = []
+    trainer.journal.reporter.info = said.append  # type: ignore[method-assign]
+    trainer.fit(TrainState())
+    assert "step 3: a word" in said and sum("a word" in line for line in said) == 1
 
 
 def test_only_trained_layers_count() -> None:
