@@ -1,8 +1,9 @@
 """The table that tutorials show: full fine-tuning, LoRA and QLoRA by precision, here computed for one recipe.
 
-Full fine-tuning is nothing that lorafit does: it is described as transformers' Trainer does it with a model of that
-dtype: weights, gradients and AdamW's two moments all in it, every linear's input kept, gradients made as the backward
-pass goes, and the same chunked loss. `benchmarks/memory_published.py` holds that description against measured runs.
+Full fine-tuning is described as transformers' Trainer does it with a model of that dtype, not as the adapter `full`,
+which keeps the base beside what is trained: weights, gradients and AdamW's two moments all in it, every linear's input
+kept, gradients made as the backward pass goes, and the same chunked loss.
+`benchmarks/memory_published.py` holds that description against measured runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Method:
     """One row.
 
     Attributes:
-        name: `full`, `LoRA` or `QLoRA`.
+        name: `full`; `LoRA` or `QLoRA`, or `adapter` and the kind of any other method.
         precision: Of the base weights.
         weights_bytes: Base, its constants and the adapter.
         temporary_bytes: What comes and goes, at its most: activations, logits, workspace, or the update's copies.
@@ -54,14 +55,15 @@ def compare_methods(
     found = []
     if not step.model.scanning_layers:
         found += [_row("full", dtype, full_fine_tuning(step, dtype, tokens, checkpointing)) for dtype in ("fp32", half)]
-    adapted = [("LoRA", "none", "fp32"), ("LoRA", "none", half), ("QLoRA", "int8", half), ("QLoRA", "nf4", half)]
-    own = step.quantization.section.kind
-    adapted += [("QLoRA", own, half)] if own not in [kind for _, kind, _ in adapted] else []
-    for name, kind, dtype in adapted:
+    adapted = [("none", "fp32"), ("none", half), ("int8", half), ("nf4", half)]
+    own, method = step.quantization.section.kind, step.adapter.section.kind
+    adapted += [(own, half)] if own not in [kind for kind, _ in adapted] else []
+    for kind, dtype in adapted:
+        lora = "LoRA" if kind == "none" else "QLoRA"
         if kind != own and refusal(step.adapter.section, quantizations.make(kind)) is not None:
             continue
         stored = replace(memory, step=_stored_as(step, kind, dtype)).at(tokens, checkpointing)
-        found.append(_row(name, dtype if kind == "none" else kind, stored))
+        found.append(_row(lora if method == "lora" else f"adapter {method}", dtype if kind == "none" else kind, stored))
     if device is None:
         return tuple(found)
     limit = device.memory_bytes * (1.0 - headroom)

@@ -11,6 +11,9 @@ PATH: Any = {"format": "path"}
 PATH_OR_NAME: Any = {"format": "path-or-name"}
 """The same for a field that may also hold a hub id or a shipped name."""
 
+PACKED = "data.packing=True"
+"""Among what tasks and adapters do not read that take one row a sequence."""
+
 
 class Section(BaseModel):
     """A frozen recipe section: unknown keys are errors; the reference reads the field docstrings from the source.

@@ -22,7 +22,7 @@ from lorafit.plan.bounds import memory_bounds
 from lorafit.plan.calibration import calibration_memory, require_calibration_fit
 from lorafit.plan.curriculum import PacedSteps, pace_steps
 from lorafit.plan.methods import describe_methods
-from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, begins_rows, recipe_step, takes_varlen
+from lorafit.plan.recipe_step import HEADROOM, asks_to_keep, recipe_step, takes_varlen
 from lorafit.plan.warnings import plan_warnings
 from lorafit.recipe.schema import Recipe
 
@@ -173,7 +173,6 @@ def plan(
     _check_attention(recipe, device, step)
     check_kernels(recipe.model.kernels, device.kind)
     _check_length(dataset, step)
-    _check_packing(recipe, step)
     bounds = memory_bounds(memory, min(training.batch_size, dataset.rows), device)
     stopping = evaluation.early_stopping
     reads_answers = any(metrics.get(name).needs != "scores" for name in evaluation.during)
@@ -286,18 +285,10 @@ def _check_attention(recipe: Recipe, device: DeviceFacts, step: StepShape) -> No
     if recipe.model.attention == VARLEN and not takes_varlen(step):
         what = "varlen attention needs a card of compute capability 8.0, bf16 or fp16, and a model that drops no scores"
         raise RecipeError(what, key="model.attention", todo="write auto")
-    if recipe.model.attention == VARLEN and step.packing is False:
-        raise RecipeError("varlen attention is for packed rows", key="model.attention", todo="write auto")
     if recipe.model.attention == "flash_attention_2" and device.kind == "cpu":
         raise RecipeError("flash_attention_2 runs on no CPU", key="model.attention", todo="write sdpa or auto")
     if recipe.model.attention == "fused" and device.kind != "cpu":
         raise RecipeError("fused attention is for CPUs", key="model.attention", todo="write sdpa or auto")
-
-
-def _check_packing(recipe: Recipe, step: StepShape) -> None:
-    if step.packing and begins_rows(step):
-        why = f"{recipe.adapter.kind} begins a row with vectors of its own, and a packed row holds several"
-        raise RecipeError(why, key="data.packing", todo="write data.packing: false")
 
 
 def _check_length(dataset: DatasetFacts, step: StepShape) -> None:

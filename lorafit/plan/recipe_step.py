@@ -24,6 +24,7 @@ from lorafit.facts import DatasetFacts, DeviceFacts, ModelShape, PictureFacts
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.optimizers import optimizers
 from lorafit.kinds.quantizations import QuantizationSection, quantizations
+from lorafit.kinds.section import PACKED
 from lorafit.kinds.tasks import tasks
 from lorafit.memory import Engine, StepMemory, StepShape, closed_form, covers, fits
 from lorafit.memory.closed_form import unpacked_weights_bytes
@@ -36,8 +37,6 @@ from lorafit.recipe.schema import Auto, Recipe
 T = TypeVar("T")
 
 HEADROOM = 0.05
-PACKED = "data.packing=True"
-"""Among what a task does not read: it takes one row a sequence."""
 LIKELY_CAPABILITY = (8, 0)
 """Of a GPU of which only the size is known; cards that compute bf16 differ little behind it."""
 MOST_OF_MEMORY = 0.25
@@ -104,6 +103,7 @@ def recipe_step(
         pictures=rows.pictures if rows else pictures and replace(pictures, tokens=longest),
         held_rows=2 * math.ceil(recipe.training.batch_size / (device.count if device else 1)),
     )
+    _ = step.trainable_parameters  # what the model's names and widths refuse is said before any dry run
     step = _packed(step, is_open=recipe.model.attention == "auto")
     checkpointing = _checkpointing(recipe, step)
     tokens = given(recipe.training.micro_batch_tokens)
@@ -116,27 +116,18 @@ def recipe_step(
 
 def _checkpointing(recipe: Recipe, step: StepShape) -> Checkpointing | None:
     """What the recipe says; none for a method that cannot."""
-    asked: Checkpointing | None = given(recipe.training.gradient_checkpointing)
-    why = step.adapter.no_checkpointing
-    if asked and why is not None:
-        what = f"{recipe.adapter.kind} takes no gradient checkpointing: {why}"
-        raise RecipeError(what, key="training.gradient_checkpointing", todo="write false or auto")
-    return asked if why is None else False
+    return given(recipe.training.gradient_checkpointing) if step.adapter.no_checkpointing is None else False
 
 
 def _packed(step: StepShape, *, is_open: bool) -> StepShape:
     """The step with the attention that packed rows take where it is open, and no packing by itself where that is not
     to be had: on a CPU, of tasks and adapters that take one row a sequence.
     """
-    if step.packing is None and (step.device_kind == "cpu" or PACKED in step.task.unread or begins_rows(step)):
+    is_whole = PACKED in {*step.task.unread, *step.adapter.unread}
+    if step.packing is None and (step.device_kind == "cpu" or is_whole):
         return replace(step, packing=False)
     takes = step.attention == "sdpa" and takes_varlen(step)
     return replace(step, attention=VARLEN) if is_open and takes and step.packing is not False else step
-
-
-def begins_rows(step: StepShape) -> bool:
-    """Whether the adapter begins a row with vectors of its own."""
-    return any(site.kind == "prompt" for site in step.adapter.sites(step.model))
 
 
 def takes_varlen(step: StepShape) -> bool:

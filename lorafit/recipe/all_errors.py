@@ -105,7 +105,16 @@ def _mended(tree: Entry, one: Finding) -> Entry:
         path = path[:-1]
     while path and find(tree, path) is None:
         path = path[:-1]
+    above = find(tree, path[:-1]) if path else None
+    if above is not None and _is_left_empty(path[:-1], above, tree):  # what is left would be blamed for being empty
+        path = path[:-1]
     return with_entry(tree, path, None) if path else tree
+
+
+def _is_left_empty(path: KeyPath, entry: Entry, tree: Entry) -> bool:
+    """Whether an entry is a list, or a mapping of free names, that has one item."""
+    held = entry.value
+    return isinstance(held, dict | tuple) and len(held) == 1 and not fields_of(node_at(path, tree), entry)
 
 
 def _in_order(of_text: Sequence[LorafitError], findings: Sequence[Finding], main: str) -> list[LorafitError]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import get_args
@@ -11,7 +11,9 @@ from lorafit.console.wording import alternatives
 from lorafit.kinds.adapters import adapters, refusal
 from lorafit.kinds.metrics import metrics
 from lorafit.kinds.quantizations import quantizations
+from lorafit.kinds.section import PACKED
 from lorafit.kinds.tasks import tasks
+from lorafit.ops.attention_kernels import VARLEN
 from lorafit.recipe.foreign import suggest_word
 from lorafit.recipe.schema import Recipe, sources_of
 from lorafit.recipe.yaml_tree import KeyPath, parse_key
@@ -47,6 +49,7 @@ def disagreements(recipe: Recipe) -> list[Disagreement]:
     """Every rule between keys that a recipe breaks."""
     return [
         *_of_adapter(recipe),
+        *_of_memory(recipe),
         *_of_training(recipe),
         *_of_evaluation(recipe),
         *_of_task(recipe),
@@ -70,6 +73,20 @@ def _of_adapter(recipe: Recipe) -> Iterator[Disagreement]:
         keys = ("model.quantization", "task")
         what = f"calibration rows need a loss of their own, and that of {recipe.task.kind} takes other answers too"
         yield Disagreement(keys, what, "use another quantization, or name its linears, e.g. those of another run")
+
+
+def _of_memory(recipe: Recipe) -> Iterator[Disagreement]:
+    """How rows are packed, looked at, and recomputed."""
+    adapter, attention = adapters.bind(recipe.adapter), recipe.model.attention
+    yield from _unread(recipe, "adapter", adapter.unread)
+    unpacked = recipe.data.packing is False or PACKED in {*adapter.unread, *tasks.bind(recipe.task).unread}
+    if attention == VARLEN and unpacked:
+        keys = ("model.attention", "data.packing")
+        yield Disagreement(keys, "varlen attention is for packed rows, and no rows are packed", "write auto")
+    if recipe.training.gradient_checkpointing in (True, "half") and adapter.no_checkpointing is not None:
+        keys = ("training.gradient_checkpointing", "adapter.kind")
+        what = f"{recipe.adapter.kind} takes no gradient checkpointing: {adapter.no_checkpointing}"
+        yield Disagreement(keys, what, "write false or auto")
 
 
 def _of_training(recipe: Recipe) -> Iterator[Disagreement]:
@@ -143,16 +160,22 @@ def _of_task(recipe: Recipe) -> Iterator[Disagreement]:
                 apt = [other for other in metrics.names() if task.can_score(other)]
                 what = f"metric '{name}' reads what task {recipe.task.kind} does not give"
                 yield Disagreement((f"evaluation.{key}[{number}]", "task"), what, f"available: {', '.join(apt)}")
-    for option, why in task.unread.items():
+    yield from _unread(recipe, "task", task.unread)
+
+
+def _unread(recipe: Recipe, choice: str, unread: Mapping[str, str]) -> Iterator[Disagreement]:
+    """Options that the kind of task or adapter does not read, or values of them that it can do nothing with."""
+    for option, why in unread.items():
         key, _, refused = option.partition("=")
         name, field = key.split(".")
         section = getattr(recipe, name)
         value = getattr(section, field)
         if value != type(section).model_fields[field].default and refused in ("", str(value)):
             choices = get_args(type(section).model_fields[field].annotation) if refused else ()
-            left = [each for each in choices if isinstance(each, str) and f"{key}={each}" not in task.unread]
+            left = [each for each in choices if isinstance(each, str) and f"{key}={each}" not in unread]
             todo = f"leave it out{f', or set {alternatives(left)}' if left else ''}"
-            yield Disagreement((key, "task"), f"task {recipe.task.kind} {why}", todo)
+            kind = getattr(recipe, choice).kind
+            yield Disagreement((key, choice), f"{choice} {kind} {why}", todo)
 
 
 def _of_data(recipe: Recipe) -> Iterator[Disagreement]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from pydantic_core import ErrorDetails
 
+from lorafit.console.wording import alternatives
 from lorafit.errors import RecipeError
-from lorafit.recipe.foreign import is_not_yet, means_nothing, parts_of, suggest_word
+from lorafit.recipe.foreign import answer_to_kind, is_not_yet, means_nothing, parts_of, suggest_word
 from lorafit.recipe.reader import read_scalar
 from lorafit.recipe.schema import LARGEST_COUNT
 from lorafit.recipe.schema_tree import (
@@ -41,6 +42,7 @@ from lorafit.recipe.yaml_tree import (
     find,
     key_text,
     nearest_entry,
+    plain,
     shown,
     with_entry,
 )
@@ -59,6 +61,7 @@ _COMMA_NUMBER = re.compile(r"[-+]?\d+,\d+")
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 _EMPTY_ERRORS = {"too_short", "string_too_short"}
 _KIND_ERRORS = {"union_tag_invalid", "union_tag_not_found", "literal_error"}
+_MAPPING = re.compile(r"\{\w+: [^{}]*\}")
 _FIRST_WORD = re.compile(r"[a-z_0-9]+")
 
 
@@ -126,10 +129,22 @@ def mend(path: KeyPath, node: Node | None, tree: Entry) -> str:
                 return f"leave it out, or write {text}" if is_default else f"write {text}"
     if value is None and any(form.get("type") in ("object", "array") for form in forms(node)):
         return "fill it in, or remove the key"
-    if not isinstance(value, str | int | float):
+    held = plain(entry)
+    if not isinstance(held, str | int | float | list):
         return ""
-    advised = next((todo for todo, guess in _guesses(path, node, value) if takes(tree, path, guess)), "")
-    return advised or (_near_word(node, value) or _near_list(node, value) if isinstance(value, str) else "")
+    advised = next((todo for todo, guess in _guesses(path, node, held) if takes(tree, path, guess)), "")
+    near = _near_word(node, value) or _near_list(node, value) if isinstance(value, str) else ""
+    return advised or near or _example(node)
+
+
+def _example(node: Node) -> str:
+    """The mappings that the reference shows of a section, or else its keys; empty for what is none."""
+    section = form_of(node, None) if not kinds_of(node) else None
+    keys = list((section or {}).get("properties", ()))
+    if not keys or any(sections_in(form) for form in forms(node)):
+        return ""
+    shown_ones = _MAPPING.findall(node.get("description", ""))
+    return f"write {alternatives(shown_ones)}" if shown_ones else f"its keys are {', '.join(keys)}"
 
 
 def takes(tree: Entry, path: KeyPath, value: Plain) -> bool:
@@ -143,8 +158,8 @@ def takes(tree: Entry, path: KeyPath, value: Plain) -> bool:
     return not any(one[: len(path)] == path for one in wrong)
 
 
-def _guesses(path: KeyPath, node: Node, value: str | float) -> Iterator[tuple[str, Plain]]:
-    """What a word, number or boolean was perhaps meant to be, with the words that say so."""
+def _guesses(path: KeyPath, node: Node, value: str | float | list[Plain]) -> Iterator[tuple[str, Plain]]:
+    """What a word, number, boolean or list was perhaps meant to be, with the words that say so."""
     section = form_of(node, None) if not kinds_of(node) else None
     for key in (section or {}).get("properties", ()) if not isinstance(value, bool) else ():
         yield f"write {'' if len(forms(node)) > 1 else f'{path[-1]}: '}{{{key}: {value}}}", {key: value}
@@ -299,8 +314,9 @@ def _unknown_kind(path: KeyPath, kinds: list[str], tree: Entry) -> Finding:
     named = entry.value if entry is not None else None
     if not isinstance(named, str):
         return finding(tree, path, f"expected the name of a kind, found {shown(entry)}", known)
-    if family == "adapter" and named.strip().lower() == "qlora":
-        return finding(tree, path, "QLoRA is adapter: lora on a quantised base", "add model: {quantization: nf4}")
+    if answer := answer_to_kind(family, named):
+        what, _, todo = answer.partition("; ")
+        return finding(tree, path, what, todo)
     if is_not_yet(family, named):
         return finding(tree, path, f"{family} {shown(named)} does not exist yet", known)
     return finding(tree, path, f"unknown {family} {shown(named)}", f"{suggest_word(named, kinds)}{known}")

@@ -24,6 +24,7 @@ class ForeignNames(TypedDict):
     anywhere: dict[str, Answer]
     in_a_source: dict[str, str]
     not_yet: dict[str, list[str]]
+    kinds: dict[str, dict[str, str]]
     tools: dict[str, list[str]]
     words: dict[str, str]
     nothing: list[str]
@@ -74,6 +75,12 @@ def means_nothing(value: Value) -> bool:
 def is_not_yet(family: str, kind: str) -> bool:
     """Whether a kind is known of other tools and does not exist here yet, e.g. the adapter `dora`."""
     return fold(kind) in foreign()["not_yet"].get(family, ())
+
+
+def answer_to_kind(family: str, name: str) -> str:
+    """What a kind of that name is called here, where that takes more than another kind's name; empty where it does
+    not."""
+    return foreign()["kinds"].get(family, {}).get(fold(name), "").replace("NAME", fold(name))
 
 
 def tool_of(keys: Iterable[str], ours: Iterable[str]) -> str | None:

@@ -130,8 +130,7 @@ def suggest_key(path: KeyPath, node: Node | None, section: Entry) -> Suggestion:
         return foreign_key
     others = [kind for kind, form in kinds.items() if folded in form["properties"]]
     if others:
-        what = f"unknown key; {kind_of(node, section)} has no {folded}"
-        return Suggestion(what, f"it belongs to {' and '.join(others[:3])}")
+        return _of_another_kind(folded, others, node, section)
     if elsewhere := _keys_called(folded):
         return _elsewhere("unknown key here", elsewhere)
     if close := nearest(key, known, count=2):
@@ -139,6 +138,18 @@ def suggest_key(path: KeyPath, node: Node | None, section: Entry) -> Suggestion:
     if far := nearest(key, sorted({str(path[-1]) for path, _ in every_key(recipe_tree())}), count=1):
         return _elsewhere(unknown, _keys_called(far[0]))
     return Suggestion(unknown, f"{'this section' if parent else 'a recipe'} has {', '.join(known)}")
+
+
+def _of_another_kind(option: str, others: list[str], node: Node | None, section: Entry) -> Suggestion:
+    """Says which kinds have an option, the usual one first; of a kind named by a flag, how to replace the section."""
+    usual, kind, named = kind_of(node, None), kind_of(node, section), section.entries.get("kind")
+    first = sorted(others, key=lambda other: other != usual)
+    shown_ones = [*first[:3], f"{len(first) - 3} more"] if len(first) > 3 else first
+    todo = f"it belongs to {alternatives(shown_ones).replace(' or ', ' and ')}"
+    flag, equals, word = named.place.file.partition("=") if named is not None else ("", "", "")
+    if flag.endswith(".kind") and equals:
+        todo = f"{todo}; {flag.removesuffix('.kind')}={word} replaces the whole section"
+    return Suggestion(f"unknown key; {kind} has no {option}", todo)
 
 
 def _elsewhere(what: str, paths: list[KeyPath]) -> Suggestion:

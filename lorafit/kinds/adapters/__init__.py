@@ -61,6 +61,8 @@ class Adapter(Kind[S_co]):
         resumed_prefix: Begin of the names of tensors that are saved for training to go on with, and that an opened
             adapter does without.
         no_checkpointing: Why no layer can run forward again in the backward pass; None where all can.
+        unread: Values of options, `section.option=value`, that it can do nothing with, each with the reason; as a
+            task's.
         copies: Which modules it goes on, in the place of linears.
         usual_rate: The learning rate that it wants, as a multiple of LoRA's: the middle of what `compare` tries.
     """
@@ -74,6 +76,7 @@ class Adapter(Kind[S_co]):
     form_fields: ClassVar[Sequence[str]] = ()
     resumed_prefix: ClassVar[str | None] = None
     no_checkpointing: ClassVar[str | None] = None
+    unread: ClassVar[Mapping[str, str]] = {}
     copies: ClassVar[CopiedModules | None] = None
     usual_rate: ClassVar[float] = 1.0
 

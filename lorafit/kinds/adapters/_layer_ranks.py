@@ -31,15 +31,15 @@ class LayerRanks:
     usual: int
 
     def check(self, layers: Sequence[int], linears: Iterable[str]) -> None:
-        """Raises RecipeError where they name none of the adapted linears, or are not one for each adapted layer."""
+        """Raises RecipeError where they name what is none of thirds and adapted linears, or too few layers."""
         if isinstance(self.ranks, Sequence) and len(self.ranks) != len(layers):
             what = f"has {len(self.ranks)} ranks for {len(layers)} layers that get an adapter"
             raise RecipeError(what, key="adapter.ranks", todo="give one for each of them")
         known = sorted(set(linears))
         for name in self._named():
             if name not in known:
-                what = f"'{name}' is no linear that gets an adapter"
-                todo = f"{did_you_mean(name, known)}available: {', '.join(known)}"
+                what = f"'{name}' is no linear that gets an adapter, and no third of the layers"
+                todo = f"{did_you_mean(name, [*THIRDS, *known])}available: {', '.join((*THIRDS, *known))}"
                 raise RecipeError(what, key="adapter.ranks", todo=todo)
 
     def rank_of(self, linear: str, number: int, layers: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from lorafit.kinds.adapter_parts import Rank, SavedField, Site
 from lorafit.kinds.adapters import Adapter, AdapterSection
 from lorafit.kinds.adapters._saved import head_values
 from lorafit.kinds.folding import Folding
+from lorafit.kinds.section import PACKED
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,9 @@ class Prompt(Adapter[P_co]):
     }
     recipe_fields: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "tokens"}
     resumed_prefix: ClassVar[str] = _ENCODER
+    unread: ClassVar[Mapping[str, str]] = {
+        PACKED: "begins a row with vectors of its own, and a packed row holds several"
+    }
 
     def sites(self, shape: ModelShape) -> tuple[Site, ...]:
         """The vectors, and what makes them."""

@@ -17,7 +17,7 @@ from lorafit.facts import CAUSAL_MODEL, ModelClass
 from lorafit.kinds.metrics import applies
 from lorafit.kinds.registry import Kind, S_co, SectionRegistry
 from lorafit.kinds.row_limits import Limit, TwoTexts
-from lorafit.kinds.section import KindSection
+from lorafit.kinds.section import PACKED, KindSection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -142,7 +142,7 @@ class Task(Kind[S_co]):
     pads_to: ClassVar[int] = 1
     """The padded length of sequences is a multiple of it."""
     unread: ClassVar[Mapping[str, str]] = {
-        "data.packing=True": "takes one row a sequence",
+        PACKED: "takes one row a sequence",
         "data.overlength=split": "takes a row whole: only plain text can be split",
     }
     """Options that it does not read, `section.option`, or values that it can do nothing with, `section.option=value`;

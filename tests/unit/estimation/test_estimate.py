@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lorafit.console.reporting import ConsoleReporter
-from lorafit.errors import DoesNotFitError, UsageError
+from lorafit.errors import DoesNotFitError, RecipeError, UsageError
 from lorafit.estimation import Options, RecipeEstimate, RowLengths, check_headroom, estimate_recipe, measured
 from lorafit.facts import Bar
 from lorafit.machine.devices import format_bytes, parse_gpu
@@ -303,6 +303,28 @@ def test_methods_are_computed_for_the_model() -> None:
     assert own.methods[-1].needed_bytes == own.memory.needed_bytes
     lora = guess(model={"quantization": "none", "dtype": "bf16"})
     assert {m.precision: m.needed_bytes for m in lora.methods if m.name == "LoRA"}["bf16"] == lora.memory.needed_bytes
+
+
+def test_rows_of_another_method_are_called_by_its_kind() -> None:
+    found = guess(adapter={"kind": "rslora"})
+    rows = {(method.name, method.precision): method for method in found.methods}
+    assert {name for name, _ in rows} == {"full", "adapter rslora"}
+    assert rows["adapter rslora", "nf4"].needed_bytes == found.memory.needed_bytes
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"kind": "lora", "modules_to_save": ["q_proj"]}, "is a linear of the layers"),
+        ({"kind": "oft", "block_size": 100}, "100 does not divide the 4096 inputs"),
+    ],
+)
+def test_names_and_widths_are_judged_before_any_dry_run(adapter: dict[str, object], said: str) -> None:
+    def never(step: StepShape, tokens: int, checkpointing: object) -> MemoryEstimate:
+        raise AssertionError("a dry run was made")
+
+    with pytest.raises(RecipeError, match=said):
+        estimate_recipe(recipe(adapter=adapter), shape_of(), options=Options(gpu=card(24)), engine=never)
 
 
 def test_full_fine_tuning_as_it_was_measured() -> None:

@@ -155,6 +155,8 @@ def test_ranks_by_linear_and_in_some_layers(tmp_path: Path) -> None:
     section = lora(ranks={"q_proj": 2, "down_proj": 16}, layers={"first": 2}, target_modules=["q_proj", "k_proj"])
     with pytest.raises(RecipeError, match="'down_proj' is no linear that gets an adapter"):
         adapters.bind(section).sites(find_shape(base.config))
+    with pytest.raises(RecipeError, match=r"did you mean early\? available: early, middle, late, down_proj"):
+        adapters.bind(lora(ranks={"earl": 4})).sites(find_shape(base.config))
     section = lora(ranks={"q_proj": 2, "down_proj": 16}, layers={"first": 2})
     model = attach_adapter(load(base), section, 0)
     planned(adapters.bind(section), find_shape(base.config), model)

@@ -156,14 +156,12 @@ def test_what_an_attention_left_open_holds_goes_with_it() -> None:
         (parse_gpu("T4"), {}, "needs a card of compute capability 8.0"),
         (card(24), {"dtype": "fp32"}, "needs a card of compute capability 8.0"),
         (card(24), {"hub_id": "openai-community/gpt2"}, "a model that drops no scores"),
-        (card(24), {"packing": False}, "is for packed rows"),
     ],
 )
 def test_varlen_attention_by_name(device: DeviceFacts, sections: dict[str, Any], said: str) -> None:
     model = {"attention": "varlen", "dtype": sections.get("dtype", "auto")}
-    data = {"train": "a.jsonl", "packing": sections.get("packing", "auto")}
     with pytest.raises(RecipeError, match=f"model.attention: varlen attention .*{said}"):
-        make(device, hub_id=sections.get("hub_id", "meta-llama/Llama-3.1-8B"), model=model, data=data)
+        make(device, hub_id=sections.get("hub_id", "meta-llama/Llama-3.1-8B"), model=model)
     named = make(card(24), model={"attention": "varlen"})
     assert (named.packing, named.step.step.packs) == (None, True)
 

@@ -216,3 +216,17 @@ def test_a_length_over_that_of_an_extended_recipe(fails: Fails, loads: Loads, tm
     assert said.startswith("r.yaml:5:20: training.epochs: training.max_steps is set too, in below.yaml; ")
     assert "add max_steps: null in training" in said
     assert loads(text.replace("epochs: 2", "epochs: 2, max_steps: null")).recipe.training.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["adapter=prefix_tuning", "data.packing=true"], "prefix_tuning begins a row with vectors of its own"),
+        (["adapter=prompt_tuning", "model.attention=varlen"], "varlen attention is for packed rows"),
+        (["data.packing=false", "model.attention=varlen"], "varlen attention is for packed rows"),
+        (["adapter=prefix_tuning", "training.gradient_checkpointing=half"], "takes no gradient checkpointing"),
+    ],
+)
+def test_what_the_recipe_alone_forbids_needs_no_model(fails: Fails, flags: list[str], said: str) -> None:
+    (found,) = parts(fails(MINIMAL, flags))
+    assert said in found

@@ -8,6 +8,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from lorafit.console.nearest import nearest
+from lorafit.kinds.adapters import adapters
+from lorafit.kinds.adapters.peft import fitting_methods
+from lorafit.kinds.initialisations import initialisations
 from lorafit.recipe.foreign import foreign, is_not_yet
 from lorafit.recipe.schema import Recipe, TrainSourceSection, one_name_of
 from lorafit.recipe.schema_tree import every_key, kinds_of, recipe_tree
@@ -249,6 +252,20 @@ def test_an_option_that_its_section_refuses_is_blamed_where_it_was_set(fails: Fa
     assert said.startswith(f"--set {flag}: {flag.partition('=')[0]}: ") and "is for rows of several labels" in said
 
 
+def test_an_option_of_many_kinds_names_the_usual_one_first(fails: Fails) -> None:
+    said = str(fails(MINIMAL + "adapter: {kind: vera, alpha: 8}\n"))
+    assert "vera has no alpha; it belongs to lora, adalora, dora and " in said and said.endswith(" more")
+
+
+def test_a_kind_set_over_options_of_another_is_told_how_to_replace_the_section(fails: Fails) -> None:
+    text = MINIMAL + "adapter: {kind: lora, r: 8, alpha: 8}\ntraining: {optimizer: {kind: sgd, momentum: 0.9}}\n"
+    said = parts(fails(text, ["adapter.kind=vera"]))
+    assert len(said) == 1 and said[0].endswith("; --set adapter=vera replaces the whole section")
+    said = parts(fails(text, ["training.optimizer.kind=adamw"]))
+    assert said[0].endswith("; --set training.optimizer=adamw replaces the whole section")
+    assert "replaces" not in str(fails(MINIMAL + "adapter: {kind: vera, alpha: 8}\n"))
+
+
 def test_a_key_like_no_other_gets_the_list(fails: Fails) -> None:
     assert "this section has every_steps, keep_last" in str(fails(MINIMAL + "checkpoints: {zzzzqq: 1}\n"))
 
@@ -261,6 +278,13 @@ VALUES = [
     ("model.dtype=float16", "fp16"),
     ("model.attention=flash_attn", "flash_attention_2"),
     ("task=sft", "causal-lm"),
+    ("adapter=bitfit", "bias"),
+    ("adapter=ln_tuning", "layer_norm"),
+    ("adapter=bone", "miss"),
+    ("adapter=ptuning", "p_tuning"),
+    ("adapter=prefix", "prefix_tuning"),
+    ("adapter=prompt", "prompt_tuning"),
+    ("adapter=full_finetune", "full"),
     ("evaluation.final=[mean_token_accuracy]", "token_accuracy"),
 ]
 
@@ -268,6 +292,52 @@ VALUES = [
 @pytest.mark.parametrize(("flag", "ours"), VALUES)
 def test_another_tools_word_is_answered_with_ours(fails: Fails, flag: str, ours: str) -> None:
     assert f"did you mean {ours}" in str(fails(MINIMAL, [flag]))
+
+
+@pytest.mark.parametrize("flag", ["adapter", "adapter.kind"])
+def test_a_method_that_is_an_option_here_is_answered_with_what_to_write(fails: Fails, loads: Loads, flag: str) -> None:
+    names = foreign()["kinds"]["adapter"]
+    assert {"qlora", *initialisations.names()} - {"kaiming", "gaussian", "orthogonal"} <= names.keys()
+    assert {name for name, answer in names.items() if "kind: peft" in answer} == {
+        name for name in fitting_methods() if name not in adapters.names()
+    }
+    for name in names:
+        what, _, todo = str(fails(MINIMAL, [f"{flag}={name.upper()}"])).rpartition("; ")
+        assert "unknown" not in what and "does not exist yet" not in what
+        base = "nf4" if name == "loftq" else "none"
+        if todo.startswith("write adapter: "):
+            loads(MINIMAL, [f"adapter={todo.removeprefix('write adapter: ')}", f"model.quantization={base}"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("adapter.layers=last", "write {first: 4}, {last: 4} or {list: [0, 5, 7]}"),
+        ("adapter.layers=[1, 2]", "write layers: {list: [1, 2]}"),
+        ("training.unfreezing=5", "write {top: 4, steps: [50, 100]}"),
+        ("training.unfreezing=[50, 100]", "write {top: 4, steps: [50, 100]}"),
+        ("checkpoints=often", "its keys are every_steps, keep_last"),
+        ("checkpoints=[5]", "its keys are every_steps, keep_last"),
+    ],
+)
+def test_what_is_no_mapping_is_answered_with_one(fails: Fails, flag: str, advice: str) -> None:
+    assert str(fails(MINIMAL, [flag])).endswith(advice)
+
+
+@pytest.mark.parametrize(
+    "flag", ["adapter.ranks={early: 0}", "adapter.ranks=[0]", "adapter.ranks={early: 0, late: 0}", "tracking=[x]"]
+)
+def test_what_is_left_of_a_mapping_of_names_is_not_blamed(fails: Fails, flag: str) -> None:
+    assert not any("names no" in said or "empty" in said for said in parts(fails(MINIMAL, [flag])))
+
+
+@pytest.mark.parametrize("key", ["adapter.lora_plus_lr_ratio", "adapter.loraplus_lr_ratio"])
+def test_the_ratio_of_lora_plus_is_known_however_it_is_written(fails: Fails, key: str) -> None:
+    assert "in lorafit this is adapter.rate_ratio" in str(fails(MINIMAL, [f"{key}=16"]))
+
+
+def test_no_answer_says_of_what_exists_that_it_does_not() -> None:
+    assert not [name for name, answer in ANSWERED.items() if "not built" in answer or "not trained" in answer]
 
 
 @pytest.mark.parametrize(
