@@ -324,7 +324,7 @@ def test_names_and_widths_are_judged_before_any_dry_run(adapter: dict[str, objec
         raise AssertionError("a dry run was made")
 
     with pytest.raises(RecipeError, match=said):
-        estimate_recipe(recipe(adapter=adapter), shape_of(), options=Options(gpu=card(24)), engine=never)
+        estimate_recipe(recipe(adapter=adapter), shape_of(), options=Options(gpu=card(64, kind="cpu")), engine=never)
 
 
 def test_full_fine_tuning_as_it_was_measured() -> None:
