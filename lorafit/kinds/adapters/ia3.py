@@ -76,6 +76,7 @@ class Ia3(AtLinears[Ia3Section]):
 
     peft_type: ClassVar[str] = "IA3"
     usual_rate: ClassVar[float] = 15.0
+    starts_as_base: ClassVar[bool] = False  # beside codes PEFT computes the base's own product in fp32
     takes_transposed: ClassVar[bool] = True
     saved_fields: ClassVar[Mapping[str, SavedField]] = {
         "feedforward_modules": SavedField(str | list[str] | None, "a text or a list of texts"),

@@ -204,7 +204,8 @@ def test_ia3_over_codes_answers_in_the_dtype_it_is_asked_in(base: Base, quantiza
         config = adapters.bind(section("ia3")).peft_config(["k_proj", "v_proj"], is_transposed=False)
         logits(PeftModel(theirs, config))
     model = attach_adapter(load(base, quantization, dtype=torch.bfloat16), section("ia3", target_modules=["k_proj"]), 0)
-    assert torch.equal(logits(model), logits(load(base, quantization, dtype=torch.bfloat16)))
+    of_base = logits(load(base, quantization, dtype=torch.bfloat16))  # in bf16 throughout
+    assert torch.allclose(logits(model), of_base, atol=0.02)
     model.train()(torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
     assert all(bool(p.grad.abs().max() > 0) for p in model.parameters() if p.requires_grad)
 
