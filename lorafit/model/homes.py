@@ -20,7 +20,6 @@ from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.safetensors import TensorEntry
 from lorafit.model.names import Part, TensorNames, note_parts, read_parts, require_parts, rows_of
-from lorafit.ops.trained_copies import LAYERS, own_parameters
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,6 +67,8 @@ def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
     from torch.nn.modules.conv import _ConvNd
     from transformers.pytorch_utils import Conv1D
 
+    from lorafit.ops.trained_copies import LAYERS
+
     base = model.get_base_model()
     holders = Counter(id(value) for module in base.modules() for value in module._parameters.values())
     homes: dict[str, Home] = {}
@@ -103,6 +104,8 @@ def find_homes(model: PeftModel, names: TensorNames) -> dict[str, Home]:
 
 def _homes_of_copy(path: str, copy: Module, names: TensorNames) -> tuple[dict[str, Home], list[ModelError]]:
     """Homes of the trained parameters of a layer's copy; those that layers share have one."""
+    from lorafit.ops.trained_copies import own_parameters
+
     homes, failures = {}, []
     for own in own_parameters(copy):
         parameter = f"{path}.{own}"

@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lorafit.console.wording import list_names
 from lorafit.contracts import JsonObject
 from lorafit.errors import RecipeError
@@ -80,6 +78,8 @@ def grow_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens
         tokenizer: Its own, taught the tokens.
         tokens: Each with the text that its row begins with the mean of; empty: of all known tokens.
     """
+    import torch
+
     ids, known = row_ids(tokenizer, tokens), len(tokenizer) - len(tokens)
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
