@@ -118,7 +118,7 @@ def _count(how: str, layers: int, model: str, quantization: str, r: int, rows: i
 
 @contextmanager
 def _counting(counter: _Counter, *, fuses: bool) -> Iterator[None]:
-    class Counting(dry_run._LiveFakes):
+    class Counting(dry_run.LiveFakes):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             counter.live = self
@@ -128,7 +128,7 @@ def _counting(counter: _Counter, *, fuses: bool) -> Iterator[None]:
             return super().call(function, arguments, options)
 
     with (
-        patch.object(dry_run, "_LiveFakes", Counting),
+        patch.object(dry_run, "LiveFakes", Counting),
         patch.object(dry_run, "SIZED_FUSED", counter.table(dry_run.SIZED_FUSED)),
         patch.object(dry_run, "SIZED_LIGER", counter.table(dry_run.SIZED_LIGER)),
         patch.object(dry_run, "fuse_layers", dry_run.fuse_layers if fuses else lambda *_: {}),

@@ -34,7 +34,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(attention, "_capability_of", lambda tensor: (8, 0))
     monkeypatch.setattr(attention, "takes_documents", lambda *_: True)
     monkeypatch.setattr("lorafit.plan.recipe_step._packed", lambda step, **_: replace(step, packing=None))
-    monkeypatch.setattr("lorafit.training.takes_varlen", lambda step: True)
+    monkeypatch.setattr("lorafit.run.assembly.takes_varlen", lambda step: True)
     monkeypatch.setattr("lorafit.trainer.stage._open_candidates", candidates)
     CALLS.clear()
 
@@ -63,7 +63,7 @@ def test_a_run_from_before_stays_padded(world: OptionWorld, monkeypatch: pytest.
     """Its plan names sdpa, and its recipe says nothing of packing, which meant `false` then."""
     recipe = world.recipe(CHANGES)
     with monkeypatch.context() as before:
-        before.setattr("lorafit.training.takes_varlen", lambda step: False)
+        before.setattr("lorafit.run.assembly.takes_varlen", lambda step: False)
         whole = adapter_tensors(pipeline.train(recipe).run)
     again = pipeline.train(recipe, resume_from=1).run
     assert read_object(again.plan)["attention"] == "sdpa" and adapter_tensors(again) == whole and not CALLS

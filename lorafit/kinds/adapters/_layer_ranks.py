@@ -9,6 +9,7 @@ What is not named has rank r, and so has a linear outside of all layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,12 @@ class LayerRanks:
             return self._named()[linear]
         by_layer = self._by_layer(len(layers)) if number in layers else []
         return by_layer[layers.index(number)] if by_layer else self.usual
+
+    def counted(self, linear: str, numbers: Sequence[int], layers: Sequence[int]) -> Counter[int]:
+        """How many linears of a name have each rank; `numbers` are those of their layers, the rest as in `rank_of`."""
+        if self.ranks is None:  # asked for at every size that an estimate tries
+            return Counter({self.usual: len(numbers)})
+        return Counter(self.rank_of(linear, number, layers) for number in numbers)
 
     def pattern(self, paths: Mapping[str, int]) -> dict[str, int]:
         """PEFT's `rank_pattern`: the ranks that are not the usual one, by what matches the paths of their linears.

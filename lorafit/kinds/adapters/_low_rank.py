@@ -7,7 +7,6 @@ Source: Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685), section 4.1; ra
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
@@ -237,7 +236,7 @@ class LowRank(Adapter[L_co]):
         self._check_start(linears, shape, layers)
 
         def parameters(linear: LinearShape) -> int:
-            ranks = Counter(self.ranks.rank_of(linear.name, number, layers) for number in shape.layers_of(linear))
+            ranks = self.ranks.counted(linear.name, shape.layers_of(linear), layers)
             return sum(self.layer_parameters(linear, rank) * count for rank, count in ranks.items())
 
         return tuple(Site("linear", linear.name, linear.count, parameters(linear), linear) for linear in linears)
@@ -272,7 +271,7 @@ class LowRank(Adapter[L_co]):
     def _check_start(self, linears: Sequence[LinearShape], shape: ModelShape, layers: Sequence[int]) -> None:
         """Raises RecipeError where `init` cannot begin beside a linear with the rank that it has there."""
         for linear in linears:
-            ranks = {self.ranks.rank_of(linear.name, number, layers) for number in shape.layers_of(linear)}
+            ranks = self.ranks.counted(linear.name, shape.layers_of(linear), layers)
             for why in filter(None, (self.initialisation().why_not_rank(rank, linear) for rank in sorted(ranks))):
                 raise RecipeError(why, key="adapter.r", todo="choose another rank, or another adapter.init")
 

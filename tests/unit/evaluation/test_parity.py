@@ -74,8 +74,8 @@ def test_an_int8_run_is_compared_without_8_bit_activations_on_a_card(
 
     made = train_like(open_base(make_llama(tmp_path / "base")), "int8")
     merged = merge(made, "dequantized")
-    before = logits(made.model)
     monkeypatch.setattr("bitsandbytes.matmul", as_on_cuda)
+    before = logits(made.model)
     parity = compare(made, merged, ROWS)
     assert parity.mean_kl < 1e-6 and parity.max_logit_difference < 1e-5
     assert torch.equal(logits(made.model), before), "its own products are back"
