@@ -111,7 +111,8 @@ class Adapter(Kind[S_co]):
 
     def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
         """Names of the linears it goes on, as the recipe writes them; none for a method without."""
-        return ()
+        names: Literal["all-linear"] | Sequence[str] = getattr(self.section, "target_modules", ())
+        return names
 
     @abstractmethod
     def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:

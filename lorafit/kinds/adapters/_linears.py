@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lorafit.contracts import JsonMapping, JsonObject
 from lorafit.errors import ModelError
@@ -58,10 +58,6 @@ class AtLinears(Adapter[L_co]):
     @abstractmethod
     def options(self, target_modules: Sequence[str]) -> JsonObject:
         """Keys of PEFT's config beside targets and orientation, for these targets."""
-
-    def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
-        """The recipe's `target_modules`."""
-        return self.section.target_modules
 
     def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:
         """PEFT's config class of the type. Raises ModelError where PEFT's layer takes no such weights."""

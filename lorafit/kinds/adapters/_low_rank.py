@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -284,10 +284,6 @@ class LowRank(Adapter[L_co]):
     def _halves(self) -> int:
         """Of A and B: one is trained, and a second takes out what `init` begins with."""
         return 2 if self.initialisation().corrects else 1
-
-    def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
-        """The recipe's `target_modules`."""
-        return self.section.target_modules
 
     def rank(self) -> int:
         """r."""

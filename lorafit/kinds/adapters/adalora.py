@@ -205,10 +205,6 @@ class Adalora(Adapter[AdaloraSection]):
     def _parameters_of(self, linear: LinearShape) -> int:
         return self.section.init_r * (linear.in_features + linear.out_features + 1)
 
-    def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
-        """The recipe's `target_modules`."""
-        return self.section.target_modules
-
     def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:
         """PEFT's AdaLoraConfig; the hook tells it the run's steps. The penalty is the hook's: PEFT would add it to a
         loss."""

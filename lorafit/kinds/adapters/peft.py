@@ -143,10 +143,6 @@ class Peft(Adapter[PeftSection]):
             for linear, parameters in zip(linears, counted, strict=True)
         )
 
-    def linear_names(self) -> Literal["all-linear"] | Sequence[str]:
-        """The recipe's `target_modules`."""
-        return self.section.target_modules
-
     def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:
         """PEFT's config class with the recipe's options. Raises RecipeError where PEFT takes them not."""
         if is_transposed:
