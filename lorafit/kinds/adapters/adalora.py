@@ -54,8 +54,8 @@ class AdaloraSection(LinearsSection):
     """AdaLoRA; E begins at zero and wants a larger learning rate than LoRA, e.g. 1e-3."""
     r: int = Field(default=8, ge=1, le=4096)
     """Rank of a linear on average, at the end."""
-    init_r: int = Field(default=12, ge=2, le=4096)
-    """Rank of each linear at the start; more than r, the paper takes 1.5 times as much."""
+    init_r: int | None = Field(default=None, ge=2, le=4096)
+    """Rank of each linear at the start, more than r; null: one and a half times r, as in the paper."""
     alpha: float = Field(default=32.0, gt=0.0, le=1e6, allow_inf_nan=False)
     """The update is scaled by alpha / init_r."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
@@ -75,11 +75,15 @@ class AdaloraSection(LinearsSection):
 
     @model_validator(mode="after")
     def _has_ranks_to_take_away(self) -> AdaloraSection:
-        if self.init_r <= self.r:
-            raise ValueError(
-                f"init_r {self.init_r} must be more than r {self.r}: ranks are taken away; try {3 * self.r // 2 + 1}"
-            )
+        if self.first_rank <= self.r:
+            usual = math.ceil(1.5 * self.r)
+            raise ValueError(f"init_r {self.init_r} must be more than r {self.r}: ranks are taken away; try {usual}")
         return self
+
+    @property
+    def first_rank(self) -> int:
+        """Rank of each linear at the start."""
+        return math.ceil(1.5 * self.r) if self.init_r is None else self.init_r
 
 
 class AdaloraFolding(LowRankFolding):
@@ -203,7 +207,7 @@ class Adalora(Adapter[AdaloraSection]):
         )
 
     def _parameters_of(self, linear: LinearShape) -> int:
-        return self.section.init_r * (linear.in_features + linear.out_features + 1)
+        return self.section.first_rank * (linear.in_features + linear.out_features + 1)
 
     def peft_config(self, target_modules: Sequence[str], *, is_transposed: bool) -> PeftConfig:
         """PEFT's AdaLoraConfig; the hook tells it the run's steps. The penalty is the hook's: PEFT would add it to a
@@ -212,7 +216,7 @@ class Adalora(Adapter[AdaloraSection]):
 
         section, alpha = self.section, self.section.alpha
         return AdaLoraConfig(
-            init_r=section.init_r,
+            init_r=section.first_rank,
             target_r=section.r,
             lora_alpha=int(alpha) if alpha.is_integer() else alpha,
             lora_dropout=section.dropout,

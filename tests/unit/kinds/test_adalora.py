@@ -17,6 +17,7 @@ from lorafit.errors import LorafitError
 from lorafit.facts import RunFacts
 from lorafit.files.rundir import RunDir
 from lorafit.kinds.adapters import adapters
+from lorafit.kinds.adapters.adalora import AdaloraSection
 from lorafit.model.attach import attach_adapter, open_adapter
 from lorafit.model.inspect import coverage
 from lorafit.recipe.load import load_recipe
@@ -176,6 +177,7 @@ def test_a_resumed_run_is_the_same_run(run: RunDir, tmp_path: Path, memory_by_fo
 def test_steps_and_ranks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="init_r 4 must be more than r 4"):
         adalora(r=4)
+    assert [AdaloraSection(r=r).first_rank for r in (1, 8, 16)] == [2, 12, 24]  # null: as many as the paper begins with
     recipe = make_recipe(tmp_path, adapter={**SECTION, "warmup_steps": 3, "final_steps": 1})
     with pytest.raises(LorafitError, match="leaves no steps in which ranks are taken away: 4 of the run, 3 of warmup"):
         load_recipe(recipe)
