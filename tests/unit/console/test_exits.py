@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorafit
-from lorafit.api import pipeline
+from lorafit import pipeline
 from lorafit.console.exits import exit_code
 from lorafit.errors import DataError, Problems, ResourceError
 

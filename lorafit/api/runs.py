@@ -1,0 +1,151 @@
+"""Functions that take what was trained: it is scored, merged, asked, made smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lorafit import pipeline
+from lorafit.console.python_calls import Overrides, Rows, StrPath, call
+from lorafit.contracts import JsonMapping
+
+if TYPE_CHECKING:
+    from lorafit.run.answered import Classified, Generated
+    from lorafit.run.results import Evaluated, Merged
+    from lorafit.run.trained import Trained
+    from lorafit.studies.trim import Trimmed
+
+
+def evaluate(
+    run: StrPath | Trained,
+    *,
+    rows: Rows | None = None,
+    checkpoint: str | int | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    base_model: StrPath | None = None,
+    overrides: Overrides = (),
+    quiet: bool = False,
+) -> Evaluated:
+    """Scores base and tuned model on the same held-out rows. `evaluated.metrics` holds the figures by name.
+
+    Args:
+        run: What `train` gave back, a run folder, or the recipe of one.
+        rows: Test rows instead of the recipe's `data.test`.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        split: `test`, `validation` or `train`; `test` where the recipe has it, else `validation`.
+        limit: Only the first rows.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        overrides: Values over the run's recipe, e.g. `{"evaluation.final": ["rouge"]}`.
+        quiet: No progress.
+    """
+    split = split or ("test" if rows is not None else None)
+    return call(pipeline.evaluate, locals(), rows="data.test")
+
+
+def merge(
+    run: StrPath | Trained,
+    output: StrPath,
+    *,
+    base: str | None = None,
+    checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
+    verify: bool = True,
+    quiet: bool = False,
+) -> Merged:
+    """Merges an adapter into its base, and compares the result with the adapter.
+
+    Args:
+        run: What `train` gave back, a run folder, its recipe, or an adapter folder.
+        output: Where the merged model goes.
+        base: `dequantized` or `original`; what was trained on where None.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        verify: Whether what was written is read back and compared.
+        quiet: No progress.
+    """
+    return call(pipeline.merge, locals(), required=("output",))
+
+
+def generate(
+    run: StrPath | Trained,
+    prompts: str | Sequence[str | JsonMapping],
+    *,
+    compare_base: bool = False,
+    checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    min_new_tokens: int = 0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Generated:
+    """Answers prompts. `generated.texts` are the answers, in the prompts' order.
+
+    Args:
+        run: What `train` gave back, a run folder, its recipe, an adapter folder, or a model folder such as a merge.
+        prompts: One prompt, or several: texts, or rows as training has them (`{"messages": ...}`, with tools too).
+        compare_base: Answer with the adapter off too; needs a run.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        temperature: 0 is greedy.
+        top_p: Nucleus of the sampled tokens, 0 to 1.
+        max_new_tokens: Longest answer.
+        min_new_tokens: No answer ends before it has so many tokens.
+        num_beams: Answers that are kept at each step of a beam search, which takes no temperature; 1: no such search.
+        length_penalty: Of beam search: more than 0 favours long answers.
+        no_repeat_ngram_size: No sequence of so many tokens stands twice in an answer; 0: any may.
+        seed: Of the sampling.
+        quiet: No progress.
+    """
+    return call(pipeline.generate, locals())
+
+
+def classify(
+    run: StrPath | Trained,
+    prompts: str | Sequence[str | JsonMapping],
+    *,
+    checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
+    quiet: bool = False,
+) -> Classified:
+    """Gives labels to texts, or numbers. `classified.labels` and `classified.values` are those of each text, in order.
+
+    Args:
+        run: What `train` gave back, a run folder, its recipe, an adapter folder, or a merged model's.
+        prompts: One text, or several: texts, or rows as training has them.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        quiet: No progress.
+    """
+    return call(pipeline.classify, locals())
+
+
+def trim(
+    run: StrPath | Trained,
+    *,
+    rank: int | str,
+    output: StrPath | None = None,
+    checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
+    overrides: Overrides = (),
+    quiet: bool = False,
+) -> Trimmed:
+    """Writes a run's adapter with a smaller rank, and scores both on its validation rows.
+
+    Args:
+        run: What `train` gave back, a run folder or its recipe.
+        rank: The smaller rank; "auto": the smallest that these rows cannot tell from the whole adapter.
+        output: The adapter's folder instead of the run's with `-rank-RANK` behind it.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        overrides: Values over the recipe's, such as `{"data.validation": "more.jsonl"}`.
+        quiet: No progress.
+    """
+    from lorafit.studies.trim import trim
+
+    return call(trim, {name: value for name, value in locals().items() if name != "trim"})

@@ -1,0 +1,137 @@
+"""Flags and arguments of commands for typer: their type, default, metavar and help, by the parameter's name.
+
+What a value may be stands in `lorafit.console.arguments`, which the Python API reads too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafit.console.arguments import ARGUMENTS, FLAGS
+from lorafit.contracts import JsonMapping
+
+_HELP = {
+    "json": ("", "One JSON object on stdout, also for an error."),
+    "quiet": ("", "Only errors and the result."),
+    "verbose": ("", "Say more."),
+    "debug": ("", "Show tracebacks and the libraries' own logs."),
+    "recipe": ("RECIPE", "The recipe, a YAML file."),
+    "overrides": ("KEY=VALUE", "Change one value of the recipe, e.g. training.epochs=1. Repeatable."),
+    "checkpoint": ("best|last|STEP", "Which checkpoint; the saved adapter if left out."),
+    "base_model": (
+        "PATH_OR_ID",
+        "Where the base model is: a folder, a .gguf file or a hub id. It must be the one that was trained on.",
+    ),
+    "train.output": ("DIR", "Run folder instead of the recipe's."),
+    "resume": ("", "Go on with the run in the output folder."),
+    "resume_from": ("STEP", "Go on from this checkpoint."),
+    "plan_file": ("FILE", "Take the resolved values of another run's plan.json."),
+    "dry_run": ("", "Plan and check, then stop before the weights are loaded."),
+    "allow_inexact": ("", "Resume on another kind of device or number of ranks."),
+    "measure_memory": ("", "Count live tensors in every step: slower, and exact."),
+    "profile": ("", "Write where the time goes into the run folder: a table and a trace."),
+    "evaluate.run": ("RUN_OR_RECIPE", "A run folder, or the recipe of one."),
+    "split": ("test|validation|train", "Rows to score; test where the recipe has it."),
+    "limit": ("ROWS", "Score only the first rows."),
+    "merge.run": ("RUN_OR_ADAPTER", "A run folder, or an adapter folder."),
+    "merge.output": ("DIR", "Where the merged model goes."),
+    "base": ("dequantized|original", "Weights to merge into; what was trained on if left out."),
+    "verify": ("", "Skip the check of what was written."),
+    "generate.run": ("RUN_OR_MODEL", "A run, its recipe, an adapter or a model folder."),
+    "generate.prompt": ("TEXT", "One prompt."),
+    "generate.input_file": ("FILE", "A file of prompts: txt, one a line, or training's rows."),
+    "compare_base": ("", "Answer with the base model too."),
+    "temperature": ("NUMBER", "0 is greedy."),
+    "top_p": ("SHARE", "Nucleus of the sampled tokens."),
+    "max_new_tokens": ("TOKENS", "Longest answer, in tokens."),
+    "min_new_tokens": ("TOKENS", "No answer ends before it has so many."),
+    "num_beams": ("BEAMS", "Answers kept at each step of a beam search; 1 is none."),
+    "length_penalty": ("NUMBER", "Of beam search: more than 0 favours long answers."),
+    "no_repeat_ngram_size": ("TOKENS", "No so many tokens stand twice in an answer; 0 allows it."),
+    "seed": ("NUMBER", "Of the sampling."),
+    "classify.run": ("RUN_OR_MODEL", "A run, its recipe, an adapter or a merged model folder."),
+    "classify.prompt": ("TEXT", "One text."),
+    "classify.input_file": ("FILE", "A file of texts: txt, one a line, or training's rows."),
+    "classify.output": ("FILE", "Write the labels there too: a table (.csv), or JSON lines (.jsonl)."),
+    "data": ("ROWS", "A file of rows to train on: jsonl, json, csv, tsv, txt, parquet, xlsx."),
+    "init.output": ("FILE", "The recipe to write; recipe.yaml where not given."),
+    "init.base_model": ("PATH_OR_ID", "The base model: a folder, a .gguf file or a hub id."),
+    "task": ("TASK", "What the rows teach; the first that reads them where not given."),
+    "adapter": ("KIND", "The adapter; lora where not given."),
+    "quantization": ("KIND", "How the frozen weights are stored."),
+    "test_file": ("ROWS", "Rows that training never sees."),
+    "columns": ("OURS=THEIRS", "Which columns hold the fields of a format, e.g. question=Frage,answer=Antwort."),
+    "gpu": (
+        "SIZE|NAME",
+        "24GiB, rtx-4090 or cpu: exit 10 where it does not fit; several are compared. `list` names all cards.",
+    ),
+    "fit": ("SIZE|NAME", "The largest micro-batch, row and rank that fit; exit 10 if none does."),
+    "headroom": ("SHARE", "Of the card's memory, what must stay free: 0.05 where not given."),
+    "price_per_hour": ("PRICE", "Of the card, in any currency: what the run will cost."),
+    "exact": ("", "Run the training step itself on tensors without values: up to a minute."),
+    "recipes": ("RECIPE", "A recipe with --over, or several recipes of the same rows."),
+    "over": ("KEY=A,B", "Values of a key that are compared, e.g. adapter=lora,dora. Repeatable: every combination."),
+    "compare.output": ("DIR", "Folder of the comparison instead of RUN-comparison."),
+    "rates": ("NUMBER", "Learning rates of each method, around its own."),
+    "spread": ("FACTOR", "The highest of these rates is so many times the lowest."),
+    "learning_rates": ("A,B,C", "These learning rates for every method instead."),
+    "seeds": ("NUMBER", "Runs of each method at each rate, each with a seed of its own."),
+    "metric": ("NAME", "What methods are ranked by, on the test rows."),
+    "budget": ("TIME", "Most time, e.g. 60min: what it does not reach is left out, and said."),
+    "trim.run": ("RUN_OR_RECIPE", "A run folder, or the recipe of one."),
+    "rank": (
+        "RANK",
+        "The smaller rank, or auto: the smallest that validation rows cannot tell from the whole adapter.",
+    ),
+    "trim.output": ("DIR", "Folder of the adapter instead of RUN-rank-RANK."),
+    "compare.resume": ("", "Go on with the comparison in the output folder."),
+    "show": ("ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."),
+}
+"""What stands for a value, empty where a flag has none, and the help: by parameter, of one command or of all."""
+COMMON = ("json", "quiet", "verbose", "debug")
+_DEFAULTS = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "seed": 0,
+    "max_new_tokens": 256,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "rates": 3,
+    "spread": 10.0,
+    "seeds": 3,
+    "metric": "loss",
+}
+_REQUIRED = ("merge.output", "trim.rank")
+_SEVERAL = ("overrides", "gpu", "over", "recipes")
+
+
+def parameter(command: str, name: str, more: Mapping[str, JsonMapping]) -> inspect.Parameter:
+    """A parameter of a command, as typer reads it.
+
+    Args:
+        command: The function that is called, whose own help goes before that of all.
+        name: The parameter.
+        more: What else typer must know of a flag, such as a callback, by the flag's parameter.
+    """
+    argument = ARGUMENTS[name]
+    default: Any = _DEFAULTS.get(name, inspect.Parameter.empty)
+    metavar, text = _HELP.get(f"{command}.{name}") or _HELP[name]
+    kind: Any = next((kind for kind in (bool, str, float, int) if kind in argument.types), str)
+    if os.PathLike in argument.types and name != "base_model":
+        kind = Path
+    kind = list[str] if name in _SEVERAL else kind
+    flag, rest = FLAGS.get(name, f"--{name.replace('_', '-')}"), more.get(name, {})
+    option: Any = typer.Option(flag, metavar=metavar or None, help=text, min=argument.least, max=argument.most, **rest)
+    if name in ("recipe", "run", "recipes", "data"):
+        option = typer.Argument(metavar=metavar, readable=name == "run", help=text)
+    elif name not in _DEFAULTS and f"{command}.{name}" not in _REQUIRED:
+        kind, default = (kind, False) if kind is bool else (kind | None, None)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
