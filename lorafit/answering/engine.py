@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorafit.answering.generate import Answer, Request, find_stop_ids, generate_answers
+from lorafit.answering.pieces import Pieces
 from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Reporter, Silent
 from lorafit.data.id_range import check_ids
@@ -146,10 +147,13 @@ class Engine:
             answers |= dict(zip(places, written, strict=True))
         return [answers[place] for place in range(len(requests))]
 
-    def stream(self, request: Request) -> Iterator[str]:
+    def stream(self, request: Request) -> Generator[str, None, Answer]:
         """The answer's text as it is written; the pieces together are the text of `answer`'s.
 
         Generation runs in a thread of its own and ends at the next token where the iterator is closed.
+
+        Returns:
+            The whole answer, which tells how it ended.
 
         Raises:
             UsageError: The request names an adapter that is not loaded, or beams, whose answer is known at the end.
@@ -157,7 +161,6 @@ class Engine:
         """
         if request.sampling.num_beams > 1:
             raise UsageError("a beam search knows its answer only at the end", todo="stream without beams, or answer")
-        from tokenizers.decoders import DecodeStream
         from transformers.generation.streamers import BaseStreamer
 
         tokens: queue.SimpleQueue[int | Answer | BaseException] = queue.SimpleQueue()
@@ -181,16 +184,16 @@ class Engine:
 
         writer = threading.Thread(target=write, name="lorafit answer", daemon=True)
         writer.start()
-        pieces, sent = DecodeStream(skip_special_tokens=True), ""
+        pieces = Pieces(self.tokenizer)
         try:
             while not isinstance(item := tokens.get(), Answer | BaseException):
-                if piece := pieces.step(self.tokenizer.backend_tokenizer, item):
-                    sent += piece
+                if piece := pieces.step(item):
                     yield piece
             if isinstance(item, BaseException):
                 raise item
-            if len(item.text) > len(sent):  # what waited for the rest of a character
-                yield item.text[len(sent) :]
+            if rest := item.text[len(pieces.text) :]:  # what waited for the rest of a character
+                yield rest
+            return item
         finally:
             closed.set()
             writer.join()

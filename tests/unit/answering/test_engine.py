@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer
 
 from lorafit.answering.engine import Engine
 from lorafit.answering.generate import Request
@@ -107,6 +108,30 @@ def test_the_pieces_of_a_stream_are_the_answer(engine: Engine, tokenizer: Any, t
     pieces = list(engine.stream(request))
     assert "".join(pieces) == engine.answer([request])[0].text
     assert len(pieces) > 1
+
+
+def test_a_stream_gives_the_answer_at_its_end(engine: Engine, tokenizer: Any) -> None:
+    request = Request(tokenizer("why?")["input_ids"], "law", SHORT)
+    stream, expected = engine.stream(request), engine.answer([request])[0]
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(stream)
+    assert (end.value.value.text, end.value.value.tokens) == (expected.text, expected.tokens)
+    assert end.value.value.ended == "length"
+
+
+def test_a_tokenizer_in_python_is_streamed(tmp_path: Path) -> None:
+    """Marian's has no tokenizer of Rust's underneath: the first token of a stream was an AttributeError."""
+    from lorafit.answering.pieces import Pieces
+    from tests.support.tiny_seq2seq import make_marian_base
+
+    lines = {"source": ["what does the shop sell"], "target": ["der laden verkauft grüne tassen ☃"]}
+    tokenizer: Any = AutoTokenizer.from_pretrained(make_marian_base(tmp_path / "marian", lines))
+    ids = tokenizer(text_target="der laden verkauft tassen ☃")["input_ids"]
+    pieces = Pieces(tokenizer)
+    written = [pieces.step(token) for token in ids]
+    assert "".join(written) == pieces.text == tokenizer.decode(ids, skip_special_tokens=True) != ""
+    assert len([piece for piece in written if piece]) > 3
 
 
 def test_a_stream_that_nobody_reads_on_ends(engine: Engine, tokenizer: Any) -> None:
