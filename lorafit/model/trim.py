@@ -22,12 +22,10 @@ from lorafit.contracts import JsonObject
 from lorafit.errors import ModelError
 from lorafit.files.atomic import MANIFEST
 from lorafit.files.safetensors import TensorEntry, read_rows
-from lorafit.kinds.adapters import adapters
-from lorafit.kinds.adapters._low_rank import LowRankFolding
-from lorafit.kinds.folding import AdaptedLayer
 from lorafit.model.adapter import CONFIG, WEIGHTS, AdapterFolder, write_object
+from lorafit.model.low_rank import PREFIX, read_low_rank
 
-_FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+_ANEW = "train anew with that rank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +96,12 @@ class Trimming:
 
     def __init__(self, saved: AdapterFolder, *, nested: bool) -> None:
         self._saved, self._nested = saved, nested
-        method = next(name for name, kind in adapters.items() if kind is saved.kind)
-        if not saved.config.get("r"):
-            raise _untrimmable(saved, f"{method} has none", "train a method that has one, e.g. lora")
         try:
-            folding = saved.kind.folding({**saved.config, "modules_to_save": None})
+            layers = read_low_rank(saved)
         except ModelError as error:
-            raise _untrimmable(saved, error.what) from error
-        if type(folding) is not LowRankFolding:
-            raise _untrimmable(saved, f"the update of {method} is no product s * B A of two matrices")
-        factors: dict[str, dict[str, TensorEntry]] = {}
-        for name, entry in saved.tensors.items():
-            for suffix, part in _FACTORS.items():
-                if name.endswith(suffix):
-                    factors.setdefault(name.removesuffix(suffix), {})[part] = entry
-        if saved.config.get("target_parameters") or not factors:
-            raise _untrimmable(saved, "it has no pairs of A and B beside linears")
-        self._layers = {
-            path: _Layer(found, folding.scaling(AdaptedLayer(found, path.removeprefix("base_model.model."))))
-            for path, found in factors.items()
-        }
+            todo = "train a method that has one, e.g. lora" if not saved.config.get("r") else _ANEW
+            raise _untrimmable(saved, error.what, todo) from error
+        self._layers = {f"{PREFIX}{path}": _Layer(found.factors, found.scaling) for path, found in layers.items()}
         self.rank = max(layer.rank for layer in self._layers.values())
 
     def write(self, rank: int, folder: Path) -> list[LayerError]:
@@ -141,7 +125,7 @@ class Trimming:
                 a, b = layer.first(kept)
             else:
                 a, b, error = layer.closest(kept)
-                errors.append(LayerError(path.removeprefix("base_model.model."), error, layer.norm))
+                errors.append(LayerError(path.removeprefix(PREFIX), error, layer.norm))
             wide, tall = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
             wide[:kept], tall[:, :kept] = a, b / usual
             made |= {f"{path}.lora_A.weight": wide.float(), f"{path}.lora_B.weight": tall.float()}
@@ -160,5 +144,5 @@ class Trimming:
         return {**config, "r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def _untrimmable(saved: AdapterFolder, why: str, todo: str = "train anew with that rank") -> ModelError:
+def _untrimmable(saved: AdapterFolder, why: str, todo: str = _ANEW) -> ModelError:
     return ModelError(f"cannot be given a smaller rank: {why}", file=str(saved.path), todo=todo)

@@ -93,9 +93,9 @@ def test_first_ranks_are_those_that_were_trained(tmp_path: Path) -> None:
     [
         ("dora", "the update of dora is no product s * B A of two matrices; train anew with that rank"),
         ("vera", "the update of vera is no product s * B A of two matrices; train anew with that rank"),
-        ("ia3", "ia3 has none; train a method that has one, e.g. lora"),
-        ("prompt_tuning", "prompt_tuning has none; train a method that has one, e.g. lora"),
-        ("layer_norm", "layer_norm has none; train a method that has one, e.g. lora"),
+        ("ia3", "ia3 has no rank; train a method that has one, e.g. lora"),
+        ("prompt_tuning", "prompt_tuning has no rank; train a method that has one, e.g. lora"),
+        ("layer_norm", "layer_norm has no rank; train a method that has one, e.g. lora"),
     ],
 )
 def test_what_is_no_product_of_two_matrices_is_refused_by_the_name_of_the_recipe(
