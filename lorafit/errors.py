@@ -9,6 +9,7 @@
     ├── ModelError                5   base model, tokenizer, chat template or adapter
     ├── CheckpointError           6   a checkpoint or run folder
     ├── ResourceError             7   out of memory or disk
+    │   └── QueueFull             7   too many requests wait already
     ├── SafetyError               8   refused for safety
     ├── NumericsError             9   NaN, Inf, a proof that failed
     ├── DoesNotFitError          10   the estimate says that it does not fit
@@ -180,6 +181,10 @@ class ResourceError(LorafitError):
     """Memory or disk ran out, or a card cannot be used."""
 
     exit_code = 7
+
+
+class QueueFull(ResourceError):  # noqa: N818 - a state, which passes
+    """So many requests wait already that one more is not taken; its message has the numbers."""
 
 
 class SafetyError(LorafitError):

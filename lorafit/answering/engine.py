@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -96,6 +96,19 @@ class Engine:
             raise ModelError(what, file=str(folder), todo="answer with it in an engine of its own")
         self.model = open_adapter(self.model, folder, name=name, base=self._base, reporter=reporter or Silent())
 
+    def remove_adapter(self, name: str) -> None:
+        """Drops an adapter; without any the model is the base again, as it was before the first.
+
+        Raises:
+            UsageError: There is no such adapter.
+        """
+        self._require(name)
+        model = cast("PeftModel", self.model)
+        if len(self.adapters) > 1:
+            model.delete_adapter(name)
+        else:
+            self.model = model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
+
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
         """Within it the model is the base with that adapter, or alone. Gradient flags are left as they were.
@@ -103,9 +116,8 @@ class Engine:
         Raises:
             UsageError: There is no such adapter.
         """
-        if adapter is not None and adapter not in self.adapters:
-            known = ", ".join(self.adapters) or "none, it is a plain model"
-            raise UsageError(f"no adapter is called '{adapter}'", todo=f"loaded: {known}")
+        if adapter is not None:
+            self._require(adapter)
         if not self.adapters:
             yield
         elif adapter is None:
@@ -114,6 +126,11 @@ class Engine:
         else:
             with _active(self.model, adapter):
                 yield
+
+    def _require(self, adapter: str) -> None:
+        if adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none, it is a plain model"
+            raise UsageError(f"no adapter is called '{adapter}'", todo=f"loaded: {known}")
 
     def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises ModelError where a token of a prompt has no row in the embedding."""

@@ -1,0 +1,327 @@
+"""Requests for the base and any of several adapters, answered at once: each joins when there is room, and leaves when
+it is over.
+
+    submit ──> waiting line ──room for a row?──> running ──token by token──> Ticket
+                 │ full: QueueFull                  one thread owns the model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from lorafit.answering.answer_text import AnswerText
+from lorafit.answering.choosing import LiveRow
+from lorafit.answering.engine import Engine
+from lorafit.answering.generate import find_stop_ids
+from lorafit.answering.live_batch import LiveBatch
+from lorafit.answering.plain_generation import head_sees_last, plain_generation, room_of
+from lorafit.answering.ticket import LiveRequest, Ticket
+from lorafit.console.wording import counted, first_line
+from lorafit.contracts import Reporter
+from lorafit.errors import LorafitError, QueueFull, ResourceError, UsageError
+from lorafit.ops.isolation import without_training
+from lorafit.ops.process_memory import is_out_of_memory, release_memory
+
+Made = TypeVar("Made")
+_LONGEST = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a BatchedEngine takes at once.
+
+    Attributes:
+        rows: Requests that are answered at the same time.
+        tokens: Bound of rows x (longest prompt + answer): memory for keys and values.
+        waiting: Requests that wait for room; one more is refused.
+    """
+
+    rows: int = 16
+    tokens: int = 16_384
+    waiting: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a BatchedEngine does and has done, by adapter where that is told; None is the base alone.
+
+    Attributes:
+        running: Requests that are being answered.
+        waiting: Requests that wait for room.
+        prompt_tokens: Tokens of prompts that were read.
+        written_tokens: Tokens that were written.
+        finished: Requests that are over, by adapter and how they ended.
+    """
+
+    running: int
+    waiting: int
+    prompt_tokens: dict[str | None, int] = field(default_factory=dict)
+    written_tokens: dict[str | None, int] = field(default_factory=dict)
+    finished: dict[tuple[str | None, str], int] = field(default_factory=dict)
+
+
+class BatchedEngine:
+    """A base in memory that answers many requests at once, each with one of its adapters or with none.
+
+    From its first request until `close` the engine's model is its own: nobody else may call it, but in
+    `between_steps`.
+
+    Args:
+        engine: A causal model, with or without adapters.
+        limits: What is taken at once.
+
+    Raises:
+        UsageError: The model is an encoder-decoder.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits = Limits()) -> None:
+        if engine.model.config.is_encoder_decoder:
+            what = "an encoder-decoder is not answered in batches that requests join and leave"
+            raise UsageError(what, todo="use lorafit generate")
+        self.engine, self.limits = engine, limits
+        self._changed = threading.Condition()
+        self._waiting: deque[LiveRow] = deque()
+        self._orders: deque[Callable[[], None]] = deque()
+        self._batches: list[LiveBatch] = []
+        self._leaving: set[str] = set()
+        self._ending: str | None = None
+        self._model_changed = False
+        self._prompt_tokens: Counter[str | None] = Counter()
+        self._written_tokens: Counter[str | None] = Counter()
+        self._finished: Counter[tuple[str | None, str]] = Counter()
+        self._worker = threading.Thread(target=self._work, name="lorafit answers", daemon=True)
+        self._worker.start()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return tuple(name for name in self.engine.adapters if name not in self._leaving)
+
+    def room(self, prompt_tokens: int, adapter: str | None = None) -> int:
+        """The longest answer, in tokens, to a prompt of so many; less than 1: none."""
+        before = self._virtual_tokens(adapter)
+        in_model = room_of(self.engine.model, before + prompt_tokens, _LONGEST)
+        return min(in_model, self.limits.tokens - before - prompt_tokens)
+
+    def submit(self, request: LiveRequest, wake: Callable[[], None] | None = None) -> Ticket:
+        """Takes a request, from any thread.
+
+        Args:
+            request: It.
+            wake: See `Ticket`.
+
+        Raises:
+            QueueFull: Too many wait already.
+            UsageError: The adapter is not loaded, prompt and answer are too long, or a beam search is asked for; or
+                the engine is closed.
+            ModelError: A token of the prompt has no row in the embedding.
+        """
+        sampling = request.sampling
+        if sampling.num_beams > 1:
+            raise UsageError("a beam search knows its answer only at the end", todo="ask without beams")
+        self.engine.check_prompts([request.prompt_ids])
+        stops = find_stop_ids(self.engine.model, self.engine.tokenizer, request.stop_ids)
+        first = self.engine.tokenizer.bos_token_id
+        prompt = list(request.prompt_ids) or [int(first if first is not None else stops[0] if stops else 0)]
+        with self._changed:
+            self._require_open()
+            self._require_adapter(request.adapter)
+            room = self.room(len(prompt), request.adapter)
+            if room < sampling.max_new_tokens:
+                what = f"a prompt of {counted(len(prompt), 'token')} leaves room for {max(room, 0):,} more, and "
+                what += f"{sampling.max_new_tokens:,} are asked for"
+                raise UsageError(what, key="max_new_tokens", todo="shorten the prompt or ask for fewer")
+            if len(self._waiting) >= self.limits.waiting:
+                running = sum(len(batch.rows) for batch in self._batches)
+                what = f"{running} requests are being answered and {len(self._waiting)} wait, the most that may"
+                raise QueueFull(what, todo="ask again later")
+            ticket = Ticket(request, self._virtual_tokens(request.adapter) + len(prompt), wake)
+            text = AnswerText(self.engine.tokenizer, request.stop_strings)
+            self._waiting.append(LiveRow(ticket, prompt, frozenset(stops), text))
+            self._changed.notify_all()
+        return ticket
+
+    def load_adapter(self, name: str, folder: Path, reporter: Reporter | None = None) -> None:
+        """Loads one more adapter, while others answer.
+
+        Raises:
+            UsageError: The name is taken.
+            ModelError: See `Engine.add_adapter`.
+        """
+
+        def load(engine: Engine) -> None:
+            engine.add_adapter(name, folder, reporter)
+            self._model_changed = True
+
+        self.between_steps(load)
+
+    def unload_adapter(self, name: str) -> None:
+        """Drops an adapter; waits until every request for it is answered, and takes no new one meanwhile.
+
+        Raises:
+            UsageError: There is no such adapter.
+        """
+        with self._changed:
+            self._require_adapter(name)
+            self._leaving.add(name)
+            self._changed.wait_for(lambda: all(row.ticket.adapter != name for row in self._rows()))
+
+        def drop(engine: Engine) -> None:
+            engine.remove_adapter(name)
+            self._model_changed = True
+
+        try:
+            self.between_steps(drop)
+        finally:
+            self._leaving.discard(name)
+
+    def between_steps(self, work: Callable[[Engine], Made]) -> Made:
+        """What a function makes of the engine, called where no forward runs, in the thread that owns the model."""
+        done: Future[Made] = Future()
+
+        def call() -> None:
+            try:
+                done.set_result(work(self.engine))
+            except BaseException as error:  # raised again where the result is asked for
+                done.set_exception(error)
+
+        with self._changed:
+            self._require_open()
+            self._orders.append(call)
+            self._changed.notify_all()
+        return done.result()
+
+    def figures(self) -> Figures:
+        """What is going on now."""
+        with self._changed:
+            running = sum(len(batch.rows) for batch in self._batches)
+            counts = dict(self._prompt_tokens), dict(self._written_tokens), dict(self._finished)
+            return Figures(running, len(self._waiting), *counts)
+
+    def close(self, *, finish: bool) -> None:
+        """Takes no more requests, and ends.
+
+        Args:
+            finish: Whether those that run or wait are answered first; else they are cancelled.
+        """
+        with self._changed:
+            self._ending = "finish" if finish else "cancel"
+            for row in () if finish else self._rows():
+                row.ticket.cancel()
+            self._changed.notify_all()
+        self._worker.join()
+
+    def _require_open(self) -> None:
+        if self._ending is not None:
+            raise UsageError("the engine is closed", todo="open another one")
+
+    def _require_adapter(self, name: str | None) -> None:
+        if name is not None and name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UsageError(f"no adapter is called '{name}'", todo=f"loaded: {known}")
+
+    def _virtual_tokens(self, adapter: str | None) -> int:
+        config = None if adapter is None else self.engine.model.peft_config.get(adapter)
+        return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+    def _rows(self) -> list[LiveRow]:
+        return [*self._waiting, *(row for batch in self._batches for row in batch.rows)]
+
+    def _work(self) -> None:
+        """The worker's life: its model is prepared anew whenever its layers were changed."""
+        goes_on = True
+        while goes_on:
+            self._model_changed = False
+            with self._prepared():
+                while goes_on and not self._model_changed:
+                    goes_on = self._turn()
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Eval mode, the precision of the engine, logits of last positions alone."""
+        engine = self.engine
+        with contextlib.ExitStack() as held:
+            held.enter_context(without_training(engine.model))
+            held.enter_context(engine.autocast())
+            held.enter_context(plain_generation(engine.model, []))
+            held.enter_context(head_sees_last(engine.model))
+            yield
+
+    def _turn(self) -> bool:
+        """Does what was ordered, then takes every row one token further; whether there may be more to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._orders or self._rows() or self._ending)
+            if self._ending and not self._orders and not self._rows():
+                return False
+            orders = [*self._orders]
+            self._orders.clear()
+        for order in orders:
+            order()
+        if not self._model_changed:
+            self._admit()
+            for batch in self._batches:
+                self._step(batch)
+            self._drop_ended()
+        return True
+
+    def _admit(self) -> None:
+        """Lets rows in from the waiting line, first come first served, while there is room."""
+        with self._changed:
+            for row in self._rows():
+                if row.ticket.is_cancelled:
+                    row.end("cancelled")
+            self._drop_ended()
+            while self._waiting and self._has_room(self._waiting[0]):
+                row = self._waiting.popleft()
+                using = partial(self.engine.using, row.ticket.adapter)
+                self._batches.append(LiveBatch(self.engine, using, row))
+                self._prompt_tokens[row.ticket.adapter] += row.ticket.prompt_tokens
+
+    def _has_room(self, row: LiveRow) -> bool:
+        running = [row for batch in self._batches for row in batch.rows]
+        tokens = sum(row.most_tokens for row in running)
+        return len(running) < self.limits.rows and tokens + row.most_tokens <= self.limits.tokens
+
+    def _step(self, batch: LiveBatch) -> None:
+        """One forward of a batch; what goes wrong in it ends its rows, and nothing else."""
+        written = [len(row.tokens) for row in batch.rows]
+        try:
+            batch.step()
+        except Exception as error:
+            release_memory(self.engine.device)
+            for row in batch.rows:
+                row.end("error", _as_ours(error))
+        for row, before in zip(batch.rows, written, strict=True):
+            self._written_tokens[row.ticket.adapter] += len(row.tokens) - before
+
+    def _drop_ended(self) -> None:
+        """Takes rows that are over out, and counts them."""
+        with self._changed:
+            for row in self._rows():
+                if row.is_over:
+                    self._finished[row.ticket.adapter, str(row.ticket.finish_reason)] += 1
+            self._waiting = deque(row for row in self._waiting if not row.is_over)
+            for batch in self._batches:
+                batch.rows = [row for row in batch.rows if not row.is_over]
+            self._batches = [batch for batch in self._batches if batch.rows]
+            self._changed.notify_all()
+
+
+def _as_ours(error: Exception) -> LorafitError:
+    """What a request is told of what went wrong."""
+    if isinstance(error, LorafitError):
+        return error
+    if is_out_of_memory(error):
+        made: LorafitError = ResourceError("out of memory while answering", todo="ask for less, or lower the limits")
+    else:
+        made = LorafitError(f"the model failed: {first_line(error)}", todo="please report it with the model's name")
+    made.__cause__ = error
+    return made
