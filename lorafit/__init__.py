@@ -15,7 +15,20 @@ from typing import TYPE_CHECKING, Any
 from lorafit.machine.version import __version__
 
 if TYPE_CHECKING:
-    from lorafit.api import classify, compare, estimate, evaluate, generate, init, merge, preview, train, trim, validate
+    from lorafit.api import (
+        classify,
+        compare,
+        estimate,
+        evaluate,
+        generate,
+        init,
+        merge,
+        preview,
+        serve,
+        train,
+        trim,
+        validate,
+    )
     from lorafit.errors import LorafitError
 
 __all__ = [
@@ -29,6 +42,7 @@ __all__ = [
     "init",
     "merge",
     "preview",
+    "serve",
     "train",
     "trim",
     "validate",

@@ -175,6 +175,14 @@ def _trim(session: Session, given: JsonObject) -> None:
     session.result(trim(**given, reporter=session.reporter))
 
 
+def _serve(session: Session, given: JsonObject) -> None:
+    from lorafit.serving.serve import serve
+
+    served = serve(given.pop("run"), **given, reporter=session.reporter)
+    session.result(served)
+    served.raise_if_interrupted()
+
+
 def _init(session: Session, given: JsonObject) -> None:
     from lorafit.studies.first_recipe import init
 
@@ -232,6 +240,13 @@ _add_command(
     "A trained adapter with a smaller rank, and what that costs.",
     "run rank output checkpoint base_model overrides",
     _trim,
+)
+_add_command(
+    "serve",
+    "A base and its adapters behind HTTP, in OpenAI's forms.",
+    "run adapters checkpoint base_model host port allow_loading max_new_tokens max_running max_waiting "
+    "max_batch_tokens timeout grace",
+    _serve,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)
 _add_command(

@@ -120,13 +120,31 @@ class Answerer:
 
     Attributes:
         voice: How it is asked.
-        load: Gives its Engine.
-        adapter: Which adapter of the Engine answers; None: a plain model does.
+        base: The base, or the plain model.
+        quantization: The kind in which that is loaded.
+        load_base: Gives an Engine of it alone.
+        folder: The adapter's; None: a plain model answers.
+        reporter: Warned where the adapter has no effect.
     """
 
     voice: Voice
-    load: Callable[[], Engine]
-    adapter: str | None = ADAPTER_NAME
+    base: Base
+    quantization: str
+    load_base: Callable[[], Engine]
+    folder: Path | None
+    reporter: Reporter
+
+    @property
+    def adapter(self) -> str | None:
+        """Which adapter of the Engine answers; None: a plain model does."""
+        return None if self.folder is None else ADAPTER_NAME
+
+    def load(self) -> Engine:
+        """The Engine that answers."""
+        engine = self.load_base()
+        if self.folder is not None:
+            engine.add_adapter(ADAPTER_NAME, self.folder, self.reporter)
+        return engine
 
 
 def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, reporter: Reporter) -> Answerer:
@@ -169,7 +187,8 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
     else:  # the recipe says what becomes of fields that the template drops
         data = data.model_copy(update={"system_prompt": card.system_prompt})
         voice = Voice(tokenizer, tuned.renderer(data, tokenizer).chats, pictures=tuned.pictures)
-    return Answerer(voice, partial(tuned.load, tokenizer, reporter))
+    load_base = partial(tuned.load_base, tokenizer, reporter)
+    return Answerer(voice, tuned.base, card.quantization.kind, load_base, tuned.adapter, reporter)
 
 
 def warn_of_cut_texts(asked: Sequence[Encoded], noun: str, max_length: int, reporter: Reporter) -> None:
@@ -262,7 +281,7 @@ def open_plain_model(folder: Path, reporter: Reporter, device: str | None = None
         model = _load_base(base, plain, dtype, reporter, model_class, device)
         return Engine(model, tokenizer, base=base, reader=reader)
 
-    return Answerer(voice, load, adapter=None)
+    return Answerer(voice, base, "none", load, None, reporter)
 
 
 def _voice_of(base: Base, tokenizer: PreTrainedTokenizerBase, pictures: ProcessorPictures | None = None) -> Voice:
@@ -299,13 +318,11 @@ def _open_foreign(saved: AdapterFolder, base: Base, reporter: Reporter) -> Answe
     voice = _voice_of(base, tokenizer)
     dtype = getattr(torch, noted) if noted in NOTED_DTYPES else torch_dtype(main_dtype(read_index(base.path)))
 
-    def load() -> Engine:
+    def load_base() -> Engine:
         model = _load_base(base, section, dtype, reporter, usual_class(base.config), quantised=recorded_linears(used))
-        engine = Engine(model, tokenizer, base=base, quantization=kind, reader=voice.pictures)
-        engine.add_adapter(ADAPTER_NAME, saved.path, reporter)
-        return engine
+        return Engine(model, tokenizer, base=base, quantization=kind, reader=voice.pictures)
 
-    return Answerer(voice, load)
+    return Answerer(voice, base, kind, load_base, saved.path, reporter)
 
 
 def _load_base(

@@ -45,6 +45,12 @@ class Tuned:
 
     def load(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, device: str | None = None) -> Engine:
         """Base and adapter in the precision of the run; on the device of this process where none is named."""
+        engine = self.load_base(tokenizer, reporter, device)
+        engine.add_adapter(ADAPTER_NAME, self.adapter, reporter)
+        return engine
+
+    def load_base(self, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, device: str | None = None) -> Engine:
+        """The base alone, loaded as for its adapter."""
         from lorafit.answering.engine import Engine
         from lorafit.answering.plain_generation import begin_as
         from lorafit.model.inspect import recorded_linears
@@ -63,11 +69,9 @@ class Tuned:
         )
         autocast, kind = autocast_dtype(self.card.dtype), self.card.quantization.kind
         begin_as(model, self.card.generation)
-        engine = Engine(
+        return Engine(
             model, tokenizer, autocast_dtype=autocast, base=self.base, quantization=kind, reader=self.pictures
         )
-        engine.add_adapter(ADAPTER_NAME, self.adapter, reporter)
-        return engine
 
     @cached_property
     def pictures(self) -> ProcessorPictures | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from lorafit.api.recipes import compare, estimate, init, preview, train, validate
 from lorafit.api.runs import classify, evaluate, generate, merge, trim
+from lorafit.api.serving import serve
 from lorafit.errors import LorafitError
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "init",
     "merge",
     "preview",
+    "serve",
     "train",
     "trim",
     "validate",

@@ -59,7 +59,7 @@ def _number(least: float | None = None, most: float | None = None, *, whole: boo
 _PATH = Argument("a path", (str, os.PathLike))
 _ROWS = Argument("a list of dicts, one a row", (Iterable,))
 _CARD = Argument('a text such as "24GiB", "rtx-4090" or "cpu"', (str,))
-_SWITCHES = ("quiet", "exact", "resume", "dry_run", "allow_inexact", "verify", "compare_base")
+_SWITCHES = ("quiet", "allow_loading", "exact", "resume", "dry_run", "allow_inexact", "verify", "compare_base")
 _FLAGS_ALONE = ("measure_memory", "profile", "json", "verbose", "debug")
 ARGUMENTS = {
     "temperature": _number(0.0, 10.0),
@@ -75,6 +75,14 @@ ARGUMENTS = {
     "show": _number(0, whole=True),
     "headroom": _number(0.0, 0.9),
     "price_per_hour": _number(),
+    "port": _number(0, 65_535, whole=True),
+    "max_running": _number(1, 4_096, whole=True),
+    "max_waiting": _number(1, 65_536, whole=True),
+    "max_batch_tokens": _number(16, whole=True),
+    "timeout": _number(0.1, 86_400.0),
+    "grace": _number(0.0, 3_600.0),
+    "host": Argument("an address or a host's name", (str,)),
+    "adapters": Argument('a dict such as {"shop": "runs/shop"}, or a list of NAME=DIR', (Mapping, Iterable)),
     "rates": _number(1, 99, whole=True),
     "spread": _number(1.0, 1e6),
     "seeds": _number(3, 99, whole=True),
@@ -116,6 +124,7 @@ FLAGS = {
     "input_file": "--input",
     "show": "--rows",
     "test_file": "--test",
+    "adapters": "--adapter",
 }
 """Flags that are not called as their parameter."""
 _SEARCH = ("temperature", "top_p", "num_beams", "length_penalty", "no_repeat_ngram_size")

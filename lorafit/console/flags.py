@@ -90,6 +90,17 @@ _HELP = {
         "The smaller rank, or auto: the smallest that validation rows cannot tell from the whole adapter.",
     ),
     "trim.output": ("DIR", "Folder of the adapter instead of RUN-rank-RANK."),
+    "serve.run": ("BASE|RUN", "A model folder, a .gguf file, a hub id, or a run or adapter on its base."),
+    "adapters": ("NAME=DIR", "An adapter or run, and the name it is asked for by. Repeatable."),
+    "host": ("ADDRESS", "Where it listens. Other than this machine's own: LORAFIT_API_KEY must be set."),
+    "port": ("PORT", "0 takes any that is free."),
+    "allow_loading": ("", "Let requests load and unload adapters."),
+    "serve.max_new_tokens": ("TOKENS", "Longest answer of a request that names no length."),
+    "max_running": ("REQUESTS", "Answered at the same time."),
+    "max_waiting": ("REQUESTS", "Wait for room; one more gets 429."),
+    "max_batch_tokens": ("TOKENS", "Bound of running requests x longest prompt with its answer."),
+    "timeout": ("SECONDS", "Most time of an answer, its wait included."),
+    "grace": ("SECONDS", "Of running answers, when the server is asked to end."),
     "compare.resume": ("", "Go on with the comparison in the output folder."),
     "show": ("ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."),
 }
@@ -108,9 +119,16 @@ _DEFAULTS = {
     "spread": 10.0,
     "seeds": 3,
     "metric": "loss",
+    "host": "127.0.0.1",
+    "port": 8000,
+    "max_running": 16,
+    "max_waiting": 64,
+    "max_batch_tokens": 16_384,
+    "timeout": 600.0,
+    "grace": 30.0,
 }
 _REQUIRED = ("merge.output", "trim.rank")
-_SEVERAL = ("overrides", "gpu", "over", "recipes")
+_SEVERAL = ("overrides", "gpu", "over", "recipes", "adapters")
 
 
 def parameter(command: str, name: str, more: Mapping[str, JsonMapping]) -> inspect.Parameter:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.support.docs_scripts import load_script
+from tests.support.served import Server
 from tests.support.tiny_model import make_base
 from tests.support.world import World, say_all
 
@@ -142,6 +143,15 @@ def check_without_device(world: World, command: Command) -> None:
         say_all(world.run("estimate-memory", recipe), 0)
 
 
+def check_server(world: World, command: Command) -> None:
+    """It comes up and writes a token."""
+    server = Server(*command.words[2:], cwd=world.root, env=world.environment)
+    try:
+        assert server.client.get("/health").status_code == 200
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=shown)
 def test_commands_run_as_written(page: Path, world: World, small_recipes: Path, finished_runs: Path) -> None:
     commands = list(commands_of(page))
@@ -157,6 +167,8 @@ def test_commands_run_as_written(page: Path, world: World, small_recipes: Path, 
             assert len(command.words) > 1
         elif command.needs is not None:
             check_without_device(world, command)
+        elif command.words[1] == "serve":
+            check_server(world, command)
         else:
             assert tool == "lorafit", f"{shown(page)}: nothing runs {command.line!r}"
             outcome = world.run(*command.words[1:])

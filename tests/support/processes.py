@@ -30,7 +30,18 @@ from lorafit.machine.library_settings import LIBRARY_SETTINGS
 PROGRAM = Path(sys.executable).with_name("lorafit")
 SERVER = Path(__file__).with_name("warm_server.py")
 READ_LATE = {  # variables that no library reads while it is imported
-    *("LORAFIT_CACHE", "TORCHINDUCTOR_CACHE_DIR", "COLUMNS", "LINES", "TERM", "TZ", "PWD", "OLDPWD", "_"),
+    *(
+        "LORAFIT_CACHE",
+        "LORAFIT_API_KEY",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "COLUMNS",
+        "LINES",
+        "TERM",
+        "TZ",
+        "PWD",
+        "OLDPWD",
+        "_",
+    ),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"),
     *("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"),
     *("PYTEST_XDIST_TESTRUNUID",),

@@ -1,0 +1,92 @@
+"""What a client is told when its request cannot be answered: OpenAI's form, with the HTTP status that belongs to it.
+
+{"error": {"message": "...", "type": "invalid_request_error", "param": "messages", "code": null}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lorafit.console.exits import bug
+from lorafit.contracts import JsonObject
+from lorafit.errors import CheckpointError, DataError, LorafitError, ModelError, QueueFull, SafetyError, UsageError
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_USERS = (UsageError, DataError, ModelError, CheckpointError, SafetyError)
+_RETRY_SECONDS = 1
+
+
+class ApiError(Exception):
+    """An answer that says why there is none.
+
+    Args:
+        status: HTTP's.
+        message: What is wrong and what to do.
+        param: The field of the request that it is about.
+        code: A word that programs can go by.
+        retry_seconds: When to ask again; None: there is no use.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_seconds: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {} if retry_seconds is None else {"Retry-After": str(retry_seconds)}
+
+    def to_json(self) -> JsonObject:
+        """The body."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def shutting_down() -> ApiError:
+    """What a request gets that comes while the server ends, or outlasts its grace."""
+    return ApiError(503, "the server is shutting down", code="shutting_down", retry_seconds=_RETRY_SECONDS)
+
+
+def unknown_model(name: str, known: Sequence[str]) -> ApiError:
+    """What a request for a model gets that is not served."""
+    message = f"no model is called '{name[:80]}'; served: {', '.join(known)}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def as_api_error(error: Exception, *, param: str | None = None) -> ApiError:
+    """Any error as a client is told of it; one of our own is written to a file first, as on the command line.
+
+    `param`: the field that is at fault where the client is.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, error.one_line, code="rate_limit_exceeded", retry_seconds=_RETRY_SECONDS)
+    if isinstance(error, _USERS):
+        return ApiError(400, error.one_line, param=param)
+    told = error if isinstance(error, LorafitError) else bug(error)
+    return ApiError(500, told.one_line)
+
+
+def of_validation(found: Sequence[Mapping[str, object]]) -> ApiError:
+    """The first thing that pydantic found wrong in a body, with its field."""
+    first = found[0]
+    place = first.get("loc", ())
+    names = [str(part) for part in place if part != "body"] if isinstance(place, list | tuple) else []
+    param = ".".join(names) or None
+    kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ")
+    if kind == "json_invalid":
+        return ApiError(400, "the body is no JSON; send a JSON object")
+    if kind == "missing" and param is None:
+        return ApiError(400, "the body is empty; send a JSON object with Content-Type: application/json")
+    if kind == "missing":
+        return ApiError(400, f"{param}: is missing", param=param, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{param}: this server knows no such parameter", param=param, code="unknown_parameter")
+    if param is None:
+        return ApiError(400, "the body is no JSON object; send one with Content-Type: application/json")
+    return ApiError(400, f"{param}: {message[:1].lower()}{message[1:]}", param=param)

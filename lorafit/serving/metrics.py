@@ -1,0 +1,72 @@
+"""Figures of a server for Prometheus, by vLLM's names under `lorafit:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+if TYPE_CHECKING:
+    from lorafit.answering.batched import BatchedEngine
+
+_FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ANSWER_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+_LABELS = ("model_name", "adapter")
+_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}
+"""Ends of the engine's answers, in vLLM's words."""
+
+
+class Metrics:
+    """What one server has done. The label `adapter` is empty for the base alone.
+
+    Args:
+        engine: Counts requests and tokens.
+        model_name: What the base is called.
+    """
+
+    def __init__(self, engine: BatchedEngine, model_name: str) -> None:
+        self._engine, self._model_name, self._registry = engine, model_name, CollectorRegistry()
+        self._registry.register(self)
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+
+        def histogram(name: str, text: str, seconds: tuple[float, ...]) -> Histogram:
+            return Histogram(f"lorafit:{name}", text, _LABELS, buckets=seconds, registry=self._registry)
+
+        self._first = histogram("time_to_first_token_seconds", "Wait for a first token.", _FIRST_TOKEN_SECONDS)
+        self._whole = histogram("e2e_request_latency_seconds", "Time of whole answers.", _ANSWER_SECONDS)
+
+    def first_token(self, adapter: str | None, seconds: float) -> None:
+        """The first token of an answer came after this time."""
+        self._first.labels(self._model_name, adapter or "").observe(seconds)
+
+    def end(self, adapter: str | None, seconds: float) -> None:
+        """A whole answer was there after this time."""
+        self._whole.labels(self._model_name, adapter or "").observe(seconds)
+
+    def text(self) -> bytes:
+        """In Prometheus' text form."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """What the engine counts, as prometheus_client asks for it."""
+        figures, name = self._engine.figures(), self._model_name
+        for state, number in (("running", figures.running), ("waiting", figures.waiting)):
+            gauge = GaugeMetricFamily(f"lorafit:num_requests_{state}", f"Requests {state}.", labels=["model_name"])
+            gauge.add_metric([name], number)
+            yield gauge
+        for key, text, tokens in (
+            ("prompt_tokens", "Tokens of prompts.", figures.prompt_tokens),
+            ("generation_tokens", "Tokens of answers.", figures.written_tokens),
+        ):
+            counter = CounterMetricFamily(f"lorafit:{key}", text, labels=_LABELS)
+            for adapter, number in tokens.items():
+                counter.add_metric([name, adapter or ""], number)
+            yield counter
+        ended = CounterMetricFamily("lorafit:request_success", "Answers, by end.", labels=(*_LABELS, "finished_reason"))
+        for (adapter, reason), number in figures.finished.items():
+            if reason in _REASONS:
+                ended.add_metric([name, adapter or "", _REASONS[reason]], number)
+        yield ended

@@ -1,0 +1,231 @@
+"""What the server answers, path by path: OpenAI's, vLLM's for adapters, `/generate`, `/health` and `/metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from sse_starlette import EventSourceResponse
+
+from lorafit.contracts import JsonObject, Sample
+from lorafit.errors import DataError
+from lorafit.kinds.formats import formats
+from lorafit.serving.catalog import Served
+from lorafit.serving.errors import ApiError, as_api_error
+from lorafit.serving.forms import ChatForm, Choice, Form, TextForm
+from lorafit.serving.schemas import ChatBody, CompletionBody, GenerateBody, LoadBody, UnloadBody
+from lorafit.serving.service import Order, Service
+from lorafit.serving.tool_calls import CallReader, writes_calls
+
+Made = TypeVar("Made")
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+_CLIENT_GONE = 499  # as nginx logs it; nobody is there to read it
+_PING_SECONDS = 15  # a comment in a stream that waits, so that no proxy takes it for dead
+
+router = APIRouter()
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: ChatBody, request: Request) -> Response:
+    """An answer to a chat, or several."""
+    service = _service(request)
+    served = service.catalog.choose(body.model, body.user)
+    tools = body.tools if body.tool_choice != "none" else None
+    prompt = await _asked(service, served, _read_chat(body.messages, tools))
+    order = Order(body.sampling, body.longest, body.stops, body.wanted_logprobs, body.n or 1)
+    writings = service.write(served, [prompt], order)
+    chats = served.voice.chats
+    reads = tools and chats is not None and any(map(writes_calls, chats.templates.values()))
+    choices = [Choice(writing, CallReader() if reads else None) for writing in writings]
+    decode = _decoder(served) if body.wanted_logprobs is not None else None
+    form = ChatForm(served.name, writings, choices, 1, decode)
+    return await _reply(request, form, streams=bool(body.stream), tells_usage=body.includes_usage)
+
+
+@router.post("/v1/completions")
+async def complete(body: CompletionBody, request: Request) -> Response:
+    """What the model writes behind a text, or behind several."""
+    service = _service(request)
+    served = service.catalog.choose(body.model, body.user)
+    prompts = [await service.read(served, one) if isinstance(one, str) else one for one in body.prompts]
+    order = Order(body.sampling, body.max_tokens, body.stops, body.logprobs, body.n or 1)
+    writings = service.write(served, prompts, order)
+    choices = [Choice(writing) for writing in writings]
+    decode = _decoder(served) if body.logprobs is not None else None
+    form = TextForm(served.name, writings, choices, len(prompts), decode)
+    return await _reply(request, form, streams=bool(body.stream), tells_usage=body.includes_usage)
+
+
+@router.post("/generate")
+async def generate(body: GenerateBody, request: Request) -> Response:
+    """An answer to one prompt, asked as `lorafit generate` asks it."""
+    service = _service(request)
+    served = service.catalog.choose(body.model)
+    prompt = await _asked(service, served, Sample("", 0, prompt=body.prompt))
+    writings = service.write(served, [prompt], Order(body.sampling, body.max_new_tokens))
+    form = TextForm(served.name, writings, [Choice(writings[0])], 1, None)
+    await _finish(request, form)
+    choice = form.choices[0]
+    told = {"text": choice.text, "finish_reason": choice.finish_reason, "model": served.name, "usage": form.usage}
+    return JSONResponse(told)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The base and its adapters."""
+    catalog = _service(request).catalog
+    return JSONResponse({"object": "list", "data": [catalog.to_json(served) for served in catalog.all()]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> Response:
+    """One of them."""
+    catalog = _service(request).catalog
+    return JSONResponse(catalog.to_json(catalog.choose(name)))
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_adapter(body: LoadBody, request: Request) -> Response:
+    """One more adapter, where the server was started so."""
+    service = _may_load(request)
+    path = Path(body.lora_path).expanduser()
+    try:
+        await asyncio.to_thread(service.catalog.load, body.lora_name, path)
+    except Exception as error:
+        raise as_api_error(error, param="lora_path") from error
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_adapter(body: UnloadBody, request: Request) -> Response:
+    """One less, once its running requests are answered."""
+    service = _may_load(request)
+    try:
+        await asyncio.to_thread(service.catalog.unload, body.lora_name)
+    except Exception as error:
+        raise as_api_error(error, param="lora_name") from error
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 where a token was just written."""
+    await _service(request).check_health()
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    return Response(_service(request).metrics.text(), media_type=_PROMETHEUS)
+
+
+def _may_load(request: Request) -> Service:
+    service = _service(request)
+    if not service.settings.allow_loading:
+        raise ApiError(403, "this server loads no adapters on request; start it with --allow-loading")
+    return service
+
+
+def _read_chat(messages: list[JsonObject], tools: list[JsonObject] | None) -> Sample:
+    """A chat that waits for an answer, read as training reads rows of messages."""
+    if messages[-1].get("role") == "assistant":
+        raise ApiError(400, "the last message is the assistant's; end with one of the user or a tool", param="messages")
+    try:
+        return formats.get("messages").read_prompt({"messages": messages, "tools": tools}, "", 0)
+    except DataError as error:
+        raise ApiError(400, error.one_line, param=error.key or "messages") from error
+
+
+async def _asked(service: Service, served: Served, sample: Sample) -> list[int]:
+    """The prompt's tokens. Raises ApiError where the template refuses it or drops a part of it."""
+    try:
+        return await service.ask(served, sample)
+    except DataError as error:
+        raise ApiError(400, f"model '{served.name}': {error.what}", param="messages") from error
+
+
+def _decoder(served: Served) -> Callable[[int], str]:
+    """Text of a token alone."""
+    tokenizer = served.voice.tokenizer
+    return lambda number: str(tokenizer.decode([number]))
+
+
+async def _reply(request: Request, form: Form, *, streams: bool, tells_usage: bool) -> Response:
+    if streams:
+        return EventSourceResponse(_events(request, form, tells_usage), ping=_PING_SECONDS, sep="\n")
+    await _finish(request, form)
+    return JSONResponse(form.whole())
+
+
+async def _events(request: Request, form: Form, tells_usage: bool) -> AsyncIterator[JsonObject]:
+    """The answers as server-sent events; an error in the midst of one is an event too, and the last."""
+
+    def event(value: JsonObject) -> JsonObject:
+        return {"data": json.dumps(value, ensure_ascii=False)}
+
+    try:
+        async for number, piece in _service(request).follow(form.writings):
+            for chunk in form.last_chunks(number) if piece is None else form.chunks(number, piece):
+                yield event(chunk)
+        if tells_usage:
+            yield event(form.usage_chunk())
+    except ApiError as error:
+        yield event(error.to_json())
+    finally:
+        _note(request, form)
+    yield {"data": "[DONE]"}
+
+
+async def _finish(request: Request, form: Form) -> None:
+    """Has all answers written; gives them up where the client goes.
+
+    Raises:
+        ApiError: See `Service.follow`.
+    """
+
+    async def take_all() -> None:
+        async for number, piece in _service(request).follow(form.writings):
+            if piece is None:
+                form.choices[number].end()
+            else:
+                form.choices[number].add(piece)
+
+    try:
+        await _unless_gone(request, take_all())
+    finally:
+        _note(request, form)
+
+
+def _note(request: Request, form: Form) -> None:
+    """For the line in the log."""
+    usage = form.usage
+    request.state.note = f"{form.model}, {usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens"
+
+
+async def _unless_gone(request: Request, work: Coroutine[None, None, Made]) -> Made:
+    """What the work gives; it is cancelled where the client hangs up first."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_until_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(_CLIENT_GONE, "the client hung up")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,192 @@
+"""A server's work without its HTTP: prompts to tokens, requests to the engine, health, an end that waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from lorafit.answering.sampling import GREEDY, Sampling
+from lorafit.answering.ticket import LiveRequest, Written
+from lorafit.contracts import Reporter, Sample
+from lorafit.data.plain_text import PlainText
+from lorafit.errors import QueueFull
+from lorafit.serving.catalog import Catalog, Served
+from lorafit.serving.errors import ApiError, as_api_error, shutting_down
+from lorafit.serving.metrics import Metrics
+from lorafit.serving.settings import Settings
+from lorafit.serving.writing import Writing
+
+if TYPE_CHECKING:
+    from lorafit.answering.batched import BatchedEngine
+
+Made = TypeVar("Made")
+_HEALTH_SECONDS = 30.0
+_LOOK_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Order:
+    """How answers are wanted.
+
+    Attributes:
+        sampling: Makes the sampling of an answer of at most so many tokens.
+        longest: Tokens of the longest answer; None: the server's own bound.
+        stops: Texts that end an answer.
+        top_logprobs: See `LiveRequest`.
+        choices: Answers to each prompt, each with a seed of its own.
+    """
+
+    sampling: Callable[[int], Sampling]
+    longest: int | None = None
+    stops: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    choices: int = 1
+
+
+class Service:
+    """What the routes ask.
+
+    Args:
+        engine: Answers.
+        catalog: Who is served.
+        settings: Bounds.
+        reporter: Gets a line for each request.
+
+    Attributes:
+        is_closing: Whether new requests are turned away.
+        running: Requests that are being answered.
+    """
+
+    def __init__(self, engine: BatchedEngine, catalog: Catalog, settings: Settings, reporter: Reporter) -> None:
+        self._engine, self.catalog, self.settings, self.reporter = engine, catalog, settings, reporter
+        self.metrics = Metrics(engine, catalog.base.name)
+        self._renders = ThreadPoolExecutor(1, "lorafit serve prompts")  # tokenizers are not for several threads
+        self._probe: asyncio.Task[None] | None = None
+        self.is_closing, self.running = False, 0
+
+    async def ask(self, served: Served, sample: Sample) -> list[int]:
+        """The tokens of a chat or prompt, as training rendered what stood before an answer."""
+        return await self._render(lambda: served.voice.prompt_ids(sample))
+
+    async def read(self, served: Served, text: str) -> list[int]:
+        """The tokens of a text as it is."""
+        return await self._render(lambda: PlainText(served.voice.tokenizer).prompt_ids(text))
+
+    def write(self, served: Served, prompts: Sequence[Sequence[int]], order: Order) -> list[Writing]:
+        """Has all choices of all prompts written, or none.
+
+        Raises:
+            ApiError: A prompt is too long, too many requests wait, or the engine refuses it.
+        """
+        writings: list[Writing] = []
+        try:
+            for prompt in prompts:
+                sampling = order.sampling(self._longest(served, len(prompt), order.longest))
+                for choice in range(order.choices):
+                    own = replace(sampling, seed=sampling.seed + choice)
+                    stop_ids = _stop_ids(served)
+                    asked = LiveRequest(prompt, served.adapter, own, stop_ids, order.stops, order.top_logprobs)
+                    writings.append(Writing(self._engine, asked, self.metrics))
+        except Exception as error:
+            for writing in writings:
+                writing.cancel()
+            raise (shutting_down() if self.is_closing else as_api_error(error)) from error
+        return writings
+
+    async def follow(self, writings: Sequence[Writing]) -> AsyncIterator[tuple[int, Written | None]]:
+        """Pieces of all answers as they come, each with its answer's number; None at the end of one.
+
+        Raises:
+            ApiError: It takes longer than the server gives an answer; or one ended in an error.
+        """
+        pieces: asyncio.Queue[tuple[int, Written | Exception | None]] = asyncio.Queue()
+
+        async def pump(number: int, writing: Writing) -> None:
+            try:
+                async for piece in writing:
+                    pieces.put_nowait((number, piece))
+                pieces.put_nowait((number, None))
+            except Exception as error:  # raised again where the pieces are read
+                pieces.put_nowait((number, error))
+
+        until, going = time.monotonic() + self.settings.timeout_seconds, len(writings)
+        pumps = [asyncio.create_task(pump(number, writing)) for number, writing in enumerate(writings)]
+        try:
+            while going:
+                number, piece = await asyncio.wait_for(pieces.get(), max(0.0, until - time.monotonic()))
+                if isinstance(piece, Exception):
+                    raise as_api_error(piece) from piece
+                going -= piece is None
+                yield number, piece
+        except TimeoutError:
+            what = f"not answered within {self.settings.timeout_seconds:g} seconds; ask for fewer tokens, or later"
+            raise ApiError(504, what, code="timeout") from None
+        finally:
+            for task in pumps:
+                task.cancel()
+            for writing in writings:
+                writing.cancel()
+
+    async def check_health(self) -> None:
+        """Has the base write one token; several who ask at once wait for the same one.
+
+        Raises:
+            ApiError: No token came, or the server is ending.
+        """
+        if self.is_closing:
+            raise shutting_down()
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._write_one())
+        await asyncio.shield(self._probe)
+
+    async def _write_one(self) -> None:
+        """A full waiting line is no illness while others get their tokens."""
+        before, own = self._written(), None
+        with contextlib.suppress(QueueFull):
+            own = Writing(self._engine, LiveRequest([0], None, replace(GREEDY, max_new_tokens=1)), self.metrics)
+        try:
+            async with asyncio.timeout(_HEALTH_SECONDS):
+                while self._written() <= before:
+                    await asyncio.sleep(_LOOK_SECONDS)
+        except TimeoutError:
+            raise ApiError(503, f"no token was written within {_HEALTH_SECONDS:g} seconds") from None
+        finally:
+            if own is not None:
+                own.cancel()
+
+    async def drain(self) -> None:
+        """Turns new requests away, lets running ones end within the grace, and gives up what is left."""
+        self.is_closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.grace_seconds):
+                while self.running:
+                    await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.to_thread(self._engine.close, finish=False)
+        self._renders.shutdown(wait=False, cancel_futures=True)
+
+    def _written(self) -> int:
+        return sum(self._engine.figures().written_tokens.values())
+
+    def _longest(self, served: Served, prompt_tokens: int, wanted: int | None) -> int:
+        """Tokens of the longest answer to a prompt. Raises ApiError where there is no room for it."""
+        room = self._engine.room(prompt_tokens, served.adapter)
+        if room < (wanted or 1):
+            asked = "" if wanted is None else f" and {wanted:,} of the answer"
+            what = f"the longest prompt with its answer is {room + prompt_tokens:,} tokens here; these are "
+            what += f"{prompt_tokens:,} of the prompt{asked}; shorten the prompt or ask for fewer"
+            raise ApiError(400, what, param="messages", code="context_length_exceeded")
+        return wanted or min(room, self.settings.max_new_tokens)
+
+    async def _render(self, work: Callable[[], Made]) -> Made:
+        return await asyncio.get_running_loop().run_in_executor(self._renders, work)
+
+
+def _stop_ids(served: Served) -> tuple[int, ...]:
+    """Tokens that end an answer: its template's, and the end token of the tokenizer that it was trained with."""
+    end = served.voice.tokenizer.eos_token_id
+    return (*served.voice.stop_ids, *([] if end is None else [int(end)]))

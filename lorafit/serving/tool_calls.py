@@ -1,0 +1,69 @@
+"""Calls of tools in an answer, where the form in which its template writes them is known.
+
+    <tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>      hermes, Qwen 2.5 and 3
+
+In any other form, or where what stands between the marks is no such call, the answer stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+
+from lorafit.contracts import JsonObject
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_CALL = re.compile(rf"{_OPEN}\s*(.*?)\s*(?:{_CLOSE}|$)", re.DOTALL)
+
+
+def writes_calls(template: str) -> bool:
+    """Whether a template's text writes calls in the known form."""
+    return _OPEN in template
+
+
+class CallReader:
+    """Takes calls out of an answer, piece by piece; text that may begin one is held back.
+
+    Attributes:
+        calls: Those that were found, as OpenAI writes them. Known behind `end`.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self.calls: list[JsonObject] = []
+
+    def add(self, text: str) -> str:
+        """The text that is certainly none of a call."""
+        self._held += text
+        if _OPEN in self._held:
+            start = self._held.index(_OPEN)
+        else:
+            start = len(self._held) - _beginning(self._held)
+        free, self._held = self._held[:start], self._held[start:]
+        return free
+
+    def end(self) -> str:
+        """What is left of the text when the answer is over."""
+        found = [_read_call(match[1]) for match in _CALL.finditer(self._held)]
+        if not found or None in found:
+            return self._held
+        self.calls = [call for call in found if call is not None]
+        return _CALL.sub("", self._held).strip()
+
+
+def _beginning(text: str) -> int:
+    """Characters at the end that may begin a call."""
+    return next((size for size in range(len(_OPEN) - 1, 0, -1) if text.endswith(_OPEN[:size])), 0)
+
+
+def _read_call(text: str) -> JsonObject | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = json.dumps(value.get("arguments", {}), ensure_ascii=False)
+    called = {"name": value["name"], "arguments": arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": called}
