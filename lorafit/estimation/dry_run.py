@@ -31,6 +31,7 @@ from lorafit.kinds.optimizers import rate_groups
 from lorafit.memory import MemoryEstimate, Phase, StepShape, with_start
 from lorafit.memory.peak import PHASES
 from lorafit.model.attach import attach_adapter
+from lorafit.model.attention import set_attention
 from lorafit.model.checkpointing import set_checkpointing
 from lorafit.model.fuse import fuse_layers
 from lorafit.model.fused_lora import keep_unpacked
@@ -90,12 +91,12 @@ class DryRun:
         self.step = step
         self._on_cuda = step.device_kind != "cpu"
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        base = build_weightless(
+        base = self._base = build_weightless(
             config,
             quantization=step.quantization.section,
             dtype=dtype_named(step.dtype),
             compute_dtype=dtype_named(step.compute_dtype),
-            attention="sdpa" if step.attention in VARIABLE_LENGTH_ATTENTION else step.attention,  # all save the same
+            attention=_attention_of(step),
             device_kind=step.device_kind,
             model_class=step.task.model_class.padded_with(0),
         )
@@ -106,10 +107,10 @@ class DryRun:
         fuse_layers(self._model, kernels)
         with self._fake:
             fill_with_fakes(self._model)
-            if step.keeps_unpacked:
-                keep_unpacked(self._model)
+            keep_unpacked(self._model, step.keeps_unpacked)
         self._layers = LayerList(base, step.model.layers)
         self._can_leave_out = self._sees = True
+        self._updated: tuple[str, Mapping[str, int]] | None = None
         autocast = autocast_dtype(step.dtype)
         exact = not step.model.plain_head
         objective = step.task.build_objective(self._model, autocast_dtype=autocast, exact=exact)
@@ -141,6 +142,15 @@ class DryRun:
             self._make_gradients()
             self._update.apply(0, torch.ones(()))  # states of optimizer and method exist from now on
             self._optimizer.zero_grad(set_to_none=True)
+
+    def take(self, step: StepShape) -> None:
+        """Goes on with another step of the same kinds: other rows, another attention, with copies or without."""
+        if (name := _attention_of(step)) != _attention_of(self.step) and self._base._can_set_attn_implementation():
+            set_attention(self._base, name)
+        if step.keeps_unpacked != self.step.keeps_unpacked:
+            with self._fake:
+                keep_unpacked(self._model, step.keeps_unpacked)
+        self.step = step
 
     def run(
         self,
@@ -197,7 +207,9 @@ class DryRun:
                 try:
                     accumulate_gradients(self._executor, [self._batch(tokens)], hooks=self._update.hooks)
                     self._executor.sum_gradients()
-                    self._update.apply(0, self._update.gradient_norm())
+                    norm = self._update.gradient_norm()
+                    if not (accumulates and self._updated):
+                        self._update.apply(0, norm)
                 except raised as error:
                     what = f"{step.model.model_type} does not run on tensors without values: {first_line(error)}"
                     todo = "leave --exact out: the closed form needs none"
@@ -208,13 +220,17 @@ class DryRun:
         fixed, missing, objective = peak.parts[""], self._layers.missing(chosen, kept), self._executor.objective
         casts = self._layers.casts(chosen, objective.autocast_dtype if objective.kernels.casts_once else None)
         alive = {name: _beside(fixed, peak.parts.get(name, fixed)) for name in PHASES}
+        places = dict(peak.places)
+        if accumulates:  # all gradients are there, whatever ran: every update is like the first
+            places["update"], update = self._updated = self._updated or (places.get("update", ""), alive["update"])
+            alive["update"] = dict(update)
         held = self._held_bytes() if sees and not self._on_cuda else 0
         for name, parts in alive.items():
             more = {"kept_activations": held} | (
                 {} if name == "update" else {"kept_activations": held + missing, "adapter": casts}
             )
             parts.update({part: parts.get(part, 0) + size for part, size in more.items() if size})
-        phases = tuple(Phase(name, peak.places.get(name, ""), parts) for name, parts in alive.items())
+        phases = tuple(Phase(name, places.get(name, ""), parts) for name, parts in alive.items())
         state_bytes = fixed.get("optimizer_state", 0) if step.pages_state else 0
         experts = step.unquantized_expert_bytes
         found = MemoryEstimate(fixed, phases, step.device_kind, tokens, checkpointing, state_bytes, experts)
@@ -251,6 +267,11 @@ class DryRun:
         """dtype and shape of what the forward takes of images, by name."""
         pictures = self.step.pictures
         return pictures.shapes(tokens) if pictures is not None and self._sees else {}
+
+
+def _attention_of(step: StepShape) -> str:
+    """What the model is told; those of variable length save what sdpa saves."""
+    return "sdpa" if step.attention in VARIABLE_LENGTH_ATTENTION else step.attention
 
 
 def _sized_kernels(step: StepShape) -> Kernels:

@@ -4,7 +4,8 @@
 
 With its kinds and the length of its rows fixed, what a step holds grows linearly with its tokens, phase by phase and
 component by component; where scores are kept, it grows linearly with the length of rows as well. So two sizes tell all
-others. What was measured is kept in the cache by config, kinds, rows and versions: the next answer takes milliseconds.
+others, and of one row the first is enough. What was measured is kept in the cache by config, kinds, rows and versions:
+the next answer takes milliseconds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MANY_TOKENS = 16_384
 """Of the larger size: what overtakes something else only in large micro-batches has done so there."""
 LONGEST_ROW_TOKENS = 2048
 """Rows of layers that carry a state are not measured beyond: transformers' own code loops over their parts."""
+_CHANGED_IN_PLACE = ("attention", "packing", "keeps_unpacked")
+"""Of what a dry run depends on, what its model can be given later: building it takes as long as a few dry runs."""
 
 
 class MeasuredSteps:
@@ -42,7 +45,7 @@ class MeasuredSteps:
         self._config = config
         self._uses_formulas = uses_formulas
         self._reporter = reporter
-        self._known: dict[str, tuple[MemoryEstimate, MemoryEstimate]] = {}
+        self._known: dict[str, MemoryEstimate] = {}
         self._dry: tuple[str, DryRun] | None = None
         self._refused = False
         self._runs = 0
@@ -60,42 +63,49 @@ class MeasuredSteps:
 
     def _measured(self, step: StepShape, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
         if not step.model.scanning_layers or step.row_tokens <= LONGEST_ROW_TOKENS:
-            return _on_line(*self._two_sizes(step, checkpointing), tokens)
+            return self._on_line(step, tokens, checkpointing)
         longest = self._measured(_of_length(step, LONGEST_ROW_TOKENS), tokens, checkpointing)
         if not step.keeps_scores:
             return longest
         half = self._measured(_of_length(step, LONGEST_ROW_TOKENS // 2), tokens, checkpointing)
         return _between(half, longest, 2 * step.row_tokens / LONGEST_ROW_TOKENS - 1, tokens)
 
-    def _two_sizes(self, step: StepShape, checkpointing: Checkpointing) -> tuple[MemoryEstimate, MemoryEstimate]:
-        """One row, and as many as `MANY_TOKENS` hold."""
+    def _on_line(self, step: StepShape, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
+        """One row as it was measured; of more the estimate on the line through that and what `MANY_TOKENS` hold."""
+        one = self._of_rows(step, 1, checkpointing)
+        if tokens == one.micro_batch_tokens:
+            return one
+        many = self._of_rows(step, max(2, MANY_TOKENS // step.row_tokens), checkpointing)
+        share = (tokens - one.micro_batch_tokens) / (many.micro_batch_tokens - one.micro_batch_tokens)
+        return _between(one, many, share, tokens)
+
+    def _of_rows(self, step: StepShape, rows: int, checkpointing: Checkpointing) -> MemoryEstimate:
+        """What was measured of so many rows, now or before."""
         kinds = _kinds_of(step)
-        key = key_of_code([self._config, kinds, [step.row_tokens, step.row_labels, checkpointing]])
+        key = key_of_code([self._config, kinds, [rows, step.row_tokens, step.row_labels, checkpointing]])
         if key not in self._known:
             found = _read(kept(f"steps/{key}.json"))
             if found is None:
-                found = self._run(json.dumps(kinds), step, checkpointing)
-                keep(f"steps/{key}.json", [asdict(one) for one in found])
+                found = self._run(kinds, step, rows * step.row_tokens, checkpointing)
+                keep(f"steps/{key}.json", asdict(found))
             self._known[key] = found
         return self._known[key]
 
-    def _run(self, kinds: str, step: StepShape, checkpointing: Checkpointing) -> tuple[MemoryEstimate, MemoryEstimate]:
+    def _run(self, kinds: JsonObject, step: StepShape, tokens: int, checkpointing: Checkpointing) -> MemoryEstimate:
         from lorafit.estimation.dry_run import DryRun
 
+        own = json.dumps({**kinds, **dict.fromkeys(_CHANGED_IN_PLACE)})
         if self._dry is None:
             self._reporter.info("no formula covers the memory of this step: measuring it by dry runs of a few layers")
-        if self._dry is None or self._dry[0] != kinds:
-            self._dry = kinds, DryRun(step, self._config)
+        if self._dry is None or self._dry[0] != own:
+            self._dry = own, DryRun(step, self._config)
         dry = self._dry[1]
-        dry.step = step
-        rows = max(2, MANY_TOKENS // step.row_tokens)
-        found = []
+        dry.take(step)
         with self._reporter.track(None, "dry runs", self._runs) as bar:
-            for number in (1, rows):
-                found.append(dry.run(number * step.row_tokens, checkpointing, few_layers=True))
-                bar.advance()
-        self._runs += len(found)
-        return found[0], found[1]
+            found = dry.run(tokens, checkpointing, few_layers=True)
+            bar.advance()
+        self._runs += 1
+        return found
 
 
 def _of_length(step: StepShape, row_tokens: int) -> StepShape:
@@ -121,12 +131,6 @@ def _kinds_of(step: StepShape) -> JsonObject:
     }
 
 
-def _on_line(one: MemoryEstimate, many: MemoryEstimate, tokens: int) -> MemoryEstimate:
-    """The estimate for so many tokens, on the line through two sizes."""
-    share = (tokens - one.micro_batch_tokens) / (many.micro_batch_tokens - one.micro_batch_tokens)
-    return _between(one, many, share, tokens)
-
-
 def _between(one: MemoryEstimate, other: MemoryEstimate, share: float, tokens: int) -> MemoryEstimate:
     """0 is the one and 1 the other; beyond 1 it is further away."""
     phases = []
@@ -137,13 +141,9 @@ def _between(one: MemoryEstimate, other: MemoryEstimate, share: float, tokens: i
     return replace(one, phases=tuple(phases), micro_batch_tokens=tokens)
 
 
-def _read(stored: Any) -> tuple[MemoryEstimate, MemoryEstimate] | None:
-    """Both sizes of a step as they were kept; None where it is nothing of the kind."""
+def _read(stored: Any) -> MemoryEstimate | None:
+    """A step as it was kept; None where it is nothing of the kind."""
     try:
-        one, many = (
-            MemoryEstimate(**{**values, "phases": tuple(Phase(**phase) for phase in values["phases"])})
-            for values in stored
-        )
-        return one, many
+        return MemoryEstimate(**{**stored, "phases": tuple(Phase(**phase) for phase in stored["phases"])})
     except (ValueError, KeyError, TypeError):
         return None

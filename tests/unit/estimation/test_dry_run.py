@@ -391,6 +391,24 @@ def test_a_card_that_has_too_little_gets_more_and_more_checkpointing(
     assert answer(25, "false").fits is False and ran == [False]
 
 
+def test_one_model_answers_for_other_attentions_and_its_update_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte as a model built for each would, which takes longer than the runs."""
+    asked = ask(MODELS["llama"], tmp_path, adapter="dora", model__quantization="nf4").step
+    updates: list[int] = []
+    apply = Update.apply
+    monkeypatch.setattr(Update, "apply", lambda self, step, norm: updates.append(step) or apply(self, step, norm))
+    dry = DryRun(asked, MODELS["llama"])
+    found = {}
+    for attention in ("sdpa", "eager"):
+        dry.take(replace(asked, attention=attention, keeps_unpacked=attention == "eager"))
+        found[attention] = dry.run(ROWS * TOKENS, True, few_layers=True)
+    assert len(updates) == 2  # of these one makes the optimizer's state
+    assert found["eager"] == DryRun(dry.step, MODELS["llama"]).run(ROWS * TOKENS, True, few_layers=True)
+    assert found["eager"].tensor_bytes > found["sdpa"].tensor_bytes
+
+
 def test_a_step_that_needs_values_is_an_error_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def needs_values(*_: Any, **options: Any) -> None:
         torch.nonzero(torch.ones(3))

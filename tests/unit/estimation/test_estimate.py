@@ -444,16 +444,21 @@ def test_layers_that_the_closed_form_does_not_count_are_named() -> None:
     assert said not in shown(estimate_recipe(recipe(), shape_of()), width=200)
 
 
-def test_dry_runs_are_told_as_they_are_made(
+def test_dry_runs_are_told_as_they_are_made_and_no_more_of_them_than_an_answer_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They take seconds each, minutes on a busy machine."""
+    """They take seconds each, minutes on a busy machine: one row is one run, and another attention no new model."""
+    built, ran = [], []
 
     class Quick:
         def __init__(self, step: StepShape, config: object) -> None:
+            built.append(step.adapter.section.kind)
+
+        def take(self, step: StepShape) -> None:
             self.step = step
 
         def run(self, tokens: int, checkpointing: bool, *, few_layers: bool) -> MemoryEstimate:
+            ran.append((self.step.attention, tokens, checkpointing))
             return closed_form(self.step, tokens, checkpointing)
 
     monkeypatch.setattr("lorafit.estimation.dry_run.DryRun", Quick)
@@ -461,6 +466,12 @@ def test_dry_runs_are_told_as_they_are_made(
     monkeypatch.setattr(measured, "keep", lambda name, value: None)
     engine = measured.MeasuredSteps({}, ConsoleReporter())
     step = recipe_step(recipe(adapter={"kind": "dora"}), shape_of(), None, None, engine=engine)
-    step.at(step.least_tokens, False)
-    step.at(step.least_tokens, True)
-    assert capsys.readouterr().err.splitlines()[1:] == ["dry runs 2", "dry runs 4"]
+    row, own = step.least_tokens, step.step.attention
+    assert step.at(row, False) == closed_form(step.step, row, False)
+    step.at(row, True)
+    assert capsys.readouterr().err.splitlines()[1:] == ["dry runs 1", "dry runs 2"]
+    step.at(2 * row, False)
+    step.changed(attention="eager").at(row, False)
+    many = measured.MANY_TOKENS // row * row
+    assert ran == [(own, row, False), (own, row, True), (own, many, False), ("eager", row, False)]
+    assert built == ["dora"]
