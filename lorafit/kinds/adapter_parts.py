@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from lorafit.contracts import JsonValue
+from lorafit.contracts import JsonObject, JsonValue
 
 if TYPE_CHECKING:
     from lorafit.facts import LinearShape
@@ -39,6 +39,21 @@ class Site:
     count: int
     parameters: int
     linear: LinearShape | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an adapter in its run, where its recipe does not say it.
+
+    Attributes:
+        told: In a sentence or two.
+        figures: The same as plain values.
+        warning: Why it may be another than the recipe asks for, and what to do; empty where it is that.
+    """
+
+    told: str
+    figures: JsonObject
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

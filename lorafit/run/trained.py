@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.console.reporting import Printed, say
 from lorafit.console.wording import counted, near
 from lorafit.contracts import JsonObject
+from lorafit.files.atomic import read_object
 from lorafit.ops.recomputed_layers import CHECKPOINTING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lorafit.files.rundir import RunDir
+    from lorafit.kinds.adapter_parts import Outcome
     from lorafit.memory import MemoryEstimate
     from lorafit.plan import Plan, ResolvedPlan
     from lorafit.trainer.profile import Speed
@@ -47,6 +50,17 @@ class Trained(Printed):
         """The run folder."""
         return self.run.root
 
+    @cached_property
+    def outcome(self) -> Outcome | None:
+        """What became of the adapter, where its recipe does not say it."""
+        from lorafit.model.adapter import CONFIG
+
+        file = self.run.adapter / CONFIG
+        if self.fit is None or not file.exists():
+            return None
+        adapter, config = self.plan.step.step.adapter, read_object(file)
+        return adapter.outcome(config, self.fit.adapter_step, self.plan.total_steps)
+
     def summary(self) -> JsonObject:
         """How training ended, for `result.json`: memory as estimated and as measured among it."""
         from dataclasses import asdict
@@ -58,6 +72,7 @@ class Trained(Printed):
             "estimated_tensor_bytes": self.estimate.tensor_bytes if self.estimate else None,
             "estimated_memory_bytes": self.estimate.needed_bytes if self.estimate else None,
             "speed": self.speed.to_json() if self.speed else None,
+            "adapter": asdict(self.outcome) if self.outcome else None,
         }
 
     def to_json(self) -> JsonObject:
@@ -85,6 +100,10 @@ class Trained(Printed):
                 before, after = f", {fit.resumed_step:,} of them before this resume,", " altogether"
             say(console, f"trained {counted(fit.steps, 'step')}{before} in {_clock(fit.seconds)}{after}{rate}")
             say(console, self._memory_line(fit))
+        if self.outcome is not None:
+            say(console, self.outcome.told)
+            if self.outcome.warning:
+                say(console, f"warning: {self.outcome.warning}")
         which = f"the adapter of step {fit.adapter_step}"
         if fit.best is not None and fit.best.step == fit.adapter_step:
             which += f" (best {fit.best.metric}: {fit.best.value:.4g})"

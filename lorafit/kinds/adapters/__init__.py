@@ -7,7 +7,7 @@ by its adapter_config.json. Members stand in the order in which they are asked:
     recipe and plan    sites, rank, closed_form, refuses, refuses_steps, refuses_unfreezing
     a fresh adapter    linear_names, peft_config, fit; PEFT wraps the model; mend, settle      model/attach.py
     a run              initialisation before step 1, rate_factors, step_hook                   run/assembly.py
-    saving             live_tensors, derived_tensors; finished for a run's result              model/adapter.py
+    saving             live_tensors, derived_tensors; finished for a run's result, outcome     model/adapter.py
     opening            opens, refuses_saved, differences, opened_config; PEFT wraps; reopen, mend; take_tensors
     what is done with a saved one    why_no_effect, nested_from (trim), folding (merge)
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorafit.facts import ModelShape, RunFacts
-    from lorafit.kinds.adapter_parts import CopiedModules, SavedField, Site
+    from lorafit.kinds.adapter_parts import CopiedModules, Outcome, SavedField, Site
     from lorafit.kinds.folding import Folding
     from lorafit.kinds.initialisations import Initialisation, InitialisationSection
     from lorafit.kinds.quantizations import Quantization
@@ -182,6 +182,16 @@ class Adapter(Kind[S_co]):
         cls, config: JsonMapping, tensors: Mapping[str, torch.Tensor]
     ) -> tuple[JsonObject, dict[str, torch.Tensor]] | None:
         """What a run's result says and holds, where that is not what its checkpoints do; None for most."""
+        return None
+
+    def outcome(self, config: JsonMapping, step: int, total_steps: int) -> Outcome | None:
+        """What became of it in a run; None for most, of which the recipe says all.
+
+        Args:
+            config: adapter_config.json of the run's result.
+            step: Whose adapter that is.
+            total_steps: Of the run.
+        """
         return None
 
     @classmethod

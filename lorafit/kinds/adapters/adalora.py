@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorafit.contracts import JsonMapping, JsonObject, JsonValue
-from lorafit.kinds.adapter_parts import Number, Rank, SavedField, Site
+from lorafit.kinds.adapter_parts import Number, Outcome, Rank, SavedField, Site
 from lorafit.kinds.adapters import Adapter, adapters
 from lorafit.kinds.adapters._low_rank import LowRankFolding
 from lorafit.kinds.folding import AdaptedLayer
@@ -247,6 +247,25 @@ class Adalora(Adapter[AdaloraSection]):
             f"leaves no steps in which ranks are taken away: {total_steps} of the run, {warmup} of warmup_steps and "
             f"{final} of final_steps"
         )
+
+    def outcome(self, config: JsonMapping, step: int, total_steps: int) -> Outcome | None:
+        """Ranks that are left, by the linears' names; and whether the budget was reached by then."""
+        left: dict[str, list[int]] = {}
+        for path, kept in (config.get("rank_pattern") or {}).items():
+            left.setdefault(path.removesuffix(".lora_E").rpartition(".")[2], []).append(sum(kept))
+        if not left:
+            return None
+        linears, total = sum(map(len, left.values())), sum(map(sum, left.values()))
+        budget, reached = self.section.r * linears, total_steps - steps_of(self.section, total_steps)[1]
+        by_name = {name: {"min": min(of), "mean": sum(of) / len(of), "max": max(of)} for name, of in left.items()}
+        listed = ", ".join(f"{name} {of['min']} to {of['max']} ({of['mean']:.1f})" for name, of in by_name.items())
+        told = f"ranks left, least to most over layers (mean): {listed}; {total:,} in all, of a budget of {budget:,}"
+        figures: JsonObject = {"ranks": by_name, "total": total, "budget": budget, "budget_reached_at_step": reached}
+        early = (
+            f"the adapter is that of step {step:,}, before the budget is reached at step {reached:,}; to choose among "
+            "later steps alone, lower adapter.warmup_steps and raise adapter.final_steps"
+        )
+        return Outcome(told, figures, early if step < reached else "")
 
     def refuses_unfreezing(self) -> str | None:
         """A layer without gradients would seem to be of no importance."""

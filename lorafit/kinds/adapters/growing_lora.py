@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from lorafit.contracts import JsonMapping
+from lorafit.kinds.adapter_parts import Outcome
 from lorafit.kinds.adapters import adapters
 from lorafit.kinds.adapters._leading_ranks import LeadingRanks
 from lorafit.kinds.adapters._low_rank import LowRank, ProductSection
@@ -74,9 +76,7 @@ class Growth(LeadingRanks):
 
     def rank_at(self, step: int) -> int:
         """Ranks that compute in a step."""
-        start, most = self._section.first_r, self._section.r
-        done = sum(first <= step for first in self._steps)
-        return start + (most - start) * done // max(1, len(self._steps))
+        return _rank_at(self._section, self._steps, step)
 
     def news(self, step: int) -> str | None:
         """Where the rank is raised."""
@@ -86,6 +86,11 @@ class Growth(LeadingRanks):
     def before_step(self, step: int) -> None:
         """The first ranks compute, by the scale of all."""
         self.lead(self.rank_at(step), rescaled=False)
+
+
+def _rank_at(section: GrowingLoraSection, steps: Sequence[int], step: int) -> int:
+    start, most = section.first_r, section.r
+    return start + (most - start) * sum(first <= step for first in steps) // max(1, len(steps))
 
 
 @adapters.register(GrowingLoraSection)
@@ -112,6 +117,16 @@ class GrowingLora(LowRank[GrowingLoraSection]):
         if not steps:
             return f"a run of {total_steps} steps is too short to raise the rank in"
         return f"raise_steps ends at {steps[-1]}, the run has {total_steps}"
+
+    def outcome(self, config: JsonMapping, step: int, total_steps: int) -> Outcome | None:
+        """Where the run's adapter is of a step before the last raise."""
+        steps, most = self.raise_steps(total_steps), self.section.r
+        rank = _rank_at(self.section, steps, step)
+        if rank == most:
+            return None
+        early = f"the adapter is that of step {step:,}, before rank {most} is reached at step {steps[-1]:,}"
+        todo = "lower adapter.raise_steps, to choose among later steps alone"
+        return Outcome(f"{rank} of its {most} ranks are trained", {"trained_ranks": rank}, f"{early}; {todo}")
 
     def step_hook(self, model: PeftModel, run: RunFacts) -> StepHook:
         """Raises the rank."""

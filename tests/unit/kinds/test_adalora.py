@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +24,7 @@ from lorafit.kinds.adapters.adalora import AdaloraSection
 from lorafit.model.attach import attach_adapter, open_adapter
 from lorafit.model.inspect import coverage
 from lorafit.recipe.load import load_recipe
+from lorafit.run.trained import Trained
 from tests.support.adapted import load, logits, open_base
 from tests.support.tiny_model import make_base, tiny_llama
 from tests.support.tiny_recipe import make_recipe
@@ -40,7 +44,7 @@ def attached(**fields: Any) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Trained on NF4 for 12 steps; every checkpoint is kept."""
     folder = tmp_path_factory.mktemp("adalora")
     make_base(folder / "base")
@@ -55,7 +59,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lorafit.estimation.measured.covers", lambda step: True)
         patch.setenv("LORAFIT_CACHE", str(folder / "cache"))
-        trained = pipeline.train(recipe)
+        return pipeline.train(recipe)
+
+
+@pytest.fixture(scope="module")
+def run(trained: Trained) -> RunDir:
     return trained.run
 
 
@@ -131,6 +139,23 @@ def test_the_ranks_that_are_left_are_within_the_budget(run: RunDir) -> None:
     assert (config["tinit"], config["tfinal"], config["deltaT"], config["total_step"]) == (2, 4, 1, 12)
     whole = load_file(run.checkpoint(12) / "adapter" / "adapter_model.safetensors")
     assert {value.shape for path, value in whole.items() if path.endswith("_E")} == {(4, 1)}
+
+
+def test_the_end_of_a_run_says_which_ranks_are_left(trained: Trained) -> None:
+    """By the linears' names, as they are saved; and that it did not get that far, where an early step was the best."""
+    pattern = json.loads((trained.run.adapter / "adapter_config.json").read_text())["rank_pattern"]
+    q = [sum(kept) for path, kept in pattern.items() if path.endswith("q_proj.lora_E")]
+    total = sum(map(sum, pattern.values()))
+    out = io.StringIO()
+    trained.render(Console(file=out, width=500))
+    assert f", q_proj {min(q)} to {max(q)} ({sum(q) / 2:.1f})" in out.getvalue() and len(q) == 2
+    assert f"; {total} in all, of a budget of 28\n" in out.getvalue() and "warning" not in out.getvalue()
+    written = json.loads(trained.run.result.read_text())["adapter"]["figures"]
+    assert written["ranks"]["q_proj"] == {"min": min(q), "mean": sum(q) / 2, "max": max(q)}
+    assert (written["total"], written["budget"], written["budget_reached_at_step"]) == (total, 28, 8)
+    assert trained.fit is not None
+    replace(trained, fit=replace(trained.fit, adapter_step=7)).render(Console(file=out, width=500))
+    assert "warning: the adapter is that of step 7, before the budget is reached at step 8; " in out.getvalue()
 
 
 def test_plain_peft_and_lorafit_read_what_the_last_step_computed(run: RunDir) -> None:

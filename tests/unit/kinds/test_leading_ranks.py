@@ -103,6 +103,10 @@ def test_growth_changes_nothing_of_what_is_computed_and_new_ranks_have_no_moment
     hook = hook_of(model, "growing_lora", start_r=2, raise_steps=[3, 5])
     assert [hook.news(step) for step in (1, 2, 3, 4)] == [None, None, "the rank grows from 2 to 5", None]
     assert [hook.rank_at(step) for step in range(1, 7)] == [2, 2, 5, 5, 8, 8]
+    method = adapters.make("growing_lora", **LORA, start_r=2, raise_steps=[3, 5])
+    early = method.outcome({}, 4, 6)  # an evaluation chose it
+    assert early is not None and early.told == "5 of its 8 ranks are trained"
+    assert "step 4, before rank 8 is reached at step 5;" in early.warning and method.outcome({}, 5, 6) is None
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), 1e-2, weight_decay=0.1)
     started = {n: p.detach().clone() for n, p in parameters.items()}
