@@ -2,13 +2,15 @@
 
     python -m benchmarks.serve_load [--quantization nf4|int8|none] [--dtype bf16|fp32] [--adapters 4] [--tokens 32]
                                     [--clients 1 4 16] [--requests 3] [--recipe recipes/quickstart.yaml] [--folder DIR]
+                                    [--loads 1000]
 
 The recipe's base gets one run of two steps; its adapter is copied with other values in B for each further one, so that
 all are as the recipe says (r 32 on all linears), whatever they answer. One server serves them all. For each number of
 clients the same questions go to one adapter, to all adapters in turn, and to adapters and base in turn, each client
 with one request at a time, greedy and streamed. The first answers are asked alone before, and every answer must be the
-same under load (a warning with the count where a dtype's rounding by batch makes some differ). A table is printed, and
-as JSON the figures with machine and versions.
+same under load: the last column counts those that a dtype's rounding by batch made others. `--loads` then loads and
+unloads one adapter so many times, and compares the server's memory after 100 with that at the end. A table is printed,
+and as JSON the figures with machine and versions.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import httpx
+import psutil
 
 import lorafit
+from lorafit.contracts import JsonObject
 
 QUESTIONS = (
     "How long do I have to return a mug?",
@@ -94,11 +99,12 @@ def make_adapters(folder: Path, recipe: str, kind: str, dtype: str, count: int) 
 def start(base: str, adapters: dict[str, Path]) -> tuple[subprocess.Popen[str], str]:
     """The server, and its address."""
     named = [part for name, folder in adapters.items() for part in ("--adapter", f"{name}={folder}")]
-    command = [sys.executable, "-m", "lorafit", "serve", base, *named, "--port", "0"]
+    command = [sys.executable, "-m", "lorafit", "serve", base, *named, "--port", "0", "--allow-loading"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.search(r"serving at (http://\S+),", line):
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # else its log would fill the pipe
             return process, found[1]
         print(line, end="", file=sys.stderr)
     raise SystemExit("the server did not start")
@@ -159,6 +165,21 @@ async def measure(url: str, models: dict[str, list[str]], clients: list[int], re
     return loads
 
 
+def load_and_unload(url: str, folder: Path, count: int, process: subprocess.Popen[str]) -> JsonObject:
+    """Memory of the server after 100 loads and after all, MiB, and the seconds of one."""
+    server, resident, began = psutil.Process(process.pid), list[float](), time.perf_counter()
+    for _ in range(count):
+        for path, body in (
+            ("load", {"lora_name": "more", "lora_path": str(folder)}),
+            ("unload", {"lora_name": "more"}),
+        ):
+            httpx.post(f"{url}/v1/{path}_lora_adapter", json=body, timeout=600).raise_for_status()
+        resident.append(server.memory_info().rss / 2**20)
+    early, seconds = resident[min(99, count - 1)], (time.perf_counter() - began) / count
+    print(f"{count} loads and unloads of {seconds:.2f} s: {early:.0f} MiB after 100, {resident[-1]:.0f} MiB at the end")
+    return {"loads": count, "mib_after_100": early, "mib_at_the_end": resident[-1], "seconds_each": seconds}
+
+
 def row(load: Load) -> str:
     """A line of the table."""
     waits = f"{load.first_token_seconds:.2f} | {load.first_token_seconds_95:.2f} | {load.answer_seconds:.2f}"
@@ -176,6 +197,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=3)
     parser.add_argument("--recipe", default="recipes/quickstart.yaml")
+    parser.add_argument("--loads", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="serve-load-"))
@@ -193,13 +215,14 @@ def main() -> None:
         print("| clients | asked | tokens/s | first token, s | 95 % of them | answer, s | unlike a lone answer |")
         print("|---|---|---|---|---|---|---|")
         loads = asyncio.run(measure(url, ways, given.clients, given.requests, given.tokens))
+        loaded = load_and_unload(url, adapters[names[0]], given.loads, process) if given.loads else None
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "lorafit")}
     settings = {"quantization": given.quantization, "dtype": given.dtype, "tokens": given.tokens}
     about = {"machine": platform.processor() or platform.machine(), "versions": versions, **settings}
-    print(json.dumps({**about, "loads": [asdict(load) for load in loads]}))
+    print(json.dumps({**about, "loads": [asdict(load) for load in loads], "memory": loaded}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from lorafit.model.companions import choose_companions
 from lorafit.model.inspect import NOTED_DTYPES, recorded_linears
 from lorafit.model.load import load_model, load_tokenizer
 from lorafit.recipe.schema import LARGEST_COUNT, DataSection
+from lorafit.run.card import RunCard
 from lorafit.run.workspace import is_lone_adapter, is_model, open_run
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class Answerer:
         load_base: Gives an Engine of it alone.
         folder: The adapter's; None: a plain model answers.
         reporter: Warned where the adapter has no effect.
+        card: The adapter's; None for a plain model, and for an adapter of another tool.
     """
 
     voice: Voice
@@ -133,6 +135,7 @@ class Answerer:
     load_base: Callable[[], Engine]
     folder: Path | None
     reporter: Reporter
+    card: RunCard | None = None
 
     @property
     def adapter(self) -> str | None:
@@ -147,8 +150,21 @@ class Answerer:
         return engine
 
 
-def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, reporter: Reporter) -> Answerer:
+def open_answerer(
+    path: Path,
+    checkpoint: str | None,
+    base_model: str | None,
+    reporter: Reporter,
+    known: Mapping[str, PreTrainedTokenizerBase] | None = None,
+) -> Answerer:
     """A run's adapter on its base, an adapter alone, or a plain model folder, nothing loaded yet.
+
+    Args:
+        path: It.
+        checkpoint: Of a run.
+        base_model: Where the base is, as the user says.
+        reporter: Told about what is looked for.
+        known: See `Tuned.tokenizer`.
 
     Raises:
         UsageError: There is nothing at the path, or a base is named for a model that needs none.
@@ -175,7 +191,7 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
         tuned, data = open_tuned(opened, checkpoint, base_model, reporter), opened.loaded.recipe.data
     card = tuned.card
     _require_answers(tasks.bind(card.task))
-    tokenizer = tuned.tokenizer()
+    tokenizer = tuned.tokenizer(known)
     if (two_texts := tasks.bind(card.task).two_texts) is not None:
         voice = Voice(tokenizer, None, SourceTarget(tokenizer, two_texts), card.max_length)
     elif not card.chat:
@@ -188,7 +204,7 @@ def open_answerer(path: Path, checkpoint: str | None, base_model: str | None, re
         data = data.model_copy(update={"system_prompt": card.system_prompt})
         voice = Voice(tokenizer, tuned.renderer(data, tokenizer).chats, pictures=tuned.pictures)
     load_base = partial(tuned.load_base, tokenizer, reporter)
-    return Answerer(voice, tuned.base, card.quantization.kind, load_base, tuned.adapter, reporter)
+    return Answerer(voice, tuned.base, card.quantization.kind, load_base, tuned.adapter, reporter, card)
 
 
 def warn_of_cut_texts(asked: Sequence[Encoded], noun: str, max_length: int, reporter: Reporter) -> None:

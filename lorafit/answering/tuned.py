@@ -6,6 +6,8 @@ ADAPTER ────> lorafit.json┴──> base, found again ──> Tuned ─
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -82,12 +84,18 @@ class Tuned:
         is_whole = beside.has_tokenizer() and beside.files(PROCESSOR_PATTERNS)
         return open_pictures(self.base, self.adapter if is_whole else None)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that was trained with; its templates are those of the card."""
+    def tokenizer(self, known: Mapping[str, PreTrainedTokenizerBase] | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer that was trained with; its templates are those of the card.
+
+        `known`: others in memory by their hash, as cards note it; the same one is shared, not read again.
+        """
         from lorafit.model.load import load_tokenizer
 
         beside = TokenizerFolder(self.adapter).has_tokenizer()
-        if self.pictures is not None:
+        same = (known or {}).get(self.card.tokenizer)
+        if same is not None and self.pictures is None:
+            tokenizer = copy.copy(same)
+        elif self.pictures is not None:
             tokenizer = self.pictures.tokenizer
         else:
             tokenizer = load_tokenizer(self.base, self.adapter if beside else None)

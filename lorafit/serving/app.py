@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorafit.serving.errors import ApiError, as_api_error, of_validation, shutting_down
 from lorafit.serving.routes import router
 from lorafit.serving.service import Service
-from lorafit.serving.settings import KEY_VARIABLE, LARGEST_BODY_BYTES
+from lorafit.serving.settings import KEY_VARIABLE, LARGEST_BODY_BYTES, is_this_machine
 
 _DRAINED_BYTES = 64 << 20  # of a body that is too large: who hears 413 only at the end of it has not sent it in vain
 _FREE = ("/health",)
@@ -101,20 +102,26 @@ class Gate:
 
         await self._app(scope, hand_on, send)
 
-    def _refusal(self, scope: Scope, headers: MutableMapping[bytes, bytes]) -> ApiError | None:
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> ApiError | None:
         """Why a request is not even read."""
         key = self._service.settings.key
         given = headers.get(b"authorization", b"").strip()
         if key is not None and scope["path"] not in _FREE and not hmac.compare_digest(given, b"Bearer " + key.encode()):
             message = f"send the server's {KEY_VARIABLE} as Authorization: Bearer KEY"
             return ApiError(401, message, code="invalid_api_key")
+        page = urlsplit(headers.get(b"origin", b"").decode("latin-1")).hostname
+        if key is None and page is not None and not is_this_machine(page):
+            return ApiError(403, f"a page of {page} may not ask a server without a key; set {KEY_VARIABLE}")
         if self._service.is_closing and scope["path"] not in _UNCOUNTED:
             return shutting_down()
         return None
 
-    async def _read(self, headers: MutableMapping[bytes, bytes], receive: Receive) -> tuple[bytes, ApiError | None]:
+    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> tuple[bytes, ApiError | None]:
         """The body; or the refusal of one that is too large, which is read on for a while and forgotten."""
         body, size, more = bytearray(), 0, True
+        if b"expect" in headers and headers.get(b"content-length", b"").isdigit():  # the client waits for our word
+            size = int(headers[b"content-length"]) if int(headers[b"content-length"]) > LARGEST_BODY_BYTES else 0
+            more = not size
         while more and size <= _DRAINED_BYTES:
             message = await receive()
             if message["type"] == "http.disconnect":

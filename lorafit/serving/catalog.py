@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +97,7 @@ def open_served(
         name = _name_of(path)
         if name in given:
             raise UsageError(f"'{name}' is served already", key="--adapter", todo="give the other another name")
-        adapters[name] = open_answerer(path, checkpoint, base_model, reporter)
+        adapters[name] = _checked(open_answerer(path, checkpoint, base_model, reporter))
         found = adapters[name].base
     else:
         if checkpoint is not None or base_model is not None:
@@ -105,15 +105,26 @@ def open_served(
             raise UsageError("a base has none", key=key, todo="leave it out, or serve a run")
         found = resolve_base(ModelSection(base=base), Path.cwd(), reporter)
     for name, folder in given.items():
-        adapters[name] = _open_adapter(folder, found, reporter)
+        adapters[name] = _open_adapter(folder, found, _tokenizers(adapters.values()), reporter)
     plain = open_plain_model(found.path, reporter)
-    called = found.origin.name
+    called = _base_name(next((one.base for one in adapters.values() if one.card is not None), found))
     if called in adapters:
         raise UsageError(f"the base is called '{called}' too", key="--adapter", todo="give the adapter another name")
     first = next(iter(adapters.values()), plain)
     for served in (plain, *adapters.values()):
         _require_decoder(served.voice)
     return Opened(found, called, plain.voice, first, adapters)
+
+
+def _base_name(base: Base) -> str:
+    """What it was trained on as: a hub id, a folder's or file's name."""
+    origin = base.origin
+    return Path(origin.name).stem if origin.kind in ("package", "gguf") else origin.name
+
+
+def _tokenizers(answerers: Iterable[Answerer]) -> dict[str, PreTrainedTokenizerBase]:
+    """By their hash, so that adapters of one tokenizer share it."""
+    return {one.card.tokenizer: one.voice.tokenizer for one in answerers if one.card is not None}
 
 
 def _name_of(path: Path) -> str:
@@ -127,23 +138,22 @@ def _require_decoder(voice: Voice) -> None:
         raise ModelError("an encoder-decoder is not served", todo="ask it with lorafit generate")
 
 
-def _open_adapter(folder: Path, base: Base, reporter: Reporter) -> Answerer:
+def _open_adapter(
+    folder: Path, base: Base, known: Mapping[str, PreTrainedTokenizerBase], reporter: Reporter
+) -> Answerer:
     """An adapter on that base, and no other. Raises what a client or user is told."""
     check_answerable(folder, None)
     if is_model(folder):
         raise UsageError("is a whole model, no adapter", file=str(folder), todo="name an adapter folder or a run")
-    answerer = open_answerer(folder, None, str(base.path), reporter)
-    assert answerer.folder is not None, "a plain model was refused"
-    saved = read_adapter(answerer.folder)
-    _check_named_base(saved, base)
-    _check_template(saved, answerer.voice)
+    answerer = _checked(open_answerer(folder, None, str(base.path), reporter, known))
+    if answerer.card is None:
+        _check_named_base(answerer, base)
     return answerer
 
 
-def _check_named_base(saved: AdapterFolder, base: Base) -> None:
+def _check_named_base(answerer: Answerer, base: Base) -> None:
     """Of an adapter without a digest: that the base which its config names is not known to be another one."""
-    if saved.card() is not None:
-        return
+    saved = _saved(answerer)
     named = str(saved.config.get("base_model_name_or_path") or "")
     other = base.origin.kind == "hub" and bool(named) and not is_local_path(named) and named != base.origin.name
     if named and is_model(Path(named)):
@@ -153,9 +163,15 @@ def _check_named_base(saved: AdapterFolder, base: Base) -> None:
         raise ModelError(what, file=str(saved.path), todo="use the base it was trained on")
 
 
-def _check_template(saved: AdapterFolder, voice: Voice) -> None:
-    """That the template beside an adapter is the one that it was trained with, and renders a question."""
-    file, card = saved.path / _TEMPLATE, saved.card()
+def _saved(answerer: Answerer) -> AdapterFolder:
+    assert answerer.folder is not None, "whole models are refused"
+    return read_adapter(answerer.folder)
+
+
+def _checked(answerer: Answerer) -> Answerer:
+    """The same, whose template is the one that it was trained with, and renders a question. Raises ModelError."""
+    assert answerer.folder is not None, "whole models are refused"
+    file, card, voice = answerer.folder / _TEMPLATE, answerer.card, answerer.voice
     trained = None if card is None else card.shipped_templates.get("default")
     if trained is not None and file.is_file() and file.read_text(encoding="utf-8").strip() != trained.strip():
         todo = "restore the file, or remove it"
@@ -165,6 +181,7 @@ def _check_template(saved: AdapterFolder, voice: Voice) -> None:
     except DataError as error:
         what = f"its chat template renders no question: {error.what}"
         raise ModelError(what, file=str(file), todo="use the template it was trained with") from error
+    return answerer
 
 
 class Catalog:
@@ -178,7 +195,7 @@ class Catalog:
 
     def __init__(self, engine: BatchedEngine, opened: Opened, reporter: Reporter) -> None:
         self._engine, self._base, self._reporter = engine, opened.base, reporter
-        self._quantization = opened.first.quantization
+        self._quantization, self._known = opened.first.quantization, _tokenizers(opened.adapters.values())
         self._tokenizer = opened.first.voice.tokenizer
         root = opened.base.reference[0]
         self.base = Served(opened.name, None, opened.voice, "", root)
@@ -217,7 +234,7 @@ class Catalog:
         with self._lock:
             if name in self._served:
                 raise UsageError(f"'{name}' is served already", key="lora_name", todo="unload it, or take another name")
-            return self._add(name, _open_adapter(folder, self._base, self._reporter))
+            return self._add(name, _open_adapter(folder, self._base, self._known, self._reporter))
 
     def unload(self, name: str) -> None:
         """Serves an adapter no more; returns when its last request is answered.
@@ -244,18 +261,16 @@ class Catalog:
         }
 
     def _add(self, name: str, answerer: Answerer) -> Served:
-        assert answerer.folder is not None, "whole models are refused"
-        place = str(answerer.folder)
+        saved = _saved(answerer)
+        place = str(saved.path)
         _require_decoder(answerer.voice)
         _check_vocabulary(answerer.voice.tokenizer, self._tokenizer, place)
-        saved = read_adapter(answerer.folder)
         trained_on = (saved.quantization() or {}).get("kind")
         if trained_on not in (None, self._quantization):
             what = f"trained on a base in {trained_on}, and this one is loaded in {self._quantization}"
             raise ModelError(what, file=place, todo="serve it by a server of its own")
-        self._engine.load_adapter(name, answerer.folder, self._reporter)
-        card = saved.card()
-        kind = str(saved.config["peft_type"]).lower() if card is None else card.adapter.kind
+        self._engine.load_adapter(name, saved.path, self._reporter)
+        kind = str(saved.config["peft_type"]).lower() if answerer.card is None else answerer.card.adapter.kind
         served = Served(name, name, answerer.voice, kind, place, self.base.name)
         self._served = {**self._served, name: served}
         return served

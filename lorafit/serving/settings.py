@@ -43,13 +43,13 @@ def read_key(host: str) -> str | None:
         SafetyError: There is none, and the host is not this machine alone.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not key and not _is_this_machine(host):
+    if not key and not is_this_machine(host):
         what = f"whoever reaches {host} could use the model, and no key is set"
         raise SafetyError(what, key="--host", todo=f"set {KEY_VARIABLE} in the environment, or listen at 127.0.0.1")
     return key or None
 
 
-def _is_this_machine(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

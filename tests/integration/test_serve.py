@@ -262,7 +262,17 @@ def test_the_codes_that_clients_go_by(server: Server) -> None:
     assert unknown.value.code == "model_not_found"
 
 
-def test_a_body_of_10_mb_is_refused_and_the_server_lives(server: Server) -> None:
+def test_a_page_of_a_browser_cannot_ask(server: Server) -> None:
+    """Neither with a body that needs no leave of the browser's, nor under a name that now leads to this machine."""
+    text = server.client.post(CHAT, content=json.dumps(ASK), headers={"Content-Type": "text/plain"})
+    assert text.status_code == 400
+    foreign = {"Origin": "http://evil.example:8000"}
+    assert server.client.post(CHAT, json={**ASK, "max_tokens": 1}, headers=foreign).status_code == 403
+    own = {"Origin": "http://localhost:3000"}
+    assert server.client.post(CHAT, json={**ASK, "max_tokens": 1}, headers=own).status_code == 200
+
+
+def test_a_body_of_10_mb_is_refused_and_the_server_lives(server: Server, tmp_path: Path) -> None:
     large = {**ASK, "messages": [{"role": "user", "content": "x" * 10_000_000}]}
     told = server.client.post(CHAT, json=large)
     assert (told.status_code, "4 MiB" in told.json()["error"]["message"]) == (413, True)
@@ -271,6 +281,20 @@ def test_a_body_of_10_mb_is_refused_and_the_server_lives(server: Server) -> None
         yield from [b"x" * 1_000_000] * 10
 
     assert server.client.post(CHAT, content=pieces()).status_code == 413
+    file = tmp_path / "large.json"
+    file.write_text(json.dumps(large))
+    curl = [
+        "curl",
+        "-s",
+        "-w",
+        " %{http_code}",
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        f"@{file}",
+        server.url + CHAT,
+    ]
+    assert subprocess.run(curl, capture_output=True, text=True, check=True).stdout.endswith(" 413")
     assert server.chat("base", max_tokens=1).status_code == 200
 
 
