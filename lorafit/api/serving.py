@@ -16,6 +16,8 @@ def serve(
     run: StrPath | Trained,
     *,
     adapters: Mapping[str, StrPath] | Sequence[str] = (),
+    ab_split: Mapping[str, float] | str | None = None,
+    feedback: StrPath | None = None,
     checkpoint: str | int | None = None,
     base_model: StrPath | None = None,
     host: str = "127.0.0.1",
@@ -34,6 +36,8 @@ def serve(
     Args:
         run: A model folder, a `.gguf` file or a hub id; or a run or an adapter, which is served on its base.
         adapters: Folders of adapters or runs by name, `{"shop": "runs/shop"}`.
+        ab_split: Who answers for the model `split`, by shares of users, `{"a": 0.9, "b": 0.1}`; nobody where None.
+        feedback: Take ratings, and add them to this file as rows to train on.
         checkpoint: Of a run: `best`, `last` or a step; the saved adapter where None.
         base_model: Of a run or an adapter: folder or hub id of its base, where it is not found by itself.
         host: Where it listens. Other than this machine's own: `LORAFIT_API_KEY` must be set.

@@ -82,6 +82,8 @@ ARGUMENTS = {
     "timeout": _number(0.1, 86_400.0),
     "grace": _number(0.0, 3_600.0),
     "host": Argument("an address or a host's name", (str,)),
+    "ab_split": Argument('a text such as "a=0.9,b=0.1", or a dict', (str, Mapping)),
+    "feedback": _PATH,
     "adapters": Argument('a dict such as {"shop": "runs/shop"}, or a list of NAME=DIR', (Mapping, Iterable)),
     "rates": _number(1, 99, whole=True),
     "spread": _number(1.0, 1e6),
@@ -125,6 +127,7 @@ FLAGS = {
     "show": "--rows",
     "test_file": "--test",
     "adapters": "--adapter",
+    "ab_split": "--split",
 }
 """Flags that are not called as their parameter."""
 _SEARCH = ("temperature", "top_p", "num_beams", "length_penalty", "no_repeat_ngram_size")

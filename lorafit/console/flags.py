@@ -92,6 +92,8 @@ _HELP = {
     "trim.output": ("DIR", "Folder of the adapter instead of RUN-rank-RANK."),
     "serve.run": ("BASE|RUN", "A model folder, a .gguf file, a hub id, or a run or adapter on its base."),
     "adapters": ("NAME=DIR", "An adapter or run, and the name it is asked for by. Repeatable."),
+    "ab_split": ("NAME=SHARE,...", "Who answers for the model `split`, e.g. a=0.9,b=0.1; a user always gets the same."),
+    "feedback": ("FILE", "Take ratings, and add them to this file as rows to train on."),
     "host": ("ADDRESS", "Where it listens. Other than this machine's own: LORAFIT_API_KEY must be set."),
     "port": ("PORT", "0 takes any that is free."),
     "allow_loading": ("", "Let requests load and unload adapters."),

@@ -140,7 +140,7 @@ def _parameter(flag: str) -> str:
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("recipe", "run", "output", "plan_file", "data", "test_file"), _path),
+    **dict.fromkeys(("recipe", "run", "output", "plan_file", "data", "test_file", "feedback"), _path),
     **dict.fromkeys(("checkpoint", "base_model"), _text),
     "overrides": _flags,
     "recipes": _paths,

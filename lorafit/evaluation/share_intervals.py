@@ -2,6 +2,7 @@
 
     one share               Wilson's score interval
     a paired difference     Newcombe's: both Wilson intervals, squared and added, less what the pairs have in common
+    one of other rows       the same with nothing in common
 
                     base right   base wrong
     tuned right          e            f
@@ -9,7 +10,8 @@
 
 Source: Wilson (1927), "Probable Inference, the Law of Succession, and Statistical Inference", J. Am. Stat. Assoc. 22;
 Newcombe (1998), "Improved confidence intervals for the difference between binomial proportions based on paired data",
-Statistics in Medicine 17, 2635-2650, method 10.
+Statistics in Medicine 17, 2635-2650, method 10; of other rows: "Interval estimation for the difference between
+independent proportions: comparison of eleven methods", ibid. 873-890, method 10.
 """
 
 from __future__ import annotations
@@ -40,6 +42,22 @@ def share_interval(right: float, rows: int) -> tuple[float, float]:
     middle = (share + square / 2) / (1 + square)
     half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def difference_of_shares(base_right: float, base_rows: int, right: float, rows: int) -> tuple[float, float]:
+    """The 95 % interval of one share less another, of rows that are no pairs (Newcombe 1998, unpaired, method 10).
+
+    Args:
+        base_right: Rows of which it is true, of those that are compared with.
+        base_rows: All of those.
+        right: Rows of which it is true.
+        rows: All.
+    """
+    (base_low, base_high), (low, high) = share_interval(base_right, base_rows), share_interval(right, rows)
+    base_share, share = base_right / base_rows, right / rows
+    down = math.hypot(share - low, base_high - base_share)
+    up = math.hypot(high - share, base_share - base_low)
+    return share - base_share - down, share - base_share + up
 
 
 def share_difference_interval(base: Floats, tuned: Floats) -> tuple[float, float]:

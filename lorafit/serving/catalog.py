@@ -24,6 +24,8 @@ from lorafit.model.base import Base, is_gguf, read_base, resolve_base
 from lorafit.recipe.schema import ModelSection
 from lorafit.run.workspace import check_answerable, is_lone_adapter, is_model, open_run
 from lorafit.serving.errors import unknown_model
+from lorafit.serving.split import NAME as SPLIT_NAME
+from lorafit.serving.split import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,19 +79,25 @@ class Opened:
 
 
 def open_served(
-    base: str, given: Mapping[str, Path], checkpoint: str | None, base_model: str | None, reporter: Reporter
+    base: str,
+    given: Mapping[str, Path],
+    split: Split | None,
+    checkpoint: str | None,
+    base_model: str | None,
+    reporter: Reporter,
 ) -> Opened:
     """A base with adapters, found and checked as far as that goes without their weights.
 
     Args:
         base: A run, an adapter or a model folder, a .gguf file or a hub id.
         given: Folders of adapters or runs by name.
+        split: Of users over some of these names and the base's.
         checkpoint: Of a run: which adapter.
         base_model: Of a run or an adapter: where its base is.
         reporter: Told about what is looked for.
 
     Raises:
-        UsageError: A name is taken twice.
+        UsageError: A name is taken twice, or the split's is nobody's.
         LorafitError: What `open_answerer` says.
     """
     path, adapters = Path(base).expanduser(), dict[str, Answerer]()
@@ -108,6 +116,12 @@ def open_served(
         adapters[name] = _open_adapter(folder, found, _tokenizers(adapters.values()), reporter)
     plain = open_plain_model(found.path, reporter)
     called = _base_name(next((one.base for one in adapters.values() if one.card is not None), found))
+    for name in split.shares if split is not None else ():
+        if name not in (called, *adapters):
+            raise UsageError(f"'{name}' is not served", key="--split", todo=f"served: {', '.join((called, *adapters))}")
+    if split is not None and SPLIT_NAME in (called, *adapters):
+        todo = "give it another name"
+        raise UsageError(f"'{SPLIT_NAME}' is the name of the split", key="--adapter", todo=todo)
     if called in adapters:
         raise UsageError(f"the base is called '{called}' too", key="--adapter", todo="give the adapter another name")
     first = next(iter(adapters.values()), plain)
@@ -190,10 +204,14 @@ class Catalog:
     Args:
         engine: Answers; its base is loaded.
         opened: What to serve; its adapters are loaded here.
+        split: Who answers for the model `split`; None: nobody is called so.
         reporter: Warned of adapters without effect.
+
+    Raises:
+        LorafitError: An adapter cannot be loaded.
     """
 
-    def __init__(self, engine: BatchedEngine, opened: Opened, reporter: Reporter) -> None:
+    def __init__(self, engine: BatchedEngine, opened: Opened, split: Split | None, reporter: Reporter) -> None:
         self._engine, self._base, self._reporter = engine, opened.base, reporter
         self._quantization, self._known = opened.first.quantization, _tokenizers(opened.adapters.values())
         self._tokenizer = opened.first.voice.tokenizer
@@ -203,6 +221,7 @@ class Catalog:
         self._served, self._lock = {opened.name: self.base}, threading.Lock()
         for name, answerer in opened.adapters.items():
             self._add(name, answerer)
+        self.split = split
 
     def choose(self, name: str | None, user: str | None = None) -> Served:
         """Who answers a request. The one place where that is decided.
@@ -215,6 +234,8 @@ class Catalog:
             ApiError: Nobody is called so.
         """
         served = self._served
+        if self.split is not None and name == SPLIT_NAME:
+            name = self.split.pick(user)
         found = list(served.values())[:2][-1] if name is None else served.get(name)
         if found is None:
             raise unknown_model(str(name), list(served))
@@ -247,11 +268,20 @@ class Catalog:
             served = self.choose(name)
             if served.adapter is None:
                 raise UsageError("the base cannot be unloaded", key="lora_name", todo="name an adapter")
+            if self.split is not None and name in self.split.shares:
+                raise UsageError(f"'{name}' answers for the split", key="lora_name", todo="name another one")
             self._served = {key: value for key, value in self._served.items() if key != name}
             self._engine.unload_adapter(served.adapter)
 
+    def listing(self) -> JsonObject:
+        """As /v1/models lists everybody, the split last."""
+        data = [self.to_json(served) for served in self.all()]
+        if self.split is not None:
+            data.append({**data[0], "id": SPLIT_NAME, "root": str(self.split), "parent": self.base.name})
+        return {"object": "list", "data": data}
+
     def to_json(self, served: Served) -> JsonObject:
-        """As /v1/models lists it."""
+        """As /v1/models/NAME says it."""
         names = {"id": served.name, "object": "model", "created": served.created, "owned_by": "lorafit"}
         return {
             **names,

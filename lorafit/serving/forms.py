@@ -67,6 +67,9 @@ class Form(ABC):
         choices: The same as they are shown.
         prompts: How many prompts they answer.
         decode: Text of a token; None where no log-probabilities are told.
+
+    Attributes:
+        id: By which the answer may be rated.
     """
 
     prefix: str
@@ -78,7 +81,8 @@ class Form(ABC):
     ) -> None:
         self.model, self.writings, self.choices = model, writings, choices
         self._prompts, self._decode = prompts, decode
-        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
     @property
     def usage(self) -> JsonObject:
@@ -119,6 +123,10 @@ class Form(ABC):
     def _chunk(self, choice: JsonObject) -> JsonObject:
         return {**self._head, "object": self.chunk_object, "choices": [choice]}
 
+    def rows(self) -> list[JsonObject]:
+        """Each choice with what was asked, as a row that waits for a verdict; none where no row can be made of it."""
+        return []
+
     @abstractmethod
     def _whole(self, choice: Choice) -> JsonObject:
         """A choice without number and reason."""
@@ -133,15 +141,39 @@ class Form(ABC):
 
 
 class ChatForm(Form):
-    """Of /v1/chat/completions."""
+    """Of /v1/chat/completions.
+
+    Args:
+        model, writings, choices, decode: See `Form`.
+        asked: Turns and tools, as a row names them.
+    """
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self,
+        model: str,
+        writings: Sequence[Writing],
+        choices: Sequence[Choice],
+        decode: Decode | None,
+        asked: JsonObject,
+    ) -> None:
+        super().__init__(model, writings, choices, 1, decode)
+        self._asked = asked
+
+    def rows(self) -> list[JsonObject]:
+        """See `Form`."""
+        return [{**self._asked, "completion": [self.turn(choice)], "model": self.model} for choice in self.choices]
+
+    @staticmethod
+    def turn(choice: Choice) -> JsonObject:
+        """A choice as a turn of the assistant."""
+        if not choice.calls:
+            return {"role": "assistant", "content": choice.text}
+        return {"role": "assistant", "content": choice.text or None, "tool_calls": choice.calls}
+
     def _whole(self, choice: Choice) -> JsonObject:
-        message: JsonObject = {"role": "assistant", "content": choice.text, "refusal": None}
-        if choice.calls:
-            message |= {"content": choice.text or None, "tool_calls": choice.calls}
-        return {"message": message, "logprobs": self._logprobs(choice.pieces)}
+        return {"message": {**self.turn(choice), "refusal": None}, "logprobs": self._logprobs(choice.pieces)}
 
     def _part(self, choice: Choice, text: str) -> JsonObject:
         delta = {"role": "assistant", "content": text} if len(choice.pieces) == 1 else {"content": text}

@@ -18,7 +18,7 @@ from lorafit.kinds.formats import formats
 from lorafit.serving.catalog import Served
 from lorafit.serving.errors import ApiError, as_api_error
 from lorafit.serving.forms import ChatForm, Choice, Form, TextForm
-from lorafit.serving.schemas import ChatBody, CompletionBody, GenerateBody, LoadBody, UnloadBody
+from lorafit.serving.schemas import ChatBody, CompletionBody, FeedbackBody, GenerateBody, LoadBody, UnloadBody
 from lorafit.serving.service import Order, Service
 from lorafit.serving.tool_calls import CallReader, writes_calls
 
@@ -48,7 +48,8 @@ async def chat(body: ChatBody, request: Request) -> Response:
     reads = tools and chats is not None and any(map(writes_calls, chats.templates.values()))
     choices = [Choice(writing, CallReader() if reads else None) for writing in writings]
     decode = _decoder(served) if body.wanted_logprobs is not None else None
-    form = ChatForm(served.name, writings, choices, 1, decode)
+    asked = {"prompt": body.messages, **({"tools": tools} if tools else {})}
+    form = ChatForm(served.name, writings, choices, decode, asked)
     return await _reply(request, form, streams=bool(body.stream), tells_usage=body.includes_usage)
 
 
@@ -83,8 +84,7 @@ async def generate(body: GenerateBody, request: Request) -> Response:
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The base and its adapters."""
-    catalog = _service(request).catalog
-    return JSONResponse({"object": "list", "data": [catalog.to_json(served) for served in catalog.all()]})
+    return JSONResponse(_service(request).catalog.listing())
 
 
 @router.get("/v1/models/{name:path}")
@@ -115,6 +115,25 @@ async def unload_adapter(body: UnloadBody, request: Request) -> Response:
     except Exception as error:
         raise as_api_error(error, param="lora_name") from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@router.post("/v1/feedback")
+async def rate(body: FeedbackBody, request: Request) -> Response:
+    """A rating of a chat's answer, which becomes a row."""
+    feedback = _service(request).feedback
+    if feedback is None:
+        raise ApiError(403, "this server takes no ratings; start it with --feedback FILE")
+    row = feedback.rate(body.id, body.choice, body.rating)
+    return JSONResponse({"id": body.id, "model": row["model"], "rating": body.rating})
+
+
+@router.get("/v1/split")
+async def split(request: Request) -> Response:
+    """What the ratings so far tell of the split's models."""
+    service = _service(request)
+    if service.catalog.split is None:
+        raise ApiError(404, "nothing is split here; start the server with --split a=0.9,b=0.1")
+    return JSONResponse(service.catalog.split.report({} if service.feedback is None else service.feedback.ratings))
 
 
 @router.get("/health")
@@ -180,6 +199,7 @@ async def _events(request: Request, form: Form, tells_usage: bool) -> AsyncItera
                 yield event(chunk)
         if tells_usage:
             yield event(form.usage_chunk())
+        _remember(request, form)
     except ApiError as error:
         yield event(error.to_json())
     finally:
@@ -203,8 +223,16 @@ async def _finish(request: Request, form: Form) -> None:
 
     try:
         await _unless_gone(request, take_all())
+        _remember(request, form)
     finally:
         _note(request, form)
+
+
+def _remember(request: Request, form: Form) -> None:
+    """Keeps whole answers for their rating, where ratings are taken."""
+    feedback = _service(request).feedback
+    if feedback is not None and (rows := form.rows()):
+        feedback.remember(form.id, rows)
 
 
 def _note(request: Request, form: Form) -> None:

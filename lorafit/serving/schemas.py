@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, field_validator
 
 from lorafit.answering.sampling import Sampling
 from lorafit.contracts import JsonObject
@@ -136,6 +136,15 @@ class GenerateBody(_Body):
     prompt: Annotated[str, StringConstraints(min_length=1)]
     model: Name | None = None
     max_new_tokens: Tokens | None = None
+
+
+class FeedbackBody(BaseModel):
+    """POST /v1/feedback."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: Name
+    rating: StrictBool
+    choice: Annotated[int, Field(ge=0)] = 0
 
 
 class LoadBody(BaseModel):

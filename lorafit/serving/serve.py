@@ -20,6 +20,8 @@ from lorafit.console.wording import counted, near, quantised_as
 from lorafit.contracts import JsonObject, Reporter, Silent
 from lorafit.errors import StoppedBySignal, UsageError
 from lorafit.serving.settings import KEY_VARIABLE, Settings, read_key
+from lorafit.serving.split import NAME as SPLIT_NAME
+from lorafit.serving.split import read_split
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +71,8 @@ def serve(
     run: str | os.PathLike[str],
     *,
     adapters: Sequence[str] | Mapping[str, str | os.PathLike[str]] = (),
+    ab_split: str | Mapping[str, float] | None = None,
+    feedback: Path | None = None,
     checkpoint: str | None = None,
     base_model: str | None = None,
     host: str = "127.0.0.1",
@@ -96,21 +100,24 @@ def serve(
     )
     reporter, given = reporter or Silent(), _read_adapters(adapters)
     settings = Settings(host, port, read_key(host), allow_loading, max_new_tokens, timeout, grace)
+    split = read_split(ab_split)
     _require_packages()
     from lorafit.answering.batched import BatchedEngine, Limits
     from lorafit.serving.app import build_app
     from lorafit.serving.catalog import Catalog, open_served
+    from lorafit.serving.feedback import Feedback
     from lorafit.serving.running import bind
     from lorafit.serving.running import run as run_server
     from lorafit.serving.service import Service
 
     with bind(host, port) as bound:
-        opened = open_served(os.fspath(run), given, checkpoint, base_model, reporter)
+        ratings = None if feedback is None else Feedback(feedback)
+        opened = open_served(os.fspath(run), given, split, checkpoint, base_model, reporter)
         limits = Limits(rows=max_running, waiting=max_waiting, tokens=max_batch_tokens)
         engine = BatchedEngine(opened.first.load_base(), limits)
         try:
-            catalog = Catalog(engine, opened, reporter)
-            service, address = Service(engine, catalog, settings, reporter), _address(bound)
+            catalog, address = Catalog(engine, opened, split, reporter), _address(bound)
+            service = Service(engine, catalog, settings, ratings, reporter)
             lines = _announcement(catalog, settings, address, quantised_as(opened.first.quantization))
             received = run_server(build_app(service), service, bound, lambda: reporter.info("\n".join(lines)))
         finally:
@@ -154,6 +161,8 @@ def _announcement(catalog: Catalog, settings: Settings, address: str, loaded: st
         asked = "chats" if served.voice.chats is not None else "verbatim text"
         what = f"base, {loaded}" if served.adapter is None else served.kind
         lines.append(f"  {served.name:{width}}  {what}, {asked}, {near(Path(served.root))}")
+    if catalog.split is not None:
+        lines.append(f"  {SPLIT_NAME:{width}}  of users: {catalog.split}")
     header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if settings.key else ""
     body = f'{{"model": "{everybody[:2][-1].name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     curl = f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{header}"

@@ -17,6 +17,7 @@ from lorafit.data.plain_text import PlainText
 from lorafit.errors import QueueFull
 from lorafit.serving.catalog import Catalog, Served
 from lorafit.serving.errors import ApiError, as_api_error, shutting_down
+from lorafit.serving.feedback import Feedback
 from lorafit.serving.metrics import Metrics
 from lorafit.serving.settings import Settings
 from lorafit.serving.writing import Writing
@@ -55,6 +56,7 @@ class Service:
         engine: Answers.
         catalog: Who is served.
         settings: Bounds.
+        feedback: Takes ratings; None: nobody does.
         reporter: Gets a line for each request.
 
     Attributes:
@@ -62,8 +64,16 @@ class Service:
         running: Requests that are being answered.
     """
 
-    def __init__(self, engine: BatchedEngine, catalog: Catalog, settings: Settings, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        engine: BatchedEngine,
+        catalog: Catalog,
+        settings: Settings,
+        feedback: Feedback | None,
+        reporter: Reporter,
+    ) -> None:
         self._engine, self.catalog, self.settings, self.reporter = engine, catalog, settings, reporter
+        self.feedback = feedback
         self.metrics = Metrics(engine, catalog.base.name)
         self._renders = ThreadPoolExecutor(1, "lorafit serve prompts")  # tokenizers are not for several threads
         self._probe: asyncio.Task[None] | None = None

@@ -235,6 +235,7 @@ LONG = {**ASK, "max_tokens": 900, "temperature": 0}  # this base goes on for eve
         ("/v1/unload_lora_adapter", {"lora_name": "nobody"}, 404, "no model is called"),
         ("/v1/unload_lora_adapter", {"lora_name": "base"}, 400, "the base cannot be unloaded"),
         ("/v1/nothing", {}, 404, "not found"),
+        ("/v1/feedback", {"id": "x", "rating": True}, 403, "--feedback FILE"),
         ("/health", {}, 405, "not allowed"),
     ],
 )
@@ -296,6 +297,42 @@ def test_a_body_of_10_mb_is_refused_and_the_server_lives(server: Server, tmp_pat
     ]
     assert subprocess.run(curl, capture_output=True, text=True, check=True).stdout.endswith(" 413")
     assert server.chat("base", max_tokens=1).status_code == 200
+
+
+def test_a_split_is_sticky_and_ratings_become_rows(shop: Path, tmp_path: Path) -> None:
+    from lorafit.data.prompts import read_prompt_rows
+    from lorafit.kinds.formats import formats
+
+    file = tmp_path / "ratings.jsonl"
+    arms = ["--adapter", "run=run", "--adapter", "peft=peft", "--split", "run=0.5,peft=0.5"]
+    server = Server("base", *arms, "--feedback", file, cwd=shop)
+    try:
+        assert "split  of users: run=0.5,peft=0.5" in server.stderr
+        assert [model.id for model in server.openai().models.list()] == ["base", "run", "peft", "split"]
+        answered: dict[str, str] = {}
+        for number in range(12):
+            told = server.chat("split", max_tokens=2, user=f"user {number % 6}").json()
+            assert answered.setdefault(f"user {number % 6}", told["model"]) == told["model"]
+            if number < 10:
+                body = {"id": told["id"], "rating": told["model"] == "run"}
+                assert server.post("/v1/feedback", **body).json()["model"] == told["model"]
+        assert set(answered.values()) == {"run", "peft"}
+        streamed = server.chat("run", max_tokens=2, stream=True).text
+        name = json.loads(streamed.splitlines()[0][6:])["id"]
+        assert server.post("/v1/feedback", id=name, rating=True).status_code == 200
+        assert server.post("/v1/feedback", id=name, rating=True).status_code == 404  # once
+        assert server.post("/v1/feedback", id=name, rating=1).status_code == 400
+        report = {one["model"]: one for one in server.client.get("/v1/split").json()["models"]}
+        assert report["run"]["share"] == 1 and report["peft"]["share"] == 0
+        assert report["run"]["rated"] + report["peft"]["rated"] == 11
+        assert report["peft"]["difference"] == -1 and report["peft"]["verdict"] == "worse"
+    finally:
+        server.close()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    read = [formats.get("unpaired_preference").read(row, "ratings.jsonl", 1) for row in rows]
+    assert [sample.labels for sample in read].count(("desirable",)) == report["run"]["good"]
+    assert read[0].messages is not None and read[0].messages[0]["content"] == QUESTION
+    assert read_prompt_rows(rows, [{}])[0].messages == read[0].messages[:1]
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
@@ -500,6 +537,11 @@ def test_what_cannot_be_served_is_told_before_a_weight_is_loaded(world: World, s
         ((base, "--adapter", "base=peft"), 2, "the base is called 'base' too"),
         ((base, "--adapter", "a=d.jsonl"), 3, "d.jsonl"),
         ((base, "--checkpoint", "best"), 2, "--checkpoint: "),
+        ((base, "--split", "a=0.5,base=0.5"), 2, "--split: 'a' is not served"),
+        ((base, "--split", "base=0.5"), 2, "--split: the shares are 0.5 together"),
+        ((base, "--split", "base"), 2, "--split: ", "NAME=SHARE"),
+        ((base, "--feedback", "no/such/folder/f.jsonl"), 2, "ratings cannot be written"),
+        ((base, "--feedback", "d.jsonl"), 4, "d.jsonl:1: is no rating"),
         ((base, "--port", "99999"), 2, "--port", "65535"),
         (("nowhere/at/all",), 5, "nowhere/at/all"),
     ):

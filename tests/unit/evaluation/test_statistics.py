@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.evaluation.report import cells_of
-from lorafit.evaluation.share_intervals import share_difference_interval, share_interval
+from lorafit.evaluation.share_intervals import difference_of_shares, share_difference_interval, share_interval
 from lorafit.evaluation.statistics import LEAST_ROWS, bootstrap_values, compare, draw_counts, judge
 from lorafit.kinds.metrics import RowScore, metrics
 
@@ -56,6 +56,17 @@ def test_the_tuned_score_has_an_interval_of_its_own():
         assert found.to_json()["tuned_high"] == found.tuned_high
         assert found.tuned_span == f"{100 * found.tuned_low:.1f} % to {100 * found.tuned_high:.1f} %"
     assert -0.01 < found.low < 0 < found.high < 0.01, "no row of 400 differs"
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "base_right", "base_rows", "low", "high"),
+    [(56, 70, 48, 80, 0.0524, 0.3339), (9, 10, 3, 10, 0.1705, 0.8090), (10, 10, 0, 10, 0.6075, 1.0)],
+)
+def test_the_difference_of_shares_of_other_rows_is_newcombes(
+    right: int, rows: int, base_right: int, base_rows: int, low: float, high: float
+) -> None:
+    """Table II of Newcombe (1998), method 10."""
+    assert difference_of_shares(base_right, base_rows, right, rows) == pytest.approx((low, high), abs=5e-5)
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 6), (6, 6), (3, 7), (550, 584)])

@@ -1,0 +1,86 @@
+"""Ratings of answers, each a row that the next run can train on.
+
+answers, the last few thousand, by id ──POST /v1/feedback {"id", "rating"}──> FILE
+{"prompt": [turns], "completion": [turn], "label": true, "model": "shop", "id": "chatcmpl-..."}
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorafit.contracts import JsonObject
+from lorafit.errors import DataError, UsageError
+from lorafit.files.strict_json import parse_json
+from lorafit.serving.errors import ApiError
+
+_REMEMBERED_ANSWERS = 4_096
+
+
+class Feedback:
+    """Ratings in a file of rows with verdicts (`unpaired_preference`), which is added to.
+
+    Args:
+        file: It; need not be there yet.
+
+    Raises:
+        UsageError: It cannot be written to.
+        DataError: A line of it is no rating.
+
+    Attributes:
+        ratings: Good ones and all, by model.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._answers: OrderedDict[str, list[JsonObject]] = OrderedDict()
+        self.ratings: dict[str, tuple[int, int]] = {}
+        try:
+            with file.open("a+", encoding="utf-8") as lines:
+                lines.seek(0)
+                for number, line in enumerate(lines, 1):
+                    self._count(line, number)
+        except OSError as error:
+            what = f"ratings cannot be written: {(error.strerror or 'no file').lower()}"
+            raise UsageError(what, file=str(file), key="--feedback", todo="name another file") from error
+
+    def remember(self, name: str, rows: Sequence[JsonObject]) -> None:
+        """Keeps an answer that may be rated, a row for each choice; of too many the oldest is forgotten."""
+        self._answers[name] = list(rows)
+        if len(self._answers) > _REMEMBERED_ANSWERS:
+            self._answers.popitem(last=False)
+
+    def rate(self, name: str, choice: int, is_good: bool) -> JsonObject:
+        """Writes a rating; an answer is rated once.
+
+        Raises:
+            ApiError: The answer is not known, or not any more.
+        """
+        rows = self._answers.get(name, [])
+        if choice >= len(rows):
+            raise ApiError(404, f"no answer '{name[:80]}' waits for its rating", param="id", code="answer_not_found")
+        del self._answers[name]
+        row = {**rows[choice], "label": is_good, "id": name}
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        with self._file.open("a", encoding="utf-8") as lines:
+            lines.write(line + "\n")
+        self._add(str(row["model"]), is_good)
+        return row
+
+    def _count(self, line: str, number: int) -> None:
+        try:
+            row = parse_json(line)
+        except ValueError:
+            row = None
+        known = row if isinstance(row, dict) else {}
+        model, label = known.get("model"), known.get("label")
+        if not isinstance(model, str) or not isinstance(label, bool):
+            todo = "name a file of ratings, or a new one"
+            raise DataError("is no rating", file=str(self._file), line=number, todo=todo)
+        self._add(model, label)
+
+    def _add(self, model: str, is_good: bool) -> None:
+        good, rated = self.ratings.get(model, (0, 0))
+        self.ratings[model] = good + is_good, rated + 1
