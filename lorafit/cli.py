@@ -20,8 +20,8 @@ from lorafit.console.flags import COMMON, parameter
 from lorafit.contracts import JsonObject, Reporter
 from lorafit.machine.library_settings import set_library_defaults
 
-_FUNCTIONS = {"eval": "evaluate", "estimate-memory": "estimate"}
-"""Functions of `lorafit.pipeline` that are not called as their command."""
+_FUNCTIONS = {"eval": "evaluate", "estimate-memory": "estimate", "inspect": "inspect_adapter"}
+"""Functions that are not called as their command."""
 
 
 @dataclass
@@ -183,6 +183,12 @@ def _serve(session: Session, given: JsonObject) -> None:
     served.raise_if_interrupted()
 
 
+def _inspect(session: Session, given: JsonObject) -> None:
+    from lorafit.studies.inspection import inspect_adapter
+
+    session.result(inspect_adapter(**given, reporter=session.reporter))
+
+
 def _init(session: Session, given: JsonObject) -> None:
     from lorafit.studies.first_recipe import init
 
@@ -247,6 +253,12 @@ _add_command(
     "run adapters ab_split feedback checkpoint base_model host port allow_loading max_new_tokens max_running "
     "max_waiting max_batch_tokens timeout grace",
     _serve,
+)
+_add_command(
+    "inspect",
+    "What an adapter changes, module by module, and what each layer is worth.",
+    "run ablate split limit compare output checkpoint base_model overrides",
+    _inspect,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)
 _add_command(

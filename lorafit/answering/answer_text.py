@@ -1,6 +1,6 @@
 """The text of an answer as its tokens come: whole characters only, and nothing that a stop string may begin with.
 
-    tokens ──Pieces──> characters ──held back while they may begin a stop string──> text that is certain
+tokens ──Pieces──> characters ──held back while they may begin a stop string──> text that is certain
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ values. Progress goes to stderr; with `quiet=True` only warnings are left, as Py
 from __future__ import annotations
 
 from lorafit.api.recipes import compare, estimate, init, preview, train, validate
-from lorafit.api.runs import classify, evaluate, generate, merge, trim
+from lorafit.api.runs import classify, evaluate, generate, inspect_adapter, merge, trim
 from lorafit.api.serving import serve
 from lorafit.errors import LorafitError
 
@@ -24,6 +24,7 @@ __all__ = [
     "evaluate",
     "generate",
     "init",
+    "inspect_adapter",
     "merge",
     "preview",
     "serve",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorafit.run.answered import Classified, Generated
     from lorafit.run.results import Evaluated, Merged
     from lorafit.run.trained import Trained
+    from lorafit.studies.inspected import Inspected
     from lorafit.studies.trim import Trimmed
 
 
@@ -123,6 +124,38 @@ def classify(
         quiet: No progress.
     """
     return call(pipeline.classify, locals())
+
+
+def inspect_adapter(
+    run: StrPath | Trained,
+    *,
+    ablate: str = "layers",
+    split: str | None = None,
+    limit: int | None = 12,
+    compare: StrPath | Trained | None = None,
+    output: StrPath | None = None,
+    checkpoint: str | int | None = None,
+    base_model: StrPath | None = None,
+    overrides: Overrides = (),
+    quiet: bool = False,
+) -> Inspected:
+    """Measures what an adapter changes, module by module, and what each layer is worth on held-out rows.
+
+    Args:
+        run: What `train` gave back, a run folder, its recipe, or an adapter folder.
+        ablate: What is switched off one by one: `layers`, `modules`, or `none`.
+        split: Rows for that; `test` where the recipe has it.
+        limit: So many of them, the first; all where None.
+        compare: Another adapter on the same base, shown beside the first.
+        output: A folder for inspect.json and a heat map.
+        checkpoint: `best`, `last` or a step; the saved adapter where None.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        overrides: Values over the recipe's, such as `{"data.validation": "more.jsonl"}`.
+        quiet: No progress.
+    """
+    from lorafit.studies import inspection
+
+    return call(inspection.inspect_adapter, {name: value for name, value in locals().items() if name != "inspection"})
 
 
 def trim(

@@ -91,6 +91,8 @@ ARGUMENTS = {
     "learning_rates": Argument("a list of numbers, such as 1e-4,3e-4", (str, Iterable)),
     "rank": Argument("a rank, or auto", (str, int)),
     "metric": Argument("the name of a metric", (str,)),
+    "ablate": Argument('"layers", "modules" or "none"', (str,)),
+    "compare": Argument("a run: what train gave back, or a path", _PATH.types),
     "budget": Argument('a time such as "60min" or "2h"', (str,)),
     "over": Argument('a dict such as {"adapter": ["lora", "dora"]} or a list of KEY=A,B', (Mapping, Iterable)),
     "recipes": Argument(
@@ -142,7 +144,7 @@ _NEVER_LEFT_OUT = {
     "seed",
     *_SEARCH,
 }
-_NEVER_LEFT_OUT.update((*_SWITCHES, "rank", "recipes", "over", "rates", "spread", "seeds", "metric"))
+_NEVER_LEFT_OUT.update((*_SWITCHES, "rank", "recipes", "over", "rates", "spread", "seeds", "metric", "ablate"))
 
 
 def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> None:

@@ -103,6 +103,11 @@ _HELP = {
     "max_batch_tokens": ("TOKENS", "Bound of running requests x longest prompt with its answer."),
     "timeout": ("SECONDS", "Most time of an answer, its wait included."),
     "grace": ("SECONDS", "Of running answers, when the server is asked to end."),
+    "inspect_adapter.run": ("RUN_OR_ADAPTER", "A run folder, or an adapter folder."),
+    "ablate": ("layers|modules|none", "Parts that are switched off one by one, to see what each is worth."),
+    "inspect_adapter.limit": ("ROWS", "Rows to measure that on: the first ones."),
+    "compare": ("RUN_OR_ADAPTER", "Another adapter on the same base, shown beside the first."),
+    "inspect_adapter.output": ("DIR", "Write inspect.json and a heat map (SVG) there."),
     "compare.resume": ("", "Go on with the comparison in the output folder."),
     "show": ("ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."),
 }
@@ -128,6 +133,8 @@ _DEFAULTS = {
     "max_batch_tokens": 16_384,
     "timeout": 600.0,
     "grace": 30.0,
+    "ablate": "layers",
+    "inspect_adapter.limit": 12,
 }
 _REQUIRED = ("merge.output", "trim.rank")
 _SEVERAL = ("overrides", "gpu", "over", "recipes", "adapters")
@@ -142,7 +149,7 @@ def parameter(command: str, name: str, more: Mapping[str, JsonMapping]) -> inspe
         more: What else typer must know of a flag, such as a callback, by the flag's parameter.
     """
     argument = ARGUMENTS[name]
-    default: Any = _DEFAULTS.get(name, inspect.Parameter.empty)
+    default: Any = _DEFAULTS.get(f"{command}.{name}", _DEFAULTS.get(name, inspect.Parameter.empty))
     metavar, text = _HELP.get(f"{command}.{name}") or _HELP[name]
     kind: Any = next((kind for kind in (bool, str, float, int) if kind in argument.types), str)
     if os.PathLike in argument.types and name != "base_model":
@@ -152,6 +159,6 @@ def parameter(command: str, name: str, more: Mapping[str, JsonMapping]) -> inspe
     option: Any = typer.Option(flag, metavar=metavar or None, help=text, min=argument.least, max=argument.most, **rest)
     if name in ("recipe", "run", "recipes", "data"):
         option = typer.Argument(metavar=metavar, readable=name == "run", help=text)
-    elif name not in _DEFAULTS and f"{command}.{name}" not in _REQUIRED:
+    elif default is inspect.Parameter.empty and f"{command}.{name}" not in _REQUIRED:
         kind, default = (kind, False) if kind is bool else (kind | None, None)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])

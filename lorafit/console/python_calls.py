@@ -45,8 +45,8 @@ def call(
         required: Those that may not be None, beside those that never may.
     """
     silent = Silent()
-    if "run" in arguments:  # what training gave back, or where it is
-        arguments = {**arguments, "run": getattr(arguments["run"], "path", arguments["run"])}
+    runs = {name: arguments[name] for name in ("run", "compare") if name in arguments}
+    arguments = {**arguments, **{name: getattr(run, "path", run) for name, run in runs.items()}}  # what training gave
     try:
         check_arguments(arguments, required)
         set_library_defaults()
@@ -140,7 +140,7 @@ def _parameter(flag: str) -> str:
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("recipe", "run", "output", "plan_file", "data", "test_file", "feedback"), _path),
+    **dict.fromkeys(("recipe", "run", "compare", "output", "plan_file", "data", "test_file", "feedback"), _path),
     **dict.fromkeys(("checkpoint", "base_model"), _text),
     "overrides": _flags,
     "recipes": _paths,

@@ -9,11 +9,12 @@ Base (adapter off) and tuned (adapter on) see the same micro-batches and the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorafit.answering.engine import Engine
 from lorafit.answering.generate import Answer, Request
@@ -29,7 +30,10 @@ from lorafit.ops.process_memory import forget_peak_memory, peak_memory_bytes, ru
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorafit.contracts import Examples, GenerationRow, Reporter
+    from lorafit.contracts import Batch, Examples, GenerationRow, Progress, Reporter
+
+Scores = Mapping[str, NDArray[np.float64]]
+"""What a task scores of the rows of a micro-batch, by name."""
 
 
 class Ranks(Protocol):
@@ -74,30 +78,84 @@ def score_examples(
         NumericsError: A row's loss is not finite.
     """
     first, every = (ranks.rank, ranks.ranks) if ranks is not None else (0, 1)
-    rows = len(examples)
-    widths = objective.task.scores
-    sums = np.zeros((rows, sum(widths.values())))
-    cut = cut_step(range(rows), examples.lengths, micro_batch_tokens)
+    cut = cut_step(range(len(examples)), examples.lengths, micro_batch_tokens)
     padded = [len(members) * int(examples.lengths[members[0]]) for members in cut]  # the longest comes first
     micro_batches = [cut[number] for number in deal(padded, every)[first]]
-
-    def score(members: Sequence[int]) -> Any:
-        batch = objective.task.collate([[examples[row]] for row in members], pad_id)
-        return objective.score(batch.to(objective.device))
-
     with reporter.track(sum(map(len, micro_batches)), what) as bar:
-        for members, scores in run_or_halve(score, micro_batches, objective.device):
-            sums[np.asarray(members)] = np.column_stack([scores[name] for name in widths])
-            bar.advance(len(members))
+        (sums,) = _sum_rows(objective, examples, micro_batches, pad_id, bar, 1, lambda batch: [objective.score(batch)])
     if ranks is not None and every > 1:
         sums = np.asarray(ranks.sum(sums.flatten().tolist())).reshape(sums.shape)
+    return _score_rows(objective, examples, sums)
+
+
+def score_in_ways(
+    objective: Any,
+    examples: Examples,
+    ways: int,
+    score: Callable[[Batch], Iterable[Scores]],
+    *,
+    micro_batch_tokens: int,
+    pad_id: int,
+    reporter: Reporter,
+    what: str,
+) -> list[list[RowScore]]:
+    """What the task scores of each example, in order, in each of several ways to compute a micro-batch.
+
+    Args:
+        objective: See `score_examples`.
+        examples: Likewise.
+        ways: Their number.
+        score: The scores of a micro-batch on the objective's device, one for each way.
+        micro_batch_tokens: See `score_examples`.
+        pad_id: Likewise.
+        reporter: Gets a bar.
+        what: Its name.
+
+    Raises:
+        NumericsError: A row's loss is not finite.
+    """
+    micro_batches = cut_step(range(len(examples)), examples.lengths, micro_batch_tokens)
+    with reporter.track(ways * len(examples), what) as bar:
+        sums = _sum_rows(objective, examples, micro_batches, pad_id, bar, ways, score)
+    return [_score_rows(objective, examples, each) for each in sums]
+
+
+def _sum_rows(
+    objective: Any,
+    examples: Examples,
+    micro_batches: Sequence[Sequence[int]],
+    pad_id: int,
+    bar: Progress,
+    ways: int,
+    score: Callable[[Batch], Iterable[Scores]],
+) -> NDArray[np.float64]:
+    """The scores of each row side by side, `[ways, rows, values]`; zeros of rows in no micro-batch."""
+    widths = objective.task.scores
+    sums = np.zeros((ways, len(examples), sum(widths.values())))
+
+    def run(members: Sequence[int]) -> list[NDArray[np.float64]]:
+        batch = objective.task.collate([[examples[row]] for row in members], pad_id)
+        found = []
+        for scores in score(batch.to(objective.device)):
+            found.append(np.column_stack([scores[name] for name in widths]))
+            bar.advance(len(members))
+        return found
+
+    for members, found in run_or_halve(run, micro_batches, objective.device):
+        sums[:, np.asarray(members)] = np.stack(found)
+    return sums
+
+
+def _score_rows(objective: Any, examples: Examples, sums: NDArray[np.float64]) -> list[RowScore]:
+    """Scores by name, finished over the whole set. Raises NumericsError where a row's loss is not finite."""
+    widths = objective.task.scores
     ends = np.cumsum(list(widths.values()))
     parts = objective.task.finish(dict(zip(widths, np.split(sums, ends[:-1], axis=1), strict=True)))
     for row in np.flatnonzero(~np.isfinite(parts["loss"][:, 0])):
         example = examples[int(row)]
         todo = "check the adapter and the compute dtype (fp16 overflows where bf16 does not)"
         raise NumericsError("the loss of this row is not finite", file=example.file, line=example.line, todo=todo)
-    found = [{name: tuple(map(float, part[row])) for name, part in parts.items()} for row in range(rows)]
+    found = [{name: tuple(map(float, part[row])) for name, part in parts.items()} for row in range(len(examples))]
     return [RowScore(sums, objective.task.predict(sums)) for sums in found]
 
 

@@ -42,6 +42,14 @@ class Fold(ABC):
         Another thread may call it while `apply` runs.
         """
 
+    @abstractmethod
+    def update(self, weight: torch.Tensor, first_row: int) -> torch.Tensor:
+        """What it adds to some rows of the base's weight, fp64."""
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Left `[rows, r]` and right `[r, columns]` in fp64, whose product is added to all rows; None where none is."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class AdaptedLayer:

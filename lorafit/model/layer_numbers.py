@@ -9,6 +9,9 @@ from lorafit.ops.output_head import text_part
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+OUTSIDE = "outside of the layers"
+"""What modules are said to lie in that lie in none: a head, an embedding, the last norm."""
+
 
 def layer_paths(model: PreTrainedModel) -> dict[str, int]:
     """Number of each layer, by its path in the model."""

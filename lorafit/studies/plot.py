@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 340, 70, 30, 60
 _LINE = 13  # pixels between two names
-_INK, _SAME, _WORSE = "#444444", "#1f6f8b", "#b0532f"
+INK, _SAME, _WORSE = "#444444", "#1f6f8b", "#b0532f"
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def draw_quality(metric: str, points: Sequence[Point]) -> str:
         f"{each.name}: {each.value:.4g}" for each in points if not each.parameters and not low <= each.value <= high
     ]
     note += "".join(f"; outside of the picture: {name}" for name in beside)
-    body = "\n".join([*parts, _text(_LEFT, _HEIGHT + 14, note)])
+    body = "\n".join([*parts, svg_text(_LEFT, _HEIGHT + 14, note)])
     size = f'width="{2 * _WIDTH}" height="{_HEIGHT + 24}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11" fill="{_INK}">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11" fill="{INK}">\n'
         f'<rect {size} fill="white"/>\n{body}\n</svg>\n'
     )
 
@@ -88,20 +88,20 @@ def _panel(
     def up(value: float) -> float:
         return bottom - (value - values[0]) / (values[1] - values[0]) * (bottom - _TOP)
 
-    parts = [f'<path d="M{left} {_TOP}V{bottom}H{right}" fill="none" stroke="{_INK}"/>']
+    parts = [f'<path d="M{left} {_TOP}V{bottom}H{right}" fill="none" stroke="{INK}"/>']
     for number in range(5):
         value = values[0] + (values[1] - values[0]) * number / 4
-        parts.append(_text(left - 6, up(value) + 4, f"{value:.4g}", "end"))
+        parts.append(svg_text(left - 6, up(value) + 4, f"{value:.4g}", "end"))
         mark = first + (last - first) * number / 4
         amount = 10**mark if is_log else mark
-        parts.append(_text(left + (right - left) * number / 4, bottom + 16, _short(amount), "middle"))
-    parts += [_text((left + right) / 2, bottom + 36, what, "middle"), _text(left, _TOP - 10, metric)]
+        parts.append(svg_text(left + (right - left) * number / 4, bottom + 16, _short(amount), "middle"))
+    parts += [svg_text((left + right) / 2, bottom + 36, what, "middle"), svg_text(left, _TOP - 10, metric)]
     for point in points:
         if not point.parameters:
             if values[0] <= point.value <= values[1]:
                 y = up(point.value)
-                parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="{_INK}" stroke-dasharray="4 4"/>')
-                parts.append(_text(right, y - 4, point.name, "end"))
+                parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="{INK}" stroke-dasharray="4 4"/>')
+                parts.append(svg_text(right, y - 4, point.name, "end"))
             continue
         x, y, ink = across(cost(point)), up(point.value), _SAME if point.is_same else _WORSE
         parts.append(f'<path d="M{x:.1f} {up(point.low):.1f}V{up(point.high):.1f}" stroke="{ink}"/>')
@@ -135,8 +135,8 @@ def _names(places: Sequence[tuple[float, float, str]], side: int, bottom: float)
         reach = 7 if abs(height - y) < 1 else 26
         if reach > 7:
             ends = f"M{x + 5 * side:.1f} {y:.1f}L{x + (reach - 3) * side:.1f} {height:.1f}"
-            parts.append(f'<path d="{ends}" stroke="{_INK}" stroke-width="0.5"/>')
-        parts.append(_text(x + reach * side, height + 4, name, "start" if side > 0 else "end"))
+            parts.append(f'<path d="{ends}" stroke="{INK}" stroke-width="0.5"/>')
+        parts.append(svg_text(x + reach * side, height + 4, name, "start" if side > 0 else "end"))
     return parts
 
 
@@ -148,5 +148,5 @@ def _short(amount: float) -> str:
     return f"{amount:,.0f}" if amount >= 10 else f"{amount:.3g}"
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+def svg_text(x: float, y: float, text: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

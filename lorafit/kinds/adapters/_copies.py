@@ -44,6 +44,10 @@ class CopyFold(Fold):
         wanted = self._rows[first_row : first_row + len(weight)].to(written.dtype)
         return 0.0 if bool((wanted == written).all()) else float("inf")
 
+    def update(self, weight: torch.Tensor, first_row: int) -> torch.Tensor:
+        """The rows less the base's; see `Fold`."""
+        return self._rows[first_row : first_row + len(weight)].double() - weight.double()
+
 
 class CopyFolding(Folding):
     """Trained parameters take the place of the base's."""

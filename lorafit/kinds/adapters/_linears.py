@@ -161,6 +161,11 @@ class DenseFold(Fold):
         bound = exact.abs().mul_(limits.eps / 2).add_(sums).add_(max(limits.smallest_normal * limits.eps, 2.0**-126))
         return float(exact.sub_(written.double()).abs_().div_(bound).max())
 
+    def update(self, weight: torch.Tensor, first_row: int) -> torch.Tensor:
+        """The new rows less the old ones; see `Fold`."""
+        wide = weight.double()
+        return self._change(wide, first_row) - wide
+
 
 def _read_fp64(entry: TensorEntry) -> torch.Tensor:
     return read_rows(entry).double()

@@ -59,6 +59,17 @@ class LowRankFold(Fold):
             worst = max(worst, found)
         return worst
 
+    def update(self, weight: torch.Tensor, first_row: int) -> torch.Tensor:
+        """s * B A, or what a method makes of the sum, less W; see `Fold`."""
+        wide, rows = weight.double(), slice(first_row, first_row + len(weight))
+        changed = wide.addmm(self._left[rows].double(), self._right.double(), alpha=self._scaling)
+        self.finish(changed, first_row)
+        return changed.sub_(wide)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """s B and A; see `Fold`."""
+        return self._left.double() * self._scaling, self._right.double()
+
     def finish(self, changed: torch.Tensor, first_row: int, bound: torch.Tensor | None = None) -> None:
         """Makes the result of W + s * B A, in place, where a method does more with it.
 

@@ -104,6 +104,9 @@ class DoraFold(LowRankFold):
         super().__init__(left, right, scaling)
         self._lengths, self._of_columns = lengths, of_columns
 
+    def factors(self) -> None:
+        """None: rows get other lengths."""
+
     def finish(self, changed: torch.Tensor, first_row: int, bound: torch.Tensor | None = None) -> None:
         """Scales V in place; its errors grow with it, and the norm's own come from those of the row."""
         import torch

@@ -3,12 +3,6 @@
 this thread        rows of W (from the file, or rebuilt), folded   ──blocks──┐
 checking thread                 the fold in fp64 == what can be read ?    <──┤
 writing threads                                hash │ write │ fsync       <──┘
-
-A tensor is cut into stretches of rows that come from one place and get one update, or none:
-
-rows of one tensor   |──────────── q ────────────|──── k ────|──── v ────|    three layers of the class
-rebuilt as quantised |───────────────────────────|───────────|───────────|
-updated              |───────────────────────────|           |───────────|
 """
 
 from __future__ import annotations
@@ -18,14 +12,12 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafit.contracts import JsonMapping, Progress, Reporter
+from lorafit.contracts import Progress, Reporter
 from lorafit.errors import NumericsError
 from lorafit.files.safetensors import (
     FLOAT_DTYPES,
@@ -36,75 +28,14 @@ from lorafit.files.safetensors import (
     row_blocks,
     torch_dtype,
 )
-from lorafit.kinds.folding import Fold
-from lorafit.kinds.quantizations import Rows
 from lorafit.model.merge.background_writer import BackgroundWriter
-from lorafit.model.merge.merge_targets import Patch, Updates
-from lorafit.model.merge.requantize import PlainRows, Rebuilder
-from lorafit.model.names import Part, rows_of
+from lorafit.model.merge.merge_targets import Updates
+from lorafit.model.merge.sources import Source, Sources, Values
 
 ALLOWED_DIFFERENCE = 1e-5
 """Share of codes that may be one level off where the run was trained on another kind of device."""
 _TENSORS_BEHIND = 1
 """Tensors that may wait for their check beside the one that is written; each may hold a rebuilt weight."""
-
-
-@dataclass(frozen=True, slots=True)
-class Values:
-    """How the values that are written are made.
-
-    Attributes:
-        used: The run's quantization.json where the weights are those that training saw; None for the file's own.
-        quantised: Where the weights of its quantised layers lie, by path.
-        dtype: safetensors' name of what floats are written in; the file's where None.
-        kept: Tensors that stay in the file's dtype all the same: what the class leaves out, or keeps in another.
-    """
-
-    used: JsonMapping | None = None
-    quantised: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    dtype: str | None = None
-    kept: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Rows of one tensor.
-
-    Attributes:
-        start: First row.
-        stop: One behind the last.
-        layer: Path of the quantised layer whose values the rows are; None for the file's own.
-        first: The row of that layer's weight that lies at `start`; of the tensor itself where there is none.
-        patch: What is added, cut to these rows.
-    """
-
-    start: int
-    stop: int
-    layer: str | None
-    first: int
-    patch: Patch | None
-
-
-_Piece = tuple[int, int, str | None, int]
-"""Rows `start` to `stop` of a tensor, the quantised layer they belong to, and its row at `start`."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A stretch with what its values are made of."""
-
-    stretch: _Stretch
-    rows: Rows
-    fold: Fold | None
-
-    @classmethod
-    def of(cls, stretch: _Stretch, rows: Rows) -> _Source:
-        """With the change of its rows."""
-
-        def read(start: int, stop: int) -> torch.Tensor:
-            return rows.read(stretch.first + start, stretch.first + stop)
-
-        return cls(stretch, rows, stretch.patch.fold(read) if stretch.patch else None)
 
 
 class ShardMerger:
@@ -126,10 +57,9 @@ class ShardMerger:
     """
 
     def __init__(self, entries: Mapping[str, TensorEntry], updates: Updates, values: Values, *, verify: bool) -> None:
-        self._entries, self._copies, self._verify = entries, updates.copies, verify
-        self._rebuilder = Rebuilder(entries, values.used, values.quantised) if values.used is not None else None
+        self._entries, self._verify = entries, verify
+        self._sources = Sources(entries, updates, values)
         self.rebuilt = list(values.quantised) if values.used is not None else []
-        self._stretches = _cut_tensors(rows_of(entries), values.quantised, updates.patches)
         self.largest_error = 0.0
         self.digests: dict[str, str] = {}
         self.dtypes = {
@@ -152,7 +82,11 @@ class ShardMerger:
         for entry in self._entries.values():
             files.setdefault(entry.file, []).append(entry)
         behind: deque[Future[None]] = deque()
-        with _one_thread(self._rebuilder is None), BackgroundWriter() as writer, ThreadPoolExecutor(1) as checking:
+        with (
+            _one_thread(self._sources.rebuilder is None),
+            BackgroundWriter() as writer,
+            ThreadPoolExecutor(1) as checking,
+        ):
             for source, entries in files.items():
                 entries.sort(key=lambda entry: entry.offset)
                 header = build_header([(e.name, self.dtypes[e.name], e.shape) for e in entries])
@@ -162,7 +96,7 @@ class ShardMerger:
                 for entry in entries:
                     matrix = entry.as_matrix()
                     written = TensorEntry(entry.name, target, self.dtypes[entry.name], matrix.shape, offset, 0)
-                    sources = [self._source(matrix, stretch) for stretch in self._stretches[entry.name]]
+                    sources = self._sources.of(entry.name)
                     for block in self._blocks(sources, written, writer):
                         last = writer.put(block)
                         offset += block.numel()
@@ -179,15 +113,7 @@ class ShardMerger:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _source(self, entry: TensorEntry, stretch: _Stretch) -> _Source:
-        rows: Rows = PlainRows(entry)
-        if stretch.layer is not None and self._rebuilder is not None:
-            rows = self._rebuilder.rows(stretch.layer)
-        elif entry.name in self._copies:
-            rows = PlainRows(self._copies[entry.name].as_matrix(), torch_dtype(entry.dtype))
-        return _Source.of(stretch, rows)
-
-    def _blocks(self, sources: Sequence[_Source], written: TensorEntry, writer: BackgroundWriter) -> Iterator[Any]:
+    def _blocks(self, sources: Sequence[Source], written: TensorEntry, writer: BackgroundWriter) -> Iterator[Any]:
         """The bytes of a tensor as they are written, in memory of the writer's."""
         dtype = torch_dtype(written.dtype)
         for source in sources:
@@ -202,12 +128,12 @@ class ShardMerger:
                     out.copy_(values)
                 yield block
 
-    def _check_written(self, last_write: Future[None], sources: Sequence[_Source], written: TensorEntry) -> None:
+    def _check_written(self, last_write: Future[None], sources: Sequence[Source], written: TensorEntry) -> None:
         last_write.result()
         for source in sources:
             self._check(source, written)
 
-    def _check(self, source: _Source, written: TensorEntry) -> None:
+    def _check(self, source: Source, written: TensorEntry) -> None:
         """Reads a stretch back from the output file and compares it with what its fold is in fp64.
 
         One without a change must be equal to the cast one, bit for bit.
@@ -236,41 +162,9 @@ class ShardMerger:
         Raises:
             NumericsError: More codes are off than another kind of device explains.
         """
-        if self._rebuilder is None:
+        if self._sources.rebuilder is None:
             return 0, False
-        return self._rebuilder.conclude(ALLOWED_DIFFERENCE, reporter), True
-
-
-def _cut_tensors(
-    rows: Mapping[str, int], quantised: Mapping[str, Sequence[Part]], patches: Mapping[str, Sequence[Patch]]
-) -> dict[str, list[_Stretch]]:
-    """The stretches of every tensor, in the order of its rows.
-
-    Args:
-        rows: Of every tensor in the files.
-        quantised: Where the weights of the quantised layers lie, by path.
-        patches: What is added to which tensor.
-    """
-    pieces: dict[str, list[_Piece]] = {}
-    for path, parts in quantised.items():
-        first = 0
-        for part in parts:
-            pieces.setdefault(part.name, []).append((part.start, part.stop, path, first))
-            first += part.stop - part.start
-    return {name: _cut(count, pieces.get(name, ()), patches.get(name, ())) for name, count in rows.items()}
-
-
-def _cut(rows: int, pieces: Sequence[_Piece], patches: Sequence[Patch]) -> list[_Stretch]:
-    edges = {0, rows, *(edge for piece in pieces for edge in piece[:2])}
-    edges |= {edge for patch in patches for edge in (patch.start, patch.stop)}
-    found = []
-    for start, stop in pairwise(sorted(edges)):
-        patch = next((patch for patch in patches if patch.start <= start < patch.stop), None)
-        if patch is not None:
-            patch = replace(patch, start=start, stop=stop, first=patch.first + start - patch.start)
-        begin, _, layer, first = next((p for p in pieces if p[0] <= start < p[1]), (0, rows, None, 0))
-        found.append(_Stretch(start, stop, layer, first + start - begin, patch))
-    return found
+        return self._sources.rebuilder.conclude(ALLOWED_DIFFERENCE, reporter), True
 
 
 @contextlib.contextmanager

@@ -12,30 +12,26 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from lorafit.contracts import JsonMapping, JsonObject, Reporter
-from lorafit.errors import ModelError, ResourceError, UsageError
+from lorafit.errors import ResourceError, UsageError
 from lorafit.facts import SEQ2SEQ_CLASS
 from lorafit.files.atomic import atomic_dir, make_folder
-from lorafit.files.safetensors import TensorEntry, dtype_name, read_index
-from lorafit.kinds.quantizations import quantizations
+from lorafit.files.safetensors import read_index
 from lorafit.kinds.tasks import tasks
 from lorafit.model.adapter import NOTES, AdapterFolder, check_base, read_adapter
 from lorafit.model.base import Base
 from lorafit.model.companions import choose_companions, write_rest
-from lorafit.model.inspect import NOTED_DTYPES, summarise_quantization
-from lorafit.model.merge.merge_targets import plan_updates, read_class_parts
+from lorafit.model.inspect import summarise_quantization
+from lorafit.model.merge.merge_targets import plan_updates
 from lorafit.model.merge.new_rows import take_rows
 from lorafit.model.merge.own_head import OwnHead
-from lorafit.model.merge.requantize import noted_kind
-from lorafit.model.merge.shards import ShardMerger, Values
-from lorafit.model.names import Part, read_parts, require_parts, rows_of
+from lorafit.model.merge.shards import ShardMerger
+from lorafit.model.merge.sources import check_quantization, choose_values
 from lorafit.model.tokenizer_files import Companions, write_object
 from lorafit.run.card import RunCard
 
@@ -135,8 +131,8 @@ def merge_adapter(
         companions = choose_companions(base, adapter, reporter)
         if judge is not None:
             judge(companions)
-        used = _check_quantization(kind, quantization, base)
-        merger = ShardMerger(entries, updates, _choose_values(base, used, entries), verify=verify)
+        used = None if kind == "original" else check_quantization(quantization, base)
+        merger = ShardMerger(entries, updates, choose_values(base, used, entries), verify=verify)
         make_folder(output.parent)
         free = shutil.disk_usage(output.parent).free
         if free < merger.total_bytes:
@@ -175,73 +171,6 @@ def _check_output(output: Path, base: Path, adapter: Path) -> None:
             raise UsageError("the output is also an input, or lies inside one", file=str(output), todo="choose another")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError("the output exists and is not empty", file=str(output), todo="choose another, or remove it")
-
-
-def _check_quantization(kind: BaseKind, quantization: JsonMapping | None, base: Base) -> JsonMapping | None:
-    if kind == "original":
-        return None
-    name = str((quantization or {}).get("kind"))
-    is_known = name in quantizations.names() and quantizations.get(name).is_quantized
-    if not quantization or "tensors" not in quantization or not is_known:
-        raise ModelError(
-            "nothing is known of how training quantised this base, so it cannot be rebuilt",
-            file=str(base.path),
-            todo="merge a run folder, or merge with --base original",
-        )
-    wrong = _malformed(quantization)
-    if wrong is not None:
-        what, todo = "says something else than lorafit writes", "restore the file, or merge with --base original"
-        raise ModelError(what, file="quantization.json", key=wrong, todo=todo)
-    return quantization
-
-
-def _malformed(used: JsonMapping) -> str | None:
-    """The key of a quantization.json that holds what no run wrote; None where all is well."""
-    if used.get("weights_dtype") not in NOTED_DTYPES:
-        return "weights_dtype"
-    if not isinstance(used.get("double_quant", False), bool):
-        return "double_quant"
-    tensors = used["tensors"]
-    if not isinstance(tensors, dict):
-        return "tensors"
-    texts, numbers = ("codes", "constants"), (int, float, type(None))
-    for name, proof in tensors.items():
-        if not isinstance(proof, dict) or not all(isinstance(proof.get(key), str) for key in texts):
-            return f"tensors.{name}"
-        if not isinstance(proof.get("offset"), numbers):
-            return f"tensors.{name}.offset"
-        if noted_kind(used, proof) is None:
-            return f"tensors.{name}.kind"
-        try:
-            _noted_parts(proof)
-        except (TypeError, ValueError):
-            return f"tensors.{name}.parts"
-    kept = used.get("kept", [])
-    return None if isinstance(kept, list) and all(isinstance(name, str) for name in kept) else "kept"
-
-
-def _choose_values(base: Base, used: JsonMapping | None, entries: Mapping[str, TensorEntry]) -> Values:
-    """What is written: the files' own values, or those that training saw, in the dtype it rounded the others to."""
-    if used is None:
-        return Values()
-    dtype = dtype_name(getattr(torch, used["weights_dtype"]))
-    return Values(used, _find_quantised(base, used["tensors"], entries), dtype, frozenset(used.get("kept", ())))
-
-
-def _find_quantised(
-    base: Base, proofs: Mapping[str, JsonMapping], entries: Mapping[str, TensorEntry]
-) -> dict[str, Sequence[Part]]:
-    """Where the weights of quantised layers lie: as the run noted it, else by the class."""
-    found = {path: parts for path, proof in proofs.items() if (parts := _noted_parts(proof))}
-    require_parts(found, rows_of(entries), str(base.path))
-    others = proofs.keys() - found.keys()
-    return {**found, **(read_class_parts(base, others, entries) if others else {})}
-
-
-def _noted_parts(proof: JsonMapping) -> tuple[Part, ...]:
-    """Where a quantised weight lies; none by a run of an earlier lorafit, which noted nothing or names of tensors."""
-    parts = proof.get("parts", ["the layer's own"])
-    return () if parts and all(isinstance(part, str) for part in parts) else read_parts(parts)
 
 
 def _write_notes(target: Path, base: Base, adapter: AdapterFolder, kind: BaseKind, used: JsonMapping | None) -> None:
