@@ -21,11 +21,12 @@ from lorafit.answering.answer_text import AnswerText
 from lorafit.answering.choosing import LiveRow
 from lorafit.answering.engine import Engine
 from lorafit.answering.generate import find_stop_ids
-from lorafit.answering.live_batch import LiveBatch
+from lorafit.answering.live_adapters import LiveAdapters
+from lorafit.answering.live_batch import READ_AT_ONCE_TOKENS, LiveBatch, LoneRow, SharedRows
 from lorafit.answering.plain_generation import head_sees_last, plain_generation, room_of
 from lorafit.answering.ticket import LiveRequest, Ticket
 from lorafit.console.wording import counted, first_line
-from lorafit.contracts import Reporter
+from lorafit.contracts import Reporter, Silent
 from lorafit.errors import LorafitError, QueueFull, ResourceError, UsageError
 from lorafit.ops.isolation import without_training
 from lorafit.ops.process_memory import is_out_of_memory, release_memory
@@ -78,11 +79,14 @@ class BatchedEngine:
         engine: A causal model, with or without adapters.
         limits: What is taken at once.
 
+        reporter: Warned where requests cannot share a forward; silent where None.
+
     Raises:
         UsageError: The model is an encoder-decoder.
+        ModelError: It answers otherwise token by token than from a whole text.
     """
 
-    def __init__(self, engine: Engine, limits: Limits = Limits()) -> None:
+    def __init__(self, engine: Engine, limits: Limits = Limits(), reporter: Reporter | None = None) -> None:
         if engine.model.config.is_encoder_decoder:
             what = "an encoder-decoder is not answered in batches that requests join and leave"
             raise UsageError(what, todo="use lorafit generate")
@@ -90,7 +94,9 @@ class BatchedEngine:
         self._changed = threading.Condition()
         self._waiting: deque[LiveRow] = deque()
         self._orders: deque[Callable[[], None]] = deque()
-        self._batches: list[LiveBatch] = []
+        self._adapters = LiveAdapters(engine)
+        self._lone: list[LoneRow] = []
+        self._shared: dict[str | None, SharedRows] = {}
         self._leaving: set[str] = set()
         self._ending: str | None = None
         self._model_changed = False
@@ -99,11 +105,21 @@ class BatchedEngine:
         self._finished: Counter[tuple[str | None, str]] = Counter()
         self._worker = threading.Thread(target=self._work, name="lorafit answers", daemon=True)
         self._worker.start()
+        try:
+            self._change_model(lambda: self._adapters.start(reporter or Silent()))
+        except BaseException:
+            self.close(finish=False)
+            raise
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that requests may ask for."""
-        return tuple(name for name in self.engine.adapters if name not in self._leaving)
+        return tuple(name for name in self._adapters.names if name not in self._leaving)
+
+    @property
+    def why_alone(self) -> str | None:
+        """Why no two requests share a forward, in words; None where those for the base and plain adapters do."""
+        return self._adapters.why_alone
 
     def room(self, prompt_tokens: int, adapter: str | None = None) -> int:
         """The longest answer, in tokens, to a prompt of so many; less than 1: none."""
@@ -140,8 +156,8 @@ class BatchedEngine:
                 what += f"{sampling.max_new_tokens:,} are asked for"
                 raise UsageError(what, key="max_new_tokens", todo="shorten the prompt or ask for fewer")
             if len(self._waiting) >= self.limits.waiting:
-                running = sum(len(batch.rows) for batch in self._batches)
-                what = f"{running} requests are being answered and {len(self._waiting)} wait, the most that may"
+                running, waiting = len(self._running()), len(self._waiting)
+                what = f"{running} requests are being answered and {waiting} wait, the most that may"
                 raise QueueFull(what, todo="ask again later")
             ticket = Ticket(request, self._virtual_tokens(request.adapter) + len(prompt), wake)
             text = AnswerText(self.engine.tokenizer, request.stop_strings)
@@ -157,11 +173,8 @@ class BatchedEngine:
             ModelError: See `Engine.add_adapter`.
         """
 
-        def load(engine: Engine) -> None:
-            engine.add_adapter(name, folder, reporter)
-            self._model_changed = True
-
-        self.between_steps(load)
+        found = self._adapters.read(name, folder, reporter or Silent())
+        self._change_model(lambda: self._adapters.add(name, *found, reporter or Silent()))
 
     def unload_adapter(self, name: str) -> None:
         """Drops an adapter; waits until every request for it is answered, and takes no new one meanwhile.
@@ -174,14 +187,17 @@ class BatchedEngine:
             self._leaving.add(name)
             self._changed.wait_for(lambda: all(row.ticket.adapter != name for row in self._rows()))
 
-        def drop(engine: Engine) -> None:
-            engine.remove_adapter(name)
-            self._model_changed = True
-
         try:
-            self.between_steps(drop)
+            self._change_model(lambda: self._adapters.remove(name))
         finally:
             self._leaving.discard(name)
+
+    def _change_model(self, work: Callable[[], None]) -> None:
+        def change(_: Engine) -> None:
+            self._model_changed = True
+            work()
+
+        self.between_steps(change)
 
     def between_steps(self, work: Callable[[Engine], Made]) -> Made:
         """What a function makes of the engine, called where no forward runs, in the thread that owns the model."""
@@ -202,9 +218,8 @@ class BatchedEngine:
     def figures(self) -> Figures:
         """What is going on now."""
         with self._changed:
-            running = sum(len(batch.rows) for batch in self._batches)
             counts = dict(self._prompt_tokens), dict(self._written_tokens), dict(self._finished)
-            return Figures(running, len(self._waiting), *counts)
+            return Figures(len(self._running()), len(self._waiting), *counts)
 
     def close(self, *, finish: bool) -> None:
         """Takes no more requests, and ends.
@@ -229,11 +244,18 @@ class BatchedEngine:
             raise UsageError(f"no adapter is called '{name}'", todo=f"loaded: {known}")
 
     def _virtual_tokens(self, adapter: str | None) -> int:
-        config = None if adapter is None else self.engine.model.peft_config.get(adapter)
+        mode = self._adapters.mode(adapter)
+        config = None if mode is None else self.engine.model.peft_config[mode]
         return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
 
+    def _batches(self) -> list[LiveBatch]:
+        return [*self._lone, *self._shared.values()]
+
+    def _running(self) -> list[LiveRow]:
+        return [row for batch in self._batches() for row in batch.rows]
+
     def _rows(self) -> list[LiveRow]:
-        return [*self._waiting, *(row for batch in self._batches for row in batch.rows)]
+        return [*self._waiting, *self._running()]
 
     def _work(self) -> None:
         """The worker's life: its model is prepared anew whenever its layers were changed."""
@@ -267,10 +289,26 @@ class BatchedEngine:
             order()
         if not self._model_changed:
             self._admit()
-            for batch in self._batches:
-                self._step(batch)
+            self._step_all()
             self._drop_ended()
         return True
+
+    def _step_all(self) -> None:
+        """One token for every row; of prompts so much as a forward may read. Rows that may share do so from then on."""
+        budget = READ_AT_ONCE_TOKENS
+        for lone in self._lone:
+            if lone.reads and budget <= 0:
+                continue
+            budget -= lone.reads
+            self._step(lone.rows, lone.step)
+        for batch in self._shared.values():
+            self._step(batch.rows, batch.step)
+        for lone in [lone for lone in self._lone if lone.may_share]:
+            batch = self._shared.setdefault(
+                self._adapters.mode(lone.rows[0].ticket.adapter), SharedRows(self._adapters)
+            )
+            self._step(lone.rows, partial(batch.join, lone))
+            self._lone.remove(lone)
 
     def _admit(self) -> None:
         """Lets rows in from the waiting line, first come first served, while there is room."""
@@ -281,25 +319,29 @@ class BatchedEngine:
             self._drop_ended()
             while self._waiting and self._has_room(self._waiting[0]):
                 row = self._waiting.popleft()
-                using = partial(self.engine.using, row.ticket.adapter)
-                self._batches.append(LiveBatch(self.engine, using, row))
+                self._lone.append(LoneRow(self._adapters, row))
                 self._prompt_tokens[row.ticket.adapter] += row.ticket.prompt_tokens
 
     def _has_room(self, row: LiveRow) -> bool:
-        running = [row for batch in self._batches for row in batch.rows]
-        tokens = sum(row.most_tokens for row in running)
-        return len(running) < self.limits.rows and tokens + row.most_tokens <= self.limits.tokens
+        running = [*self._running(), row]
+        together: dict[object, list[int]] = {}
+        for one in running:
+            name = one.ticket.adapter
+            key = self._adapters.mode(name) if self._adapters.may_share(name) else one
+            together.setdefault(key, []).append(one.most_tokens)
+        cells = sum(len(lengths) * max(lengths) for lengths in together.values())
+        return len(running) <= self.limits.rows and cells <= self.limits.tokens
 
-    def _step(self, batch: LiveBatch) -> None:
-        """One forward of a batch; what goes wrong in it ends its rows, and nothing else."""
-        written = [len(row.tokens) for row in batch.rows]
+    def _step(self, rows: list[LiveRow], step: Callable[[], None]) -> None:
+        """Does something for rows; what goes wrong ends them, and nothing else. Out of memory, the last one ends."""
+        written = [len(row.tokens) for row in rows]
         try:
-            batch.step()
+            step()
         except Exception as error:
             release_memory(self.engine.device)
-            for row in batch.rows:
+            for row in rows[-1:] if is_out_of_memory(error) else rows:
                 row.end("error", _as_ours(error))
-        for row, before in zip(batch.rows, written, strict=True):
+        for row, before in zip(rows, written, strict=True):
             self._written_tokens[row.ticket.adapter] += len(row.tokens) - before
 
     def _drop_ended(self) -> None:
@@ -309,9 +351,10 @@ class BatchedEngine:
                 if row.is_over:
                     self._finished[row.ticket.adapter, str(row.ticket.finish_reason)] += 1
             self._waiting = deque(row for row in self._waiting if not row.is_over)
-            for batch in self._batches:
-                batch.rows = [row for row in batch.rows if not row.is_over]
-            self._batches = [batch for batch in self._batches if batch.rows]
+            for batch in self._batches():
+                batch.drop_ended()
+            self._lone = [lone for lone in self._lone if lone.rows]
+            self._shared = {mode: batch for mode, batch in self._shared.items() if batch.rows}
             self._changed.notify_all()
 
 

@@ -23,8 +23,8 @@ from lorafit.answering.sampling import Sampling
 from lorafit.contracts import Reporter, Silent
 from lorafit.data.id_range import check_ids
 from lorafit.errors import ModelError, UsageError
-from lorafit.model.adapter import read_adapter
-from lorafit.model.attach import open_adapter
+from lorafit.model.adapter import AdapterFolder, read_adapter
+from lorafit.model.attach import check_adapter, open_adapter
 from lorafit.model.base import Base
 from lorafit.ops.isolation import adapter_off, evaluating
 
@@ -46,6 +46,9 @@ class Engine:
         base: The base on this disk, which further adapters must have been trained on; not compared where None.
         quantization: The kind in which it is loaded, which theirs must be; not compared where None.
         reader: Makes tensors of prompts' images; None for a model of text alone.
+
+    Attributes:
+        folders: Where the adapters that were added lie.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Engine:
         self._base = base
         self._quantization = quantization
         self._reader = reader
+        self.folders: dict[str, Path] = {}
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -90,11 +94,26 @@ class Engine:
         """
         if name in self.adapters:
             raise UsageError(f"two adapters are called '{name}'", todo="give each a name of its own")
-        trained_on = (read_adapter(folder).quantization() or {}).get("kind") if self.adapters else None
+        if self.adapters:
+            self._check_quantization(read_adapter(folder))
+        self.model = open_adapter(self.model, folder, name=name, base=self._base, reporter=reporter or Silent())
+        self.folders[name] = folder
+
+    def check_adapter(self, folder: Path, reporter: Reporter) -> AdapterFolder:
+        """An adapter on disk that belongs on this base, nothing loaded.
+
+        Raises:
+            ModelError: It was trained on another base, or one that was quantised otherwise; or its values are broken.
+        """
+        saved = check_adapter(folder, self._base, reporter)
+        self._check_quantization(saved)
+        return saved
+
+    def _check_quantization(self, saved: AdapterFolder) -> None:
+        trained_on = (saved.quantization() or {}).get("kind")
         if self._quantization is not None and trained_on not in (None, self._quantization):
             what = f"trained on a base in {trained_on}, and this one is loaded in {self._quantization}"
-            raise ModelError(what, file=str(folder), todo="answer with it in an engine of its own")
-        self.model = open_adapter(self.model, folder, name=name, base=self._base, reporter=reporter or Silent())
+            raise ModelError(what, file=str(saved.path), todo="answer with it in an engine of its own")
 
     def remove_adapter(self, name: str) -> None:
         """Drops an adapter; without any the model is the base again, as it was before the first.
@@ -103,6 +122,7 @@ class Engine:
             UsageError: There is no such adapter.
         """
         self._require(name)
+        self.folders.pop(name, None)
         model = cast("PeftModel", self.model)
         if len(self.adapters) > 1:
             model.delete_adapter(name)

@@ -1,55 +1,120 @@
-"""Rows that a forward takes one token further, each with a key-value cache that the model made for it."""
+"""Rows that a forward takes one token further: one by itself, or several that share it.
+
+LiveRow ──reads its prompt alone──> first token ──> SharedRows: one forward for a token of each
+                                      └─ where rows cannot share: goes on alone, with its own cache
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from lorafit.answering.choosing import LiveRow, choose_tokens
+from lorafit.answering.row_cache import RowCache, is_plain
 from lorafit.errors import ModelError
 
 if TYPE_CHECKING:
-    from lorafit.answering.engine import Engine
+    from lorafit.answering.live_adapters import LiveAdapters
 
 READ_AT_ONCE_TOKENS = 512
 """Most tokens of a prompt in one forward: rows that are being answered wait so long for their next token."""
 
 
-class LiveBatch:
-    """One row while it is answered, with one adapter switched on, or none.
+class LiveBatch(Protocol):
+    """Rows that one forward takes further."""
+
+    rows: list[LiveRow]
+
+    def step(self) -> None:
+        """Takes each row one token further, or reads more of its prompt."""
+
+    def drop_ended(self) -> None:
+        """Takes rows that are over out."""
+
+
+class LoneRow:
+    """One row by itself, with a cache of the model's own making.
 
     Args:
-        engine: Whose model runs.
-        using: Switches the row's adapter on.
+        adapters: Switch its adapter on.
         row: It.
     """
 
-    def __init__(self, engine: Engine, using: Callable[[], AbstractContextManager[None]], row: LiveRow) -> None:
-        self._engine, self._using, self._cache = engine, using, None
-        self.rows = [row]
+    def __init__(self, adapters: LiveAdapters, row: LiveRow) -> None:
+        self._adapters, self.rows = adapters, [row]
+        self.cache: Any = None
         self._read_tokens = 0
 
     @property
-    def is_reading(self) -> bool:
-        """Whether part of the prompt is not read yet."""
-        return self._read_tokens < len(self.rows[0].prompt)
+    def reads(self) -> int:
+        """How many tokens of its prompt the next step reads; all at once where a cache is more than keys and values."""
+        row, shares = self.rows[0], self._adapters.may_share(self.rows[0].ticket.adapter)
+        left = len(row.prompt) - self._read_tokens
+        return min(left, READ_AT_ONCE_TOKENS) if shares else left
+
+    @property
+    def may_share(self) -> bool:
+        """Whether its prompt is read, and its cache can stand beside others."""
+        row = self.rows[0]
+        is_read = bool(row.tokens) and not row.is_over
+        return is_read and self._adapters.may_share(row.ticket.adapter) and is_plain(self.cache)
 
     def step(self) -> None:
-        """Reads more of the prompt, or takes the row one token further."""
+        """One forward of the next tokens of the prompt, or of the last one of the answer."""
         row = self.rows[0]
-        ids = [row.tokens[-1]] if row.tokens else row.prompt[self._read_tokens :][:READ_AT_ONCE_TOKENS]
-        with self._using():
-            logits, self._cache = forward(self._engine, ids, self._cache)
-        self._read_tokens += len(ids)
-        if not self.is_reading:
+        reads = self.reads
+        ids = row.prompt[self._read_tokens :][:reads] if reads else [row.tokens[-1]]
+        with self._adapters.using([row.ticket.adapter]):
+            logits, self.cache = forward(self._adapters.model, ids, self.cache)
+        self._read_tokens += reads
+        if not self.reads:
             choose_tokens([row], logits)
 
+    def drop_ended(self) -> None:
+        """Takes it out where it is over."""
+        self.rows = [row for row in self.rows if not row.is_over]
 
-def forward(engine: Engine, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
+
+class SharedRows:
+    """Rows whose adapters may be on together, in one forward.
+
+    Args:
+        adapters: Switch theirs on.
+    """
+
+    def __init__(self, adapters: LiveAdapters) -> None:
+        self._adapters = adapters
+        self.rows: list[LiveRow] = []
+        self._cache: RowCache | None = None
+
+    def join(self, lone: LoneRow) -> None:
+        """Takes a row over from where it was alone."""
+        if self._cache is None:
+            self._cache = RowCache(len(lone.cache.layers))
+        self._cache.add(lone.cache)
+        self.rows.append(lone.rows[0])
+
+    def step(self) -> None:
+        """One forward of the last token of each."""
+        assert self._cache is not None, "rows have joined"
+        with self._adapters.using([row.ticket.adapter for row in self.rows]):
+            logits = forward_rows(self._adapters.model, [row.tokens[-1] for row in self.rows], self._cache)
+        self._cache.advance()
+        choose_tokens(self.rows, logits)
+
+    def drop_ended(self) -> None:
+        """Takes rows that are over out; the last one moves into the place of each."""
+        for place in reversed(range(len(self.rows))):
+            if self.rows[place].is_over:
+                assert self._cache is not None, "rows have joined"
+                self._cache.drop(place)
+                self.rows[place] = self.rows[-1]
+                self.rows = self.rows[:-1]
+
+
+def forward(model: Any, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
     """Logits of the last of a row's next tokens, `[1, vocabulary]`, and the cache with all of them.
 
     What an adapter puts before the prompt is in the cache behind the first call, so that the base goes on alone.
@@ -57,14 +122,31 @@ def forward(engine: Engine, ids: list[int], cache: Any) -> tuple[torch.Tensor, A
     Raises:
         ModelError: The model keeps nothing between tokens.
     """
-    model: Any = engine.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = "past_key_values" if "past_key_values" in inspect.signature(base.forward).parameters else "cache_params"
-    asked = model if cache is None else base
+    base, device = _base_of(model), model.get_input_embeddings().weight.device
+    name = "past_key_values" if _takes(base, "past_key_values") else "cache_params"
     given = {} if cache is None else {name: cache}
-    output = asked(input_ids=torch.tensor([ids], device=engine.device), use_cache=True, **given)
+    output = (model if cache is None else base)(input_ids=torch.tensor([ids], device=device), use_cache=True, **given)
     cache = getattr(output, name, None)
     if cache is None:
         what = f"{type(base).__name__} keeps nothing of a prompt from token to token"
         raise ModelError(what, todo="use lorafit generate")
     return output.logits[:, -1], cache
+
+
+def forward_rows(model: Any, ids: list[int], cache: RowCache) -> torch.Tensor:
+    """Logits of one new token of each row, `[rows, vocabulary]`."""
+    base, device = _base_of(model), model.get_input_embeddings().weight.device
+    positions, mask = cache.place(device)
+    given = {"position_ids": positions} if _takes(base, "position_ids") else {}
+    tokens = torch.tensor(ids, device=device)[:, None]
+    output = base(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _takes(model: torch.nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters

@@ -147,10 +147,7 @@ def open_adapter(
         ModelError: It does not fit, in any respect, or its method cannot run on a base stored so; nothing is guessed.
         SafetyError: See `read_adapter`.
     """
-    saved = read_adapter(folder)
-    if base is not None:
-        check_base(saved, base)
-    saved.check_values(reporter or Silent())
+    saved = check_adapter(folder, base, reporter or Silent())
     _refuse_codes(base_model, saved)
     model = wrap_model(base_model, saved.config, saved.tensors, folder, name=name)
     _load_weights(model, saved, name)
@@ -158,6 +155,20 @@ def open_adapter(
     for parameter in adapter_tensors(model, name).values():
         parameter.requires_grad_(False)
     return model
+
+
+def check_adapter(folder: Path, base: Base | None, reporter: Reporter) -> AdapterFolder:
+    """A saved adapter whose values were looked at, and that was trained on the base where that is given.
+
+    Raises:
+        ModelError: It was trained on another base, or holds values that are no finite floats.
+        SafetyError: See `read_adapter`.
+    """
+    saved = read_adapter(folder)
+    if base is not None:
+        check_base(saved, base)
+    saved.check_values(reporter)
+    return saved
 
 
 def wrap_model(

@@ -205,6 +205,12 @@ class Adapter(Kind[S_co]):
         return None
 
     @classmethod
+    def refuses_caching(cls, config: JsonMapping) -> str | None:
+        """Why no answer can be written with a saved one token by token, from what a cache keeps of the text before, in
+        one sentence; None where it can."""
+        return None
+
+    @classmethod
     def differences(cls, saved: JsonMapping, fresh: JsonMapping) -> list[str]:
         """Keys in which the adapter_config.json to go on from says another form than that of a fresh adapter."""
         return [key for key in cls.form_fields if (value := saved.get(key)) and value != fresh.get(key)]

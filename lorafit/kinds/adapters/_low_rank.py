@@ -353,6 +353,12 @@ class LowRank(Adapter[L_co]):
         return None
 
     @classmethod
+    def refuses_caching(cls, config: JsonMapping) -> str | None:
+        """aLoRA begins behind its invocation tokens, which a single new token does not show."""
+        looks = config.get("alora_invocation_tokens")
+        return "looks for its invocation tokens in the whole text at each token" if looks else None
+
+    @classmethod
     def folding(cls, config: JsonMapping) -> LowRankFolding:
         """By the method's own class; its PEFT options are what it may use beside plain LoRA."""
         return cls.folds(config, cls.peft_options.keys())
