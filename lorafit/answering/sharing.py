@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorafit.answering.live_batch import forward, forward_rows
+from lorafit.answering.forwards import forward, forward_rows
 from lorafit.answering.row_cache import RowCache, is_plain
 from lorafit.answering.stacked import Factors, sizes
 from lorafit.errors import ModelError
