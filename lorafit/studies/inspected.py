@@ -313,8 +313,10 @@ def _show_heat_map(heat: HeatMap, block: str) -> Table:
 
     table = Table(box=None, padding=(0, 0), pad_edge=False)
     table.add_column("layer ", justify="right")
+    ends = {column.rpartition("_")[2] for column in heat.columns}
+    shared = f"_{min(ends)}" if len(ends) == 1 else ""  # seven times `_proj` would not fit beside the importances
     for column in heat.columns:
-        table.add_column(f" {column} ", justify="center", overflow="fold")
+        table.add_column(f" {column.removesuffix(shared)} ", justify="center", overflow="fold")
     if heat.bars:
         table.add_column("  importance", no_wrap=True)
     longest = max(map(abs, heat.bars.values()), default=0.0) or 1.0
