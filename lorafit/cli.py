@@ -189,6 +189,12 @@ def _inspect(session: Session, given: JsonObject) -> None:
     session.result(inspect_adapter(**given, reporter=session.reporter))
 
 
+def _chat(session: Session, given: JsonObject) -> None:
+    from lorafit.chatting.chat import chat
+
+    session.result(chat(given.pop("run"), **given, shows=not session.json, reporter=session.reporter))
+
+
 def _init(session: Session, given: JsonObject) -> None:
     from lorafit.studies.first_recipe import init
 
@@ -259,6 +265,13 @@ _add_command(
     "What an adapter changes, module by module, and what each layer is worth.",
     "run ablate split limit compare output checkpoint base_model overrides",
     _inspect,
+)
+_add_command(
+    "chat",
+    "Talk with a model and its adapters, on a terminal or through a pipe.",
+    "run adapters system checkpoint base_model temperature top_p max_new_tokens min_new_tokens no_repeat_ngram_size "
+    "seed",
+    _chat,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)
 _add_command(

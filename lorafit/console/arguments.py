@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorafit.contracts import JsonMapping
@@ -85,6 +86,7 @@ ARGUMENTS = {
     "ab_split": Argument('a text such as "a=0.9,b=0.1", or a dict', (str, Mapping)),
     "feedback": _PATH,
     "adapters": Argument('a dict such as {"shop": "runs/shop"}, or a list of NAME=DIR', (Mapping, Iterable)),
+    "system": Argument("a text", (str,)),
     "rates": _number(1, 99, whole=True),
     "spread": _number(1.0, 1e6),
     "seeds": _number(3, 99, whole=True),
@@ -186,6 +188,20 @@ def check_search(search: JsonMapping) -> None:
     if least > most:
         what, todo = f"{least} is more than the longest answer, {most}", "lower it, or raise --max-new-tokens"
         raise UsageError(what, key="--min-new-tokens", todo=todo)
+
+
+def read_adapters(given: Sequence[str] | Mapping[str, str | os.PathLike[str]]) -> dict[str, Path]:
+    """Folders by name. Raises UsageError for what is no `NAME=DIR`, and for a name that comes twice."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else [tuple(each.partition("=")[::2]) for each in given]
+    read: dict[str, Path] = {}
+    for name, folder in pairs:
+        if not name or not os.fspath(folder):
+            todo = "write NAME=DIR, e.g. shop=runs/shop"
+            raise UsageError(f"'{name}{folder}' names no adapter and its folder", key="--adapter", todo=todo)
+        if name in read:
+            raise UsageError(f"two adapters are called '{name}'", key="--adapter", todo="give each a name of its own")
+        read[name] = Path(folder).expanduser()
+    return read
 
 
 def _shown(value: Any) -> str:

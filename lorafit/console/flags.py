@@ -108,6 +108,8 @@ _HELP = {
     "inspect_adapter.limit": ("ROWS", "Rows to measure that on: the first ones."),
     "compare": ("RUN_OR_ADAPTER", "Another adapter on the same base, shown beside the first."),
     "inspect_adapter.output": ("DIR", "Write inspect.json and a heat map (SVG) there."),
+    "chat.run": ("RUN|MODEL", "A run or adapter on its base, a model folder, a .gguf file, or a hub id."),
+    "system": ("TEXT", "The system message; without, the one that was trained with."),
     "compare.resume": ("", "Go on with the comparison in the output folder."),
     "show": ("ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."),
 }

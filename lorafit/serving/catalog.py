@@ -10,30 +10,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.answering.opening import Answerer, Voice, open_answerer, open_plain_model
-from lorafit.contracts import JsonObject, Reporter, Sample
-from lorafit.errors import DataError, ModelError, UsageError
-from lorafit.files.portable import is_local_path
-from lorafit.model.adapter import AdapterFolder, read_adapter
-from lorafit.model.base import Base, is_gguf, read_base, resolve_base
-from lorafit.recipe.schema import ModelSection
-from lorafit.run.workspace import check_answerable, is_lone_adapter, is_model, open_run
+from lorafit.answering.opening import Answerer, Voice
+from lorafit.answering.several import Opened, check_vocabulary, open_on_base, open_several, tokenizers_of
+from lorafit.contracts import JsonObject, Reporter
+from lorafit.errors import ModelError, UsageError
+from lorafit.model.adapter import read_adapter
 from lorafit.serving.errors import unknown_model
 from lorafit.serving.split import NAME as SPLIT_NAME
 from lorafit.serving.split import Split
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lorafit.answering.batched import BatchedEngine
-
-_TEMPLATE = "chat_template.jinja"
-_RUNS_ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -59,25 +51,6 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-@dataclass(frozen=True)
-class Opened:
-    """What a server is to serve, no weight loaded.
-
-    Attributes:
-        base: The base.
-        name: What it is called.
-        voice: How the base is asked.
-        first: Says how the base is loaded: as for the first adapter.
-        adapters: By name.
-    """
-
-    base: Base
-    name: str
-    voice: Voice
-    first: Answerer
-    adapters: Mapping[str, Answerer]
-
-
 def open_served(
     base: str,
     given: Mapping[str, Path],
@@ -86,116 +59,31 @@ def open_served(
     base_model: str | None,
     reporter: Reporter,
 ) -> Opened:
-    """A base with adapters, found and checked as far as that goes without their weights.
+    """What `open_several` opens, where all of it can be served.
 
     Args:
-        base: A run, an adapter or a model folder, a .gguf file or a hub id.
-        given: Folders of adapters or runs by name.
         split: Of users over some of these names and the base's.
-        checkpoint: Of a run: which adapter.
-        base_model: Of a run or an adapter: where its base is.
-        reporter: Told about what is looked for.
 
     Raises:
-        UsageError: A name is taken twice, or the split's is nobody's.
-        LorafitError: What `open_answerer` says.
+        UsageError: The split's name is nobody's, or somebody's own.
+        ModelError: An encoder-decoder is among them.
     """
-    path, adapters = Path(base).expanduser(), dict[str, Answerer]()
-    if path.exists() and not is_model(path) and not is_gguf(base):
-        name = _name_of(path)
-        if name in given:
-            raise UsageError(f"'{name}' is served already", key="--adapter", todo="give the other another name")
-        adapters[name] = _checked(open_answerer(path, checkpoint, base_model, reporter))
-        found = adapters[name].base
-    else:
-        if checkpoint is not None or base_model is not None:
-            key = "--checkpoint" if checkpoint is not None else "--base-model"
-            raise UsageError("a base has none", key=key, todo="leave it out, or serve a run")
-        found = resolve_base(ModelSection(base=base), Path.cwd(), reporter)
-    for name, folder in given.items():
-        adapters[name] = _open_adapter(folder, found, _tokenizers(adapters.values()), reporter)
-    plain = open_plain_model(found.path, reporter)
-    called = _base_name(next((one.base for one in adapters.values() if one.card is not None), found))
+    opened = open_several(base, given, checkpoint, base_model, reporter)
+    names = (opened.name, *opened.adapters)
     for name in split.shares if split is not None else ():
-        if name not in (called, *adapters):
-            raise UsageError(f"'{name}' is not served", key="--split", todo=f"served: {', '.join((called, *adapters))}")
-    if split is not None and SPLIT_NAME in (called, *adapters):
+        if name not in names:
+            raise UsageError(f"'{name}' is not served", key="--split", todo=f"served: {', '.join(names)}")
+    if split is not None and SPLIT_NAME in names:
         todo = "give it another name"
         raise UsageError(f"'{SPLIT_NAME}' is the name of the split", key="--adapter", todo=todo)
-    if called in adapters:
-        raise UsageError(f"the base is called '{called}' too", key="--adapter", todo="give the adapter another name")
-    first = next(iter(adapters.values()), plain)
-    for served in (plain, *adapters.values()):
-        _require_decoder(served.voice)
-    return Opened(found, called, plain.voice, first, adapters)
-
-
-def _base_name(base: Base) -> str:
-    """What it was trained on as: a hub id, a folder's or file's name."""
-    origin = base.origin
-    return Path(origin.name).stem if origin.kind in ("package", "gguf") else origin.name
-
-
-def _tokenizers(answerers: Iterable[Answerer]) -> dict[str, PreTrainedTokenizerBase]:
-    """By their hash, so that adapters of one tokenizer share it."""
-    return {one.card.tokenizer: one.voice.tokenizer for one in answerers if one.card is not None}
-
-
-def _name_of(path: Path) -> str:
-    """A run's folder; of a lone adapter its own, or that of its run where it is only called `adapter`."""
-    folder = path.resolve() if is_lone_adapter(path) else open_run(path).run.root.resolve()
-    return folder.parent.name if folder.name == _RUNS_ADAPTER else folder.name
+    for voice in (opened.voice, *(one.voice for one in opened.adapters.values())):
+        _require_decoder(voice)
+    return opened
 
 
 def _require_decoder(voice: Voice) -> None:
     if voice.apart is not None:
         raise ModelError("an encoder-decoder is not served", todo="ask it with lorafit generate")
-
-
-def _open_adapter(
-    folder: Path, base: Base, known: Mapping[str, PreTrainedTokenizerBase], reporter: Reporter
-) -> Answerer:
-    """An adapter on that base, and no other. Raises what a client or user is told."""
-    check_answerable(folder, None)
-    if is_model(folder):
-        raise UsageError("is a whole model, no adapter", file=str(folder), todo="name an adapter folder or a run")
-    answerer = _checked(open_answerer(folder, None, str(base.path), reporter, known))
-    if answerer.card is None:
-        _check_named_base(answerer, base)
-    return answerer
-
-
-def _check_named_base(answerer: Answerer, base: Base) -> None:
-    """Of an adapter without a digest: that the base which its config names is not known to be another one."""
-    saved = _saved(answerer)
-    named = str(saved.config.get("base_model_name_or_path") or "")
-    other = base.origin.kind == "hub" and bool(named) and not is_local_path(named) and named != base.origin.name
-    if named and is_model(Path(named)):
-        other = read_base(Path(named)).origin.digest != base.origin.digest
-    if other:
-        what = f"trained on '{named[:80]}', but this base is '{base.shown}'"
-        raise ModelError(what, file=str(saved.path), todo="use the base it was trained on")
-
-
-def _saved(answerer: Answerer) -> AdapterFolder:
-    assert answerer.folder is not None, "whole models are refused"
-    return read_adapter(answerer.folder)
-
-
-def _checked(answerer: Answerer) -> Answerer:
-    """The same, whose template is the one that it was trained with, and renders a question. Raises ModelError."""
-    assert answerer.folder is not None, "whole models are refused"
-    file, card, voice = answerer.folder / _TEMPLATE, answerer.card, answerer.voice
-    trained = None if card is None else card.shipped_templates.get("default")
-    if trained is not None and file.is_file() and file.read_text(encoding="utf-8").strip() != trained.strip():
-        todo = "restore the file, or remove it"
-        raise ModelError("is not the chat template that the adapter was trained with", file=str(file), todo=todo)
-    try:
-        voice.prompt_ids(Sample("", 0, prompt="q"))
-    except DataError as error:
-        what = f"its chat template renders no question: {error.what}"
-        raise ModelError(what, file=str(file), todo="use the template it was trained with") from error
-    return answerer
 
 
 class Catalog:
@@ -213,11 +101,11 @@ class Catalog:
 
     def __init__(self, engine: BatchedEngine, opened: Opened, split: Split | None, reporter: Reporter) -> None:
         self._engine, self._base, self._reporter = engine, opened.base, reporter
-        self._quantization, self._known = opened.first.quantization, _tokenizers(opened.adapters.values())
+        self._quantization, self._known = opened.first.quantization, tokenizers_of(opened.adapters.values())
         self._tokenizer = opened.first.voice.tokenizer
         root = opened.base.reference[0]
         self.base = Served(opened.name, None, opened.voice, "", root)
-        _check_vocabulary(opened.voice.tokenizer, self._tokenizer, root)
+        check_vocabulary(opened.voice.tokenizer, self._tokenizer, root)
         self._served, self._lock = {opened.name: self.base}, threading.Lock()
         for name, answerer in opened.adapters.items():
             self._add(name, answerer)
@@ -255,7 +143,7 @@ class Catalog:
         with self._lock:
             if name in self._served:
                 raise UsageError(f"'{name}' is served already", key="lora_name", todo="unload it, or take another name")
-            return self._add(name, _open_adapter(folder, self._base, self._known, self._reporter))
+            return self._add(name, open_on_base(folder, self._base, self._known, self._reporter))
 
     def unload(self, name: str) -> None:
         """Serves an adapter no more; returns when its last request is answered.
@@ -291,10 +179,11 @@ class Catalog:
         }
 
     def _add(self, name: str, answerer: Answerer) -> Served:
-        saved = _saved(answerer)
+        assert answerer.folder is not None, "whole models are refused"
+        saved = read_adapter(answerer.folder)
         place = str(saved.path)
         _require_decoder(answerer.voice)
-        _check_vocabulary(answerer.voice.tokenizer, self._tokenizer, place)
+        check_vocabulary(answerer.voice.tokenizer, self._tokenizer, place)
         trained_on = (saved.quantization() or {}).get("kind")
         if trained_on not in (None, self._quantization):
             what = f"trained on a base in {trained_on}, and this one is loaded in {self._quantization}"
@@ -304,14 +193,3 @@ class Catalog:
         served = Served(name, name, answerer.voice, kind, place, self.base.name)
         self._served = {**self._served, name: served}
         return served
-
-
-def _check_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, place: str) -> None:
-    """Raises ModelError where a token has another number than in the engine's tokenizer, which decodes answers."""
-    if theirs is ours:
-        return
-    known = ours.get_vocab()
-    unlike = [token for token, number in theirs.get_vocab().items() if known.get(token) != number]
-    if unlike:
-        what = f"its vocabulary is another one: {len(unlike)} of its tokens have no or another number here"
-        raise ModelError(what, file=place, todo="serve it by a server of its own")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.console.arguments import check_arguments
+from lorafit.console.arguments import check_arguments, read_adapters
 from lorafit.console.reporting import Printed, say
 from lorafit.console.wording import counted, near, quantised_as
 from lorafit.contracts import JsonObject, Reporter, Silent
@@ -98,7 +98,7 @@ def serve(
             "grace": grace,
         }
     )
-    reporter, given = reporter or Silent(), _read_adapters(adapters)
+    reporter, given = reporter or Silent(), read_adapters(adapters)
     settings = Settings(host, port, read_key(host), allow_loading, max_new_tokens, timeout, grace)
     split = read_split(ab_split)
     _require_packages()
@@ -123,20 +123,6 @@ def serve(
         finally:
             engine.close(finish=False)
     return _sum_up(address, catalog, engine.figures(), received)
-
-
-def _read_adapters(given: Sequence[str] | Mapping[str, str | os.PathLike[str]]) -> dict[str, Path]:
-    """Folders by name. Raises UsageError for what is no `NAME=DIR`, and for a name that comes twice."""
-    pairs = list(given.items()) if isinstance(given, Mapping) else [tuple(each.partition("=")[::2]) for each in given]
-    read: dict[str, Path] = {}
-    for name, folder in pairs:
-        if not name or not os.fspath(folder):
-            todo = "write NAME=DIR, e.g. shop=runs/shop"
-            raise UsageError(f"'{name}{folder}' names no adapter and its folder", key="--adapter", todo=todo)
-        if name in read:
-            raise UsageError(f"two adapters are called '{name}'", key="--adapter", todo="give each a name of its own")
-        read[name] = Path(folder).expanduser()
-    return read
 
 
 def _require_packages() -> None:

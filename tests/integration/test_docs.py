@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -153,7 +154,9 @@ def check_server(world: World, command: Command) -> None:
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=shown)
-def test_commands_run_as_written(page: Path, world: World, small_recipes: Path, finished_runs: Path) -> None:
+def test_commands_run_as_written(
+    page: Path, world: World, small_recipes: Path, finished_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands = list(commands_of(page))
     own = [command for command in commands if command.needs is None and command.words[0] == "lorafit"]
     prepare(world, small_recipes, finished_runs, own)
@@ -171,7 +174,11 @@ def test_commands_run_as_written(page: Path, world: World, small_recipes: Path, 
             check_server(world, command)
         else:
             assert tool == "lorafit", f"{shown(page)}: nothing runs {command.line!r}"
-            outcome = world.run(*command.words[1:])
+            words, stdin = command.words[1:], ""
+            if "<" in words:  # behind it stands the last word, a file
+                stdin, words = (world.root / words[-1]).read_text(encoding="utf-8"), words[:-2]
+            monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+            outcome = world.run(*words)
             assert outcome.code == 0, f"{shown(page)}: {command.line}\n{outcome.stderr}"
             assert outcome.stdout.strip() != ""
             if "--json" in command.words:
