@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lorafit.model.adapter import AdapterFolder
     from lorafit.model.base import Base
 
+_BESIDE = ("modules_to_save", "trainable_token_indices", "bias")
+"""Keys of adapter_config.json about what is trained beside updates of weights."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -67,7 +70,7 @@ class UpdateReader:
     """
 
     def __init__(self, adapter: AdapterFolder, base: Base, quantization: JsonMapping | None) -> None:
-        config = {**adapter.config, "modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
+        config = {key: value for key, value in adapter.config.items() if key not in _BESIDE}
         try:
             folding = adapter.kind.folding(config)
         except ModelError as error:

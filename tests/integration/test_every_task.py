@@ -1,4 +1,4 @@
-"""Every registered task whole: trained by its own metric, resumed to the bit, scored, merged, opened by others."""
+"""Every registered task whole: trained by its own metric, resumed to the bit, scored, inspected, merged, opened."""
 
 from __future__ import annotations
 
@@ -65,7 +65,11 @@ def test_a_task_is_trained_resumed_scored_and_merged(
     stop_after(run, 1)
     lorafit.train(recipe, resume=True, quiet=True)
     assert weights.read_bytes() == whole
-    assert set(lorafit.evaluate(run, quiet=True).to_json()["metrics"]) >= set(during) - {"rouge"}
+    scored = lorafit.evaluate(run, quiet=True).to_json()["metrics"]
+    assert set(scored) >= set(during) - {"rouge"}
+    worth = lorafit.inspect_adapter(run, quiet=True).ablation
+    assert worth is not None and worth.tuned_loss == pytest.approx(scored["loss"]["tuned"], rel=1e-6)
+    assert sum(part.value for part in worth.parts) == pytest.approx(worth.gain, abs=1e-6)
     merged = lorafit.merge(run, tmp_path / "merged", quiet=True)
     assert merged.parity is not None and merged.parity.max_logit_difference < 1e-4
     opened = getattr(transformers, tasks.get(kind)(tasks.make_section(kind)).model_class.auto_class)

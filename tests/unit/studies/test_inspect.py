@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ia3": {},
     "miss": {"r": 4},
     "layer_norm": {},
+    "peft": {},
 }
 
 
