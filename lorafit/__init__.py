@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorafit.api import (
         classify,
         compare,
+        compose,
         estimate,
         evaluate,
         generate,
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "classify",
     "compare",
+    "compose",
     "estimate",
     "evaluate",
     "generate",

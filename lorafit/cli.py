@@ -94,7 +94,7 @@ def _list_cards(context: typer.Context, gpus: list[str] | None) -> list[str]:
 
 _MORE: dict[str, JsonObject] = {
     "gpu": {"callback": _list_cards, "is_eager": True},
-    "verify": {"callback": lambda skips: not skips},
+    **{key: {"callback": lambda skips: not skips} for key in ("verify", "scores")},
 }
 """What else typer must know of a flag."""
 
@@ -195,6 +195,12 @@ def _chat(session: Session, given: JsonObject) -> None:
     session.result(chat(given.pop("run"), **given, shows=not session.json, reporter=session.reporter))
 
 
+def _compose(session: Session, given: JsonObject) -> None:
+    from lorafit.studies.compose import compose
+
+    session.result(compose(given.pop("expression", None), **given, reporter=session.reporter))
+
+
 def _init(session: Session, given: JsonObject) -> None:
     from lorafit.studies.first_recipe import init
 
@@ -272,6 +278,13 @@ _add_command(
     "run adapters system checkpoint base_model temperature top_p max_new_tokens min_new_tokens no_repeat_ngram_size "
     "seed",
     _chat,
+)
+_add_command(
+    "compose",
+    "Several adapters of one base made one.",
+    "expression adapters output rank method density seed mean weights fit_rows eval_rows scores convert patterns "
+    "base_model",
+    _compose,
 )
 _add_command("validate", "Every error of a recipe at once, each with its line.", "recipe overrides", _validate)
 _add_command(

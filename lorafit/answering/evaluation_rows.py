@@ -16,7 +16,7 @@ from lorafit.job import Job, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.machine.devices import read_device
 from lorafit.objective import Objective
-from lorafit.recipe.load import load_recipe
+from lorafit.recipe.load import LoadedRecipe, load_recipe
 from lorafit.recipe.schema import BadRowsSection, SourceSection, ValidationFraction, sources_of
 from lorafit.run.named_files import look_for_rows
 from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes
@@ -57,14 +57,14 @@ def _keep_columns(opened: OpenedRun) -> OpenedRun:
         others = [source.columns for each in sources_of(own).values() for source in each]
         known = [columns for columns in [*replaced, *others] if columns]
         section, _, name = key.partition(".")
-        changed[section][name] = [_with_columns(source, known, opened.loaded.folder) for source in sources]
+        changed[section][name] = [with_columns(source, known, opened.loaded.folder) for source in sources]
     data = recipe.data.model_copy(update=changed["data"])
     evaluation = recipe.evaluation.model_copy(update=changed["evaluation"])
     recipe = recipe.model_copy(update={"data": data, "evaluation": evaluation})
     return replace(opened, loaded=replace(opened.loaded, recipe=recipe))
 
 
-def _with_columns(source: SourceSection, known: Sequence[Mapping[str, str]], folder: Path) -> SourceSection:
+def with_columns(source: SourceSection, known: Sequence[Mapping[str, str]], folder: Path) -> SourceSection:
     """The source read by the first of the mappings that its rows have the columns of; as it is where there is none."""
     for columns in known if not source.columns and source.format == "auto" else ():
         mapped = source.model_copy(update={"columns": dict(columns)})
@@ -103,7 +103,30 @@ def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Repor
     Raises:
         DataError: The recipe has no such rows, or a file of them cannot be read.
     """
-    recipe, card = opened.loaded.recipe, tuned.card
+    return _open_rows(opened.loaded, tuned, split, reporter)
+
+
+def open_file(tuned: Tuned, file: Path, known: Sequence[Mapping[str, str]], reporter: Reporter) -> Job:
+    """The same of a file of rows for an adapter that came without its run: longer rows are cut as `truncate` does.
+
+    Args:
+        tuned: The adapter with its card.
+        file: The rows.
+        known: Names of columns, of which the first that the rows have are taken.
+        reporter: Gets progress and warnings.
+
+    Raises:
+        DataError: The file cannot be read, or holds no rows of the adapter's task.
+    """
+    card, source = tuned.card, with_columns(SourceSection(path=str(file.absolute())), known, Path())
+    rows = {"path": source.path, "columns": dict(source.columns)}
+    data: JsonObject = {"train": [rows], "test": [rows], "max_length": card.max_length, "overlength": "truncate"}
+    values = {"name": "rows", "task": card.to_json()["task"], "model": {"base": card.base.name}, "data": data}
+    return _open_rows(load_recipe({**values, "seed": card.seed}), tuned, "test", reporter)
+
+
+def _open_rows(loaded: LoadedRecipe, tuned: Tuned, split: str, reporter: Reporter) -> Job:
+    recipe, card = loaded.recipe, tuned.card
     data = recipe.data.model_copy(update={"system_prompt": card.system_prompt})
     if {"test": data.test, "validation": data.validation, "train": data.train}[split] is None:
         todo = "add --set data.test=FILE, or data.validation=FILE for --split validation"
@@ -111,7 +134,7 @@ def open_evaluation(opened: OpenedRun, tuned: Tuned, split: str, reporter: Repor
     is_held_out = split == "validation" and isinstance(data.validation, ValidationFraction)
     model = recipe.model.model_copy(update={"quantization": card.quantization})
     trained = {"model": model, "adapter": card.adapter, "task": card.task}
-    loaded = replace(opened.loaded, recipe=recipe.model_copy(update={"data": data, **trained}))
+    loaded = replace(loaded, recipe=recipe.model_copy(update={"data": data, **trained}))
     wanted = ["data.train" if is_held_out else f"data.{split}", "evaluation.retention"]
     look_for_rows(loaded, only=wanted, todo="or score others: --set data.test=FILE")
     tokenizer = tuned.tokenizer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lorafit import pipeline
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorafit.run.answered import Classified, Generated
     from lorafit.run.results import Evaluated, Merged
     from lorafit.run.trained import Trained
+    from lorafit.studies.composed import Composed
     from lorafit.studies.inspected import Inspected
     from lorafit.studies.trim import Trimmed
 
@@ -181,4 +182,50 @@ def trim(
     """
     from lorafit.studies.trim import trim
 
-    return call(trim, {name: value for name, value in locals().items() if name != "trim"})
+    return call(trim, {name: value for name, value in locals().items() if name != "trim"}, required=("rank",))
+
+
+def compose(
+    expression: str | None = None,
+    *,
+    adapters: Mapping[str, StrPath | Trained],
+    output: StrPath,
+    rank: int | str | None = None,
+    method: str = "sum",
+    density: float | None = None,
+    seed: int = 0,
+    mean: bool = False,
+    weights: str | Sequence[float] | None = None,
+    fit_rows: StrPath | None = None,
+    eval_rows: StrPath | None = None,
+    scores: bool = True,
+    convert: bool = False,
+    patterns: bool = False,
+    base_model: StrPath | None = None,
+    quiet: bool = False,
+) -> Composed:
+    """Writes the weighted sum of several adapters of one base as one plain LoRA adapter. `composed.output` is it.
+
+    Args:
+        expression: The sum, such as `"0.7*a + 0.3*b - c"`; None with `mean` or `fit_rows`.
+        adapters: Runs or adapter folders by their names in the sum.
+        output: The adapter's folder, which must not exist.
+        rank: A smaller rank; or what each layer may lose of its update, `"1%"`; all ranks where None.
+        method: `sum`, `ties` or `dare`.
+        density: Share of each update's values that ties and dare keep; 0.2 where None.
+        seed: Of what dare drops.
+        mean: The weighted mean instead of a sum.
+        weights: Of the mean, in the adapters' order; `"rows"`: the training rows of the runs; equal where None.
+        fit_rows: Find the weights that give the least loss on this file of rows.
+        eval_rows: Score this file instead of the runs' own validation rows.
+        scores: Whether anything is scored.
+        convert: Take what other methods than LoRA change in their base as an update, cut to a rank.
+        patterns: Keep each layer's own rank, by PEFT's `rank_pattern`, which some engines ignore.
+        base_model: Folder or hub id of the base, where it is not found by itself.
+        quiet: No progress.
+    """
+    from lorafit.studies.compose import compose
+
+    return call(
+        compose, {name: value for name, value in locals().items() if name != "compose"}, required=("adapters", "output")
+    )

@@ -60,7 +60,9 @@ def _number(least: float | None = None, most: float | None = None, *, whole: boo
 _PATH = Argument("a path", (str, os.PathLike))
 _ROWS = Argument("a list of dicts, one a row", (Iterable,))
 _CARD = Argument('a text such as "24GiB", "rtx-4090" or "cpu"', (str,))
-_SWITCHES = ("quiet", "allow_loading", "exact", "resume", "dry_run", "allow_inexact", "verify", "compare_base")
+_OF_SUMS = ("mean", "scores", "convert", "patterns")
+_OF_RUNS = ("resume", "dry_run", "allow_inexact", "verify", "compare_base")
+_SWITCHES = ("quiet", "allow_loading", "exact", *_OF_RUNS, *_OF_SUMS)
 _FLAGS_ALONE = ("measure_memory", "profile", "json", "verbose", "debug")
 ARGUMENTS = {
     "temperature": _number(0.0, 10.0),
@@ -87,6 +89,7 @@ ARGUMENTS = {
     "feedback": _PATH,
     "adapters": Argument('a dict such as {"shop": "runs/shop"}, or a list of NAME=DIR', (Mapping, Iterable)),
     "system": Argument("a text", (str,)),
+    "density": _number(0.001, 1.0),
     "rates": _number(1, 99, whole=True),
     "spread": _number(1.0, 1e6),
     "seeds": _number(3, 99, whole=True),
@@ -95,6 +98,11 @@ ARGUMENTS = {
     "metric": Argument("the name of a metric", (str,)),
     "ablate": Argument('"layers", "modules" or "none"', (str,)),
     "compare": Argument("a run: what train gave back, or a path", _PATH.types),
+    "expression": Argument('a sum such as "0.7*a + 0.3*b"', (str,)),
+    "method": Argument('"sum", "ties" or "dare"', (str,)),
+    "weights": Argument('numbers such as 0.2,0.8, or "rows"', (str, Iterable)),
+    "fit_rows": Argument("a path of a file of rows", _PATH.types),
+    "eval_rows": Argument("a path of a file of rows", _PATH.types),
     "budget": Argument('a time such as "60min" or "2h"', (str,)),
     "over": Argument('a dict such as {"adapter": ["lora", "dora"]} or a list of KEY=A,B', (Mapping, Iterable)),
     "recipes": Argument(
@@ -132,6 +140,9 @@ FLAGS = {
     "test_file": "--test",
     "adapters": "--adapter",
     "ab_split": "--split",
+    "fit_rows": "--fit",
+    "eval_rows": "--eval",
+    "scores": "--no-eval",
 }
 """Flags that are not called as their parameter."""
 _SEARCH = ("temperature", "top_p", "num_beams", "length_penalty", "no_repeat_ngram_size")
@@ -146,7 +157,7 @@ _NEVER_LEFT_OUT = {
     "seed",
     *_SEARCH,
 }
-_NEVER_LEFT_OUT.update((*_SWITCHES, "rank", "recipes", "over", "rates", "spread", "seeds", "metric", "ablate"))
+_NEVER_LEFT_OUT.update((*_SWITCHES, "recipes", "over", "rates", "spread", "seeds", "metric", "method", "ablate"))
 
 
 def check_arguments(arguments: JsonMapping, required: Collection[str] = ()) -> None:

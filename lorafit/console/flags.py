@@ -110,6 +110,20 @@ _HELP = {
     "inspect_adapter.output": ("DIR", "Write inspect.json and a heat map (SVG) there."),
     "chat.run": ("RUN|MODEL", "A run or adapter on its base, a model folder, a .gguf file, or a hub id."),
     "system": ("TEXT", "The system message; without, the one that was trained with."),
+    "expression": ("SUM", 'A weighted sum of adapters, e.g. "0.7*a + 0.3*b - c".'),
+    "compose.adapters": ("NAME=DIR", "A run or an adapter folder, by its name in the sum. Repeatable."),
+    "compose.output": ("DIR", "Folder of the adapter."),
+    "compose.rank": ("RANK|SHARE", "A smaller rank, or what each layer may lose of its update, e.g. 1%."),
+    "method": ("sum|ties|dare", "How updates become one."),
+    "density": ("SHARE", "Of each update's values, what ties and dare keep; 0.2 where not given."),
+    "compose.seed": ("NUMBER", "Of what dare drops."),
+    "mean": ("", "The weighted mean instead of a sum."),
+    "weights": ("A,B,C|rows", "Of the mean: numbers, or the training rows of the runs; equal where not given."),
+    "fit_rows": ("ROWS", "Find the weights that give the least loss on these rows."),
+    "eval_rows": ("ROWS", "Score these rows instead of the runs' own validation rows."),
+    "scores": ("", "Score nothing."),
+    "convert": ("", "Take what other methods change in their base as an update, cut to a rank."),
+    "patterns": ("", "Keep each layer's own rank, by PEFT's rank_pattern, which some engines ignore."),
     "compare.resume": ("", "Go on with the comparison in the output folder."),
     "show": ("ROWS", "Rows to show; of many, only the first are counted then. Without: 3, or all with --json."),
 }
@@ -137,9 +151,11 @@ _DEFAULTS = {
     "grace": 30.0,
     "ablate": "layers",
     "inspect_adapter.limit": 12,
+    "method": "sum",
 }
-_REQUIRED = ("merge.output", "trim.rank")
+_REQUIRED = ("merge.output", "trim.rank", "compose.output", "compose.adapters")
 _SEVERAL = ("overrides", "gpu", "over", "recipes", "adapters")
+_POSITIONAL = ("recipe", "run", "recipes", "data", "expression")
 
 
 def parameter(command: str, name: str, more: Mapping[str, JsonMapping]) -> inspect.Parameter:
@@ -159,8 +175,9 @@ def parameter(command: str, name: str, more: Mapping[str, JsonMapping]) -> inspe
     kind = list[str] if name in _SEVERAL else kind
     flag, rest = FLAGS.get(name, f"--{name.replace('_', '-')}"), more.get(name, {})
     option: Any = typer.Option(flag, metavar=metavar or None, help=text, min=argument.least, max=argument.most, **rest)
-    if name in ("recipe", "run", "recipes", "data"):
+    if name in _POSITIONAL:
         option = typer.Argument(metavar=metavar, readable=name == "run", help=text)
-    elif default is inspect.Parameter.empty and f"{command}.{name}" not in _REQUIRED:
+    is_needed = f"{command}.{name}" in _REQUIRED or (name in _POSITIONAL and name != "expression")
+    if default is inspect.Parameter.empty and not is_needed:
         kind, default = (kind, False) if kind is bool else (kind | None, None)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])

@@ -99,6 +99,18 @@ def _listed(over: Mapping[str, Sequence[Any]] | Sequence[str]) -> list[str]:
     return [f"{key}={','.join(values)}" for key, values in worded.items()]
 
 
+def _named_paths(adapters: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """Adapters as `NAME=DIR`; what training gave back as its folder."""
+    if not isinstance(adapters, Mapping):
+        return [str(each) for each in adapters]
+    return [f"{name}={_text(getattr(path, 'path', path))}" for name, path in adapters.items()]
+
+
+def _joined(numbers: str | Sequence[float] | None) -> str | None:
+    """Numbers as behind a flag, with commas."""
+    return numbers if numbers is None or isinstance(numbers, str) else ",".join(map(str, numbers))
+
+
 def _text(value: object | None) -> str | None:
     return None if value is None else os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
@@ -140,10 +152,13 @@ def _parameter(flag: str) -> str:
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("recipe", "run", "compare", "output", "plan_file", "data", "test_file", "feedback"), _path),
+    **dict.fromkeys(("recipe", "run", "compare", "output", "plan_file", "data", "test_file"), _path),
+    **dict.fromkeys(("feedback", "fit_rows", "eval_rows"), _path),
     **dict.fromkeys(("checkpoint", "base_model"), _text),
     "overrides": _flags,
     "recipes": _paths,
     "over": _listed,
+    "adapters": _named_paths,
+    "weights": _joined,
 }
 """What an argument becomes for the command, by its name."""

@@ -75,11 +75,13 @@ class Folding(ABC):
         parts: What PEFT calls the tensors beside a layer, and which part of its update each is; a layer has all parts.
         shared: Tensors of the whole adapter, by their full names, which are parts of every layer.
         copies: What PEFT calls the copy of a layer, each parameter of which is folded by itself, as its part `copy`.
+        new_weight: The formula of what becomes of W.
     """
 
     parts: ClassVar[Mapping[str, str]]
     shared: ClassVar[Mapping[str, str]] = {}
     copies: ClassVar[str | None] = None
+    new_weight: ClassVar[str]
 
     def place(self, tensor: str) -> tuple[str, str] | None:
         """The layer that a tensor of the adapter belongs to, and which part it is; None where it is beside no layer."""

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from lorafit.evaluation.statistics import Comparison
     from lorafit.kinds.adapters import AdapterSection
     from lorafit.kinds.metrics import RowScore
-    from lorafit.model.trim import LayerError, Trimming
+    from lorafit.model.products import LayerError
+    from lorafit.model.trim import Trimming
     from lorafit.objective import Objective
 
 _SPLIT = "validation"
@@ -53,8 +54,9 @@ class Tried:
         """Norm of what all layers lose over that of all updates; None of first ranks."""
         if not self.errors:
             return None
-        lost, whole = (sum(getattr(e, name) ** 2 for e in self.errors) for name in ("error", "update"))
-        return float((lost / whole) ** 0.5) if whole else 0.0
+        from lorafit.model.products import share_of_all
+
+        return share_of_all(self.errors)
 
     def to_json(self) -> JsonObject:
         """Plain values."""

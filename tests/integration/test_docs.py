@@ -117,7 +117,7 @@ def prepare(world: World, small_recipes: Path, finished_runs: Path, commands: li
     shutil.copytree(small_recipes, world.root / "recipes")
     lines = [command.line for command in commands]
     for run, made_by in MADE_BY.items():
-        used = next((n for n, line in enumerate(lines) if run in shlex.split(line)), None)
+        used = next((n for n, line in enumerate(lines) if run in re.split(r"[\s=]", line)), None)
         made = lines.index(made_by) if made_by in lines else len(lines)
         if used is None or made <= used:
             continue

@@ -119,6 +119,7 @@ def test_every_wrong_argument_is_named(function: Any, values: dict[str, Any]) ->
         "recipes": [values],
         "data": "rows.jsonl",
         "rank": 2,
+        "adapters": {"a": "no-run"},
     }
     parameters = inspect.signature(function).parameters
     needed = {name: fine[name] for name, known in parameters.items() if known.default is inspect.Parameter.empty}

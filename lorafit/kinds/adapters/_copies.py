@@ -54,6 +54,7 @@ class CopyFolding(Folding):
 
     parts: ClassVar[Mapping[str, str]] = {_PART: _PART}
     copies: ClassVar[str] = "ln_tuning_layers"
+    new_weight: ClassVar[str] = "a trained copy of W"
 
     def shape(self, layer: AdaptedLayer) -> tuple[int, int]:
         """The parameter's own; of a vector each value is a row."""

@@ -131,6 +131,7 @@ class LowRankFolding(Folding):
         "lora_embedding_A": "A",
         "lora_embedding_B": "B",
     }
+    new_weight: ClassVar[str] = "W + s B A"
 
     def __init__(self, config: JsonMapping, known_keys: Set[str]) -> None:
         known = _PLAIN_KEYS | known_keys

@@ -45,6 +45,7 @@ class PeftFolding(Folding):
     """
 
     parts: ClassVar[dict[str, str]] = {}
+    new_weight: ClassVar[str] = "that of the linear which answers as PEFT's layer"
 
     def __init__(self, config: JsonMapping) -> None:
         name = str(config["peft_type"])

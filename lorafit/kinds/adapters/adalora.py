@@ -90,6 +90,7 @@ class AdaloraFolding(LowRankFolding):
     """Changes by s P diag(E) Q."""
 
     parts: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
+    new_weight: ClassVar[str] = "W + s P diag(E) Q"
 
     def factors(
         self, layer: AdaptedLayer, matrix: int, first_row: int, stop_row: int

@@ -93,6 +93,7 @@ class BoftFolding(LinearFolding):
     """Rows of the weight turned round by round, and scaled."""
 
     parts: ClassVar[Mapping[str, str]] = {"boft_R": "R", "boft_s": "s"}
+    new_weight: ClassVar[str] = "diag(s) W R^T, R a rotation"
 
     def features(self, layer: AdaptedLayer) -> tuple[int | None, int | None]:
         """Inputs are the blocks' own, outputs the scales'."""

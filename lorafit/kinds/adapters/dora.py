@@ -37,6 +37,7 @@ class DoraFolding(LowRankFolding):
     """Weights of a new direction, each output feature as long as the adapter says."""
 
     parts: ClassVar[Mapping[str, str]] = {**LowRankFolding.parts, "lora_magnitude_vector": "magnitude"}
+    new_weight: ClassVar[str] = "m V / ||V||, V = W + s B A"
 
     def shape(self, layer: AdaptedLayer) -> tuple[int, int]:
         """LoRA's; the norms, `[out]`, are one for each output feature.

@@ -40,6 +40,7 @@ class Ia3Folding(LinearFolding):
     """Rows or columns of the weight scaled, and the bias where the outputs are."""
 
     parts: ClassVar[Mapping[str, str]] = {"ia3_l": "l"}
+    new_weight: ClassVar[str] = "diag(l) W, or W diag(l)"
 
     def features(self, layer: AdaptedLayer) -> tuple[int | None, int | None]:
         """`[out, 1]`, or `[1, in]`."""

@@ -43,6 +43,7 @@ class MissFolding(LinearFolding):
     """The block added at every r inputs."""
 
     parts: ClassVar[Mapping[str, str]] = {"miss_block": "D"}
+    new_weight: ClassVar[str] = "W + expand(D)"
 
     def features(self, layer: AdaptedLayer) -> tuple[int | None, int | None]:
         """Outputs are D's columns."""

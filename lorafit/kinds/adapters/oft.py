@@ -49,6 +49,7 @@ class OftFolding(LinearFolding):
     """Rows of the weight turned block by block."""
 
     parts: ClassVar[Mapping[str, str]] = {"oft_R": "R"}
+    new_weight: ClassVar[str] = "W R^T, R a rotation"
 
     def features(self, layer: AdaptedLayer) -> tuple[int | None, int | None]:
         """Inputs are the blocks' own."""

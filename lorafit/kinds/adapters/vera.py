@@ -50,6 +50,7 @@ class VeraFolding(LinearFolding):
 
     parts: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "b", "vera_lambda_d": "d"}
     shared: ClassVar[Mapping[str, str]] = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
+    new_weight: ClassVar[str] = "W + diag(b) B diag(d) A"
 
     def features(self, layer: AdaptedLayer) -> tuple[int | None, int | None]:
         """Outputs are b's; as many inputs as A has, or fewer."""
