@@ -80,7 +80,8 @@ def make_adapters(folder: Path, recipe: str, kind: str, dtype: str, count: int) 
     import torch
     from safetensors.torch import load_file, save_file
 
-    changes = {"training.epochs": None, "training.max_steps": 2, "model.quantization": kind, "model.dtype": dtype, "evaluation.every_steps": 2}
+    changes = {"training.epochs": None, "training.max_steps": 2, "evaluation.every_steps": 2}
+    changes |= {"model.quantization": kind, "model.dtype": dtype}
     run = lorafit.train(recipe, output=folder / "run", overrides=changes, quiet=True).path
     made = {}
     for number in range(count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
@@ -14,9 +14,27 @@ if TYPE_CHECKING:
 
 _FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ANSWER_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_REFUSALS = (
+    "i'm sorry",
+    "i am sorry",
+    "sorry,",
+    "i cannot",
+    "i can't",
+    "i can not",
+    "i'm unable",
+    "i am unable",
+    "as an ai",
+)
+"""How answers begin that decline, in English."""
 _LABELS = ("model_name", "adapter")
 _REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}
 """Ends of the engine's answers, in vLLM's words."""
+
+
+def declines(text: str) -> bool:
+    """Whether an answer begins as one does that declines."""
+    return text.lstrip().lower().replace("’", "'").startswith(_REFUSALS)
 
 
 class Metrics:
@@ -32,19 +50,27 @@ class Metrics:
         self._registry.register(self)
         disable_created_metrics()  # type: ignore[no-untyped-call]
 
-        def histogram(name: str, text: str, seconds: tuple[float, ...]) -> Histogram:
-            return Histogram(f"lorafit:{name}", text, _LABELS, buckets=seconds, registry=self._registry)
+        def histogram(name: str, text: str, edges: tuple[float, ...]) -> Histogram:
+            return Histogram(f"lorafit:{name}", text, _LABELS, buckets=edges, registry=self._registry)
 
         self._first = histogram("time_to_first_token_seconds", "Wait for a first token.", _FIRST_TOKEN_SECONDS)
         self._whole = histogram("e2e_request_latency_seconds", "Time of whole answers.", _ANSWER_SECONDS)
+        self._asked = histogram("request_prompt_tokens", "Lengths of prompts.", _TOKENS)
+        self._answered = histogram("request_generation_tokens", "Lengths of whole answers.", _TOKENS)
+        text = "Answers that begin as one does that declines."
+        self._refused = Counter("lorafit:request_refusals", text, _LABELS, registry=self._registry)
 
     def first_token(self, adapter: str | None, seconds: float) -> None:
         """The first token of an answer came after this time."""
         self._first.labels(self._model_name, adapter or "").observe(seconds)
 
-    def end(self, adapter: str | None, seconds: float) -> None:
+    def end(self, adapter: str | None, seconds: float, prompt_tokens: int, tokens: int, text: str) -> None:
         """A whole answer was there after this time."""
-        self._whole.labels(self._model_name, adapter or "").observe(seconds)
+        labels = self._model_name, adapter or ""
+        self._whole.labels(*labels).observe(seconds)
+        self._asked.labels(*labels).observe(prompt_tokens)
+        self._answered.labels(*labels).observe(tokens)
+        self._refused.labels(*labels).inc(declines(text))
 
     def text(self) -> bytes:
         """In Prometheus' text form."""

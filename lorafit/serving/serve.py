@@ -114,7 +114,7 @@ def serve(
         ratings = None if feedback is None else Feedback(feedback)
         opened = open_served(os.fspath(run), given, split, checkpoint, base_model, reporter)
         limits = Limits(rows=max_running, waiting=max_waiting, tokens=max_batch_tokens)
-        engine = BatchedEngine(opened.first.load_base(), limits)
+        engine = BatchedEngine(opened.first.load_base(), limits, reporter)
         try:
             catalog, address = Catalog(engine, opened, split, reporter), _address(bound)
             service = Service(engine, catalog, settings, ratings, reporter)

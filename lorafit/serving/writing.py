@@ -60,14 +60,17 @@ class Writing:
             LorafitError: The engine's.
         """
         try:
+            text = ""
             while (piece := await self._read()) is not None:
+                text += piece.text
                 if self.tokens == 0:
                     self._metrics.first_token(self._ticket.adapter, time.perf_counter() - self._began)
                 self.tokens += 1
                 yield piece
             if self._ticket.finish_reason == "cancelled":
                 raise shutting_down()
-            self._metrics.end(self._ticket.adapter, time.perf_counter() - self._began)
+            seconds = time.perf_counter() - self._began
+            self._metrics.end(self._ticket.adapter, seconds, self.prompt_tokens, self.tokens, text)
         finally:
             self.cancel()
 

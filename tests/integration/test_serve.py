@@ -193,6 +193,9 @@ def test_health_writes_a_token_and_metrics_count(server: Server) -> None:
     assert server.metric("request_success_total", adapter="peft", finished_reason="length") == ended + 1
     assert server.metric("time_to_first_token_seconds_count", adapter="peft") >= 1
     assert server.metric("e2e_request_latency_seconds_count", adapter="peft") >= 1
+    assert server.metric("request_generation_tokens_sum", adapter="peft") >= 1
+    assert server.metric("request_prompt_tokens_count", adapter="peft") >= 1
+    assert server.metric("request_refusals_total", adapter="peft") == 0
     assert server.metric("num_requests_running") == 0
 
 
