@@ -75,8 +75,6 @@ def open_several(
         adapters[name] = open_on_base(folder, found, tokenizers_of(adapters.values()), reporter)
     plain = open_plain_model(found.path, reporter)
     called = _base_name(next((one.base for one in adapters.values() if one.card is not None), found))
-    if called in adapters:
-        raise UsageError(f"the base is called '{called}' too", key="--adapter", todo="give the adapter another name")
     return Opened(found, called, plain.voice, next(iter(adapters.values()), plain), adapters)
 
 

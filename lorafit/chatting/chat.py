@@ -69,8 +69,6 @@ def chat(
     check_arguments(ways)
     check_search({**ways, "num_beams": 1, "length_penalty": 1.0})
     given = read_adapters(adapters)
-    if BASE in given:
-        raise UsageError(f"'{BASE}' is what the model without any is called", key="--adapter", todo="take another name")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal and not shows:
         raise UsageError("a chat on a terminal prints no JSON", key="--json", todo="pipe messages in, or use /save")
@@ -81,6 +79,9 @@ def chat(
     from lorafit.chatting.session import Chat
 
     opened = open_several(os.fspath(run), given, checkpoint, base_model, reporter)
+    if BASE in opened.adapters:
+        todo = "give it another name: lorafit chat BASE --adapter NAME=DIR"
+        raise UsageError(f"'{BASE}' is what the model without any adapter is called", key="--adapter", todo=todo)
     terminal = Terminal([*opened.adapters, BASE], reporter) if on_terminal else None
     engine, speakers = _load(opened, reporter)
     chatting = Chat(engine, speakers, next(iter(speakers)), Sampling(**ways))

@@ -69,6 +69,9 @@ def open_served(
         ModelError: An encoder-decoder is among them.
     """
     opened = open_several(base, given, checkpoint, base_model, reporter)
+    if opened.name in opened.adapters:
+        what = f"the base is called '{opened.name}' too"
+        raise UsageError(what, key="--adapter", todo="give the adapter another name")
     names = (opened.name, *opened.adapters)
     for name in split.shares if split is not None else ():
         if name not in names:

@@ -30,17 +30,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(world: World, trained: Path) -> World:
-    """A run, whose first checkpoint is another adapter on its base; a base that ends answers after some tokens."""
+    """A run, whose first checkpoint is another adapter on its base; a base of its name, whose answers end soon."""
+    base = trained / "bases" / "shop"
     if not (trained / "shop").exists():
-        shutil.copytree(world.base, trained / "base")
+        shutil.copytree(world.base, base)
         ends = {"eos_token_id": list(range(0, 320, 6)), "pad_token_id": 0}
-        (trained / "base" / "generation_config.json").write_text(json.dumps(ends))
-        world.recipe((str(world.base), str(trained / "base")), ("1.0e-2", "1.0e-1"), ("output: run", "output: shop"))
+        (base / "generation_config.json").write_text(json.dumps(ends))
+        world.recipe((str(world.base), str(base)), ("1.0e-2", "1.0e-1"), ("output: run", "output: shop"))
         say_all(world.run("train", "r.yaml", "--quiet"), 0)
         shutil.copytree(world.root / "shop", trained / "shop")
         world.loaded.clear()
     else:
-        world.recipe((str(world.base), str(trained / "base")))
+        world.recipe((str(world.base), str(base)))
         shutil.copytree(trained / "shop", world.root / "shop")
     return world
 
@@ -101,6 +102,7 @@ def test_a_model_folder_is_talked_with(world: World, monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_talked_with_is_one_sentence(runs: World, monkeypatch: pytest.MonkeyPatch) -> None:
     make_base(runs.root / "other", seed=5)
     shutil.copytree(runs.root / "shop" / "adapter", runs.root / "broken")
+    shutil.copytree(runs.root / "shop", runs.root / "base")
     (runs.root / "broken" / "adapter_model.safetensors").write_bytes(b"\0" * 40)
     for arguments, code, says in (
         (["shops"], 2, ["no such file or folder", "did you mean shop?"]),
@@ -110,6 +112,7 @@ def test_what_cannot_be_talked_with_is_one_sentence(runs: World, monkeypatch: py
         (["shop", "--adapter", "x=nowhere"], 2, ["nowhere", "no such file"]),
         (["shop", "--adapter", "x=d.jsonl"], 3, ["d.jsonl"]),
         (["shop", "--adapter", "base=shop"], 2, ["--adapter", "'base'"]),
+        (["base"], 2, ["--adapter", "'base'", "NAME=DIR"]),
         (["shop", "--adapter", "shop=shop"], 2, ["two are called 'shop'"]),
         (["shop", "--adapter", "x=shop", "--adapter", "x=shop"], 2, ["two adapters are called 'x'"]),
         (["shop", "--adapter", f"x={runs.base}"], 2, ["whole model, no adapter"]),
