@@ -26,6 +26,7 @@ from lorafit.errors import ModelError, UsageError
 from lorafit.model.adapter import AdapterFolder, read_adapter
 from lorafit.model.attach import check_adapter, open_adapter
 from lorafit.model.base import Base
+from lorafit.model.detach import drop_adapter
 from lorafit.ops.isolation import adapter_off, evaluating
 
 if TYPE_CHECKING:
@@ -123,11 +124,7 @@ class Engine:
         """
         self._require(name)
         self.folders.pop(name, None)
-        model = cast("PeftModel", self.model)
-        if len(self.adapters) > 1:
-            model.delete_adapter(name)
-        else:
-            self.model = model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
+        self.model = drop_adapter(cast("PeftModel", self.model), name)
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:

@@ -35,6 +35,7 @@ from lorafit.model.adapter import (
     saved_kind,
 )
 from lorafit.model.base import Base
+from lorafit.model.detach import put_back
 from lorafit.model.language_modules import module_paths
 from lorafit.model.layer_numbers import layer_paths
 from lorafit.model.load import keep_weights_unpacked
@@ -149,8 +150,9 @@ def open_adapter(
     """
     saved = check_adapter(folder, base, reporter or Silent())
     _refuse_codes(base_model, saved)
-    model = wrap_model(base_model, saved.config, saved.tensors, folder, name=name)
-    _load_weights(model, saved, name)
+    with put_back(base_model, name):
+        model = wrap_model(base_model, saved.config, saved.tensors, folder, name=name)
+        _load_weights(model, saved, name)
     keep_weights_unpacked(model)
     for parameter in adapter_tensors(model, name).values():
         parameter.requires_grad_(False)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lorafit.answering.answer_text import AnswerText
 from lorafit.answering.batched import BatchedEngine, Limits
 from lorafit.answering.engine import Engine
 from lorafit.answering.generate import Request
@@ -94,3 +96,109 @@ def test_an_unknown_adapter_is_told_the_loaded_ones(live: BatchedEngine) -> None
     live.unload_adapter("law")
     with pytest.raises(UsageError, match="'law'; loaded: code"):
         ask(live, "a", "law")
+
+
+@pytest.mark.parametrize("stops", [("blue",), ("e b", "blue"), ("xyz",), ("sky is blue and",)])
+def test_no_piece_holds_what_a_stop_string_may_begin_with(tokenizer: Any, stops: tuple[str, ...]) -> None:
+    whole = "été ☃: the sky is blue, e been"
+    text, pieces = AnswerText(tokenizer, stops), list[str]()
+    for token in tokenizer(whole)["input_ids"]:
+        pieces.append(text.add(token))
+        if text.is_stopped:
+            break
+    pieces.append("" if text.is_stopped else text.finish())
+    ends = [place for stop in stops if (place := whole.find(stop)) >= 0]
+    assert "".join(pieces) == (whole[: min(ends)] if ends else whole)
+    assert text.is_stopped == bool(ends) and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_half_a_character_is_told_at_the_end(tokenizer: Any) -> None:
+    text = AnswerText(tokenizer)
+    ids = tokenizer("a☃")["input_ids"][:-1]
+    assert "".join(text.add(token) for token in ids) == "a"
+    assert text.finish() == "\ufffd"
+
+
+def test_a_stop_string_ends_an_answer(live: BatchedEngine) -> None:
+    whole = text_of(ask(live, "why?", "law"))
+    stop = whole[4:6]
+    ticket = ask(live, "why?", "law", stop_strings=(stop,))
+    assert text_of(ticket) == whole[: whole.find(stop)] and ticket.finish_reason == "stop"
+
+
+def test_a_stop_token_ends_an_answer_and_is_none_of_its_text(live: BatchedEngine) -> None:
+    pieces = list(ask(live, "why?", "law"))
+    ids = [piece.token_id for piece in pieces]
+    ticket = ask(live, "why?", "law", stop_ids=(ids[3],))
+    again = list(ticket)
+    end = ids.index(ids[3])
+    assert [piece.token_id for piece in again] == ids[: end + 1] and ticket.finish_reason == "stop"
+    assert again[-1].text in ("", "\ufffd")
+
+
+def test_log_probabilities_are_the_model_s(live: BatchedEngine, tokenizer: Any) -> None:
+    prompt = tokenizer("the sky")["input_ids"]
+    sampling = Sampling(max_new_tokens=5, temperature=0.8, seed=1)
+    pieces = list(live.submit(LiveRequest(prompt, None, sampling, top_logprobs=3)))
+    ids = [piece.token_id for piece in pieces]
+    with torch.no_grad():
+        logits = build_llama().eval()(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    logprobs = torch.log_softmax(logits, dim=-1)
+    for place, piece in enumerate(pieces):
+        values, likeliest = logprobs[place].topk(3)
+        assert piece.logprob == pytest.approx(float(logprobs[place, piece.token_id]), abs=1e-4)
+        assert [token for token, _ in piece.top_logprobs] == likeliest.tolist()
+        assert [value for _, value in piece.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+    assert all(piece.logprob is None for piece in ask(live, "the sky"))
+
+
+def test_an_adapter_leaves_when_its_requests_are_answered(live: BatchedEngine) -> None:
+    ticket = ask(live, "why?", "law", Sampling(max_new_tokens=60, min_new_tokens=60))
+    assert ticket.read() is not None
+    leaving = threading.Thread(target=live.unload_adapter, args=["law"])
+    leaving.start()
+    assert len(list(ticket)) == 59 and ticket.finish_reason == "length"
+    leaving.join()
+    assert live.adapters == ("code",)
+
+
+def test_closing_answers_who_is_there(tokenizer: Any) -> None:
+    live = BatchedEngine(Engine(build_llama(), tokenizer), Limits(rows=2))
+    tickets = [ask(live, text) for text in PROMPTS]
+    live.close(finish=True)
+    assert all(ticket.finish_reason in ("length", "stop") for ticket in tickets)
+    assert sum(live.figures().finished.values()) == len(PROMPTS) and not live.figures().running
+
+
+def test_what_does_not_fit_is_refused_with_its_numbers(live: BatchedEngine) -> None:
+    with pytest.raises(UsageError, match="a prompt of 200 tokens leaves room for 56 more, and 57 are asked for"):
+        ask(live, "x" * 200, "law", Sampling(57))
+    assert live.room(200, "law") == 56
+    with pytest.raises(UsageError, match="ask without beams"):
+        ask(live, "x", "law", Sampling(8, num_beams=2))
+
+
+def test_a_reader_may_wait_so_long_or_be_woken(tokenizer: Any) -> None:
+    live, woken = BatchedEngine(Engine(build_llama(), tokenizer)), threading.Event()
+    go_on = threading.Event()
+    holder = threading.Thread(target=live.between_steps, args=[lambda _: go_on.wait()])
+    holder.start()
+    ticket = live.submit(LiveRequest(tokenizer("a")["input_ids"], sampling=Sampling(1)), woken.set)
+    with pytest.raises(TimeoutError):
+        ticket.read(0.01)
+    assert not woken.is_set()
+    go_on.set()
+    assert woken.wait(20) and ticket.read(20) is not None
+    holder.join()
+    live.close(finish=True)
+
+
+def test_limits_hold_while_many_wait(tokenizer: Any) -> None:
+    """Three rows of at most 20 positions fit into 60; a fourth waits, whatever its own length."""
+    model = build_llama()
+    live, rows = BatchedEngine(Engine(model, tokenizer), Limits(rows=8, tokens=60)), list[int]()
+    model.get_input_embeddings().register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    exactly = Sampling(max_new_tokens=16, min_new_tokens=16)
+    tickets = [ask(live, "abcd", None, exactly) for _ in range(7)]
+    assert [len(list(ticket)) for ticket in tickets] == [16] * 7 and max(rows) == 3
+    live.close(finish=True)

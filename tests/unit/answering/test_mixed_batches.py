@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lorafit.answering.batched import BatchedEngine, Limits
@@ -243,6 +244,28 @@ def test_out_of_memory_ends_the_last_that_came(tokenizer: Any) -> None:
     with pytest.raises(ResourceError, match="out of memory while answering"):
         list(tickets[2])
     assert lengths == [10, 10] and failed
+    live.close(finish=True)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["first", "another"])
+def test_a_broken_adapter_leaves_nothing_behind(beside: bool, tmp_path: Path, tokenizer: Any) -> None:
+    """PEFT has put its layers into the model before it is seen that half of the values are missing."""
+    dora = LoraConfig(use_dora=True, target_modules=["q_proj"], r=4)
+    broken = save(build_llama(), tmp_path / "broken", LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    tensors = load_file(broken / "adapter_model.safetensors")
+    left = {name: value for name, value in tensors.items() if "layers.1" not in name}
+    save_file(left, str(broken / "adapter_model.safetensors"), metadata={"format": "pt"})
+    live = BatchedEngine(Engine(build_llama(), tokenizer))
+    if beside:
+        live.load_adapter("dora", save(build_llama(), tmp_path / "dora", dora))
+    sizes = [value.shape for value in live.engine.model.parameters()]
+    requests = requests_for(tokenizer, [None, *live.adapters], 4)
+    before = together(live, requests)
+    with pytest.raises(ModelError, match="4 of 8 missing adapter tensors"):
+        live.load_adapter("broken", broken)
+    assert [value.shape for value in live.engine.model.parameters()] == sizes
+    assert together(live, requests) == before
+    live.load_adapter("broken", save(build_llama(), tmp_path / "whole", dora))
     live.close(finish=True)
 
 
