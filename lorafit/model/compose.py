@@ -192,7 +192,7 @@ def _warn_of_other_words(first: Part, part: Part, reporter: Reporter) -> None:
 
 
 def _check_shapes(first: Part, part: Part) -> None:
-    for path in first.layers.keys() & part.layers.keys():
+    for path in (path for path in first.layers if path in part.layers):
         sides = [one.why_no_product is None and one.product(path) for one in (first, part)]
         shapes = [[len(side.b), side.a.shape[1]] for side in sides if side]
         if len(shapes) == 2 and shapes[0] != shapes[1]:

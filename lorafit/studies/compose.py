@@ -22,7 +22,7 @@ from lorafit.studies.compose_asked import (
     choose_weights,
     leave_out,
     open_named,
-    read_adapters,
+    read_named,
     read_rank,
 )
 from lorafit.studies.composed import Composed
@@ -58,7 +58,7 @@ def compose(
 ) -> Composed:
     """Writes the weighted sum of several adapters of one base as one plain LoRA adapter."""
     reporter = reporter or Silent()
-    named = [open_named(name, path) for name, path in read_adapters(adapters).items()]
+    named = [open_named(name, path) for name, path in read_named(adapters).items()]
     cut = read_rank(rank)
     check_flags(expression, mean=mean, weights=weights, method=method, density=density, fit_rows=fit_rows)
     chosen = choose_weights(expression, named, mean=mean, weights=weights)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafit.console.arguments import read_adapters
 from lorafit.console.nearest import did_you_mean
 from lorafit.console.wording import list_names
 from lorafit.contracts import Reporter
@@ -66,24 +67,13 @@ class NamedAdapter:
         return open_lone_adapter(self.path, base_model, reporter)[1]
 
 
-def read_adapters(texts: Sequence[str]) -> dict[str, Path]:
-    """Paths by name, from `NAME=DIR` texts.
-
-    Raises:
-        UsageError: One is no such text, or a name is taken or cannot stand in a sum.
-    """
-    found: dict[str, Path] = {}
-    for text in texts:
-        name, mark, path = text.partition("=")
-        name = name.strip()
-        if not mark or not path.strip() or not name:
-            raise UsageError(f"'{text[:60]}' is not NAME=DIR", key="--adapter", todo="give e.g. --adapter a=runs/a")
+def read_named(texts: Sequence[str]) -> dict[str, Path]:
+    """Paths by name, from `NAME=DIR` texts. Raises UsageError also for a name that cannot stand in a sum."""
+    found = read_adapters(texts)
+    for name in found:
         if not NAME.fullmatch(name):
             what = f"'{name[:40]}' is no name for a sum"
             raise UsageError(what, key="--adapter", todo="take letters, digits, _ and ., a letter first")
-        if name in found:
-            raise UsageError(f"two adapters are called '{name}'", key="--adapter", todo="give each a name of its own")
-        found[name] = Path(path).expanduser()
     if not found:
         raise UsageError("no adapter is named", key="--adapter", todo="add --adapter a=DIR for each name of the sum")
     return found

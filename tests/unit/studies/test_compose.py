@@ -296,7 +296,7 @@ def test_adapters_of_two_bases_are_refused(world: World, tmp_path: Path) -> None
     wide = open_base(make_llama(tmp_path / "deeper" / "base", intermediate_size=256))
     put(wide, tmp_path / "w", 1, r=2, alpha=2)
     (tmp_path / "w" / "lorafit.json").unlink()
-    with pytest.raises(ModelError, match=r"'plain' changes a weight \[192, 128\], 'w' one of \[256, 128\]"):
+    with pytest.raises(ModelError, match=r"down_proj: 'plain' changes a weight \[128, 192\], 'w' one of \[128, 256\]"):
         lorafit.compose(
             "plain + w",
             adapters={"plain": world.folders["plain"], "w": tmp_path / "w"},
@@ -325,7 +325,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"eval_rows": "none.jsonl"}, 5, "none of the adapters has a run's card"),
     ({"adapters": {"plain": "nowhere"}}, 2, "nowhere: no such file or folder"),
     ({"adapters": {"a b": "x"}}, 2, "'a b' is no name for a sum"),
-    ({"adapters": ["plain"]}, 2, "'plain' is not NAME=DIR"),
+    ({"adapters": ["plain"]}, 2, "'plain' names no adapter and its folder"),
     ({"adapters": []}, 2, "no adapter is named"),
 ]
 
