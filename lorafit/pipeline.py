@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lorafit.answering.generate import Answer
     from lorafit.data.preview import Preview
     from lorafit.estimation import CardComparison, RecipeEstimate
+    from lorafit.evaluation.runner import Side
 
 
 def validate(recipe: Path | JsonMapping, *, overrides: Sequence[str] = ()) -> Validated:
@@ -205,9 +206,13 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     base_model: str | None = None,
+    base_sides: dict[str, Side] | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluated:
-    """Scores base and tuned model on the same held-out rows, and writes the report into the run folder."""
+    """Scores base and tuned model on the same held-out rows, and writes the report into the run folder.
+
+    `base_sides`: what the base scored in earlier calls, by all that decides it; added to.
+    """
     reporter, started = reporter or Silent(), time.perf_counter()
     if split not in (None, "test", "validation", "train"):
         raise UsageError(f"'{split}' is no split", key="--split", todo="use test, validation or train")
@@ -215,18 +220,18 @@ def evaluate(
     checkpoint = checkpoint if checkpoint is not None else opened.checkpoint
     _, step = opened.adapter(checkpoint)  # said before the libraries are loaded
     from lorafit.answering.evaluation_rows import (
+        about_evaluation,
         changed_evaluation,
         fit_base_side,
         open_evaluation,
         refer_as_begun,
+        score_base_once,
         settle_evaluation,
     )
     from lorafit.answering.sampling import Sampling
     from lorafit.answering.tuned import open_tuned
-    from lorafit.evaluation.evaluation import About
     from lorafit.evaluation.report import name_report, write_report
     from lorafit.evaluation.runner import evaluate_pair
-    from lorafit.model.inspect import coverage
 
     opened = settle_evaluation(opened, overrides, reporter)
     split = split or usual_split(opened.loaded.recipe)
@@ -248,8 +253,8 @@ def evaluate(
     refer_as_begun(job, objective, opened, tuned, split, reporter)
     examples = job.rows.splits[split] if limit is None else job.rows.splits[split].first(limit)
     base_scorer, base_note = fit_base_side(job, objective, opened, tuned, reporter)
-    found, evaluation = coverage(engine.model), job.recipe.evaluation
-    chose = split == "validation" and evaluation.every_steps is not None
+    evaluation = job.recipe.evaluation
+    tokens = opened.resolved().evaluation_micro_batch_tokens
     result = evaluate_pair(
         engine,
         objective,
@@ -258,20 +263,14 @@ def evaluate(
         evaluation.final,
         sampling=Sampling.of_recipe(evaluation),
         stop_ids=tuned.card.stop_ids,
-        micro_batch_tokens=opened.resolved().evaluation_micro_batch_tokens,
+        micro_batch_tokens=tokens,
         seed=job.recipe.seed,
         reporter=reporter,
         retention=job.rows.splits.get("retention"),
         base_scorer=base_scorer,
         base_note=base_note,
-        about=About(
-            run=opened.run.root.name,
-            checkpoint_step=step,
-            split=split,
-            seen_in_training=split == "train" or chose,
-            trainable_parameters=opened.trained_parameters(),
-            total_parameters=found.total_parameters,
-        ),
+        base_once=score_base_once(base_sides, job, tuned, examples, tokens),
+        about=about_evaluation(opened, engine.model, split, step),
     )
     result = replace(result, seconds=time.perf_counter() - started)
     write_report(opened.run, result, report)

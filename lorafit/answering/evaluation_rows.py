@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorafit.answering.tuned import Tuned
 from lorafit.contracts import JsonObject, Reporter, Silent
 from lorafit.data.sources.sample_set import read_sources
+from lorafit.data.store import ExampleSet
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.evaluation.base_side import FittedBase
+from lorafit.evaluation.evaluation import About
+from lorafit.evaluation.runner import Side
+from lorafit.files.cache import key_of_code
 from lorafit.job import Job, prepare_rows, refer
 from lorafit.kinds.adapters import begins_as_base
 from lorafit.machine.devices import read_device
+from lorafit.model.inspect import coverage
 from lorafit.objective import Objective
 from lorafit.recipe.load import LoadedRecipe, load_recipe
 from lorafit.recipe.schema import BadRowsSection, SourceSection, ValidationFraction, sources_of
 from lorafit.run.named_files import look_for_rows
 from lorafit.run.workspace import OpenedRun, both_recipes, compare_recipes
 
+if TYPE_CHECKING:
+    import torch
+
 _FIXED = ("model.", "adapter.", "task", "data.chat_template", "data.system_prompt")
 """What a trained run is: it is taken from the run's card, whatever a recipe says now."""
+
+_OF_THE_RUN = {"adapter", "seed", "base_path", "template_date", "template_dates"}
+"""Of a card, what changes nothing of its base."""
 
 
 def settle_evaluation(opened: OpenedRun, overrides: Sequence[str], reporter: Reporter) -> OpenedRun:
@@ -201,3 +213,45 @@ def fit_base_side(
             return None, note
         fitted = fit_base(objective, task, rows.train, rows.validation, opened.run.base_head, job.pad_id, reporter)
     return FittedBase(objective, task.settle_base(fitted), fitted), task.fitted_base
+
+
+def score_base_once(
+    sides: dict[str, Side] | None, job: Job, tuned: Tuned, examples: ExampleSet, micro_batch_tokens: int
+) -> Callable[[Callable[[], Side]], Side]:
+    """What gives the base's side of an evaluation: by scoring it, or from one before that had all of it alike.
+
+    Never shared is what a run decides: a head that is fitted to its rows, values at its step 0, images on the disk.
+
+    Args:
+        sides: Those of earlier evaluations, which is added to; None: there are none to keep.
+        job: With the rows.
+        tuned: The adapter, of which nothing but its card's other parts and its new tokens matter.
+        examples: The rows to score.
+        micro_batch_tokens: Of one forward.
+    """
+    task, retention = job.task, job.rows.splits.get("retention")
+    if sides is None or task.fitted_base or task.reference_columns or task.reads_pictures:
+        return lambda score: score()
+    card = tuned.card.model_dump(mode="json", exclude=_OF_THE_RUN)
+    rows = [examples.digest(), None if retention is None else retention.digest(), micro_batch_tokens]
+    key = key_of_code([card, rows, tuned.base.new_tokens, job.recipe.evaluation.model_dump(mode="json")])
+
+    def once(score: Callable[[], Side]) -> Side:
+        if key not in sides:
+            sides[key] = score()
+        return sides[key]
+
+    return once
+
+
+def about_evaluation(opened: OpenedRun, model: torch.nn.Module, split: str, step: int | None) -> About:
+    """What goes into the head of a report: whose adapter is scored on which rows, and whether it has seen them."""
+    chose = split == "validation" and opened.loaded.recipe.evaluation.every_steps is not None
+    return About(
+        run=opened.run.root.name,
+        checkpoint_step=step,
+        split=split,
+        seen_in_training=split == "train" or chose,
+        trainable_parameters=opened.trained_parameters(),
+        total_parameters=coverage(model).total_parameters,
+    )

@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorafit.contracts import Batch, Examples, GenerationRow, Progress, Reporter
+    from lorafit.kinds.tasks import Task, TaskSection
 
 Scores = Mapping[str, NDArray[np.float64]]
 """What a task scores of the rows of a micro-batch, by name."""
+
+Side = tuple[list[RowScore], list[Answer], list[RowScore]]
+"""Of one of the two models: scores of the rows, answers, scores of the retention rows."""
 
 
 class Ranks(Protocol):
@@ -186,6 +190,7 @@ def evaluate_pair(
     about: About | None = None,
     base_scorer: Any = None,
     base_note: str = "",
+    base_once: Callable[[Callable[[], Side]], Side] = lambda score: score(),
 ) -> Evaluation:
     """Base (adapter off) and tuned model on the same rows, with intervals and verdicts.
 
@@ -204,6 +209,7 @@ def evaluate_pair(
         about: What goes into the report's head.
         base_scorer: Scores the base's rows in the place of the objective (`FittedBase`), its adapter off.
         base_note: What the base is scored with, where that is not the base alone.
+        base_once: Gives what scoring the base gives, by that or from an earlier evaluation of the same.
 
     Raises:
         DataError: There are no rows.
@@ -216,20 +222,18 @@ def evaluate_pair(
     pad_id = find_pad_id(engine.tokenizer, engine.embedding_rows)
     score = partial(score_examples, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, reporter=reporter)
 
-    def run(side: str, adapter: str | None, scorer: Any) -> tuple[list[RowScore], list[Answer], list[RowScore]]:
+    def run(side: str, adapter: str | None, scorer: Any) -> Side:
         with engine.using(adapter):
             kept = score(scorer, retention, what=f"retention, {side} model") if retention is not None else []
             losses = score(scorer, examples, what=f"scoring, {side} model")
         requests = [Request.of_row(row, adapter, sampling, stop_ids) for row in asked]
         return losses, engine.answer(requests, reporter=reporter, what=f"answers, {side} model"), kept
 
-    (adapter,) = engine.adapters
     with evaluating(objective):
-        base, base_answers, base_kept = run("base", None, base_scorer or objective)
-        tuned, answers, kept = run("tuned", adapter, objective)
+        base, base_answers, base_kept = base_once(lambda: run("base", None, base_scorer or objective))
+        tuned, answers, kept = run("tuned", engine.adapters[0], objective)
     rows = join_rows(examples, base, tuned, asked, base_answers, answers)
     comparisons, unscored = compare_rows(rows, metric_names, seed=seed)
-    cheap = [name for name, metric in metrics.items() if metric.needs == "scores" and objective.task.can_score(name)]
     retained = join_rows(retention, base_kept, kept) if retention is not None else ()
     return Evaluation(
         about=about or About(),
@@ -242,7 +246,7 @@ def evaluate_pair(
         peak_memory_bytes=peak_memory_bytes(engine.device),
         seed=seed,
         sampling=sampling,
-        retention=compare_rows(retained, cheap, seed=seed)[0] if retained else (),
+        retention=compare_rows(retained, _scored(objective.task), seed=seed)[0] if retained else (),
         retention_rows=len(retained),
         base_speed=Speed.of(base_answers) if asked else None,
         tuned_speed=Speed.of(answers) if asked else None,
@@ -250,6 +254,11 @@ def evaluate_pair(
         tables=objective.task.tables([row.tuned.sums for row in rows]),
         base_tables=(base_scorer or objective).task.tables([row.base.sums for row in rows]),
     )
+
+
+def _scored(task: Task[TaskSection]) -> list[str]:
+    """Metrics that read what a task scores, and no answers."""
+    return [name for name, metric in metrics.items() if metric.needs == "scores" and task.can_score(name)]
 
 
 def _require_rows(examples: Examples, generation_rows: Sequence[GenerationRow]) -> None:

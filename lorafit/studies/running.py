@@ -15,8 +15,9 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorafit import pipeline
 from lorafit.console.exits import bug, explain
@@ -30,8 +31,11 @@ from lorafit.kinds.metrics import metrics
 from lorafit.run.workspace import is_run
 from lorafit.studies.compared import Compared, put_together
 from lorafit.studies.scores import keep_scores
-from lorafit.studies.study import Record, Run, Study, choose_rate, plan_budget
+from lorafit.studies.study import Record, Run, Study, choose_rate, plan_budget, seconds_left
 from lorafit.studies.variants import Variant
+
+if TYPE_CHECKING:
+    from lorafit.evaluation.runner import Side
 
 _AT_THE_END = 1_000_000
 """`evaluation.every_steps` of a run that its recipe evaluates nowhere: the end of a run is always evaluated."""
@@ -85,6 +89,7 @@ class Comparison:
     study: Study
     reporter: Reporter
     budget_seconds: float | None
+    _base_sides: dict[str, Side] = field(default_factory=dict, init=False)
 
     def run(self) -> Compared:
         """Trains, chooses, scores and puts together; what is done already is not done again.
@@ -210,22 +215,12 @@ class Comparison:
         for number, run in enumerate(waiting):
             if not self.study.takes_part(run.variant) or run.name in self.study.runs:
                 continue
-            left = self._seconds_left(waiting[number:])
+            left = seconds_left(self.study.runs, waiting[number:])
             self.reporter.info(
                 f"run {len(self.study.runs) + 1} of {max(self._all_runs(), len(self.study.runs) + 1)}: {run.told}"
                 + (f"; about {clock(left)} of training left" if left else "")
             )
             self._train(run)
-
-    def _seconds_left(self, runs: Sequence[Run]) -> float:
-        """By what the method's runs took so far, else by what all took."""
-        took: dict[str, list[float]] = {}
-        for name, record in self.study.runs.items():
-            took.setdefault(name.partition("/")[0], []).append(record.wall_seconds)
-        every = [seconds for of_method in took.values() for seconds in of_method]
-        if not every:
-            return 0.0
-        return sum(sum(of := took.get(run.variant.folder, every)) / len(of) for run in runs)
 
     def _train(self, run: Run) -> None:
         """One run, and its record; numbers that are none are a record too, any other error ends the variant."""
@@ -314,7 +309,12 @@ class Comparison:
                 continue
             self.reporter.info(f"test rows: {run.told}")
             try:
-                found = pipeline.evaluate(self.study.where(run).root, split="test", reporter=_OfARun(self.reporter))
+                found = pipeline.evaluate(
+                    self.study.where(run).root,
+                    split="test",
+                    base_sides=self._base_sides,
+                    reporter=_OfARun(self.reporter),
+                )
             except StoppedBySignal:
                 raise
             except Exception as error:

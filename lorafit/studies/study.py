@@ -10,9 +10,10 @@ NAME-comparison/
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean, median
 
 from lorafit.contracts import JsonObject
 from lorafit.errors import CheckpointError, UsageError
@@ -197,3 +198,23 @@ def plan_budget(seconds: Sequence[float], spent: float, budget: float, rates: in
         return False, len(seconds)
     reached = [count for count in range(len(seconds) + 1) if fits(count, once)]
     return True, max(reached, default=0)
+
+
+def seconds_left(done: Mapping[str, Record], runs: Sequence[Run]) -> float:
+    """What so many more runs take, by those that are done; 0 where none is.
+
+    Steps take what those of the method took so far, else of all. Besides, a run takes what the later runs of methods
+    did, loading and proofs: a method's first has its memory measured, and the very first settles how steps are run.
+    """
+    steps: dict[str, list[float]] = {}
+    first: list[float] = []
+    later: list[float] = []
+    for name, record in done.items():
+        method = name.partition("/")[0]
+        if not record.failed:
+            (later if method in steps else first).append(record.wall_seconds - record.seconds)
+            steps.setdefault(method, []).append(record.seconds)
+    if not steps:
+        return 0.0
+    every, besides = [each for of in steps.values() for each in of], median(later) if later else min(first)
+    return sum(mean(steps.get(run.variant.folder, every)) + besides for run in runs)

@@ -24,7 +24,7 @@ def test_a_hundredfold_rate_loses_and_a_stop_on_the_way_loses_nothing(
     recipe = str(make_recipe(world.root, evaluation={"final": ["perplexity"]}, training={"max_steps": 6}))
     write_rows(world.root / "test.jsonl", make_rows(12, first=200))
     real, updates, scored = Update.apply, list[int](), list[int]()
-    real_pair = runner.evaluate_pair
+    real_pair, real_scores, sides = runner.evaluate_pair, runner.score_examples, list[str]()
 
     def apply(self: Update, *arguments: Any, **options: Any) -> Any:
         updates.append(1)
@@ -37,7 +37,12 @@ def test_a_hundredfold_rate_loses_and_a_stop_on_the_way_loses_nothing(
         scored.append(len(updates))
         return real_pair(*arguments, **options)
 
+    def score_examples(*arguments: Any, what: str = "", **options: Any) -> Any:
+        sides.append(what)
+        return real_scores(*arguments, what=what, **options)
+
     monkeypatch.setattr(Update, "apply", apply)
+    monkeypatch.setattr(runner, "score_examples", score_examples)
     monkeypatch.setattr(runner, "evaluate_pair", evaluate_pair)
     command = ("compare", recipe, "--over", "training.learning_rate=0.03,3.0")
     say_all(world.run(*command), 130, "stopped by sigint", "--resume")
@@ -47,6 +52,10 @@ def test_a_hundredfold_rate_loses_and_a_stop_on_the_way_loses_nothing(
     say_all(done, 0, "run 2 of 6")
     assert len(updates) == 6 * 6  # six runs of six steps, each of them once
     assert scored == [len(updates)] * 6  # each once, behind all of the training
+    assert (sides.count("scoring, base model"), sides.count("scoring, tuned model")) == (1, 6)
+    kept = [json.loads(file.read_text()) for file in (world.root / "run-comparison" / "scores").iterdir()]
+    bases = [{name: held["base"] for name, held in each["metrics"].items()} for each in kept]
+    assert bases == [bases[0]] * 6 and all(each["metrics"]["loss"]["tuned"] != bases[0]["loss"] for each in kept)
     assert done.json["best"] == "learning_rate=0.03"
     assert done.json["worse"] == ["learning_rate=3.0"]
     methods = {line["method"]: line for line in done.json["methods"]}

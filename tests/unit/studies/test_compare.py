@@ -21,7 +21,7 @@ from lorafit.files.rundir import RunDir
 from lorafit.kinds.metrics import RowScore
 from lorafit.studies.compare import compare
 from lorafit.studies.compared import Compared
-from lorafit.studies.study import plan_budget
+from lorafit.studies.study import Record, plan_budget, seconds_left
 from tests.support.tiny_data import Listener
 from tests.support.tiny_recipe import make_recipe
 
@@ -160,6 +160,15 @@ def test_what_is_stopped_and_resumed_gives_the_same_table_and_runs_nothing_twice
     assert len(pretended.trained) == len(whole) + 1  # the one that was stopped
     assert set(pretended.trained) == set(whole)
     assert table(other) == table(recipe.parent / "whole")
+
+
+def test_what_is_left_is_steps_and_what_later_runs_take_besides() -> None:
+    """The first run of a method has its memory measured, for half a minute; no other has."""
+    runs: list[Any] = [SimpleNamespace(variant=SimpleNamespace(folder=folder)) for folder in ("dora", "dora", "oft")]
+    done = {"lora/a": Record(seconds=10, wall_seconds=25), "dora/a": Record(seconds=30, wall_seconds=75)}
+    assert seconds_left({}, runs) == 0 and seconds_left(done, runs) == 30 + 30 + 20 + 3 * 15
+    done |= {"dora/b": Record(seconds=30, wall_seconds=38), "oft/a": Record(failed="NaN", wall_seconds=3)}
+    assert seconds_left(done, runs) == pytest.approx(30 + 30 + 70 / 3 + 3 * 8)
 
 
 def test_a_stop_between_test_rows_scores_none_of_them_twice(recipe: Path, pretended: Pretended) -> None:
