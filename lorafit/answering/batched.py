@@ -264,7 +264,10 @@ class BatchedEngine:
             self._model_changed = False
             with self._prepared():
                 while goes_on and not self._model_changed:
-                    goes_on = self._turn()
+                    try:
+                        goes_on = self._turn()
+                    except Exception as error:  # nobody would be answered any more
+                        self._end_all(_as_ours(error))
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -343,6 +346,16 @@ class BatchedEngine:
                 row.end("error", _as_ours(error))
         for row, before in zip(rows, written, strict=True):
             self._written_tokens[row.ticket.adapter] += len(row.tokens) - before
+
+    def _end_all(self, error: LorafitError) -> None:
+        """Ends every request, and begins anew with empty batches."""
+        with self._changed:
+            for row in self._rows():
+                row.end("error", error)
+                self._finished[row.ticket.adapter, "error"] += 1
+            self._waiting.clear()
+            self._lone, self._shared = [], {}
+            self._changed.notify_all()
 
     def _drop_ended(self) -> None:
         """Takes rows that are over out, and counts them."""

@@ -75,8 +75,7 @@ class LiveAdapters:
             UsageError: The name is taken.
             ModelError: See `Engine.check_adapter`; or no answer can be written with it token by token.
         """
-        if name in self.names:
-            raise UsageError(f"two adapters are called '{name}'", todo="give each a name of its own")
+        self._require_new(name)
         saved = self._engine.check_adapter(folder, reporter)
         why = saved.kind.refuses_caching(saved.config)
         if why is not None:
@@ -90,8 +89,10 @@ class LiveAdapters:
         """Loads what `read` gave, where no forward runs.
 
         Raises:
+            UsageError: The name is taken.
             ModelError: It does not fit this base; or with it the model answers otherwise token by token.
         """
+        self._require_new(name)  # another thread may have been faster
         if factors is not None:
             self._stack.add(name, factors)
             return
@@ -102,6 +103,10 @@ class LiveAdapters:
         except ModelError:
             self._engine.remove_adapter(name)
             raise
+
+    def _require_new(self, name: str) -> None:
+        if name in self.names:
+            raise UsageError(f"two adapters are called '{name}'", todo="give each a name of its own")
 
     def remove(self, name: str) -> None:
         """Drops one, where no forward runs."""

@@ -16,7 +16,7 @@ from lorafit.answering.engine import Engine
 from lorafit.answering.generate import Request
 from lorafit.answering.sampling import Sampling
 from lorafit.answering.ticket import LiveRequest, Ticket
-from lorafit.errors import QueueFull, UsageError
+from lorafit.errors import LorafitError, QueueFull, UsageError
 from tests.unit.answering.test_engine import PROMPTS, adapter_folder
 from tests.unit.evaluation.conftest import build_llama
 
@@ -202,3 +202,23 @@ def test_limits_hold_while_many_wait(tokenizer: Any) -> None:
     tickets = [ask(live, "abcd", None, exactly) for _ in range(7)]
     assert [len(list(ticket)) for ticket in tickets] == [16] * 7 and max(rows) == 3
     live.close(finish=True)
+
+
+def test_an_error_of_our_own_ends_requests_and_not_the_engine(live: BatchedEngine, monkeypatch: Any) -> None:
+    admit, failed = live._admit, list[int]()
+
+    def fail_once() -> None:
+        if not failed and live._waiting:
+            failed.append(1)
+            raise KeyError("lost")
+        admit()
+
+    monkeypatch.setattr(live, "_admit", fail_once)
+    with pytest.raises(LorafitError, match="the model failed: 'lost'"):
+        list(ask(live, "why?"))
+    assert len(list(ask(live, "why?"))) == 12 and live.figures().finished[None, "error"] == 1
+
+
+def test_a_name_is_given_once(live: BatchedEngine, folders: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="two adapters are called 'law'"):
+        live.load_adapter("law", folders["code"])

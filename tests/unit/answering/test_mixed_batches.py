@@ -22,6 +22,7 @@ from lorafit.answering.ticket import LiveRequest
 from lorafit.contracts import Silent
 from lorafit.errors import ModelError, NumericsError, ResourceError
 from lorafit.ops.process_memory import trim_heap
+from tests.support.adapted import load, open_base
 from tests.unit.evaluation.conftest import build_llama
 
 SIZES: dict[str, Any] = {
@@ -136,6 +137,20 @@ def test_16_requests_over_4_adapters_and_the_base(family: str, tmp_path: Path, t
     assert live.why_alone is None and max(rows) > 8
     assert not live.engine.adapters, "an adapter went PEFT's way"
     assert len(set(found)) > 12
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_bases_are_shared_too(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+    build_llama().save_pretrained(tmp_path / "base")
+    base, folders = open_base(tmp_path / "base"), save_kinds("llama", tmp_path)
+    live = BatchedEngine(Engine(load(base, kind), tokenizer))
+    for name, folder in folders.items():
+        live.load_adapter(name, folder)
+    requests = requests_for(tokenizer, [None, *folders], 10)
+    found = together(live, requests)
+    live.close(finish=True)
+    assert found == alone(load(base, kind), folders, tokenizer, requests)
+    assert live.why_alone is None and not live.engine.adapters
 
 
 def test_a_cache_with_windows_is_answered_row_by_row(tmp_path: Path, tokenizer: Any) -> None:
