@@ -460,6 +460,8 @@ def test_a_base_that_is_not_here_leaves_the_sum_unscored(runs: Path, tmp_path: P
         with pytest.warns(UserWarning, match="nothing is scored"):
             found = lorafit.compose("a", adapters={"a": moved / "a"}, output=tmp_path / "s", quiet=True)
         assert not found.scores and (tmp_path / "s").is_dir()
+        given = {"adapters": {"a": moved / "a"}, "base_model": moved / "elsewhere", "quiet": True}
+        assert lorafit.compose("a", output=tmp_path / "named", **given).scores
     finally:
         (moved / "elsewhere").rename(moved / "base")
         moved.rename(runs)
