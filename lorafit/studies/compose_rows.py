@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lorafit.objective import Objective
 
 _TOKENS = 2048
+_GAIN_SEEN, _GAIN_SEEN_IN_HALF = 1e-5, 5e-4  # nats a label that are more than rounding
 _RESULT, _WHOLE_SUM = "result", "the exact sum"
 
 
@@ -227,7 +228,8 @@ class Mixture:
             self._engine.using(ADAPTER_NAME),
             self._reporter.track(None, "fitting weights") as bar,
         ):
-            minimise(look, torch.tensor([started[name] for name in self.names], dtype=torch.float64))
+            start = torch.tensor([started[name] for name in self.names], dtype=torch.float64)
+            minimise(look, start, tolerance=_GAIN_SEEN if self._dtype == "fp32" else _GAIN_SEEN_IN_HALF)
         after, best = min(seen)
         self.weights = torch.tensor(best, dtype=torch.float64)
         found = dict(zip(self.names, best, strict=True))
