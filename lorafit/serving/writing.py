@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,15 @@ class Writing:
     """
 
     def __init__(self, engine: BatchedEngine, request: LiveRequest, metrics: Metrics) -> None:
-        loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        self._changed = changed
         self._metrics, self._began = metrics, time.perf_counter()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(self._changed.set)
+            loop.call_soon_threadsafe(changed.set)  # holds no answer that nobody waits for
 
         self._ticket = engine.submit(request, wake)
+        weakref.finalize(self, self._ticket.cancel)  # of a client that went before the loop began
         self.tokens = 0
         """Written so far."""
 
