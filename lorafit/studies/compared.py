@@ -155,8 +155,10 @@ class Compared(Printed):
             if (each := self._standing(line.method)) is not None:
                 is_same = each.verdict in ("best", "not distinguishable")
                 sizes = (line.trainable_parameters, line.peak_memory_bytes / _MEBIBYTE)
-                points.append(Point(line.method, each.value, each.low, each.high, *sizes, is_same))
-        for name, text in (("report.md", self._markdown()), ("quality.svg", draw_quality(self.headline, points))):
+                interval = each.difference, each.difference_low, each.difference_high
+                points.append(Point(line.method, *interval, *sizes, is_same))
+        plot = draw_quality(self.headline, self.ranked[0].method, points)
+        for name, text in (("report.md", self._markdown()), ("quality.svg", plot)):
             with atomic_file(self.folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         write_json(self.folder / "comparison.json", self.to_json())

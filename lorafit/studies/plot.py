@@ -1,10 +1,10 @@
-"""A plot as SVG text: each method's quality with its interval against what it costs, in parameters and in memory.
+"""A plot as SVG text: how far each method is from the best, with its interval, against what it costs.
 
-value │   ┃          ┃
-      │ ┃ ●    ┃     ●      filled: not distinguishable from the best
-      │ ●      ○            hollow: worse
-      └──────────────────   a panel for trained parameters (logarithmic), one for peak memory;
-                            the base is a line, or a word below
++0.3 │        ┃
+     │        ○────── oft      filled: not distinguishable from the best
+   0 │-●---┃--┃------ lora     hollow: worse
+     │     ●──●────── dora     a panel for trained parameters (logarithmic), one for peak memory;
+     └──────────────           the base is a line, or a word below
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 340, 70, 30, 60
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 560, 340, 70, 30, 60
+_NAMES = 150  # pixels for names at the right of a panel
 _LINE = 13  # pixels between two names
 INK, _SAME, _WORSE = "#444444", "#1f6f8b", "#b0532f"
 
@@ -25,14 +26,15 @@ class Point:
 
     Attributes:
         name: Its name.
-        value: Its metric, with the ends of the interval behind it.
+        difference: Of its metric to that of the best method; 0 for the best.
+        low, high: Ends of the difference's interval.
         parameters: Trained ones; 0 of the base.
         memory_mebibytes: Peak while training; 0 of the base.
         is_same: Whether it cannot be told from the best.
     """
 
     name: str
-    value: float
+    difference: float
     low: float
     high: float
     parameters: float
@@ -40,21 +42,25 @@ class Point:
     is_same: bool
 
 
-def draw_quality(metric: str, points: Sequence[Point]) -> str:
-    """The two panels side by side."""
+def draw_quality(metric: str, best: str, points: Sequence[Point]) -> str:
+    """The two panels side by side.
+
+    Args:
+        metric: What is compared.
+        best: The method that the others are compared with.
+        points: All methods, and the base.
+    """
     trained = [point for point in points if point.parameters]
     low, high = min(point.low for point in trained), max(point.high for point in trained)
-    room = (high - low or abs(high) or 1.0) * 0.08
-    low, high = low - room, high + room
+    room = (high - low or 1.0) * 0.08
+    ends, title = (low - room, high + room), f"{metric} minus that of {best}, the best"
     parts = [
-        _panel(metric, points, (low, high), "trained parameters", lambda each: each.parameters, 0, is_log=True),
-        _panel(metric, points, (low, high), "peak memory, MiB", lambda each: each.memory_mebibytes, _WIDTH),
+        _panel(title, points, ends, "trained parameters", lambda each: each.parameters, 0, is_log=True),
+        _panel(title, points, ends, "peak memory, MiB", lambda each: each.memory_mebibytes, _WIDTH),
     ]
     note = "bars: 95 % over seeds and test rows; filled: not distinguishable from the best; hollow: worse"
-    beside = [
-        f"{each.name}: {each.value:.4g}" for each in points if not each.parameters and not low <= each.value <= high
-    ]
-    note += "".join(f"; outside of the picture: {name}" for name in beside)
+    beside = [each for each in points if not each.parameters and not ends[0] <= each.difference <= ends[1]]
+    note += "".join(f"; outside of the picture: {each.name}, {each.difference:+.4g}" for each in beside)
     body = "\n".join([*parts, svg_text(_LEFT, _HEIGHT + 14, note)])
     size = f'width="{2 * _WIDTH}" height="{_HEIGHT + 24}"'
     return (
@@ -64,9 +70,9 @@ def draw_quality(metric: str, points: Sequence[Point]) -> str:
 
 
 def _panel(
-    metric: str,
+    title: str,
     points: Sequence[Point],
-    values: tuple[float, float],
+    ends: tuple[float, float],
     what: str,
     cost: Callable[[Point], float],
     offset: int,
@@ -77,52 +83,45 @@ def _panel(
     scaled: Callable[[float], float] = math.log10 if is_log else float
     trained = [point for point in points if point.parameters]
     costs = [scaled(max(cost(point), 1e-9)) for point in trained]
-    first, last = min(costs), max(costs)
-    room = (last - first) * 0.15 or 0.5
-    first, last = first - room, last + room
-    left, right, bottom = offset + _LEFT, offset + _WIDTH - 20, _HEIGHT - _BOTTOM
+    room = (max(costs) - min(costs)) * 0.1 or 0.5
+    first, last = min(costs) - room, max(costs) + room
+    left, right, bottom = offset + _LEFT, offset + _WIDTH - _NAMES, _HEIGHT - _BOTTOM
 
     def across(amount: float) -> float:
         return left + (scaled(max(amount, 1e-9)) - first) / (last - first) * (right - left)
 
     def up(value: float) -> float:
-        return bottom - (value - values[0]) / (values[1] - values[0]) * (bottom - _TOP)
+        return bottom - (value - ends[0]) / (ends[1] - ends[0]) * (bottom - _TOP)
 
     parts = [f'<path d="M{left} {_TOP}V{bottom}H{right}" fill="none" stroke="{INK}"/>']
-    for number in range(5):
-        value = values[0] + (values[1] - values[0]) * number / 4
-        parts.append(svg_text(left - 6, up(value) + 4, f"{value:.4g}", "end"))
-        mark = first + (last - first) * number / 4
-        amount = 10**mark if is_log else mark
-        parts.append(svg_text(left + (right - left) * number / 4, bottom + 16, _short(amount), "middle"))
-    parts += [svg_text((left + right) / 2, bottom + 36, what, "middle"), svg_text(left, _TOP - 10, metric)]
-    for point in points:
-        if not point.parameters:
-            if values[0] <= point.value <= values[1]:
-                y = up(point.value)
-                parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="{INK}" stroke-dasharray="4 4"/>')
-                parts.append(svg_text(right, y - 4, point.name, "end"))
-            continue
-        x, y, ink = across(cost(point)), up(point.value), _SAME if point.is_same else _WORSE
+    parts += [svg_text(left - 6, up(mark) + 4, f"{mark:+.3g}" if mark else "0", "end") for mark in _marks(*ends)]
+    amounts = _marks_of_decades(10**first, 10**last) if is_log else _marks(first, last)
+    parts += [svg_text(across(mark), bottom + 16, _short(mark), "middle") for mark in amounts]
+    parts += [svg_text((left + right) / 2, bottom + 36, what, "middle"), svg_text(left, _TOP - 10, title)]
+    lines = [(up(0), "")]
+    lines += [(up(each.difference), each.name) for each in points if not each.parameters]
+    for y, name in lines:
+        if _TOP <= y <= bottom:
+            parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="{INK}" stroke-dasharray="4 4" opacity="0.6"/>')
+            parts += [svg_text(right - 4, y - 4, name, "end")] if name else []
+    for point in trained:
+        x, y, ink = across(cost(point)), up(point.difference), _SAME if point.is_same else _WORSE
         parts.append(f'<path d="M{x:.1f} {up(point.low):.1f}V{up(point.high):.1f}" stroke="{ink}"/>')
         fill = ink if point.is_same else "white"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{ink}"/>')
-    places = [(across(cost(point)), up(point.value), point.name) for point in trained]
-    middle = (left + right) / 2  # a name on the other side would run into the next panel
-    parts += _names([place for place in places if place[0] <= middle], 1, bottom)
-    parts += _names([place for place in places if place[0] > middle], -1, bottom)
-    return "\n".join(parts)
+    places = [(across(cost(point)), up(point.difference), point.name) for point in trained]
+    return "\n".join([*parts, *_names(places, right + 12, bottom)])
 
 
-def _names(places: Sequence[tuple[float, float, str]], side: int, bottom: float) -> list[str]:
-    """Names beside their points, far enough apart to be read; a line leads to a point whose name had to move.
+def _names(places: Sequence[tuple[float, float, str]], left: float, bottom: float) -> list[str]:
+    """Names below each other at the right of a panel, far enough apart to be read, a line from each to its point.
 
     Args:
         places: x, y and name of each point.
-        side: 1: to the right of it; -1: to the left.
+        left: Where the names begin.
         bottom: Where the panel ends; names that have no room above it go up.
     """
-    ordered = sorted(places, key=lambda place: place[1])
+    ordered = sorted(places, key=lambda place: (place[1], -place[0]))
     heights: list[float] = []
     for _, y, _ in ordered:
         heights.append(max(y, heights[-1] + _LINE) if heights else y)
@@ -132,12 +131,24 @@ def _names(places: Sequence[tuple[float, float, str]], side: int, bottom: float)
         limit = heights[number] - _LINE
     parts = []
     for (x, y, name), height in zip(ordered, heights, strict=True):
-        reach = 7 if abs(height - y) < 1 else 26
-        if reach > 7:
-            ends = f"M{x + 5 * side:.1f} {y:.1f}L{x + (reach - 3) * side:.1f} {height:.1f}"
-            parts.append(f'<path d="{ends}" stroke="{INK}" stroke-width="0.5"/>')
-        parts.append(svg_text(x + reach * side, height + 4, name, "start" if side > 0 else "end"))
+        ends = f"M{x + 5:.1f} {y:.1f}L{left - 3:.1f} {height:.1f}"
+        parts.append(f'<path d="{ends}" stroke="{INK}" stroke-width="0.5" opacity="0.6"/>')
+        parts.append(svg_text(left, height + 4, name))
     return parts
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Round numbers of a scale, three to seven of them."""
+    power = 10 ** math.floor(math.log10((high - low) / 3))
+    step = next(step for step in (5 * power, 2 * power, power) if (high - low) / step >= 3)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _marks_of_decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten; powers alone where those are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [n * 10.0**power for power in powers for n in (1, 2, 5) if low <= n * 10.0**power <= high]
+    return found if len(found) < 7 else [10.0**power for power in powers if low <= 10.0**power <= high]
 
 
 def _short(amount: float) -> str:
